@@ -1,0 +1,156 @@
+"""What differs between families of vision-language models, and how their processors are loaded."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.import_utils import is_torchvision_available
+
+from vlmenv.core.coordinates import CoordinateSpace
+from vlmenv.core.errors import ModelError
+from vlmenv.core.rollout import Observation, Prompt
+
+
+@dataclass(frozen=True)
+class Processor:
+    """The parts of a published processor that images and text need."""
+
+    tokenizer: PreTrainedTokenizerBase
+    image_processor: Any
+    chat_template: str
+
+    @classmethod
+    def from_pretrained(cls, folder: Path) -> Processor:
+        """Loads a processor, whole where torchvision is installed and else by its parts.
+
+        A whole one insists on a video processor, which needs torchvision; tokenizer and Pillow image
+        processor do not, and give the same image grids.
+
+        Raises:
+            ModelError: The folder lacks the tokenizer, the image processor or the chat template.
+        """
+        _require_files(folder)
+        try:
+            if is_torchvision_available():
+                whole = AutoProcessor.from_pretrained(folder)
+                tokenizer, image_processor = whole.tokenizer, whole.image_processor
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(folder)
+                image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise ModelError(f"{folder}: the processor cannot be loaded: {error}") from error
+        return cls(tokenizer, image_processor, _chat_template(folder, tokenizer))
+
+
+def _require_files(folder: Path) -> None:
+    wanted = {
+        "a tokenizer": ("tokenizer.json", "tokenizer_config.json"),
+        "an image processor": ("preprocessor_config.json", "processor_config.json"),
+    }
+    for what, names in wanted.items():
+        if not any((folder / name).is_file() for name in names):
+            raise ModelError(
+                f"{folder}: the model folder has no processor: {what} is missing ({' or '.join(names)}). "
+                "Copy the processor's files from the published checkpoint."
+            )
+
+
+def _chat_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The processor's template; the tokenizer's own, which may be for text alone, where there is none."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    for name in ("chat_template.json", "processor_config.json"):
+        if (folder / name).is_file():
+            template = json.loads((folder / name).read_text(encoding="utf-8")).get("chat_template")
+            if template:
+                return str(template)
+    if isinstance(tokenizer.chat_template, str):
+        return tokenizer.chat_template
+    raise ModelError(f"{folder}: the model folder has no chat template (chat_template.jinja or chat_template.json)")
+
+
+class Family(ABC):
+    """Encodes observations for one family of models, and says which tokens it must never sample."""
+
+    model_type: ClassVar[str]
+    """`model_type` in the published `config.json`."""
+    coordinates: ClassVar[CoordinateSpace]
+    """The convention in which the published models write boxes."""
+
+    def __init__(self, model: PreTrainedModel, processor: Processor) -> None:
+        self.model = model
+        self.processor = processor
+
+    @abstractmethod
+    def encode(self, observation: Observation) -> Prompt:
+        """Turns an observation into model inputs.
+
+        Raises:
+            ValueError: The prompt's own text holds a modality token, or an image cannot be taken.
+        """
+
+    @abstractmethod
+    def modality_tokens(self) -> set[int]:
+        """Ids that stand for image or video features, and those that enclose them."""
+
+    @cached_property
+    def end_tokens(self) -> tuple[int, ...]:
+        """Ids that end a completion."""
+        configured = getattr(self.model.generation_config, "eos_token_id", None)
+        if configured is None:
+            configured = self.processor.tokenizer.eos_token_id
+        return tuple(configured) if isinstance(configured, list) else (configured,)
+
+    @cached_property
+    def banned_tokens(self) -> NDArray[np.int64]:
+        """Ids that are never sampled: modality and control tokens, and rows of the head without a token.
+
+        A sampled image token would have no features in the next forward pass; a padded row of the
+        head has no text.
+        """
+        tokenizer = self.processor.tokenizer
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        head = self.model.get_output_embeddings()
+        assert head is not None
+        unused = set(range(len(tokenizer), head.weight.shape[0]))
+        banned = (special | self.modality_tokens() | unused) - set(self.end_tokens)
+        return np.array(sorted(banned), dtype=np.int64)
+
+    def decode(self, token_ids: NDArray[np.int64]) -> str:
+        """A completion's text, without control tokens."""
+        text = self.processor.tokenizer.decode(
+            token_ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        assert isinstance(text, str)
+        return text
+
+    def chat(self, observation: Observation) -> str:
+        """The chat-formatted prompt, with one unexpanded mark per image, ready for the answer."""
+        content: Any = [{"type": "image"} for _ in observation["images"]]
+        content.append({"type": "text", "text": observation["prompt"]})
+        text = self.processor.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}],
+            chat_template=self.processor.chat_template,
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        assert isinstance(text, str)
+        return text
+
+
+def join_images(prompts: list[Prompt], device: torch.device) -> dict[str, torch.Tensor]:
+    """Joins the vision inputs of prompts along their first axis; text-only prompts add nothing."""
+    names = {name for prompt in prompts for name in prompt.images}
+    return {
+        name: torch.cat([prompt.images[name] for prompt in prompts if name in prompt.images]).to(device)
+        for name in sorted(names)
+    }

@@ -1,0 +1,7 @@
+"""Algorithms, and the trainer that runs them."""
+
+from vlmenv.algos.base import Algorithm, LossInputs, LossOutput
+from vlmenv.algos.grpo import GRPO, GRPOConfig
+from vlmenv.algos.trainer import StepResult, Trainer, TrainerConfig
+
+__all__ = ["GRPO", "Algorithm", "GRPOConfig", "LossInputs", "LossOutput", "StepResult", "Trainer", "TrainerConfig"]

@@ -1,0 +1,1 @@
+"""Visual tasks as Gymnasium environments of one step."""

@@ -1,0 +1,63 @@
+"""Samples, where they come from, and the order in which they are shown."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vlmenv.core.spaces import Image
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One row of a task, with its images loaded."""
+
+    id: str
+    images: tuple[Image, ...]
+    """uint8 arrays [H, W, 3]"""
+    question: str
+    target: Any
+    """the truth; coordinates are pixels of the original image"""
+    rationale: str = ""
+    """what a reader might think on the way to the answer, where that is known"""
+
+
+class Source(ABC):
+    """Samples by index. `get` may be called from several threads at once."""
+
+    size: int | None
+    """Number of samples; None for an endless stream."""
+
+    @abstractmethod
+    def get(self, index: int) -> Sample:
+        """Loads a sample, `0 <= index < size`.
+
+        Raises:
+            DataError: The sample, or one of its images, cannot be read.
+        """
+
+
+class SampleOrder:
+    """The order in which a source's samples are shown: a pure function of a key and a position.
+
+    Finite sources are shuffled anew each epoch, and every sample is shown once an epoch; of endless
+    ones, random samples are shown.
+    """
+
+    def __init__(self, size: int | None, key: int) -> None:
+        self._size = size
+        self._key = key
+        self._epoch = -1
+        self._shuffled = np.empty(0, dtype=np.int64)
+
+    def __getitem__(self, position: int) -> int:
+        if self._size is None:
+            return int(np.random.default_rng([self._key, position]).integers(2**62))
+        epoch, place = divmod(position, self._size)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._shuffled = np.random.default_rng([self._key, epoch]).permutation(self._size)
+        return int(self._shuffled[place])

@@ -1,0 +1,86 @@
+"""Referring expression comprehension: find the one object that an expression means."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from vlmenv.core.answers import NONE, Target, parse_box, write_answer, write_box
+from vlmenv.core.spaces import Image
+from vlmenv.envs.base import RewardTerm, VisualTaskEnv
+from vlmenv.envs.data.scenes import Split, choose_reference, sample_scene
+from vlmenv.envs.data.source import Sample, Source
+from vlmenv.envs.rendering import ANSWERED, TRUE, draw_boxes
+from vlmenv.envs.rewards.boxes import box_format_reward, iou50_reward, iou_reward, parse_boxed_answer
+
+QUESTION = "Locate {expression}."
+
+
+class RECEnv(VisualTaskEnv):
+    """`VLM-REC-v0`: the answer is a box, or "None" where the image holds no such object."""
+
+    terms: ClassVar[Mapping[str, RewardTerm]] = {
+        "iou": iou_reward,
+        "iou@0.5": iou50_reward,
+        "format": box_format_reward,
+    }
+    default_rewards: ClassVar[Mapping[str, float]] = {"iou": 1.0, "format": 0.1}
+    prompt_template: ClassVar[str] = (
+        "Answer as <think>reasoning</think><answer>[x1,y1,x2,y2]</answer> in {coordinates}, "
+        "or <answer>None</answer>.\n{question}"
+    )
+
+    def builtin_source(self, split: Split) -> Source:
+        return ReferringScenes(split)
+
+    def read_target(self, answer: str) -> Target:
+        target = parse_box(answer)
+        if target is None:
+            raise ValueError(f"the answer {answer[:80]!r} is neither one box [x1, y1, x2, y2] nor None")
+        return target
+
+    def parse(self, text: str) -> Target | None:
+        return parse_boxed_answer(text)
+
+    def target(self, sample: Sample) -> Target:
+        if sample.target == NONE:
+            return NONE
+        height, width = sample.images[0].shape[:2]
+        return self.coordinates.from_pixels(sample.target, width, height)
+
+    def measure(self, text: str, target: Target) -> dict[str, float]:
+        overlap = iou_reward(text, target)
+        return {
+            "iou/mean": overlap,
+            "accuracy@0.5": float(overlap >= 0.5),
+            "accuracy@0.75": float(overlap >= 0.75),
+            "unparsable": float(self.parse(text) is None),
+            "format": box_format_reward(text, target),
+        }
+
+    def write_answer(self, sample: Sample) -> str:
+        return write_answer(write_box(self.target(sample)), sample.rationale)
+
+    def draw(self, sample: Sample, prediction: Target | None) -> Image:
+        height, width = sample.images[0].shape[:2]
+        answered = NONE if prediction is None else prediction
+        boxes = [] if sample.target == NONE else [(sample.target, TRUE)]
+        boxes += [] if answered == NONE else [(self.coordinates.to_pixels(answered, width, height), ANSWERED)]
+        return draw_boxes(sample.images[0], boxes)
+
+
+class ReferringScenes(Source):
+    """Built-in scenes, each with one expression; endless."""
+
+    size = None
+
+    def __init__(self, split: Split) -> None:
+        self._split = split
+
+    def get(self, index: int) -> Sample:
+        scene, rng = sample_scene(self._split, index)
+        reference = choose_reference(scene, rng)
+        question = QUESTION.format(expression=reference.expression)
+        return Sample(
+            f"scene-{self._split}-{index}", (scene.image,), question, reference.target.box, f"the {reference.target}"
+        )

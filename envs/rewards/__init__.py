@@ -1,0 +1,5 @@
+"""Rewards: pure functions of a completion's text and the truth, one file per kind.
+
+They take any text, never raise, and run in time linear in its length, so that they also serve as
+reward functions of another trainer.
+"""

@@ -1,0 +1,148 @@
+"""Many environments of one task, in groups that show the same sample, stepped in one call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
+
+from vlmenv.core.errors import ConfigError
+from vlmenv.core.spaces import Image
+from vlmenv.envs.base import VisualTaskEnv, check_index
+from vlmenv.envs.data.source import Sample, SampleOrder
+
+BatchedObservations = dict[str, tuple[Any, ...]]
+"""`{"images": N tuples of arrays, "prompt": N strings}`"""
+
+
+class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[Any]]):
+    """N environments in groups of G neighbours that show the same sample.
+
+    The images of a group are one array, handed out G times by reference: do not write to them.
+    Every step ends all episodes and nothing resets by itself, so call `reset` before each `step`.
+    `reset(options={"index": [...]})` shows given samples, one a group. Infos have the layout of
+    Gymnasium's own vector environments.
+
+    Args:
+        task: Builds the task's environment from `kwargs`.
+        num_envs: N.
+        group_size: G, which divides N.
+        shard: Which of `num_shards` equal parts of the sample order these environments show; for
+            training by several processes.
+        num_shards: See `shard`.
+        kwargs: The task's own arguments.
+
+    Raises:
+        ConfigError: `group_size` does not divide `num_envs`.
+    """
+
+    metadata: dict[str, Any] = {  # noqa: RUF012 (Gymnasium's own type)
+        "render_modes": ["rgb_array"],
+        "render_fps": 1,
+        "autoreset_mode": AutoresetMode.DISABLED,
+    }
+
+    def __init__(
+        self,
+        task: Callable[..., VisualTaskEnv],
+        num_envs: int,
+        *,
+        group_size: int = 1,
+        shard: int = 0,
+        num_shards: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        if num_envs < 1 or group_size < 1 or num_envs % group_size:
+            raise ConfigError(f"group_size={group_size} does not divide num_envs={num_envs}")
+        if not 0 <= shard < num_shards:
+            raise ConfigError(f"shard={shard} is not one of num_shards={num_shards}, counted from 0")
+        self.task = task(**kwargs)
+        self.num_envs = num_envs
+        self.group_size = group_size
+        self.render_mode = self.task.render_mode
+        self.single_observation_space = self.task.observation_space
+        self.single_action_space = self.task.action_space
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._shard, self._num_shards = shard, num_shards
+        self._order: SampleOrder | None = None
+        self._position = 0
+        self._indices: list[int] = []
+        self._samples: list[Sample] = []
+        self._observations: BatchedObservations = {}
+        self._predictions: list[Any] | None = None
+        self._pool = ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1)), thread_name_prefix="vlmenv-images")
+
+    @property
+    def num_groups(self) -> int:
+        """P, the number of distinct samples shown at a time."""
+        return self.num_envs // self.group_size
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[BatchedObservations, dict[str, Any]]:
+        super().reset(seed=seed)
+        if seed is not None or self._order is None:
+            self._order = SampleOrder(self.task.source.size, key=int(self.np_random.integers(2**62)))
+            self._position = self._shard * self.num_groups
+        self._indices = self._next_indices(self._order, options)
+        self._samples = list(self._pool.map(self.task.source.get, self._indices))
+        shown = [self.task.observe(sample) for sample in self._samples]
+        rows = [observation for observation in shown for _ in range(self.group_size)]
+        images, prompts = tuple(row["images"] for row in rows), tuple(row["prompt"] for row in rows)
+        self._observations = {"images": images, "prompt": prompts}
+        self._predictions = None
+        return self._observations, self._infos([{} for _ in rows])
+
+    def step(
+        self, actions: Sequence[str]
+    ) -> tuple[BatchedObservations, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
+        if not self._samples or self._predictions is not None:
+            raise RuntimeError("an episode is one step: call reset() before each step()")
+        if isinstance(actions, str) or len(actions) != self.num_envs:
+            raise ValueError(f"step wants {self.num_envs} texts, one per environment")
+        samples = [sample for sample in self._samples for _ in range(self.group_size)]
+        scores = [self.task.score(text, sample) for text, sample in zip(actions, samples, strict=True)]
+        self._predictions = [score.prediction for score in scores]
+        infos = self._infos([self.task.explain(score, sample) for score, sample in zip(scores, samples, strict=True)])
+        rewards = np.array([score.reward for score in scores], dtype=np.float64)
+        ended = np.ones(self.num_envs, dtype=np.bool_)
+        return self._observations, rewards, ended, np.zeros_like(ended), infos
+
+    def render(self) -> tuple[Image, ...] | None:
+        """In `rgb_array` mode a picture for each environment."""
+        if self.render_mode is None or not self._samples:
+            return None
+        predictions = self._predictions or [None] * self.num_envs
+        return tuple(
+            self.task.draw(self._samples[i // self.group_size], prediction) for i, prediction in enumerate(predictions)
+        )
+
+    def close_extras(self, **kwargs: Any) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _next_indices(self, order: SampleOrder, options: dict[str, Any] | None) -> list[int]:
+        if unknown := set(options or {}) - {"index"}:
+            raise ConfigError(f"reset knows no option {', '.join(sorted(unknown))}; it knows 'index'")
+        if options:
+            indices = [check_index(index, self.task.source.size) for index in options["index"]]
+            if len(indices) != self.num_groups:
+                raise ConfigError(f"reset wants {self.num_groups} indices, one per group, not {len(indices)}")
+            return indices
+        indices = [order[self._position + i] for i in range(self.num_groups)]
+        self._position += self._num_shards * self.num_groups
+        return indices
+
+    def _infos(self, details: list[dict[str, Any]]) -> dict[str, Any]:
+        infos: dict[str, Any] = {}
+        for i, detail in enumerate(details):
+            group = i // self.group_size
+            identity = {"id": self._samples[group].id, "index": self._indices[group]}
+            infos = self._add_info(infos, identity | detail, i)
+        return infos

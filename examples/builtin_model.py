@@ -1,0 +1,321 @@
+"""Makes the small vision-language model that is shipped with vlmenv, or teaches a model further.
+
+    python examples/builtin_model.py --output agents/builtin
+
+It is a Qwen3-VL of 1.5 million parameters, taught by supervision on the built-in scenes. Its teachers
+are *loose annotators*: they find the right object, but draw every side of its box 5 to 30 % of the
+object's size too far out. More of such labels cannot cure that; a reward on the exact overlap can.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+from vlmenv.agents import VLMAgent
+from vlmenv.agents.vlm import Policy
+from vlmenv.core.answers import write_answer
+from vlmenv.core.coordinates import Box
+from vlmenv.core.rollout import Completion, Prompt, Rollout
+from vlmenv.envs.data.scenes import COLOURS, SHAPES, SIDE, SIDES, Reference, choose_reference, sample_scene
+from vlmenv.envs.rec import QUESTION, RECEnv
+
+CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+MODALITY = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+<|im_start|>{{ message.role + '\\n' }}
+{%- if message.content is string -%}
+{{ message.content }}
+{%- else -%}
+{%- for part in message.content -%}
+{%- if part.type == 'image' -%}<|vision_start|><|image_pad|><|vision_end|>
+{%- elif part.type == 'video' -%}<|vision_start|><|video_pad|><|vision_end|>
+{%- else -%}{{ part.text }}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+<|im_end|>{{ '\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}<|im_start|>assistant{{ '\\n' }}{%- endif -%}
+"""
+EXPRESSIONS_PER_SCENE = 4
+OTHER_TOKENS_WEIGHT = 0.1
+NUMBER_SIGMA = 1.0
+
+
+@dataclass
+class Args:
+    """Teaches a model on the built-in scenes by supervision."""
+
+    output: Path
+    """Folder of the taught model."""
+    init: str | None = None
+    """Model to start from; a new one where this is left out."""
+    labels: Literal["loose", "exact"] = "loose"
+    """Whether the annotators draw their boxes too wide."""
+    steps: int = 3000
+    """Optimiser steps."""
+    minutes: float | None = None
+    """Stop after so long, with the learning rate scheduled by the clock, instead of after `steps`."""
+    scenes: int = 32
+    """Scenes a step, each with four expressions."""
+    lr: float = 3e-3
+    """Peak learning rate of AdamW; Muon's, for the matrices, is 20/3 of it."""
+    seed: int = 0
+
+
+def main(args: Args) -> None:
+    torch.manual_seed(args.seed)
+    if args.init is None:
+        new_model(args.output)
+    agent = VLMAgent.from_pretrained(args.init or args.output)
+    teach(agent, args)
+    agent.family.model.half()
+    agent.save(args.output)
+
+
+def new_model(folder: Path) -> None:
+    """Writes a model with random weights, its tokenizer and its processor."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = new_tokenizer()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    for name, content in processor_files().items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    model = Qwen3VLForConditionalGeneration(model_config(tokenizer))
+    model.generation_config.eos_token_id = tokenizer.token_to_id("<|im_end|>")
+    model.generation_config.pad_token_id = tokenizer.token_to_id("<|endoftext|>")
+    model.save_pretrained(folder)
+
+
+def new_tokenizer() -> Tokenizer:
+    """Byte-level BPE in which every word of the tasks and every number below 100 is one token."""
+    tokenizer = Tokenizer(models.BPE())
+    words = Regex(r" ?\p{L}+(?:-\p{L}+)*|\p{N}{1,2}|\s*\n|[^\s\p{L}\p{N}]|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=720, special_tokens=CONTROL + MODALITY, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(corpus(), trainer)
+    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in TAGS])
+    return tokenizer
+
+
+def corpus() -> Iterator[str]:
+    """Text that holds the tasks' words, with and without a space before them."""
+    words = [*COLOURS, *SHAPES, *SIDES, "left-most right-most top-most bottom-most largest smallest the shape"]
+    words += ["user assistant system", RECEnv.prompt_template.replace("\n", " "), QUESTION, "Locate Detect all"]
+    words += ["Describe What Which How many is are there in of and or with no yes None color colour size picture image"]
+    words += ["first second both differ count number shapes", *(f"{s}s" for s in SHAPES), "left right top bottom"]
+    for text in " ".join(words).split():
+        yield from [text, f" {text}"] * 50
+    for number in range(100):
+        yield from [str(number)] * 100
+
+
+def processor_files() -> dict[str, object]:
+    """The JSON files of the published layout, beside tokenizer.json, and how this model writes boxes."""
+    pixels = {"shortest_edge": 32 * 32, "longest_edge": 4 * SIDE * SIDE}
+    vision = {
+        "size": pixels,
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "processor_class": "Qwen3VLProcessor",
+    }
+    return {
+        "vlmenv.json": {"coordinates": "original"},
+        "preprocessor_config.json": vision | {"image_processor_type": "Qwen2VLImageProcessorFast"},
+        "video_preprocessor_config.json": vision | {"video_processor_type": "Qwen3VLVideoProcessor"},
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "processor_class": "Qwen3VLProcessor",
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+            "additional_special_tokens": ["<|im_start|>", *MODALITY],
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": 2048,
+            "padding_side": "right",
+        },
+    }
+
+
+def model_config(tokenizer: Tokenizer) -> Qwen3VLConfig:
+    """A Qwen3-VL of about 1.5 million parameters; heads of 32, which is the least that vLLM takes."""
+    return Qwen3VLConfig(
+        text_config={
+            "vocab_size": tokenizer.get_vocab_size(),
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "max_position_embeddings": 2048,
+            "initializer_range": 0.05,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [6, 5, 5],
+                "mrope_interleaved": True,
+            },
+            "eos_token_id": tokenizer.token_to_id("<|im_end|>"),
+            "pad_token_id": tokenizer.token_to_id("<|endoftext|>"),
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_heads": 4,
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "out_hidden_size": 128,
+            "num_position_embeddings": 36,
+            "deepstack_visual_indexes": [],
+            "initializer_range": 0.05,
+        },
+        image_token_id=tokenizer.token_to_id("<|image_pad|>"),
+        video_token_id=tokenizer.token_to_id("<|video_pad|>"),
+        vision_start_token_id=tokenizer.token_to_id("<|vision_start|>"),
+        vision_end_token_id=tokenizer.token_to_id("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
+
+
+def teach(agent: VLMAgent, args: Args) -> None:
+    """Supervised steps; single objects alone for the first twentieth of a new model's, then now and then."""
+    rng = np.random.default_rng(args.seed)
+    policy = agent.family_policy.train()
+    optimizers = new_optimizers(policy, args.lr)
+    started, step, done = time.monotonic(), 0, 0.0
+    while done < 1:
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * min(1.0, (step + 1) / 20) * (1 - done)
+        single = args.init is None and done < 0.05
+        lessons = [lesson(agent, args.labels, rng, single or rng.random() < 0.1) for _ in range(args.scenes)]
+        loss = imitation_loss(policy, agent, lessons)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        step += 1
+        minutes = (time.monotonic() - started) / 60
+        done = step / args.steps if args.minutes is None else minutes / args.minutes
+        if step % 100 == 0:
+            print(f"step {step}  loss {loss.item():.3f}  {minutes:.1f} min", flush=True)
+            agent.save(args.output)
+    policy.eval()
+
+
+def new_optimizers(policy: Policy, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices between layers, AdamW for embeddings, norms and biases."""
+    matrices, others = [], []
+    for name, parameter in policy.named_parameters():
+        (matrices if parameter.ndim == 2 and "embed" not in name else others).append(parameter)
+    muon = torch.optim.Muon(matrices, lr=lr * 20 / 3, weight_decay=0.0)
+    adamw = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
+    for optimizer in (muon, adamw):
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return [muon, adamw]
+
+
+@dataclass
+class Lesson:
+    """A scene with several questions: what they share is the prompt, what follows is to be learnt."""
+
+    prompt: Prompt
+    tails: list[list[int]]
+    """tokens of each question and its answer"""
+    edges: list[dict[int, float]]
+    """for each tail, the place of each coordinate's token and its value"""
+    taught_from: list[int]
+    """for each tail, the place at which the answer begins"""
+
+
+def lesson(agent: VLMAgent, labels: str, rng: np.random.Generator, single: bool) -> Lesson:
+    """Draws a scene, and questions about it with the annotators' answers."""
+    scene, scene_rng = sample_scene("train", int(rng.integers(2**62)), counts=(1, 1) if single else (2, 4))
+    tokenizer = agent.family.processor.tokenizer
+    closing = tokenizer.encode("<|im_end|>\n<|im_start|>assistant\n")
+    template = RECEnv.prompt_template.format(question="", coordinates="pixels")
+    whole = agent.family.encode({"images": (scene.image,), "prompt": template})
+    keep = len(whole.input_ids) - len(closing)
+    result = Lesson(Prompt(whole.input_ids[:keep], whole.position_ids[:, :keep], whole.images), [], [], [])
+    for _ in range(EXPRESSIONS_PER_SCENE):
+        reference = choose_reference(scene, scene_rng)
+        question = tokenizer.encode(QUESTION.format(expression=reference.expression)) + closing
+        add_answer(result, question, reference, labels, rng, agent)
+    return result
+
+
+def add_answer(
+    result: Lesson, question: list[int], reference: Reference, labels: str, rng: np.random.Generator, agent: VLMAgent
+) -> None:
+    tokenizer = agent.family.processor.tokenizer
+    edges = np.array(reference.target.box if labels == "exact" else loosen(reference.target.box, rng))
+    box = "[" + ",".join(str(round(edge)) for edge in edges) + "]"
+    answer = tokenizer.encode(write_answer(box, f"the {reference.target}") + "<|im_end|>")
+    numbers = [len(question) + i for i, token in enumerate(answer) if tokenizer.decode([token]).isdigit()]
+    result.tails.append(question + answer)
+    result.edges.append(dict(zip(numbers, edges.tolist(), strict=True)))
+    result.taught_from.append(len(question))
+
+
+def loosen(box: Box, rng: np.random.Generator) -> Box:
+    """A loose annotator's box: every side 5 to 30 % of the object's size too far out, within the image."""
+    width, height = box[2] - box[0], box[3] - box[1]
+    out = rng.uniform(0.05, 0.3, size=4) * (-width, -height, width, height)
+    x1, y1, x2, y2 = np.clip(np.array(box) + out, 0, SIDE).tolist()
+    return x1, y1, x2, y2
+
+
+def imitation_loss(policy: Policy, agent: VLMAgent, lessons: list[Lesson]) -> Tensor:
+    """Cross-entropy on the answers: a Gaussian over neighbouring numbers at coordinates, little weight elsewhere."""
+    tails = [tail for one in lessons for tail in one.tails]
+    completions = [Completion("", np.array(tail), np.zeros(len(tail), np.float32), "stop") for tail in tails]
+    index = np.repeat(np.arange(len(lessons)), EXPRESSIONS_PER_SCENE)
+    hidden, targets, mask = policy.hidden_states(Rollout([one.prompt for one in lessons], index, completions, 1.0))
+    starts = torch.tensor([start for one in lessons for start in one.taught_from])
+    mask &= torch.arange(mask.shape[1]) >= starts[:, None]
+    is_edge = torch.zeros_like(mask)
+    values = torch.zeros(mask.shape)
+    for row, edges in enumerate(edge for one in lessons for edge in one.edges):
+        for place, value in edges.items():
+            is_edge[row, place], values[row, place] = True, value
+    logprobs = torch.log_softmax(policy.logits(hidden[mask]), dim=-1)
+    edge = is_edge[mask]
+    plain = -logprobs[~edge].gather(-1, targets[mask][~edge][:, None]).sum()
+    numbers = torch.tensor(agent.family.processor.tokenizer.convert_tokens_to_ids([str(n) for n in range(100)]))
+    nearness = -((torch.arange(100) - values[mask][edge][:, None]) ** 2) / (2 * NUMBER_SIGMA**2)
+    soft = -(torch.softmax(nearness, dim=-1) * logprobs[edge][:, numbers]).sum()
+    return (soft + OTHER_TOKENS_WEIGHT * plain) / (edge.sum() + OTHER_TOKENS_WEIGHT * (~edge).sum())
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

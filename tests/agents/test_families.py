@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers.utils import is_torchvision_available
+
+from vlmenv.agents.families import coordinate_space
+from vlmenv.agents.families.base import Processor
+from vlmenv.agents.vlm import VLMAgent, find_model
+from vlmenv.core.coordinates import CoordinateSpace
+from vlmenv.core.errors import ModelError
+
+
+def test_published_image_token_counts_are_met(published_folder: Path) -> None:
+    agent = VLMAgent.from_pretrained(published_folder)
+    family = agent.family
+    expected = {"qwen2_5_vl": (391, (1, 34, 46)), "qwen3_vl": (300, (1, 30, 40))}[family.model_type]
+    prompt = family.encode({"images": (np.zeros((480, 640, 3), np.uint8),), "prompt": "Hello"})
+    assert int((prompt.input_ids == family.model.config.image_token_id).sum()) == expected[0]
+    assert tuple(prompt.images["image_grid_thw"][0].tolist()) == expected[1]
+
+
+def test_prompts_equal_the_published_templates_expanded_as_text(published_folder: Path) -> None:
+    family = VLMAgent.from_pretrained(published_folder).family
+    observation = {"images": (np.zeros((112, 112, 3), np.uint8),), "prompt": "Where is <it>?"}
+    tokens = int(family.encode(observation).images["image_grid_thw"].prod()) // 4
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" if family.model_type == "qwen2_5_vl" else ""
+    pads = "<|image_pad|>" * tokens
+    text = (
+        f"{system}<|im_start|>user\n<|vision_start|>{pads}<|vision_end|>Where is <it>?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert family.encode(observation).input_ids.tolist() == family.processor.tokenizer.encode(text)
+
+
+def test_positions_of_an_image_are_its_grid(builtin: VLMAgent) -> None:
+    """By hand: text counts on alike, an image of 2 x 3 features spreads over height and width (M-RoPE)."""
+    prompt = builtin.family.encode({"images": (np.zeros((64, 96, 3), np.uint8),), "prompt": "Hello"})
+    start = int(np.flatnonzero(prompt.input_ids == builtin.family.model.config.image_token_id)[0])
+    time, height, width = prompt.position_ids[:, start : start + 6].tolist()
+    assert time == [start] * 6
+    assert height == [start] * 3 + [start + 1] * 3
+    assert width == [start, start + 1, start + 2] * 2
+    after = prompt.position_ids[:, start + 6 :]
+    assert after[0].tolist() == list(range(start + 3, start + 3 + after.shape[1]))
+    assert (after == after[0]).all()
+
+
+def test_end_tokens_are_the_generation_configurations(published_folder: Path) -> None:
+    assert VLMAgent.from_pretrained(published_folder).family.end_tokens == (151645, 151643)
+
+
+def test_without_torchvision_the_parts_are_loaded() -> None:
+    processor = Processor.from_pretrained(find_model("builtin"))
+    assert type(processor.image_processor).__name__.endswith("" if is_torchvision_available() else "Pil")
+    assert ("torchvision" in sys.modules) == is_torchvision_available()
+
+
+def test_with_torchvision_the_whole_processor_gives_the_same_prompts(builtin: VLMAgent) -> None:
+    if not is_torchvision_available():
+        pytest.skip("torchvision is not installed")
+    from transformers import AutoImageProcessor
+
+    image = np.random.default_rng(0).integers(256, size=(96, 64, 3), dtype=np.uint8)
+    pillow = AutoImageProcessor.from_pretrained(find_model("builtin"), backend="pil")(
+        images=[image], return_tensors="pt"
+    )
+    whole = builtin.family.processor.image_processor(images=[image], return_tensors="pt")
+    torch.testing.assert_close(pillow["pixel_values"], whole["pixel_values"], atol=0.02, rtol=0)
+    assert torch.equal(pillow["image_grid_thw"], whole["image_grid_thw"])
+
+
+def test_how_a_model_writes_coordinates(tmp_path: Path) -> None:
+    assert coordinate_space(find_model("builtin")) is CoordinateSpace.ORIGINAL
+    for model_type, expected in (("qwen2_5_vl", "original"), ("qwen3_vl", "norm1000")):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+        assert coordinate_space(tmp_path) == expected
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="configuration cannot be read"):
+        coordinate_space(tmp_path)
+
+
+def test_a_missing_chat_template_is_named(tmp_path: Path) -> None:
+    shutil.copytree(find_model("builtin"), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(ModelError, match="no chat template"):
+        Processor.from_pretrained(tmp_path)

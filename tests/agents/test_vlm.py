@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from vlmenv.agents.vlm import VLMAgent, find_model
+from vlmenv.core.errors import ModelError, PromptError
+from vlmenv.core.rollout import Observation, Rollout
+
+
+def observations(num_envs: int = 12, group_size: int = 4) -> Any:
+    envs = gymnasium.make_vec("VLM-REC-v0", num_envs=num_envs, group_size=group_size)
+    return envs.reset(seed=0)[0]
+
+
+def ragged() -> list[Observation]:
+    """Prompts of unequal length with one image, two, none, and of unequal sizes, in groups."""
+    rng = np.random.default_rng(0)
+
+    def image(height: int, width: int) -> np.ndarray:
+        return rng.integers(256, size=(height, width, 3), dtype=np.uint8)
+
+    a: Observation = {"images": (image(64, 96),), "prompt": "Locate the red circle."}
+    b: Observation = {"images": (image(96, 96), image(64, 64)), "prompt": "Which of the two is larger, and how much?"}
+    c: Observation = {"images": (), "prompt": "How many is 2 and 3?"}
+    return [a, a, a, b, b, c, c, a]
+
+
+def plain_logprobs(agent: VLMAgent, rollout: Rollout, row: int) -> torch.Tensor:
+    """A completion's log-probabilities by the model's own forward pass on the whole sequence, nothing shared."""
+    prompt, completion = rollout.prompts[rollout.prompt_index[row]], rollout.completions[row]
+    ids = torch.from_numpy(np.concatenate([prompt.input_ids, completion.token_ids]))[None]
+    image_token = agent.family.model.config.image_token_id
+    logits = agent.family.model(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        mm_token_type_ids=(ids == image_token).int(),
+        **prompt.images,
+    ).logits[0, len(prompt.input_ids) - 1 : -1]
+    logits[:, agent.family.banned_tokens] = -torch.inf
+    logprobs = torch.log_softmax(logits / (rollout.temperature or 1), dim=-1)
+    return logprobs.gather(-1, torch.from_numpy(completion.token_ids)[:, None])[:, 0]
+
+
+@pytest.fixture(params=["builtin", "qwen2_5_vl", "published"])
+def agent(request: pytest.FixtureRequest) -> VLMAgent:
+    if request.param == "published":
+        folder = request.getfixturevalue("published_folder")
+    else:
+        folder = "builtin" if request.param == "builtin" else request.getfixturevalue("qwen2_5_vl_folder")
+    agent = VLMAgent.from_pretrained(folder, temperature=0.8, max_new_tokens=6)
+    agent.seed(0)
+    return agent
+
+
+def test_sampled_logprobs_equal_a_fresh_plain_forward_pass(agent: VLMAgent) -> None:
+    rollout = agent.rollout(ragged())
+    assert len(rollout) == 8
+    assert len(rollout.prompts) == 4
+    again = agent.logprobs(rollout)
+    for row, completion in enumerate(rollout.completions):
+        length = len(completion.token_ids)
+        expected = plain_logprobs(agent, rollout, row).detach().numpy()
+        np.testing.assert_allclose(completion.logprobs, expected, atol=1e-5)
+        np.testing.assert_allclose(again.values[row, :length].detach().numpy(), expected, atol=1e-5)
+        assert not again.values[row, length:].any()
+        assert again.mask[row].sum() == length
+
+
+def test_gradients_equal_those_of_the_plain_forward_pass(agent: VLMAgent) -> None:
+    rollout = agent.rollout(ragged())
+    weights = torch.linspace(-1, 1, len(rollout))
+    (agent.logprobs(rollout).values * weights[:, None]).sum().backward()
+    shared = {name: parameter.grad for name, parameter in agent.policy.named_parameters()}
+    agent.policy.zero_grad()
+    sum(weights[row] * plain_logprobs(agent, rollout, row).sum() for row in range(len(rollout))).backward()
+    largest = max(float(p.grad.abs().max()) for p in agent.policy.parameters() if p.grad is not None)
+    for name, parameter in agent.policy.named_parameters():
+        assert (parameter.grad is None) == (shared[name] is None), name
+        if parameter.grad is not None:
+            assert (parameter.grad - shared[name]).abs().max() <= 1e-5 * largest, name
+
+
+def test_entropy_is_that_of_the_sampling_distribution(builtin: VLMAgent) -> None:
+    rollout = builtin.rollout(observations())
+    result = builtin.logprobs(rollout)
+    hidden, _, mask = builtin.family_policy.hidden_states(rollout)
+    allowed = np.setdiff1d(np.arange(builtin.family.model.config.text_config.vocab_size), builtin.family.banned_tokens)
+    logits = builtin.family_policy.model.lm_head(hidden)[..., allowed]
+    expected = torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(result.entropy[mask], expected[mask], atol=1e-5, rtol=1e-5)
+    assert not result.entropy.requires_grad
+
+
+def test_sampling_follows_the_distribution(builtin: VLMAgent) -> None:
+    """The frequencies of the first coordinate's token over many samples, against their probabilities."""
+    builtin.max_new_tokens = 8
+    batch = observations(4096, 4096)
+    rollout = builtin.rollout(batch)
+    first = [completion.token_ids[0] for completion in rollout.completions]
+    values, counts = np.unique(first, return_counts=True)
+    probability = {c.token_ids[0]: np.exp(c.logprobs[0]) for c in rollout.completions}
+    for value, count in zip(values, counts, strict=True):
+        p = probability[value]
+        assert abs(count / 4096 - p) < 5 * np.sqrt(p * (1 - p) / 4096) + 1e-3
+
+
+def test_modality_and_control_tokens_are_never_sampled(agent: VLMAgent) -> None:
+    """Even by a policy that wants nothing else."""
+    tokenizer = agent.family.processor.tokenizer
+    model = agent.family.model
+    for token in ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_start|>"):
+        assert tokenizer.convert_tokens_to_ids(token) in agent.family.banned_tokens
+    assert not set(agent.family.end_tokens) & set(agent.family.banned_tokens.tolist())
+    assert not set(range(len(tokenizer), model.lm_head.weight.shape[0])) - set(agent.family.banned_tokens.tolist())
+    for tag in ("think", "answer"):
+        assert not set(tokenizer.encode(f"<{tag}>a</{tag}>")) & set(agent.family.banned_tokens.tolist())
+    pad = model.config.image_token_id
+    with torch.no_grad():
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+        model.lm_head.weight[pad] = model.lm_head.weight.sum(0) * 100
+    agent.temperature = 100.0
+    rollout = agent.rollout(ragged())
+    sampled = np.concatenate([completion.token_ids for completion in rollout.completions])
+    assert not np.isin(sampled, agent.family.banned_tokens).any()
+    assert torch.isfinite(agent.logprobs(rollout).values).all()
+
+
+def test_finish_reasons(builtin: VLMAgent) -> None:
+    batch = observations(4, 1)
+    whole = builtin.rollout(batch)
+    assert {completion.finish_reason for completion in whole.completions} == {"stop"}
+    assert all(completion.token_ids[-1] in builtin.family.end_tokens for completion in whole.completions)
+    builtin.max_new_tokens = 5
+    cut = builtin.rollout(batch)
+    assert {completion.finish_reason for completion in cut.completions} == {"length"}
+    assert all(len(completion.token_ids) == 5 for completion in cut.completions)
+
+
+def test_a_seed_fixes_the_samples(builtin: VLMAgent) -> None:
+    def texts(seed: int) -> list[str]:
+        builtin.seed(seed)
+        return builtin.rollout(observations()).texts
+
+    assert texts(1) == texts(1)
+    assert texts(1) != texts(2)
+
+
+def test_act_is_greedy_and_the_same_alone_or_in_a_batch(builtin: VLMAgent) -> None:
+    batch = observations(6, 1)
+    together = builtin.act(batch)
+    assert together == builtin.act(batch)
+    alone = [
+        builtin.act([{"images": images, "prompt": prompt}])[0]
+        for images, prompt in zip(batch["images"], batch["prompt"], strict=True)
+    ]
+    assert together == alone
+
+
+def test_greedy_answers_equal_transformers_generate(builtin: VLMAgent) -> None:
+    batch = observations(3, 1)
+    ours = builtin.act(batch)
+    prompts, _ = builtin.encode(batch)
+    for text, prompt in zip(ours, prompts, strict=True):
+        ids = torch.from_numpy(prompt.input_ids)[None]
+        output = builtin.family.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            mm_token_type_ids=(ids == builtin.family.model.config.image_token_id).int(),
+            max_new_tokens=24,
+            do_sample=False,
+            **prompt.images,
+        )
+        assert builtin.family.decode(output[0, ids.shape[1] :].numpy()) == text
+
+
+def test_the_builtin_model_answers_in_the_format_asked_for(builtin: VLMAgent) -> None:
+    envs = gymnasium.make_vec("VLM-REC-v0", num_envs=32, split="eval")
+    batch, _ = envs.reset(seed=0)
+    _, _, _, _, infos = envs.step(builtin.act(batch))
+    assert infos["rewards"]["format"].mean() > 0.95
+    assert infos["rewards"]["iou"].mean() > 0.3
+
+
+def test_a_saved_model_is_loaded_by_plain_transformers(builtin: VLMAgent, tmp_path: Path) -> None:
+    with torch.no_grad():
+        builtin.family.model.lm_head.weight.mul_(1.5)
+    builtin.save(tmp_path)
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    for name, tensor in builtin.family.model.state_dict().items():
+        assert torch.equal(plain.state_dict()[name], tensor), name
+    again = VLMAgent.from_pretrained(tmp_path, max_new_tokens=24)
+    assert again.act(observations(2, 1)) == builtin.act(observations(2, 1))
+
+
+def test_a_frozen_copy_stays_as_it_was(builtin: VLMAgent) -> None:
+    rollout = builtin.rollout(observations())
+    copy = builtin.frozen_copy()
+    before = builtin.logprobs(rollout).values.detach()
+    with torch.no_grad():
+        builtin.family.model.lm_head.weight.mul_(1.5)
+    assert torch.equal(copy.logprobs(rollout).values, before)
+    assert not copy.parameters()
+    assert not torch.equal(builtin.logprobs(rollout).values, before)
+
+
+def test_a_prompt_that_does_not_fit_is_refused(builtin: VLMAgent) -> None:
+    batch = [*ragged()[:1], {"images": (), "prompt": "circle " * 3000}]
+    with pytest.raises(PromptError, match=r"observation 1: the prompt has .* leaves no room for max_new_tokens=24"):
+        builtin.rollout(batch)
+
+
+@pytest.mark.parametrize("mark", ["<|image_pad|>", "<|video_pad|>"])
+def test_a_prompt_with_modality_tokens_of_its_own_is_refused(builtin: VLMAgent, mark: str) -> None:
+    batch = [{**ragged()[0], "prompt": f"Locate {mark}."}]
+    with pytest.raises(PromptError, match="must not contain modality tokens"):
+        builtin.act(batch)
+
+
+def test_an_image_that_the_processor_refuses_is_named(builtin: VLMAgent) -> None:
+    batch = [{"images": (np.zeros((1, 900, 3), dtype=np.uint8),), "prompt": "Locate it."}]
+    with pytest.raises(PromptError, match=r"observation 0: .*aspect ratio"):
+        builtin.act(batch)
+
+
+@pytest.mark.parametrize("kept", [("config.json",), ("config.json", "tokenizer.json")])
+def test_a_folder_without_processor_is_refused(tmp_path: Path, kept: tuple[str, ...]) -> None:
+    for name in (*kept, "model.safetensors"):
+        shutil.copyfile(find_model("builtin") / name, tmp_path / name)
+    with pytest.raises(ModelError, match="has no processor"):
+        VLMAgent.from_pretrained(tmp_path)
+
+
+def test_models_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no such model folder"):
+        find_model(tmp_path / "none")
+    with pytest.raises(ModelError, match=r"config\.json is missing"):
+        find_model(tmp_path)
+    with pytest.raises(ModelError, match="cannot be had from the Hugging Face hub"):
+        find_model("nobody/nothing")
+
+
+def test_a_family_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_audio"}')
+    with pytest.raises(ModelError, match="unknown model family 'qwen2_audio'"):
+        VLMAgent.from_pretrained(tmp_path)

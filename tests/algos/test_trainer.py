@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from vlmenv.agents.vlm import VLMAgent
+from vlmenv.algos import GRPO, GRPOConfig, Trainer, TrainerConfig
+from vlmenv.core.errors import ConfigError, DataError
+
+
+def make(
+    agent: VLMAgent, *, num_envs: int = 12, grpo: GRPOConfig | None = None, env: Any = None, **options: Any
+) -> Trainer:
+    grpo = grpo or GRPOConfig(group_size=4)
+    envs = gymnasium.make_vec("VLM-REC-v0", num_envs=num_envs, group_size=grpo.group_size, **(env or {}))
+    return Trainer(agent, envs, GRPO(grpo), TrainerConfig(**options), Accelerator(cpu=True))
+
+
+def gradient(trainer: Trainer, rollout: Any, advantages: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    trainer.optimizer.zero_grad()
+    sums = trainer.backward(rollout, advantages)
+    return torch.cat([p.grad.flatten() for p in trainer.agent.parameters() if p.grad is not None]), sums
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 5, 12])
+def test_the_gradient_does_not_depend_on_the_micro_batches(builtin: VLMAgent, size: int) -> None:
+    grpo = GRPOConfig(group_size=4, beta=0.1)
+    whole = make(builtin, grpo=grpo)
+    rollout = builtin.rollout(whole.envs.reset(seed=0)[0])
+    with torch.no_grad():
+        builtin.family.model.lm_head.weight.mul_(1.02)  # so that ratio and divergence matter
+    advantages = torch.linspace(-1, 1, 12)
+    expected, expected_sums = gradient(whole, rollout, advantages)
+    whole.config = TrainerConfig(micro_batch_size=size)
+    found, sums = gradient(whole, rollout, advantages)
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    for name, value in sums.items():
+        torch.testing.assert_close(value, expected_sums[name], atol=1e-5, rtol=1e-5)
+
+
+def test_a_reward_that_can_be_had_is_learnt(builtin: VLMAgent) -> None:
+    """A callable reward for boxes that begin at the left edge: rare at first, common after 25 steps."""
+
+    def left(text: str, target: object) -> float:
+        return float("<answer>[0," in text or "<answer>[1," in text or "<answer>[2," in text)
+
+    trainer = make(builtin, num_envs=32, env={"rewards": {left: 1.0}}, steps=25, lr=3e-4, warmup_steps=1)
+    rewards = [result.metrics["reward/left"] for result in trainer.train(seed=0)]
+    assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.3
+
+
+def test_what_is_logged(builtin: VLMAgent) -> None:
+    trainer = make(builtin, grpo=GRPOConfig(group_size=4, beta=0.1), steps=1)
+    (result,) = trainer.train(seed=0)
+    assert result.metrics.keys() == {
+        "reward/mean",
+        "reward/iou",
+        "reward/format",
+        "reward/zero_std_groups",
+        "completion/length",
+        "completion/truncated",
+        "policy/approx_kl",
+        "policy/clip_frac",
+        "policy/entropy",
+        "policy/kl",
+        "policy/grad_norm",
+        "loss",
+        "lr",
+        "time/rollout",
+        "time/score",
+        "time/update",
+        "tokens_per_second",
+    }
+    lengths = [len(completion.token_ids) for completion in result.rollout.completions]
+    assert result.metrics["completion/length"] == np.mean(lengths)
+    assert result.metrics["reward/mean"] == pytest.approx(
+        result.metrics["reward/iou"] + 0.1 * result.metrics["reward/format"]
+    )
+    assert abs(result.metrics["policy/approx_kl"]) < 1e-8  # the sampler's log-probabilities are the learner's
+    assert result.metrics["policy/kl"] == pytest.approx(0, abs=1e-8)
+
+
+def test_several_updates_of_a_rollout_move_away_from_the_sampler(builtin: VLMAgent) -> None:
+    trainer = make(builtin, grpo=GRPOConfig(group_size=4, mu=3), steps=1, lr=1e-3, warmup_steps=0)
+    (result,) = trainer.train(seed=0)
+    assert result.metrics["policy/approx_kl"] > 1e-6
+
+
+def test_the_learning_rate_follows_its_schedule(builtin: VLMAgent) -> None:
+    trainer = make(builtin, num_envs=4, steps=6, lr=1e-3, warmup_steps=2, lr_schedule="linear")
+    rates = [result.metrics["lr"] for result in trainer.train(seed=0)]
+    assert rates == pytest.approx([0, 5e-4, 1e-3, 7.5e-4, 5e-4, 2.5e-4])
+
+
+def test_groups_of_another_size_are_refused(builtin: VLMAgent) -> None:
+    envs = gymnasium.make_vec("VLM-REC-v0", num_envs=8, group_size=2)
+    with pytest.raises(ConfigError, match="groups of 2, but grpo compares groups of 4"):
+        Trainer(builtin, envs, GRPO(GRPOConfig(group_size=4)), TrainerConfig(), Accelerator(cpu=True))
+    singles = gymnasium.make_vec("VLM-REC-v0", num_envs=8, vectorization_mode="sync")
+    with pytest.raises(ConfigError, match="groups of 1"):
+        Trainer(builtin, singles, GRPO(GRPOConfig(group_size=4)), TrainerConfig(), Accelerator(cpu=True))
+
+
+def test_a_prompt_that_does_not_fit_is_named_by_its_sample(builtin: VLMAgent) -> None:
+    template = "circle " * 3000 + "{question}"
+    trainer = make(builtin, env={"prompt_template": template}, steps=1)
+    with pytest.raises(DataError, match=r"sample scene-train-\d+: the prompt has"):
+        next(iter(trainer.train(seed=0)))
+
+
+def test_two_processes_take_the_step_that_one_would(tmp_path: Path) -> None:
+    """Two gloo processes on halves of a batch end with the gradient that one process has on the whole."""
+    import subprocess
+    import sys
+
+    script = Path(__file__).parent / "two_processes.py"
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+    ]
+    done = subprocess.run(
+        [*command, str(script), str(tmp_path)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "process0", "process1"))
+    torch.testing.assert_close(first, second, atol=0, rtol=0)
+    torch.testing.assert_close(first, one, atol=1e-6, rtol=0)

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vlmenv.core.rollout import Completion, Observation, Prompt, Rollout, group_neighbours, unbatch
+
+
+def observation(prompt: str, shade: int) -> Observation:
+    return {"images": (np.full((2, 2, 3), shade, dtype=np.uint8),), "prompt": prompt}
+
+
+def test_neighbouring_copies_form_a_group() -> None:
+    rows = [observation("a", 0), observation("a", 0), observation("a", 1), observation("b", 1), observation("a", 0)]
+    firsts, index = group_neighbours(rows)
+    assert firsts == [0, 2, 3, 4]
+    assert index.tolist() == [0, 0, 1, 2, 3]
+
+
+def test_a_slice_keeps_only_the_prompts_that_it_needs() -> None:
+    prompts = [Prompt(np.array([i]), np.zeros((3, 1), np.int64), {}) for i in range(3)]
+    completions = [Completion(str(i), np.array([i]), np.zeros(1, np.float32), "stop") for i in range(6)]
+    rollout = Rollout(prompts, np.array([0, 0, 1, 1, 2, 2]), completions, 1.0)
+    part = rollout[3:6]
+    assert part.texts == ["3", "4", "5"]
+    assert [prompt.input_ids[0] for prompt in part.prompts] == [1, 2]
+    assert part.prompt_index.tolist() == [0, 1, 1]
+
+
+def test_a_batched_observation_is_taken_apart() -> None:
+    a, b = observation("a", 0), observation("b", 1)
+    batched = {"images": (a["images"], b["images"]), "prompt": ("a", "b")}
+    assert [row["prompt"] for row in unbatch(batched)] == ["a", "b"]
+    assert [row["prompt"] for row in unbatch([a, b])] == ["a", "b"]
+    with pytest.raises(TypeError, match=r"pass \[observation\]"):
+        unbatch(a)

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+from conftest import shared
+from gymnasium.utils.env_checker import check_env
+from PIL import Image
+
+from vlmenv.core.answers import NONE
+from vlmenv.core.errors import DataError
+from vlmenv.envs.rec import RECEnv
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    turns = [{"from": "human", "value": "<image>Find it."}, {"from": "gpt", "value": "[1, 2, 3, 4]"}]
+    return {"id": 5, "image": "a.png", "conversations": turns} | changes
+
+
+def turns(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def write(folder: Path, *rows: dict[str, Any] | str) -> Path:
+    Image.new("RGB", (8, 6), "red").save(folder / "a.png")
+    file = folder / "rows.jsonl"
+    file.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows))
+    return file
+
+
+def test_a_row_becomes_a_sample(tmp_path: Path) -> None:
+    file = write(tmp_path, row(), "", row(id="x", conversations=turns("Find it.", "None")))
+    env = RECEnv(dataset=file)
+    assert env.source.size == 2
+    first, second = env.source.get(0), env.source.get(1)
+    assert (first.id, first.question, first.target) == ("5", "Find it.", (1, 2, 3, 4))
+    assert first.images[0].shape == (6, 8, 3)
+    assert (second.id, second.target) == ("x", NONE)
+
+
+def test_images_may_lie_elsewhere(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    file = write(tmp_path, row())
+    (tmp_path / "a.png").rename(folder / "a.png")
+    assert RECEnv(dataset=file, image_root=folder).source.size == 1
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("{oops", "not JSON"),
+        ("[1]", "not a JSON object"),
+        (row(image="b.png"), "no image"),
+        (row(image=7), "neither a path nor a list"),
+        (row(image=[]), "needs an image"),
+        (row(conversations="hello"), "not a list"),
+        (row(conversations=turns("a", "b")[::-1]), "must begin with a turn from 'human'"),
+        (row(conversations=[{"from": "human"}, {"from": "gpt", "value": "b"}]), "no text"),
+        (row(conversations=turns("<image><image>Find it.", "[1, 2, 3, 4]")), "2 <image> marks for 1 images"),
+        (row(conversations=turns("Find it.", "somewhere")), "neither one box"),
+        (row(conversations=turns("Find it.", "[4, 2, 3, 4]")), "neither one box"),
+    ],
+)
+def test_a_faulty_row_is_named_with_file_and_line(tmp_path: Path, bad: dict[str, Any] | str, message: str) -> None:
+    file = write(tmp_path, row(), bad)
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: ") as caught:
+        RECEnv(dataset=file)
+    assert message in str(caught.value)
+
+
+def test_a_file_that_is_no_image_is_named(tmp_path: Path) -> None:
+    file = write(tmp_path, row())
+    (tmp_path / "a.png").write_text("no image")
+    env = RECEnv(dataset=file)
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: .*a\.png cannot be read as an image"):
+        env.reset(seed=0)
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_an_empty_file_is_named(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(content)
+    with pytest.raises(DataError, match="has no rows"):
+        RECEnv(dataset=file)
+
+
+def test_a_missing_file_and_a_missing_folder_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        RECEnv(dataset=tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match="no such folder"):
+        RECEnv(dataset=write(tmp_path, row()), image_root=tmp_path / "none")
+
+
+def test_an_epoch_shows_every_row_once(tmp_path: Path) -> None:
+    file = write(tmp_path, *(row(id=i) for i in range(7)))
+    env = gymnasium.make("VLM-REC-v0", dataset=file)
+    shown = [env.reset(seed=3)[1]["id"]] + [env.reset()[1]["id"] for _ in range(13)]
+    everything = [str(i) for i in range(7)]
+    assert sorted(shown[:7]) == sorted(shown[7:]) == everything
+    assert shown[:7] != shown[7:]
+    assert shown[:7] != everything
+
+
+def test_real_photos_and_expressions_load_and_their_truth_scores_the_maximum() -> None:
+    env = RECEnv(dataset=shared("data/rec/refcocos/samples.jsonl"))
+    check_env(env)
+    assert env.source.size == 19
+    without_target = 0
+    for index in range(19):
+        observation, _ = env.reset(options={"index": index})
+        assert "this sentence describes" in observation["prompt"]
+        assert "<image>" not in observation["prompt"]
+        sample = env.source.get(index)
+        _, reward, _, _, info = env.step(env.write_answer(sample))
+        assert reward == pytest.approx(1.1)
+        without_target += info["target"] == NONE
+    assert without_target == 2
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"),
+    [
+        ("RGBA", (0, 0, 0, 0), (255, 255, 255)),
+        ("LA", (0, 128), (127, 127, 127)),
+        ("P", 0, (0, 0, 0)),
+        ("L", 77, (77, 77, 77)),
+        ("1", 1, (255, 255, 255)),
+        ("I;16", 0x8001, (0x80, 0x80, 0x80)),
+        ("CMYK", (0, 0, 0, 0), (255, 255, 255)),
+    ],
+)
+def test_every_kind_of_image_becomes_rgb(tmp_path: Path, mode: str, colour: Any, expected: tuple[int, ...]) -> None:
+    name = "b.tiff" if mode == "CMYK" else "b.png"
+    Image.new(mode, (3, 2), colour).save(tmp_path / name)
+    file = write(tmp_path, row(image=name, conversations=turns("Find it.", "None")))
+    image = RECEnv(dataset=file).source.get(0).images[0]
+    assert image.shape == (2, 3, 3)
+    np.testing.assert_array_equal(image, np.broadcast_to(np.array(expected, dtype=np.uint8), (2, 3, 3)))
+
+
+def test_the_cameras_orientation_is_honoured(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (4, 2), "red")
+    exif = picture.getexif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    picture.save(tmp_path / "b.png", exif=exif)
+    file = write(tmp_path, row(image="b.png", conversations=turns("Find it.", "None")))
+    assert RECEnv(dataset=file).source.get(0).images[0].shape == (4, 2, 3)

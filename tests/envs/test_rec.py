@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlmenv.core.errors import ConfigError
+from vlmenv.envs.rec import RECEnv
+
+
+def test_gymnasiums_checker_is_content(recwarn: pytest.WarningsRecorder) -> None:
+    env = gymnasium.make("VLM-REC-v0", render_mode="rgb_array")
+    check_env(env.unwrapped)
+    assert not recwarn.list
+    assert gymnasium.make("vlmenv:VLM-REC-v0").spec is not None
+
+
+def test_an_episode_is_one_step() -> None:
+    env = gymnasium.make("VLM-REC-v0")
+    observation, info = env.reset(seed=0)
+    assert env.observation_space.contains(observation)
+    assert set(info) == {"id", "index"}
+    terminal, reward, terminated, truncated, info = env.step("hello")
+    assert (reward, terminated, truncated) == (0.0, True, False)
+    assert env.observation_space.contains(terminal)
+    assert set(info) == {"id", "index", "rewards", "prediction", "target"}
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        env.unwrapped.step("again")
+
+
+def test_a_seed_fixes_samples_and_rewards() -> None:
+    def play(seed: int) -> list[Any]:
+        env = gymnasium.make("VLM-REC-v0")
+        found: list[Any] = [env.reset(seed=seed)]
+        for _ in range(4):
+            found.append(env.step("<think>t</think><answer>[20,20,60,60]</answer>")[1:])
+            found.append(env.reset())
+        return found
+
+    np.testing.assert_equal(play(1), play(1))
+    assert play(1)[0][1]["id"] != play(2)[0][1]["id"]
+
+
+def test_the_truth_scores_the_maximum() -> None:
+    for coordinates in ("original", "norm1000"):
+        env = RECEnv(coordinates=coordinates)
+        for index in range(20):
+            env.reset(options={"index": index})
+            _, reward, _, _, info = env.step(env.write_answer(env.source.get(index)))
+            assert reward > 1.1 - 0.03  # a thousandth of 96 pixels is no whole pixel
+            assert reward == pytest.approx(info["rewards"]["iou"] + 0.1 * info["rewards"]["format"])
+
+
+def test_coordinates_reach_prompt_target_and_picture() -> None:
+    pixels = RECEnv(render_mode="rgb_array")
+    thousandths = RECEnv(coordinates="norm1000", render_mode="rgb_array")
+    pictures = []
+    for env, words in ((pixels, "in pixels"), (thousandths, "in coordinates from 0 to 1000")):
+        observation, _ = env.reset(options={"index": 3})
+        assert words in observation["prompt"]
+        x1, y1, x2, y2 = env.target(env.source.get(3))
+        half = f"<answer>[{x1},{y1},{(x1 + x2) / 2},{y2}]</answer>"
+        _, _, _, _, info = env.step(half)
+        assert info["rewards"]["iou"] == pytest.approx(0.5)
+        pictures.append(env.render())
+    scale = 1000 / 96
+    assert thousandths.target(env.source.get(3)) == pytest.approx([scale * v for v in pixels.target(env.source.get(3))])
+    np.testing.assert_array_equal(*pictures)
+
+
+def test_the_picture_shows_true_and_answered_boxes() -> None:
+    env = RECEnv(render_mode="rgb_array")
+    env.reset(options={"index": 0})
+    before = env.render()
+    env.step("<answer>[0,0,96,96]</answer>")
+    after = env.render()
+    assert before is not None
+    assert after is not None
+    green, red = [20, 150, 40], [220, 20, 30]
+    x1, y1 = (int(4 * v) for v in env.source.get(0).target[:2])
+    assert before[y1, x1 + 8].tolist() == after[y1, x1 + 8].tolist() == green
+    assert before[0, 0].tolist() != red
+    assert after[0, 0].tolist() == after[-1, -1].tolist() == red
+
+
+def test_rewards_are_named_and_weighted() -> None:
+    def brevity(text: str, target: object) -> float:
+        return float(len(text) < 100)
+
+    env = RECEnv(rewards={"iou@0.5": 2.0, brevity: 0.25, "format": 0.5})
+    env.reset(seed=0)
+    _, reward, _, _, info = env.step("<think>t</think><answer>[0,0,1,1]</answer>")
+    assert info["rewards"] == {"iou@0.5": 0.0, "brevity": 1.0, "format": 1.0}
+    assert reward == 0.75
+    assert RECEnv(rewards={partial(brevity): 1.0}).weighted_terms[0][0] == "brevity"
+
+
+def test_a_prompt_template_is_data() -> None:
+    env = RECEnv(prompt_template='{question} Reply {"bbox_2d": [x1, y1, x2, y2]} in {coordinates}.')
+    prompt = env.reset(seed=0)[0]["prompt"]
+    assert prompt.startswith("Locate the ")
+    assert prompt.endswith('. Reply {"bbox_2d": [x1, y1, x2, y2]} in pixels.')
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rewards": {"iuo": 1}}, "unknown reward term 'iuo'. Did you mean 'iou'?"),
+        ({"rewards": {}}, "rewards is empty"),
+        ({"rewards": {"iou": 1, partial(lambda t, g: 0.0): 1, partial(lambda t, g: 0.0): 1}}, "same name"),
+        ({"coordinates": "norm100"}, "Did you mean 'norm1000'?"),
+        ({"split": "evil"}, "Did you mean 'eval'?"),
+        ({"render_mode": "human"}, "render_mode"),
+        ({"image_root": "x"}, "give dataset too"),
+        ({"dataset": "x.jsonl", "split": "eval"}, "has no splits"),
+        ({"prompt_template": "hello"}, "{question}"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        RECEnv(**arguments)
+    assert message in str(caught.value)
+
+
+def test_measures() -> None:
+    env = RECEnv()
+    target = (0.0, 0.0, 10.0, 10.0)
+    measured = env.measure("<answer>[0,0,10,6]</answer>", target)
+    assert measured == {"iou/mean": 0.6, "accuracy@0.5": 1, "accuracy@0.75": 0, "unparsable": 0, "format": 0}
+    assert env.measure("hm", target)["unparsable"] == 1
+
+
+@given(st.text(st.characters()))
+def test_any_text_is_an_action(text: str) -> None:
+    env = RECEnv()
+    env.reset(options={"index": 0})
+    _, reward, terminated, _, info = env.step(f"<think>{text}</think><answer>{text}</answer>")
+    assert 0 <= reward <= 1.1
+    assert terminated
+    assert set(info["rewards"]) == {"iou", "format"}
+
+
+def test_what_is_no_text_is_refused() -> None:
+    env = RECEnv()
+    env.reset(seed=0)
+    with pytest.raises(TypeError, match="string, not bytes"):
+        env.step(b"hello")  # type: ignore[arg-type]

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.vector import AutoresetMode
+from test_conversations import row, write
+
+from vlmenv.core.errors import ConfigError
+
+ANSWER = "<think>t</think><answer>[20,20,60,60]</answer>"
+
+
+def make(num_envs: int, **arguments: Any) -> Any:
+    return gymnasium.make_vec("VLM-REC-v0", num_envs=num_envs, **arguments)
+
+
+def test_groups_are_neighbouring_copies_that_share_their_images() -> None:
+    envs = make(64, group_size=8)
+    observations, infos = envs.reset(seed=0)
+    assert envs.observation_space.contains(observations)
+    assert envs.metadata["autoreset_mode"] is AutoresetMode.DISABLED
+    assert len(set(infos["id"])) == 8
+    for start in range(0, 64, 8):
+        assert len(set(infos["id"][start : start + 8])) == 1
+        assert len({id(images[0]) for images in observations["images"][start : start + 8]}) == 1
+
+
+def test_it_agrees_with_single_environments_and_gymnasiums_own_vectors() -> None:
+    envs = make(6)
+    observations, infos = envs.reset(seed=5)
+    answers = [ANSWER, "None", "", "<answer>None</answer>", "<answer>[1,2,3]</answer>", ANSWER]
+    ours = envs.step(answers)
+    single = gymnasium.make("VLM-REC-v0")
+    for i, index in enumerate(infos["index"]):
+        observation, _ = single.reset(options={"index": index})
+        np.testing.assert_equal(observation["images"], observations["images"][i])
+        _, reward, _, _, info = single.step(answers[i])
+        assert reward == ours[1][i]
+        assert info["prediction"] == ours[4]["prediction"][i]
+    for mode, extra in (("sync", {}), ("async", {"shared_memory": False})):
+        theirs = make(6, vectorization_mode=mode, vector_kwargs=extra)
+        theirs.reset(seed=5)
+        observations, _, terminated, truncated, infos = theirs.step(answers)
+        assert theirs.observation_space.contains(observations)
+        assert terminated.all()
+        assert not truncated.any()
+        assert infos.keys() == ours[4].keys()
+        assert infos["rewards"].keys() == ours[4]["rewards"].keys()
+        theirs.close()
+
+
+def test_the_order_of_samples_does_not_depend_on_the_number_of_environments() -> None:
+    def shown(num_envs: int, resets: int) -> list[int]:
+        envs = make(num_envs)
+        indices = list(envs.reset(seed=9)[1]["index"])
+        for _ in range(resets - 1):
+            indices += list(envs.reset()[1]["index"])
+        return indices
+
+    assert shown(12, 1) == shown(4, 3) == shown(1, 12)
+
+
+def test_shards_divide_the_order_among_processes(tmp_path: Path) -> None:
+    file = write(tmp_path, *(row(id=i) for i in range(8)))
+    together = make(4, dataset=file)
+    parts = [make(2, dataset=file, shard=i, num_shards=2) for i in range(2)]
+    for seed in (1, None):
+        whole = list(together.reset(seed=seed)[1]["id"])
+        assert whole == [name for part in parts for name in part.reset(seed=seed)[1]["id"]]
+
+
+def test_given_samples_can_be_shown() -> None:
+    envs = make(4, group_size=2, split="eval")
+    _, infos = envs.reset(options={"index": [11, 12]})
+    assert infos["id"].tolist() == ["scene-eval-11"] * 2 + ["scene-eval-12"] * 2
+    with pytest.raises(ConfigError, match="wants 2 indices"):
+        envs.reset(options={"index": [1]})
+    with pytest.raises(ConfigError, match="no option mask"):
+        envs.reset(options={"mask": [1]})
+
+
+def test_a_sample_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    envs = make(1, dataset=write(tmp_path, row()))
+    with pytest.raises(ConfigError, match="no sample 1"):
+        envs.reset(options={"index": [1]})
+
+
+@pytest.mark.parametrize(("num_envs", "group_size"), [(6, 4), (4, 8), (4, 0)])
+def test_a_group_size_that_does_not_divide_is_refused(num_envs: int, group_size: int) -> None:
+    with pytest.raises(ConfigError, match=f"group_size={group_size} does not divide num_envs={num_envs}"):
+        make(num_envs, group_size=group_size)
+
+
+def test_each_step_wants_a_reset_and_a_text_per_environment() -> None:
+    envs = make(2)
+    with pytest.raises(RuntimeError, match="reset"):
+        envs.step([ANSWER, ANSWER])
+    envs.reset(seed=0)
+    with pytest.raises(ValueError, match="2 texts"):
+        envs.step([ANSWER])
+    envs.step([ANSWER, ANSWER])
+    with pytest.raises(RuntimeError, match="reset"):
+        envs.step([ANSWER, ANSWER])
+
+
+def test_pictures() -> None:
+    envs = make(4, group_size=2, render_mode="rgb_array")
+    envs.reset(seed=0)
+    envs.step([ANSWER, "", ANSWER, ""])
+    pictures = envs.render()
+    assert len(pictures) == 4
+    assert not np.array_equal(pictures[0], pictures[1])

@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import shared
+from PIL import Image
+
+from vlmenv.agents.vlm import find_model
+from vlmenv.cli import main
+
+TINY = ["--prompts-per-step", "2", "--group-size", "4", "--eval-limit", "4", "--device", "cpu"]
+
+
+def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """What a command that fails prints: one message, no traceback."""
+    with pytest.raises(SystemExit) as caught:
+        main(args)
+    assert caught.value.code not in (0, None)
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.out + captured.err
+    return captured.err + captured.out
+
+
+def rows(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_train_leaves_a_whole_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    main(["train", "--steps", "2", "--checkpoint-every", "1", "--output", str(run), *TINY])
+    out = capsys.readouterr().out
+    assert "step    1/2  reward" in out
+    assert "before" in out
+    assert "after" in out
+    metrics = rows(run / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [1, 2]
+    assert all(isinstance(value, float | int) for row in metrics for value in row.values())
+    completions = rows(run / "rollouts.jsonl")
+    assert len(completions) == 2 * 8
+    assert completions[0].keys() == {"step", "id", "prompt", "completion", "finish_reason", "rewards"}
+    assert completions[0]["rewards"].keys() == {"iou", "format"}
+    for picture in ("curve.png", "samples.png"):
+        with Image.open(run / picture) as image:
+            assert min(image.size) > 200
+    assert json.loads((run / "evaluation.json").read_text())["after"].keys() >= {"iou/mean", "accuracy@0.5"}
+    assert list((run / "tensorboard").rglob("events*"))
+    for step in (1, 2):
+        assert (run / "checkpoints" / f"step-{step}" / "model.safetensors").is_file()
+    assert "already holds a run" in fails(capsys, "train", "--steps", "1", "--output", str(run), *TINY)
+
+
+def test_the_same_seed_gives_the_same_run_bit_for_bit(tmp_path: Path) -> None:
+    """Also through config.yaml, which holds all that is needed to repeat a run."""
+    first, again, other = (tmp_path / name for name in ("first", "again", "other"))
+    main(["train", "--steps", "3", "--seed", "4", "--beta", "0.02", "--output", str(first), *TINY])
+    main(["train", "--config", str(first / "config.yaml"), "--output", str(again)])
+    main(["train", "--config", str(first / "config.yaml"), "--output", str(other), "--seed", "5"])
+    for name in ("rollouts.jsonl", "evaluation.json", "checkpoints/step-3/model.safetensors"):
+        assert (first / name).read_bytes() == (again / name).read_bytes(), name
+    assert timeless(first) == timeless(again) != timeless(other)
+    options = yaml.safe_load((first / "config.yaml").read_text())
+    assert (options["seed"], options["beta"], options["group_size"]) == (4, 0.02, 4)
+
+
+def timeless(run: Path) -> list[dict]:
+    kept = rows(run / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"} for row in kept]
+
+
+def test_eval_writes_and_shows_the_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["eval", "--limit", "20", "--batch-size", "8", "--output", str(tmp_path), "--device", "cpu"])
+    assert "accuracy@0.75" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics.keys() == {"iou/mean", "accuracy@0.5", "accuracy@0.75", "unparsable", "format"}
+    answers = rows(tmp_path / "answers.jsonl")
+    assert [answer["id"] for answer in answers] == [f"scene-eval-{i}" for i in range(20)]
+    mean = sum(answer["measures"]["iou/mean"] for answer in answers) / 20
+    assert metrics["iou/mean"] == pytest.approx(mean)
+
+
+def test_sampled_evaluation_answers_each_question_several_times(tmp_path: Path) -> None:
+    args = ["eval", "--limit", "3", "--samples", "5", "--batch-size", "10", "--device", "cpu", "--output"]
+    main([*args, str(tmp_path / "a")])
+    main([*args, str(tmp_path / "b"), "--seed", "1"])
+    a, b = (rows(tmp_path / name / "answers.jsonl") for name in "ab")
+    assert [answer["index"] for answer in a] == [0] * 5 + [1] * 5 + [2] * 5
+    assert [x["completion"] for x in a] != [x["completion"] for x in b]
+
+
+def test_real_photos_can_be_measured_and_trained_on(tmp_path: Path) -> None:
+    file = str(shared("data/rec/refcocos/samples.jsonl"))
+    main(["eval", "--dataset", file, "--device", "cpu", "--output", str(tmp_path / "eval")])
+    assert len(rows(tmp_path / "eval" / "answers.jsonl")) == 19
+    main(["train", "--dataset", file, "--steps", "2", "--output", str(tmp_path / "run"), *TINY])
+    assert len(rows(tmp_path / "run" / "metrics.jsonl")) == 2
+
+
+def test_envs_lists_the_environments(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["envs"])
+    out = capsys.readouterr().out
+    assert "VLM-REC-v0" in out
+    assert "Referring expression comprehension" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["train", "--env", "VLM-RCE-v0"], "VLM-REC"),
+        (["eval", "--env", "CartPole-v1"], "no visual task"),
+        (["train", "--dataset", "none.jsonl"], "none.jsonl: no such file"),
+        (["eval", "--dataset", "none.jsonl", "--split", "eval"], "has no splits"),
+        (["train", "--model", "./none"], "no such model folder"),
+        (["train", "--group-size", "1"], "group_size must be at least 2"),
+        (["train", "--steps", "0"], "steps must be at least 1"),
+        (["train", "--rewards", "iuo", "1"], "Did you mean 'iou'"),
+        (["train", "--stepz", "3"], "--steps"),
+        (["train", "--algo", "gropo"], "grpo"),
+        (["trian"], "train"),
+        (["eval", "--limit", "0"], "limit must be at least 1"),
+        (["train", "--eval-dataset", "x"], "goes with dataset"),
+        (["train", "--config", "none.yaml"], "none.yaml"),
+    ],
+)
+def test_wrong_input_gives_one_clear_message(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in " ".join(fails(capsys, *args).split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_option_in_a_file_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text("group_sise: 4\n")
+    message = fails(capsys, "train", "--config", str(file))
+    assert "unknown option 'group_sise'. Did you mean 'group_size'?" in " ".join(message.split())
+
+
+def test_a_model_folder_without_processor(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(find_model("builtin") / name, tmp_path / name)
+    assert "has no processor" in fails(capsys, "eval", "--model", str(tmp_path), "--limit", "1")
+
+
+def test_a_line_that_is_not_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("{oops\n")
+    assert "rows.jsonl:1: the line is not JSON" in fails(capsys, "eval", "--dataset", str(file))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")
+def test_cuda_where_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no CUDA GPU here" in fails(capsys, "train", "--device", "cuda")
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(Exception, match="no such file"):
+        main(["eval", "--dataset", "none.jsonl", "--debug"])
+
+
+def test_a_run_that_breaks_off_keeps_what_it_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The last of eight images is no image: the steps before it is met are on disk, and the message names it."""
+    file, lines = tmp_path / "rows.jsonl", []
+    turns = [{"from": "human", "value": "Where is it?"}, {"from": "gpt", "value": "[1, 2, 30, 40]"}]
+    for i in range(8):
+        Image.new("RGB", (64, 64), (i, i, i)).save(tmp_path / f"{i}.png")
+        lines.append(json.dumps({"id": i, "image": f"{i}.png", "conversations": turns}))
+    file.write_text("\n".join(lines))
+    (tmp_path / "7.png").write_text("no image")
+    run = tmp_path / "run"
+    options = ["--dataset", str(file), "--steps", "4", "--seed", "1", "--output", str(run), *TINY, "--eval-limit", "0"]
+    message = fails(capsys, "train", *options)
+    assert "rows.jsonl:8: " in message
+    assert "cannot be read as an image" in message
+    done = rows(run / "metrics.jsonl")
+    assert 0 < len(done) < 4
+    assert len(rows(run / "rollouts.jsonl")) == 8 * len(done)
+    assert (run / "checkpoints" / f"step-{len(done)}" / "model.safetensors").is_file()

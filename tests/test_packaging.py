@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import configparser
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import ROOT
+
+
+def setup_cfg() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    return parser
+
+
+def test_every_package_is_listed() -> None:
+    """One that is missing here would be missing from the wheel, and from nothing else."""
+    listed = set(setup_cfg()["options"]["packages"].split())
+    homes = {"vlmenv": "vlmenv", "agents": "vlmenv.agents", "algos": "vlmenv.algos", "envs": "vlmenv.envs"}
+    found = set()
+    for folder, package in homes.items():
+        for init in (ROOT / folder).rglob("__init__.py"):
+            parts = init.relative_to(ROOT / folder).parent.parts
+            if not (folder == "vlmenv" and parts and parts[0] in homes):
+                found.add(".".join((package, *parts)))
+    assert listed == found
+
+
+def test_importing_is_light() -> None:
+    """Environments can be used under another trainer, without the weight of ours."""
+    heavy = ("torch", "transformers", "vllm", "accelerate", "matplotlib")
+    code = (
+        "import sys, vlmenv, gymnasium; env = gymnasium.make('VLM-REC-v0'); env.reset(seed=0); env.step('hello');"
+        "gymnasium.make_vec('VLM-REC-v0', num_envs=2).reset(seed=0);"
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path("/"))
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_constraints_satisfy_the_requirements() -> None:
+    from packaging.requirements import Requirement
+
+    pins = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            name, _, version = line.partition("==")
+            pins[name.lower()] = version
+    options = setup_cfg()
+    lines = options["options"]["install_requires"].split("\n") + options["options.extras_require"]["test"].split("\n")
+    for requirement in (Requirement(line) for line in lines if line):
+        assert requirement.specifier.contains(pins[requirement.name.lower()]), requirement
+
+
+def test_the_shipped_model_is_small() -> None:
+    files = list((ROOT / "agents" / "builtin").iterdir())
+    assert {file.name for file in files} >= {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "preprocessor_config.json",
+        "video_preprocessor_config.json",
+    }
+    assert sum(file.stat().st_size for file in files) < 5 * 2**20

@@ -1,0 +1,1 @@
+"""The ground floor: spaces, coordinates, answers, rollouts and configuration. Imports no torch."""

@@ -1,0 +1,43 @@
+"""Errors that a user can act on. The command line prints their message alone, without a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class VLMEnvError(Exception):
+    """Wrong input, named so that the user can put it right."""
+
+
+class ConfigError(VLMEnvError):
+    """An option, or a combination of options, that cannot be run."""
+
+
+class DataError(VLMEnvError):
+    """A data set row or an image that cannot be read; the message names the file and the line."""
+
+
+class ModelError(VLMEnvError):
+    """A model folder that is incomplete, or of a family that is not known."""
+
+
+class PromptError(VLMEnvError):
+    """A prompt that the model cannot take.
+
+    Attributes:
+        index: Position of the observation in the batch that was given to the agent.
+    """
+
+    def __init__(self, index: int, reason: str) -> None:
+        super().__init__(f"observation {index}: {reason}")
+        self.index = index
+        self.reason = reason
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
+    """A message for a name that is not known, with the nearest known one as a suggestion."""
+    names = sorted(known)
+    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    hint = f"Did you mean '{nearest[0]}'?" if nearest else f"Known: {', '.join(names)}."
+    return f"unknown {kind} '{name}'. {hint}"

@@ -1,0 +1,83 @@
+"""Gymnasium spaces for any text and for images of any size, which Gymnasium's own do not cover."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from gymnasium.spaces import Space
+from numpy.typing import NDArray
+
+Image = NDArray[np.uint8]
+"""An RGB image, uint8, [H, W, 3]."""
+
+
+class FreeText(Space[str]):
+    """Every string. (`gymnasium.spaces.Text` wants a finite alphabet and a maximum length.)"""
+
+    _PIECES = ("<think>", "</think>", "<answer>", "</answer>", "[", "]", "{", "}", ",", "None")
+    _LETTERS = "abc XYZ 0123456789.-+\n\t\"'\\é中😀"
+
+    def __init__(self, seed: int | np.random.Generator | None = None) -> None:
+        super().__init__(shape=None, dtype=str, seed=seed)
+
+    @property
+    def is_np_flattenable(self) -> bool:
+        return False
+
+    def sample(self, mask: None = None, probability: None = None) -> str:
+        """A random text of up to 64 pieces, answer tags and brackets among them."""
+        if mask is not None or probability is not None:
+            raise ValueError("FreeText samples without mask or probability")
+        pieces = (*self._PIECES, *self._LETTERS)
+        chosen = self.np_random.integers(len(pieces), size=self.np_random.integers(65))
+        return "".join(pieces[i] for i in chosen)
+
+    def contains(self, x: Any) -> bool:
+        return isinstance(x, str)
+
+    def to_jsonable(self, sample_n: Sequence[str]) -> list[str]:
+        return list(sample_n)
+
+    def from_jsonable(self, sample_n: list[Any]) -> list[str]:
+        return [str(text) for text in sample_n]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FreeText)
+
+    def __repr__(self) -> str:
+        return "FreeText()"
+
+
+class RGBImage(Space[Image]):
+    """RGB images of any size: uint8 arrays of shape [H, W, 3] with H, W >= 1."""
+
+    def __init__(self, seed: int | np.random.Generator | None = None) -> None:
+        super().__init__(shape=None, dtype=np.uint8, seed=seed)
+
+    @property
+    def is_np_flattenable(self) -> bool:
+        return False
+
+    def sample(self, mask: None = None, probability: None = None) -> Image:
+        """Noise of a random size of up to 64 x 64 pixels."""
+        if mask is not None or probability is not None:
+            raise ValueError("RGBImage samples without mask or probability")
+        height, width = self.np_random.integers(1, 65, size=2)
+        return self.np_random.integers(256, size=(height, width, 3), dtype=np.uint8)
+
+    def contains(self, x: Any) -> bool:
+        return isinstance(x, np.ndarray) and x.dtype == np.uint8 and x.ndim == 3 and x.shape[2] == 3 and x.size > 0
+
+    def to_jsonable(self, sample_n: Sequence[Image]) -> list[Any]:
+        return [image.tolist() for image in sample_n]
+
+    def from_jsonable(self, sample_n: list[Any]) -> list[Image]:
+        return [np.asarray(image, dtype=np.uint8) for image in sample_n]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RGBImage)
+
+    def __repr__(self) -> str:
+        return "RGBImage()"

@@ -1,0 +1,93 @@
+"""Builds environments and agents from options: what training and evaluation have in common."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium
+import torch
+import transformers
+
+from vlmenv.agents.families import coordinate_space
+from vlmenv.agents.vlm import BUILTIN, VLMAgent, find_model
+from vlmenv.core.errors import ConfigError
+from vlmenv.envs.vector import VisualTaskVectorEnv
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """Which environment, and how it shows its samples."""
+
+    env: str = "VLM-REC-v0"
+    """Environment; `vlmenv envs` lists them. One of your own is given with its module, as in my_task:My-Task-v0."""
+    model: str = BUILTIN
+    """"builtin", a folder, or a name on the Hugging Face hub."""
+    dataset: Path | None = None
+    """A VLM-R1 JSONL file; the built-in samples where left out."""
+    image_root: Path | None = None
+    """Folder that the data set's image paths are relative to; its own where left out."""
+    rewards: dict[str, float] | None = None
+    """Reward terms and weights, as in `--rewards iou 1 format 0.5`; the task's own where left out."""
+    prompt_template: str | None = None
+    """Prompt with {question}, and {coordinates} where it matters."""
+    coordinates: Literal["auto", "original", "norm1000"] = "auto"
+    """How boxes are written; "auto" is the way the model was taught."""
+    device: Device = "auto"
+    """Where the model runs; "auto" takes a GPU if there is one."""
+
+    def env_arguments(self) -> dict[str, Any]:
+        """What the environment is made with, but for the samples.
+
+        Raises:
+            ModelError: There is no such model; its convention of coordinates cannot be known.
+        """
+        coordinates = self.coordinates
+        if coordinates == "auto":
+            coordinates = coordinate_space(find_model(self.model)).value
+        return {"rewards": self.rewards, "prompt_template": self.prompt_template, "coordinates": coordinates}
+
+
+def check_device(device: Device) -> None:
+    """Raises ConfigError where CUDA is asked for and there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device 'cuda' was asked for, but torch finds no CUDA GPU here; leave out --device")
+
+
+def make_envs(env: str, num_envs: int, **arguments: Any) -> VisualTaskVectorEnv:
+    """The batched environment of a registered task; `module:Id` imports the module that registers it.
+
+    Raises:
+        gymnasium.error.Error: There is no such environment; the message suggests one.
+        ConfigError: It is none of vlmenv's.
+    """
+    module, _, name = env.rpartition(":")
+    if module:
+        _import(module)
+    spec = gymnasium.spec(name)
+    if spec.vector_entry_point is None:
+        raise ConfigError(f"{env} is no visual task: register it with vlmenv.register_task")
+    envs = gymnasium.make_vec(spec, num_envs=num_envs, **arguments)
+    assert isinstance(envs, VisualTaskVectorEnv)
+    return envs
+
+
+def _import(module: str) -> None:
+    """Imports a user's module, from the working directory too."""
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"the module '{module}' of the environment cannot be imported: {error}") from error
+
+
+def load_agent(model: str, device: torch.device, temperature: float, max_new_tokens: int) -> VLMAgent:
+    """Loads a model as an agent, without the loader's own progress bars."""
+    transformers.utils.logging.disable_progress_bar()
+    return VLMAgent.from_pretrained(model, device=device, temperature=temperature, max_new_tokens=max_new_tokens)
