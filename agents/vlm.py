@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import shutil
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,14 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache, GenerationConfig, PreTrainedModel
 
 from vlmenv.agents.base import Agent, LogProbs
 from vlmenv.agents.families import Family, Processor, family_of
 from vlmenv.agents.families.base import join_images
-from vlmenv.core.errors import ModelError, PromptError
+from vlmenv.core.errors import ConfigError, ModelError, PromptError
 from vlmenv.core.rollout import Completion, Observations, Prompt, Rollout, group_neighbours, unbatch
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 BUILTIN = "builtin"
 """The name of the small model that is shipped with the package."""
@@ -32,13 +36,16 @@ class VLMAgent(Agent):
         folder: Where the processor's files are, to be copied into checkpoints.
         temperature: Of the sampling distribution; 0 samples greedily.
         max_new_tokens: The longest completion, its end token included.
+
+    Raises:
+        ConfigError: `temperature` or `max_new_tokens` is out of range.
     """
 
     def __init__(self, family: Family, folder: Path, *, temperature: float = 1.0, max_new_tokens: int = 64) -> None:
         if temperature < 0:
-            raise ValueError(f"temperature must not be negative, not {temperature}")
+            raise ConfigError(f"temperature must not be negative, not {temperature}")
         if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+            raise ConfigError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
         self.family = family
         self.folder = folder
         self.temperature = temperature
@@ -75,11 +82,7 @@ class VLMAgent(Agent):
             raise ModelError(f"{folder}: the model's configuration cannot be read: {error}") from error
         family = family_of(config.model_type)
         processor = Processor.from_pretrained(folder)
-        try:
-            model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
-        except OSError as error:
-            raise ModelError(f"{folder}: the model's weights cannot be read: {error}") from error
-        model = model.to(device).eval()  # type: ignore[arg-type]
+        model = _load_weights(folder, dtype).to(device).eval()  # type: ignore[arg-type]
         return cls(family(model, processor), folder, temperature=temperature, max_new_tokens=max_new_tokens)
 
     def act(self, observations: Observations) -> list[str]:
@@ -97,12 +100,27 @@ class VLMAgent(Agent):
         return VLMAgent(family, self.folder, temperature=self.temperature, max_new_tokens=self.max_new_tokens)
 
     def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        """Writes weights and processor; the folder appears only when it is whole.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        partial = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        model, generation = self.family.model, self.family.model.generation_config
+        # Published generation settings may be ones that transformers loads but refuses to save.
+        model.generation_config = GenerationConfig(eos_token_id=list(self.family.end_tokens))
+        try:
+            model.save_pretrained(partial)
+        finally:
+            model.generation_config = generation
         for file in self.folder.iterdir():
             kept = file.suffix in {".json", ".jinja", ".txt"} and not file.name.endswith(".index.json")
-            if kept and not (folder / file.name).exists():
-                shutil.copyfile(file, folder / file.name)
-        self.family.model.save_pretrained(folder)
+            if kept and file.name != "config.json":
+                shutil.copyfile(file, partial / file.name)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
 
     @cached_property
     def max_length(self) -> int:
@@ -305,6 +323,23 @@ def _pad(rows: list[np.ndarray]) -> Tensor:
     return nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True)
 
 
+def _load_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a folder, with every one of its weights.
+
+    Raises:
+        ModelError: Weights cannot be read, or some are missing.
+    """
+    try:
+        model, report = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{folder}: the model's weights cannot be read: {error}") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelError(f"{folder}: {len(missing)} of the model's weights are missing, {missing[0]} among them")
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
 def find_model(name_or_path: str | Path) -> Path:
     """The folder of a model; one on the hub is downloaded.
 
@@ -318,7 +353,7 @@ def find_model(name_or_path: str | Path) -> Path:
         if not (folder / "config.json").is_file():
             raise ModelError(f"{folder}: not a model folder, config.json is missing")
         return folder
-    if folder.is_absolute() or str(name_or_path).startswith(".") or str(name_or_path).count("/") != 1:
+    if not _HUB_NAME.fullmatch(str(name_or_path)):
         raise ModelError(f"{name_or_path}: no such model folder")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

@@ -5,6 +5,7 @@ It uses only what any other program can: `VectorEnv`, `Agent` and `Algorithm`.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,6 @@ import torch
 from accelerate import Accelerator
 from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
-from transformers import get_scheduler
 
 from vlmenv.agents.base import Agent, LogProbs
 from vlmenv.algos.advantages import zero_variance_share
@@ -49,6 +49,18 @@ class TrainerConfig:
             raise ConfigError(f"steps must be at least 1, not {self.steps}")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise ConfigError(f"micro_batch_size must be at least 1, not {self.micro_batch_size}")
+        if self.lr <= 0 or self.max_grad_norm <= 0:
+            raise ConfigError("lr and max_grad_norm must be above 0")
+        if self.weight_decay < 0 or self.warmup_steps < 0:
+            raise ConfigError("weight_decay and warmup_steps must not be negative")
+
+    def lr_factor(self, step: int) -> float:
+        """What the peak learning rate is multiplied by in a step, counted from 0."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        left = 1 - (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        shapes = {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}
+        return shapes[self.lr_schedule]
 
 
 @dataclass(slots=True)
@@ -97,8 +109,7 @@ class Trainer:
         self.reference = agent.frozen_copy() if algorithm.wants_reference else None
         optimizer = torch.optim.AdamW(agent.parameters(), lr=config.lr, weight_decay=config.weight_decay)
         agent.policy, self.optimizer = accelerator.prepare(agent.policy, optimizer)
-        updates = config.steps * algorithm.updates_per_rollout
-        self.scheduler = get_scheduler(config.lr_schedule, optimizer, config.warmup_steps, updates)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, config.lr_factor)
 
     def train(self, seed: int) -> Iterator[StepResult]:
         """Trains, handing over each step's result as it is done.
@@ -137,6 +148,7 @@ class Trainer:
         metrics: dict[str, float] = {}
         for _ in range(self.algorithm.updates_per_rollout):
             metrics = self._update(rollout, advantages)
+        self.scheduler.step()
         return metrics
 
     def _update(self, rollout: Rollout, advantages: Tensor) -> dict[str, float]:
@@ -146,7 +158,6 @@ class Trainer:
         lr = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.scheduler.step()
         return {name: value.item() for name, value in sums.items()} | {"policy/grad_norm": float(norm), "lr": lr}
 
     def backward(self, rollout: Rollout, advantages: Tensor) -> dict[str, Tensor]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from abc import abstractmethod
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 from gymnasium import spaces
 
 from vlmenv.core.coordinates import CoordinateSpace
-from vlmenv.core.errors import ConfigError, unknown_name
+from vlmenv.core.errors import ConfigError, RewardError, unknown_name
 from vlmenv.core.rollout import Observation
 from vlmenv.core.spaces import FreeText, Image, RGBImage
 from vlmenv.envs.data.conversations import Conversations
@@ -40,7 +41,7 @@ class Score:
     """the answer as parsed; None where it could not be"""
 
 
-class VisualTaskEnv(gymnasium.Env[Observation, str]):
+class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
     """A visual task with rule-based rewards.
 
     The observation is `{"images": tuple of uint8 [H, W, 3] arrays, "prompt": str}`, the action any
@@ -91,7 +92,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str]):
         self.action_space = FreeText()
         self.render_mode = render_mode
         self.coordinates = _coordinate_space(coordinates)
-        self.template = _checked_template(prompt_template or self.prompt_template)
+        self.template = _checked_template(self.prompt_template if prompt_template is None else prompt_template)
         self.weighted_terms = self._weighted_terms(self.default_rewards if rewards is None else rewards)
         self.source = self._open(dataset, image_root, split)
         self._order: SampleOrder | None = None
@@ -140,7 +141,9 @@ class VisualTaskEnv(gymnasium.Env[Observation, str]):
         if seed is not None or self._order is None:
             self._order = SampleOrder(self.source.size, key=int(self.np_random.integers(2**62)))
             self._position = 0
-        if options and "index" in options:
+        if unknown := set(options or {}) - {"index"}:
+            raise ConfigError(f"reset knows no option {', '.join(sorted(unknown))}; it knows 'index'")
+        if options:
             self._index = check_index(options["index"], self.source.size)
         else:
             self._index = self._order[self._position]
@@ -177,11 +180,15 @@ class VisualTaskEnv(gymnasium.Env[Observation, str]):
 
         Raises:
             TypeError: `text` is no string.
+            RewardError: A term is not finite.
         """
         if not isinstance(text, str):
             raise TypeError(f"an action is a string, not {type(text).__name__}")
         target = self.target(sample)
         terms = {name: float(term(text, target)) for name, term, _ in self.weighted_terms}
+        for name, value in terms.items():
+            if not math.isfinite(value):
+                raise RewardError(f"reward term '{name}' gave {value} for sample {sample.id}; it must be finite")
         reward = sum(weight * terms[name] for name, _, weight in self.weighted_terms)
         return Score(float(reward), terms, self.parse(text))
 
@@ -215,6 +222,8 @@ class VisualTaskEnv(gymnasium.Env[Observation, str]):
             term = self.terms[key] if isinstance(key, str) else key
             found.append((key if isinstance(key, str) else _name_of(key), term, float(weight)))
         names = [name for name, _, _ in found]
+        if hidden := [name for name in names if name.startswith("_")]:
+            raise ConfigError(f"reward term {hidden[0]}: a leading underscore is taken for a mask in vector infos")
         if len(set(names)) < len(names):
             raise ConfigError(f"two reward terms have the same name: {', '.join(names)}")
         return found

@@ -19,11 +19,11 @@ def register_task(id: str, entry_point: str) -> None:
         id: As in `"VLM-REC-v0"`.
         entry_point: Where the `VisualTaskEnv` subclass is, as in `"my_package.my_task:MyEnv"`.
     """
-    gymnasium.register(id, entry_point=entry_point, vector_entry_point=_VectorEntryPoint(entry_point))
+    gymnasium.register(id, entry_point=entry_point, vector_entry_point=VectorEntryPoint(entry_point))
 
 
 @dataclass(frozen=True)
-class _VectorEntryPoint:
+class VectorEntryPoint:
     """Builds the batched environment of a task that is imported only then."""
 
     entry_point: str

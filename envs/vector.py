@@ -98,7 +98,7 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         images, prompts = tuple(row["images"] for row in rows), tuple(row["prompt"] for row in rows)
         self._observations = {"images": images, "prompt": prompts}
         self._predictions = None
-        return self._observations, self._infos([{} for _ in rows])
+        return self._observations, self._infos()
 
     def step(
         self, actions: Sequence[str]
@@ -128,7 +128,10 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _next_indices(self, order: SampleOrder, options: dict[str, Any] | None) -> list[int]:
-        if unknown := set(options or {}) - {"index"}:
+        options = dict(options or {})
+        if not np.all(options.pop("reset_mask", True)):
+            raise ConfigError("episodes of one step end together: reset_mask must be True everywhere")
+        if unknown := set(options) - {"index"}:
             raise ConfigError(f"reset knows no option {', '.join(sorted(unknown))}; it knows 'index'")
         if options:
             indices = [check_index(index, self.task.source.size) for index in options["index"]]
@@ -139,10 +142,21 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         self._position += self._num_shards * self.num_groups
         return indices
 
-    def _infos(self, details: list[dict[str, Any]]) -> dict[str, Any]:
+    def _infos(self, details: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+        """Which sample each environment shows and, after a step, what became of its answer."""
         infos: dict[str, Any] = {}
-        for i, detail in enumerate(details):
+        for i in range(self.num_envs):
             group = i // self.group_size
-            identity = {"id": self._samples[group].id, "index": self._indices[group]}
-            infos = self._add_info(infos, identity | detail, i)
+            infos = self._add_info(infos, {"id": self._samples[group].id, "index": self._indices[group]}, i)
+        for i, detail in enumerate(details):
+            infos = self._add_info(infos, {k: v for k, v in detail.items() if k not in _ANY_TYPE}, i)
+        for name in _ANY_TYPE if details else ():
+            infos[name] = np.full(self.num_envs, None, dtype=object)
+            infos[f"_{name}"] = np.ones(self.num_envs, dtype=np.bool_)
+            for i, detail in enumerate(details):
+                infos[name][i] = detail[name]
         return infos
+
+
+_ANY_TYPE = ("prediction", "target")
+"""Infos whose type may differ from row to row, and is the task's own affair."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,18 +105,27 @@ def save_random_model(config: Any, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-@pytest.fixture(scope="session", params=["qwen2_5_vl", "qwen3_vl"])
-def published_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A published processor and configuration, with a cut-down model of random weights."""
-    source = shared(f"models/{request.param}")
-    folder: Path = tmp_path_factory.mktemp(request.param)
-    for file in source.iterdir():
-        if file.name != "SOURCE.md":
-            shutil.copyfile(file, folder / file.name)
-    config = AutoConfig.from_pretrained(source)
-    text = config.get_text_config()
-    cut_text(text, text.vocab_size, 151645, 151643)
-    cut_vision(config.vision_config)
-    save_random_model(config, folder)
-    shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
-    return folder
+@pytest.fixture(scope="session")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Gives a folder of a published processor and configuration, with a cut-down model of random weights."""
+
+    @functools.cache
+    def make(name: str) -> Path:
+        source = shared(f"models/{name}")
+        folder: Path = tmp_path_factory.mktemp(name)
+        config = AutoConfig.from_pretrained(source)
+        text = config.get_text_config()
+        cut_text(text, text.vocab_size, 151645, 151643)
+        cut_vision(config.vision_config)
+        save_random_model(config, folder)
+        for file in source.iterdir():
+            if file.name not in ("SOURCE.md", "config.json"):
+                shutil.copyfile(file, folder / file.name)
+        return folder
+
+    return make
+
+
+@pytest.fixture(params=["qwen2_5_vl", "qwen3_vl"])
+def published_folder(request: pytest.FixtureRequest, published: Callable[[str], Path]) -> Path:
+    return published(request.param)

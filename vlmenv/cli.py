@@ -16,8 +16,8 @@ from rich.table import Table
 import vlmenv  # noqa: F401 (registers the environments)
 from vlmenv.core.config import flatten, with_config_file
 from vlmenv.core.errors import VLMEnvError
-from vlmenv.evaluation import EvalConfig
-from vlmenv.training import TrainConfig
+from vlmenv.evaluation import EvalConfig, run_evaluation
+from vlmenv.training import TrainConfig, run_training
 
 PROGRAM = "vlmenv"
 
@@ -71,19 +71,7 @@ def _parse(args: list[str]) -> TrainConfig | EvalConfig | EnvsConfig:
     return parsed
 
 
-def _train(config: TrainConfig) -> None:
-    from vlmenv.training import run_training
-
-    run_training(config)
-
-
-def _eval(config: EvalConfig) -> None:
-    from vlmenv.evaluation import run_evaluation
-
-    run_evaluation(config)
-
-
-def _envs(config: EnvsConfig) -> None:
+def list_environments(config: EnvsConfig) -> None:
     table = Table("environment", "task")
     for name in sorted(gymnasium.registry):
         if name.startswith("VLM-"):
@@ -94,4 +82,8 @@ def _envs(config: EnvsConfig) -> None:
     Console().print(table)
 
 
-RUN: dict[type, Callable[[Any], None]] = {TrainConfig: _train, EvalConfig: _eval, EnvsConfig: _envs}
+RUN: dict[type, Callable[[Any], None]] = {
+    TrainConfig: run_training,
+    EvalConfig: run_evaluation,
+    EnvsConfig: list_environments,
+}

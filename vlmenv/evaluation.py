@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
+from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -16,6 +16,7 @@ from rich.table import Table
 from vlmenv.agents.base import Agent
 from vlmenv.algos.trainer import names_sample
 from vlmenv.core.errors import ConfigError
+from vlmenv.core.rollout import unbatch
 from vlmenv.envs.base import mean_metrics
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.tasks import TaskConfig, check_device, load_agent, make_envs
@@ -35,14 +36,8 @@ class EvalConfig(TaskConfig):
     """At most so many samples, the first ones; of the built-in ones 512 where left out."""
     samples: int | None = None
     """So many sampled answers to each question, at `temperature`, instead of one greedy one."""
-    temperature: float = 1.0
-    """Of sampled answers."""
-    max_new_tokens: int = 64
-    """Longest answer, in tokens."""
     batch_size: int = 64
     """Answers generated at a time."""
-    seed: int = 0
-    """Fixes sampled answers."""
     output: Path | None = None
     """Folder for metrics.json and answers.jsonl."""
 
@@ -51,6 +46,11 @@ class EvalConfig(TaskConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
+        super().__post_init__()
+        if self.samples is not None and self.temperature <= 0:
+            raise ConfigError(
+                f"temperature must be above 0, not {self.temperature}: sampled answers would all be alike"
+            )
 
 
 @dataclass(slots=True)
@@ -62,7 +62,9 @@ class Evaluation:
     """one each, with `id`, `index`, `prompt`, `completion`, `prediction`, `target` and `measures`"""
 
 
-def evaluate(agent: Agent, envs: VisualTaskVectorEnv, count: int, *, greedy: bool, title: str) -> Evaluation:
+def evaluate(
+    agent: Agent, envs: VisualTaskVectorEnv, count: int, *, greedy: bool, title: str, console: Console | None = None
+) -> Evaluation:
     """Answers the first `count` samples of an environment's source.
 
     Args:
@@ -71,30 +73,33 @@ def evaluate(agent: Agent, envs: VisualTaskVectorEnv, count: int, *, greedy: boo
         count: Number of samples.
         greedy: Whether to take the likeliest tokens or to sample.
         title: What the progress bar says.
+        console: Where it is shown.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     answers: list[dict[str, Any]] = []
-    with Progress(*columns, transient=True) as progress:
+    with Progress(*columns, transient=True, console=console) as progress:
         bar = progress.add_task(title, total=count)
         for start in range(0, count, envs.num_groups):
-            wanted = [min(start + i, count - 1) for i in range(envs.num_groups)]
-            fresh = min(envs.num_groups, count - start)
-            answers += list(_answer(agent, envs, wanted, greedy))[: fresh * envs.group_size]
-            progress.advance(bar, fresh)
+            stop = min(start + envs.num_groups, count)
+            answers += _answer(agent, envs, range(start, stop), greedy)
+            progress.advance(bar, stop - start)
     return Evaluation(mean_metrics([answer["measures"] for answer in answers]), answers)
 
 
-def _answer(agent: Agent, envs: VisualTaskVectorEnv, indices: list[int], greedy: bool) -> Iterator[dict[str, Any]]:
-    observations, infos = envs.reset(options={"index": indices})
+def _answer(agent: Agent, envs: VisualTaskVectorEnv, indices: range, greedy: bool) -> Iterator[dict[str, Any]]:
+    """Answers some samples; environments beyond them are left with empty answers."""
+    filled = [indices[min(i, len(indices) - 1)] for i in range(envs.num_groups)]
+    batch, infos = envs.reset(options={"index": filled})
+    observations = unbatch(batch)[: len(indices) * envs.group_size]
     with names_sample(infos):
         texts = agent.act(observations) if greedy else agent.rollout(observations).texts
-    _, _, _, _, infos = envs.step(texts)
+    _, _, _, _, infos = envs.step(texts + [""] * (envs.num_envs - len(texts)))
     for i, text in enumerate(texts):
         target, prediction = infos["target"][i], infos["prediction"][i]
         yield {
             "id": infos["id"][i],
             "index": int(infos["index"][i]),
-            "prompt": observations["prompt"][i],
+            "prompt": observations[i]["prompt"],
             "completion": text,
             "prediction": prediction,
             "target": target,
@@ -140,8 +145,8 @@ def run_evaluation(config: EvalConfig) -> Evaluation:
         split=split,
         **config.env_arguments(),
     )
-    device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
-    agent = load_agent(config.model, torch.device(device), config.temperature, config.max_new_tokens)
+    device = Accelerator(cpu=config.device == "cpu").device
+    agent = load_agent(config.model, device, config.temperature, config.max_new_tokens)
     agent.seed(config.seed)
     count = sample_count(envs, config.limit)
     evaluation = evaluate(agent, envs, count, greedy=config.samples is None, title="evaluating")

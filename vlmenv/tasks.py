@@ -15,6 +15,7 @@ import transformers
 from vlmenv.agents.families import coordinate_space
 from vlmenv.agents.vlm import BUILTIN, VLMAgent, find_model
 from vlmenv.core.errors import ConfigError
+from vlmenv.envs.registration import VectorEntryPoint
 from vlmenv.envs.vector import VisualTaskVectorEnv
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -40,6 +41,18 @@ class TaskConfig:
     """How boxes are written; "auto" is the way the model was taught."""
     device: Device = "auto"
     """Where the model runs; "auto" takes a GPU if there is one."""
+    seed: int = 0
+    """Fixes the order of samples and the sampling of answers."""
+    temperature: float = 1.0
+    """Of sampled answers."""
+    max_new_tokens: int = 64
+    """Longest answer, in tokens."""
+
+    def __post_init__(self) -> None:
+        if self.seed < 0 or self.temperature < 0:
+            raise ConfigError("seed and temperature must not be negative")
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
 
     def env_arguments(self) -> dict[str, Any]:
         """What the environment is made with, but for the samples.
@@ -70,7 +83,7 @@ def make_envs(env: str, num_envs: int, **arguments: Any) -> VisualTaskVectorEnv:
     if module:
         _import(module)
     spec = gymnasium.spec(name)
-    if spec.vector_entry_point is None:
+    if not isinstance(spec.vector_entry_point, VectorEntryPoint):
         raise ConfigError(f"{env} is no visual task: register it with vlmenv.register_task")
     envs = gymnasium.make_vec(spec, num_envs=num_envs, **arguments)
     assert isinstance(envs, VisualTaskVectorEnv)

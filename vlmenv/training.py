@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from rich.console import Console
 
 from vlmenv.agents.vlm import VLMAgent
-from vlmenv.algos import GRPO, GRPOConfig, Trainer, TrainerConfig
+from vlmenv.algos import ALGORITHMS, GRPOConfig, Trainer, TrainerConfig
 from vlmenv.core.config import flatten, to_yaml
 from vlmenv.core.errors import ConfigError
 from vlmenv.envs.vector import VisualTaskVectorEnv
@@ -31,16 +31,10 @@ class TrainConfig(TaskConfig):
     """YAML file of options; those on the command line win."""
     algo: Literal["grpo"] = "grpo"
     """Algorithm."""
-    seed: int = 0
-    """Fixes the order of samples and the sampling of answers."""
     output: Path | None = None
     """Folder of the run; runs/DATE-TIME-ENV-ALGO where left out."""
     prompts_per_step: int = 16
     """Samples in a batch, each answered `group_size` times; over all processes together."""
-    temperature: float = 1.0
-    """Of the sampled answers."""
-    max_new_tokens: int = 64
-    """Longest answer, in tokens."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of forward and backward passes; weights are kept in fp32."""
     checkpoint_every: int | None = None
@@ -53,12 +47,15 @@ class TrainConfig(TaskConfig):
     algorithm: Annotated[GRPOConfig, tyro.conf.arg(name="")] = field(default_factory=GRPOConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.prompts_per_step < 1:
             raise ConfigError(f"prompts_per_step must be at least 1, not {self.prompts_per_step}")
         if self.checkpoint_every is not None and self.checkpoint_every < 1:
             raise ConfigError(f"checkpoint_every must be at least 1, not {self.checkpoint_every}")
-        if self.temperature <= 0:
-            raise ConfigError(f"temperature must be above 0, not {self.temperature}: training needs varied answers")
+        if self.eval_limit is not None and self.eval_limit < 0:
+            raise ConfigError(f"eval_limit must not be negative, not {self.eval_limit}")
+        if self.temperature == 0:
+            raise ConfigError("temperature must be above 0: training needs varied answers")
         if self.eval_dataset is not None and self.dataset is None:
             raise ConfigError("eval_dataset goes with dataset: the built-in samples have their own evaluation split")
 
@@ -70,34 +67,33 @@ def run_training(config: TrainConfig) -> Path:
         The run's folder.
     """
     check_device(config.device)
-    console = Console()
-    path = config.output or RunFolder.default_path(config.env, config.algo)
-    RunFolder.check_new(path)
+    run = RunFolder(config.output or RunFolder.default_path(config.env, config.algo))
     accelerator = Accelerator(
         cpu=config.device == "cpu",
         mixed_precision="no" if config.precision == "fp32" else config.precision,
         log_with="tensorboard",
-        project_dir=path,
+        project_dir=run.path,
+        # A process whose rows happen to hold no image gives the vision tower no gradient.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    console.quiet = not accelerator.is_main_process
+    if accelerator.is_main_process:
+        run.check_new()
+    console = Console(quiet=not accelerator.is_main_process)
     torch.manual_seed(config.seed)
     envs = _training_envs(config, accelerator)
     held_out = None if config.eval_limit == 0 else _evaluation_envs(config)
     agent = load_agent(config.model, accelerator.device, config.temperature, config.max_new_tokens)
-    run = RunFolder(path) if accelerator.is_main_process else None
-    console.print(f"{config.env}, {config.algo}, model {config.model}; writing to {path}", highlight=False)
-    before = _evaluate(agent, held_out, config, "before training")
-    trainer = Trainer(agent, envs, GRPO(config.algorithm), config.trainer, accelerator)
-    history = _train(trainer, config, run, console)
-    after = _evaluate(agent, held_out, config, "after training")
-    if run is not None:
-        draw_curve(run.path / "curve.png", history)
-        if held_out is not None and before is not None and after is not None:
-            _compare(config, run, held_out, before, after, console)
-        run.close()
-        console.print(f"model, metrics and pictures are in {path}", highlight=False)
-    accelerator.end_training()
-    return path
+    console.print(f"{config.env}, {config.algo}, model {config.model}; writing to {run.path}", highlight=False)
+    before = _evaluate(agent, held_out, config, "before training", console)
+    trainer = Trainer(agent, envs, ALGORITHMS[config.algo](config.algorithm), config.trainer, accelerator)
+    if accelerator.is_main_process:
+        run.create(to_yaml(config, without=("config", "output")))
+    _train(trainer, config, run, console)
+    after = _evaluate(agent, held_out, config, "after training", console)
+    if accelerator.is_main_process and held_out is not None and before is not None and after is not None:
+        _compare(config, run, held_out, before, after, console)
+    console.print(f"model, metrics and pictures are in {run.path}", highlight=False)
+    return run.path
 
 
 def _training_envs(config: TrainConfig, accelerator: Accelerator) -> VisualTaskVectorEnv:
@@ -127,41 +123,46 @@ def _evaluation_envs(config: TrainConfig) -> VisualTaskVectorEnv:
     )
 
 
-def _evaluate(agent: VLMAgent, envs: VisualTaskVectorEnv | None, config: TrainConfig, title: str) -> Evaluation | None:
+def _evaluate(
+    agent: VLMAgent, envs: VisualTaskVectorEnv | None, config: TrainConfig, title: str, console: Console
+) -> Evaluation | None:
     if envs is None:
         return None
-    return evaluate(agent, envs, sample_count(envs, config.eval_limit), greedy=True, title=title)
+    return evaluate(agent, envs, sample_count(envs, config.eval_limit), greedy=True, title=title, console=console)
 
 
-def _train(trainer: Trainer, config: TrainConfig, run: RunFolder | None, console: Console) -> list[dict[str, float]]:
-    """Runs the trainer to its end, writing each step as it is done; the metrics of all steps."""
-    history = []
-    if run is not None:
-        run.write_config(to_yaml(config, without=("config", "output")))
-    trainer.accelerator.init_trackers("tensorboard", {k: str(v) for k, v in flatten(config).items()})
-    with TrainingProgress(console, config.trainer.steps) as progress:
-        try:
+def _train(trainer: Trainer, config: TrainConfig, run: RunFolder, console: Console) -> None:
+    """Runs the trainer to its end, writing each step as it is done.
+
+    Where an error or Ctrl-C ends it early, the model after the last finished step is saved all the same.
+    """
+    accelerator, steps = trainer.accelerator, config.trainer.steps
+    accelerator.init_trackers("tensorboard", {name: str(value) for name, value in flatten(config).items()})
+    history: list[dict[str, float]] = []
+    try:
+        with TrainingProgress(console, steps) as progress:
             for result in trainer.train(config.seed):
                 history.append(result.metrics)
-                trainer.accelerator.log(result.metrics, step=result.step)
+                accelerator.log(result.metrics, step=result.step)
                 progress.show(result.step, result.metrics)
-                if run is not None:
+                if accelerator.is_main_process:
                     run.write_step(result)
                     if config.checkpoint_every and result.step % config.checkpoint_every == 0:
                         trainer.agent.save(run.checkpoint(result.step))
-        finally:
-            if run is not None and history:
-                _save_last(trainer, run, len(history), console)
-    return history
+    finally:
+        if history and accelerator.is_main_process:
+            _finish(trainer, run, history, console)
+        accelerator.end_training()
 
 
-def _save_last(trainer: Trainer, run: RunFolder, step: int, console: Console) -> None:
-    """Saves the model after the last finished step, also where an error or Ctrl-C ends the run."""
-    folder = run.checkpoint(step)
+def _finish(trainer: Trainer, run: RunFolder, history: list[dict[str, float]], console: Console) -> None:
+    """Saves the model after the last step that was finished, and draws the curve so far."""
+    folder = run.checkpoint(len(history))
     if not folder.exists():
         trainer.agent.save(folder)
-    if step < trainer.config.steps:
-        console.print(f"ended early; the model after step {step} is in {folder}", highlight=False)
+    draw_curve(run.path / "curve.png", history)
+    if len(history) < trainer.config.steps:
+        console.print(f"ended early; the model after step {len(history)} is in {folder}", highlight=False)
 
 
 def _compare(

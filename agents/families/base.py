@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
@@ -64,18 +65,29 @@ def _require_files(folder: Path) -> None:
             )
 
 
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{file}: not JSON: {error}") from error
+    return content if isinstance(content, dict) else {}
+
+
 def _chat_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
     """The processor's template; the tokenizer's own, which may be for text alone, where there is none."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     for name in ("chat_template.json", "processor_config.json"):
         if (folder / name).is_file():
-            template = json.loads((folder / name).read_text(encoding="utf-8")).get("chat_template")
+            template = _read_json(folder / name).get("chat_template")
             if template:
                 return str(template)
     if isinstance(tokenizer.chat_template, str):
         return tokenizer.chat_template
     raise ModelError(f"{folder}: the model folder has no chat template (chat_template.jinja or chat_template.json)")
+
+
+_CONTROL = re.compile(r"<\|.*\|>")
 
 
 class Family(ABC):
@@ -95,7 +107,7 @@ class Family(ABC):
         """Turns an observation into model inputs.
 
         Raises:
-            ValueError: The prompt's own text holds a modality token, or an image cannot be taken.
+            ValueError: The prompt's own text holds a control token, or an image cannot be taken.
         """
 
     @abstractmethod
@@ -106,9 +118,17 @@ class Family(ABC):
     def end_tokens(self) -> tuple[int, ...]:
         """Ids that end a completion."""
         configured = getattr(self.model.generation_config, "eos_token_id", None)
-        if configured is None:
-            configured = self.processor.tokenizer.eos_token_id
-        return tuple(configured) if isinstance(configured, list) else (configured,)
+        ends = configured if isinstance(configured, list) else [configured]
+        ends = {*ends, self.processor.tokenizer.eos_token_id} - {None}
+        if not ends:
+            raise ModelError("neither the generation configuration nor the tokenizer names an end token")
+        return tuple(sorted(ends))
+
+    @cached_property
+    def control_tokens(self) -> set[int]:
+        """Ids that structure a chat: special tokens, and others that are written <|…|>, such as <|fim_prefix|>."""
+        added = self.processor.tokenizer.added_tokens_decoder
+        return {i for i, token in added.items() if token.special or _CONTROL.fullmatch(token.content)}
 
     @cached_property
     def banned_tokens(self) -> NDArray[np.int64]:
@@ -118,11 +138,10 @@ class Family(ABC):
         head has no text.
         """
         tokenizer = self.processor.tokenizer
-        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         head = self.model.get_output_embeddings()
         assert head is not None
         unused = set(range(len(tokenizer), head.weight.shape[0]))
-        banned = (special | self.modality_tokens() | unused) - set(self.end_tokens)
+        banned = (self.control_tokens | self.modality_tokens() | unused) - set(self.end_tokens)
         return np.array(sorted(banned), dtype=np.int64)
 
     def decode(self, token_ids: NDArray[np.int64]) -> str:
@@ -134,10 +153,19 @@ class Family(ABC):
         return text
 
     def chat(self, observation: Observation) -> str:
-        """The chat-formatted prompt, with one unexpanded mark per image, ready for the answer."""
+        """The chat-formatted prompt, with one unexpanded mark per image, ready for the answer.
+
+        Raises:
+            ValueError: The prompt's own text holds a control token.
+        """
+        tokenizer = self.processor.tokenizer
+        forbidden = self.control_tokens.intersection(tokenizer.encode(observation["prompt"], add_special_tokens=False))
+        if forbidden:
+            names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(sorted(forbidden))))
+            raise ValueError(f"the prompt's own text must not contain control tokens: {names}")
         content: Any = [{"type": "image"} for _ in observation["images"]]
         content.append({"type": "text", "text": observation["prompt"]})
-        text = self.processor.tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             [{"role": "user", "content": content}],
             chat_template=self.processor.chat_template,
             tokenize=False,

@@ -21,7 +21,6 @@ class Qwen25VL(Family):
 
     def encode(self, observation: Observation) -> Prompt:
         ids = np.array(self.processor.tokenizer.encode(self.chat(observation), add_special_tokens=False))
-        self._check_marks(ids, observation)
         images = {}
         if observation["images"]:
             images = dict(
@@ -42,15 +41,6 @@ class Qwen25VL(Family):
         """Features of each image [images], from its grid [images, 3] of patches (time, height, width)."""
         merged = self.processor.image_processor.merge_size**2
         return np.asarray(grid.prod(dim=1) // merged, dtype=np.int64)
-
-    def _check_marks(self, ids: NDArray[np.int64], observation: Observation) -> None:
-        images = int((ids == self.model.config.image_token_id).sum())
-        videos = int((ids == self.model.config.video_token_id).sum())
-        if images != len(observation["images"]) or videos:
-            raise ValueError(
-                f"the prompt holds {images} image and {videos} video tokens for {len(observation['images'])} images; "
-                "its own text must not contain modality tokens"
-            )
 
     def _positions(self, ids: NDArray[np.int64], grid: torch.Tensor | None) -> NDArray[np.int64]:
         """M-RoPE positions [3, T]: time, height and width for image tokens, thrice the same for text."""

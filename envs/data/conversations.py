@@ -91,7 +91,7 @@ class Conversations(Source):
 def _image_names(row: Any) -> list[str]:
     if not isinstance(row, dict):
         raise ValueError("the row is not a JSON object")
-    names = row.get("image", [])
+    names = row.get("image") or []
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError("'image' is neither a path nor a list of paths")
@@ -100,8 +100,8 @@ def _image_names(row: Any) -> list[str]:
 
 def _turns(row: dict[str, Any]) -> tuple[str, str]:
     turns = row.get("conversations")
-    if not isinstance(turns, list) or len(turns) < 2 or not all(isinstance(turn, dict) for turn in turns[:2]):
-        raise ValueError("'conversations' is not a list of a human and a gpt turn")
+    if not isinstance(turns, list) or len(turns) != 2 or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError("'conversations' is not a list of one human and one gpt turn")
     if turns[0].get("from") != "human" or turns[1].get("from") != "gpt":
         raise ValueError("'conversations' must begin with a turn from 'human' and one from 'gpt'")
     question, answer = turns[0].get("value"), turns[1].get("value")
@@ -117,4 +117,11 @@ def _check_marks(question: str, images: int) -> None:
 
 
 def _without_marks(question: str) -> str:
-    return question.replace(IMAGE_MARK, "").strip()
+    """Drops the marks at the beginning, where the images go anyhow; one within a sentence becomes its number."""
+    number = 1
+    question = question.strip()
+    while question.startswith(IMAGE_MARK):
+        question, number = question.removeprefix(IMAGE_MARK).strip(), number + 1
+    while IMAGE_MARK in question:
+        question, number = question.replace(IMAGE_MARK, f"image {number}", 1), number + 1
+    return question

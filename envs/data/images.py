@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,15 @@ def load_image(path: Path, place: str) -> Image:
             return np.asarray(_to_rgb(ImageOps.exif_transpose(picture)))
     except FileNotFoundError:
         raise DataError(f"{place}: there is no image {path}") from None
-    except (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError) as error:
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        EOFError,
+        struct.error,
+        zlib.error,
+        PILImage.DecompressionBombError,
+    ) as error:
         raise DataError(f"{place}: {path} cannot be read as an image: {error}") from error
 
 

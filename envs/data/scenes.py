@@ -20,6 +20,9 @@ from vlmenv.core.spaces import Image
 
 Split = Literal["train", "eval"]
 
+Layout = tuple[tuple[str, str, str, int, int, int, int], ...]
+"""Shapes as (size, colour, kind, x, y, width, height)."""
+
 SIDE: Final = 96
 """Width and height of a scene in pixels."""
 COLOURS: Final = {
@@ -87,11 +90,15 @@ def sample_scene(split: Split, index: int, counts: tuple[int, int] = (2, 4)) -> 
     rng = np.random.default_rng([int(split == "eval"), index])
     while True:
         layout = _layout(rng, counts)
-        is_eval = zlib.crc32(repr(layout).encode()) % _EVAL_SHARE == 0
-        if is_eval == (split == "eval"):
+        if is_held_out(layout) == (split == "eval"):
             scene = _draw(layout, rng)
             if references(scene):
                 return scene, rng
+
+
+def is_held_out(layout: Layout) -> bool:
+    """Whether a scene of these shapes, drawn in whatever order, belongs to the evaluation stream."""
+    return zlib.crc32(repr(sorted(layout)).encode()) % _EVAL_SHARE == 0
 
 
 def references(scene: Scene) -> list[Reference]:
@@ -123,10 +130,7 @@ def choose_reference(scene: Scene, rng: np.random.Generator) -> Reference:
     return chosen[rng.integers(len(chosen))]
 
 
-_Layout = tuple[tuple[str, str, str, int, int, int, int], ...]
-
-
-def _layout(rng: np.random.Generator, counts: tuple[int, int]) -> _Layout:
+def _layout(rng: np.random.Generator, counts: tuple[int, int]) -> Layout:
     """Shapes that do not touch, each as (size, colour, kind, x, y, width, height)."""
     placed: list[tuple[str, str, str, int, int, int, int]] = []
     for _ in range(rng.integers(counts[0], counts[1] + 1)):
@@ -166,7 +170,7 @@ def _apart(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
     )
 
 
-def _draw(layout: _Layout, rng: np.random.Generator) -> Scene:
+def _draw(layout: Layout, rng: np.random.Generator) -> Scene:
     background = tuple(int(v) for v in rng.integers(225, 256, size=3))
     picture = PILImage.new("RGB", (SIDE, SIDE), background)
     shapes = []

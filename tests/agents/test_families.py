@@ -53,7 +53,7 @@ def test_positions_of_an_image_are_its_grid(builtin: VLMAgent) -> None:
 
 
 def test_end_tokens_are_the_generation_configurations(published_folder: Path) -> None:
-    assert VLMAgent.from_pretrained(published_folder).family.end_tokens == (151645, 151643)
+    assert VLMAgent.from_pretrained(published_folder).family.end_tokens == (151643, 151645)
 
 
 def test_without_torchvision_the_parts_are_loaded() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
@@ -42,6 +43,8 @@ texts = st.one_of(st.text(st.characters()), st.lists(pieces, max_size=40).map(""
         ('```json\n{"bbox_2d": [1, 2, 3, 4], "label": "cat"}\n```', (1, 2, 3, 4)),
         ('[{"bbox_2d": [1, 2, 3, 4]},]', (1, 2, 3, 4)),
         ("[[1, 2, 3, 4]]", (1, 2, 3, 4)),
+        (json.dumps([{"bbox_2d": [1, 2, 3, 4]}], indent=8), (1, 2, 3, 4)),
+        ("[1, 2, 3, 4]" + " " * 10_000, None),
         ("[-5, -2, 3, 4]", (-5, -2, 3, 4)),
         ("None", NONE),
         (" none. ", NONE),
@@ -124,10 +127,12 @@ def test_no_text_raises(text: str) -> None:
         "[1,2,3,4]" * 1_000_000,
         "[1,2,3,4," * 1_000_000,
         "[" + "1" * 10_000_000,
+        "[]" * 5_000_000,
+        "[a]" * 3_000_000,
         "<answer>" * 1_000_000,
         " " * 10_000_000,
     ],
-    ids=["brackets", "boxes", "unclosed", "digits", "tags", "spaces"],
+    ids=["brackets", "boxes", "unclosed", "digits", "empty", "lists", "tags", "spaces"],
 )
 def test_ten_megabytes_take_less_than_a_second(text: str) -> None:
     started = time.perf_counter()

@@ -23,7 +23,7 @@ class Outer:
 
 
 def test_nested_options_are_options_like_the_others() -> None:
-    assert flatten(Outer()) == {"steps": 3, "output": "here", "group_size": 8}
+    assert flatten(Outer()) == {"steps": 3, "output": str(Path.cwd() / "here"), "group_size": 8}
     assert yaml.safe_load(to_yaml(Outer(), without=["output"])) == {"steps": 3, "group_size": 8}
 
 

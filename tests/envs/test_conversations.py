@@ -42,6 +42,17 @@ def test_a_row_becomes_a_sample(tmp_path: Path) -> None:
     assert (second.id, second.target) == ("x", NONE)
 
 
+def test_marks_within_a_sentence_become_numbers(tmp_path: Path) -> None:
+    questions = {
+        "<image>\n<image> What differs?": "What differs?",
+        "In <image> and <image>?": "In image 1 and image 2?",
+    }
+    for question, expected in questions.items():
+        file = write(tmp_path, row(image=["a.png", "a.png"], conversations=turns(question, "None")))
+        sample = RECEnv(dataset=file).source.get(0)
+        assert (sample.question, len(sample.images)) == (expected, 2)
+
+
 def test_images_may_lie_elsewhere(tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -56,8 +67,10 @@ def test_images_may_lie_elsewhere(tmp_path: Path) -> None:
         ("{oops", "not JSON"),
         ("[1]", "not a JSON object"),
         (row(image="b.png"), "no image"),
+        (row(conversations=turns("Find it.", "[1, 2, 3, 4]") * 2), "one human and one gpt turn"),
         (row(image=7), "neither a path nor a list"),
         (row(image=[]), "needs an image"),
+        (row(image=None), "needs an image"),
         (row(conversations="hello"), "not a list"),
         (row(conversations=turns("a", "b")[::-1]), "must begin with a turn from 'human'"),
         (row(conversations=[{"from": "human"}, {"from": "gpt", "value": "b"}]), "no text"),

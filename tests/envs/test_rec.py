@@ -10,7 +10,8 @@ from gymnasium.utils.env_checker import check_env
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmenv.core.errors import ConfigError
+from vlmenv.core.errors import ConfigError, RewardError
+from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.rec import RECEnv
 
 
@@ -108,12 +109,35 @@ def test_a_prompt_template_is_data() -> None:
     assert prompt.endswith('. Reply {"bbox_2d": [x1, y1, x2, y2]} in pixels.')
 
 
+def _hidden(text: str, target: object) -> float:
+    return 0.0
+
+
+def test_a_reward_that_is_not_finite_is_named() -> None:
+    def broken(text: str, target: object) -> float:
+        return float("nan")
+
+    env = RECEnv(rewards={broken: 1.0})
+    env.reset(options={"index": 0})
+    with pytest.raises(RewardError, match="'broken' gave nan for sample scene-train-0"):
+        env.step("hello")
+
+
+def test_a_task_must_say_all_that_a_task_says() -> None:
+    class Half(RECEnv):
+        measure = VisualTaskEnv.measure
+
+    with pytest.raises(TypeError, match="measure"):
+        Half()  # type: ignore[abstract]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"rewards": {"iuo": 1}}, "unknown reward term 'iuo'. Did you mean 'iou'?"),
         ({"rewards": {}}, "rewards is empty"),
         ({"rewards": {"iou": 1, partial(lambda t, g: 0.0): 1, partial(lambda t, g: 0.0): 1}}, "same name"),
+        ({"rewards": {_hidden: 1}}, "leading underscore"),
         ({"coordinates": "norm100"}, "Did you mean 'norm1000'?"),
         ({"split": "evil"}, "Did you mean 'eval'?"),
         ({"render_mode": "human"}, "render_mode"),

@@ -64,7 +64,18 @@ def test_rewards_of_any_text_are_within_their_range(text: str, target: Target) -
         assert box_format_reward(candidate, target) in (0, 1)
 
 
-@pytest.mark.parametrize("bomb", ["[" * 10**7, "[1,2,3,4]" * 10**6, "9" * 10**7, "<answer>" * 10**6, "9^{9^{9^9}}"])
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        "[" * 10**7,
+        "[1,2,3,4]" * 10**6,
+        "9" * 10**7,
+        "[]" * 5 * 10**6,
+        "[a]" * 3 * 10**6,
+        "<answer>" * 10**6,
+        "9^{9^{9^9}}",
+    ],
+)
 def test_scoring_is_quick_whatever_the_text(bomb: str) -> None:
     started = time.perf_counter()
     for text in (bomb, answered(bomb)):

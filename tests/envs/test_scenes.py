@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from vlmenv.envs.data.scenes import COLOURS, Scene, Shape, choose_reference, references, sample_scene
+from vlmenv.envs.data.scenes import COLOURS, Scene, Shape, choose_reference, is_held_out, references, sample_scene
 
 
-def scenes(split: str, count: int) -> list[Scene]:
-    return [sample_scene(split, index)[0] for index in range(count)]  # type: ignore[arg-type]
+def scenes(split: Any, count: int, counts: tuple[int, int] = (2, 4)) -> list[Scene]:
+    return [sample_scene(split, index, counts)[0] for index in range(count)]
 
 
 def test_the_same_index_gives_the_same_scene() -> None:
@@ -19,10 +21,17 @@ def test_the_same_index_gives_the_same_scene() -> None:
 
 
 def test_training_and_evaluation_scenes_never_coincide() -> None:
-    """Positions aside there are few layouts, so that without the split by content some would coincide."""
-    train = {repr(sample_scene("train", i, counts=(1, 1))[0].shapes) for i in range(4000)}
-    held_out = {repr(sample_scene("eval", i, counts=(1, 1))[0].shapes) for i in range(4000)}
-    assert not train & held_out
+    """With one small shape a scene, so few are possible that some coincide within a stream."""
+    train = [frozenset(scene.shapes) for scene in scenes("train", 20_000, (1, 1))]
+    held_out = [frozenset(scene.shapes) for scene in scenes("eval", 20_000, (1, 1))]
+    assert len(set(train)) < len(train)
+    assert not set(train) & set(held_out)
+
+
+def test_the_order_in_which_shapes_are_drawn_does_not_decide_the_stream() -> None:
+    layout = (("small", "red", "star", 1, 1, 16, 16), ("large", "blue", "circle", 40, 40, 30, 30))
+    assert is_held_out(layout) == is_held_out(layout[::-1])
+    assert 0.2 < np.mean([is_held_out(((*layout[0][:3], x, y, 16, 16),)) for x in range(40) for y in range(40)]) < 0.3
 
 
 @pytest.mark.parametrize("index", range(30))

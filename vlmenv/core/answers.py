@@ -17,8 +17,8 @@ THINK_ANSWER: Final = ("<think>", "</think>", "<answer>", "</answer>")
 
 # Bounded quantifiers only: no input makes these backtrack beyond a number's own length.
 _INNERMOST_LIST = re.compile(r"\[([^\[\]]*)\]")
-_NUMBER = re.compile(r"\s{0,9}[+-]?\d{1,9}(?:\.\d{0,17})?\s{0,9}", re.ASCII)
-_LONGEST_LIST = 256
+_NUMBER = re.compile(r"[+-]?\d{1,9}(?:\.\d{0,17})?", re.ASCII)
+_LONGEST_ANSWER = 10_000  # characters; a box needs 30, a wordy answer some hundreds
 _NONE_FORMS: Final = frozenset({"none", '"none"', "'none'", "none.", "[]"})
 
 
@@ -63,7 +63,7 @@ def parse_box(content: str) -> Target | None:
 
     A bare list, a fenced one, a JSON object with `bbox_2d`, floats and trailing commas all parse.
     What holds no box, more than one, or one with swapped edges, another count of numbers, or numbers
-    that are no finite coordinates does not.
+    that are no finite coordinates does not, nor does an answer of more than 10,000 characters.
 
     Args:
         content: Any text.
@@ -71,6 +71,8 @@ def parse_box(content: str) -> Target | None:
     Returns:
         The box in the coordinates that the text uses, `"None"`, or None if there is no single answer.
     """
+    if len(content) > _LONGEST_ANSWER:
+        return None
     if _unfenced(content).lower() in _NONE_FORMS:
         return NONE
     found: Box | None = None
@@ -85,18 +87,14 @@ def parse_box(content: str) -> Target | None:
 
 
 def _unfenced(content: str) -> str:
-    """The first line's worth of `content` without white space and a Markdown code fence."""
-    if len(content) > 10 * _LONGEST_LIST:
-        return ""
+    """`content` without white space and a Markdown code fence around it."""
     content = content.strip().removeprefix("```json").removeprefix("```").removesuffix("```")
     return content.strip()
 
 
 def _numbers(items: str) -> tuple[float, ...] | None:
     """The numbers of a comma-separated list; None where it is no list of numbers."""
-    if len(items) > _LONGEST_LIST:
-        return None
-    parts = items.rstrip().removesuffix(",").split(",")
+    parts = [part.strip() for part in items.rstrip().removesuffix(",").split(",")]
     if not all(_NUMBER.fullmatch(part) for part in parts):
         return None
     return tuple(float(part) for part in parts)

@@ -27,7 +27,7 @@ def flatten(config: Any) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Path):
-        return str(value)
+        return str(value.absolute())
     if isinstance(value, Enum):
         return value.value
     return value
@@ -78,8 +78,8 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 def _as_arguments(options: Mapping[str, Any], path: Path, known: Sequence[str]) -> Iterator[str]:
     for name, value in options.items():
-        if str(name).replace("-", "_") not in known:
-            raise ConfigError(f"{path}: {unknown_name('option', str(name), known)}")
+        if name == "config" or str(name).replace("-", "_") not in known:
+            raise ConfigError(f"{path}: {unknown_name('option', str(name), set(known) - {'config'})}")
         flag = str(name).replace("_", "-")
         if isinstance(value, bool):
             yield f"--{flag}" if value else f"--no-{flag}"

@@ -32,17 +32,18 @@ class CoordinateSpace(StrEnum):
         """Writes a box given in pixels of a `width` x `height` image in this convention."""
         if self is CoordinateSpace.ORIGINAL:
             return box
-        return _scale(box, 1000 / width, 1000 / height)
+        return _scale(box, (1000, 1000), (width, height))
 
     def to_pixels(self, box: Box, width: int, height: int) -> Box:
         """The inverse of `from_pixels`."""
         if self is CoordinateSpace.ORIGINAL:
             return box
-        return _scale(box, width / 1000, height / 1000)
+        return _scale(box, (width, height), (1000, 1000))
 
 
-def _scale(box: Box, x: float, y: float) -> Box:
-    return box[0] * x, box[1] * y, box[2] * x, box[3] * y
+def _scale(box: Box, to: tuple[int, int], of: tuple[int, int]) -> Box:
+    (to_x, to_y), (of_x, of_y) = to, of
+    return box[0] * to_x / of_x, box[1] * to_y / of_y, box[2] * to_x / of_x, box[3] * to_y / of_y
 
 
 def is_box(values: tuple[float, ...]) -> bool:

@@ -18,6 +18,10 @@ class DataError(VLMEnvError):
     """A data set row or an image that cannot be read; the message names the file and the line."""
 
 
+class RewardError(VLMEnvError):
+    """A reward term whose value cannot be used."""
+
+
 class ModelError(VLMEnvError):
     """A model folder that is incomplete, or of a family that is not known."""
 

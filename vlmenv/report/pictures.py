@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def draw_samples(path: Path, envs: VisualTaskVectorEnv, before: Evaluation, afte
             axes.imshow(envs.task.draw(sample, answer["prediction"]))
             axes.set(xticks=[], yticks=[])
             if row == 0:
-                axes.set_title(_wrapped(sample.question), fontsize=8)
+                axes.set_title(_wrapped(sample.question), fontsize=8, parse_math=False)
             if column == 0:
                 axes.set_ylabel(name)
     figure.suptitle("true box green, answered box red", fontsize=9)
@@ -56,6 +57,4 @@ def draw_samples(path: Path, envs: VisualTaskVectorEnv, before: Evaluation, afte
 
 
 def _wrapped(text: str, width: int = 24, lines: int = 3) -> str:
-    import textwrap
-
     return textwrap.fill(text, width, max_lines=lines, placeholder=" …")

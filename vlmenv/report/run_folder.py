@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -23,25 +23,23 @@ class RunFolder:
     `config.yaml` holds all options, `metrics.jsonl` an object per step, `rollouts.jsonl` every
     completion with its reward terms, `checkpoints/step-N/` the model.
 
-    Args:
-        path: The folder; it must not hold another run.
-
-    Raises:
-        ConfigError: It does.
+    Nothing is written before `create`.
     """
 
     def __init__(self, path: Path) -> None:
-        self.check_new(path)
-        path.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._metrics = (path / "metrics.jsonl").open("w", encoding="utf-8", buffering=1)
-        self._rollouts = (path / "rollouts.jsonl").open("w", encoding="utf-8", buffering=1)
 
-    @staticmethod
-    def check_new(path: Path) -> None:
-        """Raises ConfigError where the folder holds a run."""
-        if (path / "metrics.jsonl").exists():
-            raise ConfigError(f"{path} already holds a run: choose another --output, or remove it")
+    def check_new(self) -> None:
+        """Raises ConfigError where the folder already holds a run."""
+        if (self.path / "metrics.jsonl").exists():
+            raise ConfigError(f"{self.path} already holds a run: choose another --output, or remove it")
+
+    def create(self, options: str) -> None:
+        """Makes the folder, with the run's options (YAML) and, as comments, the versions of what runs it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        versions = [f"# python {platform.python_version()}", *(f"# {name} {version(name)}" for name in _RECORDED)]
+        lines = [f"# Repeat with: vlmenv train --config {self.path / 'config.yaml'}", *versions, options]
+        (self.path / "config.yaml").write_text("\n".join(lines), encoding="utf-8")
 
     @staticmethod
     def default_path(env: str, algo: str) -> Path:
@@ -52,27 +50,18 @@ class RunFolder:
         """The folder of the model after a step."""
         return self.path / "checkpoints" / f"step-{step}"
 
-    def write_config(self, options: str) -> None:
-        """Writes config.yaml, with the versions of what ran it as comments."""
-        versions = [f"# python {platform.python_version()}", *(f"# {name} {version(name)}" for name in _RECORDED)]
-        text = (
-            f"{options}# Repeat with: vlmenv train --config {self.path / 'config.yaml'}\n" + "\n".join(versions) + "\n"
-        )
-        (self.path / "config.yaml").write_text(text, encoding="utf-8")
-
     def write_step(self, result: StepResult) -> None:
         """Appends a step's metrics and completions."""
-        self._metrics.write(json.dumps({"step": result.step} | result.metrics) + "\n")
-        self._rollouts.writelines(json.dumps(row) + "\n" for row in _completions(result))
+        self._append("metrics.jsonl", [{"step": result.step} | result.metrics])
+        self._append("rollouts.jsonl", _completions(result))
+
+    def _append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
+        with (self.path / name).open("a", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(row) + "\n" for row in rows)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Writes a JSON file."""
         (self.path / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-    def close(self) -> None:
-        """Closes the files."""
-        self._metrics.close()
-        self._rollouts.close()
 
 
 def _completions(result: StepResult) -> Iterator[dict[str, Any]]:
