@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 import shutil
 from dataclasses import dataclass
-from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache, GenerationConfig, PreTrainedModel
@@ -122,7 +125,7 @@ class VLMAgent(Agent):
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
 
-    @cached_property
+    @functools.cached_property
     def max_length(self) -> int:
         """Tokens of prompt and completion together that the model can take."""
         return int(self.family.model.config.get_text_config().max_position_embeddings)
@@ -330,9 +333,10 @@ def _load_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         ModelError: Weights cannot be read, or some are missing.
     """
     try:
-        model, report = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: the model's weights cannot be read: {error}") from error
+    model, report = loaded
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ModelError(f"{folder}: {len(missing)} of the model's weights are missing, {missing[0]} among them")
@@ -355,15 +359,15 @@ def find_model(name_or_path: str | Path) -> Path:
         return folder
     if not _HUB_NAME.fullmatch(str(name_or_path)):
         raise ModelError(f"{name_or_path}: no such model folder")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    return _download(str(name_or_path))
 
+
+@functools.cache
+def _download(name: str) -> Path:
     try:
-        return Path(
-            snapshot_download(str(name_or_path), allow_patterns=["*.json", "*.jinja", "*.txt", "*.safetensors"])
-        )
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.txt", "*.safetensors"]))
     except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise ModelError(
-            f"{name_or_path}: no such model folder, and it cannot be had from the Hugging Face hub "
+            f"{name}: no such model folder, and it cannot be had from the Hugging Face hub "
             f"({type(error).__name__}); check the name and the connection"
         ) from error

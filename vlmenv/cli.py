@@ -82,7 +82,7 @@ def list_environments(config: EnvsConfig) -> None:
     Console().print(table)
 
 
-RUN: dict[type, Callable[[Any], None]] = {
+RUN: dict[type, Callable[[Any], object]] = {
     TrainConfig: run_training,
     EvalConfig: run_evaluation,
     EnvsConfig: list_environments,

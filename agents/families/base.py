@@ -118,8 +118,8 @@ class Family(ABC):
     def end_tokens(self) -> tuple[int, ...]:
         """Ids that end a completion."""
         configured = getattr(self.model.generation_config, "eos_token_id", None)
-        ends = configured if isinstance(configured, list) else [configured]
-        ends = {*ends, self.processor.tokenizer.eos_token_id} - {None}
+        named = configured if isinstance(configured, list) else [configured]
+        ends = {int(token) for token in (*named, self.processor.tokenizer.eos_token_id) if token is not None}
         if not ends:
             raise ModelError("neither the generation configuration nor the tokenizer names an end token")
         return tuple(sorted(ends))

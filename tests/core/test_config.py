@@ -53,6 +53,11 @@ def test_a_faulty_file_is_named(tmp_path: Path, content: str, message: str) -> N
     assert message in str(caught.value)
 
 
+def test_two_files_are_refused() -> None:
+    with pytest.raises(ConfigError, match="given 2 times: a, b"):
+        with_config_file(["--config=b", "--config", "a"], ["steps"])
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.yaml"):
         with_config_file(["--config", str(tmp_path / "none.yaml")], ["steps"])

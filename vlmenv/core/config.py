@@ -54,12 +54,11 @@ def with_config_file(args: Sequence[str], known: Sequence[str]) -> list[str]:
 
 
 def _config_path(args: Sequence[str]) -> Path | None:
-    for i, arg in enumerate(args):
-        if arg.startswith("--config="):
-            return Path(arg.partition("=")[2])
-        if arg == "--config" and i + 1 < len(args):
-            return Path(args[i + 1])
-    return None
+    paths = [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
+    paths += [args[i + 1] for i, arg in enumerate(args[:-1]) if arg == "--config"]
+    if len(paths) > 1:
+        raise ConfigError(f"--config was given {len(paths)} times: {', '.join(paths)}")
+    return Path(paths[0]) if paths else None
 
 
 def _read(path: Path) -> Mapping[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ class FreeText(Space[str]):
     def contains(self, x: Any) -> bool:
         return isinstance(x, str)
 
-    def to_jsonable(self, sample_n: Sequence[str]) -> list[str]:
+    def to_jsonable(self, sample_n: Iterable[str]) -> list[str]:
         return list(sample_n)
 
     def from_jsonable(self, sample_n: list[Any]) -> list[str]:
@@ -70,7 +70,7 @@ class RGBImage(Space[Image]):
     def contains(self, x: Any) -> bool:
         return isinstance(x, np.ndarray) and x.dtype == np.uint8 and x.ndim == 3 and x.shape[2] == 3 and x.size > 0
 
-    def to_jsonable(self, sample_n: Sequence[Image]) -> list[Any]:
+    def to_jsonable(self, sample_n: Iterable[Image]) -> list[Any]:
         return [image.tolist() for image in sample_n]
 
     def from_jsonable(self, sample_n: list[Any]) -> list[Image]:
