@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache, GenerationConfig, PreTrainedModel
@@ -356,7 +355,7 @@ def find_model(name_or_path: str | Path) -> Path:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelError(f"{folder}: not a model folder, config.json is missing")
-        return folder
+        return folder.absolute()
     if not _HUB_NAME.fullmatch(str(name_or_path)):
         raise ModelError(f"{name_or_path}: no such model folder")
     return _download(str(name_or_path))
@@ -366,7 +365,7 @@ def find_model(name_or_path: str | Path) -> Path:
 def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.txt", "*.safetensors"]))
-    except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+    except (OSError, ValueError) as error:
         raise ModelError(
             f"{name}: no such model folder, and it cannot be had from the Hugging Face hub "
             f"({type(error).__name__}); check the name and the connection"

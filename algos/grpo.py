@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -34,10 +35,10 @@ class GRPOConfig:
             raise ConfigError(f"group_size must be at least 2, not {self.group_size}: advantages compare a group")
         if self.mu < 1:
             raise ConfigError(f"mu must be at least 1, not {self.mu}")
-        if not 0 < self.epsilon < 1 or (self.epsilon_high is not None and self.epsilon_high <= 0):
+        if not 0 < self.epsilon < 1 or not (self.epsilon_high is None or self.epsilon_high > 0):
             raise ConfigError("epsilon must lie between 0 and 1, and epsilon_high above 0")
-        if self.beta < 0:
-            raise ConfigError(f"beta must not be negative, not {self.beta}")
+        if not 0 <= self.beta < math.inf:
+            raise ConfigError(f"beta must be a number from 0 up, not {self.beta}")
 
 
 class GRPO(Algorithm):

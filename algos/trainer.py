@@ -49,9 +49,9 @@ class TrainerConfig:
             raise ConfigError(f"steps must be at least 1, not {self.steps}")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise ConfigError(f"micro_batch_size must be at least 1, not {self.micro_batch_size}")
-        if self.lr <= 0 or self.max_grad_norm <= 0:
+        if not (0 < self.lr < math.inf and self.max_grad_norm > 0):
             raise ConfigError("lr and max_grad_norm must be above 0")
-        if self.weight_decay < 0 or self.warmup_steps < 0:
+        if not (0 <= self.weight_decay < math.inf and self.warmup_steps >= 0):
             raise ConfigError("weight_decay and warmup_steps must not be negative")
 
     def lr_factor(self, step: int) -> float:
@@ -99,9 +99,10 @@ class Trainer:
         config: TrainerConfig,
         accelerator: Accelerator,
     ) -> None:
-        if getattr(envs, "group_size", 1) != algorithm.group_size:
+        group_size = getattr(envs.unwrapped, "group_size", 1)
+        if group_size != algorithm.group_size:
             raise ConfigError(
-                f"the environments come in groups of {getattr(envs, 'group_size', 1)}, "
+                f"the environments come in groups of {group_size}, "
                 f"but {algorithm.name} compares groups of {algorithm.group_size}"
             )
         self.agent, self.envs, self.algorithm = agent, envs, algorithm

@@ -222,11 +222,19 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
             term = self.terms[key] if isinstance(key, str) else key
             found.append((key if isinstance(key, str) else _name_of(key), term, float(weight)))
         names = [name for name, _, _ in found]
+        for name, _, weight in found:
+            if not math.isfinite(weight):
+                raise ConfigError(f"the weight of reward term '{name}' is {weight}; it must be finite")
+        if taken := [name for name in names if name in _TAKEN]:
+            raise ConfigError(f"reward term {taken[0]}: the name is that of a metric; call it something else")
         if hidden := [name for name in names if name.startswith("_")]:
             raise ConfigError(f"reward term {hidden[0]}: a leading underscore is taken for a mask in vector infos")
         if len(set(names)) < len(names):
             raise ConfigError(f"two reward terms have the same name: {', '.join(names)}")
         return found
+
+
+_TAKEN = ("mean", "zero_std_groups")  # "reward/…" metrics of the trainer
 
 
 def check_index(index: SupportsInt, size: int | None) -> int:

@@ -8,12 +8,10 @@ from typing import ClassVar
 from vlmenv.core.answers import NONE, Target, parse_box, write_answer, write_box
 from vlmenv.core.spaces import Image
 from vlmenv.envs.base import RewardTerm, VisualTaskEnv
-from vlmenv.envs.data.scenes import Split, choose_reference, sample_scene
+from vlmenv.envs.data.scenes import ReferringScenes, Split
 from vlmenv.envs.data.source import Sample, Source
 from vlmenv.envs.rendering import ANSWERED, TRUE, draw_boxes
 from vlmenv.envs.rewards.boxes import box_format_reward, iou50_reward, iou_reward, parse_boxed_answer
-
-QUESTION = "Locate {expression}."
 
 
 class RECEnv(VisualTaskEnv):
@@ -67,20 +65,3 @@ class RECEnv(VisualTaskEnv):
         boxes = [] if sample.target == NONE else [(sample.target, TRUE)]
         boxes += [] if answered == NONE else [(self.coordinates.to_pixels(answered, width, height), ANSWERED)]
         return draw_boxes(sample.images[0], boxes)
-
-
-class ReferringScenes(Source):
-    """Built-in scenes, each with one expression; endless."""
-
-    size = None
-
-    def __init__(self, split: Split) -> None:
-        self._split = split
-
-    def get(self, index: int) -> Sample:
-        scene, rng = sample_scene(self._split, index)
-        reference = choose_reference(scene, rng)
-        question = QUESTION.format(expression=reference.expression)
-        return Sample(
-            f"scene-{self._split}-{index}", (scene.image,), question, reference.target.box, f"the {reference.target}"
-        )

@@ -28,8 +28,8 @@ from vlmenv.agents.vlm import Policy
 from vlmenv.core.answers import write_answer
 from vlmenv.core.coordinates import Box
 from vlmenv.core.rollout import Completion, Prompt, Rollout
-from vlmenv.envs.data.scenes import COLOURS, SHAPES, SIDE, SIDES, Reference, choose_reference, sample_scene
-from vlmenv.envs.rec import QUESTION, RECEnv
+from vlmenv.envs.data.scenes import COLOURS, QUESTION, SHAPES, SIDE, SIDES, Reference, choose_reference, sample_scene
+from vlmenv.envs.rec import RECEnv
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MODALITY = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]

@@ -80,7 +80,7 @@ def cut_text(config: Any, vocab_size: int, eos_token_id: int, pad_token_id: int 
     config.tie_word_embeddings = True
     config.layer_types = ["full_attention"] * 2
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5]}
-    config.rope_parameters = rope | ({"mrope_interleaved": True} if config.model_type == "qwen3_vl_text" else {})
+    config.rope_parameters = rope | ({"mrope_interleaved": True} if config.model_type.startswith("qwen3") else {})
 
 
 def cut_vision(config: Any, patch_size: int | None = None) -> None:

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 import yaml
 from conftest import shared
 from PIL import Image
+from safetensors.torch import load_file
 
 from vlmenv.agents.vlm import find_model
 from vlmenv.cli import main
@@ -67,6 +71,29 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(tmp_path: Path) -> None:
     assert (options["seed"], options["beta"], options["group_size"]) == (4, 0.02, 4)
 
 
+def test_bf16_trains(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    main(["train", "--steps", "2", "--precision", "bf16", "--beta", "0.1", "--output", str(run), *TINY])
+    metrics = rows(run / "metrics.jsonl")[-1]
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert metrics["policy/approx_kl"] < 0.01
+    weights = load_file(run / "checkpoints" / "step-2" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+def test_two_processes_leave_one_run_folder(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vlmenv"]
+    command = [*launch, "train", "--steps", "2", "--output", str(run), *TINY]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step    1/2") == 1
+    assert [row["step"] for row in rows(run / "metrics.jsonl")] == [1, 2]
+    assert len(rows(run / "rollouts.jsonl")) == 2 * 4  # the first process's half
+    assert (run / "checkpoints" / "step-2" / "model.safetensors").is_file()
+    assert (run / "samples.png").is_file()
+
+
 def timeless(run: Path) -> list[dict]:
     kept = rows(run / "metrics.jsonl")
     return [{k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"} for row in kept]
@@ -110,7 +137,8 @@ def test_envs_lists_the_environments(capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["train", "--env", "VLM-RCE-v0"], "VLM-REC"),
+        (["train", "--env", "VLM-RCE-v0"], "unknown environment 'VLM-RCE-v0'. Did you mean 'VLM-REC-v0'?"),
+        (["train", "--env", "VLM-REC"], "Did you mean 'VLM-REC-v0'?"),
         (["eval", "--env", "CartPole-v1"], "no visual task"),
         (["train", "--dataset", "none.jsonl"], "none.jsonl: no such file"),
         (["eval", "--dataset", "none.jsonl", "--split", "eval"], "has no splits"),
@@ -126,6 +154,11 @@ def test_envs_lists_the_environments(capsys: pytest.CaptureFixture[str]) -> None
         (["eval", "--temperature", "0", "--samples", "4"], "temperature must be above 0"),
         (["train", "--temperature", "0"], "temperature must be above 0"),
         (["train", "--seed", "-1"], "must not be negative"),
+        (["train", "--temperature", "nan"], "temperature must be a number"),
+        (["train", "--lr", "nan"], "lr and max_grad_norm must be above 0"),
+        (["train", "--rewards", "iou", "nan"], "weight of reward term 'iou' is nan"),
+        (["train", "--model", "runs/first--old"], "no such model folder"),
+        (["train", "--env", ".mod:Id"], "cannot be imported"),
         (["train", "--lr", "0"], "lr and max_grad_norm must be above 0"),
         (["train", "--eval-limit", "-1"], "eval_limit must not be negative"),
         (["train", "--env", "nowhere:VLM-X-v0"], "'nowhere' of the environment cannot be imported"),

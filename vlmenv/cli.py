@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import gymnasium
+import torch
 import tyro
 from rich.console import Console
 from rich.markup import escape
@@ -17,6 +18,7 @@ import vlmenv  # noqa: F401 (registers the environments)
 from vlmenv.core.config import flatten, with_config_file
 from vlmenv.core.errors import VLMEnvError
 from vlmenv.evaluation import EvalConfig, run_evaluation
+from vlmenv.tasks import visual_tasks
 from vlmenv.training import TrainConfig, run_training
 
 PROGRAM = "vlmenv"
@@ -35,6 +37,9 @@ def main(args: Sequence[str] | None = None) -> None:
         _run([arg for arg in args if arg != "--debug"])
     except (VLMEnvError, gymnasium.error.Error) as error:
         _fail(error, debug, str(error))
+    except torch.OutOfMemoryError as error:
+        less = "--micro-batch-size, --prompts-per-step, --batch-size or --max-new-tokens"
+        _fail(error, debug, f"the GPU's memory is full: lower {less}. {error}")
     except (OSError, MemoryError) as error:
         _fail(error, debug, f"{type(error).__name__}: {error}")
     except KeyboardInterrupt:
@@ -73,12 +78,11 @@ def _parse(args: list[str]) -> TrainConfig | EvalConfig | EnvsConfig:
 
 def list_environments(config: EnvsConfig) -> None:
     table = Table("environment", "task")
-    for name in sorted(gymnasium.registry):
-        if name.startswith("VLM-"):
-            entry_point = gymnasium.registry[name].entry_point
-            assert isinstance(entry_point, str)
-            creator = gymnasium.envs.registration.load_env_creator(entry_point)
-            table.add_row(name, (sys.modules[creator.__module__].__doc__ or "").partition("\n")[0])
+    for name in visual_tasks():
+        entry_point = gymnasium.registry[name].entry_point
+        assert isinstance(entry_point, str)
+        creator = gymnasium.envs.registration.load_env_creator(entry_point)
+        table.add_row(name, (sys.modules[creator.__module__].__doc__ or "").partition("\n")[0])
     Console().print(table)
 
 

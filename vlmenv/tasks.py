@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import transformers
 
 from vlmenv.agents.families import coordinate_space
 from vlmenv.agents.vlm import BUILTIN, VLMAgent, find_model
-from vlmenv.core.errors import ConfigError
+from vlmenv.core.errors import ConfigError, unknown_name
 from vlmenv.envs.registration import VectorEntryPoint
 from vlmenv.envs.vector import VisualTaskVectorEnv
 
@@ -49,8 +50,10 @@ class TaskConfig:
     """Longest answer, in tokens."""
 
     def __post_init__(self) -> None:
-        if self.seed < 0 or self.temperature < 0:
-            raise ConfigError("seed and temperature must not be negative")
+        if self.seed < 0:
+            raise ConfigError(f"seed must not be negative, not {self.seed}")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"temperature must be a number from 0 up, not {self.temperature}")
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
 
@@ -76,18 +79,23 @@ def make_envs(env: str, num_envs: int, **arguments: Any) -> VisualTaskVectorEnv:
     """The batched environment of a registered task; `module:Id` imports the module that registers it.
 
     Raises:
-        gymnasium.error.Error: There is no such environment; the message suggests one.
-        ConfigError: It is none of vlmenv's.
+        ConfigError: There is no such environment, or it is no visual task.
     """
     module, _, name = env.rpartition(":")
     if module:
         _import(module)
-    spec = gymnasium.spec(name)
-    if not isinstance(spec.vector_entry_point, VectorEntryPoint):
+    if name not in gymnasium.registry:
+        raise ConfigError(unknown_name("environment", name, visual_tasks()))
+    if name not in visual_tasks():
         raise ConfigError(f"{env} is no visual task: register it with vlmenv.register_task")
-    envs = gymnasium.make_vec(spec, num_envs=num_envs, **arguments)
+    envs = gymnasium.make_vec(name, num_envs=num_envs, **arguments)
     assert isinstance(envs, VisualTaskVectorEnv)
     return envs
+
+
+def visual_tasks() -> list[str]:
+    """The ids of the registered visual tasks."""
+    return sorted(i for i, spec in gymnasium.registry.items() if isinstance(spec.vector_entry_point, VectorEntryPoint))
 
 
 def _import(module: str) -> None:
@@ -96,7 +104,7 @@ def _import(module: str) -> None:
         sys.path.insert(0, str(Path.cwd()))
     try:
         importlib.import_module(module)
-    except ModuleNotFoundError as error:
+    except (ImportError, TypeError) as error:
         raise ConfigError(f"the module '{module}' of the environment cannot be imported: {error}") from error
 
 

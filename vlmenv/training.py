@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from rich.console import Console
@@ -16,7 +16,7 @@ from vlmenv.algos import ALGORITHMS, GRPOConfig, Trainer, TrainerConfig
 from vlmenv.core.config import flatten, to_yaml
 from vlmenv.core.errors import ConfigError
 from vlmenv.envs.vector import VisualTaskVectorEnv
-from vlmenv.evaluation import Evaluation, evaluate, metrics_table, sample_count
+from vlmenv.evaluation import DEFAULT_LIMIT, Evaluation, evaluate, metrics_table, sample_count
 from vlmenv.report.pictures import draw_curve, draw_samples
 from vlmenv.report.progress import TrainingProgress
 from vlmenv.report.run_folder import RunFolder
@@ -42,7 +42,7 @@ class TrainConfig(TaskConfig):
     eval_dataset: Path | None = None
     """JSONL file to measure on before and after, with its images as for `dataset`; the training file where left out."""
     eval_limit: int | None = None
-    """Measure on at most so many samples; of the built-in ones 512 where left out. 0 leaves the measuring out."""
+    """Measure on at most so many samples, 512 where left out. 0 leaves the measuring out."""
     trainer: Annotated[TrainerConfig, tyro.conf.arg(name="")] = field(default_factory=TrainerConfig)
     algorithm: Annotated[GRPOConfig, tyro.conf.arg(name="")] = field(default_factory=GRPOConfig)
 
@@ -79,21 +79,26 @@ def run_training(config: TrainConfig) -> Path:
     if accelerator.is_main_process:
         run.check_new()
     console = Console(quiet=not accelerator.is_main_process)
-    torch.manual_seed(config.seed)
     envs = _training_envs(config, accelerator)
     held_out = None if config.eval_limit == 0 else _evaluation_envs(config)
     agent = load_agent(config.model, accelerator.device, config.temperature, config.max_new_tokens)
+    if accelerator.is_main_process:
+        run.create(to_yaml(_located(config), without=("config", "output")))
     console.print(f"{config.env}, {config.algo}, model {config.model}; writing to {run.path}", highlight=False)
     before = _evaluate(agent, held_out, config, "before training", console)
     trainer = Trainer(agent, envs, ALGORITHMS[config.algo](config.algorithm), config.trainer, accelerator)
-    if accelerator.is_main_process:
-        run.create(to_yaml(config, without=("config", "output")))
     _train(trainer, config, run, console)
     after = _evaluate(agent, held_out, config, "after training", console)
     if accelerator.is_main_process and held_out is not None and before is not None and after is not None:
         _compare(config, run, held_out, before, after, console)
     console.print(f"model, metrics and pictures are in {run.path}", highlight=False)
     return run.path
+
+
+def _located(config: TrainConfig) -> TrainConfig:
+    """The options with a model folder's whole path, so that they hold from anywhere."""
+    folder = Path(config.model)
+    return dataclasses.replace(config, model=str(folder.absolute())) if folder.is_dir() else config
 
 
 def _training_envs(config: TrainConfig, accelerator: Accelerator) -> VisualTaskVectorEnv:
@@ -128,13 +133,14 @@ def _evaluate(
 ) -> Evaluation | None:
     if envs is None:
         return None
-    return evaluate(agent, envs, sample_count(envs, config.eval_limit), greedy=True, title=title, console=console)
+    count = sample_count(envs, config.eval_limit or DEFAULT_LIMIT)
+    return evaluate(agent, envs, count, greedy=True, title=title, console=console)
 
 
 def _train(trainer: Trainer, config: TrainConfig, run: RunFolder, console: Console) -> None:
     """Runs the trainer to its end, writing each step as it is done.
 
-    Where an error or Ctrl-C ends it early, the model after the last finished step is saved all the same.
+    Where an error or Ctrl-C ends this process early, the model after the last finished step is saved all the same.
     """
     accelerator, steps = trainer.accelerator, config.trainer.steps
     accelerator.init_trackers("tensorboard", {name: str(value) for name, value in flatten(config).items()})

@@ -8,11 +8,11 @@ from typing import Final
 
 from vlmenv.agents.families.base import Family, Processor
 from vlmenv.agents.families.qwen2_5_vl import Qwen25VL
-from vlmenv.agents.families.qwen3_vl import Qwen3VL
+from vlmenv.agents.families.qwen3_vl import Qwen3VL, Qwen3VLMoe
 from vlmenv.core.coordinates import CoordinateSpace
 from vlmenv.core.errors import ModelError, unknown_name
 
-FAMILIES: Final[dict[str, type[Family]]] = {family.model_type: family for family in (Qwen25VL, Qwen3VL)}
+FAMILIES: Final[dict[str, type[Family]]] = {family.model_type: family for family in (Qwen25VL, Qwen3VL, Qwen3VLMoe)}
 
 
 def family_of(model_type: str) -> type[Family]:

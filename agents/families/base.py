@@ -54,7 +54,7 @@ class Processor:
 
 def _require_files(folder: Path) -> None:
     wanted = {
-        "a tokenizer": ("tokenizer.json", "tokenizer_config.json"),
+        "a tokenizer": ("tokenizer.json", "vocab.json"),
         "an image processor": ("preprocessor_config.json", "processor_config.json"),
     }
     for what, names in wanted.items():
@@ -74,7 +74,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _chat_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The processor's template; the tokenizer's own, which may be for text alone, where there is none."""
+    """The processor's template; where there is none the tokenizer's own, unless that is for text alone."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     for name in ("chat_template.json", "processor_config.json"):
@@ -82,9 +82,11 @@ def _chat_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
             template = _read_json(folder / name).get("chat_template")
             if template:
                 return str(template)
-    if isinstance(tokenizer.chat_template, str):
+    if isinstance(tokenizer.chat_template, str) and "image" in tokenizer.chat_template:
         return tokenizer.chat_template
-    raise ModelError(f"{folder}: the model folder has no chat template (chat_template.jinja or chat_template.json)")
+    raise ModelError(
+        f"{folder}: the model folder has no chat template for images (chat_template.jinja or chat_template.json)"
+    )
 
 
 _CONTROL = re.compile(r"<\|.*\|>")
@@ -144,13 +146,20 @@ class Family(ABC):
         banned = (self.control_tokens | self.modality_tokens() | unused) - set(self.end_tokens)
         return np.array(sorted(banned), dtype=np.int64)
 
+    @cached_property
+    def opening(self) -> str:
+        """The open <think> that the chat template of a thinking model ends the prompt with; else nothing."""
+        chat = self.chat({"images": (), "prompt": "?"})
+        start = chat.rfind("<think>")
+        return chat[start:] if start >= 0 and "</think>" not in chat[start:] else ""
+
     def decode(self, token_ids: NDArray[np.int64]) -> str:
-        """A completion's text, without control tokens."""
+        """A completion's text, without control tokens, with the thought that the prompt opened for it."""
         text = self.processor.tokenizer.decode(
             token_ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         assert isinstance(text, str)
-        return text
+        return self.opening + text
 
     def chat(self, observation: Observation) -> str:
         """The chat-formatted prompt, with one unexpanded mark per image, ready for the answer.

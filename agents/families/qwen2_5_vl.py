@@ -21,7 +21,9 @@ class Qwen25VL(Family):
 
     def encode(self, observation: Observation) -> Prompt:
         ids = np.array(self.processor.tokenizer.encode(self.chat(observation), add_special_tokens=False))
-        images = {}
+        marks, images = ids == self.model.config.image_token_id, {}
+        if marks.sum() != len(observation["images"]):
+            raise ValueError(f"the chat template puts {marks.sum()} marks for {len(observation['images'])} images")
         if observation["images"]:
             images = dict(
                 self.processor.image_processor(
@@ -29,7 +31,7 @@ class Qwen25VL(Family):
                 )
             )
             counts = np.ones(len(ids), dtype=np.int64)
-            counts[ids == self.model.config.image_token_id] = self._tokens_per_image(images["image_grid_thw"])
+            counts[marks] = self._tokens_per_image(images["image_grid_thw"])
             ids = np.repeat(ids, counts)
         return Prompt(ids, self._positions(ids, images.get("image_grid_thw")), images)
 

@@ -13,3 +13,9 @@ class Qwen3VL(Qwen25VL):
 
     model_type: ClassVar[str] = "qwen3_vl"
     coordinates: ClassVar[CoordinateSpace] = CoordinateSpace.NORM1000
+
+
+class Qwen3VLMoe(Qwen3VL):
+    """The mixtures of experts among them."""
+
+    model_type: ClassVar[str] = "qwen3_vl_moe"

@@ -62,8 +62,8 @@ class Conversations(Source):
             for number, line in enumerate(stream, 1):
                 if line.strip():
                     for path in self._read(line, number)[1]:
-                        if not path.is_file():
-                            raise DataError(f"{self._file}:{number}: there is no image {path}")
+                        if not _is_file(path):
+                            raise DataError(f"{self._file}:{number}: there is no image {str(path)[:200]}")
                     offsets.append(offset)
                     lines.append(number)
                 offset += len(line)
@@ -75,7 +75,7 @@ class Conversations(Source):
         """A row's id, image paths, question and truth."""
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{self._file}:{number}: the line is not JSON: {error}") from None
         try:
             paths = [self._image_root / name for name in _image_names(row)]
@@ -86,6 +86,13 @@ class Conversations(Source):
             return str(row.get("id", number)), paths, _without_marks(question), self._read_target(answer)
         except ValueError as error:
             raise DataError(f"{self._file}:{number}: {error}") from None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # such as a name that is too long
+        return False
 
 
 def _image_names(row: Any) -> list[str]:
@@ -105,9 +112,10 @@ def _turns(row: dict[str, Any]) -> tuple[str, str]:
     if turns[0].get("from") != "human" or turns[1].get("from") != "gpt":
         raise ValueError("'conversations' must begin with a turn from 'human' and one from 'gpt'")
     question, answer = turns[0].get("value"), turns[1].get("value")
-    if not isinstance(question, str) or not isinstance(answer, str):
+    if not isinstance(question, str) or answer is None:
         raise ValueError("a turn of 'conversations' has no text as its 'value'")
-    return question, answer
+    answer = answer if isinstance(answer, str) else json.dumps(answer)
+    return question, answer.replace("<answer>", "").replace("</answer>", "").strip()
 
 
 def _check_marks(question: str, images: int) -> None:

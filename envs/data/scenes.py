@@ -17,8 +17,11 @@ from PIL import ImageDraw
 
 from vlmenv.core.coordinates import Box, area
 from vlmenv.core.spaces import Image
+from vlmenv.envs.data.source import Sample, Source
 
 Split = Literal["train", "eval"]
+
+QUESTION: Final = "Locate {expression}."
 
 Layout = tuple[tuple[str, str, str, int, int, int, int], ...]
 """Shapes as (size, colour, kind, x, y, width, height)."""
@@ -73,6 +76,23 @@ class Reference:
     kind: str
     """`colour`, `shape`, `both`, `size` or `relation`: what singles the shape out"""
     target: Shape
+
+
+class ReferringScenes(Source):
+    """Built-in scenes, each with one expression; endless."""
+
+    size = None
+
+    def __init__(self, split: Split) -> None:
+        self._split = split
+
+    def get(self, index: int) -> Sample:
+        scene, rng = sample_scene(self._split, index)
+        reference = choose_reference(scene, rng)
+        question = QUESTION.format(expression=reference.expression)
+        return Sample(
+            f"scene-{self._split}-{index}", (scene.image,), question, reference.target.box, f"the {reference.target}"
+        )
 
 
 def sample_scene(split: Split, index: int, counts: tuple[int, int] = (2, 4)) -> tuple[Scene, np.random.Generator]:

@@ -8,13 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import cut_text, cut_vision, save_random_model
+from transformers import AutoConfig
 from transformers.utils import is_torchvision_available
 
 from vlmenv.agents.families import coordinate_space
 from vlmenv.agents.families.base import Processor
 from vlmenv.agents.vlm import VLMAgent, find_model
 from vlmenv.core.coordinates import CoordinateSpace
-from vlmenv.core.errors import ModelError
+from vlmenv.core.errors import ModelError, PromptError
 
 
 def test_published_image_token_counts_are_met(published_folder: Path) -> None:
@@ -84,6 +86,46 @@ def test_how_a_model_writes_coordinates(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="configuration cannot be read"):
         coordinate_space(tmp_path)
+
+
+def test_a_thought_that_the_template_opens_belongs_to_the_answer(tmp_path: Path) -> None:
+    """As with Qwen3-VL's thinking models, whose prompts end with <think>."""
+    shutil.copytree(find_model("builtin"), tmp_path, dirs_exist_ok=True)
+    template = tmp_path / "chat_template.jinja"
+    template.write_text(template.read_text().replace("assistant{{ '\\n' }}", "assistant{{ '\\n<think>' }}"))
+    family = VLMAgent.from_pretrained(tmp_path).family
+    assert family.opening == "<think>"
+    answer = family.processor.tokenizer.encode("the star</think><answer>[1,2,3,4]</answer><|im_end|>")
+    assert family.decode(np.array(answer)) == "<think>the star</think><answer>[1,2,3,4]</answer>"
+    assert VLMAgent.from_pretrained("builtin").family.opening == ""
+
+
+def test_a_template_that_leaves_images_out_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(find_model("builtin"), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content[-1].text }}")
+    with pytest.raises(PromptError, match="puts 0 marks for 1 images"):
+        VLMAgent.from_pretrained(tmp_path).act([{"images": (np.zeros((64, 64, 3), np.uint8),), "prompt": "Hello"}])
+
+
+def test_a_mixture_of_experts_is_of_the_family(tmp_path: Path, builtin: VLMAgent) -> None:
+    """A random Qwen3-VL MoE: what it samples is what it scores."""
+    shutil.copytree(find_model("builtin"), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").unlink()
+    published = builtin.family.model.config
+    config = AutoConfig.for_model("qwen3_vl_moe")
+    cut_text(config.text_config, published.text_config.vocab_size, *builtin.family.end_tokens, 0)
+    config.text_config.num_experts, config.text_config.num_experts_per_tok = 4, 2
+    config.text_config.moe_intermediate_size = 32
+    cut_vision(config.vision_config)
+    for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
+        setattr(config, name, getattr(published, name))
+    save_random_model(config, tmp_path)
+    agent = VLMAgent.from_pretrained(tmp_path, max_new_tokens=6)
+    image = np.random.default_rng(0).integers(256, size=(64, 96, 3), dtype=np.uint8)
+    rollout = agent.rollout([{"images": (image,), "prompt": "Hello"}] * 3)
+    again = agent.logprobs(rollout).values.detach().numpy()
+    for completion, values in zip(rollout.completions, again, strict=True):
+        np.testing.assert_allclose(completion.logprobs, values[: len(completion.logprobs)], atol=1e-5)
 
 
 def test_a_missing_chat_template_is_named(tmp_path: Path) -> None:

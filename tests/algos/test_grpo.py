@@ -44,7 +44,16 @@ def test_a_reference_is_wanted_only_for_the_penalty() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"group_size": 1}, {"mu": 0}, {"epsilon": 0}, {"epsilon": 1.0}, {"epsilon_high": 0.0}, {"beta": -1.0}]
+    "options",
+    [
+        {"group_size": 1},
+        {"mu": 0},
+        {"epsilon": 0},
+        {"epsilon": 1.0},
+        {"epsilon_high": 0.0},
+        {"beta": -1.0},
+        {"beta": math.nan},
+    ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(ConfigError):

@@ -48,14 +48,14 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(builtin: VLMAgent, si
 
 
 def test_a_reward_that_can_be_had_is_learnt(builtin: VLMAgent) -> None:
-    """A callable reward for boxes that begin at the left edge: rare at first, common after 25 steps."""
+    """A callable reward for boxes that begin at the left edge: rare at first, common after 40 steps."""
 
     def left(text: str, target: object) -> float:
         return float("<answer>[0," in text or "<answer>[1," in text or "<answer>[2," in text)
 
-    trainer = make(builtin, num_envs=32, env={"rewards": {left: 1.0}}, steps=25, lr=3e-4, warmup_steps=1)
+    trainer = make(builtin, num_envs=32, env={"rewards": {left: 1.0}}, steps=40, lr=5e-4, lr_schedule="constant")
     rewards = [result.metrics["reward/left"] for result in trainer.train(seed=0)]
-    assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.2
+    assert np.mean(rewards[-10:]) > np.mean(rewards[:10]) + 0.3
 
 
 def test_what_is_logged(builtin: VLMAgent) -> None:
@@ -111,7 +111,7 @@ def test_the_learning_rate_follows_its_schedule(builtin: VLMAgent, schedule: Any
 
 def test_the_learning_rate_of_several_updates_follows_steps(builtin: VLMAgent) -> None:
     grpo = GRPOConfig(group_size=4, mu=2)
-    trainer = make(builtin, num_envs=4, grpo=grpo, steps=3, lr=1e-3, warmup_steps=1)
+    trainer = make(builtin, num_envs=4, grpo=grpo, steps=3, lr=1e-3, warmup_steps=1, lr_schedule="constant")
     assert [result.metrics["lr"] for result in trainer.train(seed=0)] == pytest.approx([5e-4, 1e-3, 1e-3])
 
 
@@ -124,6 +124,13 @@ def test_groups_of_another_size_are_refused(builtin: VLMAgent) -> None:
         Trainer(builtin, singles, GRPO(GRPOConfig(group_size=4)), TrainerConfig(), Accelerator(cpu=True))
 
 
+def test_wrapped_environments_are_taken(builtin: VLMAgent) -> None:
+    envs = gymnasium.make_vec("VLM-REC-v0", num_envs=8, group_size=4)
+    wrapped = gymnasium.wrappers.vector.RecordEpisodeStatistics(envs)
+    trainer = Trainer(builtin, wrapped, GRPO(GRPOConfig(group_size=4)), TrainerConfig(steps=2), Accelerator(cpu=True))
+    assert [result.step for result in trainer.train(seed=0)] == [1, 2]
+
+
 def test_a_prompt_that_does_not_fit_is_named_by_its_sample(builtin: VLMAgent) -> None:
     template = "circle " * 3000 + "{question}"
     trainer = make(builtin, env={"prompt_template": template}, steps=1)
@@ -131,8 +138,8 @@ def test_a_prompt_that_does_not_fit_is_named_by_its_sample(builtin: VLMAgent) ->
         next(iter(trainer.train(seed=0)))
 
 
-def test_two_processes_take_the_step_that_one_would(tmp_path: Path) -> None:
-    """Two gloo processes on halves of a batch have the gradient, and take the step, that one has on the whole."""
+def test_two_processes_learn_as_one(tmp_path: Path) -> None:
+    """Two gloo processes have the gradient on halves of a batch that one has on the whole, and stay in step."""
     script = Path(__file__).parent / "two_processes.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=300, check=False)

@@ -61,10 +61,21 @@ def test_images_may_lie_elsewhere(tmp_path: Path) -> None:
     assert RECEnv(dataset=file, image_root=folder).source.size == 1
 
 
+@pytest.mark.parametrize("answer", ["<answer>[1, 2, 3, 4]</answer>", [1, 2, 3, 4], '{"bbox_2d": [1, 2, 3, 4]}'])
+def test_answers_are_read_as_they_are_found_in_the_wild(tmp_path: Path, answer: Any) -> None:
+    file = write(tmp_path, row(conversations=turns("Find it.", answer)))
+    assert RECEnv(dataset=file).source.get(0).target == (1, 2, 3, 4)
+    file = write(tmp_path, row(conversations=turns("Find it.", "<answer> None </answer>")))
+    assert RECEnv(dataset=file).source.get(0).target == NONE
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
         ("{oops", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        (row(image="x" * 5000), "no image"),
+        (row(conversations=turns("Find it.", None)), "no text"),  # type: ignore[arg-type]
         ("[1]", "not a JSON object"),
         (row(image="b.png"), "no image"),
         (row(conversations=turns("Find it.", "[1, 2, 3, 4]") * 2), "one human and one gpt turn"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import statistics
 from functools import partial
 from typing import Any
 
@@ -138,6 +139,8 @@ def test_a_task_must_say_all_that_a_task_says() -> None:
         ({"rewards": {}}, "rewards is empty"),
         ({"rewards": {"iou": 1, partial(lambda t, g: 0.0): 1, partial(lambda t, g: 0.0): 1}}, "same name"),
         ({"rewards": {_hidden: 1}}, "leading underscore"),
+        ({"rewards": {statistics.mean: 1}}, "that of a metric"),
+        ({"rewards": {"iou": float("inf")}}, "must be finite"),
         ({"coordinates": "norm100"}, "Did you mean 'norm1000'?"),
         ({"split": "evil"}, "Did you mean 'eval'?"),
         ({"render_mode": "human"}, "render_mode"),

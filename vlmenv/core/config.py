@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,7 @@ def flatten(config: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value.absolute())
-    if isinstance(value, Enum):
-        return value.value
-    return value
+    return str(value.absolute()) if isinstance(value, Path) else value
 
 
 def to_yaml(config: Any, without: Sequence[str] = ()) -> str:
@@ -80,13 +75,8 @@ def _as_arguments(options: Mapping[str, Any], path: Path, known: Sequence[str]) 
         if name == "config" or str(name).replace("-", "_") not in known:
             raise ConfigError(f"{path}: {unknown_name('option', str(name), set(known) - {'config'})}")
         flag = str(name).replace("_", "-")
-        if isinstance(value, bool):
-            yield f"--{flag}" if value else f"--no-{flag}"
-        elif isinstance(value, dict):
+        if isinstance(value, dict):
             yield f"--{flag}"
             yield from (str(part) for item in value.items() for part in item)
-        elif isinstance(value, list):
-            yield f"--{flag}"
-            yield from map(str, value)
         else:
             yield f"--{flag}={value}"

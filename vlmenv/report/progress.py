@@ -52,6 +52,7 @@ class TrainingProgress:
                 f"step {step:>4}/{self._steps}  reward {reward:.3f}  ({terms})  "
                 f"length {metrics['completion/length']:.1f}  {speed:.0f} tokens/s",
                 highlight=False,
+                soft_wrap=True,
             )
 
 

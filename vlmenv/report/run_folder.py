@@ -10,11 +10,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import vlmenv
 from vlmenv.algos.trainer import StepResult
 from vlmenv.core.errors import ConfigError
 from vlmenv.core.rollout import unbatch
 
-_RECORDED = ("vlmenv", "torch", "transformers", "gymnasium", "accelerate")
+_RECORDED = ("torch", "transformers", "gymnasium", "accelerate")
 
 
 class RunFolder:
@@ -37,14 +38,17 @@ class RunFolder:
     def create(self, options: str) -> None:
         """Makes the folder, with the run's options (YAML) and, as comments, the versions of what runs it."""
         self.path.mkdir(parents=True, exist_ok=True)
-        versions = [f"# python {platform.python_version()}", *(f"# {name} {version(name)}" for name in _RECORDED)]
+        versions = [
+            f"# vlmenv {vlmenv.__version__}, python {platform.python_version()}",
+            *(f"# {name} {version(name)}" for name in _RECORDED),
+        ]
         lines = [f"# Repeat with: vlmenv train --config {self.path / 'config.yaml'}", *versions, options]
         (self.path / "config.yaml").write_text("\n".join(lines), encoding="utf-8")
 
     @staticmethod
     def default_path(env: str, algo: str) -> Path:
         """`runs/<date>-<time>-<environment>-<algorithm>`."""
-        return Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{env}-{algo}"
+        return Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{env.rpartition(':')[2]}-{algo}"
 
     def checkpoint(self, step: int) -> Path:
         """The folder of the model after a step."""
