@@ -46,7 +46,9 @@ def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("command", commands())
-def test_the_commands_run(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_run(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     for block in blocks("python"):
@@ -61,6 +63,8 @@ def test_the_commands_run(command: str, tmp_path: Path, monkeypatch: pytest.Monk
     if "runs/first/checkpoints/step-120" in args:
         args[args.index("runs/first/checkpoints/step-120")] = "builtin"
     main([*args, *SMALL[args[0]]])
+    expected = {"train": "model, metrics and pictures are in", "eval": "metric", "envs": "VLM-REC-v0"}
+    assert expected[args[0]] in capsys.readouterr().out
 
 
 def test_the_pictures_exist() -> None:

@@ -83,6 +83,7 @@ def test_parse_box(content: str, expected: Target | None) -> None:
         ("<think><answer>b</answer></think><answer>c</answer>", None),
         ("<think>a<answer>b</answer>", None),
         ("<think>a</think><think><answer>b</answer>", None),
+        ("a</think><think><answer>b</answer>", None),
         ("<think>a</think><answer>b</answer><answer>c</answer>", None),
         ("<think>a</think><answer><answer>b</answer></answer>", None),
         ("<think>a</think></answer>b<answer>", None),
