@@ -14,11 +14,12 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from vlmenv.core.coordinates import CoordinateSpace
+from vlmenv.core.coordinates import Coordinates, CoordinateSpace, ResizeRule
 from vlmenv.core.errors import ConfigError, RewardError, unknown_name
 from vlmenv.core.rollout import Observation
 from vlmenv.core.spaces import FreeText, Image, RGBImage
 from vlmenv.envs.data.conversations import Conversations
+from vlmenv.envs.data.images import resized
 from vlmenv.envs.data.scenes import Split
 from vlmenv.envs.data.source import Sample, SampleOrder, Source
 
@@ -58,7 +59,8 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         split: Of the built-in samples, `"train"` (default) or `"eval"`; a file has none.
         rewards: Terms and weights; the task's defaults where left out.
         prompt_template: Text with `{question}`, and `{coordinates}` where it matters.
-        coordinates: How boxes are written in prompt, answer and `info`.
+        coordinates: How boxes are written in prompt, answer and `info`: `"original"`, `"resized"` or `"norm1000"`.
+        resize: For `"resized"`, how the model sizes images: the observation then shows them at that size.
         render_mode: `"rgb_array"` or None.
 
     Raises:
@@ -84,6 +86,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         rewards: Rewards | None = None,
         prompt_template: str | None = None,
         coordinates: str = CoordinateSpace.ORIGINAL,
+        resize: ResizeRule | None = None,
         render_mode: str | None = None,
     ) -> None:
         if render_mode not in (None, *self.metadata["render_modes"]):
@@ -91,7 +94,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         self.observation_space = spaces.Dict({"images": spaces.Sequence(RGBImage()), "prompt": FreeText()})  # type: ignore[assignment]
         self.action_space = FreeText()
         self.render_mode = render_mode
-        self.coordinates = _coordinate_space(coordinates)
+        self.coordinates = Coordinates(_coordinate_space(coordinates), resize)
         self.template = _checked_template(self.prompt_template if prompt_template is None else prompt_template)
         self.weighted_terms = self._weighted_terms(self.default_rewards if rewards is None else rewards)
         self.source = self._open(dataset, image_root, split)
@@ -167,8 +170,8 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         return self.draw(self._sample, self._prediction)
 
     def observe(self, sample: Sample) -> Observation:
-        """What an agent sees of a sample; the images are copies."""
-        return {"images": tuple(image.copy() for image in sample.images), "prompt": self.prompt(sample.question)}
+        """What an agent sees of a sample; the images are copies, at the size that `coordinates` shows them."""
+        return {"images": tuple(map(self._shown, sample.images)), "prompt": self.prompt(sample.question)}
 
     def prompt(self, question: str) -> str:
         """The prompt that asks a question."""
@@ -195,6 +198,10 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
     def explain(self, score: Score, sample: Sample) -> dict[str, Any]:
         """What `info` tells of a scored answer."""
         return {"rewards": dict(score.terms), "prediction": score.prediction, "target": self.target(sample)}
+
+    def _shown(self, image: Image) -> Image:
+        height, width = image.shape[:2]
+        return resized(image, *self.coordinates.shown_size(width, height))
 
     def _identify(self) -> dict[str, Any]:
         assert self._sample is not None

@@ -13,6 +13,7 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from vlmenv.core.errors import ConfigError
+from vlmenv.core.rollout import Observation
 from vlmenv.core.spaces import Image
 from vlmenv.envs.base import VisualTaskEnv, check_index
 from vlmenv.envs.data.source import Sample, SampleOrder
@@ -92,8 +93,8 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
             self._order = SampleOrder(self.task.source.size, key=int(self.np_random.integers(2**62)))
             self._position = self._shard * self.num_groups
         self._indices = self._next_indices(self._order, options)
-        self._samples = list(self._pool.map(self.task.source.get, self._indices))
-        shown = [self.task.observe(sample) for sample in self._samples]
+        loaded = list(self._pool.map(self._load, self._indices))
+        self._samples, shown = [sample for sample, _ in loaded], [observation for _, observation in loaded]
         rows = [observation for observation in shown for _ in range(self.group_size)]
         images, prompts = tuple(row["images"] for row in rows), tuple(row["prompt"] for row in rows)
         self._observations = {"images": images, "prompt": prompts}
@@ -126,6 +127,10 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
 
     def close_extras(self, **kwargs: Any) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _load(self, index: int) -> tuple[Sample, Observation]:
+        sample = self.task.source.get(index)
+        return sample, self.task.observe(sample)
 
     def _next_indices(self, order: SampleOrder, options: dict[str, Any] | None) -> list[int]:
         options = dict(options or {})

@@ -13,8 +13,9 @@ import gymnasium
 import torch
 import transformers
 
-from vlmenv.agents.families import coordinate_space
+from vlmenv.agents.families import coordinate_space, resize_rule
 from vlmenv.agents.vlm import BUILTIN, VLMAgent, find_model
+from vlmenv.core.coordinates import CoordinateSpace
 from vlmenv.core.errors import ConfigError, unknown_name
 from vlmenv.envs.registration import VectorEntryPoint
 from vlmenv.envs.vector import VisualTaskVectorEnv
@@ -38,8 +39,9 @@ class TaskConfig:
     """Reward terms and weights, as in `--rewards iou 1 format 0.5`; the task's own where left out."""
     prompt_template: str | None = None
     """Prompt with {question}, and {coordinates} where it matters."""
-    coordinates: Literal["auto", "original", "norm1000"] = "auto"
-    """How boxes are written; "auto" is the way the model was taught."""
+    coordinates: Literal["auto", "original", "resized", "norm1000"] = "auto"
+    """How boxes are written: in pixels of the stored image or of the resized one that the model sees, or in
+    thousandths; "auto" is the way the model was taught."""
     device: Device = "auto"
     """Where the model runs; "auto" takes a GPU if there is one."""
     seed: int = 0
@@ -63,10 +65,14 @@ class TaskConfig:
         Raises:
             ModelError: There is no such model; its convention of coordinates cannot be known.
         """
-        coordinates = self.coordinates
-        if coordinates == "auto":
-            coordinates = coordinate_space(find_model(self.model)).value
-        return {"rewards": self.rewards, "prompt_template": self.prompt_template, "coordinates": coordinates}
+        folder = find_model(self.model)
+        space = coordinate_space(folder) if self.coordinates == "auto" else CoordinateSpace(self.coordinates)
+        return {
+            "rewards": self.rewards,
+            "prompt_template": self.prompt_template,
+            "coordinates": space.value,
+            "resize": resize_rule(folder) if space is CoordinateSpace.RESIZED else None,
+        }
 
 
 def check_device(device: Device) -> None:

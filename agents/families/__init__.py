@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Final
 
-from vlmenv.agents.families.base import Family, Processor
+from vlmenv.agents.families.base import Family, Processor, read_json
 from vlmenv.agents.families.qwen2_5_vl import Qwen25VL
 from vlmenv.agents.families.qwen3_vl import Qwen3VL, Qwen3VLMoe
-from vlmenv.core.coordinates import CoordinateSpace
+from vlmenv.core.coordinates import CoordinateSpace, ResizeRule
 from vlmenv.core.errors import ModelError, unknown_name
 
 FAMILIES: Final[dict[str, type[Family]]] = {family.model_type: family for family in (Qwen25VL, Qwen3VL, Qwen3VLMoe)}
@@ -34,11 +33,31 @@ def coordinate_space(folder: Path) -> CoordinateSpace:
     """
     try:
         if (folder / "vlmenv.json").is_file():
-            return CoordinateSpace(json.loads((folder / "vlmenv.json").read_text(encoding="utf-8"))["coordinates"])
-        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            return CoordinateSpace(read_json(folder / "vlmenv.json")["coordinates"])
+        return family_of(read_json(folder / "config.json")["model_type"]).coordinates
+    except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder}: the model's configuration cannot be read: {error!r}") from error
-    return family_of(model_type).coordinates
 
 
-__all__ = ["FAMILIES", "Family", "Processor", "coordinate_space", "family_of"]
+def resize_rule(folder: Path) -> ResizeRule:
+    """How the image processor in a folder sizes images.
+
+    Raises:
+        ModelError: Its configuration cannot be read, or is not of the kind that Qwen's have.
+    """
+    try:
+        if (folder / "preprocessor_config.json").is_file():
+            settings = read_json(folder / "preprocessor_config.json")
+        else:
+            settings = read_json(folder / "processor_config.json")["image_processor"]
+        size = settings.get("size", {})
+        return ResizeRule(
+            settings["patch_size"] * settings["merge_size"],
+            settings.get("min_pixels") or size["shortest_edge"],
+            settings.get("max_pixels") or size["longest_edge"],
+        )
+    except (OSError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{folder}: how images are resized cannot be read: {error!r}") from error
+
+
+__all__ = ["FAMILIES", "Family", "Processor", "coordinate_space", "family_of", "resize_rule"]

@@ -65,7 +65,8 @@ def _require_files(folder: Path) -> None:
             )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if it holds something else. Raises ModelError where it is not JSON."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -79,7 +80,7 @@ def _chat_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     for name in ("chat_template.json", "processor_config.json"):
         if (folder / name).is_file():
-            template = _read_json(folder / name).get("chat_template")
+            template = read_json(folder / name).get("chat_template")
             if template:
                 return str(template)
     if isinstance(tokenizer.chat_template, str) and "image" in tokenizer.chat_template:

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: images as grids of merged patches, M-RoPE positions, coordinates in pixels."""
+"""Qwen2.5-VL: images as grids of merged patches, M-RoPE positions, coordinates in pixels of the resized image."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Qwen25VL(Family):
     """Qwen2.5-VL (arXiv 2502.13923)."""
 
     model_type: ClassVar[str] = "qwen2_5_vl"
-    coordinates: ClassVar[CoordinateSpace] = CoordinateSpace.ORIGINAL
+    coordinates: ClassVar[CoordinateSpace] = CoordinateSpace.RESIZED
 
     def encode(self, observation: Observation) -> Prompt:
         ids = np.array(self.processor.tokenizer.encode(self.chat(observation), add_special_tokens=False))

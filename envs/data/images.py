@@ -41,6 +41,13 @@ def load_image(path: Path, place: str) -> Image:
         raise DataError(f"{place}: {path} cannot be read as an image: {error}") from error
 
 
+def resized(image: Image, width: int, height: int) -> Image:
+    """A copy of an image at another size, by bicubic interpolation as in the models' own processors."""
+    if image.shape[:2] == (height, width):
+        return image.copy()
+    return np.asarray(PILImage.fromarray(image).resize((width, height), PILImage.Resampling.BICUBIC))
+
+
 def _to_rgb(picture: PILImage.Image) -> PILImage.Image:
     if picture.mode.startswith("I;16"):
         return PILImage.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")

@@ -12,11 +12,12 @@ from conftest import cut_text, cut_vision, save_random_model
 from transformers import AutoConfig
 from transformers.utils import is_torchvision_available
 
-from vlmenv.agents.families import coordinate_space
+from vlmenv.agents.families import coordinate_space, resize_rule
 from vlmenv.agents.families.base import Processor
 from vlmenv.agents.vlm import VLMAgent, find_model
 from vlmenv.core.coordinates import CoordinateSpace
 from vlmenv.core.errors import ModelError, PromptError
+from vlmenv.envs.data.images import resized
 
 
 def test_published_image_token_counts_are_met(published_folder: Path) -> None:
@@ -80,12 +81,25 @@ def test_with_torchvision_the_whole_processor_gives_the_same_prompts(builtin: VL
 
 def test_how_a_model_writes_coordinates(tmp_path: Path) -> None:
     assert coordinate_space(find_model("builtin")) is CoordinateSpace.ORIGINAL
-    for model_type, expected in (("qwen2_5_vl", "original"), ("qwen3_vl", "norm1000")):
+    for model_type, expected in (("qwen2_5_vl", "resized"), ("qwen3_vl", "norm1000")):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
         assert coordinate_space(tmp_path) == expected
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="configuration cannot be read"):
         coordinate_space(tmp_path)
+
+
+def test_the_model_sees_resized_images_as_they_are_shown(published_folder: Path) -> None:
+    """The processor finds nothing left to resize, and the same pixels as if it had resized the image itself."""
+    rule = resize_rule(published_folder)
+    processor = Processor.from_pretrained(published_folder).image_processor
+    for height, width in ((96, 96), (480, 640), (301, 77)):
+        image = np.random.default_rng(0).integers(256, size=(height, width, 3), dtype=np.uint8)
+        shown = resized(image, *rule.size(width, height))
+        theirs, ours = processor(images=[image], return_tensors="pt"), processor(images=[shown], return_tensors="pt")
+        grid = ours["image_grid_thw"][0, 1:] * processor.patch_size
+        assert grid.tolist() == list(shown.shape[:2])
+        torch.testing.assert_close(ours["pixel_values"], theirs["pixel_values"], atol=1e-5, rtol=0)
 
 
 def test_a_thought_that_the_template_opens_belongs_to_the_answer(tmp_path: Path) -> None:

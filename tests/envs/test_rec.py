@@ -11,6 +11,7 @@ from gymnasium.utils.env_checker import check_env
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlmenv.core.coordinates import ResizeRule
 from vlmenv.core.errors import ConfigError, RewardError
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.rec import RECEnv
@@ -50,30 +51,37 @@ def test_a_seed_fixes_samples_and_rewards() -> None:
 
 
 def test_the_truth_scores_the_maximum() -> None:
-    for coordinates in ("original", "norm1000"):
-        env = RECEnv(coordinates=coordinates)
+    """To half a unit of the convention: a whole pixel of 84 is not one of 96."""
+    cases = (("original", None, 1.0), ("norm1000", None, 0.99), ("resized", ResizeRule(), 0.94))
+    for coordinates, resize, least in cases:
+        env = RECEnv(coordinates=coordinates, resize=resize)
         for index in range(20):
             env.reset(options={"index": index})
             _, reward, _, _, info = env.step(env.write_answer(env.source.get(index)))
-            assert reward > 1.1 - 0.03  # a thousandth of 96 pixels is no whole pixel
+            assert info["rewards"]["iou"] >= least
             assert reward == pytest.approx(info["rewards"]["iou"] + 0.1 * info["rewards"]["format"])
 
 
 def test_coordinates_reach_prompt_target_and_picture() -> None:
     pixels = RECEnv(render_mode="rgb_array")
     thousandths = RECEnv(coordinates="norm1000", render_mode="rgb_array")
+    shrunk = RECEnv(coordinates="resized", resize=ResizeRule(), render_mode="rgb_array")
     pictures = []
-    for env, words in ((pixels, "in pixels"), (thousandths, "in coordinates from 0 to 1000")):
+    cases = ((pixels, "in pixels", 96), (thousandths, "in coordinates from 0 to 1000", 96), (shrunk, "in pixels", 84))
+    for env, words, side in cases:
         observation, _ = env.reset(options={"index": 3})
         assert words in observation["prompt"]
+        assert observation["images"][0].shape == (side, side, 3)
         x1, y1, x2, y2 = env.target(env.source.get(3))
         half = f"<answer>[{x1},{y1},{(x1 + x2) / 2},{y2}]</answer>"
         _, _, _, _, info = env.step(half)
         assert info["rewards"]["iou"] == pytest.approx(0.5)
         pictures.append(env.render())
-    scale = 1000 / 96
-    assert thousandths.target(env.source.get(3)) == pytest.approx([scale * v for v in pixels.target(env.source.get(3))])
-    np.testing.assert_array_equal(*pictures)
+    sample = pixels.source.get(3)
+    for env, extent in ((thousandths, 1000), (shrunk, 84)):
+        assert env.target(sample) == pytest.approx([v * extent / 96 for v in pixels.target(sample)])
+    np.testing.assert_array_equal(pictures[0], pictures[1])
+    np.testing.assert_array_equal(pictures[0], pictures[2])
 
 
 def test_the_picture_shows_true_and_answered_boxes() -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from enum import StrEnum
+
+from vlmenv.core.errors import ConfigError
 
 Box = tuple[float, float, float, float]
 """`(x1, y1, x2, y2)`, real-valued edges with the origin at the top left; a box covers
@@ -14,34 +17,82 @@ MAX_COORDINATE = 1e6
 
 
 class CoordinateSpace(StrEnum):
-    """How coordinates are written in prompts, answers and `info`.
-
-    `ORIGINAL` is pixels of the image in the observation; `NORM1000` is thousandths of its width and
-    height, as Qwen3-VL, InternVL and GLM-4V were taught.
-    """
+    """How coordinates are written in prompts, answers and `info`."""
 
     ORIGINAL = "original"
+    """Pixels of the image as it is stored."""
+    RESIZED = "resized"
+    """Pixels of the image as the model sees it, as Qwen2.5-VL was taught."""
     NORM1000 = "norm1000"
+    """Thousandths of width and height, as Qwen3-VL, InternVL and GLM-4V were taught."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResizeRule:
+    """How Qwen's image processors choose an image's size: sides are whole multiples, the area has bounds."""
+
+    factor: int = 28
+    """pixels of a merged patch's side, which divide both sides"""
+    min_pixels: int = 56 * 56
+    max_pixels: int = 16384 * 28 * 28
+
+    def size(self, width: int, height: int) -> tuple[int, int]:
+        """The width and height at which the model sees an image of `width` x `height`."""
+        sides = (round(width / self.factor), round(height / self.factor))
+        pixels = sides[0] * sides[1] * self.factor**2
+        if pixels > self.max_pixels:
+            shrink = math.sqrt(width * height / self.max_pixels) * self.factor
+            sides = (max(1, math.floor(width / shrink)), max(1, math.floor(height / shrink)))
+        elif pixels < self.min_pixels:
+            grow = math.sqrt(self.min_pixels / (width * height)) / self.factor
+            sides = (math.ceil(width * grow), math.ceil(height * grow))
+        return sides[0] * self.factor, sides[1] * self.factor
+
+
+@dataclass(frozen=True, slots=True)
+class Coordinates:
+    """A convention of coordinates, with what it needs.
+
+    Args:
+        space: The convention.
+        resize: For `RESIZED`, how the model sizes images.
+
+    Raises:
+        ConfigError: `resize` is missing for `RESIZED`, or given for another convention.
+    """
+
+    space: CoordinateSpace = CoordinateSpace.ORIGINAL
+    resize: ResizeRule | None = None
+
+    def __post_init__(self) -> None:
+        if (self.resize is not None) != (self.space is CoordinateSpace.RESIZED):
+            raise ConfigError("coordinates 'resized' and a resize rule go together: the one needs the other")
 
     @property
     def description(self) -> str:
         """The words that tell a model of the convention."""
-        return "pixels" if self is CoordinateSpace.ORIGINAL else "coordinates from 0 to 1000"
+        return "coordinates from 0 to 1000" if self.space is CoordinateSpace.NORM1000 else "pixels"
+
+    def shown_size(self, width: int, height: int) -> tuple[int, int]:
+        """The width and height at which an image is shown."""
+        return (width, height) if self.resize is None else self.resize.size(width, height)
 
     def from_pixels(self, box: Box, width: int, height: int) -> Box:
-        """Writes a box given in pixels of a `width` x `height` image in this convention."""
-        if self is CoordinateSpace.ORIGINAL:
-            return box
-        return _scale(box, (1000, 1000), (width, height))
+        """Writes a box given in pixels of the original `width` x `height` image in this convention."""
+        return _scale(box, self._extent(width, height), (width, height))
 
     def to_pixels(self, box: Box, width: int, height: int) -> Box:
         """The inverse of `from_pixels`."""
-        if self is CoordinateSpace.ORIGINAL:
-            return box
-        return _scale(box, (width, height), (1000, 1000))
+        return _scale(box, (width, height), self._extent(width, height))
+
+    def _extent(self, width: int, height: int) -> tuple[int, int]:
+        """The coordinates of the image's lower right corner."""
+        return (1000, 1000) if self.space is CoordinateSpace.NORM1000 else self.shown_size(width, height)
 
 
 def _scale(box: Box, to: tuple[int, int], of: tuple[int, int]) -> Box:
+    if to == of:
+        return box
     (to_x, to_y), (of_x, of_y) = to, of
     return box[0] * to_x / of_x, box[1] * to_y / of_y, box[2] * to_x / of_x, box[3] * to_y / of_y
 
@@ -64,7 +115,7 @@ def area(box: Box) -> float:
 def iou(a: Box, b: Box) -> float:
     """Intersection over union of two boxes, in [0, 1].
 
-    It is the same in every `CoordinateSpace`, since scaling an axis scales all areas alike.
+    It is the same in every convention of coordinates, since scaling an axis scales all areas alike.
     """
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
