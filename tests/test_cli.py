@@ -127,6 +127,31 @@ def test_real_photos_can_be_measured_and_trained_on(tmp_path: Path) -> None:
     assert len(rows(tmp_path / "run" / "metrics.jsonl")) == 2
 
 
+def test_published_processors_train_on_real_photos(published_folder: Path, tmp_path: Path) -> None:
+    """A random model learns nothing here, but all that a real checkpoint goes through is gone through."""
+    file, run = str(shared("data/rec/refcocos/samples.jsonl")), tmp_path / "run"
+    options = ["--model", str(published_folder), "--dataset", file, "--max-new-tokens", "6", "--output", str(run)]
+    main(["train", "--steps", "2", *options, *TINY])
+    metrics = rows(run / "metrics.jsonl")
+    assert len(metrics) == 2
+    assert metrics[1]["completion/truncated"] > 0
+    words = "0 to 1000" if "qwen3" in str(published_folder) else "in pixels"
+    assert all(words in row["prompt"] for row in rows(run / "rollouts.jsonl"))
+    main(
+        [
+            "eval",
+            "--model",
+            str(run / "checkpoints" / "step-2"),
+            "--limit",
+            "2",
+            "--max-new-tokens",
+            "6",
+            "--device",
+            "cpu",
+        ]
+    )
+
+
 def test_envs_lists_the_environments(capsys: pytest.CaptureFixture[str]) -> None:
     main(["envs"])
     out = capsys.readouterr().out
