@@ -157,6 +157,22 @@ def test_envs_lists_the_environments(capsys: pytest.CaptureFixture[str]) -> None
     out = capsys.readouterr().out
     assert "VLM-REC-v0" in out
     assert "Referring expression comprehension" in out
+    assert "VLM-OVD-v0" in out
+
+
+def test_detection_is_trained_and_measured_by_the_same_commands(tmp_path: Path) -> None:
+    file = str(shared("data/ovd/bccd/samples.jsonl"))
+    main(
+        ["eval", "--env", "VLM-OVD-v0", "--dataset", file, "--limit", "2", "--device", "cpu", "--output", str(tmp_path)]
+    )
+    assert json.loads((tmp_path / "metrics.json").read_text()).keys() >= {
+        "image_ap/mean",
+        "recall@0.5",
+        "boxes/answered",
+    }
+    run = tmp_path / "run"
+    main(["train", "--env", "VLM-OVD-v0", "--rewards", "map", "1", "--steps", "1", "--output", str(run), *TINY])
+    assert rows(run / "metrics.jsonl")[0].keys() >= {"reward/map"}
 
 
 @pytest.mark.parametrize(

@@ -10,3 +10,4 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "register_task"]
 
 register_task("VLM-REC-v0", "vlmenv.envs.rec:RECEnv")
+register_task("VLM-OVD-v0", "vlmenv.envs.ovd:OVDEnv")

@@ -95,6 +95,23 @@ class ReferringScenes(Source):
         )
 
 
+class DetectionScenes(Source):
+    """Built-in scenes with questions for several kinds of shapes, some of which are absent; endless."""
+
+    size = None
+
+    def __init__(self, split: Split) -> None:
+        self._split = split
+
+    def get(self, index: int) -> Sample:
+        scene, rng = sample_scene(self._split, index)
+        asked = [str(kind) for kind in rng.permutation(SHAPES)[: rng.integers(1, len(SHAPES) + 1)]]
+        target = tuple((shape.kind, shape.box) for shape in scene.shapes if shape.kind in asked)
+        there = ", ".join(f"a {shape}" for shape in scene.shapes if shape.kind in asked)
+        question = f"Detect all of these: {', '.join(asked)}."
+        return Sample(f"scene-{self._split}-{index}", (scene.image,), question, target, there or "none of them")
+
+
 def sample_scene(split: Split, index: int, counts: tuple[int, int] = (2, 4)) -> tuple[Scene, np.random.Generator]:
     """Draws scene number `index` of a stream.
 

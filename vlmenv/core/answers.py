@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Sequence
 from typing import Final, Literal
 
 from vlmenv.core.coordinates import Box, is_box
@@ -13,11 +15,16 @@ NONE: Final = "None"
 Target = Box | Literal["None"]
 """A box, or `"None"` where nothing in the image fits."""
 
+Detection = tuple[str, Box]
+"""A label and its box."""
+
 THINK_ANSWER: Final = ("<think>", "</think>", "<answer>", "</answer>")
 
 # Bounded quantifiers only: no input makes these backtrack beyond a number's own length.
 _INNERMOST_LIST = re.compile(r"\[([^\[\]]*)\]")
 _NUMBER = re.compile(r"[+-]?\d{1,9}(?:\.\d{0,17})?", re.ASCII)
+_TRAILING_COMMA = re.compile(r",\s*([\]}])")
+_LONGEST_DETECTIONS = 100_000
 _LONGEST_ANSWER = 10_000  # characters; a box needs 30, a wordy answer some hundreds
 _NONE_FORMS: Final = frozenset({"none", '"none"', "'none'", "none.", "[]"})
 
@@ -98,6 +105,54 @@ def _numbers(items: str) -> tuple[float, ...] | None:
     if not all(_NUMBER.fullmatch(part) for part in parts):
         return None
     return tuple(float(part) for part in parts)
+
+
+def parse_detections(content: str) -> tuple[Detection, ...] | None:
+    """Reads a list of labelled boxes from the content of an answer; "None" is the empty list.
+
+    A JSON list of `{"bbox_2d": [x1, y1, x2, y2], "label": str}`, fenced or not, a single such object,
+    floats and trailing commas all parse. One entry that is no labelled box spoils the list.
+
+    Args:
+        content: Any text.
+
+    Returns:
+        The detections in the coordinates that the text uses, or None if there is no such list, or
+        more than 100,000 characters of it.
+    """
+    if len(content) > _LONGEST_DETECTIONS:
+        return None
+    content = _unfenced(content)
+    if content.lower() in _NONE_FORMS:
+        return ()
+    try:
+        found = json.loads(_TRAILING_COMMA.sub(r"\1", content))
+    except (ValueError, RecursionError):
+        return None
+    entries = [_detection(entry) for entry in (found if isinstance(found, list) else [found])]
+    return None if None in entries else tuple(entry for entry in entries if entry is not None)
+
+
+def _detection(entry: object) -> Detection | None:
+    """A JSON object as a detection; None where it is none."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("label"), str):
+        return None
+    values = entry.get("bbox_2d")
+    if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
+        return None
+    try:
+        box = tuple(float(value) for value in values)
+    except OverflowError:
+        return None
+    return (entry["label"].strip(), (box[0], box[1], box[2], box[3])) if is_box(box) else None
+
+
+def write_detections(detections: Sequence[Detection]) -> str:
+    """Detections as models are asked to write them: fenced JSON with whole numbers, or "None"."""
+    if not detections:
+        return NONE
+    rows = [{"bbox_2d": [round(value) for value in box], "label": label} for label, box in detections]
+    return f"```json\n{json.dumps(rows, ensure_ascii=False)}\n```"
 
 
 def write_box(target: Target) -> str:

@@ -1,0 +1,193 @@
+"""Rewards for answers that are lists of labelled boxes.
+
+An answer that cannot be read scores 0. Where nothing is to be found, an answer that says so scores 1
+and any box 0. Boxes of labels that are not there count against an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmenv.core.answers import Detection, extract_answer, is_think_answer, parse_detections
+from vlmenv.core.coordinates import Box
+
+IOU_THRESHOLDS: Final = np.linspace(0.5, 0.95, 10)
+"""COCO's .50:.05:.95."""
+MAX_DETECTIONS: Final = 100
+"""Detections of a label that COCO takes into account."""
+_RECALLS: Final = np.linspace(0, 1, 101)
+_ROWS: Final = np.arange(len(IOU_THRESHOLDS))
+_TINY: Final = float(np.spacing(1))
+
+
+def parse_detected_answer(text: str) -> tuple[Detection, ...] | None:
+    """The detections that a completion answers with; None if it does not answer."""
+    content = extract_answer(text)
+    return None if content is None else parse_detections(content)
+
+
+def map_reward(text: str, target: Sequence[Detection]) -> float:
+    """COCO's AP at IoU .50:.05:.95 over the labels of this image, all scores equal, in [0, 1].
+
+    A label that is answered but not there is one of AP 0; COCO itself leaves it out.
+
+    Args:
+        text: A completion.
+        target: The true boxes in the coordinates that the prompt asks for.
+    """
+    return _mean_ap(parse_detected_answer(text), target, IOU_THRESHOLDS)
+
+
+def map50_reward(text: str, target: Sequence[Detection]) -> float:
+    """As `map_reward`, at IoU .50 alone."""
+    return _mean_ap(parse_detected_answer(text), target, IOU_THRESHOLDS[:1])
+
+
+def od_length_reward(text: str, target: Sequence[Detection]) -> float:
+    """`map_reward` times min(1, true boxes / answered boxes), which stops heaping up boxes.
+
+    VLM-R1 (arXiv 2504.07615, section 3.2). AP alone does not mind duplicates after the last true box.
+    """
+    answered = parse_detected_answer(text)
+    ap = _mean_ap(answered, target, IOU_THRESHOLDS)
+    return ap * min(1.0, len(target) / len(answered)) if answered else ap
+
+
+def repetition_reward(text: str, target: Sequence[Detection]) -> float:
+    """-(1 - distinct / all) over the detections or, where there is no list of them, over runs of six words."""
+    answered = parse_detected_answer(text)
+    items: Sequence[object] = answered if answered is not None else _six_grams(text)
+    return len(set(items)) / len(items) - 1 if items else 0.0
+
+
+def detection_format_reward(text: str, target: Sequence[Detection]) -> float:
+    """1 for one think block and one answer block with a list of detections or "None", and nothing else; else 0."""
+    return float(is_think_answer(text) and parse_detected_answer(text) is not None)
+
+
+def match_greedily(answered: Sequence[Detection], target: Sequence[Detection], threshold: float = 0.5) -> int:
+    """Number of answered boxes that can be paired with a true one of their label, best overlaps first."""
+    pairs = 0
+    for label in {label for label, _ in target}:
+        overlaps = pairwise_iou(_boxes(answered, label), _boxes(target, label))
+        while overlaps.size and overlaps.max() >= threshold:
+            row, column = np.unravel_index(overlaps.argmax(), overlaps.shape)
+            overlaps[row], overlaps[:, column] = -1, -1
+            pairs += 1
+    return pairs
+
+
+def average_precision(
+    answered: NDArray[np.float64],
+    target: NDArray[np.float64],
+    thresholds: NDArray[np.float64] = IOU_THRESHOLDS,
+    *,
+    scores: NDArray[np.float64] | None = None,
+    crowd: NDArray[np.bool_] | None = None,
+) -> float:
+    """COCO's average precision for one label in one image, averaged over IoU thresholds.
+
+    Equal to what pycocotools' `COCOeval` accumulates over a data set of this one image and label.
+
+    Args:
+        answered: Boxes [D, 4].
+        target: True boxes [G, 4].
+        thresholds: [T], ascending, at most ten.
+        scores: [D]; all equal where left out, so that the order decides.
+        crowd: [G], regions in which answers count neither way; none where left out.
+
+    Returns:
+        A number in [0, 1], or NaN where there is no true box outside crowds.
+    """
+    count = len(target) if crowd is None else int((~crowd).sum())
+    if count == 0:
+        return float("nan")
+    if scores is not None:
+        answered = answered[np.argsort(-scores, kind="stable")]
+    overlaps = pairwise_iou(answered[:MAX_DETECTIONS], target, crowd)
+    hits, misses = _match(overlaps, thresholds, crowd)
+    tp, fp = hits.cumsum(axis=1), misses.cumsum(axis=1)
+    precision = tp / (tp + fp + _TINY)
+    precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    return _mean_at_recalls(tp, precision, count)
+
+
+def pairwise_iou(
+    a: NDArray[np.float64], b: NDArray[np.float64], crowd: NDArray[np.bool_] | None = None
+) -> NDArray[np.float64]:
+    """Overlaps [A, B] of boxes [A, 4] and [B, 4]; against a crowd, the share of the first box inside it."""
+    low = np.maximum(a[:, None, :2], b[:, :2])
+    sides = np.maximum(np.minimum(a[:, None, 2:], b[:, 2:]) - low, 0)
+    inside = sides[..., 0] * sides[..., 1]
+    area_a, area_b = _areas(a)[:, None], _areas(b)
+    whole = area_a + area_b - inside if crowd is None else np.where(crowd, area_a, area_a + area_b - inside)
+    overlaps: NDArray[np.float64] = inside / whole
+    return overlaps
+
+
+def _areas(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
+    areas: NDArray[np.float64] = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    return areas
+
+
+def _match(
+    overlaps: NDArray[np.float64], thresholds: NDArray[np.float64], crowd: NDArray[np.bool_] | None
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """COCO's matching: in order, each answer takes the best free true box, or else a crowd.
+
+    Returns:
+        Which answers are hits and which are misses, [T, D] each; what a crowd took is neither.
+    """
+    fits = overlaps[:, None] >= np.minimum(thresholds, 1 - 1e-10)[:, None]  # [D, T, G]
+    hits = np.zeros((len(thresholds), len(overlaps)), dtype=np.bool_)
+    free = np.ones(fits.shape[1:], dtype=np.bool_)
+    if crowd is not None:
+        free[:, crowd] = False
+    last = overlaps.shape[1] - 1
+    for d in np.flatnonzero(fits[:, 0].any(axis=1)):  # those that fit at the least threshold
+        own = np.where(fits[d] & free, overlaps[d], -1.0)
+        best = last - own[:, ::-1].argmax(axis=1)  # of equals the last, as in COCO
+        found = np.flatnonzero(own[_ROWS[: len(own)], best] >= 0)
+        free[found, best[found]] = False
+        hits[found, d] = True
+    misses = ~hits
+    if crowd is not None:
+        misses &= ~(fits & crowd).any(axis=2).T
+    return hits, misses
+
+
+def _mean_at_recalls(tp: NDArray[np.int64], precision: NDArray[np.float64], count: int) -> float:
+    """Mean of the precision [T, D] at COCO's 101 recalls, `tp / count`; 0 beyond the greatest recall."""
+    wanted = np.searchsorted(np.arange(count + 1) / count, _RECALLS, side="left")  # true positives for each recall
+    step = _ROWS[: len(tp), None] * (count + 1)  # makes of all rows a single ascending one
+    places = np.searchsorted((tp + step).ravel(), (wanted + step).ravel(), side="left").reshape(len(tp), -1)
+    padded = np.concatenate([precision, np.zeros((len(tp), 1))], axis=1)
+    found = padded[_ROWS[: len(tp), None], places - _ROWS[: len(tp), None] * tp.shape[1]]
+    return float(found.mean())
+
+
+def _mean_ap(
+    answered: Sequence[Detection] | None, target: Sequence[Detection], thresholds: NDArray[np.float64]
+) -> float:
+    if answered is None:
+        return 0.0
+    if not target:
+        return float(not answered)
+    labels = {label for label, _ in target}
+    extra = {label for label, _ in answered} - labels
+    scores = [average_precision(_boxes(answered, label), _boxes(target, label), thresholds) for label in labels]
+    return float(np.sum(scores)) / (len(labels) + len(extra))
+
+
+def _boxes(detections: Sequence[Detection], label: str) -> NDArray[np.float64]:
+    chosen: list[Box] = [box for name, box in detections if name == label]
+    return np.array(chosen, dtype=np.float64).reshape(-1, 4)
+
+
+def _six_grams(text: str) -> list[tuple[str, ...]]:
+    words = text[:100_000].split()
+    return [tuple(words[i : i + 6]) for i in range(len(words) - 5)]

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import gymnasium
+import numpy as np
+import pytest
+from conftest import shared
+from gymnasium.utils.env_checker import check_env
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlmenv.core.answers import write_answer, write_detections
+from vlmenv.core.coordinates import ResizeRule
+from vlmenv.envs.ovd import OVDEnv
+
+
+def test_gymnasiums_checker_is_content(recwarn: pytest.WarningsRecorder) -> None:
+    check_env(gymnasium.make("VLM-OVD-v0", render_mode="rgb_array").unwrapped)
+    assert not recwarn.list
+
+
+def test_the_truth_scores_the_maximum_in_every_convention() -> None:
+    cases = (("original", None, 1 - 1e-12), ("norm1000", None, 0.99), ("resized", ResizeRule(), 0.85))
+    for coordinates, resize, least in cases:
+        env = OVDEnv(coordinates=coordinates, resize=resize)
+        for index in range(15):
+            env.reset(options={"index": index})
+            _, _, _, _, info = env.step(env.write_answer(env.source.get(index)))
+            assert info["rewards"]["od_length"] >= least
+            assert info["rewards"]["format"] == 1
+
+
+@pytest.mark.parametrize("name", ["tinycoco", "bccd"])
+def test_real_photos_load_and_their_truth_scores_the_maximum(name: str) -> None:
+    env = OVDEnv(dataset=shared(f"data/ovd/{name}/samples.jsonl"))
+    check_env(env)
+    assert env.source.size == {"tinycoco": 27, "bccd": 8}[name]
+    empty = 0
+    for index in range(env.source.size):
+        observation, _ = env.reset(options={"index": index})
+        assert "detect the following objects" in observation["prompt"]
+        _, reward, _, _, info = env.step(env.write_answer(env.source.get(index)))
+        assert reward == pytest.approx(1.1)
+        empty += not info["target"]
+    assert empty == {"tinycoco": 5, "bccd": 0}[name]
+
+
+def test_scenes_ask_for_what_is_there_and_what_is_not() -> None:
+    env, absent = OVDEnv(), 0
+    for index in range(60):
+        sample = env.source.get(index)
+        asked = sample.question.removeprefix("Detect all of these: ").removesuffix(".").split(", ")
+        found = {label for label, _ in sample.target}
+        assert found <= set(asked)
+        absent += not found
+    assert 0 < absent < 30
+
+
+def test_tricks_do_not_pay() -> None:
+    """Ceilings for answers that game a reward, averaged over scenes."""
+    env = OVDEnv()
+    kinds = ("circle", "square", "triangle", "star")
+    whole = (0.0, 0.0, 96.0, 96.0)
+    rewards: dict[str, list[float]] = {}
+    for index in range(100):
+        sample, other = env.source.get(index), env.source.get(index + 1)
+        truth = env.target(sample)
+        answers = {
+            "whole image": [(kind, whole) for kind in kinds],
+            "every label on each box": [(kind, box) for _, box in truth for kind in kinds],
+            "box spam": [*truth, *truth * 19],
+            "another scene's truth": list(env.target(other)),
+            "truth": list(truth),
+        }
+        for name, detections in answers.items():
+            score = env.score(write_answer(write_detections(detections), ""), sample)
+            if truth:
+                rewards.setdefault(name, []).append(score.terms["od_length"])
+    means = {name: float(np.mean(values)) for name, values in rewards.items()}
+    assert means["truth"] == 1
+    assert means["whole image"] < 0.01
+    assert means["every label on each box"] < 0.3
+    assert means["box spam"] == pytest.approx(1 / 20)
+    assert means["another scene's truth"] < 0.05
+
+
+def test_measures() -> None:
+    env = OVDEnv()
+    a, b = ("cat", (0.0, 0.0, 10.0, 10.0)), ("dog", (20.0, 20.0, 40.0, 40.0))
+    measured = env.measure(write_answer(write_detections([a, a]), ""), (a, b))
+    assert measured["precision@0.5"] == measured["recall@0.5"] == 0.5
+    assert (measured["boxes/answered"], measured["boxes/true"]) == (2, 2)
+    assert env.measure(write_answer("None", ""), ())["precision@0.5"] == 1
+    assert env.measure("hm", (a,))["unparsable"] == 1
+
+
+@given(st.text(st.characters()))
+def test_any_text_is_an_action(text: str) -> None:
+    env = OVDEnv(rewards=dict.fromkeys(OVDEnv.terms, 1.0))
+    env.reset(options={"index": 0})
+    _, reward, _, _, _ = env.step(f"<think>{text}</think><answer>{text}</answer>")
+    assert -1 <= reward <= 4
