@@ -23,6 +23,7 @@ class OVDEnv(VisualTaskEnv):
         "od_length": rewards.od_length_reward,
         "map": rewards.map_reward,
         "map50": rewards.map50_reward,
+        "weighted_sum": rewards.weighted_sum_reward,
         "repetition": rewards.repetition_reward,
         "format": rewards.detection_format_reward,
     }

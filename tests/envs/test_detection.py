@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import time
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from vlmenv.envs.rewards.detection import (
     match_greedily,
     od_length_reward,
     repetition_reward,
+    weighted_sum_reward,
 )
 
 
@@ -116,6 +118,25 @@ def test_map50_by_hand() -> None:
     assert map50_reward(answered(("cat", (0, 0, 10, 4))), [A]) == 0
 
 
+@pytest.mark.parametrize(
+    ("text", "target", "expected"),
+    [
+        (answered(A, C), [A, C], 1.0),
+        (answered(("cat", (0, 0, 10, 6))), [A], 0.7 * 0.6 + 0.3),
+        (answered(("dog", A[1])), [A], 0.3),  # well placed, wrongly named
+        (answered(A), [A, C], 0.7 / 2 + 0.3 * 0.75),
+        (answered(A, B), [A], 0.7 + 0.3 * 0.75),
+        (answered(("cat", (0, 0, 10, 4))), [A], 0.0),
+        (answered(), [A], 0.0),
+        (answered(), [], 1.0),
+        (answered(A), [], 0.0),
+        ("hm", [], 0.0),
+    ],
+)
+def test_weighted_sum_by_hand(text: str, target: list[Detection], expected: float) -> None:
+    assert weighted_sum_reward(text, target) == pytest.approx(expected)
+
+
 def test_repetition_by_hand() -> None:
     assert repetition_reward(answered(A, B), []) == 0
     assert repetition_reward(answered(A, A, A, B), []) == -0.5
@@ -164,9 +185,26 @@ def test_any_text_is_scored_within_range(text: str) -> None:
         for target in ([], [A, C]):
             assert 0 <= map_reward(candidate, target) <= 1
             assert 0 <= od_length_reward(candidate, target) <= map_reward(candidate, target)
+            assert 0 <= weighted_sum_reward(candidate, target) <= 1
             assert -1 < repetition_reward(candidate, target) <= 0
             assert detection_format_reward(candidate, target) in (0, 1)
 
 
 def test_thresholds_are_cocos() -> None:
     np.testing.assert_allclose(IOU_THRESHOLDS, [0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95])
+
+
+@pytest.mark.parametrize("size", [1500, 100_000], ids=["as long as is read", "longer"])
+def test_lists_of_many_boxes_do_not_hold_up_a_step(size: int) -> None:
+    """Many true boxes, and answers of up to 100,000 boxes on top of one another or each of its own label."""
+    target = [("cat", (float(i), 0.0, i + 10.0, 10.0)) for i in range(200)]
+    rewards = (map_reward, od_length_reward, weighted_sum_reward, repetition_reward, detection_format_reward)
+    for label in ("cat", "cat{}"):
+        rows = ",".join(
+            f'{{"bbox_2d":[{i % 200},0,{i % 200 + 10},10],"label":"{label.format(i)}"}}' for i in range(size)
+        )
+        text = f"<think>t</think><answer>[{rows}]</answer>"
+        started = time.perf_counter()
+        for reward in rewards:
+            reward(text, target)
+        assert time.perf_counter() - started < 10  # what is not linear would take minutes
