@@ -45,7 +45,7 @@ def resized(image: Image, width: int, height: int) -> Image:
     """A copy of an image at another size, by bicubic interpolation as in the models' own processors."""
     if image.shape[:2] == (height, width):
         return image.copy()
-    return np.asarray(PILImage.fromarray(image).resize((width, height), PILImage.Resampling.BICUBIC))
+    return np.array(PILImage.fromarray(image).resize((width, height), PILImage.Resampling.BICUBIC))
 
 
 def _to_rgb(picture: PILImage.Image) -> PILImage.Image:

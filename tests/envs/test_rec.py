@@ -72,6 +72,7 @@ def test_coordinates_reach_prompt_target_and_picture() -> None:
         observation, _ = env.reset(options={"index": 3})
         assert words in observation["prompt"]
         assert observation["images"][0].shape == (side, side, 3)
+        assert observation["images"][0].flags.writeable
         x1, y1, x2, y2 = env.target(env.source.get(3))
         half = f"<answer>[{x1},{y1},{(x1 + x2) / 2},{y2}]</answer>"
         _, _, _, _, info = env.step(half)
