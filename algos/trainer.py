@@ -136,6 +136,7 @@ class Trainer:
             _, rewards, _, _, infos = self.envs.step(rollout.texts)
         with timed(clock, "update"):
             metrics = self._learn(rollout, torch.as_tensor(rewards, dtype=torch.float32))
+        clock["sync"] = 0.0  # the policy itself generates: there is no engine to hand new weights to
         metrics |= self._reward_metrics(np.asarray(rewards), infos) | _completion_metrics(rollout)
         metrics |= {f"time/{name}": seconds for name, seconds in clock.items()}
         metrics = self._over_processes(metrics)

@@ -140,6 +140,12 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
+        """Shows the next sample of the order that `seed` fixes, or the one of `options={"index": i}`.
+
+        Raises:
+            ConfigError: An option that is not known, or a sample that does not exist.
+            DataError: The sample, or one of its images, cannot be read.
+        """
         super().reset(seed=seed)
         if seed is not None or self._order is None:
             self._order = SampleOrder(self.source.size, key=int(self.np_random.integers(2**62)))

@@ -88,6 +88,12 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[BatchedObservations, dict[str, Any]]:
+        """Shows P new samples, or those of `options={"index": [P indices]}`, G times each.
+
+        Raises:
+            ConfigError: An option that is not known, or indices that do not fit.
+            DataError: A sample, or one of its images, cannot be read.
+        """
         super().reset(seed=seed)
         if seed is not None or self._order is None:
             self._order = SampleOrder(self.task.source.size, key=int(self.np_random.integers(2**62)))
@@ -104,6 +110,12 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
     def step(
         self, actions: Sequence[str]
     ) -> tuple[BatchedObservations, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
+        """Scores N texts: rewards float64 [N], `terminated` all True, `truncated` all False.
+
+        Raises:
+            RuntimeError: There was no `reset` since the last step.
+            ValueError: There are not N texts.
+        """
         if not self._samples or self._predictions is not None:
             raise RuntimeError("an episode is one step: call reset() before each step()")
         if isinstance(actions, str) or len(actions) != self.num_envs:

@@ -78,13 +78,17 @@ class Reference:
     target: Shape
 
 
-class ReferringScenes(Source):
-    """Built-in scenes, each with one expression; endless."""
+class Scenes(Source):
+    """Built-in scenes of a stream; endless."""
 
     size = None
 
     def __init__(self, split: Split) -> None:
         self._split = split
+
+
+class ReferringScenes(Scenes):
+    """Built-in scenes, each with one expression."""
 
     def get(self, index: int) -> Sample:
         scene, rng = sample_scene(self._split, index)
@@ -95,13 +99,8 @@ class ReferringScenes(Source):
         )
 
 
-class DetectionScenes(Source):
-    """Built-in scenes with questions for several kinds of shapes, some of which are absent; endless."""
-
-    size = None
-
-    def __init__(self, split: Split) -> None:
-        self._split = split
+class DetectionScenes(Scenes):
+    """Built-in scenes with questions for several kinds of shapes, some of which are absent."""
 
     def get(self, index: int) -> Sample:
         scene, rng = sample_scene(self._split, index)

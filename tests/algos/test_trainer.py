@@ -78,6 +78,7 @@ def test_what_is_logged(builtin: VLMAgent) -> None:
         "time/rollout",
         "time/score",
         "time/update",
+        "time/sync",
         "tokens_per_second",
     }
     lengths = [len(completion.token_ids) for completion in result.rollout.completions]

@@ -141,7 +141,7 @@ def test_ten_megabytes_do_not_hold_up_a_step(text: str) -> None:
     extract_answer(text)
     parse_box(text)
     extract_answer(f"<answer>{text}</answer>")
-    assert time.perf_counter() - started < 10  # what is not linear would take minutes
+    assert time.perf_counter() - started < 1
 
 
 def test_what_is_written_is_read() -> None:

@@ -207,4 +207,4 @@ def test_lists_of_many_boxes_do_not_hold_up_a_step(size: int) -> None:
         started = time.perf_counter()
         for reward in rewards:
             reward(text, target)
-        assert time.perf_counter() - started < 10  # what is not linear would take minutes
+        assert time.perf_counter() - started < 1

@@ -81,4 +81,4 @@ def test_scoring_is_quick_whatever_the_text(bomb: str) -> None:
     for text in (bomb, answered(bomb)):
         assert iou_reward(text, TRUTH) == 0
         assert box_format_reward(text, TRUTH) == 0
-    assert time.perf_counter() - started < 10  # what is not linear would take minutes
+    assert time.perf_counter() - started < 2

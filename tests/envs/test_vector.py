@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from gymnasium.vector import AutoresetMode
 from test_conversations import row, write
 
 from vlmenv.core.errors import ConfigError
-from vlmenv.envs.data.source import Sample
+from vlmenv.envs.data.scenes import ReferringScenes, Split
+from vlmenv.envs.data.source import Sample, Source
 from vlmenv.envs.rec import RECEnv
 from vlmenv.envs.vector import VisualTaskVectorEnv
 
@@ -76,6 +78,24 @@ def test_shards_divide_the_order_among_processes(tmp_path: Path) -> None:
     for seed in (1, None):
         whole = list(together.reset(seed=seed)[1]["id"])
         assert whole == [name for part in parts for name in part.reset(seed=seed)[1]["id"]]
+
+
+def test_samples_are_loaded_by_several_threads() -> None:
+    """Two loads that wait for one another: one after the other they would break the barrier."""
+    barrier = threading.Barrier(2)
+
+    class Waiting(RECEnv):
+        def builtin_source(self, split: Split) -> Source:
+            return WaitingScenes(split)
+
+    class WaitingScenes(ReferringScenes):
+        def get(self, index: int) -> Sample:
+            barrier.wait(timeout=30)
+            return super().get(index)
+
+    envs = VisualTaskVectorEnv(Waiting, 4, group_size=2)
+    _, infos = envs.reset(options={"index": [3, 4]})
+    assert infos["index"].tolist() == [3, 3, 4, 4]
 
 
 def test_given_samples_can_be_shown() -> None:
