@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 
@@ -212,7 +213,11 @@ class Trainer:
 
     def _reward_metrics(self, rewards: np.ndarray, infos: dict[str, Any]) -> dict[str, float]:
         scored = infos.get("rewards", {})
-        terms = {f"reward/{name}": float(np.mean(values)) for name, values in scored.items() if name[0] != "_"}
+        terms = {
+            f"reward/{name}": float(np.mean(values[scored[f"_{name}"]]))  # of the rows that have the term
+            for name, values in scored.items()
+            if name[0] != "_"
+        }
         share = zero_variance_share(torch.as_tensor(rewards), self.algorithm.group_size)
         return {"reward/mean": float(rewards.mean()), **terms, "reward/zero_std_groups": share}
 
@@ -220,9 +225,9 @@ class Trainer:
         """Means over all processes."""
         if self.accelerator.num_processes == 1:
             return metrics
-        values = torch.tensor(list(metrics.values()), dtype=torch.float64, device=self.agent.device)
-        means = cast(Tensor, self.accelerator.reduce(values, reduction="mean"))
-        return dict(zip(metrics, means.tolist(), strict=True))
+        gathered = gather_object([metrics])
+        names = dict.fromkeys(name for own in gathered for name in own)  # a term may be in one process's rows alone
+        return {name: float(np.mean([own[name] for own in gathered if name in own])) for name in names}
 
 
 def _completion_metrics(rollout: Rollout) -> dict[str, float]:

@@ -74,7 +74,7 @@ def measure(model: str, folder: Path) -> dict[str, float]:
     vlmenv("eval", "--model", model, "--samples", "8", "--output", str(folder / "sampled"))
     greedy = json.loads((folder / "greedy" / "metrics.json").read_text())
     sampled = json.loads((folder / "sampled" / "metrics.json").read_text())
-    return {name: greedy[name] for name in COLUMNS} | {"sampled iou/mean": sampled["iou/mean"]}
+    return {name: greedy[name]["value"] for name in COLUMNS} | {"sampled iou/mean": sampled["iou/mean"]["value"]}
 
 
 def table(rows: list[tuple[str, dict[str, float], str]]) -> str:

@@ -2,44 +2,35 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, SupportsInt
+from enum import StrEnum
+from typing import Any, ClassVar, SupportsInt, TypeVar
 
 import gymnasium
-import numpy as np
 from gymnasium import spaces
 
+from vlmenv.core.answers import NONE
 from vlmenv.core.coordinates import Coordinates, CoordinateSpace, ResizeRule
-from vlmenv.core.errors import ConfigError, RewardError, unknown_name
+from vlmenv.core.errors import ConfigError, DataError, unknown_name
+from vlmenv.core.formats import AnswerFormat
 from vlmenv.core.rollout import Observation
 from vlmenv.core.spaces import FreeText, Image, RGBImage
-from vlmenv.envs.data.conversations import Conversations
+from vlmenv.envs.data.dataset import Dataset, Reading, open_dataset
 from vlmenv.envs.data.images import resized
+from vlmenv.envs.data.rows import Row
 from vlmenv.envs.data.scenes import Split
 from vlmenv.envs.data.source import Sample, SampleOrder, Source
+from vlmenv.envs.metrics.intervals import Interval
+from vlmenv.envs.rendering import picture_of
+from vlmenv.envs.rewards.terms import RewardTerm
+from vlmenv.envs.rewards.text import count_words
+from vlmenv.envs.scoring import Rewards, Score, Scorer
 
-RewardTerm = Callable[[str, Any], float]
-"""(completion text, target) -> value; the target is what `info["target"]` shows."""
+Intervals = dict[str, Interval]
+"""Metrics by name, with 95 % intervals."""
 
-Rewards = Mapping[str | RewardTerm, float]
-"""Reward terms with their weights: names of the task's own terms, or callables."""
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """What an answer is worth."""
-
-    reward: float
-    """weighted sum of the terms"""
-    terms: dict[str, float]
-    """each term, unweighted"""
-    prediction: Any
-    """the answer as parsed; None where it could not be"""
+Name = TypeVar("Name", bound=StrEnum)
 
 
 class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
@@ -54,18 +45,26 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
     A subclass is a task: it sets the class attributes and the methods below them.
 
     Args:
-        dataset: A VLM-R1 JSONL file; the built-in samples where left out.
-        image_root: Folder that the file's image paths are relative to; its own where left out.
-        split: Of the built-in samples, `"train"` (default) or `"eval"`; a file has none.
+        dataset: What `open_dataset` takes: a file in VLM-R1's, PeBR-R1's or (for detection) COCO's layout, several
+            files, a parquet file, a Hugging Face data set; the built-in samples where left out.
+        image_root: Folder that image paths are relative to, or one for each file; the file's own where left out.
+        split: Of the built-in samples, `"train"` (default) or `"eval"`; of a Hugging Face data set, its name.
+        columns: For parts of a row, the columns that hold them, as in `{"question": "query", "answer": "label"}`.
+        skip_broken: Leave broken rows out (`env.source.faults` tells of them) instead of refusing the data set.
         rewards: Terms and weights; the task's defaults where left out.
-        prompt_template: Text with `{question}`, and `{coordinates}` where it matters.
+        prompt_template: Text with `{question}` and, where they matter, `{answer}` for an example of the answer
+            in its format, `{none}` for the answer "None", and `{coordinates}`.
+        answer_format: How the answer is set apart: `"tags"` or `"sections"`; the task's own where left out.
         coordinates: How boxes are written in prompt, answer and `info`: `"original"`, `"resized"` or `"norm1000"`.
         resize: For `"resized"`, how the model sizes images: the observation then shows them at that size.
+        count_tokens: Counts the tokens of a text, for the terms that ask for it; words and marks where left out.
+        timing: Tell the seconds that each reward term took, as `info["seconds"]`.
         render_mode: `"rgb_array"` or None.
 
     Raises:
         ConfigError: An argument that does not fit the others, or an unknown name.
         DataError: The data set cannot be read.
+        ModelError: A reward term's model cannot be loaded.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 1}  # noqa: RUF012 (Gymnasium's own type)
@@ -73,20 +72,35 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
     """The task's reward terms by name."""
     default_rewards: ClassVar[Mapping[str, float]]
     """Weights of the terms that are used unless told otherwise."""
+    row_terms: ClassVar[Mapping[str, str]] = {}
+    """Names by which rows ask for a term (`accu_reward_method`) in place of the first one."""
+    ratios: ClassVar[Mapping[str, tuple[str, str]]] = {}
+    """Metrics that are the sum of one of `measure`'s numbers over the sum of another."""
     prompt_template: ClassVar[str]
-    """The prompt, with `{question}` and, if the task has coordinates, `{coordinates}`."""
+    """The prompt, see the argument of the same name."""
+    answer_example: ClassVar[str] = "answer"
+    """What the prompt shows as the form of an answer."""
+    default_format: ClassVar[AnswerFormat] = AnswerFormat.TAGS
+    """The answer format unless told otherwise."""
     needs_image: ClassVar[bool] = True
     """Whether every sample must have an image."""
+    takes_coco: ClassVar[bool] = False
+    """Whether COCO's instances make rows of this task."""
 
     def __init__(
         self,
-        dataset: str | Path | None = None,
-        image_root: str | Path | None = None,
-        split: Split | None = None,
+        dataset: Dataset | None = None,
+        image_root: Any = None,
+        split: str | None = None,
+        columns: Mapping[str, str] | None = None,
+        skip_broken: bool = False,
         rewards: Rewards | None = None,
         prompt_template: str | None = None,
+        answer_format: str | None = None,
         coordinates: str = CoordinateSpace.ORIGINAL,
         resize: ResizeRule | None = None,
+        count_tokens: Callable[[str], int] = count_words,
+        timing: bool = False,
         render_mode: str | None = None,
     ) -> None:
         if render_mode not in (None, *self.metadata["render_modes"]):
@@ -94,10 +108,18 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         self.observation_space = spaces.Dict({"images": spaces.Sequence(RGBImage()), "prompt": FreeText()})  # type: ignore[assignment]
         self.action_space = FreeText()
         self.render_mode = render_mode
-        self.coordinates = Coordinates(_coordinate_space(coordinates), resize)
+        self.timing = timing
+        self.coordinates = Coordinates(_one_of(CoordinateSpace, "coordinate space", coordinates), resize)
+        self.answer_format = _one_of(AnswerFormat, "answer format", answer_format or self.default_format)
         self.template = _checked_template(self.prompt_template if prompt_template is None else prompt_template)
-        self.weighted_terms = self._weighted_terms(self.default_rewards if rewards is None else rewards)
-        self.source = self._open(dataset, image_root, split)
+        self._scorer = Scorer(
+            self.terms,
+            self.default_rewards if rewards is None else rewards,
+            self.answer_format,
+            count_tokens,
+            exchangeable=self.row_terms.values(),
+        )
+        self.source = self._open(dataset, image_root, split, columns, skip_broken)
         self._order: SampleOrder | None = None
         self._position = 0
         self._sample: Sample | None = None
@@ -109,25 +131,41 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
     def builtin_source(self, split: Split) -> Source:
         """The task's built-in samples."""
 
-    @abstractmethod
-    def read_target(self, answer: str) -> Any:
-        """The truth from a data set's answer text.
+    def read_target(self, row: Row) -> Any:
+        """The truth of a data set's row; the text of its answer unless a task says otherwise.
 
         Raises:
-            ValueError: The text holds no truth; the message says why.
+            ValueError: The row holds no truth; the message says why.
         """
+        return row.answer
 
-    @abstractmethod
     def parse(self, text: str) -> Any:
         """The answer in a completion, or None; takes any text."""
+        return self.answer_format.extract(text)
 
-    @abstractmethod
-    def measure(self, text: str, target: Any) -> dict[str, float]:
-        """The task's evaluation metrics for one answer; over a data set their means are reported."""
+    def measure(self, text: str, target: Any, terms: Mapping[str, float]) -> dict[str, float]:
+        """The task's evaluation metrics for one answer, of which means and `ratios` are reported.
 
-    @abstractmethod
+        Args:
+            text: A completion.
+            target: The truth, as in `info["target"]`.
+            terms: The reward terms of this answer, as in `info["rewards"]`.
+        """
+        return {**terms, "unparsable": float(self.parse(text) is None)}
+
+    def summarise(self, predictions: Sequence[Any], targets: Sequence[Any], clusters: Sequence[int]) -> Intervals:
+        """Metrics that belong to a data set as a whole, and are no means over answers; none unless a task has some.
+
+        Args:
+            predictions: Parsed answers, None where unparsable.
+            targets: The truth for each.
+            clusters: The sample that each is about.
+        """
+        return {}
+
     def write_answer(self, sample: Sample) -> str:
         """The completion that answers a sample rightly, in the format and coordinates asked for."""
+        return self.answer_format.write(str(self.target(sample)), sample.rationale)
 
     def target(self, sample: Sample) -> Any:
         """A sample's truth in the coordinates that the prompt asks for."""
@@ -135,7 +173,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
 
     def draw(self, sample: Sample, prediction: Any) -> Image:
         """A picture of a sample and an answer to it; `prediction` is None before there is one."""
-        return sample.images[0].copy() if sample.images else np.full((320, 320, 3), 255, dtype=np.uint8)
+        return picture_of(sample.images)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -159,14 +197,14 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
             self._position += 1
         self._sample = self.source.get(self._index)
         self._prediction, self._answered = None, False
-        return self.observe(self._sample), self._identify()
+        return self.observe(self._sample), self.identify(self._sample, self._index)
 
     def step(self, action: str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         if self._sample is None or self._answered:
             raise gymnasium.error.ResetNeeded("an episode is one step: call reset() before each step()")
         score = self.score(action, self._sample)
         self._prediction, self._answered = score.prediction, True
-        info = self._identify() | self.explain(score, self._sample)
+        info = self.identify(self._sample, self._index) | self.explain(score, self._sample)
         return self.observe(self._sample), score.reward, True, False, info
 
     def render(self) -> Image | None:
@@ -181,8 +219,9 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
 
     def prompt(self, question: str) -> str:
         """The prompt that asks a question."""
-        prompt = self.template.replace("{coordinates}", self.coordinates.description)
-        return prompt.replace("{question}", question)
+        prompt = self.template.replace("{answer}", self.answer_format.example(self.answer_example))
+        prompt = prompt.replace("{none}", self.answer_format.answer_only(NONE))
+        return prompt.replace("{coordinates}", self.coordinates.description).replace("{question}", question)
 
     def score(self, text: str, sample: Sample) -> Score:
         """Scores an answer to a sample. Any text will do; a text that is no answer scores 0.
@@ -191,63 +230,67 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
             TypeError: `text` is no string.
             RewardError: A term is not finite.
         """
-        if not isinstance(text, str):
-            raise TypeError(f"an action is a string, not {type(text).__name__}")
-        target = self.target(sample)
-        terms = {name: float(term(text, target)) for name, term, _ in self.weighted_terms}
-        for name, value in terms.items():
-            if not math.isfinite(value):
-                raise RewardError(f"reward term '{name}' gave {value} for sample {sample.id}; it must be finite")
-        reward = sum(weight * terms[name] for name, _, weight in self.weighted_terms)
-        return Score(float(reward), terms, self.parse(text))
+        return self.score_batch([text], [sample])[0]
+
+    def score_batch(self, texts: Sequence[str], samples: Sequence[Sample]) -> list[Score]:
+        """Scores N answers, each to its sample; as `score`, but terms that can do so work on all at once."""
+        for text in texts:
+            if not isinstance(text, str):
+                raise TypeError(f"an action is a string, not {type(text).__name__}")
+        targets = [self.target(sample) for sample in samples]
+        return self._scorer(texts, targets, samples, [self.parse(text) for text in texts])
 
     def explain(self, score: Score, sample: Sample) -> dict[str, Any]:
         """What `info` tells of a scored answer."""
-        return {"rewards": dict(score.terms), "prediction": score.prediction, "target": self.target(sample)}
+        info = {"rewards": dict(score.terms), "prediction": score.prediction, "target": self.target(sample)}
+        return info | ({"seconds": dict(score.seconds)} if self.timing else {})
+
+    def identify(self, sample: Sample, index: int) -> dict[str, Any]:
+        """What `info` tells of a sample."""
+        return {"id": sample.id, "index": index} | ({"subject": sample.subject} if sample.subject else {})
+
+    def reading(self, columns: Mapping[str, str] | None = None, skip_broken: bool = False) -> Reading:
+        """How this task reads the rows of a data set."""
+        return Reading(self._understand, self.needs_image, self.takes_coco, columns or {}, skip_broken)
+
+    def row_term(self, row: Row) -> str | None:
+        """The reward term that a row asks for in place of the one in use; None for none.
+
+        Raises:
+            ValueError: The task has no such term.
+        """
+        if row.method in ("", "default"):
+            return None
+        if row.method not in self.row_terms:
+            raise ValueError(f"accu_reward_method: {unknown_name('reward', row.method, self.row_terms)}")
+        return self.row_terms[row.method]
+
+    def _understand(self, row: Row) -> Sample:
+        target, term = self.read_target(row), self.row_term(row)
+        return Sample(row.id, (), row.question, target, subject=row.subject, term=term)
 
     def _shown(self, image: Image) -> Image:
         height, width = image.shape[:2]
         return resized(image, *self.coordinates.shown_size(width, height))
 
-    def _identify(self) -> dict[str, Any]:
-        assert self._sample is not None
-        return {"id": self._sample.id, "index": self._index}
-
-    def _open(self, dataset: str | Path | None, image_root: str | Path | None, split: Split | None) -> Source:
+    def _open(
+        self,
+        dataset: Dataset | None,
+        image_root: Any,
+        split: str | None,
+        columns: Mapping[str, str] | None,
+        skip_broken: bool,
+    ) -> Source:
         if dataset is None:
-            if image_root is not None:
-                raise ConfigError("image_root is for a data set: give dataset too")
+            if image_root is not None or columns or skip_broken:
+                raise ConfigError("image_root, columns and skip_broken are for a data set: give dataset too")
             if split not in (None, "train", "eval"):
                 raise ConfigError(unknown_name("split", split, ("train", "eval")))
-            return self.builtin_source(split or "train")
-        if split is not None:
-            raise ConfigError(f"split '{split}' is for the built-in samples: a data set file has no splits")
-        root = None if image_root is None else Path(image_root)
-        return Conversations(Path(dataset), root, needs_image=self.needs_image, read_target=self.read_target)
-
-    def _weighted_terms(self, rewards: Rewards | Mapping[str, float]) -> list[tuple[str, RewardTerm, float]]:
-        if not rewards:
-            raise ConfigError(f"rewards is empty: name at least one of {', '.join(sorted(self.terms))}")
-        found = []
-        for key, weight in rewards.items():
-            if isinstance(key, str) and key not in self.terms:
-                raise ConfigError(unknown_name("reward term", key, self.terms))
-            term = self.terms[key] if isinstance(key, str) else key
-            found.append((key if isinstance(key, str) else _name_of(key), term, float(weight)))
-        names = [name for name, _, _ in found]
-        for name, _, weight in found:
-            if not math.isfinite(weight):
-                raise ConfigError(f"the weight of reward term '{name}' is {weight}; it must be finite")
-        if taken := [name for name in names if name in _TAKEN]:
-            raise ConfigError(f"reward term {taken[0]}: the name is that of a metric; call it something else")
-        if hidden := [name for name in names if name.startswith("_")]:
-            raise ConfigError(f"reward term {hidden[0]}: a leading underscore is taken for a mask in vector infos")
-        if len(set(names)) < len(names):
-            raise ConfigError(f"two reward terms have the same name: {', '.join(names)}")
-        return found
-
-
-_TAKEN = ("mean", "zero_std_groups")  # "reward/…" metrics of the trainer
+            return self.builtin_source("eval" if split == "eval" else "train")
+        source = open_dataset(dataset, self.reading(columns, skip_broken), image_root, split)
+        if not source.size:
+            raise DataError(f"every one of {len(source.faults)} rows is broken; the first: {source.faults[0]}")
+        return source
 
 
 def check_index(index: SupportsInt, size: int | None) -> int:
@@ -262,24 +305,13 @@ def check_index(index: SupportsInt, size: int | None) -> int:
     return number
 
 
-def _coordinate_space(name: str) -> CoordinateSpace:
-    if name not in list(CoordinateSpace):
-        raise ConfigError(unknown_name("coordinate space", name, list(CoordinateSpace)))
-    return CoordinateSpace(name)
+def _one_of(options: type[Name], kind: str, name: str) -> Name:
+    if name not in list(options):
+        raise ConfigError(unknown_name(kind, name, list(options)))
+    return options(name)
 
 
 def _checked_template(template: str) -> str:
     if "{question}" not in template:
         raise ConfigError("prompt_template must contain {question}, where the sample's question goes")
     return template
-
-
-def _name_of(term: RewardTerm) -> str:
-    if isinstance(term, functools.partial):
-        return _name_of(term.func)
-    return getattr(term, "__name__", type(term).__name__)
-
-
-def mean_metrics(measures: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Means over answers of what `VisualTaskEnv.measure` gave for each."""
-    return {name: float(np.mean([measure[name] for measure in measures])) for name in measures[0]}

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from vlmenv.core.answers import NONE, Target, parse_box, write_answer, write_box
+from vlmenv.core.answers import NONE, Target, parse_box, write_box
 from vlmenv.core.spaces import Image
-from vlmenv.envs.base import RewardTerm, VisualTaskEnv
+from vlmenv.envs.base import VisualTaskEnv
+from vlmenv.envs.data.rows import Row
 from vlmenv.envs.data.scenes import ReferringScenes, Split
 from vlmenv.envs.data.source import Sample, Source
 from vlmenv.envs.rendering import ANSWERED, TRUE, draw_boxes
 from vlmenv.envs.rewards.boxes import box_format_reward, iou50_reward, iou_reward, parse_boxed_answer
+from vlmenv.envs.rewards.terms import RewardTerm
 
 
 class RECEnv(VisualTaskEnv):
@@ -23,22 +25,21 @@ class RECEnv(VisualTaskEnv):
         "format": box_format_reward,
     }
     default_rewards: ClassVar[Mapping[str, float]] = {"iou": 1.0, "format": 0.1}
-    prompt_template: ClassVar[str] = (
-        "Answer as <think>reasoning</think><answer>[x1,y1,x2,y2]</answer> in {coordinates}, "
-        "or <answer>None</answer>.\n{question}"
-    )
+    row_terms: ClassVar[Mapping[str, str]] = {"iou": "iou", "iou@0.5": "iou@0.5"}
+    prompt_template: ClassVar[str] = "Answer as {answer} in {coordinates}, or {none}.\n{question}"
+    answer_example: ClassVar[str] = "[x1,y1,x2,y2]"
 
     def builtin_source(self, split: Split) -> Source:
         return ReferringScenes(split)
 
-    def read_target(self, answer: str) -> Target:
-        target = parse_box(answer)
+    def read_target(self, row: Row) -> Target:
+        target = parse_box(row.answer)
         if target is None:
-            raise ValueError(f"the answer {answer[:80]!r} is neither one box [x1, y1, x2, y2] nor None")
+            raise ValueError(f"the answer {row.answer[:80]!r} is neither one box [x1, y1, x2, y2] nor None")
         return target
 
     def parse(self, text: str) -> Target | None:
-        return parse_boxed_answer(text)
+        return parse_boxed_answer(text, self.answer_format)
 
     def target(self, sample: Sample) -> Target:
         if sample.target == NONE:
@@ -46,18 +47,18 @@ class RECEnv(VisualTaskEnv):
         height, width = sample.images[0].shape[:2]
         return self.coordinates.from_pixels(sample.target, width, height)
 
-    def measure(self, text: str, target: Target) -> dict[str, float]:
-        overlap = iou_reward(text, target)
+    def measure(self, text: str, target: Target, terms: Mapping[str, float]) -> dict[str, float]:
+        overlap = iou_reward(text, target, self.answer_format)
         return {
             "iou/mean": overlap,
             "accuracy@0.5": float(overlap >= 0.5),
             "accuracy@0.75": float(overlap >= 0.75),
             "unparsable": float(self.parse(text) is None),
-            "format": box_format_reward(text, target),
+            "format": box_format_reward(text, target, self.answer_format),
         }
 
     def write_answer(self, sample: Sample) -> str:
-        return write_answer(write_box(self.target(sample)), sample.rationale)
+        return self.answer_format.write(write_box(self.target(sample)), sample.rationale)
 
     def draw(self, sample: Sample, prediction: Target | None) -> Image:
         height, width = sample.images[0].shape[:2]

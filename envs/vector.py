@@ -121,7 +121,7 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         if isinstance(actions, str) or len(actions) != self.num_envs:
             raise ValueError(f"step wants {self.num_envs} texts, one per environment")
         samples = [sample for sample in self._samples for _ in range(self.group_size)]
-        scores = [self.task.score(text, sample) for text, sample in zip(actions, samples, strict=True)]
+        scores = self.task.score_batch(actions, samples)
         self._predictions = [score.prediction for score in scores]
         infos = self._infos([self.task.explain(score, sample) for score, sample in zip(scores, samples, strict=True)])
         rewards = np.array([score.reward for score in scores], dtype=np.float64)
@@ -164,7 +164,7 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         infos: dict[str, Any] = {}
         for i in range(self.num_envs):
             group = i // self.group_size
-            infos = self._add_info(infos, {"id": self._samples[group].id, "index": self._indices[group]}, i)
+            infos = self._add_info(infos, self.task.identify(self._samples[group], self._indices[group]), i)
         for i, detail in enumerate(details):
             infos = self._add_info(infos, {k: v for k, v in detail.items() if k not in _ANY_TYPE}, i)
         for name in _ANY_TYPE if details else ():

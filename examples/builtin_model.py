@@ -25,8 +25,8 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from vlmenv.agents import VLMAgent
 from vlmenv.agents.vlm import Policy
-from vlmenv.core.answers import write_answer
 from vlmenv.core.coordinates import Box
+from vlmenv.core.formats import AnswerFormat
 from vlmenv.core.rollout import Completion, Prompt, Rollout
 from vlmenv.envs.data.scenes import COLOURS, QUESTION, SHAPES, SIDE, SIDES, Reference, choose_reference, sample_scene
 from vlmenv.envs.rec import RECEnv
@@ -50,6 +50,7 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}<|im_start|>assistant{{ '\\n' }}{%- endif -%}
 """
+PROMPT_WORDS = RECEnv().prompt("{question}").replace("pixels", "{coordinates}").replace("\n", " ")
 EXPRESSIONS_PER_SCENE = 4
 OTHER_TOKENS_WEIGHT = 0.1
 NUMBER_SIGMA = 1.0
@@ -123,7 +124,7 @@ def new_tokenizer() -> Tokenizer:
 def corpus() -> Iterator[str]:
     """Text that holds the tasks' words, with and without a space before them."""
     words = [*COLOURS, *SHAPES, *SIDES, "left-most right-most top-most bottom-most largest smallest the shape"]
-    words += ["user assistant system", RECEnv.prompt_template.replace("\n", " "), QUESTION, "Locate Detect all"]
+    words += ["user assistant system", PROMPT_WORDS, QUESTION, "Locate Detect all"]
     words += ["Describe What Which How many is are there in of and or with no yes None color colour size picture image"]
     words += ["first second both differ count number shapes", *(f"{s}s" for s in SHAPES), "left right top bottom"]
     for text in " ".join(words).split():
@@ -263,7 +264,7 @@ def lesson(agent: VLMAgent, labels: str, rng: np.random.Generator, single: bool)
     scene, scene_rng = sample_scene("train", int(rng.integers(2**62)), counts=(1, 1) if single else (2, 4))
     tokenizer = agent.family.processor.tokenizer
     closing = tokenizer.encode("<|im_end|>\n<|im_start|>assistant\n")
-    template = RECEnv.prompt_template.format(question="", coordinates="pixels")
+    template = RECEnv().prompt("")
     whole = agent.family.encode({"images": (scene.image,), "prompt": template})
     keep = len(whole.input_ids) - len(closing)
     result = Lesson(Prompt(whole.input_ids[:keep], whole.position_ids[:, :keep], whole.images), [], [], [])
@@ -280,7 +281,7 @@ def add_answer(
     tokenizer = agent.family.processor.tokenizer
     edges = np.array(reference.target.box if labels == "exact" else loosen(reference.target.box, rng))
     box = "[" + ",".join(str(round(edge)) for edge in edges) + "]"
-    answer = tokenizer.encode(write_answer(box, f"the {reference.target}") + "<|im_end|>")
+    answer = tokenizer.encode(AnswerFormat.TAGS.write(box, f"the {reference.target}") + "<|im_end|>")
     numbers = [len(question) + i for i, token in enumerate(answer) if tokenizer.decode([token]).isdigit()]
     result.tails.append(question + answer)
     result.edges.append(dict(zip(numbers, edges.tolist(), strict=True)))

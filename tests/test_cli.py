@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import shared
+from conftest import ROOT, shared
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -107,7 +108,8 @@ def test_eval_writes_and_shows_the_metrics(tmp_path: Path, capsys: pytest.Captur
     answers = rows(tmp_path / "answers.jsonl")
     assert [answer["id"] for answer in answers] == [f"scene-eval-{i}" for i in range(20)]
     mean = sum(answer["measures"]["iou/mean"] for answer in answers) / 20
-    assert metrics["iou/mean"] == pytest.approx(mean)
+    assert metrics["iou/mean"]["value"] == pytest.approx(mean)
+    assert metrics["iou/mean"]["low"] < mean < metrics["iou/mean"]["high"]
 
 
 def test_sampled_evaluation_answers_each_question_several_times(tmp_path: Path) -> None:
@@ -160,6 +162,45 @@ def test_envs_lists_the_environments(capsys: pytest.CaptureFixture[str]) -> None
     assert "VLM-OVD-v0" in out
 
 
+def test_a_data_set_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every broken row is told, and with --decode every broken image."""
+    good = {"image": "a.png", "problem": "Where?", "answer": "[1, 2, 3, 4]"}
+    lines = [good, good | {"image": "b.png"}, good | {"answer": "there"}, good | {"image": "c.png"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
+    (tmp_path / "c.png").write_text("no image")
+    for options, broken in (([], [2, 3]), (["--decode"], [2, 3, 4])):
+        with pytest.raises(SystemExit):
+            main(["data", "check", str(tmp_path / "rows.jsonl"), *options])
+        out = capsys.readouterr().out
+        places = re.findall(r"rows\.jsonl:(\d)", out)
+        assert [int(place) for place in places] == broken
+        assert ("64 x 48 (1)" in out) is bool(options)
+    (tmp_path / "rows.jsonl").write_text(json.dumps(good))
+    main(["data", "check", str(tmp_path / "rows.jsonl"), "--env", "VLM-REC-v0"])
+
+
+def test_broken_rows_are_left_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
+    rows = [{"image": "a.png", "problem": "Where?", "answer": answer} for answer in ("[1, 2, 3, 4]", "there")]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    main(["eval", "--dataset", str(tmp_path / "rows.json"), "--skip-broken", "--device", "cpu"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "1 of 2 rows are broken and left out, the first at" in out
+    assert "1 samples" in out
+
+
+@pytest.mark.parametrize("name", ["VLM-Math-v0", "VLM-VQA-v0", "VLM-Caption-v0"])
+def test_every_task_is_trained_and_measured(name: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    main(["train", "--env", name, "--steps", "1", "--output", str(run), *TINY])
+    assert rows(run / "metrics.jsonl")[0].keys() >= {"reward/format"}
+    metrics = json.loads((run / "evaluation.json").read_text())["after"]
+    assert metrics.keys() >= {"accuracy", "unparsable", "format"}
+    assert any(metric.startswith("accuracy/") for metric in metrics)
+    assert (run / "samples.png").is_file()
+
+
 def test_detection_is_trained_and_measured_by_the_same_commands(tmp_path: Path) -> None:
     file = str(shared("data/ovd/bccd/samples.jsonl"))
     main(
@@ -182,7 +223,10 @@ def test_detection_is_trained_and_measured_by_the_same_commands(tmp_path: Path) 
         (["train", "--env", "VLM-REC"], "Did you mean 'VLM-REC-v0'?"),
         (["eval", "--env", "CartPole-v1"], "no visual task"),
         (["train", "--dataset", "none.jsonl"], "none.jsonl: no such file"),
-        (["eval", "--dataset", "none.jsonl", "--split", "eval"], "has no splits"),
+        (["eval", "--dataset", str(ROOT / "README.md")], "not '.md'"),
+        (["train", "--columns", "qestion", "query", "--dataset", "x.jsonl"], "Did you mean 'question'"),
+        (["data", "check", "none.jsonl"], "none.jsonl: no such file"),
+        (["data", "check"], "name the data set to check"),
         (["train", "--model", "./none"], "no such model folder"),
         (["train", "--group-size", "1"], "group_size must be at least 2"),
         (["train", "--steps", "0"], "steps must be at least 1"),
@@ -203,7 +247,7 @@ def test_detection_is_trained_and_measured_by_the_same_commands(tmp_path: Path) 
         (["train", "--lr", "0"], "lr and max_grad_norm must be above 0"),
         (["train", "--eval-limit", "-1"], "eval_limit must not be negative"),
         (["train", "--env", "nowhere:VLM-X-v0"], "'nowhere' of the environment cannot be imported"),
-        (["train", "--eval-dataset", "x"], "goes with dataset"),
+        (["train", "--eval-dataset", "x"], "go with dataset"),
         (["train", "--config", "none.yaml"], "none.yaml"),
     ],
 )

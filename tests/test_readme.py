@@ -6,6 +6,8 @@ import importlib
 import json
 import re
 import shlex
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,26 +17,31 @@ from PIL import Image
 from vlmenv.cli import main
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
 SMALL = {
     "train": ["--steps", "1", "--prompts-per-step", "1", "--group-size", "2", "--eval-limit", "2", "--device", "cpu"],
     "eval": ["--limit", "2", "--device", "cpu"],
+    "data": [],
     "envs": [],
 }
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def commands() -> list[str]:
-    lines = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
+    pages = [block for page in DOCS.values() for block in blocks("bash", page)]
+    lines = [line for block in pages for line in block.replace("\\\n", " ").splitlines()]
     return [line.partition("#")[0].strip() for line in lines if line.startswith("vlmenv ")]
 
 
-def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", DOCS)
+def test_the_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    snippets = [block.replace("range(20)", "range(2)") for block in blocks("python")]
+    monkeypatch.delitem(sys.modules, "new_task", raising=False)
+    snippets = [block.replace("range(20)", "range(2)") for block in blocks("python", DOCS[page])]
     assert len(snippets) >= 2
     for snippet in snippets:
         name = re.match(r"# (\w+)\.py", snippet)
@@ -42,7 +49,14 @@ def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             (tmp_path / f"{name[1]}.py").write_text(snippet)
             importlib.import_module(name[1])
         else:
-            exec(compile(snippet, "README.md", "exec"), {})
+            exec(compile(snippet, page, "exec"), {})
+
+
+def test_the_example_of_a_task_is_the_file() -> None:
+    (shown,) = [block for block in blocks("python") if block.startswith("# new_task.py")]
+    file = (ROOT / "examples" / "new_task.py").read_text(encoding="utf-8")
+    assert file.endswith(shown.removeprefix("# new_task.py\n"))
+    assert len(file.splitlines()) < 80
 
 
 @pytest.mark.parametrize("command", commands())
@@ -51,9 +65,8 @@ def test_the_commands_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    for block in blocks("python"):
-        if name := re.match(r"# (\w+)\.py", block):
-            (tmp_path / f"{name[1]}.py").write_text(block)
+    monkeypatch.delitem(sys.modules, "new_task", raising=False)
+    shutil.copyfile(ROOT / "examples" / "new_task.py", tmp_path / "new_task.py")
     Path("images").mkdir()
     Image.new("RGB", (64, 64), "red").save("images/1.png")
     turns = [{"from": "human", "value": "<image>Where is it?"}, {"from": "gpt", "value": "[1, 2, 30, 40]"}]
@@ -63,7 +76,12 @@ def test_the_commands_run(
     if "runs/first/checkpoints/step-120" in args:
         args[args.index("runs/first/checkpoints/step-120")] = "builtin"
     main([*args, *SMALL[args[0]]])
-    expected = {"train": "model, metrics and pictures are in", "eval": "metric", "envs": "VLM-REC-v0"}
+    expected = {
+        "train": "model, metrics and pictures are in",
+        "eval": "metric",
+        "data": "broken",
+        "envs": "VLM-REC-v0",
+    }
     assert expected[args[0]] in capsys.readouterr().out
 
 

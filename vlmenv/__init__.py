@@ -11,3 +11,6 @@ __all__ = ["__version__", "register_task"]
 
 register_task("VLM-REC-v0", "vlmenv.envs.rec:RECEnv")
 register_task("VLM-OVD-v0", "vlmenv.envs.ovd:OVDEnv")
+register_task("VLM-Math-v0", "vlmenv.envs.math_reasoning:MathEnv")
+register_task("VLM-Caption-v0", "vlmenv.envs.captioning:CaptionEnv")
+register_task("VLM-VQA-v0", "vlmenv.envs.vqa:VQAEnv")

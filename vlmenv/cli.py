@@ -1,4 +1,4 @@
-"""The command line: `vlmenv train`, `vlmenv eval`, `vlmenv envs`."""
+"""The command line: `vlmenv train`, `vlmenv eval`, `vlmenv data check`, `vlmenv envs`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rich.table import Table
 import vlmenv  # noqa: F401 (registers the environments)
 from vlmenv.core.config import flatten, with_config_file
 from vlmenv.core.errors import VLMEnvError
+from vlmenv.data import DataConfig, check_data
 from vlmenv.evaluation import EvalConfig, run_evaluation
 from vlmenv.tasks import visual_tasks
 from vlmenv.training import TrainConfig, run_training
@@ -63,14 +64,15 @@ def _run(args: list[str]) -> None:
     RUN[type(config)](config)
 
 
-def _parse(args: list[str]) -> TrainConfig | EvalConfig | EnvsConfig:
+def _parse(args: list[str]) -> TrainConfig | EvalConfig | DataConfig | EnvsConfig:
     commands: Any = (
         Annotated[TrainConfig, tyro.conf.subcommand("train")]
         | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
+        | Annotated[DataConfig, tyro.conf.subcommand("data")]
         | Annotated[EnvsConfig, tyro.conf.subcommand("envs")]
     )
     description = "Train vision-language models with reinforcement learning. With --debug, errors show a traceback."
-    parsed: TrainConfig | EvalConfig | EnvsConfig = tyro.cli(
+    parsed: TrainConfig | EvalConfig | DataConfig | EnvsConfig = tyro.cli(
         commands, args=args, prog=PROGRAM, description=description, config=(tyro.conf.OmitSubcommandPrefixes,)
     )
     return parsed
@@ -89,5 +91,6 @@ def list_environments(config: EnvsConfig) -> None:
 RUN: dict[type, Callable[[Any], object]] = {
     TrainConfig: run_training,
     EvalConfig: run_evaluation,
+    DataConfig: check_data,
     EnvsConfig: list_environments,
 }

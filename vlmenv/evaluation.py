@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -17,9 +19,10 @@ from vlmenv.agents.base import Agent
 from vlmenv.algos.trainer import names_sample
 from vlmenv.core.errors import ConfigError
 from vlmenv.core.rollout import unbatch
-from vlmenv.envs.base import mean_metrics
+from vlmenv.envs.base import VisualTaskEnv
+from vlmenv.envs.metrics.intervals import Interval, ratio_interval
 from vlmenv.envs.vector import VisualTaskVectorEnv
-from vlmenv.tasks import TaskConfig, check_device, load_agent, make_envs
+from vlmenv.tasks import TaskConfig, check_device, load_agent, make_envs, report_broken_rows
 
 DEFAULT_LIMIT = 512
 
@@ -30,8 +33,6 @@ class EvalConfig(TaskConfig):
 
     config: Path | None = None
     """YAML file of options; those on the command line win."""
-    split: Literal["train", "eval"] | None = None
-    """Of the built-in samples; "eval" where left out. A data set file has none."""
     limit: int | None = None
     """At most so many samples, the first ones; of the built-in ones 512 where left out."""
     samples: int | None = None
@@ -57,9 +58,18 @@ class EvalConfig(TaskConfig):
 class Evaluation:
     """Answers to a fixed set of samples."""
 
-    metrics: dict[str, float]
+    metrics: dict[str, Interval]
+    """each with its 95 % interval"""
     answers: list[dict[str, Any]]
-    """one each, with `id`, `index`, `prompt`, `completion`, `prediction`, `target` and `measures`"""
+    """one each, with `id`, `index`, `prompt`, `completion`, `prediction`, `target`, `rewards` and `measures`, and
+    `subject` where a sample has one"""
+
+    def as_json(self) -> dict[str, Any]:
+        """The metrics as JSON can hold them; None for what is not a number."""
+        return {
+            name: {part: None if math.isnan(number) else number for part, number in metric._asdict().items()}
+            for name, metric in self.metrics.items()
+        }
 
 
 def evaluate(
@@ -83,7 +93,25 @@ def evaluate(
             stop = min(start + envs.num_groups, count)
             answers += _answer(agent, envs, range(start, stop), greedy)
             progress.advance(bar, stop - start)
-    return Evaluation(mean_metrics([answer["measures"] for answer in answers]), answers)
+    return Evaluation(summarise(envs.task, answers), answers)
+
+
+def summarise(task: VisualTaskEnv, answers: Sequence[Mapping[str, Any]]) -> dict[str, Interval]:
+    """The metrics of answers: means of what the task measures of each, its ratios, and those of the whole set.
+
+    Where samples have subjects, the accuracy on each of them follows, as `accuracy/SUBJECT`.
+    """
+    clusters = [answer["index"] for answer in answers]
+    measures = {name: np.array([answer["measures"][name] for answer in answers]) for name in answers[0]["measures"]}
+    metrics = {name: ratio_interval(values, clusters=clusters) for name, values in measures.items()}
+    for name, (over, under) in task.ratios.items():
+        metrics[name] = ratio_interval(measures[over], measures[under], clusters=clusters)
+    metrics |= task.summarise([a["prediction"] for a in answers], [a["target"] for a in answers], clusters)
+    for subject in sorted({answer.get("subject", "") for answer in answers} - {""}):
+        own = np.array([answer.get("subject", "") == subject for answer in answers], dtype=np.float64)
+        if "accuracy" in measures:
+            metrics[f"accuracy/{subject}"] = ratio_interval(measures["accuracy"] * own, own, clusters=clusters)
+    return metrics
 
 
 def _answer(agent: Agent, envs: VisualTaskVectorEnv, indices: range, greedy: bool) -> Iterator[dict[str, Any]]:
@@ -95,15 +123,19 @@ def _answer(agent: Agent, envs: VisualTaskVectorEnv, indices: range, greedy: boo
         texts = agent.act(observations) if greedy else agent.rollout(observations).texts
     _, _, _, _, infos = envs.step(texts + [""] * (envs.num_envs - len(texts)))
     for i, text in enumerate(texts):
-        target, prediction = infos["target"][i], infos["prediction"][i]
+        target, rewards = infos["target"][i], infos["rewards"]
+        terms = {name: float(rewards[name][i]) for name in rewards if name[0] != "_" and rewards[f"_{name}"][i]}
+        subject = {"subject": str(infos["subject"][i])} if "subject" in infos and infos["_subject"][i] else {}
         yield {
             "id": infos["id"][i],
             "index": int(infos["index"][i]),
+            **subject,
             "prompt": observations[i]["prompt"],
             "completion": text,
-            "prediction": prediction,
+            "prediction": infos["prediction"][i],
             "target": target,
-            "measures": envs.task.measure(text, target),
+            "rewards": terms,
+            "measures": envs.task.measure(text, target, terms),
         }
 
 
@@ -115,18 +147,30 @@ def sample_count(envs: VisualTaskVectorEnv, limit: int | None) -> int:
     return size if limit is None else min(limit, size)
 
 
-def metrics_table(title: str, columns: dict[str, dict[str, float]]) -> Table:
-    """A table of metrics, a row each, with a column for each of several evaluations."""
-    table = Table("metric", *columns, title=title, title_justify="left")
-    for name in next(iter(columns.values())):
-        table.add_row(name, *(f"{metrics[name]:.3f}" for metrics in columns.values()))
+def metrics_table(title: str, columns: dict[str, Evaluation]) -> Table:
+    """A table of metrics with their 95 % intervals, a row each, with a column for each of several evaluations."""
+    answers = next(iter(columns.values())).answers
+    caption = "95 % intervals by bootstrap over samples" + "".join(
+        f"; {name}: {sum(a['measures']['unparsable'] for a in one.answers):.0f} of {len(answers)} answers unparsable"
+        for name, one in columns.items()
+        if "unparsable" in answers[0]["measures"]
+    )
+    table = Table("metric", *columns, title=title, title_justify="left", caption=caption, caption_justify="left")
+    for name in next(iter(columns.values())).metrics:
+        table.add_row(name, *(_written(one.metrics[name]) for one in columns.values()))
     return table
+
+
+def _written(metric: Interval) -> str:
+    if math.isnan(metric.low):
+        return f"{metric.value:.3f}"
+    return f"{metric.value:.3f} ({metric.low:.3f} to {metric.high:.3f})"
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
     """Writes metrics.json and answers.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.json").write_text(json.dumps(evaluation.metrics, indent=2) + "\n", encoding="utf-8")
+    (folder / "metrics.json").write_text(json.dumps(evaluation.as_json(), indent=2) + "\n", encoding="utf-8")
     with (folder / "answers.jsonl").open("w", encoding="utf-8") as stream:
         stream.writelines(json.dumps(answer) + "\n" for answer in evaluation.answers)
 
@@ -134,17 +178,18 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
 def run_evaluation(config: EvalConfig) -> Evaluation:
     """`vlmenv eval`."""
     check_device(config.device)
-    split = config.split if config.dataset is not None else config.split or "eval"
+    data = config.data_arguments()
+    if config.dataset is None and config.split is None:
+        data["split"] = "eval"
     group_size = config.samples or 1
     envs = make_envs(
         config.env,
         max(1, config.batch_size // group_size) * group_size,
         group_size=group_size,
-        dataset=config.dataset,
-        image_root=config.image_root,
-        split=split,
+        **data,
         **config.env_arguments(),
     )
+    report_broken_rows(envs, Console())
     device = Accelerator(cpu=config.device == "cpu").device
     agent = load_agent(config.model, device, config.temperature, config.max_new_tokens)
     agent.seed(config.seed)
@@ -154,5 +199,5 @@ def run_evaluation(config: EvalConfig) -> Evaluation:
     if config.output is not None:
         write_evaluation(evaluation, config.output)
     how = "greedy" if config.samples is None else f"{config.samples} sampled answers each"
-    Console().print(metrics_table(f"{config.env}, {count} samples, {how}", {config.model: evaluation.metrics}))
+    Console().print(metrics_table(f"{config.env}, {count} samples, {how}", {config.model: evaluation}))
     return evaluation

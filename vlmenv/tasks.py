@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import sys
@@ -12,6 +13,7 @@ from typing import Any, Literal
 import gymnasium
 import torch
 import transformers
+from rich.console import Console
 
 from vlmenv.agents.families import coordinate_space, resize_rule
 from vlmenv.agents.vlm import BUILTIN, VLMAgent, find_model
@@ -31,14 +33,23 @@ class TaskConfig:
     """Environment; `vlmenv envs` lists them. One of your own is given with its module, as in my_task:My-Task-v0."""
     model: str = BUILTIN
     """"builtin", a folder, or a name on the Hugging Face hub."""
-    dataset: Path | None = None
-    """A VLM-R1 JSONL file; the built-in samples where left out."""
-    image_root: Path | None = None
-    """Folder that the data set's image paths are relative to; its own where left out."""
+    dataset: tuple[str, ...] | None = None
+    """Files (.jsonl, .json, .parquet), folders saved by `datasets`, or ids on the Hugging Face hub; the built-in
+    samples where left out."""
+    image_root: tuple[Path, ...] | None = None
+    """Folder that image paths are relative to, or one for each file; the file's own where left out."""
+    split: str | None = None
+    """Of the built-in samples, or of a Hugging Face data set."""
+    columns: dict[str, str] | None = None
+    """Columns that hold the parts of a row, as in `--columns question query answer label`."""
+    skip_broken: bool = False
+    """Leave broken rows out instead of refusing the data set."""
     rewards: dict[str, float] | None = None
     """Reward terms and weights, as in `--rewards iou 1 format 0.5`; the task's own where left out."""
     prompt_template: str | None = None
-    """Prompt with {question}, and {coordinates} where it matters."""
+    """Prompt with {question}, and {answer}, {none} and {coordinates} where they matter."""
+    answer_format: Literal["tags", "sections"] | None = None
+    """How the answer is set apart: think/answer tags, or PeBR-R1's sections; the task's own where left out."""
     coordinates: Literal["auto", "original", "resized", "norm1000"] = "auto"
     """How boxes are written: in pixels of the stored image or of the resized one that the model sees, or in
     thousandths; "auto" is the way the model was taught."""
@@ -70,9 +81,48 @@ class TaskConfig:
         return {
             "rewards": self.rewards,
             "prompt_template": self.prompt_template,
+            "answer_format": self.answer_format,
+            "count_tokens": TokenCount(folder),
             "coordinates": space.value,
             "resize": resize_rule(folder) if space is CoordinateSpace.RESIZED else None,
         }
+
+    def data_arguments(self) -> dict[str, Any]:
+        """Which samples the environment is made with."""
+        given = None if self.dataset is None else list(self.dataset)
+        roots = self.image_root if self.image_root is None or len(self.image_root) > 1 else self.image_root[0]
+        return {
+            "dataset": given,
+            "image_root": roots,
+            "split": self.split,
+            "columns": self.columns,
+            "skip_broken": self.skip_broken,
+        }
+
+
+@dataclass
+class TokenCount:
+    """Counts the tokens of a text as a model does; its tokenizer is loaded when first asked."""
+
+    folder: Path
+
+    def __call__(self, text: str) -> int:
+        return len(self._tokenizer.encode(text[:_COUNTED], add_special_tokens=False))
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        return transformers.AutoTokenizer.from_pretrained(self.folder)
+
+
+_COUNTED = 100_000  # characters; a longer answer counts as this long
+
+
+def report_broken_rows(envs: VisualTaskVectorEnv, console: Console) -> None:
+    """Says how many rows of a data set were left out."""
+    source = envs.task.source
+    if source.faults:
+        total = len(source.faults) + (source.size or 0)
+        console.print(f"{len(source.faults)} of {total} rows are broken and left out, the first at {source.faults[0]}")
 
 
 def check_device(device: Device) -> None:

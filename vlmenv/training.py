@@ -20,7 +20,7 @@ from vlmenv.evaluation import DEFAULT_LIMIT, Evaluation, evaluate, metrics_table
 from vlmenv.report.pictures import draw_curve, draw_samples
 from vlmenv.report.progress import TrainingProgress
 from vlmenv.report.run_folder import RunFolder
-from vlmenv.tasks import TaskConfig, check_device, load_agent, make_envs
+from vlmenv.tasks import TaskConfig, check_device, load_agent, make_envs, report_broken_rows
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,10 @@ class TrainConfig(TaskConfig):
     """Arithmetic of forward and backward passes; weights are kept in fp32."""
     checkpoint_every: int | None = None
     """Save the model every so many steps, and not only at the end."""
-    eval_dataset: Path | None = None
-    """JSONL file to measure on before and after, with its images as for `dataset`; the training file where left out."""
+    eval_dataset: tuple[str, ...] | None = None
+    """What to measure on before and after, with images as for `dataset`; the training data where left out."""
+    eval_split: str | None = None
+    """The split of a Hugging Face data set to measure on; that of the training data where left out."""
     eval_limit: int | None = None
     """Measure on at most so many samples, 512 where left out. 0 leaves the measuring out."""
     trainer: Annotated[TrainerConfig, tyro.conf.arg(name="")] = field(default_factory=TrainerConfig)
@@ -56,8 +58,10 @@ class TrainConfig(TaskConfig):
             raise ConfigError(f"eval_limit must not be negative, not {self.eval_limit}")
         if self.temperature == 0:
             raise ConfigError("temperature must be above 0: training needs varied answers")
-        if self.eval_dataset is not None and self.dataset is None:
-            raise ConfigError("eval_dataset goes with dataset: the built-in samples have their own evaluation split")
+        if self.dataset is None and not (self.eval_dataset is None and self.eval_split is None and self.split is None):
+            raise ConfigError(
+                "split, eval_dataset and eval_split go with dataset: the built-in samples have splits of their own"
+            )
 
 
 def run_training(config: TrainConfig) -> Path:
@@ -80,6 +84,7 @@ def run_training(config: TrainConfig) -> Path:
         run.check_new()
     console = Console(quiet=not accelerator.is_main_process)
     envs = _training_envs(config, accelerator)
+    report_broken_rows(envs, console)
     held_out = None if config.eval_limit == 0 else _evaluation_envs(config)
     agent = load_agent(config.model, accelerator.device, config.temperature, config.max_new_tokens)
     if accelerator.is_main_process:
@@ -111,21 +116,16 @@ def _training_envs(config: TrainConfig, accelerator: Accelerator) -> VisualTaskV
         group_size=group_size,
         shard=accelerator.process_index,
         num_shards=processes,
-        dataset=config.dataset,
-        image_root=config.image_root,
+        **config.data_arguments(),
         **config.env_arguments(),
     )
 
 
 def _evaluation_envs(config: TrainConfig) -> VisualTaskVectorEnv:
-    return make_envs(
-        config.env,
-        min(64, config.prompts_per_step * config.algorithm.group_size),
-        dataset=config.eval_dataset or config.dataset,
-        image_root=config.image_root,
-        split="eval" if config.dataset is None else None,
-        **config.env_arguments(),
-    )
+    split = "eval" if config.dataset is None else config.eval_split or config.split
+    data = dataclasses.replace(config, dataset=config.eval_dataset or config.dataset).data_arguments()
+    num_envs = min(64, config.prompts_per_step * config.algorithm.group_size)
+    return make_envs(config.env, num_envs, **(data | {"split": split}), **config.env_arguments())
 
 
 def _evaluate(
@@ -181,7 +181,7 @@ def _compare(
 ) -> None:
     """Shows and writes what changed."""
     draw_samples(run.path / "samples.png", envs, before, after)
-    run.write_json("evaluation.json", {"before": before.metrics, "after": after.metrics})
-    held_out = config.dataset is None or config.eval_dataset is not None
+    run.write_json("evaluation.json", {"before": before.as_json(), "after": after.as_json()})
+    held_out = config.dataset is None or config.eval_dataset is not None or config.eval_split is not None
     what = f"{len(after.answers)} {'held-out' if held_out else 'training'} samples, greedy answers"
-    console.print(metrics_table(what, {"before": before.metrics, "after": after.metrics}))
+    console.print(metrics_table(what, {"before": before, "after": after}))

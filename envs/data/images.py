@@ -1,10 +1,10 @@
-"""Reads image files as RGB arrays."""
+"""Reads images as RGB arrays."""
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
-from pathlib import Path
 
 import numpy as np
 from PIL import Image as PILImage
@@ -14,21 +14,23 @@ from vlmenv.core.errors import DataError
 from vlmenv.core.spaces import Image
 
 
-def load_image(path: Path, place: str) -> Image:
-    """Reads an image file: EXIF orientation applied, transparency composed on white.
+def load_image(ref: str | bytes | PILImage.Image, place: str) -> Image:
+    """Reads an image: EXIF orientation applied, transparency composed on white.
 
     Args:
-        path: The file.
-        place: What names it, as file and line, for the error message.
+        ref: A file's path, the bytes of one, or a picture.
+        place: Where it is asked for, as file and line, for the error message.
 
     Raises:
         DataError: It is missing, or is no image that can be read.
     """
     try:
-        with PILImage.open(path) as picture:
+        if isinstance(ref, PILImage.Image):
+            return np.array(_to_rgb(ImageOps.exif_transpose(ref)))
+        with PILImage.open(io.BytesIO(ref) if isinstance(ref, bytes) else ref) as picture:
             return np.asarray(_to_rgb(ImageOps.exif_transpose(picture)))
     except FileNotFoundError:
-        raise DataError(f"{place}: there is no image {path}") from None
+        raise DataError(f"{place}: there is no image {str(ref)[:200]}") from None
     except (
         OSError,
         ValueError,
@@ -38,7 +40,8 @@ def load_image(path: Path, place: str) -> Image:
         zlib.error,
         PILImage.DecompressionBombError,
     ) as error:
-        raise DataError(f"{place}: {path} cannot be read as an image: {error}") from error
+        name = str(ref)[:200] if isinstance(ref, str) else f"an image within the row ({type(ref).__name__})"
+        raise DataError(f"{place}: {name} cannot be read as an image: {error}") from error
 
 
 def resized(image: Image, width: int, height: int) -> Image:

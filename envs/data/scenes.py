@@ -7,7 +7,7 @@ hash, decides to which of the two it belongs.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image as PILImage
 from PIL import ImageDraw
 
+from vlmenv.core.answers import Detection
 from vlmenv.core.coordinates import Box, area
 from vlmenv.core.spaces import Image
 from vlmenv.envs.data.source import Sample, Source
@@ -22,9 +23,11 @@ from vlmenv.envs.data.source import Sample, Source
 Split = Literal["train", "eval"]
 
 QUESTION: Final = "Locate {expression}."
+DETECTION_QUESTION: Final = "Detect all of these: {kinds}."
 
-Layout = tuple[tuple[str, str, str, int, int, int, int], ...]
-"""Shapes as (size, colour, kind, x, y, width, height)."""
+Placed = tuple[str, str, str, int, int, int, int]
+"""A shape as (size, colour, kind, x, y, width, height)."""
+Layout = tuple[Placed, ...]
 
 SIDE: Final = 96
 """Width and height of a scene in pixels."""
@@ -84,18 +87,18 @@ class Scenes(Source):
     size = None
 
     def __init__(self, split: Split) -> None:
-        self._split = split
+        self.split = split
 
 
 class ReferringScenes(Scenes):
     """Built-in scenes, each with one expression."""
 
     def get(self, index: int) -> Sample:
-        scene, rng = sample_scene(self._split, index)
+        scene, rng = sample_scene(self.split, index)
         reference = choose_reference(scene, rng)
         question = QUESTION.format(expression=reference.expression)
         return Sample(
-            f"scene-{self._split}-{index}", (scene.image,), question, reference.target.box, f"the {reference.target}"
+            f"scene-{self.split}-{index}", (scene.image,), question, reference.target.box, f"the {reference.target}"
         )
 
 
@@ -103,12 +106,12 @@ class DetectionScenes(Scenes):
     """Built-in scenes with questions for several kinds of shapes, some of which are absent."""
 
     def get(self, index: int) -> Sample:
-        scene, rng = sample_scene(self._split, index)
+        scene, rng = sample_scene(self.split, index)
         asked = [str(kind) for kind in rng.permutation(SHAPES)[: rng.integers(1, len(SHAPES) + 1)]]
-        target = tuple((shape.kind, shape.box) for shape in scene.shapes if shape.kind in asked)
+        target = tuple(Detection(shape.kind, shape.box) for shape in scene.shapes if shape.kind in asked)
         there = ", ".join(f"a {shape}" for shape in scene.shapes if shape.kind in asked)
-        question = f"Detect all of these: {', '.join(asked)}."
-        return Sample(f"scene-{self._split}-{index}", (scene.image,), question, target, there or "none of them")
+        question = DETECTION_QUESTION.format(kinds=", ".join(asked))
+        return Sample(f"scene-{self.split}-{index}", (scene.image,), question, target, there or "none of them")
 
 
 def sample_scene(split: Split, index: int, counts: tuple[int, int] = (2, 4)) -> tuple[Scene, np.random.Generator]:
@@ -125,16 +128,21 @@ def sample_scene(split: Split, index: int, counts: tuple[int, int] = (2, 4)) -> 
     """
     rng = np.random.default_rng([int(split == "eval"), index])
     while True:
-        layout = _layout(rng, counts)
+        layout = sample_layout(rng, counts)
         if is_held_out(layout) == (split == "eval"):
-            scene = _draw(layout, rng)
+            scene = draw_layout(layout, rng)
             if references(scene):
                 return scene, rng
 
 
 def is_held_out(layout: Layout) -> bool:
     """Whether a scene of these shapes, drawn in whatever order, belongs to the evaluation stream."""
-    return zlib.crc32(repr(sorted(layout)).encode()) % _EVAL_SHARE == 0
+    return falls_to_eval(sorted(layout))
+
+
+def falls_to_eval(content: object) -> bool:
+    """Whether what a sample shows and asks, told by its `repr`, belongs to the evaluation stream."""
+    return zlib.crc32(repr(content).encode()) % _EVAL_SHARE == 0
 
 
 def references(scene: Scene) -> list[Reference]:
@@ -166,25 +174,30 @@ def choose_reference(scene: Scene, rng: np.random.Generator) -> Reference:
     return chosen[rng.integers(len(chosen))]
 
 
-def _layout(rng: np.random.Generator, counts: tuple[int, int]) -> Layout:
-    """Shapes that do not touch, each as (size, colour, kind, x, y, width, height)."""
-    placed: list[tuple[str, str, str, int, int, int, int]] = []
+def sample_layout(rng: np.random.Generator, counts: tuple[int, int]) -> Layout:
+    """Between `counts[0]` and `counts[1]` shapes that do not touch."""
+    placed: list[Placed] = []
     for _ in range(rng.integers(counts[0], counts[1] + 1)):
         size, colour, kind = _attributes(rng, placed)
         width, height = (int(v) for v in rng.integers(SIDES[size][0], SIDES[size][1] + 1, size=2))
         if kind in ("circle", "square"):
             height = width
-        for _ in range(20):
-            x, y = int(rng.integers(1, SIDE - width)), int(rng.integers(1, SIDE - height))
-            if all(_apart((x, y, width, height), other[3:]) for other in placed):
-                placed.append((size, colour, kind, x, y, width, height))
-                break
-    return tuple(placed) if len(placed) >= counts[0] else _layout(rng, counts)
+        place = find_place(rng, width, height, placed)
+        if place is not None:
+            placed.append((size, colour, kind, *place, width, height))
+    return tuple(placed) if len(placed) >= counts[0] else sample_layout(rng, counts)
 
 
-def _attributes(
-    rng: np.random.Generator, placed: list[tuple[str, str, str, int, int, int, int]]
-) -> tuple[str, str, str]:
+def find_place(rng: np.random.Generator, width: int, height: int, placed: Sequence[Placed]) -> tuple[int, int] | None:
+    """A random upper left corner for a shape that touches none of those placed; None where 20 tries find none."""
+    for _ in range(20):
+        x, y = int(rng.integers(1, SIDE - width)), int(rng.integers(1, SIDE - height))
+        if all(_apart((x, y, width, height), other[3:]) for other in placed):
+            return x, y
+    return None
+
+
+def _attributes(rng: np.random.Generator, placed: list[Placed]) -> tuple[str, str, str]:
     """Size, colour and kind; half the time one of them is an earlier shape's, so that shapes get confused."""
     size = ("small", "large")[rng.integers(2)]
     colour = list(COLOURS)[rng.integers(len(COLOURS))]
@@ -206,19 +219,29 @@ def _apart(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
     )
 
 
-def _draw(layout: Layout, rng: np.random.Generator) -> Scene:
-    background = tuple(int(v) for v in rng.integers(225, 256, size=3))
-    picture = PILImage.new("RGB", (SIDE, SIDE), background)
+def draw_layout(layout: Layout, rng: np.random.Generator) -> Scene:
+    """Draws shapes in their order; the tints of the background and of each shape are random."""
+    picture = PILImage.new("RGB", (SIDE, SIDE), sample_background(rng))
     shapes = []
     for size, colour, kind, x, y, width, height in layout:
         mask = PILImage.new("1", (SIDE, SIDE))
         _draw_kind(ImageDraw.Draw(mask), kind, x, y, width, height)
-        tint = np.clip(np.array(COLOURS[colour]) + rng.integers(-12, 13, size=3), 0, 255)
-        picture.paste(tuple(int(v) for v in tint), mask=mask)
+        picture.paste(sample_tint(colour, rng), mask=mask)
         box = mask.getbbox()
         assert box is not None
         shapes.append(Shape(size, colour, kind, tuple(float(v) for v in box)))  # type: ignore[arg-type]
     return Scene(np.asarray(picture), tuple(shapes))
+
+
+def sample_background(rng: np.random.Generator) -> tuple[int, ...]:
+    """A light colour to draw on."""
+    return tuple(int(v) for v in rng.integers(225, 256, size=3))
+
+
+def sample_tint(colour: str, rng: np.random.Generator) -> tuple[int, ...]:
+    """A tint of one of the `COLOURS`, close enough to have its name."""
+    tint = np.clip(np.array(COLOURS[colour]) + rng.integers(-12, 13, size=3), 0, 255)
+    return tuple(int(v) for v in tint)
 
 
 def _draw_kind(draw: ImageDraw.ImageDraw, kind: str, x: int, y: int, width: int, height: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,10 @@ class Sample:
     """the truth; coordinates are pixels of the original image"""
     rationale: str = ""
     """what a reader might think on the way to the answer, where that is known"""
+    subject: str = ""
+    """what the question is about, for accuracy by subject; empty where that is not told"""
+    term: str | None = None
+    """the reward term that this row asks for in place of the task's first; None for none"""
 
 
 class Source(ABC):
@@ -30,6 +35,8 @@ class Source(ABC):
 
     size: int | None
     """Number of samples; None for an endless stream."""
+    faults: Sequence[str] = ()
+    """Of each row that is broken and left out, where it is and what is wrong."""
 
     @abstractmethod
     def get(self, index: int) -> Sample:

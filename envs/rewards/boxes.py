@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from vlmenv.core.answers import NONE, Target, extract_answer, is_think_answer, parse_box
+from vlmenv.core.answers import NONE, Target, parse_box
 from vlmenv.core.coordinates import iou
+from vlmenv.core.formats import AnswerFormat
 
 
-def parse_boxed_answer(text: str) -> Target | None:
+def parse_boxed_answer(text: str, answer_format: AnswerFormat = AnswerFormat.TAGS) -> Target | None:
     """The box, or "None", that a completion answers with; None if it does not answer."""
-    content = extract_answer(text)
+    content = answer_format.extract(text)
     return None if content is None else parse_box(content)
 
 
-def iou_reward(text: str, target: Target) -> float:
+def iou_reward(text: str, target: Target, answer_format: AnswerFormat = AnswerFormat.TAGS) -> float:
     """Overlap of the answered box with the true one, in [0, 1] (VLM-R1, arXiv 2504.07615, section 3.2).
 
     Where nothing fits, only an answer that says so scores.
@@ -20,8 +21,9 @@ def iou_reward(text: str, target: Target) -> float:
     Args:
         text: A completion.
         target: The true box in the coordinates that the prompt asks for, or "None".
+        answer_format: How the completion sets its answer apart.
     """
-    answer = parse_boxed_answer(text)
+    answer = parse_boxed_answer(text, answer_format)
     if answer is None:
         return 0.0
     if answer == NONE or target == NONE:
@@ -29,11 +31,11 @@ def iou_reward(text: str, target: Target) -> float:
     return iou(answer, target)
 
 
-def iou50_reward(text: str, target: Target) -> float:
+def iou50_reward(text: str, target: Target, answer_format: AnswerFormat = AnswerFormat.TAGS) -> float:
     """1 if the overlap is at least 0.5, which is RefCOCO's accuracy, else 0."""
-    return float(iou_reward(text, target) >= 0.5)
+    return float(iou_reward(text, target, answer_format) >= 0.5)
 
 
-def box_format_reward(text: str, target: Target) -> float:
-    """1 for one think block and one answer block that holds a box or "None", and nothing else; else 0."""
-    return float(is_think_answer(text) and parse_boxed_answer(text) is not None)
+def box_format_reward(text: str, target: Target, answer_format: AnswerFormat = AnswerFormat.TAGS) -> float:
+    """1 for a text in the answer format and nothing else, whose answer is a box or "None"; else 0."""
+    return float(answer_format.is_followed(text) and parse_boxed_answer(text, answer_format) is not None)

@@ -1,36 +1,42 @@
 """Rewards for answers that are lists of labelled boxes.
 
 An answer that cannot be read scores 0. Where nothing is to be found, an answer that says so scores 1
-and any box 0. Boxes of labels that are not there count against an answer.
+and any box 0. Boxes of labels that are not there count against an answer. What lies within a crowd of
+its label, as COCO marks regions of many, counts neither way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmenv.core.answers import Detection, extract_answer, is_think_answer, parse_detections
+from vlmenv.core.answers import Detection, parse_detections
 from vlmenv.core.coordinates import Box
+from vlmenv.core.formats import AnswerFormat
+from vlmenv.envs.rewards.terms import RewardTerm
+from vlmenv.envs.rewards.text import cosine_length, count_words
 
 IOU_THRESHOLDS: Final = np.linspace(0.5, 0.95, 10)
 """COCO's .50:.05:.95."""
 MAX_DETECTIONS: Final = 100
 """Detections of a label that COCO takes into account."""
+LONGEST_ANSWER: Final = 1024
+"""Tokens after which the length reward falls no further."""
 _RECALLS: Final = np.linspace(0, 1, 101)
 _ROWS: Final = np.arange(len(IOU_THRESHOLDS))
 _TINY: Final = float(np.spacing(1))
 
 
-def parse_detected_answer(text: str) -> tuple[Detection, ...] | None:
+def parse_detected_answer(text: str, answer_format: AnswerFormat = AnswerFormat.TAGS) -> tuple[Detection, ...] | None:
     """The detections that a completion answers with; None if it does not answer."""
-    content = extract_answer(text)
+    content = answer_format.extract(text)
     return None if content is None else parse_detections(content)
 
 
-def map_reward(text: str, target: Sequence[Detection]) -> float:
+def map_reward(text: str, target: Sequence[Detection], answer_format: AnswerFormat = AnswerFormat.TAGS) -> float:
     """COCO's AP at IoU .50:.05:.95 over the labels of this image, all scores equal, in [0, 1].
 
     A label that is answered but not there is one of AP 0; COCO itself leaves it out.
@@ -38,56 +44,99 @@ def map_reward(text: str, target: Sequence[Detection]) -> float:
     Args:
         text: A completion.
         target: The true boxes in the coordinates that the prompt asks for.
+        answer_format: How the completion sets its answer apart.
     """
-    return _mean_ap(parse_detected_answer(text), target, IOU_THRESHOLDS)
+    return _mean_ap(parse_detected_answer(text, answer_format), target, IOU_THRESHOLDS)
 
 
-def map50_reward(text: str, target: Sequence[Detection]) -> float:
+def map50_reward(text: str, target: Sequence[Detection], answer_format: AnswerFormat = AnswerFormat.TAGS) -> float:
     """As `map_reward`, at IoU .50 alone."""
-    return _mean_ap(parse_detected_answer(text), target, IOU_THRESHOLDS[:1])
+    return _mean_ap(parse_detected_answer(text, answer_format), target, IOU_THRESHOLDS[:1])
 
 
-def od_length_reward(text: str, target: Sequence[Detection]) -> float:
+def od_length_reward(text: str, target: Sequence[Detection], answer_format: AnswerFormat = AnswerFormat.TAGS) -> float:
     """`map_reward` times min(1, true boxes / answered boxes), which stops heaping up boxes.
 
     VLM-R1 (arXiv 2504.07615, section 3.2). AP alone does not mind duplicates after the last true box.
     """
-    answered = parse_detected_answer(text)
+    answered = parse_detected_answer(text, answer_format)
     ap = _mean_ap(answered, target, IOU_THRESHOLDS)
-    return ap * min(1.0, len(target) / len(answered)) if answered else ap
+    given, wanted = countable(answered or (), target)
+    return ap * min(1.0, len(wanted) / len(given)) if given else ap
 
 
-def repetition_reward(text: str, target: Sequence[Detection]) -> float:
+def countable(
+    answered: Sequence[Detection], target: Sequence[Detection]
+) -> tuple[Sequence[Detection], Sequence[Detection]]:
+    """The answers and true boxes that count: without crowds, and without what lies within one alone."""
+    crowds = [one for one in target if one.crowd]
+    if not crowds:
+        return answered, target
+    wanted = [one for one in target if not one.crowd]
+    return [one for one in answered if not _excused(one, crowds, wanted)], wanted
+
+
+def _excused(one: Detection, crowds: Sequence[Detection], wanted: Sequence[Detection]) -> bool:
+    own = _boxes([one])
+    around, others = _boxes(crowds, one.label), _boxes(wanted, one.label)
+    within = pairwise_iou(own, around, np.ones(len(around), dtype=np.bool_))
+    return bool((within >= 0.5).any() and not (pairwise_iou(own, others) >= 0.5).any())
+
+
+def detection_length_reward(
+    text: str,
+    target: Sequence[Detection],
+    count_tokens: Callable[[str], int] = count_words,
+    answer_format: AnswerFormat = AnswerFormat.TAGS,
+) -> float:
+    """The cosine length reward, for answers that are right as far as `od_length_reward` says so; in [-0.5, 1]."""
+    correct = od_length_reward(text, target, answer_format)
+    return cosine_length(correct, count_tokens(text), LONGEST_ANSWER)
+
+
+def repetition_reward(text: str, target: Sequence[Detection], answer_format: AnswerFormat = AnswerFormat.TAGS) -> float:
     """-(1 - distinct / all) over the detections or, where there is no list of them, over runs of six words."""
-    answered = parse_detected_answer(text)
+    answered = parse_detected_answer(text, answer_format)
     items: Sequence[object] = answered if answered is not None else _six_grams(text)
     return len(set(items)) / len(items) - 1 if items else 0.0
 
 
-def detection_format_reward(text: str, target: Sequence[Detection]) -> float:
+def detection_format_reward(
+    text: str, target: Sequence[Detection], answer_format: AnswerFormat = AnswerFormat.TAGS
+) -> float:
     """1 for one think block and one answer block with a list of detections or "None", and nothing else; else 0."""
-    return float(is_think_answer(text) and parse_detected_answer(text) is not None)
+    return float(answer_format.is_followed(text) and parse_detected_answer(text, answer_format) is not None)
 
 
-def weighted_sum_reward(text: str, target: Sequence[Detection]) -> float:
+def weighted_sum_reward(
+    text: str, target: Sequence[Detection], answer_format: AnswerFormat = AnswerFormat.TAGS
+) -> float:
     """0.7 · (sum of overlaps of rightly labelled pairs / true boxes) + 0.3 · (1 - (misses + false alarms) / 2).
 
     Pairs are formed greedily at IoU 0.5 whatever their labels; misses and false alarms are shares of the
     true and of the answered boxes. An answer without boxes scores 0 where there are some to be found.
     """
-    answered = parse_detected_answer(text)
-    if not answered or not target:
-        return float(answered == () and not target)
-    overlaps = pairwise_iou(_boxes(answered), _boxes(target))
+    answered = parse_detected_answer(text, answer_format)
+    given, wanted = countable(answered or (), target)
+    if not given or not wanted:
+        return float(answered is not None and not given and not wanted)
+    overlaps = pairwise_iou(_boxes(given), _boxes(wanted))
     pairs = greedy_pairs(overlaps)
-    position = sum(overlaps[a, t] for a, t in pairs if answered[a][0] == target[t][0]) / len(target)
-    missed, false = 1 - len(pairs) / len(target), 1 - len(pairs) / len(answered)
+    position = sum(overlaps[a, t] for a, t in pairs if given[a].label == wanted[t].label) / len(wanted)
+    missed, false = 1 - len(pairs) / len(wanted), 1 - len(pairs) / len(given)
     return float(0.7 * position + 0.3 * (1 - (missed + false) / 2))
+
+
+def count_boxes(answered: Sequence[Detection], target: Sequence[Detection]) -> dict[str, float]:
+    """How many boxes were answered, how many are true, and how many match by `match_greedily`."""
+    given, wanted = countable(answered, target)
+    counts = {"matched": match_greedily(given, wanted), "answered": len(given), "true": len(wanted)}
+    return {f"boxes/{name}": float(count) for name, count in counts.items()}
 
 
 def match_greedily(answered: Sequence[Detection], target: Sequence[Detection]) -> int:
     """Number of answered boxes that can be paired with a true one of their label at IoU 0.5, best overlaps first."""
-    labels = {label for label, _ in target}
+    labels = {one.label for one in target}
     return sum(len(greedy_pairs(pairwise_iou(_boxes(answered, label), _boxes(target, label)))) for label in labels)
 
 
@@ -195,20 +244,52 @@ def _mean_ap(
 ) -> float:
     if answered is None:
         return 0.0
-    if not target:
-        return float(not answered)
-    labels = {label for label, _ in target}
-    extra = {label for label, _ in answered} - labels
-    scores = [average_precision(_boxes(answered, label), _boxes(target, label), thresholds) for label in labels]
+    given, wanted = countable(answered, target)
+    if not wanted:
+        return float(not given)
+    labels = {one.label for one in wanted}
+    extra = {one.label for one in given} - labels
+    scores = [_label_ap(answered, target, label, thresholds) for label in labels]
     return float(np.sum(scores)) / (len(labels) + len(extra))
+
+
+def _label_ap(
+    answered: Sequence[Detection], target: Sequence[Detection], label: str, thresholds: NDArray[np.float64]
+) -> float:
+    crowd = np.array([one.crowd for one in target if one.label == label])
+    boxes = _boxes(answered, label), _boxes(target, label)
+    return average_precision(*boxes, thresholds, crowd=crowd if crowd.any() else None)
 
 
 def _boxes(detections: Sequence[Detection], label: str | None = None) -> NDArray[np.float64]:
     """Boxes [D, 4] of the detections, or of those with a label."""
-    chosen: list[Box] = [box for name, box in detections if label in (None, name)]
+    chosen: list[Box] = [one.box for one in detections if label in (None, one.label)]
     return np.array(chosen, dtype=np.float64).reshape(-1, 4)
 
 
 def _six_grams(text: str) -> list[tuple[str, ...]]:
     words = text[:100_000].split()
     return [tuple(words[i : i + 6]) for i in range(len(words) - 5)]
+
+
+TERMS: Final[Mapping[str, RewardTerm]] = {
+    "od_length": od_length_reward,
+    "map": map_reward,
+    "map50": map50_reward,
+    "weighted_sum": weighted_sum_reward,
+    "length": detection_length_reward,
+    "repetition": repetition_reward,
+    "format": detection_format_reward,
+}
+"""The terms of this file by name."""
+
+NAMES_IN_ROWS: Final[Mapping[str, str]] = {
+    "odLength": "od_length",
+    "od_length": "od_length",
+    "map": "map",
+    "od_ap": "map",
+    "map50": "map50",
+    "od_ap50": "map50",
+    "weighted_sum": "weighted_sum",
+}
+"""Names that VLM-R1's rows have for the terms."""

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmenv.core.answers import NONE, Target, extract_answer, is_think_answer, parse_box, write_answer, write_box
+from vlmenv.core.answers import NONE, Target, parse_box, write_box
+from vlmenv.core.formats import AnswerFormat, extract_answer, is_think_answer
 
 pieces = st.sampled_from(
     [
@@ -145,7 +146,7 @@ def test_ten_megabytes_do_not_hold_up_a_step(text: str) -> None:
 
 
 def test_what_is_written_is_read() -> None:
-    text = write_answer(write_box((1.2, 2, 30, 44.7)), "the red one")
+    text = AnswerFormat.TAGS.write(write_box((1.2, 2, 30, 44.7)), "the red one")
     assert is_think_answer(text)
     content = extract_answer(text)
     assert content is not None

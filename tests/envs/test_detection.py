@@ -87,9 +87,9 @@ def answered(*detections: Detection) -> str:
     return f"<think>t</think><answer>{write_detections(detections)}</answer>"
 
 
-A: Detection = ("cat", (0, 0, 10, 10))
-B: Detection = ("cat", (20, 0, 30, 10))
-C: Detection = ("dog", (50, 50, 60, 70))
+A = Detection("cat", (0, 0, 10, 10))
+B = Detection("cat", (20, 0, 30, 10))
+C = Detection("dog", (50, 50, 60, 70))
 
 
 @pytest.mark.parametrize(
@@ -99,8 +99,8 @@ C: Detection = ("dog", (50, 50, 60, 70))
         (answered(A, B, *[A] * 20), [A, B], 1.0, 2 / 22),
         (answered(A, B, C), [A, B], 0.5, 0.5 * 2 / 3),  # nobody asked for dogs
         (answered(A), [A, C], 0.5, 0.5),
-        (answered(("cat", (0, 0, 10, 5.0))), [A], 0.1, 0.1),  # IoU .5: right at the first of ten thresholds
-        (answered(("dog", A[1])), [A], 0.0, 0.0),
+        (answered(Detection("cat", (0, 0, 10, 5.0))), [A], 0.1, 0.1),  # IoU .5: right at the first of ten thresholds
+        (answered(Detection("dog", A.box)), [A], 0.0, 0.0),
         (answered(), [A], 0.0, 0.0),
         (answered(), [], 1.0, 1.0),
         (answered(A), [], 0.0, 0.0),
@@ -114,19 +114,19 @@ def test_rewards_by_hand(text: str, target: list[Detection], ap: float, with_len
 
 
 def test_map50_by_hand() -> None:
-    assert map50_reward(answered(("cat", (0, 0, 10, 5))), [A]) == pytest.approx(1)
-    assert map50_reward(answered(("cat", (0, 0, 10, 4))), [A]) == 0
+    assert map50_reward(answered(Detection("cat", (0, 0, 10, 5))), [A]) == pytest.approx(1)
+    assert map50_reward(answered(Detection("cat", (0, 0, 10, 4))), [A]) == 0
 
 
 @pytest.mark.parametrize(
     ("text", "target", "expected"),
     [
         (answered(A, C), [A, C], 1.0),
-        (answered(("cat", (0, 0, 10, 6))), [A], 0.7 * 0.6 + 0.3),
-        (answered(("dog", A[1])), [A], 0.3),  # well placed, wrongly named
+        (answered(Detection("cat", (0, 0, 10, 6))), [A], 0.7 * 0.6 + 0.3),
+        (answered(Detection("dog", A.box)), [A], 0.3),  # well placed, wrongly named
         (answered(A), [A, C], 0.7 / 2 + 0.3 * 0.75),
         (answered(A, B), [A], 0.7 + 0.3 * 0.75),
-        (answered(("cat", (0, 0, 10, 4))), [A], 0.0),
+        (answered(Detection("cat", (0, 0, 10, 4))), [A], 0.0),
         (answered(), [A], 0.0),
         (answered(), [], 1.0),
         (answered(A), [], 0.0),
@@ -145,18 +145,18 @@ def test_repetition_by_hand() -> None:
 
 
 def test_greedy_matching_takes_the_best_overlap_first() -> None:
-    near: Detection = ("cat", (1, 0, 11, 10))
+    near = Detection("cat", (1, 0, 11, 10))
     assert match_greedily([near, A], [A]) == 1
     assert match_greedily([near, A, B, C], [A, B]) == 2
-    assert match_greedily([("dog", A[1])], [A]) == 0
+    assert match_greedily([Detection("dog", A.box)], [A]) == 0
 
 
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ('[{"bbox_2d": [1, 2, 3, 4], "label": "a"}]', (("a", (1, 2, 3, 4)),)),
-        ('```json\n[{"bbox_2d": [1.5, 2, 3, 4,], "label": " a "},]\n```', (("a", (1.5, 2, 3, 4)),)),
-        ('{"bbox_2d": [1, 2, 3, 4], "label": "a"}', (("a", (1, 2, 3, 4)),)),
+        ('[{"bbox_2d": [1, 2, 3, 4], "label": "a"}]', (Detection("a", (1, 2, 3, 4)),)),
+        ('```json\n[{"bbox_2d": [1.5, 2, 3, 4,], "label": " a "},]\n```', (Detection("a", (1.5, 2, 3, 4)),)),
+        ('{"bbox_2d": [1, 2, 3, 4], "label": "a"}', (Detection("a", (1, 2, 3, 4)),)),
         ("None", ()),
         ("[]", ()),
         ('[{"bbox_2d": [1, 2, 3, 4]}]', None),
@@ -197,7 +197,7 @@ def test_thresholds_are_cocos() -> None:
 @pytest.mark.parametrize("size", [1500, 100_000], ids=["as long as is read", "longer"])
 def test_lists_of_many_boxes_do_not_hold_up_a_step(size: int) -> None:
     """Many true boxes, and answers of up to 100,000 boxes on top of one another or each of its own label."""
-    target = [("cat", (float(i), 0.0, i + 10.0, 10.0)) for i in range(200)]
+    target = [Detection("cat", (float(i), 0.0, i + 10.0, 10.0)) for i in range(200)]
     rewards = (map_reward, od_length_reward, weighted_sum_reward, repetition_reward, detection_format_reward)
     for label in ("cat", "cat{}"):
         rows = ",".join(

@@ -8,9 +8,12 @@ from gymnasium.utils.env_checker import check_env
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmenv.core.answers import write_answer, write_detections
+from vlmenv.core.answers import Detection, write_detections
 from vlmenv.core.coordinates import ResizeRule
+from vlmenv.core.formats import AnswerFormat
 from vlmenv.envs.ovd import OVDEnv
+
+write = AnswerFormat.TAGS.write
 
 
 def test_gymnasiums_checker_is_content(recwarn: pytest.WarningsRecorder) -> None:
@@ -49,7 +52,7 @@ def test_scenes_ask_for_what_is_there_and_what_is_not() -> None:
     for index in range(60):
         sample = env.source.get(index)
         asked = sample.question.removeprefix("Detect all of these: ").removesuffix(".").split(", ")
-        found = {label for label, _ in sample.target}
+        found = {one.label for one in sample.target}
         assert found <= set(asked)
         absent += not found
     assert 0 < absent < 30
@@ -65,14 +68,14 @@ def test_tricks_do_not_pay() -> None:
         sample, other = env.source.get(index), env.source.get(index + 1)
         truth = env.target(sample)
         answers = {
-            "whole image": [(kind, whole) for kind in kinds],
-            "every label on each box": [(kind, box) for _, box in truth for kind in kinds],
+            "whole image": [Detection(kind, whole) for kind in kinds],
+            "every label on each box": [Detection(kind, one.box) for one in truth for kind in kinds],
             "box spam": [*truth, *truth * 19],
             "another scene's truth": list(env.target(other)),
             "truth": list(truth),
         }
         for name, detections in answers.items():
-            score = env.score(write_answer(write_detections(detections), ""), sample)
+            score = env.score(write(write_detections(detections)), sample)
             if truth:
                 rewards.setdefault(name, []).append(score.terms["od_length"])
     means = {name: float(np.mean(values)) for name, values in rewards.items()}
@@ -85,12 +88,11 @@ def test_tricks_do_not_pay() -> None:
 
 def test_measures() -> None:
     env = OVDEnv()
-    a, b = ("cat", (0.0, 0.0, 10.0, 10.0)), ("dog", (20.0, 20.0, 40.0, 40.0))
-    measured = env.measure(write_answer(write_detections([a, a]), ""), (a, b))
-    assert measured["precision@0.5"] == measured["recall@0.5"] == 0.5
-    assert (measured["boxes/answered"], measured["boxes/true"]) == (2, 2)
-    assert env.measure(write_answer("None", ""), ())["precision@0.5"] == 1
-    assert env.measure("hm", (a,))["unparsable"] == 1
+    a, b = Detection("cat", (0.0, 0.0, 10.0, 10.0)), Detection("dog", (20.0, 20.0, 40.0, 40.0))
+    measured = env.measure(write(write_detections([a, a])), (a, b), {})
+    assert (measured["boxes/matched"], measured["boxes/answered"], measured["boxes/true"]) == (1, 2, 2)
+    assert env.measure(write("None"), (), {})["image_ap/mean"] == 1
+    assert env.measure("hm", (a,), {})["unparsable"] == 1
 
 
 @given(st.text(st.characters()))

@@ -109,7 +109,8 @@ def test_rewards_are_named_and_weighted() -> None:
     _, reward, _, _, info = env.step("<think>t</think><answer>[0,0,1,1]</answer>")
     assert info["rewards"] == {"iou@0.5": 0.0, "brevity": 1.0, "format": 1.0}
     assert reward == 0.75
-    assert RECEnv(rewards={partial(brevity): 1.0}).weighted_terms[0][0] == "brevity"
+    again = RECEnv(rewards={partial(brevity): 1.0})
+    assert again.score("", again.source.get(0)).terms.keys() == {"brevity"}
 
 
 def test_a_prompt_template_is_data() -> None:
@@ -133,11 +134,11 @@ def test_a_reward_that_is_not_finite_is_named() -> None:
         env.step("hello")
 
 
-def test_a_task_must_say_all_that_a_task_says() -> None:
+def test_a_task_must_say_where_its_samples_come_from() -> None:
     class Half(RECEnv):
-        measure = VisualTaskEnv.measure
+        builtin_source = VisualTaskEnv.builtin_source
 
-    with pytest.raises(TypeError, match="measure"):
+    with pytest.raises(TypeError, match="builtin_source"):
         Half()  # type: ignore[abstract]
 
 
@@ -154,7 +155,7 @@ def test_a_task_must_say_all_that_a_task_says() -> None:
         ({"split": "evil"}, "Did you mean 'eval'?"),
         ({"render_mode": "human"}, "render_mode"),
         ({"image_root": "x"}, "give dataset too"),
-        ({"dataset": "x.jsonl", "split": "eval"}, "has no splits"),
+        ({"answer_format": "tag"}, "Did you mean 'tags'?"),
         ({"prompt_template": "hello"}, "{question}"),
     ],
 )
@@ -167,9 +168,9 @@ def test_wrong_arguments_are_refused(arguments: dict[str, Any], message: str) ->
 def test_measures() -> None:
     env = RECEnv()
     target = (0.0, 0.0, 10.0, 10.0)
-    measured = env.measure("<answer>[0,0,10,6]</answer>", target)
+    measured = env.measure("<answer>[0,0,10,6]</answer>", target, {})
     assert measured == {"iou/mean": 0.6, "accuracy@0.5": 1, "accuracy@0.75": 0, "unparsable": 0, "format": 0}
-    assert env.measure("hm", target)["unparsable"] == 1
+    assert env.measure("hm", target, {})["unparsable"] == 1
 
 
 @given(st.text(st.characters()))

@@ -8,7 +8,7 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
-from test_conversations import row, write
+from test_dataset import row, write
 
 from vlmenv.core.errors import ConfigError
 from vlmenv.envs.data.scenes import ReferringScenes, Split

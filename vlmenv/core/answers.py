@@ -1,11 +1,11 @@
-"""Reads answers out of free text. No text raises, and every function runs in time linear in its length."""
+"""Reads and writes the content of answers. No text raises, and every function runs in time linear in its length."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Sequence
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 from vlmenv.core.coordinates import Box, is_box
 
@@ -15,10 +15,40 @@ NONE: Final = "None"
 Target = Box | Literal["None"]
 """A box, or `"None"` where nothing in the image fits."""
 
-Detection = tuple[str, Box]
-"""A label and its box."""
 
-THINK_ANSWER: Final = ("<think>", "</think>", "<answer>", "</answer>")
+class Detection(NamedTuple):
+    """A labelled box."""
+
+    label: str
+    box: Box
+    crowd: bool = False
+    """of a true box: a region of many, in which answers count neither way, as in COCO"""
+    area: float | None = None
+    """of a true box: the object's area where it is known better than the box's, in squared pixels"""
+
+
+AnswerKind = Literal["choice", "yes_no", "numeric", "exact", "math", "edit"]
+"""How an answer is compared with the true one: `choice` by the letter, `yes_no` by the word, `numeric` within a
+tolerance, `exact` as a normalised string, `math` symbolically, `edit` by the share of characters that are right."""
+
+
+class Answer(NamedTuple):
+    """A true answer, and how others are compared with it."""
+
+    text: str
+    kind: AnswerKind
+    tolerance: float = 0.0
+    """of numbers: the greatest difference that still counts as equal"""
+
+
+class Caption(NamedTuple):
+    """The truth of a captioning row."""
+
+    keywords: tuple[str, ...]
+    """what a description should mention"""
+    answer: Answer | None = None
+    """of the question that the row asks besides, if any"""
+
 
 # Bounded quantifiers only: no input makes these backtrack beyond a number's own length.
 _INNERMOST_LIST = re.compile(r"\[([^\[\]]*)\]")
@@ -27,42 +57,6 @@ _TRAILING_COMMA = re.compile(r",\s*([\]}])")
 _LONGEST_DETECTIONS = 100_000
 _LONGEST_ANSWER = 10_000  # characters; a box needs 30, a wordy answer some hundreds
 _NONE_FORMS: Final = frozenset({"none", '"none"', "'none'", "none.", "[]"})
-
-
-def write_answer(answer: str, thought: str) -> str:
-    """The think/answer text that says `answer` after `thought`."""
-    return f"<think>{thought}</think><answer>{answer}</answer>"
-
-
-def is_think_answer(text: str) -> bool:
-    """Whether `text` is one think block followed by one answer block and nothing else but white space."""
-    if any(text.count(tag) != 1 for tag in THINK_ANSWER):
-        return False
-    text = text.strip()
-    opened, closed, answered = (text.find(tag) for tag in THINK_ANSWER[:3])
-    return (
-        opened == 0
-        and opened < closed < answered
-        and not text[closed + len("</think>") : answered].strip()
-        and text.endswith("</answer>")
-    )
-
-
-def extract_answer(text: str) -> str | None:
-    """The content of the only answer block after the thinking, or None.
-
-    An answer inside the think block, in a second answer block, or cut off before its closing tag is
-    no answer.
-    """
-    opened, closed = text.count("<think>"), text.count("</think>")
-    if closed > 1 or opened > closed or text.count("<answer>") != 1:
-        return None
-    spoken = text.rpartition("</think>")[2]
-    if "<think>" in spoken or spoken.count("</answer>") != 1:
-        return None
-    _, answered, rest = spoken.partition("<answer>")
-    content, ended, _ = rest.partition("</answer>")
-    return content if answered and ended else None
 
 
 def parse_box(content: str) -> Target | None:
@@ -144,14 +138,14 @@ def _detection(entry: object) -> Detection | None:
         box = tuple(float(value) for value in values)
     except OverflowError:
         return None
-    return (entry["label"].strip(), (box[0], box[1], box[2], box[3])) if is_box(box) else None
+    return Detection(entry["label"].strip(), (box[0], box[1], box[2], box[3])) if is_box(box) else None
 
 
 def write_detections(detections: Sequence[Detection]) -> str:
     """Detections as models are asked to write them: fenced JSON with whole numbers, or "None"."""
     if not detections:
         return NONE
-    rows = [{"bbox_2d": [round(value) for value in box], "label": label} for label, box in detections]
+    rows = [{"bbox_2d": [round(value) for value in box], "label": label} for label, box, *_ in detections]
     return f"```json\n{json.dumps(rows, ensure_ascii=False)}\n```"
 
 

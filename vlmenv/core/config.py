@@ -25,6 +25,8 @@ def flatten(config: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
     return str(value.absolute()) if isinstance(value, Path) else value
 
 
@@ -75,8 +77,13 @@ def _as_arguments(options: Mapping[str, Any], path: Path, known: Sequence[str]) 
         if name == "config" or str(name).replace("-", "_") not in known:
             raise ConfigError(f"{path}: {unknown_name('option', str(name), set(known) - {'config'})}")
         flag = str(name).replace("_", "-")
-        if isinstance(value, dict):
+        if isinstance(value, bool):
+            yield f"--{flag}" if value else f"--no-{flag}"
+        elif isinstance(value, dict):
             yield f"--{flag}"
             yield from (str(part) for item in value.items() for part in item)
+        elif isinstance(value, list):
+            yield f"--{flag}"
+            yield from map(str, value)
         else:
             yield f"--{flag}={value}"

@@ -12,8 +12,8 @@ Box = tuple[float, float, float, float]
 """`(x1, y1, x2, y2)`, real-valued edges with the origin at the top left; a box covers
 `(x2 - x1) * (y2 - y1)`, without the `+ 1` of pixel-index conventions."""
 
-MAX_COORDINATE = 1e6
-"""Coordinates beyond this are taken for garbage: no image is that large."""
+MAX_COORDINATE = 5e4
+"""Coordinates beyond this are taken for garbage: no image is that large, and COCO leaves larger boxes uncounted."""
 
 
 class CoordinateSpace(StrEnum):
@@ -41,11 +41,14 @@ class ResizeRule:
         sides = (round(width / self.factor), round(height / self.factor))
         pixels = sides[0] * sides[1] * self.factor**2
         if pixels > self.max_pixels:
-            shrink = math.sqrt(width * height / self.max_pixels) * self.factor
-            sides = (max(1, math.floor(width / shrink)), max(1, math.floor(height / shrink)))
+            shrink = math.sqrt(width * height / self.max_pixels)  # and then as theirs, to the last bit
+            sides = (
+                max(1, math.floor(width / shrink / self.factor)),
+                max(1, math.floor(height / shrink / self.factor)),
+            )
         elif pixels < self.min_pixels:
-            grow = math.sqrt(self.min_pixels / (width * height)) / self.factor
-            sides = (math.ceil(width * grow), math.ceil(height * grow))
+            grow = math.sqrt(self.min_pixels / (width * height))
+            sides = (math.ceil(width * grow / self.factor), math.ceil(height * grow / self.factor))
         return sides[0] * self.factor, sides[1] * self.factor
 
 

@@ -19,13 +19,14 @@ _SHOWN = 8
 
 def draw_curve(path: Path, history: Sequence[dict[str, float]]) -> None:
     """Draws each reward term over the steps, smoothed over a twentieth of the run."""
-    names = [name for name in history[0] if name.startswith("reward/") and name != "reward/zero_std_groups"]
+    every = dict.fromkeys(name for metrics in history for name in metrics)
+    names = [name for name in every if name.startswith("reward/") and name != "reward/zero_std_groups"]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     width = max(1, len(history) // 20)
-    steps = np.arange(1, len(history) + 1)
     for colour, name in zip(mpl.color_sequences["tab10"] * 9, names, strict=False):
-        values = np.array([metrics[name] for metrics in history])
+        steps = np.array([step for step, metrics in enumerate(history, 1) if name in metrics])
+        values = np.array([metrics[name] for metrics in history if name in metrics])
         kernel = np.ones(width)
         smooth = np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
@@ -48,11 +49,13 @@ def draw_samples(path: Path, envs: VisualTaskVectorEnv, before: Evaluation, afte
             sample = envs.task.source.get(answer["index"])
             axes.imshow(envs.task.draw(sample, answer["prediction"]))
             axes.set(xticks=[], yticks=[])
+            said = envs.task.answer_format.extract(answer["completion"])
+            axes.set_xlabel(_wrapped(said or "no answer", lines=2), fontsize=7, parse_math=False)
             if row == 0:
                 axes.set_title(_wrapped(sample.question), fontsize=8, parse_math=False)
             if column == 0:
                 axes.set_ylabel(name)
-    figure.suptitle("true box green, answered box red", fontsize=9)
+    figure.suptitle("before and after training; of boxes, true ones green and answered ones red", fontsize=9)
     figure.savefig(path, dpi=100)
 
 

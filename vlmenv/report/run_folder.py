@@ -69,7 +69,8 @@ class RunFolder:
 
 
 def _completions(result: StepResult) -> Iterator[dict[str, Any]]:
-    terms = {name: values for name, values in result.infos.get("rewards", {}).items() if not name.startswith("_")}
+    scored = result.infos.get("rewards", {})
+    terms = [name for name in scored if not name.startswith("_")]
     prompts = [observation["prompt"] for observation in unbatch(result.observations)]
     for i, completion in enumerate(result.rollout.completions):
         yield {
@@ -78,5 +79,5 @@ def _completions(result: StepResult) -> Iterator[dict[str, Any]]:
             "prompt": prompts[i],
             "completion": completion.text,
             "finish_reason": completion.finish_reason,
-            "rewards": {name: float(values[i]) for name, values in terms.items()},
+            "rewards": {name: float(scored[name][i]) for name in terms if scored[f"_{name}"][i]},
         }

@@ -1,0 +1,59 @@
+"""Perception captioning: describe the image so that nothing that matters is missed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from vlmenv.core.answers import Caption
+from vlmenv.core.formats import AnswerFormat
+from vlmenv.envs.base import VisualTaskEnv
+from vlmenv.envs.data.captions import CaptionScenes
+from vlmenv.envs.data.rows import Row
+from vlmenv.envs.data.scenes import Split
+from vlmenv.envs.data.source import Sample, Source
+from vlmenv.envs.rewards.answers import accuracy_reward, read_answer
+from vlmenv.envs.rewards.clip import ClipScore
+from vlmenv.envs.rewards.terms import RewardTerm
+from vlmenv.envs.rewards.text import format_reward, keywords_reward, length_reward
+
+
+def answer_reward(text: str, target: Caption, answer_format: AnswerFormat = AnswerFormat.TAGS) -> float:
+    """Whether the row's question is answered rightly, in [0, 1]; 0 where it asks none."""
+    return 0.0 if target.answer is None else accuracy_reward(text, target.answer, answer_format)
+
+
+class CaptionEnv(VisualTaskEnv):
+    """`VLM-Caption-v0`: the completion describes the image, then answers (PeBR-R1, arXiv 2509.13031, stage 1)."""
+
+    terms: ClassVar[Mapping[str, RewardTerm]] = {
+        "clip": ClipScore(),
+        "keywords": keywords_reward,
+        "format": format_reward,
+        "length": length_reward,
+        "accuracy": answer_reward,
+    }
+    default_rewards: ClassVar[Mapping[str, float]] = {"clip": 0.4, "keywords": 0.4, "format": 0.1, "length": 0.1}
+    prompt_template: ClassVar[str] = "Answer as {answer}\n{question}"
+    default_format: ClassVar[AnswerFormat] = AnswerFormat.SECTIONS
+
+    def builtin_source(self, split: Split) -> Source:
+        return CaptionScenes(split)
+
+    def read_target(self, row: Row) -> Caption:
+        if not row.keywords:
+            raise ValueError("the row has no key words: none in 'key_word' or 'keywords'")
+        return Caption(row.keywords, read_answer(row.answer))
+
+    def measure(self, text: str, target: Caption, terms: Mapping[str, float]) -> dict[str, float]:
+        clip = {"clip": terms["clip"]} if "clip" in terms else {}
+        return clip | {
+            "keyword_recall": keywords_reward(text, target),
+            "accuracy": answer_reward(text, target, self.answer_format),
+            "unparsable": float(not self.answer_format.description(text)),
+            "format": format_reward(text, target, self.answer_format),
+        }
+
+    def write_answer(self, sample: Sample) -> str:
+        assert sample.target.answer is not None
+        return self.answer_format.write(sample.target.answer.text, sample.rationale)

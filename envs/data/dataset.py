@@ -1,0 +1,237 @@
+"""Opens data sets of every layout as sources of samples."""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlmenv.core.errors import ConfigError, DataError
+from vlmenv.envs.data.coco import CocoInstances
+from vlmenv.envs.data.images import load_image
+from vlmenv.envs.data.rows import ImageRef, Row, check_columns, read_row
+from vlmenv.envs.data.source import Sample, Source
+from vlmenv.envs.data.tables import HuggingFace, JSONLines, JSONList, JSONStream, Rows, Table, require_datasets
+
+Dataset = Any
+"""A path or hub id, several paths, a data set of the library `datasets`, or a list of rows."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a task reads rows.
+
+    Raises:
+        ConfigError: `columns` names what no row has.
+    """
+
+    understand: Callable[[Row], Sample]
+    """makes a sample without images of a row, and raises ValueError where it cannot"""
+    needs_image: bool = True
+    """whether a row without an image is broken"""
+    takes_coco: bool = False
+    """whether COCO's instances make rows of this task"""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """for parts of a row, the columns that hold them"""
+    skip_broken: bool = False
+    """leave broken rows out, instead of refusing the data set"""
+
+    def __post_init__(self) -> None:
+        check_columns(self.columns)
+
+    def sample(self, raw: Any, number: int) -> tuple[Sample, tuple[ImageRef, ...]]:
+        """A row's sample, without images, and where these are.
+
+        Raises:
+            ValueError: The row is broken.
+        """
+        if isinstance(raw, ValueError):
+            raise raw
+        row = raw if isinstance(raw, Row) else read_row(raw, number, self.columns)
+        if self.needs_image and not row.images:
+            raise ValueError("the task needs an image, but the row has none")
+        return self.understand(row), row.images
+
+
+class TableSource(Source):
+    """The samples of a table, every row of which is checked when it is opened.
+
+    Args:
+        table: The rows.
+        image_root: Folder that image paths are relative to.
+        reading: How to read them.
+
+    Attributes:
+        faults: Of each row that is broken and left out, where it is and what is wrong.
+
+    Raises:
+        DataError: A row is broken, unless such rows are to be left out; the message names its place.
+    """
+
+    def __init__(self, table: Table, image_root: str, reading: Reading) -> None:
+        self._table, self._root, self._reading = table, image_root, reading
+        kept = np.fromiter(self._check(), dtype=np.int64)
+        self._kept = kept if self.faults else None
+        self.size = len(kept)
+
+    def get(self, index: int) -> Sample:
+        number = index if self._kept is None else int(self._kept[index])
+        place = self._table.place(number)
+        try:
+            sample, refs = self._reading.sample(self._table.read(number), number)
+        except ValueError as error:
+            raise DataError(f"{place}: {error}; the file has changed since it was opened") from None
+        return replace(sample, images=tuple(load_image(self._located(ref), place) for ref in refs if ref is not None))
+
+    def _check(self) -> Iterator[int]:
+        """Numbers of the rows that are whole."""
+        self.faults = []
+        for number, raw in enumerate(self._table.scan()):
+            try:
+                _, refs = self._reading.sample(raw, number)
+                for ref in refs:
+                    if isinstance(ref, str) and not os.path.isfile(self._located(ref)):  # noqa: PTH113 (a million rows ask, and Path is slow)
+                        raise ValueError(f"there is no image {self._located(ref)[:200]}")
+            except ValueError as error:
+                fault = f"{self._table.place(number)}: {error}"
+                if not self._reading.skip_broken:
+                    raise DataError(fault) from None
+                self.faults.append(fault)
+            else:
+                yield number
+
+    def _located(self, ref: Any) -> Any:
+        return os.path.join(self._root, ref) if isinstance(ref, str) else ref  # noqa: PTH118
+
+
+class Concatenated(Source):
+    """Several sources, one after the other."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self._sources = sources
+        self._ends = list(accumulate(source.size or 0 for source in sources))
+        self.size = self._ends[-1]
+        self.faults = [fault for source in sources for fault in source.faults]
+
+    def get(self, index: int) -> Sample:
+        which = bisect_right(self._ends, index)
+        return self._sources[which].get(index - (self._ends[which - 1] if which else 0))
+
+
+def open_dataset(
+    dataset: Dataset, reading: Reading, image_root: Any = None, split: str | None = None
+) -> TableSource | Concatenated:
+    """Opens a data set and checks every row.
+
+    Args:
+        dataset: A `.jsonl`, `.json` or `.parquet` file, a folder that `datasets` has saved, the id of a data set
+            on the Hugging Face hub; a list of such; a data set of the library `datasets`; a list of rows.
+        reading: How the task reads rows.
+        image_root: Folder that image paths are relative to, or one for each of several files; the file's own
+            where left out, or the working directory where there is no file.
+        split: Of a data set that has several; "train" where left out.
+
+    Raises:
+        ConfigError: Arguments that do not fit together; an extra is missing.
+        DataError: There is no such data set, it has no rows, or one is broken.
+    """
+    parts = _parts(dataset)
+    roots = list(image_root) if isinstance(image_root, (list, tuple)) else [image_root] * len(parts)
+    if len(roots) != len(parts):
+        raise ConfigError(f"image_root has {len(roots)} folders for {len(parts)} data sets: give one, or one for each")
+    sources = [_open(part, root, split, reading) for part, root in zip(parts, roots, strict=True)]
+    return sources[0] if len(sources) == 1 else Concatenated(sources)
+
+
+def _parts(dataset: Dataset) -> list[Any]:
+    several = isinstance(dataset, (list, tuple)) and len(dataset) > 0 and isinstance(dataset[0], (str, os.PathLike))
+    return list(dataset) if several else [dataset]
+
+
+def _open(dataset: Any, image_root: Any, split: str | None, reading: Reading) -> TableSource:
+    if isinstance(dataset, (str, os.PathLike)):
+        file, name = Path(dataset), str(dataset)
+        table = _open_file(file, split, reading) if file.is_file() else _load(name, split)
+        default_root = file.parent if file.is_file() else file if file.is_dir() else Path()
+    else:
+        name, default_root = type(dataset).__name__, Path()
+        table = _wrap(dataset, split)
+    root = default_root if image_root is None else Path(image_root)
+    if not root.is_dir():
+        raise DataError(f"image_root {root}: no such folder")
+    source = TableSource(table, str(root), reading)
+    if not source.size and not source.faults:
+        raise DataError(f"{name}: the data set has no rows")
+    return source
+
+
+def _open_file(file: Path, split: str | None, reading: Reading) -> Table:
+    if split is not None:
+        raise ConfigError(f"split '{split}' is for the built-in samples and for named data sets: a file has no splits")
+    if file.suffix == ".jsonl":
+        return JSONLines(file)
+    if file.suffix == ".json":
+        return _open_json(file, reading)
+    if file.suffix == ".parquet":
+        return HuggingFace(_library().Dataset.from_parquet(str(file)), str(file))
+    raise DataError(f"{file}: a data set file is .jsonl, .json or .parquet, not '{file.suffix}'")
+
+
+def _open_json(file: Path, reading: Reading) -> Table:
+    with file.open("rb") as stream:
+        if JSONStream(stream, file).is_list():
+            return JSONList(file)
+    if not reading.takes_coco:
+        raise DataError(
+            f"{file}: a JSON object and not a list of rows. If it holds a row a line, name it .jsonl; "
+            "COCO's instances are for detection, VLM-OVD-v0"
+        )
+    return CocoInstances(file)
+
+
+def _load(name: str, split: str | None) -> Table:
+    """A folder that `datasets` has saved, or a data set on the hub."""
+    folder = Path(name)
+    if not folder.is_dir() and (name.count("/") != 1 or name.startswith((".", "/")) or Path(name).suffix in _SUFFIXES):
+        raise DataError(f"{name}: no such file")
+    library = _library()
+    saved = any((folder / file).is_file() for file in ("state.json", "dataset_dict.json"))
+    try:
+        if saved:
+            return _wrap(library.load_from_disk(name), split, name)
+        return HuggingFace(library.load_dataset(name, split=split or "train"), name)
+    except (OSError, ValueError, LookupError, RuntimeError, library.exceptions.DatasetsError) as error:
+        raise DataError(f"{name}: the data set cannot be loaded: {error}") from error
+
+
+_SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+def _wrap(dataset: Any, split: str | None, name: str | None = None) -> Table:
+    if isinstance(dataset, dict) and hasattr(dataset, "column_names"):  # a DatasetDict
+        if (split or "train") not in dataset:
+            raise ConfigError(f"the data set has no split '{split or 'train'}', but {', '.join(dataset)}")
+        return HuggingFace(dataset[split or "train"], f"{name or 'data set'}, split {split or 'train'}")
+    if split is not None:
+        raise ConfigError(f"split '{split}': the data set has no splits")
+    if hasattr(dataset, "with_format") and hasattr(dataset, "__len__"):
+        return HuggingFace(dataset, name or "data set")
+    if isinstance(dataset, Sequence):
+        return Rows(dataset)
+    raise ConfigError(
+        f"dataset is a {type(dataset).__name__}: give a path or several, a list of rows, "
+        "or a data set of the library `datasets` that is not streamed"
+    )
+
+
+def _library() -> Any:
+    require_datasets()
+    import datasets
+
+    return datasets

@@ -1,0 +1,253 @@
+"""Rows by number, read lazily: lines of JSON, a JSON list, a Hugging Face data set, a list in memory."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from vlmenv.core.errors import ConfigError, DataError
+from vlmenv.envs.data.rows import Unread
+
+_CHUNK = 1 << 20  # bytes read at a time
+_LARGEST_VALUE = 1 << 26  # characters of one JSON value; beyond it a quote is missing, and not data
+_SPACE = " \t\r\n"
+
+
+class Table(ABC):
+    """Raw rows by number. After `scan`, `read` may be called from several threads at once."""
+
+    @abstractmethod
+    def scan(self) -> Iterator[Any]:
+        """Every row once, in order; one that is no row is given as the ValueError that says why.
+
+        Images that are stored within the rows may come as `Unread`.
+        """
+
+    @abstractmethod
+    def read(self, number: int) -> Any:
+        """Row `number`, counted from 0."""
+
+    @abstractmethod
+    def place(self, number: int) -> str:
+        """Where row `number` stands, for messages: file and line."""
+
+
+class JSONFile(Table):
+    """A file of rows in JSON, of which only the places are held in memory."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._offsets, self._lengths, self._lines = array("q"), array("q"), array("q")
+
+    def read(self, number: int) -> Any:
+        with self._file.open("rb") as stream:
+            stream.seek(self._offsets[number])
+            return json.loads(stream.read(self._lengths[number]))
+
+    def place(self, number: int) -> str:
+        return f"{self._file}:{self._lines[number]}"
+
+    def _add(self, offset: int, length: int, line: int) -> None:
+        self._offsets.append(offset)
+        self._lengths.append(length)
+        self._lines.append(line)
+
+
+class JSONLines(JSONFile):
+    """A file with a JSON object a line; blank lines do not count."""
+
+    def scan(self) -> Iterator[Any]:
+        offset = 0
+        with self._file.open("rb") as stream:
+            for number, line in enumerate(stream, 1):
+                if not line.isspace():
+                    self._add(offset, len(line), number)
+                    yield _loaded(line)
+                offset += len(line)
+
+
+class JSONList(JSONFile):
+    """A file with one JSON list of objects."""
+
+    def scan(self) -> Iterator[Any]:
+        with self._file.open("rb") as stream:
+            for value in JSONStream(stream, self._file).elements():
+                self._add(value.offset, value.length, value.line)
+                yield value.content
+
+
+class Rows(Table):
+    """Rows that are in memory."""
+
+    def __init__(self, rows: Sequence[Any]) -> None:
+        self._rows = rows
+
+    def scan(self) -> Iterator[Any]:
+        yield from self._rows
+
+    def read(self, number: int) -> Any:
+        return self._rows[number]
+
+    def place(self, number: int) -> str:
+        return f"row {number}"
+
+
+class HuggingFace(Table):
+    """A data set of the library `datasets`, whose images stay encoded until they are shown."""
+
+    def __init__(self, dataset: Any, name: str) -> None:
+        self._arrow = dataset.with_format("arrow")
+        self._name = name
+
+    def scan(self) -> Iterator[Any]:
+        for table in self._arrow.iter(batch_size=1000):
+            stored = [field.name for field in table.schema if "binary" in str(field.type)]
+            rows = table.drop_columns(stored).to_pylist()
+            for name in stored:
+                for row, count in zip(rows, _counts(table.column(name)), strict=True):
+                    row[name] = [Unread] * count
+            yield from rows
+
+    def read(self, number: int) -> Any:
+        return self._arrow[number].to_pylist()[0]
+
+    def place(self, number: int) -> str:
+        return f"{self._name}: row {number}"
+
+
+class JSONValue:
+    """A value within a JSON document, and where it stands."""
+
+    __slots__ = ("content", "length", "line", "offset")
+
+    def __init__(self, content: Any, offset: int, length: int, line: int) -> None:
+        self.content, self.offset, self.length, self.line = content, offset, length, line
+
+
+class JSONStream:
+    """Walks through a JSON document, one element at a time, whatever its size.
+
+    Raises:
+        DataError: The document is not JSON; the message names file and line.
+    """
+
+    def __init__(self, stream: BinaryIO, file: Path) -> None:
+        self._stream, self._file = stream, file
+        self._decode = codecs.getincrementaldecoder("utf-8")()
+        self._scan = json.JSONDecoder().raw_decode
+        self._text, self._at, self._ended = "", 0, False
+        self._offset, self._line = 0, 1  # of `_at`
+        if self._peek() == "\ufeff":
+            self._skip(1)
+
+    def elements(self) -> Iterator[JSONValue]:
+        """The elements of the list that stands here."""
+        self._expect("[")
+        if self._peek() != "]":
+            yield self._value()
+            while self._peek() == ",":
+                self._skip(1)
+                yield self._value()
+        self._expect("]")
+
+    def members(self) -> Iterator[str]:
+        """The keys of the object that stands here; each value is to be taken before the next key is asked for."""
+        self._expect("{")
+        while self._peek() != "}":
+            key = self._value().content
+            self._expect(":")
+            yield str(key)
+            if self._peek() != "}":
+                self._expect(",")
+        self._expect("}")
+
+    def skip_value(self) -> None:
+        self._value()
+
+    def is_list(self) -> bool:
+        return self._peek() == "["
+
+    def _value(self) -> JSONValue:
+        self._peek()
+        while True:
+            try:
+                content, end = self._scan(self._text, self._at)
+                if end + 3 < len(self._text) or self._ended:  # else a number might go on, as 1, 1. and 1e- do
+                    break
+            except (json.JSONDecodeError, RecursionError) as error:
+                self._check_cut_off(error)
+            self._fill()
+        offset, line = self._offset, self._line
+        self._skip(end - self._at)
+        return JSONValue(content, offset, self._offset - offset, line)
+
+    def _check_cut_off(self, error: json.JSONDecodeError | RecursionError) -> None:
+        """Raises unless more text may mend the value."""
+        where = getattr(error, "pos", 0)
+        open_text = str(error).startswith("Unterminated string")
+        cut_off = open_text or where > len(self._text) - 16
+        if self._ended or not cut_off or len(self._text) - self._at > _LARGEST_VALUE:
+            line = self._line + self._text.count("\n", self._at, where)
+            reason = getattr(error, "msg", "nested too deeply")
+            raise DataError(f"{self._file}:{line}: not JSON: {reason}") from None
+
+    def _expect(self, mark: str) -> None:
+        if self._peek() != mark:
+            found = f"'{self._peek()}'" if self._peek() else "the end of the file"
+            raise DataError(f"{self._file}:{self._line}: not JSON: {found} stands where '{mark}' is expected")
+        self._skip(1)
+
+    def _peek(self) -> str:
+        """The next character that is no white space; empty at the end."""
+        while True:
+            end = self._at
+            while end < len(self._text) and self._text[end] in _SPACE:
+                end += 1
+            self._skip(end - self._at)
+            if end < len(self._text):
+                return self._text[end]
+            if self._ended:
+                return ""
+            self._fill()
+
+    def _skip(self, characters: int) -> None:
+        passed = self._text[self._at : self._at + characters]
+        self._offset += len(passed) if passed.isascii() else len(passed.encode())
+        self._line += passed.count("\n")
+        self._at += characters
+
+    def _fill(self) -> None:
+        """Reads on; the more, the longer the value is that does not end yet."""
+        rest = self._text[self._at :]
+        chunk = self._stream.read(max(_CHUNK, len(rest)))
+        self._ended = not chunk
+        try:
+            self._text, self._at = rest + self._decode.decode(chunk, self._ended), 0
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self._file}: not UTF-8, after line {self._line}: {error.reason}") from None
+
+
+def require_datasets() -> None:
+    """Raises ConfigError where the library `datasets` is not installed."""
+    if find_spec("datasets") is None:
+        raise ConfigError('parquet files and Hugging Face data sets need an extra: pip install "vlmenv[data]"')
+
+
+def _loaded(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"the line is not JSON: {error}")
+
+
+def _counts(column: Any) -> list[int]:
+    """Number of images in each row of a column of images, or of lists of them."""
+    if "list" in str(column.type):
+        return [len(value) if value.is_valid else 0 for value in column]
+    return [int(value.is_valid) for value in column]

@@ -1,0 +1,29 @@
+"""Visual mathematics: figures, charts and counts, with answers that are compared symbolically."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from vlmenv.core.answers import Answer
+from vlmenv.envs.data.figures import MathFigures
+from vlmenv.envs.data.rows import Row
+from vlmenv.envs.data.scenes import Split
+from vlmenv.envs.data.source import Source
+from vlmenv.envs.rewards.answers import read_answer
+from vlmenv.envs.vqa import VQAEnv
+
+
+class MathEnv(VQAEnv):
+    """`VLM-Math-v0`: the answer is a number or an expression, LaTeX or plain, or the letter of a choice."""
+
+    default_rewards: ClassVar[Mapping[str, float]] = {"accuracy": 0.9, "format": 0.1}
+
+    def builtin_source(self, split: Split) -> Source:
+        return MathFigures(split)
+
+    def read_target(self, row: Row) -> Answer:
+        """As a row asks for; else the letter of a choice where it is one, and mathematics where it is not."""
+        answer = super().read_target(row)
+        chosen = row.method not in ("", "default")
+        return answer if chosen or answer.kind == "choice" else read_answer(row.answer, "math")

@@ -1,0 +1,1 @@
+"""Metrics over a data set, with their uncertainty."""

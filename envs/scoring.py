@@ -1,0 +1,149 @@
+"""From reward terms and weights to the scores of answers."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import time
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from vlmenv.core.errors import ConfigError, RewardError, unknown_name
+from vlmenv.core.formats import AnswerFormat
+from vlmenv.core.spaces import Image
+from vlmenv.envs.data.source import Sample
+from vlmenv.envs.rewards.terms import BatchTerm, RewardTerm
+
+Rewards = Mapping[str | RewardTerm, float] | Mapping[str, float]
+"""Reward terms with their weights: names of the task's own terms, or callables."""
+
+Evaluate = Callable[[Sequence[str], Sequence[Any], Sequence[tuple[Image, ...]]], Sequence[float]]
+"""Of N texts, targets and tuples of images: N numbers."""
+
+_TAKEN: Final = ("mean", "zero_std_groups")  # "reward/…" metrics of the trainer
+
+
+@dataclass(slots=True)
+class Score:
+    """What an answer is worth."""
+
+    reward: float
+    """weighted sum of the terms"""
+    terms: dict[str, float]
+    """each term, unweighted"""
+    prediction: Any
+    """the answer as parsed; None where it could not be"""
+    seconds: dict[str, float]
+    """time that each term took; of a term that scores batches, this answer's share"""
+
+
+class Scorer:
+    """Scores answers by weighted terms.
+
+    Args:
+        known: The task's terms by name.
+        rewards: Which terms to use, with their weights.
+        answer_format: Given to the terms that ask for it.
+        count_tokens: Likewise.
+        exchangeable: Names of terms that rows may ask for; the first of them in use gives way to a row's choice.
+
+    Raises:
+        ConfigError: A term is not known, or its name or weight cannot be used.
+        ModelError: A term's model cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        known: Mapping[str, RewardTerm],
+        rewards: Rewards,
+        answer_format: AnswerFormat,
+        count_tokens: Callable[[str], int],
+        exchangeable: Collection[str] = (),
+    ) -> None:
+        if not rewards:
+            raise ConfigError(f"rewards is empty: name at least one of {', '.join(sorted(known))}")
+        self._known = known
+        self._answer_format = answer_format
+        self._given: dict[str, Any] = {"answer_format": answer_format, "count_tokens": count_tokens}
+        self.weights = {_name(key, known): _weight(key, value) for key, value in rewards.items()}
+        if len(self.weights) < len(rewards):
+            raise ConfigError(f"two reward terms have the same name: {', '.join(_name(key, known) for key in rewards)}")
+        self._evaluate = {
+            _name(key, known): self._evaluator(known[key] if isinstance(key, str) else key) for key in rewards
+        }
+        self._exchangeable = next((name for name in self.weights if name in exchangeable), None)
+
+    def __call__(
+        self, texts: Sequence[str], targets: Sequence[Any], samples: Sequence[Sample], predictions: Sequence[Any]
+    ) -> list[Score]:
+        """Scores N answers.
+
+        Raises:
+            RewardError: A term is not finite.
+        """
+        scores = [Score(0.0, {}, prediction, {}) for prediction in predictions]
+        for name, weight, evaluate, rows in self._plan(samples):
+            started = time.perf_counter()
+            values = evaluate([texts[i] for i in rows], [targets[i] for i in rows], [samples[i].images for i in rows])
+            share = (time.perf_counter() - started) / len(rows)
+            for i, value in zip(rows, values, strict=True):
+                if not math.isfinite(value):
+                    raise RewardError(
+                        f"reward term '{name}' gave {value} for sample {samples[i].id}; it must be finite"
+                    )
+                scores[i].terms[name], scores[i].seconds[name] = float(value), share
+                scores[i].reward += weight * float(value)
+        return scores
+
+    def _plan(self, samples: Sequence[Sample]) -> Iterator[tuple[str, float, Evaluate, list[int]]]:
+        """Which term scores which rows: its name, weight and function, and the rows."""
+        for name, weight in self.weights.items():
+            chosen = [(sample.term if name == self._exchangeable else None) or name for sample in samples]
+            for own in dict.fromkeys(chosen):
+                rows = [i for i, one in enumerate(chosen) if one == own]
+                yield own, weight, self._evaluate[name] if own == name else self._evaluator(self._known[own]), rows
+
+    def _evaluator(self, term: RewardTerm) -> Evaluate:
+        if isinstance(term, BatchTerm):
+            term.load()
+            return functools.partial(term.batch, answer_format=self._answer_format)
+        wanted = _parameters(term)
+        given = {name: value for name, value in self._given.items() if name in wanted}
+        return lambda texts, targets, images: [
+            float(term(text, target, **given)) for text, target in zip(texts, targets, strict=True)
+        ]
+
+
+def _name(key: str | RewardTerm, known: Mapping[str, RewardTerm]) -> str:
+    name = key if isinstance(key, str) else _name_of(key)
+    if isinstance(key, str) and key not in known:
+        raise ConfigError(unknown_name("reward term", key, known))
+    if name in _TAKEN:
+        raise ConfigError(f"reward term {name}: the name is that of a metric; call it something else")
+    if name.startswith("_"):
+        raise ConfigError(f"reward term {name}: a leading underscore is taken for a mask in vector infos")
+    return name
+
+
+def _weight(key: str | RewardTerm, weight: float) -> float:
+    if not math.isfinite(weight):
+        name = key if isinstance(key, str) else _name_of(key)
+        raise ConfigError(f"the weight of reward term '{name}' is {weight}; it must be finite")
+    return float(weight)
+
+
+def _name_of(term: RewardTerm) -> str:
+    if isinstance(term, BatchTerm):
+        return term.name
+    if isinstance(term, functools.partial):
+        return _name_of(term.func)
+    return getattr(term, "__name__", type(term).__name__)
+
+
+def _parameters(term: Callable[..., float]) -> Container[str]:
+    try:
+        return inspect.signature(term).parameters
+    except (TypeError, ValueError):  # of some built-in functions
+        return ()

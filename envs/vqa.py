@@ -1,0 +1,63 @@
+"""Visual question answering: choices, yes or no, numbers, words, over one image or several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from vlmenv.core.answers import Answer, AnswerKind
+from vlmenv.core.errors import unknown_name
+from vlmenv.envs.base import VisualTaskEnv
+from vlmenv.envs.data.questions import VisualQuestions
+from vlmenv.envs.data.rows import Row
+from vlmenv.envs.data.scenes import Split
+from vlmenv.envs.data.source import Sample, Source
+from vlmenv.envs.rewards.answers import accuracy_reward, accuracy_term, parse_answer, read_answer
+from vlmenv.envs.rewards.terms import RewardTerm
+from vlmenv.envs.rewards.text import format_reward, length_reward
+
+KINDS: Mapping[str, AnswerKind] = {
+    "mcq": "choice",
+    "choice": "choice",
+    "yes_no": "yes_no",
+    "numeric": "numeric",
+    "exact": "exact",
+    "math": "math",
+    "edit": "edit",
+}
+"""What a row's `accu_reward_method` may be."""
+
+
+class VQAEnv(VisualTaskEnv):
+    """`VLM-VQA-v0`: the answer is a letter, yes or no, a number or words, as the row's truth is."""
+
+    terms: ClassVar[Mapping[str, RewardTerm]] = {
+        "accuracy": accuracy_term,
+        "format": format_reward,
+        "length": length_reward,
+    }
+    default_rewards: ClassVar[Mapping[str, float]] = {"accuracy": 1.0, "format": 0.1}
+    prompt_template: ClassVar[str] = "Answer as {answer}\n{question}"
+    needs_image: ClassVar[bool] = False
+
+    def builtin_source(self, split: Split) -> Source:
+        return VisualQuestions(split)
+
+    def read_target(self, row: Row) -> Answer:
+        if row.method not in ("", "default", *KINDS):
+            raise ValueError(f"accu_reward_method: {unknown_name('kind of answer', row.method, KINDS)}")
+        return read_answer(row.answer, KINDS.get(row.method), row.tolerance)
+
+    def row_term(self, row: Row) -> None:
+        """None: what a row asks for is the kind of its answer."""
+
+    def measure(self, text: str, target: Answer, terms: Mapping[str, float]) -> dict[str, float]:
+        answered = parse_answer(self.answer_format.extract(text), target.kind)
+        return {
+            "accuracy": accuracy_reward(text, target, self.answer_format),
+            "unparsable": float(answered is None),
+            "format": format_reward(text, target, self.answer_format),
+        }
+
+    def write_answer(self, sample: Sample) -> str:
+        return self.answer_format.write(sample.target.text, sample.rationale)

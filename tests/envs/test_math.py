@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlmenv.core.answers import Answer
+from vlmenv.core.errors import ConfigError
+from vlmenv.envs.rewards import math as module
+from vlmenv.envs.rewards.answers import accuracy_reward
+from vlmenv.envs.rewards.math import math_equal, start_math
+
+EQUAL = [  # answer, truth
+    ("11", "11"),
+    ("$11$", "11"),
+    ("11", "$11$"),
+    ("11.", "11"),
+    ("$11.$", "11"),
+    ("**11**", "11"),
+    ("1,234", "1234"),
+    ("-3", "−3"),
+    ("1/2", "0.5"),
+    ("0.5", "\\frac{1}{2}"),
+    ("7/3", "\\frac{7}{3}"),
+    ("\\frac73", "7/3"),
+    ("0.333333", "1/3"),
+    ("1 1/2", "\\frac{3}{2}"),
+    ("1\\frac{1}{2}", "3/2"),
+    ("2^{10}", "1024"),
+    ("3\\times10^3", "3000"),
+    ("9\\pi", "9\\pi"),
+    ("9π", "9\\pi"),
+    ("9 pi", "9\\pi"),
+    ("9$\\pi$", "9\\pi"),
+    ("\\[9\\pi\\]", "9\\pi"),
+    ("\\boxed{9\\pi}", "9\\pi"),
+    ("$\\boxed{9\\pi}$", "9\\pi"),
+    ("\\boxed{\\boxed{9\\pi}}", "9\\pi"),
+    ("The answer is 9\\pi.", "9\\pi"),
+    ("The area is $9\\pi$.", "9\\pi"),
+    ("The area of $ABC$ is 9\\pi", "9\\pi"),
+    ("9\\pi cm", "9\\pi"),
+    ("9\\pi\\text{ cm}^2", "9\\pi"),
+    ("9\\pi", "9\\pi\\,\\mathrm{cm}"),
+    ("2\\sqrt{3} m", "2\\sqrt{3}"),
+    ("12 cm", "12"),
+    ("12", "12 cm"),
+    ("12 s", "12"),
+    ("60^\\circ", "60°"),
+    ("60", "60^\\circ"),
+    ("12%", "12"),
+    ("12\\%", "0.12"),
+    ("50%", "1/2"),
+    ("$5", "5"),
+    ("\\$5", "5"),
+    ("√2", "\\sqrt{2}"),
+    ("√12", "2\\sqrt{3}"),
+    ("sqrt(2)", "\\sqrt2"),
+    ("x=3", "3"),
+    ("3", "x=3"),
+    ("x = 3", "$x=3$"),
+    ("$x$ = 3", "3"),
+    ("x=3 or x=4", "x=4, x=3"),
+    ("(3, 4)", "3,4"),
+    ("3,4", "(3,4)"),
+    ("\\{1,2\\}", "\\{2,1\\}"),
+    ("3<x", "x>3"),
+    ("x²", "x^2"),
+    ("(x-1)(x+1)", "x^2-1"),
+    ("x^2+2x+1", "(x+1)^2"),
+    ("\\text{east}", "east"),
+    ("No solution", "\\text{no solution}"),
+]
+UNEQUAL = [
+    ("13", "12"),
+    ("13 cm", "12 cm"),
+    ("9", "9\\pi"),
+    ("9\\pi", "9"),
+    ("9\\pi)", "9"),
+    ("$9\\pi)$", "9"),
+    ("x = 9\\pi)", "9"),
+    ("The answer is $9\\pi)$", "9"),
+    ("$9\\pi", "9"),
+    ("1 1/2", "1"),
+    ("5t", "5"),
+    ("5", "5t"),
+    ("5s", "5"),
+    ("0.3333", "1/3"),
+    ("3 or 4", "3"),
+    ("$3$ or $4$", "3"),
+    ("\\boxed{3} or \\boxed{4}", "3"),
+    ("\\boxed{3}\\boxed{4}", "3"),
+    ("3", "3 or 4"),
+    ("3,4", "3"),
+    ("12 13", "12"),
+    ("I get 3 then 4", "3"),
+    ("(4,3)", "(3,4)"),
+    ("y=3", "x=3"),
+    ("x=4", "x=3"),
+    ("act", "cat"),
+    ("dog", "cat"),
+    ("x>4", "x>3"),
+    ("", "3"),
+    (" ", "3"),
+    ("$$", "3"),
+    ("\\boxed{}", "3"),
+    ("\x00", "3"),
+    ("\ud800", "3"),
+    ("nan", "3"),
+    ("1e308", "3"),
+    ("1/0", "3"),
+    ("\\infty", "3"),
+    ("3" * 1001, "3" * 1001),
+]
+BOMBS = [
+    "9^{9^{9^9}}",
+    "9^9^9^9",
+    "9 ^ { 9 ^ { 9 ^ 9 } }",
+    "10^{10000000}",
+    "9" * 990,
+    "\\frac{" * 10_000,
+    "[" * 10**7,
+    "(" * 900,
+    "(" * 10**7,
+    "\\boxed{" * 10**6,
+]
+SLOW_BOMBS = ["9^{9^9}", "(x+y+z)^{60}"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def started() -> None:
+    start_math()
+
+
+@pytest.fixture
+def no_cache(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], bool]:
+    cache: dict[tuple[str, str], bool] = {}
+    monkeypatch.setattr(module, "_cache", cache)
+    return cache
+
+
+class Recorder:
+    """Stands in for the workers, and says that all is equal."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str]] = []
+
+    def map(self, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        self.asked += [(arguments[i][0], arguments[i][1]) for i in range(len(arguments))]
+        return [True] * len(arguments)
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch, no_cache: dict[tuple[str, str], bool]) -> Recorder:
+    recorder = Recorder()
+    monkeypatch.setattr(module, "_workers", recorder)
+    return recorder
+
+
+def test_equality_by_hand() -> None:
+    found = math_equal(EQUAL + UNEQUAL)
+    assert [pair for pair, is_equal in zip(EQUAL, found, strict=False) if not is_equal] == []
+    assert [pair for pair, is_equal in zip(UNEQUAL, found[len(EQUAL) :], strict=True) if is_equal] == []
+
+
+def test_bombs_are_not_even_tried(recorder: Recorder) -> None:
+    assert math_equal([(bomb, "12") for bomb in BOMBS]) == [False] * len(BOMBS)
+    assert recorder.asked == []
+    assert not module._cache  # which would be a lot to keep
+    assert math_equal([("2^{2^3}", "256"), ("x^2+x^3", "x^3+x^2"), ("1" * 50, "1")]) == [True] * 3
+    assert len(recorder.asked) == 3
+
+
+def test_accuracy_takes_any_text() -> None:
+    for bomb in [*BOMBS, "\ud800", "\x00", "\\boxed{" * 1000 + "}" * 1000]:
+        assert accuracy_reward(f"<think></think><answer>{bomb}</answer>", Answer("12", "math")) == 0
+
+
+def test_each_pair_is_asked_once(recorder: Recorder) -> None:
+    assert math_equal([("a", "b"), ("c", "d"), ("a", "b")]) == [True] * 3
+    assert math_equal([("c", "d"), ("e", "f"), ("d", "c")]) == [True] * 3
+    assert recorder.asked == [("a", "b"), ("c", "d"), ("e", "f"), ("d", "c")]
+    assert math_equal([]) == []
+
+
+def test_no_more_than_so_many_results_are_kept(
+    recorder: Recorder, no_cache: dict[tuple[str, str], bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_CACHED", 3)
+    assert math_equal([(str(i), "1") for i in range(10)]) == [True] * 10
+    assert list(no_cache) == [(str(i), "1") for i in range(7, 10)]
+
+
+def test_it_works_beside_the_main_thread() -> None:
+    results: list[bool] = []
+    thread = threading.Thread(target=lambda: results.extend(math_equal([("\\frac{4}{8}", "0.5"), ("1", "2\\pi")])))
+    thread.start()
+    thread.join(20)
+    assert results == [True, False]
+
+
+def test_nothing_is_printed(capfd: pytest.CaptureFixture[str], no_cache: dict[tuple[str, str], bool]) -> None:
+    math_equal([("\\foo{", "12"), ("\\frac{4}{8}", "0.5")])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_without_the_package_there_is_an_error_and_no_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    module._is_installed.cache_clear()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    try:
+        for needs_it in (start_math, lambda: math_equal([("1", "1")])):
+            with pytest.raises(ConfigError, match="pip install math-verify"):
+                needs_it()
+    finally:
+        module._is_installed.cache_clear()
+
+
+@given(
+    st.lists(
+        st.tuples(st.text(st.characters(), max_size=30), st.text("0123456789x+-*/^{}()$\\, =π", max_size=12)),
+        max_size=3,
+    )
+)
+@settings(max_examples=20, deadline=None)
+def test_any_texts_are_compared(pairs: list[tuple[str, str]]) -> None:
+    assert all(type(is_equal) is bool for is_equal in math_equal(pairs + [(b, a) for a, b in pairs]))
+
+
+def test_bombs_that_are_tried_take_bounded_time(no_cache: dict[tuple[str, str], bool]) -> None:
+    pairs = [(bomb, "12") for bomb in SLOW_BOMBS]
+    started = time.perf_counter()
+    assert math_equal([*pairs, ("\\frac{24}{2}", "12")]) == [False, False, True]
+    assert time.perf_counter() - started < 4 * module.TIME_LIMIT * len(pairs) + 5
+    started = time.perf_counter()
+    assert math_equal(pairs) == [False] * len(pairs)  # remembered
+    assert time.perf_counter() - started < 0.1

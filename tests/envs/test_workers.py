@@ -1,0 +1,317 @@
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlmenv.envs.rewards import workers as module
+from vlmenv.envs.rewards.workers import Workers
+
+JOBS = """
+import os, sys, threading, time
+
+def loaded():
+    return sorted({"torch", "transformers"} & set(sys.modules))
+
+def noisy(*values):
+    print(*values)
+    os.write(2, b"noise")
+    return "done"
+
+def overflow():
+    sys.setrecursionlimit(10**9)
+    def deeper(n):
+        return deeper(n + 1) + 1
+    return deeper(0)
+
+def raising(error):
+    raise error
+
+FUNCTIONS = {
+    "double": lambda x: 2 * x,
+    "sleep": lambda seconds: time.sleep(seconds) or "slept",
+    "power": lambda exponent: 9**exponent % 7,  # one C call that gives way to no other thread
+    "memory": lambda size: len(bytearray(size)),
+    "pid": os.getpid,
+    "exit": os._exit,
+    "raise": raising,
+    "overflow": overflow,
+    "noisy": noisy,
+    "loaded": loaded,
+    "unpicklable": lambda: threading.Lock(),
+}
+
+def make():
+    return lambda name, *arguments: FUNCTIONS[name](*arguments)
+
+def make_slowly():
+    until = time.process_time() + 0.2
+    while time.process_time() < until:
+        pass
+    return make()
+
+def fail():
+    raise ImportError("no such thing")
+
+def leave():
+    os._exit(3)
+"""
+
+Call = tuple[Any, ...]
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder on the path with what the children run."""
+    folder: Path = tmp_path_factory.mktemp("jobs")
+    (folder / "worker_jobs.py").write_text(JOBS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def workers(jobs: Path) -> Iterator[Workers]:
+    workers = Workers("worker_jobs:make", 0.2)
+    yield workers
+    workers.close()
+
+
+def run(workers: Workers, *calls: Call) -> list[Any]:
+    return workers.map(calls)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10) -> bool:
+    until = time.monotonic() + seconds
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.01)
+    return condition()
+
+
+def is_running(pid: int) -> bool:
+    """Also of processes that are not this one's children; not of zombies."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_results_come_in_order(workers: Workers) -> None:
+    assert workers.map([("double", i) for i in range(200)]) == [2 * i for i in range(200)]
+    assert workers.map([]) == []
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ("raise", ValueError("bad")),
+        ("raise", SystemExit(1)),
+        ("exit", 0),
+        ("overflow",),
+        ("unpicklable",),
+        ("memory", 3 * 2**30),
+        ("sleep", 60),
+        ("power", 10**9),
+    ],
+    ids=str,
+)
+def test_a_call_that_fails_gives_none_and_costs_no_other(workers: Workers, call: Call) -> None:
+    started = time.perf_counter()
+    assert run(workers, ("double", 1), call, ("double", 2), ("double", 3)) == [2, None, 4, 6]
+    assert time.perf_counter() - started < 4  # 0.2 s of computing, 0.8 s by the clock, and a new process
+    assert run(workers, ("double", 4)) == [8]
+
+
+def test_memory_below_the_limit_can_be_used(workers: Workers) -> None:
+    assert run(workers, ("memory", 2**27)) == [2**27]
+
+
+def test_nothing_reaches_the_terminal(workers: Workers, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(workers, ("noisy", "a"), ("raise", ValueError()), ("exit", 1)) == ["done", None, None]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_children_load_no_model_library(workers: Workers) -> None:
+    assert run(workers, ("loaded",)) == [[]]
+
+
+def test_what_cannot_be_sent_is_an_error_and_blocks_nothing(workers: Workers) -> None:
+    with pytest.raises((TypeError, AttributeError, pickle.PicklingError)):
+        run(workers, ("double", threading.Lock()))
+    assert run(workers, ("double", 1)) == [2]
+
+
+def test_processes_are_started_as_needed(jobs: Path) -> None:
+    workers = Workers("worker_jobs:make", 1)
+    assert not workers._all
+    workers.start()
+    workers.start()
+    (started,) = workers._all
+    assert run(workers, ("pid",)) == [started.process.pid]
+    assert run(workers, ("pid",)) == [started.process.pid]
+    run(workers, *[("double", 1)] * 100)
+    assert len(workers._all) <= min(len(os.sched_getaffinity(0)), module.MOST_PROCESSES)
+    processes = [worker.process for worker in workers._all]
+    workers.close()
+    assert all(process.returncode is not None for process in processes)  # waited for: no zombies
+
+
+def test_starting_up_is_not_timed(jobs: Path) -> None:
+    workers = Workers("worker_jobs:make_slowly", 0.05)
+    assert run(workers, ("double", 1)) == [2]
+    workers.close()
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [("fail", "ImportError: no such thing"), ("leave", "exit status 3"), ("nothing", "AttributeError")],
+)
+def test_a_process_that_cannot_start_is_an_error_and_no_result(jobs: Path, factory: str, message: str) -> None:
+    workers = Workers(f"worker_jobs:{factory}", 1)
+    with pytest.raises(RuntimeError, match=message):
+        run(workers, ("double", 1))
+    assert not workers._all
+
+
+def test_a_process_that_others_end_is_replaced(workers: Workers) -> None:
+    run(workers, ("double", 1))
+    for worker in list(workers._all):
+        os.kill(worker.process.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, worker.process.pid, os.WEXITED | os.WNOWAIT)
+    assert workers.map([("double", i) for i in range(4)]) == [0, 2, 4, 6]
+
+
+def test_an_interrupt_from_the_keyboard_is_the_parents(workers: Workers) -> None:
+    (pid,) = run(workers, ("pid",))
+    os.kill(pid, signal.SIGINT)
+    time.sleep(0.05)
+    assert run(workers, ("pid",)) == [pid]
+
+
+def test_several_threads_at_once(workers: Workers) -> None:
+    results: dict[int, list[Any]] = {}
+
+    def work(base: int) -> None:
+        results[base] = workers.map([("double", base + i) for i in range(50)])
+
+    threads = [threading.Thread(target=work, args=(1000 * i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert results == {1000 * t: [2 * (1000 * t + i) for i in range(50)] for t in range(4)}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_fork_starts_its_own(workers: Workers) -> None:
+    (mine,) = run(workers, ("pid",))
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            (theirs,) = run(workers, ("pid",))
+            os.write(write, str(theirs).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    theirs = os.read(read, 100)
+    os.close(read)
+    os.waitpid(child, 0)
+    assert int(theirs) != mine
+    assert run(workers, ("pid",)) == [mine]
+    assert wait_until(lambda: not is_running(int(theirs)))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_fork_does_not_keep_its_parents_processes_alive(jobs: Path) -> None:
+    """A script is killed while a fork of it lives on."""
+    script = """
+        import os, time
+        from vlmenv.envs.rewards.workers import Workers
+        workers = Workers("worker_jobs:make", 1)
+        (pid,) = workers.map([("pid",)])
+        fork = os.fork()
+        if fork == 0:
+            time.sleep(60)
+        print(pid, fork, flush=True)
+        time.sleep(60)
+    """
+    with script_running(script, jobs) as process:
+        assert process.stdout is not None
+        pid, fork = map(int, process.stdout.readline().split())
+        try:
+            process.kill()
+            assert wait_until(lambda: not is_running(pid))
+            assert is_running(fork)
+        finally:
+            os.kill(fork, signal.SIGKILL)
+
+
+def script_running(script: str, jobs: Path) -> subprocess.Popen[str]:
+    path = jobs / "script.py"  # beside the jobs, which it can thus import
+    path.write_text(textwrap.dedent(script))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen([sys.executable, path], stdout=subprocess.PIPE, env=environment, text=True)
+
+
+@pytest.mark.parametrize("ending", ["", "os.kill(os.getpid(), 9)"])
+def test_children_end_with_the_parent_whose_script_is_not_run_again(jobs: Path, ending: str) -> None:
+    script = f"""
+        import os
+        from vlmenv.envs.rewards.workers import Workers
+        print("script")
+        workers = Workers("worker_jobs:make", 1)
+        workers.start()
+        print(workers.map([("pid",)])[0], flush=True)
+        {ending}
+    """
+    with script_running(script, jobs) as process:
+        output, _ = process.communicate(timeout=20)
+    first, pid = output.split()
+    assert first == "script"
+    assert wait_until(lambda: not is_running(int(pid)))
+
+
+def test_a_child_at_work_does_not_outlive_its_parent_for_long(jobs: Path) -> None:
+    script = """
+        import threading, time
+        from vlmenv.envs.rewards.workers import Workers
+        workers = Workers("worker_jobs:make", 0.2)
+        print(workers.map([("pid",)])[0], flush=True)
+        workers.map([("power", 10**9)])
+    """
+    with script_running(script, jobs) as process:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        time.sleep(0.1)
+        process.kill()
+        assert wait_until(lambda: not is_running(pid), 5)
+
+
+def test_a_copy_starts_its_own(workers: Workers) -> None:
+    (mine,) = run(workers, ("pid",))
+    for other in (copy.deepcopy(workers), pickle.loads(pickle.dumps(workers))):
+        assert not other._all
+    (theirs,) = run(other, ("pid",))
+    other.close()
+    assert theirs != mine
+
+
+def test_what_is_no_longer_used_is_ended(jobs: Path) -> None:
+    workers = Workers("worker_jobs:make", 1)
+    (pid,) = run(workers, ("pid",))
+    del workers
+    assert wait_until(lambda: not is_running(pid))
