@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,15 @@ class LogProbs:
     """[N, L], in nats, without gradient; 0 where padded"""
     mask: Tensor
     """[N, L] bool, True at the completions' tokens"""
+    state_values: Tensor | None = None
+    """[N, L] float32, what the value head expects before each token is chosen; 0 where padded; None without a head"""
+
+
+class Reference(Protocol):
+    """What the KL penalty compares the policy with."""
+
+    def logprobs(self, rollout: Rollout) -> LogProbs:
+        """Log-probabilities of a rollout's completions, without gradient."""
 
 
 class Agent(ABC):
@@ -30,9 +41,11 @@ class Agent(ABC):
     Attributes:
         policy: The module that is trained. Its `forward` takes a `Rollout` and gives its `LogProbs`,
             so that it may be wrapped for distributed training and put back.
+        max_new_tokens: The longest completion, its end token included.
     """
 
     policy: nn.Module
+    max_new_tokens: int
 
     @abstractmethod
     def act(self, observations: Observations) -> list[str]:
@@ -47,16 +60,49 @@ class Agent(ABC):
         """
 
     @abstractmethod
-    def frozen_copy(self) -> Agent:
-        """An independent copy without gradients, as a reference for the KL penalty."""
+    def imitate(self, observations: Observations, texts: Sequence[str]) -> Rollout:
+        """A rollout of given answers, one to each observation, as if they had been sampled with certainty.
+
+        Raises:
+            PromptError: As in `rollout`; or an answer is too long, or holds a token that is never sampled.
+        """
+
+    @abstractmethod
+    def reference(self) -> Reference:
+        """The policy as it is before it is trained, which training will not change."""
+
+    def frozen_copy(self) -> Reference:
+        """Another name of `reference`."""
+        return self.reference()
 
     @abstractmethod
     def seed(self, seed: int) -> None:
         """Makes sampling repeatable."""
 
     @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Writes the weights and the processor in the published checkpoint layout."""
+    def rng_state(self) -> Tensor:
+        """Where the sampling has got to, as bytes on the CPU, for `set_rng_state`."""
+
+    @abstractmethod
+    def set_rng_state(self, state: Tensor) -> None:
+        """Lets the sampling go on from where it was."""
+
+    @abstractmethod
+    def save(self, folder: Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """Writes a checkpoint in the published layout.
+
+        Args:
+            folder: Appears only when it is whole.
+            state_dict: The policy's, gathered where it is spread over processes; its own where left out.
+        """
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Puts a checkpoint's weights back, bit for bit, before the policy is wrapped.
+
+        Raises:
+            ModelError: The checkpoint was written by an agent of another build; nothing has changed then.
+        """
 
     def logprobs(self, rollout: Rollout) -> LogProbs:
         """Log-probabilities of a rollout's completions under the present weights, with gradient."""
@@ -67,6 +113,10 @@ class Agent(ABC):
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that are trained."""
         return [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """The same by part of the model, so that each part may have a learning rate of its own."""
+        return {"language": self.parameters()}
 
     @property
     def device(self) -> torch.device:

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-import copy
 import functools
-import re
-import shutil
-from dataclasses import dataclass
-from importlib.resources import files
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig
 
-from vlmenv.agents.base import Agent, LogProbs
+from vlmenv.agents.base import Agent, Reference
+from vlmenv.agents.checkpoints import (
+    BUILTIN,
+    copy_processor,
+    find_model,
+    load_model,
+    put_back,
+    read_tensors,
+    whole_folder,
+    write_model,
+)
 from vlmenv.agents.families import Family, Processor, family_of
-from vlmenv.agents.families.base import join_images
+from vlmenv.agents.lora import LoRA, is_adapter
+from vlmenv.agents.policy import Policy, ValueHead
+from vlmenv.agents.recomputation import recompute_activations
+from vlmenv.agents.references import FrozenPolicy, UnadaptedPolicy
 from vlmenv.core.errors import ConfigError, ModelError, PromptError
 from vlmenv.core.rollout import Completion, Observations, Prompt, Rollout, group_neighbours, unbatch
 
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+__all__ = ["BUILTIN", "Policy", "VLMAgent", "find_model"]
 
-BUILTIN = "builtin"
-"""The name of the small model that is shipped with the package."""
+_VALUE_HEAD = "value_head/value_head.safetensors"
 
 
 class VLMAgent(Agent):
@@ -53,6 +59,7 @@ class VLMAgent(Agent):
         self.temperature = temperature
         self.max_new_tokens = max_new_tokens
         self.policy: nn.Module = Policy(family.model, family.banned_tokens)
+        self.lora: LoRA | None = None
         self._generator = torch.Generator(self.device)
 
     @classmethod
@@ -84,7 +91,7 @@ class VLMAgent(Agent):
             raise ModelError(f"{folder}: the model's configuration cannot be read: {error}") from error
         family = family_of(config.model_type)
         processor = Processor.from_pretrained(folder)
-        model = _load_weights(folder, dtype).to(device).eval()  # type: ignore[arg-type]
+        model = load_model(folder, dtype).to(device).eval()  # type: ignore[arg-type]
         return cls(family(model, processor), folder, temperature=temperature, max_new_tokens=max_new_tokens)
 
     def act(self, observations: Observations) -> list[str]:
@@ -93,36 +100,150 @@ class VLMAgent(Agent):
     def rollout(self, observations: Observations) -> Rollout:
         return self._generate(observations, self.temperature)
 
+    def imitate(self, observations: Observations, texts: Sequence[str]) -> Rollout:
+        prompts, index = self.encode(observations)
+        completions = [self._written(i, text) for i, text in enumerate(texts)]
+        return Rollout(prompts, index, completions, self.temperature)
+
     def seed(self, seed: int) -> None:
         self._generator.manual_seed(seed)
 
-    def frozen_copy(self) -> VLMAgent:
-        model = copy.deepcopy(self.family.model).requires_grad_(False)
-        family = type(self.family)(model, self.family.processor)
-        return VLMAgent(family, self.folder, temperature=self.temperature, max_new_tokens=self.max_new_tokens)
+    def rng_state(self) -> Tensor:
+        return self._generator.get_state()
 
-    def save(self, folder: Path) -> None:
-        """Writes weights and processor; the folder appears only when it is whole.
+    def set_rng_state(self, state: Tensor) -> None:
+        self._generator.set_state(state.cpu())
+
+    def freeze(self, *, vision: bool, projector: bool) -> None:
+        """Leaves parts of the model as they are: they get no gradient, and are none of `parameters()`.
+
+        Args:
+            vision: The vision tower, its projectors not included.
+            projector: What maps its features into the language model.
+
+        Raises:
+            ConfigError: There are adapters, beside which all is frozen already.
+        """
+        if self.lora is not None:
+            raise ConfigError("LoRA freezes the whole model already: leave out to freeze parts of it")
+        projectors = _parameters(self.family.projectors())
+        tower = _parameters([self.family.vision_tower()]) - projectors
+        for parameter in (tower if vision else set()) | (projectors if projector else set()):
+            parameter.requires_grad_(False)
+
+    def add_lora(self, *, rank: int, alpha: int, dropout: float = 0.0, vision: bool = False) -> None:
+        """Freezes the model and adds adapters to the linear layers of the language model's blocks.
+
+        Fused weights of experts, where a model is a mixture of such, get none.
+
+        Args:
+            rank: Of the adapters.
+            alpha: What they add is scaled by alpha / rank.
+            dropout: See `LoRA`.
+            vision: Whether the vision tower and its projectors get adapters too.
+
+        Raises:
+            ConfigError: A number is out of range, parts are frozen, there are adapters already, or peft is missing.
+        """
+        model = self.family.model
+        if not all(parameter.requires_grad for parameter in model.parameters()):
+            raise ConfigError("LoRA freezes the whole model: it goes neither with frozen parts nor with other adapters")
+        parts = [self.family.language_model(), *[self.family.vision_tower(), *self.family.projectors()] * vision]
+        inside = {module for part in parts for module in part.modules() if isinstance(module, nn.Linear)}
+        targets = [name for name, module in model.named_modules() if module in inside]
+        self.lora = LoRA(model, targets, rank, alpha, dropout)
+
+    def add_value_head(self, *, detach: bool = False) -> None:
+        """Adds a critic: `LogProbs.state_values`, a linear reading of the policy's own final hidden states.
+
+        Args:
+            detach: Whether the values' loss trains the head alone. By default it trains the model with it,
+                as in PPO's paper (1707.06347, eq. 9) where policy and critic share their parameters.
+
+        Raises:
+            ConfigError: There is one already.
+        """
+        policy = self.family_policy
+        if policy.value_head is not None:
+            raise ConfigError("the agent has a value head already")
+        size = int(self.family.model.config.get_text_config().hidden_size)
+        policy.value_head = ValueHead(size, detach=detach, device=self.device)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Trades time for memory: activations are computed anew in the backward pass. Gradients stay the same."""
+        recompute_activations(self.family)
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """The trained parameters as "language", value head included, and "vision", projectors included; none empty."""
+        vision = _parameters([self.family.vision_tower(), *self.family.projectors()])
+        groups: dict[str, list[nn.Parameter]] = {}
+        for parameter in self.parameters():
+            groups.setdefault("vision" if parameter in vision else "language", []).append(parameter)
+        return groups
+
+    def reference(self) -> Reference:
+        """A frozen copy; under LoRA the model without its adapters, of which no copy is held."""
+        if self.lora is None:
+            return FrozenPolicy(self.family_policy)
+        return UnadaptedPolicy(self, self.lora)
+
+    def save(self, folder: Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """Writes weights and processor in the published layout, adapters merged in.
+
+        Beside them go what `load` needs: `adapter/` in peft's format, and `value_head/`. (Not beside the weights
+        themselves: programs that serve a model read every safetensors file of its folder.)
+
+        Args:
+            folder: Appears only when it is whole.
+            state_dict: The policy's, gathered where it is spread over processes; its own where left out.
 
         Raises:
             OSError: It cannot be written.
         """
-        partial = folder.with_name(f"{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        model, generation = self.family.model, self.family.model.generation_config
-        # Published generation settings may be ones that transformers loads but refuses to save.
-        model.generation_config = GenerationConfig(eos_token_id=list(self.family.end_tokens))
-        try:
-            model.save_pretrained(partial)
-        finally:
-            model.generation_config = generation
-        for file in self.folder.iterdir():
-            kept = file.suffix in {".json", ".jinja", ".txt"} and not file.name.endswith(".index.json")
-            if kept and file.name != "config.json":
-                shutil.copyfile(file, partial / file.name)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        state = self.family_policy.state_dict() if state_dict is None else state_dict
+        model, head = _under("model.", state), _under("value_head.", state)
+        with whole_folder(folder) as partial:
+            if self.lora is not None:
+                self.lora.save(partial / "adapter", model, self.folder)
+                model = self.lora.merged(model)
+            write_model(partial, self.family, model)
+            if head:
+                (partial / "value_head").mkdir()
+                save_file(head, partial / _VALUE_HEAD)
+            copy_processor(self.folder, partial)
+
+    def load(self, folder: Path) -> None:
+        """Puts a checkpoint's weights back, bit for bit: under LoRA the adapters alone, onto the unmerged base.
+
+        To be called before the policy is wrapped for distributed training.
+
+        Args:
+            folder: Written by an agent from the same base, with the same calls of `add_lora` and `add_value_head`.
+
+        Raises:
+            ModelError: It was not; nothing has changed then.
+        """
+        policy = self.family_policy
+        for name, part in (("adapter", self.lora), ("value_head", policy.value_head)):
+            if (folder / name).is_dir() != (part is not None):
+                has, lacks = ("agent", "checkpoint") if part is not None else ("checkpoint", "agent")
+                raise ModelError(f"{folder}: the {has} has {name.replace('_', ' ')} weights, which the {lacks} lacks")
+        state = policy.state_dict()
+        if self.lora is not None:
+            state = {name: state[name] for name in state if is_adapter(name) or name.startswith("value_head.")}
+        put_back(folder, self._read(folder), state)
+
+    def _read(self, folder: Path) -> dict[str, Tensor]:
+        """What `load` puts back from a checkpoint, by the names in the policy's state."""
+        if self.lora is None:
+            weights = load_model(folder, self.family.model.dtype).state_dict()
+        else:
+            weights = self.lora.read(folder / "adapter", self.family.model.state_dict())
+        weights = {f"model.{name}": tensor for name, tensor in weights.items()}
+        if self.family_policy.value_head is not None:
+            head, _ = read_tensors(folder / _VALUE_HEAD)
+            weights |= {f"value_head.{name}": tensor for name, tensor in head.items()}
+        return weights
 
     @functools.cached_property
     def max_length(self) -> int:
@@ -175,6 +296,18 @@ class VLMAgent(Agent):
             module = inner
         return module
 
+    def _written(self, i: int, text: str) -> Completion:
+        """An answer in tokens, with the end token that the family closes a turn with."""
+        tokenizer = self.family.processor.tokenizer
+        written = tokenizer.encode(text.removeprefix(self.family.opening), add_special_tokens=False)
+        end = tokenizer.eos_token_id if tokenizer.eos_token_id in self.family.end_tokens else self.family.end_tokens[0]
+        ids = np.array([*written, end], dtype=np.int64)
+        if len(ids) > self.max_new_tokens:
+            raise PromptError(i, f"its true answer has {len(ids)} tokens; max_new_tokens is {self.max_new_tokens}")
+        if np.isin(ids, self.family.banned_tokens).any():
+            raise PromptError(i, "its true answer holds control tokens, which are never sampled")
+        return Completion(text, ids, np.zeros(len(ids), np.float32), "stop")
+
     def _completion(self, tokens: np.ndarray, logprobs: np.ndarray) -> Completion:
         """Cuts a row of sampled tokens after its first end token."""
         ends = np.flatnonzero(np.isin(tokens, self.family.end_tokens))
@@ -183,190 +316,10 @@ class VLMAgent(Agent):
         return Completion(self.family.decode(ids), ids, logprobs[:length].copy(), "stop" if len(ends) else "length")
 
 
-@dataclass(slots=True)
-class Prefix:
-    """P prompts, all but their last token, run through the model."""
-
-    cache: DynamicCache
-    """keys and values, [P, heads, T - 1, head size] per layer"""
-    mask: Tensor
-    """[P, T - 1], 1 at prompt tokens, 0 where padded"""
-    last: Tensor
-    """[P], each prompt's last token"""
-    position: Tensor
-    """[P], the position of that token"""
-
-    def expand(self, index: Tensor) -> None:
-        """Gives each of N completions the prefix of its prompt, `index` [N]. Gradients add up."""
-        self.cache.batch_select_indices(index)
-        self.mask, self.last, self.position = self.mask[index], self.last[index], self.position[index]
+def _parameters(modules: Iterable[nn.Module]) -> set[nn.Parameter]:
+    return {parameter for module in modules for parameter in module.parameters()}
 
 
-class Policy(nn.Module):
-    """The distribution over completions: sampling from it, and the log-probabilities under it.
-
-    A group's image and prompt run through the model once; its completions continue from the cached
-    keys and values. That is exact, in value and in gradient (compare Prefix Grouper, arXiv 2506.05433).
-    """
-
-    def __init__(self, model: PreTrainedModel, banned_tokens: np.ndarray) -> None:
-        super().__init__()
-        self.model = model
-        self.register_buffer("banned", torch.from_numpy(banned_tokens).to(model.device), persistent=False)
-
-    def forward(self, rollout: Rollout) -> LogProbs:
-        """Log-probabilities and entropies of the completions of a rollout."""
-        temperature = rollout.temperature or 1.0
-        hidden, targets, mask = self.hidden_states(rollout)
-        logprobs = torch.log_softmax(self.logits(hidden[mask]) / temperature, dim=-1)
-        chosen = logprobs.gather(-1, targets[mask][:, None])[:, 0]
-        with torch.no_grad():
-            entropy = -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
-        blank = torch.zeros(mask.shape, dtype=chosen.dtype, device=mask.device)
-        return LogProbs(blank.masked_scatter(mask, chosen), blank.masked_scatter(mask, entropy), mask)
-
-    def hidden_states(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
-        """Final hidden states that predict the tokens of the completions.
-
-        Returns:
-            Hidden states [N, L, H], the tokens that they predict [N, L], and the mask of real tokens [N, L].
-        """
-        prefix = self.prefill(rollout.prompts)
-        prefix.expand(torch.from_numpy(rollout.prompt_index).to(prefix.mask.device))
-        targets = _pad([completion.token_ids for completion in rollout.completions]).to(prefix.mask.device)
-        lengths = torch.tensor([len(completion.token_ids) for completion in rollout.completions])
-        mask = (torch.arange(targets.shape[1]) < lengths[:, None]).to(targets.device)
-        inputs = torch.cat([prefix.last[:, None], targets[:, :-1]], dim=1)
-        attention = torch.cat([prefix.mask, mask.long()], dim=1)
-        return self._continue(prefix, inputs, attention, start=0), targets, mask
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits of hidden states [..., H] over the vocabulary, in float32, banned tokens at -inf."""
-        head = self.model.get_output_embeddings()
-        assert head is not None
-        logits: Tensor = head(hidden).float()
-        return logits.index_fill(-1, self.get_buffer("banned"), -torch.inf)
-
-    def prefill(self, prompts: list[Prompt]) -> Prefix:
-        """Runs prompts through the model, all but their last token, padded on the right."""
-        device = self.model.device
-        lengths = torch.tensor([len(prompt.input_ids) - 1 for prompt in prompts])
-        mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long().to(device)
-        positions = [_pad([prompt.position_ids[axis, :-1] for prompt in prompts]) for axis in range(3)]
-        output = self.model.model(
-            input_ids=_pad([prompt.input_ids[:-1] for prompt in prompts]).to(device),
-            attention_mask=mask,
-            position_ids=torch.stack(positions).to(device),
-            use_cache=True,
-            **join_images(prompts, device),
-        )
-        last = torch.tensor([int(prompt.input_ids[-1]) for prompt in prompts], device=device)
-        position = torch.tensor([int(prompt.position_ids[0, -1]) for prompt in prompts], device=device)
-        return Prefix(output.past_key_values, mask, last, position)
-
-    def sample(
-        self,
-        prompts: list[Prompt],
-        index: np.ndarray,
-        temperature: float,
-        max_new_tokens: int,
-        end_tokens: tuple[int, ...],
-        generator: torch.Generator,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Samples a completion for each entry of `index` [N], until all have ended or are full.
-
-        Returns:
-            Tokens and their log-probabilities, [N, L] each; what follows a row's end token is void.
-        """
-        prefix = self.prefill(prompts)
-        prefix.expand(torch.from_numpy(index).to(prefix.mask.device))
-        ends = torch.tensor(end_tokens, device=prefix.mask.device)
-        token, attention = prefix.last, prefix.mask
-        done = torch.zeros_like(token, dtype=torch.bool)
-        tokens, logprobs = [], []
-        for step in range(max_new_tokens):
-            attention = torch.cat([attention, torch.ones_like(token)[:, None]], dim=1)
-            hidden = self._continue(prefix, token[:, None], attention, start=step)
-            token, logprob = _draw(self.logits(hidden[:, 0]), temperature, generator)
-            tokens.append(token)
-            logprobs.append(logprob)
-            done |= torch.isin(token, ends)
-            if done.all():
-                break
-        return torch.stack(tokens, dim=1).cpu().numpy(), torch.stack(logprobs, dim=1).cpu().numpy()
-
-    def _continue(self, prefix: Prefix, tokens: Tensor, attention: Tensor, start: int) -> Tensor:
-        """Hidden states [N, L, H] of tokens [N, L], the first of which is `start` places after the prefix."""
-        offsets = torch.arange(start, start + tokens.shape[1], device=tokens.device)
-        positions = prefix.position[:, None] + offsets
-        output = self.model.model(
-            input_ids=tokens,
-            attention_mask=attention,
-            position_ids=positions.expand(3, *positions.shape),
-            past_key_values=prefix.cache,
-            use_cache=True,
-        )
-        hidden: Tensor = output.last_hidden_state
-        return hidden
-
-
-def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draws a token from each row of logits [N, V]; also its log-probability [N]."""
-    logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
-    if temperature == 0:
-        token = logprobs.argmax(dim=-1)
-    else:
-        token = torch.multinomial(logprobs.exp(), 1, generator=generator)[:, 0]
-    return token, logprobs.gather(-1, token[:, None])[:, 0]
-
-
-def _pad(rows: list[np.ndarray]) -> Tensor:
-    """Stacks rows of unequal length, with zeros on the right."""
-    return nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True)
-
-
-def _load_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a folder, with every one of its weights.
-
-    Raises:
-        ModelError: Weights cannot be read, or some are missing.
-    """
-    try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{folder}: the model's weights cannot be read: {error}") from error
-    model, report = loaded
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise ModelError(f"{folder}: {len(missing)} of the model's weights are missing, {missing[0]} among them")
-    assert isinstance(model, PreTrainedModel)
-    return model
-
-
-def find_model(name_or_path: str | Path) -> Path:
-    """The folder of a model; one on the hub is downloaded.
-
-    Raises:
-        ModelError: There is neither such a folder nor such a name on the hub.
-    """
-    if name_or_path == BUILTIN:
-        return Path(str(files("vlmenv.agents") / "builtin"))
-    folder = Path(name_or_path)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"{folder}: not a model folder, config.json is missing")
-        return folder.absolute()
-    if not _HUB_NAME.fullmatch(str(name_or_path)):
-        raise ModelError(f"{name_or_path}: no such model folder")
-    return _download(str(name_or_path))
-
-
-@functools.cache
-def _download(name: str) -> Path:
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.txt", "*.safetensors"]))
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{name}: no such model folder, and it cannot be had from the Hugging Face hub "
-            f"({type(error).__name__}); check the name and the connection"
-        ) from error
+def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights whose names start with a prefix, by the rest of their names."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

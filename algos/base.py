@@ -2,11 +2,81 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
+
+from vlmenv.algos.losses import Aggregation
+from vlmenv.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """Options of every algorithm."""
+
+    group_size: int = 8
+    """G: completions of each prompt."""
+    mu: int = 1
+    """Passes over each batch of completions."""
+    minibatches: int = 1
+    """Parts of a batch, each an optimiser step; every pass divides the groups anew."""
+
+    def __post_init__(self) -> None:
+        require(self.group_size >= 1, f"group_size must be at least 1, not {self.group_size}")
+        require(self.mu >= 1, f"mu must be at least 1, not {self.mu}")
+        require(self.minibatches >= 1, f"minibatches must be at least 1, not {self.minibatches}")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ConfigError unless an option is as it must be."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def require_weight(name: str, value: float) -> None:
+    """Raises ConfigError unless an option is a finite number from 0 up."""
+    require(0 <= value < math.inf, f"{name} must be a number from 0 up, not {value}")
+
+
+@dataclass(slots=True)
+class Scored:
+    """A batch of N completions of up to L tokens in this process, before any update."""
+
+    rewards: Tensor
+    """[N], the members of a group next to one another"""
+    mask: Tensor
+    """[N, L] bool, True at the completions' tokens"""
+    old_logprobs: Tensor
+    """[N, L], at the time of sampling"""
+    ref_logprobs: Tensor | None
+    """[N, L], of the reference policy; None where the algorithm wants none"""
+    values: Tensor | None
+    """[N, L], of the critic; None where the algorithm has none"""
+    truncated: Tensor
+    """[N] bool, whether the limit cut the completion off"""
+    max_tokens: int
+    """the most tokens that a completion may have"""
+    gather: Callable[[Tensor], Tensor]
+    """concatenates a tensor's rows over all processes"""
+    total: Callable[[Tensor], Tensor]
+    """adds a tensor up over all processes"""
+
+
+@dataclass(slots=True)
+class Credit:
+    """What each token is to be pushed by."""
+
+    advantages: Tensor
+    """[N, L] or [N, 1]"""
+    mask: Tensor
+    """[N, L] bool, the tokens to learn from"""
+    returns: Tensor | None = None
+    """[N, L], what the critic is to predict"""
 
 
 @dataclass(slots=True)
@@ -17,12 +87,20 @@ class LossInputs:
     """[N, L], with gradient"""
     old_logprobs: Tensor
     """[N, L], at the time of sampling"""
-    ref_logprobs: Tensor | None
-    """[N, L], of the reference policy; None where the algorithm wants none"""
     advantages: Tensor
-    """[N]"""
+    """[N, L] or [N, 1]"""
     mask: Tensor
-    """[N, L] bool, True at the completions' tokens"""
+    """[N, L] bool, the tokens to learn from"""
+    weights: Tensor
+    """[N, L], by which the loss of the whole batch is the sum of per-token losses; 0 outside the mask"""
+    ref_logprobs: Tensor | None = None
+    """[N, L], of the reference policy"""
+    values: Tensor | None = None
+    """[N, L], of the critic, with gradient"""
+    old_values: Tensor | None = None
+    """[N, L], at the time of sampling"""
+    returns: Tensor | None = None
+    """[N, L], what the critic is to predict"""
 
 
 @dataclass(slots=True)
@@ -35,27 +113,42 @@ class LossOutput:
     """scalars without gradient; divided by the tokens of the whole batch they are means per token"""
 
 
+@torch.no_grad()
+def ratio_sums(logratio: Tensor, clipped: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """What is logged of importance ratios: the divergence of the sampler from the policy (k3), and how much is clipped.
+
+    Args:
+        logratio: log pi - log pi_old, [N, L].
+        clipped: Where the objective is clipped, bool [N, L].
+        mask: [N, L].
+    """
+    divergence = torch.expm1(logratio) - logratio
+    return {
+        "policy/approx_kl": divergence[mask].sum(),
+        "policy/clip_frac": clipped[mask].float().sum(),
+    }
+
+
 class Algorithm(ABC):
     """One way to learn from scored completions."""
 
     name: ClassVar[str]
-    group_size: int
-    """Completions of each prompt."""
-    updates_per_rollout: int
-    """Optimiser steps on each batch of completions."""
-    wants_reference: bool
-    """Whether `loss` needs log-probabilities of the reference policy."""
+    config: AlgorithmConfig
+    aggregation: Aggregation = "token"
+    """How per-token losses are averaged."""
+    wants_reference: bool = False
+    """Whether log-probabilities of the reference policy are needed."""
+    wants_values: ClassVar[bool] = False
+    """Whether the policy needs a value head."""
+    imitates: ClassVar[bool] = False
+    """Whether the completions are the true answers, and not the policy's own."""
+    most_rounds: int = 1
+    """Batches that may be rolled out to find groups whose rewards differ; 1 takes the first as it is."""
 
     @abstractmethod
-    def advantages(self, rewards: Tensor) -> Tensor:
-        """Credit [N] of completions with these rewards [N], groups next to one another."""
+    def credit(self, scored: Scored) -> Credit:
+        """Advantages of scored completions."""
 
     @abstractmethod
-    def loss(self, inputs: LossInputs, num_tokens: int) -> LossOutput:
-        """The loss of a micro-batch.
-
-        Args:
-            inputs: The micro-batch.
-            num_tokens: Completion tokens of the whole batch, over all micro-batches and processes: the
-                denominator, so that the gradient does not depend on how the batch was cut up.
-        """
+    def loss(self, inputs: LossInputs) -> LossOutput:
+        """The loss of a micro-batch, such that those of all micro-batches and processes add up to the whole."""

@@ -1,44 +1,91 @@
-"""GRPO: group relative policy optimisation (DeepSeekMath, arXiv 2402.03300)."""
+"""GRPO: group relative policy optimisation (DeepSeekMath, arXiv 2402.03300), and its published variants."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final, Literal
 
-import torch
 from torch import Tensor
 
-from vlmenv.algos.advantages import group_relative
-from vlmenv.algos.base import Algorithm, LossInputs, LossOutput
-from vlmenv.algos.losses import clipped_surrogate, is_clipped, k3_divergence
-from vlmenv.core.errors import ConfigError
+from vlmenv.algos.advantages import Scale, group_relative, overlong_penalty
+from vlmenv.algos.base import (
+    Algorithm,
+    AlgorithmConfig,
+    Credit,
+    LossInputs,
+    LossOutput,
+    Scored,
+    ratio_sums,
+    require,
+    require_weight,
+)
+from vlmenv.algos.losses import (
+    Aggregation,
+    Estimator,
+    cispo,
+    clipped_surrogate,
+    divergence,
+    is_clipped,
+    is_weight_clipped,
+    sequence_ratio,
+)
 
 
 @dataclass(frozen=True)
-class GRPOConfig:
-    """Options of GRPO, in the paper's letters."""
+class GRPOConfig(AlgorithmConfig):
+    """Options of GRPO, in the papers' letters."""
 
-    group_size: int = 8
-    """G: completions of each prompt, which are compared with one another."""
-    mu: int = 1
-    """Optimiser steps on each batch of completions."""
     epsilon: float = 0.2
     """The policy ratio is clipped to 1 - epsilon .. 1 + epsilon."""
     epsilon_high: float | None = None
-    """Another upper bound, 1 + epsilon_high, for the ratio ("clip higher", arXiv 2503.14476)."""
+    """Another upper bound, 1 + epsilon_high, for the ratio ("clip higher", DAPO)."""
+    dual_clip: float | None = None
+    """Bound, above 1, on the ratio where the advantage is negative (arXiv 1912.09729)."""
     beta: float = 0.0
     """Weight of the KL penalty against the model at the start; no copy of it is held at 0."""
+    kl_estimator: Estimator = "k3"
+    """Of the penalty."""
+    scale: Scale = "group"
+    """Standard deviation that advantages are divided by: the group's, the batch's, or none (Dr. GRPO)."""
+    aggregation: Aggregation = "token"
+    """Mean of the losses: over tokens (DAPO), over completions of means over tokens (the paper), or by a constant."""
+    ratio: Literal["token", "sequence"] = "token"
+    """Importance ratios of tokens, or of whole completions (GSPO)."""
+    objective: Literal["clip", "cispo"] = "clip"
+    """PPO's clipped objective, or REINFORCE with clipped importance weights (CISPO)."""
+    mask_truncated: bool = False
+    """Learn nothing from completions that the limit cut off."""
+    overlong_share: float = 0.0
+    """Share of the limit, at its end, over which the reward falls by up to 1 (DAPO's soft punishment)."""
+    most_rounds: int = 1
+    """Batches rolled out, at most, to fill one with groups whose rewards differ (DAPO's dynamic sampling)."""
 
     def __post_init__(self) -> None:
-        if self.group_size < 2:
-            raise ConfigError(f"group_size must be at least 2, not {self.group_size}: advantages compare a group")
-        if self.mu < 1:
-            raise ConfigError(f"mu must be at least 1, not {self.mu}")
-        if not 0 < self.epsilon < 1 or not (self.epsilon_high is None or self.epsilon_high > 0):
-            raise ConfigError("epsilon must lie between 0 and 1, and epsilon_high above 0")
-        if not 0 <= self.beta < math.inf:
-            raise ConfigError(f"beta must be a number from 0 up, not {self.beta}")
+        AlgorithmConfig.__post_init__(self)
+        require(self.group_size >= 2, f"group_size must be at least 2, not {self.group_size}: a group is compared")
+        low = 0 < self.epsilon < 1 or (self.objective == "cispo" and self.epsilon == 1)
+        require(low, f"epsilon must lie between 0 and 1 (for cispo it may be 1), not {self.epsilon}")
+        require(self.epsilon_high is None or self.epsilon_high > 0, "epsilon_high must be above 0")
+        require(self.dual_clip is None or self.dual_clip > 1, "dual_clip must be above 1")
+        plain = self.dual_clip is None and self.ratio == "token"
+        require(self.objective == "clip" or plain, "cispo has neither dual_clip nor a ratio of sequences")
+        require(0 <= self.overlong_share < 1, "overlong_share must be a share of the limit, from 0 to below 1")
+        require(self.most_rounds >= 1, f"most_rounds must be at least 1, not {self.most_rounds}")
+        require_weight("beta", self.beta)
+
+
+PRESETS: Final[dict[str, GRPOConfig]] = {
+    "grpo": GRPOConfig(),
+    # arXiv 2503.20783: no division by the deviation, none by the length.
+    "dr_grpo": GRPOConfig(scale="none", aggregation="constant"),
+    # arXiv 2503.14476: its four techniques, and completions that were cut off left out.
+    "dapo": GRPOConfig(epsilon_high=0.28, mask_truncated=True, overlong_share=0.2, most_rounds=4),
+    # arXiv 2507.18071, section 5.1.
+    "gspo": GRPOConfig(ratio="sequence", epsilon=3e-4, epsilon_high=4e-4, aggregation="sequence"),
+    # arXiv 2506.13585: no lower bound; weights of up to 5, as in arXiv 2510.13786.
+    "cispo": GRPOConfig(objective="cispo", epsilon=1.0, epsilon_high=4.0),
+}
+"""The options of each published variant."""
 
 
 class GRPO(Algorithm):
@@ -47,29 +94,39 @@ class GRPO(Algorithm):
     name: ClassVar[str] = "grpo"
 
     def __init__(self, config: GRPOConfig) -> None:
-        self.config = config
-        self.group_size = config.group_size
-        self.updates_per_rollout = config.mu
+        self.config: GRPOConfig = config
+        self.aggregation = config.aggregation
         self.wants_reference = config.beta > 0
+        self.most_rounds = config.most_rounds
 
-    def advantages(self, rewards: Tensor) -> Tensor:
-        return group_relative(rewards, self.group_size)
+    def credit(self, scored: Scored) -> Credit:
+        config, rewards = self.config, scored.rewards
+        if config.overlong_share:
+            buffer = max(1, round(config.overlong_share * scored.max_tokens))
+            rewards = rewards + overlong_penalty(scored.mask.sum(dim=1), scored.max_tokens, buffer)
+        everyone = scored.gather(rewards) if config.scale == "batch" else None
+        advantages = group_relative(rewards, config.group_size, config.scale, batch=everyone)
+        mask = scored.mask & ~scored.truncated[:, None] if config.mask_truncated else scored.mask
+        return Credit(advantages[:, None], mask)
 
-    def loss(self, inputs: LossInputs, num_tokens: int) -> LossOutput:
-        """Equation 3 of the paper, averaged over all tokens alike."""
+    def loss(self, inputs: LossInputs) -> LossOutput:
+        """Equation 3 of the paper, with `aggregation` as its mean over tokens."""
         config, mask = self.config, inputs.mask
-        epsilon_high = config.epsilon if config.epsilon_high is None else config.epsilon_high
-        advantages = inputs.advantages[:, None]
         logratio = inputs.logprobs - inputs.old_logprobs
-        ratio = logratio.exp()
-        per_token = clipped_surrogate(ratio, advantages, config.epsilon, epsilon_high)
-        with torch.no_grad():
-            sums = {
-                "policy/approx_kl": (ratio - 1 - logratio)[mask].sum(),
-                "policy/clip_frac": is_clipped(ratio, advantages, config.epsilon, epsilon_high)[mask].float().sum(),
-            }
+        ratio = logratio.exp() if config.ratio == "token" else sequence_ratio(logratio, mask)
+        per_token, clipped = self._surrogate(inputs, ratio)
+        sums = ratio_sums(logratio, clipped, mask)
         if inputs.ref_logprobs is not None:
-            kl = k3_divergence(inputs.logprobs, inputs.ref_logprobs)
+            kl = divergence(inputs.logprobs, inputs.ref_logprobs, config.kl_estimator)
             per_token = per_token + config.beta * kl
             sums["policy/kl"] = kl.detach()[mask].sum()
-        return LossOutput(per_token[mask].sum() / num_tokens, sums)
+        return LossOutput((inputs.weights * per_token).sum(), sums)
+
+    def _surrogate(self, inputs: LossInputs, ratio: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.config
+        bounds = config.epsilon, config.epsilon if config.epsilon_high is None else config.epsilon_high
+        if config.objective == "cispo":
+            loss = cispo(inputs.logprobs, ratio, inputs.advantages, *bounds)
+            return loss, is_weight_clipped(ratio, *bounds)
+        loss = clipped_surrogate(ratio, inputs.advantages, *bounds, config.dual_clip)
+        return loss, is_clipped(ratio, inputs.advantages, *bounds, config.dual_clip)

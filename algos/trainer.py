@@ -17,13 +17,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from gymnasium.vector import VectorEnv
-from torch import Tensor, nn
+from torch import Tensor
 
-from vlmenv.agents.base import Agent, LogProbs
+from vlmenv.agents.base import Agent
 from vlmenv.algos.advantages import zero_variance_share
-from vlmenv.algos.base import Algorithm, LossInputs, LossOutput
-from vlmenv.core.errors import ConfigError, DataError, PromptError
-from vlmenv.core.rollout import Observations, Rollout
+from vlmenv.algos.base import Algorithm, LossInputs, Scored
+from vlmenv.algos.batch import Batch, Rollouts, micro_batches, minibatches
+from vlmenv.algos.losses import token_weights
+from vlmenv.core.errors import ConfigError, DataError, PromptError, TrainingError
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class TrainerConfig:
     """Batches of completions to learn from."""
     lr: float = 3e-4
     """Peak learning rate. 3e-4 suits the built-in model; models of billions of parameters want about 1e-6."""
+    vision_lr: float | None = None
+    """That of the vision tower and its projector; the same where left out."""
     warmup_steps: int = 10
     """Steps over which the learning rate rises to its peak."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -44,16 +47,22 @@ class TrainerConfig:
     """Gradients are scaled down to this norm."""
     micro_batch_size: int | None = None
     """Completions in one forward and backward pass; all of them where left out. Does not change the result."""
+    micro_batch_tokens: int | None = None
+    """Tokens, padding included, in one forward and backward pass, but at least one completion."""
+    max_skipped: int = 3
+    """Optimiser steps that may be left out, one after the other, because the gradient is not finite."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ConfigError(f"steps must be at least 1, not {self.steps}")
-        if self.micro_batch_size is not None and self.micro_batch_size < 1:
-            raise ConfigError(f"micro_batch_size must be at least 1, not {self.micro_batch_size}")
+        for name in ("steps", "micro_batch_size", "micro_batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, not {value}")
         if not (0 < self.lr < math.inf and self.max_grad_norm > 0):
             raise ConfigError("lr and max_grad_norm must be above 0")
-        if not (0 <= self.weight_decay < math.inf and self.warmup_steps >= 0):
-            raise ConfigError("weight_decay and warmup_steps must not be negative")
+        if self.vision_lr is not None and not 0 < self.vision_lr < math.inf:
+            raise ConfigError("vision_lr must be above 0; to leave the vision tower as it is, freeze it")
+        if not (0 <= self.weight_decay < math.inf and self.warmup_steps >= 0 and self.max_skipped >= 0):
+            raise ConfigError("weight_decay, warmup_steps and max_skipped must not be negative")
 
     def lr_factor(self, step: int) -> float:
         """What the peak learning rate is multiplied by in a step, counted from 0."""
@@ -72,10 +81,8 @@ class StepResult:
     """counted from 1"""
     metrics: dict[str, float]
     """means over all processes, by their logged names"""
-    observations: Observations
-    rollout: Rollout
-    infos: dict[str, Any]
-    """of the scored answers"""
+    rollouts: Rollouts
+    """what was learnt from"""
 
 
 class Trainer:
@@ -83,7 +90,7 @@ class Trainer:
 
     Args:
         agent: Its policy is wrapped for the accelerator's processes and precision.
-        envs: Groups of `algorithm.group_size` neighbours that show the same observation.
+        envs: Groups of `algorithm.config.group_size` neighbours that show the same observation.
         algorithm: What to learn by.
         config: How long and how fast.
         accelerator: Device, precision and processes.
@@ -101,106 +108,227 @@ class Trainer:
         accelerator: Accelerator,
     ) -> None:
         group_size = getattr(envs.unwrapped, "group_size", 1)
-        if group_size != algorithm.group_size:
+        if group_size != algorithm.config.group_size:
             raise ConfigError(
                 f"the environments come in groups of {group_size}, "
-                f"but {algorithm.name} compares groups of {algorithm.group_size}"
+                f"but {algorithm.name} compares groups of {algorithm.config.group_size}"
             )
         self.agent, self.envs, self.algorithm = agent, envs, algorithm
         self.config, self.accelerator = config, accelerator
-        self.reference = agent.frozen_copy() if algorithm.wants_reference else None
-        optimizer = torch.optim.AdamW(agent.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        self.step = 0
+        self._shown = 0  # batches of samples, some of which dynamic sampling may have passed over
+        self._skipped = 0  # optimiser steps in a row
+        self._seed = 0
+        self.is_between_steps = True
+        """False while weights are being updated, after which they are of no step until it is finished."""
+        self.reference = agent.reference() if algorithm.wants_reference else None
+        rates = {"vision": config.vision_lr or config.lr}
+        groups = agent.parameter_groups().items()
+        parts = [{"params": own, "lr": rates.get(name, config.lr)} for name, own in groups if own]
+        optimizer = torch.optim.AdamW(parts, lr=config.lr, weight_decay=config.weight_decay)
         agent.policy, self.optimizer = accelerator.prepare(agent.policy, optimizer)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, config.lr_factor)
 
     def train(self, seed: int) -> Iterator[StepResult]:
-        """Trains, handing over each step's result as it is done.
+        """Trains, handing over each step's result as it is done; goes on after the steps already taken.
 
         Args:
             seed: Fixes the order of samples and the sampling; processes sample differently.
 
         Raises:
             DataError: A sample's prompt does not fit the model.
+            TrainingError: Gradients were not finite for more than `max_skipped` steps.
         """
-        self.agent.seed(seed + self.accelerator.process_index)
-        observations, infos = self.envs.reset(seed=seed)
-        for step in range(1, self.config.steps + 1):
-            yield self._step(step, observations, infos)
-            if step < self.config.steps:
-                observations, infos = self.envs.reset()
+        self._seed = seed
+        if self.step == 0:
+            self.agent.seed(seed + self.accelerator.process_index)
+        shown = self.envs.reset(seed=seed, options={"skip": self._shown} if self._shown else None)
+        while self.step < self.config.steps:
+            yield self._step(shown)
+            if self.step < self.config.steps:
+                shown = self.envs.reset()
 
-    def _step(self, step: int, observations: Observations, infos: dict[str, Any]) -> StepResult:
+    def _step(self, shown: tuple[Any, dict[str, Any]]) -> StepResult:
         clock: dict[str, float] = {}
+        rollouts, sampling = self._collect(shown, clock)
+        self.is_between_steps = False
+        with timed(clock, "update"):
+            metrics = self._learn(rollouts)
+        clock["sync"] = 0.0  # the policy itself generates: there is no engine to hand new weights to
+        metrics |= rollouts.metrics() | sampling | {f"time/{name}": seconds for name, seconds in clock.items()}
+        metrics = self._over_processes(metrics)
+        tokens = sum(len(completion.token_ids) for completion in rollouts.rollout.completions)
+        metrics["tokens_per_second"] = tokens * self.accelerator.num_processes / sum(clock.values())
+        self.step += 1
+        self._remember()
+        return StepResult(self.step, metrics, rollouts)
+
+    def _remember(self) -> None:
+        """Notes what a checkpoint of this moment needs, and that it may be taken."""
+        self._finished = {"step": self.step, "shown": self._shown, "skipped": self._skipped}
+        self._random = {"agent": self.agent.rng_state(), "torch": torch.get_rng_state()}
+        self.is_between_steps = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """What all processes have in common after the last finished step, but for the weights."""
+        return self._finished | {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+
+    def process_state(self) -> dict[str, Any]:
+        """What this process has of its own after the last finished step: random states."""
+        return self._random
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes back to a `state_dict`; the agent's weights are loaded apart."""
+        self.step, self._shown, self._skipped = state["step"], state["shown"], state["skipped"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self._remember()
+
+    def load_process_state(self, state: dict[str, Any]) -> None:
+        """Goes back to a `process_state`."""
+        self.agent.set_rng_state(state["agent"])
+        torch.set_rng_state(state["torch"])
+        self._remember()
+
+    def _collect(self, shown: tuple[Any, dict[str, Any]], clock: dict[str, float]) -> tuple[Rollouts, dict[str, float]]:
+        """A batch to learn from, of several rounds if need be; with the share of groups that teach nothing."""
+        size = self.algorithm.config.group_size
+        rounds = [self._round(*shown, clock)]
+        uniform = [zero_variance_share(rounds[0].rewards, size)]
+        while len(rounds) < self.algorithm.most_rounds and self._lacks_groups(rounds):
+            rounds.append(self._round(*self.envs.reset(), clock))
+            uniform.append(zero_variance_share(rounds[-1].rewards, size))
+        metrics = {"reward/zero_std_groups": float(np.mean(uniform))}
+        if self.algorithm.most_rounds > 1:
+            metrics["rounds"] = float(len(rounds))
+        return Rollouts.most_informative(rounds, size), metrics
+
+    def _lacks_groups(self, rounds: list[Rollouts]) -> bool:
+        """Whether any process has fewer informative groups than fill a batch."""
+        size = self.algorithm.config.group_size
+        found = sum(rollouts.informative_groups(size).sum() for rollouts in rounds)
+        lacks = torch.tensor([float(found < len(rounds[0].rewards) // size)], device=self.agent.device)
+        return bool(cast(Tensor, self.accelerator.reduce(lacks)).item() > 0)
+
+    def _round(self, observations: Any, infos: dict[str, Any], clock: dict[str, float]) -> Rollouts:
+        """Rolls out and scores one batch of samples."""
+        self._shown += 1
         with timed(clock, "rollout"), self.accelerator.autocast(), names_sample(infos):
-            rollout = self.agent.rollout(observations)
+            if self.algorithm.imitates:
+                rollout = self.agent.imitate(observations, list(infos["answer"]))
+            else:
+                rollout = self.agent.rollout(observations)
         with timed(clock, "score"):
             _, rewards, _, _, infos = self.envs.step(rollout.texts)
-        with timed(clock, "update"):
-            metrics = self._learn(rollout, torch.as_tensor(rewards, dtype=torch.float32))
-        clock["sync"] = 0.0  # the policy itself generates: there is no engine to hand new weights to
-        metrics |= self._reward_metrics(np.asarray(rewards), infos) | _completion_metrics(rollout)
-        metrics |= {f"time/{name}": seconds for name, seconds in clock.items()}
-        metrics = self._over_processes(metrics)
-        tokens = sum(len(completion.token_ids) for completion in rollout.completions)
-        metrics["tokens_per_second"] = tokens * self.accelerator.num_processes / sum(clock.values())
-        return StepResult(step, metrics, observations, rollout, infos)
+        return Rollouts.scored(observations, rollout, rewards, infos)
 
-    def _learn(self, rollout: Rollout, rewards: Tensor) -> dict[str, float]:
-        """Takes the algorithm's optimiser steps on a scored rollout; metrics of the last one."""
-        advantages = self.algorithm.advantages(rewards).to(self.agent.device)
-        metrics: dict[str, float] = {}
-        for _ in range(self.algorithm.updates_per_rollout):
-            metrics = self._update(rollout, advantages)
+    def _learn(self, rollouts: Rollouts) -> dict[str, float]:
+        """Takes the algorithm's optimiser steps on scored rollouts; means of what they log."""
+        batch = self._credited(rollouts)
+        config, logged = self.algorithm.config, []
+        rng = np.random.default_rng([self._seed, self.accelerator.process_index, self.step])
+        for _ in range(config.mu):
+            for rows in minibatches(len(batch), config.group_size, config.minibatches, rng):
+                logged.append(self._update(batch[rows]))
         self.scheduler.step()
-        return metrics
+        return {name: float(np.mean([metrics[name] for metrics in logged])) for name in logged[-1]}
 
-    def _update(self, rollout: Rollout, advantages: Tensor) -> dict[str, float]:
-        """One optimiser step, in micro-batches."""
-        sums = self.backward(rollout, advantages)
-        norm = self.accelerator.clip_grad_norm_(self.agent.parameters(), self.config.max_grad_norm)
-        lr = float(self.scheduler.get_last_lr()[0])
-        self.optimizer.step()
+    @torch.no_grad()
+    def _credited(self, rollouts: Rollouts) -> Batch:
+        """The batch to learn from, with advantages, before any update."""
+        batch = Batch.of(rollouts.rollout, self.agent.device)
+        if self.reference is not None or self.algorithm.wants_values:
+            self._add_estimates(batch)
+        credit = self.algorithm.credit(
+            Scored(
+                rollouts.rewards.to(self.agent.device),
+                batch.mask,
+                batch.old_logprobs,
+                batch.ref_logprobs,
+                batch.values,
+                batch.truncated,
+                self.agent.max_new_tokens,
+                self.accelerator.gather,
+                lambda tensor: cast(Tensor, self.accelerator.reduce(tensor)),
+            )
+        )
+        batch.advantages, batch.mask, batch.returns = credit.advantages, credit.mask, credit.returns
+        return batch
+
+    def _add_estimates(self, batch: Batch) -> None:
+        """The reference's log-probabilities and the critic's values of all tokens."""
+        for rows in micro_batches(batch.rollout, self.config.micro_batch_size, self.config.micro_batch_tokens):
+            with self.accelerator.autocast():
+                if self.reference is not None:
+                    batch.put("ref_logprobs", rows, self.reference.logprobs(batch.rollout[rows]).values)
+                if self.algorithm.wants_values:
+                    values = self.agent.logprobs(batch.rollout[rows]).state_values
+                    assert values is not None
+                    batch.put("values", rows, values)
+
+    def _update(self, batch: Batch) -> dict[str, float]:
+        """One optimiser step, in micro-batches; none where the gradient is not finite."""
+        sums = self.backward(batch)
+        norm = float(self.accelerator.clip_grad_norm_(self.agent.parameters(), self.config.max_grad_norm))
+        lr = self.config.lr * self.config.lr_factor(self.step)
+        scaled = self.accelerator.scaler is not None  # it leaves steps out by itself, and lowers its scale
+        finite = math.isfinite(norm)
+        self._skipped = 0 if finite else self._skipped + 1
+        if finite or scaled:
+            self.optimizer.step()
         self.optimizer.zero_grad()
-        return {name: value.item() for name, value in sums.items()} | {"policy/grad_norm": float(norm), "lr": lr}
+        if self._skipped > self.config.max_skipped:
+            raise TrainingError(
+                f"the gradient's norm was {norm} in {self._skipped} optimiser steps one after the other"
+            )
+        metrics = {name: value.item() for name, value in sums.items()}
+        return metrics | {"policy/grad_norm": norm, "policy/skipped": float(not finite), "lr": lr}
 
-    def backward(self, rollout: Rollout, advantages: Tensor) -> dict[str, Tensor]:
-        """Adds up the gradient of the algorithm's loss over a rollout, without an optimiser step.
-
-        Args:
-            rollout: N completions.
-            advantages: [N].
+    def backward(self, batch: Batch) -> dict[str, Tensor]:
+        """Adds up the gradient of the algorithm's loss over a batch, without an optimiser step.
 
         Returns:
             What the algorithm logs, as means over the tokens of all processes times their number.
         """
-        device, processes = self.agent.device, self.accelerator.num_processes
-        lengths = torch.tensor([len(completion.token_ids) for completion in rollout.completions], device=device)
-        num_tokens = int(cast(Tensor, self.accelerator.reduce(lengths.sum())).item())
-        size = self.config.micro_batch_size or len(rollout)
+        processes = self.accelerator.num_processes
+        counts = torch.tensor([float(batch.mask.sum()), float(len(batch))], device=self.agent.device)
+        num_tokens, num_sequences = (int(n) for n in cast(Tensor, self.accelerator.reduce(counts)).tolist())
+        parts = micro_batches(batch.rollout, self.config.micro_batch_size, self.config.micro_batch_tokens)
         sums: dict[str, Tensor] = {}
-        for start in range(0, len(rollout), size):
-            rows = slice(start, start + size)
-            with self._synced(last=start + size >= len(rollout)):
-                output, entropy = self._loss(rollout[rows], advantages[rows], num_tokens)
-                self.accelerator.backward(output.loss * processes)  # which are averaged over
-            for name, value in (
-                output.sums | {"policy/entropy": entropy, "loss": output.loss.detach() * num_tokens}
-            ).items():
-                sums[name] = sums.get(name, 0) + value * processes / num_tokens
+        for rows in parts:
+            with self._synced(last=rows is parts[-1]):
+                logged = self._backward_part(batch[rows], num_tokens, num_sequences)
+            for name, value in logged.items():
+                sums[name] = sums.get(name, 0) + value * processes / max(1, num_tokens)
         return sums
 
-    def _loss(self, rollout: Rollout, advantages: Tensor, num_tokens: int) -> tuple[LossOutput, Tensor]:
-        """The loss of a micro-batch, and the sum of its tokens' entropies."""
+    def _backward_part(self, batch: Batch, num_tokens: int, num_sequences: int) -> dict[str, Tensor]:
+        """Forward and backward pass of a micro-batch; sums over its tokens of what is logged."""
         with self.accelerator.autocast():
-            now = self.agent.logprobs(rollout)
-            reference = self._reference_logprobs(rollout)
-        old = _padded([completion.logprobs for completion in rollout.completions], now)
-        inputs = LossInputs(now.values, old, reference, advantages, now.mask)
-        return self.algorithm.loss(inputs, num_tokens), now.entropy.sum()
-
-    @torch.no_grad()
-    def _reference_logprobs(self, rollout: Rollout) -> Tensor | None:
-        return None if self.reference is None else self.reference.logprobs(rollout).values
+            now = self.agent.logprobs(batch.rollout)
+        mask = batch.mask
+        weights = token_weights(
+            mask,
+            self.algorithm.aggregation,
+            num_tokens=num_tokens,
+            num_sequences=num_sequences,
+            max_tokens=self.agent.max_new_tokens,
+        )
+        inputs = LossInputs(
+            now.values,
+            batch.old_logprobs,
+            batch.advantages,
+            mask,
+            weights,
+            batch.ref_logprobs,
+            now.state_values,
+            batch.values,
+            batch.returns,
+        )
+        output = self.algorithm.loss(inputs)
+        self.accelerator.backward(output.loss * self.accelerator.num_processes)  # which are averaged over
+        entropy = now.entropy[mask].sum()
+        return output.sums | {"policy/entropy": entropy, "loss": output.loss.detach() * num_tokens}
 
     @contextmanager
     def _synced(self, last: bool) -> Iterator[None]:
@@ -211,16 +339,6 @@ class Trainer:
             with self.accelerator.no_sync(self.agent.policy):
                 yield
 
-    def _reward_metrics(self, rewards: np.ndarray, infos: dict[str, Any]) -> dict[str, float]:
-        scored = infos.get("rewards", {})
-        terms = {
-            f"reward/{name}": float(np.mean(values[scored[f"_{name}"]]))  # of the rows that have the term
-            for name, values in scored.items()
-            if name[0] != "_"
-        }
-        share = zero_variance_share(torch.as_tensor(rewards), self.algorithm.group_size)
-        return {"reward/mean": float(rewards.mean()), **terms, "reward/zero_std_groups": share}
-
     def _over_processes(self, metrics: dict[str, float]) -> dict[str, float]:
         """Means over all processes."""
         if self.accelerator.num_processes == 1:
@@ -230,25 +348,12 @@ class Trainer:
         return {name: float(np.mean([own[name] for own in gathered if name in own])) for name in names}
 
 
-def _completion_metrics(rollout: Rollout) -> dict[str, float]:
-    return {
-        "completion/length": float(np.mean([len(completion.token_ids) for completion in rollout.completions])),
-        "completion/truncated": float(np.mean([c.finish_reason == "length" for c in rollout.completions])),
-    }
-
-
-def _padded(rows: list[np.ndarray], like: LogProbs) -> Tensor:
-    """Rows of unequal length as a tensor [N, L], zero where padded."""
-    stacked = nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True)
-    return stacked.to(like.values.device)
-
-
 @contextmanager
 def timed(clock: dict[str, float], name: str) -> Iterator[None]:
-    """Writes the seconds that the block took to `clock[name]`."""
+    """Adds the seconds that the block took to `clock[name]`."""
     started = time.perf_counter()
     yield
-    clock[name] = time.perf_counter() - started
+    clock[name] = clock.get(name, 0.0) + time.perf_counter() - started
 
 
 @contextmanager

@@ -10,13 +10,23 @@ from vlmenv.envs.data.figures import MathFigures
 from vlmenv.envs.data.rows import Row
 from vlmenv.envs.data.scenes import Split
 from vlmenv.envs.data.source import Source
-from vlmenv.envs.rewards.answers import read_answer
+from vlmenv.envs.rewards.answers import AnswerAccuracy, read_answer
+from vlmenv.envs.rewards.math import start_math
+from vlmenv.envs.rewards.terms import RewardTerm
 from vlmenv.envs.vqa import VQAEnv
+
+
+class MathAccuracy(AnswerAccuracy):
+    """`AnswerAccuracy` that has the computer algebra ready when the first answer comes."""
+
+    def load(self) -> None:
+        start_math()
 
 
 class MathEnv(VQAEnv):
     """`VLM-Math-v0`: the answer is a number or an expression, LaTeX or plain, or the letter of a choice."""
 
+    terms: ClassVar[Mapping[str, RewardTerm]] = {**VQAEnv.terms, "accuracy": MathAccuracy()}
     default_rewards: ClassVar[Mapping[str, float]] = {"accuracy": 0.9, "format": 0.1}
 
     def builtin_source(self, split: Split) -> Source:

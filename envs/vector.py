@@ -37,6 +37,7 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         shard: Which of `num_shards` equal parts of the sample order these environments show; for
             training by several processes.
         num_shards: See `shard`.
+        answers: Tell the true answer, as a completion in the format asked for, as `info["answer"]` of a reset.
         kwargs: The task's own arguments.
 
     Raises:
@@ -57,6 +58,7 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         group_size: int = 1,
         shard: int = 0,
         num_shards: int = 1,
+        answers: bool = False,
         **kwargs: Any,
     ) -> None:
         if num_envs < 1 or group_size < 1 or num_envs % group_size:
@@ -72,6 +74,7 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._shard, self._num_shards = shard, num_shards
+        self._answers = answers
         self._order: SampleOrder | None = None
         self._position = 0
         self._indices: list[int] = []
@@ -90,6 +93,8 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
     ) -> tuple[BatchedObservations, dict[str, Any]]:
         """Shows P new samples, or those of `options={"index": [P indices]}`, G times each.
 
+        With a seed, `options={"skip": k}` goes on after k batches of its order, as if there had been k resets.
+
         Raises:
             ConfigError: An option that is not known, or indices that do not fit.
             DataError: A sample, or one of its images, cannot be read.
@@ -98,6 +103,8 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         if seed is not None or self._order is None:
             self._order = SampleOrder(self.task.source.size, key=int(self.np_random.integers(2**62)))
             self._position = self._shard * self.num_groups
+        if options and "skip" in options:
+            self._position += int(options["skip"]) * self._num_shards * self.num_groups
         self._indices = self._next_indices(self._order, options)
         loaded = list(self._pool.map(self._load, self._indices))
         self._samples, shown = [sample for sample, _ in loaded], [observation for _, observation in loaded]
@@ -105,7 +112,7 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         images, prompts = tuple(row["images"] for row in rows), tuple(row["prompt"] for row in rows)
         self._observations = {"images": images, "prompt": prompts}
         self._predictions = None
-        return self._observations, self._infos()
+        return self._observations, self._infos() | (self._true_answers() if self._answers else {})
 
     def step(
         self, actions: Sequence[str]
@@ -140,16 +147,20 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
     def close_extras(self, **kwargs: Any) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
+    def _true_answers(self) -> dict[str, Any]:
+        written = [self.task.write_answer(sample) for sample in self._samples for _ in range(self.group_size)]
+        return {"answer": np.array(written, dtype=object), "_answer": np.ones(self.num_envs, dtype=np.bool_)}
+
     def _load(self, index: int) -> tuple[Sample, Observation]:
         sample = self.task.source.get(index)
         return sample, self.task.observe(sample)
 
     def _next_indices(self, order: SampleOrder, options: dict[str, Any] | None) -> list[int]:
-        options = dict(options or {})
+        options = {name: value for name, value in (options or {}).items() if name != "skip"}
         if not np.all(options.pop("reset_mask", True)):
             raise ConfigError("episodes of one step end together: reset_mask must be True everywhere")
         if unknown := set(options) - {"index"}:
-            raise ConfigError(f"reset knows no option {', '.join(sorted(unknown))}; it knows 'index'")
+            raise ConfigError(f"reset knows no option {', '.join(sorted(unknown))}; it knows 'index' and 'skip'")
         if options:
             indices = [check_index(index, self.task.source.size) for index in options["index"]]
             if len(indices) != self.num_groups:

@@ -55,7 +55,7 @@ class Args:
 
     output: Path
     """Folder of the model."""
-    steps: int = 800
+    steps: int = 2400
     """Optimiser steps."""
     scenes: int = 32
     """Scenes a step, each with five descriptions."""

@@ -47,7 +47,7 @@ def test_train_leaves_a_whole_run_folder(tmp_path: Path, capsys: pytest.CaptureF
     assert all(isinstance(value, float | int) for row in metrics for value in row.values())
     completions = rows(run / "rollouts.jsonl")
     assert len(completions) == 2 * 8
-    assert completions[0].keys() == {"step", "id", "prompt", "completion", "finish_reason", "rewards"}
+    assert completions[0].keys() == {"step", "id", "prompt", "completion", "finish_reason", "reward", "rewards"}
     assert completions[0]["rewards"].keys() == {"iou", "format"}
     for picture in ("curve.png", "samples.png"):
         with Image.open(run / picture) as image:
@@ -233,6 +233,15 @@ def test_detection_is_trained_and_measured_by_the_same_commands(tmp_path: Path) 
         (["train", "--rewards", "iuo", "1"], "Did you mean 'iou'"),
         (["train", "--stepz", "3"], "--steps"),
         (["train", "--algo", "gropo"], "grpo"),
+        (["train", "--algo", "ppo", "--scale", "none"], "--scale"),
+        (["train", "--algo", "rloo", "--epsilon-high", "1"], "--epsilon-high"),
+        (["train", "--lora-alpha", "4"], "go with lora_rank"),
+        (["train", "--lora-rank", "4", "--freeze-vision"], "leave out the options to freeze"),
+        (["train", "--vision-lr", "0"], "vision_lr must be above 0"),
+        (["train", "--precision", "fp16", "--device", "cpu"], "needs a CUDA GPU"),
+        (["train", "--eval-every", "2", "--eval-limit", "0"], "eval_every needs samples"),
+        (["train", "--algo", "sft", "--group-size", "2"], "group_size must be 1"),
+        (["train", "--keep", "0"], "keep must be at least 1"),
         (["trian"], "train"),
         (["eval", "--limit", "0"], "limit must be at least 1"),
         (["eval", "--max-new-tokens", "0"], "max_new_tokens must be at least 1"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import gymnasium
@@ -15,12 +16,12 @@ from rich.markup import escape
 from rich.table import Table
 
 import vlmenv  # noqa: F401 (registers the environments)
-from vlmenv.core.config import flatten, with_config_file
-from vlmenv.core.errors import VLMEnvError
+from vlmenv.core.config import flatten, option_value, with_config_file
+from vlmenv.core.errors import ConfigError, VLMEnvError
 from vlmenv.data import DataConfig, check_data
 from vlmenv.evaluation import EvalConfig, run_evaluation
 from vlmenv.tasks import visual_tasks
-from vlmenv.training import TrainConfig, run_training
+from vlmenv.training import TrainConfig, default_config, run_training
 
 PROGRAM = "vlmenv"
 
@@ -57,22 +58,41 @@ def _fail(error: BaseException, debug: bool, message: str) -> None:
 
 def _run(args: list[str]) -> None:
     command, rest = (args[0], args[1:]) if args else ("", [])
-    defaults: dict[str, Any] = {"train": TrainConfig(), "eval": EvalConfig()}
+    rest = _of_resumed_run(rest) if command == "train" else rest
+    defaults: dict[str, Any] = {"eval": EvalConfig()}
+    if command == "train":
+        defaults["train"] = default_config(option_value(rest, "algo") or "grpo")
     if command in defaults:
         rest = with_config_file(rest, list(flatten(defaults[command])))
-    config = _parse([command, *rest] if args else ["--help"])
+    config = _parse([command, *rest] if args else ["--help"], defaults.get("train", TrainConfig()))
     RUN[type(config)](config)
 
 
-def _parse(args: list[str]) -> TrainConfig | EvalConfig | DataConfig | EnvsConfig:
+def _of_resumed_run(args: list[str]) -> list[str]:
+    """The arguments of `vlmenv train`; with `--resume` those that the run was started with.
+
+    Raises:
+        ConfigError: There is no such run, or other options are given beside it.
+    """
+    folder = option_value([arg for arg in args if not arg.startswith("--config")], "resume")
+    if folder is None:
+        return args
+    if len(args) > 2 or (len(args) == 2 and args[0] != "--resume"):
+        raise ConfigError("a run is resumed with its own options: give --resume RUN_FOLDER alone")
+    if not (Path(folder) / "config.yaml").is_file():
+        raise ConfigError(f"{folder} is no folder of a run: it holds no config.yaml")
+    return ["--config", str(Path(folder) / "config.yaml"), "--resume", folder]
+
+
+def _parse(args: list[str], train: TrainConfig[Any]) -> TrainConfig[Any] | EvalConfig | DataConfig | EnvsConfig:
     commands: Any = (
-        Annotated[TrainConfig, tyro.conf.subcommand("train")]
+        Annotated[TrainConfig[type(train.algorithm)], tyro.conf.subcommand("train", default=train)]  # type: ignore[misc]
         | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
         | Annotated[DataConfig, tyro.conf.subcommand("data")]
         | Annotated[EnvsConfig, tyro.conf.subcommand("envs")]
     )
     description = "Train vision-language models with reinforcement learning. With --debug, errors show a traceback."
-    parsed: TrainConfig | EvalConfig | DataConfig | EnvsConfig = tyro.cli(
+    parsed: TrainConfig[Any] | EvalConfig | DataConfig | EnvsConfig = tyro.cli(
         commands, args=args, prog=PROGRAM, description=description, config=(tyro.conf.OmitSubcommandPrefixes,)
     )
     return parsed

@@ -175,6 +175,19 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
         stream.writelines(json.dumps(answer) + "\n" for answer in evaluation.answers)
 
 
+def read_evaluation(folder: Path, task: VisualTaskEnv) -> Evaluation:
+    """The inverse of `write_evaluation`; predictions are read from the completions again."""
+    lines = (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    answers = [json.loads(line) for line in lines]
+    for answer in answers:
+        answer["prediction"] = task.parse(answer["completion"])
+    stored = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    numbers = {
+        name: [math.nan if part is None else part for part in metric.values()] for name, metric in stored.items()
+    }
+    return Evaluation({name: Interval(*parts) for name, parts in numbers.items()}, answers)
+
+
 def run_evaluation(config: EvalConfig) -> Evaluation:
     """`vlmenv eval`."""
     check_device(config.device)

@@ -3,59 +3,122 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
+import torch
 import tyro
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from rich.console import Console
 
 from vlmenv.agents.vlm import VLMAgent
-from vlmenv.algos import ALGORITHMS, GRPOConfig, Trainer, TrainerConfig
+from vlmenv.algos import ALGORITHMS, AlgorithmConfig, GRPOConfig, Trainer, TrainerConfig
+from vlmenv.checkpoints import load_checkpoint, prune, save_checkpoint
 from vlmenv.core.config import flatten, to_yaml
-from vlmenv.core.errors import ConfigError
+from vlmenv.core.errors import ConfigError, unknown_name
 from vlmenv.envs.vector import VisualTaskVectorEnv
-from vlmenv.evaluation import DEFAULT_LIMIT, Evaluation, evaluate, metrics_table, sample_count
+from vlmenv.evaluation import (
+    DEFAULT_LIMIT,
+    Evaluation,
+    evaluate,
+    metrics_table,
+    read_evaluation,
+    sample_count,
+    write_evaluation,
+)
 from vlmenv.report.pictures import draw_curve, draw_samples
 from vlmenv.report.progress import TrainingProgress
 from vlmenv.report.run_folder import RunFolder
+from vlmenv.stopping import Stopping
 from vlmenv.tasks import TaskConfig, check_device, load_agent, make_envs, report_broken_rows
+
+AlgorithmName = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++", "ppo", "sft"]
+AlgorithmT = TypeVar("AlgorithmT", bound=AlgorithmConfig)
 
 
 @dataclass(frozen=True)
-class TrainConfig(TaskConfig):
+class ModelConfig:
+    """Which weights are trained, and how their gradients are found."""
+
+    lora_rank: int | None = None
+    """Train low-rank adapters (LoRA, arXiv 2106.09685) of this rank, and leave all else as it is."""
+    lora_alpha: int | None = None
+    """Their scale is alpha / rank; twice the rank where left out."""
+    lora_dropout: float = 0.0
+    """Share of an adapter's inputs that is dropped where gradients are found."""
+    lora_vision: bool = False
+    """Adapt the vision tower too."""
+    freeze_vision: bool = False
+    """Leave the vision tower as it is."""
+    freeze_projector: bool = False
+    """Leave what carries its features over to the language model as it is."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of holding them: less memory, more time."""
+
+    def __post_init__(self) -> None:
+        lora = self.lora_alpha is not None or self.lora_dropout or self.lora_vision
+        if self.lora_rank is None and lora:
+            raise ConfigError("lora_alpha, lora_dropout and lora_vision go with lora_rank")
+        if self.lora_rank is not None and (self.freeze_vision or self.freeze_projector):
+            raise ConfigError("with lora_rank all but the adapters is frozen: leave out the options to freeze")
+
+    def apply(self, agent: VLMAgent) -> None:
+        """Prepares an agent for training."""
+        if self.lora_rank is not None:
+            alpha = 2 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+            agent.add_lora(rank=self.lora_rank, alpha=alpha, dropout=self.lora_dropout, vision=self.lora_vision)
+        if self.freeze_vision or self.freeze_projector:
+            agent.freeze(vision=self.freeze_vision, projector=self.freeze_projector)
+        if self.gradient_checkpointing:
+            agent.enable_gradient_checkpointing()
+
+
+@dataclass(frozen=True)
+class TrainConfig(TaskConfig, Generic[AlgorithmT]):
     """Train a model by reinforcement learning; with no options, the built-in model on the built-in scenes."""
 
     config: Path | None = None
     """YAML file of options; those on the command line win."""
-    algo: Literal["grpo"] = "grpo"
-    """Algorithm."""
+    algo: AlgorithmName = "grpo"
+    """Algorithm, or named variant of one; `vlmenv train --algo NAME --help` explains its options."""
     output: Path | None = None
     """Folder of the run; runs/DATE-TIME-ENV-ALGO where left out."""
     prompts_per_step: int = 16
     """Samples in a batch, each answered `group_size` times; over all processes together."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of forward and backward passes; weights are kept in fp32."""
     checkpoint_every: int | None = None
-    """Save the model every so many steps, and not only at the end."""
+    """Save the model, and all that training needs to go on, every so many steps, and not only at the end."""
+    keep: int | None = None
+    """Checkpoints to keep, the newest; all of them where left out."""
+    resume: Path | None = None
+    """Go on with the run in this folder, from its newest checkpoint and with its own options."""
     eval_dataset: tuple[str, ...] | None = None
     """What to measure on before and after, with images as for `dataset`; the training data where left out."""
     eval_split: str | None = None
     """The split of a Hugging Face data set to measure on; that of the training data where left out."""
     eval_limit: int | None = None
     """Measure on at most so many samples, 512 where left out. 0 leaves the measuring out."""
+    eval_every: int | None = None
+    """Measure every so many steps too, and keep the best model, by the first of the metrics."""
+    adaptation: Annotated[ModelConfig, tyro.conf.arg(name="")] = field(default_factory=ModelConfig)
     trainer: Annotated[TrainerConfig, tyro.conf.arg(name="")] = field(default_factory=TrainerConfig)
-    algorithm: Annotated[GRPOConfig, tyro.conf.arg(name="")] = field(default_factory=GRPOConfig)
+    algorithm: Annotated[AlgorithmT, tyro.conf.arg(name="")] = field(default_factory=GRPOConfig)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.prompts_per_step < 1:
             raise ConfigError(f"prompts_per_step must be at least 1, not {self.prompts_per_step}")
-        if self.checkpoint_every is not None and self.checkpoint_every < 1:
-            raise ConfigError(f"checkpoint_every must be at least 1, not {self.checkpoint_every}")
+        for name in ("checkpoint_every", "keep", "eval_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, not {value}")
         if self.eval_limit is not None and self.eval_limit < 0:
             raise ConfigError(f"eval_limit must not be negative, not {self.eval_limit}")
+        if self.eval_every is not None and self.eval_limit == 0:
+            raise ConfigError("eval_every needs samples to measure on: leave out eval_limit 0")
         if self.temperature == 0:
             raise ConfigError("temperature must be above 0: training needs varied answers")
         if self.dataset is None and not (self.eval_dataset is None and self.eval_split is None and self.split is None):
@@ -64,35 +127,49 @@ class TrainConfig(TaskConfig):
             )
 
 
-def run_training(config: TrainConfig) -> Path:
+def default_config(algo: str) -> TrainConfig[Any]:
+    """The options' defaults for an algorithm.
+
+    Raises:
+        ConfigError: There is no such algorithm.
+    """
+    if algo not in ALGORITHMS:
+        raise ConfigError(unknown_name("algorithm", algo, ALGORITHMS))
+    return TrainConfig(algo=algo, algorithm=ALGORITHMS[algo][1])  # type: ignore[arg-type]
+
+
+def run_training(config: TrainConfig[Any]) -> Path:
     """`vlmenv train`.
 
     Returns:
         The run's folder.
     """
     check_device(config.device)
-    run = RunFolder(config.output or RunFolder.default_path(config.env, config.algo))
-    accelerator = Accelerator(
-        cpu=config.device == "cpu",
-        mixed_precision="no" if config.precision == "fp32" else config.precision,
-        log_with="tensorboard",
-        project_dir=run.path,
-        # A process whose rows happen to hold no image gives the vision tower no gradient.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
-    if accelerator.is_main_process:
+    if config.precision == "fp16" and (config.device == "cpu" or not torch.cuda.is_available()):
+        raise ConfigError("precision fp16 needs a CUDA GPU: take fp32 or bf16")
+    run = RunFolder(config.resume or config.output or RunFolder.default_path(config.env, config.algo))
+    accelerator = _accelerator(config, run)
+    if accelerator.is_main_process and config.resume is None:
         run.check_new()
     console = Console(quiet=not accelerator.is_main_process)
-    envs = _training_envs(config, accelerator)
+    with console.status("reading the data"):
+        envs = _training_envs(config, accelerator)
+        held_out = None if config.eval_limit == 0 else _evaluation_envs(config)
     report_broken_rows(envs, console)
-    held_out = None if config.eval_limit == 0 else _evaluation_envs(config)
     agent = load_agent(config.model, accelerator.device, config.temperature, config.max_new_tokens)
-    if accelerator.is_main_process:
-        run.create(to_yaml(_located(config), without=("config", "output")))
+    algorithm = ALGORITHMS[config.algo][0](config.algorithm)
+    config.adaptation.apply(agent)
+    if algorithm.wants_values:
+        agent.add_value_head()
+    if accelerator.is_main_process and config.resume is None:
+        run.create(to_yaml(_located(config), without=("config", "output", "resume")))
     console.print(f"{config.env}, {config.algo}, model {config.model}; writing to {run.path}", highlight=False)
-    before = _evaluate(agent, held_out, config, "before training", console)
-    trainer = Trainer(agent, envs, ALGORITHMS[config.algo](config.algorithm), config.trainer, accelerator)
-    _train(trainer, config, run, console)
+    before = _measured_before(agent, held_out, config, run, accelerator, console)
+    trainer = Trainer(agent, envs, algorithm, config.trainer, accelerator)
+    if config.resume is not None:
+        load_checkpoint(trainer, run)
+        console.print(f"going on after step {trainer.step}")
+    _train(trainer, held_out, config, run, console)
     after = _evaluate(agent, held_out, config, "after training", console)
     if accelerator.is_main_process and held_out is not None and before is not None and after is not None:
         _compare(config, run, held_out, before, after, console)
@@ -100,13 +177,31 @@ def run_training(config: TrainConfig) -> Path:
     return run.path
 
 
-def _located(config: TrainConfig) -> TrainConfig:
-    """The options with a model folder's whole path, so that they hold from anywhere."""
-    folder = Path(config.model)
-    return dataclasses.replace(config, model=str(folder.absolute())) if folder.is_dir() else config
+def _accelerator(config: TrainConfig[Any], run: RunFolder) -> Accelerator:
+    return Accelerator(
+        cpu=config.device == "cpu",
+        mixed_precision="no" if config.precision == "fp32" else config.precision,
+        log_with="tensorboard",
+        project_dir=run.path,
+        # A process whose rows happen to hold no image gives the vision tower no gradient.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
 
 
-def _training_envs(config: TrainConfig, accelerator: Accelerator) -> VisualTaskVectorEnv:
+def _located(config: TrainConfig[Any]) -> TrainConfig[Any]:
+    """The options with whole paths in place of those from the working directory, so that they hold from anywhere."""
+    changes: dict[str, Any] = {"model": _whole(config.model)}
+    for name in ("dataset", "eval_dataset"):
+        given: Sequence[str] | None = getattr(config, name)
+        changes[name] = None if given is None else tuple(_whole(one) for one in given)
+    return dataclasses.replace(config, **changes)
+
+
+def _whole(name: str) -> str:
+    return str(Path(name).absolute()) if Path(name).exists() else name
+
+
+def _training_envs(config: TrainConfig[Any], accelerator: Accelerator) -> VisualTaskVectorEnv:
     processes, group_size = accelerator.num_processes, config.algorithm.group_size
     if config.prompts_per_step % processes:
         raise ConfigError(f"prompts_per_step={config.prompts_per_step} is not a multiple of {processes} processes")
@@ -116,20 +211,38 @@ def _training_envs(config: TrainConfig, accelerator: Accelerator) -> VisualTaskV
         group_size=group_size,
         shard=accelerator.process_index,
         num_shards=processes,
+        answers=config.algo == "sft",
         **config.data_arguments(),
         **config.env_arguments(),
     )
 
 
-def _evaluation_envs(config: TrainConfig) -> VisualTaskVectorEnv:
+def _evaluation_envs(config: TrainConfig[Any]) -> VisualTaskVectorEnv:
     split = "eval" if config.dataset is None else config.eval_split or config.split
     data = dataclasses.replace(config, dataset=config.eval_dataset or config.dataset).data_arguments()
     num_envs = min(64, config.prompts_per_step * config.algorithm.group_size)
     return make_envs(config.env, num_envs, **(data | {"split": split}), **config.env_arguments())
 
 
+def _measured_before(
+    agent: VLMAgent,
+    envs: VisualTaskVectorEnv | None,
+    config: TrainConfig[Any],
+    run: RunFolder,
+    accelerator: Accelerator,
+    console: Console,
+) -> Evaluation | None:
+    """What the model can do before training; a resumed run has it in its folder."""
+    if envs is not None and config.resume is not None and (run.path / "before" / "metrics.json").is_file():
+        return read_evaluation(run.path / "before", envs.task)
+    before = _evaluate(agent, envs, config, "before training", console)
+    if before is not None and accelerator.is_main_process:
+        write_evaluation(before, run.path / "before")
+    return before
+
+
 def _evaluate(
-    agent: VLMAgent, envs: VisualTaskVectorEnv | None, config: TrainConfig, title: str, console: Console
+    agent: VLMAgent, envs: VisualTaskVectorEnv | None, config: TrainConfig[Any], title: str, console: Console
 ) -> Evaluation | None:
     if envs is None:
         return None
@@ -137,42 +250,70 @@ def _evaluate(
     return evaluate(agent, envs, count, greedy=True, title=title, console=console)
 
 
-def _train(trainer: Trainer, config: TrainConfig, run: RunFolder, console: Console) -> None:
+def _train(
+    trainer: Trainer, held_out: VisualTaskVectorEnv | None, config: TrainConfig[Any], run: RunFolder, console: Console
+) -> None:
     """Runs the trainer to its end, writing each step as it is done.
 
-    Where an error or Ctrl-C ends this process early, the model after the last finished step is saved all the same.
+    Where an error or a signal ends this process early, the state after the last finished step is saved all the same.
     """
     accelerator, steps = trainer.accelerator, config.trainer.steps
     accelerator.init_trackers("tensorboard", {name: str(value) for name, value in flatten(config).items()})
-    history: list[dict[str, float]] = []
+    history = run.history(trainer.step)
     try:
-        with TrainingProgress(console, steps) as progress:
+        with Stopping(accelerator) as stopping, TrainingProgress(console, steps) as progress:
             for result in trainer.train(config.seed):
+                if config.eval_every and result.step % config.eval_every == 0 and held_out is not None:
+                    result.metrics |= _keep_best(trainer, held_out, config, run, console)
                 history.append(result.metrics)
                 accelerator.log(result.metrics, step=result.step)
                 progress.show(result.step, result.metrics)
                 if accelerator.is_main_process:
                     run.write_step(result)
-                    if config.checkpoint_every and result.step % config.checkpoint_every == 0:
-                        trainer.agent.save(run.checkpoint(result.step))
+                if config.checkpoint_every and result.step % config.checkpoint_every == 0:
+                    save_checkpoint(trainer, run)
+                    prune(run, config.keep)
+                if stopping.requested():
+                    break
     finally:
-        if history and accelerator.is_main_process:
-            _finish(trainer, run, history, console)
+        _finish(trainer, run, history, console)
         accelerator.end_training()
+    stopping.end_process()
+
+
+def _keep_best(
+    trainer: Trainer, held_out: VisualTaskVectorEnv, config: TrainConfig[Any], run: RunFolder, console: Console
+) -> dict[str, float]:
+    """Measures the model, and saves it where it is better than any before by the first of the metrics."""
+    evaluation = _evaluate(trainer.agent, held_out, config, f"step {trainer.step}", console)  # type: ignore[arg-type]
+    assert evaluation is not None
+    name, interval = next(iter(evaluation.metrics.items()))
+    if trainer.accelerator.is_main_process and interval.value > run.best().get("value", float("-inf")):
+        trainer.agent.save(run.path / "best")
+        run.write_json("best.json", {"step": trainer.step, "metric": name, "value": interval.value})
+    return {f"eval/{metric}": found.value for metric, found in evaluation.metrics.items()}
 
 
 def _finish(trainer: Trainer, run: RunFolder, history: list[dict[str, float]], console: Console) -> None:
-    """Saves the model after the last step that was finished, and draws the curve so far."""
-    folder = run.checkpoint(len(history))
-    if not folder.exists():
-        trainer.agent.save(folder)
-    draw_curve(run.path / "curve.png", history)
-    if len(history) < trainer.config.steps:
-        console.print(f"ended early; the model after step {len(history)} is in {folder}", highlight=False)
+    """Saves the state after the last step that was finished, and draws the curve so far."""
+    if not trainer.step:
+        return
+    ended_early = trainer.step < trainer.config.steps
+    if trainer.is_between_steps and not run.checkpoint(trainer.step).exists():
+        save_checkpoint(trainer, run)
+    if trainer.accelerator.is_main_process:
+        draw_curve(run.path / "curve.png", history)
+    if ended_early and (saved := run.checkpoints()):
+        console.print(
+            f"ended early; {saved[-1]} holds the state after step {run.step_of(saved[-1])}. "
+            f"Go on with: vlmenv train --resume {run.path}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _compare(
-    config: TrainConfig,
+    config: TrainConfig[Any],
     run: RunFolder,
     envs: VisualTaskVectorEnv,
     before: Evaluation,

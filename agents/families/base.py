@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.import_utils import is_torchvision_available
 
@@ -116,6 +117,18 @@ class Family(ABC):
     @abstractmethod
     def modality_tokens(self) -> set[int]:
         """Ids that stand for image or video features, and those that enclose them."""
+
+    @abstractmethod
+    def language_model(self) -> nn.Module:
+        """The text decoder, whose blocks are its `layers`; without the head."""
+
+    @abstractmethod
+    def vision_tower(self) -> nn.Module:
+        """What turns pixels into features, whose blocks are its `blocks`; it may hold the projectors."""
+
+    @abstractmethod
+    def projectors(self) -> list[nn.Module]:
+        """What maps the vision tower's features into the language model."""
 
     @cached_property
     def end_tokens(self) -> tuple[int, ...]:

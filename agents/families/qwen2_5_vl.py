@@ -7,6 +7,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from vlmenv.agents.families.base import Family
 from vlmenv.core.coordinates import CoordinateSpace
@@ -38,6 +39,15 @@ class Qwen25VL(Family):
     def modality_tokens(self) -> set[int]:
         config = self.model.config
         return {config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id}
+
+    def language_model(self) -> nn.Module:
+        return self.model.get_submodule("model.language_model")
+
+    def vision_tower(self) -> nn.Module:
+        return self.model.get_submodule("model.visual")
+
+    def projectors(self) -> list[nn.Module]:
+        return [self.vision_tower().get_submodule("merger")]
 
     def _tokens_per_image(self, grid: torch.Tensor) -> NDArray[np.int64]:
         """Features of each image [images], from its grid [images, 3] of patches (time, height, width)."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from torch import nn
+
 from vlmenv.agents.families.qwen2_5_vl import Qwen25VL
 from vlmenv.core.coordinates import CoordinateSpace
 
@@ -13,6 +15,10 @@ class Qwen3VL(Qwen25VL):
 
     model_type: ClassVar[str] = "qwen3_vl"
     coordinates: ClassVar[CoordinateSpace] = CoordinateSpace.NORM1000
+
+    def projectors(self) -> list[nn.Module]:
+        """Features of several blocks are merged, each by a projector of its own (DeepStack)."""
+        return [*super().projectors(), self.vision_tower().get_submodule("deepstack_merger_list")]
 
 
 class Qwen3VLMoe(Qwen3VL):

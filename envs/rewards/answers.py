@@ -219,6 +219,7 @@ _NUMBER = re.compile(
     rf"(?<![\w.,/])([+-]?)({_DIGITS})(?: ?/ ?({_DIGITS}))?+(?!,?[0-9]|\.[0-9]| ?/ ?[0-9])"
     rf"(?= ?(?:{UNIT})| {SPACED_UNIT}|(?! ?[A-Za-z](?![A-Za-z]))(?!\w))"  # 12 cm and 12 dogs, but not 12x, 12², 12 x
 )
+_BARE_NUMBER = re.compile(rf"([+-]?)({_DIGITS})")
 _MEASUREMENT = re.compile(rf"[$£€¥₹]? ?[+-]?{_DIGITS}(?: ?/ ?{_DIGITS})?+ ?(?:%|{UNIT}|{SPACED_UNIT})?")
 _REWRITTEN: Final = tuple(
     (re.compile(pattern), by)
@@ -252,6 +253,8 @@ def parse_number(content: str) -> float | None:
     """
     if len(content) > LONGEST_ANSWER:
         return None
+    if bare := _BARE_NUMBER.fullmatch(content):
+        return _value(bare[1], bare[2], None)  # the same result, sooner: data sets have many
     text = content.translate(_PLAIN)
     for pattern, by in _REWRITTEN:
         text = pattern.sub(by, text)

@@ -97,8 +97,6 @@ def _remember(found: dict[tuple[str, str], bool]) -> None:
 
 def make_comparison() -> Callable[[str, str], bool]:
     """What the child processes do; loads math-verify, which takes a while."""
-    import logging
-
     from math_verify import (  # type: ignore[import-untyped]
         LatexExtractionConfig,
         LatexNormalizationConfig,
@@ -106,7 +104,6 @@ def make_comparison() -> Callable[[str, str], bool]:
         verify,
     )
 
-    logging.disable(logging.CRITICAL)
     # Its own list of units holds t, h and c, so that 5t would be 5.
     normalisation = LatexNormalizationConfig(units=False, malformed_operators=True, nits=True)
     # LaTeX alone: its search for numbers in plain text takes "9\pi)" for 9.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import importlib
 import os
 import signal
@@ -28,7 +29,7 @@ START_LIMIT: Final = 120.0
 MEMORY_LIMIT: Final = 2 * 2**30
 """Bytes of address space that a process may take up."""
 MOST_PROCESSES: Final = 8
-"""There may be several training processes on a machine, and each has workers of its own."""
+"""There may be several training processes on a machine, each with workers of its own."""
 
 _PATIENCE: Final = 4  # by the clock; results must not hang on how busy the machine is
 _MAIN: Final = (
@@ -137,11 +138,14 @@ class _Worker:
                 stdin=theirs.fileno(),  # a socket, which carries both directions
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
+                start_new_session=True,  # so that it can be ended with what it has forked
             )
 
     def call(self, arguments: tuple[Any, ...], time_limit: float) -> Any:
         if not self._ready:
             self._await_start()
+        while self._connection.poll(0):
+            self._connection.recv()  # what is said when somebody ends a process that has nothing to do
         self._connection.send(arguments)
         if not self._connection.poll(time_limit):
             raise TimeoutError
@@ -158,7 +162,11 @@ class _Worker:
 
     def end(self) -> None:
         self._connection.close()
-        self.process.kill()
+        if hasattr(os, "killpg"):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+        else:
+            self.process.kill()
         self.process.wait()
 
     def forget(self) -> None:
@@ -192,7 +200,10 @@ if hasattr(os, "register_at_fork"):
 
 
 def _serve(factory: str, time_limit: float) -> None:
-    """The child's whole life: says that it is ready, or why not, and then answers calls until the parent is gone."""
+    """The child's whole life: says that it is ready, or why not, and then has calls answered until the parent is gone.
+
+    Here a fork does no harm, as there is but one thread, and spares loading everything anew when a call ends badly.
+    """
     with contextlib.suppress(OSError, EOFError), Connection(os.dup(0)) as connection:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         try:
@@ -202,12 +213,30 @@ def _serve(factory: str, time_limit: float) -> None:
             return
         _limit_memory()
         connection.send(None)
+        if not hasattr(os, "fork"):
+            _answer(connection, function, time_limit)
         while True:
-            arguments = connection.recv()
-            _limit_computing(time_limit)
-            result = _result(function, arguments)
-            _limit_computing(0)
-            connection.send(result)
+            _in_a_fork(functools.partial(_answer, connection, function, time_limit))
+            connection.send(None)  # a call has ended badly; raises if the parent is gone
+
+
+def _in_a_fork(work: Callable[[], None]) -> None:
+    fork = os.fork()
+    if fork == 0:
+        try:
+            work()
+        finally:
+            os._exit(1)
+    os.waitpid(fork, 0)
+
+
+def _answer(connection: Connection, function: Callable[..., Any], time_limit: float) -> None:
+    while True:
+        arguments = connection.recv()
+        _limit_computing(time_limit)
+        result = _result(function, arguments)
+        _limit_computing(0)
+        connection.send(result)
 
 
 def _made(factory: str) -> Callable[..., Any]:
@@ -231,6 +260,7 @@ def _limit_memory() -> None:
 
         _, most = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, most))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash leaves no file behind
 
 
 def _limit_computing(seconds: float) -> None:

@@ -4,36 +4,18 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import gymnasium
 import numpy as np
 import pytest
 import torch
+from batches import observations, ragged
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from vlmenv.agents.vlm import VLMAgent, find_model
 from vlmenv.core.errors import ModelError, PromptError
 from vlmenv.core.rollout import Observation, Rollout
-
-
-def observations(num_envs: int = 12, group_size: int = 4) -> Any:
-    envs = gymnasium.make_vec("VLM-REC-v0", num_envs=num_envs, group_size=group_size)
-    return envs.reset(seed=0)[0]
-
-
-def ragged() -> list[Observation]:
-    """Prompts of unequal length with one image, two, none, and of unequal sizes, in groups."""
-    rng = np.random.default_rng(0)
-
-    def image(height: int, width: int) -> np.ndarray:
-        return rng.integers(256, size=(height, width, 3), dtype=np.uint8)
-
-    a: Observation = {"images": (image(64, 96),), "prompt": "Locate the red circle."}
-    b: Observation = {"images": (image(96, 96), image(64, 64)), "prompt": "Which of the two is larger, and how much?"}
-    c: Observation = {"images": (), "prompt": "How many is 2 and 3?"}
-    return [a, a, a, b, b, c, c, a]
 
 
 def plain_logprobs(agent: VLMAgent, rollout: Rollout, row: int) -> torch.Tensor:
@@ -236,14 +218,15 @@ def test_missing_weights_are_refused(tmp_path: Path) -> None:
         VLMAgent.from_pretrained(tmp_path)
 
 
-def test_a_frozen_copy_stays_as_it_was(builtin: VLMAgent) -> None:
+def test_the_reference_stays_as_it_was(builtin: VLMAgent) -> None:
     rollout = builtin.rollout(observations())
-    copy = builtin.frozen_copy()
+    reference = builtin.reference()
     before = builtin.logprobs(rollout).values.detach()
     with torch.no_grad():
         builtin.family.model.lm_head.weight.mul_(1.5)
-    assert torch.equal(copy.logprobs(rollout).values, before)
-    assert not copy.parameters()
+    again = reference.logprobs(rollout).values
+    assert torch.equal(again, before)
+    assert not again.requires_grad
     assert not torch.equal(builtin.logprobs(rollout).values, before)
 
 

@@ -1,41 +1,94 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from helpers import inputs, scored
 
-from vlmenv.algos import GRPO, GRPOConfig, LossInputs
+from vlmenv.algos import ALGORITHMS, GRPO, PRESETS, GRPOConfig
 from vlmenv.core.errors import ConfigError
-
-
-def inputs(reference: bool) -> LossInputs:
-    """Two completions, of two tokens and of one."""
-    logprobs = torch.log(torch.tensor([[0.5, 0.6], [0.3, 1.0]])).requires_grad_()
-    old = torch.log(torch.tensor([[0.5, 0.4], [0.2, 1.0]]))
-    ref = torch.log(torch.tensor([[0.25, 0.6], [0.3, 1.0]])) if reference else None
-    return LossInputs(logprobs, old, ref, torch.tensor([1.0, -1.0]), torch.tensor([[True, True], [True, False]]))
 
 
 def test_the_loss_by_hand() -> None:
     """Ratios 1, 1.5, 1.5; the second is clipped to 1.2, the third not, since its advantage is negative."""
-    output = GRPO(GRPOConfig()).loss(inputs(reference=False), num_tokens=6)
-    assert output.loss.item() == pytest.approx((-1 - 1.2 + 1.5) / 6)
+    output = GRPO(GRPOConfig()).loss(inputs())
+    assert output.loss.item() == pytest.approx((-1 - 1.2 + 1.5) / 3)
     assert output.sums["policy/clip_frac"].item() == 1
     k3 = 0.5 - math.log(1.5)
-    assert output.sums["policy/approx_kl"].item() == pytest.approx(2 * k3, rel=1e-5)
+    assert output.sums["policy/approx_kl"].item() == pytest.approx(2 * k3)
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("token", (-1 - 1.2 + 1.5) / 3),
+        ("sequence", ((-1 - 1.2) / 2 + 1.5) / 2),
+        ("constant", (-1 - 1.2 + 1.5) / (2 * 4)),
+    ],
+)
+def test_means_over_tokens_by_hand(how: Any, expected: float) -> None:
+    algorithm = GRPO(GRPOConfig(aggregation=how))
+    assert algorithm.aggregation == how
+    assert algorithm.loss(inputs(how=how)).loss.item() == pytest.approx(expected)
 
 
 def test_the_kl_penalty_by_hand() -> None:
-    output = GRPO(GRPOConfig(beta=0.04)).loss(inputs(reference=True), num_tokens=3)
-    kl = 0.5 - math.log(0.5) - 1
-    assert output.loss.item() == pytest.approx((-1 - 1.2 + 1.5 + 0.04 * kl) / 3)
-    assert output.sums["policy/kl"].item() == pytest.approx(kl)
+    for estimator, kl in (("k1", math.log(2)), ("k2", math.log(2) ** 2 / 2), ("k3", 0.5 - math.log(0.5) - 1)):
+        output = GRPO(GRPOConfig(beta=0.04, kl_estimator=estimator)).loss(inputs(reference=True))  # type: ignore[arg-type]
+        assert output.loss.item() == pytest.approx((-1 - 1.2 + 1.5 + 0.04 * kl) / 3)
+        assert output.sums["policy/kl"].item() == pytest.approx(kl)
 
 
-def test_clip_higher() -> None:
-    output = GRPO(GRPOConfig(epsilon_high=0.28)).loss(inputs(reference=False), num_tokens=1)
-    assert output.loss.item() == pytest.approx(-1 - 1.28 + 1.5)
+def test_clip_higher_and_dual_clip() -> None:
+    assert GRPO(GRPOConfig(epsilon_high=0.28)).loss(inputs()).loss.item() == pytest.approx((-1 - 1.28 + 1.5) / 3)
+    assert GRPO(GRPOConfig(dual_clip=1.3)).loss(inputs()).loss.item() == pytest.approx((-1 - 1.2 + 1.3) / 3)
+
+
+def test_gspo_by_hand() -> None:
+    """The ratio of the first completion is sqrt(1 * 1.5), clipped to 1.1; of the second 1.5."""
+    config = GRPOConfig(ratio="sequence", aggregation="sequence", epsilon=0.1)
+    assert GRPO(config).loss(inputs(how="sequence")).loss.item() == pytest.approx((-1.1 + 1.5) / 2)
+
+
+def test_cispo_by_hand() -> None:
+    """Weights 1, 1.2, 1.2 times the log-probability; no token is without a gradient."""
+    given = inputs()
+    output = GRPO(GRPOConfig(objective="cispo")).loss(given)
+    logs = [math.log(0.5), 1.2 * math.log(0.6), -1.2 * math.log(0.3)]
+    assert output.loss.item() == pytest.approx(-sum(logs) / 3)
+    output.loss.backward()
+    gradient = given.logprobs.grad
+    assert gradient is not None
+    torch.testing.assert_close(gradient, torch.tensor([[-1.0, -1.2], [1.2, 0.0]], dtype=torch.float64) / 3)
+
+
+def test_advantages_by_hand() -> None:
+    rewards = [0.0, 2.0, 5.0, 5.0]
+    std = math.sqrt(2)
+    everyone = torch.tensor(rewards, dtype=torch.float64).std().item()
+    for scale, expected in (
+        ("group", [-1 / (std + 1e-4), 1 / (std + 1e-4), 0, 0]),
+        ("none", [-1, 1, 0, 0]),
+        ("batch", [-1 / (everyone + 1e-4), 1 / (everyone + 1e-4), 0, 0]),
+    ):
+        credit = GRPO(GRPOConfig(group_size=2, scale=scale)).credit(scored(rewards))  # type: ignore[arg-type]
+        assert credit.advantages.flatten().tolist() == pytest.approx(expected)
+
+
+def test_completions_that_were_cut_off_teach_nothing_on_request() -> None:
+    given = scored([0.0, 1.0], truncated=torch.tensor([True, False]))
+    assert GRPO(GRPOConfig(group_size=2)).credit(given).mask.all()
+    mask = GRPO(GRPOConfig(group_size=2, mask_truncated=True)).credit(given).mask
+    assert mask.tolist() == [[False, False], [True, True]]
+
+
+def test_long_completions_are_punished_softly() -> None:
+    """Of 10 tokens the last 4 cost: 8 tokens half a point."""
+    mask = torch.arange(10) < torch.tensor([[6], [8]])
+    credit = GRPO(GRPOConfig(group_size=2, overlong_share=0.4, scale="none")).credit(scored([1.0, 1.0], mask=mask))
+    assert credit.advantages.flatten().tolist() == pytest.approx([0.25, -0.25])
 
 
 def test_a_reference_is_wanted_only_for_the_penalty() -> None:
@@ -43,18 +96,31 @@ def test_a_reference_is_wanted_only_for_the_penalty() -> None:
     assert GRPO(GRPOConfig(beta=0.01)).wants_reference
 
 
+def test_the_published_variants_can_be_named() -> None:
+    assert {"grpo", "dr_grpo", "dapo", "gspo", "cispo"} == set(PRESETS)
+    for name in PRESETS:
+        kind, config = ALGORITHMS[name]
+        assert isinstance(kind(config), GRPO)
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {"group_size": 1},
         {"mu": 0},
+        {"minibatches": 0},
         {"epsilon": 0},
         {"epsilon": 1.0},
         {"epsilon_high": 0.0},
+        {"dual_clip": 1.0},
+        {"objective": "cispo", "dual_clip": 2.0},
+        {"objective": "cispo", "ratio": "sequence"},
+        {"overlong_share": 1.0},
+        {"most_rounds": 0},
         {"beta": -1.0},
         {"beta": math.nan},
     ],
 )
-def test_options_out_of_range_are_refused(options: dict[str, float]) -> None:
+def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
-        GRPOConfig(**options)  # type: ignore[arg-type]
+        GRPOConfig(**options)

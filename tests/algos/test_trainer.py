@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.algos import GRPO, GRPOConfig, Trainer, TrainerConfig
+from vlmenv.algos.batch import Batch
 from vlmenv.core.errors import ConfigError, DataError
 
 
@@ -26,7 +27,7 @@ def make(
 
 def gradient(trainer: Trainer, rollout: Any, advantages: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     trainer.optimizer.zero_grad()
-    sums = trainer.backward(rollout, advantages)
+    sums = trainer.backward(Batch.of(rollout, trainer.agent.device, advantages))
     return torch.cat([p.grad.flatten() for p in trainer.agent.parameters() if p.grad is not None]), sums
 
 
@@ -73,6 +74,7 @@ def test_what_is_logged(builtin: VLMAgent) -> None:
         "policy/entropy",
         "policy/kl",
         "policy/grad_norm",
+        "policy/skipped",
         "loss",
         "lr",
         "time/rollout",
@@ -81,7 +83,7 @@ def test_what_is_logged(builtin: VLMAgent) -> None:
         "time/sync",
         "tokens_per_second",
     }
-    lengths = [len(completion.token_ids) for completion in result.rollout.completions]
+    lengths = [len(completion.token_ids) for completion in result.rollouts.rollout.completions]
     assert result.metrics["completion/length"] == np.mean(lengths)
     assert result.metrics["reward/mean"] == pytest.approx(
         result.metrics["reward/iou"] + 0.1 * result.metrics["reward/format"]

@@ -12,6 +12,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 import vlmenv  # noqa: F401
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.algos import GRPO, GRPOConfig, Trainer, TrainerConfig
+from vlmenv.algos.batch import Batch
 from vlmenv.core.rollout import Observation, Rollout
 
 
@@ -32,13 +33,13 @@ def main(folder: Path) -> None:
     config = TrainerConfig(micro_batch_size=3, steps=2)
     trainer = Trainer(agent, envs, GRPO(GRPOConfig(group_size=4)), config, accelerator)
     half = slice(4 * rank, 4 * rank + 4)
-    trainer.backward(rollout[half], advantages[half])
+    trainer.backward(Batch.of(rollout[half], agent.device, advantages[half]))
     result = {"gradient": flat(p.grad for p in agent.parameters())}
     trainer.optimizer.zero_grad()
     steps = list(trainer.train(seed=0))
     result["weights"] = flat(agent.parameters())
     result["metrics"] = {k: v for k, v in steps[-1].metrics.items() if not k.startswith(("time/", "tokens"))}
-    result["ids"] = [name for step in steps for name in step.infos["id"]]
+    result["ids"] = [record["id"] for step in steps for record in step.rollouts.records]
     torch.save(result, folder / f"process{rank}.pt")
     accelerator.end_training()
 

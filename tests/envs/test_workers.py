@@ -19,7 +19,7 @@ from vlmenv.envs.rewards import workers as module
 from vlmenv.envs.rewards.workers import Workers
 
 JOBS = """
-import os, sys, threading, time
+import mmap, os, sys, threading, time
 
 def loaded():
     return sorted({"torch", "transformers"} & set(sys.modules))
@@ -43,7 +43,9 @@ FUNCTIONS = {
     "sleep": lambda seconds: time.sleep(seconds) or "slept",
     "power": lambda exponent: 9**exponent % 7,  # one C call that gives way to no other thread
     "memory": lambda size: len(bytearray(size)),
+    "address space": lambda size: len(mmap.mmap(-1, size)),
     "pid": os.getpid,
+    "pids": lambda: (os.getppid(), os.getpid()),
     "exit": os._exit,
     "raise": raising,
     "overflow": overflow,
@@ -121,6 +123,7 @@ def test_results_come_in_order(workers: Workers) -> None:
         ("overflow",),
         ("unpicklable",),
         ("memory", 3 * 2**30),
+        ("address space", 3 * 2**30),
         ("sleep", 60),
         ("power", 10**9),
     ],
@@ -129,16 +132,30 @@ def test_results_come_in_order(workers: Workers) -> None:
 def test_a_call_that_fails_gives_none_and_costs_no_other(workers: Workers, call: Call) -> None:
     started = time.perf_counter()
     assert run(workers, ("double", 1), call, ("double", 2), ("double", 3)) == [2, None, 4, 6]
-    assert time.perf_counter() - started < 4  # 0.2 s of computing, 0.8 s by the clock, and a new process
+    assert time.perf_counter() - started < 4  # 0.2 s of computing, 0.8 s by the clock, or a new process
     assert run(workers, ("double", 4)) == [8]
+
+
+def test_a_call_that_raises_ends_no_process(workers: Workers) -> None:
+    (pid,) = run(workers, ("pid",))
+    assert run(workers, ("raise", ValueError("bad"))) == [None]
+    assert run(workers, ("pid",)) == [pid]
+
+
+def test_it_is_computing_that_is_limited_first(jobs: Path) -> None:
+    workers = Workers("worker_jobs:make", 0.5)
+    assert run(workers, ("sleep", 0.7)) == ["slept"]
+    workers.close()
 
 
 def test_memory_below_the_limit_can_be_used(workers: Workers) -> None:
     assert run(workers, ("memory", 2**27)) == [2**27]
 
 
-def test_nothing_reaches_the_terminal(workers: Workers, capfd: pytest.CaptureFixture[str]) -> None:
+def test_nothing_reaches_the_terminal(jobs: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    workers = Workers("worker_jobs:make", 1)
     assert run(workers, ("noisy", "a"), ("raise", ValueError()), ("exit", 1)) == ["done", None, None]
+    workers.close()
     assert capfd.readouterr() == ("", "")
 
 
@@ -158,8 +175,9 @@ def test_processes_are_started_as_needed(jobs: Path) -> None:
     workers.start()
     workers.start()
     (started,) = workers._all
-    assert run(workers, ("pid",)) == [started.process.pid]
-    assert run(workers, ("pid",)) == [started.process.pid]
+    ((first, fork),) = run(workers, ("pids",))
+    assert first == started.process.pid
+    assert run(workers, ("pids",)) == [(first, fork)]
     run(workers, *[("double", 1)] * 100)
     assert len(workers._all) <= min(len(os.sched_getaffinity(0)), module.MOST_PROCESSES)
     processes = [worker.process for worker in workers._all]
@@ -184,19 +202,38 @@ def test_a_process_that_cannot_start_is_an_error_and_no_result(jobs: Path, facto
     assert not workers._all
 
 
-def test_a_process_that_others_end_is_replaced(workers: Workers) -> None:
-    run(workers, ("double", 1))
-    for worker in list(workers._all):
-        os.kill(worker.process.pid, signal.SIGKILL)
-        os.waitid(os.P_PID, worker.process.pid, os.WEXITED | os.WNOWAIT)
+def test_a_call_that_ends_badly_costs_no_new_start(workers: Workers) -> None:
+    ((first, fork),) = run(workers, ("pids",))
+    assert run(workers, ("power", 10**9)) == [None]
+    ((same, other),) = run(workers, ("pids",))
+    assert same == first
+    assert other != fork
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_process_that_others_end_is_replaced(workers: Workers, which: int) -> None:
+    (pids,) = run(workers, ("pids",))
+    os.kill(pids[which], signal.SIGKILL)
+    assert wait_until(lambda: not is_running(pids[which]))
+    time.sleep(0.05)
     assert workers.map([("double", i) for i in range(4)]) == [0, 2, 4, 6]
+    assert run(workers, ("pids",)) != [pids]
+    assert wait_until(lambda: not is_running(pids[1]))
 
 
 def test_an_interrupt_from_the_keyboard_is_the_parents(workers: Workers) -> None:
-    (pid,) = run(workers, ("pid",))
-    os.kill(pid, signal.SIGINT)
+    (pids,) = run(workers, ("pids",))
+    for pid in pids:
+        assert os.getpgid(pid) == pids[0] != os.getpgid(0)  # not in the group that the terminal interrupts
+        os.kill(pid, signal.SIGINT)
     time.sleep(0.05)
-    assert run(workers, ("pid",)) == [pid]
+    assert run(workers, ("pids",)) == [pids]
+
+
+def test_a_call_that_waits_too_long_is_ended(workers: Workers) -> None:
+    (pids,) = run(workers, ("pids",))
+    assert run(workers, ("sleep", 60)) == [None]
+    assert wait_until(lambda: not any(map(is_running, pids)))
 
 
 def test_several_threads_at_once(workers: Workers) -> None:
@@ -237,24 +274,26 @@ def test_a_fork_starts_its_own(workers: Workers) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_fork_does_not_keep_its_parents_processes_alive(jobs: Path) -> None:
-    """A script is killed while a fork of it lives on."""
+    """A script is killed while a process of its works, and a fork of it lives on."""
     script = """
-        import os, time
+        import os, threading, time
         from vlmenv.envs.rewards.workers import Workers
-        workers = Workers("worker_jobs:make", 1)
-        (pid,) = workers.map([("pid",)])
+        workers = Workers("worker_jobs:make", 10)
+        (pids,) = workers.map([("pids",)])
+        threading.Thread(target=workers.map, args=([("sleep", 0.5)],), daemon=True).start()
+        time.sleep(0.1)
         fork = os.fork()
         if fork == 0:
             time.sleep(60)
-        print(pid, fork, flush=True)
+        print(*pids, fork, flush=True)
         time.sleep(60)
     """
     with script_running(script, jobs) as process:
         assert process.stdout is not None
-        pid, fork = map(int, process.stdout.readline().split())
+        *pids, fork = map(int, process.stdout.readline().split())
         try:
             process.kill()
-            assert wait_until(lambda: not is_running(pid))
+            assert wait_until(lambda: not any(map(is_running, pids)))
             assert is_running(fork)
         finally:
             os.kill(fork, signal.SIGKILL)
@@ -270,19 +309,21 @@ def script_running(script: str, jobs: Path) -> subprocess.Popen[str]:
 @pytest.mark.parametrize("ending", ["", "os.kill(os.getpid(), 9)"])
 def test_children_end_with_the_parent_whose_script_is_not_run_again(jobs: Path, ending: str) -> None:
     script = f"""
-        import os
+        import os, threading, time
         from vlmenv.envs.rewards.workers import Workers
         print("script")
         workers = Workers("worker_jobs:make", 1)
+        threading.Thread(target=lambda held=workers: time.sleep(60), daemon=True).start()
         workers.start()
-        print(workers.map([("pid",)])[0], flush=True)
+        print(*workers.map([("pids",)])[0], flush=True)
         {ending}
     """
     with script_running(script, jobs) as process:
         output, _ = process.communicate(timeout=20)
-    first, pid = output.split()
+    first, *pids = output.split()
     assert first == "script"
-    assert wait_until(lambda: not is_running(int(pid)))
+    assert ending or not Path(f"/proc/{pids[0]}").exists()  # waited for, where the parent could
+    assert wait_until(lambda: not any(is_running(int(pid)) for pid in pids))
 
 
 def test_a_child_at_work_does_not_outlive_its_parent_for_long(jobs: Path) -> None:
@@ -290,15 +331,15 @@ def test_a_child_at_work_does_not_outlive_its_parent_for_long(jobs: Path) -> Non
         import threading, time
         from vlmenv.envs.rewards.workers import Workers
         workers = Workers("worker_jobs:make", 0.2)
-        print(workers.map([("pid",)])[0], flush=True)
+        print(*workers.map([("pids",)])[0], flush=True)
         workers.map([("power", 10**9)])
     """
     with script_running(script, jobs) as process:
         assert process.stdout is not None
-        pid = int(process.stdout.readline())
+        pids = list(map(int, process.stdout.readline().split()))
         time.sleep(0.1)
         process.kill()
-        assert wait_until(lambda: not is_running(pid), 5)
+        assert wait_until(lambda: not any(map(is_running, pids)), 5)
 
 
 def test_a_copy_starts_its_own(workers: Workers) -> None:
@@ -312,6 +353,7 @@ def test_a_copy_starts_its_own(workers: Workers) -> None:
 
 def test_what_is_no_longer_used_is_ended(jobs: Path) -> None:
     workers = Workers("worker_jobs:make", 1)
-    (pid,) = run(workers, ("pid",))
+    ((first, fork),) = run(workers, ("pids",))
     del workers
-    assert wait_until(lambda: not is_running(pid))
+    assert wait_until(lambda: not Path(f"/proc/{first}").exists())  # no zombie either
+    assert wait_until(lambda: not is_running(fork))

@@ -50,6 +50,19 @@ def with_config_file(args: Sequence[str], known: Sequence[str]) -> list[str]:
     return list(args) if path is None else [*_as_arguments(_read(path), path, known), *args]
 
 
+def option_value(args: Sequence[str], name: str) -> str | None:
+    """The value of an option on the command line, or else in the file that `--config` names; None without one.
+
+    Raises:
+        ConfigError: The file cannot be read.
+    """
+    found = [arg.partition("=")[2] for arg in args if arg.startswith(f"--{name}=")]
+    found += [args[i + 1] for i, arg in enumerate(args[:-1]) if arg == f"--{name}"]
+    path = _config_path(args)
+    stored = None if found or path is None else _read(path).get(name)
+    return found[-1] if found else None if stored is None else str(stored)
+
+
 def _config_path(args: Sequence[str]) -> Path | None:
     paths = [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
     paths += [args[i + 1] for i, arg in enumerate(args[:-1]) if arg == "--config"]

@@ -22,6 +22,10 @@ class RewardError(VLMEnvError):
     """A reward term whose value cannot be used."""
 
 
+class TrainingError(VLMEnvError):
+    """Training that cannot go on."""
+
+
 class ModelError(VLMEnvError):
     """A model folder that is incomplete, or of a family that is not known."""
 

@@ -71,11 +71,22 @@ class Rollout:
     def __len__(self) -> int:
         return len(self.completions)
 
-    def __getitem__(self, rows: slice) -> Rollout:
-        """The completions of `rows` with only the prompts that they need."""
+    def __getitem__(self, rows: slice | NDArray[np.int64]) -> Rollout:
+        """The completions of `rows`, a slice or indices, with only the prompts that they need."""
         used, index = np.unique(self.prompt_index[rows], return_inverse=True)
         prompts = [self.prompts[i] for i in used]
-        return Rollout(prompts, index.astype(np.int64), self.completions[rows], self.temperature)
+        numbers = range(len(self))[rows] if isinstance(rows, slice) else rows
+        completions = [self.completions[i] for i in numbers]
+        return Rollout(prompts, index.astype(np.int64), completions, self.temperature)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Rollout]) -> Rollout:
+        """The completions of several rollouts, one after the other."""
+        starts = np.cumsum([0, *(len(part.prompts) for part in parts)])
+        index = [part.prompt_index + start for part, start in zip(parts, starts, strict=False)]
+        prompts = [prompt for part in parts for prompt in part.prompts]
+        completions = [completion for part in parts for completion in part.completions]
+        return cls(prompts, np.concatenate(index), completions, parts[0].temperature)
 
     @property
     def texts(self) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +13,6 @@ from typing import Any
 import vlmenv
 from vlmenv.algos.trainer import StepResult
 from vlmenv.core.errors import ConfigError
-from vlmenv.core.rollout import unbatch
 
 _RECORDED = ("torch", "transformers", "gymnasium", "accelerate")
 
@@ -56,8 +55,41 @@ class RunFolder:
 
     def write_step(self, result: StepResult) -> None:
         """Appends a step's metrics and completions."""
+        self._append("rollouts.jsonl", ({"step": result.step} | record for record in result.rollouts.records))
         self._append("metrics.jsonl", [{"step": result.step} | result.metrics])
-        self._append("rollouts.jsonl", _completions(result))
+
+    def checkpoints(self) -> list[Path]:
+        """The folders of whole checkpoints, the newest last."""
+        found = (self.path / "checkpoints").glob("step-*/trainer.pt")
+        return sorted((file.parent for file in found), key=self.step_of)
+
+    @staticmethod
+    def step_of(checkpoint: Path) -> int:
+        """The step after which a checkpoint was saved."""
+        return int(checkpoint.name.removeprefix("step-"))
+
+    def history(self, steps: int) -> list[dict[str, float]]:
+        """The metrics of the first steps."""
+        rows = self._rows("metrics.jsonl") if steps else []
+        return [{name: value for name, value in row.items() if name != "step"} for row in rows[:steps]]
+
+    def cut(self, step: int) -> None:
+        """Takes out what was written after a step: training goes on from there."""
+        for name in ("metrics.jsonl", "rollouts.jsonl"):
+            kept = [row for row in self._rows(name) if row["step"] <= step]
+            partial = self.path / f".{name}"
+            partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            partial.replace(self.path / name)
+
+    def best(self) -> dict[str, Any]:
+        """What is known of the best model so far; empty where nothing is."""
+        file = self.path / "best.json"
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+    def _rows(self, name: str) -> list[dict[str, Any]]:
+        """The objects in a file of lines; a last line that was cut off does not count."""
+        lines = (self.path / name).read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1]]
 
     def _append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
         with (self.path / name).open("a", encoding="utf-8") as stream:
@@ -66,18 +98,3 @@ class RunFolder:
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Writes a JSON file."""
         (self.path / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _completions(result: StepResult) -> Iterator[dict[str, Any]]:
-    scored = result.infos.get("rewards", {})
-    terms = [name for name in scored if not name.startswith("_")]
-    prompts = [observation["prompt"] for observation in unbatch(result.observations)]
-    for i, completion in enumerate(result.rollout.completions):
-        yield {
-            "step": result.step,
-            "id": result.infos["id"][i],
-            "prompt": prompts[i],
-            "completion": completion.text,
-            "finish_reason": completion.finish_reason,
-            "rewards": {name: float(scored[name][i]) for name in terms if scored[f"_{name}"][i]},
-        }

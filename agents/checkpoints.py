@@ -1,0 +1,138 @@
+"""Model folders: found, read, and written whole or not at all."""
+
+from __future__ import annotations
+
+import functools
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
+
+from vlmenv.agents.families import Family
+from vlmenv.core.errors import ModelError
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+
+BUILTIN = "builtin"
+"""The name of the small model that is shipped with the package."""
+
+
+def find_model(name_or_path: str | Path) -> Path:
+    """The folder of a model; one on the hub is downloaded.
+
+    Raises:
+        ModelError: There is neither such a folder nor such a name on the hub.
+    """
+    if name_or_path == BUILTIN:
+        return Path(str(files("vlmenv.agents") / "builtin"))
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{folder}: not a model folder, config.json is missing")
+        return folder.absolute()
+    if not _HUB_NAME.fullmatch(str(name_or_path)):
+        raise ModelError(f"{name_or_path}: no such model folder")
+    return _download(str(name_or_path))
+
+
+@functools.cache
+def _download(name: str) -> Path:
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.txt", "*.safetensors"]))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{name}: no such model folder, and it cannot be had from the Hugging Face hub "
+            f"({type(error).__name__}); check the name and the connection"
+        ) from error
+
+
+def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a folder, with every one of its weights.
+
+    Raises:
+        ModelError: Weights cannot be read, or some are missing.
+    """
+    try:
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{folder}: the model's weights cannot be read: {error}") from error
+    model, report = loaded
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelError(f"{folder}: {len(missing)} of the model's weights are missing, {missing[0]} among them")
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Gives a folder to write in, which takes its name only when all is written; else it is removed."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def write_model(folder: Path, family: Family, state: dict[str, Tensor]) -> None:
+    """Writes a model's configuration and the given weights, large ones in several files."""
+    model, generation = family.model, family.model.generation_config
+    # Published generation settings may be ones that transformers loads but refuses to save.
+    model.generation_config = GenerationConfig(eos_token_id=list(family.end_tokens))
+    try:
+        model.save_pretrained(folder, state_dict=state)
+    finally:
+        model.generation_config = generation
+
+
+def copy_processor(source: Path, folder: Path) -> None:
+    """Copies all that belongs to a model but its configuration and its weights."""
+    for file in source.iterdir():
+        kept = file.suffix in {".json", ".jinja", ".txt"} and not file.name.endswith(".index.json")
+        if kept and file.name != "config.json":
+            shutil.copyfile(file, folder / file.name)
+
+
+def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        ModelError: It cannot be read.
+    """
+    try:
+        with safe_open(file, "pt") as opened:
+            return {name: opened.get_tensor(name) for name in sorted(opened.keys())}, opened.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{file}: the weights cannot be read: {error}") from error
+
+
+@torch.no_grad()
+def put_back(folder: Path, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Copies the weights of a folder over those of the same names.
+
+    Raises:
+        ModelError: Names or shapes differ; nothing has been copied then.
+    """
+    unlike = sorted(weights.keys() ^ state.keys())
+    unlike += [name for name in weights.keys() & state.keys() if weights[name].shape != state[name].shape]
+    if unlike:
+        raise ModelError(
+            f"{folder}: not a checkpoint of this model as it is built: {len(unlike)} weights are in one of the two "
+            f"alone or of another shape, {unlike[0]} among them"
+        )
+    for name, tensor in state.items():
+        tensor.copy_(weights[name])

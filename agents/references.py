@@ -1,0 +1,42 @@
+"""What the KL penalty compares a policy with."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from vlmenv.agents.base import Agent, LogProbs
+from vlmenv.agents.lora import LoRA
+from vlmenv.agents.policy import Policy
+from vlmenv.core.rollout import Rollout
+
+
+class FrozenPolicy:
+    """A policy as it is now, whatever becomes of it.
+
+    Attributes:
+        policy: An independent copy, without gradients and without a value head.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = copy.deepcopy(policy).requires_grad_(False)
+        self.policy.value_head = None
+
+    @torch.no_grad()
+    def logprobs(self, rollout: Rollout) -> LogProbs:
+        result = self.policy(rollout)
+        assert isinstance(result, LogProbs)
+        return result
+
+
+class UnadaptedPolicy:
+    """An agent's policy without its adapters: no weights are held twice."""
+
+    def __init__(self, agent: Agent, lora: LoRA) -> None:
+        self._agent, self._lora = agent, lora
+
+    @torch.no_grad()
+    def logprobs(self, rollout: Rollout) -> LogProbs:
+        with self._lora.switched_off():
+            return self._agent.logprobs(rollout)

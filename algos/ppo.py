@@ -1,0 +1,103 @@
+"""PPO: proximal policy optimisation with a critic (arXiv 1707.06347)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vlmenv.algos.advantages import gae, moments, token_rewards, whiten
+from vlmenv.algos.base import (
+    Algorithm,
+    AlgorithmConfig,
+    Credit,
+    LossInputs,
+    LossOutput,
+    Scored,
+    ratio_sums,
+    require,
+    require_weight,
+)
+from vlmenv.algos.losses import (
+    Estimator,
+    clipped_surrogate,
+    clipped_value_loss,
+    divergence,
+    is_clipped,
+    is_value_clipped,
+)
+
+
+@dataclass(frozen=True)
+class PPOConfig(AlgorithmConfig):
+    """Options of PPO, in the papers' letters."""
+
+    mu: int = 2
+    """Passes over each batch of completions."""
+    minibatches: int = 2
+    """Parts of a batch, each an optimiser step; every pass divides the groups anew."""
+    epsilon: float = 0.2
+    """The policy ratio is clipped to 1 - epsilon .. 1 + epsilon."""
+    dual_clip: float | None = None
+    """Bound, above 1, on the ratio where the advantage is negative (arXiv 1912.09729)."""
+    value_epsilon: float = 0.2
+    """A value may move this far from what it was before its error counts no more."""
+    value_weight: float = 0.5
+    """c1: weight of the critic's loss."""
+    gamma: float = 1.0
+    """Discount of later rewards."""
+    lam: float = 0.95
+    """Of the generalised advantage estimation (arXiv 1506.02438)."""
+    beta: float = 0.0
+    """Weight of the KL divergence, in the reward, from the model at the start; no copy of it is held at 0."""
+    kl_estimator: Estimator = "k1"
+    """Of that divergence."""
+
+    def __post_init__(self) -> None:
+        AlgorithmConfig.__post_init__(self)
+        require(0 < self.epsilon < 1, f"epsilon must lie between 0 and 1, not {self.epsilon}")
+        require(self.dual_clip is None or self.dual_clip > 1, "dual_clip must be above 1")
+        require(self.value_epsilon > 0, f"value_epsilon must be above 0, not {self.value_epsilon}")
+        require(0 <= self.gamma <= 1 and 0 <= self.lam <= 1, "gamma and lam must lie between 0 and 1")
+        require_weight("value_weight", self.value_weight)
+        require_weight("beta", self.beta)
+
+
+class PPO(Algorithm):
+    """A critic on the policy's own hidden states foretells the reward at every token."""
+
+    name: ClassVar[str] = "ppo"
+    wants_values: ClassVar[bool] = True
+
+    def __init__(self, config: PPOConfig) -> None:
+        self.config: PPOConfig = config
+        self.wants_reference = config.beta > 0
+
+    def credit(self, scored: Scored) -> Credit:
+        """Generalised advantages, whitened over the whole batch, and the returns for the critic."""
+        config, kl = self.config, None
+        assert scored.values is not None
+        if scored.ref_logprobs is not None:
+            kl = divergence(scored.old_logprobs, scored.ref_logprobs, config.kl_estimator)
+        rewards = token_rewards(scored.rewards, scored.mask, kl, config.beta)
+        advantages, returns = gae(rewards, scored.values, scored.mask, config.gamma, config.lam)
+        stats = scored.total(moments(advantages, scored.mask))
+        return Credit(whiten(advantages, scored.mask, stats), scored.mask, returns)
+
+    def loss(self, inputs: LossInputs) -> LossOutput:
+        """Equations 7 and 9, without the entropy bonus."""
+        config, mask = self.config, inputs.mask
+        assert inputs.values is not None
+        assert inputs.old_values is not None
+        assert inputs.returns is not None
+        logratio = inputs.logprobs - inputs.old_logprobs
+        ratio = logratio.exp()
+        policy = clipped_surrogate(ratio, inputs.advantages, config.epsilon, config.epsilon, config.dual_clip)
+        critic = clipped_value_loss(inputs.values, inputs.old_values, inputs.returns, config.value_epsilon)
+        clipped = is_clipped(ratio, inputs.advantages, config.epsilon, config.epsilon, config.dual_clip)
+        value_clipped = is_value_clipped(inputs.values, inputs.old_values, inputs.returns, config.value_epsilon)
+        sums = ratio_sums(logratio, clipped, mask) | {
+            "value/loss": critic.detach()[mask].sum(),
+            "value/clip_frac": value_clipped[mask].float().sum(),
+            "value/mean": inputs.values.detach()[mask].sum(),
+        }
+        return LossOutput((inputs.weights * (policy + config.value_weight * critic)).sum(), sums)

@@ -1,0 +1,65 @@
+"""RLOO: REINFORCE with a leave-one-out baseline (arXiv 2402.14740)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vlmenv.algos.advantages import leave_one_out
+from vlmenv.algos.base import (
+    Algorithm,
+    AlgorithmConfig,
+    Credit,
+    LossInputs,
+    LossOutput,
+    Scored,
+    ratio_sums,
+    require,
+    require_weight,
+)
+from vlmenv.algos.losses import Aggregation, clipped_surrogate, divergence, is_clipped, sequence_ratio
+
+
+@dataclass(frozen=True)
+class RLOOConfig(AlgorithmConfig):
+    """Options of RLOO."""
+
+    epsilon: float = 0.2
+    """The ratio of completions is clipped to 1 - epsilon .. 1 + epsilon; it is 1 in the first step on a batch."""
+    beta: float = 0.0
+    """Weight of the KL divergence, in the reward, from the model at the start; no copy of it is held at 0."""
+
+    def __post_init__(self) -> None:
+        AlgorithmConfig.__post_init__(self)
+        require(self.group_size >= 2, f"group_size must be at least 2, not {self.group_size}: a group is compared")
+        require(0 < self.epsilon < 1, f"epsilon must lie between 0 and 1, not {self.epsilon}")
+        require_weight("beta", self.beta)
+
+
+class RLOO(Algorithm):
+    """A completion is one action; its baseline is the mean reward of the group's others."""
+
+    name: ClassVar[str] = "rloo"
+    aggregation: Aggregation = "sequence"
+
+    def __init__(self, config: RLOOConfig) -> None:
+        self.config: RLOOConfig = config
+        self.wants_reference = config.beta > 0
+
+    def credit(self, scored: Scored) -> Credit:
+        """Rewards less `beta` times the divergence of the whole completion (section 2.1), against the others'."""
+        rewards = scored.rewards
+        if scored.ref_logprobs is not None:
+            kl = divergence(scored.old_logprobs, scored.ref_logprobs, "k1").masked_fill(~scored.mask, 0)
+            rewards = rewards - self.config.beta * kl.sum(dim=1)
+        return Credit(leave_one_out(rewards, self.config.group_size)[:, None], scored.mask)
+
+    def loss(self, inputs: LossInputs) -> LossOutput:
+        """Section 2.2 with the ratio of a completion's probabilities; its gradient is REINFORCE's where that is 1."""
+        epsilon, mask = self.config.epsilon, inputs.mask
+        logratio = inputs.logprobs - inputs.old_logprobs
+        ratio = sequence_ratio(logratio, mask, length_normalised=False)
+        per_token = clipped_surrogate(ratio, inputs.advantages, epsilon, epsilon)
+        clipped = is_clipped(ratio, inputs.advantages, epsilon, epsilon)
+        sums = ratio_sums(logratio, clipped, mask)
+        return LossOutput((inputs.weights * per_token).sum(), sums)

@@ -1,0 +1,36 @@
+"""SFT: imitation of the environments' true answers, for a warm-up and as a control."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vlmenv.algos.base import Algorithm, AlgorithmConfig, Credit, LossInputs, LossOutput, Scored, require
+
+
+@dataclass(frozen=True)
+class SFTConfig(AlgorithmConfig):
+    """Options of supervised fine-tuning."""
+
+    group_size: int = 1
+    """Answers to each prompt; there is one true one."""
+
+    def __post_init__(self) -> None:
+        AlgorithmConfig.__post_init__(self)
+        require(self.group_size == 1, f"sft imitates the one true answer: group_size must be 1, not {self.group_size}")
+
+
+class SFT(Algorithm):
+    """The mean negative log-likelihood of the tokens of the true answers."""
+
+    name: ClassVar[str] = "sft"
+    imitates: ClassVar[bool] = True
+
+    def __init__(self, config: SFTConfig) -> None:
+        self.config: SFTConfig = config
+
+    def credit(self, scored: Scored) -> Credit:
+        return Credit(scored.rewards.new_ones(len(scored.rewards), 1), scored.mask)
+
+    def loss(self, inputs: LossInputs) -> LossOutput:
+        return LossOutput(-(inputs.weights * inputs.logprobs).sum(), {})

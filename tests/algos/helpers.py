@@ -1,0 +1,45 @@
+"""Small batches that several tests of algorithms need."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vlmenv.algos import LossInputs, Scored
+from vlmenv.algos.losses import token_weights
+
+
+def inputs(reference: bool = False, *, how: str = "token", **changes: Any) -> LossInputs:
+    """Two completions, of two tokens and of one; ratios 1 and 1.5, and 1.5."""
+    logprobs = torch.log(torch.tensor([[0.5, 0.6], [0.3, 1.0]], dtype=torch.float64)).requires_grad_()
+    old = torch.log(torch.tensor([[0.5, 0.4], [0.2, 1.0]], dtype=torch.float64))
+    ref = torch.log(torch.tensor([[0.25, 0.6], [0.3, 1.0]], dtype=torch.float64)) if reference else None
+    mask = torch.tensor([[True, True], [True, False]])
+    weights = token_weights(mask, how, num_tokens=3, num_sequences=2, max_tokens=4)  # type: ignore[arg-type]
+    advantages = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
+    made = LossInputs(logprobs, old, advantages, mask, weights, ref)
+    for name, value in changes.items():
+        setattr(made, name, value)
+    return made
+
+
+def scored(rewards: list[float], **changes: Any) -> Scored:
+    """Completions of two tokens each."""
+    count = len(rewards)
+    mask = torch.ones(count, 2, dtype=torch.bool)
+    old = torch.zeros(count, 2, dtype=torch.float64)
+    made = Scored(
+        torch.tensor(rewards, dtype=torch.float64),
+        mask,
+        old,
+        None,
+        None,
+        torch.zeros(count, dtype=torch.bool),
+        10,
+        lambda x: x,
+        lambda x: x,
+    )
+    for name, value in changes.items():
+        setattr(made, name, value)
+    return made

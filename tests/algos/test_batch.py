@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlmenv.algos.batch import Batch, Rollouts, micro_batches, minibatches
+from vlmenv.core.rollout import Completion, Prompt, Rollout
+
+
+def rollout(lengths: list[int], prompts: list[int], per_prompt: int = 1) -> Rollout:
+    """Completions of these lengths, each run of `per_prompt` after the next prompt."""
+    made = [Prompt(np.zeros(n, np.int64), np.zeros((3, n), np.int64), {}) for n in prompts]
+    completions = [
+        Completion(str(i), np.full(n, i), np.full(n, -i, np.float32), "length" if n == 4 else "stop")
+        for i, n in enumerate(lengths)
+    ]
+    return Rollout(made, np.repeat(np.arange(len(prompts)), per_prompt), completions, 1.0)
+
+
+def scored(rewards: list[float]) -> Rollouts:
+    made = rollout([1] * len(rewards), [3] * (len(rewards) // 2), 2)
+    records = [
+        {"id": f"{reward}", "rewards": {"a": reward} | ({"b": 1.0} if i == 0 else {})}
+        for i, reward in enumerate(rewards)
+    ]
+    return Rollouts(made, torch.tensor(rewards), records)
+
+
+def test_tensors_of_a_rollout() -> None:
+    batch = Batch.of(rollout([1, 3, 4], [2, 2, 2]), torch.device("cpu"))
+    assert batch.mask.sum(dim=1).tolist() == [1, 3, 4]
+    assert batch.old_logprobs[1].tolist() == [-1, -1, -1, 0]
+    assert batch.truncated.tolist() == [False, False, True]
+    part = batch[np.array([1, 0])]
+    assert part.mask.shape == (2, 3)
+    assert part.old_logprobs[:, 0].tolist() == [-1, 0]
+    assert [c.text for c in part.rollout.completions] == ["1", "0"]
+    batch.put("values", slice(1, 3), torch.ones(2, 2))
+    assert batch.values is not None
+    assert batch.values.tolist() == [[0, 0, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0]]
+
+
+@given(st.integers(1, 7), st.integers(1, 4), st.integers(1, 9), st.integers(0, 5))
+def test_minibatches_divide_the_groups(groups: int, group_size: int, count: int, seed: int) -> None:
+    size = groups * group_size
+    parts = [np.arange(size)[rows] for rows in minibatches(size, group_size, count, np.random.default_rng(seed))]
+    assert len(parts) == min(count, groups)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(size))
+    for part in parts:
+        assert (part.reshape(-1, group_size) // group_size == part[::group_size, None] // group_size).all()
+
+
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=12),
+    st.integers(1, 4) | st.none(),
+    st.integers(1, 60) | st.none(),
+)
+def test_micro_batches_keep_within_their_bounds(lengths: list[int], size: int | None, tokens: int | None) -> None:
+    made = rollout(lengths, [3 + i % 2 for i in range(len(lengths))])
+    parts = micro_batches(made, size, tokens)
+    assert [i for part in parts for i in range(len(lengths))[part]] == list(range(len(lengths)))
+    for part in parts:
+        rows = range(len(lengths))[part]
+        assert size is None or len(rows) <= size
+        padded = len(rows) * (max(3 + i % 2 for i in rows) + max(lengths[i] for i in rows))
+        assert tokens is None or padded <= tokens or len(rows) == 1
+    if size is None and tokens is None:
+        assert len(parts) == 1
+
+
+def test_a_prompt_that_is_shared_counts_once() -> None:
+    assert len(micro_batches(rollout([2, 2, 2, 2], [10], 4), None, 18)) == 1
+    assert len(micro_batches(rollout([2, 2, 2, 2], [10], 4), None, 17)) == 2
+
+
+def test_the_most_informative_groups_of_several_rounds() -> None:
+    """Groups of two: equal rewards teach nothing. The informative ones come first, and the rest fill up."""
+    rounds = [scored([1.0, 1.0, 0.0, 2.0, 3.0, 3.0]), scored([4.0, 4.0, 5.0, 6.0, 7.0, 7.0])]
+    assert rounds[0].informative_groups(2).tolist() == [False, True, False]
+    chosen = Rollouts.most_informative(rounds, 2)
+    assert chosen.rewards.tolist() == [1, 1, 0, 2, 5, 6]
+    assert [record["id"] for record in chosen.records] == ["1.0", "1.0", "0.0", "2.0", "5.0", "6.0"]
+    assert chosen.rollout.prompt_index.tolist() == [0, 0, 1, 1, 2, 2]
+    assert Rollouts.most_informative(rounds[:1], 2) is rounds[0]
+
+
+def test_metrics_are_means_over_those_that_have_a_term() -> None:
+    metrics = scored([1.0, 2.0]).metrics()
+    assert metrics["reward/mean"] == metrics["reward/a"] == pytest.approx(1.5)
+    assert metrics["reward/b"] == 1

@@ -1,0 +1,129 @@
+"""Runs that are cut off and go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vlmenv.cli import main
+
+TINY = ["--prompts-per-step", "2", "--group-size", "4", "--eval-limit", "4", "--device", "cpu"]
+OPTIONS = {
+    "all weights": ["--algo", "grpo", "--mu", "2", "--minibatches", "2", "--beta", "0.01"],
+    "adapters": ["--lora-rank", "4", "--lora-dropout", "0.1", "--lora-vision", "--beta", "0.01"],
+    "critic": ["--algo", "ppo", "--freeze-vision", "--vision-lr", "1e-4"],
+    "resampling": ["--algo", "dapo", "--most-rounds", "3", "--gradient-checkpointing"],
+    "imitation": ["--algo", "sft", "--group-size", "1"],
+}
+
+
+def rows(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def timeless(run: Path) -> list[dict]:
+    kept = rows(run / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"} for row in kept]
+
+
+def train(run: Path, *options: str) -> None:
+    main(["train", "--steps", "5", "--checkpoint-every", "2", "--output", str(run), *TINY, *options])
+
+
+@pytest.mark.parametrize("sort", OPTIONS)
+def test_a_resumed_run_goes_on_bit_for_bit(sort: str, tmp_path: Path) -> None:
+    """The whole run, and one that lost everything after step 2 in the middle of writing step 4."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(whole, *OPTIONS[sort])
+    shutil.copytree(whole, cut)
+    for step in (4, 5):
+        shutil.rmtree(cut / "checkpoints" / f"step-{step}")
+    (cut / "checkpoints" / ".step-4").mkdir()
+    for name in ("evaluation.json", "curve.png", "samples.png"):
+        (cut / name).unlink()
+    lines = (cut / "metrics.jsonl").read_text().splitlines()
+    (cut / "metrics.jsonl").write_text("\n".join(lines[:3]) + "\n" + lines[3][:40])
+    main(["train", "--resume", str(cut)])
+    assert timeless(cut) == timeless(whole)
+    assert rows(cut / "rollouts.jsonl") == rows(whole / "rollouts.jsonl")
+    for name in ("model.safetensors", "value_head.safetensors"):
+        ours, theirs = (run / "checkpoints" / "step-5" / name for run in (cut, whole))
+        assert ours.exists() == theirs.exists()
+        if ours.exists():
+            a, b = load_file(ours), load_file(theirs)
+            assert all(torch.equal(a[key], b[key]) for key in b)
+    assert json.loads((cut / "evaluation.json").read_text()) == json.loads((whole / "evaluation.json").read_text())
+    assert (cut / "samples.png").is_file()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_is_stopped_can_go_on(number: signal.Signals, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "vlmenv", "train", "--steps", "400", "--checkpoint-every", "3"]
+    command += ["--output", str(run), *TINY]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoints" / "step-3" / "trainer.pt").is_file():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[number]
+    saved = max(int(folder.name.removeprefix("step-")) for folder in (run / "checkpoints").glob("step-*"))
+    if number != signal.SIGKILL:
+        assert f"vlmenv train --resume {run}" in out
+        assert saved == rows(run / "metrics.jsonl")[-1]["step"]
+    config = (run / "config.yaml").read_text().replace("steps: 400", f"steps: {saved + 1}")
+    (run / "config.yaml").write_text(config)
+    main(["train", "--resume", str(run)])
+    assert [row["step"] for row in rows(run / "metrics.jsonl")] == list(range(1, saved + 2))
+
+
+def test_old_checkpoints_are_pruned_and_the_best_model_is_kept(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = ["--steps", "4", "--checkpoint-every", "1", "--keep", "2", "--eval-every", "2", "--output", str(run)]
+    main(["train", *options, *TINY])
+    assert sorted(folder.name for folder in (run / "checkpoints").iterdir()) == ["step-3", "step-4"]
+    best = json.loads((run / "best.json").read_text())
+    measured = {row["step"]: row["eval/iou/mean"] for row in rows(run / "metrics.jsonl") if "eval/iou/mean" in row}
+    assert measured.keys() == {2, 4}
+    assert best["value"] == max(measured.values()) == measured[best["step"]]
+    assert (run / "best" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--resume", "nowhere"], "nowhere is no folder of a run"),
+        (["--resume", "run", "--steps", "9"], "give --resume RUN_FOLDER alone"),
+        (["--resume", "run"], "has no checkpoint to go on from"),
+    ],
+)
+def test_what_cannot_be_resumed_is_told(
+    args: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    Path("run/config.yaml").write_text("steps: 2\neval_limit: 0\ndevice: cpu\n")
+    with pytest.raises(SystemExit):
+        main(["train", *args])
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_broken_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    main(["train", "--steps", "1", "--output", str(run), *TINY])
+    (run / "checkpoints" / "step-1" / "trainer.pt").write_bytes(b"PK")
+    with pytest.raises(SystemExit):
+        main(["train", "--resume", str(run)])
+    assert "step-1: the checkpoint cannot be read" in " ".join(capsys.readouterr().err.split())
