@@ -71,10 +71,6 @@ class Agent(ABC):
     def reference(self) -> Reference:
         """The policy as it is before it is trained, which training will not change."""
 
-    def frozen_copy(self) -> Reference:
-        """Another name of `reference`."""
-        return self.reference()
-
     @abstractmethod
     def seed(self, seed: int) -> None:
         """Makes sampling repeatable."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -174,7 +175,8 @@ def _tie(cache: DynamicCache, hidden: Tensor) -> None:
     when a gradient reaches the block's output.
     """
     if hidden.requires_grad:
-        cache.layers[-1].values = cache.layers[-1].values + 0 * hidden[:, None, :1, :1]
+        layer: Any = cache.layers[-1]
+        layer.values = layer.values + 0 * hidden[:, None, :1, :1]
 
 
 def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:

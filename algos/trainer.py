@@ -96,7 +96,7 @@ class Trainer:
         accelerator: Device, precision and processes.
 
     Raises:
-        ConfigError: The environments do not come in groups of the algorithm's size.
+        ConfigError: The environments do not come in groups of the algorithm's size, or `vision_lr` has no use.
     """
 
     def __init__(
@@ -122,12 +122,17 @@ class Trainer:
         self.is_between_steps = True
         """False while weights are being updated, after which they are of no step until it is finished."""
         self.reference = agent.reference() if algorithm.wants_reference else None
-        rates = {"vision": config.vision_lr or config.lr}
-        groups = agent.parameter_groups().items()
-        parts = [{"params": own, "lr": rates.get(name, config.lr)} for name, own in groups if own]
-        optimizer = torch.optim.AdamW(parts, lr=config.lr, weight_decay=config.weight_decay)
+        optimizer = torch.optim.AdamW(self._parameter_groups(), lr=config.lr, weight_decay=config.weight_decay)
         agent.policy, self.optimizer = accelerator.prepare(agent.policy, optimizer)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, config.lr_factor)
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """The trained parameters, each part of the model with its learning rate."""
+        groups, lr, vision_lr = self.agent.parameter_groups(), self.config.lr, self.config.vision_lr
+        if vision_lr is not None and "vision" not in groups:
+            raise ConfigError("vision_lr is for a vision tower that is trained, but it is frozen")
+        rates = {name: vision_lr if name == "vision" and vision_lr is not None else lr for name in groups}
+        return [{"params": own, "lr": rates[name]} for name, own in groups.items()]
 
     def train(self, seed: int) -> Iterator[StepResult]:
         """Trains, handing over each step's result as it is done; goes on after the steps already taken.
@@ -167,6 +172,8 @@ class Trainer:
         """Notes what a checkpoint of this moment needs, and that it may be taken."""
         self._finished = {"step": self.step, "shown": self._shown, "skipped": self._skipped}
         self._random = {"agent": self.agent.rng_state(), "torch": torch.get_rng_state()}
+        if self.agent.device.type == "cuda":
+            self._random["cuda"] = torch.cuda.get_rng_state()
         self.is_between_steps = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -188,6 +195,8 @@ class Trainer:
         """Goes back to a `process_state`."""
         self.agent.set_rng_state(state["agent"])
         torch.set_rng_state(state["torch"])
+        if "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"])
         self._remember()
 
     def _collect(self, shown: tuple[Any, dict[str, Any]], clock: dict[str, float]) -> tuple[Rollouts, dict[str, float]]:

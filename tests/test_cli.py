@@ -238,6 +238,7 @@ def test_detection_is_trained_and_measured_by_the_same_commands(tmp_path: Path) 
         (["train", "--lora-alpha", "4"], "go with lora_rank"),
         (["train", "--lora-rank", "4", "--freeze-vision"], "leave out the options to freeze"),
         (["train", "--vision-lr", "0"], "vision_lr must be above 0"),
+        (["train", "--vision-lr", "1e-4", "--freeze-vision", "--freeze-projector", "--eval-limit", "0"], "is frozen"),
         (["train", "--precision", "fp16", "--device", "cpu"], "needs a CUDA GPU"),
         (["train", "--eval-every", "2", "--eval-limit", "0"], "eval_every needs samples"),
         (["train", "--algo", "sft", "--group-size", "2"], "group_size must be 1"),

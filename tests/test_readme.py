@@ -75,7 +75,12 @@ def test_the_commands_run(
     args = ["builtin" if arg.startswith("Qwen/") else arg for arg in args]
     if "runs/first/checkpoints/step-120" in args:
         args[args.index("runs/first/checkpoints/step-120")] = "builtin"
-    main([*args, *SMALL[args[0]]])
+    if "--resume" in args:
+        main(["train", *SMALL["train"], "--output", "runs/first"])
+        (Path("runs/first/evaluation.json")).unlink()
+        main(args)
+    else:
+        main([*args, *SMALL[args[0]]])
     expected = {
         "train": "model, metrics and pictures are in",
         "eval": "metric",
@@ -98,7 +103,8 @@ def test_the_tree_names_what_is_there() -> None:
     (tree,) = blocks("text")
     stack: list[str] = []
     for line in tree.splitlines():
-        name = line.split("  #")[0].rstrip()
-        depth = (len(name) - len(name.lstrip())) // 2
-        stack[depth:] = [name.strip().rstrip("/")]
-        assert (ROOT / Path(*stack)).exists(), name
+        names = line.split("  #")[0].rstrip()
+        depth = (len(names) - len(names.lstrip())) // 2
+        for name in names.strip().split(", "):
+            stack[depth:] = [name.rstrip("/")]
+            assert (ROOT / Path(*stack)).exists(), name

@@ -158,14 +158,15 @@ def run_training(config: TrainConfig[Any]) -> Path:
     report_broken_rows(envs, console)
     agent = load_agent(config.model, accelerator.device, config.temperature, config.max_new_tokens)
     algorithm = ALGORITHMS[config.algo][0](config.algorithm)
+    torch.manual_seed(config.seed)  # which new adapters are drawn from
     config.adaptation.apply(agent)
     if algorithm.wants_values:
         agent.add_value_head()
+    trainer = Trainer(agent, envs, algorithm, config.trainer, accelerator)
     if accelerator.is_main_process and config.resume is None:
         run.create(to_yaml(_located(config), without=("config", "output", "resume")))
     console.print(f"{config.env}, {config.algo}, model {config.model}; writing to {run.path}", highlight=False)
     before = _measured_before(agent, held_out, config, run, accelerator, console)
-    trainer = Trainer(agent, envs, algorithm, config.trainer, accelerator)
     if config.resume is not None:
         load_checkpoint(trainer, run)
         console.print(f"going on after step {trainer.step}")

@@ -14,9 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from vlmenv.agents.vlm import VLMAgent
 
 
-def main(folder: Path, lora: bool) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+def check(folder: Path, lora: bool) -> None:
     rank = dist.get_rank()
     agent, whole = build(lora), build(lora)
     rollout, reference = rollout_of(agent), agent.reference()
@@ -39,12 +37,11 @@ def main(folder: Path, lora: bool) -> None:
     gathered = get_model_state_dict(agent.policy, options=options)
     if rank == 0:
         optimizer_of(whole).step()
-        agent.save(folder / "model", gathered)
+        agent.save(folder, gathered)
         again = build(lora)
-        again.load(folder / "model")
+        again.load(folder)
         torch.testing.assert_close(logprobs_of(again, rollout), logprobs_of(whole, rollout), atol=1e-3, rtol=1e-3)
     dist.barrier()
-    dist.destroy_process_group()
 
 
 def build(lora: bool) -> VLMAgent:
@@ -58,4 +55,8 @@ def build(lora: bool) -> VLMAgent:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), lora=sys.argv[2] == "lora")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for case in sys.argv[2:]:
+        check(Path(sys.argv[1]) / case, lora=case == "lora")
+    dist.destroy_process_group()

@@ -109,13 +109,12 @@ def test_saved_adapters_are_loaded_by_peft(folder: Path, tmp_path: Path) -> None
     assert torch.equal(logprobs_of(again, rollout), values)
 
 
-@pytest.mark.parametrize("vision", [False, True])
-def test_resuming_applies_adapters_once(folder: Path, tmp_path: Path, vision: bool) -> None:
-    agent = build(folder, vision=vision)
+def test_resuming_applies_adapters_once(folder: Path, tmp_path: Path) -> None:
+    agent = build(folder)
     rollout, optimizer = rollout_of(agent), optimizer_of(agent)
     train(agent, rollout, optimizer)
     agent.save(tmp_path / "model")
-    again = build(folder, vision=vision)
+    again = build(folder)
     again.load(tmp_path / "model")
     for name, tensor in weights_of(agent).items():
         assert torch.equal(again.family_policy.state_dict()[name], tensor), name
