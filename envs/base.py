@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
-from typing import Any, ClassVar, SupportsInt, TypeVar
+from typing import Any, ClassVar, SupportsIndex, TypeVar
 
 import gymnasium
 from gymnasium import spaces
@@ -18,7 +19,7 @@ from vlmenv.core.rollout import Observation
 from vlmenv.core.spaces import FreeText, Image, RGBImage
 from vlmenv.envs.data.dataset import Dataset, Reading, open_dataset
 from vlmenv.envs.data.images import resized
-from vlmenv.envs.data.rows import Row
+from vlmenv.envs.data.rows import Row, places
 from vlmenv.envs.data.scenes import Split
 from vlmenv.envs.data.source import Sample, SampleOrder, Source
 from vlmenv.envs.metrics.intervals import Interval
@@ -84,6 +85,8 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
     """The answer format unless told otherwise."""
     needs_image: ClassVar[bool] = True
     """Whether every sample must have an image."""
+    needs_answer: ClassVar[bool] = True
+    """Whether every row must have an answer."""
     takes_coco: ClassVar[bool] = False
     """Whether COCO's instances make rows of this task."""
 
@@ -266,6 +269,8 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         return self.row_terms[row.method]
 
     def _understand(self, row: Row) -> Sample:
+        if self.needs_answer and not row.answer and row.detections is None:
+            raise ValueError(f"the row has no answer: nothing in 'conversations', {places('answer')}")
         target, term = self.read_target(row), self.row_term(row)
         return Sample(row.id, (), row.question, target, subject=row.subject, term=term)
 
@@ -293,13 +298,16 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         return source
 
 
-def check_index(index: SupportsInt, size: int | None) -> int:
+def check_index(index: SupportsIndex, size: int | None) -> int:
     """A sample's index, as a whole number within the source.
 
     Raises:
         ConfigError: It is negative or too large.
     """
-    number = int(index)
+    try:
+        number = operator.index(index)
+    except TypeError:
+        raise ConfigError(f"a sample's index is a whole number, not {index!r}") from None
     if number < 0 or (size is not None and number >= size):
         raise ConfigError(f"there is no sample {number}: the source has {size or 'endlessly many'}, counted from 0")
     return number
@@ -307,7 +315,7 @@ def check_index(index: SupportsInt, size: int | None) -> int:
 
 def _one_of(options: type[Name], kind: str, name: str) -> Name:
     if name not in list(options):
-        raise ConfigError(unknown_name(kind, name, list(options)))
+        raise ConfigError(unknown_name(kind, str(name), list(options)))
     return options(name)
 
 

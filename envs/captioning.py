@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 from vlmenv.core.answers import Caption
@@ -15,7 +15,7 @@ from vlmenv.envs.data.source import Sample, Source
 from vlmenv.envs.rewards.answers import accuracy_reward, read_answer
 from vlmenv.envs.rewards.clip import ClipScore
 from vlmenv.envs.rewards.terms import RewardTerm
-from vlmenv.envs.rewards.text import format_reward, keywords_reward, length_reward
+from vlmenv.envs.rewards.text import count_words, format_reward, keywords_reward, length_reward
 
 
 def answer_reward(text: str, target: Caption, answer_format: AnswerFormat = AnswerFormat.TAGS) -> float:
@@ -23,19 +23,35 @@ def answer_reward(text: str, target: Caption, answer_format: AnswerFormat = Answ
     return 0.0 if target.answer is None else accuracy_reward(text, target.answer, answer_format)
 
 
+def described_keywords_reward(text: str, target: Caption, answer_format: AnswerFormat = AnswerFormat.TAGS) -> float:
+    """`keywords_reward`, but 0 for a completion that does not describe the image."""
+    return keywords_reward(text, target) if answer_format.description(text) else 0.0
+
+
+def described_length_reward(
+    text: str,
+    target: Caption,
+    count_tokens: Callable[[str], int] = count_words,
+    answer_format: AnswerFormat = AnswerFormat.TAGS,
+) -> float:
+    """`length_reward`, but 0 for a completion that does not describe the image."""
+    return length_reward(text, target, count_tokens) if answer_format.description(text) else 0.0
+
+
 class CaptionEnv(VisualTaskEnv):
     """`VLM-Caption-v0`: the completion describes the image, then answers (PeBR-R1, arXiv 2509.13031, stage 1)."""
 
     terms: ClassVar[Mapping[str, RewardTerm]] = {
         "clip": ClipScore(),
-        "keywords": keywords_reward,
+        "keywords": described_keywords_reward,
         "format": format_reward,
-        "length": length_reward,
+        "length": described_length_reward,
         "accuracy": answer_reward,
     }
     default_rewards: ClassVar[Mapping[str, float]] = {"clip": 0.4, "keywords": 0.4, "format": 0.1, "length": 0.1}
     prompt_template: ClassVar[str] = "Answer as {answer}\n{question}"
     default_format: ClassVar[AnswerFormat] = AnswerFormat.SECTIONS
+    needs_answer: ClassVar[bool] = False
 
     def builtin_source(self, split: Split) -> Source:
         return CaptionScenes(split)
@@ -43,17 +59,17 @@ class CaptionEnv(VisualTaskEnv):
     def read_target(self, row: Row) -> Caption:
         if not row.keywords:
             raise ValueError("the row has no key words: none in 'key_word' or 'keywords'")
-        return Caption(row.keywords, read_answer(row.answer))
+        return Caption(row.keywords, read_answer(row.answer) if row.answer else None)
 
     def measure(self, text: str, target: Caption, terms: Mapping[str, float]) -> dict[str, float]:
         clip = {"clip": terms["clip"]} if "clip" in terms else {}
         return clip | {
-            "keyword_recall": keywords_reward(text, target),
+            "keyword_recall": described_keywords_reward(text, target, self.answer_format),
             "accuracy": answer_reward(text, target, self.answer_format),
             "unparsable": float(not self.answer_format.description(text)),
             "format": format_reward(text, target, self.answer_format),
         }
 
     def write_answer(self, sample: Sample) -> str:
-        assert sample.target.answer is not None
-        return self.answer_format.write(sample.target.answer.text, sample.rationale)
+        answer = "None" if sample.target.answer is None else sample.target.answer.text
+        return self.answer_format.write(answer, sample.rationale or ", ".join(sample.target.keywords))

@@ -33,7 +33,9 @@ class MathEnv(VQAEnv):
         return MathFigures(split)
 
     def read_target(self, row: Row) -> Answer:
-        """As a row asks for; else the letter of a choice where it is one, and mathematics where it is not."""
+        """As a row asks for; else a choice where it is a letter, a number with a tolerance, and else mathematics."""
         answer = super().read_target(row)
         chosen = row.method not in ("", "default")
+        if row.tolerance and not chosen:
+            return read_answer(row.answer, "numeric", row.tolerance)
         return answer if chosen or answer.kind == "choice" else read_answer(row.answer, "math")

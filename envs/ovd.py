@@ -11,7 +11,7 @@ from vlmenv.envs.base import Intervals, VisualTaskEnv
 from vlmenv.envs.data.rows import Row
 from vlmenv.envs.data.scenes import DetectionScenes, Split
 from vlmenv.envs.data.source import Sample, Source
-from vlmenv.envs.metrics.detection import detection_statistics, nms_ap
+from vlmenv.envs.metrics.detection import coco_metrics, nms_ap
 from vlmenv.envs.rendering import ANSWERED, TRUE, draw_boxes
 from vlmenv.envs.rewards import detection as rewards
 from vlmenv.envs.rewards.terms import RewardTerm
@@ -65,9 +65,8 @@ class OVDEnv(VisualTaskEnv):
 
     def summarise(self, predictions: Sequence[Any], targets: Sequence[Any], clusters: Sequence[int]) -> Intervals:
         answered = [prediction or () for prediction in predictions]
-        return detection_statistics(answered, targets, clusters=clusters) | {
-            "NMS-AP": nms_ap(answered, targets, clusters=clusters)
-        }
+        nms = {"NMS-AP": nms_ap(answered, targets, clusters=clusters)}
+        return coco_metrics(answered, targets, clusters=clusters) | nms
 
     def write_answer(self, sample: Sample) -> str:
         answer = write_detections([one for one in self.target(sample) if not one.crowd])

@@ -62,6 +62,8 @@ class Scorer:
         count_tokens: Callable[[str], int],
         exchangeable: Collection[str] = (),
     ) -> None:
+        if not isinstance(rewards, Mapping):
+            raise ConfigError(f"rewards is a {type(rewards).__name__}: give terms with weights, as {{'accuracy': 1.0}}")
         if not rewards:
             raise ConfigError(f"rewards is empty: name at least one of {', '.join(sorted(known))}")
         self._known = known
@@ -111,12 +113,19 @@ class Scorer:
             return functools.partial(term.batch, answer_format=self._answer_format)
         wanted = _parameters(term)
         given = {name: value for name, value in self._given.items() if name in wanted}
-        return lambda texts, targets, images: [
-            float(term(text, target, **given)) for text, target in zip(texts, targets, strict=True)
-        ]
+        return functools.partial(_each, functools.partial(term, **given))
+
+
+def _each(
+    term: Callable[..., float], texts: Sequence[str], targets: Sequence[Any], images: Sequence[tuple[Image, ...]]
+) -> list[float]:
+    """A term of single answers over N of them."""
+    return [float(term(text, target)) for text, target in zip(texts, targets, strict=True)]
 
 
 def _name(key: str | RewardTerm, known: Mapping[str, RewardTerm]) -> str:
+    if not isinstance(key, (str, BatchTerm)) and not callable(key):
+        raise ConfigError(f"reward term {key!r} is neither a name nor a function")
     name = key if isinstance(key, str) else _name_of(key)
     if isinstance(key, str) and key not in known:
         raise ConfigError(unknown_name("reward term", key, known))
@@ -128,7 +137,7 @@ def _name(key: str | RewardTerm, known: Mapping[str, RewardTerm]) -> str:
 
 
 def _weight(key: str | RewardTerm, weight: float) -> float:
-    if not math.isfinite(weight):
+    if not isinstance(weight, (int, float)) or not math.isfinite(weight):
         name = key if isinstance(key, str) else _name_of(key)
         raise ConfigError(f"the weight of reward term '{name}' is {weight}; it must be finite")
     return float(weight)

@@ -157,8 +157,11 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
 
     def _next_indices(self, order: SampleOrder, options: dict[str, Any] | None) -> list[int]:
         options = {name: value for name, value in (options or {}).items() if name != "skip"}
-        if not np.all(options.pop("reset_mask", True)):
-            raise ConfigError("episodes of one step end together: reset_mask must be True everywhere")
+        mask = np.asarray(options.pop("reset_mask", np.ones(self.num_envs, dtype=np.bool_)))
+        if mask.shape != (self.num_envs,) or not mask.all():
+            raise ConfigError(
+                f"episodes of one step end together: reset_mask must be True for all {self.num_envs} environments"
+            )
         if unknown := set(options) - {"index"}:
             raise ConfigError(f"reset knows no option {', '.join(sorted(unknown))}; it knows 'index' and 'skip'")
         if options:

@@ -66,10 +66,19 @@ class Evaluation:
 
     def as_json(self) -> dict[str, Any]:
         """The metrics as JSON can hold them; None for what is not a number."""
-        return {
+        metrics: dict[str, Any] = {
             name: {part: None if math.isnan(number) else number for part, number in metric._asdict().items()}
             for name, metric in self.metrics.items()
         }
+        if (unparsable := self.unparsable) is not None:
+            metrics["unparsable"] |= {"count": unparsable, "answers": len(self.answers)}
+        return metrics
+
+    @property
+    def unparsable(self) -> int | None:
+        """How many answers could not be read; None where the task does not say."""
+        counts = [answer["measures"].get("unparsable") for answer in self.answers]
+        return None if None in counts else int(sum(count for count in counts if count))
 
 
 def evaluate(
@@ -108,9 +117,10 @@ def summarise(task: VisualTaskEnv, answers: Sequence[Mapping[str, Any]]) -> dict
         metrics[name] = ratio_interval(measures[over], measures[under], clusters=clusters)
     metrics |= task.summarise([a["prediction"] for a in answers], [a["target"] for a in answers], clusters)
     for subject in sorted({answer.get("subject", "") for answer in answers} - {""}):
-        own = np.array([answer.get("subject", "") == subject for answer in answers], dtype=np.float64)
+        own = [i for i, answer in enumerate(answers) if answer.get("subject", "") == subject]
         if "accuracy" in measures:
-            metrics[f"accuracy/{subject}"] = ratio_interval(measures["accuracy"] * own, own, clusters=clusters)
+            found = ratio_interval(measures["accuracy"][own], clusters=[clusters[i] for i in own])
+            metrics[f"accuracy/{subject}"] = found
     return metrics
 
 
@@ -149,11 +159,10 @@ def sample_count(envs: VisualTaskVectorEnv, limit: int | None) -> int:
 
 def metrics_table(title: str, columns: dict[str, Evaluation]) -> Table:
     """A table of metrics with their 95 % intervals, a row each, with a column for each of several evaluations."""
-    answers = next(iter(columns.values())).answers
     caption = "95 % intervals by bootstrap over samples" + "".join(
-        f"; {name}: {sum(a['measures']['unparsable'] for a in one.answers):.0f} of {len(answers)} answers unparsable"
+        f"; {name}: {one.unparsable} of {len(one.answers)} answers unparsable"
         for name, one in columns.items()
-        if "unparsable" in answers[0]["measures"]
+        if one.unparsable is not None
     )
     table = Table("metric", *columns, title=title, title_justify="left", caption=caption, caption_justify="left")
     for name in next(iter(columns.values())).metrics:
@@ -183,7 +192,8 @@ def read_evaluation(folder: Path, task: VisualTaskEnv) -> Evaluation:
         answer["prediction"] = task.parse(answer["completion"])
     stored = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     numbers = {
-        name: [math.nan if part is None else part for part in metric.values()] for name, metric in stored.items()
+        name: [math.nan if metric[part] is None else metric[part] for part in Interval._fields]
+        for name, metric in stored.items()
     }
     return Evaluation({name: Interval(*parts) for name, parts in numbers.items()}, answers)
 

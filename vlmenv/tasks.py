@@ -107,7 +107,8 @@ class TokenCount:
     folder: Path
 
     def __call__(self, text: str) -> int:
-        return len(self._tokenizer.encode(text[:_COUNTED], add_special_tokens=False))
+        readable = text[:_COUNTED].encode("utf-8", "replace").decode()  # a lone surrogate is no text to a tokenizer
+        return len(self._tokenizer.encode(readable, add_special_tokens=False))
 
     @functools.cached_property
     def _tokenizer(self) -> Any:

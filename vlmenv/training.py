@@ -98,7 +98,9 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
     eval_dataset: tuple[str, ...] | None = None
     """What to measure on before and after, with images as for `dataset`; the training data where left out."""
     eval_split: str | None = None
-    """The split of a Hugging Face data set to measure on; that of the training data where left out."""
+    """The split of a Hugging Face data set to measure on; that of the training data where both are left out."""
+    eval_image_root: tuple[Path, ...] | None = None
+    """As `image_root`, for `eval_dataset`; the same where left out."""
     eval_limit: int | None = None
     """Measure on at most so many samples, 512 where left out. 0 leaves the measuring out."""
     eval_every: int | None = None
@@ -121,6 +123,8 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
             raise ConfigError("eval_every needs samples to measure on: leave out eval_limit 0")
         if self.temperature == 0:
             raise ConfigError("temperature must be above 0: training needs varied answers")
+        if self.eval_image_root is not None and self.eval_dataset is None:
+            raise ConfigError("eval_image_root goes with eval_dataset")
         if self.dataset is None and not (self.eval_dataset is None and self.eval_split is None and self.split is None):
             raise ConfigError(
                 "split, eval_dataset and eval_split go with dataset: the built-in samples have splits of their own"
@@ -219,8 +223,12 @@ def _training_envs(config: TrainConfig[Any], accelerator: Accelerator) -> Visual
 
 
 def _evaluation_envs(config: TrainConfig[Any]) -> VisualTaskVectorEnv:
-    split = "eval" if config.dataset is None else config.eval_split or config.split
-    data = dataclasses.replace(config, dataset=config.eval_dataset or config.dataset).data_arguments()
+    split = "eval" if config.dataset is None else config.eval_split
+    if config.eval_dataset is None and config.dataset is not None:
+        split = split or config.split
+    measured_on = config.eval_dataset or config.dataset
+    roots = config.eval_image_root or config.image_root
+    data = dataclasses.replace(config, dataset=measured_on, image_root=roots).data_arguments()
     num_envs = min(64, config.prompts_per_step * config.algorithm.group_size)
     return make_envs(config.env, num_envs, **(data | {"split": split}), **config.env_arguments())
 

@@ -79,23 +79,31 @@ class CocoInstances(Table):
                     except (KeyError, TypeError, ValueError, OverflowError) as error:
                         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
                         raise DataError(f"{self._file}:{value.line}: an entry of '{key}': {reason}") from None
+            document.expect_end()
+        if missing := [key for key, found in (("images", self._names), ("categories", self._categories)) if not found]:
+            raise DataError(f"{self._file}: no '{missing[0]}' in it, as COCO's instances have them")
 
     def _add_image(self, image: Any) -> None:
         self._image_ids.append(image["id"])
         self._names.append(str(image["file_name"]))
 
     def _add_category(self, category: Any) -> None:
-        self._categories[category["id"]] = str(category["name"])
+        self._categories[category["id"]] = str(category["name"]).strip()
 
     def _add_annotation(self, annotation: Any) -> None:
         image, category, bbox = annotation["image_id"], annotation["category_id"], annotation["bbox"]
+        if isinstance(bbox, str):
+            raise ValueError(f"bbox is the text {bbox!r}")
         x, y, width, height = (float(value) for value in bbox)
         box = (x, y, x + width, y + height)
         if is_box(box):
             self._facts.extend((image, category, bool(annotation.get("iscrowd", 0))))
             self._boxes.extend((*box, float(annotation.get("area", width * height))))
         else:
-            self._faults[image] = f"annotation {annotation.get('id')}: bbox {bbox} covers nothing, or is not finite"
+            before = f"{self._faults[image]}; " if image in self._faults else ""
+            self._faults[image] = (
+                f"{before}annotation {annotation.get('id')}: bbox {bbox} covers nothing, or is not finite"
+            )
 
     def _arrange(self) -> None:
         """Groups the annotations by image, and finds those of images or categories that are not there."""

@@ -179,7 +179,11 @@ def _open_file(file: Path, split: str | None, reading: Reading) -> Table:
     if file.suffix == ".json":
         return _open_json(file, reading)
     if file.suffix == ".parquet":
-        return HuggingFace(_library().Dataset.from_parquet(str(file)), str(file))
+        library = _library()
+        try:
+            return HuggingFace(library.Dataset.from_parquet(str(file)), str(file))
+        except (OSError, ValueError, LookupError, RuntimeError, library.exceptions.DatasetsError) as error:
+            raise DataError(f"{file}: the parquet file cannot be read: {error}") from error
     raise DataError(f"{file}: a data set file is .jsonl, .json or .parquet, not '{file.suffix}'")
 
 
@@ -192,6 +196,8 @@ def _open_json(file: Path, reading: Reading) -> Table:
             f"{file}: a JSON object and not a list of rows. If it holds a row a line, name it .jsonl; "
             "COCO's instances are for detection, VLM-OVD-v0"
         )
+    if reading.columns:
+        raise ConfigError(f"{file}: COCO's instances have no columns to map")
     return CocoInstances(file)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
 import zlib
 
 import numpy as np
@@ -12,6 +13,8 @@ from PIL import ImageOps
 
 from vlmenv.core.errors import DataError
 from vlmenv.core.spaces import Image
+
+_LOADING = threading.Lock()
 
 
 def load_image(ref: str | bytes | PILImage.Image, place: str) -> Image:
@@ -26,6 +29,8 @@ def load_image(ref: str | bytes | PILImage.Image, place: str) -> Image:
     """
     try:
         if isinstance(ref, PILImage.Image):
+            with _LOADING:  # a picture reads its file when it is first looked at, and rows may share one
+                ref.load()
             return np.array(_to_rgb(ImageOps.exif_transpose(ref)))
         with PILImage.open(io.BytesIO(ref) if isinstance(ref, bytes) else ref) as picture:
             return np.asarray(_to_rgb(ImageOps.exif_transpose(picture)))
@@ -52,8 +57,10 @@ def resized(image: Image, width: int, height: int) -> Image:
 
 
 def _to_rgb(picture: PILImage.Image) -> PILImage.Image:
-    if picture.mode.startswith("I;16"):
-        return PILImage.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
+    if picture.mode.startswith("I"):
+        values = np.asarray(picture)
+        values = values >> 8 if picture.mode != "I" or values.max() > 255 else values
+        return PILImage.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
     if picture.has_transparency_data:
         layer = picture.convert("RGBA")
         white = PILImage.new("RGBA", layer.size, "white")

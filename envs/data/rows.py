@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -38,6 +40,7 @@ class Row:
     images: tuple[ImageRef, ...]
     question: str
     answer: str
+    """empty where there is none"""
     keywords: tuple[str, ...] = ()
     subject: str = ""
     method: str = ""
@@ -69,9 +72,12 @@ def read_row(raw: Any, number: int, columns: Mapping[str, str]) -> Row:
     if not isinstance(raw, Mapping):
         raise ValueError("the row is not a JSON object")
     part = {name: _part(raw, name, columns) for name in COLUMNS}
-    if "conversations" in raw and "question" not in columns:
-        part["question"], part["answer"] = _turns(raw["conversations"])
+    if raw.get("conversations") is not None:
+        for name, said in zip(("question", "answer"), _turns(raw["conversations"]), strict=True):
+            part[name] = part[name] if name in columns else said
     images = _images(part["images"])
+    for name in ("id", "question", "answer", "subject"):
+        _check_text(name, part[name])
     return Row(
         id=str(number if part["id"] is None else part["id"]),
         images=images,
@@ -90,9 +96,18 @@ def _part(raw: Mapping[str, Any], name: str, columns: Mapping[str, str]) -> Any:
             raise ValueError(f"the row has no column '{columns[name]}', which the column map names for '{name}'")
         return raw[columns[name]]
     for column in COLUMNS[name]:
-        if raw.get(column) is not None:
-            return raw[column]
+        found = raw.get(column)
+        if found is not None and not (isinstance(found, list) and not found):
+            return found
     return None
+
+
+def _check_text(name: str, value: Any) -> None:
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"the {name} holds half a surrogate pair, which is no character") from None
 
 
 def _turns(turns: Any) -> tuple[str, Any]:
@@ -107,7 +122,7 @@ def _turns(turns: Any) -> tuple[str, Any]:
 
 
 def _images(found: Any) -> tuple[ImageRef, ...]:
-    refs = found if isinstance(found, (list, tuple)) else [] if found is None or found == "" else [found]
+    refs = found if isinstance(found, (list, tuple)) else [] if found is None else [found]
     return tuple(_image(ref) for ref in refs)
 
 
@@ -116,6 +131,12 @@ def _image(ref: Any) -> ImageRef:
         ref = ref.get("bytes") or ref["path"]
     if ref is Unread:
         return None
+    if isinstance(ref, os.PathLike):
+        ref = os.fspath(ref)
+    if isinstance(ref, str):
+        _check_text("image's path", ref)
+    if isinstance(ref, PILImage) and 0 in ref.size:
+        raise ValueError("an image has no pixels")
     if isinstance(ref, (str, bytes, PILImage)):
         return ref
     raise ValueError("an image is neither a path, nor bytes, nor a picture")
@@ -127,7 +148,7 @@ class Unread:
 
 def _question(question: Any, images: int) -> str:
     if not isinstance(question, str) or not question.strip():
-        raise ValueError(f"the row has no question: no text in 'conversations', {_places('question')}")
+        raise ValueError(f"the row has no question: no text in 'conversations', {places('question')}")
     marks = question.count(IMAGE_MARK)
     if marks not in (0, images):
         raise ValueError(f"the question has {marks} {IMAGE_MARK} marks for {images} images")
@@ -147,8 +168,13 @@ def _without_marks(question: str) -> str:
 
 def _answer(answer: Any) -> str:
     if answer is None:
-        raise ValueError(f"the row has no answer: nothing in 'conversations', {_places('answer')}")
-    text = answer if isinstance(answer, str) else json.dumps(answer)
+        return ""
+    if isinstance(answer, float) and not math.isfinite(answer):
+        raise ValueError(f"the answer is {answer}")
+    try:
+        text = answer if isinstance(answer, str) else json.dumps(answer)
+    except TypeError:
+        raise ValueError(f"the answer is a {type(answer).__name__}: no text, number, or list of such") from None
     return text.replace("<answer>", "").replace("</answer>", "").strip()
 
 
@@ -173,5 +199,6 @@ def _tolerance(found: Any) -> float:
     return float(found)
 
 
-def _places(name: str) -> str:
+def places(name: str) -> str:
+    """Where a part of a row is looked for, for messages."""
     return " or ".join(f"'{column}'" for column in COLUMNS[name])

@@ -77,9 +77,11 @@ class JSONList(JSONFile):
 
     def scan(self) -> Iterator[Any]:
         with self._file.open("rb") as stream:
-            for value in JSONStream(stream, self._file).elements():
+            document = JSONStream(stream, self._file)
+            for value in document.elements():
                 self._add(value.offset, value.length, value.line)
                 yield value.content
+            document.expect_end()
 
 
 class Rows(Table):
@@ -104,18 +106,27 @@ class HuggingFace(Table):
     def __init__(self, dataset: Any, name: str) -> None:
         self._arrow = dataset.with_format("arrow")
         self._name = name
+        features = (dataset.features or {}).items()
+        self._classes = {column: feature.names for column, feature in features if hasattr(feature, "int2str")}
 
     def scan(self) -> Iterator[Any]:
         for table in self._arrow.iter(batch_size=1000):
             stored = [field.name for field in table.schema if "binary" in str(field.type)]
             rows = table.drop_columns(stored).to_pylist()
             for name in stored:
-                for row, count in zip(rows, _counts(table.column(name)), strict=True):
-                    row[name] = [Unread] * count
-            yield from rows
+                for row, images in zip(rows, table.column(name), strict=True):
+                    row[name] = _unread(images)
+            yield from map(self._named, rows)
 
     def read(self, number: int) -> Any:
-        return self._arrow[number].to_pylist()[0]
+        return self._named(self._arrow[number].to_pylist()[0])
+
+    def _named(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A row with the names of classes in place of their numbers."""
+        for column, names in self._classes.items():
+            if row.get(column) is not None:
+                row[column] = names[row[column]]
+        return row
 
     def place(self, number: int) -> str:
         return f"{self._name}: row {number}"
@@ -166,6 +177,10 @@ class JSONStream:
             if self._peek() != "}":
                 self._expect(",")
         self._expect("}")
+
+    def expect_end(self) -> None:
+        if self._peek():
+            raise DataError(f"{self._file}:{self._line}: not JSON: something follows after the end of the document")
 
     def skip_value(self) -> None:
         self._value()
@@ -246,8 +261,8 @@ def _loaded(line: bytes) -> Any:
         return ValueError(f"the line is not JSON: {error}")
 
 
-def _counts(column: Any) -> list[int]:
-    """Number of images in each row of a column of images, or of lists of them."""
-    if "list" in str(column.type):
-        return [len(value) if value.is_valid else 0 for value in column]
-    return [int(value.is_valid) for value in column]
+def _unread(images: Any) -> Any:
+    """`Unread` for an image, or each of a list of them, that is there, and None for one that is missing."""
+    if "list" in str(images.type):
+        return [Unread if image.is_valid else None for image in images.values] if images.is_valid else []
+    return Unread if images.is_valid else None

@@ -92,6 +92,18 @@ def detection_statistics(
     return {name: Interval(*np.clip(interval, 0, 1).tolist()) for name, interval in found.items()}
 
 
+def coco_metrics(
+    answered: Sequence[Sequence[Detection]],
+    truth: Sequence[Sequence[Detection]],
+    *,
+    clusters: Sequence[Hashable] | None = None,
+) -> dict[str, Interval]:
+    """All 12 COCO statistics of answers without scores; AP, AP50 and AP75 with intervals, as `detection_statistics`."""
+    values = coco_statistics(*_coco_form(answered, truth))
+    alone = {name: Interval(value, float("nan"), float("nan")) for name, value in values.items()}
+    return alone | detection_statistics(answered, truth, clusters=clusters)
+
+
 def nms_ap(
     answered: Sequence[Sequence[Detection]],
     truth: Sequence[Sequence[Detection]],

@@ -14,7 +14,7 @@ from typing import Final, get_args
 
 from vlmenv.core.answers import Answer, AnswerKind
 from vlmenv.core.errors import unknown_name
-from vlmenv.core.formats import AnswerFormat
+from vlmenv.core.formats import SECTIONS, TAGS, AnswerFormat
 from vlmenv.core.spaces import Image
 from vlmenv.envs.rewards.math import LONGEST_MATH, SPACED_UNIT, UNIT, check_installed, math_equal
 from vlmenv.envs.rewards.terms import BatchTerm
@@ -81,6 +81,8 @@ def _compare(content: str | None, target: Answer) -> float | None:
 
 def _same_number(a: str, b: str) -> bool:
     """Whether two texts are plainly the same number; if not, they may still be equal."""
+    if not (_COUNTED.fullmatch(a) and _BARE_NUMBER.fullmatch(b)):
+        return False
     number = parse_number(a)
     return number is not None and abs(number) < 2**53 and number == parse_number(b)
 
@@ -98,9 +100,11 @@ def read_answer(text: str, kind: AnswerKind | None = None, tolerance: float = 0.
         ValueError: The text is no truth of this kind; the message says why.
         ConfigError: The kind is mathematics, and math-verify is not installed.
     """
-    text = text.strip()
+    text = " ".join(text.split())
     if not text:
         raise ValueError("the answer is empty")
+    if marks := [mark for mark in (*TAGS, *SECTIONS) if mark in text]:
+        raise ValueError(f"the answer holds {marks[0]!r}, by which completions are divided")
     if not (math.isfinite(tolerance) and tolerance >= 0):
         raise ValueError(f"the tolerance is {tolerance}; it must be 0 or more")
     kind = _kind_of(text) if kind is None else kind
@@ -220,6 +224,7 @@ _NUMBER = re.compile(
     rf"(?= ?(?:{UNIT})| {SPACED_UNIT}|(?! ?[A-Za-z](?![A-Za-z]))(?!\w))"  # 12 cm and 12 dogs, but not 12x, 12², 12 x
 )
 _BARE_NUMBER = re.compile(rf"([+-]?)({_DIGITS})")
+_COUNTED = re.compile(rf"{_BARE_NUMBER.pattern}(?: [A-Za-z]{{2,}})*")  # "12", "12 dogs"
 _MEASUREMENT = re.compile(rf"[$£€¥₹]? ?[+-]?{_DIGITS}(?: ?/ ?{_DIGITS})?+ ?(?:%|{UNIT}|{SPACED_UNIT})?")
 _REWRITTEN: Final = tuple(
     (re.compile(pattern), by)
@@ -240,7 +245,9 @@ _REWRITTEN: Final = tuple(
 )
 _NO_LONE_NUMBER = re.compile(
     r"(?<![A-Za-z])[0-9]|[\\^√π∞|<>≤≥±]|[-+*/] ?#|#(?: ?[+*/×]|\()"  # other digits, and arithmetic
-    r"|(?i:\b(?:pi|sqrt|root|minus|negative|half|halves|thirds|squared|cubed)\b)"
+    r"|#!|[-+]\(|[¼-¾⅐-⅞]"  # factorials, signs of brackets, fractions of one sign
+    r"|(?i:\b(?:pi|sqrt|root|minus|negative|half|halves|thirds|squared|cubed|log|ln|exp|sin|cos|tan)\b)"
+    r"|(?i:\b(?:more|less|fewer|greater|smaller|at least|at most|over|under|up to|not)\b|n['’]t\b)"
     r"|(?i:\b(?:dozen|hundred|thousand|million|billion|trillion)s?\b)"
 )
 

@@ -113,14 +113,16 @@ def weighted_sum_reward(
 ) -> float:
     """0.7 · (sum of overlaps of rightly labelled pairs / true boxes) + 0.3 · (1 - (misses + false alarms) / 2).
 
-    Pairs are formed greedily at IoU 0.5 whatever their labels; misses and false alarms are shares of the
-    true and of the answered boxes. An answer without boxes scores 0 where there are some to be found.
+    Pairs are formed greedily at IoU 0.5, whichever of the true labels they have; boxes of other labels are false
+    alarms. Misses and false alarms are shares of the true and of the answered boxes. An answer without boxes scores
+    0 where there are some to be found.
     """
     answered = parse_detected_answer(text, answer_format)
     given, wanted = countable(answered or (), target)
     if not given or not wanted:
         return float(answered is not None and not given and not wanted)
     overlaps = pairwise_iou(_boxes(given), _boxes(wanted))
+    overlaps[~np.isin([one.label for one in given], [one.label for one in wanted])] = 0  # nobody asked for these
     pairs = greedy_pairs(overlaps)
     position = sum(overlaps[a, t] for a, t in pairs if given[a].label == wanted[t].label) / len(wanted)
     missed, false = 1 - len(pairs) / len(wanted), 1 - len(pairs) / len(given)

@@ -28,7 +28,9 @@ SPACED_UNIT: Final = r"[gshLNVWJA](?![A-Za-z])"
 
 _CACHED = 10_000
 # Long numbers, huge powers, towers of powers, many brackets.
-_BOMB = re.compile(r"\d{60}|\^\s*\{?\s*\d{5}|(?:\d\s*\^\s*\{?\s*){3}|[(\[{]{20}", re.ASCII)
+_BOMB = re.compile(
+    r"\d{60}|\^\s*\{?\s*\d{5}|(?:\d\s*\^\s*\{?\s*){3}|[(\[{]{20}|[)}\]]\s*\^\s*\{?\s*\d{3}|\d{5}\s*!", re.ASCII
+)
 
 _cache: dict[tuple[str, str], bool] = {}
 _workers = Workers(f"{__name__}:make_comparison", TIME_LIMIT)
@@ -53,9 +55,10 @@ def math_equal(pairs: Sequence[tuple[str, str]]) -> list[bool]:
     check_installed()
     results = {pair: False if _is_hopeless(pair[0]) else _cache.get(pair) for pair in pairs}
     unknown = [pair for pair, result in results.items() if result is None]
-    found = {pair: result is True for pair, result in zip(unknown, _workers.map(unknown), strict=True)}
-    _remember(found)
-    results |= found
+    found = dict(zip(unknown, _workers.map(unknown), strict=True))
+    # Not those that were given up by the clock: a machine that stood still is no reason to call an answer wrong again.
+    _remember({pair: result is True for pair, result in found.items() if not isinstance(result, TimeoutError)})
+    results |= {pair: result is True for pair, result in found.items()}
     return [results[pair] is True for pair in pairs]
 
 
@@ -131,6 +134,7 @@ _MEASURE = re.compile(
 _WORDS = re.compile(r"(?=.*[A-Za-z]{3})[A-Za-z][A-Za-z' -]*")
 _PI = re.compile(r"(?<![\\A-Za-z])pi(?![A-Za-z])")
 _ROOT = re.compile(r"√ ?(\d+|[A-Za-z])")
+_FUNCTION = re.compile(r"(?<![\\A-Za-z])(cos|sin|tan|log|ln|exp)(?![A-Za-z])")  # or else cos 0 would be c·o·s·0
 _MIXED = re.compile(r"(?<![\d.])(\d+) (\d+)/(\d+)(?![\d.])", re.ASCII)
 
 
@@ -143,5 +147,5 @@ def _as_latex(text: str) -> str:
     text = _MEASURE.sub("", _LEAD_IN.sub("", _DELIMITER.sub("", text)))
     if _WORDS.fullmatch(text):
         return f"$\\text{{{text}}}$"  # or else "act" would be "cat": a·c·t, either of them
-    text = _MIXED.sub(r"\1\\frac{\2}{\3}", _ROOT.sub(r"\\sqrt{\1}", _PI.sub(r"\\pi", text)))
+    text = _MIXED.sub(r"\1\\frac{\2}{\3}", _ROOT.sub(r"\\sqrt{\1}", _PI.sub(r"\\pi", _FUNCTION.sub(r"\\\1", text))))
     return f"${text}$"

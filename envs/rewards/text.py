@@ -16,15 +16,16 @@ FREE_TOKENS: Final = 512
 LONGEST_TEXT: Final = 300_000
 """Characters of a response that are looked at."""
 
+_PIECE: Final = 1000
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 
 
 def count_words(text: str) -> int:
     """Words and punctuation marks in a text, which stand in for tokens where there is no tokenizer.
 
-    Only the first 300,000 characters count.
+    A word counts once for every eight characters begun. Only the first 300,000 characters count.
     """
-    return sum(1 for _ in _TOKEN.finditer(text, 0, LONGEST_TEXT))
+    return sum(1 + (match.end() - match.start() - 1) // 8 for match in _TOKEN.finditer(text, 0, LONGEST_TEXT))
 
 
 def length_reward(text: str, target: Any, count_tokens: Callable[[str], int] = count_words) -> float:
@@ -58,12 +59,14 @@ def keywords_reward(text: str, target: Caption) -> float:
     spaces between words, such as Chinese and Thai, anything may stand beside a keyword.
     """
     keywords = {folded for keyword in target.keywords if (folded := _folded(keyword))}
-    words = _folded(text[:LONGEST_TEXT])
+    words = _folded(text)
     return sum(_occurs(keyword, words) for keyword in keywords) / len(keywords) if keywords else 0.0
 
 
 def _folded(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    # In pieces: normalisation takes time that grows with the square of a run of combining marks.
+    pieces = (text[start : start + _PIECE] for start in range(0, min(len(text), LONGEST_TEXT), _PIECE))
+    return " ".join("".join(unicodedata.normalize("NFKC", piece) for piece in pieces).casefold().split())
 
 
 def _occurs(keyword: str, text: str) -> bool:

@@ -74,7 +74,8 @@ class Workers:
         """Calls the function with each of the argument tuples.
 
         Returns:
-            The results in order; None for a call that raised, ran out of time or memory, or ended its process.
+            The results in order; None for a call that raised, ran out of computing time or memory, or ended its
+            process, and a TimeoutError for one that was given up by the clock.
 
         Raises:
             RuntimeError: A process could not be started.
@@ -85,9 +86,9 @@ class Workers:
         worker = self._take()
         try:
             result = worker.call(arguments, _PATIENCE * self._time_limit)
-        except (OSError, EOFError):  # time is up (TimeoutError), or the process has ended
+        except (OSError, EOFError) as error:  # time is up, or the process has ended
             self._end(worker)
-            return None
+            return error if isinstance(error, TimeoutError) else None
         except BaseException:
             self._end(worker)
             raise

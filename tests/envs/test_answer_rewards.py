@@ -309,7 +309,7 @@ def test_the_kind_of_a_truth_shows_in_it(text: str, answer: Answer) -> None:
         ("12", "exact", "12"),
         ("B", "exact", "B"),
         ("9\\pi", "math", "9\\pi"),
-        ("The  Cat", "edit", "The  Cat"),
+        ("The  Cat", "edit", "The Cat"),
     ],
 )
 def test_the_kind_of_a_truth_may_be_given(text: str, kind: AnswerKind, stored: str) -> None:

@@ -123,7 +123,7 @@ def test_map50_by_hand() -> None:
     [
         (answered(A, C), [A, C], 1.0),
         (answered(Detection("cat", (0, 0, 10, 6))), [A], 0.7 * 0.6 + 0.3),
-        (answered(Detection("dog", A.box)), [A], 0.3),  # well placed, wrongly named
+        (answered(Detection("dog", A.box)), [A], 0.0),  # well placed, but nobody asked for dogs
         (answered(A), [A, C], 0.7 / 2 + 0.3 * 0.75),
         (answered(A, B), [A], 0.7 + 0.3 * 0.75),
         (answered(Detection("cat", (0, 0, 10, 4))), [A], 0.0),

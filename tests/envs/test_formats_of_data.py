@@ -165,12 +165,35 @@ def test_broken_rows_can_be_left_out(folder: Path) -> None:
     assert "bad" in source.faults[1]
 
 
+def test_columns_may_stand_beside_conversations(folder: Path) -> None:
+    turns = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "no"}]
+    rows = [{"image": "a.png", "images": [], "conversations": turns, "label": "yes"}]
+    file = dump(folder, "rows.json", rows)
+    check(open_dataset(file, READING).get(0), question="Why?", target="no")
+    check(open_dataset(file, Reading(understand, columns={"answer": "label"})).get(0), question="Why?", target="yes")
+    with pytest.raises(ConfigError, match="no columns to map"):
+        open_dataset(
+            dump(folder, "instances.json", COCO), Reading(detections, takes_coco=True, columns={"answer": "label"})
+        )
+
+
+def test_names_of_classes_and_missing_images_in_a_hugging_face_data_set() -> None:
+    rows = [easy(answer=i % 2, images=[{"bytes": png(), "path": None}]) for i in range(2)]
+    data = datasets.Dataset.from_list(rows).cast_column("answer", datasets.ClassLabel(names=["cat", "dog"]))
+    assert [open_dataset(data, READING).get(i).target for i in range(2)] == ["cat", "dog"]
+    features = datasets.Features(
+        {name: datasets.Value("string") for name in ("problem", "answer")} | {"images": datasets.List(datasets.Image())}
+    )
+    rows = [{"problem": "?", "answer": "a", "images": [png(), None]}]
+    with pytest.raises(DataError, match="row 0: an image is neither"):
+        open_dataset(datasets.Dataset.from_list(rows, features=features), READING)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"problem": None}, "no question: no text in 'conversations', 'problem' or 'question' or 'query'"),
         ({"problem": " "}, "no question"),
-        ({"answer": None}, "no answer"),
         ({"images": [""]}, "no image"),
         ({"images": []}, "1 <image> marks for 0 images"),
         ({"images": ["a.png", 5]}, "neither a path"),
@@ -180,7 +203,10 @@ def test_broken_rows_can_be_left_out(folder: Path) -> None:
         ({"key_word": [5]}, "no list of texts"),
         ({"tolerance": "much"}, "'tolerance' is 'much'"),
         ({"tolerance": -1}, "'tolerance' is -1"),
-        ({"subject": []}, "'subject' is not a text"),
+        ({"subject": [1]}, "'subject' is not a text"),
+        ({"answer": float("nan")}, "the answer is nan"),
+        ({"problem": "\ud800"}, "half a surrogate pair"),
+        ({"images": ["\udfff.png"]}, "half a surrogate pair"),
     ],
 )
 def test_a_broken_part_is_named(folder: Path, changes: dict[str, Any], message: str) -> None:
@@ -198,6 +224,8 @@ def test_what_cannot_be_opened_is_named(folder: Path) -> None:
         ("c.json", '[{"problem": "?", "answer": 1}, {"b" 2}]', r"c\.json:1: not JSON: Expecting ':'"),
         ("d.json", '[\n{"problem": "?", "answer": 1},\n{"b": "', r"d\.json:3: not JSON: Unterminated"),
         ("e.json", '["\xff\n', r"e\.json:1: not JSON"),
+        ("h.json", '[{"problem": "?", "answer": 1}] [{}]', r"h\.json:1: not JSON: something follows"),
+        ("i.parquet", "PAR", r"i\.parquet: the parquet file cannot be read"),
     ):
         with pytest.raises(DataError, match=message):
             open_dataset(dump(folder, name, content), Reading(lambda row: understand(row), needs_image=False))

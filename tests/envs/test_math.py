@@ -241,3 +241,17 @@ def test_bombs_that_are_tried_take_bounded_time(no_cache: dict[tuple[str, str], 
     started = time.perf_counter()
     assert math_equal(pairs) == [False] * len(pairs)  # remembered
     assert time.perf_counter() - started < 0.1
+
+
+def test_a_comparison_that_was_given_up_by_the_clock_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that stood still for a moment must not call a right answer wrong for ever."""
+    pair = ("x+y+17", "y+x+17")
+
+    class Stalled:
+        def map(self, pairs: list[tuple[str, str]]) -> list[object]:
+            return [TimeoutError()] * len(pairs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_workers", Stalled())
+        assert math_equal([pair]) == [False]
+    assert math_equal([pair]) == [True]

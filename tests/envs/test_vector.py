@@ -114,7 +114,7 @@ def test_all_episodes_are_reset_together() -> None:
     _, _, terminated, truncated, _ = envs.step([ANSWER, ANSWER])
     envs.reset(options={"reset_mask": terminated | truncated})
     envs.step([ANSWER, ANSWER])
-    with pytest.raises(ConfigError, match="True everywhere"):
+    with pytest.raises(ConfigError, match="True for all 2"):
         envs.reset(options={"reset_mask": np.array([True, False])})
 
 

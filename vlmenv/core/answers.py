@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Final, Literal, NamedTuple
 
-from vlmenv.core.coordinates import Box, is_box
+from vlmenv.core.coordinates import Box, iou, is_box
 
 NONE: Final = "None"
 """What is answered, and written in data sets, when nothing in the image fits."""
@@ -142,11 +142,19 @@ def _detection(entry: object) -> Detection | None:
 
 
 def write_detections(detections: Sequence[Detection]) -> str:
-    """Detections as models are asked to write them: fenced JSON with whole numbers, or "None"."""
+    """Detections as models are asked to write them: fenced JSON, or "None".
+
+    Coordinates are whole numbers, but for boxes so small that rounding would cost COCO's highest threshold.
+    """
     if not detections:
         return NONE
-    rows = [{"bbox_2d": [round(value) for value in box], "label": label} for label, box, *_ in detections]
+    rows = [{"bbox_2d": _rounded(box), "label": label} for label, box, *_ in detections]
     return f"```json\n{json.dumps(rows, ensure_ascii=False)}\n```"
+
+
+def _rounded(box: Box) -> list[float]:
+    whole = (round(box[0]), round(box[1]), round(box[2]), round(box[3]))
+    return list(whole if is_box(whole) and iou(whole, box) >= 0.95 else (round(value, 2) for value in box))
 
 
 def write_box(target: Target) -> str:

@@ -107,6 +107,7 @@ def is_box(values: tuple[float, ...]) -> bool:
         and all(math.isfinite(v) and abs(v) <= MAX_COORDINATE for v in values)
         and values[0] < values[2]
         and values[1] < values[3]
+        and (values[2] - values[0]) * (values[3] - values[1]) > 0  # which of the tiniest sides is 0
     )
 
 

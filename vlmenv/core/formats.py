@@ -89,10 +89,17 @@ def extract_answer(text: str) -> str | None:
 
 
 def _final_answer(text: str) -> str | None:
-    """What stands on the line of the only final heading, or the first after it; a code fence is taken whole."""
+    """What stands on the line of the only final heading, or the first after it; a fence or JSON is taken whole.
+
+    A final heading that another follows is not the final one.
+    """
     if text.count(SECTIONS[-1]) != 1:
         return None
     content = text.partition(SECTIONS[-1])[2].strip()
+    if any(heading in content for heading in SECTIONS):
+        return None
+    if content.startswith(("[", "{")):
+        return content
     if content.startswith(_FENCE):
         fenced, ended, _ = content.removeprefix(_FENCE).partition(_FENCE)
         return f"{_FENCE}{fenced}{_FENCE}" if ended else None
