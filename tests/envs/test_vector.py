@@ -80,6 +80,14 @@ def test_shards_divide_the_order_among_processes(tmp_path: Path) -> None:
         assert whole == [name for part in parts for name in part.reset(seed=seed)[1]["id"]]
 
 
+@pytest.mark.parametrize(("shard", "num_shards"), [(0, 1), (0, 2), (1, 2)])
+def test_an_order_can_be_taken_up_in_its_middle(shard: int, num_shards: int) -> None:
+    envs = make(4, group_size=2, shard=shard, num_shards=num_shards)
+    whole = [list(envs.reset(seed=3)[1]["index"])] + [list(envs.reset()[1]["index"]) for _ in range(3)]
+    again = make(4, group_size=2, shard=shard, num_shards=num_shards)
+    assert [list(again.reset(seed=3, options={"skip": 2})[1]["index"]), list(again.reset()[1]["index"])] == whole[2:]
+
+
 def test_samples_are_loaded_by_several_threads() -> None:
     """Two loads that wait for one another: one after the other they would break the barrier."""
     barrier = threading.Barrier(2)
