@@ -100,6 +100,7 @@ class GRPO(Algorithm):
         self.most_rounds = config.most_rounds
 
     def credit(self, scored: Scored) -> Credit:
+        """Rewards, less the soft punishment of length, against the group's; one advantage a completion, [N, 1]."""
         config, rewards = self.config, scored.rewards
         if config.overlong_share:
             buffer = max(1, round(config.overlong_share * scored.max_tokens))

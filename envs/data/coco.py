@@ -33,15 +33,19 @@ class CocoInstances(Table):
         self._image_ids = array("q")
         self._categories: dict[int, str] = {}
         self._boxes = array("d")  # x1, y1, x2, y2, area of each annotation
-        self._facts = array("q")  # image's id, category's id, whether a crowd
-        self._faults: dict[int, str] = {}  # by image's id
+        self._facts = array("q")  # image's id, category's id, whether a crowd, line
+        self._faults: dict[int, list[tuple[int, str]]] = {}  # lines and faults by image's id
+        self._lost: list[tuple[int, str]] = []  # line and fault of entries that belong to no image
         self._starts = self._order = np.empty(0, dtype=np.int64)
 
     def scan(self) -> Iterator[Any]:
         self._load()
         self._arrange()
         for number, image in enumerate(self._image_ids):
-            yield ValueError(self._faults[image]) if image in self._faults else self.read(number)
+            found = "; ".join(f"line {line}: {fault}" for line, fault in self._faults.get(image, ()))
+            yield ValueError(found) if found else self.read(number)
+        for _, fault in self._lost:
+            yield ValueError(fault)
 
     def read(self, number: int) -> Row:
         image = self._image_ids[number]
@@ -51,11 +55,16 @@ class CocoInstances(Table):
         return Row(str(image), (self._names[number],), question, "", detections=truth)
 
     def place(self, number: int) -> str:
-        return f"{self._file}: image {self._image_ids[number]}"
+        images = len(self._image_ids)
+        return (
+            f"{self._file}: image {self._image_ids[number]}"
+            if number < images
+            else (f"{self._file}:{self._lost[number - images][0]}")
+        )
 
     def _detection(self, annotation: int) -> Detection:
         x1, y1, x2, y2, area = self._boxes[5 * annotation : 5 * annotation + 5]
-        _, category, crowd = self._facts[3 * annotation : 3 * annotation + 3]
+        _, category, crowd, _ = self._facts[4 * annotation : 4 * annotation + 4]
         return Detection(self._categories[category], (x1, y1, x2, y2), bool(crowd), area)
 
     def _asked(self, present: set[str], image: int) -> list[str]:
@@ -75,46 +84,59 @@ class CocoInstances(Table):
                     continue
                 for value in document.elements():
                     try:
-                        readers[key](value.content)
+                        readers[key](value.content, value.line)
                     except (KeyError, TypeError, ValueError, OverflowError) as error:
                         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-                        raise DataError(f"{self._file}:{value.line}: an entry of '{key}': {reason}") from None
+                        owner = value.content.get("image_id") if isinstance(value.content, dict) else None
+                        self._add_fault(owner, value.line, f"an entry of '{key}': {reason}")
             document.expect_end()
         if missing := [key for key, found in (("images", self._names), ("categories", self._categories)) if not found]:
             raise DataError(f"{self._file}: no '{missing[0]}' in it, as COCO's instances have them")
 
-    def _add_image(self, image: Any) -> None:
-        self._image_ids.append(image["id"])
-        self._names.append(str(image["file_name"]))
+    def _add_fault(self, image: Any, line: int, fault: str) -> None:
+        """Notes what is wrong with an image's annotations, or with an entry that no image owns."""
+        if not isinstance(image, int):
+            self._lost.append((line, fault))
+        else:
+            self._faults.setdefault(image, []).append((line, fault))
 
-    def _add_category(self, category: Any) -> None:
+    def _add_image(self, image: Any, line: int) -> None:
+        name = str(image["file_name"])
+        self._image_ids.append(image["id"])
+        self._names.append(name)
+
+    def _add_category(self, category: Any, line: int) -> None:
         self._categories[category["id"]] = str(category["name"]).strip()
 
-    def _add_annotation(self, annotation: Any) -> None:
+    def _add_annotation(self, annotation: Any, line: int) -> None:
         image, category, bbox = annotation["image_id"], annotation["category_id"], annotation["bbox"]
         if isinstance(bbox, str):
             raise ValueError(f"bbox is the text {bbox!r}")
         x, y, width, height = (float(value) for value in bbox)
         box = (x, y, x + width, y + height)
         if is_box(box):
-            self._facts.extend((image, category, bool(annotation.get("iscrowd", 0))))
-            self._boxes.extend((*box, float(annotation.get("area", width * height))))
+            area = float(annotation.get("area", width * height))
+            self._facts.extend((int(image), int(category), bool(annotation.get("iscrowd", 0)), line))
+            self._boxes.extend((*box, area))
         else:
-            before = f"{self._faults[image]}; " if image in self._faults else ""
-            self._faults[image] = (
-                f"{before}annotation {annotation.get('id')}: bbox {bbox} covers nothing, or is not finite"
-            )
+            fault = f"annotation {annotation.get('id')}: bbox {bbox} covers nothing, or is not finite"
+            self._add_fault(image, line, fault)
 
     def _arrange(self) -> None:
         """Groups the annotations by image, and finds those of images or categories that are not there."""
-        facts = np.array(self._facts, dtype=np.int64).reshape(-1, 3)
+        facts = np.array(self._facts, dtype=np.int64).reshape(-1, 4)
         images = np.array(self._image_ids, dtype=np.int64)
-        for name, column, known in (("image", 0, images), ("category", 1, list(self._categories))):
-            if lost := np.setdiff1d(facts[:, column], known).tolist():
-                raise DataError(f"{self._file}: an annotation is of {name} {lost[0]}, which the file does not have")
+        known = np.isin(facts[:, 0], images) & np.isin(facts[:, 1], list(self._categories))
+        for image, category, _, line in facts[~known].tolist():
+            whose = f"category {category}" if category not in self._categories else f"image {image}"
+            self._add_fault(image, line, f"an annotation is of {whose}, which the file does not have")
+        for image in set(self._faults) - set(self._image_ids):
+            self._lost += self._faults.pop(image)
         if len(np.unique(images)) < len(images):
             raise DataError(f"{self._file}: two images have the same id")
         by_id = np.argsort(images)
-        number = by_id[np.searchsorted(images, facts[:, 0], sorter=by_id)] if len(facts) else facts[:, 0]
-        self._order = np.argsort(number, kind="stable")
-        self._starts = np.searchsorted(number[self._order], np.arange(len(images) + 1))
+        own = np.flatnonzero(known)
+        number = by_id[np.searchsorted(images, facts[own, 0], sorter=by_id)] if len(own) else own
+        order = np.argsort(number, kind="stable")
+        self._order = own[order]
+        self._starts = np.searchsorted(number[order], np.arange(len(images) + 1))

@@ -330,6 +330,24 @@ def test_broken_coco_instances_are_named(folder: Path, part: str, entry: Any, me
         open_dataset(file, Reading(detections, takes_coco=True))
 
 
+def test_every_fault_of_coco_instances_is_told(folder: Path) -> None:
+    """Entries that belong to no image are told too, and what is whole can be used without them."""
+    bad = [
+        {"id": 5, "image_id": 9, "category_id": 1},
+        {"id": 6, "image_id": 99, "category_id": 1, "bbox": [0, 0, 1, 1]},
+        {"id": 7, "image_id": 9, "category_id": 99, "bbox": [0, 0, 1, 1]},
+        {"id": 8, "image_id": 8, "category_id": 1, "bbox": [0, 0, 0, 0]},
+        {"id": 9, "image_id": 8, "category_id": 1, "bbox": [0, 0, 0, 1]},
+    ]
+    content = COCO | {"annotations": [*bad, *COCO["annotations"]], "images": [*COCO["images"], {"id": 1}]}
+    source = open_dataset(dump(folder, "i.json", content), Reading(detections, takes_coco=True, skip_broken=True))
+    assert [source.get(i).id for i in range(source.size or 0)] == ["7"]  # the others lack some of their truth
+    told = " ".join(source.faults)
+    assert len(source.faults) == 4  # two images, and two entries that belong to none
+    for words in ("no 'bbox'", "of image 99", "of category 99", "annotation 8", "annotation 9", "no 'file_name'"):
+        assert words in told
+
+
 def test_a_broken_coco_image_can_be_left_out(folder: Path) -> None:
     bad = {"id": 5, "image_id": 9, "category_id": 1, "bbox": [0, 0, 0, 3]}
     file = dump(folder, "instances.json", COCO | {"annotations": [*COCO["annotations"], bad]})

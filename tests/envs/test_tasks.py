@@ -408,7 +408,8 @@ def test_pictures_that_rows_share_are_read_once_at_a_time(tmp_path: Path) -> Non
     for _ in range(5):
         with Image.open(tmp_path / "a.jpg") as picture:
             rows = [{"problem": "Find it.", "answer": "[1, 2, 3, 4]", "images": [picture], "id": i} for i in range(8)]
-            gymnasium.make_vec("VLM-REC-v0", num_envs=8, dataset=rows).reset(seed=0)
+            shown, _ = gymnasium.make_vec("VLM-REC-v0", num_envs=8, dataset=rows).reset(seed=0)
+            assert {images[0].shape for images in shown["images"]} == {(400, 400, 3)}
 
 
 def test_environments_can_be_pickled() -> None:
