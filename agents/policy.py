@@ -1,37 +1,21 @@
-"""The distribution over completions: prompts are computed once per group, answers token by token."""
+"""The distribution over completions: a group's image and prompt run through the model once, in every pass."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from vlmenv.agents.attention import Attention, Continuations, Packing, Prefixes, enable_packing, no_mask
 from vlmenv.agents.base import LogProbs
-from vlmenv.agents.families.base import join_images
+from vlmenv.agents.families.base import Family, join_images
+from vlmenv.agents.linear_logprobs import linear_logprobs
 from vlmenv.core.rollout import Prompt, Rollout
-
-
-@dataclass(slots=True)
-class Prefix:
-    """P prompts, all but their last token, run through the model."""
-
-    cache: DynamicCache
-    """keys and values, [P, heads, T - 1, head size] per layer"""
-    mask: Tensor
-    """[P, T - 1], 1 at prompt tokens, 0 where padded"""
-    last: Tensor
-    """[P], each prompt's last token"""
-    position: Tensor
-    """[P], the position of that token"""
-
-    def expand(self, index: Tensor) -> None:
-        """Gives each of N completions the prefix of its prompt, `index` [N]. Gradients add up."""
-        self.cache.batch_select_indices(index)
-        self.mask, self.last, self.position = self.mask[index], self.last[index], self.position[index]
 
 
 class ValueHead(nn.Linear):
@@ -58,137 +42,163 @@ class ValueHead(nn.Linear):
 
 
 class Policy(nn.Module):
-    """The distribution over completions: sampling from it, and the log-probabilities under it.
+    """The distribution over completions under a model's present weights.
 
-    A group's image and prompt run through the model once; its completions continue from the cached
-    keys and values. That is exact, in value and in gradient (compare Prefix Grouper, arXiv 2506.05433).
+    Shapes: P prompts, N completions, M tokens of completions in all, the longest of L tokens; hidden states of size H.
+
+    Attributes:
+        share_prefixes: Whether what a group has in common is computed once. That is exact, in value and in gradient;
+            without it each completion repeats its image and prompt, padded to the longest: slow, and a reference.
+        value_head: The critic's, where there is one.
     """
 
-    def __init__(self, model: PreTrainedModel, banned_tokens: np.ndarray) -> None:
+    def __init__(self, family: Family) -> None:
         super().__init__()
-        self.model = model
+        self.family = family
+        self.model = family.model
+        self.share_prefixes = True
         self.value_head: ValueHead | None = None
-        self.register_buffer("banned", torch.from_numpy(banned_tokens).to(model.device), persistent=False)
+        banned = torch.from_numpy(family.banned_tokens).to(family.model.device)
+        self.register_buffer("banned", banned, persistent=False)
+        enable_packing(cast(PreTrainedModel, family.language_model()))
 
     def forward(self, rollout: Rollout) -> LogProbs:
         """Log-probabilities and entropies of the completions of a rollout, and values where there is a head."""
-        temperature = rollout.temperature or 1.0
-        hidden, targets, mask = self.hidden_states(rollout)
-        logprobs = torch.log_softmax(self.logits(hidden[mask]) / temperature, dim=-1)
-        chosen = logprobs.gather(-1, targets[mask][:, None])[:, 0]
-        with torch.no_grad():
-            entropy = -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
-        blank = torch.zeros(mask.shape, dtype=chosen.dtype, device=mask.device)
-        values = None if self.value_head is None else blank.masked_scatter(mask, self.value_head(hidden[mask]))
-        return LogProbs(blank.masked_scatter(mask, chosen), blank.masked_scatter(mask, entropy), mask, values)
+        hidden, packing = self.hidden_states(rollout)
+        targets = self._tokens([completion.token_ids for completion in rollout.completions])
+        head, temperature = self._head(), rollout.temperature or 1.0
+        logprobs, entropy = linear_logprobs(hidden, head.weight, head.bias, targets, self._banned(), temperature)
+        values = None if self.value_head is None else packing.pad(self.value_head(hidden))
+        return LogProbs(packing.pad(logprobs), packing.pad(entropy), packing.mask(), values)
 
-    def hidden_states(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
-        """Final hidden states that predict the tokens of the completions.
-
-        Returns:
-            Hidden states [N, L, H], the tokens that they predict [N, L], and the mask of real tokens [N, L].
-        """
-        prefix = self.prefill(rollout.prompts)
-        prefix.expand(torch.from_numpy(rollout.prompt_index).to(prefix.mask.device))
-        targets = _pad([completion.token_ids for completion in rollout.completions]).to(prefix.mask.device)
-        lengths = torch.tensor([len(completion.token_ids) for completion in rollout.completions])
-        mask = (torch.arange(targets.shape[1]) < lengths[:, None]).to(targets.device)
-        inputs = torch.cat([prefix.last[:, None], targets[:, :-1]], dim=1)
-        attention = torch.cat([prefix.mask, mask.long()], dim=1)
-        return self._continue(prefix, inputs, attention, start=0), targets, mask
+    def hidden_states(self, rollout: Rollout) -> tuple[Tensor, Packing]:
+        """Final hidden states [M, H] that predict the tokens of the completions, and where these lie."""
+        packing = Packing(torch.tensor([len(one.token_ids) for one in rollout.completions]), self.device)
+        if self.share_prefixes:
+            return self._sharing(rollout, packing), packing
+        return self._repeating(rollout, packing), packing
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states [..., H] over the vocabulary, in float32, banned tokens at -inf."""
-        head = self.model.get_output_embeddings()
-        assert head is not None
-        logits: Tensor = head(hidden).float()
-        return logits.index_fill(-1, self.get_buffer("banned"), -torch.inf)
+        logits: Tensor = self._head()(hidden).float()
+        return logits.index_fill(-1, self._banned(), -torch.inf)
 
-    def prefill(self, prompts: list[Prompt]) -> Prefix:
-        """Runs prompts through the model, all but their last token, padded on the right."""
-        device = self.model.device
-        lengths = torch.tensor([len(prompt.input_ids) - 1 for prompt in prompts])
-        mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long().to(device)
-        positions = [_pad([prompt.position_ids[axis, :-1] for prompt in prompts]) for axis in range(3)]
-        output = self.model.model(
-            input_ids=_pad([prompt.input_ids[:-1] for prompt in prompts]).to(device),
-            attention_mask=mask,
-            position_ids=torch.stack(positions).to(device),
-            use_cache=True,
-            **join_images(prompts, device),
-        )
-        _tie(output.past_key_values, output.last_hidden_state)
-        last = torch.tensor([int(prompt.input_ids[-1]) for prompt in prompts], device=device)
-        position = torch.tensor([int(prompt.position_ids[0, -1]) for prompt in prompts], device=device)
-        return Prefix(output.past_key_values, mask, last, position)
-
-    def sample(
-        self,
-        prompts: list[Prompt],
-        index: np.ndarray,
-        temperature: float,
-        max_new_tokens: int,
-        end_tokens: tuple[int, ...],
-        generator: torch.Generator,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Samples a completion for each entry of `index` [N], until all have ended or are full.
+    def prefill(self, prompts: Sequence[Prompt]) -> tuple[Prefixes, Tensor]:
+        """Runs prompts through the model.
 
         Returns:
-            Tokens and their log-probabilities, [N, L] each; what follows a row's end token is void.
+            What completions attend to, and the final hidden states [P, H] that predict their first tokens.
         """
-        prefix = self.prefill(prompts)
-        prefix.expand(torch.from_numpy(index).to(prefix.mask.device))
-        ends = torch.tensor(end_tokens, device=prefix.mask.device)
-        token, attention = prefix.last, prefix.mask
-        done = torch.zeros_like(token, dtype=torch.bool)
-        tokens, logprobs = [], []
-        for step in range(max_new_tokens):
-            attention = torch.cat([attention, torch.ones_like(token)[:, None]], dim=1)
-            hidden = self._continue(prefix, token[:, None], attention, start=step)
-            token, logprob = _draw(self.logits(hidden[:, 0]), temperature, generator)
-            tokens.append(token)
-            logprobs.append(logprob)
-            done |= torch.isin(token, ends)
-            if done.all():
-                break
-        return torch.stack(tokens, dim=1).cpu().numpy(), torch.stack(logprobs, dim=1).cpu().numpy()
-
-    def _continue(self, prefix: Prefix, tokens: Tensor, attention: Tensor, start: int) -> Tensor:
-        """Hidden states [N, L, H] of tokens [N, L], the first of which is `start` places after the prefix."""
-        offsets = torch.arange(start, start + tokens.shape[1], device=tokens.device)
-        positions = prefix.position[:, None] + offsets
+        packing = Packing(torch.tensor([len(prompt.input_ids) for prompt in prompts]), self.device)
+        prefixes, features = Prefixes(packing), self._features(prompts)
         output = self.model.model(
-            input_ids=tokens,
-            attention_mask=attention,
-            position_ids=positions.expand(3, *positions.shape),
-            past_key_values=prefix.cache,
-            use_cache=True,
+            input_ids=self._tokens([prompt.input_ids for prompt in prompts])[None],
+            position_ids=self._positions(prompts),
+            attention_mask=no_mask(self.device),
+            mm_encoder_outputs=None if features is None else {"image": features},
+            use_cache=False,
+            packed=prefixes,
+        )
+        return prefixes, output.last_hidden_state[0, packing.ends]
+
+    def extend(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+        """Final hidden states [M, H] of packed tokens [M] at positions [M] after what `attention` holds."""
+        output = self.family.language_model()(
+            inputs_embeds=self.model.get_input_embeddings()(tokens)[None],
+            position_ids=self._on_axes(positions),
+            attention_mask=no_mask(self.device),
+            use_cache=False,
+            packed=attention,
         )
         hidden: Tensor = output.last_hidden_state
-        return hidden
+        return hidden[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    def _sharing(self, rollout: Rollout, packing: Packing) -> Tensor:
+        """`hidden_states` with each prompt computed once."""
+        prefixes, firsts = self.prefill(rollout.prompts)
+        index = torch.from_numpy(rollout.prompt_index)
+        on_device = index.to(self.device)[packing.rows]
+        inputs = Packing(packing.lengths.cpu() - 1, self.device)  # the last token predicts nothing
+        if inputs.total == 0:
+            return firsts[on_device]
+        tokens = self._tokens([completion.token_ids[:-1] for completion in rollout.completions])
+        starts = torch.tensor([next_position(prompt) for prompt in rollout.prompts])[index].to(self.device)
+        attention = Continuations(prefixes, inputs, index)
+        later = self.extend(tokens, starts[inputs.rows] + inputs.places, attention)
+        before = torch.arange(packing.total, device=self.device) - packing.rows - 1  # the input of the token before
+        return torch.cat([firsts, later])[torch.where(packing.places == 0, on_device, before + len(firsts))]
+
+    def _repeating(self, rollout: Rollout, packing: Packing) -> Tensor:
+        """`hidden_states` with each prompt computed for each of its completions, in one padded batch."""
+        prompts = [rollout.prompts[i] for i in rollout.prompt_index]
+        pairs = list(zip(prompts, rollout.completions, strict=True))
+        ids = [np.concatenate([prompt.input_ids, completion.token_ids]) for prompt, completion in pairs]
+        lengths = torch.tensor([len(one) for one in ids])
+        positions = [torch.from_numpy(_all_positions(prompt, len(one.token_ids))).T for prompt, one in pairs]
+        padded = nn.utils.rnn.pad_sequence(positions, batch_first=True).permute(2, 0, 1).to(self.device)
+        features = self._look(prompts) if any(prompt.images for prompt in prompts) else None
+        output = self.model.model(
+            input_ids=nn.utils.rnn.pad_sequence([torch.from_numpy(one) for one in ids], True).to(self.device),
+            attention_mask=(torch.arange(int(lengths.max())) < lengths[:, None]).long().to(self.device),
+            position_ids=padded if len(padded) > 1 else padded[0],
+            mm_encoder_outputs=None if features is None else {"image": features},
+            use_cache=False,
+        )
+        starts = torch.tensor([len(prompt.input_ids) - 1 for prompt in prompts], device=self.device)
+        hidden: Tensor = output.last_hidden_state
+        return hidden[packing.rows, starts[packing.rows] + packing.places]
+
+    def _features(self, prompts: Sequence[Prompt]) -> Any:
+        """Features of the prompts' images, joined; of a frozen tower they are kept in the prompt for later passes."""
+        shown = [prompt for prompt in prompts if prompt.images]
+        if not shown:
+            return None
+        if self.family.sees_by_trained_weights():
+            return self._look(shown)
+        tower = self.family.vision_tower()
+        for prompt in shown:
+            if prompt.features is None or prompt.features[0] is not tower:
+                prompt.features = tower, self._look([prompt])
+        return self.family.join_features([prompt.features[1] for prompt in shown])  # type: ignore[index]
+
+    def _look(self, prompts: Sequence[Prompt]) -> Any:
+        """Runs images through the vision tower."""
+        return self.model.model.get_image_features(**join_images(prompts, self.device), return_dict=True)
+
+    def _tokens(self, rows: Sequence[NDArray[np.int64]]) -> Tensor:
+        """Rows of ids, one after the other, [M]."""
+        return torch.from_numpy(np.concatenate(rows)).to(self.device)
+
+    def _positions(self, prompts: Sequence[Prompt]) -> Tensor:
+        """Positions of packed prompts, [axes, 1, M], or [1, M] where there is one axis."""
+        positions = torch.from_numpy(np.concatenate([prompt.position_ids for prompt in prompts], axis=1))
+        self._axes = len(positions)
+        return self._on_axes(positions.to(self.device))
+
+    def _on_axes(self, positions: Tensor) -> Tensor:
+        """Positions [M] or [axes, M] as the model takes them."""
+        return positions.expand(self._axes, -1)[:, None] if self._axes > 1 else positions.view(1, -1)
+
+    def _head(self) -> nn.Linear:
+        head = self.model.get_output_embeddings()
+        assert head is not None
+        return cast(nn.Linear, head)
+
+    def _banned(self) -> Tensor:
+        return self.get_buffer("banned")
 
 
-def _tie(cache: DynamicCache, hidden: Tensor) -> None:
-    """Lets gradients of a cache reach final hidden states [P, T, H] too, as zeros.
-
-    Of the last block, only keys and values are used. But FSDP gathers a block's weights for the backward pass
-    when a gradient reaches the block's output.
-    """
-    if hidden.requires_grad:
-        layer: Any = cache.layers[-1]
-        layer.values = layer.values + 0 * hidden[:, None, :1, :1]
+def next_position(prompt: Prompt) -> int:
+    """The position of the first token after a prompt, the same on all axes."""
+    return int(prompt.position_ids[0, -1]) + 1
 
 
-def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draws a token from each row of logits [N, V]; also its log-probability [N]."""
-    logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
-    if temperature == 0:
-        token = logprobs.argmax(dim=-1)
-    else:
-        token = torch.multinomial(logprobs.exp(), 1, generator=generator)[:, 0]
-    return token, logprobs.gather(-1, token[:, None])[:, 0]
-
-
-def _pad(rows: list[np.ndarray]) -> Tensor:
-    """Stacks rows of unequal length, with zeros on the right."""
-    return nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True)
+def _all_positions(prompt: Prompt, length: int) -> NDArray[np.int64]:
+    """Positions [axes, T + length] of a prompt and of what follows it."""
+    after = np.tile(next_position(prompt) + np.arange(length), (len(prompt.position_ids), 1))
+    return np.concatenate([prompt.position_ids, after], axis=1)

@@ -1,19 +1,13 @@
-"""Gradient checkpointing that goes together with cached keys and values.
-
-The one in transformers turns the cache off, from which completions continue here.
-"""
+"""Gradient checkpointing of blocks."""
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache
 
 from vlmenv.agents.families import Family
 
@@ -24,48 +18,15 @@ def recompute_activations(family: Family) -> None:
     What a block needs beyond them is computed anew, exactly as it was, dropout included. Nothing changes
     where there is no gradient.
     """
-    blocks = [*enumerate(_children(family.language_model(), "layers"))]
-    blocks += enumerate(_children(family.vision_tower(), "blocks"))
-    for index, block in blocks:
+    for block in [*_children(family.language_model(), "layers"), *_children(family.vision_tower(), "blocks")]:
         # On the instance: names of weights stay as they are, and whatever wraps the block's call stays outside.
-        block.__dict__["forward"] = functools.partial(_recomputing, block.forward, index)
+        block.__dict__["forward"] = functools.partial(_recomputing, block.forward)
 
 
 def _children(module: nn.Module, name: str) -> nn.ModuleList:
     return cast(nn.ModuleList, module.get_submodule(name))
 
 
-def _recomputing(
-    forward: Callable[..., Tensor],
-    index: int,
-    hidden: Tensor,
-    *,
-    past_key_values: DynamicCache | None = None,
-    **arguments: Any,
-) -> Tensor:
-    """A block's forward pass, which is run again in the backward pass.
-
-    Args:
-        forward: The block's own.
-        index: Of the block among its like.
-        hidden: [batch, tokens, H]; in a vision tower [patches, H].
-        past_key_values: To be appended to.
-        arguments: Whatever else the block takes.
-
-    Returns:
-        Shaped like `hidden`.
-    """
-    if past_key_values is None:
-        return cast(Tensor, checkpoint(forward, hidden, use_reentrant=False, **arguments))
-    if not torch.is_grad_enabled():
-        return forward(hidden, past_key_values=past_key_values, **arguments)
-    before = past_key_values.layers[index]
-
-    def run(hidden: Tensor) -> tuple[Tensor, Any]:
-        # Both runs append to the same keys and values. No other block's are kept for the second.
-        cache = DynamicCache()
-        cache.layers = [before] * index + [copy.copy(before)]
-        return forward(hidden, past_key_values=cache, **arguments), cache.layers[index]
-
-    output, past_key_values.layers[index] = checkpoint(run, hidden, use_reentrant=False)
-    return cast(Tensor, output)
+def _recomputing(forward: Callable[..., Tensor], hidden: Tensor, **arguments: Any) -> Tensor:
+    """A block's forward pass, which is run again in the backward pass."""
+    return cast(Tensor, checkpoint(forward, hidden, use_reentrant=False, **arguments))

@@ -16,12 +16,16 @@ class FrozenPolicy:
     """A policy as it is now, whatever becomes of it.
 
     Attributes:
-        policy: An independent copy, without gradients and without a value head.
+        policy: A copy, without gradients and without a value head. It shares the vision tower where that is frozen,
+            and with it the features that it found.
     """
 
     def __init__(self, policy: Policy) -> None:
-        self.policy = copy.deepcopy(policy).requires_grad_(False)
-        self.policy.value_head = None
+        family = policy.family
+        shared = [] if family.sees_by_trained_weights() else [family.vision_tower(), *family.projectors()]
+        model = copy.deepcopy(family.model, {id(module): module for module in shared}).requires_grad_(False)
+        self.policy = Policy(type(family)(model, family.processor))
+        self.policy.share_prefixes = policy.share_prefixes
 
     @torch.no_grad()
     def logprobs(self, rollout: Rollout) -> LogProbs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +29,11 @@ from vlmenv.agents.lora import LoRA, is_adapter
 from vlmenv.agents.policy import Policy, ValueHead
 from vlmenv.agents.recomputation import recompute_activations
 from vlmenv.agents.references import FrozenPolicy, UnadaptedPolicy
+from vlmenv.agents.sampling import Sampled, Sampling, sample
 from vlmenv.core.errors import ConfigError, ModelError, PromptError
 from vlmenv.core.rollout import Completion, Observations, Prompt, Rollout, group_neighbours, unbatch
 
-__all__ = ["BUILTIN", "Policy", "VLMAgent", "find_model"]
+__all__ = ["BUILTIN", "Policy", "Sampling", "VLMAgent", "find_model"]
 
 _VALUE_HEAD = "value_head/value_head.safetensors"
 
@@ -42,23 +44,19 @@ class VLMAgent(Agent):
     Args:
         family: The model with its processor.
         folder: Where the processor's files are, to be copied into checkpoints.
-        temperature: Of the sampling distribution; 0 samples greedily.
-        max_new_tokens: The longest completion, its end token included.
-
-    Raises:
-        ConfigError: `temperature` or `max_new_tokens` is out of range.
+        sampling: How `rollout` chooses tokens, and when completions end.
+        share_prefixes: See `Policy`.
     """
 
-    def __init__(self, family: Family, folder: Path, *, temperature: float = 1.0, max_new_tokens: int = 64) -> None:
-        if temperature < 0:
-            raise ConfigError(f"temperature must not be negative, not {temperature}")
-        if max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    def __init__(
+        self, family: Family, folder: Path, *, sampling: Sampling | None = None, share_prefixes: bool = True
+    ) -> None:
         self.family = family
         self.folder = folder
-        self.temperature = temperature
-        self.max_new_tokens = max_new_tokens
-        self.policy: nn.Module = Policy(family.model, family.banned_tokens)
+        self.sampling = sampling or Sampling()
+        policy = Policy(family)
+        policy.share_prefixes = share_prefixes
+        self.policy: nn.Module = policy
         self.lora: LoRA | None = None
         self._generator = torch.Generator(self.device)
 
@@ -67,8 +65,8 @@ class VLMAgent(Agent):
         cls,
         name_or_path: str | Path,
         *,
-        temperature: float = 1.0,
-        max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
+        share_prefixes: bool = True,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> VLMAgent:
@@ -76,8 +74,8 @@ class VLMAgent(Agent):
 
         Args:
             name_or_path: `"builtin"`, a folder, or a name on the Hugging Face hub.
-            temperature: See the class.
-            max_new_tokens: See the class.
+            sampling: See the class.
+            share_prefixes: See `Policy`.
             device: Where the model goes.
             dtype: Of the weights.
 
@@ -92,18 +90,22 @@ class VLMAgent(Agent):
         family = family_of(config.model_type)
         processor = Processor.from_pretrained(folder)
         model = load_model(folder, dtype).to(device).eval()  # type: ignore[arg-type]
-        return cls(family(model, processor), folder, temperature=temperature, max_new_tokens=max_new_tokens)
+        return cls(family(model, processor), folder, sampling=sampling, share_prefixes=share_prefixes)
+
+    @property
+    def max_new_tokens(self) -> int:  # type: ignore[override]
+        return self.sampling.max_new_tokens
 
     def act(self, observations: Observations) -> list[str]:
-        return self._generate(observations, temperature=0.0).texts
+        return self._generate(observations, replace(self.sampling, temperature=0.0, top_k=None, top_p=1.0)).texts
 
     def rollout(self, observations: Observations) -> Rollout:
-        return self._generate(observations, self.temperature)
+        return self._generate(observations, self.sampling)
 
     def imitate(self, observations: Observations, texts: Sequence[str]) -> Rollout:
         prompts, index = self.encode(observations)
         completions = [self._written(i, text) for i, text in enumerate(texts)]
-        return Rollout(prompts, index, completions, self.temperature)
+        return Rollout(prompts, index, completions, self.sampling.temperature)
 
     def seed(self, seed: int) -> None:
         self._generator.manual_seed(seed)
@@ -276,15 +278,17 @@ class VLMAgent(Agent):
                 )
         return prompts, index
 
-    @torch.no_grad()
-    def _generate(self, observations: Observations, temperature: float) -> Rollout:
+    def _generate(self, observations: Observations, sampling: Sampling) -> Rollout:
         prompts, index = self.encode(observations)
-        policy = self.family_policy
-        tokens, logprobs = policy.sample(
-            prompts, index, temperature, self.max_new_tokens, self.family.end_tokens, self._generator
-        )
-        completions = [self._completion(row, values) for row, values in zip(tokens, logprobs, strict=True)]
-        return Rollout(prompts, index, completions, temperature)
+        sampled = sample(self.family_policy, prompts, index, sampling, self._generator)
+        completions = [Completion(self._text(one), one.token_ids, one.logprobs, one.finish_reason) for one in sampled]
+        return Rollout(prompts, index, completions, sampling.temperature, whole=not sampling.cuts_tail)
+
+    def _text(self, sampled: Sampled) -> str:
+        """A completion's text, up to and with the stop text that ended it."""
+        text, start = self.family.decode(sampled.token_ids), len(self.family.opening)
+        ends = [place + len(stop) for stop in self.sampling.stop if (place := text.find(stop, start)) >= 0]
+        return text[: min(ends, default=len(text))]
 
     @property
     def family_policy(self) -> Policy:
@@ -307,13 +311,6 @@ class VLMAgent(Agent):
         if np.isin(ids, self.family.banned_tokens).any():
             raise PromptError(i, "its true answer holds control tokens, which are never sampled")
         return Completion(text, ids, np.zeros(len(ids), np.float32), "stop")
-
-    def _completion(self, tokens: np.ndarray, logprobs: np.ndarray) -> Completion:
-        """Cuts a row of sampled tokens after its first end token."""
-        ends = np.flatnonzero(np.isin(tokens, self.family.end_tokens))
-        length = ends[0] + 1 if len(ends) else len(tokens)
-        ids = tokens[:length].copy()
-        return Completion(self.family.decode(ids), ids, logprobs[:length].copy(), "stop" if len(ends) else "length")
 
 
 def _parameters(modules: Iterable[nn.Module]) -> set[nn.Parameter]:

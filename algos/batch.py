@@ -125,7 +125,7 @@ class Batch:
         }
         return replace(self, rollout=rollout, **tensors)
 
-    def put(self, name: str, rows: slice, values: Tensor) -> None:
+    def put(self, name: str, rows: Rows, values: Tensor) -> None:
         """Writes the values [n, l] of some rows into the tensor of this name [N, L]."""
         if getattr(self, name) is None:
             setattr(self, name, torch.zeros_like(self.old_logprobs))
@@ -142,37 +142,42 @@ def minibatches(size: int, group_size: int, count: int, rng: np.random.Generator
         yield (np.sort(groups)[:, None] * group_size + np.arange(group_size)).ravel()
 
 
-def micro_batches(rollout: Rollout, size: int | None, tokens: int | None) -> list[slice]:
-    """Cuts a rollout into passes of at most so many completions, and tokens with their padding.
+def micro_batches(rollout: Rollout, size: int | None, tokens: int | None) -> list[Rows]:
+    """Divides a rollout into passes of at most so many completions, and so many tokens.
 
-    A pass holds each prompt once, and the completions padded to the longest. One that is too long by itself has a
-    pass of its own.
+    A pass holds each prompt once, and completions of like lengths. One that is too long by itself has a pass of its
+    own. Without limits there is one pass.
     """
-    prompts = [len(rollout.prompts[i].input_ids) for i in rollout.prompt_index]
-    lengths = [len(completion.token_ids) for completion in rollout.completions]
-    slices, start = [], 0
-    for end in range(1, len(rollout) + 1):
-        if end == len(rollout) or _is_too_large(rollout.prompt_index, prompts, lengths, start, end + 1, size, tokens):
-            slices.append(slice(start, end))
-            start = end
-    return slices
+    if size is None and tokens is None:
+        return [slice(0, len(rollout))]
+    index = rollout.prompt_index
+    prompts = np.array([len(prompt.input_ids) for prompt in rollout.prompts])
+    lengths = np.array([len(completion.token_ids) for completion in rollout.completions])
+    longest = np.zeros_like(prompts)
+    np.maximum.at(longest, index, lengths)
+    passes: list[list[int]] = []
+    used = 0
+    for row in np.lexsort((lengths, index, longest[index])).tolist():  # siblings stay together
+        is_new = not passes or index[passes[-1][-1]] != index[row]
+        added = lengths[row] + is_new * prompts[index[row]]
+        full = not passes or len(passes[-1]) == size or (tokens is not None and used + added > tokens)
+        if full:
+            passes.append([])
+            used, added = 0, lengths[row] + prompts[index[row]]
+        passes[-1].append(row)
+        used += added
+    return [np.array(rows) for rows in passes]
 
 
-def _is_too_large(
-    index: NDArray[np.int64],
-    prompts: list[int],
-    lengths: list[int],
-    start: int,
-    end: int,
-    size: int | None,
-    tokens: int | None,
-) -> bool:
-    if size is not None and end - start > size:
-        return True
-    if tokens is None:
-        return False
-    distinct = {int(index[i]): prompts[i] for i in range(start, end)}
-    return len(distinct) * max(distinct.values()) + (end - start) * max(lengths[start:end]) > tokens
+def padding_share(rollout: Rollout, passes: Sequence[Rows]) -> float:
+    """Share of the places in the passes' tensors of prompts and completions that hold no token."""
+    places = tokens = 0
+    for rows in passes:
+        own = rollout[rows]
+        for lengths in ([len(p.input_ids) for p in own.prompts], [len(c.token_ids) for c in own.completions]):
+            places += len(lengths) * max(lengths)
+            tokens += sum(lengths)
+    return 1 - tokens / places
 
 
 def _padded(rows: list[Tensor]) -> Tensor:

@@ -22,9 +22,10 @@ from torch import Tensor
 from vlmenv.agents.base import Agent
 from vlmenv.algos.advantages import zero_variance_share
 from vlmenv.algos.base import Algorithm, LossInputs, Scored
-from vlmenv.algos.batch import Batch, Rollouts, micro_batches, minibatches
+from vlmenv.algos.batch import Batch, Rollouts, Rows, micro_batches, minibatches, padding_share
 from vlmenv.algos.losses import token_weights
 from vlmenv.core.errors import ConfigError, DataError, PromptError, TrainingError
+from vlmenv.core.rollout import Rollout
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class TrainerConfig:
     micro_batch_size: int | None = None
     """Completions in one forward and backward pass; all of them where left out. Does not change the result."""
     micro_batch_tokens: int | None = None
-    """Tokens, padding included, in one forward and backward pass, but at least one completion."""
+    """Tokens in one forward and backward pass, but at least one completion; a prompt counts once."""
     max_skipped: int = 3
     """Optimiser steps that may be left out, one after the other, because the gradient is not finite."""
 
@@ -240,13 +241,14 @@ class Trainer:
             for rows in minibatches(len(batch), config.group_size, config.minibatches, rng):
                 logged.append(self._update(batch[rows]))
         self.scheduler.step()
-        return {name: float(np.mean([metrics[name] for metrics in logged])) for name in logged[-1]}
+        means = {name: float(np.mean([metrics[name] for metrics in logged])) for name in logged[-1]}
+        return means | {"padding": padding_share(batch.rollout, self._passes(batch.rollout))}
 
     @torch.no_grad()
     def _credited(self, rollouts: Rollouts) -> Batch:
         """The batch to learn from, with advantages, before any update."""
         batch = Batch.of(rollouts.rollout, self.agent.device)
-        if self.reference is not None or self.algorithm.wants_values:
+        if self.reference is not None or self.algorithm.wants_values or not rollouts.rollout.whole:
             self._add_estimates(batch)
         credit = self.algorithm.credit(
             Scored(
@@ -265,15 +267,21 @@ class Trainer:
         return batch
 
     def _add_estimates(self, batch: Batch) -> None:
-        """The reference's log-probabilities and the critic's values of all tokens."""
-        for rows in micro_batches(batch.rollout, self.config.micro_batch_size, self.config.micro_batch_tokens):
+        """The reference's log-probabilities and the critic's values of all tokens.
+
+        And the policy's own, where the sampler's are not of the whole distribution.
+        """
+        for rows in self._passes(batch.rollout):
             with self.accelerator.autocast():
                 if self.reference is not None:
                     batch.put("ref_logprobs", rows, self.reference.logprobs(batch.rollout[rows]).values)
-                if self.algorithm.wants_values:
-                    values = self.agent.logprobs(batch.rollout[rows]).state_values
-                    assert values is not None
-                    batch.put("values", rows, values)
+                if not self.algorithm.wants_values and batch.rollout.whole:
+                    continue
+                now = self.agent.logprobs(batch.rollout[rows])
+                if not batch.rollout.whole:
+                    batch.put("old_logprobs", rows, now.values)
+                if now.state_values is not None:
+                    batch.put("values", rows, now.state_values)
 
     def _update(self, batch: Batch) -> dict[str, float]:
         """One optimiser step, in micro-batches; none where the gradient is not finite."""
@@ -302,7 +310,7 @@ class Trainer:
         processes = self.accelerator.num_processes
         counts = torch.tensor([float(batch.mask.sum()), float(len(batch))], device=self.agent.device)
         num_tokens, num_sequences = (int(n) for n in cast(Tensor, self.accelerator.reduce(counts)).tolist())
-        parts = micro_batches(batch.rollout, self.config.micro_batch_size, self.config.micro_batch_tokens)
+        parts = self._passes(batch.rollout)
         sums: dict[str, Tensor] = {}
         for rows in parts:
             with self._synced(last=rows is parts[-1]):
@@ -310,6 +318,10 @@ class Trainer:
             for name, value in logged.items():
                 sums[name] = sums.get(name, 0) + value * processes / max(1, num_tokens)
         return sums
+
+    def _passes(self, rollout: Rollout) -> list[Rows]:
+        """Which completions go through the model together."""
+        return micro_batches(rollout, self.config.micro_batch_size, self.config.micro_batch_tokens)
 
     def _backward_part(self, batch: Batch, num_tokens: int, num_sequences: int) -> dict[str, Tensor]:
         """Forward and backward pass of a micro-batch; sums over its tokens of what is logged."""

@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import vlmenv  # noqa: F401 (registers the environments)
-from vlmenv.agents.vlm import VLMAgent, find_model
+from vlmenv.agents.vlm import Sampling, VLMAgent, find_model
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -42,7 +42,7 @@ def fresh_accelerator() -> Iterator[None]:
 
 @pytest.fixture
 def builtin() -> VLMAgent:
-    return VLMAgent.from_pretrained("builtin", max_new_tokens=24)
+    return VLMAgent.from_pretrained("builtin", sampling=Sampling(max_new_tokens=24))
 
 
 @pytest.fixture(scope="session")

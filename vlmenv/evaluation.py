@@ -214,7 +214,7 @@ def run_evaluation(config: EvalConfig) -> Evaluation:
     )
     report_broken_rows(envs, Console())
     device = Accelerator(cpu=config.device == "cpu").device
-    agent = load_agent(config.model, device, config.temperature, config.max_new_tokens)
+    agent = load_agent(config, device)
     agent.seed(config.seed)
     count = sample_count(envs, config.limit)
     evaluation = evaluate(agent, envs, count, greedy=config.samples is None, title="evaluating")

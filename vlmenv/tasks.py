@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import transformers
 from rich.console import Console
 
 from vlmenv.agents.families import coordinate_space, resize_rule
-from vlmenv.agents.vlm import BUILTIN, VLMAgent, find_model
+from vlmenv.agents.vlm import BUILTIN, Sampling, VLMAgent, find_model
 from vlmenv.core.coordinates import CoordinateSpace
 from vlmenv.core.errors import ConfigError, unknown_name
 from vlmenv.envs.registration import VectorEntryPoint
@@ -59,16 +58,27 @@ class TaskConfig:
     """Fixes the order of samples and the sampling of answers."""
     temperature: float = 1.0
     """Of sampled answers."""
-    max_new_tokens: int = 64
+    top_k: int | None = None
+    """Sample among so many of the likeliest tokens; among all where left out."""
+    top_p: float = 1.0
+    """Sample among the fewest likeliest tokens that have this share of the probability."""
+    stop: tuple[str, ...] = ()
+    """Texts after which an answer ends; they are part of it."""
+    max_new_tokens: int = 160
     """Longest answer, in tokens."""
 
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ConfigError(f"seed must not be negative, not {self.seed}")
-        if not 0 <= self.temperature < math.inf:
-            raise ConfigError(f"temperature must be a number from 0 up, not {self.temperature}")
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        self.sampling()
+
+    def sampling(self) -> Sampling:
+        """How answers are sampled.
+
+        Raises:
+            ConfigError: An option is out of range.
+        """
+        return Sampling(self.temperature, self.max_new_tokens, self.top_k, self.top_p, self.stop)
 
     def env_arguments(self) -> dict[str, Any]:
         """What the environment is made with, but for the samples.
@@ -165,7 +175,7 @@ def _import(module: str) -> None:
         raise ConfigError(f"the module '{module}' of the environment cannot be imported: {error}") from error
 
 
-def load_agent(model: str, device: torch.device, temperature: float, max_new_tokens: int) -> VLMAgent:
-    """Loads a model as an agent, without the loader's own progress bars."""
+def load_agent(config: TaskConfig, device: torch.device) -> VLMAgent:
+    """Loads a configuration's model as an agent, without the loader's own progress bars."""
     transformers.utils.logging.disable_progress_bar()
-    return VLMAgent.from_pretrained(model, device=device, temperature=temperature, max_new_tokens=max_new_tokens)
+    return VLMAgent.from_pretrained(config.model, device=device, sampling=config.sampling())

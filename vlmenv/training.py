@@ -54,6 +54,8 @@ class ModelConfig:
     """Leave the vision tower as it is."""
     freeze_projector: bool = False
     """Leave what carries its features over to the language model as it is."""
+    share_prefixes: bool = True
+    """Compute the image and prompt of a group once and not for each completion: exact, and much faster."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of holding them: less memory, more time."""
 
@@ -66,6 +68,7 @@ class ModelConfig:
 
     def apply(self, agent: VLMAgent) -> None:
         """Prepares an agent for training."""
+        agent.family_policy.share_prefixes = self.share_prefixes
         if self.lora_rank is not None:
             alpha = 2 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
             agent.add_lora(rank=self.lora_rank, alpha=alpha, dropout=self.lora_dropout, vision=self.lora_vision)
@@ -160,7 +163,7 @@ def run_training(config: TrainConfig[Any]) -> Path:
         envs = _training_envs(config, accelerator)
         held_out = None if config.eval_limit == 0 else _evaluation_envs(config)
     report_broken_rows(envs, console)
-    agent = load_agent(config.model, accelerator.device, config.temperature, config.max_new_tokens)
+    agent = load_agent(config, accelerator.device)
     algorithm = ALGORITHMS[config.algo][0](config.algorithm)
     torch.manual_seed(config.seed)  # which new adapters are drawn from
     config.adaptation.apply(agent)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -130,6 +131,18 @@ class Family(ABC):
     def projectors(self) -> list[nn.Module]:
         """What maps the vision tower's features into the language model."""
 
+    def sees_by_trained_weights(self) -> bool:
+        """Whether training changes what images turn into."""
+        parts = [self.vision_tower(), *self.projectors()]
+        return any(parameter.requires_grad for part in parts for parameter in part.parameters())
+
+    def join_features(self, parts: list[Any]) -> Any:
+        """Joins what `get_image_features` of the model gave for several prompts, as if it had been one call."""
+        found = [part.pooler_output for part in parts]
+        if isinstance(found[0], torch.Tensor):
+            return type(parts[0])(pooler_output=torch.cat(found))
+        return type(parts[0])(pooler_output=tuple(one for images in found for one in images))
+
     @cached_property
     def end_tokens(self) -> tuple[int, ...]:
         """Ids that end a completion."""
@@ -198,7 +211,7 @@ class Family(ABC):
         return text
 
 
-def join_images(prompts: list[Prompt], device: torch.device) -> dict[str, torch.Tensor]:
+def join_images(prompts: Sequence[Prompt], device: torch.device) -> dict[str, torch.Tensor]:
     """Joins the vision inputs of prompts along their first axis; text-only prompts add nothing."""
     names = {name for prompt in prompts for name in prompt.images}
     return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -19,6 +19,12 @@ class Qwen3VL(Qwen25VL):
     def projectors(self) -> list[nn.Module]:
         """Features of several blocks are merged, each by a projector of its own (DeepStack)."""
         return [*super().projectors(), self.vision_tower().get_submodule("deepstack_merger_list")]
+
+    def join_features(self, parts: list[Any]) -> Any:
+        joined = super().join_features(parts)
+        blocks = zip(*(part.deepstack_features for part in parts), strict=True)
+        joined.deepstack_features = [tuple(one for images in block for one in images) for block in blocks]
+        return joined
 
 
 class Qwen3VLMoe(Qwen3VL):

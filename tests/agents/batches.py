@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import gymnasium
@@ -32,7 +33,7 @@ def ragged() -> list[Observation]:
 
 def rollout_of(agent: VLMAgent) -> Rollout:
     """Short answers to prompts of all kinds."""
-    agent.max_new_tokens = 6
+    agent.sampling = replace(agent.sampling, max_new_tokens=6)
     agent.seed(0)
     return agent.rollout(ragged())
 

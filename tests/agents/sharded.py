@@ -11,7 +11,7 @@ from batches import logprobs_of, loss_of, optimizer_of, rollout_of
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 
-from vlmenv.agents.vlm import VLMAgent
+from vlmenv.agents.vlm import Sampling, VLMAgent
 
 
 def check(folder: Path, lora: bool) -> None:
@@ -46,7 +46,7 @@ def check(folder: Path, lora: bool) -> None:
 
 def build(lora: bool) -> VLMAgent:
     torch.manual_seed(0)
-    agent = VLMAgent.from_pretrained("builtin", temperature=0.8)
+    agent = VLMAgent.from_pretrained("builtin", sampling=Sampling(0.8))
     if lora:
         agent.add_lora(rank=4, alpha=8, vision=True)
     agent.add_value_head()

@@ -14,7 +14,7 @@ from transformers.utils import is_torchvision_available
 
 from vlmenv.agents.families import coordinate_space, resize_rule
 from vlmenv.agents.families.base import Processor
-from vlmenv.agents.vlm import VLMAgent, find_model
+from vlmenv.agents.vlm import Sampling, VLMAgent, find_model
 from vlmenv.core.coordinates import CoordinateSpace
 from vlmenv.core.errors import ModelError, PromptError
 from vlmenv.envs.data.images import resized
@@ -138,7 +138,7 @@ def test_a_mixture_of_experts_is_of_the_family(tmp_path: Path, builtin: VLMAgent
     for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
         setattr(config, name, getattr(published, name))
     save_random_model(config, tmp_path)
-    agent = VLMAgent.from_pretrained(tmp_path, max_new_tokens=6)
+    agent = VLMAgent.from_pretrained(tmp_path, sampling=Sampling(max_new_tokens=6))
     image = np.random.default_rng(0).integers(256, size=(64, 96, 3), dtype=np.uint8)
     rollout = agent.rollout([{"images": (image,), "prompt": "Hello"}] * 3)
     again = agent.logprobs(rollout).values.detach().numpy()

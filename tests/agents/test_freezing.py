@@ -10,14 +10,14 @@ from conftest import cut_vision
 from transformers import AutoModelForImageTextToText
 
 from vlmenv.agents.families.qwen3_vl import Qwen3VL
-from vlmenv.agents.vlm import VLMAgent, find_model
+from vlmenv.agents.vlm import Sampling, VLMAgent, find_model
 from vlmenv.core.errors import ConfigError
 
 
 @pytest.fixture(params=["builtin", "qwen2_5_vl"])
 def agent(request: pytest.FixtureRequest, qwen2_5_vl_folder: Path) -> VLMAgent:
     folder = qwen2_5_vl_folder if request.param == "qwen2_5_vl" else find_model("builtin")
-    return VLMAgent.from_pretrained(folder, temperature=0.8)
+    return VLMAgent.from_pretrained(folder, sampling=Sampling(0.8))
 
 
 def is_frozen(name: str, vision: bool, projector: bool) -> bool:

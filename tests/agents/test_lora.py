@@ -10,7 +10,7 @@ from batches import logprobs_of, loss_of, observations, optimizer_of, rollout_of
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from vlmenv.agents.vlm import VLMAgent, find_model
+from vlmenv.agents.vlm import Sampling, VLMAgent, find_model
 from vlmenv.core.errors import ConfigError, ModelError
 
 peft = pytest.importorskip("peft")
@@ -23,7 +23,7 @@ def folder(request: pytest.FixtureRequest, qwen2_5_vl_folder: Path) -> Path:
 
 def build(folder: str | Path, rank: int = 4, alpha: int = 8, dropout: float = 0.0, vision: bool = True) -> VLMAgent:
     torch.manual_seed(0)
-    agent = VLMAgent.from_pretrained(folder, temperature=0.8)
+    agent = VLMAgent.from_pretrained(folder, sampling=Sampling(0.8))
     agent.add_lora(rank=rank, alpha=alpha, dropout=dropout, vision=vision)
     return agent
 
@@ -42,7 +42,7 @@ def test_adapters_are_on_every_linear_layer_and_are_all_that_is_trained(folder: 
 
 
 def test_fresh_adapters_change_nothing(folder: Path) -> None:
-    agent = VLMAgent.from_pretrained(folder, temperature=0.8)
+    agent = VLMAgent.from_pretrained(folder, sampling=Sampling(0.8))
     rollout = rollout_of(agent)
     assert torch.equal(logprobs_of(build(folder), rollout), logprobs_of(agent, rollout))
 
@@ -56,7 +56,7 @@ def test_adapters_are_float32_over_bfloat16() -> None:
 
 
 def test_the_base_stays_as_it_is_and_is_the_reference(folder: Path) -> None:
-    base = VLMAgent.from_pretrained(folder, temperature=0.8)
+    base = VLMAgent.from_pretrained(folder, sampling=Sampling(0.8))
     rollout = rollout_of(base)
     expected, agent = logprobs_of(base, rollout), build(folder)
     train(agent, rollout)
@@ -92,7 +92,7 @@ def test_a_saved_model_has_the_adapters_merged_in(folder: Path, tmp_path: Path) 
     for name, tensor in weights_of(agent).items():
         assert torch.equal(tensor, before[name]), name
     assert torch.equal(logprobs_of(agent, rollout), values)
-    merged = VLMAgent.from_pretrained(tmp_path / "model", temperature=0.8)
+    merged = VLMAgent.from_pretrained(tmp_path / "model", sampling=Sampling(0.8))
     torch.testing.assert_close(logprobs_of(merged, rollout), values, atol=1e-5, rtol=1e-5)
     assert merged.family.model.state_dict().keys() == VLMAgent.from_pretrained(folder).family.model.state_dict().keys()
 
@@ -103,7 +103,7 @@ def test_saved_adapters_are_loaded_by_peft(folder: Path, tmp_path: Path) -> None
     train(agent, rollout)
     values = logprobs_of(agent, rollout)
     agent.save(tmp_path / "model")
-    again = VLMAgent.from_pretrained(folder, temperature=0.8)
+    again = VLMAgent.from_pretrained(folder, sampling=Sampling(0.8))
     loaded = peft.PeftModel.from_pretrained(again.family.model, tmp_path / "model" / "adapter")
     assert loaded.peft_config["default"].base_model_name_or_path == str(find_model(folder))
     assert torch.equal(logprobs_of(again, rollout), values)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from batches import logprobs_of, loss_of, rollout_of, train
 
-from vlmenv.agents.vlm import VLMAgent, find_model
+from vlmenv.agents.vlm import Sampling, VLMAgent, find_model
 from vlmenv.core.rollout import Rollout
 
 
@@ -36,7 +36,7 @@ def gradients(agent: VLMAgent, rollout: Rollout) -> tuple[dict[str, torch.Tensor
 
 @pytest.mark.parametrize("case", ["full", "frozen", "lora"])
 def test_gradients_are_the_same_from_less_memory(folder: Path, case: str) -> None:
-    agent = VLMAgent.from_pretrained(folder, temperature=0.8)
+    agent = VLMAgent.from_pretrained(folder, sampling=Sampling(0.8))
     agent.add_value_head()
     rollout = rollout_of(agent)
     if case == "frozen":
@@ -61,7 +61,7 @@ def test_gradients_are_the_same_from_less_memory(folder: Path, case: str) -> Non
 
 
 def test_sampling_is_the_same(folder: Path) -> None:
-    agent = VLMAgent.from_pretrained(folder, temperature=0.8)
+    agent = VLMAgent.from_pretrained(folder, sampling=Sampling(0.8))
     expected = rollout_of(agent)
     agent.enable_gradient_checkpointing()
     assert rollout_of(agent).texts == expected.texts

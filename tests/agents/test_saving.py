@@ -10,7 +10,7 @@ from batches import logprobs_of, observations, optimizer_of, rollout_of, train, 
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from vlmenv.agents import vlm
-from vlmenv.agents.vlm import VLMAgent, find_model
+from vlmenv.agents.vlm import Sampling, VLMAgent, find_model
 from vlmenv.core.errors import ModelError
 
 
@@ -20,7 +20,7 @@ def folder(request: pytest.FixtureRequest, qwen2_5_vl_folder: Path) -> Path:
 
 
 def build(folder: Path | str, lora: bool = False, value_head: bool = False) -> VLMAgent:
-    agent = VLMAgent.from_pretrained(folder, temperature=0.8)
+    agent = VLMAgent.from_pretrained(folder, sampling=Sampling(0.8))
     if lora:
         pytest.importorskip("peft")
         agent.add_lora(rank=4, alpha=8)
@@ -56,7 +56,7 @@ def test_sampling_goes_on_from_a_state(builtin: VLMAgent) -> None:
     expected = builtin.rollout(observations()).texts
     assert builtin.rollout(observations()).texts != expected
     again = build("builtin")
-    again.max_new_tokens, again.temperature = builtin.max_new_tokens, builtin.temperature
+    again.sampling = builtin.sampling
     again.set_rng_state(state)
     assert again.rollout(observations()).texts == expected
 
@@ -91,7 +91,7 @@ def test_large_models_are_written_in_several_files(
     train(agent, rollout)
     agent.save(tmp_path / "model")
     assert len(list((tmp_path / "model").glob("model-*-of-*.safetensors"))) > 2
-    whole = VLMAgent.from_pretrained(tmp_path / "model", temperature=0.8)
+    whole = VLMAgent.from_pretrained(tmp_path / "model", sampling=Sampling(0.8))
     torch.testing.assert_close(logprobs_of(whole, rollout), logprobs_of(agent, rollout), atol=1e-5, rtol=1e-5)
     again = build(folder, lora)
     again.load(tmp_path / "model")

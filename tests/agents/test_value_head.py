@@ -6,14 +6,14 @@ import pytest
 import torch
 from batches import rollout_of, train
 
-from vlmenv.agents.vlm import VLMAgent, find_model
+from vlmenv.agents.vlm import Sampling, VLMAgent, find_model
 from vlmenv.core.errors import ConfigError
 
 
 @pytest.fixture(params=["builtin", "qwen2_5_vl"])
 def agent(request: pytest.FixtureRequest, qwen2_5_vl_folder: Path) -> VLMAgent:
     folder = qwen2_5_vl_folder if request.param == "qwen2_5_vl" else find_model("builtin")
-    return VLMAgent.from_pretrained(folder, temperature=0.8)
+    return VLMAgent.from_pretrained(folder, sampling=Sampling(0.8))
 
 
 def test_values_start_at_zero_and_change_nothing_else(agent: VLMAgent) -> None:
@@ -69,9 +69,9 @@ def test_values_are_float32_in_any_precision() -> None:
     torch.nn.init.normal_(head.weight)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         values = agent.logprobs(rollout).state_values
-        hidden, _, mask = agent.family_policy.hidden_states(rollout)
+        hidden, packing = agent.family_policy.hidden_states(rollout)
     assert values.dtype == head.weight.dtype == torch.float32
-    torch.testing.assert_close(values[mask], (hidden[mask].float() @ head.weight[0] + head.bias).detach())
+    torch.testing.assert_close(packing.unpad(values), (hidden.float() @ head.weight[0] + head.bias).detach())
 
 
 def test_the_reference_has_no_values(builtin: VLMAgent) -> None:

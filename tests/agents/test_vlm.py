@@ -13,7 +13,7 @@ from batches import observations, ragged
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from vlmenv.agents.vlm import VLMAgent, find_model
+from vlmenv.agents.vlm import Sampling, VLMAgent, find_model
 from vlmenv.core.errors import ModelError, PromptError
 from vlmenv.core.rollout import Observation, Rollout
 
@@ -41,7 +41,7 @@ def agent(request: pytest.FixtureRequest, qwen2_5_vl_folder: Path, published: Ca
         folder = published(request.param.removeprefix("published "))
     else:
         folder = qwen2_5_vl_folder if request.param == "qwen2_5_vl" else find_model("builtin")
-    agent = VLMAgent.from_pretrained(folder, temperature=0.8, max_new_tokens=6)
+    agent = VLMAgent.from_pretrained(folder, sampling=Sampling(0.8, sampling=Sampling(max_new_tokens=6)))
     agent.seed(0)
     return agent
 
@@ -77,20 +77,20 @@ def test_gradients_equal_those_of_the_plain_forward_pass(agent: VLMAgent) -> Non
 def test_entropy_is_that_of_the_sampling_distribution(builtin: VLMAgent) -> None:
     rollout = builtin.rollout(observations())
     result = builtin.logprobs(rollout)
-    hidden, _, mask = builtin.family_policy.hidden_states(rollout)
+    hidden, packing = builtin.family_policy.hidden_states(rollout)
     allowed = np.setdiff1d(np.arange(builtin.family.model.config.text_config.vocab_size), builtin.family.banned_tokens)
     logits = builtin.family_policy.model.lm_head(hidden)[..., allowed]
     expected = torch.distributions.Categorical(logits=logits).entropy()
-    torch.testing.assert_close(result.entropy[mask], expected[mask], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(packing.unpad(result.entropy), expected, atol=1e-5, rtol=1e-5)
     assert not result.entropy.requires_grad
 
 
 def test_sampling_follows_the_distribution(builtin: VLMAgent) -> None:
     """The frequencies of the first token at a high temperature, against the model's own probabilities."""
-    builtin.max_new_tokens, builtin.temperature, count = 1, 4.0, 8192
+    builtin.sampling, count = Sampling(temperature=4.0, max_new_tokens=1), 8192
     rollout = builtin.rollout(observations(count, count))
-    hidden, _, _ = builtin.family_policy.hidden_states(rollout[:1])
-    expected = torch.softmax(builtin.family_policy.logits(hidden[0, 0]) / 4.0, dim=-1).detach().numpy()
+    hidden, _ = builtin.family_policy.hidden_states(rollout[:1])
+    expected = torch.softmax(builtin.family_policy.logits(hidden[0]) / 4.0, dim=-1).detach().numpy()
     sampled = np.bincount([completion.token_ids[0] for completion in rollout.completions], minlength=len(expected))
     assert (sampled > 0).sum() > 20
     assert np.abs(sampled / count - expected).max() < 5 * np.sqrt(0.25 / count)
@@ -112,12 +112,12 @@ def test_modality_and_control_tokens_are_never_sampled(agent: VLMAgent) -> None:
     for tag in ("think", "answer"):
         assert not set(tokenizer.encode(f"<{tag}>a</{tag}>")) & set(agent.family.banned_tokens.tolist())
     pads = [model.config.image_token_id, model.config.video_token_id]
-    hidden, _, mask = agent.family_policy.hidden_states(agent.rollout(ragged()))
-    direction = hidden[mask].detach().mean(dim=0)
+    hidden, _ = agent.family_policy.hidden_states(agent.rollout(ragged()))
+    direction = hidden.detach().mean(dim=0)
     with torch.no_grad():
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
         model.lm_head.weight[pads] = 100 * direction / direction.norm()
-    wanted = model.lm_head(hidden[mask]).argmax(dim=-1)
+    wanted = model.lm_head(hidden).argmax(dim=-1)
     assert np.isin(wanted.numpy(), pads).mean() > 0.5
     rollout = agent.rollout(ragged())
     sampled = np.concatenate([completion.token_ids for completion in rollout.completions])
@@ -130,7 +130,7 @@ def test_finish_reasons(builtin: VLMAgent) -> None:
     whole = builtin.rollout(batch)
     assert {completion.finish_reason for completion in whole.completions} == {"stop"}
     assert all(completion.token_ids[-1] in builtin.family.end_tokens for completion in whole.completions)
-    builtin.max_new_tokens = 5
+    builtin.sampling = Sampling(max_new_tokens=5)
     cut = builtin.rollout(batch)
     assert {completion.finish_reason for completion in cut.completions} == {"length"}
     assert all(len(completion.token_ids) == 5 for completion in cut.completions)
@@ -189,7 +189,7 @@ def test_a_saved_model_is_loaded_by_plain_transformers(agent: VLMAgent, tmp_path
     plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
     for name, tensor in agent.family.model.state_dict().items():
         assert torch.equal(plain.state_dict()[name], tensor), name
-    again = VLMAgent.from_pretrained(tmp_path / "model", max_new_tokens=6)
+    again = VLMAgent.from_pretrained(tmp_path / "model", sampling=Sampling(max_new_tokens=6))
     assert again.act(ragged()) == agent.act(ragged())
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmenv.algos.batch import Batch, Rollouts, micro_batches, minibatches
+from vlmenv.algos.batch import Batch, Rollouts, micro_batches, minibatches, padding_share
 from vlmenv.core.rollout import Completion, Prompt, Rollout
 
 
@@ -60,20 +60,33 @@ def test_minibatches_divide_the_groups(groups: int, group_size: int, count: int,
 )
 def test_micro_batches_keep_within_their_bounds(lengths: list[int], size: int | None, tokens: int | None) -> None:
     made = rollout(lengths, [3 + i % 2 for i in range(len(lengths))])
-    parts = micro_batches(made, size, tokens)
-    assert [i for part in parts for i in range(len(lengths))[part]] == list(range(len(lengths)))
-    for part in parts:
-        rows = range(len(lengths))[part]
+    parts = [np.arange(len(lengths))[rows] for rows in micro_batches(made, size, tokens)]
+    assert sorted(np.concatenate(parts).tolist()) == list(range(len(lengths)))
+    for rows in parts:
         assert size is None or len(rows) <= size
-        padded = len(rows) * (max(3 + i % 2 for i in rows) + max(lengths[i] for i in rows))
-        assert tokens is None or padded <= tokens or len(rows) == 1
+        assert tokens is None or sum(3 + i % 2 + lengths[i] for i in rows) <= tokens or len(rows) == 1
     if size is None and tokens is None:
         assert len(parts) == 1
+    else:
+        longest = [max(lengths[i] for i in rows) for rows in parts]
+        assert longest == sorted(longest)
 
 
 def test_a_prompt_that_is_shared_counts_once() -> None:
     assert len(micro_batches(rollout([2, 2, 2, 2], [10], 4), None, 18)) == 1
     assert len(micro_batches(rollout([2, 2, 2, 2], [10], 4), None, 17)) == 2
+
+
+def test_siblings_stay_in_one_pass_where_they_fit() -> None:
+    made = rollout([9, 1, 2, 8], [10, 10], 2)
+    assert [rows.tolist() for rows in micro_batches(made, None, 20)] == [[2, 3], [1, 0]]
+
+
+def test_the_share_of_padding_is_that_of_the_tensors() -> None:
+    """Prompts of 10 and 6 tokens, completions of 4 and 1: 20 + 8 places for 21 tokens."""
+    made = rollout([4, 1], [10, 6])
+    assert padding_share(made, [slice(0, 2)]) == pytest.approx(1 - 21 / 28)
+    assert padding_share(made, [slice(0, 1), slice(1, 2)]) == 0
 
 
 def test_the_most_informative_groups_of_several_rounds() -> None:

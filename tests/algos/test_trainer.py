@@ -69,6 +69,7 @@ def test_what_is_logged(builtin: VLMAgent) -> None:
         "reward/zero_std_groups",
         "completion/length",
         "completion/truncated",
+        "padding",
         "policy/approx_kl",
         "policy/clip_frac",
         "policy/entropy",

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
 import vlmenv  # noqa: F401
-from vlmenv.agents.vlm import VLMAgent
+from vlmenv.agents.vlm import Sampling, VLMAgent
 from vlmenv.algos import GRPO, GRPOConfig, Trainer, TrainerConfig
 from vlmenv.algos.batch import Batch
 from vlmenv.core.rollout import Observation, Rollout
@@ -21,7 +21,7 @@ def main(folder: Path) -> None:
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
     accelerator = Accelerator(cpu=True, kwargs_handlers=handlers)
     assert accelerator.num_processes == 2
-    agent = VLMAgent.from_pretrained("builtin", max_new_tokens=24)
+    agent = VLMAgent.from_pretrained("builtin", sampling=Sampling(max_new_tokens=24))
     agent.seed(0)
     rollout = agent.rollout(observations())
     advantages = torch.linspace(-1, 1, 8)

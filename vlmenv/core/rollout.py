@@ -39,6 +39,8 @@ class Prompt:
     """[axes, T]; three axes (time, height, width) under M-RoPE"""
     images: Mapping[str, Any]
     """what the vision tower wants, by the model's own argument names; first axis joins over prompts"""
+    features: tuple[Any, Any] | None = None
+    """a frozen vision tower, and what it saw in the images; filled in by whoever runs it first"""
 
 
 @dataclass(slots=True)
@@ -67,6 +69,9 @@ class Rollout:
     """[N]"""
     temperature: float
     """at which the completions were sampled; 0 means greedy"""
+    whole: bool = True
+    """whether their `logprobs` are of the whole distribution at this temperature, as a learner's are; not so where
+    unlikely tokens were left out"""
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -77,7 +82,7 @@ class Rollout:
         prompts = [self.prompts[i] for i in used]
         numbers = range(len(self))[rows] if isinstance(rows, slice) else rows
         completions = [self.completions[i] for i in numbers]
-        return Rollout(prompts, index.astype(np.int64), completions, self.temperature)
+        return Rollout(prompts, index.astype(np.int64), completions, self.temperature, self.whole)
 
     @classmethod
     def joined(cls, parts: Sequence[Rollout]) -> Rollout:
@@ -86,7 +91,7 @@ class Rollout:
         index = [part.prompt_index + start for part, start in zip(parts, starts, strict=False)]
         prompts = [prompt for part in parts for prompt in part.prompts]
         completions = [completion for part in parts for completion in part.completions]
-        return cls(prompts, np.concatenate(index), completions, parts[0].temperature)
+        return cls(prompts, np.concatenate(index), completions, parts[0].temperature, parts[0].whole)
 
     @property
     def texts(self) -> list[str]:

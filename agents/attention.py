@@ -1,0 +1,326 @@
+"""Attention among packed sequences that share prefixes.
+
+Sequences lie one after the other in a single row [1, M], without padding, so that everything outside attention is
+computed for real tokens alone. A prompt's keys and values are held once, however many completions go on from it: a
+completion's queries meet those of its prompt in one product with the queries of its siblings, then its own, and the
+two parts are put together exactly. (Prefix Grouper, arXiv 2506.05433, and Hydragen, arXiv 2402.05099, do so for
+training and for inference of language models; here it is one function for both, with images.)
+
+Shapes: P prompts of up to T tokens, N completions of up to L tokens, H heads of queries and K of keys, D their size.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from vlmenv.agents.kernels import Part, kernel_for
+
+_NAME = "vlmenv_packed"
+
+
+class Packing:
+    """Where the tokens of sequences lie, one sequence after the other.
+
+    Args:
+        lengths: [N], of the sequences.
+        device: Of the tensors that will be packed.
+    """
+
+    def __init__(self, lengths: Tensor, device: torch.device) -> None:
+        self.lengths = lengths.to(device)
+        self.longest = int(lengths.max())
+        self.is_even = bool((lengths == self.longest).all())
+        ends = lengths.cumsum(0)
+        self.total = int(ends[-1])
+        rows = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        self.rows = rows.to(device)
+        """[M], the sequence of each token"""
+        self.places = (torch.arange(self.total) - (ends - lengths)[rows]).to(device)
+        """[M], its place there"""
+        self.ends = (ends - 1).to(device)
+        """[N], where each sequence's last token lies"""
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """[M, ...] as [N, L, ...], with zeros after the end of each sequence."""
+        shape = (len(self.lengths), self.longest, *packed.shape[1:])
+        if self.is_even:
+            return packed.reshape(shape)
+        return packed.new_zeros(shape).index_put((self.rows, self.places), packed)
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        """[N, L, ...] as [M, ...]."""
+        if self.is_even:
+            return padded.reshape(-1, *padded.shape[2:])
+        return padded[self.rows, self.places]
+
+    def mask(self) -> Tensor:
+        """[N, L] bool, True at tokens."""
+        return torch.arange(self.longest, device=self.lengths.device) < self.lengths[:, None]
+
+
+class Siblings:
+    """Which completions go on from the same prompt.
+
+    Args:
+        index: [N], the prompt of each completion, on the CPU.
+        prompts: P.
+        device: Of the tensors that will be folded.
+    """
+
+    def __init__(self, index: Tensor, prompts: int, device: torch.device) -> None:
+        self._prompts = prompts
+        counts = torch.bincount(index, minlength=prompts)
+        self._most = int(counts.max())
+        order = torch.argsort(index, stable=True)
+        slots = torch.empty_like(index)
+        slots[order] = torch.arange(len(index)) - (counts.cumsum(0) - counts)[index[order]]
+        places = index * self._most + slots
+        self._is_even = torch.equal(places, torch.arange(prompts * self._most))
+        self._places = places.to(device)
+
+    def fold(self, rows: Tensor, key_heads: int) -> Tensor:
+        """[N, H, L, D] as [P, K, H / K * most siblings * L, D]: all that one prompt's keys of a head are met by."""
+        if not self._is_even:
+            spread = rows.new_zeros(self._prompts * self._most, *rows.shape[1:])
+            rows = spread.index_copy(0, self._places, rows)
+        _, heads, length, size = rows.shape
+        split = rows.view(self._prompts, self._most, key_heads, heads // key_heads, length, size)
+        return split.permute(0, 2, 3, 1, 4, 5).reshape(self._prompts, key_heads, -1, size)
+
+    def unfold(self, folded: Tensor, heads: int) -> Tensor:
+        """What `fold` did, undone."""
+        key_heads, size = folded.shape[1], folded.shape[-1]
+        split = folded.view(self._prompts, key_heads, heads // key_heads, self._most, -1, size)
+        rows = split.permute(0, 3, 1, 2, 4, 5).reshape(self._prompts * self._most, heads, -1, size)
+        return rows if self._is_even else rows[self._places]
+
+
+class Attention(ABC):
+    """What one pass of the language model attends to; the blocks call it in place of their own attention."""
+
+    @abstractmethod
+    def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Attention of packed tokens.
+
+        Args:
+            block: Which block of the model asks.
+            query: [M, H, D], rotary positions applied.
+            key: [M, K, D], likewise.
+            value: [M, K, D].
+            scale: Of the scores.
+
+        Returns:
+            [M, H, D].
+        """
+
+
+class Prefixes(Attention):
+    """Prompts' own attention, which keeps their keys and values.
+
+    Args:
+        packing: Of the prompts.
+    """
+
+    def __init__(self, packing: Packing) -> None:
+        self.packing = packing
+        self.keys: dict[int, Tensor] = {}
+        """[P, K, T, D] per block"""
+        self.values: dict[int, Tensor] = {}
+        """[P, K, T, D] per block"""
+        self.bias: Tensor | None = None
+        """[P, 1, 1, T], -inf where padded; None where nothing is"""
+        if not packing.is_even:
+            padded = ~packing.mask()[:, None, None]
+            self.bias = torch.zeros(padded.shape, device=padded.device).masked_fill(padded, -torch.inf)
+
+    def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        # Padding lies to the right, where no token looks.
+        query, key, value = (self.packing.pad(one).transpose(1, 2) for one in (query, key, value))
+        self.keys[block], self.values[block] = key, value
+        out = nn.functional.scaled_dot_product_attention(
+            query, *_for_each_query(query, key, value), is_causal=True, scale=scale
+        )
+        return self.packing.unpad(out.transpose(1, 2))
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps the prefixes of some prompts [p] alone."""
+        if len(rows) == len(self.packing.lengths):
+            return
+        self.keys = {block: keys[rows] for block, keys in self.keys.items()}
+        self.values = {block: values[rows] for block, values in self.values.items()}
+        self.bias = None if self.bias is None else self.bias[rows]
+
+
+class Continuations(Attention):
+    """Attention of whole completions to their prompts and to themselves, with gradients of both.
+
+    Args:
+        prefixes: Of the prompts.
+        packing: Of the completions.
+        index: [N], the prompt of each.
+    """
+
+    def __init__(self, prefixes: Prefixes, packing: Packing, index: Tensor) -> None:
+        self._prefixes, self._packing = prefixes, packing
+        self._siblings = Siblings(index, len(prefixes.packing.lengths), prefixes.packing.rows.device)
+
+    def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        query, key, value = (self._packing.pad(one).transpose(1, 2) for one in (query, key, value))
+        prefixes = self._prefixes
+        keys, values = prefixes.keys[block], prefixes.values[block]
+        out = _joined(query, key, value, keys, values, prefixes.bias, self._siblings, scale)
+        return self._packing.unpad(out.transpose(1, 2))
+
+
+class _Joined(torch.autograd.Function):
+    """Attention to a shared prefix, and causally to one's own keys.
+
+    Shapes: query [N, H, L, D], own keys and values [N, K, L, D], the prefixes' [P, K, T, D].
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        prefix_key: Tensor,
+        prefix_value: Tensor,
+        bias: Tensor | None,
+        siblings: Siblings,
+        scale: float,
+    ) -> Tensor:
+        kernel, heads = kernel_for(query.device.type, query.dtype), query.shape[1]
+        folded = siblings.fold(query, prefix_key.shape[1])
+        out, lse = kernel.forward(Part(folded, prefix_key, prefix_value, bias, False, scale))
+        prefix_out, prefix_lse = siblings.unfold(out, heads), siblings.unfold(lse[..., None], heads)[..., 0]
+        own = Part(query, *_for_each_query(query, key, value), None, True, scale)
+        out, lse = _join(prefix_out, prefix_lse, *kernel.forward(own))
+        ctx.save_for_backward(query, key, value, prefix_key, prefix_value, bias, out, lse)
+        ctx.siblings, ctx.scale = siblings, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, prefix_key, prefix_value, bias, out, lse = ctx.saved_tensors
+        kernel, heads, siblings = kernel_for(query.device.type, query.dtype), query.shape[1], ctx.siblings
+        own = Part(query, *_for_each_query(query, key, value), None, True, ctx.scale)
+        own_query, own_key, own_value = kernel.backward(own, grad, out, lse)
+        fold = [siblings.fold(one, prefix_key.shape[1]) for one in (query, grad, out, lse[..., None])]
+        folded = Part(fold[0], prefix_key, prefix_value, bias, False, ctx.scale)
+        grads = kernel.backward(folded, fold[1], fold[2], fold[3][..., 0])
+        own_key, own_value = (_summed(one, key.shape[1]) for one in (own_key, own_value))
+        return own_query + siblings.unfold(grads[0], heads), own_key, own_value, grads[1], grads[2], None, None, None
+
+
+_joined: Callable[..., Tensor] = _Joined.apply
+
+
+class Steps(Attention):
+    """Attention of completions that grow by one token a pass, without gradients.
+
+    Args:
+        prefixes: Of the prompts.
+        index: [N], the prompt of each completion.
+        capacity: The most tokens that a completion will have.
+    """
+
+    def __init__(self, prefixes: Prefixes, index: Tensor, capacity: int) -> None:
+        self._prefixes, self._capacity = prefixes, capacity
+        self._index, self._device = index, prefixes.packing.rows.device
+        self._siblings = Siblings(index, len(prefixes.packing.lengths), self._device)
+        self._keys: dict[int, Tensor] = {}
+        self._values: dict[int, Tensor] = {}
+        self.length = 0
+        """tokens so far"""
+
+    def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        if block not in self._keys:
+            shape = (len(key), key.shape[1], self._capacity, key.shape[2])
+            self._keys[block], self._values[block] = key.new_empty(shape), value.new_empty(shape)
+        self._keys[block][:, :, self.length], self._values[block][:, :, self.length] = key, value
+        kernel, heads, prefixes = kernel_for(query.device.type, query.dtype), query.shape[1], self._prefixes
+        keys, values = prefixes.keys[block], prefixes.values[block]
+        folded = self._siblings.fold(query[:, :, None], key.shape[1])
+        out, lse = kernel.forward(Part(folded, keys, values, prefixes.bias, False, scale))
+        prefix = self._siblings.unfold(out, heads), self._siblings.unfold(lse[..., None], heads)[..., 0]
+        own = [stored[block][:, :, : self.length + 1] for stored in (self._keys, self._values)]
+        single = query.view(len(query), key.shape[1], -1, query.shape[2])  # [N, K, H / K, D]: its heads as queries
+        out, lse = kernel.forward(Part(single, own[0], own[1], None, False, scale))
+        out, _ = _join(*prefix, out.reshape(len(query), heads, 1, -1), lse.reshape(len(query), heads, 1))
+        return out[:, :, 0]
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps some completions [n] alone, given on the CPU, and the prompts that these need."""
+        used, self._index = torch.unique(self._index[rows], return_inverse=True)
+        self._prefixes.select(used.to(self._device))
+        self._siblings = Siblings(self._index, len(used), self._device)
+        rows = rows.to(self._device)
+        self._keys = {block: keys[rows] for block, keys in self._keys.items()}
+        self._values = {block: values[rows] for block, values in self._values.items()}
+
+
+def _join(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the keys of two parts, from that over each: outputs [N, H, L, D], log-normalisers [N, H, L]."""
+    both = torch.logaddexp(lse, other_lse)
+    share, other_share = ((one - both).exp()[..., None].to(out.dtype) for one in (lse, other_lse))
+    return out * share + other_out * other_share, both
+
+
+def _for_each_query(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [N, K, ...] repeated for each head of the queries that shares them, [N, H, ...]."""
+    shared = query.shape[1] // key.shape[1]
+    if shared == 1:
+        return key, value
+    return key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
+
+
+def _summed(grad: Tensor, key_heads: int) -> Tensor:
+    """The gradient [N, H, ...] of repeated keys, added up to that of the keys themselves [N, K, ...]."""
+    return grad if grad.shape[1] == key_heads else grad.view(len(grad), key_heads, -1, *grad.shape[2:]).sum(2)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    packed: Attention | None = None,
+    dropout: float = 0.0,
+    **arguments: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in a block: queries [1, H, M, D], keys and values [1, K, M, D]; gives [1, M, H, D]."""
+    if packed is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **arguments
+        )
+    assert dropout == 0, "attention dropout would not be the same in two passes"
+    block, device = int(module.layer_idx), query.device.type  # type: ignore[arg-type]
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
+    query, key, value = (one[0].transpose(0, 1).to(dtype) for one in (query, key, value))
+    return packed.attend(block, query, key, value, scaling)[None], None
+
+
+AttentionInterface.register(_NAME, _attend)
+AttentionMaskInterface.register(_NAME, sdpa_mask)
+
+
+def enable_packing(language_model: PreTrainedModel) -> None:
+    """Lets a language model attend by the `Attention` that a pass is given as `packed`, and else as it always did."""
+    language_model.config._attn_implementation = _NAME
+
+
+def no_mask(device: torch.device) -> Tensor:
+    """What to pass as the attention mask of packed tokens, so that transformers makes none, of [M, M]."""
+    return torch.empty(1, 1, 1, 1, device=device)

@@ -1,0 +1,175 @@
+"""Sampling completions: each prompt runs through the model once, and what has ended takes no more time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vlmenv.agents.attention import Steps
+from vlmenv.agents.policy import Policy, next_position
+from vlmenv.core.errors import ConfigError
+from vlmenv.core.rollout import FinishReason, Prompt
+
+_CROWDED = 0.75
+"""Completions that have ended leave the batch once no more than this share of it goes on."""
+_LOOK_EVERY = 8
+"""Tokens between two looks at which have ended, on devices that would have to wait for each look."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen, and when a completion ends."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the likeliest token."""
+    max_new_tokens: int = 64
+    """The longest completion, its end token included."""
+    top_k: int | None = None
+    """Choose among so many of the likeliest tokens."""
+    top_p: float = 1.0
+    """Choose among the fewest likeliest tokens that have this share of the probability."""
+    stop: tuple[str, ...] = ()
+    """Texts after which a completion ends; they are part of it."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"temperature must be a number from 0 up, not {self.temperature}")
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"top_k must be at least 1, not {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if not all(self.stop):
+            raise ConfigError("a stop text must not be empty")
+
+    @property
+    def cuts_tail(self) -> bool:
+        """Whether unlikely tokens are left out."""
+        return self.top_k is not None or self.top_p < 1
+
+
+@dataclass(slots=True)
+class Sampled:
+    """A completion in tokens."""
+
+    token_ids: NDArray[np.int64]
+    """[L], the end token included where one was sampled"""
+    logprobs: NDArray[np.float32]
+    """[L], of the distribution that was sampled from"""
+    finish_reason: FinishReason
+
+
+@torch.no_grad()
+def sample(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    index: NDArray[np.int64],
+    sampling: Sampling,
+    generator: torch.Generator,
+) -> list[Sampled]:
+    """Samples a completion for each entry of `index` [N], the prompt of each."""
+    rows = torch.from_numpy(index)
+    growing = _Growing(len(rows), sampling, policy)
+    prefixes, firsts = policy.prefill(prompts)
+    attention = Steps(prefixes, rows, sampling.max_new_tokens)
+    positions = torch.tensor([next_position(prompt) for prompt in prompts])[rows].to(policy.device)
+    hidden = firsts[rows.to(policy.device)]
+    while True:
+        token, logprob = _draw(policy.logits(hidden), sampling, generator)
+        growing.add(token, logprob)
+        going = growing.still_going()
+        if len(going) == 0:
+            return growing.sampled()
+        if len(going) < len(token):
+            attention.select(going)
+            kept = going.to(policy.device)
+            token, positions = token[kept], positions[kept]
+        hidden = policy.extend(token, positions + attention.length, attention)
+        attention.length += 1
+
+
+class _Growing:
+    """Completions that are being sampled, some of which have ended.
+
+    Args:
+        count: N.
+        sampling: How they are.
+        policy: From which they are.
+    """
+
+    def __init__(self, count: int, sampling: Sampling, policy: Policy) -> None:
+        self._sampling, self._tokenizer, device = sampling, policy.family.processor.tokenizer, policy.device
+        self._ends = torch.tensor(policy.family.end_tokens, device=device)
+        self._tokens = torch.zeros(count, sampling.max_new_tokens, dtype=torch.int64, device=device)
+        self._logprobs = torch.zeros(self._tokens.shape, device=device)
+        self._lengths = torch.zeros(count, dtype=torch.int64, device=device)  # 0 before the end
+        self._rows = torch.arange(count, device=device)  # of those in the batch
+        self._step = 0
+        self._look_every = 1 if device.type == "cpu" or sampling.stop else _LOOK_EVERY
+
+    def add(self, token: Tensor, logprob: Tensor) -> None:
+        """Takes the next token of each completion of the batch, [n]."""
+        self._tokens[self._rows, self._step], self._logprobs[self._rows, self._step] = token, logprob
+        self._step += 1
+        ends = torch.isin(token, self._ends) | self._stopped()
+        lengths = self._lengths[self._rows]
+        self._lengths[self._rows] = torch.where(ends & (lengths == 0), self._step, lengths)
+
+    def still_going(self) -> Tensor:
+        """Which of the batch go on, on the CPU: those that have not ended, once that makes it much smaller."""
+        if self._step == self._sampling.max_new_tokens:
+            return torch.empty(0, dtype=torch.int64)
+        if self._step % self._look_every:
+            return torch.arange(len(self._rows))
+        going = torch.nonzero(self._lengths[self._rows] == 0)[:, 0]
+        if len(going) > _CROWDED * len(self._rows):
+            return torch.arange(len(self._rows))
+        self._rows = self._rows[going]
+        return going.cpu()
+
+    def sampled(self) -> list[Sampled]:
+        """[N]."""
+        tokens, logprobs = self._tokens.cpu().numpy(), self._logprobs.cpu().numpy()
+        return [
+            Sampled(tokens[i, : n or None].copy(), logprobs[i, : n or None].copy(), "stop" if n else "length")
+            for i, n in enumerate(self._lengths.tolist())
+        ]
+
+    def _stopped(self) -> Tensor:
+        """Which completions of the batch end with a stop text now, bool [n]."""
+        if not self._sampling.stop:
+            return torch.zeros_like(self._rows, dtype=torch.bool)
+        most = max(len(text.encode()) for text in self._sampling.stop)  # tokens that one may take
+        lately = self._tokens[self._rows, max(0, self._step - most) : self._step].tolist()
+        texts = self._tokenizer.batch_decode(lately, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        found = [any(stop in text for stop in self._sampling.stop) for text in texts]
+        return torch.tensor(found, device=self._rows.device)
+
+
+def _draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draws a token from each row of logits [n, V]; also its log-probability [n]."""
+    logprobs = torch.log_softmax(logits / (sampling.temperature or 1.0), dim=-1)
+    if sampling.cuts_tail:
+        logprobs = _without_tail(logprobs, sampling)
+    if sampling.temperature == 0:
+        token = logprobs.argmax(dim=-1)
+    else:
+        token = torch.multinomial(logprobs.exp(), 1, generator=generator)[:, 0]
+    return token, logprobs.gather(-1, token[:, None])[:, 0]
+
+
+def _without_tail(logprobs: Tensor, sampling: Sampling) -> Tensor:
+    """Log-probabilities [n, V] of the distribution over the likeliest tokens alone: first top-k, of these top-p."""
+    ordered, order = logprobs.sort(dim=-1, descending=True, stable=True)
+    if sampling.top_k is not None:
+        ordered[:, sampling.top_k :] = -torch.inf
+    probs = torch.softmax(ordered, dim=-1)
+    ordered[probs.cumsum(dim=-1) - probs >= sampling.top_p] = -torch.inf
+    return torch.empty_like(logprobs).scatter(-1, order, torch.log_softmax(ordered, dim=-1))

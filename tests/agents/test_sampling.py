@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from batches import observations, ragged
+
+from vlmenv.agents import sampling as module
+from vlmenv.agents.sampling import Sampling
+from vlmenv.agents.vlm import VLMAgent
+from vlmenv.core.errors import ConfigError
+
+PROBS = [0.4, 0.3, 0.2, 0.06, 0.04]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "kept"),
+    [
+        (Sampling(), [0.4, 0.3, 0.2, 0.06, 0.04]),
+        (Sampling(top_k=2), [4 / 7, 3 / 7, 0, 0, 0]),
+        (Sampling(top_k=9), [0.4, 0.3, 0.2, 0.06, 0.04]),
+        (Sampling(top_p=0.69), [4 / 7, 3 / 7, 0, 0, 0]),
+        (Sampling(top_p=0.71), [4 / 9, 3 / 9, 2 / 9, 0, 0]),
+        (Sampling(top_p=0.1), [1, 0, 0, 0, 0]),
+        (Sampling(top_k=3, top_p=0.5), [4 / 7, 3 / 7, 0, 0, 0]),
+        (Sampling(temperature=0.5, top_k=2), [16 / 25, 9 / 25, 0, 0, 0]),
+    ],
+)
+def test_the_distribution_that_is_sampled_from(sampling: Sampling, kept: list[float]) -> None:
+    """By hand: the fewest likeliest tokens, of the k likeliest, whose share reaches p; their log-probs sum to 1."""
+    shuffled = torch.tensor([2, 0, 4, 1, 3])
+    logits = torch.tensor(PROBS).log()[shuffled].repeat(4000, 1)
+    token, logprob = module._draw(logits, sampling, torch.Generator().manual_seed(0))
+    wanted = torch.tensor(kept, dtype=torch.float32)[shuffled]
+    torch.testing.assert_close(logprob.exp(), wanted[token])
+    found = torch.bincount(token, minlength=5) / 4000
+    assert (found[wanted == 0] == 0).all()
+    torch.testing.assert_close(found, wanted, atol=0.03, rtol=0)
+
+
+def test_rollouts_with_a_cut_tail_say_so_and_stay_within_it(builtin: VLMAgent) -> None:
+    builtin.sampling = Sampling(temperature=3.0, top_k=3, max_new_tokens=12)
+    rollout = builtin.rollout(observations(16, 4))
+    assert not rollout.whole
+    assert not rollout[:2].whole
+    policy = builtin.family_policy
+    hidden, packing = policy.hidden_states(rollout)
+    logits = policy.logits(hidden).detach() / 3.0
+    chosen = torch.from_numpy(np.concatenate([one.token_ids for one in rollout.completions]))
+    best = logits.topk(3, dim=-1)
+    assert (best.indices == chosen[:, None]).any(-1).all()
+    expected = (torch.log_softmax(best.values, -1) * (best.indices == chosen[:, None])).sum(-1)
+    found = torch.from_numpy(np.concatenate([one.logprobs for one in rollout.completions]))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert packing.total == len(chosen)
+
+
+def test_a_stop_text_ends_a_completion_and_is_part_of_it(builtin: VLMAgent) -> None:
+    batch = observations(8, 4)
+    builtin.sampling = Sampling(temperature=0.0, max_new_tokens=40)
+    whole = builtin.rollout(batch)
+    builtin.sampling = replace(builtin.sampling, stop=("</think>", "not there"))
+    cut = builtin.rollout(batch)
+    for before, after in zip(whole.completions, cut.completions, strict=True):
+        assert after.text == before.text[: before.text.index("</think>") + len("</think>")]
+        assert after.finish_reason == "stop"
+        assert after.token_ids.tolist() == before.token_ids[: len(after.token_ids)].tolist()
+        assert builtin.family.decode(after.token_ids[:-1]) != after.text
+
+
+def test_a_stop_text_may_end_within_a_token(builtin: VLMAgent) -> None:
+    builtin.sampling = Sampling(temperature=0.0, max_new_tokens=40, stop=("</thi",))
+    for completion in builtin.rollout(observations(4, 4)).completions:
+        assert completion.text.endswith("</thi")
+        assert builtin.family.decode(completion.token_ids).endswith("</think>")
+
+
+def test_what_has_ended_leaves_the_batch(builtin: VLMAgent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The widths of the passes fall, and the log-probabilities stay those of a fresh forward pass."""
+    policy, widths = builtin.family_policy, []
+    extend = type(policy).extend
+
+    def noting(self: object, tokens: torch.Tensor, *args: object) -> torch.Tensor:
+        widths.append(len(tokens))
+        return extend(self, tokens, *args)
+
+    monkeypatch.setattr(type(policy), "extend", noting)
+    builtin.sampling = Sampling(temperature=6.0, max_new_tokens=400)
+    builtin.seed(3)
+    rollout = builtin.rollout(observations(32, 4))
+    lengths = sorted(len(one.token_ids) for one in rollout.completions)
+    assert widths == sorted(widths, reverse=True)
+    assert len(set(widths)) > 3
+    assert widths[-1] <= sum(length >= lengths[-1] - 1 for length in lengths) / 0.75
+    again = builtin.logprobs(rollout)
+    for row, completion in enumerate(rollout.completions):
+        expected = again.values[row, : len(completion.token_ids)].detach().numpy()
+        np.testing.assert_allclose(completion.logprobs, expected, atol=2e-5)
+
+
+def test_looking_seldom_gives_the_same_answers(builtin: VLMAgent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on devices where each look at what has ended would cost a wait."""
+    builtin.sampling = Sampling(temperature=0.0, max_new_tokens=30)
+    often = builtin.rollout(ragged())
+    growing = module._Growing
+
+    class Seldom(growing):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args)
+            self._look_every = 8
+
+    monkeypatch.setattr(module, "_Growing", Seldom)
+    seldom = builtin.rollout(ragged())
+    for a, b in zip(often.completions, seldom.completions, strict=True):
+        assert a.token_ids.tolist() == b.token_ids.tolist()
+        assert a.finish_reason == b.finish_reason
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1.0}, "temperature must be a number from 0 up"),
+        ({"temperature": float("nan")}, "temperature must be a number from 0 up"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"top_k": 0}, "top_k must be at least 1"),
+        ({"top_p": 0.0}, "top_p must be above 0"),
+        ({"stop": ("",)}, "must not be empty"),
+    ],
+)
+def test_what_cannot_be_sampled_with_is_refused(options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Sampling(**options)
