@@ -26,12 +26,12 @@ class Prefix:
     last: Tensor
     """[P], each prompt's last token"""
     position: Tensor
-    """[P], the position of that token"""
+    """[axes, P], the position of that token"""
 
     def expand(self, index: Tensor) -> None:
         """Gives each of N completions the prefix of its prompt, `index` [N]. Gradients add up."""
         self.cache.batch_select_indices(index)
-        self.mask, self.last, self.position = self.mask[index], self.last[index], self.position[index]
+        self.mask, self.last, self.position = self.mask[index], self.last[index], self.position[:, index]
 
 
 class ValueHead(nn.Linear):
@@ -109,17 +109,18 @@ class Policy(nn.Module):
         device = self.model.device
         lengths = torch.tensor([len(prompt.input_ids) - 1 for prompt in prompts])
         mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long().to(device)
-        positions = [_pad([prompt.position_ids[axis, :-1] for prompt in prompts]) for axis in range(3)]
+        axes = range(len(prompts[0].position_ids))
+        positions = [_pad([prompt.position_ids[axis, :-1] for prompt in prompts]) for axis in axes]
         output = self.model.model(
             input_ids=_pad([prompt.input_ids[:-1] for prompt in prompts]).to(device),
             attention_mask=mask,
-            position_ids=torch.stack(positions).to(device),
+            position_ids=torch.stack(positions).squeeze(0).to(device),  # a single axis is none to the model
             use_cache=True,
             **join_images(prompts, device),
         )
         _tie(output.past_key_values, output.last_hidden_state)
         last = torch.tensor([int(prompt.input_ids[-1]) for prompt in prompts], device=device)
-        position = torch.tensor([int(prompt.position_ids[0, -1]) for prompt in prompts], device=device)
+        position = torch.from_numpy(np.stack([prompt.position_ids[:, -1] for prompt in prompts], axis=1)).to(device)
         return Prefix(output.past_key_values, mask, last, position)
 
     def sample(
@@ -156,11 +157,11 @@ class Policy(nn.Module):
     def _continue(self, prefix: Prefix, tokens: Tensor, attention: Tensor, start: int) -> Tensor:
         """Hidden states [N, L, H] of tokens [N, L], the first of which is `start` places after the prefix."""
         offsets = torch.arange(start, start + tokens.shape[1], device=tokens.device)
-        positions = prefix.position[:, None] + offsets
+        positions = prefix.position[..., None] + offsets
         output = self.model.model(
             input_ids=tokens,
             attention_mask=attention,
-            position_ids=positions.expand(3, *positions.shape),
+            position_ids=positions.squeeze(0),
             past_key_values=prefix.cache,
             use_cache=True,
         )

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
@@ -24,22 +24,18 @@ def recompute_activations(family: Family) -> None:
     What a block needs beyond them is computed anew, exactly as it was, dropout included. Nothing changes
     where there is no gradient.
     """
-    blocks = [*enumerate(_children(family.language_model(), "layers"))]
-    blocks += enumerate(_children(family.vision_tower(), "blocks"))
+    blocks = [*enumerate(family.language_model().get_submodule("layers").children())]
+    blocks += enumerate(family.vision_blocks().children())
     for index, block in blocks:
         # On the instance: names of weights stay as they are, and whatever wraps the block's call stays outside.
         block.__dict__["forward"] = functools.partial(_recomputing, block.forward, index)
-
-
-def _children(module: nn.Module, name: str) -> nn.ModuleList:
-    return cast(nn.ModuleList, module.get_submodule(name))
 
 
 def _recomputing(
     forward: Callable[..., Tensor],
     index: int,
     hidden: Tensor,
-    *,
+    *positional: Any,
     past_key_values: DynamicCache | None = None,
     **arguments: Any,
 ) -> Tensor:
@@ -48,15 +44,16 @@ def _recomputing(
     Args:
         forward: The block's own.
         index: Of the block among its like.
-        hidden: [batch, tokens, H]; in a vision tower [patches, H].
+        hidden: [batch, tokens, H]; in some vision towers [patches, H].
+        positional: Whatever else a vision tower's block takes, by place.
         past_key_values: To be appended to.
-        arguments: Whatever else the block takes.
+        arguments: Whatever else the block takes, by name.
 
     Returns:
         Shaped like `hidden`.
     """
     if past_key_values is None:
-        return cast(Tensor, checkpoint(forward, hidden, use_reentrant=False, **arguments))
+        return cast(Tensor, checkpoint(forward, hidden, *positional, use_reentrant=False, **arguments))
     if not torch.is_grad_enabled():
         return forward(hidden, past_key_values=past_key_values, **arguments)
     before = past_key_values.layers[index]
