@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from vlmenv.agents.families.base import Family, Processor, read_json
+from vlmenv.agents.families.glm4v import Glm4v
 from vlmenv.agents.families.idefics3 import Idefics3, SmolVLM
 from vlmenv.agents.families.internvl import InternVL
 from vlmenv.agents.families.qwen2_5_vl import Qwen25VL
@@ -15,7 +16,7 @@ from vlmenv.core.coordinates import CoordinateSpace, ResizeRule
 from vlmenv.core.errors import ModelError, unknown_name
 
 FAMILIES: Final[dict[str, type[Family]]] = {
-    family.model_type: family for family in (Qwen2VL, Qwen25VL, Qwen3VL, Qwen3VLMoe, InternVL, Idefics3, SmolVLM)
+    family.model_type: family for family in (Qwen2VL, Qwen25VL, Qwen3VL, Qwen3VLMoe, InternVL, Idefics3, SmolVLM, Glm4v)
 }
 
 
