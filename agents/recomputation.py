@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vlmenv.agents.families import Family
@@ -18,15 +18,12 @@ def recompute_activations(family: Family) -> None:
     What a block needs beyond them is computed anew, exactly as it was, dropout included. Nothing changes
     where there is no gradient.
     """
-    for block in [*_children(family.language_model(), "layers"), *_children(family.vision_tower(), "blocks")]:
+    layers = family.language_model().get_submodule("layers")
+    for block in [*layers.children(), *family.vision_blocks().children()]:
         # On the instance: names of weights stay as they are, and whatever wraps the block's call stays outside.
         block.__dict__["forward"] = functools.partial(_recomputing, block.forward)
 
 
-def _children(module: nn.Module, name: str) -> nn.ModuleList:
-    return cast(nn.ModuleList, module.get_submodule(name))
-
-
-def _recomputing(forward: Callable[..., Tensor], hidden: Tensor, **arguments: Any) -> Tensor:
+def _recomputing(forward: Callable[..., Tensor], hidden: Tensor, *more: Any, **arguments: Any) -> Tensor:
     """A block's forward pass, which is run again in the backward pass."""
-    return cast(Tensor, checkpoint(forward, hidden, use_reentrant=False, **arguments))
+    return cast(Tensor, checkpoint(forward, hidden, *more, use_reentrant=False, **arguments))

@@ -6,12 +6,18 @@ from pathlib import Path
 from typing import Final
 
 from vlmenv.agents.families.base import Family, Processor, read_json
+from vlmenv.agents.families.glm4v import Glm4v
+from vlmenv.agents.families.idefics3 import Idefics3, SmolVLM
+from vlmenv.agents.families.internvl import InternVL
 from vlmenv.agents.families.qwen2_5_vl import Qwen25VL
+from vlmenv.agents.families.qwen2_vl import Qwen2VL
 from vlmenv.agents.families.qwen3_vl import Qwen3VL, Qwen3VLMoe
 from vlmenv.core.coordinates import CoordinateSpace, ResizeRule
 from vlmenv.core.errors import ModelError, unknown_name
 
-FAMILIES: Final[dict[str, type[Family]]] = {family.model_type: family for family in (Qwen25VL, Qwen3VL, Qwen3VLMoe)}
+FAMILIES: Final[dict[str, type[Family]]] = {
+    family.model_type: family for family in (Qwen2VL, Qwen25VL, Qwen3VL, Qwen3VLMoe, InternVL, Idefics3, SmolVLM, Glm4v)
+}
 
 
 def family_of(model_type: str) -> type[Family]:
@@ -50,6 +56,11 @@ def resize_rule(folder: Path) -> ResizeRule:
             settings = read_json(folder / "preprocessor_config.json")
         else:
             settings = read_json(folder / "processor_config.json")["image_processor"]
+        if not settings["image_processor_type"].startswith("Qwen2VLImageProcessor"):
+            raise ModelError(
+                f"{folder}: this model does not size images as Qwen2.5-VL does, for which coordinates 'resized' are; "
+                "choose 'norm1000' or 'original'"
+            )
         size = settings.get("size", {})
         return ResizeRule(
             settings["patch_size"] * settings["merge_size"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.import_utils import is_torchvision_available
 
 from vlmenv.core.coordinates import CoordinateSpace
 from vlmenv.core.errors import ModelError
 from vlmenv.core.rollout import Observation, Prompt
+from vlmenv.core.spaces import Image
 
 
 @dataclass(frozen=True)
@@ -33,22 +34,19 @@ class Processor:
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> Processor:
-        """Loads a processor, whole where torchvision is installed and else by its parts.
+        """Loads the parts of a processor, without torchvision where it is not installed.
 
-        A whole one insists on a video processor, which needs torchvision; tokenizer and Pillow image
-        processor do not, and give the same image grids.
+        A whole one insists on its video processor, which needs torchvision, and for some families on yet
+        other packages.
 
         Raises:
             ModelError: The folder lacks the tokenizer, the image processor or the chat template.
         """
         _require_files(folder)
+        backend = None if is_torchvision_available() else "pil"
         try:
-            if is_torchvision_available():
-                whole = AutoProcessor.from_pretrained(folder)
-                tokenizer, image_processor = whole.tokenizer, whole.image_processor
-            else:
-                tokenizer = AutoTokenizer.from_pretrained(folder)
-                image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            image_processor = AutoImageProcessor.from_pretrained(folder, backend=backend)
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise ModelError(f"{folder}: the processor cannot be loaded: {error}") from error
         return cls(tokenizer, image_processor, _chat_template(folder, tokenizer))
@@ -96,7 +94,12 @@ _CONTROL = re.compile(r"<\|.*\|>")
 
 
 class Family(ABC):
-    """Encodes observations for one family of models, and says which tokens it must never sample."""
+    """Encodes observations for one family of models, and says which tokens it must never sample.
+
+    Raises:
+        ModelError: A layer of the model attends to a part of the past alone. Where completions share the cached
+            keys and values of padded prompts, that part would be another than in one row without padding.
+    """
 
     model_type: ClassVar[str]
     """`model_type` in the published `config.json`."""
@@ -106,13 +109,23 @@ class Family(ABC):
     def __init__(self, model: PreTrainedModel, processor: Processor) -> None:
         self.model = model
         self.processor = processor
+        kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - {"full_attention"}
+        if kinds:
+            raise ModelError(
+                f"the language model has layers of {', '.join(sorted(kinds))}; only full attention is known"
+            )
 
     @abstractmethod
-    def encode(self, observation: Observation) -> Prompt:
-        """Turns an observation into model inputs.
+    def process_images(self, images: tuple[Image, ...]) -> tuple[dict[str, torch.Tensor], list[str]]:
+        """Prepares one or more images.
+
+        Returns:
+            The vision inputs, by the model's own argument names, such that those of several prompts can be joined
+            along their first axis; and for each image the text that its mark stands for, with one image token
+            per feature.
 
         Raises:
-            ValueError: The prompt's own text holds a control token, or an image cannot be taken.
+            ValueError: An image cannot be taken.
         """
 
     @abstractmethod
@@ -125,7 +138,11 @@ class Family(ABC):
 
     @abstractmethod
     def vision_tower(self) -> nn.Module:
-        """What turns pixels into features, whose blocks are its `blocks`; it may hold the projectors."""
+        """What turns pixels into features; it may hold the projectors."""
+
+    @abstractmethod
+    def vision_blocks(self) -> nn.Module:
+        """The list of the vision tower's blocks."""
 
     @abstractmethod
     def projectors(self) -> list[nn.Module]:
@@ -142,6 +159,44 @@ class Family(ABC):
         if isinstance(found[0], torch.Tensor):
             return type(parts[0])(pooler_output=torch.cat(found))
         return type(parts[0])(pooler_output=tuple(one for images in found for one in images))
+
+    def positions(self, ids: NDArray[np.int64], images: Mapping[str, torch.Tensor]) -> NDArray[np.int64]:
+        """Positions [axes, T] of a prompt's tokens [T]: counted on, unless a family has others for image features."""
+        return np.arange(len(ids))[None]
+
+    def encode(self, observation: Observation) -> Prompt:
+        """Turns an observation into model inputs.
+
+        Raises:
+            ValueError: The prompt's own text holds a control token, an image cannot be taken, or the chat template
+                leaves images out.
+        """
+        first, *rest = self.chat(observation).split(self.image_token)
+        if len(rest) != len(observation["images"]):
+            raise ValueError(f"the chat template puts {len(rest)} marks for {len(observation['images'])} images")
+        images, expanded = self.process_images(observation["images"]) if rest else ({}, [])
+        text = first + "".join(mark + text for mark, text in zip(expanded, rest, strict=True))
+        ids = np.array(self.processor.tokenizer.encode(text, add_special_tokens=False), dtype=np.int64)
+        return Prompt(ids, self.positions(ids, images), images)
+
+    @cached_property
+    def image_token(self) -> str:
+        """What stands for one image feature, and in a chat template's text for a whole image."""
+        token = self.processor.tokenizer.convert_ids_to_tokens(self.model.config.image_token_id)
+        assert isinstance(token, str)
+        return token
+
+    def token_ids(self, *tokens: str) -> set[int]:
+        """Ids of tokens that the tokenizer has by name, beyond those of text.
+
+        Raises:
+            ModelError: It lacks one.
+        """
+        known = self.processor.tokenizer.added_tokens_encoder
+        missing = [token for token in tokens if token not in known]
+        if missing:
+            raise ModelError(f"the tokenizer lacks {', '.join(missing)}, which models of type {self.model_type} need")
+        return {known[token] for token in tokens}
 
     @cached_property
     def end_tokens(self) -> tuple[int, ...]:
@@ -169,9 +224,10 @@ class Family(ABC):
         tokenizer = self.processor.tokenizer
         head = self.model.get_output_embeddings()
         assert head is not None
-        unused = set(range(len(tokenizer), head.weight.shape[0]))
+        rows = set(range(head.weight.shape[0]))  # a tokenizer may have yet more tokens, such as InternVL's <video>
+        unused = rows - set(range(len(tokenizer)))
         banned = (self.control_tokens | self.modality_tokens() | unused) - set(self.end_tokens)
-        return np.array(sorted(banned), dtype=np.int64)
+        return np.array(sorted(banned & rows), dtype=np.int64)
 
     @cached_property
     def opening(self) -> str:
@@ -195,7 +251,8 @@ class Family(ABC):
             ValueError: The prompt's own text holds a control token.
         """
         tokenizer = self.processor.tokenizer
-        forbidden = self.control_tokens.intersection(tokenizer.encode(observation["prompt"], add_special_tokens=False))
+        control = self.control_tokens | self.modality_tokens()
+        forbidden = control.intersection(tokenizer.encode(observation["prompt"], add_special_tokens=False))
         if forbidden:
             names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(sorted(forbidden))))
             raise ValueError(f"the prompt's own text must not contain control tokens: {names}")

@@ -1,4 +1,4 @@
-"""Qwen3-VL: for images it is fed as Qwen2.5-VL is, but writes coordinates in thousandths."""
+"""Qwen3-VL: for images it is fed as Qwen2-VL is, and features of several blocks enter the language model."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from vlmenv.agents.families.qwen2_5_vl import Qwen25VL
+from vlmenv.agents.families.qwen2_vl import Qwen2VL
 from vlmenv.core.coordinates import CoordinateSpace
 
 
-class Qwen3VL(Qwen25VL):
+class Qwen3VL(Qwen2VL):
     """Qwen3-VL (arXiv 2511.21631)."""
 
     model_type: ClassVar[str] = "qwen3_vl"

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import cut_text, cut_vision, save_random_model
-from transformers import AutoConfig
+from small_models import invent
+from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import is_torchvision_available
 
 from vlmenv.agents.families import coordinate_space, resize_rule
 from vlmenv.agents.families.base import Processor
+from vlmenv.agents.families.internvl import InternVL
+from vlmenv.agents.families.qwen3_vl import Qwen3VL
 from vlmenv.agents.vlm import Sampling, VLMAgent, find_model
 from vlmenv.core.coordinates import CoordinateSpace
 from vlmenv.core.errors import ModelError, PromptError
@@ -151,3 +154,38 @@ def test_a_missing_chat_template_is_named(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").unlink()
     with pytest.raises(ModelError, match="no chat template"):
         Processor.from_pretrained(tmp_path)
+
+
+def test_the_marks_of_glms_answers_may_be_written_and_are_not_read(tmp_path: Path) -> None:
+    """As GLM-4.1V was taught: an open thought, and marks around what counts of the answer."""
+    invent("glm4v", tmp_path)
+    family = VLMAgent.from_pretrained(tmp_path).family
+    marked = "the star</think><answer><|begin_of_box|>[1,2,3,4]<|end_of_box|></answer>"
+    ids = np.array(family.processor.tokenizer.encode(marked, add_special_tokens=False))
+    assert not set(ids.tolist()) & set(family.banned_tokens.tolist())
+    assert family.decode(ids) == "<think>the star</think><answer>[1,2,3,4]</answer>"
+
+
+def test_an_image_that_is_not_cut_stands_alone(tmp_path: Path) -> None:
+    invent("idefics3", tmp_path)
+    settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings | {"do_image_splitting": False}))
+    family = VLMAgent.from_pretrained(tmp_path).family
+    prompt = family.encode({"images": (np.zeros((64, 96, 3), np.uint8),), "prompt": "Hello"})
+    around, pads = "<fake_token_around_image>", "<image>" * 4
+    text = f"<|im_start|>User:{around}<global-img>{pads}{around}Hello<end_of_utterance>\nAssistant:"
+    assert family.processor.tokenizer.decode(prompt.input_ids) == text
+    assert prompt.images["pixel_values"].shape == (1, 1, 3, 32, 32)
+
+
+def test_a_tokenizer_of_another_family_is_refused(builtin: VLMAgent) -> None:
+    family = InternVL(builtin.family.model, builtin.family.processor)
+    with pytest.raises(ModelError, match="the tokenizer lacks <img>, </img>, which models of type internvl need"):
+        family.modality_tokens()
+
+
+def test_layers_that_see_a_part_of_the_past_are_refused(builtin: VLMAgent, tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(find_model("builtin"))
+    config.text_config.layer_types = ["full_attention", "sliding_attention", "full_attention"]
+    with pytest.raises(ModelError, match="layers of sliding_attention; only full attention is known"):
+        Qwen3VL(AutoModelForImageTextToText.from_config(config), builtin.family.processor)

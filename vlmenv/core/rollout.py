@@ -36,7 +36,7 @@ class Prompt:
     input_ids: NDArray[np.int64]
     """[T], with one pad token per image feature"""
     position_ids: NDArray[np.int64]
-    """[axes, T]; three axes (time, height, width) under M-RoPE"""
+    """[axes, T]; three axes (time, height, width) under M-RoPE, else one"""
     images: Mapping[str, Any]
     """what the vision tower wants, by the model's own argument names; first axis joins over prompts"""
     features: tuple[Any, Any] | None = None

@@ -1,0 +1,76 @@
+"""Idefics3 and SmolVLM: images enlarged and cut into rows and columns of crops, each behind a token for its place."""
+
+from __future__ import annotations
+
+import re
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from vlmenv.agents.families.base import Family
+from vlmenv.core.coordinates import CoordinateSpace
+from vlmenv.core.spaces import Image
+
+_PLACE = re.compile(r"<row_\d+_col_\d+>")
+
+
+class Idefics3(Family):
+    """Idefics3 (arXiv 2408.12637) and the first SmolVLM.
+
+    They were not taught a convention of coordinates. Thousandths suit what they see: every image is brought to the
+    same longest side, so that its own size in pixels cannot be told.
+    """
+
+    model_type: ClassVar[str] = "idefics3"
+    coordinates: ClassVar[CoordinateSpace] = CoordinateSpace.NORM1000
+
+    def process_images(self, images: tuple[Image, ...]) -> tuple[dict[str, torch.Tensor], list[str]]:
+        inputs = self.processor.image_processor(
+            images=[list(images)], return_row_col_info=True, input_data_format="channels_last", return_tensors="pt"
+        )
+        # As if each crop were an image of a prompt of its own: the model joins the two axes, prompts and their images,
+        # anyway, and no prompt needs to be filled up to the crops of another. Crops are all of one size, without
+        # padding, and so without a mask.
+        crops = inputs["pixel_values"][0][:, None]
+        features = self._features(crops.shape[3]) * self._features(crops.shape[4])
+        grids = zip(inputs["rows"][0], inputs["cols"][0], strict=True)
+        return {"pixel_values": crops}, [self._expanded(features, int(rows), int(columns)) for rows, columns in grids]
+
+    def _features(self, pixels: int) -> int:
+        """Features along a crop's side."""
+        config = self.model.config
+        return int(pixels // config.vision_config.patch_size // config.scale_factor)
+
+    def _expanded(self, features: int, rows: int, columns: int) -> str:
+        """The text of an image: its crops row by row, and then the whole; the whole alone where it is not cut."""
+
+        def part(place: str) -> str:
+            return f"<fake_token_around_image>{place}{self.image_token * features}"
+
+        lines = ["".join(part(f"<row_{row + 1}_col_{col + 1}>") for col in range(columns)) for row in range(rows)]
+        crops = "".join(f"{line}\n" for line in lines) + "\n" * bool(lines)
+        return f"{crops}{part('<global-img>')}<fake_token_around_image>"
+
+    def modality_tokens(self) -> set[int]:
+        enclosing = self.token_ids("<fake_token_around_image>", "<global-img>")
+        places = {i for token, i in self.processor.tokenizer.added_tokens_encoder.items() if _PLACE.fullmatch(token)}
+        return {self.model.config.image_token_id} | enclosing | places
+
+    def language_model(self) -> nn.Module:
+        return self.model.get_submodule("model.text_model")
+
+    def vision_tower(self) -> nn.Module:
+        return self.model.get_submodule("model.vision_model")
+
+    def vision_blocks(self) -> nn.Module:
+        return self.vision_tower().get_submodule("encoder.layers")
+
+    def projectors(self) -> list[nn.Module]:
+        return [self.model.get_submodule("model.connector")]
+
+
+class SmolVLM(Idefics3):
+    """The second SmolVLM (arXiv 2504.05299), which is fed alike."""
+
+    model_type: ClassVar[str] = "smolvlm"

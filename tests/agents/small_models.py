@@ -1,0 +1,244 @@
+"""Small random models of every family, from invented tokenizers and from published processors and configurations."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import shared
+from tokenizers import AddedToken
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers.processing_utils import ProcessorMixin
+
+from vlmenv.agents.vlm import find_model
+
+QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
+    "{% if part.type == 'image' %}IMAGE{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+QWEN_SIZES = {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "size": {"shortest_edge": 1024, "longest_edge": 36864},
+    "patch_size": 16,
+    "merge_size": 2,
+    "temporal_patch_size": 2,
+}
+TILES = {
+    "image_processor_type": "GotOcr2ImageProcessor",
+    "size": {"height": 32, "width": 32},
+    "crop_to_patches": False,
+    "max_patches": 4,
+}
+CROPS = {
+    "size": {"longest_edge": 64},
+    "max_image_size": {"longest_edge": 32},
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
+PLACES = tuple(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))
+CROP_TOKENS = ("<end_of_utterance>", "<fake_token_around_image>", "<image>")
+CROP_TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{ message.role | capitalize }}:{% for part in message.content %}"
+    "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}<end_of_utterance>\n"
+    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+GLM_TEMPLATE = (
+    "[gMASK]<sop>{% for message in messages %}<|{{ message.role }}|>\n{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|begin_of_image|><|image|><|end_of_image|>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}<|assistant|>\n<think>{% endif %}"
+)
+GLM_TOKENS = (
+    *("[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|image|>", "<|video|>"),
+    *(f"<|{side}_of_{kind}|>" for kind in ("image", "video") for side in ("begin", "end")),
+)
+
+
+@dataclass(frozen=True)
+class Invented:
+    """What makes up a small tokenizer and processor beside the built-in model's tokenizer."""
+
+    template: str
+    image_processor: dict[str, Any]
+    tokens: tuple[str, ...] = ()
+    """special ones"""
+    unspecial: tuple[str, ...] = ()
+    """ones that are decoded"""
+    end: str = "<|im_end|>"
+    named: tuple[tuple[str, str], ...] = ()
+    """tokens by the names of their ids in the model's configuration"""
+    attributes: tuple[tuple[str, str], ...] = ()
+    """tokens by the names under which the published processor looks them up"""
+
+
+QWEN = Invented(
+    CHATML.replace("IMAGE", QWEN_IMAGE),
+    QWEN_SIZES,
+    named=(
+        ("image_token_id", "<|image_pad|>"),
+        ("video_token_id", "<|video_pad|>"),
+        ("vision_start_token_id", "<|vision_start|>"),
+        ("vision_end_token_id", "<|vision_end|>"),
+    ),
+)
+INVENTED = {
+    "qwen2_vl": QWEN,
+    "qwen2_5_vl": QWEN,
+    "qwen3_vl": QWEN,
+    "qwen3_vl_moe": QWEN,
+    "internvl": Invented(
+        CHATML.replace("IMAGE", "<IMG_CONTEXT>\n"),
+        TILES,
+        ("<img>", "</img>", "<IMG_CONTEXT>", "<video>"),
+        named=(("image_token_id", "<IMG_CONTEXT>"),),
+        attributes=(
+            ("start_image_token", "<img>"),
+            ("end_image_token", "</img>"),
+            ("context_image_token", "<IMG_CONTEXT>"),
+            ("video_token", "<video>"),
+        ),
+    ),
+    "idefics3": Invented(
+        CROP_TEMPLATE,
+        CROPS | {"image_processor_type": "Idefics3ImageProcessor"},
+        CROP_TOKENS,
+        ("<global-img>", *PLACES),
+        end="<end_of_utterance>",
+        named=(("image_token_id", "<image>"),),
+    ),
+    "smolvlm": Invented(
+        CROP_TEMPLATE,
+        CROPS | {"image_processor_type": "SmolVLMImageProcessor"},
+        (*CROP_TOKENS, "<global-img>", *PLACES),
+        end="<end_of_utterance>",
+        named=(("image_token_id", "<image>"),),
+    ),
+    "glm4v": Invented(
+        GLM_TEMPLATE,
+        QWEN_SIZES | {"image_processor_type": "Glm4vImageProcessor"},
+        GLM_TOKENS,
+        ("<|begin_of_box|>", "<|end_of_box|>"),
+        end="<|user|>",
+        named=(
+            ("image_token_id", "<|image|>"),
+            ("video_token_id", "<|video|>"),
+            *(
+                (f"{kind}_{side}_token_id", f"<|{word}_of_{kind}|>")
+                for kind in ("image", "video")
+                for side, word in (("start", "begin"), ("end", "end"))
+            ),
+        ),
+    ),
+}
+
+
+def invent(model_type: str, folder: Path) -> None:
+    """Writes a small model with an invented tokenizer."""
+    parts = INVENTED[model_type]
+    tokenizer = AutoTokenizer.from_pretrained(find_model("builtin"))
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=True) for token in parts.tokens], True)
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in parts.unspecial])
+    tokenizer.eos_token = parts.end
+    tokenizer.save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"extra_special_tokens": dict(parts.attributes)} if parts.attributes else {}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "chat_template.jinja").write_text(parts.template)
+    (folder / "preprocessor_config.json").write_text(json.dumps(parts.image_processor))
+    config = AutoConfig.for_model(model_type)
+    text = config.get_text_config()
+    text.vocab_size, text.pad_token_id, text.bos_token_id = len(tokenizer) + 3, None, None
+    text.eos_token_id = tokenizer.eos_token_id
+    for name, token in parts.named:
+        setattr(config, name, tokenizer.convert_tokens_to_ids(token))
+    _shrink_images(config)
+    cut(config)
+    save_random(config, folder, tokenizer.eos_token_id)
+
+
+def _shrink_images(config: Any) -> None:
+    """Patches and sizes that go with the invented image processors."""
+    vision = config.vision_config
+    if config.model_type == "internvl":
+        vision.image_size, vision.patch_size = (32, 32), (8, 8)
+    elif config.model_type in ("idefics3", "smolvlm"):
+        vision.image_size, vision.patch_size, config.scale_factor = 32, 8, 2
+    else:
+        vision.patch_size = 16
+
+
+def from_published(name: str, folder: Path) -> None:
+    """Writes a small model with a published processor and the published configuration, cut; skips where absent."""
+    source = shared(f"models/{name}")
+    for file in source.iterdir():
+        if file.name not in ("SOURCE.md", "config.json"):
+            shutil.copyfile(file, folder / file.name)
+    config = AutoConfig.from_pretrained(source)
+    cut(config)
+    ends = json.loads((source / "generation_config.json").read_text())["eos_token_id"]
+    save_random(config, folder, ends)
+
+
+def cut(config: Any) -> None:
+    """Leaves two narrow layers of each kind."""
+    text = config.get_text_config()
+    text.hidden_size, text.intermediate_size, text.num_hidden_layers = 32, 48, 2
+    text.num_attention_heads, text.num_key_value_heads = 2, 1
+    text.initializer_range = 0.1
+    for name, value in {"head_dim": 16, "layer_types": ["full_attention"] * 2}.items():
+        if hasattr(text, name):
+            setattr(text, name, value)
+    if config.model_type == "qwen3_vl_moe":
+        text.num_experts, text.num_experts_per_tok, text.moe_intermediate_size = 4, 2, 16
+    if not isinstance(text.rope_parameters, dict) or "rope_theta" not in text.rope_parameters:
+        text.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+    if config.model_type.startswith("qwen"):
+        text.rope_parameters |= {"mrope_section": [4, 2, 2]}
+    if config.model_type == "glm4v":
+        text.rope_parameters |= {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
+    _cut_vision(config.vision_config, text.hidden_size)
+
+
+def _cut_vision(config: Any, out: int) -> None:
+    if config.model_type.startswith("qwen2_vl"):
+        config.embed_dim, config.hidden_size = 32, out
+    else:
+        config.hidden_size, config.intermediate_size = 32, 48
+    for depth, heads in (("depth", "num_heads"), ("num_hidden_layers", "num_attention_heads")):
+        if hasattr(config, depth):
+            setattr(config, depth, 2)
+            setattr(config, heads, 2)
+    if hasattr(config, "out_hidden_size"):
+        config.out_hidden_size = out
+    if hasattr(config, "fullatt_block_indexes"):
+        config.fullatt_block_indexes, config.window_size = [1], 4 * config.patch_size
+    if hasattr(config, "deepstack_visual_indexes"):
+        config.deepstack_visual_indexes = [0]
+    config.initializer_range = 0.1
+
+
+def save_random(config: Any, folder: Path, ends: int | list[int]) -> None:
+    """Writes random weights, those among them too that models begin with at zero or at one."""
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config)
+    for parameter in model.parameters():
+        if parameter.ndim == 1 or not parameter.any():
+            nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.1)
+    model.generation_config.eos_token_id = ends
+    generation = folder / "generation_config.json"
+    kept = generation.read_bytes() if generation.is_file() else None
+    model.save_pretrained(folder)
+    if kept is not None:
+        generation.write_bytes(kept)
+
+
+def published_processor(kind: type[ProcessorMixin], *parts: Any, **arguments: Any) -> ProcessorMixin:
+    """A processor as published, but without the video processor, which needs torchvision."""
+    unchecked = type(kind.__name__, (kind,), {"check_argument_for_proper_class": lambda *_: None})
+    return unchecked(*parts, **arguments)

@@ -1,0 +1,479 @@
+"""What every family of models must do: one suite, on small random models of each.
+
+Invented tokenizers and processors, and published ones where they lie beside the checkout.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from batches import logprobs_of, loss_of, optimizer_of, train, weights_of
+from small_models import PLACES, from_published, invent, published_processor
+from torch import nn
+from transformers import AutoModelForImageTextToText
+from transformers.models.glm4v.processing_glm4v import Glm4vProcessor
+from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
+from transformers.models.internvl.processing_internvl import InternVLProcessor
+from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
+from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+from transformers.models.smolvlm import processing_smolvlm
+from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
+from transformers.processing_utils import ProcessorMixin
+
+from vlmenv.agents.checkpoints import load_model
+from vlmenv.agents.families import FAMILIES, Processor, coordinate_space, family_of, resize_rule
+from vlmenv.agents.families.base import Family
+from vlmenv.agents.vlm import Sampling, VLMAgent
+from vlmenv.core.errors import ModelError, PromptError
+from vlmenv.core.rollout import Observation, Rollout
+
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model of a family, and what is known of it from elsewhere than from the family."""
+
+    processor: type[ProcessorMixin]
+    """the published class"""
+    coordinates: str
+    never: tuple[str, ...]
+    """tokens that no answer may hold, nor the text of a prompt"""
+    end: tuple[str, ...]
+    counts: dict[Shape, int]
+    """features of images of some heights and widths, by hand"""
+    vision: str = r"model\.visual\."
+    """names of the weights of vision tower and projectors"""
+    projector: str = r"model\.visual\.merger\."
+    blocks: str = r"model\.(visual\.blocks|language_model\.layers)\.\d+"
+    shapes: tuple[Shape, Shape, Shape] = ((64, 96), (40, 120), (64, 64))
+    """height and width of the images that log-probabilities are computed with"""
+    processor_arguments: dict[str, Any] = field(default_factory=dict)
+
+
+QWEN_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_start|>")
+CROP_TOKENS = ("<image>", "<fake_token_around_image>", "<global-img>", *PLACES)
+TILE_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>", "<|im_start|>")
+qwen = functools.partial(Case, never=QWEN_TOKENS, end=("<|im_end|>",), counts={(64, 96): 6, (256, 256): 36})
+tiles = functools.partial(
+    Case,
+    InternVLProcessor,
+    "norm1000",
+    TILE_TOKENS,
+    ("<|im_end|>",),
+    vision=r"model\.(vision_tower|multi_modal_projector)\.",
+    projector=r"model\.multi_modal_projector\.",
+    blocks=r"model\.(vision_tower\.encoder\.layer|language_model\.layers)\.\d+",
+)
+crops = functools.partial(
+    Case,
+    coordinates="norm1000",
+    never=CROP_TOKENS,
+    end=("<end_of_utterance>",),
+    vision=r"model\.(vision_model|connector)\.",
+    projector=r"model\.connector\.",
+    blocks=r"model\.(vision_model\.encoder|text_model)\.layers\.\d+",
+)
+DEEPSTACK = r"model\.visual\.(deepstack_)?merger"
+CASES = {
+    "qwen2_vl": qwen(Qwen2VLProcessor, "norm1000"),
+    "qwen2_5_vl": qwen(Qwen2_5_VLProcessor, "resized"),
+    "qwen3_vl": qwen(Qwen3VLProcessor, "norm1000", projector=DEEPSTACK),
+    "qwen3_vl_moe": qwen(Qwen3VLProcessor, "norm1000", projector=DEEPSTACK),
+    # Tiles of 4 x 4 patches, merged by 2 x 2: 4 features each, and a tile of the whole where there are several.
+    "internvl": tiles(
+        counts={(64, 96): (4 + 1) * 4, (40, 120): (3 + 1) * 4, (16, 16): 4},
+        processor_arguments={"image_seq_length": 4},
+    ),
+    # Brought to a longest side of 64, and then to whole crops of 32: 4 features each, and a crop of the whole.
+    "idefics3": crops(
+        Idefics3Processor,
+        counts={(64, 96): (4 + 1) * 4, (40, 120): (2 + 1) * 4},
+        processor_arguments={"image_seq_len": 4},
+    ),
+    "smolvlm": crops(
+        SmolVLMProcessor,
+        counts={(64, 96): (4 + 1) * 4, (40, 120): (2 + 1) * 4},
+        processor_arguments={"image_seq_len": 4},
+    ),
+    "glm4v": Case(
+        Glm4vProcessor,
+        "norm1000",
+        ("<|image|>", "<|video|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "[gMASK]"),
+        ("<|user|>",),
+        {(64, 96): 6},
+        projector=r"model\.visual\.(merger|downsample)\.",
+    ),
+    "published qwen2_5_vl": qwen(
+        Qwen2_5_VLProcessor, "resized", end=("<|im_end|>", "<|endoftext|>"), counts={(480, 640): 391, (960, 1280): 1564}
+    ),
+    "published qwen3_vl": qwen(
+        Qwen3VLProcessor,
+        "norm1000",
+        end=("<|im_end|>", "<|endoftext|>"),
+        counts={(480, 640): 300, (960, 1280): 1200},
+        projector=DEEPSTACK,
+    ),
+    "published internvl3_hf": tiles(
+        counts={(480, 640): 13 * 256, (448, 448): 256},
+        shapes=((64, 64), (40, 80), (64, 64)),
+        processor_arguments={"image_seq_length": 256},
+    ),
+    "published smolvlm": crops(
+        Idefics3Processor,
+        counts={(480, 640): 13 * 64},
+        shapes=((32, 128), (40, 160), (128, 32)),
+        processor_arguments={"image_seq_len": 64},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a case's model."""
+
+    @functools.cache
+    def make(name: str) -> Path:
+        folder: Path = tmp_path_factory.mktemp(name.replace(" ", "_"))
+        if name.startswith("published "):
+            from_published(name.removeprefix("published "), folder)
+        else:
+            invent(name, folder)
+        return folder
+
+    return make
+
+
+@functools.cache
+def processor_of(folder: Path) -> Processor:
+    return Processor.from_pretrained(folder)
+
+
+@pytest.fixture(params=CASES, scope="module")
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def case(name: str) -> Case:
+    return CASES[name]
+
+
+@pytest.fixture(scope="module")
+def folder(name: str, folders: Callable[[str], Path]) -> Path:
+    return folders(name)
+
+
+def build(folder: Path, weights: Path | None = None) -> VLMAgent:
+    """An agent as `from_pretrained` makes it, but for the processor, which is loaded once."""
+    model = load_model(weights or folder, torch.float32).eval()
+    family = family_of(model.config.model_type)(model, processor_of(folder))
+    agent = VLMAgent(family, folder, sampling=Sampling(0.8, max_new_tokens=6))
+    agent.seed(0)
+    return agent
+
+
+@pytest.fixture
+def agent(folder: Path) -> VLMAgent:
+    return build(folder)
+
+
+def image(shape: Shape) -> np.ndarray:
+    return np.random.default_rng(shape).integers(256, size=(*shape, 3), dtype=np.uint8)
+
+
+def prompts(case: Case) -> list[Observation]:
+    """Groups of a prompt with one image, of a longer one with two, and of a text."""
+    first, *others = map(image, case.shapes)
+    a: Observation = {"images": (first,), "prompt": "Locate the red circle."}
+    b: Observation = {"images": tuple(others), "prompt": "Which of the two is larger, and how much?"}
+    c: Observation = {"images": (), "prompt": "How many is 2 and 3?"}
+    return [a, a, b, b, c]
+
+
+@pytest.fixture(scope="module")
+def rollout(folder: Path, name: str) -> Rollout:
+    """Sampled completions, cut so that their lengths differ."""
+    result = build(folder).rollout(prompts(CASES[name]))
+    for length, completion in zip((6, 3, 5, 1, 4), result.completions, strict=True):
+        completion.token_ids, completion.logprobs = completion.token_ids[:length], completion.logprobs[:length]
+    return result
+
+
+def plain_logprobs(agent: VLMAgent, rollout: Rollout) -> list[torch.Tensor]:
+    """Log-probabilities from transformers alone: prompt and completion in one row, padded, positions its own."""
+    model, sequences = agent.family.model, []
+    for index, completion in zip(rollout.prompt_index, rollout.completions, strict=True):
+        sequences.append(torch.from_numpy(np.concatenate([rollout.prompts[index].input_ids, completion.token_ids])))
+    ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in sequences], batch_first=True)
+    starts = [len(rollout.prompts[index].input_ids) - 1 for index in rollout.prompt_index]
+    columns = sorted({start + i for start in starts for i in range(6) if start + i < ids.shape[1]})
+    inputs = images_per_row(agent.family, [rollout.prompts[index].images for index in rollout.prompt_index])
+    if hasattr(model.model, "get_rope_index"):
+        inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
+    logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=torch.tensor(columns), **inputs).logits
+    logits[..., agent.family.banned_tokens] = -torch.inf
+    logprobs = torch.log_softmax(logits / rollout.temperature, dim=-1)
+    return [
+        logprobs[row, columns.index(start) : columns.index(start) + len(completion.token_ids)].gather(
+            -1, torch.from_numpy(completion.token_ids)[:, None]
+        )[:, 0]
+        for row, (start, completion) in enumerate(zip(starts, rollout.completions, strict=True))
+    ]
+
+
+def images_per_row(family: Family, rows: list[Any]) -> dict[str, torch.Tensor]:
+    """Vision inputs of a batch of rows, as the published processors lay them out."""
+    if not family.model_type.startswith(("idefics3", "smolvlm")):
+        names = {name for images in rows for name in images}
+        return {name: torch.cat([images[name] for images in rows if images]) for name in names}
+    crops = [images["pixel_values"][:, 0] if images else torch.zeros(0, 3, 1, 1) for images in rows]
+    size = max(crop.shape[-1] for crop in crops)
+    values = torch.zeros(len(rows), max(map(len, crops)), 3, size, size)
+    mask = torch.zeros(*values.shape[:2], size, size, dtype=torch.long)
+    for row, crop in enumerate(crops):
+        if len(crop):
+            values[row, : len(crop)], mask[row, : len(crop)] = crop, 1
+    return {"pixel_values": values, "pixel_attention_mask": mask}
+
+
+def gradients(agent: VLMAgent, loss: torch.Tensor) -> dict[str, torch.Tensor | None]:
+    agent.policy.zero_grad()
+    loss.backward()
+    return {name: parameter.grad for name, parameter in agent.policy.named_parameters()}
+
+
+def assert_alike(
+    actual: dict[str, torch.Tensor | None], expected: dict[str, torch.Tensor | None], within: float
+) -> None:
+    """Gradients differ by no more than a share of the largest."""
+    largest = max(float(gradient.abs().max()) for gradient in expected.values() if gradient is not None)
+    assert largest > 0
+    for name, gradient in expected.items():
+        assert (actual[name] is None) == (gradient is None), name
+        if gradient is not None:
+            assert (actual[name] - gradient).abs().max() <= within * largest, name
+
+
+def test_every_family_is_in_the_suite() -> None:
+    assert FAMILIES.keys() <= CASES.keys()
+
+
+def test_what_is_sampled_is_what_is_scored_and_what_transformers_computes(
+    agent: VLMAgent, rollout: Rollout, case: Case
+) -> None:
+    """Values and gradients: a shared prompt changes neither."""
+    assert len(rollout.prompts) == 3
+    assert len({len(prompt.input_ids) for prompt in rollout.prompts}) == 3
+    weights = torch.linspace(-1, 1, len(rollout))
+    values = agent.logprobs(rollout).values
+    shared = gradients(agent, (values * weights[:, None]).sum())
+    plain = plain_logprobs(agent, rollout)
+    expected = gradients(
+        agent, sum((weight * row.sum() for weight, row in zip(weights, plain, strict=True)), torch.tensor(0.0))
+    )
+    for row, completion in enumerate(rollout.completions):
+        length = len(completion.token_ids)
+        torch.testing.assert_close(values[row, :length], plain[row], atol=1e-5, rtol=0)
+        np.testing.assert_allclose(completion.logprobs, plain[row].detach().numpy(), atol=1e-5)
+        assert not values[row, length:].any()
+    assert_alike(shared, expected, within=1e-5)
+
+
+def test_images_matter(agent: VLMAgent, rollout: Rollout) -> None:
+    """Each image changes the log-probabilities of its own prompt's completions, and of no other's."""
+    before = logprobs_of(agent, rollout)
+    for index in range(2):
+        prompt = rollout.prompts[index]
+        changed = prompt.images["pixel_values"].clone()
+        changed[-1] += 1
+        others = [*rollout.prompts]
+        others[index] = replace(prompt, images={**prompt.images, "pixel_values": changed})
+        moved = (logprobs_of(agent, replace(rollout, prompts=others)) - before).abs().amax(dim=1)
+        own = torch.from_numpy(rollout.prompt_index == index)
+        assert (moved[own] > 1e-6).all()
+        assert (moved[~own] < 1e-6).all()
+
+
+def test_recomputing_activations_gives_the_same_gradients(agent: VLMAgent, rollout: Rollout, case: Case) -> None:
+    """And every block is run again in the backward pass."""
+    runs: list[str] = []
+    blocks = [name for name, _ in agent.family.model.named_modules() if re.fullmatch(case.blocks, name)]
+    assert len(blocks) == 4
+    for name in blocks:
+        norm = next(agent.family.model.get_submodule(name).children())
+        norm.register_forward_pre_hook(lambda *_, name=name: runs.append(name))
+    expected = gradients(agent, loss_of(agent, rollout))
+    once = [runs.count(name) for name in blocks]
+    agent.enable_gradient_checkpointing()
+    assert_alike(gradients(agent, loss_of(agent, rollout)), expected, within=1e-6)
+    assert [runs.count(name) for name in blocks] == [3 * count for count in once]
+
+
+def test_a_saved_model_is_loaded_bit_for_bit(agent: VLMAgent, folder: Path, case: Case, tmp_path: Path) -> None:
+    with torch.no_grad():
+        for parameter in agent.parameters():
+            parameter.mul_(1.01)
+    before = weights_of(agent)
+    agent.save(tmp_path / "model")
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "model").state_dict()
+    for name, tensor in agent.family.model.state_dict().items():
+        assert torch.equal(plain[name], tensor), name
+    again = build(folder)
+    again.load(tmp_path / "model")
+    for name, tensor in weights_of(again).items():
+        assert torch.equal(tensor, before[name]), name
+    kept = {file.name for file in folder.iterdir()} - {"config.json", "model.safetensors"}
+    for file in kept:
+        assert (tmp_path / "model" / file).read_bytes() == (folder / file).read_bytes(), file
+
+
+def test_adapters_are_on_every_linear_layer_and_merge(
+    agent: VLMAgent, folder: Path, rollout: Rollout, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    linear = {name for name, module in agent.family.model.named_modules() if isinstance(module, nn.Linear)}
+    before = logprobs_of(agent, rollout)
+    agent.add_lora(rank=4, alpha=8, vision=True)
+    trained = {name for name, parameter in agent.policy.named_parameters() if parameter.requires_grad}
+    assert trained == {f"model.{name}.lora_{part}.default.weight" for name in linear - {"lm_head"} for part in "AB"}
+    assert torch.equal(logprobs_of(agent, rollout), before)
+    train(agent, rollout, steps=1)
+    after = logprobs_of(agent, rollout)
+    assert (after - before).abs().max() > 1e-3
+    agent.save(tmp_path / "model")
+    merged = build(folder, tmp_path / "model")
+    torch.testing.assert_close(logprobs_of(merged, rollout), after, atol=1e-5, rtol=1e-5)
+
+
+def test_a_frozen_vision_tower_stays_as_it_is(agent: VLMAgent, rollout: Rollout, case: Case) -> None:
+    """By the published names of the weights."""
+    named = dict(agent.family.model.named_parameters())
+    vision = {name for name in named if re.match(case.vision, name)}
+    projector = {name for name in vision if re.match(case.projector, name)}
+    assert 0 < len(projector) < len(vision) < len(named)
+    agent.freeze(vision=True, projector=False)
+    before, optimizer = weights_of(agent), optimizer_of(agent)
+    loss_of(agent, rollout).backward()
+    optimizer.step()
+    for name, parameter in named.items():
+        frozen = name in vision - projector
+        assert (parameter.grad is None) == frozen, name
+        assert torch.equal(parameter, before[f"model.{name}"]) == frozen, name
+    assert {id(p) for p in agent.parameter_groups()["vision"]} == {id(named[name]) for name in projector}
+    agent.freeze(vision=False, projector=True)
+    assert {name for name in named if not named[name].requires_grad} == vision
+
+
+def test_some_tokens_are_never_sampled(agent: VLMAgent, rollout: Rollout, case: Case) -> None:
+    """Even by a policy that wants nothing else; but whatever answers are made of may be."""
+    family = agent.family
+    tokenizer, banned = family.processor.tokenizer, set(family.banned_tokens.tolist())
+    head = family.model.get_output_embeddings()
+    unwanted = tokenizer.convert_tokens_to_ids(list(case.never))
+    assert None not in unwanted
+    assert set(unwanted) <= banned
+    assert set(range(len(tokenizer), head.weight.shape[0])) <= banned
+    assert max(banned) < head.weight.shape[0]
+    assert family.end_tokens == tuple(sorted(tokenizer.convert_tokens_to_ids(list(case.end))))
+    assert not set(family.end_tokens) & banned
+    assert not set(tokenizer.encode("<think>a</think><answer>[1, 2]</answer>\n", add_special_tokens=False)) & banned
+    hidden, _ = agent.family_policy.hidden_states(rollout)
+    direction = hidden.detach().mean(dim=0)
+    with torch.no_grad():
+        head.weight = nn.Parameter(head.weight.clone())
+        head.weight[unwanted] = 100 * direction / direction.norm()
+    assert np.isin(head(hidden).argmax(dim=-1).numpy(), unwanted).mean() > 0.5
+    logits = agent.family_policy.logits(hidden)
+    assert (torch.isneginf(logits).sum(dim=-1) == len(banned)).all()
+    assert torch.isneginf(logits[:, unwanted]).all()
+    sampled = agent.rollout(prompts(case)[-3:]).completions
+    assert not np.isin(np.concatenate([completion.token_ids for completion in sampled]), list(banned)).any()
+
+
+@pytest.fixture
+def published(monkeypatch: pytest.MonkeyPatch, folder: Path, case: Case) -> ProcessorMixin:
+    """The published processor, around the same tokenizer and image processor."""
+    monkeypatch.setattr(processing_smolvlm, "num2words", str)  # only for videos
+    processor = processor_of(folder)
+    videos = {} if case.processor is Idefics3Processor else {"video_processor": None}
+    parts = {"image_processor": processor.image_processor, "tokenizer": processor.tokenizer}
+    return published_processor(case.processor, **parts, **videos, **case.processor_arguments)
+
+
+def test_prompts_are_those_of_the_published_processor(agent: VLMAgent, case: Case, published: ProcessorMixin) -> None:
+    """Tokens and pixels, for one image, several, and none; and as many image tokens as the model has features."""
+    family = agent.family
+    for observation in prompts(case)[1::2] + prompts(case)[-1:]:
+        content: list[dict[str, Any]] = [{"type": "image"} for _ in observation["images"]]
+        content.append({"type": "text", "text": observation["prompt"]})
+        text = ProcessorMixin.apply_chat_template(
+            published,
+            [{"role": "user", "content": content}],
+            chat_template=family.processor.chat_template,
+            add_generation_prompt=True,
+        )
+        arguments: dict[str, Any] = {}
+        if observation["images"]:
+            images = list(observation["images"])
+            arguments["images"] = [images] if case.processor in (Idefics3Processor, SmolVLMProcessor) else images
+        expected = published(text=[text], return_tensors="pt", **arguments)
+        prompt = family.encode(observation)
+        assert prompt.input_ids.tolist() == expected["input_ids"][0].tolist()
+        assert prompt.position_ids.shape[1] == len(prompt.input_ids)
+        if not observation["images"]:
+            assert not prompt.images
+            continue
+        for key, tensor in prompt.images.items():
+            assert torch.equal(tensor.reshape(expected[key].shape), expected[key]), key
+        assert expected.keys() - prompt.images.keys() <= {
+            "input_ids",
+            "attention_mask",
+            "mm_token_type_ids",
+            "pixel_attention_mask",
+        }
+        assert expected.get("pixel_attention_mask", torch.ones(1)).all()
+        features = family.model.get_image_features(**prompt.images).pooler_output
+        count = sum(one.shape[:-1].numel() for one in features)
+        assert (prompt.input_ids == family.model.config.image_token_id).sum() == count
+
+
+def test_image_token_counts(agent: VLMAgent, case: Case) -> None:
+    for (height, width), count in case.counts.items():
+        prompt = agent.family.encode({"images": (np.zeros((height, width, 3), np.uint8),), "prompt": "Hello"})
+        assert (prompt.input_ids == agent.family.model.config.image_token_id).sum() == count
+
+
+def test_answers_are_read_back_as_they_were_written(agent: VLMAgent) -> None:
+    family = agent.family
+    written = "<think>The star, at [1, 2].</think>\n<answer>[1,2,30,400]</answer>"
+    agent.sampling = replace(agent.sampling, max_new_tokens=100)
+    rollout = agent.imitate([{"images": (), "prompt": "Where?"}], [written])
+    ids = rollout.completions[0].token_ids
+    assert ids[-1] in family.end_tokens
+    assert family.decode(ids) == written
+    text = family.processor.tokenizer.decode(rollout.prompts[0].input_ids)
+    assert text == family.chat({"images": (), "prompt": "Where?"})
+
+
+def test_control_tokens_in_a_prompts_own_text_are_refused(agent: VLMAgent, case: Case) -> None:
+    for token in case.never[:3]:
+        with pytest.raises(PromptError, match=re.escape(f"must not contain control tokens: {token}")):
+            agent.encode([{"images": (image((64, 64)),), "prompt": f"Locate {token} it."}])
+
+
+def test_the_convention_of_coordinates(folder: Path, case: Case) -> None:
+    assert coordinate_space(folder) == case.coordinates
+    if not case.processor.__name__.startswith("Qwen"):
+        with pytest.raises(ModelError, match=r"does not size images as Qwen2\.5-VL does"):
+            resize_rule(folder)
