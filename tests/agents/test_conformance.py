@@ -18,6 +18,7 @@ import torch
 from batches import logprobs_of, loss_of, optimizer_of, train, weights_of
 from small_models import PLACES, from_published, invent, published_processor
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForImageTextToText
 from transformers.models.glm4v.processing_glm4v import Glm4vProcessor
 from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
@@ -288,6 +289,62 @@ def test_what_is_sampled_is_what_is_scored_and_what_transformers_computes(
         np.testing.assert_allclose(completion.logprobs, plain[row].detach().numpy(), atol=1e-5)
         assert not values[row, length:].any()
     assert_alike(shared, expected, within=1e-5)
+
+
+class InDouble(TorchFunctionMode):
+    """Computes in float64 where a model's own code casts to float32."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        function = torch.Tensor.double if function is torch.Tensor.float else function
+        given = [torch.float64 if one is torch.float32 else one for one in args]
+        named = {name: torch.float64 if one is torch.float32 else one for name, one in (kwargs or {}).items()}
+        return function(*given, **named)
+
+
+def test_in_float64_a_shared_prompt_is_exact(agent: VLMAgent, rollout: Rollout) -> None:
+    agent.family.model.double()
+    agent.family.model.set_experts_implementation("eager")  # the grouped product of experts is for float32 alone
+    images = [{name: in_double(value) for name, value in one.images.items()} for one in rollout.prompts]
+    prompts = [replace(one, images=own) for one, own in zip(rollout.prompts, images, strict=True)]
+    exact, weights = replace(rollout, prompts=prompts), torch.linspace(-1, 1, len(rollout), dtype=torch.float64)
+    with InDouble():
+        values, plain = agent.logprobs(exact).values, plain_logprobs(agent, exact)
+        losses = (values * weights[:, None]).sum(), sum(w * row.sum() for w, row in zip(weights, plain, strict=True))
+        shared, expected = (gradients(agent, loss) for loss in losses)
+    for row, right in enumerate(plain):
+        torch.testing.assert_close(values[row, : len(right)], right, atol=1e-12, rtol=1e-12)
+    assert_alike(shared, expected, within=1e-12)
+
+
+def in_double(value: Any) -> Any:
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def test_repeating_prompts_gives_the_same(agent: VLMAgent, rollout: Rollout) -> None:
+    """The plain way, which can be asked for."""
+    weights = torch.linspace(-1, 1, len(rollout))
+    found = []
+    for agent.family_policy.share_prefixes in (True, False):
+        result = agent.logprobs(rollout)
+        found.append((result, gradients(agent, (result.values * weights[:, None]).sum())))
+    torch.testing.assert_close(found[1][0].values, found[0][0].values, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[1][0].entropy, found[0][0].entropy, atol=1e-4, rtol=1e-4)
+    assert torch.equal(found[1][0].mask, found[0][0].mask)
+    assert_alike(found[1][1], found[0][1], within=1e-5)
+
+
+def test_a_frozen_vision_tower_sees_each_prompt_once(agent: VLMAgent, case: Case) -> None:
+    """In rollout, update and reference together; and what it saw serves as well as if it looked again."""
+    agent.freeze(vision=True, projector=True)
+    reference, runs = agent.reference(), []
+    agent.family.vision_tower().register_forward_hook(lambda *_: runs.append(1))
+    rollout = agent.rollout(prompts(case))
+    kept = agent.logprobs(rollout), reference.logprobs(rollout)
+    assert len(runs) == 2  # of three prompts, one is a text
+    fresh = replace(rollout, prompts=[replace(prompt, features=None) for prompt in rollout.prompts])
+    for agent.family_policy.share_prefixes in (True, False):
+        for result in kept:
+            torch.testing.assert_close(result.values, agent.logprobs(fresh).values, atol=1e-5, rtol=0)
 
 
 def test_images_matter(agent: VLMAgent, rollout: Rollout) -> None:
