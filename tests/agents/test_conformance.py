@@ -266,7 +266,8 @@ def assert_alike(
 
 
 def test_every_family_is_in_the_suite() -> None:
-    assert FAMILIES.keys() <= CASES.keys()
+    ours = {name for name, family in FAMILIES.items() if family.__module__.startswith("vlmenv.")}
+    assert ours <= CASES.keys()
 
 
 def test_what_is_sampled_is_what_is_scored_and_what_transformers_computes(
