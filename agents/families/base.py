@@ -97,8 +97,8 @@ class Family(ABC):
     """Encodes observations for one family of models, and says which tokens it must never sample.
 
     Raises:
-        ModelError: A layer of the model attends to a part of the past alone. Where completions share the cached
-            keys and values of padded prompts, that part would be another than in one row without padding.
+        ModelError: A layer of the model attends to a part of the past alone, of which nothing is known where
+            completions share the keys and values of their prompt.
     """
 
     model_type: ClassVar[str]

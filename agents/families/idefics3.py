@@ -18,7 +18,7 @@ _PLACE = re.compile(r"<row_\d+_col_\d+>")
 class Idefics3(Family):
     """Idefics3 (arXiv 2408.12637) and the first SmolVLM.
 
-    They were not taught a convention of coordinates. Thousandths suit what they see: every image is brought to the
+    No convention of coordinates is published with them. Thousandths suit what they see: every image is brought to the
     same longest side, so that its own size in pixels cannot be told.
     """
 
