@@ -61,3 +61,11 @@ def test_accuracy_by_subject_and_what_is_written(tmp_path: Path) -> None:
     again = read_evaluation(tmp_path, task)
     assert again.metrics["accuracy"] == evaluation.metrics["accuracy"]
     assert [one["prediction"] for one in again.answers] == [one["prediction"] for one in answers]
+
+
+def test_the_metrics_are_written_last(tmp_path: Path) -> None:
+    """A resumed run takes an evaluation as done where they are there."""
+    (tmp_path / "answers.jsonl").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_evaluation(Evaluation({}, []), tmp_path)
+    assert not (tmp_path / "metrics.json").exists()

@@ -15,7 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vlmenv.checkpoints import prune
 from vlmenv.cli import main
+from vlmenv.report.run_folder import RunFolder
 
 TINY = ["--prompts-per-step", "2", "--group-size", "4", "--eval-limit", "4", "--device", "cpu"]
 OPTIONS = {
@@ -72,6 +74,27 @@ def test_a_resumed_run_goes_on_bit_for_bit(sort: str, tmp_path: Path) -> None:
     assert (cut / "samples.png").is_file()
 
 
+@pytest.mark.parametrize("missing", ["nothing", "before/metrics.json", "before", "metrics.jsonl"])
+def test_a_run_without_a_checkpoint_starts_over(missing: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Killed while it wrote its first checkpoint, or when it had done even less."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = ["--steps", "2", *TINY, *OPTIONS["adapters"]]
+    main(["train", "--output", str(whole), *options])
+    shutil.copytree(whole, cut)
+    (cut / "checkpoints" / "step-2").rename(cut / "checkpoints" / ".step-2")
+    for name in ("evaluation.json", "curve.png", "samples.png"):
+        (cut / name).unlink()
+    subprocess.run(["rm", "-rf", str(cut / missing)], check=True)
+    main(["train", "--resume", str(cut)])
+    assert "no checkpoint yet: starting over" in capsys.readouterr().out
+    assert timeless(cut) == timeless(whole)
+    assert rows(cut / "rollouts.jsonl") == rows(whole / "rollouts.jsonl")
+    assert [folder.name for folder in (cut / "checkpoints").iterdir()] == ["step-2"]
+    ours, theirs = (load_file(run / "checkpoints/step-2/adapter/adapter_model.safetensors") for run in (cut, whole))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert (cut / "evaluation.json").read_text() == (whole / "evaluation.json").read_text()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_run_that_is_stopped_can_go_on(number: signal.Signals, tmp_path: Path) -> None:
     run = tmp_path / "run"
@@ -100,6 +123,9 @@ def test_old_checkpoints_are_pruned_and_the_best_model_is_kept(tmp_path: Path) -
     options = ["--steps", "4", "--checkpoint-every", "1", "--keep", "2", "--eval-every", "2", "--output", str(run)]
     main(["train", *options, *TINY])
     assert sorted(folder.name for folder in (run / "checkpoints").iterdir()) == ["step-3", "step-4"]
+    (run / "checkpoints" / "step-2").mkdir()  # the rest of one whose removal was cut off
+    prune(RunFolder(run), 1)
+    assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["step-4"]
     best = json.loads((run / "best.json").read_text())
     measured = {row["step"]: row["eval/iou/mean"] for row in rows(run / "metrics.jsonl") if "eval/iou/mean" in row}
     assert measured.keys() == {2, 4}
@@ -112,7 +138,7 @@ def test_old_checkpoints_are_pruned_and_the_best_model_is_kept(tmp_path: Path) -
     [
         (["--resume", "nowhere"], "nowhere is no folder of a run"),
         (["--resume", "run", "--steps", "9"], "give --resume RUN_FOLDER alone"),
-        (["--resume", "run"], "has no checkpoint to go on from"),
+        (["--resume", "run"], "run is no folder of a run: it holds no config.yaml"),
     ],
 )
 def test_what_cannot_be_resumed_is_told(
@@ -120,7 +146,7 @@ def test_what_cannot_be_resumed_is_told(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("run").mkdir()
-    Path("run/config.yaml").write_text("steps: 2\neval_limit: 0\ndevice: cpu\n")
+    Path("run/.config.yaml").write_text("steps: 2\neval_limit: 0\ndevice: cpu\n")
     with pytest.raises(SystemExit):
         main(["train", *args])
     assert message in " ".join(capsys.readouterr().err.split())

@@ -42,13 +42,23 @@ def save_checkpoint(trainer: Trainer, run: RunFolder) -> None:
 def load_checkpoint(trainer: Trainer, run: RunFolder) -> None:
     """Puts a trainer into the state of a run's newest checkpoint, and cuts the run's files back to it.
 
+    Where there is none yet, the trainer stays as it is, at its beginning, and the run's steps are cut out.
+
     Raises:
-        ModelError: There is no checkpoint, or it is of another number of processes, or broken.
+        ModelError: The checkpoint is of another number of processes, or broken.
     """
     accelerator, found = trainer.accelerator, run.checkpoints()
-    if not found:
-        raise ModelError(f"{run.path} has no checkpoint to go on from: start it anew")
-    folder = found[-1]
+    if found:
+        _load(trainer, found[-1])
+    if accelerator.is_main_process:
+        run.cut(trainer.step)
+        for partial in run.checkpoint(0).parent.glob(".step-*"):  # whose writing was cut off
+            shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
+
+
+def _load(trainer: Trainer, folder: Path) -> None:
+    accelerator = trainer.accelerator
     own = folder / f"process-{accelerator.process_index}.pt"
     if len(list(folder.glob("process-*.pt"))) != accelerator.num_processes:
         raise ModelError(f"{folder}: saved by another number of processes than {accelerator.num_processes}")
@@ -58,15 +68,14 @@ def load_checkpoint(trainer: Trainer, run: RunFolder) -> None:
         trainer.load_process_state(torch.load(own, map_location="cpu", weights_only=True))
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
         raise ModelError(f"{folder}: the checkpoint cannot be read: {error}") from error
-    if accelerator.is_main_process:
-        run.cut(trainer.step)
-    accelerator.wait_for_everyone()
 
 
 def prune(run: RunFolder, keep: int | None) -> None:
-    """Removes all checkpoints but the newest `keep`; none where that is None."""
-    for folder in run.checkpoints()[:-keep] if keep else []:
-        shutil.rmtree(folder, ignore_errors=True)
+    """Removes all checkpoints but the newest `keep`, and the rests of ones before them; none where that is None."""
+    kept = run.checkpoints()[-keep:] if keep else []
+    for folder in kept[0].parent.glob("step-*") if kept else []:
+        if run.step_of(folder) < run.step_of(kept[0]):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _flush(folder: Path) -> None:

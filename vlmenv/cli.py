@@ -80,7 +80,10 @@ def _of_resumed_run(args: list[str]) -> list[str]:
     if len(args) > 2 or (len(args) == 2 and args[0] != "--resume"):
         raise ConfigError("a run is resumed with its own options: give --resume RUN_FOLDER alone")
     if not (Path(folder) / "config.yaml").is_file():
-        raise ConfigError(f"{folder} is no folder of a run: it holds no config.yaml")
+        raise ConfigError(
+            f"{folder} is no folder of a run: it holds no config.yaml. A run that was killed before that was written "
+            "has nothing to go on from: give its command again"
+        )
     return ["--config", str(Path(folder) / "config.yaml"), "--resume", folder]
 
 

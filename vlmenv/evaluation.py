@@ -18,6 +18,7 @@ from rich.table import Table
 from vlmenv.agents.base import Agent
 from vlmenv.algos.trainer import names_sample
 from vlmenv.core.errors import ConfigError
+from vlmenv.core.files import write_whole
 from vlmenv.core.rollout import unbatch
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.metrics.intervals import Interval, ratio_interval
@@ -177,11 +178,10 @@ def _written(metric: Interval) -> str:
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
-    """Writes metrics.json and answers.jsonl."""
+    """Writes answers.jsonl and then metrics.json, so that where the latter is there all is."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.json").write_text(json.dumps(evaluation.as_json(), indent=2) + "\n", encoding="utf-8")
-    with (folder / "answers.jsonl").open("w", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(answer) + "\n" for answer in evaluation.answers)
+    write_whole(folder / "answers.jsonl", "".join(json.dumps(answer) + "\n" for answer in evaluation.answers))
+    write_whole(folder / "metrics.json", json.dumps(evaluation.as_json(), indent=2) + "\n")
 
 
 def read_evaluation(folder: Path, task: VisualTaskEnv) -> Evaluation:

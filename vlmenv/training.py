@@ -97,7 +97,7 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
     keep: int | None = None
     """Checkpoints to keep, the newest; all of them where left out."""
     resume: Path | None = None
-    """Go on with the run in this folder, from its newest checkpoint and with its own options."""
+    """Go on with the run in this folder and with its own options, from its newest checkpoint if it has one yet."""
     eval_dataset: tuple[str, ...] | None = None
     """What to measure on before and after, with images as for `dataset`; the training data where left out."""
     eval_split: str | None = None
@@ -176,7 +176,7 @@ def run_training(config: TrainConfig[Any]) -> Path:
     before = _measured_before(agent, held_out, config, run, accelerator, console)
     if config.resume is not None:
         load_checkpoint(trainer, run)
-        console.print(f"going on after step {trainer.step}")
+        console.print(f"going on after step {trainer.step}" if trainer.step else "no checkpoint yet: starting over")
     _train(trainer, held_out, config, run, console)
     after = _evaluate(agent, held_out, config, "after training", console)
     if accelerator.is_main_process and held_out is not None and before is not None and after is not None:

@@ -13,6 +13,7 @@ from typing import Any
 import vlmenv
 from vlmenv.algos.trainer import StepResult
 from vlmenv.core.errors import ConfigError
+from vlmenv.core.files import write_whole
 
 _RECORDED = ("torch", "transformers", "gymnasium", "accelerate")
 
@@ -42,7 +43,7 @@ class RunFolder:
             *(f"# {name} {version(name)}" for name in _RECORDED),
         ]
         lines = [f"# Repeat with: vlmenv train --config {self.path / 'config.yaml'}", *versions, options]
-        (self.path / "config.yaml").write_text("\n".join(lines), encoding="utf-8")
+        write_whole(self.path / "config.yaml", "\n".join(lines))
 
     @staticmethod
     def default_path(env: str, algo: str) -> Path:
@@ -76,10 +77,9 @@ class RunFolder:
     def cut(self, step: int) -> None:
         """Takes out what was written after a step: training goes on from there."""
         for name in ("metrics.jsonl", "rollouts.jsonl"):
-            kept = [row for row in self._rows(name) if row["step"] <= step]
-            partial = self.path / f".{name}"
-            partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            partial.replace(self.path / name)
+            if (self.path / name).exists():
+                kept = [row for row in self._rows(name) if row["step"] <= step]
+                write_whole(self.path / name, "".join(json.dumps(row) + "\n" for row in kept))
 
     def best(self) -> dict[str, Any]:
         """What is known of the best model so far; empty where nothing is."""
@@ -97,4 +97,4 @@ class RunFolder:
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Writes a JSON file."""
-        (self.path / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_whole(self.path / name, json.dumps(content, indent=2) + "\n")
