@@ -24,6 +24,7 @@ from vlmenv.agents.checkpoints import (
     whole_folder,
     write_model,
 )
+from vlmenv.agents.engines.base import Engine, Request
 from vlmenv.agents.families import Family, Processor, family_of
 from vlmenv.agents.lora import LoRA, is_adapter
 from vlmenv.agents.policy import Policy, ValueHead
@@ -58,6 +59,8 @@ class VLMAgent(Agent):
         policy.share_prefixes = share_prefixes
         self.policy: nn.Module = policy
         self.lora: LoRA | None = None
+        self.engine: Engine | None = None
+        """what generates; the policy itself where there is none"""
         self._generator = torch.Generator(self.device)
 
     @classmethod
@@ -106,6 +109,17 @@ class VLMAgent(Agent):
         prompts, index = self.encode(observations)
         completions = [self._written(i, text) for i, text in enumerate(texts)]
         return Rollout(prompts, index, completions, self.sampling.temperature)
+
+    def sync(self) -> None:
+        if self.engine is not None:
+            self.engine.sync(self._published_weights())
+
+    def _published_weights(self) -> dict[str, Tensor]:
+        """The model's weights as `save` writes them: adapters merged in, those of two names once."""
+        model = _under("model.", self.family_policy.state_dict())
+        tied = getattr(self.family.model, "all_tied_weights_keys", {})
+        weights = model if self.lora is None else self.lora.merged(model)
+        return {name: tensor.detach() for name, tensor in weights.items() if name not in tied}
 
     def seed(self, seed: int) -> None:
         self._generator.manual_seed(seed)
@@ -280,7 +294,15 @@ class VLMAgent(Agent):
 
     def _generate(self, observations: Observations, sampling: Sampling) -> Rollout:
         prompts, index = self.encode(observations)
-        sampled = sample(self.family_policy, prompts, index, sampling, self._generator)
+        if self.engine is None:
+            sampled = sample(self.family_policy, prompts, index, sampling, self._generator)
+        else:
+            listed = unbatch(observations)
+            firsts = np.unique(index, return_index=True)[1]
+            shown = [(listed[i], prompt) for i, prompt in zip(firsts, prompts, strict=True)]
+            requests = [Request(one, self.family.chat(one), prompt) for one, prompt in shown]
+            seed = int(torch.randint(2**62, (), generator=self._generator, device=self.device))
+            sampled = self.engine.generate(requests, index, sampling, np.random.default_rng(seed))
         completions = [Completion(self._text(one), one.token_ids, one.logprobs, one.finish_reason) for one in sampled]
         return Rollout(prompts, index, completions, sampling.temperature, whole=not sampling.cuts_tail)
 

@@ -92,7 +92,7 @@ def test_what_has_ended_leaves_the_batch(builtin: VLMAgent, monkeypatch: pytest.
     rollout = builtin.rollout(observations(32, 4))
     lengths = sorted(len(one.token_ids) for one in rollout.completions)
     assert widths == sorted(widths, reverse=True)
-    assert len(set(widths)) > 3
+    assert len(set(widths)) > 2
     assert widths[-1] <= sum(length >= lengths[-1] - 1 for length in lengths) / 0.75
     again = builtin.logprobs(rollout)
     for row, completion in enumerate(rollout.completions):

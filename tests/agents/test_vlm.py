@@ -41,7 +41,7 @@ def agent(request: pytest.FixtureRequest, qwen2_5_vl_folder: Path, published: Ca
         folder = published(request.param.removeprefix("published "))
     else:
         folder = qwen2_5_vl_folder if request.param == "qwen2_5_vl" else find_model("builtin")
-    agent = VLMAgent.from_pretrained(folder, sampling=Sampling(0.8, sampling=Sampling(max_new_tokens=6)))
+    agent = VLMAgent.from_pretrained(folder, sampling=Sampling(0.8, max_new_tokens=6))
     agent.seed(0)
     return agent
 

@@ -30,6 +30,10 @@ class ModelError(VLMEnvError):
     """A model folder that is incomplete, or of a family that is not known."""
 
 
+class EngineError(VLMEnvError):
+    """An engine that failed, or that is not in step with the model that is trained."""
+
+
 class PromptError(VLMEnvError):
     """A prompt that the model cannot take.
 

@@ -1,0 +1,1 @@
+"""What generates completions, apart from the policy's own module."""

@@ -1,0 +1,51 @@
+"""What an engine is to an agent."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vlmenv.agents.sampling import Sampled, Sampling
+from vlmenv.core.rollout import Observation, Prompt
+
+
+@dataclass(slots=True)
+class Request:
+    """A prompt to be completed."""
+
+    observation: Observation
+    chat: str
+    """the observation in the model's chat format, one mark for each image"""
+    prompt: Prompt
+    """the same as the trainer's own model takes it in"""
+
+
+class Engine(ABC):
+    """Another program's copy of the policy, which samples faster and has to be told of each update."""
+
+    @abstractmethod
+    def generate(
+        self, requests: Sequence[Request], index: NDArray[np.int64], sampling: Sampling, rng: np.random.Generator
+    ) -> list[Sampled]:
+        """Samples a completion for each entry of `index` [N], the request of each.
+
+        Raises:
+            EngineError: The engine failed, or takes prompts in otherwise than the trainer does.
+        """
+
+    @abstractmethod
+    def sync(self, weights: Mapping[str, Tensor]) -> None:
+        """Takes over weights, by their names in the published checkpoint, and forgets all that came of the old ones.
+
+        Raises:
+            EngineError: Names are missing or unknown; or the engine failed.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Lets go of what the engine holds."""
