@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from vlmenv.agents.base import LogProbs
 from vlmenv.agents.families.base import join_images
+from vlmenv.core.errors import ModelError
 from vlmenv.core.rollout import Prompt, Rollout
 
 
@@ -135,6 +136,9 @@ class Policy(nn.Module):
 
         Returns:
             Tokens and their log-probabilities, [N, L] each; what follows a row's end token is void.
+
+        Raises:
+            ModelError: The model's logits are not finite.
         """
         prefix = self.prefill(prompts)
         prefix.expand(torch.from_numpy(index).to(prefix.mask.device))
@@ -182,6 +186,8 @@ def _tie(cache: DynamicCache, hidden: Tensor) -> None:
 def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Draws a token from each row of logits [N, V]; also its log-probability [N]."""
     logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
+    if logprobs[:, 0].isnan().any():  # then all of the row are; on a GPU, drawing from it would end the process
+        raise ModelError("the model's logits are not finite: its weights are not, or they overflow at this precision")
     if temperature == 0:
         token = logprobs.argmax(dim=-1)
     else:

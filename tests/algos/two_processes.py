@@ -39,6 +39,7 @@ def main(folder: Path) -> None:
     steps = list(trainer.train(seed=0))
     result["weights"] = flat(agent.parameters())
     result["metrics"] = {k: v for k, v in steps[-1].metrics.items() if not k.startswith(("time/", "tokens"))}
+    result["lengths"] = [len(completion.token_ids) for completion in steps[-1].rollouts.rollout.completions]
     result["ids"] = [record["id"] for step in steps for record in step.rollouts.records]
     torch.save(result, folder / f"process{rank}.pt")
     accelerator.end_training()
