@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlmenv.agents.attention import Steps
 from vlmenv.agents.policy import Policy, next_position
-from vlmenv.core.errors import ConfigError
+from vlmenv.core.errors import ConfigError, ModelError
 from vlmenv.core.rollout import FinishReason, Prompt
 
 _CROWDED = 0.75
@@ -74,7 +74,11 @@ def sample(
     sampling: Sampling,
     generator: torch.Generator,
 ) -> list[Sampled]:
-    """Samples a completion for each entry of `index` [N], the prompt of each."""
+    """Samples a completion for each entry of `index` [N], the prompt of each.
+
+    Raises:
+        ModelError: The model's logits are not finite.
+    """
     rows = torch.from_numpy(index)
     growing = _Growing(len(rows), sampling, policy)
     prefixes, firsts = policy.prefill(prompts)
@@ -156,6 +160,8 @@ class _Growing:
 def _draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Draws a token from each row of logits [n, V]; also its log-probability [n]."""
     logprobs = torch.log_softmax(logits / (sampling.temperature or 1.0), dim=-1)
+    if logprobs[:, 0].isnan().any():  # then all of the row are; on a GPU, drawing from it would end the process
+        raise ModelError("the model's logits are not finite: its weights are not, or they overflow at this precision")
     if sampling.cuts_tail:
         logprobs = _without_tail(logprobs, sampling)
     if sampling.temperature == 0:

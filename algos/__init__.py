@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from vlmenv.algos.base import Algorithm, AlgorithmConfig, Credit, LossInputs, LossOutput, Scored
+from vlmenv.algos.faults import NonFiniteError
 from vlmenv.algos.grpo import GRPO, PRESETS, GRPOConfig
 from vlmenv.algos.ppo import PPO, PPOConfig
 from vlmenv.algos.reinforce_plus_plus import ReinforcePlusPlus, ReinforcePlusPlusConfig
@@ -33,6 +34,7 @@ __all__ = [
     "GRPOConfig",
     "LossInputs",
     "LossOutput",
+    "NonFiniteError",
     "PPOConfig",
     "RLOOConfig",
     "ReinforcePlusPlus",

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from vlmenv.core.errors import RewardError
 from vlmenv.core.rollout import Rollout, unbatch
+from vlmenv.core.spaces import Image
 
 Rows = slice | NDArray[np.int64]
+
+NO_TERMS: Final = ("reward/std", "reward/zero_std_groups")
+"""Metrics that are named like a reward term, or the mean of all, and are on another scale."""
 
 
 @dataclass(slots=True)
@@ -24,27 +29,50 @@ class Rollouts:
     rewards: Tensor
     """float32 [N]"""
     records: list[dict[str, Any]]
-    """[N], of each its sample's `id`, its `prompt`, `completion`, `finish_reason`, `reward` and `rewards`, the terms"""
+    """[N], of each its sample's `id` and `index`, its `prompt`, `completion`, `finish_reason`, `reward`, `rewards`, the
+    terms, and `traits`, what else its environment tells in numbers"""
+    images: list[tuple[Image, ...]] = field(default_factory=list)
+    """[N], what each was shown, by reference; empty where that is not told"""
 
     @classmethod
     def scored(cls, observations: Any, rollout: Rollout, rewards: NDArray[Any], infos: dict[str, Any]) -> Rollouts:
-        """What became of a rollout when the environments scored it."""
-        terms = infos.get("rewards", {})
-        names = [name for name in terms if not name.startswith("_")]
-        ids = infos.get("id", [""] * len(rollout))
-        prompts = [observation["prompt"] for observation in unbatch(observations)]
+        """What became of a rollout when the environments scored it.
+
+        Raises:
+            RewardError: A reward is not finite in float32.
+        """
+        shown = unbatch(observations)
+        ids, indices = infos.get("id", [""] * len(rollout)), infos.get("index", [None] * len(rollout))
         records = [
             {
                 "id": str(ids[i]),
-                "prompt": prompts[i],
+                "index": None if indices[i] is None else int(indices[i]),
+                "prompt": shown[i]["prompt"],
                 "completion": completion.text,
                 "finish_reason": completion.finish_reason,
                 "reward": float(rewards[i]),
-                "rewards": {name: float(terms[name][i]) for name in names if terms[f"_{name}"][i]},
+                "rewards": _told(infos, "rewards", i),
+                "traits": _told(infos, "traits", i),
             }
             for i, completion in enumerate(rollout.completions)
         ]
-        return cls(rollout, torch.as_tensor(np.asarray(rewards), dtype=torch.float32), records)
+        tensor = torch.as_tensor(np.asarray(rewards), dtype=torch.float32)
+        for record in (records[i] for i in (~torch.isfinite(tensor)).nonzero()[:, 0].tolist()):
+            raise RewardError(
+                f"the reward of sample {record['id']} is {record['reward']}, with the terms {record['rewards']}; "
+                "it must be finite in float32"
+            )
+        return cls(rollout, tensor, records, [observation["images"] for observation in shown])
+
+    @classmethod
+    def joined(cls, parts: Sequence[Rollouts]) -> Rollouts:
+        """The completions of several, one after the other."""
+        return cls(
+            Rollout.joined([part.rollout for part in parts]),
+            torch.cat([part.rewards for part in parts]),
+            [record for part in parts for record in part.records],
+            [images for part in parts for images in part.images],
+        )
 
     @classmethod
     def most_informative(cls, rounds: Sequence[Rollouts], group_size: int) -> Rollouts:
@@ -54,11 +82,14 @@ class Rollouts:
         informative = torch.cat([rollouts.informative_groups(group_size) for rollouts in rounds])
         wanted = len(rounds[0].rewards) // group_size
         first = torch.argsort((~informative).int(), stable=True)[:wanted].sort().values
-        rows = (first[:, None] * group_size + torch.arange(group_size)).flatten().numpy()
-        records = [record for rollouts in rounds for record in rollouts.records]
-        rollout = Rollout.joined([rollouts.rollout for rollouts in rounds])[rows]
-        rewards = torch.cat([rollouts.rewards for rollouts in rounds])
-        return cls(rollout, rewards[torch.from_numpy(rows)], [records[i] for i in rows])
+        return cls.joined(rounds)[(first[:, None] * group_size + torch.arange(group_size)).flatten().numpy()]
+
+    def __getitem__(self, rows: Rows) -> Rollouts:
+        """The completions of `rows`."""
+        numbers = range(len(self.records))[rows] if isinstance(rows, slice) else rows
+        images = [self.images[i] for i in numbers] if self.images else []
+        rewards = self.rewards[rows if isinstance(rows, slice) else torch.from_numpy(rows)]
+        return Rollouts(self.rollout[rows], rewards, [self.records[i] for i in numbers], images)
 
     def informative_groups(self, group_size: int) -> Tensor:
         """Which groups have rewards that differ, bool [N / G]."""
@@ -66,18 +97,22 @@ class Rollouts:
         return (groups != groups[:, :1]).any(dim=1)
 
     def metrics(self) -> dict[str, float]:
-        """Means over the completions, by their logged names; of a term, over those that have it."""
-        names = dict.fromkeys(name for record in self.records for name in record["rewards"])
-        completions = self.rollout.completions
+        """Means over the completions, by their logged names; of a term or a trait, over those that have it."""
+        lengths = [len(completion.token_ids) for completion in self.rollout.completions]
         return {
             "reward/mean": float(self.rewards.mean()),
-            **{
-                f"reward/{name}": float(np.mean([r["rewards"][name] for r in self.records if name in r["rewards"]]))
-                for name in names
-            },
-            "completion/length": float(np.mean([len(completion.token_ids) for completion in completions])),
-            "completion/truncated": float(np.mean([c.finish_reason == "length" for c in completions])),
+            "reward/std": float(self.rewards.std(correction=0)),
+            **{f"reward/{name}": mean for name, mean in self._means("rewards").items()},
+            "completion/length": float(np.mean(lengths)),
+            "completion/min_length": float(min(lengths)),
+            "completion/max_length": float(max(lengths)),
+            "completion/truncated": float(np.mean([c.finish_reason == "length" for c in self.rollout.completions])),
+            **{f"completion/{name}": mean for name, mean in self._means("traits").items()},
         }
+
+    def _means(self, kind: str) -> dict[str, float]:
+        names = dict.fromkeys(name for record in self.records for name in record[kind])
+        return {name: float(np.mean([r[kind][name] for r in self.records if name in r[kind]])) for name in names}
 
 
 @dataclass(slots=True)
@@ -183,3 +218,9 @@ def padding_share(rollout: Rollout, passes: Sequence[Rows]) -> float:
 def _padded(rows: list[Tensor]) -> Tensor:
     """Rows of unequal length as a tensor [N, L], zero where padded."""
     return nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def _told(infos: dict[str, Any], kind: str, i: int) -> dict[str, float]:
+    """The numbers of a kind that the environments' infos tell of row i, by name."""
+    told = infos.get(kind, {})
+    return {name: float(told[name][i]) for name in told if not name.startswith("_") and told[f"_{name}"][i]}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,8 +24,9 @@ from vlmenv.agents.base import Agent
 from vlmenv.algos.advantages import zero_variance_share
 from vlmenv.algos.base import Algorithm, LossInputs, Scored
 from vlmenv.algos.batch import Batch, Rollouts, Rows, micro_batches, minibatches, padding_share
+from vlmenv.algos.faults import NonFiniteError, nonfinite_gradients, nonfinite_weights, together
 from vlmenv.algos.losses import token_weights
-from vlmenv.core.errors import ConfigError, DataError, PromptError, TrainingError
+from vlmenv.core.errors import ConfigError, DataError, PromptError
 from vlmenv.core.rollout import Rollout
 
 
@@ -51,7 +53,7 @@ class TrainerConfig:
     micro_batch_tokens: int | None = None
     """Tokens in one forward and backward pass, but at least one completion; a prompt counts once."""
     max_skipped: int = 3
-    """Optimiser steps that may be left out, one after the other, because the gradient is not finite."""
+    """Optimiser steps that may be left out, one after the other, because gradient or loss is not finite."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "micro_batch_size", "micro_batch_tokens"):
@@ -81,7 +83,7 @@ class StepResult:
     step: int
     """counted from 1"""
     metrics: dict[str, float]
-    """means over all processes, by their logged names"""
+    """means over all processes, by their logged names; of least and greatest values, the least and the greatest"""
     rollouts: Rollouts
     """what was learnt from"""
 
@@ -121,7 +123,7 @@ class Trainer:
         self._skipped = 0  # optimiser steps in a row
         self._seed = 0
         self.is_between_steps = True
-        """False while weights are being updated, after which they are of no step until it is finished."""
+        """False once weights have been updated, which then are of no step until it is finished."""
         self.reference = agent.reference() if algorithm.wants_reference else None
         optimizer = torch.optim.AdamW(self._parameter_groups(), lr=config.lr, weight_decay=config.weight_decay)
         agent.policy, self.optimizer = accelerator.prepare(agent.policy, optimizer)
@@ -142,22 +144,27 @@ class Trainer:
             seed: Fixes the order of samples and the sampling; processes sample differently.
 
         Raises:
-            DataError: A sample's prompt does not fit the model.
-            TrainingError: Gradients were not finite for more than `max_skipped` steps.
+            DataError: A sample cannot be read, or its prompt does not fit the model.
+            RewardError: A reward term failed, or a reward is not finite.
+            NonFiniteError: Gradients or losses were not finite for more than `max_skipped` optimiser steps.
+            TrainingError: Another process failed.
         """
         self._seed = seed
         if self.step == 0:
             self.agent.seed(seed + self.accelerator.process_index)
-        shown = self.envs.reset(seed=seed, options={"skip": self._shown} if self._shown else None)
+        shown = self._reset(seed=seed, options={"skip": self._shown} if self._shown else None)
         while self.step < self.config.steps:
             yield self._step(shown)
             if self.step < self.config.steps:
-                shown = self.envs.reset()
+                shown = self._reset()
+
+    def _reset(self, **how: Any) -> tuple[Any, dict[str, Any]]:
+        with together(self.accelerator):
+            return self.envs.reset(**how)
 
     def _step(self, shown: tuple[Any, dict[str, Any]]) -> StepResult:
         clock: dict[str, float] = {}
         rollouts, sampling = self._collect(shown, clock)
-        self.is_between_steps = False
         with timed(clock, "update"):
             metrics = self._learn(rollouts)
         clock["sync"] = 0.0  # the policy itself generates: there is no engine to hand new weights to
@@ -206,7 +213,7 @@ class Trainer:
         rounds = [self._round(*shown, clock)]
         uniform = [zero_variance_share(rounds[0].rewards, size)]
         while len(rounds) < self.algorithm.most_rounds and self._lacks_groups(rounds):
-            rounds.append(self._round(*self.envs.reset(), clock))
+            rounds.append(self._round(*self._reset(), clock))
             uniform.append(zero_variance_share(rounds[-1].rewards, size))
         metrics = {"reward/zero_std_groups": float(np.mean(uniform))}
         if self.algorithm.most_rounds > 1:
@@ -223,14 +230,15 @@ class Trainer:
     def _round(self, observations: Any, infos: dict[str, Any], clock: dict[str, float]) -> Rollouts:
         """Rolls out and scores one batch of samples."""
         self._shown += 1
-        with timed(clock, "rollout"), self.accelerator.autocast(), names_sample(infos):
-            if self.algorithm.imitates:
-                rollout = self.agent.imitate(observations, list(infos["answer"]))
-            else:
-                rollout = self.agent.rollout(observations)
-        with timed(clock, "score"):
-            _, rewards, _, _, infos = self.envs.step(rollout.texts)
-        return Rollouts.scored(observations, rollout, rewards, infos)
+        with together(self.accelerator):
+            with timed(clock, "rollout"), self.accelerator.autocast(), names_sample(infos):
+                if self.algorithm.imitates:
+                    rollout = self.agent.imitate(observations, list(infos["answer"]))
+                else:
+                    rollout = self.agent.rollout(observations)
+            with timed(clock, "score"):
+                _, rewards, _, _, infos = self.envs.step(rollout.texts)
+            return Rollouts.scored(observations, rollout, rewards, infos)
 
     def _learn(self, rollouts: Rollouts) -> dict[str, float]:
         """Takes the algorithm's optimiser steps on scored rollouts; means of what they log."""
@@ -239,8 +247,11 @@ class Trainer:
         rng = np.random.default_rng([self._seed, self.accelerator.process_index, self.step])
         for _ in range(config.mu):
             for rows in minibatches(len(batch), config.group_size, config.minibatches, rng):
-                logged.append(self._update(batch[rows]))
-        self.scheduler.step()
+                logged.append(self._update(batch[rows], rollouts[rows]))
+        self.is_between_steps = False
+        with warnings.catch_warnings():  # of a schedule that is ahead of an optimiser whose steps were left out
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            self.scheduler.step()
         means = {name: float(np.mean([metrics[name] for metrics in logged])) for name in logged[-1]}
         return means | {"padding": padding_share(batch.rollout, self._passes(batch.rollout))}
 
@@ -283,23 +294,37 @@ class Trainer:
                 if now.state_values is not None:
                     batch.put("values", rows, now.state_values)
 
-    def _update(self, batch: Batch) -> dict[str, float]:
-        """One optimiser step, in micro-batches; none where the gradient is not finite."""
+    def _update(self, batch: Batch, rollouts: Rollouts) -> dict[str, float]:
+        """One optimiser step, in micro-batches; none where gradient or loss is not finite."""
         sums = self.backward(batch)
         norm = float(self.accelerator.clip_grad_norm_(self.agent.parameters(), self.config.max_grad_norm))
+        loss = float(cast(Tensor, self.accelerator.reduce(sums["loss"], "mean")))
         lr = self.config.lr * self.config.lr_factor(self.step)
         scaled = self.accelerator.scaler is not None  # it leaves steps out by itself, and lowers its scale
-        finite = math.isfinite(norm)
+        finite = math.isfinite(norm) and math.isfinite(loss)
         self._skipped = 0 if finite else self._skipped + 1
+        if self._skipped > self.config.max_skipped:
+            what = f"the gradient's norm was {norm} and the loss {loss}"
+            raise self._nonfinite(f"{what} after {self._skipped} optimiser steps without a finite one", batch, rollouts)
         if finite or scaled:
+            self.is_between_steps = False
             self.optimizer.step()
         self.optimizer.zero_grad()
-        if self._skipped > self.config.max_skipped:
-            raise TrainingError(
-                f"the gradient's norm was {norm} in {self._skipped} optimiser steps one after the other"
-            )
         metrics = {name: value.item() for name, value in sums.items()}
         return metrics | {"policy/grad_norm": norm, "policy/skipped": float(not finite), "lr": lr}
+
+    def _nonfinite(self, message: str, batch: Batch, rollouts: Rollouts) -> NonFiniteError:
+        """The error that tells what could not be learnt from, and where in the model that shows."""
+        self.optimizer.zero_grad()  # clipping has spread what was not finite over all gradients
+        self.backward(batch)
+        gradients, weights = nonfinite_gradients(self.agent.policy), nonfinite_weights(self.agent.policy)
+        self.optimizer.zero_grad()
+        logprobs = torch.zeros_like(batch.old_logprobs)
+        for rows in micro_batches(batch.rollout, self.config.micro_batch_size, self.config.micro_batch_tokens):
+            with torch.no_grad(), self.accelerator.autocast():
+                values = self.agent.logprobs(batch.rollout[rows]).values
+            logprobs[rows, : values.shape[1]] = values
+        return NonFiniteError(message, self.step + 1, rollouts, batch, logprobs, gradients, weights)
 
     def backward(self, batch: Batch) -> dict[str, Tensor]:
         """Adds up the gradient of the algorithm's loss over a batch, without an optimiser step.
@@ -361,12 +386,13 @@ class Trainer:
                 yield
 
     def _over_processes(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Means over all processes."""
+        """Means over all processes; of least and greatest values, the least and the greatest."""
         if self.accelerator.num_processes == 1:
             return metrics
         gathered = gather_object([metrics])
         names = dict.fromkeys(name for own in gathered for name in own)  # a term may be in one process's rows alone
-        return {name: float(np.mean([own[name] for own in gathered if name in own])) for name in names}
+        kinds = {"completion/min_length": min, "completion/max_length": max}
+        return {name: float(kinds.get(name, np.mean)([own[name] for own in gathered if name in own])) for name in names}
 
 
 @contextmanager

@@ -41,7 +41,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
     text; an episode is one step. `reset` gives the sample's `id` and `index` in `info`, and
     `reset(options={"index": i})` shows a given sample. `step` adds `rewards` (every term by name,
     unweighted), `prediction` (the parsed answer, None if unparsable) and `target`, both in the
-    coordinates that the prompt asks for.
+    coordinates that the prompt asks for, and `traits` where the task tells any.
 
     A subclass is a task: it sets the class attributes and the methods below them.
 
@@ -156,6 +156,15 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         """
         return {**terms, "unparsable": float(self.parse(text) is None)}
 
+    def traits(self, prediction: Any, target: Any) -> dict[str, float]:
+        """Numbers about an answer that are no rewards, for training to log; none unless a task has some.
+
+        Args:
+            prediction: The parsed answer, None where unparsable.
+            target: The truth, as in `info["target"]`.
+        """
+        return {}
+
     def summarise(self, predictions: Sequence[Any], targets: Sequence[Any], clusters: Sequence[int]) -> Intervals:
         """Metrics that belong to a data set as a whole, and are no means over answers; none unless a task has some.
 
@@ -231,7 +240,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
 
         Raises:
             TypeError: `text` is no string.
-            RewardError: A term is not finite.
+            RewardError: A term failed, or is not finite.
         """
         return self.score_batch([text], [sample])[0]
 
@@ -246,6 +255,8 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
     def explain(self, score: Score, sample: Sample) -> dict[str, Any]:
         """What `info` tells of a scored answer."""
         info = {"rewards": dict(score.terms), "prediction": score.prediction, "target": self.target(sample)}
+        if traits := self.traits(score.prediction, info["target"]):
+            info["traits"] = traits
         return info | ({"seconds": dict(score.seconds)} if self.timing else {})
 
     def identify(self, sample: Sample, index: int) -> dict[str, Any]:

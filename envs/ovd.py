@@ -63,6 +63,11 @@ class OVDEnv(VisualTaskEnv):
             "format": rewards.detection_format_reward(text, target, self.answer_format),
         }
 
+    def traits(self, prediction: Detections | None, target: Detections) -> dict[str, float]:
+        """Boxes answered per true one, as far as they count; nothing where there are none to be found."""
+        given, wanted = rewards.countable(prediction or (), target)
+        return {"box_ratio": len(given) / len(wanted)} if wanted else {}
+
     def summarise(self, predictions: Sequence[Any], targets: Sequence[Any], clusters: Sequence[int]) -> Intervals:
         answered = [prediction or () for prediction in predictions]
         nms = {"NMS-AP": nms_ap(answered, targets, clusters=clusters)}

@@ -57,6 +57,10 @@ class RECEnv(VisualTaskEnv):
             "format": box_format_reward(text, target, self.answer_format),
         }
 
+    def traits(self, prediction: Target | None, target: Target) -> dict[str, float]:
+        """Boxes answered per true one, 0 or 1; nothing where there is none to be found."""
+        return {} if target == NONE else {"box_ratio": float(prediction not in (None, NONE))}
+
     def write_answer(self, sample: Sample) -> str:
         return self.answer_format.write(write_box(self.target(sample)), sample.rationale)
 

@@ -6,11 +6,11 @@ import functools
 import inspect
 import math
 import time
-from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from vlmenv.core.errors import ConfigError, RewardError, unknown_name
+from vlmenv.core.errors import ConfigError, RewardError, VLMEnvError, unknown_name
 from vlmenv.core.formats import AnswerFormat
 from vlmenv.core.spaces import Image
 from vlmenv.envs.data.source import Sample
@@ -19,10 +19,10 @@ from vlmenv.envs.rewards.terms import BatchTerm, RewardTerm
 Rewards = Mapping[str | RewardTerm, float] | Mapping[str, float]
 """Reward terms with their weights: names of the task's own terms, or callables."""
 
-Evaluate = Callable[[Sequence[str], Sequence[Any], Sequence[tuple[Image, ...]]], Sequence[float]]
+Evaluate = Callable[[Sequence[str], Sequence[Any], Sequence[tuple[Image, ...]]], Iterable[float]]
 """Of N texts, targets and tuples of images: N numbers."""
 
-_TAKEN: Final = ("mean", "zero_std_groups")  # "reward/…" metrics of the trainer
+_TAKEN: Final = ("mean", "std", "zero_std_groups")  # "reward/…" metrics of the trainer
 
 
 @dataclass(slots=True)
@@ -83,20 +83,21 @@ class Scorer:
         """Scores N answers.
 
         Raises:
-            RewardError: A term is not finite.
+            RewardError: A term failed, or is not finite.
         """
         scores = [Score(0.0, {}, prediction, {}) for prediction in predictions]
         for name, weight, evaluate, rows in self._plan(samples):
             started = time.perf_counter()
-            values = evaluate([texts[i] for i in rows], [targets[i] for i in rows], [samples[i].images for i in rows])
+            arguments = [texts[i] for i in rows], [targets[i] for i in rows], [samples[i].images for i in rows]
+            values = _evaluated(name, evaluate, arguments, [samples[i].id for i in rows])
             share = (time.perf_counter() - started) / len(rows)
             for i, value in zip(rows, values, strict=True):
                 if not math.isfinite(value):
                     raise RewardError(
                         f"reward term '{name}' gave {value} for sample {samples[i].id}; it must be finite"
                     )
-                scores[i].terms[name], scores[i].seconds[name] = float(value), share
-                scores[i].reward += weight * float(value)
+                scores[i].terms[name], scores[i].seconds[name] = value, share
+                scores[i].reward += weight * value
         return scores
 
     def _plan(self, samples: Sequence[Sample]) -> Iterator[tuple[str, float, Evaluate, list[int]]]:
@@ -118,9 +119,37 @@ class Scorer:
 
 def _each(
     term: Callable[..., float], texts: Sequence[str], targets: Sequence[Any], images: Sequence[tuple[Image, ...]]
+) -> Iterator[float]:
+    """A term of single answers over N of them, one by one."""
+    return (term(text, target) for text, target in zip(texts, targets, strict=True))
+
+
+def _evaluated(
+    name: str,
+    evaluate: Evaluate,
+    arguments: tuple[Sequence[str], Sequence[Any], Sequence[tuple[Image, ...]]],
+    ids: Sequence[str],
 ) -> list[float]:
-    """A term of single answers over N of them."""
-    return [float(term(text, target)) for text, target in zip(texts, targets, strict=True)]
+    """The values of a term, all of which are numbers.
+
+    Raises:
+        RewardError: The term failed; with the sample's id, unless the term scores all answers at once.
+    """
+    values: list[float] = []
+    given: Iterable[float] | None = None
+    try:
+        given = evaluate(*arguments)
+        for value in given:
+            values.append(float(value))
+    except VLMEnvError:
+        raise
+    except Exception as error:
+        known = given is not None and len(values) < len(ids)
+        where = f"sample {ids[len(values)]}" if known else f"{len(ids)} answers at once"
+        raise RewardError(f"reward term '{name}' failed on {where}: {type(error).__name__}: {error}") from error
+    if len(values) != len(ids):
+        raise RewardError(f"reward term '{name}' gave {len(values)} values for {len(ids)} answers")
+    return values
 
 
 def _name(key: str | RewardTerm, known: Mapping[str, RewardTerm]) -> str:

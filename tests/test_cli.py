@@ -39,7 +39,7 @@ def test_train_leaves_a_whole_run_folder(tmp_path: Path, capsys: pytest.CaptureF
     run = tmp_path / "run"
     main(["train", "--steps", "2", "--checkpoint-every", "1", "--output", str(run), *TINY])
     out = capsys.readouterr().out
-    assert "step    1/2  reward" in out
+    assert re.search(r"step    1/2  reward [\d.]+  \(iou [\d.]+  format [\d.]+\)  length", out)
     assert "before" in out
     assert "after" in out
     metrics = rows(run / "metrics.jsonl")
@@ -47,7 +47,8 @@ def test_train_leaves_a_whole_run_folder(tmp_path: Path, capsys: pytest.CaptureF
     assert all(isinstance(value, float | int) for row in metrics for value in row.values())
     completions = rows(run / "rollouts.jsonl")
     assert len(completions) == 2 * 8
-    assert completions[0].keys() == {"step", "id", "prompt", "completion", "finish_reason", "reward", "rewards"}
+    told = {"step", "id", "index", "prompt", "completion", "finish_reason", "reward", "rewards", "traits"}
+    assert completions[0].keys() == told
     assert completions[0]["rewards"].keys() == {"iou", "format"}
     for picture in ("curve.png", "samples.png"):
         with Image.open(run / picture) as image:
@@ -243,6 +244,9 @@ def test_detection_is_trained_and_measured_by_the_same_commands(tmp_path: Path) 
         (["train", "--eval-every", "2", "--eval-limit", "0"], "eval_every needs samples"),
         (["train", "--algo", "sft", "--group-size", "2"], "group_size must be 1"),
         (["train", "--keep", "0"], "keep must be at least 1"),
+        (["train", "--tracker", "tensorbord"], "tensorboard"),
+        (["train", "--log-samples", "-1"], "log_samples must not be negative"),
+        (["train", "--tracker", "none", "--log-samples", "5"], "log_samples is for a tracker"),
         (["trian"], "train"),
         (["eval", "--limit", "0"], "limit must be at least 1"),
         (["eval", "--max-new-tokens", "0"], "max_new_tokens must be at least 1"),

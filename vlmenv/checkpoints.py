@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from vlmenv.algos import Trainer
-from vlmenv.core.errors import ModelError
+from vlmenv.algos.faults import nonfinite_weights, together
+from vlmenv.core.errors import CheckpointError, ModelError
 from vlmenv.report.run_folder import RunFolder
 
 
@@ -20,23 +25,37 @@ def save_checkpoint(trainer: Trainer, run: RunFolder) -> None:
     Every process calls this.
 
     Raises:
-        OSError: It cannot be written; earlier checkpoints are as they were.
+        CheckpointError: It cannot be written, or the weights are not finite; earlier checkpoints are as they were.
+        TrainingError: So it is in another process.
     """
     accelerator, folder = trainer.accelerator, run.checkpoint(trainer.step)
     partial = folder.with_name(f".{folder.name}")
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        trainer.agent.save(partial)
-        torch.save(trainer.state_dict(), partial / "trainer.pt")
-    accelerator.wait_for_everyone()
-    torch.save(trainer.process_state(), partial / f"process-{accelerator.process_index}.pt")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        _flush(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-        _flush(folder.parent)
-    accelerator.wait_for_everyone()
+    with together(accelerator), _whole(folder, partial):
+        if broken := nonfinite_weights(trainer.agent.policy):
+            raise CheckpointError(f"{folder} is not written: the weights {', '.join(broken[:3])} are not finite")
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+            trainer.agent.save(partial)
+            _save(trainer.state_dict(), partial / "trainer.pt")
+    with together(accelerator), _whole(folder, partial):
+        _save(trainer.process_state(), partial / f"process-{accelerator.process_index}.pt")
+    with together(accelerator), _whole(folder, partial):
+        if accelerator.is_main_process:
+            _flush(partial)
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+            _flush(folder.parent)
+
+
+def save_best(trainer: Trainer, run: RunFolder) -> None:
+    """Writes the model alone, as the best so far.
+
+    Raises:
+        CheckpointError: It cannot be written; the best model before is as it was.
+    """
+    folder = run.path / "best"
+    with _whole(folder, folder.with_name("best.partial")):
+        trainer.agent.save(folder)
 
 
 def load_checkpoint(trainer: Trainer, run: RunFolder) -> None:
@@ -76,6 +95,29 @@ def prune(run: RunFolder, keep: int | None) -> None:
     for folder in kept[0].parent.glob("step-*") if kept else []:
         if run.step_of(folder) < run.step_of(kept[0]):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _whole(folder: Path, partial: Path) -> Iterator[None]:
+    """Removes what was written of a folder where the block fails, so that a full disk is no fuller than before."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"{folder} cannot be written: {_cause(error)}") from error
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The system's own error behind one of torch's, which tells of positions in a file; else the error itself."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__context__
+    return found or error
+
+
+def _save(state: dict[str, Any], file: Path) -> None:
+    with file.open("wb") as stream:  # torch's own would not tell why it cannot write
+        torch.save(state, stream)
 
 
 def _flush(folder: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
@@ -14,10 +15,11 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from rich.console import Console
 
 from vlmenv.agents.vlm import VLMAgent
-from vlmenv.algos import ALGORITHMS, AlgorithmConfig, GRPOConfig, Trainer, TrainerConfig
-from vlmenv.checkpoints import load_checkpoint, prune, save_checkpoint
+from vlmenv.algos import ALGORITHMS, AlgorithmConfig, GRPOConfig, NonFiniteError, StepResult, Trainer, TrainerConfig
+from vlmenv.algos.faults import stopped_together, together
+from vlmenv.checkpoints import load_checkpoint, prune, save_best, save_checkpoint
 from vlmenv.core.config import flatten, to_yaml
-from vlmenv.core.errors import ConfigError, unknown_name
+from vlmenv.core.errors import ConfigError, TrainingError, VLMEnvError, unknown_name
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.evaluation import (
     DEFAULT_LIMIT,
@@ -28,13 +30,17 @@ from vlmenv.evaluation import (
     sample_count,
     write_evaluation,
 )
+from vlmenv.report.nonfinite import write_nonfinite
 from vlmenv.report.pictures import draw_curve, draw_samples
 from vlmenv.report.progress import TrainingProgress
 from vlmenv.report.run_folder import RunFolder
+from vlmenv.report.tracking import TrackerName, Tracking, require_tracker
 from vlmenv.stopping import Stopping
 from vlmenv.tasks import TaskConfig, check_device, load_agent, make_envs, report_broken_rows
 
 AlgorithmName = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++", "ppo", "sft"]
+_LOG_SAMPLES = 50  # steps
+
 AlgorithmT = TypeVar("AlgorithmT", bound=AlgorithmConfig)
 
 
@@ -108,6 +114,11 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
     """Measure on at most so many samples, 512 where left out. 0 leaves the measuring out."""
     eval_every: int | None = None
     """Measure every so many steps too, and keep the best model, by the first of the metrics."""
+    tracker: TrackerName = "tensorboard"
+    """Who is told of each step's metrics, and of samples: TensorBoard, in the run's folder, or Weights & Biases."""
+    log_samples: int | None = None
+    """Show the tracker a few samples, with their pictures, every so many steps, 50 where left out, and at the first
+    step and the last; 0 for none."""
     adaptation: Annotated[ModelConfig, tyro.conf.arg(name="")] = field(default_factory=ModelConfig)
     trainer: Annotated[TrainerConfig, tyro.conf.arg(name="")] = field(default_factory=TrainerConfig)
     algorithm: Annotated[AlgorithmT, tyro.conf.arg(name="")] = field(default_factory=GRPOConfig)  # type: ignore[assignment]
@@ -124,6 +135,10 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
             raise ConfigError(f"eval_limit must not be negative, not {self.eval_limit}")
         if self.eval_every is not None and self.eval_limit == 0:
             raise ConfigError("eval_every needs samples to measure on: leave out eval_limit 0")
+        if self.log_samples is not None and self.log_samples < 0:
+            raise ConfigError(f"log_samples must not be negative, not {self.log_samples}")
+        if self.log_samples and self.tracker == "none":
+            raise ConfigError("log_samples is for a tracker, but tracker is none")
         if self.temperature == 0:
             raise ConfigError("temperature must be above 0: training needs varied answers")
         if self.eval_image_root is not None and self.eval_dataset is None:
@@ -154,6 +169,7 @@ def run_training(config: TrainConfig[Any]) -> Path:
     check_device(config.device)
     if config.precision == "fp16" and (config.device == "cpu" or not torch.cuda.is_available()):
         raise ConfigError("precision fp16 needs a CUDA GPU: take fp32 or bf16")
+    require_tracker(config.tracker)
     run = RunFolder(config.resume or config.output or RunFolder.default_path(config.env, config.algo))
     accelerator = _accelerator(config, run)
     if accelerator.is_main_process and config.resume is None:
@@ -173,11 +189,13 @@ def run_training(config: TrainConfig[Any]) -> Path:
     if accelerator.is_main_process and config.resume is None:
         run.create(to_yaml(_located(config), without=("config", "output", "resume")))
     console.print(f"{config.env}, {config.algo}, model {config.model}; writing to {run.path}", highlight=False)
+    last = run.checkpoints()[-1:] if config.resume is not None else []
+    tracking = Tracking(accelerator, config.tracker, run, flatten(config), step=run.step_of(last[0]) if last else 0)
     before = _measured_before(agent, held_out, config, run, accelerator, console)
     if config.resume is not None:
         load_checkpoint(trainer, run)
         console.print(f"going on after step {trainer.step}" if trainer.step else "no checkpoint yet: starting over")
-    _train(trainer, held_out, config, run, console)
+    _Training(trainer, envs, held_out, config, run, tracking, console)()
     after = _evaluate(agent, held_out, config, "after training", console)
     if accelerator.is_main_process and held_out is not None and before is not None and after is not None:
         _compare(config, run, held_out, before, after, console)
@@ -189,7 +207,7 @@ def _accelerator(config: TrainConfig[Any], run: RunFolder) -> Accelerator:
     return Accelerator(
         cpu=config.device == "cpu",
         mixed_precision="no" if config.precision == "fp32" else config.precision,
-        log_with="tensorboard",
+        log_with=None if config.tracker == "none" else config.tracker,
         project_dir=run.path,
         # A process whose rows happen to hold no image gives the vision tower no gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
@@ -262,66 +280,147 @@ def _evaluate(
     return evaluate(agent, envs, count, greedy=True, title=title, console=console)
 
 
-def _train(
-    trainer: Trainer, held_out: VisualTaskVectorEnv | None, config: TrainConfig[Any], run: RunFolder, console: Console
-) -> None:
-    """Runs the trainer to its end, writing each step as it is done.
+@dataclass
+class _Training:
+    """A trainer on its way, each step of which is written as it is done."""
 
-    Where an error or a signal ends this process early, the state after the last finished step is saved all the same.
-    """
-    accelerator, steps = trainer.accelerator, config.trainer.steps
-    accelerator.init_trackers("tensorboard", {name: str(value) for name, value in flatten(config).items()})
-    history = run.history(trainer.step)
-    try:
-        with Stopping(accelerator) as stopping, TrainingProgress(console, steps) as progress:
-            for result in trainer.train(config.seed):
-                if config.eval_every and result.step % config.eval_every == 0 and held_out is not None:
-                    result.metrics |= _keep_best(trainer, held_out, config, run, console)
-                history.append(result.metrics)
-                accelerator.log(result.metrics, step=result.step)
-                progress.show(result.step, result.metrics)
-                if accelerator.is_main_process:
-                    run.write_step(result)
-                if config.checkpoint_every and result.step % config.checkpoint_every == 0:
-                    save_checkpoint(trainer, run)
-                    prune(run, config.keep)
-                if stopping.requested():
-                    break
-    finally:
-        _finish(trainer, run, history, console)
-        accelerator.end_training()
-    stopping.end_process()
+    trainer: Trainer
+    envs: VisualTaskVectorEnv
+    held_out: VisualTaskVectorEnv | None
+    config: TrainConfig[Any]
+    run: RunFolder
+    tracking: Tracking
+    console: Console
+    last: StepResult | None = None
+    """the last step that was finished"""
+    saved: int = 0
+    """the last step after which a checkpoint was written, or could not be"""
 
+    def __post_init__(self) -> None:
+        self.history = self.run.history(self.trainer.step)
+        self.saved = self.trainer.step
 
-def _keep_best(
-    trainer: Trainer, held_out: VisualTaskVectorEnv, config: TrainConfig[Any], run: RunFolder, console: Console
-) -> dict[str, float]:
-    """Measures the model, and saves it where it is better than any before by the first of the metrics."""
-    evaluation = _evaluate(trainer.agent, held_out, config, f"step {trainer.step}", console)  # type: ignore[arg-type]
-    assert evaluation is not None
-    name, interval = next(iter(evaluation.metrics.items()))
-    if trainer.accelerator.is_main_process and interval.value > run.best().get("value", float("-inf")):
-        trainer.agent.save(run.path / "best")
-        run.write_json("best.json", {"step": trainer.step, "metric": name, "value": interval.value})
-    return {f"eval/{metric}": found.value for metric, found in evaluation.metrics.items()}
+    def __call__(self) -> None:
+        """Runs the trainer to its end.
 
+        Where an error or a signal ends this early, the state after the last finished step is saved all the same.
+        """
+        accelerator = self.trainer.accelerator
+        try:
+            with Stopping(accelerator) as stopping, TrainingProgress(self.console, self.config.trainer.steps) as bar:
+                for result in self.trainer.train(self.config.seed):
+                    self._take(result)
+                    bar.show(result.step, result.metrics)
+                    if stopping.requested():
+                        break
+            self._finish()
+        except BaseException as error:
+            self._rescue(error)
+            if isinstance(error, NonFiniteError):
+                raise self._explained(error) from error
+            raise
+        stopping.end_process()
 
-def _finish(trainer: Trainer, run: RunFolder, history: list[dict[str, float]], console: Console) -> None:
-    """Saves the state after the last step that was finished, and draws the curve so far."""
-    if not trainer.step:
-        return
-    ended_early = trainer.step < trainer.config.steps
-    if trainer.is_between_steps and not run.checkpoint(trainer.step).exists():
-        save_checkpoint(trainer, run)
-    if trainer.accelerator.is_main_process:
-        draw_curve(run.path / "curve.png", history)
-    if ended_early and (saved := run.checkpoints()):
-        console.print(
-            f"ended early; {saved[-1]} holds the state after step {run.step_of(saved[-1])}. "
-            f"Go on with: vlmenv train --resume {run.path}",
-            highlight=False,
-            soft_wrap=True,
+    def _take(self, result: StepResult) -> None:
+        """Writes a step down, and saves what is due after it."""
+        config, step, steps = self.config, result.step, self.config.trainer.steps
+        every = _LOG_SAMPLES if config.log_samples is None else config.log_samples
+        self.last = result
+        with together(self.trainer.accelerator):
+            if config.eval_every and step % config.eval_every == 0:
+                result.metrics |= self._keep_best()
+            self.history.append(result.metrics)
+            if self.trainer.accelerator.is_main_process:
+                self.run.write_step(result)
+            samples = every > 0 and (step % every == 0 or step in (1, steps))
+            self.tracking.log(result, self.envs.task, samples=samples)
+        if config.checkpoint_every and step % config.checkpoint_every == 0:
+            self._save()
+            prune(self.run, config.keep)
+
+    def _save(self) -> None:
+        self.saved = self.trainer.step  # once is enough, whatever becomes of it
+        save_checkpoint(self.trainer, self.run)
+
+    def _keep_best(self) -> dict[str, float]:
+        """Measures the model, and saves it where it is better than any before by the first of the metrics."""
+        trainer, run = self.trainer, self.run
+        evaluation = _evaluate(trainer.agent, self.held_out, self.config, f"step {trainer.step}", self.console)  # type: ignore[arg-type]
+        assert evaluation is not None
+        name, interval = next(iter(evaluation.metrics.items()))
+        if trainer.accelerator.is_main_process and interval.value > run.best().get("value", float("-inf")):
+            save_best(trainer, run)
+            run.write_json("best.json", {"step": trainer.step, "metric": name, "value": interval.value})
+        return {f"eval/{metric}": found.value for metric, found in evaluation.metrics.items()}
+
+    def _finish(self) -> None:
+        """Saves the state after the last step, and draws the curve so far."""
+        if self.saved < self.trainer.step:
+            self._save()
+        self._draw()
+        self.tracking.close()
+        if self.trainer.step < self.config.trainer.steps:
+            self._say_how_to_go_on()
+
+    def _rescue(self, error: BaseException) -> None:
+        """Saves what can be saved of training that an error ends. What fails in this is told, and hides nothing."""
+        work: dict[str, Callable[[], None]] = {"the curve": self._draw, "the tracker's log": self._fail_tracking}
+        if self.trainer.is_between_steps and stopped_together(error, self.trainer.accelerator):
+            work = {f"the state after step {self.trainer.step}": self._save_last} | work
+        if isinstance(error, NonFiniteError):
+            work["the batch"] = lambda: write_nonfinite(self._nonfinite(error), error)
+        for name, do in work.items():
+            try:
+                do()
+            except Exception as second:
+                told = str(second) if isinstance(second, VLMEnvError) else f"{type(second).__name__}: {second}"
+                self._say(f"{name} could not be written either: {told}")
+        if self.trainer.step:
+            self._say_how_to_go_on()
+
+    def _save_last(self) -> None:
+        """Saves the state after the last finished step, with its lines."""
+        if self.saved == self.trainer.step:
+            return
+        with together(self.trainer.accelerator):
+            if self.trainer.accelerator.is_main_process and self.last is not None:
+                self.run.write_step(self.last)
+        self._save()
+
+    def _draw(self) -> None:
+        if self.trainer.accelerator.is_main_process and self.history:
+            draw_curve(self.run.path / "curve.png", self.history)
+
+    def _fail_tracking(self) -> None:
+        self.tracking.close(failed=True)
+
+    def _nonfinite(self, error: NonFiniteError) -> Path:
+        """The folder for this process's part of what could not be learnt from."""
+        accelerator, folder = self.trainer.accelerator, self.run.nonfinite(error.step)
+        return folder if accelerator.num_processes == 1 else folder / f"process-{accelerator.process_index}"
+
+    def _explained(self, error: NonFiniteError) -> TrainingError:
+        """The error with what to look at and how to go on."""
+        saved = self.run.checkpoints()
+        start = f"go on from {saved[-1]} with: vlmenv train --resume {self.run.path}" if saved else "start anew"
+        return TrainingError(
+            f"step {error.step}: {error}. What it could not learn from is in {self._nonfinite(error)}. "
+            f"Once the cause is gone, {start}. What may help, such as a lower lr, another precision or a larger "
+            f"max_skipped, can be set in {self.run.path / 'config.yaml'}"
         )
+
+    def _say_how_to_go_on(self) -> None:
+        if not (saved := self.run.checkpoints()):
+            self._say("ended early, and there is no checkpoint to go on from")
+            return
+        self._say(
+            f"ended early; {saved[-1]} holds the state after step {self.run.step_of(saved[-1])}. "
+            f"Go on with: vlmenv train --resume {self.run.path}"
+        )
+
+    def _say(self, message: str) -> None:
+        with suppress(OSError):  # what is printed may go to the disk that is full
+            self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
 
 def _compare(

@@ -270,3 +270,10 @@ def test_a_family_that_is_not_known_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "qwen2_audio"}')
     with pytest.raises(ModelError, match="unknown model family 'qwen2_audio'"):
         VLMAgent.from_pretrained(tmp_path)
+
+
+def test_logits_that_are_not_finite_are_told(builtin: VLMAgent) -> None:
+    builtin.family.model.get_output_embeddings().weight.data[7, 0] = torch.inf
+    for answer in (builtin.rollout, builtin.act):
+        with pytest.raises(ModelError, match="logits are not finite"):
+            answer(observations())

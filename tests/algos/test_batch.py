@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlmenv.algos.batch import Batch, Rollouts, micro_batches, minibatches, padding_share
-from vlmenv.core.rollout import Completion, Prompt, Rollout
+from vlmenv.core.errors import RewardError
+from vlmenv.core.rollout import Completion, Observation, Prompt, Rollout
 
 
 def rollout(lengths: list[int], prompts: list[int], per_prompt: int = 1) -> Rollout:
@@ -23,7 +24,7 @@ def rollout(lengths: list[int], prompts: list[int], per_prompt: int = 1) -> Roll
 def scored(rewards: list[float]) -> Rollouts:
     made = rollout([1] * len(rewards), [3] * (len(rewards) // 2), 2)
     records = [
-        {"id": f"{reward}", "rewards": {"a": reward} | ({"b": 1.0} if i == 0 else {})}
+        {"id": f"{reward}", "rewards": {"a": reward} | ({"b": 1.0} if i == 0 else {}), "traits": {}}
         for i, reward in enumerate(rewards)
     ]
     return Rollouts(made, torch.tensor(rewards), records)
@@ -104,3 +105,35 @@ def test_metrics_are_means_over_those_that_have_a_term() -> None:
     metrics = scored([1.0, 2.0]).metrics()
     assert metrics["reward/mean"] == metrics["reward/a"] == pytest.approx(1.5)
     assert metrics["reward/b"] == 1
+    assert metrics["reward/std"] == pytest.approx(0.5)
+
+
+def test_metrics_of_completions_and_what_environments_tell_of_them() -> None:
+    made = rollout([1, 4, 2], [3, 3, 3])
+    traits = {"box_ratio": np.array([0.5, 0.0, 2.0]), "_box_ratio": np.array([True, False, True])}
+    metrics = Rollouts.scored(shown(3), made, np.ones(3), {"traits": traits}).metrics()
+    assert metrics["completion/box_ratio"] == 1.25
+    assert (metrics["completion/min_length"], metrics["completion/max_length"]) == (1, 4)
+    assert metrics["completion/length"] == pytest.approx(7 / 3)
+    assert metrics["completion/truncated"] == pytest.approx(1 / 3)
+
+
+def test_images_stay_with_their_completions() -> None:
+    rounds = [Rollouts.scored(shown(4, i), rollout([1] * 4, [3, 3], 2), np.arange(4) * i, {}) for i in (0, 1)]
+    chosen = Rollouts.most_informative(rounds, 2)
+    assert [images[0][0, 0, 0] for images in chosen.images] == [10, 11, 12, 13]
+    assert [images[0][0, 0, 0] for images in chosen[np.array([3, 0])].images] == [13, 10]
+    assert chosen[1:3].rewards.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("reward", [np.nan, -np.inf, 1e39])
+def test_a_reward_that_is_not_finite_is_named(reward: float) -> None:
+    """Also one that float32 cannot hold, and of environments that do not look at it themselves."""
+    infos = {"id": np.array(["a", "b"]), "rewards": {"t": np.array([1.0, 2.0]), "_t": np.array([True, True])}}
+    with pytest.raises(RewardError, match=r"the reward of sample b is .* with the terms \{'t': 2.0\}"):
+        Rollouts.scored(shown(2), rollout([1, 1], [3, 3]), np.array([0.0, reward]), infos)
+
+
+def shown(count: int, first: int = 0) -> list[Observation]:
+    """Observations, each with an image of its own colour."""
+    return [{"images": (np.full((2, 2, 3), 10 * first + i, np.uint8),), "prompt": f"{i}"} for i in range(count)]

@@ -12,7 +12,17 @@ import torch
 from accelerate import Accelerator
 
 from vlmenv.agents.vlm import VLMAgent
-from vlmenv.algos import GRPO, GRPOConfig, Trainer, TrainerConfig
+from vlmenv.algos import (
+    GRPO,
+    PPO,
+    GRPOConfig,
+    LossInputs,
+    LossOutput,
+    NonFiniteError,
+    PPOConfig,
+    Trainer,
+    TrainerConfig,
+)
 from vlmenv.algos.batch import Batch
 from vlmenv.core.errors import ConfigError, DataError
 
@@ -64,12 +74,16 @@ def test_what_is_logged(builtin: VLMAgent) -> None:
     (result,) = trainer.train(seed=0)
     assert result.metrics.keys() == {
         "reward/mean",
+        "reward/std",
         "reward/iou",
         "reward/format",
         "reward/zero_std_groups",
         "completion/length",
+        "completion/min_length",
+        "completion/max_length",
         "completion/truncated",
         "padding",
+        "completion/box_ratio",
         "policy/approx_kl",
         "policy/clip_frac",
         "policy/entropy",
@@ -86,6 +100,7 @@ def test_what_is_logged(builtin: VLMAgent) -> None:
     }
     lengths = [len(completion.token_ids) for completion in result.rollouts.rollout.completions]
     assert result.metrics["completion/length"] == np.mean(lengths)
+    assert result.metrics["completion/max_length"] == max(lengths)
     assert result.metrics["reward/mean"] == pytest.approx(
         result.metrics["reward/iou"] + 0.1 * result.metrics["reward/format"]
     )
@@ -142,6 +157,52 @@ def test_a_prompt_that_does_not_fit_is_named_by_its_sample(builtin: VLMAgent) ->
         next(iter(trainer.train(seed=0)))
 
 
+def test_a_gradient_that_is_not_finite_is_told_with_its_batch(builtin: VLMAgent) -> None:
+    """Optimiser steps are left out, and then it is an error: with the parameter, and nothing has been learnt."""
+    name = "model.model.visual.patch_embed.proj.bias"
+    builtin.policy.get_parameter(name).register_hook(lambda gradient: gradient + torch.nan)
+    before = torch.cat([weight.detach().flatten() for weight in builtin.parameters()])
+    trainer, done = make(builtin, steps=9, max_skipped=2), []
+    with pytest.raises(NonFiniteError, match="after 3 optimiser steps") as caught:
+        done += trainer.train(seed=0)
+    assert caught.value.step == 3
+    assert caught.value.gradients == [name]
+    assert caught.value.weights == []
+    assert torch.equal(torch.cat([weight.detach().flatten() for weight in builtin.parameters()]), before)
+    assert trainer.is_between_steps
+    batch = caught.value.batch
+    assert len(batch) == len(caught.value.rollouts.records) == len(caught.value.rollouts.images) == 12
+    torch.testing.assert_close(caught.value.logprobs[batch.mask], batch.old_logprobs[batch.mask], atol=1e-4, rtol=0)
+
+
+def test_an_update_whose_loss_is_not_finite_is_left_out(builtin: VLMAgent) -> None:
+    """Even where its gradient is."""
+
+    class Odd(GRPO):
+        def loss(self, inputs: LossInputs) -> LossOutput:
+            output = super().loss(inputs)
+            return LossOutput(output.loss + torch.inf, output.sums)
+
+    envs = gymnasium.make_vec("VLM-REC-v0", num_envs=8, group_size=4)
+    before = [weight.detach().clone() for weight in builtin.parameters()]
+    trainer = Trainer(builtin, envs, Odd(GRPOConfig(group_size=4)), TrainerConfig(steps=1), Accelerator(cpu=True))
+    (result,) = trainer.train(seed=0)
+    assert result.metrics["policy/skipped"] == 1
+    assert np.isfinite(result.metrics["policy/grad_norm"])
+    assert all(torch.equal(a, b) for a, b in zip(before, builtin.parameters(), strict=True))
+
+
+def test_weights_that_are_not_finite_are_told(builtin: VLMAgent) -> None:
+    builtin.add_value_head()
+    builtin.policy.get_parameter("value_head.weight").data[0, 0] = torch.inf
+    envs = gymnasium.make_vec("VLM-REC-v0", num_envs=8, group_size=4)
+    config = TrainerConfig(steps=1, max_skipped=0)
+    trainer = Trainer(builtin, envs, PPO(PPOConfig(group_size=4)), config, Accelerator(cpu=True))
+    with pytest.raises(NonFiniteError) as caught:
+        next(trainer.train(seed=0))
+    assert caught.value.weights == ["value_head.weight"]
+
+
 def test_two_processes_learn_as_one(tmp_path: Path) -> None:
     """Two gloo processes have the gradient on halves of a batch that one has on the whole, and stay in step."""
     script = Path(__file__).parent / "two_processes.py"
@@ -153,4 +214,5 @@ def test_two_processes_learn_as_one(tmp_path: Path) -> None:
         torch.testing.assert_close(first[name], second[name], atol=0, rtol=0)
     torch.testing.assert_close(first["gradient"], one["gradient"], atol=1e-6, rtol=0)
     assert first["metrics"] == second["metrics"]
+    assert first["joined"] == {"completion/min_length": 0, "completion/max_length": 1, "loss": 0.5}
     assert set(first["ids"]).isdisjoint(second["ids"])

@@ -39,6 +39,8 @@ def main(folder: Path) -> None:
     steps = list(trainer.train(seed=0))
     result["weights"] = flat(agent.parameters())
     result["metrics"] = {k: v for k, v in steps[-1].metrics.items() if not k.startswith(("time/", "tokens"))}
+    names = ("completion/min_length", "completion/max_length", "loss")
+    result["joined"] = trainer._over_processes(dict.fromkeys(names, float(rank)))
     result["ids"] = [record["id"] for step in steps for record in step.rollouts.records]
     torch.save(result, folder / f"process{rank}.pt")
     accelerator.end_training()

@@ -101,3 +101,15 @@ def test_any_text_is_an_action(text: str) -> None:
     env.reset(options={"index": 0})
     _, reward, _, _, _ = env.step(f"<think>{text}</think><answer>{text}</answer>")
     assert -1 <= reward <= 5
+
+
+def test_the_number_of_boxes_is_told() -> None:
+    """Per true box, without crowds and what lies within them; where there is none, there is no such number."""
+    cat, dog = (Detection(label, (20.0 * i, 0.0, 20.0 * i + 10, 10.0)) for i, label in enumerate(("cat", "dog")))
+    crowd = Detection("cat", (100.0, 100.0, 200.0, 200.0), crowd=True)
+    inside = Detection("cat", (110.0, 110.0, 120.0, 120.0))
+    env = OVDEnv()
+    told = [env.traits(answer, (cat, dog)) for answer in ((cat,), (cat, cat, dog), (), None)]
+    assert [one["box_ratio"] for one in told] == [0.5, 1.5, 0, 0]
+    assert env.traits((cat, inside), (cat, crowd)) == {"box_ratio": 1}
+    assert env.traits((cat,), ()) == env.traits((cat,), (crowd,)) == {}

@@ -10,11 +10,14 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image as PILImage
 
+from vlmenv.core.answers import NONE
 from vlmenv.core.coordinates import ResizeRule
 from vlmenv.core.errors import ConfigError, RewardError
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.rec import RECEnv
+from vlmenv.envs.rewards.terms import BatchTerm
 
 
 def test_gymnasiums_checker_is_content(recwarn: pytest.WarningsRecorder) -> None:
@@ -32,7 +35,7 @@ def test_an_episode_is_one_step() -> None:
     terminal, reward, terminated, truncated, info = env.step("hello")
     assert (reward, terminated, truncated) == (0.0, True, False)
     assert env.observation_space.contains(terminal)
-    assert set(info) == {"id", "index", "rewards", "prediction", "target"}
+    assert set(info) == {"id", "index", "rewards", "prediction", "target", "traits"}
     with pytest.raises(gymnasium.error.ResetNeeded):
         env.unwrapped.step("again")
 
@@ -132,6 +135,50 @@ def test_a_reward_that_is_not_finite_is_named() -> None:
     env.reset(options={"index": 0})
     with pytest.raises(RewardError, match="'broken' gave nan for sample scene-train-0"):
         env.step("hello")
+
+
+def test_a_reward_that_fails_is_named() -> None:
+    """With the sample, unless the term scores all answers at once."""
+
+    def shy(text: str, target: object) -> Any:
+        return {}["nothing"] if text == "b" else None if text == "c" else 1
+
+    class Batch(BatchTerm):
+        name = "all"
+
+        def __init__(self, values: Any) -> None:
+            self.values = values
+
+        def batch(self, texts: Any, targets: Any, images: Any, answer_format: Any) -> Any:
+            return self.values(len(texts))
+
+    cases: list[tuple[Any, list[str], str]] = [
+        (shy, ["a", "b"], "'shy' failed on sample scene-train-1: KeyError: 'nothing'"),
+        (shy, ["c", "a"], "'shy' failed on sample scene-train-0: TypeError"),
+        (Batch(lambda count: 1 / 0), ["a", "a"], "'all' failed on 2 answers at once: ZeroDivisionError"),
+        (Batch(lambda count: [1.0, "x"]), ["a", "a"], "'all' failed on sample scene-train-1: ValueError"),
+        (Batch(lambda count: [1.0]), ["a", "a"], "'all' gave 1 values for 2 answers"),
+        (Batch(lambda count: [1.0] * 3), ["a", "a"], "'all' gave 3 values for 2 answers"),
+    ]
+    for term, texts, message in cases:
+        env = RECEnv(rewards={term: 1.0})
+        with pytest.raises(RewardError, match=message):
+            env.score_batch(texts, [env.source.get(0), env.source.get(1)])
+
+
+def test_the_number_of_boxes_is_told() -> None:
+    """Per true box; where there is none, there is no such number."""
+    env, box = RECEnv(), (10.0, 10.0, 30.0, 30.0)
+    told = [env.traits(env.parse(f"<answer>{text}</answer>"), box) for text in ("[1,2,3,4]", "None", "hm", "[1,2]")]
+    assert [one["box_ratio"] for one in told] == [1, 0, 0, 0]
+    assert env.traits(env.parse("<answer>[1,2,3,4]</answer>"), NONE) == {}
+    image = np.zeros((40, 40, 3), np.uint8)
+    data = [{"image": PILImage.fromarray(image), "problem": "?", "answer": answer} for answer in ("None", "[1,2,3,4]")]
+    envs = gymnasium.make_vec("VLM-REC-v0", num_envs=2, dataset=data)
+    envs.reset(options={"index": [0, 1]})
+    _, _, _, _, infos = envs.step(["<answer>[1,2,3,4]</answer>"] * 2)
+    assert infos["traits"]["_box_ratio"].tolist() == [False, True]
+    assert infos["traits"]["box_ratio"].tolist() == [0, 1]
 
 
 def test_a_task_must_say_where_its_samples_come_from() -> None:

@@ -19,15 +19,19 @@ class DataError(VLMEnvError):
 
 
 class RewardError(VLMEnvError):
-    """A reward term whose value cannot be used."""
+    """A reward term that failed, or whose value cannot be used."""
 
 
 class TrainingError(VLMEnvError):
     """Training that cannot go on."""
 
 
+class CheckpointError(VLMEnvError):
+    """A checkpoint that cannot be written."""
+
+
 class ModelError(VLMEnvError):
-    """A model folder that is incomplete, or of a family that is not known."""
+    """A model that is incomplete, of a family that is not known, or computes no numbers."""
 
 
 class EngineError(VLMEnvError):

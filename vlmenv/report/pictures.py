@@ -11,6 +11,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
+from vlmenv.algos.batch import NO_TERMS
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.evaluation import Evaluation
 
@@ -20,7 +21,7 @@ _SHOWN = 8
 def draw_curve(path: Path, history: Sequence[dict[str, float]]) -> None:
     """Draws each reward term over the steps, smoothed over a twentieth of the run."""
     every = dict.fromkeys(name for metrics in history for name in metrics)
-    names = [name for name in every if name.startswith("reward/") and name != "reward/zero_std_groups"]
+    names = [name for name in every if name.startswith("reward/") and name not in NO_TERMS]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     width = max(1, len(history) // 20)

@@ -7,6 +7,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from vlmenv.algos.batch import NO_TERMS
+
 _EVERY = 10
 
 
@@ -57,4 +59,4 @@ class TrainingProgress:
 
 
 def _terms(metrics: dict[str, float]) -> list[str]:
-    return [n for n in metrics if n.startswith("reward/") and n not in ("reward/mean", "reward/zero_std_groups")]
+    return [n for n in metrics if n.startswith("reward/") and n not in ("reward/mean", *NO_TERMS)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Iterable, Mapping
 from datetime import datetime
@@ -22,13 +23,15 @@ class RunFolder:
     """Writes a run's files, each line as it happens.
 
     `config.yaml` holds all options, `metrics.jsonl` an object per step, `rollouts.jsonl` every
-    completion with its reward terms, `checkpoints/step-N/` the model.
+    completion with its reward terms, `checkpoints/step-N/` the model. `nonfinite/step-N/` holds
+    what could not be learnt from, where that ended the run.
 
     Nothing is written before `create`.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._written = 0  # steps
 
     def check_new(self) -> None:
         """Raises ConfigError where the folder already holds a run."""
@@ -54,10 +57,30 @@ class RunFolder:
         """The folder of the model after a step."""
         return self.path / "checkpoints" / f"step-{step}"
 
+    def nonfinite(self, step: int) -> Path:
+        """The folder of what a step could not learn from."""
+        return self.path / "nonfinite" / f"step-{step}"
+
     def write_step(self, result: StepResult) -> None:
-        """Appends a step's metrics and completions."""
-        self._append("rollouts.jsonl", ({"step": result.step} | record for record in result.rollouts.records))
-        self._append("metrics.jsonl", [{"step": result.step} | result.metrics])
+        """Appends a step's metrics and completions, unless that has been done.
+
+        Raises:
+            OSError: They cannot be written; the files are as they were.
+        """
+        if result.step <= self._written:
+            return
+        files = [self.path / name for name in ("rollouts.jsonl", "metrics.jsonl")]
+        sizes = [file.stat().st_size if file.exists() else 0 for file in files]
+        try:
+            _append(files[0], ({"step": result.step} | record for record in result.rollouts.records))
+            _append(files[1], [{"step": result.step} | result.metrics])
+        except OSError as error:
+            for file, size in zip(files, sizes, strict=True):
+                if file.exists():
+                    os.truncate(file, size)
+            error.filename = error.filename or str(files[1])
+            raise
+        self._written = result.step
 
     def checkpoints(self) -> list[Path]:
         """The folders of whole checkpoints, the newest last."""
@@ -83,18 +106,23 @@ class RunFolder:
 
     def best(self) -> dict[str, Any]:
         """What is known of the best model so far; empty where nothing is."""
-        file = self.path / "best.json"
-        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+        return self.read_json("best.json")
 
     def _rows(self, name: str) -> list[dict[str, Any]]:
         """The objects in a file of lines; a last line that was cut off does not count."""
         lines = (self.path / name).read_text(encoding="utf-8").split("\n")
         return [json.loads(line) for line in lines[:-1]]
 
-    def _append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
-        with (self.path / name).open("a", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(row) + "\n" for row in rows)
+    def read_json(self, name: str) -> dict[str, Any]:
+        """What a JSON file holds; empty where there is none."""
+        file = self.path / name
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Writes a JSON file."""
         write_whole(self.path / name, json.dumps(content, indent=2) + "\n")
+
+
+def _append(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with file.open("a", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(row) + "\n" for row in rows)
