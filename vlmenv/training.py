@@ -286,6 +286,7 @@ def _train(
                     break
     finally:
         _finish(trainer, run, history, console)
+        prune(run, config.keep)
         accelerator.end_training()
     stopping.end_process()
 
