@@ -3,8 +3,8 @@
     python benchmarks/kill_and_resume.py --output benchmarks/kill_and_resume.md
 
 A fifth of the moments are spread over the whole run; the others lie, in turn, in one of its steps, in the writing of a
-checkpoint, in the measuring before and in that after. Half of the runs are killed a second time after they have gone on,
-at a moment of any sort. In the end all that a run leaves must be the same bit for bit, but for times, pictures and
+checkpoint, in the measuring before and in that after. Half of the runs are killed a second time after they have gone
+on, at a moment of any sort. In the end all that a run leaves must be the same bit for bit, but for times, pictures and
 TensorBoard's files. Ends with status 1 where anything differs.
 """
 
