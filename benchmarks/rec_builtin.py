@@ -54,6 +54,7 @@ def main(args: Args) -> None:
         for labels in ("loose", "exact"):
             model = work / labels
             options = ["--init", "builtin", "--labels", labels, "--lr", "1e-3", "--minutes", str(seconds / 60)]
+            options.append("--referring-only")
             subprocess.run([sys.executable, str(EXAMPLE), *options, "--output", str(model)], check=True)
             rows.append(
                 (f"supervised, {labels} labels", measure(str(model), work / f"{labels}-eval"), f"{seconds:.0f}")

@@ -85,6 +85,8 @@ class Args:
     """Scenes a step, each with four expressions."""
     lr: float = 3e-3
     """Peak learning rate of AdamW; Muon's, for the matrices, is 20/3 of it."""
+    referring_only: bool = False
+    """Leave out the tasks beside referring expressions."""
     seed: int = 0
 
 
@@ -242,9 +244,11 @@ def teach(agent: VLMAgent, args: Args) -> None:
         referring = [lesson(agent, args.labels, rng, single or rng.random() < 0.1) for _ in range(args.scenes)]
         loss = imitation_loss(policy, agent, referring)
         loss.backward()
-        others = [other_lesson(agent, name, args.labels, rng) for name, n in OTHER_TASKS.items() for _ in range(n)]
-        other_loss = imitation_loss(policy, agent, others)
-        other_loss.backward()
+        other_loss = torch.tensor(torch.nan)
+        if not args.referring_only:
+            others = [other_lesson(agent, name, args.labels, rng) for name, n in OTHER_TASKS.items() for _ in range(n)]
+            other_loss = imitation_loss(policy, agent, others)
+            other_loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()

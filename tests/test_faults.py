@@ -152,7 +152,7 @@ def test_a_first_checkpoint_that_cannot_be_written(
     monkeypatch.setattr(faulty_task, "happens", lambda count: file_sizes(2**20)(data))
     message = " ".join(fails(capsys, *options(data, tmp_path / "run")).split())
     assert "step-2 cannot be written" in message
-    assert "there is no checkpoint to go on from" in message
+    assert "ended early, without a checkpoint. Start over with" in message
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
     assert len(rows(tmp_path / "run" / "metrics.jsonl")) == 2
 

@@ -120,12 +120,12 @@ def test_a_run_that_is_stopped_can_go_on(number: signal.Signals, tmp_path: Path)
 
 def test_old_checkpoints_are_pruned_and_the_best_model_is_kept(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    options = ["--steps", "4", "--checkpoint-every", "1", "--keep", "2", "--eval-every", "2", "--output", str(run)]
+    options = ["--steps", "5", "--checkpoint-every", "2", "--keep", "2", "--eval-every", "2", "--output", str(run)]
     main(["train", *options, *TINY])
-    assert sorted(folder.name for folder in (run / "checkpoints").iterdir()) == ["step-3", "step-4"]
+    assert sorted(folder.name for folder in (run / "checkpoints").iterdir()) == ["step-4", "step-5"]
     (run / "checkpoints" / "step-2").mkdir()  # the rest of one whose removal was cut off
     prune(RunFolder(run), 1)
-    assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["step-4"]
+    assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["step-5"]
     best = json.loads((run / "best.json").read_text())
     measured = {row["step"]: row["eval/iou/mean"] for row in rows(run / "metrics.jsonl") if "eval/iou/mean" in row}
     assert measured.keys() == {2, 4}

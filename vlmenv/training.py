@@ -357,6 +357,7 @@ class _Training:
         """Saves the state after the last step, and draws the curve so far."""
         if self.saved < self.trainer.step:
             self._save()
+        prune(self.run, self.config.keep)
         self._draw()
         self.tracking.close()
         if self.trainer.step < self.config.trainer.steps:
@@ -402,7 +403,8 @@ class _Training:
     def _explained(self, error: NonFiniteError) -> TrainingError:
         """The error with what to look at and how to go on."""
         saved = self.run.checkpoints()
-        start = f"go on from {saved[-1]} with: vlmenv train --resume {self.run.path}" if saved else "start anew"
+        begin = f"go on from {saved[-1]}" if saved else "start over"
+        start = f"{begin} with: vlmenv train --resume {self.run.path}"
         return TrainingError(
             f"step {error.step}: {error}. What it could not learn from is in {self._nonfinite(error)}. "
             f"Once the cause is gone, {start}. What may help, such as a lower lr, another precision or a larger "
@@ -411,7 +413,7 @@ class _Training:
 
     def _say_how_to_go_on(self) -> None:
         if not (saved := self.run.checkpoints()):
-            self._say("ended early, and there is no checkpoint to go on from")
+            self._say(f"ended early, without a checkpoint. Start over with: vlmenv train --resume {self.run.path}")
             return
         self._say(
             f"ended early; {saved[-1]} holds the state after step {self.run.step_of(saved[-1])}. "

@@ -124,6 +124,13 @@ def test_gae_equals_its_definition(gamma: float, lam: float) -> None:
     assert_rows(returns, targets)
 
 
+def test_returns_to_go_by_hand() -> None:
+    """8, 4 + 8 / 2 and 2 + 8 / 2."""
+    mask = torch.tensor([[True, True, True, False]])
+    assert returns_to_go(torch.tensor([[2.0, 4.0, 8.0, 9.0]]), mask, 0.5).tolist() == [[6, 8, 8, 0]]
+    assert returns_to_go(torch.tensor([[2.0, 4.0, 8.0, 9.0]]), mask).tolist() == [[14, 12, 8, 0]]
+
+
 @pytest.mark.parametrize("gamma", [1.0, 0.9, 0.0])
 def test_returns_to_go_equal_their_definition(gamma: float) -> None:
     rows = [
@@ -156,6 +163,21 @@ def test_reinforce_plus_plus_discounts() -> None:
     mask = torch.ones(1, 3, dtype=torch.bool)
     advantages = reinforce_plus_plus(torch.tensor([4.0]), mask, torch.ones(1, 3), beta=1.0, gamma=0.5)
     assert advantages.tolist() == [[-1 - 0.5 + 0.75, -1 + 1.5, 3.0]]
+
+
+def test_moments_by_hand() -> None:
+    """Of 1, 2 and -4: three values of sum -1 and sum of squares 21."""
+    mask = torch.tensor([[True, True], [True, False]])
+    assert moments(torch.tensor([[1.0, 2.0], [-4.0, 9.0]]), mask).tolist() == [3, -1, 21]
+    assert moments(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.bool)).tolist() == [0, 0, 0]
+
+
+def test_whitening_by_hand() -> None:
+    """Of 1, 3 and 5: mean 3 and deviation sqrt(8 / 3), that of the whole and not of a sample."""
+    mask = torch.tensor([[True, True], [True, False]])
+    whitened = whiten(torch.tensor([[1.0, 3.0], [5.0, 9.0]], dtype=torch.float64), mask)
+    deviation = (8 / 3) ** 0.5 + 1e-8
+    assert_rows(whitened, [[-2 / deviation, 0], [2 / deviation]])
 
 
 def test_whitened_values_have_mean_0_and_variance_1() -> None:

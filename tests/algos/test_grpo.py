@@ -103,6 +103,48 @@ def test_the_published_variants_can_be_named() -> None:
         assert isinstance(kind(config), GRPO)
 
 
+LOGS = math.log(0.5), math.log(0.6), math.log(0.3)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("grpo", (-1 - 1.2 + 1.5) / 3),
+        ("dr_grpo", (-1 - 1.2 + 1.5) / (2 * 4)),  # two completions of up to four tokens
+        ("dapo", (-1 - 1.28 + 1.5) / 3),
+        ("gspo", (-1.0004 + 1.5) / 2),  # sqrt(1 * 1.5) is clipped
+        ("cispo", (-LOGS[0] - 1.5 * LOGS[1] + 1.5 * LOGS[2]) / 3),
+    ],
+)
+def test_the_published_variants_by_hand(name: str, expected: float) -> None:
+    algorithm = GRPO(PRESETS[name])
+    assert algorithm.loss(inputs(how=algorithm.aggregation)).loss.item() == pytest.approx(expected)
+
+
+def test_the_weights_of_cispo_have_an_upper_bound_alone() -> None:
+    """Ratios 0.01, 10 and 1.5: weights 0.01, 5 and 1.5."""
+    given = inputs()
+    given.old_logprobs = given.logprobs.detach() - torch.tensor([[0.01, 10], [1.5, 1]], dtype=torch.float64).log()
+    expected = (-0.01 * LOGS[0] - 5 * LOGS[1] + 1.5 * LOGS[2]) / 3
+    assert GRPO(PRESETS["cispo"]).loss(given).loss.item() == pytest.approx(expected)
+
+
+def test_the_advantages_of_dr_grpo_are_not_divided() -> None:
+    credit = GRPO(PRESETS["dr_grpo"]).credit(scored([0.0] * 7 + [8.0]))
+    assert credit.advantages.flatten().tolist() == pytest.approx([-1.0] * 7 + [7.0])
+
+
+def test_dapo_by_hand() -> None:
+    """Of 10 tokens the last two cost up to a point, so rewards 1, 1, 1, 0.5 and 1; what was cut off is left out."""
+    lengths = torch.tensor([[1], [8], [8], [9], [10], [8], [8], [8]])
+    mask, truncated = torch.arange(10) < lengths, torch.arange(8) == 4
+    credit = GRPO(PRESETS["dapo"]).credit(scored([1.0] * 3 + [1.0, 2.0] + [1.0] * 3, mask=mask, truncated=truncated))
+    rewards = torch.tensor([1.0, 1, 1, 0.5, 1, 1, 1, 1], dtype=torch.float64)
+    torch.testing.assert_close(credit.advantages[:, 0], (rewards - rewards.mean()) / (rewards.std() + 1e-4))
+    assert credit.mask.sum(dim=1).tolist() == [1, 8, 8, 9, 0, 8, 8, 8]
+    assert GRPO(PRESETS["dapo"]).most_rounds > 1
+
+
 @pytest.mark.parametrize(
     "options",
     [
