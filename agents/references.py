@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 
@@ -15,17 +16,22 @@ from vlmenv.core.rollout import Rollout
 class FrozenPolicy:
     """A policy as it is now, whatever becomes of it.
 
+    Args:
+        policy: Is copied.
+        prepare: What is done to rollouts first.
+
     Attributes:
         policy: An independent copy, without gradients and without a value head.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, prepare: Callable[[Rollout], Rollout]) -> None:
         self.policy = copy.deepcopy(policy).requires_grad_(False)
         self.policy.value_head = None
+        self._prepare = prepare
 
     @torch.no_grad()
     def logprobs(self, rollout: Rollout) -> LogProbs:
-        result = self.policy(rollout)
+        result = self.policy(self._prepare(rollout))
         assert isinstance(result, LogProbs)
         return result
 

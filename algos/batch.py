@@ -125,7 +125,7 @@ class Batch:
         }
         return replace(self, rollout=rollout, **tensors)
 
-    def put(self, name: str, rows: slice, values: Tensor) -> None:
+    def put(self, name: str, rows: Rows, values: Tensor) -> None:
         """Writes the values [n, l] of some rows into the tensor of this name [N, L]."""
         if getattr(self, name) is None:
             setattr(self, name, torch.zeros_like(self.old_logprobs))

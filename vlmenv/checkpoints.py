@@ -23,12 +23,13 @@ def save_checkpoint(trainer: Trainer, run: RunFolder) -> None:
         OSError: It cannot be written; earlier checkpoints are as they were.
     """
     accelerator, folder = trainer.accelerator, run.checkpoint(trainer.step)
-    partial = folder.with_name(f".{folder.name}")
+    partial, weights = folder.with_name(f".{folder.name}"), trainer.processes.weights()
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
-        trainer.agent.save(partial)
+        trainer.agent.save(partial, weights)
         torch.save(trainer.state_dict(), partial / "trainer.pt")
     accelerator.wait_for_everyone()
+    trainer.processes.save(partial)
     torch.save(trainer.process_state(), partial / f"process-{accelerator.process_index}.pt")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -43,7 +44,7 @@ def load_checkpoint(trainer: Trainer, run: RunFolder) -> None:
     """Puts a trainer into the state of a run's newest checkpoint, and cuts the run's files back to it.
 
     Raises:
-        ModelError: There is no checkpoint, or it is of another number of processes, or broken.
+        ModelError: There is no checkpoint, or it is of another number or kind of processes, or broken.
     """
     accelerator, found = trainer.accelerator, run.checkpoints()
     if not found:
@@ -53,14 +54,19 @@ def load_checkpoint(trainer: Trainer, run: RunFolder) -> None:
     if len(list(folder.glob("process-*.pt"))) != accelerator.num_processes:
         raise ModelError(f"{folder}: saved by another number of processes than {accelerator.num_processes}")
     try:
-        trainer.agent.load(folder)
-        trainer.load_state_dict(torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True))
-        trainer.load_process_state(torch.load(own, map_location="cpu", weights_only=True))
+        state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+        _check_kind(folder, state["processes"], trainer.processes.name)
+        trainer.load(folder, state, torch.load(own, map_location="cpu", weights_only=True))
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
         raise ModelError(f"{folder}: the checkpoint cannot be read: {error}") from error
     if accelerator.is_main_process:
         run.cut(trainer.step)
     accelerator.wait_for_everyone()
+
+
+def _check_kind(folder: Path, saved: str, now: str) -> None:
+    if saved != now:
+        raise ModelError(f"{folder}: saved by processes with {saved}, not {now}: launch them as the run was launched")
 
 
 def prune(run: RunFolder, keep: int | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from vlmenv.agents.base import Agent
+from vlmenv.algos.processes import Processes
 from vlmenv.algos.trainer import names_sample
 from vlmenv.core.errors import ConfigError
 from vlmenv.core.rollout import unbatch
@@ -82,7 +84,14 @@ class Evaluation:
 
 
 def evaluate(
-    agent: Agent, envs: VisualTaskVectorEnv, count: int, *, greedy: bool, title: str, console: Console | None = None
+    agent: Agent,
+    envs: VisualTaskVectorEnv,
+    count: int,
+    *,
+    greedy: bool,
+    title: str,
+    console: Console | None = None,
+    processes: Processes | None = None,
 ) -> Evaluation:
     """Answers the first `count` samples of an environment's source.
 
@@ -93,15 +102,21 @@ def evaluate(
         greedy: Whether to take the likeliest tokens or to sample.
         title: What the progress bar says.
         console: Where it is shown.
+        processes: Divide the samples between them, and have the answers of all; one does everything where left out.
     """
+    starts = range(0, count, envs.num_groups)
+    own = starts if processes is None else processes.share(starts)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     answers: list[dict[str, Any]] = []
-    with Progress(*columns, transient=True, console=console) as progress:
-        bar = progress.add_task(title, total=count)
-        for start in range(0, count, envs.num_groups):
+    held = nullcontext() if processes is None else processes.whole()
+    with held, Progress(*columns, transient=True, console=console) as progress:
+        bar = progress.add_task(title, total=sum(min(envs.num_groups, count - start) for start in own))
+        for start in own:
             stop = min(start + envs.num_groups, count)
             answers += _answer(agent, envs, range(start, stop), greedy)
             progress.advance(bar, stop - start)
+    if processes is not None:
+        answers = sorted(processes.collect(answers), key=lambda answer: answer["index"])
     return Evaluation(summarise(envs.task, answers), answers)
 
 

@@ -10,11 +10,13 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import torch
 import tyro
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.algos import ALGORITHMS, AlgorithmConfig, GRPOConfig, Trainer, TrainerConfig
+from vlmenv.algos.processes import processes_of
 from vlmenv.checkpoints import load_checkpoint, prune, save_checkpoint
 from vlmenv.core.config import flatten, to_yaml
 from vlmenv.core.errors import ConfigError, unknown_name
@@ -151,8 +153,9 @@ def run_training(config: TrainConfig[Any]) -> Path:
     check_device(config.device)
     if config.precision == "fp16" and (config.device == "cpu" or not torch.cuda.is_available()):
         raise ConfigError("precision fp16 needs a CUDA GPU: take fp32 or bf16")
-    run = RunFolder(config.resume or config.output or RunFolder.default_path(config.env, config.algo))
+    run = _run_folder(config)
     accelerator = _accelerator(config, run)
+    processes_of(accelerator)  # raises now what is wrong with them, and not when the model has been loaded
     if accelerator.is_main_process and config.resume is None:
         run.check_new()
     console = Console(quiet=not accelerator.is_main_process)
@@ -170,16 +173,24 @@ def run_training(config: TrainConfig[Any]) -> Path:
     if accelerator.is_main_process and config.resume is None:
         run.create(to_yaml(_located(config), without=("config", "output", "resume")))
     console.print(f"{config.env}, {config.algo}, model {config.model}; writing to {run.path}", highlight=False)
-    before = _measured_before(agent, held_out, config, run, accelerator, console)
+    before = _measured_before(trainer, held_out, config, run, console)
     if config.resume is not None:
         load_checkpoint(trainer, run)
         console.print(f"going on after step {trainer.step}")
     _train(trainer, held_out, config, run, console)
-    after = _evaluate(agent, held_out, config, "after training", console)
+    after = _evaluate(trainer, held_out, config, "after training", console)
     if accelerator.is_main_process and held_out is not None and before is not None and after is not None:
         _compare(config, run, held_out, before, after, console)
     console.print(f"model, metrics and pictures are in {run.path}", highlight=False)
+    accelerator.state.destroy_process_group()
     return run.path
+
+
+def _run_folder(config: TrainConfig[Any]) -> RunFolder:
+    """The run's folder; where it is named by the time, by that of the main process."""
+    PartialState(cpu=config.device == "cpu")  # finds the other processes
+    path = config.resume or config.output or RunFolder.default_path(config.env, config.algo)
+    return RunFolder(Path(broadcast_object_list([path])[0]))
 
 
 def _accelerator(config: TrainConfig[Any], run: RunFolder) -> Accelerator:
@@ -234,29 +245,28 @@ def _evaluation_envs(config: TrainConfig[Any]) -> VisualTaskVectorEnv:
 
 
 def _measured_before(
-    agent: VLMAgent,
+    trainer: Trainer,
     envs: VisualTaskVectorEnv | None,
     config: TrainConfig[Any],
     run: RunFolder,
-    accelerator: Accelerator,
     console: Console,
 ) -> Evaluation | None:
     """What the model can do before training; a resumed run has it in its folder."""
     if envs is not None and config.resume is not None and (run.path / "before" / "metrics.json").is_file():
         return read_evaluation(run.path / "before", envs.task)
-    before = _evaluate(agent, envs, config, "before training", console)
-    if before is not None and accelerator.is_main_process:
+    before = _evaluate(trainer, envs, config, "before training", console)
+    if before is not None and trainer.accelerator.is_main_process:
         write_evaluation(before, run.path / "before")
     return before
 
 
 def _evaluate(
-    agent: VLMAgent, envs: VisualTaskVectorEnv | None, config: TrainConfig[Any], title: str, console: Console
+    trainer: Trainer, envs: VisualTaskVectorEnv | None, config: TrainConfig[Any], title: str, console: Console
 ) -> Evaluation | None:
     if envs is None:
         return None
     count = sample_count(envs, config.eval_limit or DEFAULT_LIMIT)
-    return evaluate(agent, envs, count, greedy=True, title=title, console=console)
+    return evaluate(trainer.agent, envs, count, greedy=True, title=title, console=console, processes=trainer.processes)
 
 
 def _train(
@@ -264,11 +274,12 @@ def _train(
 ) -> None:
     """Runs the trainer to its end, writing each step as it is done.
 
-    Where an error or a signal ends this process early, the state after the last finished step is saved all the same.
+    Where an error or a signal ends the run early, the state after the last finished step is saved all the same; but
+    after an error in one of several processes nothing is, since the others are not there to save with it.
     """
     accelerator, steps = trainer.accelerator, config.trainer.steps
     accelerator.init_trackers("tensorboard", {name: str(value) for name, value in flatten(config).items()})
-    history = run.history(trainer.step)
+    history, together = run.history(trainer.step), accelerator.num_processes == 1
     try:
         with Stopping(accelerator) as stopping, TrainingProgress(console, steps) as progress:
             for result in trainer.train(config.seed):
@@ -277,16 +288,20 @@ def _train(
                 history.append(result.metrics)
                 accelerator.log(result.metrics, step=result.step)
                 progress.show(result.step, result.metrics)
+                result.rollouts.records = trainer.processes.collect(result.rollouts.records)
                 if accelerator.is_main_process:
                     run.write_step(result)
                 if config.checkpoint_every and result.step % config.checkpoint_every == 0:
                     save_checkpoint(trainer, run)
-                    prune(run, config.keep)
+                    if accelerator.is_main_process:
+                        prune(run, config.keep)
                 if stopping.requested():
                     break
+        together = True
     finally:
-        _finish(trainer, run, history, console)
-        accelerator.end_training()
+        _finish(trainer, run, history, console, saves=together)
+        for tracker in accelerator.trackers:
+            tracker.finish()
     stopping.end_process()
 
 
@@ -294,21 +309,25 @@ def _keep_best(
     trainer: Trainer, held_out: VisualTaskVectorEnv, config: TrainConfig[Any], run: RunFolder, console: Console
 ) -> dict[str, float]:
     """Measures the model, and saves it where it is better than any before by the first of the metrics."""
-    evaluation = _evaluate(trainer.agent, held_out, config, f"step {trainer.step}", console)  # type: ignore[arg-type]
+    evaluation = _evaluate(trainer, held_out, config, f"step {trainer.step}", console)
     assert evaluation is not None
     name, interval = next(iter(evaluation.metrics.items()))
-    if trainer.accelerator.is_main_process and interval.value > run.best().get("value", float("-inf")):
-        trainer.agent.save(run.path / "best")
+    better = trainer.processes.agree(interval.value > run.best().get("value", float("-inf")))
+    weights = trainer.processes.weights() if better else None
+    if better and trainer.accelerator.is_main_process:
+        trainer.agent.save(run.path / "best", weights)
         run.write_json("best.json", {"step": trainer.step, "metric": name, "value": interval.value})
     return {f"eval/{metric}": found.value for metric, found in evaluation.metrics.items()}
 
 
-def _finish(trainer: Trainer, run: RunFolder, history: list[dict[str, float]], console: Console) -> None:
+def _finish(
+    trainer: Trainer, run: RunFolder, history: list[dict[str, float]], console: Console, *, saves: bool
+) -> None:
     """Saves the state after the last step that was finished, and draws the curve so far."""
     if not trainer.step:
         return
     ended_early = trainer.step < trainer.config.steps
-    if trainer.is_between_steps and not run.checkpoint(trainer.step).exists():
+    if saves and trainer.is_between_steps and not run.checkpoint(trainer.step).exists():
         save_checkpoint(trainer, run)
     if trainer.accelerator.is_main_process:
         draw_curve(run.path / "curve.png", history)
