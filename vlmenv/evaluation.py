@@ -227,15 +227,16 @@ def run_evaluation(config: EvalConfig) -> Evaluation:
         **data,
         **config.env_arguments(),
     )
-    report_broken_rows(envs, Console())
-    device = Accelerator(cpu=config.device == "cpu").device
-    agent = load_agent(config.model, device, config.temperature, config.max_new_tokens)
-    agent.seed(config.seed)
-    count = sample_count(envs, config.limit)
-    evaluation = evaluate(agent, envs, count, greedy=config.samples is None, title="evaluating")
+    accelerator = Accelerator(cpu=config.device == "cpu")
+    console, processes = Console(quiet=not accelerator.is_main_process), Processes(accelerator)
+    report_broken_rows(envs, console)
+    agent = load_agent(config.model, accelerator.device, config.temperature, config.max_new_tokens)
+    agent.seed(config.seed + accelerator.process_index)
+    count, greedy = sample_count(envs, config.limit), config.samples is None
+    evaluation = evaluate(agent, envs, count, greedy=greedy, title="evaluating", console=console, processes=processes)
     envs.close()
-    if config.output is not None:
+    if config.output is not None and accelerator.is_main_process:
         write_evaluation(evaluation, config.output)
-    how = "greedy" if config.samples is None else f"{config.samples} sampled answers each"
-    Console().print(metrics_table(f"{config.env}, {count} samples, {how}", {config.model: evaluation}))
+    how = "greedy" if greedy else f"{config.samples} sampled answers each"
+    console.print(metrics_table(f"{config.env}, {count} samples, {how}", {config.model: evaluation}))
     return evaluation

@@ -332,9 +332,10 @@ def _finish(
     if trainer.accelerator.is_main_process:
         draw_curve(run.path / "curve.png", history)
     if ended_early and (saved := run.checkpoints()):
+        alike = ", launched as this run was" if trainer.accelerator.num_processes > 1 else ""
         console.print(
             f"ended early; {saved[-1]} holds the state after step {run.step_of(saved[-1])}. "
-            f"Go on with: vlmenv train --resume {run.path}",
+            f"Go on with: vlmenv train --resume {run.path}{alike}",
             highlight=False,
             soft_wrap=True,
         )

@@ -61,12 +61,14 @@ class FSDP(Shares):
 
     @contextmanager
     def whole(self) -> Iterator[None]:
+        """As in `Processes`. What the blocks' weights are gathered in is then the precision of all else."""
         modules = [module for module in self.agent.policy.modules() if isinstance(module, FSDPModule)]
         for module in modules:
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
         try:
-            yield
+            with self.autocast():
+                yield
         finally:
             for module in modules:
                 inner = module is not self.agent.policy

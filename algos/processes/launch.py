@@ -26,11 +26,11 @@ def processes_of(accelerator: Accelerator) -> Processes:
     _check(accelerator)
     if accelerator.distributed_type != DistributedType.NO and _asks_for("FSDP"):
         plugin = getattr(accelerator.state, "fsdp_plugin", None) or FullyShardedDataParallelPlugin()
-        _check_fsdp(accelerator, plugin)
+        check_fsdp(accelerator, plugin)
         return FSDP(accelerator, plugin.reshard_after_forward)
     if accelerator.distributed_type != DistributedType.NO and _asks_for("DEEPSPEED"):
         deepspeed = accelerator.state.deepspeed_plugin or DeepSpeedPlugin()
-        _check_deepspeed(deepspeed)
+        check_deepspeed(deepspeed)
         return ZeRO(accelerator, _without_auto(deepspeed.deepspeed_config["zero_optimization"]))
     return Processes(accelerator)
 
@@ -55,7 +55,8 @@ def _check(accelerator: Accelerator) -> None:
         require(not _asks_for(name), f"{name.lower()} of accelerate is not supported: see docs/distributed.md")
 
 
-def _check_fsdp(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
+def check_fsdp(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
+    """Raises ConfigError where a configuration of FSDP asks for what is not supported."""
     require(plugin.fsdp_version == 2, f"FSDP {plugin.fsdp_version} is not supported: set fsdp_version to 2")
     require(
         not plugin.cpu_ram_efficient_loading,
@@ -81,7 +82,8 @@ _DEEPSPEED = {
 """What DeepSpeed's configuration may hold."""
 
 
-def _check_deepspeed(plugin: DeepSpeedPlugin) -> None:
+def check_deepspeed(plugin: DeepSpeedPlugin) -> None:
+    """Raises ConfigError where a configuration of DeepSpeed asks for what is not supported."""
     config = plugin.deepspeed_config
     require(not (other := sorted(set(config) - _DEEPSPEED)), f"DeepSpeed's {', '.join(other)} is not supported here")
     zero = config["zero_optimization"]
