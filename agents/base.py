@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +13,7 @@ from torch import Tensor, nn
 from vlmenv.core.rollout import Observations, Rollout
 
 
-@dataclass(slots=True)
-class LogProbs:
+class LogProbs(NamedTuple):
     """Log-probabilities of the tokens of N completions, padded to the longest, L."""
 
     values: Tensor
@@ -42,10 +40,13 @@ class Agent(ABC):
         policy: The module that is trained. Its `forward` takes a `Rollout` and gives its `LogProbs`,
             so that it may be wrapped for distributed training and put back.
         max_new_tokens: The longest completion, its end token included.
+        in_step: Whether each call of `logprobs` has to run every part of the model, whatever the rollout holds.
+            Set where processes hold the weights in shares: then one that left a part out would be waited for.
     """
 
     policy: nn.Module
     max_new_tokens: int
+    in_step: bool = False
 
     @abstractmethod
     def act(self, observations: Observations) -> list[str]:
@@ -94,7 +95,7 @@ class Agent(ABC):
 
     @abstractmethod
     def load(self, folder: Path) -> None:
-        """Puts a checkpoint's weights back, bit for bit, before the policy is wrapped.
+        """Puts a checkpoint's weights back, bit for bit; all processes that hold shares of them call this together.
 
         Raises:
             ModelError: The checkpoint was written by an agent of another build; nothing has changed then.
@@ -116,6 +117,10 @@ class Agent(ABC):
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """The same by part of the model, so that each part may have a learning rate of its own."""
         return {"language": self.parameters()}
+
+    def blocks(self) -> list[nn.Module]:
+        """Parts of the policy whose weights may be gathered one part at a time where processes hold shares of them."""
+        return []
 
     @property
     def device(self) -> torch.device:

@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
 
 from vlmenv.agents.families import Family
@@ -122,7 +123,7 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 @torch.no_grad()
 def put_back(folder: Path, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Copies the weights of a folder over those of the same names.
+    """Copies the weights of a folder over those of the same names, of which this process may hold a share.
 
     Raises:
         ModelError: Names or shapes differ; nothing has been copied then.
@@ -135,4 +136,12 @@ def put_back(folder: Path, weights: Mapping[str, Tensor], state: Mapping[str, Te
             f"alone or of another shape, {unlike[0]} among them"
         )
     for name, tensor in state.items():
-        tensor.copy_(weights[name])
+        tensor.copy_(_shared_like(weights[name], tensor))
+
+
+def _shared_like(weight: Tensor, tensor: Tensor) -> Tensor:
+    """A weight, or this process's share of it where the tensor is held in shares."""
+    if not isinstance(tensor, DTensor):
+        return weight
+    whole = weight.to(tensor.device)  # every process has read it: nothing is sent
+    return distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -155,5 +156,7 @@ def _fingerprint(state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted((name.replace(".base_layer.", "."), tensor) for name, tensor in state.items()):
         if tensor.ndim == 2 and not is_adapter(name):
-            digest.update(tensor[0].cpu().view(torch.uint8).numpy().tobytes())
+            row = tensor[0]
+            whole = row.full_tensor() if isinstance(row, DTensor) else row
+            digest.update(whole.cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 
@@ -15,21 +16,26 @@ from vlmenv.core.rollout import Rollout
 class FrozenPolicy:
     """A policy as it is now, whatever becomes of it.
 
+    Args:
+        policy: Is copied.
+        prepare: What is done to rollouts first.
+
     Attributes:
         policy: A copy, without gradients and without a value head. It shares the vision tower where that is frozen,
             and with it the features that it found.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, prepare: Callable[[Rollout], Rollout]) -> None:
         family = policy.family
         shared = [] if family.sees_by_trained_weights() else [family.vision_tower(), *family.projectors()]
         model = copy.deepcopy(family.model, {id(module): module for module in shared}).requires_grad_(False)
         self.policy = Policy(type(family)(model, family.processor))
         self.policy.share_prefixes = policy.share_prefixes
+        self._prepare = prepare
 
     @torch.no_grad()
     def logprobs(self, rollout: Rollout) -> LogProbs:
-        result = self.policy(rollout)
+        result = self.policy(self._prepare(rollout))
         assert isinstance(result, LogProbs)
         return result
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from vlmenv.agents.base import Agent, Reference
+from vlmenv.agents.base import Agent, LogProbs, Reference
 from vlmenv.agents.checkpoints import (
     BUILTIN,
     copy_processor,
@@ -121,6 +121,22 @@ class VLMAgent(Agent):
         weights = model if self.lora is None else self.lora.merged(model)
         return {name: tensor.detach() for name, tensor in weights.items() if name not in tied}
 
+    def logprobs(self, rollout: Rollout) -> LogProbs:
+        return super().logprobs(self._with_image(rollout))
+
+    def _with_image(self, rollout: Rollout) -> Rollout:
+        """A rollout that runs the vision tower: `in_step`, one without images gets a prompt that none completes.
+
+        Its gradient is 0, but the processes whose rollouts have images find this one beside them in the tower.
+        """
+        if not self.in_step or any(prompt.images for prompt in rollout.prompts):
+            return rollout
+        return replace(rollout, prompts=[*rollout.prompts, self._blank])
+
+    @functools.cached_property
+    def _blank(self) -> Prompt:
+        return self.family.encode({"images": (np.zeros((64, 64, 3), np.uint8),), "prompt": ""})
+
     def seed(self, seed: int) -> None:
         self._generator.manual_seed(seed)
 
@@ -189,6 +205,11 @@ class VLMAgent(Agent):
         """Trades time for memory: activations are computed anew in the backward pass. Gradients stay the same."""
         recompute_activations(self.family)
 
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of the language model and of the vision tower."""
+        layers = self.family.language_model().get_submodule("layers")
+        return [*layers.children(), *self.family.vision_tower().get_submodule("blocks").children()]
+
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """The trained parameters as "language", value head included, and "vision", projectors included; none empty."""
         vision = _parameters([self.family.vision_tower(), *self.family.projectors()])
@@ -200,7 +221,7 @@ class VLMAgent(Agent):
     def reference(self) -> Reference:
         """A frozen copy; under LoRA the model without its adapters, of which no copy is held."""
         if self.lora is None:
-            return FrozenPolicy(self.family_policy)
+            return FrozenPolicy(self.family_policy, self._with_image)
         return UnadaptedPolicy(self, self.lora)
 
     def save(self, folder: Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
@@ -230,8 +251,6 @@ class VLMAgent(Agent):
 
     def load(self, folder: Path) -> None:
         """Puts a checkpoint's weights back, bit for bit: under LoRA the adapters alone, onto the unmerged base.
-
-        To be called before the policy is wrapped for distributed training.
 
         Args:
             folder: Written by an agent from the same base, with the same calls of `add_lora` and `add_value_head`.

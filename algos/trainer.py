@@ -9,14 +9,14 @@ import math
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
@@ -26,6 +26,7 @@ from vlmenv.algos.base import Algorithm, LossInputs, Scored
 from vlmenv.algos.batch import Batch, Rollouts, Rows, micro_batches, minibatches, padding_share
 from vlmenv.algos.faults import NonFiniteError, nonfinite_gradients, nonfinite_weights, together
 from vlmenv.algos.losses import token_weights
+from vlmenv.algos.processes import processes_of
 from vlmenv.core.errors import ConfigError, DataError, PromptError
 from vlmenv.core.rollout import Rollout
 
@@ -125,9 +126,13 @@ class Trainer:
         self.is_between_steps = True
         """False once weights have been updated, which then are of no step until it is finished."""
         self.reference = agent.reference() if algorithm.wants_reference else None
-        optimizer = torch.optim.AdamW(self._parameter_groups(), lr=config.lr, weight_decay=config.weight_decay)
-        agent.policy, self.optimizer = accelerator.prepare(agent.policy, optimizer)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, config.lr_factor)
+        self.processes = processes_of(accelerator)
+        self.optimizer = self.processes.prepare(agent, self.reference, self._new_optimizer)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, config.lr_factor)
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        config = self.config
+        return torch.optim.AdamW(self._parameter_groups(), lr=config.lr, weight_decay=config.weight_decay)
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """The trained parameters, each part of the model with its learning rate."""
@@ -186,25 +191,28 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """What all processes have in common after the last finished step, but for the weights."""
-        return self._finished | {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+        scheduler = {"scheduler": self.scheduler.state_dict(), "processes": self.processes.name}
+        return self._finished | self.processes.shared_state() | scheduler
 
     def process_state(self) -> dict[str, Any]:
-        """What this process has of its own after the last finished step: random states."""
-        return self._random
+        """What this process has of its own after the last finished step: random states, its share of the optimizer."""
+        return self._random | self.processes.own_state()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes back to a `state_dict`; the agent's weights are loaded apart."""
+    def load(self, folder: Path, state: dict[str, Any], own: dict[str, Any]) -> None:
+        """Goes back to a checkpoint.
+
+        Args:
+            folder: Holds the weights.
+            state: A `state_dict`.
+            own: This process's `process_state`.
+        """
         self.step, self._shown, self._skipped = state["step"], state["shown"], state["skipped"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.processes.load(folder, state, own)
         self.scheduler.load_state_dict(state["scheduler"])
-        self._remember()
-
-    def load_process_state(self, state: dict[str, Any]) -> None:
-        """Goes back to a `process_state`."""
-        self.agent.set_rng_state(state["agent"])
-        torch.set_rng_state(state["torch"])
-        if "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"])
+        self.agent.set_rng_state(own["agent"])
+        torch.set_rng_state(own["torch"])
+        if "cuda" in own:
+            torch.cuda.set_rng_state(own["cuda"])
         self._remember()
 
     def _collect(self, shown: tuple[Any, dict[str, Any]], clock: dict[str, float]) -> tuple[Rollouts, dict[str, float]]:
@@ -230,8 +238,8 @@ class Trainer:
     def _round(self, observations: Any, infos: dict[str, Any], clock: dict[str, float]) -> Rollouts:
         """Rolls out and scores one batch of samples."""
         self._shown += 1
-        with together(self.accelerator):
-            with timed(clock, "rollout"), self.accelerator.autocast(), names_sample(infos):
+        with self._weights_for_rollout(), together(self.accelerator):
+            with timed(clock, "rollout"), self.processes.autocast(), names_sample(infos):
                 if self.algorithm.imitates:
                     rollout = self.agent.imitate(observations, list(infos["answer"]))
                 else:
@@ -239,6 +247,9 @@ class Trainer:
             with timed(clock, "score"):
                 _, rewards, _, _, infos = self.envs.step(rollout.texts)
             return Rollouts.scored(observations, rollout, rewards, infos)
+
+    def _weights_for_rollout(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.algorithm.imitates else self.processes.whole()
 
     def _learn(self, rollouts: Rollouts) -> dict[str, float]:
         """Takes the algorithm's optimiser steps on scored rollouts; means of what they log."""
@@ -283,7 +294,7 @@ class Trainer:
         And the policy's own, where the sampler's are not of the whole distribution.
         """
         for rows in self._passes(batch.rollout):
-            with self.accelerator.autocast():
+            with self.processes.autocast():
                 if self.reference is not None:
                     batch.put("ref_logprobs", rows, self.reference.logprobs(batch.rollout[rows]).values)
                 if not self.algorithm.wants_values and batch.rollout.whole:
@@ -297,19 +308,17 @@ class Trainer:
     def _update(self, batch: Batch, rollouts: Rollouts) -> dict[str, float]:
         """One optimiser step, in micro-batches; none where gradient or loss is not finite."""
         sums = self.backward(batch)
-        norm = float(self.accelerator.clip_grad_norm_(self.agent.parameters(), self.config.max_grad_norm))
         loss = float(cast(Tensor, self.accelerator.reduce(sums["loss"], "mean")))
         lr = self.config.lr * self.config.lr_factor(self.step)
-        scaled = self.accelerator.scaler is not None  # it leaves steps out by itself, and lowers its scale
+        were_between, self.is_between_steps = self.is_between_steps, False
+        norm = self.processes.step(self.config.max_grad_norm, learn=math.isfinite(loss))
         finite = math.isfinite(norm) and math.isfinite(loss)
         self._skipped = 0 if finite else self._skipped + 1
+        if not finite:  # nothing has changed
+            self.is_between_steps = were_between
         if self._skipped > self.config.max_skipped:
             what = f"the gradient's norm was {norm} and the loss {loss}"
             raise self._nonfinite(f"{what} after {self._skipped} optimiser steps without a finite one", batch, rollouts)
-        if finite or scaled:
-            self.is_between_steps = False
-            self.optimizer.step()
-        self.optimizer.zero_grad()
         metrics = {name: value.item() for name, value in sums.items()}
         return metrics | {"policy/grad_norm": norm, "policy/skipped": float(not finite), "lr": lr}
 
@@ -320,8 +329,8 @@ class Trainer:
         gradients, weights = nonfinite_gradients(self.agent.policy), nonfinite_weights(self.agent.policy)
         self.optimizer.zero_grad()
         logprobs = torch.zeros_like(batch.old_logprobs)
-        for rows in micro_batches(batch.rollout, self.config.micro_batch_size, self.config.micro_batch_tokens):
-            with torch.no_grad(), self.accelerator.autocast():
+        for rows in self._passes(batch.rollout):
+            with torch.no_grad(), self.processes.autocast():
                 values = self.agent.logprobs(batch.rollout[rows]).values
             logprobs[rows, : values.shape[1]] = values
         return NonFiniteError(message, self.step + 1, rollouts, batch, logprobs, gradients, weights)
@@ -338,7 +347,7 @@ class Trainer:
         parts = self._passes(batch.rollout)
         sums: dict[str, Tensor] = {}
         for rows in parts:
-            with self._synced(last=rows is parts[-1]):
+            with self.processes.passing(last=rows is parts[-1]):
                 logged = self._backward_part(batch[rows], num_tokens, num_sequences)
             for name, value in logged.items():
                 sums[name] = sums.get(name, 0) + value * processes / max(1, num_tokens)
@@ -346,11 +355,12 @@ class Trainer:
 
     def _passes(self, rollout: Rollout) -> list[Rows]:
         """Which completions go through the model together."""
-        return micro_batches(rollout, self.config.micro_batch_size, self.config.micro_batch_tokens)
+        parts = micro_batches(rollout, self.config.micro_batch_size, self.config.micro_batch_tokens)
+        return self.processes.cut_alike(parts)
 
     def _backward_part(self, batch: Batch, num_tokens: int, num_sequences: int) -> dict[str, Tensor]:
         """Forward and backward pass of a micro-batch; sums over its tokens of what is logged."""
-        with self.accelerator.autocast():
+        with self.processes.autocast():
             now = self.agent.logprobs(batch.rollout)
         mask = batch.mask
         weights = token_weights(
@@ -372,24 +382,13 @@ class Trainer:
             batch.returns,
         )
         output = self.algorithm.loss(inputs)
-        self.accelerator.backward(output.loss * self.accelerator.num_processes)  # which are averaged over
+        self.processes.backward(output.loss)
         entropy = now.entropy[mask].sum()
         return output.sums | {"policy/entropy": entropy, "loss": output.loss.detach() * num_tokens}
 
-    @contextmanager
-    def _synced(self, last: bool) -> Iterator[None]:
-        """Lets processes exchange gradients in the last micro-batch only."""
-        if last:
-            yield
-        else:
-            with self.accelerator.no_sync(self.agent.policy):
-                yield
-
     def _over_processes(self, metrics: dict[str, float]) -> dict[str, float]:
         """Means over all processes; of least and greatest values, the least and the greatest."""
-        if self.accelerator.num_processes == 1:
-            return metrics
-        gathered = gather_object([metrics])
+        gathered = self.processes.collect([metrics])
         names = dict.fromkeys(name for own in gathered for name in own)  # a term may be in one process's rows alone
         kinds = {"completion/min_length": min, "completion/max_length": max}
         return {name: float(kinds.get(name, np.mean)([own[name] for own in gathered if name in own])) for name in names}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,22 @@ def shared(path: str) -> Path:
     if not found.exists():
         pytest.skip(f"needs {path} of the sample data, which is not beside this checkout")
     return found
+
+
+def launch(kind: str, *args: str, cwd: Path | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Has two processes run a script or module by `accelerate launch` with a configuration of the examples."""
+    if kind.startswith("deepspeed"):
+        pytest.importorskip("deepspeed")
+    config = ["--config_file", str(ROOT / "examples" / "accelerate" / f"{kind}.yaml"), "--main_process_port", "0"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *config, "--num_processes", "2", *args]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=cwd, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        finally:
+            process.terminate()  # and not kill, which would leave the two behind
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 @pytest.fixture(autouse=True)

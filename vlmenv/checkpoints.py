@@ -29,15 +29,16 @@ def save_checkpoint(trainer: Trainer, run: RunFolder) -> None:
         TrainingError: So it is in another process.
     """
     accelerator, folder = trainer.accelerator, run.checkpoint(trainer.step)
-    partial = folder.with_name(f".{folder.name}")
+    partial, weights = folder.with_name(f".{folder.name}"), trainer.processes.weights()
     with together(accelerator), _whole(folder, partial):
         if broken := nonfinite_weights(trainer.agent.policy):
             raise CheckpointError(f"{folder} is not written: the weights {', '.join(broken[:3])} are not finite")
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
-            trainer.agent.save(partial)
+            trainer.agent.save(partial, weights)
             _save(trainer.state_dict(), partial / "trainer.pt")
     with together(accelerator), _whole(folder, partial):
+        trainer.processes.save(partial)
         _save(trainer.process_state(), partial / f"process-{accelerator.process_index}.pt")
     with together(accelerator), _whole(folder, partial):
         if accelerator.is_main_process:
@@ -48,14 +49,15 @@ def save_checkpoint(trainer: Trainer, run: RunFolder) -> None:
 
 
 def save_best(trainer: Trainer, run: RunFolder) -> None:
-    """Writes the model alone, as the best so far.
+    """Writes the model alone, as the best so far; all processes call this.
 
     Raises:
         CheckpointError: It cannot be written; the best model before is as it was.
     """
-    folder = run.path / "best"
-    with _whole(folder, folder.with_name("best.partial")):
-        trainer.agent.save(folder)
+    folder, weights = run.path / "best", trainer.processes.weights()
+    with together(trainer.accelerator), _whole(folder, folder.with_name("best.partial")):
+        if trainer.accelerator.is_main_process:
+            trainer.agent.save(folder, weights)
 
 
 def load_checkpoint(trainer: Trainer, run: RunFolder) -> None:
@@ -64,7 +66,7 @@ def load_checkpoint(trainer: Trainer, run: RunFolder) -> None:
     Where there is none yet, the trainer stays as it is, at its beginning, and the run's steps are cut out.
 
     Raises:
-        ModelError: The checkpoint is of another number of processes, or broken.
+        ModelError: The checkpoint is of another number or kind of processes, or broken.
     """
     accelerator, found = trainer.accelerator, run.checkpoints()
     if found:
@@ -82,11 +84,16 @@ def _load(trainer: Trainer, folder: Path) -> None:
     if len(list(folder.glob("process-*.pt"))) != accelerator.num_processes:
         raise ModelError(f"{folder}: saved by another number of processes than {accelerator.num_processes}")
     try:
-        trainer.agent.load(folder)
-        trainer.load_state_dict(torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True))
-        trainer.load_process_state(torch.load(own, map_location="cpu", weights_only=True))
+        state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+        _check_kind(folder, state["processes"], trainer.processes.name)
+        trainer.load(folder, state, torch.load(own, map_location="cpu", weights_only=True))
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
         raise ModelError(f"{folder}: the checkpoint cannot be read: {error}") from error
+
+
+def _check_kind(folder: Path, saved: str, now: str) -> None:
+    if saved != now:
+        raise ModelError(f"{folder}: saved by processes with {saved}, not {now}: launch them as the run was launched")
 
 
 def prune(run: RunFolder, keep: int | None) -> None:

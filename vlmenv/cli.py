@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,6 +44,10 @@ def main(args: Sequence[str] | None = None) -> None:
     except torch.OutOfMemoryError as error:
         less = "--micro-batch-size, --prompts-per-step, --batch-size or --max-new-tokens"
         _fail(error, debug, f"the GPU's memory is full: lower {less}. {error}")
+    except RuntimeError as error:
+        if not re.search("Connection (closed|reset) by peer", str(error)):
+            raise
+        _fail(error, debug, "another process has ended; its own message says why")
     except (OSError, MemoryError) as error:
         _fail(error, debug, f"{type(error).__name__}: {error}")
     except KeyboardInterrupt:
@@ -52,7 +58,8 @@ def main(args: Sequence[str] | None = None) -> None:
 def _fail(error: BaseException, debug: bool, message: str) -> None:
     if debug:
         raise error
-    Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+    where = f" in process {os.environ.get('RANK')}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    Console(stderr=True).print(f"[bold red]error{where}:[/] {escape(message)}", soft_wrap=True)
     sys.exit(1)
 
 

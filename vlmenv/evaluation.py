@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from vlmenv.agents.base import Agent
+from vlmenv.algos.faults import together
+from vlmenv.algos.processes import Processes
 from vlmenv.algos.trainer import names_sample
 from vlmenv.core.errors import ConfigError
 from vlmenv.core.files import write_whole
@@ -83,7 +86,14 @@ class Evaluation:
 
 
 def evaluate(
-    agent: Agent, envs: VisualTaskVectorEnv, count: int, *, greedy: bool, title: str, console: Console | None = None
+    agent: Agent,
+    envs: VisualTaskVectorEnv,
+    count: int,
+    *,
+    greedy: bool,
+    title: str,
+    console: Console | None = None,
+    processes: Processes | None = None,
 ) -> Evaluation:
     """Answers the first `count` samples of an environment's source.
 
@@ -94,15 +104,22 @@ def evaluate(
         greedy: Whether to take the likeliest tokens or to sample.
         title: What the progress bar says.
         console: Where it is shown.
+        processes: Divide the samples between them, and have the answers of all; one does everything where left out.
     """
+    starts = range(0, count, envs.num_groups)
+    own = starts if processes is None else processes.share(starts)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     answers: list[dict[str, Any]] = []
-    with Progress(*columns, transient=True, console=console) as progress:
-        bar = progress.add_task(title, total=count)
-        for start in range(0, count, envs.num_groups):
+    held = nullcontext() if processes is None else processes.whole()
+    stops = nullcontext() if processes is None else together(processes.accelerator)
+    with held, stops, Progress(*columns, transient=True, console=console) as progress:
+        bar = progress.add_task(title, total=sum(min(envs.num_groups, count - start) for start in own))
+        for start in own:
             stop = min(start + envs.num_groups, count)
             answers += _answer(agent, envs, range(start, stop), greedy)
             progress.advance(bar, stop - start)
+    if processes is not None:
+        answers = sorted(processes.collect(answers), key=lambda answer: answer["index"])
     return Evaluation(summarise(envs.task, answers), answers)
 
 
@@ -212,15 +229,16 @@ def run_evaluation(config: EvalConfig) -> Evaluation:
         **data,
         **config.env_arguments(),
     )
-    report_broken_rows(envs, Console())
-    device = Accelerator(cpu=config.device == "cpu").device
-    agent = load_agent(config, device)
-    agent.seed(config.seed)
-    count = sample_count(envs, config.limit)
-    evaluation = evaluate(agent, envs, count, greedy=config.samples is None, title="evaluating")
+    accelerator = Accelerator(cpu=config.device == "cpu")
+    console, processes = Console(quiet=not accelerator.is_main_process), Processes(accelerator)
+    report_broken_rows(envs, console)
+    agent = load_agent(config, accelerator.device)
+    agent.seed(config.seed + accelerator.process_index)
+    count, greedy = sample_count(envs, config.limit), config.samples is None
+    evaluation = evaluate(agent, envs, count, greedy=greedy, title="evaluating", console=console, processes=processes)
     envs.close()
-    if config.output is not None:
+    if config.output is not None and accelerator.is_main_process:
         write_evaluation(evaluation, config.output)
-    how = "greedy" if config.samples is None else f"{config.samples} sampled answers each"
-    Console().print(metrics_table(f"{config.env}, {count} samples, {how}", {config.model: evaluation}))
+    how = "greedy" if greedy else f"{config.samples} sampled answers each"
+    console.print(metrics_table(f"{config.env}, {count} samples, {how}", {config.model: evaluation}))
     return evaluation

@@ -11,12 +11,14 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import torch
 import tyro
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.algos import ALGORITHMS, AlgorithmConfig, GRPOConfig, NonFiniteError, StepResult, Trainer, TrainerConfig
 from vlmenv.algos.faults import stopped_together, together
+from vlmenv.algos.processes import processes_of
 from vlmenv.checkpoints import load_checkpoint, prune, save_best, save_checkpoint
 from vlmenv.core.config import flatten, to_yaml
 from vlmenv.core.errors import ConfigError, TrainingError, VLMEnvError, unknown_name
@@ -170,8 +172,9 @@ def run_training(config: TrainConfig[Any]) -> Path:
     if config.precision == "fp16" and (config.device == "cpu" or not torch.cuda.is_available()):
         raise ConfigError("precision fp16 needs a CUDA GPU: take fp32 or bf16")
     require_tracker(config.tracker)
-    run = RunFolder(config.resume or config.output or RunFolder.default_path(config.env, config.algo))
+    run = _run_folder(config)
     accelerator = _accelerator(config, run)
+    processes_of(accelerator)  # raises now what is wrong with them, and not when the model has been loaded
     if accelerator.is_main_process and config.resume is None:
         run.check_new()
     console = Console(quiet=not accelerator.is_main_process)
@@ -191,16 +194,24 @@ def run_training(config: TrainConfig[Any]) -> Path:
     console.print(f"{config.env}, {config.algo}, model {config.model}; writing to {run.path}", highlight=False)
     last = run.checkpoints()[-1:] if config.resume is not None else []
     tracking = Tracking(accelerator, config.tracker, run, flatten(config), step=run.step_of(last[0]) if last else 0)
-    before = _measured_before(agent, held_out, config, run, accelerator, console)
+    before = _measured_before(trainer, held_out, config, run, console)
     if config.resume is not None:
         load_checkpoint(trainer, run)
         console.print(f"going on after step {trainer.step}" if trainer.step else "no checkpoint yet: starting over")
     _Training(trainer, envs, held_out, config, run, tracking, console)()
-    after = _evaluate(agent, held_out, config, "after training", console)
+    after = _evaluate(trainer, held_out, config, "after training", console)
     if accelerator.is_main_process and held_out is not None and before is not None and after is not None:
         _compare(config, run, held_out, before, after, console)
     console.print(f"model, metrics and pictures are in {run.path}", highlight=False)
+    accelerator.state.destroy_process_group()
     return run.path
+
+
+def _run_folder(config: TrainConfig[Any]) -> RunFolder:
+    """The run's folder; where it is named by the time, by that of the main process."""
+    PartialState(cpu=config.device == "cpu")  # finds the other processes
+    path = config.resume or config.output or RunFolder.default_path(config.env, config.algo)
+    return RunFolder(Path(broadcast_object_list([path])[0]))
 
 
 def _accelerator(config: TrainConfig[Any], run: RunFolder) -> Accelerator:
@@ -255,29 +266,28 @@ def _evaluation_envs(config: TrainConfig[Any]) -> VisualTaskVectorEnv:
 
 
 def _measured_before(
-    agent: VLMAgent,
+    trainer: Trainer,
     envs: VisualTaskVectorEnv | None,
     config: TrainConfig[Any],
     run: RunFolder,
-    accelerator: Accelerator,
     console: Console,
 ) -> Evaluation | None:
     """What the model can do before training; a resumed run has it in its folder."""
     if envs is not None and config.resume is not None and (run.path / "before" / "metrics.json").is_file():
         return read_evaluation(run.path / "before", envs.task)
-    before = _evaluate(agent, envs, config, "before training", console)
-    if before is not None and accelerator.is_main_process:
+    before = _evaluate(trainer, envs, config, "before training", console)
+    if before is not None and trainer.accelerator.is_main_process:
         write_evaluation(before, run.path / "before")
     return before
 
 
 def _evaluate(
-    agent: VLMAgent, envs: VisualTaskVectorEnv | None, config: TrainConfig[Any], title: str, console: Console
+    trainer: Trainer, envs: VisualTaskVectorEnv | None, config: TrainConfig[Any], title: str, console: Console
 ) -> Evaluation | None:
     if envs is None:
         return None
     count = sample_count(envs, config.eval_limit or DEFAULT_LIMIT)
-    return evaluate(agent, envs, count, greedy=True, title=title, console=console)
+    return evaluate(trainer.agent, envs, count, greedy=True, title=title, console=console, processes=trainer.processes)
 
 
 @dataclass
@@ -326,9 +336,10 @@ class _Training:
         config, step, steps = self.config, result.step, self.config.trainer.steps
         every = _LOG_SAMPLES if config.log_samples is None else config.log_samples
         self.last = result
+        result.rollouts.records = self.trainer.processes.collect(result.rollouts.records)
+        if config.eval_every and step % config.eval_every == 0:
+            result.metrics |= self._keep_best()
         with together(self.trainer.accelerator):
-            if config.eval_every and step % config.eval_every == 0:
-                result.metrics |= self._keep_best()
             self.history.append(result.metrics)
             if self.trainer.accelerator.is_main_process:
                 self.run.write_step(result)
@@ -336,28 +347,34 @@ class _Training:
             self.tracking.log(result, self.envs.task, samples=samples)
         if config.checkpoint_every and step % config.checkpoint_every == 0:
             self._save()
-            prune(self.run, config.keep)
+            self._prune()
 
     def _save(self) -> None:
         self.saved = self.trainer.step  # once is enough, whatever becomes of it
         save_checkpoint(self.trainer, self.run)
 
+    def _prune(self) -> None:
+        if self.trainer.accelerator.is_main_process:
+            prune(self.run, self.config.keep)
+
     def _keep_best(self) -> dict[str, float]:
         """Measures the model, and saves it where it is better than any before by the first of the metrics."""
         trainer, run = self.trainer, self.run
-        evaluation = _evaluate(trainer.agent, self.held_out, self.config, f"step {trainer.step}", self.console)  # type: ignore[arg-type]
+        evaluation = _evaluate(trainer, self.held_out, self.config, f"step {trainer.step}", self.console)
         assert evaluation is not None
         name, interval = next(iter(evaluation.metrics.items()))
-        if trainer.accelerator.is_main_process and interval.value > run.best().get("value", float("-inf")):
+        if trainer.processes.agree(interval.value > run.best().get("value", float("-inf"))):
             save_best(trainer, run)
-            run.write_json("best.json", {"step": trainer.step, "metric": name, "value": interval.value})
+            with together(trainer.accelerator):
+                if trainer.accelerator.is_main_process:
+                    run.write_json("best.json", {"step": trainer.step, "metric": name, "value": interval.value})
         return {f"eval/{metric}": found.value for metric, found in evaluation.metrics.items()}
 
     def _finish(self) -> None:
         """Saves the state after the last step, and draws the curve so far."""
         if self.saved < self.trainer.step:
             self._save()
-        prune(self.run, self.config.keep)
+        self._prune()
         self._draw()
         self.tracking.close()
         if self.trainer.step < self.config.trainer.steps:
@@ -417,8 +434,11 @@ class _Training:
             return
         self._say(
             f"ended early; {saved[-1]} holds the state after step {self.run.step_of(saved[-1])}. "
-            f"Go on with: vlmenv train --resume {self.run.path}"
+            f"Go on with: vlmenv train --resume {self.run.path}{self._alike()}"
         )
+
+    def _alike(self) -> str:
+        return ", launched as this run was" if self.trainer.accelerator.num_processes > 1 else ""
 
     def _say(self, message: str) -> None:
         with suppress(OSError):  # what is printed may go to the disk that is full

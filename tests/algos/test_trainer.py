@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -201,18 +198,3 @@ def test_weights_that_are_not_finite_are_told(builtin: VLMAgent) -> None:
     with pytest.raises(NonFiniteError) as caught:
         next(trainer.train(seed=0))
     assert caught.value.weights == ["value_head.weight"]
-
-
-def test_two_processes_learn_as_one(tmp_path: Path) -> None:
-    """Two gloo processes have the gradient on halves of a batch that one has on the whole, and stay in step."""
-    script = Path(__file__).parent / "two_processes.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "process0", "process1"))
-    for name in ("gradient", "weights"):
-        torch.testing.assert_close(first[name], second[name], atol=0, rtol=0)
-    torch.testing.assert_close(first["gradient"], one["gradient"], atol=1e-6, rtol=0)
-    assert first["metrics"] == second["metrics"]
-    assert first["joined"] == {"completion/min_length": 0, "completion/max_length": 1, "loss": 0.5}
-    assert set(first["ids"]).isdisjoint(second["ids"])

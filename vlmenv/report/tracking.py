@@ -86,7 +86,8 @@ class Tracking:
         """Ends the tracker's run; Weights & Biases marks one that failed."""
         if failed and self._name == "wandb" and self._accelerator.is_main_process:
             self._accelerator.get_tracker("wandb", unwrap=True).finish(exit_code=1)
-        self._accelerator.end_training()
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
         threading.excepthook = threading.__excepthook__
 
     def _start_wandb(self, options: dict[str, str] | None) -> None:

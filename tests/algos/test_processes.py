@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from conftest import launch
+
+from vlmenv.algos.processes import processes_of
+from vlmenv.algos.processes.base import Shares
+from vlmenv.algos.processes.launch import check_deepspeed, check_fsdp
+from vlmenv.core.errors import ConfigError
+
+NAMES = {"ddp": "whole copies", "fsdp2": "FSDP2", "deepspeed_zero2": "ZeRO", "deepspeed_zero3": "ZeRO"}
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_two_processes_learn_as_one(kind: str, tmp_path: Path) -> None:
+    """They have the gradient of one, save, go on and evaluate as one, and do not wait for one another in vain."""
+    sorts = "full,lora" if importlib.util.find_spec("peft") else "full"
+    script = Path(__file__).parent / "two_processes.py"
+    done = launch(kind, str(script), NAMES[kind], sorts, str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorts.split(",")
+
+
+@pytest.mark.parametrize("as_slices", [True, False])
+def test_micro_batches_are_cut_until_all_have_as_many(as_slices: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = Shares(Accelerator(cpu=True))
+    parts: list[Any] = [slice(0, 2), slice(2, 7)] if as_slices else [np.arange(2), np.arange(2, 7)]
+    monkeypatch.setattr(shares, "collect", lambda own: [*own, 5])
+    cut = [np.arange(7)[part].tolist() for part in shares.cut_alike(parts)]
+    assert len(cut) == 5
+    assert sorted(row for part in cut for row in part) == list(range(7))
+    assert max(map(len, cut)) == 2
+    monkeypatch.setattr(shares, "collect", lambda own: [*own, 8])
+    with pytest.raises(ConfigError, match="batches of the same size"):
+        shares.cut_alike(parts)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "micro_batch_size divides batches"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "give --precision bf16"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "dynamo_backend"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "megatron_lm"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "parallelism_config"),
+    ],
+)
+def test_what_the_launch_asks_for_in_vain_is_refused(
+    variable: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "MEGATRON" in variable:
+        accelerator = Accelerator(cpu=True, mixed_precision="no")  # which would look for it
+    monkeypatch.setenv(variable, value)
+    if "MEGATRON" not in variable:
+        accelerator = Accelerator(cpu=True, mixed_precision="no")
+    with pytest.raises(ConfigError, match=message):
+        processes_of(accelerator)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fsdp_version": 1}, "set fsdp_version to 2"),
+        ({"cpu_ram_efficient_loading": True}, "fsdp_cpu_ram_efficient_loading must be false"),
+        ({"cpu_offload": True}, "fsdp_offload_params must be false"),
+        ({"activation_checkpointing": True}, "give --gradient-checkpointing"),
+        ({"ignored_modules": "visual"}, "fsdp_ignored_modules"),
+    ],
+)
+def test_what_is_not_supported_of_fsdp_is_refused(
+    options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # which the plugin changes
+    accelerator = Accelerator(cpu=True)
+    check_fsdp(accelerator, FullyShardedDataParallelPlugin(fsdp_version=2))
+    with pytest.raises(ConfigError, match=message):
+        check_fsdp(accelerator, FullyShardedDataParallelPlugin(**({"fsdp_version": 2} | options)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"zero_stage": 0}, "stage must be 1, 2 or 3"),
+        ({"zero_stage": 3, "zero3_init_flag": True}, "zero3_init_flag must be false"),
+        ({"offload_optimizer_device": "cpu"}, "offload_optimizer is not supported"),
+        ({"offload_param_device": "cpu", "zero_stage": 3, "zero3_init_flag": False}, "offload_param is not supported"),
+        ({"gradient_clipping": 0.5}, "--max-grad-norm clips"),
+        ({"gradient_accumulation_steps": 4}, "micro_batch_size divides batches"),
+        ({"hf_ds_config": {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}}, "DeepSpeed's bf16"),
+    ],
+)
+def test_what_is_not_supported_of_deepspeed_is_refused(options: dict[str, Any], message: str) -> None:
+    check_deepspeed(DeepSpeedPlugin(zero_stage=2))
+    check_deepspeed(DeepSpeedPlugin(zero_stage=3, zero3_init_flag=False))
+    with pytest.raises(ConfigError, match=message):
+        check_deepspeed(DeepSpeedPlugin(**options))
