@@ -22,5 +22,5 @@ class PatchProjection(nn.Conv3d):
 def multiply_patches(tower: nn.Module) -> None:
     """Lets a vision tower embed patches by matrix products; its weights keep their names and shapes."""
     for module in tower.modules():
-        if type(module) is nn.Conv3d and module.groups == 1 and not any(module.padding):
+        if type(module) is nn.Conv3d and module.groups == 1 and not any(module.padding) and set(module.dilation) == {1}:
             module.__class__ = PatchProjection

@@ -146,7 +146,9 @@ class _Growing:
             for i, n in enumerate(self._lengths.tolist())
         ]
         if any(np.isnan(one.logprobs).any() for one in found):
-            raise ModelError("the model's logits are not finite: its weights are not, or they overflow at this precision")
+            raise ModelError(
+                "the model's logits are not finite: its weights are not, or they overflow at this precision"
+            )
         return found
 
     def _stopped(self) -> Tensor:
