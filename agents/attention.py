@@ -251,12 +251,12 @@ class Steps(Attention):
         keys, values = prefixes.keys[block], prefixes.values[block]
         folded = self._siblings.fold(query[:, :, None], key.shape[1])
         out, lse = kernel.forward(Part(folded, keys, values, prefixes.bias, False, scale))
-        prefix = self._siblings.unfold(out, heads), self._siblings.unfold(lse[..., None], heads)[..., 0]
+        prefix = self._siblings.unfold(out, heads)[:, :, 0], self._siblings.unfold(lse[..., None], heads)[:, :, 0]
         own = [stored[block][:, :, : self.length + 1] for stored in (self._keys, self._values)]
         single = query.view(len(query), key.shape[1], -1, query.shape[2])  # [N, K, H / K, D]: its heads as queries
         out, lse = kernel.forward(Part(single, own[0], own[1], None, False, scale))
-        out, _ = _join(*prefix, out.reshape(len(query), heads, 1, -1), lse.reshape(len(query), heads, 1))
-        return out[:, :, 0]
+        share = torch.sigmoid(lse.reshape(len(query), heads, 1) - prefix[1]).to(out.dtype)
+        return torch.lerp(prefix[0], out.reshape(query.shape), share)
 
     def select(self, rows: Tensor) -> None:
         """Keeps some completions [n] alone, given on the CPU, and the prompts that these need."""

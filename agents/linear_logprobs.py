@@ -60,7 +60,7 @@ class _LinearLogProbs(torch.autograd.Function):
             normalisers[rows] = logits.logsumexp(dim=-1)
             logits -= normalisers[rows, None]
             logprobs[rows] = logits.gather(-1, targets[rows, None])[:, 0]
-            entropy[rows] = -(logits.exp() * logits).sum(dim=-1)
+            entropy[rows] = -logits.exp().mul_(logits).sum(dim=-1)
         ctx.save_for_backward(hidden, weight, bias, targets, banned, normalisers)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
@@ -75,9 +75,9 @@ class _LinearLogProbs(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=grad.dtype) if wants_bias else None
         for rows in _chunks(len(hidden), len(weight)):
             logits = _logits(hidden[rows], weight, bias, banned, ctx.temperature)
-            errors = logits.sub_(normalisers[rows, None]).exp_().neg_()
-            errors.scatter_add_(1, targets[rows, None], torch.ones_like(errors[:, :1]))
-            errors *= grad[rows, None] / ctx.temperature
+            errors = logits.sub_(normalisers[rows, None]).exp_()
+            errors.scatter_add_(1, targets[rows, None], -torch.ones_like(errors[:, :1]))
+            errors *= -grad[rows, None] / ctx.temperature
             if grad_bias is not None:
                 grad_bias += errors.sum(dim=0)
             errors = errors.to(hidden.dtype)
@@ -101,7 +101,9 @@ def _chunks(rows: int, vocabulary: int) -> list[slice]:
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, banned: Tensor, temperature: float) -> Tensor:
     """[m, V]; of banned tokens the lowest finite number, whose probability is 0 and has no entropy."""
     logits = torch.nn.functional.linear(hidden, weight, bias)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if temperature != 1:
+        logits /= temperature
     return logits.index_fill_(-1, banned, torch.finfo(logits.dtype).min)
 
 

@@ -15,6 +15,7 @@ from vlmenv.agents.attention import Attention, Continuations, Packing, Prefixes,
 from vlmenv.agents.base import LogProbs
 from vlmenv.agents.families.base import Family, join_images
 from vlmenv.agents.linear_logprobs import linear_logprobs
+from vlmenv.agents.patches import multiply_patches
 from vlmenv.core.rollout import Prompt, Rollout
 
 
@@ -61,6 +62,7 @@ class Policy(nn.Module):
         banned = torch.from_numpy(family.banned_tokens).to(family.model.device)
         self.register_buffer("banned", banned, persistent=False)
         enable_packing(cast(PreTrainedModel, family.language_model()))
+        multiply_patches(family.vision_tower())
 
     def forward(self, rollout: Rollout) -> LogProbs:
         """Log-probabilities and entropies of the completions of a rollout, and values where there is a head."""
@@ -81,7 +83,7 @@ class Policy(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states [..., H] over the vocabulary, in float32, banned tokens at -inf."""
         logits: Tensor = self._head()(hidden).float()
-        return logits.index_fill(-1, self._banned(), -torch.inf)
+        return logits.index_fill_(-1, self._banned(), -torch.inf)
 
     def prefill(self, prompts: Sequence[Prompt]) -> tuple[Prefixes, Tensor]:
         """Runs prompts through the model.
@@ -104,7 +106,7 @@ class Policy(nn.Module):
     def extend(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """Final hidden states [M, H] of packed tokens [M] at positions [M] after what `attention` holds."""
         output = self.family.language_model()(
-            inputs_embeds=self.model.get_input_embeddings()(tokens)[None],
+            input_ids=tokens[None],
             position_ids=self._on_axes(positions),
             attention_mask=no_mask(self.device),
             use_cache=False,
@@ -116,7 +118,7 @@ class Policy(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.model.device
+        return self._banned().device
 
     def _sharing(self, rollout: Rollout, packing: Packing) -> Tensor:
         """`hidden_states` with each prompt computed once."""

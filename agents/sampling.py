@@ -139,12 +139,17 @@ class _Growing:
         return going.cpu()
 
     def sampled(self) -> list[Sampled]:
-        """[N]."""
+        """[N]. Raises ModelError where the logits were not finite: asked earlier, a GPU would wait at every token."""
         tokens, logprobs = self._tokens.cpu().numpy(), self._logprobs.cpu().numpy()
-        return [
+        found = [
             Sampled(tokens[i, : n or None].copy(), logprobs[i, : n or None].copy(), "stop" if n else "length")
             for i, n in enumerate(self._lengths.tolist())
         ]
+        if any(np.isnan(one.logprobs).any() for one in found):
+            raise ModelError(
+                "the model's logits are not finite: its weights are not, or they overflow at this precision"
+            )
+        return found
 
     def _stopped(self) -> Tensor:
         """Which completions of the batch end with a stop text now, bool [n]."""
@@ -159,16 +164,25 @@ class _Growing:
 
 def _draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Draws a token from each row of logits [n, V]; also its log-probability [n]."""
-    logprobs = torch.log_softmax(logits / (sampling.temperature or 1.0), dim=-1)
-    if logprobs[:, 0].isnan().any():  # then all of the row are; on a GPU, drawing from it would end the process
-        raise ModelError("the model's logits are not finite: its weights are not, or they overflow at this precision")
+    if sampling.temperature not in (0, 1):
+        logits = logits / sampling.temperature
+    logprobs = torch.log_softmax(logits, dim=-1)
     if sampling.cuts_tail:
         logprobs = _without_tail(logprobs, sampling)
-    if sampling.temperature == 0:
-        token = logprobs.argmax(dim=-1)
-    else:
-        token = torch.multinomial(logprobs.exp(), 1, generator=generator)[:, 0]
-    return token, logprobs.gather(-1, token[:, None])[:, 0]
+    token = logprobs.argmax(dim=-1, keepdim=True) if sampling.temperature == 0 else _choose(logprobs.exp(), generator)
+    return token[:, 0], logprobs.gather(-1, token)[:, 0]
+
+
+def _choose(probs: Tensor, generator: torch.Generator) -> Tensor:
+    """Draws from each row of probabilities [n, V] by a single random number, [n, 1].
+
+    `torch.multinomial` takes one for every token of the vocabulary. The sums are in float64: in float32 the
+    unlikeliest tokens would add nothing to them, and never be drawn.
+    """
+    sums = probs.double().cumsum(dim=-1)
+    places = torch.rand(len(probs), 1, dtype=sums.dtype, device=sums.device, generator=generator)
+    found = torch.searchsorted(sums, places * sums[:, -1:], right=True)  # right: none of probability 0
+    return found.clamp_(max=probs.shape[-1] - 1)  # what is no number has no place; see `_Growing.sampled`
 
 
 def _without_tail(logprobs: Tensor, sampling: Sampling) -> Tensor:

@@ -1,0 +1,385 @@
+"""What the benchmarks of learning have in common: models of a size, prompts of a length, how time and memory are taken.
+
+Every contestant learns from the same prompts, answers them with the same number of tokens, and is stepped in turn
+with the others in one process, so that what else the machine does falls on all of them alike.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from gymnasium.vector import VectorEnv
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+
+from vlmenv.agents.families import Family, Processor, family_of
+from vlmenv.agents.policy import Policy
+from vlmenv.agents.vlm import Sampling, VLMAgent, find_model
+from vlmenv.algos import GRPO, GRPOConfig, Trainer, TrainerConfig
+from vlmenv.core.rollout import Observation, Observations, Prompt, unbatch
+
+LR = 1e-6
+"""So small that the model stays what it is, and with it the work of a step."""
+NEVER = 10**9
+LETTERS = (
+    "T: tokens of a prompt (of its image); G: completions of each; P: prompts in a step; L: tokens of a completion."
+)
+
+SIZES: dict[str, dict[str, dict[str, Any]]] = {
+    "tiny": {
+        "text_config": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1},
+        "vision_config": {"hidden_size": 64, "intermediate_size": 96, "depth": 1, "out_hidden_size": 64},
+    },
+    "1.6M": {"text_config": {}, "vision_config": {}},
+    "10M": {
+        "text_config": {
+            "hidden_size": 256,
+            "intermediate_size": 768,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+        },
+        "vision_config": {"hidden_size": 256, "intermediate_size": 768, "depth": 3, "out_hidden_size": 256},
+    },
+}
+"""What differs from the built-in model's configuration, by parameters."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is learnt from in a step."""
+
+    size: str
+    """of the model, one of `SIZES`"""
+    tokens: int
+    """T, of a prompt; four or five of ten are its image's"""
+    group_size: int
+    """G"""
+    prompts: int
+    """P"""
+    new_tokens: int
+    """L, of every completion"""
+
+    @property
+    def image_tokens(self) -> int:
+        return math.isqrt(int(0.45 * self.tokens)) ** 2
+
+    @property
+    def cells(self) -> list[str]:
+        """The first columns of a table: model, T with the image's, G, P, L."""
+        numbers = (self.group_size, self.prompts, self.new_tokens)
+        return [self.size, f"{self.tokens:,} ({self.image_tokens})", *map(str, numbers)]
+
+    @property
+    def count(self) -> int:
+        """N, the completions"""
+        return self.prompts * self.group_size
+
+
+def new_model(size: str) -> PreTrainedModel:
+    """A Qwen3-VL with random weights, the same whenever it is made."""
+    config = AutoConfig.from_pretrained(find_model("builtin"))
+    for part, changes in SIZES[size].items():
+        for name, value in changes.items():
+            setattr(getattr(config, part), name, value)
+    return model_from(config)
+
+
+def model_from(config: Any, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model of random weights, the same whenever it is made."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def processor_of(folder: Path) -> Processor:
+    """A folder's processor, which leaves images of any size as large as they are."""
+    processor = Processor.from_pretrained(folder)
+    processor.image_processor.size = {"shortest_edge": 1, "longest_edge": 2**24}
+    return processor
+
+
+def family_without_end(model: PreTrainedModel, processor: Processor) -> Family:
+    """A model's family that bans the end tokens too, so that all completions are as long as they may be."""
+    known = family_of(model.config.model_type)
+
+    class Endless(known):  # type: ignore[misc, valid-type]
+        @cached_property
+        def banned_tokens(self) -> NDArray[np.int64]:
+            return np.union1d(super().banned_tokens, self.end_tokens)
+
+    return Endless(model, processor)
+
+
+def observations(family: Family, case: Case) -> list[Observation]:
+    """Prompts of exactly so many tokens, with an image of noise, each once."""
+    rng = np.random.default_rng(0)
+    image_processor = family.processor.image_processor
+    side = math.isqrt(case.image_tokens) * image_processor.patch_size * image_processor.merge_size
+    return [
+        of_length(family, case.tokens, rng.integers(256, size=(side, side, 3), dtype=np.uint8))
+        for _ in range(case.prompts)
+    ]
+
+
+def of_length(family: Family, tokens: int, image: NDArray[np.uint8]) -> Observation:
+    shortest = len(family.encode({"images": (image,), "prompt": "circle"}).input_ids)
+    found: Observation = {"images": (image,), "prompt": "circle" + " circle" * (tokens - shortest)}
+    assert len(family.encode(found).input_ids) == tokens, "a word of the filling is not one token"
+    return found
+
+
+def rewards(case: Case) -> NDArray[np.float64]:
+    """[N], different for each completion of a group, and the same in every step."""
+    return np.random.default_rng(1).random(case.count)
+
+
+class Shown(VectorEnv[Any, Any, Any]):
+    """Environments that show the same prompts in every step, each to a group, and pay the same rewards."""
+
+    def __init__(self, prompts: Sequence[Observation], case: Case) -> None:
+        rows = [one for one in prompts for _ in range(case.group_size)]
+        self.num_envs, self.group_size = case.count, case.group_size
+        self.shown = {"images": tuple(row["images"] for row in rows), "prompt": tuple(row["prompt"] for row in rows)}
+        self.rewards = rewards(case)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        return self.shown, {}
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        ends = np.ones(self.num_envs, dtype=bool)
+        return self.shown, self.rewards, ends, ~ends, {}
+
+
+class LooksOnce(Policy):
+    """Looks at each image once, however often its prompt is repeated."""
+
+    def _look(self, prompts: Sequence[Prompt]) -> Any:
+        once = {id(prompt): super(LooksOnce, self)._look([prompt]) for prompt in {id(p): p for p in prompts}.values()}
+        return self.family.join_features([once[id(prompt)] for prompt in prompts])
+
+
+Way = Literal["shared", "image once", "plain"]
+"""What a group computes once: its prompt with the image, the image alone, or nothing."""
+
+
+class Repeating(VLMAgent):
+    """Gives every completion a prompt of its own, as if there were no groups.
+
+    Args:
+        encodes_each: Whether to preprocess the image for every completion too.
+    """
+
+    def __init__(self, *args: Any, encodes_each: bool, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.encodes_each = encodes_each
+
+    def encode(self, observations: Observations) -> tuple[list[Prompt], np.ndarray]:
+        if self.encodes_each:
+            listed = unbatch(observations)
+            return [self.family.encode(one) for one in listed], np.arange(len(listed))
+        prompts, index = super().encode(observations)
+        return [prompts[i] for i in index], np.arange(len(index))
+
+
+def new_agent(family: Family, way: Way, new_tokens: int, policy: Callable[[Family], Policy] | None = None) -> VLMAgent:
+    """An agent that computes a group's prompt in one of the ways."""
+    sampling, folder = Sampling(max_new_tokens=new_tokens), find_model("builtin")
+    if way == "shared":
+        agent = VLMAgent(family, folder, sampling=sampling)
+    else:
+        agent = Repeating(family, folder, sampling=sampling, share_prefixes=False, encodes_each=way == "plain")
+    if way == "image once" or policy is not None:
+        agent.policy = (policy or LooksOnce)(family)
+        agent.family_policy.share_prefixes = way == "shared"
+    return agent
+
+
+class Contestant(Protocol):
+    """Something that takes optimiser steps."""
+
+    def step(self) -> dict[str, float]:
+        """Rolls out and learns; seconds by phase, `step` the whole."""
+
+    def logprobs(self) -> None:
+        """Computes the log-probabilities of the last step's completions, without gradient."""
+
+    def update(self) -> None:
+        """Learns from the last step's completions once more: forward and backward pass and optimiser step."""
+
+
+class Ours:
+    """vlmenv's own trainer.
+
+    Args:
+        agent: To be trained.
+        prompts: That it is asked.
+        case: How.
+        accelerator: On its device.
+    """
+
+    def __init__(self, agent: VLMAgent, prompts: Sequence[Observation], case: Case, accelerator: Accelerator) -> None:
+        self.agent = agent
+        self.encoding = 0.0
+        self._wrap_encode()
+        config = TrainerConfig(steps=NEVER, lr=LR, warmup_steps=0, lr_schedule="constant")
+        algorithm = GRPO(GRPOConfig(group_size=case.group_size))
+        self.trainer = Trainer(agent, Shown(prompts, case), algorithm, config, accelerator)
+        self._steps = self.trainer.train(seed=0)
+        self.last: Any = None
+
+    def step(self) -> dict[str, float]:
+        self.encoding = 0.0
+        started = time.perf_counter()
+        self.last = next(self._steps)
+        whole = time.perf_counter() - started
+        metrics = self.last.metrics
+        rollout = metrics["time/rollout"] + metrics["time/score"]
+        generate = metrics["time/rollout"] - self.encoding
+        return {"step": whole, "rollout": rollout, "generate": generate, "update": metrics["time/update"]}
+
+    @torch.no_grad()
+    def logprobs(self) -> None:
+        with self.trainer.accelerator.autocast():
+            self.agent.logprobs(self.last.rollouts.rollout)
+
+    def update(self) -> None:
+        self.trainer._learn(self.last.rollouts)
+
+    def _wrap_encode(self) -> None:
+        """Notes how long preprocessing takes, which `time/rollout` holds too."""
+        encode = self.agent.encode
+
+        def timed(observations: Observations) -> Any:
+            started = time.perf_counter()
+            result = encode(observations)
+            self.encoding += time.perf_counter() - started
+            return result
+
+        self.agent.encode = timed  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Times of the same work."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.seconds))
+
+    def __str__(self) -> str:
+        """Milliseconds, with the least and the most."""
+        return f"{self.median * 1e3:,.0f} ({min(self.seconds) * 1e3:,.0f}–{max(self.seconds) * 1e3:,.0f})"
+
+
+def alternate(contestants: dict[str, Contestant], rounds: int) -> dict[str, dict[str, Spread]]:
+    """Times of each contestant by phase, `logprobs` among them, taken in turn; a first round is not counted."""
+    taken: dict[str, list[dict[str, float]]] = {name: [] for name in contestants}
+    for _ in range(rounds + 1):
+        for name, contestant in contestants.items():
+            gc.collect()
+            taken[name].append(contestant.step() | {"logprobs": seconds_of(contestant.logprobs)})
+    return {
+        name: {phase: Spread(tuple(one[phase] for one in found[1:])) for phase in found[0]}
+        for name, found in taken.items()
+    }
+
+
+def seconds_of(call: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def peak_memory(call: Callable[[], Any]) -> int:
+    """The most bytes of tensors that a call holds at a time, above what was there before it.
+
+    On the CPU it is the sum over the allocations and frees that PyTorch's own allocator reports to its profiler: all
+    of them, those inside of kernels and of the backward pass too, to the byte and whatever else the process does. (The
+    process's resident memory would show what the C library keeps for later; a mode over dispatched operations would
+    miss what kernels take for themselves.) On a GPU it is the allocator's own count.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        call()
+    found = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    found.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((int(event.nbytes()) for event in found), initial=0))
+
+
+def ratio(theirs: dict[str, Spread], ours: dict[str, Spread], phase: str) -> str:
+    """How many times as fast ours is."""
+    return f"{theirs[phase].median / ours[phase].median:.1f}×"
+
+
+def gradient_of(model: PreTrainedModel) -> Tensor:
+    """Of all parameters, in the order of their names."""
+    return torch.cat([p.grad.flatten() for _, p in sorted(model.named_parameters()) if p.grad is not None])
+
+
+def largest_difference(found: Tensor, right: Tensor) -> float:
+    """As a share of the largest number."""
+    return float((found - right).abs().max() / right.abs().max())
+
+
+@contextmanager
+def none_banned(policy: Policy) -> Iterator[None]:
+    """Lets log-probabilities be of the whole vocabulary, as trainers have them that ban no tokens."""
+    banned = policy.banned
+    policy.banned = banned[:0]
+    yield
+    policy.banned = banned
+
+
+def hardware(what: str = "") -> str:
+    """The machine, and `what` more there is to say, before the versions."""
+    return f"{cores()} cores of {processor_name()}, {what}torch {torch.__version__}"
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor_name() -> str:
+    """The CPU's model, or what kind it is where that is not told."""
+    if Path("/proc/cpuinfo").is_file():
+        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        if models:
+            return models[0].partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def report(lines: list[str], output: Path | None) -> None:
+    """Prints a table, and writes it where asked."""
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if output is not None:
+        output.write_text(text, encoding="utf-8")
