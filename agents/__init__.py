@@ -1,6 +1,10 @@
 """Agents: policies that look at observations and write answers."""
 
-from vlmenv.agents.base import Agent, LogProbs, Reference
-from vlmenv.agents.vlm import VLMAgent
+from vlmenv.agents.torchvision import mend_torchvision
+
+mend_torchvision()  # before transformers imports it
+
+from vlmenv.agents.base import Agent, LogProbs, Reference  # noqa: E402
+from vlmenv.agents.vlm import VLMAgent  # noqa: E402
 
 __all__ = ["Agent", "LogProbs", "Reference", "VLMAgent"]

@@ -110,6 +110,9 @@ class Agent(ABC):
     def sync(self) -> None:  # noqa: B027 (most agents have nobody to tell)
         """Hands the present weights to whatever else generates from them; to be called when they have changed."""
 
+    def close(self) -> None:  # noqa: B027 (most agents hold nothing)
+        """Lets go of what else generates from the weights."""
+
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that are trained."""
         return [parameter for parameter in self.policy.parameters() if parameter.requires_grad]

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from vlmenv.agents.families import Family
 from vlmenv.core.errors import ModelError
@@ -98,6 +99,14 @@ def write_model(folder: Path, family: Family, state: dict[str, Tensor]) -> None:
         model.save_pretrained(folder, state_dict=state)
     finally:
         model.generation_config = generation
+
+
+def published_weights(family: Family, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A model's weights by the names, and in the shapes, that `write_model` gives them; those of two names once."""
+    tied = getattr(family.model, "all_tied_weights_keys", {})
+    own = {name: tensor.detach() for name, tensor in state.items() if name not in tied}
+    published: dict[str, Tensor] = revert_weight_conversion(family.model, own)
+    return published
 
 
 def copy_processor(source: Path, folder: Path) -> None:

@@ -19,6 +19,7 @@ from vlmenv.agents.checkpoints import (
     copy_processor,
     find_model,
     load_model,
+    published_weights,
     put_back,
     read_tensors,
     whole_folder,
@@ -114,12 +115,15 @@ class VLMAgent(Agent):
         if self.engine is not None:
             self.engine.sync(self._published_weights())
 
+    def close(self) -> None:
+        if self.engine is not None:
+            self.engine.close()
+            self.engine = None
+
     def _published_weights(self) -> dict[str, Tensor]:
-        """The model's weights as `save` writes them: adapters merged in, those of two names once."""
+        """The model's weights as `save` writes them, adapters merged in."""
         model = _under("model.", self.family_policy.state_dict())
-        tied = getattr(self.family.model, "all_tied_weights_keys", {})
-        weights = model if self.lora is None else self.lora.merged(model)
-        return {name: tensor.detach() for name, tensor in weights.items() if name not in tied}
+        return published_weights(self.family, model if self.lora is None else self.lora.merged(model))
 
     def logprobs(self, rollout: Rollout) -> LogProbs:
         return super().logprobs(self._with_image(rollout))
@@ -296,6 +300,7 @@ class VLMAgent(Agent):
         """
         listed = unbatch(observations)
         firsts, index = group_neighbours(listed)
+        most = self.max_length if self.engine is None else min(self.max_length, self.engine.max_length)
         prompts = []
         for i in firsts:
             try:
@@ -303,11 +308,12 @@ class VLMAgent(Agent):
             except ValueError as error:
                 raise PromptError(i, str(error)) from error
             length = len(prompts[-1].input_ids)
-            if length + self.max_new_tokens > self.max_length:
+            if length + self.max_new_tokens > most:
                 raise PromptError(
                     i,
                     f"the prompt has {length} tokens, which leaves no room for max_new_tokens={self.max_new_tokens} "
-                    f"in the model's {self.max_length}; use smaller images or a shorter prompt",
+                    f"in the {'engine' if most < self.max_length else 'model'}'s {most}; use smaller images or a "
+                    "shorter prompt",
                 )
         return prompts, index
 

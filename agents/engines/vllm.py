@@ -7,6 +7,7 @@ values of prompts, features of images) is forgotten then: it came of the old wei
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor
 from vlmenv.agents.engines.base import Engine, Request
 from vlmenv.agents.families import Family
 from vlmenv.agents.sampling import Sampled, Sampling
+from vlmenv.agents.torchvision import is_mended
 from vlmenv.core.errors import ConfigError, EngineError
 
 _ENVIRONMENT = {
@@ -31,7 +33,11 @@ _ENVIRONMENT = {
 }
 _ON_CPU = {"TORCHDYNAMO_DISABLE": "1"}  # to compile takes longer than most runs there
 _CPU_CACHE = 256 << 20
-"""Bytes for keys and values on a CPU."""
+"""Bytes for keys and values on a CPU, or more where a few of the longest completions would not fit."""
+_MISSING = (
+    'the engine vllm needs the extra "vllm": pip install "vlmenv[vllm]" on a machine with a CUDA GPU; '
+    "docs/vllm.md says how to go without one"
+)
 
 
 class VLLMEngine(Engine):
@@ -66,7 +72,9 @@ class VLLMEngine(Engine):
     ) -> None:
         vllm = import_vllm(device)
         self._vllm, self._folder, self._family = vllm, folder, family
-        on_cpu: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": _CPU_CACHE, "max_num_seqs": 64}
+        self._device, self.max_length = device, max_length
+        cache = max(_CPU_CACHE, 4 * max_length * _bytes_per_token(family, dtype))
+        on_cpu: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": cache, "max_num_seqs": 128}
         try:
             self._llm = vllm.LLM(
                 model=str(folder),
@@ -78,20 +86,23 @@ class VLLMEngine(Engine):
                 additional_config={"vlmenv_banned": family.banned_tokens.tolist()},
                 enable_prefix_caching=True,
                 seed=seed,
+                use_tqdm_on_load=False,
                 **(on_cpu if device.type == "cpu" else {"gpu_memory_utilization": memory_share}),
             )
         except (RuntimeError, ValueError, OSError) as error:
             raise EngineError(f"vLLM cannot be started with {folder}: {error}") from error
-        self._names = _weight_names(folder)
+        # Some publishers write a head out that is an embedding's.
+        self._names = _weight_names(folder) - set(getattr(family.model, "all_tied_weights_keys", {}))
 
     def generate(
         self, requests: Sequence[Request], index: NDArray[np.int64], sampling: Sampling, rng: np.random.Generator
     ) -> list[Sampled]:
         counts = np.bincount(index, minlength=len(requests))
         prompts = [_as_input(request) for request in requests]
-        params = [self._params(sampling, int(count), int(rng.integers(2**31))) for count in counts]
         try:
-            outputs = self._llm.generate(prompts, params, use_tqdm=False)
+            params = [self._params(sampling, int(count), int(rng.integers(2**31))) for count in counts]
+            with torch.autocast(self._device.type, enabled=False):  # the trainer's precision is none of the engine's
+                outputs = self._llm.generate(prompts, params, use_tqdm=False)
         except (RuntimeError, ValueError) as error:
             raise EngineError(f"vLLM failed to generate: {error}") from error
         for request, output in zip(requests, outputs, strict=True):
@@ -112,9 +123,12 @@ class VLLMEngine(Engine):
         self._forget()
 
     def _forget(self) -> None:
+        """Drops keys and values of prompts, and features of images.
+
+        vLLM's third cache stays: it holds images as they go into the model, on which no weight has any bearing.
+        """
         self._llm.reset_prefix_cache()
         self._llm.llm_engine.reset_encoder_cache()
-        self._llm.reset_mm_cache()
 
     def close(self) -> None:
         self._llm.llm_engine.engine_core.shutdown()
@@ -135,6 +149,12 @@ class VLLMEngine(Engine):
         )
 
 
+def require_vllm() -> None:
+    """Raises ConfigError where vLLM is not installed; takes no time."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(_MISSING)
+
+
 def import_vllm(device: torch.device) -> Any:
     """The module, with the environment that it is to find.
 
@@ -144,12 +164,15 @@ def import_vllm(device: torch.device) -> Any:
     for name, value in (_ENVIRONMENT | (_ON_CPU if device.type == "cpu" else {})).items():
         os.environ.setdefault(name, value)
     try:
-        return importlib.import_module("vllm")
+        vllm = importlib.import_module("vllm")
     except ImportError as error:
-        raise ConfigError(
-            'the engine vllm needs the extra "vllm": pip install "vlmenv[vllm]" on a machine with a CUDA GPU; '
-            f"docs/vllm.md says how to go without one ({error})"
-        ) from error
+        raise ConfigError(f"{_MISSING} ({error})") from error
+    if is_mended():
+        # vLLM would look at a model's class in another process, where torchvision is as it was. That spares CUDA from
+        # being started here, of which this torch has none.
+        registry = importlib.import_module("vllm.model_executor.models.registry")
+        registry._run_in_subprocess = lambda look: look()  # type: ignore[attr-defined]
+    return vllm
 
 
 def check_prompt(request: Request, token_ids: Sequence[int]) -> None:
@@ -173,6 +196,13 @@ def check_names(weights: Mapping[str, Tensor], names: set[str]) -> None:
             f"the trainer's weights are not those of the engine's model: {len(missing)} are missing {missing[:3]}, "
             f"{len(unknown)} are unknown {unknown[:3]}"
         )
+
+
+def _bytes_per_token(family: Family, dtype: torch.dtype) -> int:
+    """What the keys and values of a token take."""
+    config = family.model.config.get_text_config()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * config.num_key_value_heads * size * dtype.itemsize)
 
 
 def _weight_names(folder: Path) -> set[str]:

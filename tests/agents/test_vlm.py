@@ -194,6 +194,14 @@ def test_a_saved_model_is_loaded_by_plain_transformers(agent: VLMAgent, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_an_engine_is_given_the_weights_by_the_names_that_are_saved(agent: VLMAgent, tmp_path: Path) -> None:
+    agent.save(tmp_path / "model")
+    saved, handed = load_file(tmp_path / "model" / "model.safetensors"), agent._published_weights()
+    assert handed.keys() == saved.keys()
+    for name, tensor in saved.items():
+        assert torch.equal(handed[name], tensor), name
+
+
 def test_generation_settings_that_transformers_would_not_save_are_no_obstacle(
     builtin: VLMAgent, tmp_path: Path
 ) -> None:

@@ -1,0 +1,265 @@
+"""The real vLLM against the trainer's own model. One engine serves all tests of a family; `sync` hands it weights."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from batches import loss_of, observations, ragged
+
+from vlmenv.agents.engines.base import Engine
+from vlmenv.agents.engines.vllm import VLLMEngine
+from vlmenv.agents.sampling import Sampling, _without_tail
+from vlmenv.agents.vlm import VLMAgent, find_model
+from vlmenv.core.errors import EngineError, PromptError
+from vlmenv.core.rollout import Observation, Observations, Rollout
+
+pytestmark = pytest.mark.vllm
+UPDATES = 20
+NAMES = ("token_ids", "logprobs")
+
+
+def batch() -> list[Observation]:
+    """Prompts with one image, two and none; one fills a block of the prefix cache, of 128 tokens on CPUs."""
+    image = ragged()[0]["images"]
+    return [*ragged(), *[{"images": image, "prompt": "Locate the red circle, " * 30}] * 2]
+
+
+def start(agent: VLMAgent, max_length: int = 1024) -> VLLMEngine:
+    device = torch.device("cpu")
+    return VLLMEngine(agent.folder, agent.family, device=device, dtype=torch.float32, max_length=max_length)
+
+
+@pytest.fixture(scope="module", params=["builtin", "qwen2_5_vl"])
+def folder(request: pytest.FixtureRequest, qwen2_5_vl_folder: Path) -> Path:
+    return qwen2_5_vl_folder if request.param == "qwen2_5_vl" else find_model("builtin")
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Iterator[Engine]:
+    engine = start(VLMAgent.from_pretrained(folder))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def agent(folder: Path, engine: Engine) -> VLMAgent:
+    agent = VLMAgent.from_pretrained(folder, sampling=Sampling(max_new_tokens=12))
+    agent.seed(0)
+    agent.engine = engine
+    agent.sync()
+    return agent
+
+
+def by_model(agent: VLMAgent, asked: Observations, sampling: Sampling) -> Rollout:
+    """What the trainer's own model generates."""
+    engine, agent.engine = agent.engine, None
+    agent.sampling, former = sampling, agent.sampling
+    try:
+        return agent.rollout(asked)
+    finally:
+        agent.engine, agent.sampling = engine, former
+
+
+def by_engine(agent: VLMAgent, asked: Observations, sampling: Sampling) -> Rollout:
+    agent.sampling, former = sampling, agent.sampling
+    try:
+        return agent.rollout(asked)
+    finally:
+        agent.sampling = former
+
+
+def assert_alike(one: Rollout, other: Rollout) -> None:
+    """The same tokens, texts and finish reasons; log-probabilities within 1e-4."""
+    for a, b in zip(one.completions, other.completions, strict=True):
+        assert (a.text, a.token_ids.tolist(), a.finish_reason) == (b.text, b.token_ids.tolist(), b.finish_reason)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+
+
+def assert_in_step(agent: VLMAgent, asked: Observations) -> list[str]:
+    """Greedy answers are those of the trainer's model, and what is sampled has its log-probabilities."""
+    greedy = replace(agent.sampling, temperature=0.0)
+    assert_alike(by_engine(agent, asked, greedy), by_model(agent, asked, greedy))
+    rollout = agent.rollout(asked)
+    expected = agent.logprobs(rollout).values.detach().numpy()
+    for row, completion in enumerate(rollout.completions):
+        np.testing.assert_allclose(completion.logprobs, expected[row, : len(completion.token_ids)], atol=1e-4)
+    return by_engine(agent, asked, greedy).texts
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["all weights", "adapters"])
+def test_the_engine_is_in_step_before_and_after_each_update(agent: VLMAgent, lora: bool) -> None:
+    """The same prompts are asked again after each."""
+    torch.manual_seed(0)
+    if lora:
+        pytest.importorskip("peft")
+        agent.add_lora(rank=4, alpha=32, vision=True)
+    optimizer = torch.optim.AdamW(agent.parameters(), lr=1e-2 if lora else 1e-3)
+    start = {name: parameter.detach().clone() for name, parameter in agent.policy.named_parameters()}
+    answers = {tuple(assert_in_step(agent, batch()))}
+    for _ in range(UPDATES):
+        optimizer.zero_grad()
+        loss_of(agent, agent.rollout(batch())).backward()
+        optimizer.step()
+        agent.sync()
+        answers.add(tuple(assert_in_step(agent, batch())))
+    assert len(answers) > UPDATES // 2, "the policy has hardly changed"
+    changed = {name for name, parameter in agent.policy.named_parameters() if not torch.equal(parameter, start[name])}
+    assert any("visual" in name for name in changed)
+    assert any("language_model" in name for name in changed)
+
+
+def test_what_is_sampled_has_the_log_probabilities_of_the_models_sampler(agent: VLMAgent) -> None:
+    sampling = Sampling(temperature=0.7, max_new_tokens=12, top_k=9, top_p=0.8)
+    rollout = by_engine(agent, ragged(), sampling)
+    tokens, found = (np.concatenate([getattr(one, name) for one in rollout.completions]) for name in NAMES)
+    hidden, _ = agent.family_policy.hidden_states(rollout)
+    logprobs = torch.log_softmax(agent.family_policy.logits(hidden) / sampling.temperature, dim=-1)
+    expected = _without_tail(logprobs, sampling).gather(-1, torch.from_numpy(tokens)[:, None])[:, 0]
+    np.testing.assert_allclose(found, expected.detach().numpy(), atol=1e-4)
+    assert not rollout.whole
+
+
+def test_samples_follow_the_distribution(agent: VLMAgent) -> None:
+    """The frequencies of the first token, against the probabilities that the model's sampler draws with."""
+    sampling, count = Sampling(temperature=1.5, max_new_tokens=1, top_k=20, top_p=0.9), 1024
+    rollout = by_engine(agent, ragged()[:1] * count, sampling)
+    hidden, _ = agent.family_policy.hidden_states(rollout[:1])
+    logits = agent.family_policy.logits(hidden[0])[None].detach()
+    expected = _without_tail(torch.log_softmax(logits / sampling.temperature, dim=-1), sampling)[0].exp().numpy()
+    sampled = np.bincount([one.token_ids[0] for one in rollout.completions], minlength=len(expected)) / count
+    assert (sampled[expected == 0] == 0).all()
+    assert np.abs(sampled - expected).max() < 5 * np.sqrt(0.25 / count)
+
+
+def test_banned_tokens_are_never_sampled(agent: VLMAgent) -> None:
+    """Even by a policy that wants nothing else."""
+    model = agent.family.model
+    pads = [model.config.image_token_id, model.config.video_token_id]
+    hidden, _ = agent.family_policy.hidden_states(agent.rollout(ragged()))
+    direction = hidden.detach().mean(dim=0)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[pads] = 100 * direction / direction.norm()
+    wanted = model.lm_head(hidden).argmax(dim=-1)
+    assert np.isin(wanted.numpy(), pads).mean() > 0.5
+    agent.sync()
+    for sampling in (agent.sampling, replace(agent.sampling, temperature=0.0)):
+        sampled = np.concatenate([one.token_ids for one in by_engine(agent, ragged(), sampling).completions])
+        assert not np.isin(sampled, agent.family.banned_tokens).any()
+
+
+def test_stop_texts_and_truncation_end_answers_as_the_model_does(agent: VLMAgent) -> None:
+    whole = by_model(agent, ragged(), Sampling(0.0, max_new_tokens=24))
+    texts = [one.text for one in whole.completions]
+    stops = tuple(sorted({text[3:6] for text in texts if len(text) > 8}))
+    assert stops
+    reasons = set()
+    for sampling in (
+        Sampling(0.0, max_new_tokens=24),
+        Sampling(0.0, max_new_tokens=24, stop=stops),
+        Sampling(0.0, max_new_tokens=24, stop=stops[:1]),
+        Sampling(0.0, max_new_tokens=3),
+        Sampling(0.0, max_new_tokens=1),
+    ):
+        expected = by_model(agent, ragged(), sampling)
+        assert_alike(by_engine(agent, ragged(), sampling), expected)
+        reasons |= {(one.finish_reason, one.text.endswith(stops)) for one in expected.completions}
+    assert {("stop", True), ("length", False)} <= reasons
+
+
+def test_a_seed_fixes_the_samples(agent: VLMAgent) -> None:
+    def texts(seed: int) -> list[str]:
+        agent.seed(seed)
+        return agent.rollout(observations(8, 4)).texts
+
+    agent.sampling = Sampling(temperature=2.0, max_new_tokens=12)
+    first = texts(1)
+    assert first == texts(1)
+    assert first != texts(2)
+    assert len(set(first[:4])) == 4
+
+
+def test_a_missing_and_an_unknown_weight_are_refused(agent: VLMAgent) -> None:
+    weights = agent._published_weights()
+    name = next(iter(weights))
+    without = {other: tensor for other, tensor in weights.items() if other != name}
+    with pytest.raises(EngineError, match=rf"1 are missing \['{name}'\]"):
+        agent.engine.sync(without)
+    with pytest.raises(EngineError, match=r"1 are unknown \['model\.extra'\]"):
+        agent.engine.sync(weights | {"model.extra": weights[name]})
+    with pytest.raises(EngineError, match=r"1 are missing .* 1 are unknown"):
+        agent.engine.sync(without | {"model.extra": weights[name]})
+
+
+def test_a_prompt_that_is_read_otherwise_is_told_with_both_readings(
+    agent: VLMAgent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = agent.family.encode
+
+    def otherwise(observation: Any) -> Any:
+        prompt = encode(observation)
+        return replace(prompt, input_ids=np.append(prompt.input_ids[:-1], [7, 8]))
+
+    prompt = encode(ragged()[0]).input_ids
+    monkeypatch.setattr(agent.family, "encode", otherwise)
+    place = len(prompt) - 1
+    told = (
+        rf"{len(prompt)} tokens against {len(prompt) + 1}, and from token {place} on \[{prompt[-1]}\] against \[7, 8\]"
+    )
+    with pytest.raises(EngineError, match=told):
+        agent.rollout(ragged()[:1])
+
+
+def test_a_prompt_beyond_the_engines_length_is_refused(agent: VLMAgent) -> None:
+    with pytest.raises(PromptError, match="leaves no room for max_new_tokens=12 in the engine's 1024"):
+        agent.act([{"images": (), "prompt": "circle " * 1100}])
+
+
+@pytest.mark.parametrize("folder", ["builtin"], indirect=True)
+def test_other_precisions_around_it_leave_the_engine_as_it_is(agent: VLMAgent) -> None:
+    """The trainer's autocast is none of the engine's."""
+    greedy = Sampling(0.0, max_new_tokens=12)
+    expected = by_engine(agent, ragged(), greedy)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = by_engine(agent, ragged(), greedy)
+    for a, b in zip(expected.completions, again.completions, strict=True):
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("folder", ["builtin"], indirect=True)
+@pytest.mark.parametrize("left_out", ["reset_prefix_cache", "reset_encoder_cache"])
+def test_each_cache_has_to_be_reset(left_out: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without either, the check of the other tests fails on prompts that are asked again."""
+    agent = VLMAgent.from_pretrained(folder, sampling=Sampling(max_new_tokens=4))
+    agent.engine = engine = start(agent)
+    block = engine._llm.llm_engine.vllm_config.cache_config.block_size
+    assert max(len(prompt.input_ids) for prompt in agent.encode(batch())[0]) > block
+    try:
+        assert_in_step(agent, batch())
+        with torch.no_grad():
+            for parameter in agent.policy.parameters():
+                parameter.mul_(1.05)
+        monkeypatch.setattr(engine._llm if left_out == "reset_prefix_cache" else engine._llm.llm_engine, left_out, int)
+        agent.sync()
+        with pytest.raises((AssertionError, EngineError)):
+            assert_in_step(agent, batch())
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("folder", ["builtin"], indirect=True)
+def test_signals_stay_ours(folder: Path) -> None:
+    former = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    agent = VLMAgent.from_pretrained(folder, sampling=Sampling(max_new_tokens=4))
+    agent.engine = start(agent)
+    agent.act(ragged())
+    agent.sync()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == former
+    agent.close()
+    assert agent.engine is None

@@ -1,0 +1,102 @@
+"""`vlmenv train` and `vlmenv eval` with the real vLLM."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlmenv.cli import main
+
+pytestmark = pytest.mark.vllm
+VLLM = ["--engine", "vllm", "--engine-length", "512"]
+TINY = ["--prompts-per-step", "2", "--group-size", "4", "--eval-limit", "4", "--device", "cpu"]
+
+
+def rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def timeless(run: Path) -> list[dict[str, Any]]:
+    kept = rows(run / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"} for row in kept]
+
+
+def command(*args: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "vlmenv", *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.parametrize("how", ["all weights", "adapters"])
+def test_a_resumed_run_goes_on_as_if_it_had_not_been_cut_off(how: str, tmp_path: Path) -> None:
+    """Adapters are trained in bfloat16, with an engine of that precision."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = ["--steps", "3", "--checkpoint-every", "2", *VLLM, *TINY]
+    if how == "adapters":
+        pytest.importorskip("peft")
+        options += ["--lora-rank", "4", "--precision", "bf16", "--eval-every", "2"]
+    main(["train", *options, "--output", str(whole)])
+    lines = rows(whole / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert all(line["time/sync"] > 0 for line in lines)
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoints" / "step-3")
+    (cut / "evaluation.json").unlink()
+    main(["train", "--resume", str(cut)])
+    assert timeless(cut) == timeless(whole)
+    assert json.loads((cut / "evaluation.json").read_text()) == json.loads((whole / "evaluation.json").read_text())
+
+
+def test_both_engines_measure_the_same(tmp_path: Path) -> None:
+    for engine in ([], VLLM):
+        folder = str(tmp_path / (engine or ["", "hf"])[1])
+        main(["eval", "--limit", "12", "--device", "cpu", "--output", folder, *engine])
+    assert rows(tmp_path / "vllm" / "answers.jsonl") == rows(tmp_path / "hf" / "answers.jsonl")
+
+
+def test_what_was_learnt_is_what_is_measured_and_saved(tmp_path: Path) -> None:
+    """After training the engine answers as the saved model does."""
+    run = tmp_path / "run"
+    main(["train", "--steps", "2", "--lr", "3e-3", "--warmup-steps", "0", "--output", str(run), *VLLM, *TINY])
+    after = json.loads((run / "evaluation.json").read_text())["after"]
+    model = str(run / "checkpoints" / "step-2")
+    main(["eval", "--model", model, "--limit", "4", "--device", "cpu", "--output", str(tmp_path / "eval")])
+    assert json.loads((tmp_path / "eval" / "metrics.json").read_text()) == after
+
+
+def test_a_run_ends_cleanly(tmp_path: Path) -> None:
+    process = command("train", "--steps", 1, "--output", tmp_path / "run", *VLLM, *TINY)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "model, metrics and pictures are in" in out
+    assert not [line for line in err.splitlines() if "Error" in line or "Traceback" in line or "destroy" in line]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_after_its_step(number: signal.Signals, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = command("train", "--steps", 400, "--output", run, *VLLM, *TINY)
+    deadline = time.monotonic() + 240
+    while not (run / "metrics.jsonl").is_file():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 128 + number, err
+    assert f"vlmenv train --resume {run}" in out
+    assert "Traceback" not in err
+    assert (run / "checkpoints" / f"step-{rows(run / 'metrics.jsonl')[-1]['step']}" / "model.safetensors").is_file()
