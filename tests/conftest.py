@@ -36,20 +36,25 @@ def shared(path: str) -> Path:
     return found
 
 
-def launch(kind: str, *args: str, cwd: Path | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Has two processes run a script or module by `accelerate launch` with a configuration of the examples."""
+def start(kind: str, *args: str, cwd: Path | None = None) -> subprocess.Popen[str]:
+    """Starts two processes of a script or module by `accelerate launch` with a configuration of the examples."""
     if kind.startswith("deepspeed"):
         pytest.importorskip("deepspeed")
     config = ["--config_file", str(ROOT / "examples" / "accelerate" / f"{kind}.yaml"), "--main_process_port", "0"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *config, "--num_processes", "2", *args]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "20"}
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=cwd, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
+    return subprocess.Popen(command, cwd=cwd, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def launch(kind: str, *args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """What becomes of them; they are ended where they hang."""
+    with start(kind, *args, cwd=cwd) as process:
         try:
-            out, err = process.communicate(timeout=timeout)
+            out, err = process.communicate(timeout=300)
         finally:
             process.terminate()  # and not kill, which would leave the two behind
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

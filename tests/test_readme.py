@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, launch
 from PIL import Image
 
 from vlmenv.cli import main
@@ -30,13 +30,13 @@ def blocks(language: str, text: str = README) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-def commands() -> list[str]:
+def commands(program: str) -> list[str]:
     pages = [block for page in DOCS.values() for block in blocks("bash", page)]
     lines = [line for block in pages for line in block.replace("\\\n", " ").splitlines()]
-    return [line.partition("#")[0].strip() for line in lines if line.startswith("vlmenv ")]
+    return [line.partition("#")[0].strip() for line in lines if line.startswith(f"{program} ")]
 
 
-@pytest.mark.parametrize("page", DOCS)
+@pytest.mark.parametrize("page", [page for page in DOCS if blocks("python", DOCS[page])])
 def test_the_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -59,7 +59,7 @@ def test_the_example_of_a_task_is_the_file() -> None:
     assert len(file.splitlines()) < 80
 
 
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize("command", commands("vlmenv"))
 def test_the_commands_run(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -88,6 +88,19 @@ def test_the_commands_run(
         "envs": "VLM-REC-v0",
     }
     assert expected[args[0]] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", commands("accelerate launch"))
+def test_the_commands_run_in_two_processes(command: str, tmp_path: Path) -> None:
+    launched = re.fullmatch(r"--config_file examples/accelerate/(\w+).yaml --num_processes 2 (.*)", command[18:])
+    assert launched
+    small = ["--prompts-per-step", "2", "--group-size", "2", "--eval-limit", "2", "--device", "cpu", "--output", "run"]
+    done = launch(launched[1], *shlex.split(launched[2]), *small, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "model, metrics and pictures are in" in done.stdout
+    assert len((tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()) == 2 * 2 * 2
+    for name in ("evaluation.json", "curve.png", "checkpoints/step-2/model.safetensors"):
+        assert (tmp_path / "run" / name).is_file()
 
 
 def test_the_pictures_exist() -> None:

@@ -159,3 +159,13 @@ def test_a_broken_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit):
         main(["train", "--resume", str(run)])
     assert "step-1: the checkpoint cannot be read" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_run_is_resumed_by_processes_of_its_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    main(["train", "--steps", "1", "--output", str(run), *TINY])
+    file = run / "checkpoints" / "step-1" / "trainer.pt"
+    torch.save(torch.load(file) | {"processes": "FSDP2"}, file)
+    with pytest.raises(SystemExit):
+        main(["train", "--resume", str(run)])
+    assert "saved by processes with FSDP2, not whole copies" in " ".join(capsys.readouterr().err.split())

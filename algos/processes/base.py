@@ -16,7 +16,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from vlmenv.agents.base import Agent, Reference
 from vlmenv.algos.batch import Rows
@@ -49,9 +48,6 @@ class Processes:
         """
         self.agent, plain = agent, optimizer()
         agent.policy, self._optimizer = self.accelerator.prepare(agent.policy, plain)
-        if isinstance(agent.policy, DistributedDataParallel):
-            # Buffers are constants. To send them around would have all processes take every pass together.
-            agent.policy.broadcast_buffers = False
         return plain
 
     def autocast(self) -> AbstractContextManager[None]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, DistributedType, DynamoBackend, FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from vlmenv.algos.base import require
 from vlmenv.algos.processes.base import Processes
@@ -29,9 +30,9 @@ def processes_of(accelerator: Accelerator) -> Processes:
         check_fsdp(accelerator, plugin)
         return FSDP(accelerator, plugin.reshard_after_forward)
     if accelerator.distributed_type != DistributedType.NO and _asks_for("DEEPSPEED"):
-        deepspeed = accelerator.state.deepspeed_plugin or DeepSpeedPlugin()
-        check_deepspeed(deepspeed)
-        return ZeRO(accelerator, _without_auto(deepspeed.deepspeed_config["zero_optimization"]))
+        plugin = DeepSpeedPlugin()  # as launched: accelerate's own has been filled in
+        check_deepspeed(accelerator, plugin)
+        return ZeRO(accelerator, _without_auto(plugin.deepspeed_config["zero_optimization"]))
     return Processes(accelerator)
 
 
@@ -62,7 +63,7 @@ def check_fsdp(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin)
         not plugin.cpu_ram_efficient_loading,
         "fsdp_cpu_ram_efficient_loading must be false: every process reads the model's weights by itself",
     )
-    require(not getattr(plugin.cpu_offload, "pin_memory", False), "fsdp_offload_params must be false")
+    require(not isinstance(plugin.cpu_offload, CPUOffloadPolicy), "fsdp_offload_params must be false")
     require(
         not plugin.activation_checkpointing,
         "fsdp_activation_checkpointing does not go together with cached prompts: give --gradient-checkpointing",
@@ -82,8 +83,9 @@ _DEEPSPEED = {
 """What DeepSpeed's configuration may hold."""
 
 
-def check_deepspeed(plugin: DeepSpeedPlugin) -> None:
+def check_deepspeed(accelerator: Accelerator, plugin: DeepSpeedPlugin) -> None:
     """Raises ConfigError where a configuration of DeepSpeed asks for what is not supported."""
+    require(accelerator.mixed_precision != "fp16", "DeepSpeed does not go with precision fp16 here: take bf16")
     config = plugin.deepspeed_config
     require(not (other := sorted(set(config) - _DEEPSPEED)), f"DeepSpeed's {', '.join(other)} is not supported here")
     zero = config["zero_optimization"]

@@ -97,7 +97,8 @@ def test_what_is_not_supported_of_fsdp_is_refused(
     ],
 )
 def test_what_is_not_supported_of_deepspeed_is_refused(options: dict[str, Any], message: str) -> None:
-    check_deepspeed(DeepSpeedPlugin(zero_stage=2))
-    check_deepspeed(DeepSpeedPlugin(zero_stage=3, zero3_init_flag=False))
+    accelerator = Accelerator(cpu=True)
+    check_deepspeed(accelerator, DeepSpeedPlugin(zero_stage=2))
+    check_deepspeed(accelerator, DeepSpeedPlugin(zero_stage=3, zero3_init_flag=False))
     with pytest.raises(ConfigError, match=message):
-        check_deepspeed(DeepSpeedPlugin(**options))
+        check_deepspeed(accelerator, DeepSpeedPlugin(**options))

@@ -8,6 +8,7 @@ from pathlib import Path
 import gymnasium
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch.distributed.tensor import DTensor
 
 import vlmenv  # noqa: F401
 from vlmenv.agents.vlm import Sampling, VLMAgent
@@ -115,6 +116,8 @@ def check_run(accelerator: Accelerator, sort: str, run: RunFolder) -> None:
     count = 2 * 3 + 1  # of samples, in batches of 2: one process has more than the other
     envs = gymnasium.make_vec("VLM-REC-v0", num_envs=2, split="eval")
     together = evaluate(agent, envs, count, greedy=True, title="", processes=trainer.processes)
+    if trainer.processes.name == "FSDP2":  # what was gathered to sample has been let go
+        assert all(isinstance(parameter, DTensor) for parameter in agent.policy.parameters())
     if accelerator.is_main_process:
         alone = build(sort)
         alone.load(save_aside)

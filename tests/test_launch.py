@@ -1,0 +1,51 @@
+"""The command under `accelerate launch`, where something ends it early."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from conftest import launch, start
+from PIL import Image
+
+TINY = ["--prompts-per-step", "4", "--group-size", "2", "--eval-limit", "0", "--device", "cpu", "--output", "run"]
+
+
+def rows_with_a_broken_image(folder: Path) -> None:
+    turns = [{"from": "human", "value": "<image>Where is it?"}, {"from": "gpt", "value": "[1, 2, 30, 40]"}]
+    rows = [{"id": i, "image": f"{i}.png", "conversations": turns} for i in range(16)]
+    for row in rows:
+        Image.new("RGB", (64, 64), "red").save(folder / row["image"])
+    (folder / "11.png").write_bytes(b"broken")
+    (folder / "rec.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_an_error_in_one_process_is_told_and_ends_the_other(kind: str, tmp_path: Path) -> None:
+    rows_with_a_broken_image(tmp_path)
+    options = ["--steps", "8", "--checkpoint-every", "1", "--dataset", "rec.jsonl", "--image-root", "."]
+    done = launch(kind, "-m", "vlmenv", "train", *options, *TINY, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "rec.jsonl:12: ./11.png cannot be read as an image" in done.stderr
+    messages = [line for line in done.stderr.splitlines() if line.startswith("error in process ")]
+    assert sorted(line[17] for line in messages) == ["0", "1"]
+    assert sum("another process has ended" in line for line in messages) == 1
+    (newest,) = [line for line in done.stdout.splitlines() if line.startswith("ended early; run/checkpoints/step-")]
+    assert (tmp_path / newest.split()[2] / "process-1.pt").is_file()
+    assert "launched as this run was" in newest
+
+
+def test_a_signal_to_the_launcher_ends_the_run_after_its_step(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with start("ddp", "-m", "vlmenv", "train", "--steps", "400", *TINY, cwd=tmp_path) as process:
+        deadline = time.monotonic() + 120
+        while not (run / "metrics.jsonl").is_file():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.terminate()
+        out, _ = process.communicate(timeout=120)
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [folder.name for folder in (run / "checkpoints").iterdir()] == [f"step-{steps[-1]}"]
+    assert f"holds the state after step {steps[-1]}" in out
