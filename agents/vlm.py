@@ -326,7 +326,8 @@ class VLMAgent(Agent):
             firsts = np.unique(index, return_index=True)[1]
             shown = [(listed[i], prompt) for i, prompt in zip(firsts, prompts, strict=True)]
             requests = [Request(one, self.family.chat(one), prompt) for one, prompt in shown]
-            seed = int(torch.randint(2**62, (), generator=self._generator, device=self.device))
+            draws = sampling.temperature > 0  # greedy answers, as in measuring, leave the random state as it is
+            seed = int(torch.randint(2**62, (), generator=self._generator, device=self.device)) if draws else 0
             sampled = self.engine.generate(requests, index, sampling, np.random.default_rng(seed))
         completions = [Completion(self._text(one), one.token_ids, one.logprobs, one.finish_reason) for one in sampled]
         return Rollout(prompts, index, completions, sampling.temperature, whole=not sampling.cuts_tail)

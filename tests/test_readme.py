@@ -9,6 +9,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, launch
@@ -36,7 +37,12 @@ def commands(program: str) -> list[str]:
     return [line.partition("#")[0].strip() for line in lines if line.startswith(f"{program} ")]
 
 
-@pytest.mark.parametrize("page", [page for page in DOCS if blocks("python", DOCS[page])])
+def with_vllm(shown: str) -> Any:
+    """A parameter whose test runs vLLM where that is what it shows."""
+    return pytest.param(shown, marks=[pytest.mark.vllm] if "vllm" in shown else [])
+
+
+@pytest.mark.parametrize("page", map(with_vllm, [page for page in DOCS if blocks("python", DOCS[page])]))
 def test_the_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -59,7 +65,7 @@ def test_the_example_of_a_task_is_the_file() -> None:
     assert len(file.splitlines()) < 80
 
 
-@pytest.mark.parametrize("command", commands("vlmenv"))
+@pytest.mark.parametrize("command", map(with_vllm, commands("vlmenv")))
 def test_the_commands_run(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
