@@ -68,17 +68,19 @@ class Case:
     size: str
     """of the model, one of `SIZES`"""
     tokens: int
-    """T, of a prompt; four or five of ten are its image's"""
+    """T, of a prompt"""
     group_size: int
     """G"""
     prompts: int
     """P"""
     new_tokens: int
     """L, of every completion"""
+    image_share: float = 0.45
+    """of the prompt's tokens, at most; images are square"""
 
     @property
     def image_tokens(self) -> int:
-        return math.isqrt(int(0.45 * self.tokens)) ** 2
+        return math.isqrt(int(self.image_share * self.tokens)) ** 2
 
     @property
     def cells(self) -> list[str]:
@@ -296,8 +298,8 @@ def alternate(contestants: dict[str, Contestant], rounds: int) -> dict[str, dict
     """Times of each contestant by phase, `logprobs` among them, taken in turn; a first round is not counted."""
     taken: dict[str, list[dict[str, float]]] = {name: [] for name in contestants}
     for _ in range(rounds + 1):
+        gc.collect()
         for name, contestant in contestants.items():
-            gc.collect()
             taken[name].append(contestant.step() | {"logprobs": seconds_of(contestant.logprobs)})
     return {
         name: {phase: Spread(tuple(one[phase] for one in found[1:])) for phase in found[0]}
@@ -306,12 +308,19 @@ def alternate(contestants: dict[str, Contestant], rounds: int) -> dict[str, dict
 
 
 def seconds_of(call: Callable[[], Any]) -> float:
+    _await_gpu()
     started = time.perf_counter()
     call()
+    _await_gpu()
     return time.perf_counter() - started
 
 
-def peak_memory(call: Callable[[], Any]) -> int:
+def _await_gpu() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def peak_memory(call: Callable[[], Any], device: str = "cpu") -> int:
     """The most bytes of tensors that a call holds at a time, above what was there before it.
 
     On the CPU it is the sum over the allocations and frees that PyTorch's own allocator reports to its profiler: all
@@ -319,8 +328,8 @@ def peak_memory(call: Callable[[], Any]) -> int:
     process's resident memory would show what the C library keeps for later; a mode over dispatched operations would
     miss what kernels take for themselves.) On a GPU it is the allocator's own count.
     """
-    gc.collect()
-    if torch.cuda.is_available():
+    if device == "cuda":
+        gc.collect()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -2,9 +2,9 @@
 
 What it does is TRL's own, from the rows of a data set to the optimiser step; left out are its dataloader, callbacks
 and logging, which cost it time. Its options are the fastest that it documents for this machine: no gradient
-checkpointing (its default trades time for memory), no padding to multiples, no reference model. And two things are
-done for it that it does not do itself on CPUs: the head is applied to the completions' tokens alone, as it does on
-GPUs, and the buffer for logits is as wide as the vocabulary, and not 32,768 where that is more.
+checkpointing (its default trades time for memory), no padding to multiples, no reference model. Its buffer for
+logits is cut to the vocabulary's width here; TRL 1.16 makes it 32,768 wide, most of which a small vocabulary never
+touches.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -62,13 +63,23 @@ class TRL:
         family: Of that model, with a processor of its own.
         prompts: That are asked.
         case: How.
+        as_on_gpus: Whether to apply the head to the completions' tokens alone, as TRL 1.16 does on GPUs; on CPUs it
+            applies it to the prompts' too.
         options: More of `GRPOConfig`.
     """
 
     def __init__(
-        self, model: PreTrainedModel, family: Family, prompts: Sequence[Observation], case: Case, **options: Any
+        self,
+        model: PreTrainedModel,
+        family: Family,
+        prompts: Sequence[Observation],
+        case: Case,
+        *,
+        as_on_gpus: bool = False,
+        **options: Any,
     ) -> None:
         self.case = case
+        self._as_on_gpus = as_on_gpus
         self._generating = 0.0
         self.inputs: dict[str, Any] = {}
         rows = [one for one in prompts for _ in range(case.group_size)]
@@ -87,7 +98,6 @@ class TRL:
             train_dataset=Dataset.from_dict({"prompt": ["not used: the rows are handed over"]}),
             processing_class=without_videos(PROCESSORS[model.config.model_type], family),
         )
-        trl_utils._use_triton = lambda device: True  # where the head is applied; its kernels ask another
         vocabulary = model.get_output_embeddings().weight.shape[0]
         trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = min(vocabulary, trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE)
         self.trainer.create_optimizer()
@@ -112,9 +122,10 @@ class TRL:
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         given = {name: inputs[name] for name in ("pixel_values", "image_grid_thw", "mm_token_type_ids", "num_images")}
-        found, _, _ = self.trainer._get_per_token_logps_and_entropies(
-            self.trainer.model, ids, mask, inputs["completion_ids"].shape[1], batch_size=len(ids), **given
-        )
+        with self._head():
+            found, _, _ = self.trainer._get_per_token_logps_and_entropies(
+                self.trainer.model, ids, mask, inputs["completion_ids"].shape[1], batch_size=len(ids), **given
+            )
         return found
 
     def update(self) -> None:
@@ -126,9 +137,10 @@ class TRL:
 
     def backward(self) -> float:
         """Forward and backward pass; the loss."""
-        loss = self.trainer.compute_loss(self.trainer.model, self.inputs)
+        with self._head():
+            loss = self.trainer.compute_loss(self.trainer.model, self.inputs)
         self.trainer.accelerator.backward(loss)
-        return float(loss)
+        return float(loss.detach())
 
     def answer(self, completions: list[list[int]]) -> None:
         """Prepares inputs with given completions in place of generated ones."""
@@ -137,12 +149,21 @@ class TRL:
         self.prepare()
         self.trainer._generate_single_turn = generate
 
+    @contextmanager
+    def _head(self) -> Iterator[None]:
+        """What TRL asks to know which tokens to apply the head to says yes; its kernels ask for themselves."""
+        uses_triton = trl_utils._use_triton
+        if self._as_on_gpus:
+            trl_utils._use_triton = lambda device: True
+        yield
+        trl_utils._use_triton = uses_triton
+
     def _time_generation(self) -> None:
         generate: Callable[..., Any] = self.trainer._generate_single_turn
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             started = time.perf_counter()
-            result = generate(*args, **kwargs)
+            result = generate(*args, **kwargs)  # ids as lists: a GPU has been waited for
             self._generating += time.perf_counter() - started
             return result
 

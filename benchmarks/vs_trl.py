@@ -10,10 +10,9 @@ prompt once.
 
 from __future__ import annotations
 
-import gc
 import logging
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from accelerate import Accelerator
 from common import (
     LETTERS,
     Case,
+    Contestant,
     Ours,
     Spread,
     alternate,
@@ -38,21 +38,33 @@ from common import (
     ratio,
     report,
 )
+from transformers import __version__ as transformers_version
+from trl import __version__ as trl_version
 from trl_contestant import TRL
 
 from vlmenv.agents.vlm import find_model
 from vlmenv.core.rollout import Completion, Rollout
 
-Times = dict[str, dict[str, Spread]]
-
 GRID = (
-    *(Case("1.6M", tokens, 8, prompts, 24) for tokens, prompts in ((34, 8), (100, 4), (300, 2), (600, 2), (1200, 1))),
-    *(Case("1.6M", 34, size, 8, 24) for size in (4, 16)),
-    *(Case("1.6M", 300, size, 2, 24) for size in (4, 16)),
-    *(Case("10M", tokens, 8, prompts, 48) for tokens, prompts in ((34, 4), (300, 1), (1200, 1))),
-    *(Case("10M", 300, size, 1, 48) for size in (4, 16)),
+    *(Case("1.6M", 34, size, 16, 24) for size in (4, 8, 16)),
+    Case("1.6M", 100, 8, 4, 24),
+    *(Case("1.6M", 300, size, 2, 24) for size in (4, 8, 16)),
+    Case("1.6M", 300, 8, 2, 96),
+    Case("1.6M", 600, 8, 1, 24),
+    Case("1.6M", 1200, 8, 1, 24),
+    Case("10M", 34, 8, 4, 24),
+    Case("10M", 300, 8, 4, 24),
+    Case("10M", 1200, 8, 1, 24),
 )
-WAYS = ("shared", "image once", "plain")
+KINDEST = (Case("1.6M", 34, 8, 16, 24), Case("1.6M", 300, 8, 2, 24))
+"""Where TRL is measured as on GPUs too."""
+WAYS = ("plain", "image once", "shared")
+WAYS_GRID = (
+    Case("1.6M", 34, 8, 4, 24),
+    Case("1.6M", 300, 8, 1, 24),
+    Case("1.6M", 1200, 8, 1, 24),
+    Case("10M", 300, 8, 1, 24),
+)
 
 
 @dataclass
@@ -63,12 +75,10 @@ class Args:
     """Steps of each that are counted."""
     threads: int = 2
     """Of PyTorch."""
-    sizes: tuple[str, ...] = ("1.6M", "10M")
-    """Models."""
-    most_tokens: int = 1200
-    """Leave out longer prompts."""
-    cases: tuple[Case, ...] = field(default=GRID)
-    """What is measured."""
+    cases: tuple[Case, ...] = GRID
+    """What is measured against TRL."""
+    ways_cases: tuple[Case, ...] = WAYS_GRID
+    """What is measured in our own three ways."""
     output: Path | None = None
     """Markdown file for the tables."""
 
@@ -78,10 +88,10 @@ class Measured:
     """A case's figures."""
 
     case: Case
-    times: Times
+    times: dict[str, dict[str, Spread]]
     memory: dict[str, int]
     """of an update, in bytes"""
-    differences: tuple[float, float, float]
+    differences: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """of log-probabilities, absolute; of the gradient, as a share of its largest number; of the loss"""
 
 
@@ -89,30 +99,35 @@ def main(args: Args) -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(args.threads)
-    chosen = [case for case in args.cases if case.size in args.sizes and case.tokens <= args.most_tokens]
-    found = [measure(case, args.rounds) for case in chosen]
-    report([*head(args), *speeds(found), *ways(found), *memories(found), *agreement(found)], args.output)
+    found = [against_trl(case, args.rounds) for case in args.cases]
+    own = [in_our_ways(case, args.rounds) for case in args.ways_cases]
+    report([*head(args), *speeds(found), *kindest(found), *memories(found), *ways(own), *agreement(found)], args.output)
 
 
-def measure(case: Case, rounds: int) -> Measured:
-    contestants = {"TRL": new_trl(case)} | {way: new_ours(case, way) for way in WAYS}
-    trl, ours = contestants["TRL"], contestants["shared"]
-    assert isinstance(trl, TRL)
-    assert isinstance(ours, Ours)
+def against_trl(case: Case, rounds: int) -> Measured:
+    trl, ours = new_trl(case), new_ours(case, "shared")
+    contestants: dict[str, Contestant] = {"TRL": trl, "ours": ours}
+    if case in KINDEST:
+        contestants["TRL, as on GPUs"] = new_trl(case, as_on_gpus=True)
     times = alternate(contestants, rounds)
     memory = {name: peak_memory(contestant.update) for name, contestant in contestants.items()}
-    memory["TRL, recomputing"] = recomputing(trl)
-    differences = compare(case)
-    print(case, {name: str(found["step"]) for name, found in times.items()}, differences, flush=True)
-    del contestants, trl, ours
-    gc.collect()
-    return Measured(case, times, memory, differences)
+    memory |= {"TRL, recomputing": recomputing(trl), "ours, recomputing": ours_recomputing(ours)}
+    found = Measured(case, times, memory, compare(case))
+    print(case, {name: str(one["step"]) for name, one in times.items()}, found.differences, flush=True)
+    return found
 
 
-def new_trl(case: Case) -> TRL:
+def in_our_ways(case: Case, rounds: int) -> Measured:
+    contestants = {way: new_ours(case, way) for way in WAYS}
+    times = alternate(dict(contestants), rounds)
+    print(case, {name: str(one["step"]) for name, one in times.items()}, flush=True)
+    return Measured(case, times, {way: peak_memory(one.update) for way, one in contestants.items()})
+
+
+def new_trl(case: Case, *, as_on_gpus: bool = False) -> TRL:
     model = new_model(case.size)
     family = family_without_end(model, processor_of(find_model("builtin")))
-    return TRL(model, family, observations(family, case), case)
+    return TRL(model, family, observations(family, case), case, as_on_gpus=as_on_gpus)
 
 
 def new_ours(case: Case, way: str) -> Ours:
@@ -127,6 +142,12 @@ def recomputing(trl: TRL) -> int:
     found = peak_memory(trl.update)
     trl.trainer.model.gradient_checkpointing_disable()
     return found
+
+
+def ours_recomputing(ours: Ours) -> int:
+    """The memory of our update with `--gradient-checkpointing`."""
+    ours.agent.enable_gradient_checkpointing()
+    return peak_memory(ours.update)
 
 
 def compare(case: Case) -> tuple[float, float, float]:
@@ -168,26 +189,23 @@ def match(row: torch.Tensor, rollout: Rollout) -> int:
 
 
 def head(args: Args) -> list[str]:
-    import transformers
-    import trl
-
     line = hardware(f"{args.threads} threads, float32, ")
     return [
-        f"# Optimiser steps of GRPO against TRL {trl.__version__}",
+        f"# Optimiser steps of GRPO against TRL {trl_version}",
         "",
         "    python benchmarks/vs_trl.py --output benchmarks/vs_trl.md",
         "",
-        f"{line}, transformers {transformers.__version__}. Medians of {args.rounds} steps (least–most), in ms; the "
-        "trainers take turns in one process. Other work may have run on the machine meanwhile: compare within a row.",
+        f"{line}, transformers {transformers_version}. Medians of {args.rounds} steps (least–most), in ms; the "
+        "trainers take turns in one process. Other work ran on the machine meanwhile: compare within a row.",
         "",
-        "Qwen3-VL with random weights, the built-in model's tokenizer; every prompt has an image of noise (40 to 50 % "
-        "of its tokens) and filler words, all prompts of a step are equally long (so TRL has no padding to compute), "
-        "and end tokens are banned on both sides, so that all completions have the same length. AdamW, one iteration, "
-        "no KL penalty. TRL runs with the fastest settings that it has for this: no gradient checkpointing (its "
-        "default), no vLLM (it needs another engine for both, and does not concern the update). Its dataloader, "
-        "callbacks and logging are left out; ours are the trainer's whole step. `rollout` is from observations to "
-        "scored completions, `generate` what of it is sampling tokens; `log-probs` is a pass without gradient, which "
-        "is no part of the step here; `update` is forward, backward and optimiser.",
+        "Qwen3-VL with random weights, the built-in model's tokenizer; every prompt has an image of noise (a quarter "
+        "to a half of its tokens) and filler words, all prompts of a step are equally long (so TRL has no padding to "
+        "compute), and end tokens are banned on both sides, so that all completions have the same length. AdamW, one "
+        "iteration, no KL penalty. TRL runs with the fastest settings that it has for this: no gradient checkpointing "
+        "(its default), no vLLM (an engine that either could use). Its dataloader, callbacks and logging are left out; "
+        "ours is the trainer's whole step.",
+        "",
+        LETTERS,
     ]
 
 
@@ -196,37 +214,38 @@ def speeds(found: list[Measured]) -> list[str]:
         "",
         "## Time",
         "",
-        LETTERS,
+        "How many times as fast vlmenv is: in the whole step; in the rollout, from observations to scored completions; "
+        "in generating alone, which is most of it; in the update, which is forward and backward pass and optimiser; "
+        "and in a pass without gradient over the same completions, as old or reference log-probabilities take (no part "
+        "of this step).",
         "",
-        "| model | T | G | P | L | step, TRL | step, vlmenv | faster | rollout | generate | log-probs | update |",
+        "| model | T | G | P | L | step, TRL | step, vlmenv | faster | rollout | generate | update | log-probs |",
         "|---" * 12 + "|",
     ]
     for one in found:
-        theirs, ours = one.times["TRL"], one.times["shared"]
-        phases = [ratio(theirs, ours, name) for name in ("rollout", "generate", "logprobs", "update")]
+        theirs, ours = one.times["TRL"], one.times["ours"]
+        phases = [ratio(theirs, ours, name) for name in ("rollout", "generate", "update", "logprobs")]
         cells = [*one.case.cells, str(theirs["step"]), str(ours["step"]), f"**{ratio(theirs, ours, 'step')}**", *phases]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def ways(found: list[Measured]) -> list[str]:
+def kindest(found: list[Measured]) -> list[str]:
+    """TRL without what it does on CPUs alone."""
+    chosen = [one for one in found if "TRL, as on GPUs" in one.times]
     lines = [
         "",
-        "## What is computed once",
+        "On CPUs TRL applies the head to the prompts' tokens too, on GPUs to the completions' alone. Made to do the "
+        "same here:",
         "",
-        "vlmenv's own step in three ways: image and prompt repeated for each completion in a padded batch "
-        "(`--no-share-prefixes`, and the image preprocessed for each too); the image looked at once and its features "
-        "repeated; the whole prompt computed once.",
-        "",
-        "| model | T | G | P | L | repeated | image once | prompt once | by the image | by the prompt | both |",
-        "|---" * 11 + "|",
+        "| model | T | G | P | L | step, TRL so | step, vlmenv | faster | update |",
+        "|---" * 9 + "|",
     ]
-    for one in found:
-        plain, image, shared = (one.times[way] for way in reversed(WAYS))
-        steps = [str(times["step"]) for times in (plain, image, shared)]
-        pairs = [ratio(plain, image, "step"), ratio(image, shared, "step"), ratio(plain, shared, "step")]
-        lines.append(f"| {' | '.join([*one.case.cells, *steps, *pairs])} |")
-    return lines
+    for one in chosen:
+        theirs, ours = one.times["TRL, as on GPUs"], one.times["ours"]
+        cells = [str(theirs["step"]), str(ours["step"]), ratio(theirs, ours, "step"), ratio(theirs, ours, "update")]
+        lines.append(f"| {' | '.join([*one.case.cells, *cells])} |")
+    return lines if chosen else []
 
 
 def memories(found: list[Measured]) -> list[str]:
@@ -235,20 +254,43 @@ def memories(found: list[Measured]) -> list[str]:
         "## Memory of an update",
         "",
         "The most that tensors take at a time, in MB, above weights and the optimiser's state: activations, gradients "
-        "and what kernels need for themselves, by PyTorch's own count. The last column is TRL with gradient "
-        "checkpointing, which costs it another forward pass.",
+        "and what kernels need for themselves, by PyTorch's own count. With gradient checkpointing both recompute "
+        "activations. TRL's buffer for logits is cut to the vocabulary's width (it makes it 32,768 wide).",
         "",
-        "| model | T | G | P | L | TRL | vlmenv | share | vlmenv, repeated | TRL, checkpointing |",
-        "|---" * 10 + "|",
+        "| model | T | G | P | L | TRL | vlmenv | share | both checkpointing: TRL | vlmenv | share |",
+        "|---" * 11 + "|",
     ]
     for one in found:
-        memory = one.memory
-        share = memory["shared"] / memory["TRL"]
-        figures = [memory[name] / 1e6 for name in ("TRL", "shared", "plain", "TRL, recomputing")]
-        trl, ours, plain, recomputing = (f"{figure:,.1f}" for figure in figures)
-        cells = [*one.case.cells, trl, ours, f"**{share:.2f}**", plain, recomputing]
-        lines.append(f"| {' | '.join(cells)} |")
+        pairs = (("TRL", "ours"), ("TRL, recomputing", "ours, recomputing"))
+        cells = [cell for pair in pairs for cell in megabytes(*(one.memory[name] for name in pair))]
+        lines.append(f"| {' | '.join([*one.case.cells, *cells])} |")
     return lines
+
+
+def megabytes(theirs: int, ours: int) -> list[str]:
+    return [f"{theirs / 1e6:,.1f}", f"{ours / 1e6:,.1f}", f"**{ours / theirs:.2f}**"]
+
+
+def ways(found: list[Measured]) -> list[str]:
+    lines = [
+        "",
+        "## What is computed once",
+        "",
+        "vlmenv's own step in three ways: image and prompt repeated for each completion, in the rollout and in a "
+        "padded batch, and the image preprocessed for each; the image looked at once and its features repeated; the "
+        "whole prompt computed once.",
+        "",
+        "| model | T | G | P | L | repeated | image once | prompt once | by the image | by the prompt | both "
+        "| memory, MB: repeated | image once | prompt once |",
+        "|---" * 14 + "|",
+    ]
+    for one in found:
+        plain, image, shared = (one.times[way] for way in WAYS)
+        steps = [str(times["step"]) for times in (plain, image, shared)]
+        pairs = [ratio(plain, image, "step"), ratio(image, shared, "step"), ratio(plain, shared, "step")]
+        memory = [f"{one.memory[way] / 1e6:,.1f}" for way in WAYS]
+        lines.append(f"| {' | '.join([*one.case.cells, *steps, *pairs, *memory])} |")
+    return lines if found else []
 
 
 def agreement(found: list[Measured]) -> list[str]:
