@@ -78,7 +78,7 @@ def test_dual_clip_by_hand(ratio: float, advantage: float, loss: float, clipped:
 @pytest.mark.parametrize("dual_clip", [None, 1.1, 3.0])
 def test_the_surrogate_equals_its_equations_and_what_is_clipped_has_no_gradient(dual_clip: float | None) -> None:
     ratio = torch.linspace(0.05, 5, 100, dtype=torch.float64)[None]
-    advantages = torch.tensor([[1.5], [0.0], [-0.5]], dtype=torch.float64)
+    advantages = torch.tensor([[1.5], [0.5], [0.0], [-0.5]], dtype=torch.float64)
     loss = clipped_surrogate(ratio, advantages, 0.2, 0.28, dual_clip)
     for row, a in enumerate(advantages.flatten().tolist()):
         for column, r in enumerate(ratio.flatten().tolist()):
@@ -86,7 +86,7 @@ def test_the_surrogate_equals_its_equations_and_what_is_clipped_has_no_gradient(
             if dual_clip is not None and a < 0:
                 objective = max(objective, dual_clip * a)
             assert loss[row, column].item() == pytest.approx(-objective, abs=1e-12)
-    slope = gradient(lambda r: clipped_surrogate(r, advantages, 0.2, 0.28, dual_clip), ratio.expand(3, -1))
+    slope = gradient(lambda r: clipped_surrogate(r, advantages, 0.2, 0.28, dual_clip), ratio.expand(4, -1))
     clipped = is_clipped(ratio, advantages, 0.2, 0.28, dual_clip)
     np.testing.assert_array_equal(clipped, (slope == 0) & (advantages != 0))
 
