@@ -94,7 +94,7 @@ def test_two_processes_leave_one_run_folder(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step    1/2") == 1
     assert [row["step"] for row in rows(run / "metrics.jsonl")] == [1, 2]
-    assert len(rows(run / "rollouts.jsonl")) == 2 * 4  # the first process's half
+    assert len(rows(run / "rollouts.jsonl")) == 2 * 8  # of both processes
     assert (run / "checkpoints" / "step-2" / "model.safetensors").is_file()
     assert (run / "samples.png").is_file()
 

@@ -265,10 +265,10 @@ def test_an_error_in_one_process_ends_all(data: Path, tmp_path: Path) -> None:
     )
     assert done.returncode != 0
     broken = "rows.jsonl:8: "
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error in process ")]
     assert len(errors) == 2
     assert all(broken in line for line in errors)
-    assert sum("error: process" in line for line in errors) == 1
+    assert sum(": process " in line for line in errors) == 1
     taken = len(rows(run / "metrics.jsonl"))
     assert 0 < taken < 9
     assert {path.name for path in (run / "checkpoints" / f"step-{taken}").glob("*.pt")} == {
