@@ -107,9 +107,7 @@ def watch(trainer: Trainer, clock: Clock) -> Callable[[], None]:
     clock.wrap(trainer.envs, "step", "score")
     clock.wrap(agent, "logprobs", "log-probs forward")
     clock.wrap(trainer.accelerator, "backward", "backward")
-    clock.wrap(trainer.accelerator, "clip_grad_norm_", "optimiser")
-    clock.wrap(trainer.optimizer, "step", "optimiser")
-    clock.wrap(trainer.optimizer, "zero_grad", "optimiser")
+    clock.wrap(trainer.processes, "step", "optimiser")
     return lambda: setattr(vlm, "sample", sample)
 
 
