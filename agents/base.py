@@ -122,7 +122,8 @@ class Agent(ABC):
         return {"language": self.parameters()}
 
     def blocks(self) -> list[nn.Module]:
-        """Parts of the policy whose weights may be gathered one part at a time where processes hold shares of them."""
+        """Parts of the policy, in the order in which they run, that may be gathered by themselves where processes hold
+        shares of the weights."""
         return []
 
     @property

@@ -210,9 +210,9 @@ class VLMAgent(Agent):
         recompute_activations(self.family)
 
     def blocks(self) -> list[nn.Module]:
-        """The blocks of the language model and of the vision tower."""
+        """The blocks of the vision tower and of the language model."""
         layers = self.family.language_model().get_submodule("layers")
-        return [*layers.children(), *self.family.vision_tower().get_submodule("blocks").children()]
+        return [*self.family.vision_tower().get_submodule("blocks").children(), *layers.children()]
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """The trained parameters as "language", value head included, and "vision", projectors included; none empty."""
@@ -330,7 +330,8 @@ class VLMAgent(Agent):
             seed = int(torch.randint(2**62, (), generator=self._generator, device=self.device)) if draws else 0
             sampled = self.engine.generate(requests, index, sampling, np.random.default_rng(seed))
         completions = [Completion(self._text(one), one.token_ids, one.logprobs, one.finish_reason) for one in sampled]
-        return Rollout(prompts, index, completions, sampling.temperature, whole=not sampling.cuts_tail)
+        whole, own = not sampling.cuts_tail, self.engine is None
+        return Rollout(prompts, index, completions, sampling.temperature, whole, own)
 
     def _text(self, sampled: Sampled) -> str:
         """A completion's text, up to and with the stop text that ended it."""

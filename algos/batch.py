@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vlmenv.core.errors import RewardError
-from vlmenv.core.rollout import Rollout, unbatch
+from vlmenv.core.rollout import Completion, Prompt, Rollout, unbatch
 from vlmenv.core.spaces import Image
 
 Rows = slice | NDArray[np.int64]
@@ -84,6 +84,36 @@ class Rollouts:
         first = torch.argsort((~informative).int(), stable=True)[:wanted].sort().values
         return cls.joined(rounds)[(first[:, None] * group_size + torch.arange(group_size)).flatten().numpy()]
 
+    def state_dict(self) -> dict[str, Any]:
+        """All of it in plain containers and tensors, so that a checkpoint may hold it."""
+        rollout, known = self.rollout, dict[int, Tensor]()
+        for image in (image for images in self.images for image in images):
+            known.setdefault(id(image), torch.tensor(image))
+        return {
+            "prompts": [
+                (torch.from_numpy(one.input_ids), torch.from_numpy(one.position_ids), dict(one.images))
+                for one in rollout.prompts
+            ],
+            "completions": [
+                (one.text, torch.from_numpy(one.token_ids), torch.from_numpy(one.logprobs), one.finish_reason)
+                for one in rollout.completions
+            ],
+            "prompt_index": torch.from_numpy(rollout.prompt_index),
+            "sampling": (rollout.temperature, rollout.whole, rollout.own),
+            "rewards": self.rewards,
+            "records": self.records,
+            "images": [tuple(known[id(image)] for image in images) for images in self.images],
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Rollouts:
+        """The inverse of `state_dict`."""
+        prompts = [Prompt(ids.numpy(), places.numpy(), images) for ids, places, images in state["prompts"]]
+        completions = [Completion(text, ids.numpy(), p.numpy(), end) for text, ids, p, end in state["completions"]]
+        rollout = Rollout(prompts, state["prompt_index"].numpy(), completions, *state["sampling"])
+        images = [tuple(image.numpy() for image in images) for images in state["images"]]
+        return cls(rollout, state["rewards"], state["records"], images)
+
     def __getitem__(self, rows: Rows) -> Rollouts:
         """The completions of `rows`."""
         numbers = range(len(self.records))[rows] if isinstance(rows, slice) else rows
@@ -134,6 +164,8 @@ class Batch:
     """[N, L], of the critic at the time of sampling"""
     returns: Tensor | None = None
     """[N, L]"""
+    correction: Tensor | None = None
+    """[N, L], by which each token's loss is multiplied because another policy sampled it"""
 
     @classmethod
     def of(cls, rollout: Rollout, device: torch.device, advantages: Tensor | None = None) -> Batch:

@@ -22,13 +22,17 @@ from torch import Tensor
 
 from vlmenv.agents.base import Agent
 from vlmenv.algos.advantages import zero_variance_share
+from vlmenv.algos.background import Background
 from vlmenv.algos.base import Algorithm, LossInputs, Scored
 from vlmenv.algos.batch import Batch, Rollouts, Rows, micro_batches, minibatches, padding_share
+from vlmenv.algos.correction import Correction, importance_weights, mismatch
 from vlmenv.algos.faults import NonFiniteError, nonfinite_gradients, nonfinite_weights, together
 from vlmenv.algos.losses import token_weights
 from vlmenv.algos.processes import processes_of
 from vlmenv.core.errors import ConfigError, DataError, PromptError
 from vlmenv.core.rollout import Rollout
+
+_CORRECTION_CAP = 2.0
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,14 @@ class TrainerConfig:
     """Tokens in one forward and backward pass, but at least one completion; a prompt counts once."""
     max_skipped: int = 3
     """Optimiser steps that may be left out, one after the other, because gradient or loss is not finite."""
+    correction: Correction | None = None
+    """How the loss allows for an engine's policy being another than the one that learns: by importance weights of
+    tokens or of whole completions, cut off at the cap, or 0 beyond it (mask); "token" where left out."""
+    correction_cap: float | None = None
+    """The largest importance weight, 2 where left out; a mask leaves out what is below its inverse too."""
+    max_staleness: int = 0
+    """Steps that the weights which sample may be behind those that learn. With 1, a server writes the next step's
+    answers while this step is learnt from."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "micro_batch_size", "micro_batch_tokens"):
@@ -67,6 +79,12 @@ class TrainerConfig:
             raise ConfigError("vision_lr must be above 0; to leave the vision tower as it is, freeze it")
         if not (0 <= self.weight_decay < math.inf and self.warmup_steps >= 0 and self.max_skipped >= 0):
             raise ConfigError("weight_decay, warmup_steps and max_skipped must not be negative")
+        if self.correction_cap is not None and not 1 < self.correction_cap < math.inf:
+            raise ConfigError(f"correction_cap must be above 1, not {self.correction_cap}")
+        if self.correction_cap is not None and self.correction == "none":
+            raise ConfigError("correction_cap goes with a correction")
+        if self.max_staleness not in (0, 1):
+            raise ConfigError(f"max_staleness must be 0 or 1, not {self.max_staleness}")
 
     def lr_factor(self, step: int) -> float:
         """What the peak learning rate is multiplied by in a step, counted from 0."""
@@ -89,6 +107,24 @@ class StepResult:
     """what was learnt from"""
 
 
+@dataclass(slots=True)
+class Collected:
+    """What a step learns from, in this process."""
+
+    rollouts: Rollouts
+    metrics: dict[str, float]
+    """of how it was found"""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it in plain containers and tensors."""
+        return {"rollouts": self.rollouts.state_dict(), "metrics": self.metrics}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Collected:
+        """The inverse of `state_dict`."""
+        return cls(Rollouts.from_state(state["rollouts"]), state["metrics"])
+
+
 class Trainer:
     """Trains an agent on vectorised environments.
 
@@ -100,7 +136,8 @@ class Trainer:
         accelerator: Device, precision and processes.
 
     Raises:
-        ConfigError: The environments do not come in groups of the algorithm's size, or `vision_lr` has no use.
+        ConfigError: The environments do not come in groups of the algorithm's size, `vision_lr` has no use, or
+            several processes are to roll out ahead of learning.
     """
 
     def __init__(
@@ -117,12 +154,17 @@ class Trainer:
                 f"the environments come in groups of {group_size}, "
                 f"but {algorithm.name} compares groups of {algorithm.config.group_size}"
             )
+        if config.max_staleness and accelerator.num_processes > 1:
+            raise ConfigError("max_staleness 1 works in one process")
         self.agent, self.envs, self.algorithm = agent, envs, algorithm
         self.config, self.accelerator = config, accelerator
         self.step = 0
         self._shown = 0  # batches of samples, some of which dynamic sampling may have passed over
         self._skipped = 0  # optimiser steps in a row
         self._seed = 0
+        self._reset_with: dict[str, Any] = {}  # the arguments of the next reset
+        self._ahead: Collected | Exception | None = None  # what the next step learns from, if that is there already
+        self._is_synced = False
         self.is_between_steps = True
         """False once weights have been updated, which then are of no step until it is finished."""
         self.reference = agent.reference() if algorithm.wants_reference else None
@@ -158,38 +200,77 @@ class Trainer:
         self._seed = seed
         if self.step == 0:
             self.agent.seed(seed + self.accelerator.process_index)
-        self.agent.sync()
-        shown = self._reset(seed=seed, options={"skip": self._shown} if self._shown else None)
+        self._reset_with = {"seed": seed, "options": {"skip": self._shown} if self._shown else None}
         while self.step < self.config.steps:
-            yield self._step(shown)
-            if self.step < self.config.steps:
-                shown = self._reset()
+            yield self._step()
 
-    def _reset(self, **how: Any) -> tuple[Any, dict[str, Any]]:
-        with together(self.accelerator):
-            return self.envs.reset(**how)
+    def sync(self) -> None:
+        """Hands the present weights to what generates, unless it has them.
 
-    def _step(self, shown: tuple[Any, dict[str, Any]]) -> StepResult:
-        clock: dict[str, float] = {}
-        rollouts, sampling = self._collect(shown, clock)
-        with timed(clock, "update"):
-            metrics = self._learn(rollouts)
-        with timed(clock, "sync"):
+        Raises:
+            EngineError: It failed, or cannot take them.
+        """
+        if not self._is_synced:
             self.agent.sync()
-        metrics |= rollouts.metrics() | sampling | {f"time/{name}": seconds for name, seconds in clock.items()}
+            self._is_synced = True
+
+    def _step(self) -> StepResult:
+        clock: dict[str, float] = {}
+        started = time.perf_counter()
+        with timed(clock, "sync"):
+            self.sync()
+        collected = self._collected(clock)
+        with self._collecting_ahead(clock), timed(clock, "update"):
+            metrics = self._learn(collected.rollouts)
+        metrics |= collected.rollouts.metrics() | collected.metrics
+        metrics |= {f"time/{name}": seconds for name, seconds in clock.items()}
         metrics = self._over_processes(metrics)
-        tokens = sum(len(completion.token_ids) for completion in rollouts.rollout.completions)
-        metrics["tokens_per_second"] = tokens * self.accelerator.num_processes / sum(clock.values())
+        tokens = sum(len(completion.token_ids) for completion in collected.rollouts.rollout.completions)
+        seconds = time.perf_counter() - started
+        metrics["tokens_per_second"] = tokens * self.accelerator.num_processes / seconds
         self.step += 1
         self._remember()
-        return StepResult(self.step, metrics, rollouts)
+        return StepResult(self.step, metrics, collected.rollouts)
+
+    def _collected(self, clock: dict[str, float]) -> Collected:
+        """What this step learns from, made now or ahead of it."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return self._collect(clock)
+        clock |= {"rollout": 0.0, "score": 0.0}
+        if isinstance(ahead, Exception):
+            raise ahead
+        return ahead
+
+    @contextmanager
+    def _collecting_ahead(self, clock: dict[str, float]) -> Iterator[None]:
+        """Makes what the next step learns from while the block runs, with the weights as they are at its beginning.
+
+        What the step then still waits for counts as its rollout.
+        """
+        if not self.config.max_staleness or self.step + 1 == self.config.steps:
+            yield
+            return
+        shown, random = self._shown, self.agent.rng_state()
+        ahead = Background(lambda: self._collect({}))
+        try:
+            yield
+        except Exception:
+            ahead.wait()
+            raise
+        with timed(clock, "rollout"):
+            self._ahead = ahead.wait()
+        if isinstance(self._ahead, Exception):  # a checkpoint has not got that far then
+            self._shown = shown
+            self.agent.set_rng_state(random)
 
     def _remember(self) -> None:
         """Notes what a checkpoint of this moment needs, and that it may be taken."""
         self._finished = {"step": self.step, "shown": self._shown, "skipped": self._skipped}
-        self._random = {"agent": self.agent.rng_state(), "torch": torch.get_rng_state()}
+        self._own: dict[str, Any] = {"agent": self.agent.rng_state(), "torch": torch.get_rng_state()}
         if self.agent.device.type == "cuda":
-            self._random["cuda"] = torch.cuda.get_rng_state()
+            self._own["cuda"] = torch.cuda.get_rng_state()
+        self._own_ahead = self._ahead
         self.is_between_steps = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -198,8 +279,13 @@ class Trainer:
         return self._finished | self.processes.shared_state() | scheduler
 
     def process_state(self) -> dict[str, Any]:
-        """What this process has of its own after the last finished step: random states, its share of the optimizer."""
-        return self._random | self.processes.own_state()
+        """What this process has of its own after the last finished step.
+
+        Random states, its share of the optimizer, and what has been rolled out ahead.
+        """
+        ahead = self._own_ahead
+        made = {"ahead": ahead.state_dict()} if isinstance(ahead, Collected) else {}
+        return self._own | made | self.processes.own_state()
 
     def load(self, folder: Path, state: dict[str, Any], own: dict[str, Any]) -> None:
         """Goes back to a checkpoint.
@@ -216,20 +302,22 @@ class Trainer:
         torch.set_rng_state(own["torch"])
         if "cuda" in own:
             torch.cuda.set_rng_state(own["cuda"])
+        self._ahead = Collected.from_state(own["ahead"]) if "ahead" in own else None
+        self._is_synced = False
         self._remember()
 
-    def _collect(self, shown: tuple[Any, dict[str, Any]], clock: dict[str, float]) -> tuple[Rollouts, dict[str, float]]:
+    def _collect(self, clock: dict[str, float]) -> Collected:
         """A batch to learn from, of several rounds if need be; with the share of groups that teach nothing."""
         size = self.algorithm.config.group_size
-        rounds = [self._round(*shown, clock)]
-        uniform = [zero_variance_share(rounds[0].rewards, size)]
-        while len(rounds) < self.algorithm.most_rounds and self._lacks_groups(rounds):
-            rounds.append(self._round(*self._reset(), clock))
+        rounds: list[Rollouts] = []
+        uniform: list[float] = []
+        while not rounds or (len(rounds) < self.algorithm.most_rounds and self._lacks_groups(rounds)):
+            rounds.append(self._round(clock))
             uniform.append(zero_variance_share(rounds[-1].rewards, size))
         metrics = {"reward/zero_std_groups": float(np.mean(uniform))}
         if self.algorithm.most_rounds > 1:
             metrics["rounds"] = float(len(rounds))
-        return Rollouts.most_informative(rounds, size), metrics
+        return Collected(Rollouts.most_informative(rounds, size), metrics)
 
     def _lacks_groups(self, rounds: list[Rollouts]) -> bool:
         """Whether any process has fewer informative groups than fill a batch."""
@@ -238,8 +326,11 @@ class Trainer:
         lacks = torch.tensor([float(found < len(rounds[0].rewards) // size)], device=self.agent.device)
         return bool(cast(Tensor, self.accelerator.reduce(lacks)).item() > 0)
 
-    def _round(self, observations: Any, infos: dict[str, Any], clock: dict[str, float]) -> Rollouts:
-        """Rolls out and scores one batch of samples."""
+    def _round(self, clock: dict[str, float]) -> Rollouts:
+        """Rolls out and scores the next batch of samples."""
+        how, self._reset_with = self._reset_with, {}
+        with together(self.accelerator):
+            observations, infos = self.envs.reset(**how)
         self._shown += 1
         with self._weights_for_rollout(), together(self.accelerator):
             with timed(clock, "rollout"), self.processes.autocast(), names_sample(infos):
@@ -257,23 +348,24 @@ class Trainer:
     def _learn(self, rollouts: Rollouts) -> dict[str, float]:
         """Takes the algorithm's optimiser steps on scored rollouts; means of what they log."""
         batch = self._credited(rollouts)
+        mismatch = self._correct(batch, rollouts.rollout)
         config, logged = self.algorithm.config, []
         rng = np.random.default_rng([self._seed, self.accelerator.process_index, self.step])
         for _ in range(config.mu):
             for rows in minibatches(len(batch), config.group_size, config.minibatches, rng):
                 logged.append(self._update(batch[rows], rollouts[rows]))
-        self.is_between_steps = False
+        self.is_between_steps = self._is_synced = False
         with warnings.catch_warnings():  # of a schedule that is ahead of an optimiser whose steps were left out
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             self.scheduler.step()
         means = {name: float(np.mean([metrics[name] for metrics in logged])) for name in logged[-1]}
-        return means | {"padding": padding_share(batch.rollout, self._passes(batch.rollout))}
+        return means | mismatch | {"padding": padding_share(batch.rollout, self._passes(batch.rollout))}
 
     @torch.no_grad()
     def _credited(self, rollouts: Rollouts) -> Batch:
         """The batch to learn from, with advantages, before any update."""
         batch = Batch.of(rollouts.rollout, self.agent.device)
-        if self.reference is not None or self.algorithm.wants_values or not rollouts.rollout.whole:
+        if self.reference is not None or self.algorithm.wants_values or _is_foreign(rollouts.rollout):
             self._add_estimates(batch)
         credit = self.algorithm.credit(
             Scored(
@@ -294,19 +386,30 @@ class Trainer:
     def _add_estimates(self, batch: Batch) -> None:
         """The reference's log-probabilities and the critic's values of all tokens.
 
-        And the policy's own, where the sampler's are not of the whole distribution.
+        And the policy's own, where the sampler's are of another distribution.
         """
+        foreign = _is_foreign(batch.rollout)
         for rows in self._passes(batch.rollout):
             with self.processes.autocast():
                 if self.reference is not None:
                     batch.put("ref_logprobs", rows, self.reference.logprobs(batch.rollout[rows]).values)
-                if not self.algorithm.wants_values and batch.rollout.whole:
+                if not self.algorithm.wants_values and not foreign:
                     continue
                 now = self.agent.logprobs(batch.rollout[rows])
-                if not batch.rollout.whole:
+                if foreign:
                     batch.put("old_logprobs", rows, now.values)
                 if now.state_values is not None:
                     batch.put("values", rows, now.state_values)
+
+    def _correct(self, batch: Batch, rollout: Rollout) -> dict[str, float]:
+        """Weighs a batch that an engine sampled by how likely the policy was to; tells how far the two are apart."""
+        if rollout.own:
+            return {}
+        sampled = Batch.of(rollout, self.agent.device)
+        logratio = batch.old_logprobs - sampled.old_logprobs
+        how, cap = self.config.correction or "token", self.config.correction_cap or _CORRECTION_CAP
+        batch.correction = importance_weights(logratio, sampled.mask, how, cap)
+        return mismatch(logratio, sampled.mask, how, cap)
 
     def _update(self, batch: Batch, rollouts: Rollouts) -> dict[str, float]:
         """One optimiser step, in micro-batches; none where gradient or loss is not finite."""
@@ -373,6 +476,8 @@ class Trainer:
             num_sequences=num_sequences,
             max_tokens=self.agent.max_new_tokens,
         )
+        if batch.correction is not None:
+            weights = weights * batch.correction
         inputs = LossInputs(
             now.values,
             batch.old_logprobs,
@@ -395,6 +500,11 @@ class Trainer:
         names = dict.fromkeys(name for own in gathered for name in own)  # a term may be in one process's rows alone
         kinds = {"completion/min_length": min, "completion/max_length": max}
         return {name: float(kinds.get(name, np.mean)([own[name] for own in gathered if name in own])) for name in names}
+
+
+def _is_foreign(rollout: Rollout) -> bool:
+    """Whether a rollout's log-probabilities are those of another distribution than the learner's."""
+    return not (rollout.whole and rollout.own)
 
 
 @contextmanager

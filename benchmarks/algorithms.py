@@ -45,6 +45,8 @@ class Args:
     """Runs of each."""
     steps: int = 300
     """Of each run."""
+    prompts: int = 16
+    """In a step, each answered by the algorithm's own number of completions."""
     limit: int = 512
     """Held-out samples to measure on."""
     runs: Path = Path("runs/algorithms")
@@ -112,6 +114,7 @@ def trained(env: str, name: str, seed: int, args: Args) -> Run:
         "algo": name,
         "seed": seed,
         "steps": args.steps,
+        "prompts_per_step": args.prompts,
         "eval_limit": args.limit,
         "checkpoint_every": max(1, args.steps // 5),
         "keep": 1,
@@ -142,13 +145,19 @@ def check_options(folder: Path, options: Mapping[str, Any]) -> None:
 
 def head(args: Args) -> list[str]:
     repeated = [("env", env) for env in args.env] + [("only", name) for name in args.only]
-    options = [*repeated, ("seeds", args.seeds), ("steps", args.steps), ("limit", args.limit)]
+    options = [
+        *repeated,
+        ("seeds", args.seeds),
+        ("steps", args.steps),
+        ("prompts", args.prompts),
+        ("limit", args.limit),
+    ]
     lines = [
         "# Algorithms",
         "",
         f"    python benchmarks/algorithms.py {' '.join(f'--{name} {value}' for name, value in options)}",
         "",
-        f"The built-in model, {args.steps} steps with each algorithm's own defaults, seeds 0 to {args.seeds - 1}; "
+        f"The built-in model, {args.steps} steps of {args.prompts} prompts with each algorithm's own defaults, seeds 0 to {args.seeds - 1}; "
         f"{os.cpu_count()} cores of {processor()}, float32, torch {torch.__version__}. The metric is the first of "
         f"`vlmenv eval`'s, greedy, on {args.limit} held-out samples; the reward is that of sampled answers, over the "
         "first and the last tenth of the steps. sft samples none. Seconds are those of the steps.",

@@ -38,7 +38,6 @@ def save_checkpoint(trainer: Trainer, run: RunFolder) -> None:
             trainer.agent.save(partial, weights)
             _save(trainer.state_dict(), partial / "trainer.pt")
     with together(accelerator), _whole(folder, partial):
-        trainer.processes.save(partial)
         _save(trainer.process_state(), partial / f"process-{accelerator.process_index}.pt")
     with together(accelerator), _whole(folder, partial):
         if accelerator.is_main_process:

@@ -144,6 +144,11 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
             raise ConfigError("log_samples is for a tracker, but tracker is none")
         if self.temperature == 0:
             raise ConfigError("temperature must be above 0: training needs varied answers")
+        unused = ("correction", "correction_cap", "max_staleness")
+        if self.engine == "hf" and (given := [name for name in unused if getattr(self.trainer, name)]):
+            raise ConfigError(f"{' and '.join(given)} go with an engine: the model itself samples from what it learns")
+        if self.trainer.max_staleness and self.engine in ("hf", "vllm"):
+            raise ConfigError("max_staleness 1 needs a server that answers meanwhile: engine vllm-server")
         if self.eval_image_root is not None and self.eval_dataset is None:
             raise ConfigError("eval_image_root goes with eval_dataset")
         if self.dataset is None and not (self.eval_dataset is None and self.eval_split is None and self.split is None):
@@ -296,6 +301,7 @@ def _evaluate(
 ) -> Evaluation | None:
     if envs is None:
         return None
+    trainer.sync()
     count = sample_count(envs, config.eval_limit or DEFAULT_LIMIT)
     return evaluate(trainer.agent, envs, count, greedy=True, title=title, console=console, processes=trainer.processes)
 

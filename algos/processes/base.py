@@ -104,9 +104,6 @@ class Processes:
         """This process's share of it."""
         return {}
 
-    def save(self, folder: Path) -> None:
-        """Adds to a checkpoint what is in none of the states."""
-
     def load(self, folder: Path, shared: dict[str, Any], own: dict[str, Any]) -> None:
         """Puts weights and the optimizer's state back from a checkpoint."""
         self.agent.load(folder)

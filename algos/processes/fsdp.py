@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import MethodType
 from typing import Any, ClassVar, cast
 
@@ -41,8 +43,8 @@ class FSDP(Shares):
         self, agent: Agent, reference: Reference | None, optimizer: Callable[[], torch.optim.Optimizer]
     ) -> torch.optim.Optimizer:
         mesh = init_device_mesh(self.accelerator.device.type, (self.accelerator.num_processes,))
-        blocks = set(agent.blocks())
-        names = [name for name, module in agent.policy.named_modules() if module in blocks]
+        named = {module: name for name, module in agent.policy.named_modules()}
+        names = [named[block] for block in agent.blocks()]
         self._shard(agent.policy, names, mesh)
         if isinstance(reference, FrozenPolicy):
             self._shard(reference.policy, names, mesh)
@@ -54,10 +56,15 @@ class FSDP(Shares):
         precision = MixedPrecisionPolicy()
         if self.accelerator.mixed_precision == "bf16":
             precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        for name in blocks:
-            fully_shard(policy.get_submodule(name), mesh=mesh, reshard_after_forward=self._reshard, mp_policy=precision)
+        parts = [policy.get_submodule(name) for name in blocks]
+        for part in parts:
+            fully_shard(part, mesh=mesh, reshard_after_forward=self._reshard, mp_policy=precision)
         fully_shard(policy, mesh=mesh)
         _make_root(policy)
+        # Left alone, a backward pass gathers in advance what this process ran before: in rollouts too, where another
+        # process may have run nothing. (What is named for the first is itself, since none is before it.)
+        for before, part in itertools.pairwise([parts[0], *parts, policy]):
+            cast(FSDPModule, part).set_modules_to_backward_prefetch([cast(FSDPModule, before)])
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -97,7 +104,7 @@ class FSDP(Shares):
         own = {i: {name: _local(value) for name, value in kept.items()} for i, kept in state["state"].items()}
         return {"optimizer": state | {"state": own}}
 
-    def load(self, folder: Any, shared: dict[str, Any], own: dict[str, Any]) -> None:
+    def load(self, folder: Path, shared: dict[str, Any], own: dict[str, Any]) -> None:
         parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         state = own["optimizer"]
         whole = {

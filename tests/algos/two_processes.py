@@ -60,6 +60,9 @@ def check_gradient(accelerator: Accelerator, sort: str) -> None:
     trainer = trainer_of(agent, accelerator)
     half = slice(8 * rank, 8 * rank + 8)
     batch = Batch.of(rollout[half], agent.device, advantages[half])
+    with trainer.processes.whole():
+        if rank == 0:  # what one has done alone must not tell on what follows
+            agent.act(observations()[:1])
     passes = trainer.processes.collect([len(micro_batches(batch.rollout, None, TOKENS))])
     assert passes[0] > passes[1] > 1
     trainer.backward(batch)

@@ -139,7 +139,7 @@ def test_operations_are_those_of_the_matrix_products(common: ModuleType, qwen2_5
     pairs = (1 if shared else 4) * 100**2 / 2 + 4 * 8 * (100 + 8 / 2)
     attention = 2 * 2 * 2 * pairs * text.num_attention_heads * 32 * text.num_hidden_layers
     expected = script.forward_operations(family.model, case, shared=shared) - attention
-    assert expected == pytest.approx(counted, rel=0.05)
+    assert expected == pytest.approx(counted, rel=0.02)
 
 
 def test_peak_memory(common: ModuleType) -> None:
@@ -166,6 +166,7 @@ def test_prompts_and_completions_are_as_long_as_asked(common: ModuleType) -> Non
     assert [len(one.input_ids) for one in rollout.prompts] == [50] * 3
     assert [(one.input_ids == image).sum() for one in rollout.prompts] == [case.image_tokens] * 3
     assert [len(one.token_ids) for one in rollout.completions] == [7] * 6
+    assert set(family.end_tokens) < set(family.banned_tokens.tolist())
 
 
 def test_the_three_ways_have_the_same_numbers(common: ModuleType) -> None:

@@ -72,6 +72,8 @@ class Rollout:
     whole: bool = True
     """whether their `logprobs` are of the whole distribution at this temperature, as a learner's are; not so where
     unlikely tokens were left out"""
+    own: bool = True
+    """whether the learner's own module sampled them, and not an engine, whose weights may be older or less precise"""
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -82,7 +84,7 @@ class Rollout:
         prompts = [self.prompts[i] for i in used]
         numbers = range(len(self))[rows] if isinstance(rows, slice) else rows
         completions = [self.completions[i] for i in numbers]
-        return Rollout(prompts, index.astype(np.int64), completions, self.temperature, self.whole)
+        return Rollout(prompts, index.astype(np.int64), completions, self.temperature, self.whole, self.own)
 
     @classmethod
     def joined(cls, parts: Sequence[Rollout]) -> Rollout:
@@ -91,7 +93,8 @@ class Rollout:
         index = [part.prompt_index + start for part, start in zip(parts, starts, strict=False)]
         prompts = [prompt for part in parts for prompt in part.prompts]
         completions = [completion for part in parts for completion in part.completions]
-        return cls(prompts, np.concatenate(index), completions, parts[0].temperature, parts[0].whole)
+        first = parts[0]
+        return cls(prompts, np.concatenate(index), completions, first.temperature, first.whole, first.own)
 
     @property
     def texts(self) -> list[str]:
