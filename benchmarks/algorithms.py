@@ -157,10 +157,11 @@ def head(args: Args) -> list[str]:
         "",
         f"    python benchmarks/algorithms.py {' '.join(f'--{name} {value}' for name, value in options)}",
         "",
-        f"The built-in model, {args.steps} steps of {args.prompts} prompts with each algorithm's own defaults, seeds 0 to {args.seeds - 1}; "
-        f"{os.cpu_count()} cores of {processor()}, float32, torch {torch.__version__}. The metric is the first of "
-        f"`vlmenv eval`'s, greedy, on {args.limit} held-out samples; the reward is that of sampled answers, over the "
-        "first and the last tenth of the steps. sft samples none. Seconds are those of the steps.",
+        f"The built-in model, {args.steps} steps of {args.prompts} prompts with each algorithm's own defaults, seeds "
+        f"0 to {args.seeds - 1}; {os.cpu_count()} cores of {processor()}, float32, torch {torch.__version__}. The "
+        f"metric is the first of `vlmenv eval`'s, greedy, on {args.limit} held-out samples; the reward is that of "
+        "sampled answers, over the first and the last tenth of the steps. sft samples none. Seconds are those of the "
+        "steps.",
     ]
     return lines if args.output is None else [*lines, "", f"![Rewards]({args.output.with_suffix('.png').name})"]
 
