@@ -137,6 +137,7 @@ class Rollouts:
             "completion/min_length": float(min(lengths)),
             "completion/max_length": float(max(lengths)),
             "completion/truncated": float(np.mean([c.finish_reason == "length" for c in self.rollout.completions])),
+            "completion/repetition": float(np.mean([repetition(c.token_ids) for c in self.rollout.completions])),
             **{f"completion/{name}": mean for name, mean in self._means("traits").items()},
         }
 
@@ -197,6 +198,14 @@ class Batch:
         if getattr(self, name) is None:
             setattr(self, name, torch.zeros_like(self.old_logprobs))
         getattr(self, name)[rows, : values.shape[1]] = values
+
+
+def repetition(token_ids: NDArray[np.int64], n: int = 4) -> float:
+    """Share of a completion's runs of n tokens that have occurred in it before; 0 where it has none."""
+    if len(token_ids) < n:
+        return 0.0
+    runs = np.lib.stride_tricks.sliding_window_view(token_ids, n)
+    return 1 - len(np.unique(runs, axis=0)) / len(runs)
 
 
 def minibatches(size: int, group_size: int, count: int, rng: np.random.Generator) -> Iterator[Rows]:

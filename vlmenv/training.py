@@ -37,6 +37,7 @@ from vlmenv.report.pictures import draw_curve, draw_samples
 from vlmenv.report.progress import TrainingProgress
 from vlmenv.report.run_folder import RunFolder
 from vlmenv.report.tracking import TrackerName, Tracking, require_tracker
+from vlmenv.report.watch import drift
 from vlmenv.stopping import Stopping
 from vlmenv.tasks import TaskConfig, check_device, check_engine, load_agent, make_envs, report_broken_rows
 
@@ -116,7 +117,8 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
     eval_limit: int | None = None
     """Measure on at most so many samples, 512 where left out. 0 leaves the measuring out."""
     eval_every: int | None = None
-    """Measure every so many steps too, and keep the best model, by the first of the metrics."""
+    """Measure every so many steps too, keep the best model by the first of the metrics, and warn where answers drift
+    (in length, repetition, boxes, format) while that metric falls."""
     tracker: TrackerName = "tensorboard"
     """Who is told of each step's metrics, and of samples: TensorBoard, in the run's folder, or Weights & Biases."""
     log_samples: int | None = None
@@ -212,7 +214,7 @@ def _run(config: TrainConfig[Any], opened: ExitStack) -> Path:
     if config.resume is not None:
         load_checkpoint(trainer, run)
         console.print(f"going on after step {trainer.step}" if trainer.step else "no checkpoint yet: starting over")
-    _Training(trainer, envs, held_out, config, run, tracking, console)()
+    _Training(trainer, envs, held_out, config, run, tracking, console, before)()
     after = _evaluate(trainer, held_out, config, "after training", console)
     if accelerator.is_main_process and held_out is not None and before is not None and after is not None:
         _compare(config, run, held_out, before, after, console)
@@ -317,6 +319,8 @@ class _Training:
     run: RunFolder
     tracking: Tracking
     console: Console
+    before: Evaluation | None
+    """what the model could do before training, where that was measured"""
     last: StepResult | None = None
     """the last step that was finished"""
     saved: int = 0
@@ -359,11 +363,22 @@ class _Training:
             self.history.append(result.metrics)
             if self.trainer.accelerator.is_main_process:
                 self.run.write_step(result)
+                self._watch(result)
             samples = every > 0 and (step % every == 0 or step in (1, steps))
             self.tracking.log(result, self.envs.task, samples=samples)
         if config.checkpoint_every and step % config.checkpoint_every == 0:
             self._save()
             self._prune()
+
+    def _watch(self, result: StepResult) -> None:
+        """Warns where answers drift while the first held-out metric falls."""
+        metric = next((name.removeprefix("eval/") for name in result.metrics if name.startswith("eval/")), None)
+        if metric is None:
+            return
+        before = None if self.before is None else self.before.metrics[metric].value
+        if (message := drift(self.history, before, metric)) is not None:
+            self.run.write_warning(result.step, message)
+            self.console.print(f"[bold yellow]warning:[/] step {result.step}: {message}", soft_wrap=True)
 
     def _save(self) -> None:
         self.saved = self.trainer.step  # once is enough, whatever becomes of it
@@ -423,7 +438,7 @@ class _Training:
 
     def _draw(self) -> None:
         if self.trainer.accelerator.is_main_process and self.history:
-            draw_curve(self.run.path / "curve.png", self.history)
+            draw_curve(self.run.path / "curve.png", self.history, self.run.warned())
 
     def _fail_tracking(self) -> None:
         self.tracking.close(failed=True)

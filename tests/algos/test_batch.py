@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmenv.algos.batch import Batch, Rollouts, micro_batches, minibatches, padding_share
+from vlmenv.algos.batch import Batch, Rollouts, micro_batches, minibatches, padding_share, repetition
 from vlmenv.core.errors import RewardError
 from vlmenv.core.rollout import Completion, Observation, Prompt, Rollout
 
@@ -137,3 +137,15 @@ def test_a_reward_that_is_not_finite_is_named(reward: float) -> None:
 def shown(count: int, first: int = 0) -> list[Observation]:
     """Observations, each with an image of its own colour."""
     return [{"images": (np.full((2, 2, 3), 10 * first + i, np.uint8),), "prompt": f"{i}"} for i in range(count)]
+
+
+def test_repeated_runs_of_tokens() -> None:
+    """1 2 3 4 1 2 3 4 1: of its six runs of four, the last two have occurred before."""
+    assert repetition(np.array([1, 2, 3, 4, 1, 2, 3, 4, 1])) == pytest.approx(2 / 6)
+    assert repetition(np.array([5] * 11)) == pytest.approx(7 / 8)
+    assert repetition(np.arange(9)) == 0
+    assert repetition(np.array([1, 1, 1])) == 0
+    made = rollout([3, 9], [3, 3])
+    made.completions[1].token_ids[:] = 7
+    metrics = Rollouts.scored(shown(2), made, np.ones(2), {}).metrics()
+    assert metrics["completion/repetition"] == pytest.approx(5 / 6 / 2)

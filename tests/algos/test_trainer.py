@@ -78,6 +78,7 @@ def test_what_is_logged(builtin: VLMAgent) -> None:
         "completion/length",
         "completion/min_length",
         "completion/max_length",
+        "completion/repetition",
         "completion/truncated",
         "padding",
         "completion/box_ratio",

@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vlmenv.algos.batch import NO_TERMS
@@ -16,26 +17,52 @@ from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.evaluation import Evaluation
 
 _SHOWN = 8
+_DRIFTING = ("completion/length", "completion/repetition", "completion/box_ratio")
 
 
-def draw_curve(path: Path, history: Sequence[dict[str, float]]) -> None:
-    """Draws each reward term over the steps, smoothed over a twentieth of the run."""
+def draw_curve(path: Path, history: Sequence[dict[str, float]], warned: Sequence[int] = ()) -> None:
+    """Draws each reward term over the steps, smoothed over a twentieth of the run.
+
+    Where held-out samples were measured on the way, a second panel shows what became of the first of their metrics and
+    of the answers' lengths, repetitions and box ratios, as multiples of the first value of each.
+
+    Args:
+        path: Of the picture.
+        history: The metrics of each step.
+        warned: Steps, counted from 1, that have a warning; dashed lines.
+    """
     every = dict.fromkeys(name for metrics in history for name in metrics)
-    names = [name for name in every if name.startswith("reward/") and name not in NO_TERMS]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
+    terms = [name for name in every if name.startswith("reward/") and name not in NO_TERMS]
+    held_out = [name for name in every if name.startswith("eval/")][:1]
+    panels = 2 if held_out else 1
+    figure = Figure(figsize=(7, 1 + 3 * panels), layout="constrained")
+    grid = figure.subplots(panels, squeeze=False)[:, 0]
+    _draw_lines(grid[0], history, terms)
+    grid[0].set(ylabel="mean over completions")
+    if held_out:
+        _draw_lines(grid[1], history, [*held_out, *(name for name in _DRIFTING if name in every)], relative=True)
+        grid[1].set(ylabel="multiple of the first value")
+    for axes in grid:
+        for step in warned:
+            axes.axvline(step, color="0.3", linestyle="--", linewidth=1)
+        axes.set(xlabel="step")
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower right" if axes is grid[0] else "upper left")
+    figure.savefig(path, dpi=120)
+
+
+def _draw_lines(axes: Axes, history: Sequence[dict[str, float]], names: Sequence[str], relative: bool = False) -> None:
+    """Draws metrics over the steps that have them, and thicker their means over a twentieth of the run."""
     width = max(1, len(history) // 20)
     for colour, name in zip(mpl.color_sequences["tab10"] * 9, names, strict=False):
         steps = np.array([step for step, metrics in enumerate(history, 1) if name in metrics])
         values = np.array([metrics[name] for metrics in history if name in metrics])
-        kernel = np.ones(width)
+        values = values / (values[0] or 1) if relative else values
+        kernel = np.ones(min(width, len(values)))
         smooth = np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
-        axes.plot(steps, smooth, color=colour, label=name.removeprefix("reward/"))
-    axes.set(xlabel="step", ylabel="mean over completions")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
-    figure.savefig(path, dpi=120)
+        label = name.removeprefix("reward/").removeprefix("completion/").replace("eval/", "held-out ")
+        axes.plot(steps, values if name.startswith("eval/") else smooth, color=colour, label=label)
 
 
 def draw_samples(path: Path, envs: VisualTaskVectorEnv, before: Evaluation, after: Evaluation) -> None:

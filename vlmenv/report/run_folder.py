@@ -23,8 +23,9 @@ class RunFolder:
     """Writes a run's files, each line as it happens.
 
     `config.yaml` holds all options, `metrics.jsonl` an object per step, `rollouts.jsonl` every
-    completion with its reward terms, `checkpoints/step-N/` the model. `nonfinite/step-N/` holds
-    what could not be learnt from, where that ended the run.
+    completion with its reward terms, `checkpoints/step-N/` the model. `warnings.jsonl` tells of steps
+    at which answers drifted while a held-out metric fell. `nonfinite/step-N/` holds what could not be
+    learnt from, where that ended the run.
 
     Nothing is written before `create`.
     """
@@ -82,6 +83,14 @@ class RunFolder:
             raise
         self._written = result.step
 
+    def write_warning(self, step: int, message: str) -> None:
+        """Appends a warning of a step."""
+        _append(self.path / "warnings.jsonl", [{"step": step, "message": message}])
+
+    def warned(self) -> list[int]:
+        """The steps that have a warning."""
+        return [row["step"] for row in self._rows("warnings.jsonl")] if self._has("warnings.jsonl") else []
+
     def checkpoints(self) -> list[Path]:
         """The folders of whole checkpoints, the newest last."""
         found = (self.path / "checkpoints").glob("step-*/trainer.pt")
@@ -99,14 +108,17 @@ class RunFolder:
 
     def cut(self, step: int) -> None:
         """Takes out what was written after a step: training goes on from there."""
-        for name in ("metrics.jsonl", "rollouts.jsonl"):
-            if (self.path / name).exists():
+        for name in ("metrics.jsonl", "rollouts.jsonl", "warnings.jsonl"):
+            if self._has(name):
                 kept = [row for row in self._rows(name) if row["step"] <= step]
                 write_whole(self.path / name, "".join(json.dumps(row) + "\n" for row in kept))
 
     def best(self) -> dict[str, Any]:
         """What is known of the best model so far; empty where nothing is."""
         return self.read_json("best.json")
+
+    def _has(self, name: str) -> bool:
+        return (self.path / name).exists()
 
     def _rows(self, name: str) -> list[dict[str, Any]]:
         """The objects in a file of lines; a last line that was cut off does not count."""
