@@ -20,15 +20,20 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.fixture
-def commands(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
-    """What is trained; in this process, which need not import everything again."""
+def runs(script: ModuleType) -> ModuleType:
+    return importlib.import_module("findings.runs")
+
+
+@pytest.fixture
+def commands(runs: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """What is run; in this process, which need not import everything again."""
     called: list[tuple[str, ...]] = []
 
-    def train(*args: str) -> None:
+    def run(*args: str) -> None:
         called.append(args)
-        main(["train", *args, *([] if "--resume" in args else ["--prompts-per-step", "2"])])
+        main(list(args))
 
-    monkeypatch.setattr(script, "train", train)
+    monkeypatch.setattr(runs, "_vlmenv", run)
     return called
 
 
@@ -36,7 +41,7 @@ def test_runs_are_trained_once_and_taken_up(
     script: ModuleType, commands: list[tuple[str, ...]], tmp_path: Path
 ) -> None:
     envs, output = ("VLM-REC-v0", "VLM-VQA-v0"), tmp_path / "table.md"
-    args = script.Args(env=envs, only=("grpo", "sft"), seeds=1, steps=2, limit=2, runs=tmp_path / "runs", output=output)
+    args = script.Args(envs, ("grpo", "sft"), 1, 2, 2, 2, runs=tmp_path / "runs", output=output)
     script.main(args)
     assert len(commands) == 4
     table = output.read_text()
@@ -47,12 +52,12 @@ def test_runs_are_trained_once_and_taken_up(
     cut = tmp_path / "runs" / "VLM-REC-v0" / "grpo-seed0"
     (cut / "evaluation.json").unlink()
     script.main(args)
-    assert commands[4:] == [("--resume", str(cut))]
+    assert commands[4:] == [("train", "--resume", str(cut))]
     assert output.read_text() == table
 
 
 def test_runs_of_another_kind_are_refused(script: ModuleType, commands: list[tuple[str, ...]], tmp_path: Path) -> None:
-    args = script.Args(only=("sft",), seeds=1, steps=1, limit=1, runs=tmp_path)
+    args = script.Args(only=("sft",), seeds=1, steps=1, prompts=2, limit=1, runs=tmp_path)
     script.main(args)
     args.steps = 3
     with pytest.raises(SystemExit, match="sft-seed0 is a run with steps 1, not 3"):
@@ -63,7 +68,7 @@ def test_runs_of_another_kind_are_refused(script: ModuleType, commands: list[tup
     assert len(commands) == 1
 
 
-def test_what_is_read_of_a_run(script: ModuleType, tmp_path: Path) -> None:
+def test_what_is_read_of_a_run(script: ModuleType, runs: ModuleType, tmp_path: Path) -> None:
     metric = '{"iou/mean": {"value": %s}, "format": {"value": 1.0}}'
     (tmp_path / "evaluation.json").write_text(f'{{"before": {metric % 0.25}, "after": {metric % 0.75}}}')
     rows = [f'{{"step": {i}, "reward/mean": {i}, "time/rollout": 2, "time/update": 0.5}}\n' for i in range(1, 21)]
@@ -71,10 +76,11 @@ def test_what_is_read_of_a_run(script: ModuleType, tmp_path: Path) -> None:
     run = script.Run.read(tmp_path)
     assert (run.metric, run.before, run.after, run.seconds) == ("iou/mean", 0.25, 0.75, 50)
     other = script.Run("iou/mean", 0.25, 0.5, run.rewards + 1, 60)
+    assert runs.values({"a": {"value": 1.0, "low": 0.5}}) == {"a": 1.0}
     row = "| grpo | 0.250 | 0.750 / 0.500 | 1.500 / 2.500 | 19.500 / 20.500 | 50 / 60 |"
     assert script.row("grpo", [run, other]) == row
 
 
-def test_smoothing_is_a_mean_of_as_many_as_there_are(script: ModuleType) -> None:
-    smooth = script.smooth(np.arange(60.0))
+def test_smoothing_is_a_mean_of_as_many_as_there_are(runs: ModuleType) -> None:
+    smooth = runs.smooth(np.arange(60.0), 3)
     np.testing.assert_allclose(smooth[[0, 1, 30, 59]], [0.5, 1, 30, 58.5])

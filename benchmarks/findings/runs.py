@@ -1,0 +1,148 @@
+"""Runs of `vlmenv train` whose results are kept: an interrupted benchmark is taken up by the same command."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import torch
+import yaml
+from matplotlib.axes import Axes
+from PIL import Image
+
+from vlmenv.agents.vlm import BUILTIN, find_model
+
+
+def check_model(folder: Path) -> None:
+    """Ends the program where the runs in a folder were begun with another model than the present one."""
+    digest = hashlib.sha256((find_model(BUILTIN) / "model.safetensors").read_bytes()).hexdigest()
+    note = folder / "model.sha256"
+    folder.mkdir(parents=True, exist_ok=True)
+    if note.exists() and note.read_text() != digest:
+        raise SystemExit(f"the runs in {folder} are of another built-in model: choose another --runs, or remove it")
+    note.write_text(digest)
+
+
+def trained(folder: Path, options: Mapping[str, Any]) -> Path:
+    """A finished run; it is trained, or trained further, unless it is finished already."""
+    if not (folder / "config.yaml").exists():
+        _vlmenv("train", *arguments(options), "--output", str(folder))
+    _check_options(folder, options)
+    if not (folder / "evaluation.json").exists():
+        _vlmenv("train", "--resume", str(folder))
+    return folder
+
+
+def measured(folder: Path, options: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of `vlmenv eval`, kept in a folder."""
+    if not (folder / "metrics.json").exists():
+        _vlmenv("eval", *arguments(options), "--output", str(folder))
+    return values(json.loads((folder / "metrics.json").read_text()))
+
+
+def arguments(options: Mapping[str, Any]) -> list[str]:
+    """Options as the command line takes them; a mapping's or a sequence's parts one after the other."""
+    found: list[str] = []
+    for name, value in options.items():
+        parts = [part for pair in value.items() for part in pair] if isinstance(value, Mapping) else value
+        parts = parts if isinstance(parts, Sequence) and not isinstance(parts, str) else [parts]
+        found += [f"--{name.replace('_', '-')}", *map(str, parts)]
+    return found
+
+
+def steps_of(folder: Path) -> list[dict[str, float]]:
+    """The metrics of each step."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def evaluation_of(folder: Path, when: str = "after") -> dict[str, float]:
+    """What was measured before or after training."""
+    return values(json.loads((folder / "evaluation.json").read_text())[when])
+
+
+def seconds_of(folder: Path) -> float:
+    """Of all steps, without start and measuring."""
+    return sum(value for step in steps_of(folder) for name, value in step.items() if name.startswith("time/"))
+
+
+def values(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Metrics without their intervals."""
+    return {name: metric["value"] for name, metric in metrics.items()}
+
+
+def last_model(folder: Path) -> Path:
+    """The model after the last step."""
+    return max((folder / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def tail(folder: Path, name: str) -> float:
+    """The mean of a metric over the last tenth of the steps; NaN where none of them has it."""
+    steps = steps_of(folder)
+    return mean_of(steps[-max(1, len(steps) // 10) :], name)
+
+
+def mean_of(steps: Sequence[Mapping[str, float]], name: str) -> float:
+    """The mean of a metric over the steps that have it; NaN where none has."""
+    found = [step[name] for step in steps if name in step]
+    return float(np.mean(found)) if found else float("nan")
+
+
+def hardware() -> str:
+    """What this ran on."""
+    return f"{os.cpu_count()} cores of {processor()}, float32, torch {torch.__version__}"
+
+
+def processor() -> str:
+    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return models[0].partition(":")[2].strip() if models else platform.machine()
+
+
+def seeds_cell(values: Sequence[float], digits: int = 3) -> str:
+    """The figures of several seeds, once where they are the same."""
+    written = [f"{value:.{digits}f}" for value in values]
+    return written[0] if len(set(written)) == 1 else " / ".join(written)
+
+
+def draw_seeds(axes: Axes, lines: Mapping[str, Sequence[Sequence[float]]], width: int) -> None:
+    """Draws for each name the mean of its seeds' curves, smoothed over `width` steps, and thin the seeds themselves."""
+    for (name, seeds), colour in zip(lines.items(), mpl.color_sequences["tab10"] * 9, strict=False):
+        curves = np.array([smooth(np.asarray(one, dtype=float), width) for one in seeds])
+        steps = np.arange(1, curves.shape[1] + 1)
+        axes.plot(steps, curves.T, color=colour, linewidth=0.5, alpha=0.5)
+        axes.plot(steps, curves.mean(axis=0), color=colour, linewidth=1.6, label=name)
+    axes.set(xlabel="step")
+    axes.grid(alpha=0.3)
+
+
+def smooth(values: np.ndarray, width: int) -> np.ndarray:
+    """The means over `width` steps around each; over as many as there are at the ends."""
+    kernel = np.ones(max(1, min(width, len(values))))
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
+
+
+def save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=100)
+    Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)  # a quarter of the size
+
+
+def _vlmenv(*args: str) -> None:
+    subprocess.run([sys.executable, "-m", "vlmenv", *args], check=True)
+
+
+def _check_options(folder: Path, options: Mapping[str, Any]) -> None:
+    """Ends the program where a run has other options."""
+    stored = yaml.safe_load((folder / "config.yaml").read_text())
+    for name, value in options.items():
+        if stored[name] != (dict(value) if isinstance(value, Mapping) else value):
+            raise SystemExit(
+                f"{folder} is a run with {name} {stored[name]}, not {value}: choose another --runs, or remove it"
+            )

@@ -1,0 +1,67 @@
+"""The papers' findings in miniature: here still smaller, to see that the scripts run and tell what they measured."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+from vlmenv.cli import main
+
+SMALL = {"hacking": {"prompts": 1}, "zero_variance": {"prompts": 1}, "sft_vs_rl": {}}
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """What is run is run in this process, which need not import everything again."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "findings")
+    module = importlib.import_module("runs")
+    monkeypatch.setattr(module, "_vlmenv", lambda *args: main(list(args)))
+    return module
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_finding(name: str, runs: ModuleType, tmp_path: Path) -> None:
+    script, output = importlib.import_module(name), tmp_path / f"{name}.md"
+    args = script.Args(seeds=1, steps=1, limit=2, runs=tmp_path / "runs", output=output, **SMALL[name])
+    script.main(args)
+    text = output.read_text()
+    rows = [
+        line for line in text.splitlines() if re.match(r"\| (before|map|map50|od_length|grpo|sft|as they|left)", line)
+    ]
+    assert len(rows) == {"hacking": 4, "zero_variance": 3, "sft_vs_rl": 3}[name]
+    for row in rows[1:]:
+        assert re.search(r"\d\.\d{3}", row)
+    assert f"{name}.png" in text
+    assert Image.open(output.with_suffix(".png")).size[0] == 900
+    found = [json.loads((run / "evaluation.json").read_text()) for run in (tmp_path / "runs").glob("*seed0")]
+    assert len(found) == len(rows) - 1
+    script.main(args)  # nothing is trained anew
+    assert output.read_text() == text
+
+
+def test_scenes_of_other_kinds(runs: ModuleType, tmp_path: Path) -> None:
+    script = importlib.import_module("sft_vs_rl")
+    args, shown = script.Args(limit=6), {}
+    for domain in script.DOMAINS:
+        file = script.write_scenes(tmp_path / domain, domain, args)
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        boxes = [json.loads(row["conversations"][1]["value"]) for row in rows]
+        sides = [max(box[2] - box[0], box[3] - box[1]) for box in boxes]
+        pictures = [np.asarray(Image.open(file.parent / row["image"])) for row in rows]
+        shown[domain] = sides, pictures, rows[0]["conversations"][0]["value"]
+    usual = shown["as in training"]
+    assert all(16 <= side <= 40 for side in usual[0])
+    assert all(side <= 14 or side >= 42 for side in shown["other sizes"][0])
+    assert "Point out the" in shown["other phrasing"][2]
+    assert "Locate the" in usual[2]
+    assert np.array_equal(shown["other phrasing"][1], usual[1])
+    assert not np.array_equal(shown["other shades"][1], usual[1])
+    assert shown["other shades"][0] == usual[0]
