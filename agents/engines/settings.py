@@ -30,7 +30,13 @@ def engine_settings(
 ) -> dict[str, Any]:
     """What vLLM is started with, in this process or as a server; see `VLLMEngine`."""
     cache = max(_CPU_CACHE, 4 * max_length * _bytes_per_token(family, dtype))
-    on_cpu: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": cache, "max_num_seqs": 128}
+    on_cpu: dict[str, Any] = {
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": cache,
+        "max_num_seqs": 128,
+        # Of a prompt that is computed in parts it would turn a seeded generator back, which torch's of CPUs cannot be.
+        "enable_chunked_prefill": False,
+    }
     return {
         "model": str(folder),
         "dtype": str(dtype).removeprefix("torch."),
