@@ -1,9 +1,13 @@
-"""The real vLLM against the trainer's own model. One engine serves all tests of a family; `sync` hands it weights."""
+"""The real vLLM, in this process and as a server, against the trainer's own model.
+
+One engine serves all tests of a family; `sync` hands it weights.
+"""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +16,10 @@ import numpy as np
 import pytest
 import torch
 from batches import logprobs_of, loss_of, observations, ragged
+from servers import serve
 
 from vlmenv.agents.engines.base import Engine
+from vlmenv.agents.engines.server import VLLMServerEngine
 from vlmenv.agents.engines.vllm import VLLMEngine
 from vlmenv.agents.sampling import Sampling, _without_tail
 from vlmenv.agents.vlm import VLMAgent, find_model
@@ -43,11 +49,17 @@ def folder(request: pytest.FixtureRequest, qwen2_5_vl_folder: Path) -> Path:
     return qwen2_5_vl_folder if request.param == "qwen2_5_vl" else find_model("builtin")
 
 
-@pytest.fixture(scope="module")
-def engine(folder: Path) -> Iterator[Engine]:
-    engine = start(VLMAgent.from_pretrained(folder))
-    yield engine
-    engine.close()
+@pytest.fixture(scope="module", params=["in process", "server"])
+def engine(request: pytest.FixtureRequest, folder: Path) -> Iterator[Engine]:
+    agent = VLMAgent.from_pretrained(folder)
+    with ExitStack() as opened:
+        if request.param == "server":
+            url = opened.enter_context(serve(folder, "--engine-length", "1024")).url
+            engine: Engine = VLLMServerEngine([url], folder, agent.family)
+        else:
+            engine = start(agent)
+        opened.callback(engine.close)
+        yield engine
 
 
 @pytest.fixture
@@ -88,8 +100,11 @@ def assert_in_step(agent: VLMAgent, asked: Observations) -> None:
     """Greedy answers are those of the trainer's model, and what is sampled has its log-probabilities."""
     greedy = replace(agent.sampling, temperature=0.0)
     assert_alike(by_engine(agent, asked, greedy), by_model(agent, asked, greedy))
-    rollout = agent.rollout(asked)
-    expected = agent.logprobs(rollout).values.detach().numpy()
+    assert_sampled_by_the_model(agent, agent.rollout(asked))
+
+
+def assert_sampled_by_the_model(agent: VLMAgent, rollout: Rollout) -> None:
+    expected = logprobs_of(agent, rollout).numpy()
     for row, completion in enumerate(rollout.completions):
         np.testing.assert_allclose(completion.logprobs, expected[row, : len(completion.token_ids)], atol=TOLERANCE)
 
@@ -187,6 +202,17 @@ def test_a_seed_fixes_the_samples(agent: VLMAgent) -> None:
     assert first == texts(1)
     assert first != texts(2)
     assert len(set(first[:4])) == 4
+
+
+def test_more_prompts_than_a_step_of_the_engine_takes(agent: VLMAgent) -> None:
+    """vLLM computes 4096 tokens of prompts at a time here; on CPUs none of a prompt of which it takes a part."""
+    rng = np.random.default_rng(0)
+    images = [rng.integers(256, size=(320, 320, 3), dtype=np.uint8) for _ in range(48)]
+    asked: list[Observation] = [{"images": (image,), "prompt": "the red circle " * 20} for image in images]
+    prompts, _ = agent.encode(asked)
+    assert sum(len(prompt.input_ids) for prompt in prompts) > 4096
+    agent.sampling = Sampling(max_new_tokens=2)
+    assert_sampled_by_the_model(agent, agent.rollout(asked))
 
 
 def test_a_missing_and_an_unknown_weight_are_refused(agent: VLMAgent) -> None:
