@@ -110,6 +110,12 @@ class Agent(ABC):
     def sync(self) -> None:  # noqa: B027 (most agents have nobody to tell)
         """Hands the present weights to whatever else generates from them; to be called when they have changed."""
 
+    def sleep(self) -> None:  # noqa: B027
+        """Lets what else generates give up memory while the policy is trained; after it `wake`, then `sync`."""
+
+    def wake(self) -> None:  # noqa: B027
+        """Ends the `sleep`."""
+
     def close(self) -> None:  # noqa: B027 (most agents hold nothing)
         """Lets go of what else generates from the weights."""
 

@@ -115,6 +115,14 @@ class VLMAgent(Agent):
         if self.engine is not None:
             self.engine.sync(self._published_weights())
 
+    def sleep(self) -> None:
+        if self.engine is not None:
+            self.engine.sleep()
+
+    def wake(self) -> None:
+        if self.engine is not None:
+            self.engine.wake()
+
     def close(self) -> None:
         if self.engine is not None:
             self.engine.close()

@@ -14,6 +14,8 @@ import torch
 import transformers
 from rich.console import Console
 
+from vlmenv.agents.engines.remote import Patience, check_address
+from vlmenv.agents.engines.server import VLLMServerEngine
 from vlmenv.agents.engines.vllm import VLLMEngine, require_vllm
 from vlmenv.agents.families import coordinate_space, resize_rule
 from vlmenv.agents.vlm import BUILTIN, Sampling, VLMAgent, find_model
@@ -23,7 +25,7 @@ from vlmenv.envs.registration import VectorEntryPoint
 from vlmenv.envs.vector import VisualTaskVectorEnv
 
 Device = Literal["auto", "cpu", "cuda"]
-EngineName = Literal["hf", "vllm"]
+EngineName = Literal["hf", "vllm", "vllm-server"]
 _ENGINE_LENGTH, _ENGINE_MEMORY = 16384, 0.4
 
 
@@ -70,7 +72,14 @@ class TaskConfig:
     max_new_tokens: int = 160
     """Longest answer, in tokens."""
     engine: EngineName = "hf"
-    """What generates answers: the model itself, by transformers, or vLLM with a copy of it in the same process."""
+    """What generates answers: the model itself, by transformers, or vLLM with copies of it, one in the same process or
+    others on servers."""
+    server: tuple[str, ...] = ()
+    """Addresses of servers that `vlmenv serve` started, as http://127.0.0.1:8000; prompts are spread over them."""
+    server_timeout: float | None = None
+    """Seconds after which a server that has not answered is left out; 300 where left out."""
+    weights_folder: Path | None = None
+    """Folder in which servers on other machines find the weights of each update; one in memory where left out."""
     engine_length: int | None = None
     """Tokens of prompt and answer together that vLLM makes room for; 16384 where left out, or what the model takes."""
     engine_memory: float | None = None
@@ -79,15 +88,31 @@ class TaskConfig:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ConfigError(f"seed must not be negative, not {self.seed}")
-        if self.engine == "hf" and not (self.engine_length is None and self.engine_memory is None):
-            raise ConfigError("engine_length and engine_memory go with engine vllm")
-        if self.engine == "vllm" and self.temperature > 2:
+        if self.engine != "vllm" and not (self.engine_length is None and self.engine_memory is None):
+            raise ConfigError("engine_length and engine_memory go with engine vllm; servers have their own")
+        if self.engine != "hf" and self.temperature > 2:
             raise ConfigError(f"vLLM takes temperatures up to 2, not {self.temperature}")
         if self.engine_length is not None and self.engine_length <= self.max_new_tokens:
             raise ConfigError(f"engine_length must leave room for prompts: more than {self.max_new_tokens} tokens")
         if self.engine_memory is not None and not 0 < self.engine_memory < 1:
             raise ConfigError(f"engine_memory is a share between 0 and 1, not {self.engine_memory}")
+        self._check_servers()
         self.sampling()
+
+    def _check_servers(self) -> None:
+        """Raises ConfigError unless the options of servers go together."""
+        if self.engine != "vllm-server":
+            if self.server or self.server_timeout is not None or self.weights_folder is not None:
+                raise ConfigError("server, server_timeout and weights_folder go with engine vllm-server")
+            return
+        if not self.server:
+            raise ConfigError("engine vllm-server needs servers: start one by `vlmenv serve`, and name it by --server")
+        for address in self.server:
+            check_address(address)
+        if len(set(self.server)) < len(self.server):
+            raise ConfigError(f"a server is named twice: {', '.join(self.server)}")
+        if self.server_timeout is not None and not self.server_timeout > 0:
+            raise ConfigError(f"server_timeout must be above 0 seconds, not {self.server_timeout}")
 
     def sampling(self) -> Sampling:
         """How answers are sampled.
@@ -196,9 +221,11 @@ def check_engine(config: TaskConfig, device: torch.device, processes: int = 1) -
     """Raises ConfigError where the engine cannot be had, or not like this; before anything slow is done."""
     if config.engine == "hf":
         return
-    require_vllm()
     if processes > 1:
-        raise ConfigError(f"the engine vllm works in one process, not in {processes}: leave out --engine")
+        raise ConfigError(f"the engine {config.engine} works in one process, not in {processes}: leave out --engine")
+    if config.engine == "vllm-server":
+        return
+    require_vllm()
     if config.engine_memory is not None and device.type == "cpu":
         raise ConfigError("engine_memory is a share of a GPU's memory, but the model runs on the CPU")
 
@@ -223,4 +250,13 @@ def load_agent(config: TaskConfig, device: torch.device, engine_dtype: torch.dty
             memory_share=config.engine_memory or _ENGINE_MEMORY,
             seed=config.seed,
         )
+    if config.engine == "vllm-server":
+        agent.engine = VLLMServerEngine(
+            config.server,
+            agent.folder,
+            agent.family,
+            weights_folder=config.weights_folder,
+            patience=Patience() if config.server_timeout is None else Patience(answer=config.server_timeout),
+        )
+        agent.sync()  # the servers may hold those of another run
     return agent

@@ -49,6 +49,22 @@ class Engine(ABC):
             EngineError: Names are missing or unknown; or the engine failed.
         """
 
+    def sleep(self) -> None:  # noqa: B027 (most hold nothing that another needs)
+        """Gives up what memory it can of the trainer's GPU; not to be asked for anything but to `wake`."""
+
+    def wake(self) -> None:  # noqa: B027
+        """Takes that memory back, before weights are handed over."""
+
     @abstractmethod
     def close(self) -> None:
         """Lets go of what the engine holds."""
+
+
+def dealt(index: NDArray[np.int64], written: Sequence[Sequence[Sampled]]) -> list[Sampled]:
+    """Deals out the completions of each request [P] to the entries of `index` [N]; fewer than asked for repeat."""
+    taken = np.zeros(len(written), dtype=np.int64)
+    result = []
+    for i in index:
+        result.append(written[i][taken[i] % len(written[i])])
+        taken[i] += 1
+    return result

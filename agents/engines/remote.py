@@ -1,0 +1,181 @@
+"""One server of vLLM, over HTTP. Nothing that it is asked is waited for without a limit."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx2
+
+from vlmenv.agents.engines.replies import (
+    Answer,
+    OtherModelFault,
+    PassingFault,
+    Served,
+    ServerFault,
+    read_answer,
+    read_served,
+)
+from vlmenv.core.errors import ConfigError
+
+_SHOWN = 200  # characters of an answer that is none
+_IDLE = 2.0
+"""Seconds after which an idle connection is given up: vLLM does so after 5, and may while the next request is sent."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a server is waited for."""
+
+    answer: float = 300.0
+    """seconds, for completions, and until it has taken over weights"""
+    greeting: float = 10.0
+    """seconds, for a connection, and for what a server answers at once"""
+    attempts: int = 4
+    """before a fault that may pass counts"""
+    pause: float = 0.5
+    """seconds before the second attempt; each pause after it is twice as long"""
+
+    def __post_init__(self) -> None:
+        if self.answer <= 0 or self.greeting <= 0 or self.pause <= 0 or self.attempts < 1:
+            raise ConfigError(f"a server must be given some time and one attempt, not {self}")
+
+
+class Server:
+    """One server.
+
+    Args:
+        url: As http://HOST:PORT.
+        patience: How long it is waited for.
+
+    Attributes:
+        fault: Why it is left out; None where it is in use.
+    """
+
+    def __init__(self, url: str, patience: Patience) -> None:
+        check_address(url)
+        self.url = url
+        self.fault: str | None = None
+        self._patience = patience
+        self._http = httpx2.AsyncClient(
+            base_url=url,
+            trust_env=False,  # a proxy is for the world outside, and for none of these
+            timeout=httpx2.Timeout(None, connect=patience.greeting),  # all else is limited as a whole
+            limits=httpx2.Limits(max_connections=None, keepalive_expiry=_IDLE),
+        )
+
+    async def meet(self) -> Served:
+        """What it serves.
+
+        Raises:
+            ServerFault: It does not answer, or not as a server of `vlmenv serve` does.
+        """
+        limit = self._patience.greeting
+        models = await self._again(lambda: self._ask("GET", "/v1/models", limit))
+        try:
+            told = await self._again(lambda: self._ask("POST", "/collective_rpc", limit, {"method": "vlmenv_model"}))
+        except _RefusedFault as fault:
+            raise OtherModelFault(f"it was not started by `vlmenv serve` ({fault})") from fault
+        return read_served(_json(models), _json(told))
+
+    async def complete(self, request: Mapping[str, Any], *, vocabulary: int, version: str) -> Answer:
+        """Completions of a prompt.
+
+        Args:
+            request: In the words of vLLM's `/inference/v1/generate`.
+            vocabulary: Number of tokens.
+            version: The weights that are to sample them.
+
+        Raises:
+            ServerFault: There are none.
+        """
+        path, limit, asked = "/inference/v1/generate", self._patience.answer, request["sampling_params"]
+        reply = await self._again(lambda: self._ask("POST", path, limit, request))
+        return read_answer(
+            _json(reply), count=asked["n"], longest=asked["max_tokens"], vocabulary=vocabulary, version=version
+        )
+
+    async def take_over(self, file: Path, checksum: int, version: str) -> None:
+        """Has it take over weights, forget all that came of the old ones, and say so in what it generates from then on.
+
+        Raises:
+            ServerFault: It has not, or not wholly.
+        """
+        order = {"method": "vlmenv_overwrite", "kwargs": {"path": str(file), "checksum": checksum}}
+        told = await self._again(lambda: self._ask("POST", "/collective_rpc", self._patience.answer, order))
+        if fault := _first_fault(_json(told)):
+            raise ServerFault(f"it cannot take over weights: {fault}")
+        limit = self._patience.greeting
+        await self._again(self._forget_prompts)
+        await self._again(lambda: self._ask("POST", "/reset_encoder_cache", limit))
+        await self._again(lambda: self._ask("POST", "/update_weight_version", limit, {"new_version": version}))
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def _forget_prompts(self) -> None:
+        reply = _json(await self._ask("POST", "/reset_prefix_cache", self._patience.greeting))
+        if not (isinstance(reply, dict) and reply.get("success") is True):
+            raise PassingFault("it still works at requests, and keeps keys and values of the old weights for them")
+
+    async def _again(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """Asks until there is an answer, or a fault that does not pass."""
+        for attempt in range(self._patience.attempts - 1):
+            try:
+                return await ask()
+            except PassingFault:
+                await asyncio.sleep(self._patience.pause * 2**attempt)
+        return await ask()
+
+    async def _ask(self, method: str, path: str, limit: float, body: Any = None) -> httpx2.Response:
+        try:
+            async with asyncio.timeout(limit):
+                reply = await self._http.request(method, path, json=body)
+        except (TimeoutError, httpx2.TimeoutException) as error:
+            raise ServerFault(f"no answer from {path} within {limit:g} s") from error
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+            raise PassingFault(f"{type(error).__name__} at {path}: {error or 'no reason given'}") from error
+        if reply.status_code >= 500:
+            raise PassingFault(_told(path, reply))
+        if reply.status_code != 200:
+            raise _RefusedFault(_told(path, reply))
+        return reply
+
+
+class _RefusedFault(ServerFault):
+    """A question that a server does not take."""
+
+
+def check_address(url: str) -> None:
+    """Raises ConfigError unless an address is one of a server."""
+    try:
+        parsed = httpx2.URL(url)
+    except httpx2.InvalidURL as error:
+        raise ConfigError(f"{url!r} is no address of a server: {error}") from error
+    if parsed.scheme not in ("http", "https") or not parsed.host or parsed.path not in ("", "/") or parsed.query:
+        raise ConfigError(f"{url!r} is no address of a server: give it as http://HOST:PORT")
+
+
+def _json(reply: httpx2.Response) -> Any:
+    try:
+        return reply.json()
+    except ValueError as error:
+        raise ServerFault(f"not JSON: {reply.text[:_SHOWN]!r}") from error
+
+
+def _told(path: str, reply: httpx2.Response) -> str:
+    return f"status {reply.status_code} from {path}: {reply.text[:_SHOWN]!r}"
+
+
+def _first_fault(reply: Any) -> str | None:
+    """Of what the workers say about new weights."""
+    try:
+        faults = [one["fault"] for one in reply["results"]]
+    except (KeyError, TypeError) as error:
+        return f"an answer of another form: {str(reply)[:_SHOWN]} ({type(error).__name__})"
+    return next((str(fault) for fault in faults if fault is not None), None if faults else "no worker answers")

@@ -1,0 +1,299 @@
+"""Servers of vLLM, each with a copy of the model, in other processes or on other machines.
+
+Prompts are spread over them. A server that fails is left out, and what it was at is given to the others. Each update
+goes to all of them: one that takes it is in use from then on, whatever has been before. Completions name the weights
+that they were sampled from, so that none of a server that has been started anew are taken for the policy's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import math
+import shutil
+import tempfile
+import uuid
+import warnings
+from collections import deque
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vlmenv.agents.engines.background import BackgroundLoop
+from vlmenv.agents.engines.base import Engine, Request, dealt
+from vlmenv.agents.engines.checks import check_names, check_prompt, untied
+from vlmenv.agents.engines.remote import Patience, Server
+from vlmenv.agents.engines.replies import Answer, OtherModelFault, Served, ServerFault
+from vlmenv.agents.engines.settings import sampling_settings
+from vlmenv.agents.engines.worker import checksum_of, weight_shapes
+from vlmenv.agents.families import Family
+from vlmenv.agents.sampling import Sampled, Sampling
+from vlmenv.core.errors import EngineError
+
+_AT_ONCE = 64
+"""Completions of one request, and requests that a server is given at a time."""
+_IN_MEMORY = Path("/dev/shm")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """Some of the completions that a prompt is to have."""
+
+    request: int
+    body: dict[str, Any]
+
+
+class VLLMServerEngine(Engine):
+    """An engine made of servers that `vlmenv serve` started. It knows no weights before the first `sync`.
+
+    Args:
+        servers: Their addresses, as http://HOST:PORT.
+        folder: Of the model that is trained, in the published layout.
+        family: How the trainer takes prompts in, and which tokens are never sampled.
+        weights_folder: Where updates are written for the servers to read; in memory, or where there is no room in the
+            folder for temporary files, where left out. Servers on other machines need one that they share.
+        patience: How long a server is waited for.
+
+    Raises:
+        ConfigError: An address is none.
+        EngineError: A server serves another model; or none answers.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[str],
+        folder: Path,
+        family: Family,
+        *,
+        weights_folder: Path | None = None,
+        patience: Patience | None = None,
+    ) -> None:
+        self._family = family
+        self._shapes = untied(weight_shapes(folder), family)
+        self._servers = [Server(url, patience or Patience()) for url in servers]
+        self._news: list[str] = []
+        self._version: str | None = None
+        """the weights that the servers in use have; None where none has any"""
+        self._given, self._run_id = 0, uuid.uuid4().hex
+        self._dtype, self.max_length = "", 0
+        self._loop = BackgroundLoop()
+        try:
+            self._agree(self._run(self._meet_all()))
+            self._folder = _weights_folder(weights_folder, self._shapes, getattr(torch, self._dtype))
+        except BaseException:
+            self._let_go()
+            raise
+
+    def generate(
+        self, requests: Sequence[Request], index: NDArray[np.int64], sampling: Sampling, rng: np.random.Generator
+    ) -> list[Sampled]:
+        if self._version is None:
+            raise EngineError("the servers have not been given the policy's weights: call sync first")
+        jobs = self._jobs(requests, np.bincount(index, minlength=len(requests)), sampling, rng)
+        answers = self._run(self._answer_all(jobs, self._version))
+        written: list[list[Sampled]] = [[] for _ in requests]
+        for job, answer in zip(jobs, answers, strict=True):
+            check_prompt(requests[job.request], answer.prompt_ids)
+            written[job.request] += answer.completions
+        return dealt(index, written)
+
+    def sync(self, weights: Mapping[str, Tensor]) -> None:
+        check_names(weights, set(self._shapes))
+        self._version, self._given = None, self._given + 1
+        version = f"{self._run_id}-{self._given}"
+        with self._written(weights) as (file, checksum):
+            self._run(self._update_all(file, checksum, version))
+        self._version = version
+
+    def close(self) -> None:
+        self._let_go()
+        self._folder.cleanup()
+
+    def _let_go(self) -> None:
+        self._loop.run(self._close_all())
+        self._loop.close()
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        """What a coroutine gives; warns of what has become of servers on the way."""
+        try:
+            result = self._loop.run(work)
+            for message in self._news:
+                warnings.warn(message, RuntimeWarning, stacklevel=3)
+            return result
+        finally:
+            self._news.clear()
+
+    # What the servers serve.
+
+    async def _meet_all(self) -> list[Served]:
+        met = await asyncio.gather(*[server.meet() for server in self._servers], return_exceptions=True)
+        for server, served in zip(self._servers, met, strict=True):
+            if isinstance(served, OtherModelFault):
+                raise EngineError(f"{server.url}: {served}")
+            if isinstance(served, ServerFault):
+                self._leave_out(server, served)
+            elif isinstance(served, BaseException):
+                raise served
+        return [served for served in met if isinstance(served, Served)]
+
+    def _agree(self, met: Sequence[Served]) -> None:
+        """Settles what all servers have in common, or raises EngineError."""
+        if not met:
+            raise self._none_left()
+        self._dtype, self.max_length = met[0].dtype, min(served.max_length for served in met)
+        for server, served in zip([one for one in self._servers if one.fault is None], met, strict=True):
+            if unlike := self._difference(served):
+                raise EngineError(f"{server.url}: {unlike}")
+
+    def _difference(self, served: Served) -> str | None:
+        """What a server has otherwise than the trainer or the other servers."""
+        shapes = untied(served.weights, self._family)
+        if unlike := sorted(
+            name for name in shapes.keys() | self._shapes if shapes.get(name) != self._shapes.get(name)
+        ):
+            name = unlike[0]
+            return (
+                f"it serves another model than the one that is trained: {len(unlike)} weights have other names or "
+                f"shapes, such as {name}, {shapes.get(name, 'none')} there and {self._shapes.get(name, 'none')} here"
+            )
+        if served.banned != self._family.banned_tokens.tolist():
+            return "it bans other tokens from being sampled than the trainer's model: their tokenizers differ"
+        if served.dtype != self._dtype:
+            return f"it works in {served.dtype}, and another server in {self._dtype}: give both the same --dtype"
+        if served.max_length < self.max_length:
+            return f"it takes {served.max_length} tokens, and the others {self.max_length}: raise its --engine-length"
+        return None
+
+    # Completions.
+
+    def _jobs(
+        self, requests: Sequence[Request], counts: NDArray[np.int64], sampling: Sampling, rng: np.random.Generator
+    ) -> list[_Job]:
+        """The requests' completions in parts, each with a seed of its own, whichever server it will go to."""
+        jobs = []
+        for i, (request, count) in enumerate(zip(requests, counts.tolist(), strict=True)):
+            prompt = self._prompt(request)
+            for start in range(0, count if sampling.temperature > 0 else 1, _AT_ONCE):
+                part, seed = min(_AT_ONCE, count - start), int(rng.integers(2**31))
+                params = sampling_settings(self._family, sampling, part, seed)
+                jobs.append(_Job(i, prompt | {"sampling_params": params}))
+        return jobs
+
+    def _prompt(self, request: Request) -> dict[str, Any]:
+        """The tokens of a prompt's chat, one for each image, and the images."""
+        ids = self._family.processor.tokenizer.encode(request.chat, add_special_tokens=False)
+        images = [{"type": "image_url", "url": _as_url(image)} for image in request.observation["images"]]
+        return {"token_ids": ids, "content_parts": images or None, "return_token_ids": True}
+
+    async def _answer_all(self, jobs: Sequence[_Job], version: str) -> list[Answer]:
+        waiting, answers = deque(range(len(jobs))), dict[int, Answer]()
+        while len(answers) < len(jobs):
+            if not (servers := [server for server in self._servers if server.fault is None]):
+                raise self._none_left()
+            await asyncio.gather(*[self._work(server, jobs, waiting, answers, version) for server in servers])
+        return [answers[i] for i in range(len(jobs))]
+
+    async def _work(
+        self, server: Server, jobs: Sequence[_Job], waiting: deque[int], answers: dict[int, Answer], version: str
+    ) -> None:
+        """Gives a server jobs until none is waiting; those that it is at when it fails wait again."""
+
+        async def take() -> None:
+            while waiting:
+                i = waiting.popleft()
+                try:
+                    answers[i] = await server.complete(jobs[i].body, vocabulary=self._vocabulary, version=version)
+                except BaseException:
+                    waiting.appendleft(i)
+                    raise
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(_AT_ONCE):
+                    group.create_task(take())
+        except* ServerFault as faults:
+            self._leave_out(server, faults.exceptions[0])
+
+    @property
+    def _vocabulary(self) -> int:
+        head = self._family.model.get_output_embeddings()
+        assert head is not None
+        return int(head.weight.shape[0])
+
+    # Updates.
+
+    @contextmanager
+    def _written(self, weights: Mapping[str, Tensor]) -> Iterator[tuple[Path, int]]:
+        """A file of weights for as long as the context lasts, and its checksum."""
+        dtype: torch.dtype = getattr(torch, self._dtype)
+        file = Path(self._folder.name) / f"weights-{self._given}.safetensors"
+        try:
+            save_file({name: tensor.to("cpu", dtype).contiguous() for name, tensor in weights.items()}, file)
+            yield file, checksum_of(file)
+        except (OSError, SafetensorError) as error:
+            raise EngineError(f"{file}: the servers' update cannot be written: {error}") from error
+        finally:
+            file.unlink(missing_ok=True)
+
+    async def _update_all(self, file: Path, checksum: int, version: str) -> None:
+        await asyncio.gather(*[self._update(server, file, checksum, version) for server in self._servers])
+        if all(server.fault is not None for server in self._servers):
+            raise self._none_left()
+
+    async def _update(self, server: Server, file: Path, checksum: int, version: str) -> None:
+        try:
+            if server.fault is not None and (unlike := self._difference(await server.meet())):
+                raise ServerFault(unlike)
+            await server.take_over(file, checksum, version)
+        except ServerFault as fault:
+            self._leave_out(server, fault)
+            return
+        if server.fault is not None:
+            self._news.append(f"the server {server.url} has taken the update and is in use again")
+        server.fault = None
+
+    # Servers that fail.
+
+    def _leave_out(self, server: Server, fault: BaseException) -> None:
+        if server.fault is None:
+            self._news.append(f"the server {server.url} is left out until it takes a later update: {fault}")
+        server.fault = str(fault)
+
+    def _none_left(self) -> EngineError:
+        told = "; ".join(f"{server.url}: {server.fault}" for server in self._servers)
+        return EngineError(f"no server is left to generate. {told}. `vlmenv serve` starts one")
+
+    async def _close_all(self) -> None:
+        await asyncio.gather(*[server.close() for server in self._servers])
+
+
+def _weights_folder(
+    given: Path | None, shapes: Mapping[str, list[int]], dtype: torch.dtype
+) -> tempfile.TemporaryDirectory[str]:
+    """A fresh folder for updates: in the one that is given, in memory if it holds two, or among temporary files."""
+    size = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+    roomy = _IN_MEMORY.is_dir() and shutil.disk_usage(_IN_MEMORY).free > 2 * size
+    try:
+        return tempfile.TemporaryDirectory(prefix="vlmenv-weights-", dir=given or (_IN_MEMORY if roomy else None))
+    except OSError as error:
+        raise EngineError(f"the servers' updates cannot be written: {error}") from error
+
+
+def _as_url(image: NDArray[np.uint8]) -> str:
+    """An image as PNG, which loses nothing."""
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, "PNG", compress_level=1)
+    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"

@@ -1,0 +1,90 @@
+"""What vLLM is told, the same in this process and as a server."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlmenv.agents.families import Family
+from vlmenv.agents.sampling import Sampling
+from vlmenv.agents.torchvision import is_mended
+
+_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+_ON_CPU = {"TORCHDYNAMO_DISABLE": "1"}  # to compile takes longer than most runs there
+_CPU_CACHE = 256 << 20
+"""Bytes for keys and values on a CPU, or more where a few of the longest completions would not fit."""
+
+
+def engine_settings(
+    folder: Path,
+    family: Family,
+    device: torch.device,
+    *,
+    dtype: torch.dtype,
+    max_length: int,
+    max_images: int,
+    memory_share: float,
+) -> dict[str, Any]:
+    """What vLLM is started with, in this process or as a server; see `VLLMEngine`."""
+    cache = max(_CPU_CACHE, 4 * max_length * _bytes_per_token(family, dtype))
+    on_cpu: dict[str, Any] = {
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": cache,
+        "max_num_seqs": 128,
+        # Of a prompt that is computed in parts it would turn a seeded generator back, which torch's of CPUs cannot be.
+        "enable_chunked_prefill": False,
+    }
+    return {
+        "model": str(folder),
+        "dtype": str(dtype).removeprefix("torch."),
+        "max_model_len": max_length,
+        "limit_mm_per_prompt": {"image": max_images, "video": 0},
+        "logprobs_mode": "processed_logprobs",
+        "logits_processors": ["vlmenv.agents.engines.banning:BannedTokens"],
+        "additional_config": {"vlmenv_banned": family.banned_tokens.tolist()},
+        "enable_prefix_caching": True,
+        "use_tqdm_on_load": False,
+        **(on_cpu if device.type == "cpu" else {"gpu_memory_utilization": memory_share}),
+    }
+
+
+def sampling_settings(family: Family, sampling: Sampling, count: int, seed: int) -> dict[str, Any]:
+    """vLLM's parameters of one request for `count` completions; greedy ones are alike, and written once."""
+    return {
+        "n": count if sampling.temperature > 0 else 1,
+        "temperature": sampling.temperature,
+        "max_tokens": sampling.max_new_tokens,
+        "top_k": sampling.top_k or 0,
+        "top_p": sampling.top_p,
+        "stop": list(sampling.stop),
+        "include_stop_str_in_output": True,
+        "stop_token_ids": list(family.end_tokens),
+        "seed": seed,
+        "logprobs": 0,
+        "detokenize": bool(sampling.stop),
+    }
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Environment variables that vLLM is to find when it is imported, where they have no value yet."""
+    return _ENVIRONMENT | (_ON_CPU if device.type == "cpu" else {})
+
+
+def look_in_process() -> None:
+    """Lets vLLM look at a model's class in this process, where torchvision had to be mended for this one.
+
+    vLLM would do so in another process, which spares CUDA from being started here; of that such a torch has none.
+    """
+    if is_mended():
+        registry = importlib.import_module("vllm.model_executor.models.registry")
+        registry._run_in_subprocess = lambda look: look()  # type: ignore[attr-defined]
+
+
+def _bytes_per_token(family: Family, dtype: torch.dtype) -> int:
+    """What the keys and values of a token take."""
+    config = family.model.config.get_text_config()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * config.num_key_value_heads * size * dtype.itemsize)

@@ -1,0 +1,94 @@
+"""Run within vLLM, where its model is: what one of its workers does with new weights."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+_CHUNK = 1 << 24  # bytes
+
+
+class WeightReceiver:
+    """What the workers of a server can be asked beside vLLM's own methods; answers are such as JSON can hold."""
+
+    vllm_config: Any
+
+    def vlmenv_model(self) -> dict[str, Any]:
+        """What is served, for a trainer to compare with its own model."""
+        config = self.vllm_config.model_config
+        return {
+            "weights": weight_shapes(Path(config.model)),
+            "banned": self.vllm_config.additional_config["vlmenv_banned"],
+            "dtype": str(config.dtype).removeprefix("torch."),
+            "logprobs": config.logprobs_mode,
+        }
+
+    def vlmenv_overwrite(self, path: str, checksum: int) -> dict[str, Any]:
+        """Takes over the weights of a safetensors file; `fault` says why not all of them, and is None otherwise."""
+        try:
+            if (found := checksum_of(Path(path))) != checksum:
+                return {"fault": f"{path} has the checksum {found} here and {checksum} where it was written"}
+            left = overwrite(self, _tensors(Path(path)))
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            return {"fault": f"{type(error).__name__}: {error}"}
+        return {"fault": f"weights were left as they were: {left[:5]}" if left else None}
+
+
+def weight_shapes(folder: Path) -> dict[str, list[int]]:
+    """The weights in a folder's safetensors files."""
+    shapes: dict[str, list[int]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as stream:
+            shapes |= {name: list(stream.get_slice(name).get_shape()) for name in stream.keys()}  # noqa: SIM118
+    return shapes
+
+
+def checksum_of(file: Path) -> int:
+    """CRC-32 of a file's bytes."""
+    checksum = 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
+
+
+def overwrite(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Lets a worker take over weights, by their published names, and names those of its own that are still the old."""
+    model, taken = worker.model_runner.get_model(), set()
+    load, tied = model.load_weights, _tied_heads(model)
+
+    def noting(given: Any) -> set[str]:
+        loaded: set[str] = load(given)
+        taken.update(loaded)
+        return loaded
+
+    model.load_weights = noting
+    try:
+        worker.reload_weights(weights_iterator=iter(weights))
+    finally:
+        del model.load_weights
+    for head, embedding in tied:
+        # On CPUs the head multiplies by a copy of its own layout, which vLLM makes anew for untied heads alone.
+        head.weight = embedding.weight
+        head.quant_method.process_weights_after_loading(head)
+    return sorted({name for name, _ in model.named_parameters()} - taken)
+
+
+def _tied_heads(model: Any) -> list[tuple[Any, Any]]:
+    """Output heads whose weights are those of an embedding, with it."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    found = [module for module in model.modules() if isinstance(module, VocabParallelEmbedding)]
+    heads = [module for module in found if isinstance(module, ParallelLMHead)]
+    return [(head, one) for head in heads for one in found if one is not head and one.weight is head.weight]
+
+
+def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    with safe_open(file, "pt") as stream:
+        for name in stream.keys():  # noqa: SIM118
+            yield name, stream.get_tensor(name)

@@ -1,0 +1,78 @@
+"""What several tests need: servers that are started, and ended whatever becomes of the test."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+
+def free_port() -> int:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return int(bound.getsockname()[1])
+
+
+class Served:
+    """`vlmenv serve` in a process of its own."""
+
+    def __init__(self, model: str | Path, port: int, *options: str) -> None:
+        self.port, self.url = port, f"http://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "vlmenv", "serve", "--model", str(model), "--port", str(port), *options]
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        )
+        self._pipes = {name: getattr(self.process, name) for name in ("stdout", "stderr")}
+        self._told: dict[str, list[str]] = {name: [] for name in self._pipes}
+        for name, pipe in self._pipes.items():
+            threading.Thread(target=lambda n=name, p=pipe: self._told[n].extend(p), daemon=True).start()
+
+    def told(self, name: str = "stdout") -> str:
+        return "".join(self._told[name])
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + 180
+        while "ready" not in self.told():
+            assert self.process.poll() is None, self.told("stderr")
+            assert time.monotonic() < deadline, self.told("stderr")
+            time.sleep(0.05)
+
+    def family(self) -> list[psutil.Process]:
+        """vLLM's own processes."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def signal(self, number: signal.Signals) -> None:
+        """To all of them at once, as when a machine fails."""
+        for process in self.family():
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
+    def end(self) -> None:
+        self.process.terminate()
+        self.process.wait(60)
+
+
+@contextmanager
+def serve(model: str | Path, *options: str, port: int | None = None) -> Iterator[Served]:
+    """A server that is ready."""
+    served = Served(model, port or free_port(), *options)
+    try:
+        served.wait_until_ready()
+        yield served
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            served.signal(signal.SIGCONT)
+        served.end()

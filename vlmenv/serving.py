@@ -1,0 +1,201 @@
+"""`vlmenv serve`: a server of vLLM's that generates for training."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import httpx2
+import torch
+import transformers
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from vlmenv.agents.engines.settings import engine_settings, environment
+from vlmenv.agents.engines.vllm import require_vllm
+from vlmenv.agents.families import Family, Processor, family_of
+from vlmenv.agents.vlm import BUILTIN, find_model
+from vlmenv.core.errors import ConfigError, EngineError
+
+_LENGTH, _MEMORY, _IMAGES = 16384, 0.9, 8
+_GRACE, _MOMENT = 30.0, 5.0
+"""Seconds that the server has to end by itself, more than it gives its own processes; and these after it."""
+_QUIET = {"PYTHONWARNINGS": "ignore"}  # vLLM's are about its own ways
+_EVERYWHERE = ("0.0.0.0", "::")
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Serve a model with vLLM, to generate for `vlmenv train --engine vllm-server`."""
+
+    model: str = BUILTIN
+    """"builtin", a folder, or a name on the Hugging Face hub: the same as is trained."""
+    host: str = "127.0.0.1"
+    """Address that is listened on. Whoever reaches it can change the weights and read what is asked."""
+    port: int = 8000
+    """Port of it."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights that generate; bfloat16 goes with `--precision bf16`."""
+    engine_length: int | None = None
+    """Tokens of prompt and answer together that vLLM makes room for; 16384 where left out, or what the model takes."""
+    engine_memory: float | None = None
+    """Share of the GPU's memory that vLLM may take, its weights included; 0.9 where left out."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.port < 65536:
+            raise ConfigError(f"port is a number from 1 to 65535, not {self.port}")
+        if self.engine_length is not None and self.engine_length < 2:
+            raise ConfigError(f"engine_length must leave room for a prompt and an answer, not be {self.engine_length}")
+        if self.engine_memory is not None and not 0 < self.engine_memory < 1:
+            raise ConfigError(f"engine_memory is a share between 0 and 1, not {self.engine_memory}")
+
+
+def run_server(config: ServeConfig) -> None:
+    """`vlmenv serve`: returns when the server ends, or raises what a signal stands for."""
+    require_vllm()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.engine_memory is not None and device.type == "cpu":
+        raise ConfigError("engine_memory is a share of a GPU's memory, but there is no CUDA GPU here")
+    _check_free(config)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"starting vLLM with {config.model} on {device.type}")
+    with _ending_on_signals(), _started(_arguments(config, device), device) as process:
+        _wait_until_ready(config, process)
+        console.print(_ready(config), markup=False)
+        raise EngineError(f"vLLM's server ended by itself, with status {process.wait()}; see above for what it said")
+
+
+def _arguments(config: ServeConfig, device: torch.device) -> dict[str, Any]:
+    """What vLLM's server is told."""
+    folder = find_model(config.model)
+    family = _weightless(folder)
+    longest = int(family.model.config.get_text_config().max_position_embeddings)
+    return engine_settings(
+        folder,
+        family,
+        device,
+        dtype=getattr(torch, config.dtype),
+        max_length=min(longest, config.engine_length or _LENGTH),
+        max_images=_IMAGES,
+        memory_share=config.engine_memory or _MEMORY,
+    ) | {
+        "host": config.host,
+        "port": config.port,
+        "worker_extension_cls": "vlmenv.agents.engines.worker.WeightReceiver",
+        "enable_scale_out": True,  # tokens in, tokens out
+        "uvicorn_log_level": "error",
+    }
+
+
+def _weightless(folder: Path) -> Family:
+    """A folder's model with its processor, of which no weight is read."""
+    transformers.utils.logging.disable_progress_bar()
+    family = family_of(AutoConfig.from_pretrained(folder).model_type)
+    return family(
+        AutoModelForImageTextToText.from_pretrained(folder, device_map="meta"), Processor.from_pretrained(folder)
+    )
+
+
+def _flags(arguments: Mapping[str, Any]) -> Iterator[str]:
+    """Arguments of the command line, as vLLM reads them."""
+    for name, value in arguments.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            yield f"--{flag}" if value else f"--no-{flag}"
+        elif isinstance(value, list):
+            yield from (f"--{flag}", *value)
+        else:
+            yield f"--{flag}={json.dumps(value) if isinstance(value, dict) else value}"
+
+
+@contextmanager
+def _started(arguments: Mapping[str, Any], device: torch.device) -> Iterator[subprocess.Popen[bytes]]:
+    """The server's process, which ends with the context, and with it all those that it has started."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vlmenv.agents.engines.serving", *_flags(arguments)],
+        env=_QUIET | environment(device) | os.environ | {"VLLM_SERVER_DEV_MODE": "1"},
+        stdin=subprocess.PIPE,  # closed when this process ends, however that comes about
+        start_new_session=True,  # signals of the terminal come here alone
+    )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_GRACE)
+        _end_group(process.pid)
+        process.wait()
+
+
+def _end_group(group: int) -> None:
+    """Gives what is left of a group of processes a moment to end, and ends it."""
+    deadline = time.monotonic() + _MOMENT
+    with suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(group, 0)  # fails where none is left
+            time.sleep(0.05)
+        os.killpg(group, signal.SIGKILL)
+
+
+@contextmanager
+def _ending_on_signals() -> Iterator[None]:
+    """Lets SIGTERM end the block as SIGINT does, with the status that it stands for."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    former = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+def _wait_until_ready(config: ServeConfig, process: subprocess.Popen[bytes]) -> None:
+    while process.poll() is None:
+        with suppress(httpx2.HTTPError):
+            if httpx2.get(f"{_address(config)}/health", trust_env=False, timeout=5).status_code == 200:
+                return
+        time.sleep(0.2)
+    raise EngineError(f"vLLM's server did not start: it ended with status {process.returncode}; see above for why")
+
+
+def _check_free(config: ServeConfig) -> None:
+    """Raises ConfigError where the address cannot be listened on."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind((config.host, config.port))
+        except OSError as error:
+            raise ConfigError(
+                f"{config.host} cannot be listened on at port {config.port} ({error.strerror or error}): "
+                "give another --port or --host"
+            ) from error
+
+
+def _address(config: ServeConfig) -> str:
+    """Where the server is reached from this machine."""
+    host = "localhost" if config.host in _EVERYWHERE else config.host
+    return f"http://[{host}]:{config.port}" if ":" in host else f"http://{host}:{config.port}"
+
+
+def _ready(config: ServeConfig) -> str:
+    open_to = "" if config.host in ("127.0.0.1", "localhost", "::1") else ", and may have its weights changed, by all"
+    url = f"http://{socket.gethostname()}:{config.port}" if config.host in _EVERYWHERE else _address(config)
+    model = "" if config.model == BUILTIN else f" --model {config.model}"
+    return (
+        f"ready: {config.model} is served at {url}{f'{open_to} who reach it' if open_to else ''}. Train with:\n"
+        f"vlmenv train --engine vllm-server --server {url}{model}"
+    )
