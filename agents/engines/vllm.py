@@ -24,7 +24,7 @@ from vlmenv.agents.engines.base import Engine, Request
 from vlmenv.agents.families import Family
 from vlmenv.agents.sampling import Sampled, Sampling
 from vlmenv.agents.torchvision import is_mended
-from vlmenv.core.errors import ConfigError, EngineError
+from vlmenv.core.errors import ConfigError, EngineError, ReadingError
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # tensors are handed over as they are
@@ -176,15 +176,17 @@ def import_vllm(device: torch.device) -> Any:
 
 
 def check_prompt(request: Request, token_ids: Sequence[int]) -> None:
-    """Raises EngineError unless the engine reads a prompt as the trainer does, image tokens included."""
+    """Raises ReadingError unless the engine reads a prompt as the trainer does, image tokens included."""
     ours = request.prompt.input_ids.tolist()
     if list(token_ids) == ours:
         return
     place = next((i for i, pair in enumerate(zip(ours, token_ids, strict=False)) if pair[0] != pair[1]), len(ours))
-    raise EngineError(
+    raise ReadingError(
         f"the engine reads a prompt otherwise than the trainer: {len(token_ids)} tokens against {len(ours)}, and from "
         f"token {place} on {list(token_ids)[place : place + 8]} against {ours[place : place + 8]}. "
-        "Their processors or chat templates differ"
+        "Their processors or chat templates differ",
+        ours,
+        token_ids,
     )
 
 
