@@ -1,4 +1,4 @@
-"""The command line: `vlmenv train`, `vlmenv eval`, `vlmenv data check`, `vlmenv envs`."""
+"""The command line: `vlmenv train`, `vlmenv eval`, `vlmenv doctor`, `vlmenv data check`, `vlmenv envs`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ import vlmenv  # noqa: F401 (registers the environments)
 from vlmenv.core.config import flatten, option_value, with_config_file
 from vlmenv.core.errors import ConfigError, VLMEnvError
 from vlmenv.data import DataConfig, check_data
+from vlmenv.doctor import DoctorConfig, run_doctor
 from vlmenv.evaluation import EvalConfig, run_evaluation
 from vlmenv.tasks import visual_tasks
 from vlmenv.training import TrainConfig, default_config, run_training
@@ -31,6 +32,9 @@ PROGRAM = "vlmenv"
 @dataclass(frozen=True)
 class EnvsConfig:
     """List the registered environments."""
+
+
+Command = TrainConfig[Any] | EvalConfig | DoctorConfig | DataConfig | EnvsConfig
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -94,15 +98,16 @@ def _of_resumed_run(args: list[str]) -> list[str]:
     return ["--config", str(Path(folder) / "config.yaml"), "--resume", folder]
 
 
-def _parse(args: list[str], train: TrainConfig[Any]) -> TrainConfig[Any] | EvalConfig | DataConfig | EnvsConfig:
+def _parse(args: list[str], train: TrainConfig[Any]) -> Command:
     commands: Any = (
         Annotated[TrainConfig[type(train.algorithm)], tyro.conf.subcommand("train", default=train)]  # type: ignore[misc]
         | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
+        | Annotated[DoctorConfig, tyro.conf.subcommand("doctor")]
         | Annotated[DataConfig, tyro.conf.subcommand("data")]
         | Annotated[EnvsConfig, tyro.conf.subcommand("envs")]
     )
     description = "Train vision-language models with reinforcement learning. With --debug, errors show a traceback."
-    parsed: TrainConfig[Any] | EvalConfig | DataConfig | EnvsConfig = tyro.cli(
+    parsed: Command = tyro.cli(
         commands, args=args, prog=PROGRAM, description=description, config=(tyro.conf.OmitSubcommandPrefixes,)
     )
     return parsed
@@ -121,6 +126,7 @@ def list_environments(config: EnvsConfig) -> None:
 RUN: dict[type, Callable[[Any], object]] = {
     TrainConfig: run_training,
     EvalConfig: run_evaluation,
+    DoctorConfig: run_doctor,
     DataConfig: check_data,
     EnvsConfig: list_environments,
 }
