@@ -70,13 +70,19 @@ def _fail(error: BaseException, debug: bool, message: str) -> None:
 def _run(args: list[str]) -> None:
     command, rest = (args[0], args[1:]) if args else ("", [])
     rest = _of_resumed_run(rest) if command == "train" else rest
-    defaults: dict[str, Any] = {"eval": EvalConfig()}
+    defaults: dict[str, Any] = {"eval": EvalConfig(), "doctor": DoctorConfig()}
     if command == "train":
         defaults["train"] = default_config(option_value(rest, "algo") or "grpo")
     if command in defaults:
-        rest = with_config_file(rest, list(flatten(defaults[command])))
+        known = list(flatten(defaults[command]))
+        rest = with_config_file(rest, known, _of_training(rest) - set(known) if command == "doctor" else ())
     config = _parse([command, *rest] if args else ["--help"], defaults.get("train", TrainConfig()))
     RUN[type(config)](config)
+
+
+def _of_training(args: list[str]) -> set[str]:
+    """The options of the training that a file holds."""
+    return set(flatten(default_config(option_value(args, "algo") or "grpo")))
 
 
 def _of_resumed_run(args: list[str]) -> list[str]:

@@ -17,10 +17,11 @@ from vlmenv import tasks
 from vlmenv.agents import checkpoints
 from vlmenv.agents.vlm import VLMAgent, find_model
 from vlmenv.cli import main
+from vlmenv.core.config import to_yaml
 from vlmenv.core.errors import RewardError
 from vlmenv.doctor import CHECKS
 from vlmenv.envs.rec import RECEnv
-from vlmenv.training import ModelConfig
+from vlmenv.training import ModelConfig, default_config
 
 NEEDS_ENGINE = {"log-probs", "greedy answers", "after an update", "weights put back"}
 
@@ -54,7 +55,7 @@ def with_engine(monkeypatch: pytest.MonkeyPatch) -> Callable[[type[CopyEngine]],
         {},
         {"env": "VLM-OVD-v0", "precision": "bf16"},
         {"adaptation": ModelConfig(lora_rank=4, lora_vision=True), "temperature": 0.7, "top_k": 20},
-        {"adaptation": ModelConfig(freeze_vision=True, share_prefixes=False), "reference": True},
+        {"adaptation": ModelConfig(freeze_vision=True, share_prefixes=False), "beta": 0.1},
     ],
     ids=["defaults", "detection in bf16", "adapters", "frozen vision"],
 )
@@ -219,9 +220,17 @@ def test_another_convention_of_coordinates_is_found() -> None:
 def test_answers_that_cannot_be_read_or_do_not_end_are_found() -> None:
     findings = examined(answer_format="sections", max_new_tokens=4)
     assert failed(findings) == {"answers read", "answers cut off"}
+    assert findings["rewards"].passed is None
     assert "greedy 0 of 8, sampled 0 of 16; one is '" in findings["answers read"].figure
     assert findings["answers cut off"].figure == "16 of 16 sampled, at 4 tokens"
     assert findings["answers cut off"].remedy == "Give more room: --max-new-tokens 8."
+
+
+def test_rewards_that_are_all_alike_are_found() -> None:
+    findings = examined(rewards={"format": 1.0})
+    assert failed(findings) == {"rewards"}
+    assert findings["rewards"].figure == "1.00 in the mean: format 1.00; different within 0 of 8 pairs of answers"
+    assert "All answers are worth the same" in findings["rewards"].remedy
 
 
 def test_a_step_beyond_the_memory_is_found() -> None:
@@ -261,7 +270,7 @@ def test_an_error_in_one_check_fails_that_one_alone(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(RECEnv, "parse", parse)
     findings = examined()
-    assert failed(findings) == {"coordinates", "answers read"}
+    assert failed(findings) == {"coordinates", "answers read", "rewards"}
     assert findings["answers read"].figure == "no such answer"
     assert "mend its parse()" in findings["answers read"].remedy
 
@@ -299,7 +308,7 @@ def test_the_command_ends_with_0_where_all_is_well(capsys: pytest.CaptureFixture
     main(["doctor", "--device", "cpu"])
     out = capsys.readouterr().out
     assert all(f"│ {check.name} " in out for check in CHECKS)
-    assert out.count("passed") == len(CHECKS) + 1  # and in the head
+    assert out.count("│ passed ") == len(CHECKS)
     assert "everything adds up" in out
 
 
@@ -313,3 +322,17 @@ def test_the_command_ends_with_1_where_something_is_wrong(
     out = capsys.readouterr().out
     assert "checks failed: coordinates, answers" in out or "checks failed: answers" in out
     assert "--max-new-tokens 12" in out
+
+
+def test_the_options_of_a_run_are_taken_from_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of its algorithm have no bearing here, and those of neither command are refused."""
+    file = tmp_path / "config.yaml"
+    written = to_yaml(default_config("ppo"), without=("config", "output", "resume"))
+    file.write_text(written + "prompts_per_step: 1048576\n")  # the last one counts
+    with pytest.raises(SystemExit):
+        main(["doctor", "--config", str(file), "--device", "cpu"])
+    assert "1 of 18 checks failed: memory" in capsys.readouterr().out
+    file.write_text("stepz: 3\n")
+    with pytest.raises(SystemExit):
+        main(["doctor", "--config", str(file)])
+    assert "unknown option 'stepz'" in capsys.readouterr().err

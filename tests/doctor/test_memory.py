@@ -42,13 +42,13 @@ def kept(agent: VLMAgent, rollout: Rollout) -> int:
 
 def test_what_follows_from_the_parameters() -> None:
     agent, rollout = agent_and_rollout(4, 2, 6)
-    found = estimate(agent, rollout, reference=True)
+    found = estimate(agent, rollout, beta=0.1)
     expected = {"weights": 4 * PARAMETERS, "Adam": 8 * PARAMETERS, "reference": 4 * PARAMETERS}
     assert {name: found[name] for name in expected} == expected
     assert found["gradients"] == 4 * PARAMETERS
     agent.freeze(vision=True, projector=True)
     vision = sum(parameter.numel() for parameter in agent.family.vision_tower().parameters())
-    found = estimate(agent, rollout, reference=True)
+    found = estimate(agent, rollout, beta=0.1)
     assert found["Adam"] == 8 * (PARAMETERS - vision)
     assert found["reference"] == 4 * (PARAMETERS - vision)  # which shares the frozen tower
 
@@ -58,7 +58,7 @@ def test_adapters_need_no_reference_and_little_else() -> None:
     agent, rollout = agent_and_rollout(4, 2, 6)
     agent.add_lora(rank=4, alpha=8)
     trained = sum(parameter.numel() for parameter in agent.parameters())
-    found = estimate(agent, rollout, reference=True)
+    found = estimate(agent, rollout, beta=0.1)
     assert "reference" not in found
     assert found["Adam"] == 8 * trained < 4 * PARAMETERS
 

@@ -37,11 +37,29 @@ def read(patient: Patient) -> Seen:
     """Share of answers that the task can read."""
     greedy, sampled = ([one is not None for one in _parsed(patient, i)] for i in (0, 1))
     figure = f"greedy {sum(greedy)} of {len(greedy)}, sampled {sum(sampled)} of {len(sampled)}"
-    if np.mean(greedy + sampled) >= _PARSED:
+    if _can_be_read(patient):
         return figure, ""
     return f"{figure}; one is {patient.answers[0].texts[0][:80]!r}", (
         "Nearly all rewards will be 0. Give a --prompt-template or --answer-format that the model follows, or train "
         "it with --algo sft first."
+    )
+
+
+def rewards(patient: Patient) -> Seen:
+    """What sampled answers are worth, and whether that differs."""
+    if not _can_be_read(patient):
+        raise Unchecked("hardly an answer can be read")
+    values, infos = patient.scored
+    terms = {name: infos["rewards"][name] for name in infos["rewards"] if not name.startswith("_")}
+    means = ", ".join(f"{name} {one[infos['rewards'][f'_{name}']].mean():.2f}" for name, one in terms.items())
+    groups = values.reshape(-1, GROUP)
+    differ = int((groups != groups[:, :1]).any(axis=1).sum())
+    figure = f"{values.mean():.2f} in the mean: {means}; different within {differ} of {len(groups)} pairs of answers"
+    if (values != values[0]).any():
+        return figure, ""
+    return figure, (
+        "All answers are worth the same, which teaches nothing. Take other --rewards, harder or easier samples, or a "
+        "higher --temperature."
     )
 
 
@@ -55,6 +73,11 @@ def cut_off(patient: Patient) -> Seen:
 
 def _parsed(patient: Patient, which: int) -> list[object]:
     return [patient.task.parse(text) for text in patient.answers[which].texts]
+
+
+def _can_be_read(patient: Patient) -> bool:
+    answers = _parsed(patient, 0) + _parsed(patient, 1)
+    return sum(one is not None for one in answers) >= _PARSED * len(answers)
 
 
 def _conventions(patient: Patient) -> dict[CoordinateSpace, Coordinates]:

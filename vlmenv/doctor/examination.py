@@ -99,6 +99,7 @@ CHECKS = (
     Check("coordinates", answers.coordinates, "Leave out --coordinates."),
     Check("answers read", answers.read, "The task fails on an answer of the model: mend its parse()."),
     Check("answers cut off", answers.cut_off, _FAILS),
+    Check("rewards", answers.rewards, "A reward term fails on an answer of the model: its message says which."),
     Check("memory", machine.memory, "A few answers have no room already: take a smaller model, or --lora-rank."),
 )
 """In the order in which they are made: later ones need what earlier ones have loaded."""
@@ -144,9 +145,9 @@ def _table(config: DoctorConfig, findings: Sequence[Finding]) -> Table:
     """A line for each check."""
     table = Table(title=f"{config.model}, {config.env}, engine {config.engine}", title_justify="left")
     table.add_column("check", no_wrap=True)
-    table.add_column("found", ratio=1)
-    table.add_column("passed, or what to do", ratio=1)
+    table.add_column("found", ratio=1, overflow="fold")
+    table.add_column("passed, or what to do", ratio=1, overflow="fold")
     for one in findings:
-        verdict = "[yellow]not checked" if one.passed is None else "[green]passed" if one.passed else "[red]"
+        verdict = "[yellow]not checked" if one.passed is None else "[green]passed" if one.passed else "[red]failed:[/] "
         table.add_row(one.check, escape(one.figure), verdict + escape(one.remedy))
     return table

@@ -35,7 +35,7 @@ def training_memory(
     """
     trained = _bytes(agent.parameters())
     held = {"weights": _bytes(agent.policy.parameters()), "Adam": 2 * trained}
-    if config.reference and agent.lora is None:
+    if config.beta > 0 and agent.lora is None:
         held["reference"] = _reference(agent)
     with autocast:
         update = {"gradients": trained, "activations": _activations(agent, rollout, config)}

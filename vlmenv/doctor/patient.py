@@ -128,7 +128,7 @@ class Patient:
     def need_engine(self) -> None:
         """Raises Unchecked where what is to generate cannot be asked."""
         if self.engine_fault:
-            raise Unchecked(f"the engine cannot be asked: {self.engine_fault}")
+            raise Unchecked("the engine cannot be asked")
 
     def autocast(self) -> AbstractContextManager[None]:
         """The precision of forward passes."""
@@ -185,6 +185,14 @@ class Patient:
         sampling = self.config.sampling()
         greedy = replace(sampling, temperature=0.0, top_k=None, top_p=1.0)
         return self.ask(self.shown[::GROUP], greedy), self.ask(self.shown, sampling)
+
+    @cached_property
+    def scored(self) -> tuple[NDArray[np.float64], dict[str, Any]]:
+        """Rewards of the sampled answers, and what else the environments tell of them."""
+        texts = self.answers[1].texts
+        assert self._envs is not None
+        _, rewards, _, _, infos = self._envs.step(texts)
+        return rewards, infos
 
     @cached_property
     def prompts(self) -> list[Prompt]:
