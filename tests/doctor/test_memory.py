@@ -76,6 +76,12 @@ def test_activations_of_a_larger_batch_are_foreseen(how: str) -> None:
             one.enable_gradient_checkpointing()
     found = estimate(small_agent, small, prompts_per_step=12, group_size=6, max_new_tokens=40)
     assert found["activations"] == pytest.approx(kept(agent, large), rel=0.1)
+    if how == "recomputed":
+        held = estimate(agent_and_rollout(8, 2, 24)[0], small, prompts_per_step=12, group_size=6, max_new_tokens=40)
+        assert found["work space"] == pytest.approx(2 * held["work space"], rel=0.01)
+        assert found["activations"] < held["activations"] / 5
+    else:
+        assert found["work space"] == found["activations"] / 3  # the model has three blocks
 
 
 def test_micro_batches_need_less() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlmenv.agents.recomputation import holding_activations
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.core.rollout import Prompt, Rollout
 from vlmenv.doctor.options import DoctorConfig
@@ -38,7 +39,7 @@ def training_memory(
     if config.beta > 0 and agent.lora is None:
         held["reference"] = _reference(agent)
     with autocast:
-        update = {"gradients": trained, "activations": _activations(agent, rollout, config)}
+        update = {"gradients": trained} | _activations(agent, rollout, config)
         sampling = {"keys and values": _keys_and_values(agent, rollout, config)}
     return held | max(update, sampling, key=lambda parts: sum(parts.values()))
 
@@ -64,7 +65,20 @@ def _reference(agent: VLMAgent) -> float:
     return _bytes([parameter for parameter in family.model.parameters() if parameter not in shared])
 
 
-def _activations(agent: VLMAgent, rollout: Rollout, config: DoctorConfig) -> float:
+def _activations(agent: VLMAgent, rollout: Rollout, config: DoctorConfig) -> dict[str, float]:
+    """What a pass keeps; and what it needs while it goes backward through a block, where that is largest.
+
+    That is the gradients of what the block has kept, as large as this, and its activations too where they are
+    computed anew.
+    """
+    kept = _scaled(agent, rollout, config)
+    with holding_activations(agent.family):
+        every = _scaled(agent, rollout, config)
+    blocks = len(list(agent.family.language_model().get_submodule("layers").children()))
+    return {"activations": kept, "work space": every / blocks * (2 if kept < every else 1)}
+
+
+def _scaled(agent: VLMAgent, rollout: Rollout, config: DoctorConfig) -> float:
     """What a pass keeps: so much in any case, and so much for each token of the kinds that `_tokens` counts."""
     shares = agent.family_policy.share_prefixes
     firsts = np.unique(rollout.prompt_index, return_index=True)[1]
