@@ -117,6 +117,15 @@ def copy_processor(source: Path, folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
 
 
+def weight_names(folder: Path) -> set[str]:
+    """Names of the weights in a folder's safetensors files."""
+    names: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as stream:
+            names.update(stream.keys())
+    return names
+
+
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file.
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlmenv.agents.families import Family
@@ -18,10 +19,25 @@ def recompute_activations(family: Family) -> None:
     What a block needs beyond them is computed anew, exactly as it was, dropout included. Nothing changes
     where there is no gradient.
     """
-    layers = family.language_model().get_submodule("layers")
-    for block in [*layers.children(), *family.vision_blocks().children()]:
+    for block in _blocks(family):
         # On the instance: names of weights stay as they are, and whatever wraps the block's call stays outside.
         block.__dict__["forward"] = functools.partial(_recomputing, block.forward)
+
+
+@contextmanager
+def holding_activations(family: Family) -> Iterator[None]:
+    """Within, blocks keep all that they need, whether or not they were made to recompute it."""
+    taken = [(block, block.__dict__.pop("forward")) for block in _blocks(family) if "forward" in block.__dict__]
+    try:
+        yield
+    finally:
+        for block, forward in taken:
+            block.__dict__["forward"] = forward
+
+
+def _blocks(family: Family) -> list[nn.Module]:
+    layers = family.language_model().get_submodule("layers")
+    return [*layers.children(), *family.vision_blocks().children()]
 
 
 def _recomputing(forward: Callable[..., Tensor], hidden: Tensor, *more: Any, **arguments: Any) -> Tensor:

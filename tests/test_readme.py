@@ -22,6 +22,7 @@ DOCS = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.
 SMALL = {
     "train": ["--steps", "1", "--prompts-per-step", "1", "--group-size", "2", "--eval-limit", "2", "--device", "cpu"],
     "eval": ["--limit", "2", "--device", "cpu"],
+    "doctor": ["--device", "cpu"],
     "data": [],
     "envs": [],
 }
@@ -90,6 +91,7 @@ def test_the_commands_run(
     expected = {
         "train": "model, metrics and pictures are in",
         "eval": "metric",
+        "doctor": "everything adds up",
         "data": "broken",
         "envs": "VLM-REC-v0",
     }

@@ -1,4 +1,4 @@
-"""The command line: `vlmenv train`, `vlmenv eval`, `vlmenv serve`, `vlmenv data check`, `vlmenv envs`."""
+"""The command line: `vlmenv train`, `eval`, `serve`, `doctor`, `data check`, `envs`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ import vlmenv  # noqa: F401 (registers the environments)
 from vlmenv.core.config import flatten, option_value, with_config_file
 from vlmenv.core.errors import ConfigError, VLMEnvError
 from vlmenv.data import DataConfig, check_data
+from vlmenv.doctor import DoctorConfig, run_doctor
 from vlmenv.evaluation import EvalConfig, run_evaluation
 from vlmenv.serving import ServeConfig, run_server
 from vlmenv.tasks import visual_tasks
@@ -34,7 +35,7 @@ class EnvsConfig:
     """List the registered environments."""
 
 
-_Command: TypeAlias = TrainConfig[Any] | EvalConfig | ServeConfig | DataConfig | EnvsConfig
+Command: TypeAlias = TrainConfig[Any] | EvalConfig | ServeConfig | DoctorConfig | DataConfig | EnvsConfig
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -70,13 +71,19 @@ def _fail(error: BaseException, debug: bool, message: str) -> None:
 def _run(args: list[str]) -> None:
     command, rest = (args[0], args[1:]) if args else ("", [])
     rest = _of_resumed_run(rest) if command == "train" else rest
-    defaults: dict[str, Any] = {"eval": EvalConfig()}
+    defaults: dict[str, Any] = {"eval": EvalConfig(), "doctor": DoctorConfig()}
     if command == "train":
         defaults["train"] = default_config(option_value(rest, "algo") or "grpo")
     if command in defaults:
-        rest = with_config_file(rest, list(flatten(defaults[command])))
+        known = list(flatten(defaults[command]))
+        rest = with_config_file(rest, known, _of_training(rest) - set(known) if command == "doctor" else ())
     config = _parse([command, *rest] if args else ["--help"], defaults.get("train", TrainConfig()))
     RUN[type(config)](config)
+
+
+def _of_training(args: list[str]) -> set[str]:
+    """The options of the training that a file holds."""
+    return set(flatten(default_config(option_value(args, "algo") or "grpo")))
 
 
 def _of_resumed_run(args: list[str]) -> list[str]:
@@ -98,16 +105,17 @@ def _of_resumed_run(args: list[str]) -> list[str]:
     return ["--config", str(Path(folder) / "config.yaml"), "--resume", folder]
 
 
-def _parse(args: list[str], train: TrainConfig[Any]) -> _Command:
+def _parse(args: list[str], train: TrainConfig[Any]) -> Command:
     commands: Any = (
         Annotated[TrainConfig[type(train.algorithm)], tyro.conf.subcommand("train", default=train)]  # type: ignore[misc]
         | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
         | Annotated[ServeConfig, tyro.conf.subcommand("serve")]
+        | Annotated[DoctorConfig, tyro.conf.subcommand("doctor")]
         | Annotated[DataConfig, tyro.conf.subcommand("data")]
         | Annotated[EnvsConfig, tyro.conf.subcommand("envs")]
     )
     description = "Train vision-language models with reinforcement learning. With --debug, errors show a traceback."
-    parsed: _Command = tyro.cli(
+    parsed: Command = tyro.cli(
         commands, args=args, prog=PROGRAM, description=description, config=(tyro.conf.OmitSubcommandPrefixes,)
     )
     return parsed
@@ -127,6 +135,7 @@ RUN: dict[type, Callable[[Any], object]] = {
     TrainConfig: run_training,
     EvalConfig: run_evaluation,
     ServeConfig: run_server,
+    DoctorConfig: run_doctor,
     DataConfig: check_data,
     EnvsConfig: list_environments,
 }

@@ -8,19 +8,21 @@ from torch import Tensor
 
 from vlmenv.agents.engines.base import Request
 from vlmenv.agents.families import Family
-from vlmenv.core.errors import EngineError
+from vlmenv.core.errors import EngineError, ReadingError
 
 
 def check_prompt(request: Request, token_ids: Sequence[int]) -> None:
-    """Raises EngineError unless the engine reads a prompt as the trainer does, image tokens included."""
+    """Raises ReadingError unless the engine reads a prompt as the trainer does, image tokens included."""
     ours = request.prompt.input_ids.tolist()
     if list(token_ids) == ours:
         return
     place = next((i for i, pair in enumerate(zip(ours, token_ids, strict=False)) if pair[0] != pair[1]), len(ours))
-    raise EngineError(
+    raise ReadingError(
         f"the engine reads a prompt otherwise than the trainer: {len(token_ids)} tokens against {len(ours)}, and from "
         f"token {place} on {list(token_ids)[place : place + 8]} against {ours[place : place + 8]}. "
-        "Their processors or chat templates differ"
+        "Their processors or chat templates differ",
+        ours,
+        token_ids,
     )
 
 

@@ -6,7 +6,9 @@ Invented tokenizers and processors, and published ones where they lie beside the
 from __future__ import annotations
 
 import functools
+import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,6 +35,7 @@ from transformers.processing_utils import ProcessorMixin
 from vlmenv.agents.checkpoints import load_model
 from vlmenv.agents.families import FAMILIES, Processor, coordinate_space, family_of, resize_rule
 from vlmenv.agents.families.base import Family
+from vlmenv.agents.published import PublishedProcessor
 from vlmenv.agents.vlm import Sampling, VLMAgent
 from vlmenv.core.errors import ModelError, PromptError
 from vlmenv.core.rollout import Observation, Rollout
@@ -494,6 +497,26 @@ def test_prompts_are_those_of_the_published_processor(agent: VLMAgent, case: Cas
         left_out = expected.keys() - prompt.images.keys() - {"input_ids", "attention_mask", "mm_token_type_ids"}
         assert left_out <= {"pixel_attention_mask"}
         assert all(expected[name].all() for name in left_out)
+
+
+def test_the_published_processor_is_loaded_from_its_files(
+    agent: VLMAgent, folder: Path, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without torchvision too, which whole processors want for videos; and it reads prompts as the family does."""
+    monkeypatch.setattr(processing_smolvlm, "num2words", str)  # only for videos
+    for file in folder.iterdir():
+        if file.suffix in {".json", ".jinja", ".txt"}:
+            shutil.copyfile(file, tmp_path / file.name)
+    if not (tmp_path / "processor_config.json").exists():
+        settings = {"processor_class": case.processor.__name__, **case.processor_arguments}
+        (tmp_path / "processor_config.json").write_text(json.dumps(settings))
+    processor = PublishedProcessor(tmp_path)
+    for observation in prompts(case)[1::2] + prompts(case)[-1:]:
+        ids, inputs = processor.read(observation)
+        prompt = agent.family.encode(observation)
+        assert ids.tolist() == prompt.input_ids.tolist()
+        for name, tensor in prompt.images.items():
+            assert torch.equal(tensor.reshape(inputs[name].shape), inputs[name]), name
 
 
 def test_there_is_one_image_token_for_each_feature(agent: VLMAgent, case: Case) -> None:

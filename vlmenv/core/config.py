@@ -6,7 +6,7 @@ A nested dataclass's fields are options like the others, under their own names.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +36,22 @@ def to_yaml(config: Any, without: Sequence[str] = ()) -> str:
     return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
 
 
-def with_config_file(args: Sequence[str], known: Sequence[str]) -> list[str]:
+def with_config_file(args: Sequence[str], known: Sequence[str], passed_over: Collection[str] = ()) -> list[str]:
     """Puts the options of the file that `--config` names before the other arguments, which then win.
 
     Args:
         args: Command-line arguments.
         known: The names of the options.
+        passed_over: Names of other options, which the file may hold for another command.
 
     Raises:
         ConfigError: The file cannot be read, or holds an unknown option.
     """
     path = _config_path(args)
-    return list(args) if path is None else [*_as_arguments(_read(path), path, known), *args]
+    if path is None:
+        return list(args)
+    options = {name: value for name, value in _read(path).items() if str(name).replace("-", "_") not in passed_over}
+    return [*_as_arguments(options, path, known), *args]
 
 
 def option_value(args: Sequence[str], name: str) -> str | None:

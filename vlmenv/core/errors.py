@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class VLMEnvError(Exception):
@@ -36,6 +36,19 @@ class ModelError(VLMEnvError):
 
 class EngineError(VLMEnvError):
     """An engine that failed, or that is not in step with the model that is trained."""
+
+
+class ReadingError(EngineError):
+    """An engine that takes a prompt in otherwise than the trainer.
+
+    Attributes:
+        ours: The trainer's tokens.
+        theirs: The engine's.
+    """
+
+    def __init__(self, message: str, ours: Sequence[int], theirs: Sequence[int]) -> None:
+        super().__init__(message)
+        self.ours, self.theirs = ours, theirs
 
 
 class PromptError(VLMEnvError):

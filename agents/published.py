@@ -1,0 +1,73 @@
+"""What other programs make of a prompt: the published processor, with which a family's own reading is compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.processing_utils import ProcessorMixin
+from transformers.utils.import_utils import is_torchvision_available
+
+from vlmenv.core.errors import ConfigError, ModelError
+from vlmenv.core.rollout import Observation
+
+
+class PublishedProcessor:
+    """A processor as transformers loads it from a folder, for prompts of one turn.
+
+    Args:
+        folder: Of a model, or of the processor's files alone with a `config.json`.
+
+    Raises:
+        ConfigError: It wants a package that is not installed.
+        ModelError: It cannot be loaded.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            self._processor = AutoProcessor.from_pretrained(folder) if _whole() else _without_videos(folder)
+        except ImportError as error:
+            raise ConfigError(f"transformers cannot load the published processor here: {error}") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{folder}: transformers cannot load the published processor: {error}") from error
+
+    def read(self, observation: Observation) -> tuple[NDArray[np.int64], dict[str, torch.Tensor]]:
+        """The tokens [T] of an observation as the user's turn, ready for the answer, and its vision inputs."""
+        images = [{"type": "image", "image": Image.fromarray(image)} for image in observation["images"]]
+        turn: Any = {"role": "user", "content": [*images, {"type": "text", "text": observation["prompt"]}]}
+        # Of the common class: SmolVLM's own wants a video processor.
+        inputs: Any = ProcessorMixin.apply_chat_template(
+            self._processor,
+            [turn],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        read = dict(inputs)
+        return read.pop("input_ids")[0].numpy(), read
+
+
+def _whole() -> bool:
+    """Whether processors of videos, which whole processors hold, can be loaded."""
+    return bool(is_torchvision_available())
+
+
+def _without_videos(folder: Path) -> ProcessorMixin:
+    """The processor of a model's type around the folder's tokenizer and image processor."""
+    kind: Any = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(folder))]
+    unchecked: Any = type(kind.__name__, (kind,), {"check_argument_for_proper_class": lambda *_: None})
+    parts = {
+        "image_processor": AutoImageProcessor.from_pretrained(folder, backend="pil"),
+        "tokenizer": AutoTokenizer.from_pretrained(folder),
+    }
+    settings, _ = kind.get_processor_dict(folder)
+    processor = unchecked.from_args_and_dict([parts.get(name) for name in kind.get_attributes()], settings)
+    assert isinstance(processor, ProcessorMixin)
+    return processor

@@ -1,0 +1,97 @@
+"""Whether the task can do something with the model's answers."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import numpy as np
+
+from vlmenv.agents.families import coordinate_space, resize_rule
+from vlmenv.core.coordinates import Coordinates, CoordinateSpace
+from vlmenv.core.errors import ModelError
+from vlmenv.doctor.overlap import Overlap, clearly_better, overlap
+from vlmenv.doctor.patient import GROUP, Patient, Seen, Unchecked
+
+_PARSED, _TRUNCATED, _INSIDE = 0.25, 0.5, 0.5
+"""The least share of answers that can be read, the greatest that may be cut off, the least of boxes in the image."""
+
+
+def coordinates(patient: Patient) -> Seen:
+    """Under which convention of coordinates the answers' boxes lie where they should."""
+    taught, used = coordinate_space(patient.agent.folder), patient.task.coordinates.space
+    found = {space: _overlap(patient, way) for space, way in _conventions(patient).items()}
+    if not any(one.boxes and one.samples for one in found.values()):
+        raise Unchecked("no true answer, or none of the model's, holds a box")
+    asked = f"asked for {used}" + (f", taught {taught}" if used is not taught else "")
+    read = [f"read as {space}: IoU {one.mean:.2f}, {one.inside:.0%} in the image" for space, one in found.items()]
+    figure = "; ".join([asked, *read])
+    best = max(found, key=lambda space: found[space].mean)
+    if clearly_better(found[best], found[used]):
+        return figure, f"The answers are in coordinates '{best}': give --coordinates {best}."
+    if found[used].inside < _INSIDE:
+        return figure, f"Most boxes lie outside the image: leave out --coordinates, or give --coordinates {taught}."
+    return figure, ""
+
+
+def read(patient: Patient) -> Seen:
+    """Share of answers that the task can read."""
+    greedy, sampled = ([one is not None for one in _parsed(patient, i)] for i in (0, 1))
+    figure = f"greedy {sum(greedy)} of {len(greedy)}, sampled {sum(sampled)} of {len(sampled)}"
+    if _can_be_read(patient):
+        return figure, ""
+    return f"{figure}; one is {patient.answers[0].texts[0][:80]!r}", (
+        "Nearly all rewards will be 0. Give a --prompt-template or --answer-format that the model follows, or train "
+        "it with --algo sft first."
+    )
+
+
+def rewards(patient: Patient) -> Seen:
+    """What sampled answers are worth, and whether that differs."""
+    if not _can_be_read(patient):
+        raise Unchecked("hardly an answer can be read")
+    values, infos = patient.scored
+    terms = {name: infos["rewards"][name] for name in infos["rewards"] if not name.startswith("_")}
+    means = ", ".join(f"{name} {one[infos['rewards'][f'_{name}']].mean():.2f}" for name, one in terms.items())
+    groups = values.reshape(-1, GROUP)
+    differ = int((groups != groups[:, :1]).any(axis=1).sum())
+    figure = f"{values.mean():.2f} in the mean: {means}; different within {differ} of {len(groups)} pairs of answers"
+    if (values != values[0]).any():
+        return figure, ""
+    return figure, (
+        "All answers are worth the same, which teaches nothing. Take other --rewards, harder or easier samples, or a "
+        "higher --temperature."
+    )
+
+
+def cut_off(patient: Patient) -> Seen:
+    """Share of sampled answers that the limit cuts off."""
+    cut = [one.finish_reason == "length" for one in patient.answers[1].completions]
+    limit = patient.config.max_new_tokens
+    figure = f"{sum(cut)} of {len(cut)} sampled, at {limit} tokens"
+    return figure, f"Give more room: --max-new-tokens {2 * limit}." if np.mean(cut) > _TRUNCATED else ""
+
+
+def _parsed(patient: Patient, which: int) -> list[object]:
+    return [patient.task.parse(text) for text in patient.answers[which].texts]
+
+
+def _can_be_read(patient: Patient) -> bool:
+    answers = _parsed(patient, 0) + _parsed(patient, 1)
+    return sum(one is not None for one in answers) >= _PARSED * len(answers)
+
+
+def _conventions(patient: Patient) -> dict[CoordinateSpace, Coordinates]:
+    """Those that the answers may be in; not "resized" where no image is."""
+    found = {space: Coordinates(space) for space in (CoordinateSpace.ORIGINAL, CoordinateSpace.NORM1000)}
+    with suppress(ModelError):
+        way = Coordinates(CoordinateSpace.RESIZED, resize_rule(patient.agent.folder))
+        sizes = [image.shape[1::-1] for sample in patient.samples for image in sample.images]
+        if patient.task.coordinates == way or any(way.shown_size(*size) != size for size in sizes):
+            found[CoordinateSpace.RESIZED] = way
+    return found
+
+
+def _overlap(patient: Patient, way: Coordinates) -> Overlap:
+    greedy, sampled = _parsed(patient, 0), _parsed(patient, 1)
+    answers = [(one, [greedy[i], *sampled[i * GROUP : (i + 1) * GROUP]]) for i, one in enumerate(patient.samples)]
+    return overlap(way, answers)

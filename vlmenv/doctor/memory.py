@@ -1,0 +1,144 @@
+"""What training will want of a device's memory, from what a few answers want of it.
+
+Weights, gradients and Adam's moments follow from the parameters. What a forward pass keeps for its backward pass, and
+the keys and values that sampling keeps, are counted on a rollout that is there, and scaled to the batch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlmenv.agents.recomputation import holding_activations
+from vlmenv.agents.vlm import VLMAgent
+from vlmenv.core.rollout import Prompt, Rollout
+from vlmenv.doctor.options import DoctorConfig
+
+_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def training_memory(
+    agent: VLMAgent, rollout: Rollout, config: DoctorConfig, autocast: AbstractContextManager[None]
+) -> dict[str, float]:
+    """Bytes by what takes them, at the moment of a step that takes most; rough for what is scaled.
+
+    Args:
+        agent: As it will be trained, adapters and frozen parts included.
+        rollout: Answers of it, several to each prompt, to the data that it will be trained on.
+        config: The step.
+        autocast: The precision of forward passes.
+    """
+    trained = _bytes(agent.parameters())
+    held = {"weights": _bytes(agent.policy.parameters()), "Adam": 2 * trained}
+    if config.beta > 0 and agent.lora is None:
+        held["reference"] = _reference(agent)
+    with autocast:
+        update = {"gradients": trained} | _activations(agent, rollout, config)
+        sampling = {"keys and values": _keys_and_values(agent, rollout, config)}
+    return held | max(update, sampling, key=lambda parts: sum(parts.values()))
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes that a device has; of a CPU those that this process may have."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = _LIMIT.read_text().strip() if _LIMIT.is_file() else "max"
+    return min(installed, int(limit)) if limit.isdigit() else installed
+
+
+def _bytes(tensors: Iterable[Tensor]) -> float:
+    return float(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+
+
+def _reference(agent: VLMAgent) -> float:
+    """A copy of the model, which shares a vision tower that is not trained."""
+    family = agent.family
+    parts = [] if family.sees_by_trained_weights() else [family.vision_tower(), *family.projectors()]
+    shared = {parameter for part in parts for parameter in part.parameters()}
+    return _bytes([parameter for parameter in family.model.parameters() if parameter not in shared])
+
+
+def _activations(agent: VLMAgent, rollout: Rollout, config: DoctorConfig) -> dict[str, float]:
+    """What a pass keeps; and what it needs while it goes backward through a block, where that is largest.
+
+    That is the gradients of what the block has kept, as large as this, and its activations too where they are
+    computed anew.
+    """
+    kept = _scaled(agent, rollout, config)
+    with holding_activations(agent.family):
+        every = _scaled(agent, rollout, config)
+    blocks = len(list(agent.family.language_model().get_submodule("layers").children()))
+    return {"activations": kept, "work space": every / blocks * (2 if kept < every else 1)}
+
+
+def _scaled(agent: VLMAgent, rollout: Rollout, config: DoctorConfig) -> float:
+    """What a pass keeps: so much in any case, and so much for each token of the kinds that `_tokens` counts."""
+    shares = agent.family_policy.share_prefixes
+    firsts = np.unique(rollout.prompt_index, return_index=True)[1]
+    parts = [rollout[firsts[: (len(firsts) + 1) // 2]], rollout[firsts], rollout]
+    counted = np.array([[1.0, *_tokens(part, shares)] for part in parts])
+    kept = np.array([float(_kept(agent, part)) for part in parts])
+    each = np.maximum(np.linalg.lstsq(counted, kept, rcond=None)[0], 0)
+    return float(each @ [1.0, *_pass_tokens(rollout, config, shares)])
+
+
+def _tokens(rollout: Rollout, shares: bool) -> list[float]:
+    """Tokens that go through the model, of prompts and of completions; where these repeat them, padded rows of both."""
+    prompts = [len(prompt.input_ids) for prompt in rollout.prompts]
+    completions = [len(completion.token_ids) for completion in rollout.completions]
+    if shares:
+        return [float(sum(prompts)), float(sum(completions))]
+    rows = [prompts[i] + length for i, length in zip(rollout.prompt_index, completions, strict=True)]
+    return [float(len(rows) * max(rows))]
+
+
+def _pass_tokens(rollout: Rollout, config: DoctorConfig, shares: bool) -> list[float]:
+    """The same of the largest pass of a step."""
+    total = config.prompts_per_step * config.group_size
+    completions = min(total, config.micro_batch_size or total)
+    if shares:
+        prompts = -(-completions // config.group_size)
+        tokens = [prompts * _mean_length(rollout.prompts), float(completions * config.max_new_tokens)]
+    else:
+        longest = max(len(prompt.input_ids) for prompt in rollout.prompts)
+        tokens = [float(completions * (longest + config.max_new_tokens))]
+    share = min(1.0, (config.micro_batch_tokens or np.inf) / sum(tokens))
+    return [share * count for count in tokens]
+
+
+def _mean_length(prompts: Sequence[Prompt]) -> float:
+    return float(np.mean([len(prompt.input_ids) for prompt in prompts]))
+
+
+def _kept(agent: VLMAgent, rollout: Rollout) -> int:
+    """Bytes that a forward pass keeps for its backward pass, without the parameters."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in agent.policy.parameters()}
+    sizes: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        result = agent.logprobs(rollout)
+    del result  # which kept them apart from one another until now
+    return sum(size for place, size in sizes.items() if place not in own)
+
+
+@torch.no_grad()
+def _keys_and_values(agent: VLMAgent, rollout: Rollout, config: DoctorConfig) -> float:
+    """Of a batch's prompts and completions; 0 where an engine holds them, whose memory is its own."""
+    if agent.engine is not None:
+        return 0.0
+    prefixes, _ = agent.family_policy.prefill(rollout.prompts)
+    found = _bytes([*prefixes.keys.values(), *prefixes.values.values()])
+    each = found / (len(rollout.prompts) * max(len(prompt.input_ids) for prompt in rollout.prompts))
+    return each * config.prompts_per_step * (_mean_length(rollout.prompts) + config.group_size * config.max_new_tokens)

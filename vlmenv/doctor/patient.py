@@ -1,0 +1,264 @@
+"""What is examined: a model with its samples, and with what generates, each as far as it can be had."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import fields, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vlmenv.agents.checkpoints import find_model
+from vlmenv.agents.published import PublishedProcessor
+from vlmenv.agents.vlm import Sampling, VLMAgent
+from vlmenv.core.errors import ConfigError, PromptError, ReadingError
+from vlmenv.core.rollout import Observation, Prompt, Rollout, unbatch
+from vlmenv.doctor.options import DoctorConfig
+from vlmenv.envs.base import VisualTaskEnv
+from vlmenv.envs.data.source import Sample
+from vlmenv.envs.vector import VisualTaskVectorEnv
+from vlmenv.tasks import check_engine, load_agent, make_envs
+
+SAMPLES, GROUP = 8, 2
+"""samples that are looked at, and answers that are sampled to each"""
+_TOKENS = 32
+"""the longest answers whose log-probabilities are compared"""
+_LONG = 300
+"""Tokens of the prompts then, or nearly so many: vLLM keeps whole blocks of them alone, on CPUs of 128."""
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_ENGINE_OPTIONS = ("engine", "server", "weights_folder")
+
+Seen = tuple[str, str]
+"""What a check has seen, and what to do about it: nothing where all is well."""
+Numbers = NDArray[np.float32]
+
+
+class Unchecked(Exception):
+    """There is nothing to look at; the message says why."""
+
+
+class Patient:
+    """A model, its samples and its engine, once they are loaded.
+
+    Args:
+        config: Which they are.
+        device: Where the model runs.
+
+    Attributes:
+        ids: The samples' names.
+        samples: As their source gives them.
+        blocked: Why the model cannot be asked anything; empty where it can.
+        engine_fault: Why the engine cannot be asked; empty where it can.
+        engine_memory: Bytes of a GPU that it took when it started.
+        baseline: What was sampled before the weights are changed.
+        in_step: Whether what generates has taken over changed weights.
+    """
+
+    def __init__(self, config: DoctorConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.blocked = ""
+        self.engine_fault = ""
+        self.engine_memory = 0.0
+        self.baseline: Rollout | None = None
+        self.in_step = False
+        self.ids: list[str] = []
+        self.samples: list[Sample] = []
+        self._agent: VLMAgent | None = None
+        self._envs: VisualTaskVectorEnv | None = None
+        self._shown: list[Observation] = []
+
+    def close(self) -> None:
+        """Lets go of engine and environments."""
+        if self._agent is not None:
+            self._agent.close()
+        if self._envs is not None:
+            self._envs.close()
+
+    @property
+    def agent(self) -> VLMAgent:
+        """Raises Unchecked where it could not be loaded."""
+        if self._agent is None:
+            raise Unchecked("there is no model")
+        return self._agent
+
+    @property
+    def able(self) -> VLMAgent:
+        """The agent, if it can be asked anything. Raises Unchecked where not."""
+        if self.blocked:
+            raise Unchecked(self.blocked)
+        return self.agent
+
+    @property
+    def shown(self) -> list[Observation]:
+        """What each environment shows, `GROUP` copies of each sample. Raises Unchecked where there is nothing."""
+        if not self._shown:
+            raise Unchecked("there are no samples")
+        return self._shown
+
+    @property
+    def task(self) -> VisualTaskEnv:
+        """The environment that shows it. Raises Unchecked where there is none."""
+        if self._envs is None:
+            raise Unchecked("there are no samples")
+        return self._envs.task
+
+    def load_model(self) -> None:
+        """Loads the model, with its engine if that can be had, and prepares it for training."""
+        agent = self._loaded()
+        torch.manual_seed(self.config.seed)  # which new adapters are drawn from
+        self.config.adaptation.apply(agent)
+        agent.seed(self.config.seed)
+        self._agent = agent
+
+    def load_samples(self) -> None:
+        """Shows the first samples of the order that the seed fixes."""
+        config = self.config
+        data = config.data_arguments() | config.env_arguments()
+        envs = self._envs = make_envs(config.env, SAMPLES * GROUP, group_size=GROUP, **data)
+        batch, infos = envs.reset(seed=config.seed)
+        self.ids = [str(one) for one in infos["id"][::GROUP]]
+        self.samples = [envs.task.source.get(int(index)) for index in infos["index"][::GROUP]]
+        self._shown = unbatch(batch)
+
+    def need_engine(self) -> None:
+        """Raises Unchecked where what is to generate cannot be asked."""
+        if self.engine_fault:
+            raise Unchecked("the engine cannot be asked")
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """The precision of forward passes."""
+        precision = self.config.precision
+        return torch.autocast(self.device.type, _DTYPES[precision], enabled=precision != "fp32")
+
+    def ask(self, observations: Sequence[Observation], sampling: Sampling) -> Rollout:
+        """Answers by what generates in training; by the model itself where that cannot be asked."""
+        agent, former = self.able, self.able.sampling
+        agent.sampling = sampling
+        try:
+            with self.autocast(), self._giving_up():
+                return agent.rollout(observations)
+        finally:
+            agent.sampling = former
+
+    def sync(self) -> None:
+        """Hands the present weights to the engine."""
+        with self._giving_up():
+            self.agent.sync()
+
+    @contextmanager
+    def _giving_up(self) -> Iterator[None]:
+        """Asks the engine no more after an error of its own, which may have ended it."""
+        try:
+            yield
+        except PromptError:
+            raise
+        except Exception as error:
+            engine, self.agent.engine = self.agent.engine, None
+            if engine is not None:
+                self.engine_fault = f"it has failed: {error}"
+                with suppress(Exception):  # of what is there no longer
+                    engine.close()
+            raise
+
+    def ask_at_length(self, *, greedy: bool = False) -> Rollout:
+        """Short answers to long prompts, the same ones each time: `GROUP` sampled ones to each, or a greedy one."""
+        tokens = min(_TOKENS, self.config.max_new_tokens)
+        if greedy:
+            return self.ask(self._long_prompts[::GROUP], Sampling(0.0, tokens))
+        return self.ask(self._long_prompts, Sampling(self.config.temperature, tokens))
+
+    @torch.no_grad()
+    def scores(self, rollout: Rollout) -> Numbers:
+        """The trainer's log-probabilities of all tokens of a rollout, one completion after the other."""
+        with self.autocast():
+            found = self.agent.logprobs(rollout)
+        return np.asarray(found.values[found.mask].float().cpu())
+
+    @cached_property
+    def answers(self) -> tuple[Rollout, Rollout]:
+        """A greedy answer to each sample, and `GROUP` sampled ones, as in training."""
+        sampling = self.config.sampling()
+        greedy = replace(sampling, temperature=0.0, top_k=None, top_p=1.0)
+        return self.ask(self.shown[::GROUP], greedy), self.ask(self.shown, sampling)
+
+    @cached_property
+    def scored(self) -> tuple[NDArray[np.float64], dict[str, Any]]:
+        """Rewards of the sampled answers, and what else the environments tell of them."""
+        texts = self.answers[1].texts
+        assert self._envs is not None
+        _, rewards, _, _, infos = self._envs.step(texts)
+        return rewards, infos
+
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        """The samples' prompts as the trainer reads them."""
+        return [self.able.family.encode(one) for one in self.shown[::GROUP]]
+
+    @cached_property
+    def published(self) -> list[tuple[NDArray[np.int64], dict[str, Tensor]]]:
+        """The same as the published processor reads them: tokens and vision inputs."""
+        folder = self.agent.folder if self.config.published is None else find_model(self.config.published)
+        try:
+            processor = PublishedProcessor(folder)
+        except ConfigError as error:
+            raise Unchecked(str(error)) from error
+        return [processor.read(one) for one in self.shown[::GROUP]]
+
+    @cached_property
+    def engine_reading(self) -> ReadingError | None:
+        """How the engine reads a prompt otherwise than the trainer, after which it is not asked any more."""
+        if self.agent.engine is None:
+            return None
+        try:
+            self.ask(self.shown[::GROUP], Sampling(0.0, 1))
+        except ReadingError as error:
+            self.engine_fault = "it reads prompts otherwise than the trainer"
+            return error
+        return None
+
+    @cached_property
+    def _long_prompts(self) -> list[Observation]:
+        """The samples, with prompts that are repeated until they fill the blocks of an engine's cache."""
+        agent, found = self.agent, []
+        most = agent.max_length if agent.engine is None else min(agent.max_length, agent.engine.max_length)
+        room = min(_LONG, most - min(_TOKENS, self.config.max_new_tokens))
+        for one, prompt in zip(self.shown[::GROUP], self.prompts, strict=True):
+            own = len(agent.family.processor.tokenizer.encode(one["prompt"], add_special_tokens=False)) + 1
+            times = 1 + max(0, room - len(prompt.input_ids)) // own
+            longer: Observation = {"images": one["images"], "prompt": "\n".join([one["prompt"]] * times)}
+            found += [longer] * GROUP
+        return found
+
+    def _loaded(self) -> VLMAgent:
+        """The agent, without its engine where that cannot be had."""
+        config, before = self.config, used_memory(self.device)
+        try:
+            check_engine(config, self.device)
+            agent = load_agent(config, self.device, _DTYPES[config.precision])
+        except Exception as error:
+            if config.engine == "hf":
+                raise
+            self.engine_fault = str(error)
+            return load_agent(_without_engine(config), self.device)
+        if agent.engine is not None:
+            own = sum(one.numel() * one.element_size() for one in agent.policy.parameters())
+            self.engine_memory = max(0.0, used_memory(self.device) - before - own)
+        return agent
+
+
+def used_memory(device: torch.device) -> float:
+    """Bytes of a GPU that are in use; 0 of other devices, where that says little."""
+    if device.type != "cuda":
+        return 0.0
+    free, total = torch.cuda.mem_get_info(device)
+    return float(total - free)
+
+
+def _without_engine(config: DoctorConfig) -> DoctorConfig:
+    options: dict[str, Any] = {one.name: one.default for one in fields(config) if one.name.startswith(_ENGINE_OPTIONS)}
+    return replace(config, **options)

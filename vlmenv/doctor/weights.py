@@ -1,0 +1,157 @@
+"""Whether what generates is the model that is trained: before an update, after one, and when it is taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlmenv.agents.checkpoints import published_weights, weight_names
+from vlmenv.core.rollout import Rollout
+from vlmenv.doctor.patient import Numbers, Patient, Seen, Unchecked
+
+_TOLERANCES = {"fp32": (1e-4, 1e-3), "bf16": (0.05, 1.0), "fp16": (0.01, 0.2)}
+"""Differences between log-probabilities that rounding explains: in the mean, and of a single token."""
+_BITS, _SMALL = (18, 19, 20, 21, 22), 0.01
+"""Of a float32's fraction, to be flipped in every weight: from a 32nd part to a half; and what zeros become."""
+_MOVED, _POWER = 0.5, 10
+"""How far an update is to move log-probabilities in the mean; at the least, so many times as rounding does."""
+
+
+def names(patient: Patient) -> Seen:
+    """Whether the trainer's weights have the names that the model's folder has."""
+    agent = patient.agent
+    state, model = agent.family.model.state_dict(), agent.family.model
+    merged = state if agent.lora is None else agent.lora.merged(state)
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    ours, theirs = set(published_weights(agent.family, merged)), weight_names(agent.folder) - tied
+    unknown, missing = sorted(ours - theirs), sorted(theirs - ours)
+    if not unknown:
+        return f"{len(ours)} weights" + (f"; {len(missing)} more in the folder are not used" if missing else ""), ""
+    instead = f", which has {missing[0]}" if missing else ""
+    return f"{len(unknown)} are not in the model's folder, {unknown[0]} among them{instead}", (
+        "Engines and checkpoints would get weights by names that the published model has not. Take a checkpoint in "
+        "the published layout, or the version of transformers that it is for."
+    )
+
+
+def logprobs(patient: Patient) -> Seen:
+    """What is sampled, against the trainer's own scoring of it."""
+    patient.need_engine()
+    patient.baseline = patient.ask_at_length()
+    return _judged(
+        patient,
+        patient.baseline,
+        "The trainer would learn from answers of another distribution. Give both the same weights and precision; "
+        "under bf16, try --precision fp32, in which they must agree.",
+    )
+
+
+def greedy(patient: Patient) -> Seen:
+    """Whether each token of a greedy answer is the trainer's likeliest."""
+    patient.need_engine()
+    rollout = patient.ask_at_length(greedy=True)
+    behind = [_behind_likeliest(patient, rollout[np.array([i])]) for i in range(len(rollout))]
+    alike, most = sum(not one.any() for one in behind), float(np.concatenate(behind).max())
+    allowed = _TOLERANCES[patient.config.precision][1]
+    figure = f"{alike} of {len(rollout)} are the trainer's"
+    if alike < len(rollout):
+        figure += f"; a token is less likely than its likeliest by {most:.2g} (allowed {allowed:g})"
+    if most <= allowed:
+        return figure, ""
+    return figure, "What generates is not the model that is trained, or not at its precision: see the line before."
+
+
+def update(patient: Patient) -> Seen:
+    """Whether what generates follows an update: the same prompts are asked again after it."""
+    rollout = _baseline(patient)
+    undo, moved = _disturb(patient, rollout)
+    try:
+        patient.sync()
+        figure, remedy = _judged(
+            patient,
+            patient.ask_at_length(),
+            "What generates goes on with old weights, or with what it kept of them: a weight that it does not take "
+            "over, or a cache (of prompts, of image features) that is not emptied. Take vLLM in a version that "
+            "docs/vllm.md names, or leave out --engine.",
+        )
+        patient.in_step = True
+    finally:
+        undo()
+    return f"{figure}; the update moved them by {moved:.2g}", remedy
+
+
+def put_back(patient: Patient) -> Seen:
+    """The same with the first weights again."""
+    _baseline(patient)
+    if not patient.in_step:
+        raise Unchecked("the update was not taken over")
+    patient.sync()
+    return _judged(patient, patient.ask_at_length(), "As for the line before.")
+
+
+def _baseline(patient: Patient) -> Rollout:
+    patient.need_engine()
+    if patient.baseline is None:
+        raise Unchecked("nothing could be sampled before an update")
+    return patient.baseline
+
+
+def _judged(patient: Patient, rollout: Rollout, remedy: str) -> Seen:
+    """Log-probabilities of what was sampled; wrong where they differ from the trainer's by more than rounding."""
+    sampled = np.concatenate([one.logprobs for one in rollout.completions])
+    gaps = np.abs(sampled - patient.scores(rollout))
+    mean, most = float(gaps.mean()), float(gaps.max())
+    allowed = _TOLERANCES[patient.config.precision]
+    figure = f"off by {mean:.1e} in the mean, {most:.1e} at most (allowed {allowed[0]:g} and {allowed[1]:g})"
+    return figure, "" if mean <= allowed[0] and most <= allowed[1] else remedy
+
+
+@torch.no_grad()
+def _behind_likeliest(patient: Patient, rollout: Rollout) -> Numbers:
+    """By how much each token's log-probability is below the likeliest one's, as the trainer has it."""
+    policy = patient.agent.family_policy
+    with patient.autocast():
+        logprobs = torch.log_softmax(policy.logits(policy.hidden_states(rollout)[0]), dim=-1)
+    tokens = torch.from_numpy(np.concatenate([one.token_ids for one in rollout.completions])).to(logprobs.device)
+    return np.asarray((logprobs.amax(dim=-1) - logprobs.gather(-1, tokens[:, None])[:, 0]).cpu())
+
+
+def _disturb(patient: Patient, rollout: Rollout) -> tuple[Callable[[], None], float]:
+    """Changes every trained weight, enough to be seen.
+
+    Returns:
+        What undoes it, to the bit; and by how much the log-probabilities of a rollout have moved in the mean.
+    """
+    before, parameters = patient.scores(rollout), patient.agent.parameters()
+    for bit in _BITS:
+        undo = _flip(parameters, bit)
+        try:
+            moved = float(np.abs(patient.scores(rollout) - before).mean())
+        except BaseException:
+            undo()
+            raise
+        strongest = bit == _BITS[-1] and moved > _POWER * _TOLERANCES[patient.config.precision][0]
+        if moved > _MOVED or strongest:
+            return undo, moved
+        undo()
+    raise Unchecked("no change of the trained weights moves the log-probabilities enough to be seen")
+
+
+def _flip(parameters: Sequence[Tensor], bit: int) -> Callable[[], None]:
+    """Flips a bit of each weight, which changes it by a share of it, without a copy; gives what flips it back.
+
+    Where all of a tensor is 0, as in new adapters, it becomes a small number.
+    """
+    number = int(np.float32(_SMALL * 2 ** (bit - _BITS[0])).view(np.int32))
+    masks = [1 << bit if parameter.any() else number for parameter in parameters]
+
+    @torch.no_grad()
+    def flip() -> None:
+        for parameter, mask in zip(parameters, masks, strict=True):
+            parameter.view(torch.int32).bitwise_xor_(mask)
+
+    flip()
+    return flip
