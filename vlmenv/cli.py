@@ -1,4 +1,4 @@
-"""The command line: `vlmenv train`, `vlmenv eval`, `vlmenv data check`, `vlmenv envs`."""
+"""The command line: `vlmenv train`, `vlmenv eval`, `vlmenv sample`, `vlmenv data check`, `vlmenv envs`."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ import vlmenv  # noqa: F401 (registers the environments)
 from vlmenv.core.config import flatten, option_value, with_config_file
 from vlmenv.core.errors import ConfigError, VLMEnvError
 from vlmenv.data import DataConfig, check_data
+from vlmenv.difficulty import SampleConfig, run_sampling
 from vlmenv.evaluation import EvalConfig, run_evaluation
 from vlmenv.tasks import visual_tasks
-from vlmenv.training import TrainConfig, default_config, run_training
+from vlmenv.training import RIVALS, TrainConfig, default_config, run_training
 
 PROGRAM = "vlmenv"
 
@@ -66,11 +67,11 @@ def _fail(error: BaseException, debug: bool, message: str) -> None:
 def _run(args: list[str]) -> None:
     command, rest = (args[0], args[1:]) if args else ("", [])
     rest = _of_resumed_run(rest) if command == "train" else rest
-    defaults: dict[str, Any] = {"eval": EvalConfig()}
+    defaults: dict[str, Any] = {"eval": EvalConfig(), "sample": SampleConfig()}
     if command == "train":
         defaults["train"] = default_config(option_value(rest, "algo") or "grpo")
     if command in defaults:
-        rest = with_config_file(rest, list(flatten(defaults[command])))
+        rest = with_config_file(rest, list(flatten(defaults[command])), RIVALS if command == "train" else ())
     config = _parse([command, *rest] if args else ["--help"], defaults.get("train", TrainConfig()))
     RUN[type(config)](config)
 
@@ -94,18 +95,18 @@ def _of_resumed_run(args: list[str]) -> list[str]:
     return ["--config", str(Path(folder) / "config.yaml"), "--resume", folder]
 
 
-def _parse(args: list[str], train: TrainConfig[Any]) -> TrainConfig[Any] | EvalConfig | DataConfig | EnvsConfig:
+def _parse(args: list[str], train: TrainConfig[Any]) -> Any:
     commands: Any = (
         Annotated[TrainConfig[type(train.algorithm)], tyro.conf.subcommand("train", default=train)]  # type: ignore[misc]
         | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
+        | Annotated[SampleConfig, tyro.conf.subcommand("sample")]
         | Annotated[DataConfig, tyro.conf.subcommand("data")]
         | Annotated[EnvsConfig, tyro.conf.subcommand("envs")]
     )
     description = "Train vision-language models with reinforcement learning. With --debug, errors show a traceback."
-    parsed: TrainConfig[Any] | EvalConfig | DataConfig | EnvsConfig = tyro.cli(
+    return tyro.cli(
         commands, args=args, prog=PROGRAM, description=description, config=(tyro.conf.OmitSubcommandPrefixes,)
     )
-    return parsed
 
 
 def list_environments(config: EnvsConfig) -> None:
@@ -121,6 +122,7 @@ def list_environments(config: EnvsConfig) -> None:
 RUN: dict[type, Callable[[Any], object]] = {
     TrainConfig: run_training,
     EvalConfig: run_evaluation,
+    SampleConfig: run_sampling,
     DataConfig: check_data,
     EnvsConfig: list_environments,
 }
