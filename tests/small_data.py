@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from conftest import shared
+import yaml
+from conftest import ROOT, shared
 from PIL import Image
 
 from vlmenv.core.formats import AnswerFormat
@@ -16,12 +17,24 @@ from vlmenv.envs.data.export import export_sample
 from vlmenv.envs.vqa import VQAEnv
 
 COUNT = 6
+WITHOUT_HUB = {
+    "vlm_r1_math": "--dataset geometry/samples.jsonl",
+    "pebr_r1_stage1": "--rewards clip 0.4 keywords 0.4 format 0.1 length 0.1",
+}
+"""For recipes that need the Hugging Face hub, options that do not."""
 
 
 def lay_out(recipe: str, folder: Path) -> None:
     """Puts what a recipe reads into a folder."""
     kind = recipe.removeprefix("vlm_r1_").removeprefix("pebr_r1_").partition("_")[0]
     LAYOUTS[kind](folder)
+
+
+def lay_out_pipeline(folder: Path) -> None:
+    """Puts what the published pipeline reads into a folder."""
+    lay_out("pebr_r1_warmup", folder)
+    lay_out("pebr_r1_stage1", folder)
+    shutil.copyfile(folder / "pebr_grpo_dataset.json", folder / "pebr_held_out.json")
 
 
 def referring(folder: Path) -> None:
@@ -113,3 +126,43 @@ LAYOUTS = {
     "stage1": questions,
     "stage2": questions,
 }
+
+
+def small_pipeline(name: str, folder: Path, **changes: Any) -> Path:
+    """A published pipeline with each stage cut down to a few steps, as a file.
+
+    Args:
+        name: Of the pipeline.
+        folder: Where the file goes.
+        changes: Options of all stages that train.
+    """
+    content = yaml.safe_load((ROOT / "vlmenv" / "pipelines" / f"{name}.yaml").read_text())
+    for stage in content["stages"].values():
+        command, options = next(iter(stage.items()))
+        options |= {"device": "cpu", "max_new_tokens": 24}
+        if "{" not in options.get("model", ""):
+            options["model"] = "builtin"
+        if command == "sample":
+            options |= {"n": 2, "part_size": 2, "temperature": 1.0}
+        else:
+            options |= {"steps": 2, "prompts_per_step": 2, "eval_limit": 0, "warmup_steps": 0} | changes
+            options |= (
+                {} if options.get("algo") == "sft" or "warmup" in options.get("recipe", "") else {"group_size": 2}
+            )
+            options.pop("warmup_share", None)
+    for options in content["evaluate"].values():
+        options |= {"device": "cpu", "max_new_tokens": 8, "limit": 4}
+    content["stages"]["warmup"]["train"]["max_new_tokens"] = 96  # room for the true answers
+    if name == "pebr_r1_builtin":
+        mixed = {"measure": "keyword_recall", "threshold": 0.75, "max_new_tokens": 64, "limit": 16}
+        content["stages"]["sampling"]["sample"] |= mixed
+        content["stages"]["warmup"]["train"]["lr"] = 1e-5  # two steps at more would harm the model
+    else:
+        terms = {"clip": 0.4, "keywords": 0.4, "format": 0.1, "length": 0.1}  # by the model that is built in
+        content["stages"]["perception"]["train"]["rewards"] = content["evaluate"]["perception"]["rewards"] = terms
+        # A few answers of a model that is not meant for these rows: all count as right, and so all rows as easy.
+        content["stages"]["sampling"]["sample"] |= {"measure": "unparsable", "threshold": 0.0}
+        content["stages"]["reasoning"]["train"]["dataset"] = ["{sampling}/easy.json"]
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    return file

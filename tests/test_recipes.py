@@ -10,18 +10,12 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT
-from small_data import COUNT, lay_out
+from small_data import COUNT, WITHOUT_HUB, lay_out
 
 from vlmenv.cli import main
 
 RECIPES = {file.stem: file for file in (ROOT / "vlmenv" / "recipes").glob("*.yaml")}
 SMALL = "--model builtin --device cpu --max-new-tokens 8 --steps 2 --prompts-per-step 2 --eval-limit 2 --output run"
-CHANGED = {
-    "vlm_r1_math": "--dataset geometry/samples.jsonl",
-    "pebr_r1_stage1": "--rewards clip 0.4 keywords 0.4 format 0.1 length 0.1",
-}
-"""What needs the Hugging Face hub, and is exchanged."""
-
 REC = {"group_size": 8, "beta": 0.04, "kl_estimator": "k3", "epsilon": 0.2, "lr": 1e-6, "temperature": 0.9}
 REC |= {"epochs": 2, "precision": "bf16", "max_new_tokens": 2048}
 STAGE = {"group_size": 8, "temperature": 1.2, "lr": 1e-6, "weight_decay": 0.01, "kl_estimator": "k3", "beta": 0.01}
@@ -81,7 +75,7 @@ def test_a_recipe_trains(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     lay_out(name, tmp_path)
     groups = "--max-new-tokens 64" if name == "pebr_r1_warmup" else "--group-size 2"
-    main(["train", "--recipe", name, *shlex.split(f"{SMALL} {groups} {CHANGED.get(name, '')}")])
+    main(["train", "--recipe", name, *shlex.split(f"{SMALL} {groups} {WITHOUT_HUB.get(name, '')}")])
     metrics = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in metrics] == [1, 2]
     options = yaml.safe_load(Path("run/config.yaml").read_text())

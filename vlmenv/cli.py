@@ -1,4 +1,4 @@
-"""The command line: `vlmenv train`, `vlmenv eval`, `vlmenv sample`, `vlmenv data check`, `vlmenv envs`."""
+"""The command line: `vlmenv train`, `eval`, `sample`, `pipeline`, `data check` and `envs`."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from vlmenv.core.errors import ConfigError, VLMEnvError
 from vlmenv.data import DataConfig, check_data
 from vlmenv.difficulty import SampleConfig, run_sampling
 from vlmenv.evaluation import EvalConfig, run_evaluation
+from vlmenv.pipeline import PipelineConfig, run_pipeline
 from vlmenv.tasks import visual_tasks
 from vlmenv.training import RIVALS, TrainConfig, default_config, run_training
 
@@ -65,6 +66,12 @@ def _fail(error: BaseException, debug: bool, message: str) -> None:
 
 
 def _run(args: list[str]) -> None:
+    config = _config(args)
+    RUN[type(config)](config)
+
+
+def _config(args: list[str]) -> Any:
+    """What a command line asks for, with the files of options that it names."""
     command, rest = (args[0], args[1:]) if args else ("", [])
     rest = _of_resumed_run(rest) if command == "train" else rest
     defaults: dict[str, Any] = {"eval": EvalConfig(), "sample": SampleConfig()}
@@ -72,8 +79,7 @@ def _run(args: list[str]) -> None:
         defaults["train"] = default_config(option_value(rest, "algo") or "grpo")
     if command in defaults:
         rest = with_config_file(rest, list(flatten(defaults[command])), RIVALS if command == "train" else ())
-    config = _parse([command, *rest] if args else ["--help"], defaults.get("train", TrainConfig()))
-    RUN[type(config)](config)
+    return _parse([command, *rest] if args else ["--help"], defaults.get("train", TrainConfig()))
 
 
 def _of_resumed_run(args: list[str]) -> list[str]:
@@ -100,6 +106,7 @@ def _parse(args: list[str], train: TrainConfig[Any]) -> Any:
         Annotated[TrainConfig[type(train.algorithm)], tyro.conf.subcommand("train", default=train)]  # type: ignore[misc]
         | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
         | Annotated[SampleConfig, tyro.conf.subcommand("sample")]
+        | Annotated[PipelineConfig, tyro.conf.subcommand("pipeline")]
         | Annotated[DataConfig, tyro.conf.subcommand("data")]
         | Annotated[EnvsConfig, tyro.conf.subcommand("envs")]
     )
@@ -123,6 +130,7 @@ RUN: dict[type, Callable[[Any], object]] = {
     TrainConfig: run_training,
     EvalConfig: run_evaluation,
     SampleConfig: run_sampling,
+    PipelineConfig: lambda config: run_pipeline(config, _config, lambda stage: RUN[type(stage)](stage)),
     DataConfig: check_data,
     EnvsConfig: list_environments,
 }

@@ -98,6 +98,8 @@ def run_sampling(config: SampleConfig) -> Path:
         if accelerator.is_main_process:
             rates = _read_parts(config.output, _parts(count, config.part_size))
             _write_levels(envs, rates, config)
+            counts = Counter(dict.fromkeys(LEVELS, 0) | Counter(map(level_of, rates.values())))
+            write_whole(config.output / "summary.json", json.dumps(counts) + "\n")
             console.print(_summary(config, envs, rates))
     return config.output
 

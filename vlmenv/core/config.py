@@ -57,11 +57,11 @@ def with_config_file(args: Sequence[str], known: Sequence[str], rivals: Rivals =
     """
     merged: dict[str, Any] = {}
     for path in _option_files(args):
-        options = _known_options(_read(path), path, known)
+        options = _known_options(read_options(path), path, known)
         _displace(merged, {name for name, value in options.items() if value is not None}, rivals, str(path))
         merged |= options
     _displace(merged, {arg[2:].partition("=")[0].replace("-", "_") for arg in args if arg[:2] == "--"}, rivals, "")
-    return [*_as_arguments(merged), *args]
+    return [*as_arguments(merged), *args]
 
 
 def _displace(options: dict[str, Any], given: set[str], rivals: Rivals, place: str) -> None:
@@ -84,7 +84,7 @@ def option_value(args: Sequence[str], name: str) -> str | None:
     found += [args[i + 1] for i, arg in enumerate(args[:-1]) if arg == f"--{name}"]
     if found:
         return found[-1]
-    stored = [value for path in _option_files(args) if (value := _read(path).get(name)) is not None]
+    stored = [value for path in _option_files(args) if (value := read_options(path).get(name)) is not None]
     return str(stored[-1]) if stored else None
 
 
@@ -116,7 +116,12 @@ def _only(args: Sequence[str], name: str) -> str | None:
     return given[0] if given else None
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def read_options(path: Path) -> dict[str, Any]:
+    """What a YAML file of options holds.
+
+    Raises:
+        ConfigError: It cannot be read, or is no mapping.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -143,7 +148,8 @@ _NAMING = {"config", "recipe"}
 """Options that name files of options, in which they have no place."""
 
 
-def _as_arguments(options: Mapping[str, Any]) -> Iterator[str]:
+def as_arguments(options: Mapping[str, Any]) -> Iterator[str]:
+    """Options as they are given on the command line."""
     for name, value in options.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
