@@ -52,6 +52,8 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         split: Of the built-in samples, `"train"` (default) or `"eval"`; of a Hugging Face data set, its name.
         columns: For parts of a row, the columns that hold them, as in `{"question": "query", "answer": "label"}`.
         skip_broken: Leave broken rows out (`env.source.faults` tells of them) instead of refusing the data set.
+        min_image_side: Leave rows out with an image of fewer pixels than this in width or height.
+        without_text: Leave rows out whose answer, reasoning included, contains one of these texts.
         rewards: Terms and weights; the task's defaults where left out.
         prompt_template: Text with `{question}` and, where they matter, `{answer}` for an example of the answer
             in its format, `{none}` for the answer "None", and `{coordinates}`.
@@ -75,6 +77,8 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
     """Weights of the terms that are used unless told otherwise."""
     row_terms: ClassVar[Mapping[str, str]] = {}
     """Names by which rows ask for a term (`accu_reward_method`) in place of the first one."""
+    right: ClassVar[tuple[str, float]] = ("accuracy", 1.0)
+    """Which of `measure`'s numbers tells whether an answer is right, and from what value on it is."""
     ratios: ClassVar[Mapping[str, tuple[str, str]]] = {}
     """Metrics that are the sum of one of `measure`'s numbers over the sum of another."""
     prompt_template: ClassVar[str]
@@ -97,6 +101,8 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         split: str | None = None,
         columns: Mapping[str, str] | None = None,
         skip_broken: bool = False,
+        min_image_side: int | None = None,
+        without_text: Sequence[str] = (),
         rewards: Rewards | None = None,
         prompt_template: str | None = None,
         answer_format: str | None = None,
@@ -122,7 +128,8 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
             count_tokens,
             exchangeable=self.row_terms.values(),
         )
-        self.source = self._open(dataset, image_root, split, columns, skip_broken)
+        reading = self.reading(columns, skip_broken, min_image_side, without_text)
+        self.source = self._open(dataset, image_root, split, reading)
         self._order: SampleOrder | None = None
         self._position = 0
         self._sample: Sample | None = None
@@ -263,9 +270,23 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         """What `info` tells of a sample."""
         return {"id": sample.id, "index": index} | ({"subject": sample.subject} if sample.subject else {})
 
-    def reading(self, columns: Mapping[str, str] | None = None, skip_broken: bool = False) -> Reading:
+    def reading(
+        self,
+        columns: Mapping[str, str] | None = None,
+        skip_broken: bool = False,
+        min_image_side: int | None = None,
+        without_text: Sequence[str] = (),
+    ) -> Reading:
         """How this task reads the rows of a data set."""
-        return Reading(self._understand, self.needs_image, self.takes_coco, columns or {}, skip_broken)
+        return Reading(
+            self._understand,
+            self.needs_image,
+            self.takes_coco,
+            columns or {},
+            skip_broken,
+            min_image_side,
+            without_text or (),
+        )
 
     def row_term(self, row: Row) -> str | None:
         """The reward term that a row asks for in place of the one in use; None for none.
@@ -283,7 +304,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         if self.needs_answer and not row.answer and row.detections is None:
             raise ValueError(f"the row has no answer: nothing in 'conversations', {places('answer')}")
         target, term = self.read_target(row), self.row_term(row)
-        return Sample(row.id, (), row.question, target, subject=row.subject, term=term)
+        return Sample(row.id, (), row.question, target, subject=row.subject, term=term, response=row.response)
 
     def _shown(self, image: Image) -> Image:
         height, width = image.shape[:2]
@@ -294,16 +315,21 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         dataset: Dataset | None,
         image_root: Any,
         split: str | None,
-        columns: Mapping[str, str] | None,
-        skip_broken: bool,
+        reading: Reading,
     ) -> Source:
         if dataset is None:
-            if image_root is not None or columns or skip_broken:
-                raise ConfigError("image_root, columns and skip_broken are for a data set: give dataset too")
+            if image_root is not None or reading != self.reading():
+                raise ConfigError(
+                    "image_root, columns, skip_broken, min_image_side and without_text are for a data set: "
+                    "give dataset too"
+                )
             if split not in (None, "train", "eval"):
                 raise ConfigError(unknown_name("split", split, ("train", "eval")))
             return self.builtin_source("eval" if split == "eval" else "train")
-        source = open_dataset(dataset, self.reading(columns, skip_broken), image_root, split)
+        source = open_dataset(dataset, reading, image_root, split)
+        if not source.size and source.unwanted:
+            told = ", ".join(f"in {count} {reason}" for reason, count in source.unwanted.items())
+            raise DataError(f"no row is left: {len(source.faults)} are broken; {told}")
         if not source.size:
             raise DataError(f"every one of {len(source.faults)} rows is broken; the first: {source.faults[0]}")
         return source

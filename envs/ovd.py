@@ -24,6 +24,7 @@ class OVDEnv(VisualTaskEnv):
 
     terms: ClassVar[Mapping[str, RewardTerm]] = rewards.TERMS
     default_rewards: ClassVar[Mapping[str, float]] = {"od_length": 1.0, "format": 0.1}
+    right: ClassVar[tuple[str, float]] = ("image_ap50/mean", 0.5)
     row_terms: ClassVar[Mapping[str, str]] = rewards.NAMES_IN_ROWS
     ratios: ClassVar[Mapping[str, tuple[str, str]]] = {
         "precision@0.5": ("boxes/matched", "boxes/answered"),

@@ -25,6 +25,7 @@ class RECEnv(VisualTaskEnv):
         "format": box_format_reward,
     }
     default_rewards: ClassVar[Mapping[str, float]] = {"iou": 1.0, "format": 0.1}
+    right: ClassVar[tuple[str, float]] = ("iou/mean", 0.5)
     row_terms: ClassVar[Mapping[str, str]] = {"iou": "iou", "iou@0.5": "iou@0.5"}
     prompt_template: ClassVar[str] = "Answer as {answer} in {coordinates}, or {none}.\n{question}"
     answer_example: ClassVar[str] = "[x1,y1,x2,y2]"

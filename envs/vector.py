@@ -148,7 +148,8 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _true_answers(self) -> dict[str, Any]:
-        written = [self.task.write_answer(sample) for sample in self._samples for _ in range(self.group_size)]
+        each = [sample.response or self.task.write_answer(sample) for sample in self._samples]
+        written = [answer for answer in each for _ in range(self.group_size)]
         return {"answer": np.array(written, dtype=object), "_answer": np.ones(self.num_envs, dtype=np.bool_)}
 
     def _load(self, index: int) -> tuple[Sample, Observation]:

@@ -24,6 +24,7 @@ KINDS: Mapping[str, AnswerKind] = {
     "exact": "exact",
     "math": "math",
     "edit": "edit",
+    "all_match": "exact",
 }
 """What a row's `accu_reward_method` may be."""
 

@@ -27,6 +27,14 @@ def test_every_package_is_listed() -> None:
     assert listed == found
 
 
+def test_every_recipe_is_in_the_wheel() -> None:
+    patterns = setup_cfg()["options.package_data"]["vlmenv"].replace(",", " ").split()
+    shipped = {file for pattern in patterns for file in (ROOT / "vlmenv").glob(pattern)}
+    found = {file for folder in ("recipes", "pipelines") for file in (ROOT / "vlmenv" / folder).iterdir()}
+    assert found
+    assert found <= shipped
+
+
 def test_importing_is_light() -> None:
     """Environments can be used under another trainer, without the weight of ours."""
     heavy = ("torch", "transformers", "vllm", "accelerate", "matplotlib")

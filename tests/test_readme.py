@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, launch
 from PIL import Image
+from small_data import WITHOUT_HUB, lay_out, lay_out_pipeline, small_pipeline
 
 from vlmenv.cli import main
 
@@ -23,6 +24,8 @@ SMALL = {
     "train": ["--steps", "1", "--prompts-per-step", "1", "--group-size", "2", "--eval-limit", "2", "--device", "cpu"],
     "eval": ["--limit", "2", "--device", "cpu"],
     "doctor": ["--device", "cpu"],
+    "sample": ["--limit", "2", "--n", "2", "--device", "cpu"],
+    "pipeline": ["--output", "runs/pipeline"],
     "data": [],
     "envs": [],
 }
@@ -66,6 +69,14 @@ def test_the_example_of_a_task_is_the_file() -> None:
     assert len(file.splitlines()) < 80
 
 
+def of_recipe(name: str, folder: Path) -> list[str]:
+    """Lays out what a recipe reads; the options that make it small, and do without the Hugging Face hub."""
+    lay_out(name, folder)
+    warmup = name == "pebr_r1_warmup"  # which imitates whole answers
+    small = ["--model", "builtin", "--max-new-tokens", "96" if warmup else "8"]
+    return [*small, *(["--group-size", "1"] if warmup else []), *shlex.split(WITHOUT_HUB.get(name, ""))]
+
+
 @pytest.mark.parametrize("command", map(with_vllm, commands("vlmenv")))
 def test_the_commands_run(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -86,12 +97,19 @@ def test_the_commands_run(
         main(["train", *SMALL["train"], "--output", "runs/first"])
         (Path("runs/first/evaluation.json")).unlink()
         main(args)
+    elif "--recipe" in args:
+        main([*args, *SMALL[args[0]], *of_recipe(args[args.index("--recipe") + 1], tmp_path)])
+    elif args[0] == "pipeline":
+        lay_out_pipeline(tmp_path)
+        main([args[0], str(small_pipeline(args[1], tmp_path)), *args[2:], *SMALL[args[0]]])
     else:
         main([*args, *SMALL[args[0]]])
     expected = {
         "train": "model, metrics and pictures are in",
         "eval": "metric",
         "doctor": "everything adds up",
+        "sample": "medium",
+        "pipeline": "the stages and this table are in",
         "data": "broken",
         "envs": "VLM-REC-v0",
     }
@@ -100,9 +118,11 @@ def test_the_commands_run(
 
 @pytest.mark.parametrize("command", commands("accelerate launch"))
 def test_the_commands_run_in_two_processes(command: str, tmp_path: Path) -> None:
-    launched = re.fullmatch(r"--config_file examples/accelerate/(\w+).yaml --num_processes 2 (.*)", command[18:])
+    launched = re.fullmatch(r"--config_file examples/accelerate/(\w+).yaml --num_processes \d (.*)", command[18:])
     assert launched
     small = ["--prompts-per-step", "2", "--group-size", "2", "--eval-limit", "2", "--device", "cpu", "--output", "run"]
+    if recipe := re.search(r"--recipe (\w+)", command):
+        small += ["--steps", "2", *of_recipe(recipe[1], tmp_path)]
     done = launch(launched[1], *shlex.split(launched[2]), *small, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "model, metrics and pictures are in" in done.stdout

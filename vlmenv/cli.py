@@ -1,4 +1,4 @@
-"""The command line: `vlmenv train`, `eval`, `serve`, `doctor`, `data check`, `envs`."""
+"""The command line: `vlmenv train`, `eval`, `sample`, `pipeline`, `serve`, `doctor`, `data check` and `envs`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any
 
 import gymnasium
 import torch
@@ -21,11 +21,13 @@ import vlmenv  # noqa: F401 (registers the environments)
 from vlmenv.core.config import flatten, option_value, with_config_file
 from vlmenv.core.errors import ConfigError, VLMEnvError
 from vlmenv.data import DataConfig, check_data
+from vlmenv.difficulty import SampleConfig, run_sampling
 from vlmenv.doctor import DoctorConfig, run_doctor
 from vlmenv.evaluation import EvalConfig, run_evaluation
+from vlmenv.pipeline import PipelineConfig, run_pipeline
 from vlmenv.serving import ServeConfig, run_server
 from vlmenv.tasks import visual_tasks
-from vlmenv.training import TrainConfig, default_config, run_training
+from vlmenv.training import RIVALS, TrainConfig, default_config, run_training
 
 PROGRAM = "vlmenv"
 
@@ -33,9 +35,6 @@ PROGRAM = "vlmenv"
 @dataclass(frozen=True)
 class EnvsConfig:
     """List the registered environments."""
-
-
-Command: TypeAlias = TrainConfig[Any] | EvalConfig | ServeConfig | DoctorConfig | DataConfig | EnvsConfig
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -69,16 +68,22 @@ def _fail(error: BaseException, debug: bool, message: str) -> None:
 
 
 def _run(args: list[str]) -> None:
+    config = _config(args)
+    RUN[type(config)](config)
+
+
+def _config(args: list[str]) -> Any:
+    """What a command line asks for, with the files of options that it names."""
     command, rest = (args[0], args[1:]) if args else ("", [])
     rest = _of_resumed_run(rest) if command == "train" else rest
-    defaults: dict[str, Any] = {"eval": EvalConfig(), "doctor": DoctorConfig()}
+    defaults: dict[str, Any] = {"eval": EvalConfig(), "sample": SampleConfig(), "doctor": DoctorConfig()}
     if command == "train":
         defaults["train"] = default_config(option_value(rest, "algo") or "grpo")
     if command in defaults:
         known = list(flatten(defaults[command]))
-        rest = with_config_file(rest, known, _of_training(rest) - set(known) if command == "doctor" else ())
-    config = _parse([command, *rest] if args else ["--help"], defaults.get("train", TrainConfig()))
-    RUN[type(config)](config)
+        passed_over = _of_training(rest) - set(known) if command == "doctor" else set()
+        rest = with_config_file(rest, known, RIVALS if command == "train" else (), passed_over)
+    return _parse([command, *rest] if args else ["--help"], defaults.get("train", TrainConfig()))
 
 
 def _of_training(args: list[str]) -> set[str]:
@@ -105,20 +110,21 @@ def _of_resumed_run(args: list[str]) -> list[str]:
     return ["--config", str(Path(folder) / "config.yaml"), "--resume", folder]
 
 
-def _parse(args: list[str], train: TrainConfig[Any]) -> Command:
+def _parse(args: list[str], train: TrainConfig[Any]) -> Any:
     commands: Any = (
         Annotated[TrainConfig[type(train.algorithm)], tyro.conf.subcommand("train", default=train)]  # type: ignore[misc]
         | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
+        | Annotated[SampleConfig, tyro.conf.subcommand("sample")]
+        | Annotated[PipelineConfig, tyro.conf.subcommand("pipeline")]
         | Annotated[ServeConfig, tyro.conf.subcommand("serve")]
         | Annotated[DoctorConfig, tyro.conf.subcommand("doctor")]
         | Annotated[DataConfig, tyro.conf.subcommand("data")]
         | Annotated[EnvsConfig, tyro.conf.subcommand("envs")]
     )
     description = "Train vision-language models with reinforcement learning. With --debug, errors show a traceback."
-    parsed: Command = tyro.cli(
+    return tyro.cli(
         commands, args=args, prog=PROGRAM, description=description, config=(tyro.conf.OmitSubcommandPrefixes,)
     )
-    return parsed
 
 
 def list_environments(config: EnvsConfig) -> None:
@@ -134,6 +140,8 @@ def list_environments(config: EnvsConfig) -> None:
 RUN: dict[type, Callable[[Any], object]] = {
     TrainConfig: run_training,
     EvalConfig: run_evaluation,
+    SampleConfig: run_sampling,
+    PipelineConfig: lambda config: run_pipeline(config, _config, lambda stage: RUN[type(stage)](stage)),
     ServeConfig: run_server,
     DoctorConfig: run_doctor,
     DataConfig: check_data,

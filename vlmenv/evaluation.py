@@ -29,6 +29,8 @@ from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.tasks import TaskConfig, check_device, check_engine, load_agent, make_envs, report_broken_rows
 
 DEFAULT_LIMIT = 512
+PROGRESS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+"""What is shown while samples are answered, with an estimate of the time left."""
 
 
 @dataclass(frozen=True)
@@ -108,15 +110,14 @@ def evaluate(
     """
     starts = range(0, count, envs.num_groups)
     own = starts if processes is None else processes.share(starts)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     answers: list[dict[str, Any]] = []
     held = nullcontext() if processes is None else processes.whole()
     stops = nullcontext() if processes is None else together(processes.accelerator)
-    with held, stops, Progress(*columns, transient=True, console=console) as progress:
+    with held, stops, Progress(*PROGRESS, transient=True, console=console) as progress:
         bar = progress.add_task(title, total=sum(min(envs.num_groups, count - start) for start in own))
         for start in own:
             stop = min(start + envs.num_groups, count)
-            answers += _answer(agent, envs, range(start, stop), greedy)
+            answers += answer_samples(agent, envs, range(start, stop), greedy)
             progress.advance(bar, stop - start)
     if processes is not None:
         answers = sorted(processes.collect(answers), key=lambda answer: answer["index"])
@@ -142,8 +143,11 @@ def summarise(task: VisualTaskEnv, answers: Sequence[Mapping[str, Any]]) -> dict
     return metrics
 
 
-def _answer(agent: Agent, envs: VisualTaskVectorEnv, indices: range, greedy: bool) -> Iterator[dict[str, Any]]:
-    """Answers some samples; environments beyond them are left with empty answers."""
+def answer_samples(agent: Agent, envs: VisualTaskVectorEnv, indices: range, greedy: bool) -> Iterator[dict[str, Any]]:
+    """Answers some samples, no more than the environments have groups; see `Evaluation.answers`.
+
+    Environments beyond them are left with empty answers.
+    """
     filled = [indices[min(i, len(indices) - 1)] for i in range(envs.num_groups)]
     batch, infos = envs.reset(options={"index": filled})
     observations = unbatch(batch)[: len(indices) * envs.group_size]

@@ -22,6 +22,7 @@ from vlmenv.agents.vlm import BUILTIN, Sampling, VLMAgent, find_model
 from vlmenv.core.coordinates import CoordinateSpace
 from vlmenv.core.errors import ConfigError, unknown_name
 from vlmenv.envs.registration import VectorEntryPoint
+from vlmenv.envs.rewards.clip import ClipScore
 from vlmenv.envs.vector import VisualTaskVectorEnv
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -48,8 +49,13 @@ class TaskConfig:
     """Columns that hold the parts of a row, as in `--columns question query answer label`."""
     skip_broken: bool = False
     """Leave broken rows out instead of refusing the data set."""
+    min_image_side: int | None = None
+    """Leave rows out with an image of fewer pixels than this in width or height."""
+    without_text: tuple[str, ...] = ()
+    """Leave rows out whose answer, reasoning included, contains one of these texts."""
     rewards: dict[str, float] | None = None
-    """Reward terms and weights, as in `--rewards iou 1 format 0.5`; the task's own where left out."""
+    """Reward terms and weights, as in `--rewards iou 1 format 0.5`; the task's own where left out. `clip:NAME` is the
+    term `clip` by another model, a folder or a name on the Hugging Face hub."""
     prompt_template: str | None = None
     """Prompt with {question}, and {answer}, {none} and {coordinates} where they matter."""
     answer_format: Literal["tags", "sections"] | None = None
@@ -131,7 +137,7 @@ class TaskConfig:
         folder = find_model(self.model)
         space = coordinate_space(folder) if self.coordinates == "auto" else CoordinateSpace(self.coordinates)
         return {
-            "rewards": self.rewards,
+            "rewards": None if self.rewards is None else {_term(name): w for name, w in self.rewards.items()},
             "prompt_template": self.prompt_template,
             "answer_format": self.answer_format,
             "count_tokens": TokenCount(folder),
@@ -149,7 +155,18 @@ class TaskConfig:
             "split": self.split,
             "columns": self.columns,
             "skip_broken": self.skip_broken,
+            "min_image_side": self.min_image_side,
+            "without_text": self.without_text,
         }
+
+
+def _term(name: str) -> str | ClipScore:
+    return ClipScore(name.removeprefix("clip:")) if name.startswith("clip:") else name
+
+
+def whole_name(name: str) -> str:
+    """The name of a model or a data set, with its whole path where it is one from the working directory."""
+    return str(Path(name).absolute()) if Path(name).exists() else name
 
 
 @dataclass
@@ -173,8 +190,10 @@ _COUNTED = 100_000  # characters; a longer answer counts as this long
 def report_broken_rows(envs: VisualTaskVectorEnv, console: Console) -> None:
     """Says how many rows of a data set were left out."""
     source = envs.task.source
+    total = len(source.faults) + sum(source.unwanted.values()) + (source.size or 0)
+    for reason, count in source.unwanted.items():
+        console.print(f"{count} of {total} rows are left out: {reason}", highlight=False, markup=False)
     if source.faults:
-        total = len(source.faults) + (source.size or 0)
         console.print(f"{len(source.faults)} of {total} rows are broken and left out, the first at {source.faults[0]}")
 
 

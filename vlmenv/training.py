@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Final, Generic, Literal, TypeVar
 
 import torch
 import tyro
@@ -39,7 +40,15 @@ from vlmenv.report.run_folder import RunFolder
 from vlmenv.report.tracking import TrackerName, Tracking, require_tracker
 from vlmenv.report.watch import drift
 from vlmenv.stopping import Stopping
-from vlmenv.tasks import TaskConfig, check_device, check_engine, load_agent, make_envs, report_broken_rows
+from vlmenv.tasks import (
+    TaskConfig,
+    check_device,
+    check_engine,
+    load_agent,
+    make_envs,
+    report_broken_rows,
+    whole_name,
+)
 
 AlgorithmName = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++", "ppo", "sft"]
 _LOG_SAMPLES = 50  # steps
@@ -92,6 +101,8 @@ class ModelConfig:
 class TrainConfig(TaskConfig, Generic[AlgorithmT]):
     """Train a model by reinforcement learning; with no options, the built-in model on the built-in scenes."""
 
+    recipe: str | None = None
+    """Published recipe to take the options from, such as vlm_r1_rec; those of `config` and the command line win."""
     config: Path | None = None
     """YAML file of options; those on the command line win."""
     algo: AlgorithmName = "grpo"
@@ -100,6 +111,10 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
     """Folder of the run; runs/DATE-TIME-ENV-ALGO where left out."""
     prompts_per_step: int = 16
     """Samples in a batch, each answered `group_size` times; over all processes together."""
+    epochs: float | None = None
+    """Passes over the data set, in place of `steps`."""
+    warmup_share: float | None = None
+    """Share of the steps over which the learning rate rises to its peak, in place of `warmup_steps`."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of forward and backward passes; weights are kept in fp32."""
     checkpoint_every: int | None = None
@@ -136,6 +151,10 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise ConfigError(f"epochs must be above 0, not {self.epochs}")
+        if self.warmup_share is not None and not 0 <= self.warmup_share < 1:
+            raise ConfigError(f"warmup_share is a share from 0 to below 1, not {self.warmup_share}")
         if self.eval_limit is not None and self.eval_limit < 0:
             raise ConfigError(f"eval_limit must not be negative, not {self.eval_limit}")
         if self.eval_every is not None and self.eval_limit == 0:
@@ -157,6 +176,10 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
             raise ConfigError(
                 "split, eval_dataset and eval_split go with dataset: the built-in samples have splits of their own"
             )
+
+
+RIVALS: Final = (("steps", "epochs"), ("warmup_steps", "warmup_share"))
+"""Options of which one takes the place of the other."""
 
 
 def default_config(algo: str) -> TrainConfig[Any]:
@@ -197,6 +220,7 @@ def _run(config: TrainConfig[Any], opened: ExitStack) -> Path:
         envs = _training_envs(config, accelerator)
         held_out = None if config.eval_limit == 0 else _evaluation_envs(config)
     report_broken_rows(envs, console)
+    config = _in_steps(config, envs.task.source.size)
     agent = load_agent(config, accelerator.device, _DTYPES[config.precision])
     opened.callback(agent.close)
     algorithm = ALGORITHMS[config.algo][0](config.algorithm)
@@ -206,7 +230,7 @@ def _run(config: TrainConfig[Any], opened: ExitStack) -> Path:
         agent.add_value_head()
     trainer = Trainer(agent, envs, algorithm, config.trainer, accelerator)
     if accelerator.is_main_process and config.resume is None:
-        run.create(to_yaml(_located(config), without=("config", "output", "resume")))
+        run.create(to_yaml(_located(config), without=("recipe", "config", "output", "resume")))
     console.print(f"{config.env}, {config.algo}, model {config.model}; writing to {run.path}", highlight=False)
     last = run.checkpoints()[-1:] if config.resume is not None else []
     tracking = Tracking(accelerator, config.tracker, run, flatten(config), step=run.step_of(last[0]) if last else 0)
@@ -244,15 +268,11 @@ def _accelerator(config: TrainConfig[Any], run: RunFolder) -> Accelerator:
 
 def _located(config: TrainConfig[Any]) -> TrainConfig[Any]:
     """The options with whole paths in place of those from the working directory, so that they hold from anywhere."""
-    changes: dict[str, Any] = {"model": _whole(config.model)}
+    changes: dict[str, Any] = {"model": whole_name(config.model)}
     for name in ("dataset", "eval_dataset"):
         given: Sequence[str] | None = getattr(config, name)
-        changes[name] = None if given is None else tuple(_whole(one) for one in given)
+        changes[name] = None if given is None else tuple(map(whole_name, given))
     return dataclasses.replace(config, **changes)
-
-
-def _whole(name: str) -> str:
-    return str(Path(name).absolute()) if Path(name).exists() else name
 
 
 def _training_envs(config: TrainConfig[Any], accelerator: Accelerator) -> VisualTaskVectorEnv:
@@ -269,6 +289,19 @@ def _training_envs(config: TrainConfig[Any], accelerator: Accelerator) -> Visual
         **config.data_arguments(),
         **config.env_arguments(),
     )
+
+
+def _in_steps(config: TrainConfig[Any], samples: int | None) -> TrainConfig[Any]:
+    """The options with `steps` and `warmup_steps` in place of `epochs` and `warmup_share`."""
+    trainer = config.trainer
+    if config.epochs is not None:
+        if samples is None:
+            raise ConfigError("epochs are passes over a data set, and the built-in samples have no end: give steps")
+        steps = math.ceil(config.epochs * samples / config.prompts_per_step)
+        trainer = dataclasses.replace(trainer, steps=steps)
+    if config.warmup_share is not None:
+        trainer = dataclasses.replace(trainer, warmup_steps=round(config.warmup_share * trainer.steps))
+    return dataclasses.replace(config, trainer=trainer, epochs=None, warmup_share=None)
 
 
 def _evaluation_envs(config: TrainConfig[Any]) -> VisualTaskVectorEnv:

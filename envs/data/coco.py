@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,6 +13,7 @@ import numpy as np
 from vlmenv.core.answers import Detection
 from vlmenv.core.coordinates import is_box
 from vlmenv.core.errors import DataError
+from vlmenv.core.files import write_whole
 from vlmenv.envs.data.rows import Row
 from vlmenv.envs.data.scenes import DETECTION_QUESTION
 from vlmenv.envs.data.tables import JSONStream, Table
@@ -26,6 +28,8 @@ class CocoInstances(Table):
     Each image is a row that asks for all its categories and for one to three that it does not hold,
     in an order that the image's id fixes. Only numbers and names are held in memory.
     """
+
+    suffix = ".json"
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -61,6 +65,14 @@ class CocoInstances(Table):
             if number < images
             else (f"{self._file}:{self._lost[number - images][0]}")
         )
+
+    def write(self, file: Path, added: Mapping[int, Mapping[str, Any]]) -> None:
+        """Writes the images of some rows with their annotations, and what else is in the file."""
+        content = json.loads(self._file.read_bytes())
+        wanted = {self._image_ids[number]: more for number, more in added.items()}
+        content["images"] = [one | dict(wanted[one["id"]]) for one in content["images"] if one["id"] in wanted]
+        content["annotations"] = [one for one in content["annotations"] if one["image_id"] in wanted]
+        write_whole(file, json.dumps(content))
 
     def _detection(self, annotation: int) -> Detection:
         x1, y1, x2, y2, area = self._boxes[5 * annotation : 5 * annotation + 5]

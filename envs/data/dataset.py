@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -14,7 +15,7 @@ import numpy as np
 
 from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.envs.data.coco import CocoInstances
-from vlmenv.envs.data.images import load_image
+from vlmenv.envs.data.images import image_size, load_image
 from vlmenv.envs.data.rows import ImageRef, Row, check_columns, read_row
 from vlmenv.envs.data.source import Sample, Source
 from vlmenv.envs.data.tables import HuggingFace, JSONLines, JSONList, JSONStream, Rows, Table, require_datasets
@@ -41,22 +42,39 @@ class Reading:
     """for parts of a row, the columns that hold them"""
     skip_broken: bool = False
     """leave broken rows out, instead of refusing the data set"""
+    min_image_side: int | None = None
+    """leave rows out with an image that has fewer pixels than this in width or height"""
+    without_text: Sequence[str] = ()
+    """leave rows out whose answer, reasoning included, contains one of these, in small letters or capitals"""
 
     def __post_init__(self) -> None:
         check_columns(self.columns)
+        if self.min_image_side is not None and self.min_image_side < 1:
+            raise ConfigError(f"min_image_side must be at least 1, not {self.min_image_side}")
+        if isinstance(self.without_text, str) or not all(self.without_text):
+            raise ConfigError("without_text is a list of texts, none of them empty")
 
     def sample(self, raw: Any, number: int) -> tuple[Sample, tuple[ImageRef, ...]]:
         """A row's sample, without images, and where these are.
 
         Raises:
             ValueError: The row is broken.
+            UnwantedError: It is one of those to be left out.
         """
         if isinstance(raw, ValueError):
             raise raw
         row = raw if isinstance(raw, Row) else read_row(raw, number, self.columns)
+        said = (row.response or row.answer).casefold() if self.without_text else ""
+        for text in self.without_text:
+            if text.casefold() in said:
+                raise UnwantedError(f"the answer says {text!r}")
         if self.needs_image and not row.images:
             raise ValueError("the task needs an image, but the row has none")
         return self.understand(row), row.images
+
+
+class UnwantedError(Exception):
+    """A row that is to be left out; the message says by which rule."""
 
 
 class TableSource(Source):
@@ -69,22 +87,32 @@ class TableSource(Source):
 
     Attributes:
         faults: Of each row that is broken and left out, where it is and what is wrong.
+        unwanted: How many rows were left out on request, by the reason.
 
     Raises:
         DataError: A row is broken, unless such rows are to be left out; the message names its place.
     """
 
     def __init__(self, table: Table, image_root: str, reading: Reading) -> None:
-        self._table, self._root, self._reading = table, image_root, reading
+        self.table, self.root, self._reading = table, image_root, reading
+        self.unwanted: Counter[str] = Counter()
         kept = np.fromiter(self._check(), dtype=np.int64)
-        self._kept = kept if self.faults else None
+        self._kept = kept if self.faults or self.unwanted else None
         self.size = len(kept)
 
+    def row(self, index: int) -> Any:
+        """The row of a sample as it is stored."""
+        return self.table.read(self.number(index))
+
+    def number(self, index: int) -> int:
+        """The number of a sample's row in the table."""
+        return index if self._kept is None else int(self._kept[index])
+
     def get(self, index: int) -> Sample:
-        number = index if self._kept is None else int(self._kept[index])
-        place = self._table.place(number)
+        number = self.number(index)
+        place = self.table.place(number)
         try:
-            sample, refs = self._reading.sample(self._table.read(number), number)
+            sample, refs = self._reading.sample(self.table.read(number), number)
         except ValueError as error:
             raise DataError(f"{place}: {error}; the file has changed since it was opened") from None
         return replace(sample, images=tuple(load_image(self._located(ref), place) for ref in refs if ref is not None))
@@ -92,36 +120,48 @@ class TableSource(Source):
     def _check(self) -> Iterator[int]:
         """Numbers of the rows that are whole."""
         self.faults = []
-        for number, raw in enumerate(self._table.scan()):
+        for number, raw in enumerate(self.table.scan()):
             try:
                 _, refs = self._reading.sample(raw, number)
                 for ref in refs:
                     if isinstance(ref, str) and not os.path.isfile(self._located(ref)):  # noqa: PTH113 (a million rows ask, and Path is slow)
                         raise ValueError(f"there is no image {self._located(ref)[:200]}")
+                if self._reading.min_image_side is not None:
+                    self._check_sizes(number, refs, self._reading.min_image_side)
+            except UnwantedError as reason:
+                self.unwanted[str(reason)] += 1
             except ValueError as error:
-                fault = f"{self._table.place(number)}: {error}"
+                fault = f"{self.table.place(number)}: {error}"
                 if not self._reading.skip_broken:
                     raise DataError(fault) from None
                 self.faults.append(fault)
             else:
                 yield number
 
+    def _check_sizes(self, number: int, refs: Sequence[ImageRef], least: int) -> None:
+        """Raises UnwantedError where an image is too small."""
+        if None in refs:  # stored within the row, and not read yet
+            _, refs = self._reading.sample(self.table.read(number), number)
+        if any(min(image_size(self._located(ref))) < least for ref in refs if ref is not None):
+            raise UnwantedError(f"an image is under {least} pixels wide or high")
+
     def _located(self, ref: Any) -> Any:
-        return os.path.join(self._root, ref) if isinstance(ref, str) else ref  # noqa: PTH118
+        return os.path.join(self.root, ref) if isinstance(ref, str) else ref  # noqa: PTH118
 
 
 class Concatenated(Source):
     """Several sources, one after the other."""
 
-    def __init__(self, sources: Sequence[Source]) -> None:
-        self._sources = sources
+    def __init__(self, sources: Sequence[TableSource]) -> None:
+        self.sources = sources
         self._ends = list(accumulate(source.size or 0 for source in sources))
         self.size = self._ends[-1]
         self.faults = [fault for source in sources for fault in source.faults]
+        self.unwanted = sum((Counter(source.unwanted) for source in sources), Counter[str]())
 
     def get(self, index: int) -> Sample:
         which = bisect_right(self._ends, index)
-        return self._sources[which].get(index - (self._ends[which - 1] if which else 0))
+        return self.sources[which].get(index - (self._ends[which - 1] if which else 0))
 
 
 def open_dataset(
@@ -166,7 +206,7 @@ def _open(dataset: Any, image_root: Any, split: str | None, reading: Reading) ->
     if not root.is_dir():
         raise DataError(f"image_root {root}: no such folder")
     source = TableSource(table, str(root), reading)
-    if not source.size and not source.faults:
+    if not source.size and not source.faults and not source.unwanted:
         raise DataError(f"{name}: the data set has no rows")
     return source
 

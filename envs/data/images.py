@@ -49,6 +49,21 @@ def load_image(ref: str | bytes | PILImage.Image, place: str) -> Image:
         raise DataError(f"{place}: {name} cannot be read as an image: {error}") from error
 
 
+def image_size(ref: str | bytes | PILImage.Image) -> tuple[int, int]:
+    """Width and height of an image, of which no more is read than that takes.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    if isinstance(ref, PILImage.Image):
+        return ref.size
+    try:
+        with PILImage.open(io.BytesIO(ref) if isinstance(ref, bytes) else ref) as picture:
+            return picture.size
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, PILImage.DecompressionBombError) as error:
+        raise ValueError(f"an image cannot be read: {error}") from error
+
+
 def resized(image: Image, width: int, height: int) -> Image:
     """A copy of an image at another size, by bicubic interpolation as in the models' own processors."""
     if image.shape[:2] == (height, width):

@@ -1,4 +1,4 @@
-"""Rows of a data set, whatever its layout: VLM-R1's conversations, or columns as PeBR-R1 and EasyR1 have them."""
+"""Rows of a data set, whatever its layout: conversations, or columns as PeBR-R1 and EasyR1 have them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from PIL.Image import Image as PILImage
 
 from vlmenv.core.answers import Detection
 from vlmenv.core.errors import ConfigError, unknown_name
+from vlmenv.core.formats import SECTIONS, TAGS, AnswerFormat
 
 IMAGE_MARK: Final = "<image>"
 
@@ -41,6 +42,8 @@ class Row:
     question: str
     answer: str
     """empty where there is none"""
+    response: str = ""
+    """the whole completion that the answer was taken from, where the row has one with its reasoning"""
     keywords: tuple[str, ...] = ()
     subject: str = ""
     method: str = ""
@@ -72,17 +75,20 @@ def read_row(raw: Any, number: int, columns: Mapping[str, str]) -> Row:
     if not isinstance(raw, Mapping):
         raise ValueError("the row is not a JSON object")
     part = {name: _part(raw, name, columns) for name in COLUMNS}
-    if raw.get("conversations") is not None:
-        for name, said in zip(("question", "answer"), _turns(raw["conversations"]), strict=True):
-            part[name] = part[name] if name in columns else said
+    for layout in _CONVERSATIONS:
+        if raw.get(layout.column) is not None:
+            for name, said in zip(("question", "answer"), _turns(raw[layout.column], layout), strict=True):
+                part[name] = part[name] if name in columns else said
     images = _images(part["images"])
     for name in ("id", "question", "answer", "subject"):
         _check_text(name, part[name])
+    answer, response = _divided(part["answer"])
     return Row(
         id=str(number if part["id"] is None else part["id"]),
         images=images,
         question=_question(part["question"], len(images)),
-        answer=_answer(part["answer"]),
+        answer=_answer(answer),
+        response=response,
         keywords=_keywords(part["keywords"]),
         subject=_text(part["subject"], "subject"),
         method=_text(part["method"], "accu_reward_method"),
@@ -110,14 +116,33 @@ def _check_text(name: str, value: Any) -> None:
             raise ValueError(f"the {name} holds half a surrogate pair, which is no character") from None
 
 
-def _turns(turns: Any) -> tuple[str, Any]:
+class _Conversation(NamedTuple):
+    """A layout of a question with its answer."""
+
+    column: str
+    asks: str
+    answers: str
+    who: str
+    """the key of a turn's role"""
+    what: str
+    """the key of its text"""
+
+
+_CONVERSATIONS: Final = (
+    _Conversation("conversations", "human", "gpt", "from", "value"),
+    _Conversation("messages", "user", "assistant", "role", "content"),
+)
+
+
+def _turns(turns: Any, layout: _Conversation) -> tuple[str, Any]:
+    column, asks, answers, who, what = layout
     if not isinstance(turns, list) or len(turns) != 2 or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError("'conversations' is not a list of one human and one gpt turn")
-    if turns[0].get("from") != "human" or turns[1].get("from") != "gpt":
-        raise ValueError("'conversations' must begin with a turn from 'human' and one from 'gpt'")
-    question, answer = turns[0].get("value"), turns[1].get("value")
+        raise ValueError(f"'{column}' is not a list of one {asks} and one {answers} turn")
+    if turns[0].get(who) != asks or turns[1].get(who) != answers:
+        raise ValueError(f"'{column}' must begin with a turn from '{asks}' and one from '{answers}'")
+    question, answer = turns[0].get(what), turns[1].get(what)
     if not isinstance(question, str) or answer is None:
-        raise ValueError("a turn of 'conversations' has no text as its 'value'")
+        raise ValueError(f"a turn of '{column}' has no text as its '{what}'")
     return question, answer
 
 
@@ -164,6 +189,15 @@ def _without_marks(question: str) -> str:
     while IMAGE_MARK in question:
         question, number = question.replace(IMAGE_MARK, f"image {number}", 1), number + 1
     return question
+
+
+def _divided(answer: Any) -> tuple[Any, str]:
+    """The answer within a text that holds its reasoning too, and that text; else the answer itself."""
+    if isinstance(answer, str):
+        for form, mark in ((AnswerFormat.TAGS, TAGS[0]), (AnswerFormat.SECTIONS, SECTIONS[0])):
+            if mark in answer and (content := form.extract(answer)) is not None:
+                return content, answer.strip()
+    return answer, ""
 
 
 def _answer(answer: Any) -> str:

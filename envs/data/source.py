@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ class Sample:
     """what the question is about, for accuracy by subject; empty where that is not told"""
     term: str | None = None
     """the reward term that this row asks for in place of the task's first; None for none"""
+    response: str = ""
+    """a completion to imitate, where the row has one with its reasoning"""
 
 
 class Source(ABC):
@@ -37,6 +40,8 @@ class Source(ABC):
     """Number of samples; None for an endless stream."""
     faults: Sequence[str] = ()
     """Of each row that is broken and left out, where it is and what is wrong."""
+    unwanted: Mapping[str, int] = MappingProxyType({})
+    """How many rows were left out on request, by the reason."""
 
     @abstractmethod
     def get(self, index: int) -> Sample:

@@ -6,12 +6,13 @@ import codecs
 import json
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar, TextIO
 
 from vlmenv.core.errors import ConfigError, DataError
+from vlmenv.core.files import whole_file
 from vlmenv.envs.data.rows import Unread
 
 _CHUNK = 1 << 20  # bytes read at a time
@@ -21,6 +22,9 @@ _SPACE = " \t\r\n"
 
 class Table(ABC):
     """Raw rows by number. After `scan`, `read` may be called from several threads at once."""
+
+    suffix: ClassVar[str] = ".jsonl"
+    """Of the files that `write` makes."""
 
     @abstractmethod
     def scan(self) -> Iterator[Any]:
@@ -36,6 +40,19 @@ class Table(ABC):
     @abstractmethod
     def place(self, number: int) -> str:
         """Where row `number` stands, for messages: file and line."""
+
+    def write(self, file: Path, added: Mapping[int, Mapping[str, Any]]) -> None:
+        """Writes some rows to a file in the format that they are stored in.
+
+        Args:
+            file: Its name ends in `suffix`; an older one is overwritten.
+            added: By the numbers of the rows, in their order, columns that each is given besides its own.
+        """
+        with whole_file(file) as partial, partial.open("w", encoding="utf-8") as stream:
+            self._dump((dict(self.read(number)) | dict(more) for number, more in added.items()), stream)
+
+    def _dump(self, rows: Iterator[dict[str, Any]], stream: TextIO) -> None:
+        stream.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 class JSONFile(Table):
@@ -75,6 +92,8 @@ class JSONLines(JSONFile):
 class JSONList(JSONFile):
     """A file with one JSON list of objects."""
 
+    suffix = ".json"
+
     def scan(self) -> Iterator[Any]:
         with self._file.open("rb") as stream:
             document = JSONStream(stream, self._file)
@@ -82,6 +101,11 @@ class JSONList(JSONFile):
                 self._add(value.offset, value.length, value.line)
                 yield value.content
             document.expect_end()
+
+    def _dump(self, rows: Iterator[dict[str, Any]], stream: TextIO) -> None:
+        stream.write("[")
+        stream.writelines(f"{',' * (i > 0)}\n{json.dumps(row)}" for i, row in enumerate(rows))
+        stream.write("\n]\n")
 
 
 class Rows(Table):
@@ -102,6 +126,8 @@ class Rows(Table):
 
 class HuggingFace(Table):
     """A data set of the library `datasets`, whose images stay encoded until they are shown."""
+
+    suffix = ".parquet"
 
     def __init__(self, dataset: Any, name: str) -> None:
         self._arrow = dataset.with_format("arrow")
@@ -130,6 +156,14 @@ class HuggingFace(Table):
 
     def place(self, number: int) -> str:
         return f"{self._name}: row {number}"
+
+    def write(self, file: Path, added: Mapping[int, Mapping[str, Any]]) -> None:
+        chosen = self._arrow.with_format(None).select(list(added))
+        for column in dict.fromkeys(name for more in added.values() for name in more):
+            kept = chosen.remove_columns([column]) if column in chosen.column_names else chosen
+            chosen = kept.add_column(column, [more.get(column) for more in added.values()])
+        with whole_file(file) as partial:
+            chosen.to_parquet(str(partial))
 
 
 class JSONValue:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vlmenv.core.config import flatten, to_yaml, with_config_file
+from vlmenv.core.config import flatten, option_value, packaged_file, to_yaml, with_config_file
 from vlmenv.core.errors import ConfigError
 
 
@@ -61,3 +61,56 @@ def test_two_files_are_refused() -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.yaml"):
         with_config_file(["--config", str(tmp_path / "none.yaml")], ["steps"])
+
+
+@pytest.mark.parametrize(
+    ("content", "given", "expected"),
+    [
+        ("epochs: 2", [], ["--epochs=2"]),
+        ("epochs: 2", ["--steps", "3"], []),
+        ("epochs: 2", ["--steps=3"], []),
+        ("steps: 2", ["--epochs", "3"], []),
+        ("steps: 2\nepochs: null", [], ["--steps=2", "--epochs=None"]),
+        ("group-size: 2\nsteps: 2", ["--group-size", "3"], ["--group-size=2", "--steps=2"]),
+    ],
+)
+def test_an_option_takes_the_place_of_its_rival(
+    tmp_path: Path, content: str, given: list[str], expected: list[str]
+) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(content)
+    args = ["--config", str(file), *given]
+    assert with_config_file(args, ["steps", "epochs", "group_size"], [("steps", "epochs")]) == [*expected, *args]
+
+
+@pytest.mark.parametrize(
+    ("content", "given", "message"),
+    [
+        ("", ["--steps", "1", "--epochs=2"], "^steps and epochs"),
+        ("steps: 1\nepochs: 2", [], r"c\.yaml: steps and epochs"),
+    ],
+)
+def test_rivals_are_not_given_together(tmp_path: Path, content: str, given: list[str], message: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        with_config_file(["--config", str(file), *given], ["steps", "epochs"], [("steps", "epochs")])
+
+
+def test_a_recipe_gives_way_to_a_file_and_that_to_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("beta: 0.5\nsteps: 9\nalgo: dapo\n")
+    known = [*yaml.safe_load(packaged_file("recipe", "vlm_r1_rec").read_text()), "steps"]
+    args = ["--recipe", "vlm_r1_rec", f"--config={file}", "--lr", "1"]
+    found = with_config_file(args, known, [("steps", "epochs")])
+    assert found[-len(args) :] == args
+    assert {"--beta=0.5", "--steps=9", "--lr=1e-06", "--group-size=8"} <= set(found)
+    assert not any(arg.startswith("--epochs") for arg in found)
+    assert option_value(args, "algo") == "dapo"
+    assert option_value(args[:2], "algo") == "grpo"
+    assert option_value([*args, "--algo=ppo"], "algo") == "ppo"
+
+
+def test_an_unknown_recipe_is_told_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"unknown recipe 'vlm_r1'. There are: pebr_r1_sampling, .*vlm_r1_rec_lora"):
+        option_value(["--recipe", "vlm_r1"], "algo")

@@ -12,8 +12,10 @@ from gymnasium.utils.env_checker import check_env
 from PIL import Image
 
 from vlmenv.core.answers import NONE
-from vlmenv.core.errors import DataError
+from vlmenv.core.errors import ConfigError, DataError
+from vlmenv.core.formats import AnswerFormat
 from vlmenv.envs.rec import RECEnv
+from vlmenv.envs.vector import VisualTaskVectorEnv
 
 
 def row(**changes: Any) -> dict[str, Any]:
@@ -174,3 +176,50 @@ def test_the_cameras_orientation_is_honoured(tmp_path: Path) -> None:
     picture.save(tmp_path / "b.png", exif=exif)
     file = write(tmp_path, row(image="b.png", conversations=turns("Find it.", "None")))
     assert RECEnv(dataset=file).source.get(0).images[0].shape == (4, 2, 3)
+
+
+def test_rows_are_left_out_by_what_they_say_and_show(tmp_path: Path) -> None:
+    """Also what a row's reasoning says, whatever its letters; a side of 28 pixels is enough."""
+    for name, size in {"good": (28, 90), "narrow": (27, 90), "low": (90, 27)}.items():
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+    said = {"think": "<think>Let Me Rethink it.</think><answer>[1, 2, 3, 4]</answer>", "plain": "[1, 2, 3, 4]"}
+    kinds = [("good", "plain"), ("low", "plain"), ("good", "think"), ("narrow", "plain"), ("good", "plain")]
+    rows = [row(id=i, image=f"{k}.png", conversations=turns("Find it.", said[s])) for i, (k, s) in enumerate(kinds)]
+    file = write(tmp_path, *rows)
+    assert RECEnv(dataset=file).source.size == 5
+    env = RECEnv(dataset=file, min_image_side=28, without_text=["let me rethink it"])
+    assert [env.source.get(i).id for i in range(env.source.size or 0)] == ["0", "4"]
+    assert env.source.unwanted == {
+        "the answer says 'let me rethink it'": 1,
+        "an image is under 28 pixels wide or high": 2,
+    }
+    with pytest.raises(DataError, match="no row is left: 0 are broken; in 5 an image is under 91"):
+        RECEnv(dataset=file, min_image_side=91)
+    with pytest.raises(ConfigError, match="are for a data set"):
+        RECEnv(without_text=["x"])
+    with pytest.raises(ConfigError, match="a list of texts"):
+        RECEnv(dataset=file, without_text="x")
+
+
+def test_an_image_that_is_no_image_is_a_fault_where_its_size_matters(tmp_path: Path) -> None:
+    file = write(tmp_path, row())
+    (tmp_path / "a.png").write_text("no image")
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: an image cannot be read"):
+        RECEnv(dataset=file, min_image_side=2)
+
+
+def test_a_written_out_answer_is_divided(tmp_path: Path) -> None:
+    """Into what is compared and what may be imitated; also in the layout of `messages`, and in sections."""
+    sections = AnswerFormat.SECTIONS.write("[5, 6, 7, 8]", "A red square.")
+    tags = "<think>It is here.</think>\n<answer>[1, 2, 3, 4]</answer>"
+    messages = [{"role": "user", "content": "<image>Find it."}, {"role": "assistant", "content": sections}]
+    rows = [row(conversations=turns("Find it.", tags)), {"images": ["a.png"], "messages": messages}, row()]
+    envs = VisualTaskVectorEnv(RECEnv, 3, answers=True, dataset=write(tmp_path, *rows))
+    _, infos = envs.reset(options={"index": [0, 1, 2]})
+    assert list(infos["answer"]) == [tags, sections, "<think></think><answer>[1,2,3,4]</answer>"]
+    _, _, _, _, infos = envs.step(["<think>x</think><answer>[5,6,7,8]</answer>"] * 3)
+    assert infos["target"][1] == (5, 6, 7, 8)
+    assert infos["rewards"]["iou"].tolist() == [0, 1, 0]
+    wrong = [{"role": "user", "content": "Find it."}, {"role": "system", "content": "None"}]
+    with pytest.raises(DataError, match="'messages' must begin with a turn from 'user' and one from 'assistant'"):
+        RECEnv(dataset=write(tmp_path, {"images": ["a.png"], "messages": wrong}))

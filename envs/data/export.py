@@ -1,0 +1,38 @@
+"""Samples as rows of a file, in PeBR-R1's layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from PIL import Image as PILImage
+
+from vlmenv.core.answers import Answer, Caption
+from vlmenv.envs.base import VisualTaskEnv
+from vlmenv.envs.data.source import Sample
+
+
+def export_sample(task: VisualTaskEnv, sample: Sample, folder: Path) -> dict[str, Any]:
+    """A row that the task reads the same sample from; its images are written beside it.
+
+    Args:
+        task: In the coordinates of the stored images, in which data sets have their boxes.
+        sample: One of its samples.
+        folder: Gets the images, as `images/ID-NUMBER.png`.
+    """
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    names = [f"images/{sample.id}-{number}.png" for number in range(len(sample.images))]
+    for name, image in zip(names, sample.images, strict=True):
+        PILImage.fromarray(image).save(folder / name)
+    answer = task.answer_format.extract(task.write_answer(sample))
+    row = {"qid": sample.id, "images": names, "problem": sample.question, "answer": answer}
+    return row | ({"subject": sample.subject} if sample.subject else {}) | _truth(sample.target)
+
+
+def _truth(target: Any) -> dict[str, Any]:
+    """What a target holds beside the text of its answer."""
+    if isinstance(target, Answer):
+        return {"accu_reward_method": target.kind, "tolerance": target.tolerance}
+    if isinstance(target, Caption):
+        return {"key_word": list(target.keywords)} | ({} if target.answer else {"answer": ""})
+    return {}

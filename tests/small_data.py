@@ -1,0 +1,168 @@
+"""Small data sets in the layouts of the published ones, in the folders that the recipes name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+from conftest import ROOT, shared
+from PIL import Image
+
+from vlmenv.core.formats import AnswerFormat
+from vlmenv.envs.captioning import CaptionEnv
+from vlmenv.envs.data.export import export_sample
+from vlmenv.envs.vqa import VQAEnv
+
+COUNT = 6
+WITHOUT_HUB = {
+    "vlm_r1_math": "--dataset geometry/samples.jsonl",
+    "pebr_r1_stage1": "--rewards clip 0.4 keywords 0.4 format 0.1 length 0.1",
+}
+"""For recipes that need the Hugging Face hub, options that do not."""
+
+
+def lay_out(recipe: str, folder: Path) -> None:
+    """Puts what a recipe reads into a folder."""
+    kind = recipe.removeprefix("vlm_r1_").removeprefix("pebr_r1_").partition("_")[0]
+    LAYOUTS[kind](folder)
+
+
+def lay_out_pipeline(folder: Path) -> None:
+    """Puts what the published pipeline reads into a folder."""
+    lay_out("pebr_r1_warmup", folder)
+    lay_out("pebr_r1_stage1", folder)
+    shutil.copyfile(folder / "pebr_grpo_dataset.json", folder / "pebr_held_out.json")
+
+
+def referring(folder: Path) -> None:
+    """VLM-R1's JSONL to train on and its JSON to measure on, with COCO's photos of 2014."""
+    source = shared("data/rec/refcocos")
+    (folder / "rec_jsons_processed").mkdir()
+    (folder / "coco" / "train2014").mkdir(parents=True)
+    rows = [json.loads(line) for line in (source / "samples.jsonl").read_text().splitlines()][:COUNT]
+    for row in rows:
+        name = f"train2014/COCO_train2014_{Path(row['image']).name}"
+        shutil.copyfile(source / row["image"], folder / "coco" / name)
+        row["image"] = name
+    written = "".join(json.dumps({key: row[key] for key in ("id", "image", "conversations")}) + "\n" for row in rows)
+    for name in ("refcoco", "refcocop", "refcocog"):
+        (folder / "rec_jsons_processed" / f"{name}_train.jsonl").write_text(written)
+    found = [row for row in rows if not row["no_target"]]
+    measured = [{"image": r["image"], "problem": r["expression"], "solution": r["bbox_xyxy"]} for r in found]
+    (folder / "rec_jsons_processed" / "refcoco_val.json").write_text(json.dumps(measured))
+
+
+def detection(folder: Path) -> None:
+    """COCO's instances of 2017."""
+    source = shared("data/ovd/tinycoco")
+    content = json.loads((source / "instances.json").read_text())
+    (folder / "coco" / "annotations").mkdir(parents=True)
+    for part in ("train2017", "val2017"):
+        (folder / "coco" / part).mkdir()
+        for image in content["images"]:
+            name = Path(image["file_name"]).name
+            shutil.copyfile(source / "images" / name, folder / "coco" / part / name)
+            image["file_name"] = name
+        (folder / "coco" / "annotations" / f"instances_{part}.json").write_text(json.dumps(content))
+
+
+def mathematics(folder: Path) -> None:
+    shutil.copytree(shared("data/visual_math/geometry3k_examples"), folder / "geometry")
+
+
+def screens(folder: Path) -> None:
+    """Rows of two images, and what differs between them."""
+    env = VQAEnv()
+    samples = (sample for sample in map(env.source.get, range(1000)) if len(sample.images) == 2)
+    rows = [export_sample(env, next(samples), folder / "gui_multi-image") for _ in range(COUNT)]
+    lines = [
+        {
+            "id": row["qid"],
+            "image": row["images"],
+            "conversations": [
+                {"from": "human", "value": "<image><image>" + row["problem"]},
+                {"from": "gpt", "value": row["answer"]},
+            ],
+            "accu_reward_method": "all_match",
+        }
+        for row in rows
+    ]
+    (folder / "gui_multi-image.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def reasoning(folder: Path) -> None:
+    """Mulberry's rows of written-out reasoning, and two of them that are to be left out."""
+    env = CaptionEnv()
+    rows: list[dict[str, Any]] = []
+    for index in range(COUNT):
+        row = export_sample(env, env.source.get(index), folder / "mulberry_images")
+        said = AnswerFormat.SECTIONS.write(row["answer"], "I look at it.")
+        turns = [{"role": "user", "content": f"<image>{row['problem']}"}, {"role": "assistant", "content": said}]
+        rows.append({"images": row["images"], "messages": turns})
+    rows[1]["messages"][1]["content"] = AnswerFormat.SECTIONS.write("3", "I was wrong. Let me rethink it.")
+    Image.new("RGB", (200, 27)).save(folder / "mulberry_images" / rows[2]["images"][0])
+    (folder / "mulberry_sft.json").write_text(json.dumps(rows))
+
+
+def questions(folder: Path) -> None:
+    """PeBR-R1's rows, as they are and divided by difficulty."""
+    env = CaptionEnv()
+    rows = [export_sample(env, env.source.get(index), folder) for index in range(COUNT)]
+    (folder / "sampled").mkdir()
+    for name in ("pebr_grpo_dataset", "sampled/easy", "sampled/medium"):
+        (folder / f"{name}.json").write_text(json.dumps(rows))
+
+
+LAYOUTS = {
+    "rec": referring,
+    "ovd": detection,
+    "math": mathematics,
+    "gui": screens,
+    "warmup": reasoning,
+    "sampling": questions,
+    "stage1": questions,
+    "stage2": questions,
+}
+
+
+def small_pipeline(name: str, folder: Path, **changes: Any) -> Path:
+    """A published pipeline with each stage cut down to a few steps, as a file.
+
+    Args:
+        name: Of the pipeline.
+        folder: Where the file goes.
+        changes: Options of all stages that train.
+    """
+    content = yaml.safe_load((ROOT / "vlmenv" / "pipelines" / f"{name}.yaml").read_text())
+    for stage in content["stages"].values():
+        command, options = next(iter(stage.items()))
+        options |= {"device": "cpu", "max_new_tokens": 24}
+        if "{" not in options.get("model", ""):
+            options["model"] = "builtin"
+        if command == "sample":
+            options |= {"n": 2, "part_size": 2, "temperature": 1.0}
+        else:
+            options |= {"steps": 2, "prompts_per_step": 2, "eval_limit": 0, "warmup_steps": 0} | changes
+            options |= (
+                {} if options.get("algo") == "sft" or "warmup" in options.get("recipe", "") else {"group_size": 2}
+            )
+            options.pop("warmup_share", None)
+    for options in content["evaluate"].values():
+        options |= {"device": "cpu", "max_new_tokens": 8, "limit": 4}
+    content["stages"]["warmup"]["train"]["max_new_tokens"] = 96  # room for the true answers
+    if name == "pebr_r1_builtin":
+        mixed = {"measure": "keyword_recall", "threshold": 0.75, "max_new_tokens": 64, "limit": 16}
+        content["stages"]["sampling"]["sample"] |= mixed
+        content["stages"]["warmup"]["train"]["lr"] = 1e-5  # two steps at more would harm the model
+    else:
+        terms = {"clip": 0.4, "keywords": 0.4, "format": 0.1, "length": 0.1}  # by the model that is built in
+        content["stages"]["perception"]["train"]["rewards"] = content["evaluate"]["perception"]["rewards"] = terms
+        # A few answers of a model that is not meant for these rows: all count as right, and so all rows as easy.
+        content["stages"]["sampling"]["sample"] |= {"measure": "unparsable", "threshold": 0.0}
+        content["stages"]["reasoning"]["train"]["dataset"] = ["{sampling}/easy.json"]
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    return file

@@ -1,0 +1,141 @@
+"""The published recipes: their values, and that each trains, on small data in the layout that it names."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT
+from small_data import COUNT, WITHOUT_HUB, lay_out
+
+from vlmenv.cli import main
+
+RECIPES = {file.stem: file for file in (ROOT / "vlmenv" / "recipes").glob("*.yaml")}
+SMALL = "--model builtin --device cpu --max-new-tokens 8 --steps 2 --prompts-per-step 2 --eval-limit 2 --output run"
+REC = {"group_size": 8, "beta": 0.04, "kl_estimator": "k3", "epsilon": 0.2, "lr": 1e-6, "temperature": 0.9}
+REC |= {"epochs": 2, "precision": "bf16", "max_new_tokens": 2048}
+STAGE = {"group_size": 8, "temperature": 1.2, "lr": 1e-6, "weight_decay": 0.01, "kl_estimator": "k3", "beta": 0.01}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "vlm_r1_rec": REC,
+    "vlm_r1_rec_lora": REC | {"lora_rank": 64, "lora_alpha": 128, "lora_dropout": 0.05, "lr": 1e-5},
+    "vlm_r1_rec_frozen_vision": REC | {"freeze_vision": True},
+    "vlm_r1_ovd": {k: v for k, v in REC.items() if k != "kl_estimator"}
+    | {"beta": 0, "rewards": {"od_length": 1, "format": 1}},
+    "vlm_r1_math": REC,
+    "vlm_r1_gui": {k: v for k, v in REC.items() if k != "epochs"} | {"steps": 1200},
+    "pebr_r1_warmup": {
+        "algo": "sft",
+        "freeze_vision": True,
+        "freeze_projector": True,
+        "lr": 1e-5,
+        "lr_schedule": "cosine",
+        "warmup_share": 0.1,
+        "epochs": 2,
+        "min_image_side": 28,
+        "without_text": ["let me rethink it"],
+    },
+    "pebr_r1_sampling": {"n": 8, "temperature": 1.2, "top_p": 0.99},
+    "pebr_r1_stage1": STAGE
+    | {
+        "prompts_per_step": 560,
+        "minibatches": 560 // 112,
+        "epochs": 1,
+        "rewards": {"clip:openai/clip-vit-large-patch14": 0.4, "keywords": 0.4, "format": 0.1, "length": 0.1},
+    },
+    "pebr_r1_stage2": STAGE
+    | {
+        "prompts_per_step": 512,
+        "minibatches": 512 // 128,
+        "epochs": 2,
+        "rewards": {"accuracy": 0.9, "format": 0.1},
+    },
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_holds_the_published_values(name: str) -> None:
+    """Those of VLM-R1 (arXiv 2504.07615) and PeBR-R1 (arXiv 2509.13031), and says where from."""
+    text = RECIPES[name].read_text(encoding="utf-8")
+    options = yaml.safe_load(text)
+    assert {key: options[key] for key in PUBLISHED[name]} == PUBLISHED[name]
+    assert not options.get("freeze_vision") or name in ("vlm_r1_rec_frozen_vision", "pebr_r1_warmup")
+    head = text.partition("\n\n")[0]
+    for what in ("Source", "Hardware", "Data", "Time"):
+        assert f"\n# {what} " in head
+    assert "estimate" in head
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "pebr_r1_sampling"])
+def test_a_recipe_trains(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one command, in a folder where its data lie as it says."""
+    monkeypatch.chdir(tmp_path)
+    lay_out(name, tmp_path)
+    groups = "--max-new-tokens 64" if name == "pebr_r1_warmup" else "--group-size 2"
+    main(["train", "--recipe", name, *shlex.split(f"{SMALL} {groups} {WITHOUT_HUB.get(name, '')}")])
+    metrics = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in metrics] == [1, 2]
+    options = yaml.safe_load(Path("run/config.yaml").read_text())
+    kept = {key: value for key, value in PUBLISHED[name].items() if f"--{key.replace('_', '-')} " not in SMALL}
+    for key in kept.keys() - {"epochs", "warmup_share", "group_size", "rewards"}:
+        assert options[key] == PUBLISHED[name][key]
+    assert {f"reward/{term}" for term in options["rewards"]} <= metrics[0].keys()
+    assert (options["steps"], options["epochs"], options["warmup_share"]) == (2, None, None)
+
+
+def test_referring_expressions_take_one_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With RefCOCO and COCO on disk: nothing but the recipe's name, and what makes it small enough for a test."""
+    monkeypatch.chdir(tmp_path)
+    lay_out("vlm_r1_rec", tmp_path)
+    small = "--model builtin --device cpu --max-new-tokens 8 --group-size 2 --prompts-per-step 18 --output run"
+    main(["train", "--recipe", "vlm_r1_rec", *small.split()])
+    rollouts = [json.loads(line) for line in Path("run/rollouts.jsonl").read_text().splitlines()]
+    assert len({row["index"] for row in rollouts}) == 3 * COUNT  # rows of all three files
+    assert [row["step"] for row in rollouts] == [1] * 36 + [2] * 36  # two epochs
+    assert {name for row in rollouts for name in row["rewards"]} == {"iou", "format"}
+    assert "held-out samples" in capsys.readouterr().out  # refcoco_val.json
+
+
+def test_the_warm_up_leaves_rows_out_and_imitates_the_reasoning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lay_out("pebr_r1_warmup", tmp_path)
+    small = "--model builtin --device cpu --prompts-per-step 2 --max-new-tokens 64 --output run"
+    main(["train", "--recipe", "pebr_r1_warmup", *small.split()])
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"1 of {COUNT} rows are left out: the answer says 'let me rethink it'" in out
+    assert f"1 of {COUNT} rows are left out: an image is under 28 pixels wide or high" in out
+    options = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert options["steps"] == 2 * (COUNT - 2) / 2
+    assert options["warmup_steps"] == 0  # a tenth of 4, rounded
+    rollouts = [json.loads(line) for line in Path("run/rollouts.jsonl").read_text().splitlines()]
+    assert all("I look at it." in row["completion"] and row["rewards"]["accuracy"] == 1 for row in rollouts)
+    assert not any("rethink" in row["completion"] for row in rollouts)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--epochs", "2"], "epochs are passes over a data set"),
+        (["--epochs", "0"], "epochs must be above 0"),
+        (["--epochs", "2", "--steps", "3"], "steps and epochs were both given"),
+        (["--warmup-share", "1"], "from 0 to below 1"),
+        (["--recipe", "vlm_r2_rec"], "unknown recipe 'vlm_r2_rec'. There are: pebr_r1_sampling,"),
+        (["--recipe", "pebr_r1_sampling"], "unknown option 'n'"),
+        (["--min-image-side", "28"], "are for a data set"),
+    ],
+)
+def test_wrong_lengths_and_names_are_told(
+    args: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["train", "--eval-limit", "0", "--device", "cpu", *args])
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,229 @@
+"""`vlmenv sample`: which samples of a data set a model finds easy, medium and hard."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from vlmenv.agents.base import Agent
+from vlmenv.algos.faults import together
+from vlmenv.algos.processes import Processes
+from vlmenv.core.config import to_yaml
+from vlmenv.core.errors import ConfigError
+from vlmenv.core.files import write_whole
+from vlmenv.envs.data.dataset import Concatenated, TableSource
+from vlmenv.envs.data.export import export_sample
+from vlmenv.envs.data.tables import Rows
+from vlmenv.envs.vector import VisualTaskVectorEnv
+from vlmenv.evaluation import PROGRESS, answer_samples, sample_count
+from vlmenv.tasks import TaskConfig, check_device, check_engine, load_agent, make_envs, report_broken_rows, whole_name
+
+LEVELS: Final = ("easy", "medium", "hard")
+_FREE: Final = ("recipe", "config", "output", "batch_size", "device", "engine", "engine_length", "engine_memory")
+"""Options that may change when sampling goes on."""
+
+
+@dataclass(frozen=True)
+class SampleConfig(TaskConfig):
+    """Answer every question several times, and divide the data set by how many of the answers are right."""
+
+    recipe: str | None = None
+    """Published recipe to take the options from, such as pebr_r1_sampling."""
+    config: Path | None = None
+    """YAML file of options; those on the command line win."""
+    n: int = 8
+    """Sampled answers to each question: where all are right it is easy, where none is hard, and else medium."""
+    measure: str | None = None
+    """Which of the task's measures tells whether an answer is right, as in answers.jsonl of `vlmenv eval`; the task's
+    own choice where left out: accuracy, or the overlap of boxes."""
+    threshold: float | None = None
+    """From what value on it is; the task's own where left out: 1, and 0.5 for boxes."""
+    limit: int | None = None
+    """At most so many samples, the first ones; of the built-in ones 512 where left out."""
+    batch_size: int = 64
+    """Answers generated at a time."""
+    part_size: int = 64
+    """Samples after which results are written; a run that was cut off goes on with the parts that are missing."""
+    output: Path | None = None
+    """Folder for the files; the same command with the same folder goes on where it was cut off."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("n", "limit", "batch_size", "part_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, not {value}")
+        if self.temperature == 0:
+            raise ConfigError("temperature must be above 0: sampled answers would all be alike")
+        if self.threshold is None and self.measure is not None:
+            raise ConfigError("measure goes with threshold: from what value on is an answer right?")
+
+
+def run_sampling(config: SampleConfig) -> Path:
+    """`vlmenv sample`.
+
+    Returns:
+        The folder with the files.
+    """
+    check_device(config.device)
+    if config.output is None:
+        raise ConfigError("output is missing: name the folder for the files")
+    accelerator = Accelerator(cpu=config.device == "cpu")
+    check_engine(config, accelerator.device, accelerator.num_processes)
+    console, processes = Console(quiet=not accelerator.is_main_process), Processes(accelerator)
+    groups = max(1, config.batch_size // config.n)
+    data = config.data_arguments()
+    envs = make_envs(config.env, groups * config.n, group_size=config.n, **data, **config.env_arguments())
+    report_broken_rows(envs, console)
+    with together(accelerator):
+        if accelerator.is_main_process:
+            _claim(config.output, config)
+    count = sample_count(envs, config.limit)
+    with closing(load_agent(config, accelerator.device)) as agent, together(accelerator):
+        _sample_parts(agent, envs, count, config, processes, console)
+    envs.close()
+    with together(accelerator):
+        if accelerator.is_main_process:
+            rates = _read_parts(config.output, _parts(count, config.part_size))
+            _write_levels(envs, rates, config)
+            counts = Counter(dict.fromkeys(LEVELS, 0) | Counter(map(level_of, rates.values())))
+            write_whole(config.output / "summary.json", json.dumps(counts) + "\n")
+            console.print(_summary(config, envs, rates))
+    return config.output
+
+
+def _claim(folder: Path, config: SampleConfig) -> None:
+    """Makes the folder this sampling's own.
+
+    Raises:
+        ConfigError: It holds the results of another.
+    """
+    located = dataclasses.replace(
+        config,
+        model=whole_name(config.model),
+        dataset=None if config.dataset is None else tuple(map(whole_name, config.dataset)),
+    )
+    options, file = to_yaml(located, without=_FREE), folder / "config.yaml"
+    (folder / "parts").mkdir(parents=True, exist_ok=True)
+    if file.exists() and file.read_text(encoding="utf-8") != options:
+        raise ConfigError(f"{folder} holds results with other options, see {file}: choose another --output")
+    write_whole(file, options)
+
+
+def _parts(count: int, size: int) -> list[range]:
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _part_file(folder: Path, part: range) -> Path:
+    return folder / "parts" / f"{part.start}-{part.stop}.jsonl"
+
+
+def _sample_parts(
+    agent: Agent,
+    envs: VisualTaskVectorEnv,
+    count: int,
+    config: SampleConfig,
+    processes: Processes,
+    console: Console,
+) -> None:
+    """Writes this process's share of the parts that are not there yet.
+
+    Each part draws from a seed of its own, so that neither processes nor interruptions change the results.
+    """
+    assert config.output is not None
+    own = processes.share(_parts(count, config.part_size))
+    missing = [part for part in own if not _part_file(config.output, part).exists()]
+    total = sum(map(len, own))
+    with Progress(*PROGRESS, transient=True, console=console) as progress:
+        bar = progress.add_task("sampling", total=total, completed=total - sum(map(len, missing)))
+        for part in missing:
+            agent.seed(int(np.random.SeedSequence([config.seed, part.start]).generate_state(1)[0]))
+            rows: list[dict[str, Any]] = []
+            for start in range(part.start, part.stop, envs.num_groups):
+                indices = range(start, min(start + envs.num_groups, part.stop))
+                rows += _rated(list(answer_samples(agent, envs, indices, greedy=False)), envs, config)
+                progress.advance(bar, len(indices))
+            write_whole(_part_file(config.output, part), "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _rated(
+    answers: Sequence[Mapping[str, Any]], envs: VisualTaskVectorEnv, config: SampleConfig
+) -> Iterator[dict[str, Any]]:
+    """The pass rate of each sample, of its `n` answers that stand next to one another."""
+    name, threshold = _right(envs, config)
+    for start in range(0, len(answers), config.n):
+        own = answers[start : start + config.n]
+        if name not in own[0]["measures"]:
+            known = ", ".join(own[0]["measures"])
+            raise ConfigError(f"{config.env} has no measure '{name}': choose by --measure among {known}")
+        values = [answer["measures"][name] for answer in own]
+        rate = sum(value >= threshold for value in values) / config.n
+        yield {"index": own[0]["index"], "id": own[0]["id"], "pass_rate": rate, name: values}
+
+
+def _right(envs: VisualTaskVectorEnv, config: SampleConfig) -> tuple[str, float]:
+    """Which measure tells whether an answer is right, and from what value on."""
+    name, threshold = envs.task.right
+    return config.measure or name, threshold if config.threshold is None else config.threshold
+
+
+def _read_parts(folder: Path, parts: Sequence[range]) -> dict[int, float]:
+    """The pass rate of every sample, by its index."""
+    lines = [line for part in parts for line in _part_file(folder, part).read_text(encoding="utf-8").splitlines()]
+    return {row["index"]: row["pass_rate"] for row in map(json.loads, lines)}
+
+
+def level_of(rate: float) -> str:
+    """What a question is called of whose answers this share is right."""
+    return "easy" if rate == 1 else "hard" if rate == 0 else "medium"
+
+
+def _write_levels(envs: VisualTaskVectorEnv, rates: Mapping[int, float], config: SampleConfig) -> None:
+    """Writes the rows of each level in their own format; rows of built-in samples as JSONL, with their images."""
+    assert config.output is not None
+    source = envs.task.source
+    if isinstance(source, TableSource):
+        _write_rows(source, rates, config.output, "")
+    elif isinstance(source, Concatenated):
+        first = 0
+        for number, one in enumerate(source.sources, 1):
+            own = {i: rates[first + i] for i in range(one.size or 0) if first + i in rates}
+            _write_rows(one, own, config.output, f"-{number}")
+            first += one.size or 0
+    else:
+        plain = make_envs(config.env, 1, split=config.split).task  # whose boxes are in pixels of the images
+        table = Rows([export_sample(plain, source.get(index), config.output) for index in rates])
+        for level in LEVELS:
+            added = {i: {"pass_rate": rate} for i, rate in enumerate(rates.values()) if level_of(rate) == level}
+            table.write(config.output / f"{level}{table.suffix}", added)
+
+
+def _write_rows(source: TableSource, rates: Mapping[int, float], folder: Path, mark: str) -> None:
+    for level in LEVELS:
+        added = {source.number(i): {"pass_rate": rate} for i, rate in rates.items() if level_of(rate) == level}
+        source.table.write(folder / f"{level}{mark}{source.table.suffix}", added)
+
+
+def _summary(config: SampleConfig, envs: VisualTaskVectorEnv, rates: Mapping[int, float]) -> Table:
+    name, threshold = _right(envs, config)
+    counts = Counter(map(level_of, rates.values()))
+    caption = f"right from {name} {threshold} on; mean pass rate {np.mean(list(rates.values())):.3f}"
+    title = f"{config.env}, {len(rates)} samples, {config.n} answers each at temperature {config.temperature}"
+    table = Table(
+        "level", "samples", "share", title=title, title_justify="left", caption=caption, caption_justify="left"
+    )
+    for level in LEVELS:
+        table.add_row(level, str(counts[level]), f"{counts[level] / len(rates):.3f}")
+    return table
