@@ -22,6 +22,7 @@ from vlmenv.core.config import flatten, option_value, with_config_file
 from vlmenv.core.errors import ConfigError, VLMEnvError
 from vlmenv.data import DataConfig, check_data
 from vlmenv.evaluation import EvalConfig, run_evaluation
+from vlmenv.suites import run_suite
 from vlmenv.tasks import visual_tasks
 from vlmenv.training import TrainConfig, default_config, run_training
 
@@ -108,6 +109,14 @@ def _parse(args: list[str], train: TrainConfig[Any]) -> TrainConfig[Any] | EvalC
     return parsed
 
 
+def measure(config: EvalConfig) -> None:
+    """`vlmenv eval`, on one data set or on a paper's."""
+    if config.suite is None:
+        run_evaluation(config)
+    else:
+        run_suite(config)
+
+
 def list_environments(config: EnvsConfig) -> None:
     table = Table("environment", "task")
     for name in visual_tasks():
@@ -120,7 +129,7 @@ def list_environments(config: EnvsConfig) -> None:
 
 RUN: dict[type, Callable[[Any], object]] = {
     TrainConfig: run_training,
-    EvalConfig: run_evaluation,
+    EvalConfig: measure,
     DataConfig: check_data,
     EnvsConfig: list_environments,
 }
