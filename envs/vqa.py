@@ -12,7 +12,7 @@ from vlmenv.envs.data.questions import VisualQuestions
 from vlmenv.envs.data.rows import Row
 from vlmenv.envs.data.scenes import Split
 from vlmenv.envs.data.source import Sample, Source
-from vlmenv.envs.rewards.answers import accuracy_reward, accuracy_term, parse_answer, read_answer
+from vlmenv.envs.rewards.answers import accuracy_reward, accuracy_term, parse_reply, read_answer
 from vlmenv.envs.rewards.terms import RewardTerm
 from vlmenv.envs.rewards.text import format_reward, length_reward
 
@@ -47,13 +47,13 @@ class VQAEnv(VisualTaskEnv):
     def read_target(self, row: Row) -> Answer:
         if row.method not in ("", "default", *KINDS):
             raise ValueError(f"accu_reward_method: {unknown_name('kind of answer', row.method, KINDS)}")
-        return read_answer(row.answer, KINDS.get(row.method), row.tolerance)
+        return read_answer(row.answer, KINDS.get(row.method), row.tolerance, row.choices)
 
     def row_term(self, row: Row) -> None:
         """None: what a row asks for is the kind of its answer."""
 
     def measure(self, text: str, target: Answer, terms: Mapping[str, float]) -> dict[str, float]:
-        answered = parse_answer(self.answer_format.extract(text), target.kind)
+        answered = parse_reply(self.answer_format.extract(text), target)
         return {
             "accuracy": accuracy_reward(text, target, self.answer_format),
             "unparsable": float(answered is None),

@@ -89,6 +89,10 @@ def test_the_commands_run(
     Image.new("RGB", (64, 64), "red").save("images/1.png")
     turns = [{"from": "human", "value": "<image>Where is it?"}, {"from": "gpt", "value": "[1, 2, 30, 40]"}]
     Path("rec.jsonl").write_text(json.dumps({"id": 1, "image": "1.png", "conversations": turns}))
+    Path("data").mkdir()
+    Path("data/refcoco_val.jsonl").write_text(json.dumps({"id": 1, "image": "images/1.png", "conversations": turns}))
+    Path("images").rename("data/images")
+    Path("images").symlink_to("data/images")
     args = shlex.split(command)[1:]
     args = ["builtin" if arg.startswith("Qwen/") else arg for arg in args]
     if "runs/first/checkpoints/step-120" in args:

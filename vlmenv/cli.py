@@ -26,6 +26,7 @@ from vlmenv.doctor import DoctorConfig, run_doctor
 from vlmenv.evaluation import EvalConfig, run_evaluation
 from vlmenv.pipeline import PipelineConfig, run_pipeline
 from vlmenv.serving import ServeConfig, run_server
+from vlmenv.suites import run_suite
 from vlmenv.tasks import visual_tasks
 from vlmenv.training import RIVALS, TrainConfig, default_config, run_training
 
@@ -127,6 +128,14 @@ def _parse(args: list[str], train: TrainConfig[Any]) -> Any:
     )
 
 
+def measure(config: EvalConfig) -> None:
+    """`vlmenv eval`, on one data set or on a paper's."""
+    if config.suite is None:
+        run_evaluation(config)
+    else:
+        run_suite(config)
+
+
 def list_environments(config: EnvsConfig) -> None:
     table = Table("environment", "task")
     for name in visual_tasks():
@@ -139,7 +148,7 @@ def list_environments(config: EnvsConfig) -> None:
 
 RUN: dict[type, Callable[[Any], object]] = {
     TrainConfig: run_training,
-    EvalConfig: run_evaluation,
+    EvalConfig: measure,
     SampleConfig: run_sampling,
     PipelineConfig: lambda config: run_pipeline(config, _config, lambda stage: RUN[type(stage)](stage)),
     ServeConfig: run_server,

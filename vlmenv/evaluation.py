@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from accelerate import Accelerator
@@ -47,6 +47,10 @@ class EvalConfig(TaskConfig):
     """Answers generated at a time."""
     output: Path | None = None
     """Folder for metrics.json and answers.jsonl."""
+    suite: Literal["vlm_r1", "pebr_r1"] | None = None
+    """Measure on the data sets of a paper instead, as far as they are in the folders of `data`."""
+    data: tuple[Path, ...] | None = None
+    """Folders that hold the data sets of the suite; docs/suites.md says under which names."""
 
     def __post_init__(self) -> None:
         for name in ("limit", "samples", "batch_size"):
@@ -58,6 +62,8 @@ class EvalConfig(TaskConfig):
             raise ConfigError(
                 f"temperature must be above 0, not {self.temperature}: sampled answers would all be alike"
             )
+        if self.suite is None and self.data is not None:
+            raise ConfigError("data goes with a suite; a data set of your own is given as dataset")
 
 
 @dataclass(slots=True)
@@ -72,10 +78,7 @@ class Evaluation:
 
     def as_json(self) -> dict[str, Any]:
         """The metrics as JSON can hold them; None for what is not a number."""
-        metrics: dict[str, Any] = {
-            name: {part: None if math.isnan(number) else number for part, number in metric._asdict().items()}
-            for name, metric in self.metrics.items()
-        }
+        metrics: dict[str, Any] = as_json(self.metrics)
         if (unparsable := self.unparsable) is not None:
             metrics["unparsable"] |= {"count": unparsable, "answers": len(self.answers)}
         return metrics
@@ -85,6 +88,14 @@ class Evaluation:
         """How many answers could not be read; None where the task does not say."""
         counts = [answer["measures"].get("unparsable") for answer in self.answers]
         return None if None in counts else int(sum(count for count in counts if count))
+
+
+def as_json(metrics: Mapping[str, Interval]) -> dict[str, dict[str, float | None]]:
+    """Metrics as JSON can hold them; None for what is not a number."""
+    return {
+        name: {part: None if math.isnan(number) else number for part, number in metric._asdict().items()}
+        for name, metric in metrics.items()
+    }
 
 
 def evaluate(
@@ -188,11 +199,12 @@ def metrics_table(title: str, columns: dict[str, Evaluation]) -> Table:
     )
     table = Table("metric", *columns, title=title, title_justify="left", caption=caption, caption_justify="left")
     for name in next(iter(columns.values())).metrics:
-        table.add_row(name, *(_written(one.metrics[name]) for one in columns.values()))
+        table.add_row(name, *(written(one.metrics[name]) for one in columns.values()))
     return table
 
 
-def _written(metric: Interval) -> str:
+def written(metric: Interval) -> str:
+    """A metric with its interval, for tables."""
     if math.isnan(metric.low):
         return f"{metric.value:.3f}"
     return f"{metric.value:.3f} ({metric.low:.3f} to {metric.high:.3f})"
@@ -211,12 +223,29 @@ def read_evaluation(folder: Path, task: VisualTaskEnv) -> Evaluation:
     answers = [json.loads(line) for line in lines]
     for answer in answers:
         answer["prediction"] = task.parse(answer["completion"])
+    return Evaluation(read_metrics(folder), answers)
+
+
+def read_metrics(folder: Path) -> dict[str, Interval]:
+    """The metrics that `write_evaluation` has written into a folder."""
     stored = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     numbers = {
         name: [math.nan if metric[part] is None else metric[part] for part in Interval._fields]
         for name, metric in stored.items()
     }
-    return Evaluation({name: Interval(*parts) for name, parts in numbers.items()}, answers)
+    return {name: Interval(*parts) for name, parts in numbers.items()}
+
+
+def make_eval_envs(config: EvalConfig, env: str, **arguments: Any) -> VisualTaskVectorEnv:
+    """Environments in which `evaluate` answers as a configuration says.
+
+    Raises:
+        ConfigError: There is no such environment, or not with these arguments.
+        DataError: The data set cannot be read.
+    """
+    group_size = config.samples or 1
+    num_envs = max(1, config.batch_size // group_size) * group_size
+    return make_envs(env, num_envs, group_size=group_size, **arguments)
 
 
 def run_evaluation(config: EvalConfig) -> Evaluation:
@@ -227,14 +256,7 @@ def run_evaluation(config: EvalConfig) -> Evaluation:
     data = config.data_arguments()
     if config.dataset is None and config.split is None:
         data["split"] = "eval"
-    group_size = config.samples or 1
-    envs = make_envs(
-        config.env,
-        max(1, config.batch_size // group_size) * group_size,
-        group_size=group_size,
-        **data,
-        **config.env_arguments(),
-    )
+    envs = make_eval_envs(config, config.env, **data, **config.env_arguments())
     console, processes = Console(quiet=not accelerator.is_main_process), Processes(accelerator)
     report_broken_rows(envs, console)
     count, greedy = sample_count(envs, config.limit), config.samples is None

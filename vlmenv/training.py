@@ -168,7 +168,7 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
         unused = ("correction", "correction_cap", "max_staleness")
         if self.engine == "hf" and (given := [name for name in unused if getattr(self.trainer, name)]):
             raise ConfigError(f"{' and '.join(given)} go with an engine: the model itself samples from what it learns")
-        if self.trainer.max_staleness and self.engine in ("hf", "vllm"):
+        if self.trainer.max_staleness and self.engine != "vllm-server":
             raise ConfigError("max_staleness 1 needs a server that answers meanwhile: engine vllm-server")
         if self.eval_image_root is not None and self.eval_dataset is None:
             raise ConfigError("eval_image_root goes with eval_dataset")

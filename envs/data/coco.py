@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -18,15 +19,43 @@ from vlmenv.envs.data.rows import Row
 from vlmenv.envs.data.scenes import DETECTION_QUESTION
 from vlmenv.envs.data.tables import JSONStream, Table
 
+MOST: Final = 10
+"""Boxes of a category in an image that `filtered_instances` keeps."""
 ABSENT: Final = (1, 3)
 """The least and the most absent categories asked for beside those that are there (VLM-R1, arXiv 2504.07615)."""
+
+
+def filtered_instances(file: Path, most: int = MOST) -> dict[str, Any]:
+    """COCO's instances as VLM-R1 measures on them (arXiv 2504.07615, section 4.1): few boxes of each category.
+
+    A category with more than `most` boxes in an image is left out of that image, and so is an image
+    without any category left. Each image asks for the categories that are left, and for no others.
+
+    Raises:
+        DataError: The file is not in COCO's layout, or nothing is left of it.
+    """
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        boxes = Counter((one["image_id"], one["category_id"]) for one in stored["annotations"])
+        names = {one["id"]: one["name"] for one in stored["categories"]}
+        asked: dict[int, list[str]] = {}
+        for image, category in (pair for pair, count in boxes.items() if count <= most):
+            asked.setdefault(image, []).append(names[category])
+        images = [{**one, "text": sorted(asked[one["id"]])} for one in stored["images"] if one["id"] in asked]
+        kept = [one for one in stored["annotations"] if boxes[one["image_id"], one["category_id"]] <= most]
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise DataError(f"{file}: not COCO's instances: {type(error).__name__}: {error}") from error
+    if not images:
+        raise DataError(f"{file}: no image has a category of at most {most} boxes")
+    return {"images": images, "annotations": kept, "categories": stored["categories"]}
 
 
 class CocoInstances(Table):
     """A file in COCO's instances layout.
 
     Each image is a row that asks for all its categories and for one to three that it does not hold,
-    in an order that the image's id fixes. Only numbers and names are held in memory.
+    in an order that the image's id fixes. One with `text` or `neg_text`, as OVDEval has them (arXiv
+    2308.13177), asks for the former and then the latter. Only numbers and names are held in memory.
     """
 
     suffix = ".json"
@@ -34,6 +63,7 @@ class CocoInstances(Table):
     def __init__(self, file: Path) -> None:
         self._file = file
         self._names: list[str] = []
+        self._asked_for: dict[int, list[str]] = {}  # by images' ids, where the file says it
         self._image_ids = array("q")
         self._categories: dict[int, str] = {}
         self._boxes = array("d")  # x1, y1, x2, y2, area of each annotation
@@ -80,6 +110,9 @@ class CocoInstances(Table):
         return Detection(self._categories[category], (x1, y1, x2, y2), bool(crowd), area)
 
     def _asked(self, present: set[str], image: int) -> list[str]:
+        if image in self._asked_for:
+            given = self._asked_for[image]
+            return [*given, *sorted(present.difference(given))]
         rng = np.random.default_rng(abs(image))
         absent = sorted(set(self._categories.values()) - present)
         count = rng.integers(ABSENT[0], ABSENT[1] + 1)
@@ -116,6 +149,9 @@ class CocoInstances(Table):
         name = str(image["file_name"])
         self._image_ids.append(image["id"])
         self._names.append(name)
+        if "text" in image or "neg_text" in image:
+            asked = [name for key in ("text", "neg_text") for name in _list(image, key)]
+            self._asked_for[image["id"]] = list(dict.fromkeys(asked))
 
     def _add_category(self, category: Any, line: int) -> None:
         self._categories[category["id"]] = str(category["name"]).strip()
@@ -152,3 +188,10 @@ class CocoInstances(Table):
         order = np.argsort(number, kind="stable")
         self._order = own[order]
         self._starts = np.searchsorted(number[order], np.arange(len(images) + 1))
+
+
+def _list(image: Any, key: str) -> list[str]:
+    found = image.get(key, [])
+    if not isinstance(found, list):
+        raise ValueError(f"'{key}' is no list of names")
+    return [str(name).strip() for name in found]

@@ -18,10 +18,28 @@ from vlmenv.envs.data.coco import CocoInstances
 from vlmenv.envs.data.images import image_size, load_image
 from vlmenv.envs.data.rows import ImageRef, Row, check_columns, read_row
 from vlmenv.envs.data.source import Sample, Source
-from vlmenv.envs.data.tables import HuggingFace, JSONLines, JSONList, JSONStream, Rows, Table, require_datasets
+from vlmenv.envs.data.tables import (
+    HuggingFace,
+    JSONLines,
+    JSONList,
+    JSONStream,
+    Rewritten,
+    Rows,
+    Table,
+    require_datasets,
+)
 
 Dataset = Any
 """A path or hub id, several paths, a data set of the library `datasets`, or a list of rows."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A file in a layout of its own, with what makes rows of it; stands wherever a path may."""
+
+    file: Path
+    rewrite: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    """makes a row with the usual columns of a stored one, and raises ValueError or KeyError where it cannot"""
 
 
 @dataclass(frozen=True)
@@ -190,12 +208,16 @@ def open_dataset(
 
 
 def _parts(dataset: Dataset) -> list[Any]:
-    several = isinstance(dataset, (list, tuple)) and len(dataset) > 0 and isinstance(dataset[0], (str, os.PathLike))
+    paths = (str, os.PathLike, Published)
+    several = isinstance(dataset, (list, tuple)) and len(dataset) > 0 and isinstance(dataset[0], paths)
     return list(dataset) if several else [dataset]
 
 
 def _open(dataset: Any, image_root: Any, split: str | None, reading: Reading) -> TableSource:
-    if isinstance(dataset, (str, os.PathLike)):
+    if isinstance(dataset, Published):
+        name, default_root = str(dataset.file), dataset.file.parent
+        table: Table = Rewritten(_open_file(dataset.file, split, reading), dataset.rewrite)
+    elif isinstance(dataset, (str, os.PathLike)):
         file, name = Path(dataset), str(dataset)
         table = _open_file(file, split, reading) if file.is_file() else _load(name, split)
         default_root = file.parent if file.is_file() else file if file.is_dir() else Path()

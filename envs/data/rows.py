@@ -29,6 +29,7 @@ COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
     "subject": ("subject",),
     "method": ("accu_reward_method",),
     "tolerance": ("tolerance",),
+    "choices": ("choices",),
 }
 """What a row is made of, and the columns that it is looked for in."""
 
@@ -50,6 +51,8 @@ class Row:
     """the reward that the row asks for; empty for the task's own"""
     tolerance: float = 0.0
     """by which a number may be off"""
+    choices: tuple[str, ...] = ()
+    """what the letters from A on stand for"""
     detections: tuple[Detection, ...] | None = None
     """true boxes, where the data set has them as such"""
 
@@ -93,6 +96,7 @@ def read_row(raw: Any, number: int, columns: Mapping[str, str]) -> Row:
         subject=_text(part["subject"], "subject"),
         method=_text(part["method"], "accu_reward_method"),
         tolerance=_tolerance(part["tolerance"]),
+        choices=_choices(part["choices"]),
     )
 
 
@@ -217,6 +221,11 @@ def _keywords(found: Any) -> tuple[str, ...]:
     if not isinstance(words, (list, tuple)) or not all(isinstance(word, str) for word in words):
         raise ValueError("the key words are no list of texts")
     return tuple(word.strip() for word in words if word.strip())
+
+
+def _choices(found: Any) -> tuple[str, ...]:
+    """A list of what the letters stand for; data sets have other things too in a column of this name."""
+    return tuple(map(str.strip, map(str, found))) if isinstance(found, (list, tuple)) else ()
 
 
 def _text(found: Any, name: str) -> str:

@@ -6,7 +6,7 @@ import codecs
 import json
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, TextIO
@@ -122,6 +122,37 @@ class Rows(Table):
 
     def place(self, number: int) -> str:
         return f"row {number}"
+
+
+class Rewritten(Table):
+    """A table whose rows are rewritten, each for itself, before anyone sees them.
+
+    Args:
+        table: The rows as they are stored.
+        rewrite: Makes a row of a stored one. Raises ValueError or KeyError where that cannot be done.
+    """
+
+    def __init__(self, table: Table, rewrite: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
+        self._table, self._rewrite = table, rewrite
+
+    def scan(self) -> Iterator[Any]:
+        yield from map(self._rewritten, self._table.scan())
+
+    def read(self, number: int) -> Any:
+        return self._rewritten(self._table.read(number))
+
+    def place(self, number: int) -> str:
+        return self._table.place(number)
+
+    def _rewritten(self, row: Any) -> Any:
+        if not isinstance(row, Mapping):
+            return row
+        try:
+            return self._rewrite(row)
+        except KeyError as error:
+            return ValueError(f"the row has no column {error}")
+        except ValueError as error:
+            return error
 
 
 class HuggingFace(Table):

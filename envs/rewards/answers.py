@@ -65,7 +65,7 @@ def accuracy_reward(text: str, target: Answer, answer_format: AnswerFormat = Ans
 
 def _compare(content: str | None, target: Answer) -> float | None:
     """The score of an answer; None where only computer algebra can tell."""
-    answer, truth = parse_answer(content, target.kind), parse_answer(target.text, target.kind)
+    answer, truth = parse_reply(content, target), parse_answer(target.text, target.kind)
     if truth is None:
         raise ValueError(f"the true answer {target.text[:100]!r} is none of kind '{target.kind}'")
     if answer is None:
@@ -87,7 +87,9 @@ def _same_number(a: str, b: str) -> bool:
     return number is not None and abs(number) < 2**53 and number == parse_number(b)
 
 
-def read_answer(text: str, kind: AnswerKind | None = None, tolerance: float = 0.0) -> Answer:
+def read_answer(
+    text: str, kind: AnswerKind | None = None, tolerance: float = 0.0, choices: Sequence[str] = ()
+) -> Answer:
     """A true answer from a data set's text.
 
     Args:
@@ -95,6 +97,7 @@ def read_answer(text: str, kind: AnswerKind | None = None, tolerance: float = 0.
         kind: How answers are compared with it. Where left out, a single letter is a choice, "yes" and "no" are
             what they are, a number, also with a unit, is numeric, and all else is exact.
         tolerance: Of numbers: the greatest difference that still counts as equal.
+        choices: Of a letter: what the letters from A on stand for, if that is known.
 
     Raises:
         ValueError: The text is no truth of this kind; the message says why.
@@ -118,7 +121,11 @@ def read_answer(text: str, kind: AnswerKind | None = None, tolerance: float = 0.
     read = parse_answer(text, kind)
     if read is None or (kind == "choice" and not _CHOICE.fullmatch(text)):
         raise ValueError(f"the answer is {text[:100]!r}, which is no {_NAMES[kind]}")
-    return Answer(str(read) if kind in ("choice", "yes_no") else text, kind, tolerance if kind == "numeric" else 0.0)
+    if kind != "choice":
+        return Answer(str(read) if kind == "yes_no" else text, kind, tolerance if kind == "numeric" else 0.0)
+    if choices and str(read) not in _LETTERS[: len(choices)]:
+        raise ValueError(f"the answer is {read}, but there are {len(choices)} choices")
+    return Answer(str(read), kind, choices=tuple(choices))
 
 
 _NAMES: Final[dict[AnswerKind, str]] = {
@@ -137,6 +144,19 @@ def _kind_of(text: str) -> AnswerKind:
     if normalise(text) in ("yes", "no"):
         return "yes_no"
     return "numeric" if _MEASUREMENT.fullmatch(text) and parse_number(text) is not None else "exact"
+
+
+def parse_reply(content: str | None, target: Answer) -> str | float | None:
+    """`parse_answer` by a target's kind; what a letter stands for is read as that letter."""
+    parsed = parse_answer(content, target.kind)
+    if parsed is not None or content is None or not target.choices or len(content) > LONGEST_ANSWER:
+        return parsed
+    for read in (normalise, parse_number):
+        value = read(content)
+        fitting = [letter for letter, choice in zip(_LETTERS, target.choices, strict=False) if read(choice) == value]
+        if value not in (None, "") and fitting:
+            return fitting[0] if len(fitting) == 1 else None
+    return None
 
 
 def parse_answer(content: str | None, kind: AnswerKind) -> str | float | None:
@@ -159,6 +179,8 @@ def parse_answer(content: str | None, kind: AnswerKind) -> str | float | None:
         case _:
             return " ".join(content.split()) or None
 
+
+_LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 # Letters. All patterns run on text with single spaces, and none repeats over what another part of it may match.
 _MARKUP = re.compile(r"\\(?:boxed|fbox|text(?:bf|rm|it)?|math(?:rm|bf)|left|right)(?![A-Za-z])|[*_`${}\"“”\\]")

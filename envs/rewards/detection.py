@@ -270,7 +270,7 @@ def _boxes(detections: Sequence[Detection], label: str | None = None) -> NDArray
 
 
 def _six_grams(text: str) -> list[tuple[str, ...]]:
-    words = text[:100_000].split()
+    words = text[:100_000].lower().split()
     return [tuple(words[i : i + 6]) for i in range(len(words) - 5)]
 
 

@@ -39,6 +39,8 @@ class Answer(NamedTuple):
     kind: AnswerKind
     tolerance: float = 0.0
     """of numbers: the greatest difference that still counts as equal"""
+    choices: tuple[str, ...] = ()
+    """of a letter: what the letters from A on stand for, if that is known; it may be written out in its place"""
 
 
 class Caption(NamedTuple):
