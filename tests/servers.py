@@ -54,15 +54,20 @@ class Served:
         """vLLM's own processes."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
-    def signal(self, number: signal.Signals) -> None:
+    def send(self, number: signal.Signals) -> None:
         """To all of them at once, as when a machine fails."""
         for process in self.family():
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
 
-    def end(self) -> None:
-        self.process.terminate()
-        self.process.wait(60)
+    def end(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """Ends it by a signal; nothing is left of it, and it complains of nothing."""
+        family = self.family() if self.process.poll() is None else []
+        self.process.send_signal(number)
+        assert self.process.wait(60) == (-number if number == signal.SIGKILL else 128 + number)
+        _, alive = psutil.wait_procs(family, timeout=60)
+        assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+        assert "Traceback" not in self.told("stderr")
 
 
 @contextmanager
@@ -74,5 +79,6 @@ def serve(model: str | Path, *options: str, port: int | None = None) -> Iterator
         yield served
     finally:
         with suppress(psutil.NoSuchProcess):
-            served.signal(signal.SIGCONT)
-        served.end()
+            served.send(signal.SIGCONT)
+        served.process.terminate()
+        served.process.wait(60)

@@ -319,6 +319,8 @@ def test_the_engine_vllm_is_refused_in_several_processes(monkeypatch: pytest.Mon
         check_engine(TrainConfig(engine="vllm"), torch.device("cpu"), 2)
     with pytest.raises(ConfigError, match="share of a GPU's memory"):
         check_engine(TrainConfig(engine="vllm", engine_memory=0.5), torch.device("cpu"))
+    with pytest.raises(ConfigError, match="vllm-server works in one process, not in 2"):
+        check_engine(TrainConfig(engine="vllm-server", server=("http://a:1",)), torch.device("cpu"), 2)
     check_engine(TrainConfig(engine="vllm"), torch.device("cpu"))
 
 
@@ -330,6 +332,16 @@ def test_the_engine_vllm_is_refused_in_several_processes(monkeypatch: pytest.Mon
         (["--engine", "vllm", "--engine-memory", "1.5"], "share between 0 and 1"),
         (["--engine", "vllm", "--engine-length", "160"], "more than 160 tokens"),
         (["--engine", "vllm", "--temperature", "2.5"], "temperatures up to 2"),
+        (["--engine", "vllm-server"], "needs servers"),
+        (["--server", "http://a:1"], "go with engine vllm-server"),
+        (["--engine", "vllm", "--server-timeout", "3"], "go with engine vllm-server"),
+        (["--engine", "vllm", "--weights-folder", "a"], "go with engine vllm-server"),
+        (["--engine", "vllm-server", "--server", "http://a:1", "--engine-length", "512"], "servers have their own"),
+        (["--engine", "vllm-server", "--server", "http://a:1", "--engine-memory", "0.5"], "servers have their own"),
+        (["--engine", "vllm-server", "--server", "http://a:1", "--temperature", "2.5"], "temperatures up to 2"),
+        (["--engine", "vllm-server", "--server", "http://a:1", "--server-timeout", "0"], "above 0 seconds"),
+        (["--engine", "vllm-server", "--server", "http://a:1", "http://a:1"], "named twice"),
+        (["--engine", "vllm-server", "--server", "http://a:1/v1"], "give it as http://HOST:PORT"),
     ],
 )
 def test_options_of_engines_are_checked(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

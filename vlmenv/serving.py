@@ -90,6 +90,7 @@ def _arguments(config: ServeConfig, device: torch.device) -> dict[str, Any]:
         max_images=_IMAGES,
         memory_share=config.engine_memory or _MEMORY,
     ) | {
+        **({"distributed_executor_backend": "uni"} if device.type == "cpu" else {}),  # one process less
         "host": config.host,
         "port": config.port,
         "worker_extension_cls": "vlmenv.agents.engines.worker.WeightReceiver",
@@ -192,10 +193,11 @@ def _address(config: ServeConfig) -> str:
 
 
 def _ready(config: ServeConfig) -> str:
-    open_to = "" if config.host in ("127.0.0.1", "localhost", "::1") else ", and may have its weights changed, by all"
     url = f"http://{socket.gethostname()}:{config.port}" if config.host in _EVERYWHERE else _address(config)
     model = "" if config.model == BUILTIN else f" --model {config.model}"
+    local = config.host in ("127.0.0.1", "localhost", "::1")
+    risk = "" if local else " Its weights can be changed by all who reach it."
     return (
-        f"ready: {config.model} is served at {url}{f'{open_to} who reach it' if open_to else ''}. Train with:\n"
+        f"ready: {config.model} is served at {url}.{risk} Train with:\n"
         f"vlmenv train --engine vllm-server --server {url}{model}"
     )

@@ -56,6 +56,19 @@ class _Job:
     body: dict[str, Any]
 
 
+@dataclass(slots=True)
+class _Batch:
+    """Jobs that are to be done together."""
+
+    jobs: Sequence[_Job]
+    version: str
+    """the weights that are to do them"""
+    waiting: deque[int]
+    """jobs that no server is at"""
+    answers: dict[int, Answer]
+    """to jobs"""
+
+
 class VLLMServerEngine(Engine):
     """An engine made of servers that `vlmenv serve` started. It knows no weights before the first `sync`.
 
@@ -147,12 +160,12 @@ class VLLMServerEngine(Engine):
                 self._leave_out(server, served)
             elif isinstance(served, BaseException):
                 raise served
+        if all(server.fault is not None for server in self._servers):
+            raise self._none_left()
         return [served for served in met if isinstance(served, Served)]
 
     def _agree(self, met: Sequence[Served]) -> None:
         """Settles what all servers have in common, or raises EngineError."""
-        if not met:
-            raise self._none_left()
         self._dtype, self.max_length = met[0].dtype, min(served.max_length for served in met)
         for server, served in zip([one for one in self._servers if one.fault is None], met, strict=True):
             if unlike := self._difference(served):
@@ -199,30 +212,30 @@ class VLLMServerEngine(Engine):
         return {"token_ids": ids, "content_parts": images or None, "return_token_ids": True}
 
     async def _answer_all(self, jobs: Sequence[_Job], version: str) -> list[Answer]:
-        waiting, answers = deque(range(len(jobs))), dict[int, Answer]()
-        while len(answers) < len(jobs):
+        batch = _Batch(jobs, version, deque(range(len(jobs))), {})
+        while len(batch.answers) < len(jobs):
             if not (servers := [server for server in self._servers if server.fault is None]):
                 raise self._none_left()
-            await asyncio.gather(*[self._work(server, jobs, waiting, answers, version) for server in servers])
-        return [answers[i] for i in range(len(jobs))]
+            share = min(_AT_ONCE, math.ceil(len(batch.waiting) / len(servers)))
+            await asyncio.gather(*[self._work(server, batch, share) for server in servers])
+        return [batch.answers[i] for i in range(len(jobs))]
 
-    async def _work(
-        self, server: Server, jobs: Sequence[_Job], waiting: deque[int], answers: dict[int, Answer], version: str
-    ) -> None:
+    async def _work(self, server: Server, batch: _Batch, at_once: int) -> None:
         """Gives a server jobs until none is waiting; those that it is at when it fails wait again."""
 
         async def take() -> None:
-            while waiting:
-                i = waiting.popleft()
+            while batch.waiting:
+                i = batch.waiting.popleft()
                 try:
-                    answers[i] = await server.complete(jobs[i].body, vocabulary=self._vocabulary, version=version)
+                    body, version = batch.jobs[i].body, batch.version
+                    batch.answers[i] = await server.complete(body, vocabulary=self._vocabulary, version=version)
                 except BaseException:
-                    waiting.appendleft(i)
+                    batch.waiting.appendleft(i)
                     raise
 
         try:
             async with asyncio.TaskGroup() as group:
-                for _ in range(_AT_ONCE):
+                for _ in range(at_once):
                     group.create_task(take())
         except* ServerFault as faults:
             self._leave_out(server, faults.exceptions[0])

@@ -104,12 +104,15 @@ def test_a_weight_that_the_engine_does_not_take_over_is_found(monkeypatch: pytes
     assert "goes on with old weights" in findings["after an update"].remedy
 
 
-@pytest.mark.parametrize("left_out", ["reset_prefix_cache", "reset_encoder_cache"])
-def test_a_stale_cache_is_found(left_out: str, llm: type, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("left_out", "precision"),
+    [("reset_prefix_cache", "fp32"), ("reset_prefix_cache", "bf16"), ("reset_encoder_cache", "fp32")],
+)
+def test_a_stale_cache_is_found(left_out: str, precision: str, llm: type, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.engine.llm_engine import LLMEngine
 
     monkeypatch.setattr(llm if left_out == "reset_prefix_cache" else LLMEngine, left_out, lambda self: True)
-    assert failed(examined_with_vllm()) == {"after an update"}
+    assert failed(examined_with_vllm(precision=precision)) == {"after an update"}
 
 
 def test_another_precision_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,142 @@
+"""Servers of the real vLLM that die, hang and come back."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+from batches import logprobs_of, ragged
+from servers import Served, free_port, serve
+
+from vlmenv.agents.engines.remote import Patience
+from vlmenv.agents.engines.server import VLLMServerEngine
+from vlmenv.agents.sampling import Sampling
+from vlmenv.agents.vlm import VLMAgent
+from vlmenv.core.errors import EngineError
+from vlmenv.core.rollout import Observation
+
+pytestmark = pytest.mark.vllm
+LENGTH = ["--engine-length", "512"]
+HASTY = Patience(answer=30, greeting=10, attempts=2, pause=0.05)
+LONG: list[Observation] = [{"images": (), "prompt": f"How many is {i} and 3?"} for i in range(64) for _ in range(8)]
+"""more than a server does in a moment"""
+
+
+@pytest.fixture(scope="module")
+def lasting() -> Iterator[Served]:
+    """A server that outlives its tests."""
+    with serve("builtin", *LENGTH) as served:
+        yield served
+        served.end(signal.SIGINT)
+
+
+@pytest.fixture
+def opened() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def agent_of(opened: ExitStack, *urls: str, patience: Patience = HASTY) -> VLMAgent:
+    agent = VLMAgent.from_pretrained("builtin", sampling=Sampling(max_new_tokens=160, top_k=400))
+    agent.engine = VLLMServerEngine(urls, agent.folder, agent.family, patience=patience)
+    opened.callback(agent.close)
+    with torch.no_grad():
+        for parameter in agent.policy.parameters():
+            parameter.mul_(1.05)  # so that the folder's weights are not those of the policy
+    agent.sync()
+    return agent
+
+
+def assert_in_step(agent: VLMAgent) -> None:
+    agent.sampling, former = Sampling(max_new_tokens=8), agent.sampling
+    rollout = agent.rollout(ragged())
+    agent.sampling = former
+    expected = logprobs_of(agent, rollout)
+    for row, completion in enumerate(rollout.completions):
+        found = torch.from_numpy(completion.logprobs)
+        torch.testing.assert_close(found, expected[row, : len(found)], atol=1e-4, rtol=0)
+
+
+def soon(do: object, *args: object) -> None:
+    """Does something while a rollout is on its way."""
+    threading.Timer(0.4, do, args).start()  # type: ignore[arg-type]
+
+
+def test_a_server_that_dies_is_replaced_by_the_others_until_it_has_taken_an_update(
+    lasting: Served, opened: ExitStack
+) -> None:
+    port = free_port()
+    with serve("builtin", *LENGTH, port=port) as dying:
+        agent = agent_of(opened, dying.url, lasting.url)
+        assert_in_step(agent)
+        soon(dying.send, signal.SIGKILL)
+        with pytest.warns(RuntimeWarning, match=f"the server {dying.url} is left out"):
+            assert len(agent.rollout(LONG)) == len(LONG)
+        agent.sync()
+        assert_in_step(agent)
+    with serve("builtin", *LENGTH, port=port) as again:
+        agent.engine._servers[0].fault = None  # as if nobody had asked it anything in the meantime
+        with pytest.warns(RuntimeWarning, match=f"{again.url} is left out .*started anew"):
+            assert_in_step(agent)
+        with pytest.warns(RuntimeWarning, match=f"{again.url} has taken the update and is in use again"):
+            agent.sync()
+        assert_in_step(agent)
+        other = agent_of(opened, again.url)  # gives it other weights
+        assert_in_step(other)
+        with pytest.warns(RuntimeWarning, match=f"{again.url} is left out .*another trainer uses it"):
+            assert_in_step(agent)
+        soon(again.send, signal.SIGKILL)
+        with pytest.raises(EngineError, match=f"no server is left to generate. {again.url}: .*Error"):
+            other.rollout(LONG)
+        with pytest.raises(EngineError, match=f"no server is left to generate. {again.url}"):
+            other.sync()
+
+
+def test_a_server_that_hangs_is_left_out(lasting: Served, opened: ExitStack) -> None:
+    """All of it, or the engine behind what answers."""
+    with serve("builtin", *LENGTH) as hanging:
+        agent = agent_of(opened, hanging.url, lasting.url)
+        for stopped in (hanging.family(), [one for one in hanging.family() if "Engine" in one.name()]):
+            agent.engine._servers[0]._patience = Patience(answer=4, greeting=4, attempts=1)
+            assert stopped
+            for process in stopped:
+                process.suspend()
+            with pytest.warns(RuntimeWarning, match=f"{hanging.url} is left out .*no answer from .* within 4 s"):
+                assert_in_step(agent)
+            agent.sync()
+            assert_in_step(agent)
+            for process in stopped:
+                process.resume()
+            agent.engine._servers[0]._patience = HASTY
+            with pytest.warns(RuntimeWarning, match=f"{hanging.url} has taken the update and is in use again"):
+                agent.sync()
+            assert_in_step(agent)
+        hanging.end(signal.SIGKILL)  # of the command alone
+
+
+def test_half_an_update_is_refused_and_does_no_harm(
+    lasting: Served, opened: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = agent_of(opened, lasting.url)
+
+    def half(weights: object, file: Path) -> None:
+        file.write_bytes(b"\x08" + bytes(7) + b'{"a": 1}')
+
+    with monkeypatch.context() as patched:
+        patched.setattr("vlmenv.agents.engines.server.save_file", half)
+        with pytest.raises(EngineError, match=r"it cannot take over weights: .*Error"):
+            agent.sync()
+    with pytest.warns(RuntimeWarning, match="in use again"):
+        agent.sync()
+    assert_in_step(agent)
+
+
+def test_a_server_of_another_model_is_refused(lasting: Served, qwen2_5_vl_folder: Path) -> None:
+    agent = VLMAgent.from_pretrained(qwen2_5_vl_folder)
+    with pytest.raises(EngineError, match=f"{lasting.url}: it serves another model than the one that is trained"):
+        VLLMServerEngine([lasting.url], agent.folder, agent.family)
