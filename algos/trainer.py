@@ -211,6 +211,7 @@ class Trainer:
             EngineError: It failed, or cannot take them.
         """
         if not self._is_synced:
+            self.agent.wake()
             self.agent.sync()
             self._is_synced = True
 
@@ -220,6 +221,8 @@ class Trainer:
         with timed(clock, "sync"):
             self.sync()
         collected = self._collected(clock)
+        if not self.config.max_staleness:
+            self.agent.sleep()
         with self._collecting_ahead(clock), timed(clock, "update"):
             metrics = self._learn(collected.rollouts)
         metrics |= collected.rollouts.metrics() | collected.metrics
