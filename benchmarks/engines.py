@@ -7,6 +7,7 @@ vLLM has to be installed (docs/vllm.md). Runs are kept under `--runs`: the same 
 benchmark.
 """
 
+# ruff: noqa: I001
 from __future__ import annotations
 
 import os
@@ -19,6 +20,8 @@ from typing import Any
 
 import torch
 import tyro
+
+import vlmenv.agents  # noqa: F401 (mends torchvision for CPUs, before transformers is imported)
 from common import Case, Spread, family_without_end, hardware, new_agent, new_model, observations, processor_of, report
 from findings.runs import check_model, evaluation_of, mean_of, seconds_of, seeds_cell, steps_of, trained
 
