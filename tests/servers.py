@@ -25,9 +25,9 @@ def free_port() -> int:
 class Served:
     """`vlmenv serve` in a process of its own."""
 
-    def __init__(self, model: str | Path, port: int, *options: str) -> None:
+    def __init__(self, port: int, *options: str) -> None:
         self.port, self.url = port, f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "vlmenv", "serve", "--model", str(model), "--port", str(port), *options]
+        command = [sys.executable, "-m", "vlmenv", "serve", *options, "--port", str(port)]
         self.process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
@@ -71,14 +71,21 @@ class Served:
 
 
 @contextmanager
-def serve(model: str | Path, *options: str, port: int | None = None) -> Iterator[Served]:
-    """A server that is ready."""
-    served = Served(model, port or free_port(), *options)
+def serving(port: int, *options: str) -> Iterator[Served]:
+    """A server that is about to start."""
+    served = Served(port, *options)
     try:
-        served.wait_until_ready()
         yield served
     finally:
         with suppress(psutil.NoSuchProcess):
             served.send(signal.SIGCONT)
         served.process.terminate()
         served.process.wait(60)
+
+
+@contextmanager
+def serve(model: str | Path, *options: str, port: int | None = None) -> Iterator[Served]:
+    """A server that is ready."""
+    with serving(port or free_port(), "--model", str(model), *options) as served:
+        served.wait_until_ready()
+        yield served

@@ -8,12 +8,15 @@ import re
 import shlex
 import shutil
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROOT, launch
 from PIL import Image
+from servers import Served, free_port, serving
 from small_data import WITHOUT_HUB, lay_out, lay_out_pipeline, small_pipeline
 
 from vlmenv.cli import main
@@ -43,11 +46,45 @@ def commands(program: str) -> list[str]:
 
 def with_vllm(shown: str) -> Any:
     """A parameter whose test runs vLLM where that is what it shows."""
-    return pytest.param(shown, marks=[pytest.mark.vllm] if "vllm" in shown else [])
+    return pytest.param(shown, marks=[pytest.mark.vllm] if "vllm" in shown or " serve" in shown else [])
+
+
+def small(args: list[str]) -> list[str]:
+    """A command's arguments with the built-in model in place of what would be downloaded or has to be trained first."""
+    large = ("Qwen/", "runs/first/checkpoints/")
+    return ["builtin" if arg.startswith(large) else arg for arg in args]
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[dict[str, Served]]:
+    """The servers that the pages start, each by the port that is shown for it, at other ports."""
+    shown = [small(shlex.split(command)[2:]) for command in commands("vlmenv") if command.startswith("vlmenv serve")]
+    with ExitStack() as opened:
+        started = {}
+        for args in shown:
+            args, port = (args, "8000") if "--port" not in args else (args[: args.index("--port")], args[-1])
+            started[port] = opened.enter_context(serving(free_port(), *args))
+        for server in started.values():
+            server.wait_until_ready()
+        yield started
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest) -> Callable[[str], str]:
+    """Puts the addresses of servers that are there into what is shown; without any where it shows none."""
+
+    def put(shown: str) -> str:
+        ports = set(re.findall(r"http://127\.0\.0\.1:(\d+)", shown))
+        served = request.getfixturevalue("servers") if ports else {}
+        return re.sub(r"http://127\.0\.0\.1:(\d+)", lambda found: served[found[1]].url, shown)
+
+    return put
 
 
 @pytest.mark.parametrize("page", map(with_vllm, [page for page in DOCS if blocks("python", DOCS[page])]))
-def test_the_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_runs(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Callable[[str], str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "new_task", raising=False)
@@ -59,7 +96,7 @@ def test_the_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
             (tmp_path / f"{name[1]}.py").write_text(snippet)
             importlib.import_module(name[1])
         else:
-            exec(compile(snippet, page, "exec"), {})
+            exec(compile(place(snippet), page, "exec"), {})
 
 
 def test_the_example_of_a_task_is_the_file() -> None:
@@ -77,9 +114,13 @@ def of_recipe(name: str, folder: Path) -> list[str]:
     return [*small, *(["--group-size", "1"] if warmup else []), *shlex.split(WITHOUT_HUB.get(name, ""))]
 
 
-@pytest.mark.parametrize("command", map(with_vllm, commands("vlmenv")))
+@pytest.mark.parametrize("command", map(with_vllm, [one for one in commands("vlmenv") if " serve" not in one]))
 def test_the_commands_run(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    place: Callable[[str], str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -93,10 +134,7 @@ def test_the_commands_run(
     Path("data/refcoco_val.jsonl").write_text(json.dumps({"id": 1, "image": "images/1.png", "conversations": turns}))
     Path("images").rename("data/images")
     Path("images").symlink_to("data/images")
-    args = shlex.split(command)[1:]
-    args = ["builtin" if arg.startswith("Qwen/") else arg for arg in args]
-    if "runs/first/checkpoints/step-120" in args:
-        args[args.index("runs/first/checkpoints/step-120")] = "builtin"
+    args = small(shlex.split(place(command))[1:])
     if "--resume" in args:
         main(["train", *SMALL["train"], "--output", "runs/first"])
         (Path("runs/first/evaluation.json")).unlink()
@@ -118,6 +156,14 @@ def test_the_commands_run(
         "envs": "VLM-REC-v0",
     }
     assert expected[args[0]] in capsys.readouterr().out
+
+
+@pytest.mark.vllm
+def test_the_servers_say_what_to_type(servers: dict[str, Served]) -> None:
+    """They are started by the pages' own commands."""
+    assert len(servers) >= 2
+    for server in servers.values():
+        assert f"vlmenv train --engine vllm-server --server {server.url}\n" in server.told()
 
 
 @pytest.mark.parametrize("command", commands("accelerate launch"))

@@ -9,15 +9,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from servers import Served, free_port, serve
 
 from vlmenv.cli import main
 
 pytestmark = pytest.mark.vllm
 VLLM = ["--engine", "vllm", "--engine-length", "512"]
+LENGTH = ["--engine-length", "512"]
 TINY = ["--prompts-per-step", "2", "--group-size", "4", "--eval-limit", "4", "--device", "cpu"]
 
 
@@ -38,6 +41,15 @@ def command(*args: object) -> subprocess.Popen[str]:
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
+
+
+def until_there(path: Path, process: subprocess.Popen[str]) -> None:
+    """Waits for what a process is to write."""
+    deadline = time.monotonic() + 240
+    while not path.exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("how", ["all weights", "adapters"])
@@ -89,14 +101,60 @@ def test_a_run_ends_cleanly(tmp_path: Path) -> None:
 def test_a_signal_ends_a_run_after_its_step(number: signal.Signals, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = command("train", "--steps", 400, "--output", run, *VLLM, *TINY)
-    deadline = time.monotonic() + 240
-    while not (run / "metrics.jsonl").is_file():
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.05)
+    until_there(run / "metrics.jsonl", process)
     process.send_signal(number)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 128 + number, err
     assert f"vlmenv train --resume {run}" in out
     assert "Traceback" not in err
     assert (run / "checkpoints" / f"step-{rows(run / 'metrics.jsonl')[-1]['step']}" / "model.safetensors").is_file()
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    with serve("builtin", *LENGTH) as served:
+        yield served
+
+
+def on(*servers: Served) -> list[str]:
+    return ["--engine", "vllm-server", "--server", *[server.url for server in servers]]
+
+
+def test_a_server_measures_and_samples_as_vllm_in_process_does(served: Served, tmp_path: Path) -> None:
+    """The weights are its folder's, whatever it has been given before."""
+    with_weights = ["--steps", "1", "--lr", "3e-3", "--warmup-steps", "0", "--output", str(tmp_path / "train")]
+    main(["train", *with_weights, *on(served), *TINY])
+    for name, engine in (("vllm", VLLM), ("server", on(served))):
+        folder = str(tmp_path / name)
+        main(["eval", "--limit", "8", "--samples", "4", "--device", "cpu", "--output", folder, *engine])
+    assert rows(tmp_path / "vllm" / "answers.jsonl") == rows(tmp_path / "server" / "answers.jsonl")
+
+
+def test_what_was_learnt_by_a_server_is_what_is_measured_and_saved(served: Served, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    main(["train", "--steps", "2", "--lr", "3e-3", "--warmup-steps", "0", "--output", str(run), *on(served), *TINY])
+    assert all(line["time/sync"] > 0 for line in rows(run / "metrics.jsonl"))
+    after = json.loads((run / "evaluation.json").read_text())["after"]
+    model = str(run / "checkpoints" / "step-2")
+    main(["eval", "--model", model, "--limit", "4", "--device", "cpu", "--output", str(tmp_path / "eval")])
+    assert json.loads((tmp_path / "eval" / "metrics.json").read_text()) == after
+
+
+def test_a_run_without_servers_left_ends_with_a_checkpoint_and_goes_on_with_a_new_one(tmp_path: Path) -> None:
+    run, port = tmp_path / "run", free_port()
+    options = ["--steps", "12", "--checkpoint-every", "1", "--eval-limit", "0", "--output", run]
+    with serve("builtin", *LENGTH, port=port) as first:
+        process = command("train", *options, *on(first), *TINY[:4], "--device", "cpu")
+        until_there(run / "checkpoints" / "step-2", process)
+        first.send(signal.SIGKILL)
+        out, err = process.communicate(timeout=240)
+    assert process.returncode == 1
+    assert f"no server is left to generate. {first.url}: " in err
+    assert "Traceback" not in err
+    assert f"vlmenv train --resume {run}" in out
+    done = rows(run / "metrics.jsonl")[-1]["step"]
+    with serve("builtin", *LENGTH, port=port):
+        main(["train", "--resume", str(run)])
+    assert [line["step"] for line in rows(run / "metrics.jsonl")] == [*range(1, 13)]
+    assert 2 <= done < 12
+    assert (run / "checkpoints" / "step-12" / "model.safetensors").is_file()
