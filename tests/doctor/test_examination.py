@@ -15,10 +15,11 @@ from torch import Tensor
 
 from vlmenv import tasks
 from vlmenv.agents import checkpoints
+from vlmenv.agents.sampling import Sampled
 from vlmenv.agents.vlm import VLMAgent, find_model
 from vlmenv.cli import main
 from vlmenv.core.config import to_yaml
-from vlmenv.core.errors import RewardError
+from vlmenv.core.errors import EngineError, RewardError
 from vlmenv.doctor import CHECKS
 from vlmenv.envs.rec import RECEnv
 from vlmenv.training import ModelConfig, default_config
@@ -249,6 +250,21 @@ def test_an_engine_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
     assert failed(findings) == {"engine"}
     assert 'needs the extra "vllm"' in findings["engine"].figure
     assert unchecked(findings) == NEEDS_ENGINE
+
+
+def test_an_engine_that_answers_nothing(with_engine: Callable[..., None]) -> None:
+    """The model itself answers in its place, so that the rest can be looked at."""
+
+    class Broken(CopyEngine):
+        def generate(self, *args: Any) -> list[Sampled]:
+            raise EngineError("out of order")
+
+    with_engine(Broken)
+    findings = examined(engine="vllm")
+    assert failed(findings) == {"engine"}
+    assert findings["engine"].figure == "out of order"
+    assert unchecked(findings) == NEEDS_ENGINE
+    assert findings["answers read"].passed
 
 
 def test_an_engine_that_fails(with_engine: Callable[..., None]) -> None:

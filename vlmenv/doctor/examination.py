@@ -64,13 +64,15 @@ def samples(patient: Patient) -> Seen:
 
 
 def engine(patient: Patient) -> Seen:
-    """Whether what generates has started."""
+    """Whether what generates has started, and answers; how it reads prompts is told in other lines."""
     agent, name = patient.agent, patient.config.engine
     if patient.engine_fault:
         return patient.engine_fault, "docs/vllm.md says what it needs. Until then what asks it is left out."
     if agent.engine is None:
         return "the model itself", ""
-    return f"{name}, with room for {agent.engine.max_length} tokens", ""
+    room = agent.engine.max_length
+    patient.try_engine()
+    return f"{name}, with room for {room} tokens", ""
 
 
 _FILES = "Copy the processor's files from the published model into the model's folder."
@@ -82,9 +84,9 @@ CHECKS = (
         "model", model, "Give a folder in the published layout, or a name on the hub, of a family in docs/families.md."
     ),
     Check("samples", samples, "`vlmenv data check` tells all that is wrong with a data set."),
-    Check("engine", engine, "docs/vllm.md says what it needs."),
     Check("weight names", weights.names, "Take a checkpoint in the published layout."),
     Check("image features", prompts.image_features, _FILES),
+    Check("engine", engine, "It fails on plain requests: its message says why. What asks it is left out."),
     Check("prompt text", prompts.prompt_text, _FILES),
     Check("prompt images", prompts.prompt_images, _FILES),
     Check("log-probs", weights.logprobs, _FAILS),

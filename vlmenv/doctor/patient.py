@@ -54,6 +54,7 @@ class Patient:
         samples: As their source gives them.
         blocked: Why the model cannot be asked anything; empty where it can.
         engine_fault: Why the engine cannot be asked; empty where it can.
+        engine_reading: How it reads a prompt otherwise than the trainer; None where it does not.
         engine_memory: Bytes of a GPU that it took when it started.
         baseline: What was sampled before the weights are changed.
         in_step: Whether what generates has taken over changed weights.
@@ -63,6 +64,7 @@ class Patient:
         self.config, self.device = config, device
         self.blocked = ""
         self.engine_fault = ""
+        self.engine_reading: ReadingError | None = None
         self.engine_memory = 0.0
         self.baseline: Rollout | None = None
         self.in_step = False
@@ -125,6 +127,13 @@ class Patient:
         self.samples = [envs.task.source.get(int(index)) for index in infos["index"][::GROUP]]
         self._shown = unbatch(batch)
 
+    def try_engine(self) -> None:
+        """Asks the engine for a token to each prompt. One that reads them otherwise is not asked any more."""
+        try:
+            self.ask(self.shown[::GROUP], Sampling(0.0, 1))
+        except ReadingError as error:
+            self.engine_reading = error
+
     def need_engine(self) -> None:
         """Raises Unchecked where what is to generate cannot be asked."""
         if self.engine_fault:
@@ -149,21 +158,6 @@ class Patient:
         """Hands the present weights to the engine."""
         with self._giving_up():
             self.agent.sync()
-
-    @contextmanager
-    def _giving_up(self) -> Iterator[None]:
-        """Asks the engine no more after an error of its own, which may have ended it."""
-        try:
-            yield
-        except PromptError:
-            raise
-        except Exception as error:
-            engine, self.agent.engine = self.agent.engine, None
-            if engine is not None:
-                self.engine_fault = f"it has failed: {error}"
-                with suppress(Exception):  # of what is there no longer
-                    engine.close()
-            raise
 
     def ask_at_length(self, *, greedy: bool = False) -> Rollout:
         """Short answers to long prompts, the same ones each time: `GROUP` sampled ones to each, or a greedy one."""
@@ -209,17 +203,20 @@ class Patient:
             raise Unchecked(str(error)) from error
         return [processor.read(one) for one in self.shown[::GROUP]]
 
-    @cached_property
-    def engine_reading(self) -> ReadingError | None:
-        """How the engine reads a prompt otherwise than the trainer, after which it is not asked any more."""
-        if self.agent.engine is None:
-            return None
+    @contextmanager
+    def _giving_up(self) -> Iterator[None]:
+        """Asks the engine no more after an error of its own, which may have ended it."""
         try:
-            self.ask(self.shown[::GROUP], Sampling(0.0, 1))
-        except ReadingError as error:
-            self.engine_fault = "it reads prompts otherwise than the trainer"
-            return error
-        return None
+            yield
+        except PromptError:
+            raise
+        except Exception as error:
+            engine, self.agent.engine = self.agent.engine, None
+            if engine is not None:
+                self.engine_fault = f"it has failed: {error}"
+                with suppress(Exception):  # of what is there no longer
+                    engine.close()
+            raise
 
     @cached_property
     def _long_prompts(self) -> list[Observation]:
