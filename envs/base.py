@@ -53,6 +53,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         columns: For parts of a row, the columns that hold them, as in `{"question": "query", "answer": "label"}`.
         skip_broken: Leave broken rows out (`env.source.faults` tells of them) instead of refusing the data set.
         rewards: Terms and weights; the task's defaults where left out.
+        extra_terms: Reward terms by name, beside the task's own or in the place of one of the same name.
         prompt_template: Text with `{question}` and, where they matter, `{answer}` for an example of the answer
             in its format, `{none}` for the answer "None", and `{coordinates}`.
         answer_format: How the answer is set apart: `"tags"` or `"sections"`; the task's own where left out.
@@ -98,6 +99,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         columns: Mapping[str, str] | None = None,
         skip_broken: bool = False,
         rewards: Rewards | None = None,
+        extra_terms: Mapping[str, RewardTerm] | None = None,
         prompt_template: str | None = None,
         answer_format: str | None = None,
         coordinates: str = CoordinateSpace.ORIGINAL,
@@ -116,12 +118,14 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         self.answer_format = _one_of(AnswerFormat, "answer format", answer_format or self.default_format)
         self.template = _checked_template(self.prompt_template if prompt_template is None else prompt_template)
         self._scorer = Scorer(
-            self.terms,
+            {**self.terms, **(extra_terms or {})},
             self.default_rewards if rewards is None else rewards,
             self.answer_format,
             count_tokens,
             exchangeable=self.row_terms.values(),
         )
+        if unused := set(extra_terms or {}) - set(self._scorer.weights):
+            raise ConfigError(f"nothing uses the reward term {', '.join(sorted(unused))}: give it a weight in rewards")
         self.source = self._open(dataset, image_root, split, columns, skip_broken)
         self._order: SampleOrder | None = None
         self._position = 0

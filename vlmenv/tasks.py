@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import gymnasium
 import torch
 import transformers
+import tyro
 from rich.console import Console
 
 from vlmenv.agents.engines.vllm import VLLMEngine, require_vllm
@@ -21,6 +22,7 @@ from vlmenv.core.coordinates import CoordinateSpace
 from vlmenv.core.errors import ConfigError, unknown_name
 from vlmenv.envs.registration import VectorEntryPoint
 from vlmenv.envs.vector import VisualTaskVectorEnv
+from vlmenv.scorers import ScorerConfig
 
 Device = Literal["auto", "cpu", "cuda"]
 EngineName = Literal["hf", "vllm"]
@@ -75,6 +77,7 @@ class TaskConfig:
     """Tokens of prompt and answer together that vLLM makes room for; 16384 where left out, or what the model takes."""
     engine_memory: float | None = None
     """Share of the GPU's memory that vLLM may take, its weights included; 0.4 where left out."""
+    scorers: Annotated[ScorerConfig, tyro.conf.arg(name="")] = field(default_factory=ScorerConfig)
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -107,6 +110,7 @@ class TaskConfig:
         space = coordinate_space(folder) if self.coordinates == "auto" else CoordinateSpace(self.coordinates)
         return {
             "rewards": self.rewards,
+            "extra_terms": self.scorers.terms(),
             "prompt_template": self.prompt_template,
             "answer_format": self.answer_format,
             "count_tokens": TokenCount(folder),
