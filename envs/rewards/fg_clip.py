@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+POSITIONS: Final = 248
+"""Tokens of a long text."""
 SHORT_POSITIONS: Final = 20
 """Positions at the beginning of a long text that keep CLIP's own embeddings (Long-CLIP, arXiv 2403.15378)."""
 
@@ -32,11 +34,10 @@ def load_fg_clip(source: str) -> tuple[Any, Mapping[str, Any]]:
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)
-            text = config.text_config
-            positions = 4 * text.max_position_embeddings - 3 * SHORT_POSITIONS
+            width = config.text_config.hidden_size
             for name in ("position_embedding_ori", "position_embedding_res"):
-                self.text_model.embeddings.add_module(name, nn.Embedding(positions, text.hidden_size))
-            self.text_filip_projection = nn.Linear(text.hidden_size, config.projection_dim, bias=False)
+                self.text_model.embeddings.add_module(name, nn.Embedding(POSITIONS, width))
+            self.text_filip_projection = nn.Linear(width, config.projection_dim, bias=False)
 
     loaded: Any = Stored.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
     model, report = loaded

@@ -380,7 +380,7 @@ def test_a_score_that_the_model_does_not_have(tmp_path: Path) -> None:
 
 
 def save_fg_clip(folder: Path) -> CLIPModel:
-    """A random FG-CLIP with 24 short and 36 long positions, as it is stored; its own code ends the process."""
+    """A random FG-CLIP with 24 short positions and 248 long ones, as it is stored; its own code ends the process."""
     torch.manual_seed(0)
     save_tiny("clip", folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -389,7 +389,7 @@ def save_fg_clip(folder: Path) -> CLIPModel:
     text = TOWER | {"vocab_size": len(tokenizer), "max_position_embeddings": 24, "pad_token_id": 0, "eos_token_id": 1}
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=24)).eval()
     for name in ("ori", "res"):
-        model.text_model.embeddings.add_module(f"position_embedding_{name}", torch.nn.Embedding(36, 32))
+        model.text_model.embeddings.add_module(f"position_embedding_{name}", torch.nn.Embedding(248, 32))
     model.text_filip_projection = torch.nn.Linear(32, 24, bias=False)
     model.logit_scale_hardneg = torch.nn.Parameter(torch.zeros(()))
     model.save_pretrained(folder)
@@ -402,11 +402,11 @@ def save_fg_clip(folder: Path) -> CLIPModel:
 
 def test_fg_clip_reads_long_texts_without_its_own_code(tmp_path: Path) -> None:
     model = save_fg_clip(tmp_path)
-    text, image = "a large red circle on the left and a star and " * 4, np.tile(SCENES[1].image, (1, 2, 1))
-    ids = torch.tensor([AutoTokenizer.from_pretrained(tmp_path)(text, truncation=True, max_length=36)["input_ids"]])
-    assert ids.shape == (1, 36)
+    text, image = "a large red circle on the left and a star and " * 30, np.tile(SCENES[1].image, (1, 2, 1))
+    ids = torch.tensor([AutoTokenizer.from_pretrained(tmp_path)(text, truncation=True, max_length=248)["input_ids"]])
+    assert ids.shape == (1, 248)
     parts = model.text_model.embeddings
-    places = torch.arange(36)[:, None]
+    places = torch.arange(248)[:, None]
     positions = torch.where(places < 20, parts.position_embedding_ori.weight, parts.position_embedding_res.weight)
     embedded = parts.token_embedding(ids) + positions
     parts.forward = lambda **inputs: embedded
