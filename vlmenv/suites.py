@@ -373,17 +373,15 @@ def suite_table(
     how = "greedy" if config.samples is None else f"{config.samples} sampled answers each"
     title = f"{config.suite}: {config.model}, {how}"
     caption = "95 % intervals by bootstrap over samples"
-    table = Table(
-        "data set", "metric", "value", title=title, title_justify="left", caption=caption, caption_justify="left"
-    )
+    columns = ("data set", "metric", "value", "unparsable")
+    table = Table(*columns, title=title, title_justify="left", caption=caption, caption_justify="left")
     shown = {one.entry.name: (*one.entry.shows, "judge", *one.entry.all_right) for one in found}
     for name, metrics in results.items():
-        for metric in shown.get(name, tuple(metrics)):
-            if metric in metrics:
-                table.add_row(name, metric, written(metrics[metric]))
-        for metric in (metric for metric in metrics if metric.startswith("accuracy/") and name in shown):
-            if metric not in shown[name]:
-                table.add_row(name, metric, written(metrics[metric]))
+        wanted = shown.get(name, tuple(metrics))
+        subjects = [metric for metric in metrics if metric.startswith("accuracy/") and metric not in wanted]
+        unparsable = f"{metrics['unparsable'].value:.1%}" if "unparsable" in metrics else ""
+        for metric in (metric for metric in (*wanted, *subjects) if metric in metrics):
+            table.add_row(name, metric, written(metrics[metric]), unparsable)
     return table
 
 
