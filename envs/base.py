@@ -55,6 +55,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         min_image_side: Leave rows out with an image of fewer pixels than this in width or height.
         without_text: Leave rows out whose answer, reasoning included, contains one of these texts.
         rewards: Terms and weights; the task's defaults where left out.
+        extra_terms: Reward terms by name, beside the task's own or in the place of one of the same name.
         prompt_template: Text with `{question}` and, where they matter, `{answer}` for an example of the answer
             in its format, `{none}` for the answer "None", and `{coordinates}`.
         answer_format: How the answer is set apart: `"tags"` or `"sections"`; the task's own where left out.
@@ -104,6 +105,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         min_image_side: int | None = None,
         without_text: Sequence[str] = (),
         rewards: Rewards | None = None,
+        extra_terms: Mapping[str, RewardTerm] | None = None,
         prompt_template: str | None = None,
         answer_format: str | None = None,
         coordinates: str = CoordinateSpace.ORIGINAL,
@@ -122,12 +124,14 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         self.answer_format = _one_of(AnswerFormat, "answer format", answer_format or self.default_format)
         self.template = _checked_template(self.prompt_template if prompt_template is None else prompt_template)
         self._scorer = Scorer(
-            self.terms,
+            {**self.terms, **(extra_terms or {})},
             self.default_rewards if rewards is None else rewards,
             self.answer_format,
             count_tokens,
             exchangeable=self.row_terms.values(),
         )
+        if unused := set(extra_terms or {}) - set(self._scorer.weights):
+            raise ConfigError(f"nothing uses the reward term {', '.join(sorted(unused))}: give it a weight in rewards")
         reading = self.reading(columns, skip_broken, min_image_side, without_text)
         self.source = self._open(dataset, image_root, split, reading)
         self._order: SampleOrder | None = None

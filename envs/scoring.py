@@ -12,15 +12,14 @@ from typing import Any, Final
 
 from vlmenv.core.errors import ConfigError, RewardError, VLMEnvError, unknown_name
 from vlmenv.core.formats import AnswerFormat
-from vlmenv.core.spaces import Image
 from vlmenv.envs.data.source import Sample
 from vlmenv.envs.rewards.terms import BatchTerm, RewardTerm
 
 Rewards = Mapping[str | RewardTerm, float] | Mapping[str, float]
 """Reward terms with their weights: names of the task's own terms, or callables."""
 
-Evaluate = Callable[[Sequence[str], Sequence[Any], Sequence[tuple[Image, ...]]], Iterable[float]]
-"""Of N texts, targets and tuples of images: N numbers."""
+Evaluate = Callable[[Sequence[str], Sequence[Any], Sequence[Sample]], Iterable[float]]
+"""Of N texts, targets and samples: N numbers."""
 
 _TAKEN: Final = ("mean", "std", "zero_std_groups")  # "reward/…" metrics of the trainer
 
@@ -88,7 +87,7 @@ class Scorer:
         scores = [Score(0.0, {}, prediction, {}) for prediction in predictions]
         for name, weight, evaluate, rows in self._plan(samples):
             started = time.perf_counter()
-            arguments = [texts[i] for i in rows], [targets[i] for i in rows], [samples[i].images for i in rows]
+            arguments = [texts[i] for i in rows], [targets[i] for i in rows], [samples[i] for i in rows]
             values = _evaluated(name, evaluate, arguments, [samples[i].id for i in rows])
             share = (time.perf_counter() - started) / len(rows)
             for i, value in zip(rows, values, strict=True):
@@ -111,14 +110,26 @@ class Scorer:
     def _evaluator(self, term: RewardTerm) -> Evaluate:
         if isinstance(term, BatchTerm):
             term.load()
-            return functools.partial(term.batch, answer_format=self._answer_format)
+            return functools.partial(_together, term, self._answer_format)
         wanted = _parameters(term)
         given = {name: value for name, value in self._given.items() if name in wanted}
         return functools.partial(_each, functools.partial(term, **given))
 
 
+def _together(
+    term: BatchTerm,
+    answer_format: AnswerFormat,
+    texts: Sequence[str],
+    targets: Sequence[Any],
+    samples: Sequence[Sample],
+) -> Sequence[float]:
+    """A term that scores N answers at once; it is told their questions if it asks for them."""
+    asked = {"questions": [sample.question for sample in samples]} if "questions" in _parameters(term.batch) else {}
+    return term.batch(texts, targets, [sample.images for sample in samples], answer_format, **asked)
+
+
 def _each(
-    term: Callable[..., float], texts: Sequence[str], targets: Sequence[Any], images: Sequence[tuple[Image, ...]]
+    term: Callable[..., float], texts: Sequence[str], targets: Sequence[Any], samples: Sequence[Sample]
 ) -> Iterator[float]:
     """A term of single answers over N of them, one by one."""
     return (term(text, target) for text, target in zip(texts, targets, strict=True))
@@ -127,7 +138,7 @@ def _each(
 def _evaluated(
     name: str,
     evaluate: Evaluate,
-    arguments: tuple[Sequence[str], Sequence[Any], Sequence[tuple[Image, ...]]],
+    arguments: tuple[Sequence[str], Sequence[Any], Sequence[Sample]],
     ids: Sequence[str],
 ) -> list[float]:
     """The values of a term, all of which are numbers.
@@ -180,7 +191,7 @@ def _name_of(term: RewardTerm) -> str:
     return getattr(term, "__name__", type(term).__name__)
 
 
-def _parameters(term: Callable[..., float]) -> Container[str]:
+def _parameters(term: Callable[..., Any]) -> Container[str]:
     try:
         return inspect.signature(term).parameters
     except (TypeError, ValueError):  # of some built-in functions

@@ -54,7 +54,8 @@ class VQAEnv(VisualTaskEnv):
 
     def measure(self, text: str, target: Answer, terms: Mapping[str, float]) -> dict[str, float]:
         answered = parse_reply(self.answer_format.extract(text), target)
-        return {
+        judged = {"judge": terms["judge"]} if "judge" in terms else {}
+        return judged | {
             "accuracy": accuracy_reward(text, target, self.answer_format),
             "unparsable": float(answered is None),
             "format": format_reward(text, target, self.answer_format),

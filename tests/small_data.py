@@ -19,7 +19,7 @@ from vlmenv.envs.vqa import VQAEnv
 COUNT = 6
 WITHOUT_HUB = {
     "vlm_r1_math": "--dataset geometry/samples.jsonl",
-    "pebr_r1_stage1": "--rewards clip 0.4 keywords 0.4 format 0.1 length 0.1",
+    "pebr_r1_stage1": "--clip-model None --rewards clip 0.4 keywords 0.4 format 0.1 length 0.1",
 }
 """For recipes that need the Hugging Face hub, options that do not."""
 
@@ -159,7 +159,8 @@ def small_pipeline(name: str, folder: Path, **changes: Any) -> Path:
         content["stages"]["warmup"]["train"]["lr"] = 1e-5  # two steps at more would harm the model
     else:
         terms = {"clip": 0.4, "keywords": 0.4, "format": 0.1, "length": 0.1}  # by the model that is built in
-        content["stages"]["perception"]["train"]["rewards"] = content["evaluate"]["perception"]["rewards"] = terms
+        content["stages"]["perception"]["train"] |= {"rewards": terms, "clip_model": None}
+        content["evaluate"]["perception"]["rewards"] = terms
         # A few answers of a model that is not meant for these rows: all count as right, and so all rows as easy.
         content["stages"]["sampling"]["sample"] |= {"measure": "unparsable", "threshold": 0.0}
         content["stages"]["reasoning"]["train"]["dataset"] = ["{sampling}/easy.json"]

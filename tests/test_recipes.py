@@ -44,7 +44,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "prompts_per_step": 560,
         "minibatches": 560 // 112,
         "epochs": 1,
-        "rewards": {"clip:openai/clip-vit-large-patch14": 0.4, "keywords": 0.4, "format": 0.1, "length": 0.1},
+        "clip_model": "qihoo360/fg-clip-large",
+        "rewards": {"clip": 0.4, "keywords": 0.4, "format": 0.1, "length": 0.1},
     },
     "pebr_r1_stage2": STAGE
     | {

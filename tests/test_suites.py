@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import shared
+from judge_server import Server
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -23,6 +26,7 @@ from vlmenv.core.rollout import Observation
 from vlmenv.envs.data.coco import filtered_instances
 from vlmenv.envs.metrics.detection import nms_ap
 from vlmenv.evaluation import EvalConfig
+from vlmenv.scorers import ScorerConfig
 from vlmenv.suites import VLM_R1, Found, all_right, image_root, run_suite
 
 TAGS, SECTIONS = AnswerFormat.TAGS.write, AnswerFormat.SECTIONS.write
@@ -125,7 +129,7 @@ def test_refcoco_in_both_of_its_layouts(tmp_path: Path, scripted: Scripted, caps
         lines = (tmp_path / "out" / name / "answers.jsonl").read_text().splitlines()
         assert [json.loads(line)["completion"] for line in lines] == [TAGS(box) for box in boxes.values()]
     shown = capsys.readouterr().out
-    assert "accuracy@0.5" in shown
+    assert re.search(r"refcoco_val +│ accuracy@0.5 +│ 0.667 \(0.000 to 1.000\) +│ 0.0%", shown)
     assert "left out, as not there: refcocop_val (refcocop_val.jsonl)" in shown
     assert "lisa_test" in shown
     assert "huggingface.co/datasets/omlab/OVDEval" in shown.replace("\n", "")
@@ -350,6 +354,25 @@ def run_suite_with(scripted: Scripted, answers: dict[str, str], folder: Path) ->
     return run_suite(options("pebr_r1", folder, folder / "out"))
 
 
+def test_a_judge_says_what_it_thinks_besides_the_rules(
+    tmp_path: Path, scripted: Scripted, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """MathVista's own evaluation reads answers by a language model; "fourteen" is one that rules do not read."""
+    mathvista(tmp_path)
+    scripted.script({f"number {i}?": SECTIONS(answer) for i, answer in enumerate(("A", "fourteen", "1.2", "Paris"))})
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        server.reply = lambda turn, request: "no" if ": 140°" in request["messages"][0]["content"] else "yes"
+        scorers = ScorerConfig(judge_url=server.url, judge_model="tester")
+        found = run_suite(options("pebr_r1", tmp_path, tmp_path / "out", scorers=scorers))["mathvista"]
+        with pytest.raises(ConfigError, match="judge_url does not go with vlm_r1"):
+            run_suite(options("vlm_r1", tmp_path, tmp_path / "out", scorers=scorers))
+        server.shutdown()
+    assert (found["accuracy"].value, found["judge"].value) == (2 / 4, 3 / 4)
+    assert "judge" in capsys.readouterr().out
+    assert any("B: 140°" in prompt for prompt in server.prompts())
+
+
 def test_hallusion_bench_by_figure_and_by_pair_of_questions(tmp_path: Path, scripted: Scripted) -> None:
     """Two figures with two questions each, one of the four answers wrong: 3/4, one figure and one pair."""
     rows = [
@@ -436,6 +459,7 @@ def test_images_that_are_not_there_are_an_error(tmp_path: Path, scripted: Script
         ({"env": "VLM-VQA-v0"}, "env does not go with a suite"),
         ({"dataset": ("a.jsonl",)}, "dataset does not go with a suite"),
         ({"rewards": {"iou": 1.0}}, "rewards does not go with a suite"),
+        ({"scorers": ScorerConfig(clip_model="a")}, "clip_model does not go with a suite"),
         ({"suite": None}, "data goes with a suite"),
     ],
 )

@@ -90,6 +90,8 @@ def _ovdeval(name: str) -> Entry:
     return Entry(f"ovdeval_{name}", "VLM-OVD-v0", files, ("NMS-AP",), "https://huggingface.co/datasets/omlab/OVDEval")
 
 
+_JUDGED: Final = ("VLM-Math-v0", "VLM-VQA-v0")
+"""Tasks whose answers a judge may compare besides."""
 _INSTANCES: Final = "annotations/instances_val2017.json"
 
 VLM_R1: Final = Suite(
@@ -207,6 +209,10 @@ def _checked(config: EvalConfig) -> Suite:
     for name in ("env", "dataset", "image_root", "split", "columns", "rewards"):
         if getattr(config, name) != getattr(own, name):
             raise ConfigError(f"{name} does not go with a suite, which has its own")
+    if config.scorers.clip_model is not None:
+        raise ConfigError("clip_model does not go with a suite: there is no description to score")
+    if config.scorers.judge_url is not None and not any(entry.env in _JUDGED for entry in SUITES[config.suite].entries):
+        raise ConfigError(f"judge_url does not go with {config.suite}, whose answers are boxes")
     for folder in config.data:
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder")
@@ -254,6 +260,10 @@ def _measure(one: Found, config: EvalConfig, agent: VLMAgent, console: Console, 
     output, suite = config.output / one.entry.name, SUITES[config.suite or ""]
     arguments = config.env_arguments()
     arguments["answer_format"] = config.answer_format or suite.answer_format
+    if config.scorers.judge_url is not None and one.entry.env in _JUDGED:
+        arguments["rewards"] = {"accuracy": 1.0, "judge": 1.0}
+    else:
+        arguments["extra_terms"] = None
     dataset, image_root = _dataset(one, output, processes)
     envs = make_eval_envs(
         config, one.entry.env, dataset=dataset, image_root=image_root, skip_broken=config.skip_broken, **arguments
@@ -363,17 +373,15 @@ def suite_table(
     how = "greedy" if config.samples is None else f"{config.samples} sampled answers each"
     title = f"{config.suite}: {config.model}, {how}"
     caption = "95 % intervals by bootstrap over samples"
-    table = Table(
-        "data set", "metric", "value", title=title, title_justify="left", caption=caption, caption_justify="left"
-    )
-    shown = {one.entry.name: (*one.entry.shows, *one.entry.all_right) for one in found}
+    columns = ("data set", "metric", "value", "unparsable")
+    table = Table(*columns, title=title, title_justify="left", caption=caption, caption_justify="left")
+    shown = {one.entry.name: (*one.entry.shows, "judge", *one.entry.all_right) for one in found}
     for name, metrics in results.items():
-        for metric in shown.get(name, tuple(metrics)):
-            if metric in metrics:
-                table.add_row(name, metric, written(metrics[metric]))
-        for metric in (metric for metric in metrics if metric.startswith("accuracy/") and name in shown):
-            if metric not in shown[name]:
-                table.add_row(name, metric, written(metrics[metric]))
+        wanted = shown.get(name, tuple(metrics))
+        subjects = [metric for metric in metrics if metric.startswith("accuracy/") and metric not in wanted]
+        unparsable = f"{metrics['unparsable'].value:.1%}" if "unparsable" in metrics else ""
+        for metric in (metric for metric in (*wanted, *subjects) if metric in metrics):
+            table.add_row(name, metric, written(metrics[metric]), unparsable)
     return table
 
 

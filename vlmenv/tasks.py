@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import gymnasium
 import torch
 import transformers
+import tyro
 from rich.console import Console
 
 from vlmenv.agents.engines.remote import Patience, check_address
@@ -22,8 +23,8 @@ from vlmenv.agents.vlm import BUILTIN, Sampling, VLMAgent, find_model
 from vlmenv.core.coordinates import CoordinateSpace
 from vlmenv.core.errors import ConfigError, unknown_name
 from vlmenv.envs.registration import VectorEntryPoint
-from vlmenv.envs.rewards.clip import ClipScore
 from vlmenv.envs.vector import VisualTaskVectorEnv
+from vlmenv.scorers import ScorerConfig
 
 Device = Literal["auto", "cpu", "cuda"]
 EngineName = Literal["hf", "vllm", "vllm-server"]
@@ -54,8 +55,7 @@ class TaskConfig:
     without_text: tuple[str, ...] = ()
     """Leave rows out whose answer, reasoning included, contains one of these texts."""
     rewards: dict[str, float] | None = None
-    """Reward terms and weights, as in `--rewards iou 1 format 0.5`; the task's own where left out. `clip:NAME` is the
-    term `clip` by another model, a folder or a name on the Hugging Face hub."""
+    """Reward terms and weights, as in `--rewards iou 1 format 0.5`; the task's own where left out."""
     prompt_template: str | None = None
     """Prompt with {question}, and {answer}, {none} and {coordinates} where they matter."""
     answer_format: Literal["tags", "sections"] | None = None
@@ -90,6 +90,7 @@ class TaskConfig:
     """Tokens of prompt and answer together that vLLM makes room for; 16384 where left out, or what the model takes."""
     engine_memory: float | None = None
     """Share of the GPU's memory that vLLM may take, its weights included; 0.4 where left out."""
+    scorers: Annotated[ScorerConfig, tyro.conf.arg(name="")] = field(default_factory=ScorerConfig)
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -137,7 +138,8 @@ class TaskConfig:
         folder = find_model(self.model)
         space = coordinate_space(folder) if self.coordinates == "auto" else CoordinateSpace(self.coordinates)
         return {
-            "rewards": None if self.rewards is None else {_term(name): w for name, w in self.rewards.items()},
+            "rewards": self.rewards,
+            "extra_terms": self.scorers.terms(),
             "prompt_template": self.prompt_template,
             "answer_format": self.answer_format,
             "count_tokens": TokenCount(folder),
@@ -158,10 +160,6 @@ class TaskConfig:
             "min_image_side": self.min_image_side,
             "without_text": self.without_text,
         }
-
-
-def _term(name: str) -> str | ClipScore:
-    return ClipScore(name.removeprefix("clip:")) if name.startswith("clip:") else name
 
 
 def whole_name(name: str) -> str:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
-from typing import Any, Final
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
-from vlmenv.core.errors import ModelError
+from vlmenv.core.errors import ConfigError, ModelError, unknown_name
 from vlmenv.core.formats import AnswerFormat
 from vlmenv.core.spaces import Image
+from vlmenv.envs.rewards.fg_clip import is_fg_clip, load_fg_clip
 from vlmenv.envs.rewards.terms import BatchTerm
 
 BUILTIN: Final = "builtin"
@@ -29,6 +31,7 @@ _BATCH = 64  # texts or images that go through a tower at once
 _REMEMBERED = 4096  # images whose embeddings are kept
 
 Vector = NDArray[np.float32]
+ScoreName = Literal["cosine", "sigmoid"]
 
 
 class ClipScore(BatchTerm):
@@ -37,26 +40,38 @@ class ClipScore(BatchTerm):
     PeBR-R1 (arXiv 2509.13031). Only what a completion says about the image is scored; saying nothing
     scores 0, and so does a sample without an image. Of several images, s is the mean of their cosines.
 
+    SigLIP's cosines stay far below 0.4, also where all fits. Its own score is the probability that both
+    belong together, the sigmoid of its scaled and shifted cosine (arXiv 2303.15343): score "sigmoid".
+
     The model is loaded when it is first needed, once per process however many terms use it, and goes
     on the GPU where there is one.
 
     Args:
         model: `"builtin"`, a folder, or a name on the Hugging Face hub, of any model that transformers'
-            `AutoModel` gives both image and text features: CLIP, SigLIP, SigLIP 2, AltCLIP and others.
+            `AutoModel` gives both image and text features: CLIP, SigLIP, SigLIP 2, AltCLIP and others; or
+            FG-CLIP, with its embeddings of long texts.
+        score: "cosine", or "sigmoid" for models of SigLIP's kind.
+        remote_code: Run the code that a checkpoint brings, which may do anything. FG-CLIP's is not needed.
+
+    Raises:
+        ConfigError: There is no such score.
     """
 
     name = "clip"
 
-    def __init__(self, model: str = BUILTIN) -> None:
-        self.model = model
+    def __init__(self, model: str = BUILTIN, score: ScoreName = "cosine", remote_code: bool = False) -> None:
+        if score not in get_args(ScoreName):
+            raise ConfigError(unknown_name("score", score, get_args(ScoreName)))
+        self.model, self.score, self.remote_code = model, score, remote_code
 
     def load(self) -> None:
         """Loads the model now, so that what is wrong with it shows early.
 
         Raises:
-            ModelError: There is no such model, or it is not of the CLIP kind.
+            ModelError: There is no such model, it is not of the CLIP kind, or has no score of this name.
         """
-        _load(self.model)
+        if _load(self.model, self.remote_code).sigmoid is None and self.score == "sigmoid":
+            raise ModelError(f"{self.model}: has no sigmoid score, as it was not trained for one; leave it out")
 
     def batch(
         self,
@@ -66,8 +81,14 @@ class ClipScore(BatchTerm):
         answer_format: AnswerFormat,
     ) -> list[float]:
         """Scores N completions; the targets do not matter."""
-        cosines = self.cosines([answer_format.description(text) for text in texts], images)
-        return [min(1.0, max(0.0, cosine) / CEILING) for cosine in cosines]
+        descriptions = [answer_format.description(text) for text in texts]
+        cosines = self.cosines(descriptions, images)
+        if self.score == "cosine":
+            return [min(1.0, max(0.0, cosine) / CEILING) for cosine in cosines]
+        self.load()
+        scale, shift = _load(self.model, self.remote_code).sigmoid or (0.0, 0.0)
+        said = (bool(text and shown) for text, shown in zip(descriptions, images, strict=True))
+        return [float(s) / (1 + math.exp(-scale * cosine - shift)) for s, cosine in zip(said, cosines, strict=True)]
 
     def cosines(self, descriptions: Sequence[str], images: Sequence[tuple[Image, ...]]) -> list[float]:
         """The CLIP scores themselves of N descriptions; 0 where there is no description or no image.
@@ -75,26 +96,36 @@ class ClipScore(BatchTerm):
         Raises:
             ModelError: See `load`.
         """
-        return _load(self.model).cosines([_readable(text) for text in descriptions], images)
+        return _load(self.model, self.remote_code).cosines([_readable(text) for text in descriptions], images)
 
 
 class _Towers:
-    """A model's text tower and image tower, with the embeddings of the latest images."""
+    """A model's text tower and image tower, with the embeddings of the latest images.
 
-    def __init__(self, name: str) -> None:
+    Attributes:
+        sigmoid: Scale and shift of the cosine before a sigmoid; None where the model has no such score.
+    """
+
+    def __init__(self, name: str, remote_code: bool = False) -> None:
         import torch
         from transformers import AutoImageProcessor, AutoTokenizer
 
         source = str(files("vlmenv.envs.rewards") / "builtin_clip") if name == BUILTIN else name
-        self._model = _load_weights(source)
-        self._tokenizer = AutoTokenizer.from_pretrained(source)
+        config = _stored_config(source)
+        self._model = _load_weights(source, config, remote_code)
+        self._tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=remote_code)
         if not set(self._tokenizer("a red circle")["input_ids"]) - set(self._tokenizer.all_special_ids):
             raise ModelError("its tokenizer knows no words, which is what transformers makes of missing files")
         # Pillow's resizing is always there, so that scores do not depend on whether torchvision is.
-        self._image_processor = AutoImageProcessor.from_pretrained(source, backend="pil")
+        processor = AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=remote_code)
+        self._image_processor = processor
         # SigLIP was trained on texts filled up to the full length, the padding attended to.
         self._filled_up = self._model.config.model_type.startswith("siglip")
         self._max_tokens = min(self._tokenizer.model_max_length, _text_positions(self._model))
+        self._side: int | None = None
+        if is_fg_clip(config):  # its tokenizer speaks of CLIP's length, and its images are squares, not cut-outs
+            self._max_tokens, self._side = _text_positions(self._model), self._model.config.vision_config.image_size
+        self.sigmoid = _sigmoid(self._model)
         self._cache: OrderedDict[bytes, Vector] = OrderedDict()
         self._lock = threading.Lock()  # the tokenizer's padding is state, as the cache is
         self.cosines(["shape " * _LONGEST], [(np.zeros((8, 8, 3), np.uint8),)])
@@ -131,11 +162,14 @@ class _Towers:
         distinct = {keys[id(image)]: image for image in images}
         found = {key: self._cache[key] for key in distinct if key in self._cache}
         for chunk in _chunks([key for key in distinct if key not in found]):
-            pictures = [PILImage.fromarray(distinct[key]) for key in chunk]
+            pictures = [self._shaped(PILImage.fromarray(distinct[key])) for key in chunk]
             inputs = self._image_processor(images=pictures, return_tensors="pt")
             found |= zip(chunk, self._run(self._model.get_image_features, inputs), strict=True)
         self._remember(found)
         return {i: found[key] for i, key in keys.items()}
+
+    def _shaped(self, picture: PILImage.Image) -> PILImage.Image:
+        return picture if self._side is None else picture.resize((self._side, self._side))
 
     def _remember(self, found: dict[bytes, Vector]) -> None:
         self._cache |= found
@@ -155,35 +189,62 @@ class _Towers:
         return unit
 
 
-_loaded: dict[str, _Towers] = {}
+_loaded: dict[tuple[str, bool], _Towers] = {}
 _loading = threading.Lock()
 
 
-def _load(name: str) -> _Towers:
+def _load(name: str, remote_code: bool = False) -> _Towers:
     with _loading:
-        if name not in _loaded:
+        if (name, remote_code) not in _loaded:
             try:
-                _loaded[name] = _Towers(name)
+                _loaded[name, remote_code] = _Towers(name, remote_code)
             except Exception as error:  # whatever a model's own code may raise
                 raise ModelError(
                     f"{name}: cannot be used to score descriptions: {error}\nGive 'builtin', or the folder or "
                     "hub name of a CLIP-like model with its tokenizer and image processor."
                 ) from error
-        return _loaded[name]
+        return _loaded[name, remote_code]
 
 
-def _load_weights(source: str) -> Any:
-    import torch
-    from transformers import AutoModel
+def _stored_config(source: str) -> dict[str, Any]:
+    """A checkpoint's configuration as it is stored."""
+    from transformers import PretrainedConfig
 
-    loaded: Any = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-    model, report = loaded
+    stored: dict[str, Any] = PretrainedConfig.get_config_dict(source)[0]
+    return stored
+
+
+def _load_weights(source: str, config: dict[str, Any], remote_code: bool) -> Any:
+    model, report = load_fg_clip(source) if is_fg_clip(config) else _load_any(source, config, remote_code)
     if report["missing_keys"]:
         raise ModelError(f"{len(report['missing_keys'])} of its weights are missing")
     for tower in ("get_text_features", "get_image_features"):
         if not hasattr(model, tower):
             raise ModelError(f"{type(model).__name__} has no {tower}")
     return model.eval()
+
+
+def _load_any(source: str, config: dict[str, Any], remote_code: bool) -> Any:
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
+
+    brought = config.get("auto_map") or {}
+    if brought and not remote_code and config.get("model_type") not in CONFIG_MAPPING:
+        raise ModelError(
+            f"it is of the kind '{config.get('model_type')}', which needs code that the checkpoint brings; that is "
+            "run only where remote_code (--clip-remote-code) allows it"
+        )
+    # FG-CLIP 2 and others name their class for another purpose than it has.
+    known_as_causal = remote_code and "AutoModel" not in brought and "AutoModelForCausalLM" in brought
+    kind: Any = AutoModelForCausalLM if known_as_causal else AutoModel
+    return kind.from_pretrained(source, dtype=torch.float32, output_loading_info=True, trust_remote_code=remote_code)
+
+
+def _sigmoid(model: Any) -> tuple[float, float] | None:
+    """Scale and shift of the cosine before a sigmoid; None where the model has no shift, as it needs none."""
+    if getattr(model, "logit_bias", None) is None:
+        return None
+    return math.exp(model.logit_scale.item()), model.logit_bias.item()
 
 
 def _text_positions(model: Any) -> int:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ import torch
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image as PILImage
 from transformers import (
     AltCLIPConfig,
     AltCLIPModel,
@@ -33,7 +35,7 @@ from transformers import (
 )
 
 from vlmenv.agents.vlm import find_model
-from vlmenv.core.errors import ModelError
+from vlmenv.core.errors import ConfigError, ModelError
 from vlmenv.core.formats import AnswerFormat
 from vlmenv.core.spaces import Image
 from vlmenv.envs.data.captions import describe, keywords
@@ -251,9 +253,9 @@ def test_threads_share_one_model(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
 
     class Counted(clip._Towers):
-        def __init__(self, name: str) -> None:
+        def __init__(self, name: str, remote_code: bool = False) -> None:
             made.append(name)
-            super().__init__(name)
+            super().__init__(name, remote_code)
 
     monkeypatch.setattr(clip, "_Towers", Counted)
     monkeypatch.setattr(clip, "_loaded", {})
@@ -350,6 +352,96 @@ def direct_cosine(kind: str, folder: Path, text: str, image: Image) -> float:
     with torch.no_grad():
         out = model(input_ids=torch.tensor([tokens]), **pixels)
     return float((out.text_embeds * out.image_embeds).sum())
+
+
+@pytest.mark.parametrize("kind", ["siglip", "siglip2"])
+def test_the_sigmoid_score_is_the_probability_that_transformers_computes(kind: str, tmp_path: Path) -> None:
+    save_tiny(kind, tmp_path)
+    model = {"siglip": SiglipModel, "siglip2": Siglip2Model}[kind].from_pretrained(tmp_path)
+    texts, images = (
+        ["a star", "a large red circle on the left", ""],
+        [SCENES[0].image, SCENES[1].image, SCENES[2].image],
+    )
+    found = ClipScore(str(tmp_path), "sigmoid").batch(
+        [TAGS.write("3", text) for text in texts], [None] * 3, [(image,) for image in images], TAGS
+    )
+    for text, image, probability in zip(texts[:2], images, found, strict=False):
+        logit = direct_cosine(kind, tmp_path, text, image) * model.logit_scale.exp() + model.logit_bias
+        assert probability == pytest.approx(torch.sigmoid(logit).item(), abs=1e-5)
+    assert found[2] == 0
+    assert found[0] != pytest.approx(found[1], abs=1e-4)
+
+
+def test_a_score_that_the_model_does_not_have(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="has no sigmoid score"):
+        ClipScore(score="sigmoid").load()
+    with pytest.raises(ConfigError, match="unknown score 'softmax'"):
+        ClipScore(score="softmax")  # type: ignore[arg-type]
+
+
+def save_fg_clip(folder: Path) -> CLIPModel:
+    """A random FG-CLIP with 24 short positions and 248 long ones, as it is stored; its own code ends the process."""
+    torch.manual_seed(0)
+    save_tiny("clip", folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.model_max_length = 24
+    tokenizer.save_pretrained(folder)
+    text = TOWER | {"vocab_size": len(tokenizer), "max_position_embeddings": 24, "pad_token_id": 0, "eos_token_id": 1}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=24)).eval()
+    for name in ("ori", "res"):
+        model.text_model.embeddings.add_module(f"position_embedding_{name}", torch.nn.Embedding(248, 32))
+    model.text_filip_projection = torch.nn.Linear(32, 24, bias=False)
+    model.logit_scale_hardneg = torch.nn.Parameter(torch.zeros(()))
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["FGCLIPModel"], "auto_map": {"AutoModelForCausalLM": "modeling_fgclip.FGCLIPModel"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "modeling_fgclip.py").write_text("import os\nos._exit(3)\n")
+    return model
+
+
+def test_fg_clip_reads_long_texts_without_its_own_code(tmp_path: Path) -> None:
+    model = save_fg_clip(tmp_path)
+    text, image = "a large red circle on the left and a star and " * 30, np.tile(SCENES[1].image, (1, 2, 1))
+    ids = torch.tensor([AutoTokenizer.from_pretrained(tmp_path)(text, truncation=True, max_length=248)["input_ids"]])
+    assert ids.shape == (1, 248)
+    parts = model.text_model.embeddings
+    places = torch.arange(248)[:, None]
+    positions = torch.where(places < 20, parts.position_embedding_ori.weight, parts.position_embedding_res.weight)
+    embedded = parts.token_embedding(ids) + positions
+    parts.forward = lambda **inputs: embedded
+    square = PILImage.fromarray(image).resize((32, 32))
+    pixels = CLIPImageProcessorPil.from_pretrained(tmp_path)(images=square, return_tensors="pt")
+    with torch.no_grad():
+        a = model.text_filip_projection(model.text_model(ids).pooler_output)[0]
+        b = model.get_image_features(**pixels).pooler_output[0]
+    (found,) = ClipScore(str(tmp_path)).cosines([text], [(image,)])
+    assert found == pytest.approx(float(torch.nn.functional.cosine_similarity(a, b, dim=0)), abs=1e-5)
+
+
+def test_code_of_a_checkpoint_runs_only_where_it_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CLIP of a kind of its own, whose class is named for another purpose, as FG-CLIP 2's is."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    save_tiny("clip", tmp_path)
+    expected = ClipScore(str(tmp_path)).cosines(TRUE[:1], IMAGES[:1])
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path, other)
+    config = json.loads((other / "config.json").read_text()) | {"model_type": "own_clip", "architectures": ["OwnCLIP"]}
+    config["auto_map"] = {"AutoConfig": "own_clip.OwnConfig", "AutoModelForCausalLM": "own_clip.OwnCLIP"}
+    (other / "config.json").write_text(json.dumps(config))
+    (other / "own_clip.py").write_text(
+        "from pathlib import Path\n"
+        "from transformers import CLIPConfig, CLIPModel\n"
+        f"Path({str(tmp_path / 'ran')!r}).touch()\n"
+        "class OwnConfig(CLIPConfig):\n    model_type = 'own_clip'\n"
+        "class OwnCLIP(CLIPModel):\n    config_class = OwnConfig\n"
+    )
+    with pytest.raises(ModelError, match="run only where remote_code"):
+        ClipScore(str(other)).load()
+    assert not (tmp_path / "ran").exists()
+    found = ClipScore(str(other), remote_code=True).cosines(TRUE[:1], IMAGES[:1])
+    assert (tmp_path / "ran").exists()
+    assert found == pytest.approx(expected, abs=1e-5)
 
 
 def test_what_cannot_score_descriptions_is_refused(tmp_path: Path) -> None:
