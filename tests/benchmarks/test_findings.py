@@ -15,7 +15,12 @@ from PIL import Image
 
 from vlmenv.cli import main
 
-SMALL = {"hacking": {"prompts": 1}, "zero_variance": {"prompts": 1}, "sft_vs_rl": {}}
+SMALL = {
+    "hacking": {"prompts": 1},
+    "zero_variance": {"prompts": 1},
+    "sft_vs_rl": {},
+    "two_stages": {"prompts": 1, "steps": 2},
+}
 
 
 @pytest.fixture
@@ -30,18 +35,22 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.mark.parametrize("name", SMALL)
 def test_a_finding(name: str, runs: ModuleType, tmp_path: Path) -> None:
     script, output = importlib.import_module(name), tmp_path / f"{name}.md"
-    args = script.Args(seeds=1, steps=1, limit=2, runs=tmp_path / "runs", output=output, **SMALL[name])
+    args = script.Args(
+        **{"seeds": 1, "steps": 1, "limit": 2, "runs": tmp_path / "runs", "output": output} | SMALL[name]
+    )
     script.main(args)
     text = output.read_text()
     rows = [
-        line for line in text.splitlines() if re.match(r"\| (before|map|map50|od_length|grpo|sft|as they|left)", line)
+        line
+        for line in text.splitlines()
+        if re.match(r"\| (before|map|map50|od_length|grpo|sft|as they|left|…|perc|both|reas)", line)
     ]
-    assert len(rows) == {"hacking": 4, "zero_variance": 3, "sft_vs_rl": 3}[name]
+    assert len(rows) == {"hacking": 4, "zero_variance": 3, "sft_vs_rl": 3, "two_stages": 5}[name]
     for row in rows[1:]:
         assert re.search(r"\d\.\d{3}", row)
     assert f"{name}.png" in text
     assert Image.open(output.with_suffix(".png")).size[0] == 900
-    found = [json.loads((run / "evaluation.json").read_text()) for run in (tmp_path / "runs").glob("*seed0")]
+    found = [json.loads((run / "evaluation.json").read_text()) for run in (tmp_path / "runs").glob("*seed0*")]
     assert len(found) == len(rows) - 1
     script.main(args)  # nothing is trained anew
     assert output.read_text() == text
