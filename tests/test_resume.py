@@ -24,6 +24,7 @@ OPTIONS = {
     "all weights": ["--algo", "grpo", "--mu", "2", "--minibatches", "2", "--beta", "0.01"],
     "adapters": ["--lora-rank", "4", "--lora-dropout", "0.1", "--lora-vision", "--beta", "0.01"],
     "critic": ["--algo", "ppo", "--freeze-projector", "--vision-lr", "1e-4"],
+    "replays": ["--algo", "grpo", "--replay", "6", "--rewards", "iou@0.5", "1", "--beta", "0.01"],
     "resampling": ["--algo", "dapo", "--most-rounds", "3", "--gradient-checkpointing"],
     "imitation": ["--algo", "sft", "--group-size", "1"],
 }

@@ -165,7 +165,8 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
             raise ConfigError("log_samples is for a tracker, but tracker is none")
         if self.temperature == 0:
             raise ConfigError("temperature must be above 0: training needs varied answers")
-        unused = ("correction", "correction_cap", "max_staleness")
+        replays = getattr(self.algorithm, "replay", 0) > 0  # of answers by earlier weights
+        unused = (*(() if replays else ("correction", "correction_cap")), "max_staleness")
         if self.engine == "hf" and (given := [name for name in unused if getattr(self.trainer, name)]):
             raise ConfigError(f"{' and '.join(given)} go with an engine: the model itself samples from what it learns")
         if self.trainer.max_staleness and self.engine != "vllm-server":
