@@ -166,6 +166,7 @@ class Trainer:
         self._reset_with: dict[str, Any] = {}  # the arguments of the next reset
         self._ahead: Collected | Exception | None = None  # what the next step learns from, if that is there already
         self._is_synced = False
+        self._seen: dict[str, Any] | None = None  # what the environments know of their samples, as of `_shown`
         self.replay = Replay(algorithm.replay, group_size) if algorithm.replay else None
         self.is_between_steps = True
         """False once weights have been updated, which then are of no step until it is finished."""
@@ -202,7 +203,8 @@ class Trainer:
         self._seed = seed
         if self.step == 0:
             self.agent.seed(seed + self.accelerator.process_index)
-        self._reset_with = {"seed": seed, "options": {"skip": self._shown} if self._shown else None}
+        seen = {"skip": self._shown} if self._seen is None else {"state": self._seen}
+        self._reset_with = {"seed": seed, "options": seen if self._shown else None}
         while self.step < self.config.steps:
             yield self._step()
 
@@ -253,7 +255,7 @@ class Trainer:
         if not self.config.max_staleness or self.step + 1 == self.config.steps:
             yield
             return
-        shown, random = self._shown, self.agent.rng_state()
+        shown, seen, random = self._shown, self._seen, self.agent.rng_state()
         ahead = Background(lambda: self._collect({}))
         try:
             yield
@@ -263,7 +265,7 @@ class Trainer:
         with timed(clock, "rollout"):
             self._ahead = ahead.wait()
         if isinstance(self._ahead, Exception):  # a checkpoint has not got that far then
-            self._shown = shown
+            self._shown, self._seen = shown, seen
             self.agent.set_rng_state(random)
 
     def _remember(self) -> None:
@@ -272,6 +274,8 @@ class Trainer:
         self._own: dict[str, Any] = {"agent": self.agent.rng_state(), "torch": torch.get_rng_state()}
         if self.agent.device.type == "cuda":
             self._own["cuda"] = torch.cuda.get_rng_state()
+        if self._seen is not None:
+            self._own["seen"] = self._seen
         self._own_ahead = self._ahead
         self._own_replay = None if self.replay is None else self.replay.snapshot()
         self.is_between_steps = True
@@ -308,6 +312,7 @@ class Trainer:
         if "cuda" in own:
             torch.cuda.set_rng_state(own["cuda"])
         self._ahead = Collected.from_state(own["ahead"]) if "ahead" in own else None
+        self._seen = own.get("seen")
         if self.replay is not None:
             self.replay.load_state_dict(own["replay"])
         self._is_synced = False
@@ -321,6 +326,8 @@ class Trainer:
         while not rounds or (len(rounds) < self.algorithm.most_rounds and self._lacks_groups(rounds)):
             rounds.append(self._round(clock))
             uniform.append(zero_variance_share(rounds[-1].rewards, size))
+        if hasattr(self.envs.unwrapped, "state_dict"):
+            self._seen = self.envs.unwrapped.state_dict()
         metrics = {"reward/zero_std_groups": float(np.mean(uniform))}
         if self.algorithm.most_rounds > 1:
             metrics["rounds"] = float(len(rounds))
