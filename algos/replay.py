@@ -69,7 +69,7 @@ class Replay:
         sizes = advantages.abs().mean(dim=1).view(-1, self._size).mean(dim=1).tolist()
         for i, size in enumerate(sizes):
             if size > 0 and not replayed[i]:
-                self._kept.append((rollouts[self._rows(i)], size))
+                self._kept.append((_afresh(rollouts[self._rows(i)]), size))
 
     def _rows(self, group: int) -> slice:
         return slice(group * self._size, (group + 1) * self._size)
@@ -80,7 +80,7 @@ class Replay:
             return []
         sizes = np.array([size for _, size in self._kept])
         chosen = rng.choice(len(sizes), count, replace=False, p=sizes / sizes.sum())
-        return [self._kept[i][0] for i in chosen]
+        return [_afresh(self._kept[i][0]) for i in chosen]
 
     def snapshot(self) -> list[tuple[Rollouts, float]]:
         """What is kept now; cheap, for groups do not change."""
@@ -95,3 +95,12 @@ class Replay:
         """The inverse of `state_dict`."""
         self._kept.clear()
         self._kept.extend((Rollouts.from_state(rollouts), size) for rollouts, size in state["groups"])
+
+
+def _afresh(rollouts: Rollouts) -> Rollouts:
+    """A copy whose prompts hold no features of a frozen vision tower.
+
+    They take memory, and processes with shares of the tower have to run it together, whatever each of them replays.
+    """
+    prompts = [replace(prompt, features=None) for prompt in rollouts.rollout.prompts]
+    return replace(rollouts, rollout=replace(rollouts.rollout, prompts=prompts))

@@ -76,6 +76,18 @@ def test_the_newest_that_taught_something_are_kept() -> None:
     assert [(group.rollout.texts[0], size) for group, size in replay.snapshot()] == [("new 0.0", 1.0), ("new 1.0", 2.0)]
 
 
+def test_what_a_frozen_tower_saw_is_not_kept() -> None:
+    """With shares of a tower all processes run it together, as often as one another, whatever each replays."""
+    replay, new = Replay(4, 2), rollouts((0.0, 1.0))
+    new.rollout.prompts[0].features = ("tower", "features")
+    replay.keep(new, torch.tensor([[1.0], [-1.0]]), np.zeros(1, bool))
+    for _ in range(2):
+        filled, _ = replay.fill(rollouts((1.0, 1.0)), np.random.default_rng(0))
+        assert filled.rollout.prompts[0].features is None
+        filled.rollout.prompts[0].features = ("tower", "features")  # as the pass through it does
+    assert new.rollout.prompts[0].features is not None
+
+
 def trainer(agent: TabularAgent, config: GRPOConfig, **options: Any) -> Trainer:
     options = {"steps": 1, "lr": 0.05, "warmup_steps": 0, "lr_schedule": "constant"} | options
     envs = Bandit(num_groups=3, group_size=config.group_size)
@@ -108,7 +120,7 @@ def test_replayed_tokens_are_weighted_by_importance() -> None:
     assert found is not None
     found = found.clone()
 
-    order = [taught.rollout.prompts.index(filled.rollout.prompts[i]) for i in range(3)]
+    order = [int(prompt.input_ids[0]) for prompt in filled.rollout.prompts]
     sampled = torch.cat([mu.new_tensor(c.logprobs) for c in filled.rollout.completions])
     now = agent.policy(filled.rollout)
     flat = now.values[now.mask]
