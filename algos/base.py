@@ -144,6 +144,8 @@ class Algorithm(ABC):
     """Whether the completions are the true answers, and not the policy's own."""
     most_rounds: int = 1
     """Batches that may be rolled out to find groups whose rewards differ; 1 takes the first as it is."""
+    replay: int = 0
+    """Groups that are kept to take the place of ones whose rewards do not differ."""
 
     @abstractmethod
     def credit(self, scored: Scored) -> Credit:

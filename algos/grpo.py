@@ -60,6 +60,10 @@ class GRPOConfig(AlgorithmConfig):
     most_rounds: int = 1
     """Batches rolled out, at most, to fill one with groups whose rewards differ (DAPO's dynamic sampling)."""
 
+    replay: int = 0
+    """Groups whose rewards differed to keep, the newest; where a group teaches nothing one of these takes its place,
+    drawn by the size of its advantages and weighted by importance (selective sample replay, arXiv 2504.08837)."""
+
     def __post_init__(self) -> None:
         AlgorithmConfig.__post_init__(self)
         require(self.group_size >= 2, f"group_size must be at least 2, not {self.group_size}: a group is compared")
@@ -71,6 +75,7 @@ class GRPOConfig(AlgorithmConfig):
         require(self.objective == "clip" or plain, "cispo has neither dual_clip nor a ratio of sequences")
         require(0 <= self.overlong_share < 1, "overlong_share must be a share of the limit, from 0 to below 1")
         require(self.most_rounds >= 1, f"most_rounds must be at least 1, not {self.most_rounds}")
+        require(self.replay >= 0, f"replay must not be negative, not {self.replay}")
         require_weight("beta", self.beta)
 
 
@@ -97,7 +102,7 @@ class GRPO(Algorithm):
         self.config: GRPOConfig = config
         self.aggregation = config.aggregation
         self.wants_reference = config.beta > 0
-        self.most_rounds = config.most_rounds
+        self.most_rounds, self.replay = config.most_rounds, config.replay
 
     def credit(self, scored: Scored) -> Credit:
         """Rewards, less the soft punishment of length, against the group's; one advantage a completion, [N, 1]."""

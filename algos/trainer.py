@@ -29,6 +29,7 @@ from vlmenv.algos.correction import Correction, importance_weights, mismatch
 from vlmenv.algos.faults import NonFiniteError, nonfinite_gradients, nonfinite_weights, together
 from vlmenv.algos.losses import token_weights
 from vlmenv.algos.processes import processes_of
+from vlmenv.algos.replay import Replay
 from vlmenv.core.errors import ConfigError, DataError, PromptError
 from vlmenv.core.rollout import Rollout
 
@@ -165,6 +166,8 @@ class Trainer:
         self._reset_with: dict[str, Any] = {}  # the arguments of the next reset
         self._ahead: Collected | Exception | None = None  # what the next step learns from, if that is there already
         self._is_synced = False
+        self._seen: dict[str, Any] | None = None  # what the environments know of their samples, as of `_shown`
+        self.replay = Replay(algorithm.replay, group_size) if algorithm.replay else None
         self.is_between_steps = True
         """False once weights have been updated, which then are of no step until it is finished."""
         self.reference = agent.reference() if algorithm.wants_reference else None
@@ -200,7 +203,8 @@ class Trainer:
         self._seed = seed
         if self.step == 0:
             self.agent.seed(seed + self.accelerator.process_index)
-        self._reset_with = {"seed": seed, "options": {"skip": self._shown} if self._shown else None}
+        seen = {"skip": self._shown} if self._seen is None else {"state": self._seen}
+        self._reset_with = {"seed": seed, "options": seen if self._shown else None}
         while self.step < self.config.steps:
             yield self._step()
 
@@ -254,7 +258,7 @@ class Trainer:
         if not self.config.max_staleness or self.step + 1 == self.config.steps:
             yield
             return
-        shown, random = self._shown, self.agent.rng_state()
+        shown, seen, random = self._shown, self._seen, self.agent.rng_state()
         ahead = Background(lambda: self._collect({}))
         try:
             yield
@@ -264,7 +268,7 @@ class Trainer:
         with timed(clock, "rollout"):
             self._ahead = ahead.wait()
         if isinstance(self._ahead, Exception):  # a checkpoint has not got that far then
-            self._shown = shown
+            self._shown, self._seen = shown, seen
             self.agent.set_rng_state(random)
 
     def _remember(self) -> None:
@@ -273,7 +277,10 @@ class Trainer:
         self._own: dict[str, Any] = {"agent": self.agent.rng_state(), "torch": torch.get_rng_state()}
         if self.agent.device.type == "cuda":
             self._own["cuda"] = torch.cuda.get_rng_state()
+        if self._seen is not None:
+            self._own["seen"] = self._seen
         self._own_ahead = self._ahead
+        self._own_replay = None if self.replay is None else self.replay.snapshot()
         self.is_between_steps = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -288,6 +295,8 @@ class Trainer:
         """
         ahead = self._own_ahead
         made = {"ahead": ahead.state_dict()} if isinstance(ahead, Collected) else {}
+        if self._own_replay is not None:
+            made["replay"] = Replay.state_dict(self._own_replay)
         return self._own | made | self.processes.own_state()
 
     def load(self, folder: Path, state: dict[str, Any], own: dict[str, Any]) -> None:
@@ -306,6 +315,9 @@ class Trainer:
         if "cuda" in own:
             torch.cuda.set_rng_state(own["cuda"])
         self._ahead = Collected.from_state(own["ahead"]) if "ahead" in own else None
+        self._seen = own.get("seen")
+        if self.replay is not None:
+            self.replay.load_state_dict(own["replay"])
         self._is_synced = False
         self._remember()
 
@@ -317,6 +329,8 @@ class Trainer:
         while not rounds or (len(rounds) < self.algorithm.most_rounds and self._lacks_groups(rounds)):
             rounds.append(self._round(clock))
             uniform.append(zero_variance_share(rounds[-1].rewards, size))
+        if hasattr(self.envs.unwrapped, "state_dict"):
+            self._seen = self.envs.unwrapped.state_dict()
         metrics = {"reward/zero_std_groups": float(np.mean(uniform))}
         if self.algorithm.most_rounds > 1:
             metrics["rounds"] = float(len(rounds))
@@ -350,10 +364,17 @@ class Trainer:
 
     def _learn(self, rollouts: Rollouts) -> dict[str, float]:
         """Takes the algorithm's optimiser steps on scored rollouts; means of what they log."""
-        batch = self._credited(rollouts)
-        mismatch = self._correct(batch, rollouts.rollout)
-        config, logged = self.algorithm.config, []
         rng = np.random.default_rng([self._seed, self.accelerator.process_index, self.step])
+        told: dict[str, float] = {}
+        if self.replay is None:
+            batch = self._credited(rollouts)
+        else:
+            rollouts, replayed = self.replay.fill(rollouts, rng)
+            batch = self._credited(rollouts)
+            self.replay.keep(rollouts, batch.advantages, replayed)
+            told["replayed"] = float(replayed.mean())
+        told |= self._correct(batch, rollouts.rollout)
+        config, logged = self.algorithm.config, []
         for _ in range(config.mu):
             for rows in minibatches(len(batch), config.group_size, config.minibatches, rng):
                 logged.append(self._update(batch[rows], rollouts[rows]))
@@ -362,7 +383,7 @@ class Trainer:
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             self.scheduler.step()
         means = {name: float(np.mean([metrics[name] for metrics in logged])) for name in logged[-1]}
-        return means | mismatch | {"padding": padding_share(batch.rollout, self._passes(batch.rollout))}
+        return means | told | {"padding": padding_share(batch.rollout, self._passes(batch.rollout))}
 
     @torch.no_grad()
     def _credited(self, rollouts: Rollouts) -> Batch:

@@ -38,10 +38,12 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
             training by several processes.
         num_shards: See `shard`.
         answers: Tell the true answer, as a completion in the format asked for, as `info["answer"]` of a reset.
+        revisit: Chance that a sample is shown again all of whose answers earned the same when it was last shown: to
+            training by comparison such a one is too easy or too hard.
         kwargs: The task's own arguments.
 
     Raises:
-        ConfigError: `group_size` does not divide `num_envs`.
+        ConfigError: `group_size` does not divide `num_envs`; `revisit` is no chance, or samples are never seen twice.
     """
 
     metadata: dict[str, Any] = {  # noqa: RUF012 (Gymnasium's own type)
@@ -59,6 +61,7 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         shard: int = 0,
         num_shards: int = 1,
         answers: bool = False,
+        revisit: float = 1.0,
         **kwargs: Any,
     ) -> None:
         if num_envs < 1 or group_size < 1 or num_envs % group_size:
@@ -75,8 +78,15 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._shard, self._num_shards = shard, num_shards
         self._answers = answers
+        if not 0 <= revisit <= 1:
+            raise ConfigError(f"revisit is a chance from 0 to 1, not {revisit}")
+        if revisit < 1 and self.task.source.size is None:
+            raise ConfigError("revisit is for a data set: of the built-in samples none is seen twice")
+        self._revisit = revisit
         self._order: SampleOrder | None = None
-        self._position = 0
+        self._taken = 0  # places in this shard's part of the order
+        self._settled: set[int] = set()
+        """Samples all of whose answers earned the same when they were last shown."""
         self._indices: list[int] = []
         self._samples: list[Sample] = []
         self._observations: BatchedObservations = {}
@@ -93,7 +103,8 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
     ) -> tuple[BatchedObservations, dict[str, Any]]:
         """Shows P new samples, or those of `options={"index": [P indices]}`, G times each.
 
-        With a seed, `options={"skip": k}` goes on after k batches of its order, as if there had been k resets.
+        With a seed, `options={"skip": k}` goes on after k batches of its order, as if there had been k resets, and
+        `options={"state": s}` from a `state_dict`.
 
         Raises:
             ConfigError: An option that is not known, or indices that do not fit.
@@ -102,9 +113,11 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         super().reset(seed=seed)
         if seed is not None or self._order is None:
             self._order = SampleOrder(self.task.source.size, key=int(self.np_random.integers(2**62)))
-            self._position = self._shard * self.num_groups
+            self._taken, self._settled = 0, set()
         if options and "skip" in options:
-            self._position += int(options["skip"]) * self._num_shards * self.num_groups
+            self._taken += int(options["skip"]) * self.num_groups
+        if options and "state" in options:
+            self._taken, self._settled = options["state"]["taken"], set(options["state"]["settled"])
         self._indices = self._next_indices(self._order, options)
         loaded = list(self._pool.map(self._load, self._indices))
         self._samples, shown = [sample for sample, _ in loaded], [observation for _, observation in loaded]
@@ -132,6 +145,7 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         self._predictions = [score.prediction for score in scores]
         infos = self._infos([self.task.explain(score, sample) for score, sample in zip(scores, samples, strict=True)])
         rewards = np.array([score.reward for score in scores], dtype=np.float64)
+        self._settle(rewards)
         ended = np.ones(self.num_envs, dtype=np.bool_)
         return self._observations, rewards, ended, np.zeros_like(ended), infos
 
@@ -152,26 +166,53 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         written = [answer for answer in each for _ in range(self.group_size)]
         return {"answer": np.array(written, dtype=object), "_answer": np.ones(self.num_envs, dtype=np.bool_)}
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where in the order of samples this is, and what is known of them."""
+        return {"taken": self._taken, "settled": sorted(self._settled)}
+
+    def _settle(self, rewards: NDArray[Any]) -> None:
+        if self._revisit == 1:
+            return
+        for index, group in zip(self._indices, rewards.reshape(-1, self.group_size), strict=True):
+            (self._settled.add if np.ptp(group) == 0 else self._settled.discard)(index)
+
     def _load(self, index: int) -> tuple[Sample, Observation]:
         sample = self.task.source.get(index)
         return sample, self.task.observe(sample)
 
     def _next_indices(self, order: SampleOrder, options: dict[str, Any] | None) -> list[int]:
-        options = {name: value for name, value in (options or {}).items() if name != "skip"}
+        options = {name: value for name, value in (options or {}).items() if name not in ("skip", "state")}
         mask = np.asarray(options.pop("reset_mask", np.ones(self.num_envs, dtype=np.bool_)))
         if mask.shape != (self.num_envs,) or not mask.all():
             raise ConfigError(
                 f"episodes of one step end together: reset_mask must be True for all {self.num_envs} environments"
             )
         if unknown := set(options) - {"index"}:
-            raise ConfigError(f"reset knows no option {', '.join(sorted(unknown))}; it knows 'index' and 'skip'")
+            raise ConfigError(
+                f"reset knows no option {', '.join(sorted(unknown))}; it knows 'index', 'skip' and 'state'"
+            )
         if options:
             indices = [check_index(index, self.task.source.size) for index in options["index"]]
             if len(indices) != self.num_groups:
                 raise ConfigError(f"reset wants {self.num_groups} indices, one per group, not {len(indices)}")
             return indices
-        indices = [order[self._position + i] for i in range(self.num_groups)]
-        self._position += self._num_shards * self.num_groups
+        return self._take(order)
+
+    def _take(self, order: SampleOrder) -> list[int]:
+        """The next samples of this shard's part of the order, settled ones passed over but for a chance."""
+        indices: list[int] = []
+        most = (
+            0 if self._revisit == 1 else self.task.source.size or 0
+        )  # to be passed over, lest all of them are settled
+        while len(indices) < self.num_groups:
+            batch, place = divmod(self._taken, self.num_groups)
+            position = (batch * self._num_shards + self._shard) * self.num_groups + place
+            self._taken += 1
+            index = order[position]
+            if most and index in self._settled and order.chance(position) >= self._revisit:
+                most -= 1
+            else:
+                indices.append(index)
         return indices
 
     def _infos(self, details: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:

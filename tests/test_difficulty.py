@@ -124,7 +124,7 @@ def test_several_files_are_divided_each(tmp_path: Path) -> None:
 
 def test_a_killed_run_goes_on_and_processes_change_nothing(tmp_path: Path) -> None:
     """What was written before stays as it was, and the files are those of a run that nothing befell."""
-    options = ["--limit", "40", "--part-size", "2", "--seed", "3"]
+    options = ["--limit", "40", "--part-size", "2", "--seed", "3", "--n", "4"]  # slow enough to be killed on the way
     sample(tmp_path / "whole", *options)
     cut = tmp_path / "cut"
     command = [sys.executable, "-m", "vlmenv", "sample", *TINY, *options, "--output", str(cut)]

@@ -89,7 +89,7 @@ def test_the_published_pipeline_runs_on_rows_in_its_layout(tmp_path: Path, monke
 
 
 def checkpoint(stage: str) -> Callable[[Path], bool]:
-    return lambda out: (out / stage / "checkpoints" / "step-2" / "trainer.pt").is_file()
+    return lambda out: (out / stage / "checkpoints" / "step-1" / "trainer.pt").is_file()
 
 
 def test_a_kill_in_each_stage_loses_nothing(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_a_kill_in_each_stage_loses_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "vlmenv", "pipeline", str(file), "--output", str(cut)]
     moments = {
         "warmup": checkpoint("warmup"),
-        "sampling": lambda out: len(list((out / "sampling" / "parts").glob("[0-9]*.jsonl"))) >= 2,
+        "sampling": lambda out: len(list((out / "sampling" / "parts").glob("[0-9]*.jsonl"))) >= 1,
         "perception": checkpoint("perception"),
         "reasoning": checkpoint("reasoning"),
     }

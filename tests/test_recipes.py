@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +141,19 @@ def test_wrong_lengths_and_names_are_told(
         main(["train", "--eval-limit", "0", "--device", "cpu", *args])
     assert message in " ".join(capsys.readouterr().err.split())
     assert not list(tmp_path.iterdir())
+
+
+def test_another_model_scores_descriptions_by_its_name(tmp_path: Path) -> None:
+    """A folder in the layout of a published CLIP: a copy of the built-in one, which gives its scores."""
+    copied = tmp_path / "another-clip"
+    shutil.copytree(ROOT / "envs" / "rewards" / "builtin_clip", copied)
+    small = "--env VLM-Caption-v0 --steps 1 --prompts-per-step 1 --group-size 2 --eval-limit 0 --device cpu"
+    scores = []
+    for name, term in {"a": "clip", "b": f"clip:{copied}"}.items():
+        main(["train", *small.split(), "--rewards", term, "1", "--output", str(tmp_path / name)])
+        rows = [json.loads(line) for line in (tmp_path / name / "rollouts.jsonl").read_text().splitlines()]
+        scores.append([row["rewards"]["clip"] for row in rows])
+    assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+    assert max(scores[0]) > 0
+    with pytest.raises(SystemExit):
+        main(["train", *small.split(), "--rewards", "clip:./none", "1", "--output", str(tmp_path / "c")])

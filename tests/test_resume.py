@@ -24,6 +24,8 @@ OPTIONS = {
     "all weights": ["--algo", "grpo", "--mu", "2", "--minibatches", "2", "--beta", "0.01"],
     "adapters": ["--lora-rank", "4", "--lora-dropout", "0.1", "--lora-vision", "--beta", "0.01"],
     "critic": ["--algo", "ppo", "--freeze-projector", "--vision-lr", "1e-4"],
+    "replays": ["--algo", "grpo", "--replay", "6", "--rewards", "iou@0.5", "1", "--beta", "0.01"],
+    "curriculum": ["--revisit", "0.2", "--rewards", "iou@0.5", "1"],
     "resampling": ["--algo", "dapo", "--most-rounds", "3", "--gradient-checkpointing"],
     "imitation": ["--algo", "sft", "--group-size", "1"],
 }
@@ -52,7 +54,12 @@ def train(run: Path, *options: str) -> None:
 def test_a_resumed_run_goes_on_bit_for_bit(sort: str, tmp_path: Path) -> None:
     """The whole run, and one that lost everything after step 2 in the middle of writing step 4."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    train(whole, *OPTIONS[sort])
+    if "--revisit" in OPTIONS[sort]:
+        main(["sample", "--limit", "4", "--n", "1", "--device", "cpu", "--output", str(tmp_path)])
+        files = [str(file) for file in (tmp_path / "easy.jsonl", tmp_path / "hard.jsonl") if file.stat().st_size]
+        train(whole, "--dataset", *files, *OPTIONS[sort])
+    else:
+        train(whole, *OPTIONS[sort])
     shutil.copytree(whole, cut)
     for step in (4, 5):
         shutil.rmtree(cut / "checkpoints" / f"step-{step}")

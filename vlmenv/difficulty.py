@@ -31,7 +31,10 @@ from vlmenv.evaluation import PROGRESS, answer_samples, sample_count
 from vlmenv.tasks import TaskConfig, check_device, check_engine, load_agent, make_envs, report_broken_rows, whole_name
 
 LEVELS: Final = ("easy", "medium", "hard")
-_FREE: Final = ("recipe", "config", "output", "batch_size", "device", "engine", "engine_length", "engine_memory")
+_FREE: Final = (
+    *("recipe", "config", "output", "batch_size", "device"),
+    *("engine", "engine_length", "engine_memory", "server", "server_timeout", "weights_folder"),
+)
 """Options that may change when sampling goes on."""
 
 

@@ -111,6 +111,9 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
     """Folder of the run; runs/DATE-TIME-ENV-ALGO where left out."""
     prompts_per_step: int = 16
     """Samples in a batch, each answered `group_size` times; over all processes together."""
+    revisit: float = 1.0
+    """Chance of showing a sample of the data set again all of whose answers earned the same when it was last shown, by
+    which it is too easy or too hard to learn from."""
     epochs: float | None = None
     """Passes over the data set, in place of `steps`."""
     warmup_share: float | None = None
@@ -151,6 +154,8 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
+        if self.revisit < 1 and self.algorithm.group_size == 1:
+            raise ConfigError("revisit compares the answers to a sample: it needs a group_size above 1")
         if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise ConfigError(f"epochs must be above 0, not {self.epochs}")
         if self.warmup_share is not None and not 0 <= self.warmup_share < 1:
@@ -165,7 +170,8 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
             raise ConfigError("log_samples is for a tracker, but tracker is none")
         if self.temperature == 0:
             raise ConfigError("temperature must be above 0: training needs varied answers")
-        unused = ("correction", "correction_cap", "max_staleness")
+        replays = getattr(self.algorithm, "replay", 0) > 0  # of answers by earlier weights
+        unused = (*(() if replays else ("correction", "correction_cap")), "max_staleness")
         if self.engine == "hf" and (given := [name for name in unused if getattr(self.trainer, name)]):
             raise ConfigError(f"{' and '.join(given)} go with an engine: the model itself samples from what it learns")
         if self.trainer.max_staleness and self.engine != "vllm-server":
@@ -286,6 +292,7 @@ def _training_envs(config: TrainConfig[Any], accelerator: Accelerator) -> Visual
         shard=accelerator.process_index,
         num_shards=processes,
         answers=config.algo == "sft",
+        revisit=config.revisit,
         **config.data_arguments(),
         **config.env_arguments(),
     )

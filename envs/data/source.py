@@ -73,3 +73,7 @@ class SampleOrder:
             self._epoch = epoch
             self._shuffled = np.random.default_rng([self._key, epoch]).permutation(self._size)
         return int(self._shuffled[place])
+
+    def chance(self, position: int) -> float:
+        """A number from 0 to below 1, drawn for a position."""
+        return float(np.random.default_rng([self._key, position, 1]).random())

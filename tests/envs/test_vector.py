@@ -177,3 +177,62 @@ def test_pictures() -> None:
     pictures = envs.render()
     assert len(pictures) == 4
     assert not np.array_equal(pictures[0], pictures[1])
+
+
+def test_samples_that_teach_nothing_are_passed_over(tmp_path: Path) -> None:
+    """Those whose answers earned the same when they were last shown; but never so many that none is left."""
+    file = write(tmp_path, *(row(id=i) for i in range(8)))
+    envs = make(8, group_size=2, dataset=file, revisit=0.0)
+    right, wrong = "<think>x</think><answer>[1, 2, 3, 4]</answer>", "none"
+    shown = []
+    for seed in (5, *[None] * 5):
+        _, infos = envs.reset(seed=seed)
+        shown.append(list(infos["index"][::2]))
+        teaches = [index < 3 for index in shown[-1]]  # the answers to the others are all right
+        envs.step([text for good in teaches for text in (right, wrong if good else right)])
+    assert sorted(shown[0] + shown[1]) == list(range(8))
+    later = [index for batch in shown[2:] for index in batch]
+    assert {index for index in later if index < 3} == {0, 1, 2}
+    assert sum(index < 3 for index in later) > len(later) / 2
+    assert len(later) == 16  # though no more than three teach anything
+
+
+@pytest.mark.parametrize("revisit", [0.5, 1.0])
+def test_settled_samples_keep_a_chance(revisit: float, tmp_path: Path) -> None:
+    file = write(tmp_path, *(row(id=i) for i in range(400)))
+    envs = make(400, group_size=2, dataset=file, revisit=revisit)
+    envs.reset(seed=0)
+    envs.step(["none"] * 400)
+    first = set(envs.reset()[1]["index"])
+    envs.step(["none"] * 400)
+    again = envs.reset()[1]["index"][::2]  # the second epoch; all are settled
+    seen = envs.state_dict()["taken"] - 400
+    assert len(first) == len(again) == 200
+    assert seen == pytest.approx(200 / revisit, rel=0.15)
+
+
+def test_what_is_known_of_samples_can_be_taken_up(tmp_path: Path) -> None:
+    file = write(tmp_path, *(row(id=i) for i in range(12)))
+    rng = np.random.default_rng(0)
+    envs, again = (make(8, group_size=2, dataset=file, revisit=0.3) for _ in range(2))
+    answers = [["none" if x < 0.7 else "<answer>[1, 2, 3, 4]</answer>" for x in rng.random(8)] for _ in range(9)]
+    envs.reset(seed=2)
+    for texts in answers[:5]:
+        envs.step(texts)
+        state = envs.state_dict()
+        expected = list(envs.reset()[1]["index"])
+    assert state["settled"]
+    assert list(again.reset(seed=2, options={"state": state})[1]["index"]) == expected
+    for texts in answers[5:]:
+        envs.step(texts)
+        again.step(texts)
+        assert list(envs.reset()[1]["index"]) == list(again.reset()[1]["index"])
+        assert envs.state_dict() == again.state_dict()
+
+
+@pytest.mark.parametrize("revisit", [-0.1, 1.1, float("nan")])
+def test_a_chance_of_revisiting_is_a_chance(revisit: float, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a chance from 0 to 1"):
+        make(2, dataset=write(tmp_path, row()), revisit=revisit)
+    with pytest.raises(ConfigError, match="of the built-in samples none is seen twice"):
+        make(2, revisit=0.5)
