@@ -37,9 +37,14 @@ def trained(folder: Path, options: Mapping[str, Any]) -> Path:
     if not (folder / "config.yaml").exists():
         _vlmenv("train", *arguments(options), "--output", str(folder))
     _check_options(folder, options)
-    if not (folder / "evaluation.json").exists():
+    if not _is_finished(folder, options):
         _vlmenv("train", "--resume", str(folder))
     return folder
+
+
+def _is_finished(folder: Path, options: Mapping[str, Any]) -> bool:
+    saved = (folder / "checkpoints" / f"step-{options['steps']}" / "trainer.pt").exists()
+    return saved and (options["eval_limit"] == 0 or (folder / "evaluation.json").exists())
 
 
 def measured(folder: Path, options: Mapping[str, Any]) -> dict[str, float]:

@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from runs import (
     check_model,
     draw_seeds,
-    evaluation_of,
     hardware,
     last_model,
+    measured,
     save,
     seconds_of,
     seeds_cell,
