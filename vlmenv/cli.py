@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import vlmenv  # noqa: F401 (registers the environments)
-from vlmenv.core.config import flatten, option_value, with_config_file
+from vlmenv.core.config import flatten, gathered, option_value, with_config_file
 from vlmenv.core.errors import ConfigError, VLMEnvError
 from vlmenv.data import DataConfig, check_data
 from vlmenv.evaluation import EvalConfig, run_evaluation
@@ -74,7 +74,7 @@ def _run(args: list[str]) -> None:
     if command == "train":
         defaults["train"] = default_config(option_value(rest, "algo") or "grpo")
     if command in defaults:
-        rest = with_config_file(rest, list(flatten(defaults[command])))
+        rest = with_config_file(gathered(rest, "server"), list(flatten(defaults[command])))
     config = _parse([command, *rest] if args else ["--help"], defaults.get("train", TrainConfig()))
     RUN[type(config)](config)
 

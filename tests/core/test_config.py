@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vlmenv.core.config import flatten, to_yaml, with_config_file
+from vlmenv.core.config import flatten, gathered, to_yaml, with_config_file
 from vlmenv.core.errors import ConfigError
 
 
@@ -61,3 +61,12 @@ def test_two_files_are_refused() -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.yaml"):
         with_config_file(["--config", str(tmp_path / "none.yaml")], ["steps"])
+
+
+def test_an_option_may_be_given_several_times() -> None:
+    """Its parser would take the last."""
+    whole = ["--a", "1", "--server", "x", "y", "--b"]
+    assert gathered(["--server=x", "--a", "1", "--server", "y", "--b"], "server") == ["--a", "1", "--b", *whole[2:5]]
+    assert gathered(whole, "server") == ["--a", "1", "--b", "--server", "x", "y"]
+    assert gathered(["--a", "1", "--server"], "server") == ["--a", "1", "--server"]
+    assert gathered(["--servers", "1"], "server") == ["--servers", "1"]

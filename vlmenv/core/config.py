@@ -63,6 +63,22 @@ def option_value(args: Sequence[str], name: str) -> str | None:
     return found[-1] if found else None if stored is None else str(stored)
 
 
+def gathered(args: Sequence[str], name: str) -> list[str]:
+    """The same arguments, with all values of an option that is given several times behind one."""
+    values: list[str] = []
+    others: list[str] = []
+    into = others
+    for arg in args:
+        flag, _, value = arg.partition("=")
+        if flag == f"--{name}":
+            into = values
+            into += [value] if value else []
+            continue
+        into = others if arg.startswith("-") else into
+        into.append(arg)
+    return [*others, f"--{name}", *values] if values else list(args)
+
+
 def _config_path(args: Sequence[str]) -> Path | None:
     paths = [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
     paths += [args[i + 1] for i, arg in enumerate(args[:-1]) if arg == "--config"]
