@@ -15,6 +15,7 @@ from conftest import ROOT, shared
 from PIL import Image
 from safetensors.torch import load_file
 
+from vlmenv.agents.engines.remote import Patience
 from vlmenv.agents.vlm import find_model
 from vlmenv.cli import main
 from vlmenv.core.errors import ConfigError
@@ -348,6 +349,27 @@ def test_options_of_engines_are_checked(options: list[str], message: str, capsys
     with pytest.raises(SystemExit):
         main(["train", *options])
     assert message in capsys.readouterr().err
+
+
+def test_servers_are_named_in_either_way(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each by a `--server` of its own, several behind one, or in a file, which the command line overrides."""
+    monkeypatch.setattr("vlmenv.tasks.Patience", lambda: Patience(attempts=1))
+    urls = [f"http://127.0.0.1:{port}" for port in (1, 2, 3)]
+    file = tmp_path / "options.yaml"
+    file.write_text(yaml.safe_dump({"engine": "vllm-server", "server": urls[:2], "device": "cpu"}))
+    named = ["eval", "--engine", "vllm-server", "--device", "cpu"]
+    for args in (
+        [*named, "--server", *urls[:2]],
+        [*named, "--server", urls[0], f"--server={urls[1]}"],
+        ["eval", "--config", str(file)],
+    ):
+        told = fails(capsys, *args)
+        assert all((url in told) == (url in urls[:2]) for url in urls)
+    told = fails(capsys, "eval", "--config", str(file), "--server", urls[2])
+    assert urls[2] in told
+    assert urls[0] not in told
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import vlmenv  # noqa: F401 (registers the environments)
-from vlmenv.core.config import flatten, option_value, with_config_file
+from vlmenv.core.config import flatten, gathered, option_value, with_config_file
 from vlmenv.core.errors import ConfigError, VLMEnvError
 from vlmenv.data import DataConfig, check_data
 from vlmenv.difficulty import SampleConfig, run_sampling
@@ -83,7 +83,7 @@ def _config(args: list[str]) -> Any:
     if command in defaults:
         known = list(flatten(defaults[command]))
         passed_over = _of_training(rest) - set(known) if command == "doctor" else set()
-        rest = with_config_file(rest, known, RIVALS if command == "train" else (), passed_over)
+        rest = with_config_file(gathered(rest, "server"), known, RIVALS if command == "train" else (), passed_over)
     return _parse([command, *rest] if args else ["--help"], defaults.get("train", TrainConfig()))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vlmenv.core.config import flatten, option_value, packaged_file, to_yaml, with_config_file
+from vlmenv.core.config import flatten, gathered, option_value, packaged_file, to_yaml, with_config_file
 from vlmenv.core.errors import ConfigError
 
 
@@ -114,3 +114,12 @@ def test_a_recipe_gives_way_to_a_file_and_that_to_the_command_line(tmp_path: Pat
 def test_an_unknown_recipe_is_told_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"unknown recipe 'vlm_r1'. There are: pebr_r1_sampling, .*vlm_r1_rec_lora"):
         option_value(["--recipe", "vlm_r1"], "algo")
+
+
+def test_an_option_may_be_given_several_times() -> None:
+    """Its parser would take the last."""
+    whole = ["--a", "1", "--server", "x", "y", "--b"]
+    assert gathered(["--server=x", "--a", "1", "--server", "y", "--b"], "server") == ["--a", "1", "--b", *whole[2:5]]
+    assert gathered(whole, "server") == ["--a", "1", "--b", "--server", "x", "y"]
+    assert gathered(["--a", "1", "--server"], "server") == ["--a", "1", "--server"]
+    assert gathered(["--servers", "1"], "server") == ["--servers", "1"]

@@ -104,6 +104,22 @@ def packaged_file(kind: str, name: str) -> Path:
     return known[name]
 
 
+def gathered(args: Sequence[str], name: str) -> list[str]:
+    """The same arguments, with all values of an option that is given several times behind one."""
+    values: list[str] = []
+    others: list[str] = []
+    into = others
+    for arg in args:
+        flag, _, value = arg.partition("=")
+        if flag == f"--{name}":
+            into = values
+            into += [value] if value else []
+            continue
+        into = others if arg.startswith("-") else into
+        into.append(arg)
+    return [*others, f"--{name}", *values] if values else list(args)
+
+
 def _option_files(args: Sequence[str]) -> list[Path]:
     """The recipe and the file of options that arguments name, as far as they do."""
     recipe, config = _only(args, "recipe"), _only(args, "config")
