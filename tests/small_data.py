@@ -160,7 +160,7 @@ def small_pipeline(name: str, folder: Path, **changes: Any) -> Path:
     else:
         terms = {"clip": 0.4, "keywords": 0.4, "format": 0.1, "length": 0.1}  # by the model that is built in
         content["stages"]["perception"]["train"] |= {"rewards": terms, "clip_model": None}
-        content["evaluate"]["perception"]["rewards"] = terms
+        content["evaluate"]["perception"] |= {"rewards": terms, "clip_model": None}
         # A few answers of a model that is not meant for these rows: all count as right, and so all rows as easy.
         content["stages"]["sampling"]["sample"] |= {"measure": "unparsable", "threshold": 0.0}
         content["stages"]["reasoning"]["train"]["dataset"] = ["{sampling}/easy.json"]

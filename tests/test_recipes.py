@@ -149,11 +149,23 @@ def test_another_model_scores_descriptions_by_its_name(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "envs" / "rewards" / "builtin_clip", copied)
     small = "--env VLM-Caption-v0 --steps 1 --prompts-per-step 1 --group-size 2 --eval-limit 0 --device cpu"
     scores = []
-    for name, term in {"a": "clip", "b": f"clip:{copied}"}.items():
-        main(["train", *small.split(), "--rewards", term, "1", "--output", str(tmp_path / name)])
+    for name, model in {"a": [], "b": ["--clip-model", str(copied)]}.items():
+        main(["train", *small.split(), "--rewards", "clip", "1", *model, "--output", str(tmp_path / name)])
         rows = [json.loads(line) for line in (tmp_path / name / "rollouts.jsonl").read_text().splitlines()]
         scores.append([row["rewards"]["clip"] for row in rows])
     assert scores[0] == pytest.approx(scores[1], abs=1e-6)
     assert max(scores[0]) > 0
     with pytest.raises(SystemExit):
-        main(["train", *small.split(), "--rewards", "clip:./none", "1", "--output", str(tmp_path / "c")])
+        main(
+            [
+                "train",
+                *small.split(),
+                "--rewards",
+                "clip",
+                "1",
+                "--clip-model",
+                "./none",
+                "--output",
+                str(tmp_path / "c"),
+            ]
+        )

@@ -104,6 +104,7 @@ def run_sampling(config: SampleConfig) -> Path:
             counts = Counter(dict.fromkeys(LEVELS, 0) | Counter(map(level_of, rates.values())))
             write_whole(config.output / "summary.json", json.dumps(counts) + "\n")
             console.print(_summary(config, envs, rates))
+    accelerator.state.destroy_process_group()
     return config.output
 
 

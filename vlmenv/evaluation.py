@@ -270,4 +270,5 @@ def run_evaluation(config: EvalConfig) -> Evaluation:
         write_evaluation(evaluation, config.output)
     how = "greedy" if greedy else f"{config.samples} sampled answers each"
     console.print(metrics_table(f"{config.env}, {count} samples, {how}", {config.model: evaluation}))
+    accelerator.state.destroy_process_group()
     return evaluation

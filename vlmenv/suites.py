@@ -196,6 +196,7 @@ def run_suite(config: EvalConfig) -> dict[str, dict[str, Interval]]:
     if accelerator.is_main_process:
         _write(config.output / "metrics.json", results | means)
     console.print(suite_table(config, suite, found, results | means))
+    accelerator.state.destroy_process_group()
     return results
 
 
