@@ -64,7 +64,7 @@ class Served:
         """Ends it by a signal; nothing is left of it, and it complains of nothing."""
         family = self.family() if self.process.poll() is None else []
         self.process.send_signal(number)
-        assert self.process.wait(60) == (-number if number == signal.SIGKILL else 128 + number)
+        assert self.process.wait(120) == (-number if number == signal.SIGKILL else 128 + number)
         _, alive = psutil.wait_procs(family, timeout=60)
         assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
         assert "Traceback" not in self.told("stderr")
@@ -80,7 +80,7 @@ def serving(port: int, *options: str) -> Iterator[Served]:
         with suppress(psutil.NoSuchProcess):
             served.send(signal.SIGCONT)
         served.process.terminate()
-        served.process.wait(60)
+        served.process.wait(120)
 
 
 @contextmanager

@@ -62,9 +62,10 @@ def assert_in_step(agent: VLMAgent) -> None:
         torch.testing.assert_close(found, expected[row, : len(found)], atol=1e-4, rtol=0)
 
 
-def soon(do: object, *args: object) -> None:
-    """Does something while a rollout is on its way."""
-    threading.Timer(0.4, do, args).start()  # type: ignore[arg-type]
+def dies_meanwhile(served: Served) -> None:
+    """Kills a server while a rollout is on its way, in which it has not come to an answer: it is stopped before."""
+    served.send(signal.SIGSTOP)
+    threading.Timer(0.4, served.send, [signal.SIGKILL]).start()
 
 
 def test_a_server_that_dies_is_replaced_by_the_others_until_it_has_taken_an_update(
@@ -74,7 +75,7 @@ def test_a_server_that_dies_is_replaced_by_the_others_until_it_has_taken_an_upda
     with serve("builtin", *LENGTH, port=port) as dying:
         agent = agent_of(opened, dying.url, lasting.url)
         assert_in_step(agent)
-        soon(dying.send, signal.SIGKILL)
+        dies_meanwhile(dying)
         with pytest.warns(RuntimeWarning, match=f"the server {dying.url} is left out"):
             assert len(agent.rollout(LONG)) == len(LONG)
         agent.sync()
@@ -90,7 +91,7 @@ def test_a_server_that_dies_is_replaced_by_the_others_until_it_has_taken_an_upda
         assert_in_step(other)
         with pytest.warns(RuntimeWarning, match=f"{again.url} is left out .*another trainer uses it"):
             assert_in_step(agent)
-        soon(again.send, signal.SIGKILL)
+        dies_meanwhile(again)
         with pytest.raises(EngineError, match=f"no server is left to generate. {again.url}: .*Error"):
             other.rollout(LONG)
         with pytest.raises(EngineError, match=f"no server is left to generate. {again.url}"):
