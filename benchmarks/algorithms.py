@@ -15,7 +15,7 @@ from typing import Annotated
 
 import numpy as np
 import tyro
-from findings.runs import check_model, draw_seeds, evaluation_of, hardware, save, seconds_of, steps_of, trained
+from findings.runs import check_model, draw_seeds, evaluation_of, hardware, publish, save, seconds_of, steps_of, trained
 from matplotlib.figure import Figure
 
 from vlmenv.algos import ALGORITHMS
@@ -76,11 +76,8 @@ def main(args: Args) -> None:
         env: {name: [run(env, name, seed, args) for seed in range(args.seeds)] for name in names}
         for env in args.env or ("VLM-REC-v0",)
     }
-    text = "\n".join([*head(args), *(line for env, runs in found.items() for line in table(env, runs))]) + "\n"
-    print(text)
-    if args.output is not None:
-        args.output.write_text(text, encoding="utf-8")
-        draw(args.output.with_suffix(".png"), found)
+    lines = [*head(args), *(line for env, runs in found.items() for line in table(env, runs))]
+    publish(lines, args.output, lambda path: draw(path, found))
 
 
 def run(env: str, name: str, seed: int, args: Args) -> Run:

@@ -20,6 +20,7 @@ from runs import (
     evaluation_of,
     hardware,
     mean_of,
+    publish,
     save,
     seconds_of,
     seeds_cell,
@@ -53,11 +54,7 @@ class Args:
 def main(args: Args) -> None:
     check_model(args.runs)
     found = {reward: [run(reward, seed, args) for seed in range(args.seeds)] for reward in REWARDS}
-    text = "\n".join([*head(args), *table(found)]) + "\n"
-    print(text)
-    if args.output is not None:
-        args.output.write_text(text, encoding="utf-8")
-        draw(args.output.with_suffix(".png"), found)
+    publish([*head(args), *table(found)], args.output, lambda path: draw(path, found))
 
 
 def run(reward: str, seed: int, args: Args) -> Path:

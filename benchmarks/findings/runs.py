@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +132,15 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
     """The means over `width` steps around each; over as many as there are at the ends."""
     kernel = np.ones(max(1, min(width, len(values))))
     return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
+
+
+def publish(lines: Sequence[str], output: Path | None, draw: Callable[[Path], None]) -> None:
+    """Prints a page; where asked, writes it, and draws its figure beside it."""
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if output is not None:
+        output.write_text(text, encoding="utf-8")
+        draw(output.with_suffix(".png"))
 
 
 def save(figure: Any, path: Path) -> None:

@@ -18,7 +18,7 @@ from unittest.mock import patch
 import tyro
 from matplotlib.figure import Figure
 from PIL import Image
-from runs import check_model, hardware, last_model, measured, save, seconds_of, seeds_cell, trained
+from runs import check_model, hardware, last_model, measured, publish, save, seconds_of, seeds_cell, trained
 
 from vlmenv.envs.data import scenes
 from vlmenv.envs.data.scenes import choose_reference, sample_scene
@@ -64,11 +64,7 @@ def main(args: Args) -> None:
         for name, own in folders.items()
     }
     seconds = {name: [seconds_of(folder) for folder in own] for name, own in folders.items()}
-    text = "\n".join([*head(args), *table(found, seconds)]) + "\n"
-    print(text)
-    if args.output is not None:
-        args.output.write_text(text, encoding="utf-8")
-        draw(args.output.with_suffix(".png"), found)
+    publish([*head(args), *table(found, seconds)], args.output, lambda path: draw(path, found))
 
 
 def run(algo: str, seed: int, args: Args) -> Path:

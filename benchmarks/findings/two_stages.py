@@ -19,6 +19,7 @@ from runs import (
     hardware,
     last_model,
     measured,
+    publish,
     save,
     seconds_of,
     seeds_cell,
@@ -59,11 +60,7 @@ class Args:
 def main(args: Args) -> None:
     check_model(args.runs)
     found = {way: [stages(way, seed, args) for seed in range(args.seeds)] for way in WAYS}
-    text = "\n".join([*head(args), *table(found, args)]) + "\n"
-    print(text)
-    if args.output is not None:
-        args.output.write_text(text, encoding="utf-8")
-        draw(args.output.with_suffix(".png"), found)
+    publish([*head(args), *table(found, args)], args.output, lambda path: draw(path, found))
 
 
 def stages(way: str, seed: int, args: Args) -> list[Path]:

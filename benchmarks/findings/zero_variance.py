@@ -16,7 +16,18 @@ from pathlib import Path
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
-from runs import check_model, draw_seeds, evaluation_of, hardware, save, seconds_of, seeds_cell, steps_of, trained
+from runs import (
+    check_model,
+    draw_seeds,
+    evaluation_of,
+    hardware,
+    publish,
+    save,
+    seconds_of,
+    seeds_cell,
+    steps_of,
+    trained,
+)
 
 WAYS = {"as they come": 1, "left out": 4}
 """Batches that a step may roll out."""
@@ -43,11 +54,7 @@ class Args:
 def main(args: Args) -> None:
     check_model(args.runs)
     found = {name: [run(rounds, seed, args) for seed in range(args.seeds)] for name, rounds in WAYS.items()}
-    text = "\n".join([*head(args), *table(found)]) + "\n"
-    print(text)
-    if args.output is not None:
-        args.output.write_text(text, encoding="utf-8")
-        draw(args.output.with_suffix(".png"), found)
+    publish([*head(args), *table(found)], args.output, lambda path: draw(path, found))
 
 
 def run(rounds: int, seed: int, args: Args) -> Path:
