@@ -99,7 +99,7 @@ def token_rewards(rewards: Tensor, mask: Tensor, kl: Tensor | None = None, beta:
     return at_end if kl is None else at_end - beta * kl.masked_fill(~mask, 0)
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 1.0) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation: `A_t = delta_t + gamma * lam * A_{t+1}` (arXiv 1506.02438, equation 16).
 
     `delta_t = r_t + gamma * V_{t+1} - V_t`. Each completion is an episode that ends at its last token, truncated ones

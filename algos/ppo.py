@@ -31,7 +31,7 @@ from vlmenv.algos.losses import (
 class PPOConfig(AlgorithmConfig):
     """Options of PPO, in the papers' letters."""
 
-    mu: int = 2
+    mu: int = 1
     """Passes over each batch of completions."""
     minibatches: int = 2
     """Parts of a batch, each an optimiser step; every pass divides the groups anew."""
@@ -45,8 +45,9 @@ class PPOConfig(AlgorithmConfig):
     """c1: weight of the critic's loss."""
     gamma: float = 1.0
     """Discount of later rewards."""
-    lam: float = 0.95
-    """Of the generalised advantage estimation (arXiv 1506.02438)."""
+    lam: float = 1.0
+    """Of the generalised advantage estimation (arXiv 1506.02438): below 1, a reward at the end fades towards the first
+    tokens until the critic has learnt to foretell it (arXiv 2503.01491, section 3)."""
     beta: float = 0.0
     """Weight of the KL divergence, in the reward, from the model at the start; no copy of it is held at 0."""
     kl_estimator: Estimator = "k1"

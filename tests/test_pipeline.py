@@ -96,10 +96,6 @@ def test_a_kill_in_each_stage_loses_nothing(tmp_path: Path) -> None:
     """The same results, and what was done before the kill is not done again."""
     changes = {"steps": 8, "checkpoint_every": 1, "tracker": "none"}
     file = small_pipeline("pebr_r1_builtin", tmp_path, **changes)
-    content = yaml.safe_load(file.read_text())
-    # The last digits of a CLIP score depend on what is scored along with it, and so on what is remembered.
-    content["stages"]["perception"]["train"]["rewards"] = {"keywords": 0.8, "format": 0.1, "length": 0.1}
-    file.write_text(yaml.safe_dump(content, sort_keys=False))
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     main(["pipeline", str(file), "--output", str(whole)])
     command = [sys.executable, "-m", "vlmenv", "pipeline", str(file), "--output", str(cut)]

@@ -27,7 +27,9 @@ CEILING: Final = 0.4
 """The cosine that earns the whole reward."""
 
 _LONGEST = 10_000  # characters of a description that are read; no model takes as many
-_BATCH = 64  # texts or images that go through a tower at once
+_BATCH = 8
+"""Texts or images that go through a tower at once: always as many, since the last digits of a product of matrices
+depend on its shape, and a score must not depend on what else is scored or remembered."""
 _REMEMBERED = 4096  # images whose embeddings are kept
 
 Vector = NDArray[np.float32]
@@ -120,7 +122,7 @@ class _Towers:
         processor = AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=remote_code)
         self._image_processor = processor
         # SigLIP was trained on texts filled up to the full length, the padding attended to.
-        self._filled_up = self._model.config.model_type.startswith("siglip")
+        self._attends_padding = self._model.config.model_type.startswith("siglip")
         self._max_tokens = min(self._tokenizer.model_max_length, _text_positions(self._model))
         self._side: int | None = None
         if is_fg_clip(config):  # its tokenizer speaks of CLIP's length, and its images are squares, not cut-outs
@@ -145,15 +147,15 @@ class _Towers:
         found: dict[str, Vector] = {}
         for chunk in _chunks(list(dict.fromkeys(texts))):
             inputs = self._tokenizer(
-                chunk,
-                padding="max_length" if self._filled_up else True,
+                _whole(chunk),
+                padding="max_length",
                 truncation=True,
                 max_length=self._max_tokens,
-                return_attention_mask=not self._filled_up,
+                return_attention_mask=not self._attends_padding,
                 split_special_tokens=True,  # an end token that a completion spells out does not end it
                 return_tensors="pt",
             )
-            found |= zip(chunk, self._run(self._model.get_text_features, inputs), strict=True)
+            found |= zip(chunk, self._run(self._model.get_text_features, inputs)[: len(chunk)], strict=True)
         return found
 
     def _embed_images(self, images: Sequence[Image]) -> dict[int, Vector]:
@@ -162,9 +164,9 @@ class _Towers:
         distinct = {keys[id(image)]: image for image in images}
         found = {key: self._cache[key] for key in distinct if key in self._cache}
         for chunk in _chunks([key for key in distinct if key not in found]):
-            pictures = [self._shaped(PILImage.fromarray(distinct[key])) for key in chunk]
+            pictures = [self._shaped(PILImage.fromarray(distinct[key])) for key in _whole(chunk)]
             inputs = self._image_processor(images=pictures, return_tensors="pt")
-            found |= zip(chunk, self._run(self._model.get_image_features, inputs), strict=True)
+            found |= zip(chunk, self._run(self._model.get_image_features, inputs)[: len(chunk)], strict=True)
         self._remember(found)
         return {i: found[key] for i, key in keys.items()}
 
@@ -268,3 +270,8 @@ def _digest(image: Image) -> bytes:
 def _chunks(items: list[Any]) -> Iterator[list[Any]]:
     for start in range(0, len(items), _BATCH):
         yield items[start : start + _BATCH]
+
+
+def _whole(chunk: list[Any]) -> list[Any]:
+    """A chunk of the full size: its last item fills it up."""
+    return chunk + chunk[-1:] * (_BATCH - len(chunk))
