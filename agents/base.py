@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -115,6 +116,19 @@ class Agent(ABC):
 
     def wake(self) -> None:  # noqa: B027
         """Ends the `sleep`."""
+
+    @property
+    def generates_itself(self) -> bool:
+        """Whether answers come of the policy's own weights, and not of a copy that `sync` renews."""
+        return True
+
+    def generating(self, times: int) -> AbstractContextManager[None]:
+        """Within, this process has answers generated at most so many times, and all others that train as many times.
+
+        Where processes share what generates, all of them have to ask it together: it does so to the end, also when the
+        block fails.
+        """
+        return nullcontext()
 
     def close(self) -> None:  # noqa: B027 (most agents hold nothing)
         """Lets go of what else generates from the weights."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -113,7 +114,15 @@ class VLMAgent(Agent):
 
     def sync(self) -> None:
         if self.engine is not None:
-            self.engine.sync(self._published_weights())
+            with torch.autocast(self.device.type, enabled=False):
+                self.engine.sync(self._published_weights())
+
+    @property
+    def generates_itself(self) -> bool:
+        return self.engine is None
+
+    def generating(self, times: int) -> AbstractContextManager[None]:
+        return nullcontext() if self.engine is None else self.engine.generating(times)
 
     def sleep(self) -> None:
         if self.engine is not None:
@@ -129,8 +138,8 @@ class VLMAgent(Agent):
             self.engine = None
 
     def _published_weights(self) -> dict[str, Tensor]:
-        """The model's weights as `save` writes them, adapters merged in."""
-        model = _under("model.", self.family_policy.state_dict())
+        """The model's weights as `save` writes them, adapters merged in; in processes with shares, gathered before."""
+        model = _under("model.", dict(self.family_policy.named_parameters(remove_duplicate=False)))
         return published_weights(self.family, model if self.lora is None else self.lora.merged(model))
 
     def logprobs(self, rollout: Rollout) -> LogProbs:

@@ -216,7 +216,8 @@ class Trainer:
         """
         if not self._is_synced:
             self.agent.wake()
-            self.agent.sync()
+            with nullcontext() if self.agent.generates_itself else self.processes.whole():
+                self.agent.sync()
             self._is_synced = True
 
     def _step(self) -> StepResult:
@@ -349,7 +350,7 @@ class Trainer:
         with together(self.accelerator):
             observations, infos = self.envs.reset(**how)
         self._shown += 1
-        with self._weights_for_rollout(), together(self.accelerator):
+        with self._weights_for_rollout(), together(self.accelerator), self.agent.generating(1):
             with timed(clock, "rollout"), self.processes.autocast(), names_sample(infos):
                 if self.algorithm.imitates:
                     rollout = self.agent.imitate(observations, list(infos["answer"]))
@@ -360,7 +361,8 @@ class Trainer:
             return Rollouts.scored(observations, rollout, rewards, infos)
 
     def _weights_for_rollout(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.algorithm.imitates else self.processes.whole()
+        needed = self.agent.generates_itself and not self.algorithm.imitates
+        return self.processes.whole() if needed else nullcontext()
 
     def _learn(self, rollouts: Rollouts) -> dict[str, float]:
         """Takes the algorithm's optimiser steps on scored rollouts; means of what they log."""

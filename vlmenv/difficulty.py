@@ -150,7 +150,8 @@ def _sample_parts(
     own = processes.share(_parts(count, config.part_size))
     missing = [part for part in own if not _part_file(config.output, part).exists()]
     total = sum(map(len, own))
-    with Progress(*PROGRESS, transient=True, console=console) as progress:
+    most = max(processes.collect([sum(-(-len(part) // envs.num_groups) for part in missing)]))
+    with agent.generating(most), Progress(*PROGRESS, transient=True, console=console) as progress:
         bar = progress.add_task("sampling", total=total, completed=total - sum(map(len, missing)))
         for part in missing:
             agent.seed(int(np.random.SeedSequence([config.seed, part.start]).generate_state(1)[0]))

@@ -32,6 +32,8 @@ _LENGTH, _MEMORY, _IMAGES = 16384, 0.9, 8
 _GRACE, _MOMENT = 30.0, 5.0
 """Seconds that the server has to end by itself, more than it gives its own processes; and these after it."""
 _QUIET = {"PYTHONWARNINGS": "ignore"}  # vLLM's are about its own ways
+_UNBOUND = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+"""Else vLLM wants a NUMA node of CPUs for each part of a model."""
 _EVERYWHERE = ("0.0.0.0", "::")
 
 
@@ -52,7 +54,12 @@ class ServeConfig:
     engine_memory: float | None = None
     """Share of the GPU's memory that vLLM may take, its weights included; 0.9 where left out."""
 
+    tensor_parallel: int = 1
+    """GPUs that the model is divided over."""
+
     def __post_init__(self) -> None:
+        if self.tensor_parallel < 1:
+            raise ConfigError(f"tensor_parallel must be at least 1, not {self.tensor_parallel}")
         if not 0 < self.port < 65536:
             raise ConfigError(f"port is a number from 1 to 65535, not {self.port}")
         if self.engine_length is not None and self.engine_length < 2:
@@ -80,6 +87,7 @@ def _arguments(config: ServeConfig, device: torch.device) -> dict[str, Any]:
     """What vLLM's server is told."""
     folder = find_model(config.model)
     family = _weightless(folder)
+    alone = device.type == "cpu" and config.tensor_parallel == 1
     longest = int(family.model.config.get_text_config().max_position_embeddings)
     return engine_settings(
         folder,
@@ -89,8 +97,9 @@ def _arguments(config: ServeConfig, device: torch.device) -> dict[str, Any]:
         max_length=min(longest, config.engine_length or _LENGTH),
         max_images=_IMAGES,
         memory_share=config.engine_memory or _MEMORY,
+        tensor_parallel=config.tensor_parallel,
     ) | {
-        **({"distributed_executor_backend": "uni"} if device.type == "cpu" else {}),  # one process less
+        **({"distributed_executor_backend": "uni"} if alone else {}),  # one process less
         "host": config.host,
         "port": config.port,
         "worker_extension_cls": "vlmenv.agents.engines.worker.WeightReceiver",
@@ -123,9 +132,10 @@ def _flags(arguments: Mapping[str, Any]) -> Iterator[str]:
 @contextmanager
 def _started(arguments: Mapping[str, Any], device: torch.device) -> Iterator[subprocess.Popen[bytes]]:
     """The server's process, which ends with the context, and with it all those that it has started."""
+    divided = _UNBOUND if arguments["tensor_parallel_size"] > 1 else {}
     process = subprocess.Popen(
         [sys.executable, "-m", "vlmenv.agents.engines.serving", *_flags(arguments)],
-        env=_QUIET | environment(device) | os.environ | {"VLLM_SERVER_DEV_MODE": "1"},
+        env=_QUIET | divided | environment(device) | os.environ | {"VLLM_SERVER_DEV_MODE": "1"},
         stdin=subprocess.PIPE,  # closed when this process ends, however that comes about
         start_new_session=True,  # signals of the terminal come here alone
     )

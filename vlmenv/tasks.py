@@ -17,7 +17,7 @@ from rich.console import Console
 
 from vlmenv.agents.engines.remote import Patience, check_address
 from vlmenv.agents.engines.server import VLLMServerEngine
-from vlmenv.agents.engines.vllm import VLLMEngine, require_vllm
+from vlmenv.agents.engines.vllm import VLLMEngine, check_sharing, require_vllm
 from vlmenv.agents.families import coordinate_space, resize_rule
 from vlmenv.agents.vlm import BUILTIN, Sampling, VLMAgent, find_model
 from vlmenv.core.coordinates import CoordinateSpace
@@ -90,6 +90,8 @@ class TaskConfig:
     """Tokens of prompt and answer together that vLLM makes room for; 16384 where left out, or what the model takes."""
     engine_memory: float | None = None
     """Share of the GPU's memory that vLLM may take, its weights included; 0.4 where left out."""
+    tensor_parallel: int = 1
+    """Processes that share an engine of vLLM, each with a part of its weights, for models too large for one GPU."""
     scorers: Annotated[ScorerConfig, tyro.conf.arg(name="")] = field(default_factory=ScorerConfig)
 
     def __post_init__(self) -> None:
@@ -97,6 +99,8 @@ class TaskConfig:
             raise ConfigError(f"seed must not be negative, not {self.seed}")
         if self.engine != "vllm" and not (self.engine_length is None and self.engine_memory is None):
             raise ConfigError("engine_length and engine_memory go with engine vllm; servers have their own")
+        if self.engine != "vllm" and self.tensor_parallel != 1:
+            raise ConfigError("tensor_parallel goes with engine vllm; servers have their own")
         if self.engine != "hf" and self.temperature > 2:
             raise ConfigError(f"vLLM takes temperatures up to 2, not {self.temperature}")
         if self.engine_length is not None and self.engine_length <= self.max_new_tokens:
@@ -238,11 +242,10 @@ def check_engine(config: TaskConfig, device: torch.device, processes: int = 1) -
     """Raises ConfigError where the engine cannot be had, or not like this; before anything slow is done."""
     if config.engine == "hf":
         return
-    if processes > 1:
-        raise ConfigError(f"the engine {config.engine} works in one process, not in {processes}: leave out --engine")
     if config.engine == "vllm-server":
         return
     require_vllm()
+    check_sharing(config.tensor_parallel, processes)
     if config.engine_memory is not None and device.type == "cpu":
         raise ConfigError("engine_memory is a share of a GPU's memory, but the model runs on the CPU")
 
@@ -265,6 +268,7 @@ def load_agent(config: TaskConfig, device: torch.device, engine_dtype: torch.dty
             dtype=engine_dtype,
             max_length=min(agent.max_length, config.engine_length or _ENGINE_LENGTH),
             memory_share=config.engine_memory or _ENGINE_MEMORY,
+            tensor_parallel=config.tensor_parallel,
             seed=config.seed,
         )
     if config.engine == "vllm-server":

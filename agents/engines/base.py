@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +41,13 @@ class Engine(ABC):
         Raises:
             EngineError: The engine failed, or takes prompts in otherwise than the trainer does.
         """
+
+    def generating(self, times: int) -> AbstractContextManager[None]:
+        """Within, this process asks for completions at most so many times; those that share an engine, as many times.
+
+        It takes part in what the others ask to the end, also where it has nothing to ask, or fails.
+        """
+        return nullcontext()
 
     @abstractmethod
     def sync(self, weights: Mapping[str, Tensor]) -> None:

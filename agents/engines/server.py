@@ -36,6 +36,7 @@ from vlmenv.agents.engines.checks import check_names, check_prompt, untied
 from vlmenv.agents.engines.remote import Patience, Server
 from vlmenv.agents.engines.replies import Answer, OtherModelFault, Served, ServerFault
 from vlmenv.agents.engines.settings import sampling_settings
+from vlmenv.agents.engines.together import from_main
 from vlmenv.agents.engines.worker import checksum_of, weight_shapes
 from vlmenv.agents.families import Family
 from vlmenv.agents.sampling import Sampled, Sampling
@@ -94,20 +95,21 @@ class VLLMServerEngine(Engine):
         weights_folder: Path | None = None,
         patience: Patience | None = None,
     ) -> None:
-        self._family = family
+        head = family.model.get_output_embeddings()
+        assert head is not None
+        self._family, self._vocabulary = family, int(head.weight.shape[0])
         self._shapes = untied(weight_shapes(folder), family)
         self._servers = [Server(url, patience or Patience()) for url in servers]
         self._news: list[str] = []
         self._version: str | None = None
         """the weights that the servers in use have; None where none has any"""
-        self._given, self._run_id = 0, uuid.uuid4().hex
+        self._given, self._run_id, self._weights_folder = 0, uuid.uuid4().hex, weights_folder
         self._dtype, self.max_length = "", 0
         self._loop = BackgroundLoop()
         try:
             self._agree(self._run(self._meet_all()))
-            self._folder = _weights_folder(weights_folder, self._shapes, getattr(torch, self._dtype))
         except BaseException:
-            self._let_go()
+            self.close()
             raise
 
     def generate(
@@ -125,17 +127,12 @@ class VLLMServerEngine(Engine):
 
     def sync(self, weights: Mapping[str, Tensor]) -> None:
         check_names(weights, set(self._shapes))
-        self._version, self._given = None, self._given + 1
-        version = f"{self._run_id}-{self._given}"
-        with self._written(weights) as (file, checksum):
-            self._run(self._update_all(file, checksum, version))
-        self._version = version
+        self._version = None
+        self._version, faults = from_main(lambda: self._hand_over(weights))
+        for server, fault in zip(self._servers, faults, strict=True):
+            server.fault = fault
 
     def close(self) -> None:
-        self._let_go()
-        self._folder.cleanup()
-
-    def _let_go(self) -> None:
         self._loop.run(self._close_all())
         self._loop.close()
 
@@ -240,26 +237,30 @@ class VLLMServerEngine(Engine):
         except* ServerFault as faults:
             self._leave_out(server, faults.exceptions[0])
 
-    @property
-    def _vocabulary(self) -> int:
-        head = self._family.model.get_output_embeddings()
-        assert head is not None
-        return int(head.weight.shape[0])
-
     # Updates.
+
+    def _hand_over(self, weights: Mapping[str, Tensor]) -> tuple[str, list[str | None]]:
+        """Updates the servers; gives the version that those in use have from now on, and why others are not."""
+        self._given += 1
+        version = f"{self._run_id}-{self._given}"
+        with self._written(weights) as (file, checksum):
+            self._run(self._update_all(file, checksum, version))
+        return version, [server.fault for server in self._servers]
 
     @contextmanager
     def _written(self, weights: Mapping[str, Tensor]) -> Iterator[tuple[Path, int]]:
         """A file of weights for as long as the context lasts, and its checksum."""
         dtype: torch.dtype = getattr(torch, self._dtype)
-        file = Path(self._folder.name) / f"weights-{self._given}.safetensors"
+        size = sum(math.prod(shape) for shape in self._shapes.values()) * dtype.itemsize
         try:
-            save_file({name: tensor.to("cpu", dtype).contiguous() for name, tensor in weights.items()}, file)
-            yield file, checksum_of(file)
+            with tempfile.TemporaryDirectory(
+                prefix="vlmenv-weights-", dir=self._weights_folder or _roomy(size)
+            ) as folder:
+                file = Path(folder) / f"weights-{self._given}.safetensors"
+                save_file({name: tensor.to("cpu", dtype).contiguous() for name, tensor in weights.items()}, file)
+                yield file, checksum_of(file)
         except (OSError, SafetensorError) as error:
-            raise EngineError(f"{file}: the servers' update cannot be written: {error}") from error
-        finally:
-            file.unlink(missing_ok=True)
+            raise EngineError(f"the servers' update cannot be written: {error}") from error
 
     async def _update_all(self, file: Path, checksum: int, version: str) -> None:
         await asyncio.gather(*[self._update(server, file, checksum, version) for server in self._servers])
@@ -293,16 +294,9 @@ class VLLMServerEngine(Engine):
         await asyncio.gather(*[server.close() for server in self._servers])
 
 
-def _weights_folder(
-    given: Path | None, shapes: Mapping[str, list[int]], dtype: torch.dtype
-) -> tempfile.TemporaryDirectory[str]:
-    """A fresh folder for updates: in the one that is given, in memory if it holds two, or among temporary files."""
-    size = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
-    roomy = _IN_MEMORY.is_dir() and shutil.disk_usage(_IN_MEMORY).free > 2 * size
-    try:
-        return tempfile.TemporaryDirectory(prefix="vlmenv-weights-", dir=given or (_IN_MEMORY if roomy else None))
-    except OSError as error:
-        raise EngineError(f"the servers' updates cannot be written: {error}") from error
+def _roomy(size: int) -> Path | None:
+    """A folder in memory if it has room for twice as many bytes; None, which is that of temporary files, if not."""
+    return _IN_MEMORY if _IN_MEMORY.is_dir() and shutil.disk_usage(_IN_MEMORY).free > 2 * size else None
 
 
 def _as_url(image: NDArray[np.uint8]) -> str:

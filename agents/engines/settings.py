@@ -27,6 +27,7 @@ def engine_settings(
     max_length: int,
     max_images: int,
     memory_share: float,
+    tensor_parallel: int,
 ) -> dict[str, Any]:
     """What vLLM is started with, in this process or as a server; see `VLLMEngine`."""
     cache = max(_CPU_CACHE, 4 * max_length * _bytes_per_token(family, dtype))
@@ -47,6 +48,7 @@ def engine_settings(
         "additional_config": {"vlmenv_banned": family.banned_tokens.tolist()},
         "enable_prefix_caching": True,
         "use_tqdm_on_load": False,
+        "tensor_parallel_size": tensor_parallel,
         **(on_cpu if device.type == "cpu" else {"gpu_memory_utilization": memory_share}),
     }
 

@@ -2,6 +2,9 @@
 
 The engine holds weights of its own, which `sync` overwrites in place. All that it keeps of earlier requests (keys and
 values of prompts, features of images) is forgotten then: it came of the old weights.
+
+Where several processes train, each has an engine, or neighbours share one by tensor parallelism: each then holds a part
+of its weights, and all of them run the requests of all.
 """
 
 from __future__ import annotations
@@ -9,7 +12,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +21,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, distributed
 
 from vlmenv.agents.engines.base import Engine, Request, dealt
 from vlmenv.agents.engines.checks import check_names, check_prompt, untied
 from vlmenv.agents.engines.settings import engine_settings, environment, look_in_process, sampling_settings
+from vlmenv.agents.engines.together import num_processes
 from vlmenv.agents.engines.worker import overwrite, weight_shapes
 from vlmenv.agents.families import Family
 from vlmenv.agents.sampling import Sampled, Sampling
@@ -45,10 +50,11 @@ class VLLMEngine(Engine):
         max_length: Tokens of prompt and completion together.
         max_images: Of a prompt.
         memory_share: Of a GPU's memory, for weights, keys and values.
+        tensor_parallel: Processes that share an engine, neighbours by their ranks.
         seed: Of what it draws itself; completions have seeds of their own.
 
     Raises:
-        ConfigError: vLLM is not installed.
+        ConfigError: vLLM is not installed, or the processes cannot share engines like this.
         EngineError: It cannot be started.
     """
 
@@ -62,17 +68,29 @@ class VLLMEngine(Engine):
         max_length: int,
         max_images: int = 8,
         memory_share: float = 0.4,
+        tensor_parallel: int = 1,
         seed: int = 0,
     ) -> None:
+        check_sharing(tensor_parallel, num_processes())
         vllm = import_vllm(device)
         self._vllm, self._folder, self._family = vllm, folder, family
         self._device, self.max_length = device, max_length
+        self._sharing, self._asked = tensor_parallel, 0
         settings = engine_settings(
-            folder, family, device, dtype=dtype, max_length=max_length, max_images=max_images, memory_share=memory_share
+            folder,
+            family,
+            device,
+            dtype=dtype,
+            max_length=max_length,
+            max_images=max_images,
+            memory_share=memory_share,
+            tensor_parallel=tensor_parallel,
         )
+        if num_processes() > 1:  # which vLLM takes as they are, and starts none
+            settings["distributed_executor_backend"] = "external_launcher"
         try:
             self._llm = vllm.LLM(**settings, seed=seed, enable_sleep_mode=device.type == "cuda")
-        except (RuntimeError, ValueError, OSError) as error:
+        except (RuntimeError, ValueError, OSError, AssertionError) as error:
             raise EngineError(f"vLLM cannot be started with {folder}: {error}") from error
         self._names = set(untied(weight_shapes(folder), family))
 
@@ -80,18 +98,48 @@ class VLLMEngine(Engine):
         self, requests: Sequence[Request], index: NDArray[np.int64], sampling: Sampling, rng: np.random.Generator
     ) -> list[Sampled]:
         counts = np.bincount(index, minlength=len(requests))
-        prompts = [_as_input(request) for request in requests]
-        try:
-            settings = [sampling_settings(self._family, sampling, int(n), int(rng.integers(2**31))) for n in counts]
-            params = [self._vllm.SamplingParams(**one) for one in settings]
-            with torch.autocast(self._device.type, enabled=False):  # the trainer's precision is none of the engine's
-                outputs = self._llm.generate(prompts, params, use_tqdm=False)
-        except (RuntimeError, ValueError) as error:
-            raise EngineError(f"vLLM failed to generate: {error}") from error
+        settings = [sampling_settings(self._family, sampling, int(n), int(rng.integers(2**31))) for n in counts]
+        outputs = self._generate(list(zip(map(_as_input, requests), settings, strict=True)))
         for request, output in zip(requests, outputs, strict=True):
             check_prompt(request, output.prompt_token_ids)
         written = [[_sampled(one) for one in sorted(output.outputs, key=lambda one: one.index)] for output in outputs]
         return dealt(index, written)
+
+    def _generate(self, jobs: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[Any]:
+        """vLLM's outputs for prompts with their sampling settings."""
+        shared, start = self._gathered(jobs)
+        try:
+            params = [self._vllm.SamplingParams(**settings) for _, settings in shared]
+            with torch.autocast(self._device.type, enabled=False):  # the trainer's precision is none of the engine's
+                outputs = self._llm.generate([prompt for prompt, _ in shared], params, use_tqdm=False)
+        except (RuntimeError, ValueError) as error:
+            raise EngineError(f"vLLM failed to generate: {error}") from error
+        return list(outputs[start : start + len(jobs)])
+
+    def _gathered(self, jobs: list[Any]) -> tuple[list[Any], int]:
+        """The jobs of all processes that share the engine, and where this one's begin."""
+        self._asked += 1
+        if self._sharing == 1:
+            return jobs, 0
+        group = importlib.import_module("vllm.distributed.parallel_state").get_tp_group()
+        each: list[list[Any]] = [[] for _ in range(self._sharing)]
+        distributed.all_gather_object(each, jobs, group=group.cpu_group)
+        return [job for own in each for job in own], sum(map(len, each[: group.rank_in_group]))
+
+    @contextmanager
+    def generating(self, times: int) -> Iterator[None]:
+        last = self._asked + times
+        try:
+            yield
+        except Exception:
+            self._keep_up(last)
+            raise
+        self._keep_up(last)
+
+    def _keep_up(self, last: int) -> None:
+        """Runs what the others that share the engine still ask."""
+        while self._sharing > 1 and self._asked < last:
+            self._generate([])
 
     def sync(self, weights: Mapping[str, Tensor]) -> None:
         check_names(weights, self._names)
@@ -118,6 +166,16 @@ class VLLMEngine(Engine):
 
     def close(self) -> None:
         self._llm.llm_engine.engine_core.shutdown()
+
+
+def check_sharing(tensor_parallel: int, processes: int) -> None:
+    """Raises ConfigError unless so many processes can share engines in groups of this size."""
+    if tensor_parallel < 1 or processes % tensor_parallel:
+        raise ConfigError(
+            f"tensor_parallel={tensor_parallel} divides an engine between as many processes, but there "
+            f"{'is one' if processes == 1 else f'are {processes}'}: launch a multiple of it, by accelerate launch "
+            "--num_processes"
+        )
 
 
 def require_vllm() -> None:
