@@ -314,14 +314,15 @@ def test_an_engine_that_is_not_installed_is_told_before_anything_is_loaded(
     assert not run.exists()
 
 
-def test_the_engine_vllm_is_refused_in_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_cannot_be_had_like_this_is_refused_early(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlmenv.tasks.require_vllm", lambda: None)
-    with pytest.raises(ConfigError, match="works in one process, not in 2"):
-        check_engine(TrainConfig(engine="vllm"), torch.device("cpu"), 2)
+    with pytest.raises(ConfigError, match="there is one: launch a multiple"):
+        check_engine(TrainConfig(engine="vllm", tensor_parallel=2), torch.device("cpu"))
+    with pytest.raises(ConfigError, match="there are 3: launch a multiple"):
+        check_engine(TrainConfig(engine="vllm", tensor_parallel=2), torch.device("cpu"), 3)
     with pytest.raises(ConfigError, match="share of a GPU's memory"):
         check_engine(TrainConfig(engine="vllm", engine_memory=0.5), torch.device("cpu"))
-    with pytest.raises(ConfigError, match="vllm-server works in one process, not in 2"):
-        check_engine(TrainConfig(engine="vllm-server", server=("http://a:1",)), torch.device("cpu"), 2)
+    check_engine(TrainConfig(engine="vllm", tensor_parallel=2), torch.device("cpu"), 4)
     check_engine(TrainConfig(engine="vllm"), torch.device("cpu"))
 
 
@@ -330,6 +331,7 @@ def test_the_engine_vllm_is_refused_in_several_processes(monkeypatch: pytest.Mon
     [
         (["--engine-length", "512"], "go with engine vllm"),
         (["--engine-memory", "0.5"], "go with engine vllm"),
+        (["--tensor-parallel", "2"], "goes with engine vllm"),
         (["--engine", "vllm", "--engine-memory", "1.5"], "share between 0 and 1"),
         (["--engine", "vllm", "--engine-length", "160"], "more than 160 tokens"),
         (["--engine", "vllm", "--temperature", "2.5"], "temperatures up to 2"),

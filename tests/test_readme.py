@@ -81,7 +81,7 @@ def place(request: pytest.FixtureRequest) -> Callable[[str], str]:
     return put
 
 
-@pytest.mark.parametrize("page", map(with_vllm, [page for page in DOCS if blocks("python", DOCS[page])]))
+@pytest.mark.parametrize("page", [with_vllm(page) for page in DOCS if blocks("python", DOCS[page])])
 def test_the_python_runs(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Callable[[str], str]
 ) -> None:
@@ -114,7 +114,7 @@ def of_recipe(name: str, folder: Path) -> list[str]:
     return [*small, *(["--group-size", "1"] if warmup else []), *shlex.split(WITHOUT_HUB.get(name, ""))]
 
 
-@pytest.mark.parametrize("command", map(with_vllm, [one for one in commands("vlmenv") if " serve" not in one]))
+@pytest.mark.parametrize("command", [with_vllm(one) for one in commands("vlmenv") if " serve" not in one])
 def test_the_commands_run(
     command: str,
     tmp_path: Path,
@@ -166,14 +166,25 @@ def test_the_servers_say_what_to_type(servers: dict[str, Served]) -> None:
         assert f"vlmenv train --engine vllm-server --server {server.url}\n" in server.told()
 
 
-@pytest.mark.parametrize("command", commands("accelerate launch"))
+@pytest.mark.parametrize("command", [with_vllm(one) for one in commands("accelerate launch")])
 def test_the_commands_run_in_two_processes(command: str, tmp_path: Path) -> None:
     launched = re.fullmatch(r"--config_file examples/accelerate/(\w+).yaml --num_processes \d (.*)", command[18:])
     assert launched
-    small = ["--prompts-per-step", "2", "--group-size", "2", "--eval-limit", "2", "--device", "cpu", "--output", "run"]
+    options = [
+        "--prompts-per-step",
+        "2",
+        "--group-size",
+        "2",
+        "--eval-limit",
+        "2",
+        "--device",
+        "cpu",
+        "--output",
+        "run",
+    ]
     if recipe := re.search(r"--recipe (\w+)", command):
-        small += ["--steps", "2", *of_recipe(recipe[1], tmp_path)]
-    done = launch(launched[1], *shlex.split(launched[2]), *small, cwd=tmp_path)
+        options += of_recipe(recipe[1], tmp_path)
+    done = launch(launched[1], *small(shlex.split(launched[2])), "--steps", "2", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "model, metrics and pictures are in" in done.stdout
     assert len((tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()) == 2 * 2 * 2

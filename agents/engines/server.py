@@ -260,7 +260,7 @@ class VLLMServerEngine(Engine):
                 save_file({name: tensor.to("cpu", dtype).contiguous() for name, tensor in weights.items()}, file)
                 yield file, checksum_of(file)
         except (OSError, SafetensorError) as error:
-            raise EngineError(f"the servers' update cannot be written: {error}") from error
+            raise EngineError(f"the servers' updates cannot be written: {error}") from error
 
     async def _update_all(self, file: Path, checksum: int, version: str) -> None:
         await asyncio.gather(*[self._update(server, file, checksum, version) for server in self._servers])

@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +165,8 @@ class VLLMEngine(Engine):
             self._llm.wake_up()
 
     def close(self) -> None:
-        self._llm.llm_engine.engine_core.shutdown()
+        with _keeping_processes() if num_processes() > 1 else nullcontext():
+            self._llm.llm_engine.engine_core.shutdown()
 
 
 def check_sharing(tensor_parallel: int, processes: int) -> None:
@@ -198,6 +199,22 @@ def import_vllm(device: torch.device) -> Any:
         raise ConfigError(f"{_MISSING} ({error})") from error
     look_in_process()
     return vllm
+
+
+@contextmanager
+def _keeping_processes() -> Iterator[None]:
+    """Keeps vLLM from parting the processes that train, which it would as if it had joined them itself."""
+    destroy = distributed.destroy_process_group
+
+    def destroy_own(group: Any = None) -> None:
+        if group is not None:
+            destroy(group)
+
+    distributed.destroy_process_group = destroy_own
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group = destroy
 
 
 def _as_input(request: Request) -> dict[str, Any]:
