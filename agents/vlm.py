@@ -110,7 +110,7 @@ class VLMAgent(Agent):
     def imitate(self, observations: Observations, texts: Sequence[str]) -> Rollout:
         prompts, index = self.encode(observations)
         completions = [self._written(i, text) for i, text in enumerate(texts)]
-        return Rollout(prompts, index, completions, self.sampling.temperature)
+        return Rollout(prompts, index, completions, temperature=1.0)  # as the model has them, however it samples
 
     def sync(self) -> None:
         if self.engine is not None:

@@ -52,7 +52,7 @@ class Scored:
     mask: Tensor
     """[N, L] bool, True at the completions' tokens"""
     old_logprobs: Tensor
-    """[N, L], at the time of sampling"""
+    """[N, L], of the policy before the update"""
     ref_logprobs: Tensor | None
     """[N, L], of the reference policy; None where the algorithm wants none"""
     values: Tensor | None
@@ -86,7 +86,7 @@ class LossInputs:
     logprobs: Tensor
     """[N, L], with gradient"""
     old_logprobs: Tensor
-    """[N, L], at the time of sampling"""
+    """[N, L], of the policy before the update"""
     advantages: Tensor
     """[N, L] or [N, 1]"""
     mask: Tensor
@@ -98,7 +98,7 @@ class LossInputs:
     values: Tensor | None = None
     """[N, L], of the critic, with gradient"""
     old_values: Tensor | None = None
-    """[N, L], at the time of sampling"""
+    """[N, L], of the policy before the update"""
     returns: Tensor | None = None
     """[N, L], what the critic is to predict"""
 
@@ -115,7 +115,7 @@ class LossOutput:
 
 @torch.no_grad()
 def ratio_sums(logratio: Tensor, clipped: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """What is logged of importance ratios: the divergence of the sampler from the policy (k3), and how much is clipped.
+    """What is logged of importance ratios: the divergence of the old policy from the new (k3), and how much is clipped.
 
     Args:
         logratio: log pi - log pi_old, [N, L].

@@ -154,7 +154,7 @@ class Batch:
     mask: Tensor
     """[N, L] bool, the tokens to learn from"""
     old_logprobs: Tensor
-    """[N, L], at the time of sampling"""
+    """[N, L], of the policy before the update"""
     truncated: Tensor
     """[N] bool, whether the limit cut the completion off"""
     advantages: Tensor
@@ -162,7 +162,7 @@ class Batch:
     ref_logprobs: Tensor | None = None
     """[N, L]"""
     values: Tensor | None = None
-    """[N, L], of the critic at the time of sampling"""
+    """[N, L], of the critic before the update"""
     returns: Tensor | None = None
     """[N, L]"""
     correction: Tensor | None = None

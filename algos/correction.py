@@ -32,9 +32,9 @@ def importance_weights(logratio: Tensor, mask: Tensor, how: Correction, cap: flo
     """
     if how == "none":
         return torch.ones_like(logratio)
-    ratio = _ratio(logratio, mask, how)
+    ratio = _logs(logratio, mask, how).exp()
     if how.endswith("mask"):
-        return ratio * ((ratio >= 1 / cap) & (ratio <= cap))
+        return ratio.where((ratio >= 1 / cap) & (ratio <= cap), 0)  # a product with 0 is NaN where it is infinite
     return ratio.clamp(max=cap)
 
 
@@ -54,18 +54,19 @@ def mismatch(logratio: Tensor, mask: Tensor, how: Correction, cap: float) -> dic
         `policy/effective_samples`: Kish's effective sample size of the ratios as they are, `sum(w)^2 / sum(w^2)`, as a
         share of the tokens.
     """
-    ratio = _ratio(logratio, mask, how)[mask].double()
+    logs = _logs(logratio, mask, how)[mask].double()
+    ratio, weights = logs.exp(), (logs - logs.max()).exp()  # whose scale does not matter
     outside = (ratio > cap) | ((ratio < 1 / cap) if how.endswith("mask") else False)
     tokens = logratio[mask].double()
     return {
         "policy/sampler_kl": float((torch.expm1(tokens) - tokens).mean()),
         "policy/correction_clipped": 0.0 if how == "none" else float(outside.double().mean()),
-        "policy/effective_samples": float(ratio.sum().square() / ratio.square().sum() / len(ratio)),
+        "policy/effective_samples": float(weights.sum().square() / weights.square().sum() / len(weights)),
     }
 
 
-def _ratio(logratio: Tensor, mask: Tensor, how: Correction) -> Tensor:
+def _logs(logratio: Tensor, mask: Tensor, how: Correction) -> Tensor:
     logratio = logratio.masked_fill(~mask, 0)
     if how.startswith("sequence"):
         logratio = logratio.sum(dim=1, keepdim=True).expand_as(logratio)
-    return logratio.exp()
+    return logratio

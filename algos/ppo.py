@@ -31,8 +31,6 @@ from vlmenv.algos.losses import (
 class PPOConfig(AlgorithmConfig):
     """Options of PPO, in the papers' letters."""
 
-    mu: int = 1
-    """Passes over each batch of completions."""
     minibatches: int = 2
     """Parts of a batch, each an optimiser step; every pass divides the groups anew."""
     epsilon: float = 0.2

@@ -58,15 +58,17 @@ class Replay:
             rollouts = Rollouts.joined(groups)
         return replace(rollouts, rollout=replace(rollouts.rollout, own=False)), replayed
 
-    def keep(self, rollouts: Rollouts, advantages: Tensor, replayed: NDArray[np.bool_]) -> None:
+    def keep(self, rollouts: Rollouts, advantages: Tensor, mask: Tensor, replayed: NDArray[np.bool_]) -> None:
         """Keeps the groups that taught something; the oldest kept ones go.
 
         Args:
             rollouts: Of P groups, as `fill` gave them.
             advantages: Their completions', [N, L] or [N, 1].
+            mask: Tokens that were learnt from, [N, L].
             replayed: Those that are kept already, [P].
         """
-        sizes = advantages.abs().mean(dim=1).view(-1, self._size).mean(dim=1).tolist()
+        means = (advantages.abs() * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+        sizes = means.view(-1, self._size).mean(dim=1).tolist()
         for i, size in enumerate(sizes):
             if size > 0 and not replayed[i]:
                 self._kept.append((_afresh(rollouts[self._rows(i)]), size))

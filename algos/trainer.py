@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from gymnasium.vector import VectorEnv
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from vlmenv.agents.base import Agent
 from vlmenv.algos.advantages import zero_variance_share
@@ -96,6 +97,12 @@ class TrainerConfig:
         return shapes[self.lr_schedule]
 
 
+def check_staleness(config: TrainerConfig, accelerator: Accelerator) -> None:
+    """Raises ConfigError where several processes are to roll out ahead of learning."""
+    if config.max_staleness and accelerator.num_processes > 1:
+        raise ConfigError(f"max_staleness 1 works in one process, not in {accelerator.num_processes}")
+
+
 @dataclass(slots=True)
 class StepResult:
     """What one step saw and did, in this process."""
@@ -105,7 +112,7 @@ class StepResult:
     metrics: dict[str, float]
     """means over all processes, by their logged names; of least and greatest values, the least and the greatest"""
     rollouts: Rollouts
-    """what was learnt from"""
+    """what was sampled for it; under `replay` some groups of it gave way to earlier ones"""
 
 
 @dataclass(slots=True)
@@ -155,8 +162,7 @@ class Trainer:
                 f"the environments come in groups of {group_size}, "
                 f"but {algorithm.name} compares groups of {algorithm.config.group_size}"
             )
-        if config.max_staleness and accelerator.num_processes > 1:
-            raise ConfigError("max_staleness 1 works in one process")
+        check_staleness(config, accelerator)
         self.agent, self.envs, self.algorithm = agent, envs, algorithm
         self.config, self.accelerator = config, accelerator
         self.step = 0
@@ -173,7 +179,7 @@ class Trainer:
         self.reference = agent.reference() if algorithm.wants_reference else None
         self.processes = processes_of(accelerator)
         self.optimizer = self.processes.prepare(agent, self.reference, self._new_optimizer)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, config.lr_factor)
+        self.scheduler = LambdaLR(self.optimizer, config.lr_factor)
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
@@ -286,8 +292,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """What all processes have in common after the last finished step, but for the weights."""
-        scheduler = {"scheduler": self.scheduler.state_dict(), "processes": self.processes.name}
-        return self._finished | self.processes.shared_state() | scheduler
+        return self._finished | self.processes.shared_state() | {"processes": self.processes.name}
 
     def process_state(self) -> dict[str, Any]:
         """What this process has of its own after the last finished step.
@@ -309,15 +314,20 @@ class Trainer:
             own: This process's `process_state`.
         """
         self.step, self._shown, self._skipped = state["step"], state["shown"], state["skipped"]
+        given = [
+            {name: group[name] for name in ("initial_lr", "weight_decay")} for group in self.optimizer.param_groups
+        ]
         self.processes.load(folder, state, own)
-        self.scheduler.load_state_dict(state["scheduler"])
+        for group, options in zip(self.optimizer.param_groups, given, strict=True):
+            group |= options  # the run's own, which may have been changed since
+        self.scheduler = LambdaLR(self.optimizer, self.config.lr_factor, self.step - 1)
         self.agent.set_rng_state(own["agent"])
         torch.set_rng_state(own["torch"])
         if "cuda" in own:
             torch.cuda.set_rng_state(own["cuda"])
         self._ahead = Collected.from_state(own["ahead"]) if "ahead" in own else None
         self._seen = own.get("seen")
-        if self.replay is not None:
+        if self.replay is not None and "replay" in own:  # it may have been asked for since
             self.replay.load_state_dict(own["replay"])
         self._is_synced = False
         self._remember()
@@ -373,7 +383,7 @@ class Trainer:
         else:
             rollouts, replayed = self.replay.fill(rollouts, rng)
             batch = self._credited(rollouts)
-            self.replay.keep(rollouts, batch.advantages, replayed)
+            self.replay.keep(rollouts, batch.advantages, batch.mask, replayed)
             told["replayed"] = float(replayed.mean())
         told |= self._correct(batch, rollouts.rollout)
         config, logged = self.algorithm.config, []

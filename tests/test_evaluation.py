@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from vlmenv.agents import VLMAgent
+from vlmenv.cli import main
 from vlmenv.core.answers import Detection, write_detections
 from vlmenv.core.formats import AnswerFormat
 from vlmenv.envs.ovd import OVDEnv
@@ -69,3 +73,24 @@ def test_the_metrics_are_written_last(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError):
         write_evaluation(Evaluation({}, []), tmp_path)
     assert not (tmp_path / "metrics.json").exists()
+
+
+def test_the_end_of_a_run_is_measured_once_and_in_its_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measuring on the way may come after the last step too."""
+    run, precisions, act = tmp_path / "run", [], VLMAgent.act
+
+    def watched(agent: VLMAgent, observations: Any) -> list[str]:
+        precisions.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+        return act(agent, observations)
+
+    monkeypatch.setattr(VLMAgent, "act", watched)
+    options = ["--steps", "4", "--eval-every", "2", "--eval-limit", "4", "--precision", "bf16", "--device", "cpu"]
+    main(["train", *options, "--prompts-per-step", "2", "--group-size", "4", "--output", str(run)])
+    assert precisions == [torch.bfloat16] * 3
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    after = json.loads((run / "evaluation.json").read_text())["after"]
+    assert {name: metric["value"] for name, metric in after.items()} == {
+        name.removeprefix("eval/"): value for name, value in last.items() if name.startswith("eval/")
+    }

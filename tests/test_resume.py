@@ -176,3 +176,30 @@ def test_a_run_is_resumed_by_processes_of_its_kind(tmp_path: Path, capsys: pytes
     with pytest.raises(SystemExit):
         main(["train", "--resume", str(run)])
     assert "saved by processes with FSDP2, not whole copies" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_rate_that_was_changed_since_holds_from_there_on(tmp_path: Path) -> None:
+    """And a decay: next to nothing is learnt any more, where the state of the optimizer has the old ones."""
+    run = tmp_path / "run"
+    train(run, "--weight-decay", "0.1")
+    shutil.rmtree(run / "checkpoints" / "step-5")
+    file = run / "config.yaml"
+    options = file.read_text().replace("lr: 0.0003\n", "lr: 1.0e-12\n")
+    assert "lr: 1.0e-12" in options
+    file.write_text(options.replace("weight_decay: 0.1", "weight_decay: 0.0"))
+    main(["train", "--resume", str(run)])
+    before, after = (load_file(run / "checkpoints" / f"step-{step}" / "model.safetensors") for step in (4, 5))
+    assert max(float((after[name] - before[name]).abs().max()) for name in before) < 1e-9
+    state = torch.load(run / "checkpoints" / "step-5" / "trainer.pt", weights_only=True)
+    assert {group["weight_decay"] for group in state["optimizer"]["param_groups"]} == {0.0}
+
+
+def test_replay_that_was_asked_for_since_begins_with_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(run)
+    shutil.rmtree(run / "checkpoints" / "step-5")
+    file = run / "config.yaml"
+    assert "replay: 0" in file.read_text()
+    file.write_text(file.read_text().replace("replay: 0", "replay: 6"))
+    main(["train", "--resume", str(run)])
+    assert "replayed" in rows(run / "metrics.jsonl")[-1]

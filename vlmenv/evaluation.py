@@ -124,8 +124,15 @@ def evaluate(
     answers: list[dict[str, Any]] = []
     held = nullcontext() if processes is None or not agent.generates_itself else processes.whole()
     stops = nullcontext() if processes is None else together(processes.accelerator)
+    precision = nullcontext() if processes is None else processes.autocast()
     most = len(own) if processes is None else max(processes.collect([len(own)]))
-    with held, stops, agent.generating(most), Progress(*PROGRESS, transient=True, console=console) as progress:
+    with (
+        held,
+        stops,
+        precision,
+        agent.generating(most),
+        Progress(*PROGRESS, transient=True, console=console) as progress,
+    ):
         bar = progress.add_task(title, total=sum(min(envs.num_groups, count - start) for start in own))
         for start in own:
             stop = min(start + envs.num_groups, count)

@@ -20,6 +20,7 @@ from vlmenv.agents.vlm import VLMAgent
 from vlmenv.algos import ALGORITHMS, AlgorithmConfig, GRPOConfig, NonFiniteError, StepResult, Trainer, TrainerConfig
 from vlmenv.algos.faults import stopped_together, together
 from vlmenv.algos.processes import processes_of
+from vlmenv.algos.trainer import check_staleness
 from vlmenv.checkpoints import load_checkpoint, prune, save_best, save_checkpoint
 from vlmenv.core.config import flatten, to_yaml
 from vlmenv.core.errors import ConfigError, TrainingError, VLMEnvError, unknown_name
@@ -170,18 +171,26 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
             raise ConfigError("log_samples is for a tracker, but tracker is none")
         if self.temperature == 0:
             raise ConfigError("temperature must be above 0: training needs varied answers")
-        replays = getattr(self.algorithm, "replay", 0) > 0  # of answers by earlier weights
-        unused = (*(() if replays else ("correction", "correction_cap")), "max_staleness")
-        if self.engine == "hf" and (given := [name for name in unused if getattr(self.trainer, name)]):
-            raise ConfigError(f"{' and '.join(given)} go with an engine: the model itself samples from what it learns")
-        if self.trainer.max_staleness and self.engine != "vllm-server":
-            raise ConfigError("max_staleness 1 needs a server that answers meanwhile: engine vllm-server")
+        self._check_sampler()
         if self.eval_image_root is not None and self.eval_dataset is None:
             raise ConfigError("eval_image_root goes with eval_dataset")
         if self.dataset is None and not (self.eval_dataset is None and self.eval_split is None and self.split is None):
             raise ConfigError(
                 "split, eval_dataset and eval_split go with dataset: the built-in samples have splits of their own"
             )
+
+    def _check_sampler(self) -> None:
+        """Raises ConfigError where options of what samples by other weights have no use."""
+        names = ("correction", "correction_cap", "max_staleness")
+        given = [name for name in names if getattr(self.trainer, name)]
+        if given and self.algo == "sft":
+            raise ConfigError(f"{' and '.join(given)} are of no use to sft, which learns from true answers")
+        if getattr(self.algorithm, "replay", 0):  # of answers by earlier weights
+            given = [name for name in given if name == "max_staleness"]
+        if given and self.engine == "hf":
+            raise ConfigError(f"{' and '.join(given)} go with an engine: the model itself samples from what it learns")
+        if self.trainer.max_staleness and self.engine != "vllm-server":
+            raise ConfigError("max_staleness 1 needs a server that answers meanwhile: engine vllm-server")
 
 
 RIVALS: Final = (("steps", "epochs"), ("warmup_steps", "warmup_share"))
@@ -219,6 +228,7 @@ def _run(config: TrainConfig[Any], opened: ExitStack) -> Path:
     accelerator = _accelerator(config, run)
     processes_of(accelerator)  # raises now what is wrong with them, and not when the model has been loaded
     check_engine(config, accelerator.device, accelerator.num_processes)
+    check_staleness(config.trainer, accelerator)
     if accelerator.is_main_process and config.resume is None:
         run.check_new()
     console = Console(quiet=not accelerator.is_main_process)
@@ -244,8 +254,9 @@ def _run(config: TrainConfig[Any], opened: ExitStack) -> Path:
     if config.resume is not None:
         load_checkpoint(trainer, run)
         console.print(f"going on after step {trainer.step}" if trainer.step else "no checkpoint yet: starting over")
-    _Training(trainer, envs, held_out, config, run, tracking, console, before)()
-    after = _evaluate(trainer, held_out, config, "after training", console)
+    training = _Training(trainer, envs, held_out, config, run, tracking, console, before)
+    training()
+    after = training.measured.get(trainer.step) or _evaluate(trainer, held_out, config, "after training", console)
     if accelerator.is_main_process and held_out is not None and before is not None and after is not None:
         _compare(config, run, held_out, before, after, console)
     console.print(f"model, metrics and pictures are in {run.path}", highlight=False)
@@ -365,6 +376,8 @@ class _Training:
     """the last step that was finished"""
     saved: int = 0
     """the last step after which a checkpoint was written, or could not be"""
+    measured: dict[int, Evaluation] = field(default_factory=dict)
+    """what the model could do after the last step after which that was measured on the way"""
 
     def __post_init__(self) -> None:
         self.history = self.run.history(self.trainer.step)
@@ -433,6 +446,7 @@ class _Training:
         trainer, run = self.trainer, self.run
         evaluation = _evaluate(trainer, self.held_out, self.config, f"step {trainer.step}", self.console)
         assert evaluation is not None
+        self.measured = {trainer.step: evaluation}
         name, interval = next(iter(evaluation.metrics.items()))
         if trainer.processes.agree(interval.value > run.best().get("value", float("-inf"))):
             save_best(trainer, run)

@@ -97,8 +97,9 @@ class Processes:
         return None
 
     def shared_state(self) -> dict[str, Any]:
-        """The optimizer's state, where all processes have the same."""
-        return {"optimizer": self._optimizer.state_dict()}
+        """The state of the optimizer and of the scale of its gradients, where all processes have the same."""
+        scaler = self.accelerator.scaler
+        return {"optimizer": self._optimizer.state_dict()} | ({} if scaler is None else {"scaler": scaler.state_dict()})
 
     def own_state(self) -> dict[str, Any]:
         """This process's share of it."""
@@ -108,6 +109,8 @@ class Processes:
         """Puts weights and the optimizer's state back from a checkpoint."""
         self.agent.load(folder)
         self._optimizer.load_state_dict((shared | own)["optimizer"])
+        if self.accelerator.scaler is not None and "scaler" in shared:
+            self.accelerator.scaler.load_state_dict(shared["scaler"])
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """This process's share of what is divided between them."""

@@ -44,6 +44,17 @@ def test_the_mismatch_by_hand() -> None:
     assert mismatch(RATIOS.log(), MASK, "none", 3.0)["policy/correction_clipped"] == 0
 
 
+@pytest.mark.parametrize("how", ["sequence", "sequence-mask"])
+def test_ratios_beyond_all_numbers_are_bounded_or_left_out(how: Correction) -> None:
+    """The likelier one's product over its tokens is exp(100), which float32 cannot hold."""
+    logratio, mask = torch.tensor([[0.2] * 500, [0.0] * 500]), torch.ones(2, 500, dtype=torch.bool)
+    weights = importance_weights(logratio, mask, how, 2.0)[:, 0].tolist()
+    assert weights == [2.0 if how == "sequence" else 0.0, 1.0]
+    found = mismatch(logratio, mask, how, 2.0)
+    assert found["policy/effective_samples"] == pytest.approx(0.5)
+    assert found["policy/correction_clipped"] == 0.5
+
+
 def test_equal_policies_do_not_differ() -> None:
     found = mismatch(torch.zeros(2, 3), MASK, "sequence", 2.0)
     assert found == {"policy/sampler_kl": 0, "policy/correction_clipped": 0, "policy/effective_samples": 1}

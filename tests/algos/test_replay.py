@@ -29,12 +29,17 @@ def rollouts(*groups: tuple[float, ...], mark: str = "new") -> Rollouts:
     return Rollouts(rollout, torch.tensor(groups).flatten(), [{"completion": text} for text in texts], [])
 
 
+def learnt(count: int) -> torch.Tensor:
+    """The mask of completions of one token that are all learnt from."""
+    return torch.ones(count, 1, dtype=torch.bool)
+
+
 def kept(*sizes: float, capacity: int = 99) -> Replay:
     """A store with a group of advantages of each size."""
     replay = Replay(capacity, 2)
     old = rollouts(*[(0.0, 1.0)] * len(sizes), mark="old")
     advantages = torch.tensor([(-size, size) for size in sizes]).flatten()[:, None]
-    replay.keep(old, advantages, np.zeros(len(sizes), bool))
+    replay.keep(old, advantages, learnt(len(advantages)), np.zeros(len(sizes), bool))
     return replay
 
 
@@ -71,16 +76,24 @@ def test_the_newest_that_taught_something_are_kept() -> None:
     replay = kept(1.0, capacity=2)
     new = rollouts((0.0, 1.0), (0.0, 1.0), (1.0, 1.0), (0.0, 1.0))
     advantages = torch.tensor([1, -1, 2, -2, 0, 0, 3, -3.0])[:, None]
-    replay.keep(new, advantages, np.array([False, False, False, True]))
+    replay.keep(new, advantages, learnt(8), np.array([False, False, False, True]))
     assert len(replay) == 2
     assert [(group.rollout.texts[0], size) for group, size in replay.snapshot()] == [("new 0.0", 1.0), ("new 1.0", 2.0)]
+
+
+def test_what_was_not_learnt_from_is_not_kept() -> None:
+    """Completions that the limit cut off may have advantages, and are masked; padding counts for nothing."""
+    replay, new = Replay(4, 2), rollouts((0.0, 1.0), (0.0, 1.0))
+    mask = torch.tensor([[0, 0], [0, 0], [1, 0], [1, 1]], dtype=torch.bool)
+    replay.keep(new, torch.tensor([[3.0, 3], [-3, -3], [1, 5], [-2, -4]]), mask, np.zeros(2, bool))
+    assert [(group.rollout.texts[0], size) for group, size in replay.snapshot()] == [("new 1.0", 2.0)]
 
 
 def test_what_a_frozen_tower_saw_is_not_kept() -> None:
     """With shares of a tower all processes run it together, as often as one another, whatever each replays."""
     replay, new = Replay(4, 2), rollouts((0.0, 1.0))
     new.rollout.prompts[0].features = ("tower", "features")
-    replay.keep(new, torch.tensor([[1.0], [-1.0]]), np.zeros(1, bool))
+    replay.keep(new, torch.tensor([[1.0], [-1.0]]), learnt(2), np.zeros(1, bool))
     for _ in range(2):
         filled, _ = replay.fill(rollouts((1.0, 1.0)), np.random.default_rng(0))
         assert filled.rollout.prompts[0].features is None
@@ -106,7 +119,7 @@ def test_replayed_tokens_are_weighted_by_importance() -> None:
     mu = torch.from_numpy(np.concatenate([c.logprobs for c in rollout.completions]))
     taught = Rollouts(rollout, rewards, [{} for _ in range(12)], [()] * 12)
     assert made.replay is not None
-    made.replay.keep(taught, torch.ones(12, 1), np.zeros(3, bool))
+    made.replay.keep(taught, torch.ones(12, 1), learnt(12), np.zeros(3, bool))
     with torch.no_grad():
         agent.table.logits.add_(torch.randn(START.shape, generator=torch.Generator().manual_seed(1)))
     dull = replace(taught, rewards=torch.zeros(12))

@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import math
 
+import gymnasium
 import pytest
 import torch
 from helpers import inputs, scored
 
+from vlmenv.agents import VLMAgent
+from vlmenv.agents.sampling import Sampling
 from vlmenv.algos import SFT, SFTConfig
 from vlmenv.core.errors import ConfigError
 
@@ -18,6 +21,16 @@ def test_the_loss_by_hand() -> None:
     output.loss.backward()
     expected = torch.tensor([[-1.0, -1.0], [-1.0, 0.0]], dtype=torch.float64) / 3
     torch.testing.assert_close(given.logprobs.grad, expected)
+
+
+def test_the_temperature_of_sampling_does_not_matter() -> None:
+    envs = gymnasium.make_vec("VLM-REC-v0", num_envs=2, answers=True)
+    observations, infos = envs.reset(seed=0)
+    losses = []
+    for temperature in (1.0, 0.5):
+        agent = VLMAgent.from_pretrained("builtin", sampling=Sampling(temperature=temperature))
+        losses.append(agent.logprobs(agent.imitate(observations, list(infos["answer"]))).values)
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)
 
 
 def test_every_true_answer_counts_alike() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -199,3 +200,14 @@ def test_weights_that_are_not_finite_are_told(builtin: VLMAgent) -> None:
     with pytest.raises(NonFiniteError) as caught:
         next(trainer.train(seed=0))
     assert caught.value.weights == ["value_head.weight"]
+
+
+def test_the_scale_of_half_precision_is_part_of_a_checkpoint(builtin: VLMAgent, tmp_path: Path) -> None:
+    made = make(builtin)
+    made.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    builtin.save(tmp_path / "model")
+    made._remember()
+    state, own = made.state_dict(), made.process_state()
+    made.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    made.load(tmp_path / "model", state, own)
+    assert made.accelerator.scaler.get_scale() == 8
