@@ -27,6 +27,7 @@ from vlmenv.agents.checkpoints import (
     write_model,
 )
 from vlmenv.agents.engines.base import Engine, Request
+from vlmenv.agents.engines.checks import fingerprint
 from vlmenv.agents.families import Family, Processor, family_of
 from vlmenv.agents.lora import LoRA, is_adapter
 from vlmenv.agents.policy import Policy, ValueHead
@@ -115,7 +116,7 @@ class VLMAgent(Agent):
     def sync(self) -> None:
         if self.engine is not None:
             with torch.autocast(self.device.type, enabled=False):
-                self.engine.sync(self._published_weights())
+                self.engine.sync(self._published_weights(), vision=self._fingerprint_of_vision())
 
     @property
     def generates_itself(self) -> bool:
@@ -136,6 +137,11 @@ class VLMAgent(Agent):
         if self.engine is not None:
             self.engine.close()
             self.engine = None
+
+    def _fingerprint_of_vision(self) -> tuple[int, ...] | None:
+        parts = [self.family.vision_tower(), *self.family.projectors()]
+        trained = self.family.sees_by_trained_weights()
+        return None if trained else fingerprint(weight for part in parts for weight in part.parameters())
 
     def _published_weights(self) -> dict[str, Tensor]:
         """The model's weights as `save` writes them, adapters merged in; in processes with shares, gathered before."""

@@ -50,8 +50,13 @@ class Engine(ABC):
         return nullcontext()
 
     @abstractmethod
-    def sync(self, weights: Mapping[str, Tensor]) -> None:
+    def sync(self, weights: Mapping[str, Tensor], *, vision: tuple[int, ...] | None = None) -> None:
         """Takes over weights, by their names in the published checkpoint, and forgets all that came of the old ones.
+
+        Args:
+            weights: All of them.
+            vision: A fingerprint of those that turn images into features, where they are frozen: features may be kept
+                while it stays the same.
 
         Raises:
             EngineError: Names are missing or unknown; or the engine failed.

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from vlmenv.agents.engines.base import Request
 from vlmenv.agents.families import Family
 from vlmenv.core.errors import EngineError, ReadingError
+
+_BITS = {2: torch.int16, 4: torch.int32}
+_ODD = -7046029254386353131  # 2**64 over the golden ratio, which spreads neighbours
 
 
 def check_prompt(request: Request, token_ids: Sequence[int]) -> None:
@@ -34,6 +38,18 @@ def check_names(weights: Mapping[str, Tensor], names: set[str]) -> None:
             f"the trainer's weights are not those of the engine's model: {len(missing)} are missing {missing[:3]}, "
             f"{len(unknown)} are unknown {unknown[:3]}"
         )
+
+
+@torch.no_grad()
+def fingerprint(weights: Iterable[Tensor]) -> tuple[int, ...]:
+    """Tells weights from others: of each tensor, a sum of its bits that weighs every place otherwise."""
+    return tuple(_digest(weight.detach()) for weight in weights)
+
+
+def _digest(weight: Tensor) -> int:
+    bits = weight.contiguous().view(_BITS[weight.element_size()]).flatten().long()
+    places = torch.arange(1, 2 * len(bits), 2, device=bits.device) * _ODD  # modulo 2**64, as all of this
+    return int((bits * places).sum())
 
 
 def untied(shapes: Mapping[str, list[int]], family: Family) -> dict[str, list[int]]:

@@ -125,7 +125,8 @@ class VLLMServerEngine(Engine):
             written[job.request] += answer.completions
         return dealt(index, written)
 
-    def sync(self, weights: Mapping[str, Tensor]) -> None:
+    def sync(self, weights: Mapping[str, Tensor], *, vision: tuple[int, ...] | None = None) -> None:
+        # Features are never kept: another run may have used a server in between, with another vision tower.
         check_names(weights, set(self._shapes))
         self._version = None
         self._version, faults = from_main(lambda: self._hand_over(weights))

@@ -92,6 +92,7 @@ class VLLMEngine(Engine):
             self._llm = vllm.LLM(**settings, seed=seed, enable_sleep_mode=device.type == "cuda")
         except (RuntimeError, ValueError, OSError, AssertionError) as error:
             raise EngineError(f"vLLM cannot be started with {folder}: {error}") from error
+        self._vision: tuple[int, ...] | None = None
         self._names = set(untied(weight_shapes(folder), family))
 
     def generate(
@@ -141,20 +142,16 @@ class VLLMEngine(Engine):
         while self._sharing > 1 and self._asked < last:
             self._generate([])
 
-    def sync(self, weights: Mapping[str, Tensor]) -> None:
+    def sync(self, weights: Mapping[str, Tensor], *, vision: tuple[int, ...] | None = None) -> None:
         check_names(weights, self._names)
-        missing = self._llm.collective_rpc(overwrite, args=(list(weights.items()),))
+        sees_alike, self._vision = vision is not None and vision == self._vision, vision
+        missing = self._llm.collective_rpc(overwrite, args=(list(weights.items()), sees_alike))
         if any(missing):
             raise EngineError(f"vLLM left weights as they were: {missing[0][:5]}")
-        self._forget()
-
-    def _forget(self) -> None:
-        """Drops keys and values of prompts, and features of images.
-
-        vLLM's third cache stays: it holds images as they go into the model, on which no weight has any bearing.
-        """
+        # A third cache stays: it holds images as they go into the model, on which no weight has any bearing.
         self._llm.reset_prefix_cache()
-        self._llm.llm_engine.reset_encoder_cache()
+        if not sees_alike:
+            self._llm.llm_engine.reset_encoder_cache()
 
     def sleep(self) -> None:
         if self._device.type == "cuda":

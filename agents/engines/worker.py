@@ -57,9 +57,15 @@ def checksum_of(file: Path) -> int:
     return checksum
 
 
-def overwrite(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Lets a worker take over weights, by their published names, and names those of its own that are still the old."""
+def overwrite(worker: Any, weights: Iterable[tuple[str, Tensor]], sees_alike: bool = False) -> list[str]:
+    """Lets a worker take over weights, by their published names, and names those of its own that are still the old.
+
+    Where images turn into the same features as before, it keeps those that it has, which vLLM would have it forget.
+    """
     model, taken = worker.model_runner.get_model(), set()
+    cache = worker.model_runner.encoder_cache
+    cache = getattr(cache, "encoder_outputs", cache)  # as vLLM's second kind of runner has them
+    features = dict(cache) if sees_alike else {}
     load, tied = model.load_weights, _tied_heads(model)
 
     def noting(given: Any) -> set[str]:
@@ -72,6 +78,7 @@ def overwrite(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> list[str]:
         worker.reload_weights(weights_iterator=iter(weights))
     finally:
         del model.load_weights
+    cache.update(features)
     for head, embedding in tied:
         # On CPUs the head multiplies by a copy of its own layout, which vLLM makes anew for untied heads alone.
         head.weight = embedding.weight

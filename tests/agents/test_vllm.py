@@ -283,6 +283,37 @@ def test_each_cache_has_to_be_reset(left_out: str, folder: Path, monkeypatch: py
         engine.close()
 
 
+@pytest.mark.parametrize("engine", ["in process"], indirect=True)
+def test_features_are_kept_while_a_frozen_tower_stays_the_same(agent: VLMAgent) -> None:
+    """Images are seen again when its weights have been changed by hand, and whenever it is trained."""
+    engine = agent.engine
+    assert isinstance(engine, VLLMEngine)
+    model = engine._llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+    seen: list[int] = []
+    hook = model.visual.register_forward_hook(lambda *_: seen.append(1))
+    tower, language = agent.family.vision_tower(), agent.family.language_model()
+
+    def looks_after_changing(part: torch.nn.Module) -> bool:
+        with torch.no_grad():
+            for parameter in part.parameters():
+                parameter.mul_(1.02)
+        agent.sync()
+        seen.clear()
+        assert_in_step(agent, batch())
+        return bool(seen)
+
+    agent.sync()
+    assert_in_step(agent, batch())
+    assert looks_after_changing(language)
+    agent.freeze(vision=True, projector=True)
+    assert looks_after_changing(language)  # what it was before is not known
+    assert not looks_after_changing(language)
+    assert not looks_after_changing(language)
+    assert looks_after_changing(tower)
+    assert not looks_after_changing(language)
+    hook.remove()
+
+
 @pytest.mark.parametrize("folder", ["builtin"], indirect=True)
 def test_signals_stay_ours(folder: Path) -> None:
     former = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]

@@ -45,7 +45,7 @@ class CopyOfTheModel(Engine):
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
         return sample(self._policy, [request.prompt for request in requests], index, sampling, generator)
 
-    def sync(self, weights: Mapping[str, Tensor]) -> None:
+    def sync(self, weights: Mapping[str, Tensor], *, vision: tuple[int, ...] | None = None) -> None:
         state = self._policy.model.state_dict()
         with torch.no_grad():
             for name in weights.keys() & state.keys():

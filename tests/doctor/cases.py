@@ -72,7 +72,7 @@ class CopyEngine(Engine):
             check_prompt(request, prompt.input_ids.tolist())
         return sample(self.copy.family_policy, prompts, index, sampling, generator)
 
-    def sync(self, weights: Mapping[str, torch.Tensor]) -> None:
+    def sync(self, weights: Mapping[str, torch.Tensor], *, vision: tuple[int, ...] | None = None) -> None:
         check_names(weights, self._names)
         self.copy.family.model.load_state_dict(weights, strict=False)  # but for those of a second name
 

@@ -181,7 +181,7 @@ def test_a_renamed_weight_in_the_files_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize("weight", ["model.visual.blocks.1.attn.qkv.bias", "model.language_model.norm.weight"])
 def test_a_single_weight_that_is_not_taken_over_is_found(weight: str, with_engine: Callable[..., None]) -> None:
     class Forgetful(CopyEngine):
-        def sync(self, weights: Mapping[str, Tensor]) -> None:
+        def sync(self, weights: Mapping[str, Tensor], *, vision: tuple[int, ...] | None = None) -> None:
             own = self.copy.family.model.state_dict()[weight].clone()
             super().sync({name: own if name == weight else tensor for name, tensor in weights.items()})
 
@@ -269,7 +269,7 @@ def test_an_engine_that_answers_nothing(with_engine: Callable[..., None]) -> Non
 
 def test_an_engine_that_fails(with_engine: Callable[..., None]) -> None:
     class Failing(CopyEngine):
-        def sync(self, weights: Mapping[str, Tensor]) -> None:
+        def sync(self, weights: Mapping[str, Tensor], *, vision: tuple[int, ...] | None = None) -> None:
             raise RuntimeError("no such worker")
 
     with_engine(Failing)
