@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from vlmenv.agents.attention import Attention, Continuations, Packing, Prefixes, enable_packing, no_mask
 from vlmenv.agents.base import LogProbs
 from vlmenv.agents.families.base import Family, join_images
+from vlmenv.agents.lean import make_lean
 from vlmenv.agents.linear_logprobs import linear_logprobs
 from vlmenv.agents.patches import multiply_patches
 from vlmenv.core.rollout import Prompt, Rollout
@@ -63,6 +64,7 @@ class Policy(nn.Module):
         self.register_buffer("banned", banned, persistent=False)
         enable_packing(cast(PreTrainedModel, family.language_model()))
         multiply_patches(family.vision_tower())
+        make_lean(family.model)
 
     def forward(self, rollout: Rollout) -> LogProbs:
         """Log-probabilities and entropies of the completions of a rollout, and values where there is a head."""
