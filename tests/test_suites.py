@@ -459,6 +459,8 @@ def test_images_that_are_not_there_are_an_error(tmp_path: Path, scripted: Script
         ({"env": "VLM-VQA-v0"}, "env does not go with a suite"),
         ({"dataset": ("a.jsonl",)}, "dataset does not go with a suite"),
         ({"rewards": {"iou": 1.0}}, "rewards does not go with a suite"),
+        ({"min_image_side": 28}, "min_image_side does not go with a suite"),
+        ({"without_text": ("rethink",)}, "without_text does not go with a suite"),
         ({"scorers": ScorerConfig(clip_model="a")}, "clip_model does not go with a suite"),
         ({"suite": None}, "data goes with a suite"),
     ],

@@ -207,7 +207,8 @@ def _checked(config: EvalConfig) -> Suite:
             "a suite needs --data, the folders of its data sets, and --output, a folder for what comes out"
         )
     own = EvalConfig()
-    for name in ("env", "dataset", "image_root", "split", "columns", "rewards"):
+    taken = ("env", "dataset", "image_root", "split", "columns", "rewards", "min_image_side", "without_text")
+    for name in taken:
         if getattr(config, name) != getattr(own, name):
             raise ConfigError(f"{name} does not go with a suite, which has its own")
     if config.scorers.clip_model is not None:
