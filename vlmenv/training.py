@@ -115,7 +115,8 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
     """Chance of showing a sample of the data set again all of whose answers earned the same when it was last shown, by
     which it is too easy or too hard to learn from."""
     epochs: float | None = None
-    """Passes over the data set, in place of `steps`."""
+    """Passes over the data set, in place of `steps`, where a step takes one batch. Where `most_rounds` lets a step take
+    several, the steps stay as many, and pass over the data set more often."""
     warmup_share: float | None = None
     """Share of the steps over which the learning rate rises to its peak, in place of `warmup_steps`."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -226,6 +227,8 @@ def _run(config: TrainConfig[Any], opened: ExitStack) -> Path:
         envs = _training_envs(config, accelerator)
         held_out = None if config.eval_limit == 0 else _evaluation_envs(config)
     report_broken_rows(envs, console)
+    if held_out is not None and not (config.eval_dataset is None and config.eval_split is None):
+        report_broken_rows(held_out, console)
     config = _in_steps(config, envs.task.source.size)
     agent = load_agent(config, accelerator.device, _DTYPES[config.precision])
     opened.callback(agent.close)
