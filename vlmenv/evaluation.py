@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -26,7 +25,7 @@ from vlmenv.core.rollout import unbatch
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.metrics.intervals import Interval, ratio_interval
 from vlmenv.envs.vector import VisualTaskVectorEnv
-from vlmenv.tasks import TaskConfig, check_device, check_engine, load_agent, make_envs, report_broken_rows
+from vlmenv.tasks import TaskConfig, load_agent, make_envs, prepared, report_broken_rows
 
 DEFAULT_LIMIT = 512
 PROGRESS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -251,14 +250,12 @@ def make_eval_envs(config: EvalConfig, env: str, **arguments: Any) -> VisualTask
 
 def run_evaluation(config: EvalConfig) -> Evaluation:
     """`vlmenv eval`."""
-    check_device(config.device)
-    accelerator = Accelerator(cpu=config.device == "cpu")
-    check_engine(config, accelerator.device, accelerator.num_processes)
+    processes, console = prepared(config)
+    accelerator = processes.accelerator
     data = config.data_arguments()
     if config.dataset is None and config.split is None:
         data["split"] = "eval"
     envs = make_eval_envs(config, config.env, **data, **config.env_arguments())
-    console, processes = Console(quiet=not accelerator.is_main_process), Processes(accelerator)
     report_broken_rows(envs, console)
     count, greedy = sample_count(envs, config.limit), config.samples is None
     with closing(load_agent(config, accelerator.device)) as agent:

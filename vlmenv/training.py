@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Final, Generic, Literal, TypeVar
+from typing import Annotated, Any, Final, Generic, Literal, Self, TypeVar
 
 import torch
 import tyro
@@ -47,7 +47,7 @@ from vlmenv.tasks import (
     load_agent,
     make_envs,
     report_broken_rows,
-    whole_name,
+    whole_names,
 )
 
 AlgorithmName = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++", "ppo", "sft"]
@@ -184,6 +184,9 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
                 "split, eval_dataset and eval_split go with dataset: the built-in samples have splits of their own"
             )
 
+    def located(self) -> Self:
+        return dataclasses.replace(super().located(), eval_dataset=whole_names(self.eval_dataset))
+
 
 RIVALS: Final = (("steps", "epochs"), ("warmup_steps", "warmup_share"))
 """Options of which one takes the place of the other."""
@@ -239,7 +242,7 @@ def _run(config: TrainConfig[Any], opened: ExitStack) -> Path:
         agent.add_value_head()
     trainer = Trainer(agent, envs, algorithm, config.trainer, accelerator)
     if accelerator.is_main_process and config.resume is None:
-        run.create(to_yaml(_located(config), without=("recipe", "config", "output", "resume")))
+        run.create(to_yaml(config.located(), without=("recipe", "config", "output", "resume")))
     console.print(f"{config.env}, {config.algo}, model {config.model}; writing to {run.path}", highlight=False)
     last = run.checkpoints()[-1:] if config.resume is not None else []
     tracking = Tracking(accelerator, config.tracker, run, flatten(config), step=run.step_of(last[0]) if last else 0)
@@ -273,15 +276,6 @@ def _accelerator(config: TrainConfig[Any], run: RunFolder) -> Accelerator:
         # A process whose rows happen to hold no image gives the vision tower no gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-
-
-def _located(config: TrainConfig[Any]) -> TrainConfig[Any]:
-    """The options with whole paths in place of those from the working directory, so that they hold from anywhere."""
-    changes: dict[str, Any] = {"model": whole_name(config.model)}
-    for name in ("dataset", "eval_dataset"):
-        given: Sequence[str] | None = getattr(config, name)
-        changes[name] = None if given is None else tuple(map(whole_name, given))
-    return dataclasses.replace(config, **changes)
 
 
 def _training_envs(config: TrainConfig[Any], accelerator: Accelerator) -> VisualTaskVectorEnv:

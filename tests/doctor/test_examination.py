@@ -246,7 +246,7 @@ def test_a_step_beyond_the_memory_is_found() -> None:
 def test_an_engine_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """What can do without it is looked at all the same."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    findings = examined(engine="vllm", engine_length=512)
+    findings = examined(engine="vllm", engine_length=512, engine_memory=0.5, tensor_parallel=2)
     assert failed(findings) == {"engine"}
     assert 'needs the extra "vllm"' in findings["engine"].figure
     assert unchecked(findings) == NEEDS_ENGINE
