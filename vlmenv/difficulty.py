@@ -24,20 +24,18 @@ from vlmenv.envs.data.dataset import Concatenated, TableSource
 from vlmenv.envs.data.export import export_sample
 from vlmenv.envs.data.tables import Rows
 from vlmenv.envs.vector import VisualTaskVectorEnv
-from vlmenv.evaluation import PROGRESS, answer_samples, sample_count
-from vlmenv.tasks import TaskConfig, claim, load_agent, make_envs, prepared, report_broken_rows
+from vlmenv.evaluation import PROGRESS, AnswerConfig, answer_samples, sample_count
+from vlmenv.tasks import claim, load_agent, make_envs, prepared, report_broken_rows
 
 LEVELS: Final = ("easy", "medium", "hard")
 
 
 @dataclass(frozen=True)
-class SampleConfig(TaskConfig):
+class SampleConfig(AnswerConfig):
     """Answer every question several times, and divide the data set by how many of the answers are right."""
 
     recipe: str | None = None
     """Published recipe to take the options from, such as pebr_r1_sampling."""
-    config: Path | None = None
-    """YAML file of options; those on the command line win."""
     n: int = 8
     """Sampled answers to each question: where all are right it is easy, where none is hard, and else medium."""
     measure: str | None = None
@@ -45,10 +43,6 @@ class SampleConfig(TaskConfig):
     own choice where left out: accuracy, or the overlap of boxes."""
     threshold: float | None = None
     """From what value on it is; the task's own where left out: 1, and 0.5 for boxes."""
-    limit: int | None = None
-    """At most so many samples, the first ones; of the built-in ones 512 where left out."""
-    batch_size: int = 64
-    """Answers generated at a time."""
     part_size: int = 64
     """Samples after which results are written; a run that was cut off goes on with the parts that are missing."""
     output: Path | None = None
@@ -56,10 +50,9 @@ class SampleConfig(TaskConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("n", "limit", "batch_size", "part_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, not {value}")
+        for name in ("n", "part_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.temperature == 0:
             raise ConfigError("temperature must be above 0: sampled answers would all be alike")
         if self.threshold is None and self.measure is not None:
@@ -85,7 +78,7 @@ def run_sampling(config: SampleConfig) -> Path:
             claim(config.output, config, begun=any(parts.glob("[0-9]*.jsonl")))
             parts.mkdir(exist_ok=True)
     count = sample_count(envs, config.limit)
-    with closing(load_agent(config, accelerator.device)) as agent, together(accelerator):
+    with closing(load_agent(config, accelerator.device, config.dtype)) as agent, together(accelerator):
         _sample_parts(agent, envs, count, config, processes, console)
     envs.close()
     with together(accelerator):

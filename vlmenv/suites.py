@@ -183,7 +183,7 @@ def run_suite(config: EvalConfig) -> dict[str, dict[str, Interval]]:
         if accelerator.is_main_process:
             claim(config.output, config, begun=any(config.output.glob("*/metrics.json")))
     if todo:
-        with closing(load_agent(config, accelerator.device)) as agent:
+        with closing(load_agent(config, accelerator.device, config.dtype)) as agent:
             for one in todo:
                 agent.seed(config.seed + accelerator.process_index)
                 _measure(one, config, agent, console, processes)

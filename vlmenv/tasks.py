@@ -38,6 +38,8 @@ ENGINE_OPTIONS: Final = (
     *("server", "server_timeout", "weights_folder"),
 )
 """Options that choose what generates."""
+DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""By the names that `precision` has."""
 _ENGINE_LENGTH, _ENGINE_MEMORY = 16384, 0.4
 _FREE: Final = ("recipe", "config", "output", "data", "batch_size", "device", *ENGINE_OPTIONS)
 """Options that may change when work goes on whose results lie in a folder."""
@@ -314,22 +316,28 @@ def prepared(config: TaskConfig) -> tuple[Processes, Console]:
     return Processes(accelerator), Console(quiet=not accelerator.is_main_process)
 
 
-def load_agent(config: TaskConfig, device: torch.device, engine_dtype: torch.dtype = torch.float32) -> VLMAgent:
+def load_agent(
+    config: TaskConfig,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    engine_dtype: torch.dtype | None = None,
+) -> VLMAgent:
     """Loads a configuration's model as an agent, without the loader's own progress bars.
 
     Args:
         config: Which model, how it samples, and with what engine; `check_engine` is called first.
         device: Where it runs.
-        engine_dtype: Precision of the engine's copy of the weights.
+        dtype: Of its weights.
+        engine_dtype: Of the copy in vLLM in this process; the same where left out.
     """
     transformers.utils.logging.disable_progress_bar()
-    agent = VLMAgent.from_pretrained(config.model, device=device, sampling=config.sampling())
+    agent = VLMAgent.from_pretrained(config.model, device=device, dtype=dtype, sampling=config.sampling())
     if config.engine == "vllm":
         agent.engine = VLLMEngine(
             agent.folder,
             agent.family,
             device=device,
-            dtype=engine_dtype,
+            dtype=engine_dtype or dtype,
             max_length=min(agent.max_length, config.engine_length or _ENGINE_LENGTH),
             memory_share=config.engine_memory or _ENGINE_MEMORY,
             tensor_parallel=config.tensor_parallel,

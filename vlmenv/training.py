@@ -41,6 +41,7 @@ from vlmenv.report.tracking import TrackerName, Tracking, require_tracker
 from vlmenv.report.watch import drift
 from vlmenv.stopping import Stopping
 from vlmenv.tasks import (
+    DTYPES,
     TaskConfig,
     check_device,
     check_engine,
@@ -52,7 +53,6 @@ from vlmenv.tasks import (
 
 AlgorithmName = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++", "ppo", "sft"]
 _LOG_SAMPLES = 50  # steps
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 AlgorithmT = TypeVar("AlgorithmT", bound=AlgorithmConfig)
 
@@ -233,7 +233,7 @@ def _run(config: TrainConfig[Any], opened: ExitStack) -> Path:
     if held_out is not None and not (config.eval_dataset is None and config.eval_split is None):
         report_broken_rows(held_out, console)
     config = _in_steps(config, envs.task.source.size)
-    agent = load_agent(config, accelerator.device, _DTYPES[config.precision])
+    agent = load_agent(config, accelerator.device, engine_dtype=DTYPES[config.precision])
     opened.callback(agent.close)
     algorithm = ALGORITHMS[config.algo][0](config.algorithm)
     torch.manual_seed(config.seed)  # which new adapters are drawn from
