@@ -147,6 +147,9 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
     trainer: Annotated[TrainerConfig, tyro.conf.arg(name="")] = field(default_factory=TrainerConfig)
     algorithm: Annotated[AlgorithmT, tyro.conf.arg(name="")] = field(default_factory=GRPOConfig)  # type: ignore[assignment]
 
+    def located(self) -> Self:
+        return dataclasses.replace(super().located(), eval_dataset=whole_names(self.eval_dataset))
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.prompts_per_step < 1:
@@ -183,9 +186,6 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
             raise ConfigError(
                 "split, eval_dataset and eval_split go with dataset: the built-in samples have splits of their own"
             )
-
-    def located(self) -> Self:
-        return dataclasses.replace(super().located(), eval_dataset=whole_names(self.eval_dataset))
 
 
 RIVALS: Final = (("steps", "epochs"), ("warmup_steps", "warmup_share"))
