@@ -195,6 +195,20 @@ def test_broken_rows_are_left_out_and_counted(tmp_path: Path, capsys: pytest.Cap
     assert "1 samples" in out
 
 
+def test_broken_rows_of_the_set_to_measure_on_are_told_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of the training data are told once, also where they are what is measured on."""
+    Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
+    lines = [{"image": "a.png", "problem": "Where?", "answer": answer} for answer in ("[1, 2, 3, 4]", "there")]
+    (tmp_path / "train.json").write_text(json.dumps(lines * 2))
+    (tmp_path / "eval.json").write_text(json.dumps(lines))
+    small = ["--steps", "1", "--max-new-tokens", "8", "--skip-broken", *TINY]
+    for name, other in {"a": [], "b": ["--eval-dataset", str(tmp_path / "eval.json")]}.items():
+        main(["train", "--dataset", str(tmp_path / "train.json"), *other, *small, "--output", str(tmp_path / name)])
+        out = " ".join(capsys.readouterr().out.split())
+        assert out.count("2 of 4 rows are broken and left out") == 1
+        assert out.count("1 of 2 rows are broken and left out") == len(other) / 2
+
+
 @pytest.mark.parametrize("name", ["VLM-Math-v0", "VLM-VQA-v0", "VLM-Caption-v0"])
 def test_every_task_is_trained_and_measured(name: str, tmp_path: Path) -> None:
     run = tmp_path / "run"

@@ -130,7 +130,7 @@ def test_a_killed_run_goes_on_and_processes_change_nothing(tmp_path: Path) -> No
     command = [sys.executable, "-m", "vlmenv", "sample", *TINY, *options, "--output", str(cut)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 120
-    while len(list(cut.glob("parts/*-*.jsonl"))) < 3:
+    while len(list(cut.glob("parts/[0-9]*.jsonl"))) < 3:  # and not one that is being written
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -151,8 +151,8 @@ def test_a_killed_run_goes_on_and_processes_change_nothing(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--temperature", "0.5"], "holds results with other options"),
-        (["--n", "3"], "holds results with other options"),
+        (["--temperature", "0.5"], "out holds results with another temperature, see"),
+        (["--n", "3"], "out holds results with another n, see"),
         (["--temperature", "0"], "temperature must be above 0"),
         (["--part-size", "0"], "part_size must be at least 1"),
         (["--measure", "iou/mean"], "measure goes with threshold"),
@@ -172,6 +172,19 @@ def test_wrong_input_is_told(
     with pytest.raises(SystemExit):
         sample(Path("out"), "--limit", "1", *options)
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_folder_without_results_takes_a_corrected_command(tmp_path: Path) -> None:
+    """What was wrong with the first shows only with the first answers."""
+    out = tmp_path / "out"
+    wrong, right = (["--limit", "1", "--measure", name, "--threshold", "0.5"] for name in ("iuo", "iou/mean"))
+    with pytest.raises(SystemExit):
+        sample(out, *wrong)
+    assert (out / "config.yaml").is_file()
+    sample(out, *right)
+    assert "measure: iou/mean\n" in (out / "config.yaml").read_text()
+    with pytest.raises(SystemExit):
+        sample(out, *wrong)
 
 
 def test_the_folder_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, shared
 from small_data import lay_out_pipeline, small_pipeline
 
 from vlmenv.cli import main
@@ -189,6 +189,45 @@ def test_a_faulty_pipeline_is_told(
     with pytest.raises(SystemExit):
         main(["pipeline", "p.yaml"])
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_unknown_metric_is_told_before_anything_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The base has been measured then, and is not measured again with the right name."""
+    file, out = tmp_path / "p.yaml", tmp_path / "out"
+    measured = {"limit": 1, "device": "cpu", "max_new_tokens": 8}
+    file.write_text(yaml.safe_dump({"stages": {"a": TRAIN}, "evaluate": {"e": measured | {"metrics": ["iou"]}}}))
+    with pytest.raises(SystemExit):
+        main(["pipeline", str(file), "--output", str(out)])
+    assert "e: unknown metric 'iou'. Did you mean 'iou/mean'?" in " ".join(capsys.readouterr().err.split())
+    assert [path.name for path in out.iterdir()] == ["evaluation"]
+    file.write_text(yaml.safe_dump({"stages": {"a": TRAIN}, "evaluate": {"e": measured | {"metrics": ["iou/mean"]}}}))
+    main(["pipeline", str(file), "--output", str(out)])
+    assert capsys.readouterr().out.count("done before") == 1
+    assert list(json.loads((out / "report.json").read_text())["a"]) == ["e: iou/mean"]
+
+
+def test_a_suite_is_measured_after_each_stage(tmp_path: Path) -> None:
+    """Each of its data sets has rows of its own in the table."""
+    source = shared("data/rec/refcocos")
+    for name in ("refcoco_val", "refcocog_val"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / f"{name}.jsonl").symlink_to(source / "samples.jsonl")
+        (tmp_path / "data" / name / "images").symlink_to(source / "images")
+    suite = {"suite": "vlm_r1", "data": [str(tmp_path / "data")], "device": "cpu", "limit": 2, "max_new_tokens": 8}
+    shown = ["refcoco_val: accuracy@0.5", "refcocog_val: iou/mean"]
+    sets = {"all": suite, "some": suite | {"metrics": shown}}
+    file, out = tmp_path / "p.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump({"stages": {"a": TRAIN}, "evaluate": sets}))
+    main(["pipeline", str(file), "--output", str(out)])
+    found = json.loads((out / "report.json").read_text())["a"]
+    stored = json.loads((out / "evaluation" / "a" / "all" / "metrics.json").read_text())
+    assert [name for name in found if name.startswith("some: ")] == [f"some: {name}" for name in shown]
+    assert len(found) == sum(map(len, stored.values())) + 2
+    assert found["all: refcocog_val: iou/mean"] == found["some: refcocog_val: iou/mean"]
+    assert found["all: refcocog_val: iou/mean"] == stored["refcocog_val"]["iou/mean"]
+    assert "| all: refcoco_val: accuracy@0.5 | " in (out / "report.md").read_text()
 
 
 def test_other_options_for_a_begun_stage_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

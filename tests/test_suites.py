@@ -17,10 +17,10 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 import vlmenv.suites
-from vlmenv.agents.vlm import VLMAgent
+from vlmenv.agents.vlm import VLMAgent, find_model
 from vlmenv.cli import main
 from vlmenv.core.answers import Detection, parse_detections, write_detections
-from vlmenv.core.errors import ConfigError, DataError
+from vlmenv.core.errors import ConfigError, DataError, ModelError
 from vlmenv.core.formats import AnswerFormat
 from vlmenv.core.rollout import Observation
 from vlmenv.envs.data.coco import filtered_instances
@@ -428,8 +428,30 @@ def test_what_was_measured_is_not_measured_anew(tmp_path: Path, scripted: Script
     assert (first["refcocog_val"]["iou/mean"].value, again["refcocog_val"]["iou/mean"].value) == (0, 1)
     run_suite(config)
     assert len(scripted.asked) == 3
-    with pytest.raises(ConfigError, match="holds answers to another limit: give another --output"):
+    with pytest.raises(ConfigError, match=r"out holds results with another limit, see .*: give another --output"):
         run_suite(options("vlm_r1", tmp_path / "data", tmp_path / "out", limit=2))
+
+
+def test_measuring_goes_on_with_other_servers_and_from_another_folder(
+    tmp_path: Path, scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refcoco(tmp_path / "data")
+    (tmp_path / "model").symlink_to(find_model("builtin"))
+    monkeypatch.chdir(tmp_path)
+    first = run_suite(options("vlm_r1", tmp_path / "data", tmp_path / "out", model="model"))
+    monkeypatch.chdir(tmp_path / "data")
+    server: dict[str, Any] = {"engine": "vllm-server", "server": ("http://127.0.0.1:1",), "server_timeout": 5.0}
+    more = {"model": str(tmp_path / "model"), "weights_folder": tmp_path} | server
+    assert run_suite(options("vlm_r1", tmp_path / "data", tmp_path / "out", **more)) == first
+    assert len(scripted.asked) == 6
+
+
+def test_a_folder_in_which_nothing_was_measured_takes_other_options(tmp_path: Path, scripted: Scripted) -> None:
+    refcoco(tmp_path / "data")
+    with pytest.raises(ModelError, match="no such model folder"):
+        run_suite(options("vlm_r1", tmp_path / "data", tmp_path / "out", model="./modle"))
+    assert (tmp_path / "out" / "config.yaml").is_file()
+    assert run_suite(options("vlm_r1", tmp_path / "data", tmp_path / "out"))
 
 
 def test_an_empty_folder_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -459,6 +481,8 @@ def test_images_that_are_not_there_are_an_error(tmp_path: Path, scripted: Script
         ({"env": "VLM-VQA-v0"}, "env does not go with a suite"),
         ({"dataset": ("a.jsonl",)}, "dataset does not go with a suite"),
         ({"rewards": {"iou": 1.0}}, "rewards does not go with a suite"),
+        ({"min_image_side": 28}, "min_image_side does not go with a suite"),
+        ({"without_text": ("rethink",)}, "without_text does not go with a suite"),
         ({"scorers": ScorerConfig(clip_model="a")}, "clip_model does not go with a suite"),
         ({"suite": None}, "data goes with a suite"),
     ],

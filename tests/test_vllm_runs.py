@@ -79,6 +79,22 @@ def test_both_engines_measure_the_same(tmp_path: Path) -> None:
     assert rows(tmp_path / "vllm" / "answers.jsonl") == rows(tmp_path / "hf" / "answers.jsonl")
 
 
+def test_vllm_measures_in_the_precision_that_is_asked_for(tmp_path: Path) -> None:
+    """Greedily, and with both engines: nearly the same figures as in float32, and not the same answers."""
+    found = {}
+    for precision in ("fp32", "bf16"):
+        for engine in ([], VLLM):
+            folder = tmp_path / f"{precision} {len(engine)}"
+            options = ["--limit", "64", "--precision", precision, "--device", "cpu", "--output", str(folder)]
+            main(["eval", *options, *engine])
+            figure = json.loads((folder / "metrics.json").read_text())["iou/mean"]["value"]
+            found[precision, bool(engine)] = figure, [one["completion"] for one in rows(folder / "answers.jsonl")]
+    full, figures = found["fp32", True], [figure for figure, _ in found.values()]
+    assert full == found["fp32", False]
+    assert found["bf16", True][1] != full[1]
+    assert max(figures) - min(figures) < 0.05
+
+
 def test_what_was_learnt_is_what_is_measured_and_saved(tmp_path: Path) -> None:
     """After training the engine answers as the saved model does."""
     run = tmp_path / "run"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -20,32 +18,24 @@ from rich.table import Table
 from vlmenv.agents.base import Agent
 from vlmenv.algos.faults import together
 from vlmenv.algos.processes import Processes
-from vlmenv.core.config import to_yaml
 from vlmenv.core.errors import ConfigError
 from vlmenv.core.files import write_whole
 from vlmenv.envs.data.dataset import Concatenated, TableSource
 from vlmenv.envs.data.export import export_sample
 from vlmenv.envs.data.tables import Rows
 from vlmenv.envs.vector import VisualTaskVectorEnv
-from vlmenv.evaluation import PROGRESS, answer_samples, sample_count
-from vlmenv.tasks import TaskConfig, check_device, check_engine, load_agent, make_envs, report_broken_rows, whole_name
+from vlmenv.evaluation import PROGRESS, AnswerConfig, answer_samples, sample_count
+from vlmenv.tasks import claim, load_agent, make_envs, prepared, report_broken_rows
 
 LEVELS: Final = ("easy", "medium", "hard")
-_FREE: Final = (
-    *("recipe", "config", "output", "batch_size", "device"),
-    *("engine", "engine_length", "engine_memory", "server", "server_timeout", "weights_folder"),
-)
-"""Options that may change when sampling goes on."""
 
 
 @dataclass(frozen=True)
-class SampleConfig(TaskConfig):
+class SampleConfig(AnswerConfig):
     """Answer every question several times, and divide the data set by how many of the answers are right."""
 
     recipe: str | None = None
     """Published recipe to take the options from, such as pebr_r1_sampling."""
-    config: Path | None = None
-    """YAML file of options; those on the command line win."""
     n: int = 8
     """Sampled answers to each question: where all are right it is easy, where none is hard, and else medium."""
     measure: str | None = None
@@ -53,10 +43,6 @@ class SampleConfig(TaskConfig):
     own choice where left out: accuracy, or the overlap of boxes."""
     threshold: float | None = None
     """From what value on it is; the task's own where left out: 1, and 0.5 for boxes."""
-    limit: int | None = None
-    """At most so many samples, the first ones; of the built-in ones 512 where left out."""
-    batch_size: int = 64
-    """Answers generated at a time."""
     part_size: int = 64
     """Samples after which results are written; a run that was cut off goes on with the parts that are missing."""
     output: Path | None = None
@@ -64,10 +50,9 @@ class SampleConfig(TaskConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("n", "limit", "batch_size", "part_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, not {value}")
+        for name in ("n", "part_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.temperature == 0:
             raise ConfigError("temperature must be above 0: sampled answers would all be alike")
         if self.threshold is None and self.measure is not None:
@@ -80,21 +65,20 @@ def run_sampling(config: SampleConfig) -> Path:
     Returns:
         The folder with the files.
     """
-    check_device(config.device)
     if config.output is None:
         raise ConfigError("output is missing: name the folder for the files")
-    accelerator = Accelerator(cpu=config.device == "cpu")
-    check_engine(config, accelerator.device, accelerator.num_processes)
-    console, processes = Console(quiet=not accelerator.is_main_process), Processes(accelerator)
+    processes, console = prepared(config)
+    accelerator, parts = processes.accelerator, config.output / "parts"
     groups = max(1, config.batch_size // config.n)
     data = config.data_arguments()
     envs = make_envs(config.env, groups * config.n, group_size=config.n, **data, **config.env_arguments())
     report_broken_rows(envs, console)
     with together(accelerator):
         if accelerator.is_main_process:
-            _claim(config.output, config)
+            claim(config.output, config, begun=any(parts.glob("[0-9]*.jsonl")))
+            parts.mkdir(exist_ok=True)
     count = sample_count(envs, config.limit)
-    with closing(load_agent(config, accelerator.device)) as agent, together(accelerator):
+    with closing(load_agent(config, accelerator.device, config.dtype)) as agent, together(accelerator):
         _sample_parts(agent, envs, count, config, processes, console)
     envs.close()
     with together(accelerator):
@@ -106,24 +90,6 @@ def run_sampling(config: SampleConfig) -> Path:
             console.print(_summary(config, envs, rates))
     accelerator.state.destroy_process_group()
     return config.output
-
-
-def _claim(folder: Path, config: SampleConfig) -> None:
-    """Makes the folder this sampling's own.
-
-    Raises:
-        ConfigError: It holds the results of another.
-    """
-    located = dataclasses.replace(
-        config,
-        model=whole_name(config.model),
-        dataset=None if config.dataset is None else tuple(map(whole_name, config.dataset)),
-    )
-    options, file = to_yaml(located, without=_FREE), folder / "config.yaml"
-    (folder / "parts").mkdir(parents=True, exist_ok=True)
-    if file.exists() and file.read_text(encoding="utf-8") != options:
-        raise ConfigError(f"{folder} holds results with other options, see {file}: choose another --output")
-    write_whole(file, options)
 
 
 def _parts(count: int, size: int) -> list[range]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from accelerate import Accelerator
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -26,7 +26,7 @@ from vlmenv.core.rollout import unbatch
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.metrics.intervals import Interval, ratio_interval
 from vlmenv.envs.vector import VisualTaskVectorEnv
-from vlmenv.tasks import TaskConfig, check_device, check_engine, load_agent, make_envs, report_broken_rows
+from vlmenv.tasks import DTYPES, TaskConfig, load_agent, make_envs, prepared, report_broken_rows
 
 DEFAULT_LIMIT = 512
 PROGRESS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -34,17 +34,37 @@ PROGRESS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
 
 
 @dataclass(frozen=True)
-class EvalConfig(TaskConfig):
-    """Measure how well a model answers."""
+class AnswerConfig(TaskConfig):
+    """Have a data set answered by a model that learns nothing from it."""
 
     config: Path | None = None
     """YAML file of options; those on the command line win."""
     limit: int | None = None
     """At most so many samples, the first ones; of the built-in ones 512 where left out."""
-    samples: int | None = None
-    """So many sampled answers to each question, at `temperature`, instead of one greedy one."""
     batch_size: int = 64
     """Answers generated at a time."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """In which the model is loaded and works, and vLLM in the same process; servers have their own."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("limit", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, not {value}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's weights."""
+        return DTYPES[self.precision]
+
+
+@dataclass(frozen=True)
+class EvalConfig(AnswerConfig):
+    """Measure how well a model answers."""
+
+    samples: int | None = None
+    """So many sampled answers to each question, at `temperature`, instead of one greedy one."""
     output: Path | None = None
     """Folder for metrics.json and answers.jsonl."""
     suite: Literal["vlm_r1", "pebr_r1"] | None = None
@@ -53,11 +73,9 @@ class EvalConfig(TaskConfig):
     """Folders that hold the data sets of the suite; docs/suites.md says under which names."""
 
     def __post_init__(self) -> None:
-        for name in ("limit", "samples", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, not {value}")
         super().__post_init__()
+        if self.samples is not None and self.samples < 1:
+            raise ConfigError(f"samples must be at least 1, not {self.samples}")
         if self.samples is not None and self.temperature <= 0:
             raise ConfigError(
                 f"temperature must be above 0, not {self.temperature}: sampled answers would all be alike"
@@ -258,17 +276,15 @@ def make_eval_envs(config: EvalConfig, env: str, **arguments: Any) -> VisualTask
 
 def run_evaluation(config: EvalConfig) -> Evaluation:
     """`vlmenv eval`."""
-    check_device(config.device)
-    accelerator = Accelerator(cpu=config.device == "cpu")
-    check_engine(config, accelerator.device, accelerator.num_processes)
+    processes, console = prepared(config)
+    accelerator = processes.accelerator
     data = config.data_arguments()
     if config.dataset is None and config.split is None:
         data["split"] = "eval"
     envs = make_eval_envs(config, config.env, **data, **config.env_arguments())
-    console, processes = Console(quiet=not accelerator.is_main_process), Processes(accelerator)
     report_broken_rows(envs, console)
     count, greedy = sample_count(envs, config.limit), config.samples is None
-    with closing(load_agent(config, accelerator.device)) as agent:
+    with closing(load_agent(config, accelerator.device, config.dtype)) as agent:
         agent.seed(config.seed + accelerator.process_index)
         evaluation = evaluate(
             agent, envs, count, greedy=greedy, title="evaluating", console=console, processes=processes

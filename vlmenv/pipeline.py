@@ -171,6 +171,8 @@ def run_pipeline(config: PipelineConfig, parse: Parse, run: Run) -> Path:
         _parsed(step, pipeline.file, folder, parse)  # raises now what is wrong with a stage to come
     console = Console()
     for number, step in enumerate(steps, 1):
+        if step is pipeline.stages[0]:
+            _found(pipeline, folder / "evaluation" / _BASE)  # raises now where a metric to be shown is none
         console.rule(f"{step.name} ({number} of {len(steps)})", align="left")
         _do(step, folder, config.launch, lambda args: run(parse(args)), console)
     _report(pipeline, folder, console)
@@ -327,12 +329,19 @@ def _found(pipeline: Pipeline, folder: Path) -> dict[str, dict[str, float]]:
     """The metrics to show of one model, by set and name."""
     found: dict[str, dict[str, float]] = {}
     for one in pipeline.measurings:
-        metrics = json.loads((folder / one.folder / "metrics.json").read_text(encoding="utf-8"))
+        metrics = _by_name(json.loads((folder / one.folder / "metrics.json").read_text(encoding="utf-8")))
         for name in metrics if one.metrics is None else one.metrics:
             if name not in metrics:
                 raise ConfigError(f"{pipeline.file}: {one.name}: {unknown_name('metric', name, metrics)}")
             found[f"{one.name}: {name}"] = metrics[name]
     return found
+
+
+def _by_name(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Metrics as an evaluation writes them; those of a suite, a mapping for each data set, as `DATA SET: NAME`."""
+    if all("value" in metric for metric in metrics.values()):
+        return metrics
+    return {f"{entry}: {name}": metric for entry, own in metrics.items() for name, metric in own.items()}
 
 
 def _written(metric: Mapping[str, float | None] | None) -> str:

@@ -12,15 +12,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import yaml
-from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.algos.faults import together
 from vlmenv.algos.processes import Processes
-from vlmenv.core.config import to_yaml
 from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.core.files import write_whole
 from vlmenv.envs.data.benchmarks import hallusion_bench, math_vision, mathverse, mathvista, mmstar
@@ -37,7 +34,7 @@ from vlmenv.evaluation import (
     write_evaluation,
     written,
 )
-from vlmenv.tasks import check_device, check_engine, load_agent, report_broken_rows
+from vlmenv.tasks import claim, load_agent, prepared, report_broken_rows
 
 Rewrite = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 Answers = Sequence[Mapping[str, Any]]
@@ -177,16 +174,16 @@ def run_suite(config: EvalConfig) -> dict[str, dict[str, Interval]]:
         DataError: None of the data sets is there, or one cannot be read.
     """
     suite = _checked(config)
-    check_device(config.device)
-    accelerator = Accelerator(cpu=config.device == "cpu")
-    check_engine(config, accelerator.device, accelerator.num_processes)
-    console, processes = Console(quiet=not accelerator.is_main_process), Processes(accelerator)
+    processes, console = prepared(config)
+    accelerator = processes.accelerator
     found = find(suite, config, console)
     assert config.output is not None
     todo = [one for one in found if not (config.output / one.entry.name / "metrics.json").is_file()]
-    _claim(config, config.output, accelerator.is_main_process)
+    with together(accelerator):
+        if accelerator.is_main_process:
+            claim(config.output, config, begun=any(config.output.glob("*/metrics.json")))
     if todo:
-        with closing(load_agent(config, accelerator.device)) as agent:
+        with closing(load_agent(config, accelerator.device, config.dtype)) as agent:
             for one in todo:
                 agent.seed(config.seed + accelerator.process_index)
                 _measure(one, config, agent, console, processes)
@@ -207,7 +204,8 @@ def _checked(config: EvalConfig) -> Suite:
             "a suite needs --data, the folders of its data sets, and --output, a folder for what comes out"
         )
     own = EvalConfig()
-    for name in ("env", "dataset", "image_root", "split", "columns", "rewards"):
+    taken = ("env", "dataset", "image_root", "split", "columns", "rewards", "min_image_side", "without_text")
+    for name in taken:
         if getattr(config, name) != getattr(own, name):
             raise ConfigError(f"{name} does not go with a suite, which has its own")
     if config.scorers.clip_model is not None:
@@ -240,19 +238,6 @@ def find(suite: Suite, config: EvalConfig, console: Console) -> list[Found]:
     if not found:
         raise DataError(f"{', '.join(map(str, config.data or ()))}: holds none of the data sets of {config.suite}")
     return found
-
-
-def _claim(config: EvalConfig, output: Path, writes: bool) -> None:
-    """Makes the output folder this evaluation's own, and refuses one with answers to other options."""
-    file = output / "config.yaml"
-    options = to_yaml(config, without=("config", "output", "data", "device", "batch_size"))
-    if file.is_file():
-        old, new = yaml.safe_load(file.read_text(encoding="utf-8")), yaml.safe_load(options)
-        if other := [name for name in {**old, **new} if old.get(name) != new.get(name)]:
-            raise ConfigError(f"{output} holds answers to another {', '.join(other)}: give another --output")
-    elif writes:
-        output.mkdir(parents=True, exist_ok=True)
-        write_whole(file, options)
 
 
 def _measure(one: Found, config: EvalConfig, agent: VLMAgent, console: Console, processes: Processes) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
 import gymnasium
 import torch
 import transformers
 import tyro
+import yaml
+from accelerate import Accelerator
 from rich.console import Console
 
 from vlmenv.agents.engines.remote import Patience, check_address
@@ -20,15 +22,27 @@ from vlmenv.agents.engines.server import VLLMServerEngine
 from vlmenv.agents.engines.vllm import VLLMEngine, check_sharing, require_vllm
 from vlmenv.agents.families import coordinate_space, resize_rule
 from vlmenv.agents.vlm import BUILTIN, Sampling, VLMAgent, find_model
+from vlmenv.algos.processes import Processes
+from vlmenv.core.config import to_yaml
 from vlmenv.core.coordinates import CoordinateSpace
 from vlmenv.core.errors import ConfigError, unknown_name
+from vlmenv.core.files import write_whole
 from vlmenv.envs.registration import VectorEntryPoint
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.scorers import ScorerConfig
 
 Device = Literal["auto", "cpu", "cuda"]
 EngineName = Literal["hf", "vllm", "vllm-server"]
+ENGINE_OPTIONS: Final = (
+    *("engine", "engine_length", "engine_memory", "tensor_parallel"),
+    *("server", "server_timeout", "weights_folder"),
+)
+"""Options that choose what generates."""
+DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""By the names that `precision` has."""
 _ENGINE_LENGTH, _ENGINE_MEMORY = 16384, 0.4
+_FREE: Final = ("recipe", "config", "output", "data", "batch_size", "device", *ENGINE_OPTIONS)
+"""Options that may change when work goes on whose results lie in a folder."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +147,15 @@ class TaskConfig:
         """
         return Sampling(self.temperature, self.max_new_tokens, self.top_k, self.top_p, self.stop)
 
+    def located(self) -> Self:
+        """The options with whole paths in place of those from the working directory, so that they hold from anywhere.
+
+        These are the names that may be paths; what is always a path is written whole by `to_yaml`.
+        """
+        clip = self.scorers.clip_model
+        scorers = replace(self.scorers, clip_model=None if clip is None else _whole_model(clip))
+        return replace(self, model=_whole_model(self.model), dataset=whole_names(self.dataset), scorers=scorers)
+
     def env_arguments(self) -> dict[str, Any]:
         """What the environment is made with, but for the samples.
 
@@ -166,9 +189,40 @@ class TaskConfig:
         }
 
 
-def whole_name(name: str) -> str:
-    """The name of a model or a data set, with its whole path where it is one from the working directory."""
+def whole_names(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """The names of data sets, with whole paths where they are ones from the working directory."""
+    return None if names is None else tuple(map(_whole_name, names))
+
+
+def _whole_name(name: str) -> str:
     return str(Path(name).absolute()) if Path(name).exists() else name
+
+
+def _whole_model(name: str) -> str:
+    """The same of a model; that which is shipped stays that, whatever else is called so."""
+    return name if name == BUILTIN else _whole_name(name)
+
+
+def claim(folder: Path, config: TaskConfig, begun: bool) -> None:
+    """Makes a folder the place of what comes of some options, which it holds as config.yaml.
+
+    Args:
+        folder: It need not be there.
+        config: The options; the same work may go on with another engine, device or batch size.
+        begun: Whether the folder holds results already. What it has been claimed for does not matter until then.
+
+    Raises:
+        ConfigError: It holds results of other options.
+    """
+    file, options = folder / "config.yaml", to_yaml(config.located(), without=_FREE)
+    if begun and file.is_file():
+        old, new = yaml.safe_load(file.read_text(encoding="utf-8")), yaml.safe_load(options)
+        if other := [name for name in {**old, **new} if old.get(name) != new.get(name)]:
+            raise ConfigError(
+                f"{folder} holds results with another {', '.join(other)}, see {file}: give another --output"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(file, options)
 
 
 @dataclass
@@ -250,22 +304,40 @@ def check_engine(config: TaskConfig, device: torch.device, processes: int = 1) -
         raise ConfigError("engine_memory is a share of a GPU's memory, but the model runs on the CPU")
 
 
-def load_agent(config: TaskConfig, device: torch.device, engine_dtype: torch.dtype = torch.float32) -> VLMAgent:
+def prepared(config: TaskConfig) -> tuple[Processes, Console]:
+    """The processes that answer, and where the main one tells what they do; before anything slow is done.
+
+    Raises:
+        ConfigError: The device or the engine cannot be had.
+    """
+    check_device(config.device)
+    accelerator = Accelerator(cpu=config.device == "cpu")
+    check_engine(config, accelerator.device, accelerator.num_processes)
+    return Processes(accelerator), Console(quiet=not accelerator.is_main_process)
+
+
+def load_agent(
+    config: TaskConfig,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    engine_dtype: torch.dtype | None = None,
+) -> VLMAgent:
     """Loads a configuration's model as an agent, without the loader's own progress bars.
 
     Args:
         config: Which model, how it samples, and with what engine; `check_engine` is called first.
         device: Where it runs.
-        engine_dtype: Precision of the engine's copy of the weights.
+        dtype: Of its weights.
+        engine_dtype: Of the copy in vLLM in this process; the same where left out.
     """
     transformers.utils.logging.disable_progress_bar()
-    agent = VLMAgent.from_pretrained(config.model, device=device, sampling=config.sampling())
+    agent = VLMAgent.from_pretrained(config.model, device=device, dtype=dtype, sampling=config.sampling())
     if config.engine == "vllm":
         agent.engine = VLLMEngine(
             agent.folder,
             agent.family,
             device=device,
-            dtype=engine_dtype,
+            dtype=engine_dtype or dtype,
             max_length=min(agent.max_length, config.engine_length or _ENGINE_LENGTH),
             memory_share=config.engine_memory or _ENGINE_MEMORY,
             tensor_parallel=config.tensor_parallel,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Final, Generic, Literal, TypeVar
+from typing import Annotated, Any, Final, Generic, Literal, Self, TypeVar
 
 import torch
 import tyro
@@ -42,18 +42,18 @@ from vlmenv.report.tracking import TrackerName, Tracking, require_tracker
 from vlmenv.report.watch import drift
 from vlmenv.stopping import Stopping
 from vlmenv.tasks import (
+    DTYPES,
     TaskConfig,
     check_device,
     check_engine,
     load_agent,
     make_envs,
     report_broken_rows,
-    whole_name,
+    whole_names,
 )
 
 AlgorithmName = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++", "ppo", "sft"]
 _LOG_SAMPLES = 50  # steps
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 AlgorithmT = TypeVar("AlgorithmT", bound=AlgorithmConfig)
 
@@ -116,7 +116,8 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
     """Chance of showing a sample of the data set again all of whose answers earned the same when it was last shown, by
     which it is too easy or too hard to learn from."""
     epochs: float | None = None
-    """Passes over the data set, in place of `steps`."""
+    """Passes over the data set, in place of `steps`, where a step takes one batch. Where `most_rounds` lets a step take
+    several, the steps stay as many, and pass over the data set more often."""
     warmup_share: float | None = None
     """Share of the steps over which the learning rate rises to its peak, in place of `warmup_steps`."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -146,6 +147,9 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
     adaptation: Annotated[ModelConfig, tyro.conf.arg(name="")] = field(default_factory=ModelConfig)
     trainer: Annotated[TrainerConfig, tyro.conf.arg(name="")] = field(default_factory=TrainerConfig)
     algorithm: Annotated[AlgorithmT, tyro.conf.arg(name="")] = field(default_factory=GRPOConfig)  # type: ignore[assignment]
+
+    def located(self) -> Self:
+        return dataclasses.replace(super().located(), eval_dataset=whole_names(self.eval_dataset))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -236,8 +240,10 @@ def _run(config: TrainConfig[Any], opened: ExitStack) -> Path:
         envs = _training_envs(config, accelerator)
         held_out = None if config.eval_limit == 0 else _evaluation_envs(config)
     report_broken_rows(envs, console)
+    if held_out is not None and not (config.eval_dataset is None and config.eval_split is None):
+        report_broken_rows(held_out, console)
     config = _in_steps(config, envs.task.source.size)
-    agent = load_agent(config, accelerator.device, _DTYPES[config.precision])
+    agent = load_agent(config, accelerator.device, engine_dtype=DTYPES[config.precision])
     opened.callback(agent.close)
     algorithm = ALGORITHMS[config.algo][0](config.algorithm)
     torch.manual_seed(config.seed)  # which new adapters are drawn from
@@ -246,7 +252,7 @@ def _run(config: TrainConfig[Any], opened: ExitStack) -> Path:
         agent.add_value_head()
     trainer = Trainer(agent, envs, algorithm, config.trainer, accelerator)
     if accelerator.is_main_process and config.resume is None:
-        run.create(to_yaml(_located(config), without=("recipe", "config", "output", "resume")))
+        run.create(to_yaml(config.located(), without=("recipe", "config", "output", "resume")))
     console.print(f"{config.env}, {config.algo}, model {config.model}; writing to {run.path}", highlight=False)
     last = run.checkpoints()[-1:] if config.resume is not None else []
     tracking = Tracking(accelerator, config.tracker, run, flatten(config), step=run.step_of(last[0]) if last else 0)
@@ -281,15 +287,6 @@ def _accelerator(config: TrainConfig[Any], run: RunFolder) -> Accelerator:
         # A process whose rows happen to hold no image gives the vision tower no gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-
-
-def _located(config: TrainConfig[Any]) -> TrainConfig[Any]:
-    """The options with whole paths in place of those from the working directory, so that they hold from anywhere."""
-    changes: dict[str, Any] = {"model": whole_name(config.model)}
-    for name in ("dataset", "eval_dataset"):
-        given: Sequence[str] | None = getattr(config, name)
-        changes[name] = None if given is None else tuple(map(whole_name, given))
-    return dataclasses.replace(config, **changes)
 
 
 def _training_envs(config: TrainConfig[Any], accelerator: Accelerator) -> VisualTaskVectorEnv:

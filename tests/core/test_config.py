@@ -43,13 +43,16 @@ def test_the_files_options_come_before_the_command_lines(tmp_path: Path) -> None
         ("stepz: 5", "unknown option 'stepz'. Did you mean 'steps'?"),
         ("- 1", "'name: value' lines"),
         ("a: [", "not YAML"),
+        ("resume: a-run", "'resume' has no place in a file of options: give it on the command line"),
+        ("config: b.yaml", "'config' has no place in a file"),
+        ("recipe: a", "'recipe' has no place in a file"),
     ],
 )
 def test_a_faulty_file_is_named(tmp_path: Path, content: str, message: str) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(content)
     with pytest.raises(ConfigError, match=r"c\.yaml") as caught:
-        with_config_file([f"--config={file}"], ["steps"])
+        with_config_file([f"--config={file}"], ["steps", "config", "resume"], passed_over={"recipe"})
     assert message in str(caught.value)
 
 

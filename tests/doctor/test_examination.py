@@ -246,7 +246,7 @@ def test_a_step_beyond_the_memory_is_found() -> None:
 def test_an_engine_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """What can do without it is looked at all the same."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    findings = examined(engine="vllm", engine_length=512)
+    findings = examined(engine="vllm", engine_length=512, engine_memory=0.5, tensor_parallel=2)
     assert failed(findings) == {"engine"}
     assert 'needs the extra "vllm"' in findings["engine"].figure
     assert unchecked(findings) == NEEDS_ENGINE
@@ -343,7 +343,7 @@ def test_the_command_ends_with_1_where_something_is_wrong(
 def test_the_options_of_a_run_are_taken_from_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Those of its algorithm have no bearing here, and those of neither command are refused."""
     file = tmp_path / "config.yaml"
-    written = to_yaml(default_config("ppo"), without=("config", "output", "resume"))
+    written = to_yaml(default_config("ppo"), without=("recipe", "config", "output", "resume"))
     file.write_text(written + "prompts_per_step: 1048576\n")  # the last one counts
     with pytest.raises(SystemExit):
         main(["doctor", "--config", str(file), "--device", "cpu"])

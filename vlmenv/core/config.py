@@ -159,15 +159,18 @@ def _known_options(
 ) -> dict[str, Any]:
     """A file's options by their names as fields."""
     named = {str(name).replace("-", "_"): value for name, value in options.items()}
+    for name in named:
+        if name in _NAMING:
+            raise ConfigError(f"{path}: '{name}' has no place in a file of options: give it on the command line")
     found = {name: value for name, value in named.items() if name not in passed_over}
     for name in found:
-        if name in _NAMING or name not in known:
+        if name not in known:
             raise ConfigError(f"{path}: {unknown_name('option', name, set(known) - _NAMING)}")
     return found
 
 
-_NAMING = {"config", "recipe"}
-"""Options that name files of options, in which they have no place."""
+_NAMING = {"config", "recipe", "resume"}
+"""Options that name files of options, or a run with its own, and so cannot be among those of a file."""
 
 
 def as_arguments(options: Mapping[str, Any]) -> Iterator[str]:

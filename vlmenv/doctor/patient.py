@@ -22,7 +22,7 @@ from vlmenv.doctor.options import DoctorConfig
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.data.source import Sample
 from vlmenv.envs.vector import VisualTaskVectorEnv
-from vlmenv.tasks import check_engine, load_agent, make_envs
+from vlmenv.tasks import DTYPES, ENGINE_OPTIONS, check_engine, load_agent, make_envs
 
 SAMPLES, GROUP = 8, 2
 """samples that are looked at, and answers that are sampled to each"""
@@ -30,8 +30,6 @@ _TOKENS = 32
 """the longest answers whose log-probabilities are compared"""
 _LONG = 300
 """Tokens of the prompts then, or nearly so many: vLLM keeps whole blocks of them alone, on CPUs of 128."""
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_ENGINE_OPTIONS = ("engine", "server", "weights_folder")
 
 Seen = tuple[str, str]
 """What a check has seen, and what to do about it: nothing where all is well."""
@@ -142,7 +140,7 @@ class Patient:
     def autocast(self) -> AbstractContextManager[None]:
         """The precision of forward passes."""
         precision = self.config.precision
-        return torch.autocast(self.device.type, _DTYPES[precision], enabled=precision != "fp32")
+        return torch.autocast(self.device.type, DTYPES[precision], enabled=precision != "fp32")
 
     def ask(self, observations: Sequence[Observation], sampling: Sampling) -> Rollout:
         """Answers by what generates in training; by the model itself where that cannot be asked."""
@@ -236,7 +234,7 @@ class Patient:
         config, before = self.config, used_memory(self.device)
         try:
             check_engine(config, self.device)
-            agent = load_agent(config, self.device, _DTYPES[config.precision])
+            agent = load_agent(config, self.device, engine_dtype=DTYPES[config.precision])
         except Exception as error:
             if config.engine == "hf":
                 raise
@@ -257,5 +255,5 @@ def used_memory(device: torch.device) -> float:
 
 
 def _without_engine(config: DoctorConfig) -> DoctorConfig:
-    options: dict[str, Any] = {one.name: one.default for one in fields(config) if one.name.startswith(_ENGINE_OPTIONS)}
+    options: dict[str, Any] = {one.name: one.default for one in fields(config) if one.name in ENGINE_OPTIONS}
     return replace(config, **options)

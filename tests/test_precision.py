@@ -1,0 +1,68 @@
+"""`vlmenv eval`, its suites and `vlmenv sample` with the model in bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import shared
+
+import vlmenv.difficulty
+import vlmenv.evaluation
+import vlmenv.suites
+from vlmenv.agents.vlm import VLMAgent
+from vlmenv.cli import main
+from vlmenv.evaluation import EvalConfig, run_evaluation
+from vlmenv.tasks import load_agent
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[VLMAgent]:
+    """The agents that commands load, as they load them."""
+    agents: list[VLMAgent] = []
+
+    def load(*args: Any, **options: Any) -> VLMAgent:
+        agents.append(load_agent(*args, **options))
+        return agents[-1]
+
+    for module in (vlmenv.evaluation, vlmenv.suites, vlmenv.difficulty):
+        monkeypatch.setattr(module, "load_agent", load)
+    return agents
+
+
+def dtypes(agent: VLMAgent) -> set[torch.dtype]:
+    return {weight.dtype for weight in agent.policy.parameters()}
+
+
+def test_bfloat16_measures_nearly_the_same(loaded: list[VLMAgent]) -> None:
+    found = [run_evaluation(EvalConfig(device="cpu", limit=64, precision=one)) for one in ("fp32", "bf16")]
+    assert [dtypes(agent) for agent in loaded] == [{torch.float32}, {torch.bfloat16}]
+    full, half = (one.metrics["iou/mean"].value for one in found)
+    assert full > 0.3
+    assert half == pytest.approx(full, abs=0.05)
+    same = [a["completion"] == b["completion"] for a, b in zip(found[0].answers, found[1].answers, strict=True)]
+    assert 0.5 < sum(same) / len(same) < 1  # not the same arithmetic, nor another model
+
+
+def suite(folder: Path) -> list[str]:
+    (folder / "data").mkdir()
+    for name in ("images", "samples.jsonl"):
+        (folder / "data" / name.replace("samples", "refcoco_val")).symlink_to(shared("data/rec/refcocos") / name)
+    return ["eval", "--suite", "vlm_r1", "--data", str(folder / "data")]
+
+
+@pytest.mark.parametrize("command", [suite, lambda _: ["sample", "--n", "2"]], ids=["suite", "sample"])
+def test_suites_and_sampling_work_in_bfloat16_too(
+    command: Callable[[Path], list[str]], loaded: list[VLMAgent], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Answers of another precision do not go with those that are there."""
+    args = [*command(tmp_path), "--limit", "2", "--max-new-tokens", "24", "--device", "cpu"]
+    args += ["--output", str(tmp_path / "out")]
+    main([*args, "--precision", "bf16"])
+    assert [dtypes(agent) for agent in loaded] == [{torch.bfloat16}]
+    with pytest.raises(SystemExit):
+        main(args)
+    assert "holds results with another precision" in " ".join(capsys.readouterr().err.split())
