@@ -294,9 +294,7 @@ def _import(module: str) -> None:
 
 def check_engine(config: TaskConfig, device: torch.device, processes: int = 1) -> None:
     """Raises ConfigError where the engine cannot be had, or not like this; before anything slow is done."""
-    if config.engine == "hf":
-        return
-    if config.engine == "vllm-server":
+    if config.engine != "vllm":
         return
     require_vllm()
     check_sharing(config.tensor_parallel, processes)
