@@ -30,7 +30,7 @@ def served() -> Iterator[Served]:
         yield served
 
 
-@pytest.mark.parametrize(("kind", "engine"), [("ddp", "1"), ("ddp", "2"), ("fsdp2", "2"), ("fsdp2", "server")])
+@pytest.mark.parametrize(("kind", "engine"), [("ddp", "1"), ("fsdp2", "2"), ("fsdp2", "server")])
 def test_what_two_processes_sample_is_what_they_learn_and_save(
     kind: str, engine: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
