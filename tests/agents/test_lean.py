@@ -9,6 +9,7 @@ from transformers.activations import GELUActivation
 from transformers.models.glm4v.modeling_glm4v import Glm4vVisionPatchMerger
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextMLP
 
+from vlmenv.agents import lean as lean_module
 from vlmenv.agents.lean import GatedMLP, make_lean
 from vlmenv.agents.vlm import VLMAgent
 
@@ -76,7 +77,25 @@ def test_two_tensors_of_the_inner_width_are_kept_and_not_four(pair: tuple[nn.Mod
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         lean(hidden)
-    assert seen.count(inner) == 2  # its own hooks, inside, keep none of the product
+    assert seen.count(inner) == 2  # and what its own hooks keep inside is seen below
+
+
+def test_the_product_is_computed_anew_in_the_backward_pass(
+    pair: tuple[nn.Module, nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, and where the block around it is computed anew, not at all: it is kept there."""
+    calls: list[int] = []
+
+    def counted(gate: Tensor, up: Tensor) -> Tensor:
+        calls.append(1)
+        return nn.functional.silu(gate) * up
+
+    monkeypatch.setattr(lean_module, "_gated", counted)
+    mlp, _ = pair
+    for mlp.recomputed, expected in ((False, 2), (True, 1)):
+        calls.clear()
+        mlp(torch.randn(3, mlp.hidden_size)).sum().backward()
+        assert len(calls) == expected
 
 
 def test_layers_around_a_projection_work(pair: tuple[nn.Module, nn.Module]) -> None:
