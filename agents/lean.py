@@ -1,9 +1,11 @@
-"""Layers that keep less for the backward pass, and compute the same to the last digit."""
+"""Layers that keep less for the backward pass, and compute the same to the last digit, of float32 or narrower."""
 
 from __future__ import annotations
 
 import inspect
-import re
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,11 +14,15 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.activations import SiLUActivation
 
-_WRITTEN = re.compile(
-    r"\s*def forward\(self, (\w+)[^)]*\)[^:]*:\s*(?:return|down_proj =) "
-    r"self\.down_proj\(self\.act_fn\(self\.gate_proj\(\1\)\) \* self\.up_proj\(\1\)\)(?:\s*return down_proj)?\s*"
+_MLP = (
+    "return self.down_proj(self.act_fn(self.gate_proj({0})) * self.up_proj({0}))",
+    "down_proj = self.down_proj(self.act_fn(self.gate_proj({0})) * self.up_proj({0})) return down_proj",
 )
-"""The forward pass of the MLPs that are known here, and nothing else in it."""
+_NORM = (
+    "input_dtype = {0}.dtype {0} = {0}.to(torch.float32) variance = {0}.pow(2).mean(-1, keepdim=True) "
+    "{0} = {0} * torch.rsqrt(variance + self.variance_epsilon) return self.weight * {0}.to(input_dtype)",
+)
+"""The forward passes that are known here, with the name of what goes in left out."""
 
 
 class GatedMLP(nn.Module):
@@ -24,31 +30,40 @@ class GatedMLP(nn.Module):
 
     As transformers writes it it keeps four, most of what a block keeps. The other two come of these by elementwise
     operations, and are computed anew.
-
-    Attributes:
-        recomputed: Whether the block around it is computed anew, so that nothing has to be spared here.
     """
 
     gate_proj: nn.Module
     up_proj: nn.Module
     down_proj: nn.Module
-    recomputed = False
 
     def forward(self, hidden: Tensor) -> Tensor:
         gate, up = self.gate_proj(hidden), self.up_proj(hidden)
+        if not torch.is_grad_enabled():
+            return self.down_proj(_gated(gate, up))  # type: ignore[no-any-return]
         product: Tensor = _Gated.apply(gate, up)  # type: ignore[no-untyped-call]
-        if self.recomputed or not product.requires_grad:
-            return self.down_proj(product)  # type: ignore[no-any-return]
-        place = product.data_ptr()
+        gate, up = gate.detach(), up.detach()
+        _make_anew(product, lambda: _gated(gate, up))
+        return self.down_proj(product)  # type: ignore[no-any-return]
 
-        def pack(kept: Tensor) -> Tensor | torch.Size:
-            return kept.shape if kept.data_ptr() == place else kept
 
-        def unpack(kept: Tensor | torch.Size) -> Tensor:
-            return kept if isinstance(kept, Tensor) else _gated(gate.detach(), up.detach()).view(kept)
+class RMSNorm(nn.Module):
+    """`weight * x / sqrt(mean(x²) + eps)`, which keeps its input, and a number for a token (arXiv 1910.07467, eq. 4).
 
-        with saved_tensors_hooks(pack, unpack):
-            return self.down_proj(product)  # type: ignore[no-any-return]
+    As transformers writes it, it keeps `x / sqrt(…)` too, and whatever takes its output in keeps that.
+    """
+
+    weight: nn.Parameter
+    variance_epsilon: float
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        kept = hidden.detach()
+        inverse = _wide(kept).pow(2).mean(-1, keepdim=True).add_(self.variance_epsilon).rsqrt_()
+        if not torch.is_grad_enabled():
+            return self.weight * _scaled(hidden, inverse)
+        normed: Tensor = _Normed.apply(hidden, hidden, inverse, self.weight)  # type: ignore[no-untyped-call]
+        weight = self.weight.detach().clone()  # itself it may be elsewhere by then
+        _make_anew(normed, lambda: weight * _scaled(kept, inverse))
+        return normed
 
 
 class _Gated(torch.autograd.Function):
@@ -64,19 +79,111 @@ class _Gated(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * up, gate), grad * nn.functional.silu(gate)
 
 
+class _Normed(torch.autograd.Function):
+    """Takes its input twice, so that autograd adds the parts of its gradient up in the order in which it always did."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, again: Tensor, inverse: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, inverse, weight)
+        return weight * _scaled(hidden, inverse)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, inverse, weight = ctx.saved_tensors
+        grad_weight = None
+        if ctx.needs_input_grad[3]:
+            grad_weight = (grad * _scaled(hidden, inverse)).sum_to_size(weight.shape).to(weight.dtype)
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, grad_weight
+        wide, grad = _wide(hidden), _wide((grad * weight).to(hidden.dtype))
+        grad_inverse = (grad * wide).sum(-1, keepdim=True)
+        grad_mean = -0.5 * grad_inverse * inverse.pow(3)
+        parts = grad * inverse, (grad_mean / hidden.shape[-1]) * (wide * 2)
+        if wide.dtype == hidden.dtype:
+            return *parts, None, grad_weight
+        return (parts[0] + parts[1]).to(hidden.dtype), None, None, grad_weight
+
+
 def _gated(gate: Tensor, up: Tensor) -> Tensor:
     return nn.functional.silu(gate) * up
 
 
+def _scaled(hidden: Tensor, inverse: Tensor) -> Tensor:
+    return (_wide(hidden) * inverse).to(hidden.dtype)
+
+
+def _wide(hidden: Tensor) -> Tensor:
+    return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+
+
+class _Made:
+    """A tensor that is not kept, but made anew when the backward pass first needs it, until it last needs it."""
+
+    def __init__(self, tensor: Tensor, make: Callable[[], Tensor]) -> None:
+        place = tensor.data_ptr()
+        self._tensor, self.numel = weakref.ref(tensor, lambda _: _made.pop(place, None)), tensor.numel()
+        self._make = make
+        self._times = self._left = 0
+        self._held: Tensor | None = None
+
+    def note(self) -> None:
+        self._times += 1
+
+    def take(self) -> Tensor:
+        if self._held is None:
+            self._held, self._left = self._make(), self._times
+        taken, self._left = self._held, self._left - 1
+        if self._left == 0:
+            self._held = None
+        return taken
+
+
+_made: dict[int, _Made] = {}
+"""by the address of the tensor, as long as that is there"""
+
+
+def _make_anew(tensor: Tensor, make: Callable[[], Tensor]) -> None:
+    """Has `make` called for what the backward pass needs of a tensor, within `keeping_little`."""
+    _made[tensor.data_ptr()] = _Made(tensor, make)
+
+
+@contextmanager
+def keeping_little() -> Iterator[None]:
+    """Within, what the layers here can make anew is not kept for the backward pass.
+
+    Blocks that are computed anew as a whole are none the leaner for it, and keep within themselves what they need.
+    """
+    with saved_tensors_hooks(_pack, _unpack):
+        yield
+
+
+def _pack(tensor: Tensor) -> Tensor | tuple[_Made, torch.Size]:
+    made = _made.get(tensor.data_ptr())
+    if made is None or made.numel != tensor.numel() or not tensor.is_contiguous():
+        return tensor
+    made.note()
+    return made, tensor.shape
+
+
+def _unpack(kept: Tensor | tuple[_Made, torch.Size]) -> Tensor:
+    return kept if isinstance(kept, Tensor) else kept[0].take().view(kept[1])
+
+
 def make_lean(model: nn.Module) -> None:
-    """Replaces those MLPs of a model that are known here; weights keep their names."""
+    """Replaces those MLPs and norms of a model that are known here; weights keep their names."""
     for module in model.modules():
-        if _is_known(module) and isinstance(module.act_fn, SiLUActivation | nn.SiLU):
+        if _is_written(module, _MLP) and isinstance(module.act_fn, SiLUActivation | nn.SiLU):
             module.__class__ = GatedMLP
+        elif _is_written(module, _NORM):
+            module.__class__ = RMSNorm
 
 
-def _is_known(module: nn.Module) -> bool:
+def _is_written(module: nn.Module, ways: tuple[str, ...]) -> bool:
+    """Whether a module's class is of transformers, and its forward pass one of these and nothing else."""
     kind = type(module)
-    return kind.__module__.startswith("transformers.models.") and bool(
-        _WRITTEN.fullmatch(inspect.getsource(kind.forward))
-    )
+    if not kind.__module__.startswith("transformers.models."):
+        return False
+    taken = list(inspect.signature(kind.forward).parameters)[1:]
+    body = " ".join(inspect.getsource(kind.forward).partition(":\n")[2].split())
+    return len(taken) == 1 and body in [way.format(taken[0]) for way in ways]

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from vlmenv.agents.attention import Attention, Continuations, Packing, Prefixes, enable_packing, no_mask
 from vlmenv.agents.base import LogProbs
 from vlmenv.agents.families.base import Family, join_images
-from vlmenv.agents.lean import make_lean
+from vlmenv.agents.lean import keeping_little, make_lean
 from vlmenv.agents.linear_logprobs import linear_logprobs
 from vlmenv.agents.patches import multiply_patches
 from vlmenv.core.rollout import Prompt, Rollout
@@ -68,7 +68,8 @@ class Policy(nn.Module):
 
     def forward(self, rollout: Rollout) -> LogProbs:
         """Log-probabilities and entropies of the completions of a rollout, and values where there is a head."""
-        hidden, packing = self.hidden_states(rollout)
+        with keeping_little():
+            hidden, packing = self.hidden_states(rollout)
         targets = self._tokens([completion.token_ids for completion in rollout.completions])
         head, temperature = self._head(), rollout.temperature or 1.0
         logprobs, entropy = linear_logprobs(hidden, head.weight, head.bias, targets, self._banned(), temperature)

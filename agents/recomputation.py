@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlmenv.agents.families import Family
-from vlmenv.agents.lean import GatedMLP
 
 
 def recompute_activations(family: Family) -> None:
@@ -23,9 +22,6 @@ def recompute_activations(family: Family) -> None:
     for block in _blocks(family):
         # On the instance: names of weights stay as they are, and whatever wraps the block's call stays outside.
         block.__dict__["forward"] = functools.partial(_recomputing, block.forward)
-        for module in block.modules():
-            if isinstance(module, GatedMLP):
-                module.recomputed = True
 
 
 @contextmanager

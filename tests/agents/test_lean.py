@@ -1,46 +1,29 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.activations import GELUActivation
 from transformers.models.glm4v.modeling_glm4v import Glm4vVisionPatchMerger
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextMLP
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextMLP, Qwen3VLTextRMSNorm
 
 from vlmenv.agents import lean as lean_module
-from vlmenv.agents.lean import GatedMLP, make_lean
+from vlmenv.agents.lean import GatedMLP, RMSNorm, keeping_little, make_lean
 from vlmenv.agents.vlm import VLMAgent
+
+PRECISIONS = ("float32", "bfloat16", "autocast", "autocast of bfloat16")
 
 
 def mlps(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if hasattr(module, "gate_proj")]
 
 
-def kept_for(mlp: nn.Module, hidden: Tensor) -> int:
-    """Numbers that the backward pass keeps, weights and input among them; a tensor that is kept twice counts once."""
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.data_ptr()] = tensor.numel()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        mlp(hidden)
-    return sum(kept.values())
-
-
-def passes(mlp: nn.Module, hidden: Tensor) -> list[Tensor]:
-    """Output and all gradients."""
-    hidden = hidden.clone().requires_grad_()
-    out = mlp(hidden)
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
-    return [out, *torch.autograd.grad(out, [hidden, *mlp.parameters()], grad)]
-
-
 @pytest.fixture
-def pair(builtin: VLMAgent) -> tuple[nn.Module, nn.Module]:
+def mlp(builtin: VLMAgent) -> tuple[nn.Module, nn.Module]:
     """An MLP of the built-in model, and the same as transformers has it."""
     lean = copy.deepcopy(mlps(builtin.family.model)[0])
     plain = copy.deepcopy(lean)
@@ -49,56 +32,199 @@ def pair(builtin: VLMAgent) -> tuple[nn.Module, nn.Module]:
     return lean, plain
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])
-def test_values_and_gradients_are_those_of_transformers_to_the_last_digit(
-    pair: tuple[nn.Module, nn.Module], precision: str
-) -> None:
-    hidden = torch.randn(2, 7, pair[0].hidden_size, generator=torch.Generator().manual_seed(0))
+def norm(size: int) -> tuple[nn.Module, nn.Module]:
+    """A norm of which each part of the input has its own weight, and the same as transformers has it."""
+    plain = Qwen3VLTextRMSNorm(size)
+    nn.init.normal_(plain.weight, generator=torch.Generator().manual_seed(2))
+    lean = copy.deepcopy(plain)
+    make_lean(lean)
+    assert type(lean) is RMSNorm
+    return lean, plain
+
+
+class Block(nn.Module):
+    """What blocks of language models are made of: norms of a stream whose sum goes on, and projections of these."""
+
+    def __init__(self, norm: nn.Module, mlp: nn.Module | None = None) -> None:
+        super().__init__()
+        size = norm.weight.shape[0]
+        self.norm, self.mlp = norm, mlp or nn.Identity()
+        torch.manual_seed(3)
+        self.projections = nn.ModuleList(nn.Linear(size, size, bias=False) for _ in range(3))
+
+    def forward(self, stream: Tensor) -> Tensor:
+        hidden = self.norm(stream)
+        for projection in self.projections:
+            stream = stream + projection(hidden).tanh()
+        return stream + self.mlp(hidden)
+
+
+def passes(module: nn.Module, hidden: Tensor) -> list[Tensor]:
+    """Output and all gradients."""
+    hidden = hidden.clone().requires_grad_()
+    with keeping_little():
+        out = module(hidden * 1)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    return [out, *torch.autograd.grad(out, [hidden, *module.parameters()], grad)]
+
+
+def assert_equal(pair: Sequence[nn.Module], hidden: Tensor, precision: str = "float32") -> None:
+    """Asserts that two modules give the same, to the last digit."""
+    if precision == "autocast of bfloat16":  # as the norms of queries and keys see it
+        hidden = hidden.bfloat16()
     if precision == "bfloat16":
-        pair, hidden = (pair[0].bfloat16(), pair[1].bfloat16()), hidden.bfloat16()
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
-        found, expected = (passes(mlp, hidden) for mlp in pair)
+        pair, hidden = [module.bfloat16() for module in pair], hidden.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision.startswith("autocast")):
+        found, expected = (passes(module, hidden) for module in pair)
+        with torch.no_grad():
+            assert torch.equal(pair[0](hidden), expected[0])
+    assert len(found) > 2
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_two_tensors_of_the_inner_width_are_kept_and_not_four(pair: tuple[nn.Module, nn.Module]) -> None:
-    lean, plain = pair
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_an_mlp_is_that_of_transformers_to_the_last_digit(mlp: tuple[nn.Module, nn.Module], precision: str) -> None:
+    hidden = torch.randn(2, 7, mlp[0].hidden_size, generator=torch.Generator().manual_seed(0))
+    assert_equal(mlp, hidden, precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("shape", [(1, 600, 64), (300, 4, 32), (1, 48)])
+def test_a_norm_is_that_of_transformers_to_the_last_digit(precision: str, shape: tuple[int, ...]) -> None:
+    hidden = 3 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    assert_equal(norm(shape[-1]), hidden, precision)
+    assert_equal([Block(one) for one in norm(shape[-1])], hidden, precision)
+
+
+def test_a_norm_with_frozen_weights_or_input() -> None:
+    hidden = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    for wanted in ("hidden", "weight"):
+        found = []
+        for module in norm(16):
+            stream = hidden.clone().requires_grad_(wanted == "hidden")
+            module.weight.requires_grad_(wanted == "weight")
+            module(stream).square().sum().backward()
+            assert (stream.grad is None) == (wanted == "weight")
+            assert (module.weight.grad is None) == (wanted == "hidden")
+            found.append(stream.grad if wanted == "hidden" else module.weight.grad)
+        assert torch.equal(*found)
+
+
+def kept_for(module: nn.Module, hidden: Tensor, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Numbers that the backward pass keeps beside weights and input; a tensor that is kept twice counts once."""
+    kept: dict[int, int] = {}
+    others = {hidden.data_ptr(), *(parameter.data_ptr() for parameter in module.parameters())}
+    pack = lean_module._pack
+
+    def keep(tensor: Tensor) -> object:
+        packed = pack(tensor)
+        if packed is tensor and tensor.data_ptr() not in others:
+            kept[tensor.data_ptr()] = tensor.numel()
+        return packed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lean_module, "_pack", keep)
+        with keeping_little():
+            out = module(hidden)
+    del out
+    return sum(kept.values())
+
+
+def test_an_mlp_keeps_two_tensors_of_its_inner_width_and_not_four(
+    mlp: tuple[nn.Module, nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lean, plain = mlp
     hidden = torch.randn(3, 5, lean.hidden_size, requires_grad=True)
     inner = 15 * lean.intermediate_size
-    weights = sum(parameter.numel() for parameter in lean.parameters())
-    assert kept_for(plain, hidden) == 4 * inner + weights + hidden.numel()
+    assert kept_for(plain, hidden, monkeypatch) == 4 * inner
+    assert kept_for(lean, hidden, monkeypatch) == 2 * inner
     with torch.no_grad():
-        assert kept_for(lean, hidden) == 0
-    seen: list[int] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        seen.append(tensor.numel())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        lean(hidden)
-    assert seen.count(inner) == 2  # and what its own hooks keep inside is seen below
+        assert kept_for(lean, hidden, monkeypatch) == 0
 
 
-def test_the_product_is_computed_anew_in_the_backward_pass(
-    pair: tuple[nn.Module, nn.Module], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Once, and where the block around it is computed anew, not at all: it is kept there."""
+def test_a_norm_keeps_its_input_and_a_number_for_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden = torch.randn(5, 16, requires_grad=True)
+    lean, plain = (Block(one) for one in norm(16))
+    tanh = 3 * hidden.numel()
+    assert kept_for(plain, hidden, monkeypatch) == tanh + 2 * hidden.numel() + 5
+    assert kept_for(lean, hidden, monkeypatch) == tanh + 5
+
+
+def counting(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
+    """An entry for each call of a function of the module."""
     calls: list[int] = []
+    called = getattr(lean_module, name)
 
-    def counted(gate: Tensor, up: Tensor) -> Tensor:
+    def counted(*arguments: Tensor) -> Tensor:
         calls.append(1)
-        return nn.functional.silu(gate) * up
+        return called(*arguments)  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(lean_module, "_gated", counted)
-    mlp, _ = pair
-    for mlp.recomputed, expected in ((False, 2), (True, 1)):
+    monkeypatch.setattr(lean_module, name, counted)
+    return calls
+
+
+def test_what_several_need_is_computed_anew_once_and_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = counting(monkeypatch, "_scaled")
+    made: list[lean_module._Made] = []
+    take = lean_module._Made.take
+
+    def noting(self: lean_module._Made) -> Tensor:
+        made.append(self)
+        return take(self)
+
+    monkeypatch.setattr(lean_module._Made, "take", noting)
+    block, hidden = Block(norm(16)[0]), torch.randn(5, 16, requires_grad=True)
+    with keeping_little():
+        out = block(hidden)
+    for _ in range(2):  # two backward passes of one forward pass
         calls.clear()
-        mlp(torch.randn(3, mlp.hidden_size)).sum().backward()
+        made.clear()
+        gradient = torch.autograd.grad(out.sum(), hidden, retain_graph=True)[0]
+        assert len(made) == 3  # projections
+        assert len(calls) == 2  # for them, and for the gradient of the norm's weight, which is not asked for apart
+        assert made[0]._held is None
+    assert torch.equal(gradient, torch.autograd.grad(out.sum(), hidden)[0])
+
+
+def test_blocks_that_are_recomputed_keep_what_they_need(
+    mlp: tuple[nn.Module, nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = counting(monkeypatch, "_gated")
+    hidden = torch.randn(3, mlp[0].hidden_size, requires_grad=True)
+    run: Callable[[Tensor], Tensor]
+    for run, expected in ((mlp[0], 2), (lambda given: checkpoint(mlp[0], given, use_reentrant=False), 2)):
+        calls.clear()
+        with keeping_little():
+            out = run(hidden)
+        out.sum().backward()
         assert len(calls) == expected
 
 
-def test_layers_around_a_projection_work(pair: tuple[nn.Module, nn.Module]) -> None:
+def test_nothing_is_remembered_of_tensors_that_are_gone() -> None:
+    before = len(lean_module._made)
+    block = Block(norm(16)[0])
+    for _ in range(3):
+        with keeping_little():
+            block(torch.randn(5, 16, requires_grad=True)).sum().backward()
+    assert len(lean_module._made) == before
+
+
+def test_a_part_of_what_is_made_anew_is_kept_as_it_is() -> None:
+    """As where rows of a norm's output are chosen: its first rows begin where all of it does."""
+
+    class Rows(nn.Module):
+        def __init__(self, norm: nn.Module) -> None:
+            super().__init__()
+            self.norm = norm
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            normed = self.norm(hidden)
+            return normed[:2].exp() * normed[:2] + (normed.T @ normed).sum() + normed.T.square().sum()
+
+    assert_equal([Rows(one) for one in norm(16)], torch.randn(5, 16, generator=torch.Generator().manual_seed(0)))
+
+
+def test_layers_around_a_projection_work(mlp: tuple[nn.Module, nn.Module]) -> None:
     """As adapters are: more than one thing may keep the product."""
 
     class Twice(nn.Module):
@@ -110,26 +236,22 @@ def test_layers_around_a_projection_work(pair: tuple[nn.Module, nn.Module]) -> N
             return self.inner(hidden) + self.more(hidden.square())
 
     torch.manual_seed(0)
-    pair[0].down_proj = Twice(pair[0].down_proj)
-    pair[1].down_proj = copy.deepcopy(pair[0].down_proj)
-    hidden = torch.randn(4, pair[0].hidden_size)
-    found, expected = (passes(mlp, hidden) for mlp in pair)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    mlp[0].down_proj = Twice(mlp[0].down_proj)
+    mlp[1].down_proj = copy.deepcopy(mlp[0].down_proj)
+    assert_equal(mlp, torch.randn(4, mlp[0].hidden_size))
 
 
-def test_what_is_not_known_stays_as_it_is(pair: tuple[nn.Module, nn.Module]) -> None:
-    """Another activation; and GLM-4.1V's merger, which ends as an MLP does and has more before that."""
-    _, plain = pair
+def test_what_is_not_known_stays_as_it_is(mlp: tuple[nn.Module, nn.Module]) -> None:
+    """Another activation; GLM-4.1V's merger, which ends as an MLP does and has more before that; another norm."""
+    _, plain = mlp
     plain.act_fn = GELUActivation()
-    merger = Glm4vVisionPatchMerger(8, 16, "silu")
-    for module in (plain, merger):
+
+    class Shifted(Qwen3VLTextRMSNorm):
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            return (1 + self.weight) * hidden_states
+
+    Shifted.__module__ = Qwen3VLTextRMSNorm.__module__
+    for module in (plain, Glm4vVisionPatchMerger(8, 16, "silu"), Shifted(8)):
         kind = type(module)
         make_lean(module)
         assert type(module) is kind
-
-
-def test_where_blocks_are_recomputed_nothing_more_is_spared(builtin: VLMAgent) -> None:
-    builtin.enable_gradient_checkpointing()
-    found = mlps(builtin.family.language_model())
-    assert found
-    assert all(mlp.recomputed for mlp in found)
