@@ -59,10 +59,10 @@ class RMSNorm(nn.Module):
         kept = hidden.detach()
         inverse = _wide(kept).pow(2).mean(-1, keepdim=True).add_(self.variance_epsilon).rsqrt_()
         if not torch.is_grad_enabled():
-            return self.weight * _scaled(hidden, inverse)
+            return _times(_scaled(hidden, inverse), self.weight)
         normed: Tensor = _Normed.apply(hidden, hidden, inverse, self.weight)  # type: ignore[no-untyped-call]
         weight = self.weight.detach().clone()  # itself it may be elsewhere by then
-        _make_anew(normed, lambda: weight * _scaled(kept, inverse))
+        _make_anew(normed, lambda: _times(_scaled(kept, inverse), weight))
         return normed
 
 
@@ -76,7 +76,7 @@ class _Gated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), grad * nn.functional.silu(gate)
+        return torch.ops.aten.silu_backward(grad * up, gate), _times(nn.functional.silu(gate), grad)
 
 
 class _Normed(torch.autograd.Function):
@@ -85,7 +85,7 @@ class _Normed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, again: Tensor, inverse: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(hidden, inverse, weight)
-        return weight * _scaled(hidden, inverse)
+        return _times(_scaled(hidden, inverse), weight)
 
     @staticmethod
     @once_differentiable
@@ -93,24 +93,29 @@ class _Normed(torch.autograd.Function):
         hidden, inverse, weight = ctx.saved_tensors
         grad_weight = None
         if ctx.needs_input_grad[3]:
-            grad_weight = (grad * _scaled(hidden, inverse)).sum_to_size(weight.shape).to(weight.dtype)
+            grad_weight = _times(_scaled(hidden, inverse), grad).sum_to_size(weight.shape).to(weight.dtype)
         if not ctx.needs_input_grad[0]:
             return None, None, None, grad_weight
         wide, grad = _wide(hidden), _wide((grad * weight).to(hidden.dtype))
-        grad_inverse = (grad * wide).sum(-1, keepdim=True)
-        grad_mean = -0.5 * grad_inverse * inverse.pow(3)
-        parts = grad * inverse, (grad_mean / hidden.shape[-1]) * (wide * 2)
+        product = grad * wide
+        grad_mean = -0.5 * product.sum(-1, keepdim=True) * inverse.pow(3)
+        parts = grad.mul_(inverse), torch.mul(wide, grad_mean / hidden.shape[-1] * 2, out=product)
         if wide.dtype == hidden.dtype:
             return *parts, None, grad_weight
         return (parts[0] + parts[1]).to(hidden.dtype), None, None, grad_weight
 
 
 def _gated(gate: Tensor, up: Tensor) -> Tensor:
-    return nn.functional.silu(gate) * up
+    return _times(nn.functional.silu(gate), up)
 
 
 def _scaled(hidden: Tensor, inverse: Tensor) -> Tensor:
     return (_wide(hidden) * inverse).to(hidden.dtype)
+
+
+def _times(own: Tensor, other: Tensor) -> Tensor:
+    """Their product, in place of the first where its type allows: on CPUs new memory costs more than multiplying."""
+    return own.mul_(other) if torch.result_type(own, other) == own.dtype else own * other
 
 
 def _wide(hidden: Tensor) -> Tensor:
