@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,6 +26,9 @@ _c10d: Any = distributed  # hands on names that it does not declare to be its ow
 BUCKET = 256 << 20
 """Bytes of weights that go as one message, so that small ones do not cost one each."""
 _BITS = {2: torch.int16, 4: torch.int32}
+_ENVIRONMENT = threading.Lock()
+_EARLY = 0.05
+"""Seconds by which torch may give up before its limit, of which it counts whole milliseconds."""
 _SHOWN = 200  # characters of what torch says
 
 Bucket = Sequence[tuple[str, Sequence[int]]]
@@ -238,15 +243,16 @@ def _nccl_group(store: Any, rank: int, size: int, limit: timedelta) -> Any:
 
 @contextmanager
 def _variable(name: str, value: str) -> Iterator[None]:
-    """An environment variable with another value."""
-    former = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        del os.environ[name]
-        if former is not None:
-            os.environ[name] = former
+    """An environment variable with another value, for one thread after the other."""
+    with _ENVIRONMENT:
+        former = os.environ.get(name)
+        os.environ[name] = value
+        try:
+            yield
+        finally:
+            del os.environ[name]
+            if former is not None:
+                os.environ[name] = former
 
 
 @contextmanager
@@ -255,9 +261,10 @@ def _faults(deadline: float) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        if time.monotonic() >= deadline:
-            raise LateFault("time was up before all weights had got through") from error
-        raise ChannelFault(f"{type(error).__name__}: {str(error)[:_SHOWN]}") from error
+        if time.monotonic() >= deadline - _EARLY:
+            raise LateFault("time was up before all had got through") from error
+        told = re.sub(r"^\[/\S+\] ", "", str(error))  # where in gloo's source it was said
+        raise ChannelFault(f"{type(error).__name__}: {told[:_SHOWN]}") from error
 
 
 def _length(bucket: Bucket) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -77,8 +77,7 @@ class DirectTransfer:
         except (KeyError, TypeError) as error:
             raise ServerFault(f"an answer of another form came: {workers} ({type(error).__name__})") from error
         if known is None or set(names) != {known.name}:
-            alike = {device.type, *devices} == {"cuda"}
-            known = await self._join(server, device, 1 + len(workers), "nccl" if alike else "gloo")
+            known = await self._join(server, device, 1 + len(workers), backend_between(device.type, devices))
         self._channels[server] = known
         return known
 
@@ -95,6 +94,11 @@ class DirectTransfer:
             server.order("vlmenv_join", asdict(meeting) | {"seconds": limit}),
             f"there is no {backend} channel to it",
         )
+
+
+def backend_between(trainer: str, workers: Sequence[str]) -> str:
+    """What weights go by between devices of these types: NCCL if all are GPUs, and by way of CPUs if not."""
+    return "nccl" if {trainer, *workers} == {"cuda"} else "gloo"
 
 
 async def _both(work: Callable[[], T], order: Coroutine[Any, Any, Any], what: str) -> T:
