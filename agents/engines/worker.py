@@ -14,6 +14,7 @@ from torch import Tensor
 from vlmenv.agents.engines.channel import Bucket, Channel, ChannelFault, Meeting
 
 _CHUNK = 1 << 24  # bytes
+_SHOWN = 500  # characters of what vLLM says, which may name all of a model's weights
 
 
 class WeightReceiver:
@@ -67,7 +68,7 @@ class WeightReceiver:
         try:
             fault = _unchanged(overwrite(self, incoming))
         except Exception as error:  # whatever it is, the trainer goes on sending
-            fault = f"{type(error).__name__}: {error}"
+            fault = f"{type(error).__name__}: {error}"[:_SHOWN]
         try:
             incoming.finish()
         except ChannelFault as error:
