@@ -25,7 +25,7 @@ from torch import Tensor, distributed
 _c10d: Any = distributed  # hands on names that it does not declare to be its own
 BUCKET = 256 << 20
 """Bytes of weights that go as one message, so that small ones do not cost one each."""
-_BITS = {2: torch.int16, 4: torch.int32}
+_WORD = torch.int64
 _ENVIRONMENT = threading.Lock()
 _EARLY = 0.05
 """Seconds by which torch may give up before its limit, of which it counts whole milliseconds."""
@@ -92,10 +92,10 @@ class Channel:
                 self._group = _nccl_group(named, rank, meeting.size, limit)
             else:
                 self._group = _gloo_group(named, rank, meeting.size, limit, local_address(meeting.address))
-        self._pass(torch.zeros(1, device=self._device), deadline)  # NCCL's ends meet at the first message
+        self._pass(_room(1, self._device), deadline)  # NCCL's ends meet at the first message
 
     @torch.no_grad()
-    def send(self, weights: Mapping[str, Tensor], plan: Iterable[Bucket], dtype: torch.dtype, seconds: float) -> None:
+    def send(self, weights: Mapping[str, Tensor], plan: Sequence[Bucket], dtype: torch.dtype, seconds: float) -> None:
         """Sends weights, converted bucket by bucket, and a checksum after them.
 
         Args:
@@ -108,9 +108,11 @@ class Channel:
             ChannelFault: An end is gone or does not take them.
         """
         deadline, checksum = time.monotonic() + seconds, Checksum(self._device)
+        room = _room(max((_words(bucket, dtype) for bucket in plan), default=0), self._device)
         for bucket in plan:
-            message = torch.empty(_length(bucket), dtype=dtype, device=self._device)
-            for name, part in _parts(message, bucket):
+            message = room[: _words(bucket, dtype)]
+            message[-1:] = 0  # it may end with bytes that no weight has
+            for name, part in _parts(message, bucket, dtype):
                 part.copy_(weights[name])
             checksum.add(message)
             self._pass(message, deadline)
@@ -163,21 +165,21 @@ class Incoming(Iterator[tuple[str, Tensor]]):
 
     def _bucket(self) -> Iterable[tuple[str, Tensor]]:
         bucket = self._left.popleft()
-        message = torch.empty(_length(bucket), dtype=self._dtype, device=self._channel._device)
+        message = _room(_words(bucket, self._dtype), self._channel._device)
         self._channel._pass(message, self._deadline)
         self._checksum.add(message)
-        return _parts(message, bucket)
+        return _parts(message, bucket, self._dtype)
 
 
 class Checksum:
-    """Of messages: sums of their bits, each message weighed by another odd number, modulo 2**64."""
+    """Of messages: sums of their words, each message weighed by another odd number, modulo 2**64."""
 
     def __init__(self, device: torch.device) -> None:
-        self.total = torch.zeros(1, dtype=torch.int64, device=device)
+        self.total = torch.zeros(1, dtype=_WORD, device=device)
         self._weight = 1
 
     def add(self, message: Tensor) -> None:
-        self.total += self._weight * message.view(_BITS[message.element_size()]).sum(dtype=torch.int64)
+        self.total += self._weight * message.sum()
         self._weight += 2
 
 
@@ -267,12 +269,18 @@ def _faults(deadline: float) -> Iterator[None]:
         raise ChannelFault(f"{type(error).__name__}: {told[:_SHOWN]}") from error
 
 
-def _length(bucket: Bucket) -> int:
-    return sum(math.prod(shape) for _, shape in bucket)
+def _words(bucket: Bucket, dtype: torch.dtype) -> int:
+    """Of 8 bytes, which a bucket's weights take; the sum of such is quick on every device."""
+    return math.ceil(sum(math.prod(shape) for _, shape in bucket) * dtype.itemsize / _WORD.itemsize)
 
 
-def _parts(message: Tensor, bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
+def _room(words: int, device: torch.device) -> Tensor:
+    return torch.empty(words, dtype=_WORD, device=device)
+
+
+def _parts(message: Tensor, bucket: Bucket, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """A message's weights, as views of it."""
-    parts = torch.split(message, [math.prod(shape) for _, shape in bucket])
+    sizes = [math.prod(shape) for _, shape in bucket]
+    parts = torch.split(message.view(dtype)[: sum(sizes)], sizes)
     for (name, shape), part in zip(bucket, parts, strict=True):
         yield name, part.view(tuple(shape))

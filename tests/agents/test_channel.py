@@ -161,7 +161,7 @@ def test_what_came_otherwise_than_it_went_is_told() -> None:
     plan, deadline = [[("a", [3])]], time.monotonic() + SECONDS
 
     def send_otherwise() -> None:
-        for message in (torch.ones(3), torch.tensor([5])):
+        for message in (torch.arange(2), torch.tensor([5])):
             sender._pass(message, deadline)
 
     with at_once(send_otherwise):
@@ -177,17 +177,17 @@ def test_checksums_tell_bits_and_order_apart() -> None:
             checksum.add(message)
         return int(checksum.total)
 
-    one, other = torch.randn(64), torch.randn(64)
+    one, other = torch.randn(64).view(torch.int64), torch.randn(64).view(torch.int64)
     flipped = one.clone()
-    flipped.view(torch.int32)[17] ^= 1
+    flipped[17] ^= 1
     assert of(one, other) == of(one.clone(), other.clone())
-    assert len({of(one, other), of(other, one), of(flipped, other), of(one), of(one.bfloat16())}) == 5
+    assert len({of(one, other), of(other, one), of(flipped, other), of(one)}) == 4
 
 
 def _vanish(port: int, how: signal.Signals) -> None:
     """Comes to a channel, takes the first message, and is no more."""
     end = Channel(Meeting(HERE, port, "test", 2, "gloo"), 1, CPU, SECONDS)
-    end._pass(torch.empty(1 << 20), time.monotonic() + SECONDS)
+    end._pass(torch.empty(1 << 19, dtype=torch.int64), time.monotonic() + SECONDS)
     os.kill(os.getpid(), how)
 
 
