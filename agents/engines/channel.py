@@ -91,7 +91,8 @@ class Channel:
             if meeting.backend == "nccl":
                 self._group = _nccl_group(named, rank, meeting.size, limit)
             else:
-                self._group = _gloo_group(named, rank, meeting.size, limit, local_address(meeting.address))
+                own = meeting.address if rank == 0 else local_address(meeting.address)
+                self._group = _gloo_group(named, rank, meeting.size, limit, own)
         self._pass(_room(1, self._device), deadline)  # NCCL's ends meet at the first message
 
     @torch.no_grad()
@@ -111,7 +112,6 @@ class Channel:
         room = _room(max((_words(bucket, dtype) for bucket in plan), default=0), self._device)
         for bucket in plan:
             message = room[: _words(bucket, dtype)]
-            message[-1:] = 0  # it may end with bytes that no weight has
             for name, part in _parts(message, bucket, dtype):
                 part.copy_(weights[name])
             checksum.add(message)

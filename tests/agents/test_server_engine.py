@@ -569,7 +569,9 @@ def test_updates_arrive_whole_by_channels(
         assert orders(server)[1:3] == ["vlmenv_channel", "vlmenv_join"]
         assert orders(server)[3:] == ["vlmenv_receive", *["vlmenv_channel", "vlmenv_receive"] * 2]
         server.workers.clear()
+    engine = agent.engine
     agent.close()
+    assert engine is not None
     assert listening() <= before
 
 
@@ -587,7 +589,7 @@ def test_a_server_that_is_at_the_channel_no_more_comes_to_a_new_one(
         one.sync()
         assert_has_weights(good, one)
         assert_answered(one)
-    assert orders(good).count("vlmenv_join") == 6
+    assert orders(good).count("vlmenv_join") == orders(good).count("vlmenv_receive") == 6
     assert not [one for one in recwarn if one.category is RuntimeWarning]
 
 
@@ -663,6 +665,19 @@ def test_a_server_to_which_weights_do_not_get_is_left_out_until_they_do(
     with pytest.warns(RuntimeWarning, match=f"{bad.url} has taken the update and is in use again"):
         agent.sync()
     assert_has_weights(bad, agent)
+    assert orders(bad)[-2:] == ["vlmenv_join", "vlmenv_receive"]
+
+
+def test_a_transfer_that_breaks_once_is_tried_again(
+    good: Answering, opened: ExitStack, loading: Callable[[Load], None], recwarn: pytest.WarningsRecorder
+) -> None:
+    agent = agent_of(opened, good.url, transfer="direct")
+    loads = iter([die_midway, load])
+    loading(lambda worker, incoming: next(loads)(worker, incoming))
+    change(agent)
+    agent.sync()
+    assert_has_weights(good, agent)
+    assert not [one for one in recwarn if one.category is RuntimeWarning]
 
 
 @pytest.mark.parametrize(
