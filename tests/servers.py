@@ -22,6 +22,12 @@ def free_port() -> int:
         return int(bound.getsockname()[1])
 
 
+def listening() -> set[tuple[str, int]]:
+    """Addresses and ports at which this process can be reached."""
+    connections = psutil.Process().net_connections("tcp")
+    return {(one.laddr.ip, one.laddr.port) for one in connections if one.status == psutil.CONN_LISTEN}
+
+
 class Served:
     """`vlmenv serve` in a process of its own."""
 

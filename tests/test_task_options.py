@@ -43,6 +43,7 @@ SERVERS: dict[str, Any] = {"engine": "vllm-server", "server": ("http://a:1",)}
         {"engine": "vllm", "engine_length": 512, "engine_memory": 0.5, "tensor_parallel": 2},
         SERVERS,
         SERVERS | {"server": ("http://a:2",), "server_timeout": 3.0, "weights_folder": Path("b")},
+        SERVERS | {"weight_transfer": "direct"},
         {"device": "cpu", "batch_size": 2, "output": Path("c")},
     ],
 )

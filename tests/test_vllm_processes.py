@@ -30,14 +30,15 @@ def served() -> Iterator[Served]:
         yield served
 
 
-@pytest.mark.parametrize(("kind", "engine"), [("ddp", "1"), ("fsdp2", "2"), ("fsdp2", "server")])
+@pytest.mark.parametrize(("kind", "engine"), [("ddp", "1"), ("fsdp2", "2"), ("fsdp2", "file"), ("ddp", "direct")])
 def test_what_two_processes_sample_is_what_they_learn_and_save(
     kind: str, engine: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """With an engine each, with one that they share, and with a server of two parts; evaluation leaves one idle."""
     how = [*VLLM, "--tensor-parallel", engine]
-    if engine == "server":
-        how = ["--engine", "vllm-server", "--server", request.getfixturevalue("served").url]
+    if engine in ("file", "direct"):
+        served = request.getfixturevalue("served")
+        how = ["--engine", "vllm-server", "--server", served.url, "--weight-transfer", engine]
     done = launch(kind, "-m", "vlmenv", "train", *CHANGING, *TINY, "--eval-limit", "9", *how, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"

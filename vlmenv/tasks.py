@@ -35,7 +35,7 @@ Device = Literal["auto", "cpu", "cuda"]
 EngineName = Literal["hf", "vllm", "vllm-server"]
 ENGINE_OPTIONS: Final = (
     *("engine", "engine_length", "engine_memory", "tensor_parallel"),
-    *("server", "server_timeout", "weights_folder"),
+    *("server", "server_timeout", "weight_transfer", "weights_folder"),
 )
 """Options that choose what generates."""
 DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -98,6 +98,9 @@ class TaskConfig:
     """Addresses of servers that `vlmenv serve` started, as http://127.0.0.1:8000; prompts are spread over them."""
     server_timeout: float | None = None
     """Seconds after which a server that has not answered is left out; 300 where left out."""
+    weight_transfer: Literal["file", "direct"] = "file"
+    """How servers come by the weights of each update: "file", which each of them reads, or "direct", from process to
+    process, by NCCL between GPUs and by gloo otherwise."""
     weights_folder: Path | None = None
     """Folder in which servers on other machines find the weights of each update; one in memory where left out."""
     engine_length: int | None = None
@@ -127,8 +130,11 @@ class TaskConfig:
     def _check_servers(self) -> None:
         """Raises ConfigError unless the options of servers go together."""
         if self.engine != "vllm-server":
-            if self.server or self.server_timeout is not None or self.weights_folder is not None:
-                raise ConfigError("server, server_timeout and weights_folder go with engine vllm-server")
+            given = (self.server, self.server_timeout, self.weights_folder)
+            if any(option not in ((), None) for option in given) or self.weight_transfer != "file":
+                raise ConfigError(
+                    "server, server_timeout, weight_transfer and weights_folder go with engine vllm-server"
+                )
             return
         if not self.server:
             raise ConfigError("engine vllm-server needs servers: start one by `vlmenv serve`, and name it by --server")
@@ -136,6 +142,8 @@ class TaskConfig:
             check_address(address)
         if len(set(self.server)) < len(self.server):
             raise ConfigError(f"a server is named twice: {', '.join(self.server)}")
+        if self.weight_transfer == "direct" and self.weights_folder is not None:
+            raise ConfigError("weights_folder goes with weight_transfer file; direct writes none")
         if self.server_timeout is not None and not self.server_timeout > 0:
             raise ConfigError(f"server_timeout must be above 0 seconds, not {self.server_timeout}")
 
@@ -346,6 +354,7 @@ def load_agent(
             config.server,
             agent.folder,
             agent.family,
+            transfer=config.weight_transfer,
             weights_folder=config.weights_folder,
             patience=Patience() if config.server_timeout is None else Patience(answer=config.server_timeout),
         )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -31,3 +32,22 @@ class BackgroundLoop:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+async def in_thread(work: Callable[[], T]) -> T:
+    """What some work gives that blocks; nobody waits for it once the caller is cancelled, or the process ends."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def tell(settle: Callable[[Any], None], what: Any) -> None:
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(lambda: None if future.cancelled() else settle(what))
+
+    def run() -> None:
+        try:
+            tell(future.set_result, work())
+        except BaseException as error:
+            tell(future.set_exception, error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await future

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx2
@@ -69,6 +68,11 @@ class Server:
             limits=httpx2.Limits(max_connections=None, keepalive_expiry=_IDLE),
         )
 
+    @property
+    def limit(self) -> float:
+        """Seconds that it has to take over weights."""
+        return self._patience.answer
+
     async def meet(self) -> Served:
         """What it serves.
 
@@ -76,9 +80,9 @@ class Server:
             ServerFault: It does not answer, or not as a server of `vlmenv serve` does.
         """
         limit = self._patience.greeting
-        models = await self._again(lambda: self._ask("GET", "/v1/models", limit))
+        models = await self.again(lambda: self._ask("GET", "/v1/models", limit))
         try:
-            told = await self._again(lambda: self._ask("POST", "/collective_rpc", limit, {"method": "vlmenv_model"}))
+            told = await self.again(lambda: self._ask("POST", "/collective_rpc", limit, {"method": "vlmenv_model"}))
         except _RefusedFault as fault:
             raise OtherModelFault(f"it was not started by `vlmenv serve` ({fault})") from fault
         return read_served(_json(models), _json(told))
@@ -95,25 +99,42 @@ class Server:
             ServerFault: There are none.
         """
         path, limit, asked = "/inference/v1/generate", self._patience.answer, request["sampling_params"]
-        reply = await self._again(lambda: self._ask("POST", path, limit, request))
+        reply = await self.again(lambda: self._ask("POST", path, limit, request))
         return read_answer(
             _json(reply), count=asked["n"], longest=asked["max_tokens"], vocabulary=vocabulary, version=version
         )
 
-    async def take_over(self, file: Path, checksum: int, version: str) -> None:
-        """Has it take over weights, forget all that came of the old ones, and say so in what it generates from then on.
+    async def order(self, method: str, arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """What each of its workers answers when it is told to do something about its weights.
 
         Raises:
-            ServerFault: It has not, or not wholly.
+            ServerFault: One of them cannot.
         """
-        order = {"method": "vlmenv_overwrite", "kwargs": {"path": str(file), "checksum": checksum}}
-        told = await self._again(lambda: self._ask("POST", "/collective_rpc", self._patience.answer, order))
-        if fault := _first_fault(_json(told)):
+        body = {"method": method, "kwargs": arguments}
+        told = _json(await self._ask("POST", "/collective_rpc", self.limit, body))
+        if fault := _first_fault(told):
             raise ServerFault(f"it cannot take over weights: {fault}")
+        return list(told["results"])
+
+    async def renew(self, version: str) -> None:
+        """Has it forget all that came of its old weights, and name the new ones in what it generates from then on.
+
+        Raises:
+            ServerFault: It has not.
+        """
         limit = self._patience.greeting
-        await self._again(self._forget_prompts)
-        await self._again(lambda: self._ask("POST", "/reset_encoder_cache", limit))
-        await self._again(lambda: self._ask("POST", "/update_weight_version", limit, {"new_version": version}))
+        await self.again(self._forget_prompts)
+        await self.again(lambda: self._ask("POST", "/reset_encoder_cache", limit))
+        await self.again(lambda: self._ask("POST", "/update_weight_version", limit, {"new_version": version}))
+
+    async def again(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """What comes of asking until there is an answer, or a fault that does not pass."""
+        for attempt in range(self._patience.attempts - 1):
+            try:
+                return await ask()
+            except PassingFault:
+                await asyncio.sleep(self._patience.pause * 2**attempt)
+        return await ask()
 
     async def close(self) -> None:
         await self._http.aclose()
@@ -122,15 +143,6 @@ class Server:
         reply = _json(await self._ask("POST", "/reset_prefix_cache", self._patience.greeting))
         if not (isinstance(reply, dict) and reply.get("success") is True):
             raise PassingFault("it still works at requests, and keeps keys and values of the old weights for them")
-
-    async def _again(self, ask: Callable[[], Awaitable[T]]) -> T:
-        """Asks until there is an answer, or a fault that does not pass."""
-        for attempt in range(self._patience.attempts - 1):
-            try:
-                return await ask()
-            except PassingFault:
-                await asyncio.sleep(self._patience.pause * 2**attempt)
-        return await ask()
 
     async def _ask(self, method: str, path: str, limit: float, body: Any = None) -> httpx2.Response:
         try:

@@ -16,11 +16,11 @@ import tempfile
 import uuid
 import warnings
 from collections import deque
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from torch import Tensor
 from vlmenv.agents.engines.background import BackgroundLoop
 from vlmenv.agents.engines.base import Engine, Request, dealt
 from vlmenv.agents.engines.checks import check_names, check_prompt, untied
+from vlmenv.agents.engines.direct import DirectTransfer
 from vlmenv.agents.engines.remote import Patience, Server
 from vlmenv.agents.engines.replies import Answer, OtherModelFault, Served, ServerFault
 from vlmenv.agents.engines.settings import sampling_settings
@@ -47,6 +48,7 @@ _AT_ONCE = 64
 _IN_MEMORY = Path("/dev/shm")
 
 T = TypeVar("T")
+_Give = Callable[[Server], Awaitable[object]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +79,10 @@ class VLLMServerEngine(Engine):
         servers: Their addresses, as http://HOST:PORT.
         folder: Of the model that is trained, in the published layout.
         family: How the trainer takes prompts in, and which tokens are never sampled.
+        transfer: How they come by updates: "file", which they read, or "direct", from process to process.
         weights_folder: Where updates are written for the servers to read; in memory, or where there is no room in the
-            folder for temporary files, where left out. Servers on other machines need one that they share.
+            folder for temporary files, where left out. Servers on other machines need one that they share. "direct" has
+            no use for it.
         patience: How long a server is waited for.
 
     Raises:
@@ -92,6 +96,7 @@ class VLLMServerEngine(Engine):
         folder: Path,
         family: Family,
         *,
+        transfer: Literal["file", "direct"] = "file",
         weights_folder: Path | None = None,
         patience: Patience | None = None,
     ) -> None:
@@ -104,6 +109,7 @@ class VLLMServerEngine(Engine):
         self._version: str | None = None
         """the weights that the servers in use have; None where none has any"""
         self._given, self._run_id, self._weights_folder = 0, uuid.uuid4().hex, weights_folder
+        self._direct = DirectTransfer() if transfer == "direct" else None
         self._dtype, self.max_length = "", 0
         self._loop = BackgroundLoop()
         try:
@@ -134,6 +140,8 @@ class VLLMServerEngine(Engine):
             server.fault = fault
 
     def close(self) -> None:
+        if self._direct is not None:
+            self._direct.close()
         self._loop.run(self._close_all())
         self._loop.close()
 
@@ -244,9 +252,20 @@ class VLLMServerEngine(Engine):
         """Updates the servers; gives the version that those in use have from now on, and why others are not."""
         self._given += 1
         version = f"{self._run_id}-{self._given}"
-        with self._written(weights) as (file, checksum):
-            self._run(self._update_all(file, checksum, version))
+        with self._offered(weights) as give:
+            self._run(self._update_all(give, version))
         return version, [server.fault for server in self._servers]
+
+    @contextmanager
+    def _offered(self, weights: Mapping[str, Tensor]) -> Iterator[_Give]:
+        """What gives weights to a server, for as long as the context lasts."""
+        if (direct := self._direct) is not None:
+            dtype: torch.dtype = getattr(torch, self._dtype)
+            yield lambda server: direct.deliver(server, weights, dtype)
+            return
+        with self._written(weights) as (file, checksum):
+            order = {"path": str(file), "checksum": checksum}
+            yield lambda server: server.again(lambda: server.order("vlmenv_overwrite", order))
 
     @contextmanager
     def _written(self, weights: Mapping[str, Tensor]) -> Iterator[tuple[Path, int]]:
@@ -263,16 +282,17 @@ class VLLMServerEngine(Engine):
         except (OSError, SafetensorError) as error:
             raise EngineError(f"the servers' updates cannot be written: {error}") from error
 
-    async def _update_all(self, file: Path, checksum: int, version: str) -> None:
-        await asyncio.gather(*[self._update(server, file, checksum, version) for server in self._servers])
+    async def _update_all(self, give: _Give, version: str) -> None:
+        await asyncio.gather(*[self._update(server, give, version) for server in self._servers])
         if all(server.fault is not None for server in self._servers):
             raise self._none_left()
 
-    async def _update(self, server: Server, file: Path, checksum: int, version: str) -> None:
+    async def _update(self, server: Server, give: _Give, version: str) -> None:
         try:
             if server.fault is not None and (unlike := self._difference(await server.meet())):
                 raise ServerFault(unlike)
-            await server.take_over(file, checksum, version)
+            await give(server)
+            await server.renew(version)
         except ServerFault as fault:
             self._leave_out(server, fault)
             return

@@ -7,16 +7,24 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from vlmenv.agents.engines.channel import Bucket, Channel, ChannelFault, Meeting
+
 _CHUNK = 1 << 24  # bytes
+_SHOWN = 500  # characters of what vLLM says, which may name all of a model's weights
 
 
 class WeightReceiver:
     """What the workers of a server can be asked beside vLLM's own methods; answers are such as JSON can hold."""
 
     vllm_config: Any
+    rank: int
+    device: torch.device
+    vlmenv_line: Channel | None = None
+    """to the trainer, where it has asked for one"""
 
     def vlmenv_model(self) -> dict[str, Any]:
         """What is served, for a trainer to compare with its own model."""
@@ -36,7 +44,41 @@ class WeightReceiver:
             left = overwrite(self, _tensors(Path(path)))
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             return {"fault": f"{type(error).__name__}: {error}"}
-        return {"fault": f"weights were left as they were: {left[:5]}" if left else None}
+        return {"fault": _unchanged(left)}
+
+    def vlmenv_channel(self) -> dict[str, Any]:
+        """Which channel this worker is at, and on what device it works."""
+        line = self.vlmenv_line
+        return {"fault": None, "name": None if line is None else line.name, "device": self.device.type}
+
+    def vlmenv_join(self, seconds: float, **meeting: Any) -> dict[str, Any]:
+        """Comes to a channel, from any other that it was at; `fault` says why not."""
+        self.vlmenv_line = None
+        try:
+            self.vlmenv_line = Channel(Meeting(**meeting), 1 + self.rank, self.device, seconds)
+        except ChannelFault as error:
+            return {"fault": f"{error}, at {meeting['address']}, port {meeting['port']}"}
+        return {"fault": None}
+
+    def vlmenv_receive(self, name: str, plan: list[Bucket], dtype: str, seconds: float) -> dict[str, Any]:
+        """Takes over weights that come by a channel; `fault` says why not all of them."""
+        if self.vlmenv_line is None or self.vlmenv_line.name != name:
+            return {"fault": "it is no longer at the trainer's channel: another trainer uses it"}
+        incoming, fault = self.vlmenv_line.receive(plan, getattr(torch, dtype), seconds), None
+        try:
+            fault = _unchanged(overwrite(self, incoming))
+        except Exception as error:  # whatever it is, the trainer goes on sending
+            fault = f"{type(error).__name__}: {error}"[:_SHOWN]
+        try:
+            incoming.finish()
+        except ChannelFault as error:
+            self.vlmenv_line, fault = None, fault or str(error)
+        return {"fault": fault}
+
+
+def _unchanged(left: list[str]) -> str | None:
+    """What is wrong where weights have stayed the old ones."""
+    return f"weights were left as they were: {left[:5]}" if left else None
 
 
 def weight_shapes(folder: Path) -> dict[str, list[int]]:

@@ -11,8 +11,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,10 @@ import torch
 from batches import observations
 from PIL import Image
 from safetensors.torch import load_file
-from servers import free_port
+from servers import free_port, listening
 
+from vlmenv.agents.engines.channel import Incoming, buckets
+from vlmenv.agents.engines.direct import backend_between
 from vlmenv.agents.engines.remote import Patience, check_address
 from vlmenv.agents.engines.server import VLLMServerEngine
 from vlmenv.agents.engines.worker import WeightReceiver, checksum_of, weight_shapes
@@ -45,6 +49,14 @@ Reply = tuple[int, bytes]
 Fault = Callable[["Answering", str, Any], Reply]
 
 
+class Worker(WeightReceiver):
+    """One of vLLM's, without a model to load weights into."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.device = rank, torch.device("cpu")
+        self.weights: dict[str, torch.Tensor] = {}
+
+
 @dataclass
 class Answering:
     """Answers in vLLM's form, with tokens of its own; `fault` may change what it says."""
@@ -57,6 +69,8 @@ class Answering:
     """the path whose answers it changes"""
     asked: list[tuple[str, Any]] = field(default_factory=list)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    workers: list[Worker] = field(default_factory=lambda: [Worker(0)])
+    """to which weights go directly"""
     url: str = ""
 
     def reply(self, path: str, body: Any) -> Reply:
@@ -73,8 +87,13 @@ class Answering:
         return {"data": [{"id": "a", "max_model_len": self.max_length}]}
 
     def _collective_rpc(self, body: Any) -> Any:
-        if body["method"] == "vlmenv_model":
+        method, arguments = body["method"], body.get("kwargs", {})
+        if method == "vlmenv_model":
             return {"results": [self.model]}
+        if method != "vlmenv_overwrite":
+            with ThreadPoolExecutor() as pool:  # each is a process of vLLM's
+                orders = [pool.submit(getattr(worker, method), **arguments) for worker in self.workers]
+                return {"results": [order.result() for order in orders]}
         path = Path(body["kwargs"]["path"])
         assert checksum_of(path) == body["kwargs"]["checksum"]
         self.weights = load_file(path)
@@ -486,6 +505,192 @@ def test_a_worker_tells_what_is_wrong_with_a_file(tmp_path: Path) -> None:
     file = tmp_path / "weights.safetensors"
     file.write_bytes(b"half of it")
     assert "has the checksum" in receiver.vlmenv_overwrite(str(file), checksum_of(file) + 1)["fault"]
+
+
+# Updates from process to process.
+
+Load = Callable[[Worker, Incoming], list[str]]
+
+
+def load(worker: Worker, incoming: Incoming) -> list[str]:
+    worker.weights = dict(incoming)
+    return []
+
+
+@pytest.fixture
+def loading(monkeypatch: pytest.MonkeyPatch) -> Callable[[Load], None]:
+    """Chooses what stands in for vLLM's loading of weights, which come in many buckets."""
+    monkeypatch.setattr("vlmenv.agents.engines.direct.buckets", partial(buckets, limit=1 << 18))
+    choose = partial(monkeypatch.setattr, "vlmenv.agents.engines.worker.overwrite")
+    choose(load)
+    return choose
+
+
+def orders(server: Answering) -> list[str]:
+    """What its workers have been told to do."""
+    return [body["method"] for path, body in server.asked if path == "/collective_rpc"]
+
+
+def assert_has_weights(server: Answering, agent: VLMAgent) -> None:
+    expected = agent._published_weights()
+    dtype = getattr(torch, server.model["dtype"])
+    for worker in server.workers:
+        assert list(worker.weights) == list(expected)
+        for name, tensor in worker.weights.items():
+            assert tensor.dtype == dtype
+            assert torch.equal(tensor, expected[name].to(dtype))
+
+
+def change(agent: VLMAgent) -> None:
+    with torch.no_grad():
+        for parameter in agent.policy.parameters():
+            parameter.add_(0.1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_updates_arrive_whole_by_channels(
+    dtype: str, good: Answering, bad: Answering, opened: ExitStack, loading: Callable[[Load], None]
+) -> None:
+    """At servers of one worker and of two; the channels stay for the next, and go in the end."""
+    good.model["dtype"] = bad.model["dtype"] = dtype
+    bad.workers.append(Worker(1))
+    before = listening()
+    agent = agent_of(opened, good.url, bad.url, transfer="direct")
+    assert len(listening() - before) > 2
+    for _ in range(2):
+        change(agent)
+        agent.sync()
+        for server in (good, bad):
+            assert_has_weights(server, agent)
+            told = ["/collective_rpc", "/reset_prefix_cache", "/reset_encoder_cache", "/update_weight_version"]
+            assert server.paths()[-4:] == told
+    assert_answered(agent)
+    for server in (good, bad):
+        assert orders(server)[1:3] == ["vlmenv_channel", "vlmenv_join"]
+        assert orders(server)[3:] == ["vlmenv_receive", *["vlmenv_channel", "vlmenv_receive"] * 2]
+        server.workers.clear()
+    engine = agent.engine
+    agent.close()
+    assert engine is not None
+    assert listening() <= before
+
+
+def test_a_server_that_is_at_the_channel_no_more_comes_to_a_new_one(
+    good: Answering, opened: ExitStack, loading: Callable[[Load], None], recwarn: pytest.WarningsRecorder
+) -> None:
+    """It was started anew, or has come to another trainer's."""
+    agent = agent_of(opened, good.url, transfer="direct")
+    good.workers = [Worker(0)]
+    agent.sync()
+    assert_has_weights(good, agent)
+    other = agent_of(opened, good.url, transfer="direct")
+    change(other)
+    for one in (agent, other, agent):
+        one.sync()
+        assert_has_weights(good, one)
+        assert_answered(one)
+    assert orders(good).count("vlmenv_join") == orders(good).count("vlmenv_receive") == 6
+    assert not [one for one in recwarn if one.category is RuntimeWarning]
+
+
+def fail_midway(worker: Worker, incoming: Incoming) -> list[str]:
+    for _ in range(5):
+        next(incoming)
+    raise LookupError("no such weight")
+
+
+def stop_midway(worker: Worker, incoming: Incoming) -> list[str]:
+    next(incoming)
+    return ["model.norm"]
+
+
+def die_midway(worker: Worker, incoming: Incoming) -> list[str]:
+    """Its connections are closed, but not that over which it was told to receive."""
+    next(incoming)
+    worker.vlmenv_line = incoming._channel = None  # type: ignore[assignment]
+    return hang_midway(worker, incoming)
+
+
+def hang_midway(worker: Worker, incoming: Incoming) -> list[str]:
+    time.sleep(60)
+    return []
+
+
+def cut_after_it(server: Answering, path: str, usual: Any) -> Reply:
+    if server.asked[-1][1]["method"] == "vlmenv_receive":
+        raise Cut
+    return 200, json.dumps(usual).encode()
+
+
+def no_channel(server: Answering, path: str, usual: Any) -> Reply:
+    refused = server.asked[-1][1]["method"] == "vlmenv_join"
+    return 200, json.dumps({"results": [{"fault": "no way there"}]} if refused else usual).encode()
+
+
+DIRECT_FAULTS: dict[str, tuple[Load, Fault | None, str]] = {
+    "a load that fails": (fail_midway, None, "cannot take over weights: LookupError: no such weight"),
+    "a load that leaves weights": (stop_midway, None, r"weights were left as they were: \['model.norm'\]"),
+    "a worker that dies": (die_midway, None, "its weights cannot be sent: .*by peer"),
+    "a worker that hangs": (hang_midway, None, "no answer from /collective_rpc within 3 s|time was up"),
+    "all hang": (load, hang, "no answer from /collective_rpc within 3 s"),
+    "no answer": (load, cut_after_it, "RemoteProtocolError at /collective_rpc"),
+    "no channel": (load, no_channel, "cannot take over weights: no way there"),
+    "another form": (load, changed(lambda reply: reply["results"][0].pop("device", 0)), "another form"),
+}
+
+
+@pytest.mark.parametrize("fault", DIRECT_FAULTS)
+def test_a_server_to_which_weights_do_not_get_is_left_out_until_they_do(
+    fault: str, good: Answering, bad: Answering, opened: ExitStack, loading: Callable[[Load], None]
+) -> None:
+    """The others are none the worse for it."""
+    agent = agent_of(opened, bad.url, good.url, transfer="direct")
+    how, bad.fault, told = DIRECT_FAULTS[fault]
+    bad.at = "/collective_rpc"
+    loading(lambda worker, incoming: (how if worker in bad.workers else load)(worker, incoming))
+    if "hang" in fault:
+        lose_patience(agent, bad)
+    if bad.fault is no_channel:
+        bad.workers = [Worker(0)]
+    change(agent)
+    began = time.monotonic()
+    with pytest.warns(RuntimeWarning, match=f"{bad.url} is left out .*({told})"):
+        agent.sync()
+    assert time.monotonic() - began < 20
+    assert_has_weights(good, agent)
+    assert_answered(agent)
+    assert "/inference/v1/generate" not in bad.paths()
+    loading(load)
+    bad.fault = None
+    with pytest.warns(RuntimeWarning, match=f"{bad.url} has taken the update and is in use again"):
+        agent.sync()
+    assert_has_weights(bad, agent)
+    assert orders(bad)[-2:] == ["vlmenv_join", "vlmenv_receive"]
+
+
+def test_a_transfer_that_breaks_once_is_tried_again(
+    good: Answering, opened: ExitStack, loading: Callable[[Load], None], recwarn: pytest.WarningsRecorder
+) -> None:
+    agent = agent_of(opened, good.url, transfer="direct")
+    loads = iter([die_midway, load])
+    loading(lambda worker, incoming: next(loads)(worker, incoming))
+    change(agent)
+    agent.sync()
+    assert_has_weights(good, agent)
+    assert not [one for one in recwarn if one.category is RuntimeWarning]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "workers", "backend"),
+    [
+        ("cuda", ["cuda", "cuda"], "nccl"),
+        ("cpu", ["cpu"], "gloo"),
+        ("cuda", ["cpu"], "gloo"),
+        ("cpu", ["cuda", "cuda"], "gloo"),
+    ],
+)
+def test_only_gpus_have_nccl(trainer: str, workers: list[str], backend: str) -> None:
+    assert backend_between(trainer, workers) == backend
 
 
 # Callers.

@@ -6,14 +6,17 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 from batches import logprobs_of, ragged
 from servers import Served, free_port, serve
 
-from vlmenv.agents.engines.remote import Patience
+from vlmenv.agents.engines.channel import buckets
+from vlmenv.agents.engines.remote import Patience, Server
 from vlmenv.agents.engines.server import VLLMServerEngine
 from vlmenv.agents.sampling import Sampling
 from vlmenv.agents.vlm import VLMAgent
@@ -41,15 +44,19 @@ def opened() -> Iterator[ExitStack]:
         yield stack
 
 
-def agent_of(opened: ExitStack, *urls: str, patience: Patience = HASTY) -> VLMAgent:
+def agent_of(opened: ExitStack, *urls: str, transfer: Literal["file", "direct"] = "file") -> VLMAgent:
     agent = VLMAgent.from_pretrained("builtin", sampling=Sampling(max_new_tokens=160, top_k=400))
-    agent.engine = VLLMServerEngine(urls, agent.folder, agent.family, patience=patience)
+    agent.engine = VLLMServerEngine(urls, agent.folder, agent.family, transfer=transfer, patience=HASTY)
     opened.callback(agent.close)
-    with torch.no_grad():
-        for parameter in agent.policy.parameters():
-            parameter.mul_(1.05)  # so that the folder's weights are not those of the policy
+    change(agent)  # so that the folder's weights are not those of the policy
     agent.sync()
     return agent
+
+
+def change(agent: VLMAgent) -> None:
+    with torch.no_grad():
+        for parameter in agent.policy.parameters():
+            parameter.mul_(1.05)
 
 
 def assert_in_step(agent: VLMAgent) -> None:
@@ -73,7 +80,7 @@ def test_a_server_that_dies_is_replaced_by_the_others_until_it_has_taken_an_upda
 ) -> None:
     port = free_port()
     with serve("builtin", *LENGTH, port=port) as dying:
-        agent = agent_of(opened, dying.url, lasting.url)
+        agent = agent_of(opened, dying.url, lasting.url, transfer="direct")
         assert_in_step(agent)
         dies_meanwhile(dying)
         with pytest.warns(RuntimeWarning, match=f"the server {dying.url} is left out"):
@@ -118,6 +125,43 @@ def test_a_server_that_hangs_is_left_out(lasting: Served, opened: ExitStack) -> 
                 agent.sync()
             assert_in_step(agent)
         hanging.end(signal.SIGKILL)  # of the command alone
+
+
+def test_updates_arrive_by_either_way(lasting: Served, opened: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By file and in many messages by channel, in turn; log-probabilities are those of the weights that came last."""
+    monkeypatch.setattr("vlmenv.agents.engines.direct.buckets", partial(buckets, limit=1 << 18))
+    by_file, by_channel = agent_of(opened, lasting.url), agent_of(opened, lasting.url, transfer="direct")
+    for _ in range(3):
+        for agent in (by_channel, by_file):
+            change(agent)
+            agent.sync()
+            assert_in_step(agent)
+
+
+def test_a_load_that_fails_midway_is_told_and_does_no_harm(
+    lasting: Served, opened: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server takes a weight in the middle for one that its model does not have."""
+    agent, order = agent_of(opened, lasting.url, transfer="direct"), Server.order
+
+    async def misnaming(server: Server, method: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+        if method == "vlmenv_receive":
+            plan = [list(bucket) for bucket in arguments["plan"]]
+            middle = len(plan) // 2
+            plan[middle][0] = ("model.nobody.weight", plan[middle][0][1])
+            arguments = arguments | {"plan": plan}
+        return await order(server, method, arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("vlmenv.agents.engines.direct.buckets", partial(buckets, limit=1 << 18))
+        patched.setattr(Server, "order", misnaming)
+        with pytest.raises(
+            EngineError, match="it cannot take over weights: ValueError: There is no module or parameter"
+        ):
+            agent.sync()
+    with pytest.warns(RuntimeWarning, match="in use again"):
+        agent.sync()
+    assert_in_step(agent)
 
 
 def test_half_an_update_is_refused_and_does_no_harm(

@@ -1,0 +1,265 @@
+"""Weights from process to process: over gloo for real, and over NCCL where there are two GPUs."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from servers import listening
+from torch import Tensor
+
+from vlmenv.agents.engines import channel as channels
+from vlmenv.agents.engines.channel import (
+    Channel,
+    ChannelFault,
+    Checksum,
+    LateFault,
+    Meeting,
+    buckets,
+    hosted,
+    local_address,
+)
+
+SECONDS = 20.0
+CPU = torch.device("cpu")
+SMALL = 400
+"""bytes of a bucket"""
+HERE = "127.0.0.1"
+
+
+def weights() -> dict[str, Tensor]:
+    """Some of them larger than a bucket, empty, without a shape, turned round, trained, or of another precision."""
+    torch.manual_seed(0)
+    return {
+        "z.first": torch.randn(7, 3),
+        "a.large": torch.randn(50, 11),
+        "turned": torch.randn(5, 8).T,
+        "scalar": torch.randn(()),
+        "none": torch.empty(0, 4),
+        "trained": torch.nn.Parameter(torch.randn(13)),
+        "double": torch.randn(3, 2, dtype=torch.float64),
+        "half": torch.randn(40).bfloat16(),
+        "more": torch.randn(90),
+    }
+
+
+def ends(size: int, backend: str = "gloo", address: str = HERE) -> list[Channel]:
+    """All ends of a channel, which meet in threads of their own."""
+    store = hosted(address)
+    meeting = Meeting(address, store.port, "test", size, backend)
+    devices = [torch.device("cuda", i) if backend == "nccl" else CPU for i in range(size)]
+    made: list[Channel | None] = [None] * size
+
+    def come(rank: int) -> None:
+        made[rank] = Channel(meeting, rank, devices[rank], SECONDS, store if rank == 0 else None)
+
+    with at_once(*[lambda rank=rank: come(rank) for rank in range(size)]):
+        pass
+    return [one for one in made if one is not None]
+
+
+@contextmanager
+def at_once(*works: Callable[[], object]) -> Iterator[None]:
+    """Does some work beside the block, and raises what is raised there."""
+    faults: list[Exception] = []
+
+    def work(one: Callable[[], object]) -> None:
+        try:
+            one()
+        except Exception as error:
+            faults.append(error)
+
+    threads = [threading.Thread(target=work, args=[one], daemon=True) for one in works]
+    for thread in threads:
+        thread.start()
+    yield
+    for thread in threads:
+        thread.join(SECONDS)
+        assert not thread.is_alive(), "it hangs"
+    if faults:
+        raise faults[0]
+
+
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs a GPU for each end")
+
+
+@pytest.mark.parametrize(
+    ("backend", "size"), [("gloo", 2), ("gloo", 3), pytest.param("nccl", 2, marks=TWO_GPUS)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_weights_arrive_in_order_and_as_converted(backend: str, size: int, dtype: torch.dtype) -> None:
+    sender, *receivers = ends(size, backend)
+    for change in (1.0, 0.5):  # two updates over one channel
+        given = {name: change * weight for name, weight in weights().items()}
+        plan = buckets(given, dtype, SMALL)
+        taken: list[list[tuple[str, Tensor]]] = [[] for _ in receivers]
+
+        def take(i: int) -> None:
+            incoming = receivers[i].receive(plan, dtype, SECONDS)  # noqa: B023
+            taken[i] += incoming  # noqa: B023
+            incoming.finish()
+
+        with at_once(*[lambda i=i: take(i) for i in range(len(receivers))]):
+            sender.send(given, plan, dtype, SECONDS)
+        for one in taken:
+            assert [name for name, _ in one] == list(given)
+            for name, weight in one:
+                assert weight.dtype == dtype
+                assert torch.equal(weight.cpu(), given[name].detach().to(dtype))
+
+
+def test_buckets_are_bounded_and_not_smaller_than_need_be() -> None:
+    given = weights()
+    for dtype in (torch.float32, torch.bfloat16):
+        plan = buckets(given, dtype, SMALL)
+        assert [name for bucket in plan for name, _ in bucket] == list(given)
+        sizes = [sum(given[name].numel() * dtype.itemsize for name, _ in bucket) for bucket in plan]
+        assert all(size <= SMALL or len(bucket) == 1 for size, bucket in zip(sizes, plan, strict=True))
+        firsts = [given[bucket[0][0]].numel() * dtype.itemsize for bucket in plan]
+        assert all(size + first > SMALL for size, first in zip(sizes, firsts[1:], strict=False))
+    assert len(buckets(given, torch.float32)) == 1
+    even = {str(i): torch.zeros(25) for i in range(10)}
+    assert [len(bucket) for bucket in buckets(even, torch.float32, 400)] == [4, 4, 2]
+    assert [len(bucket) for bucket in buckets(even, torch.float32, 399)] == [3, 3, 3, 1]
+
+
+def test_weights_are_received_as_they_are_asked_for() -> None:
+    sender, receiver = ends(2)
+    given = {str(i): torch.full([100], float(i)) for i in range(6)}
+    plan = buckets(given, torch.float32, 800)
+    received: list[int] = []
+    passed, receiver._pass = receiver._pass, lambda *one: (received.append(1), passed(*one))  # type: ignore[assignment]
+    with at_once(lambda: sender.send(given, plan, torch.float32, SECONDS)):
+        incoming = receiver.receive(plan, torch.float32, SECONDS)
+        seen = [len(received) for _ in incoming]
+        incoming.finish()
+    assert seen == [1, 1, 2, 2, 3, 3]
+
+
+def test_a_load_that_stops_midway_leaves_nobody_waiting() -> None:
+    sender, receiver = ends(2)
+    given = {str(i): torch.randn(1 << 20) for i in range(12)}
+    plan = buckets(given, torch.float32, 8 << 20)  # more than lies in a socket
+    with at_once(lambda: sender.send(given, plan, torch.float32, SECONDS)):
+        incoming = receiver.receive(plan, torch.float32, SECONDS)
+        next(incoming)
+        incoming.finish()
+    with at_once(lambda: sender.send(given, plan, torch.float32, SECONDS)):
+        incoming = receiver.receive(plan, torch.float32, SECONDS)
+        assert all(torch.equal(weight, given[name]) for name, weight in incoming)
+        incoming.finish()
+
+
+def test_what_came_otherwise_than_it_went_is_told() -> None:
+    sender, receiver = ends(2)
+    plan, deadline = [[("a", [3])]], time.monotonic() + SECONDS
+
+    def send_otherwise() -> None:
+        for message in (torch.arange(2), torch.tensor([5])):
+            sender._pass(message, deadline)
+
+    with at_once(send_otherwise):
+        incoming = receiver.receive(plan, torch.float32, SECONDS)
+        with pytest.raises(ChannelFault, match=r"came with the checksum \d+, and went with 5"):
+            incoming.finish()
+
+
+def test_checksums_tell_bits_and_order_apart() -> None:
+    def of(*messages: Tensor) -> int:
+        checksum = Checksum(CPU)
+        for message in messages:
+            checksum.add(message)
+        return int(checksum.total)
+
+    one, other = torch.randn(64).view(torch.int64), torch.randn(64).view(torch.int64)
+    flipped = one.clone()
+    flipped[17] ^= 1
+    assert of(one, other) == of(one.clone(), other.clone())
+    assert len({of(one, other), of(other, one), of(flipped, other), of(one)}) == 4
+
+
+def _vanish(port: int, how: signal.Signals) -> None:
+    """Comes to a channel, takes the first message, and is no more."""
+    end = Channel(Meeting(HERE, port, "test", 2, "gloo"), 1, CPU, SECONDS)
+    end._pass(torch.empty(1 << 19, dtype=torch.int64), time.monotonic() + SECONDS)
+    os.kill(os.getpid(), how)
+
+
+@pytest.mark.parametrize(
+    ("how", "fault", "told"),
+    [(signal.SIGKILL, ChannelFault, "closed by peer|reset"), (signal.SIGSTOP, LateFault, "time was up")],
+)
+def test_an_end_that_vanishes_midway_is_told(how: signal.Signals, fault: type[ChannelFault], told: str) -> None:
+    """One that is gone at once, and one that hangs when time is up."""
+    store = hosted(HERE)
+    process = multiprocessing.get_context("fork").Process(target=_vanish, args=[store.port, how], daemon=True)
+    process.start()
+    try:
+        sender = Channel(Meeting(HERE, store.port, "test", 2, "gloo"), 0, CPU, SECONDS, store)
+        given = {str(i): torch.zeros(1 << 20) for i in range(32)}
+        began, limit = time.monotonic(), 1.0 if how == signal.SIGSTOP else SECONDS
+        with pytest.raises(fault, match=told):
+            sender.send(given, buckets(given, torch.float32, 4 << 20), torch.float32, limit)
+        assert time.monotonic() - began < 10
+    finally:
+        process.kill()
+        process.join()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_others_are_waited_for_no_longer_than_given(rank: int) -> None:
+    """By the trainer, and by a worker, which may not find anybody."""
+    store = hosted(HERE) if rank == 0 else None
+    with socket.socket() as bound:
+        bound.bind((HERE, 0))
+        port = store.port if store else bound.getsockname()[1]
+        began = time.monotonic()
+        with pytest.raises(LateFault):
+            Channel(Meeting(HERE, port, "test", 2, "gloo"), rank, CPU, 1.0, store)
+        assert time.monotonic() - began < 10
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other machines may have one address of their own")
+def test_a_channel_listens_at_its_own_addresses_alone_and_while_it_is_there() -> None:
+    before = listening()
+    made = ends(2, address="127.0.0.2")
+    assert sorted(address for address, _ in listening() - before) == [HERE, "127.0.0.2", "127.0.0.2"]
+    made.clear()
+    assert listening() <= before
+
+
+def test_the_address_is_that_on_the_way_to_a_server() -> None:
+    assert local_address("localhost") in (HERE, "::1")
+    assert local_address(HERE) == HERE
+    if socket.has_ipv6:
+        assert local_address("::1") == "::1"
+
+
+def test_groups_of_nccl_start_no_watchdog(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would end this process when another end dies. Without GPUs only what they are made with can be looked at."""
+    seen: list[Any] = []
+
+    class Group:
+        class Options:
+            _timeout = None
+
+        def __init__(self, store: Any, rank: int, size: int, options: Any) -> None:
+            seen.append((rank, size, options._timeout.total_seconds(), os.environ["TORCH_NCCL_BLOCKING_WAIT"]))
+
+    monkeypatch.setattr(channels._c10d, "ProcessGroupNCCL", Group, raising=False)
+    for former in (None, "0"):
+        if former is not None:
+            monkeypatch.setenv("TORCH_NCCL_BLOCKING_WAIT", former)
+        channels._nccl_group(None, 1, 3, channels.timedelta(seconds=7))
+        assert os.environ.get("TORCH_NCCL_BLOCKING_WAIT") == former
+    assert seen == [(1, 3, 7.0, "1")] * 2
