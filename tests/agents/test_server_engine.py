@@ -517,13 +517,19 @@ def load(worker: Worker, incoming: Incoming) -> list[str]:
     return []
 
 
+OVER = threading.Event()
+"""set when a test is, for what hangs in it"""
+
+
 @pytest.fixture
-def loading(monkeypatch: pytest.MonkeyPatch) -> Callable[[Load], None]:
+def loading(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Load], None]]:
     """Chooses what stands in for vLLM's loading of weights, which come in many buckets."""
+    OVER.clear()
     monkeypatch.setattr("vlmenv.agents.engines.direct.buckets", partial(buckets, limit=1 << 18))
     choose = partial(monkeypatch.setattr, "vlmenv.agents.engines.worker.overwrite")
     choose(load)
-    return choose
+    yield choose
+    OVER.set()
 
 
 def orders(server: Answering) -> list[str]:
@@ -612,8 +618,13 @@ def die_midway(worker: Worker, incoming: Incoming) -> list[str]:
 
 
 def hang_midway(worker: Worker, incoming: Incoming) -> list[str]:
-    time.sleep(60)
+    OVER.wait(60)
     return []
+
+
+def come_otherwise(worker: Worker, incoming: Incoming) -> list[str]:
+    incoming._checksum.total += 1
+    return load(worker, incoming)
 
 
 def cut_after_it(server: Answering, path: str, usual: Any) -> Reply:
@@ -630,6 +641,7 @@ def no_channel(server: Answering, path: str, usual: Any) -> Reply:
 DIRECT_FAULTS: dict[str, tuple[Load, Fault | None, str]] = {
     "a load that fails": (fail_midway, None, "cannot take over weights: LookupError: no such weight"),
     "a load that leaves weights": (stop_midway, None, r"weights were left as they were: \['model.norm'\]"),
+    "weights that come otherwise": (come_otherwise, None, r"cannot take over weights: weights came with the checksum"),
     "a worker that dies": (die_midway, None, "its weights cannot be sent: .*by peer"),
     "a worker that hangs": (hang_midway, None, "no answer from /collective_rpc within 3 s|time was up"),
     "all hang": (load, hang, "no answer from /collective_rpc within 3 s"),
