@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -146,6 +147,9 @@ class _Made:
 
 _made: dict[int, _Made] = {}
 """by the address of the tensor, as long as that is there"""
+_noting: list[Callable[[Tensor], object]] = []
+"""what is told of tensors that are kept"""
+_keeps_all = ContextVar("keeps_all", default=False)
 
 
 def _make_anew(tensor: Tensor, make: Callable[[], Tensor]) -> None:
@@ -159,13 +163,41 @@ def keeping_little() -> Iterator[None]:
 
     Blocks that are computed anew as a whole are none the leaner for it, and keep within themselves what they need.
     """
-    with saved_tensors_hooks(_pack, _unpack):
+    with nullcontext() if _keeps_all.get() else saved_tensors_hooks(_pack, _unpack):
         yield
+
+
+@contextmanager
+def keeping_all() -> Iterator[None]:
+    """Within, `keeping_little` makes no difference, as it makes none to blocks while they are computed anew."""
+    token = _keeps_all.set(True)
+    try:
+        yield
+    finally:
+        _keeps_all.reset(token)
+
+
+@contextmanager
+def noting_kept(note: Callable[[Tensor], object]) -> Iterator[None]:
+    """Within, `note` is told of each tensor that is kept for the backward pass, also within `keeping_little`."""
+
+    def pack(tensor: Tensor) -> Tensor:
+        note(tensor)
+        return tensor
+
+    _noting.append(note)
+    try:
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield
+    finally:
+        _noting.remove(note)
 
 
 def _pack(tensor: Tensor) -> Tensor | tuple[_Made, torch.Size]:
     made = _made.get(tensor.data_ptr())
     if made is None or made.numel != tensor.numel() or not tensor.is_contiguous():
+        for note in _noting:
+            note(tensor)
         return tensor
     made.note()
     return made, tensor.shape

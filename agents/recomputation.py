@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlmenv.agents.families import Family
+from vlmenv.agents.lean import keeping_all
 
 
 def recompute_activations(family: Family) -> None:
@@ -26,10 +27,11 @@ def recompute_activations(family: Family) -> None:
 
 @contextmanager
 def holding_activations(family: Family) -> Iterator[None]:
-    """Within, blocks keep all that they need, whether or not they were made to recompute it."""
+    """Within, blocks keep all that they need; those that were made to recompute it, as much as while they do."""
     taken = [(block, block.__dict__.pop("forward")) for block in _blocks(family) if "forward" in block.__dict__]
     try:
-        yield
+        with keeping_all() if taken else nullcontext():
+            yield
     finally:
         for block, forward in taken:
             block.__dict__["forward"] = forward

@@ -12,7 +12,7 @@ from transformers.models.glm4v.modeling_glm4v import Glm4vVisionPatchMerger
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextMLP, Qwen3VLTextRMSNorm
 
 from vlmenv.agents import lean as lean_module
-from vlmenv.agents.lean import GatedMLP, RMSNorm, keeping_little, make_lean
+from vlmenv.agents.lean import GatedMLP, RMSNorm, keeping_all, keeping_little, make_lean, noting_kept
 from vlmenv.agents.vlm import VLMAgent
 
 PRECISIONS = ("float32", "bfloat16", "autocast", "autocast of bfloat16")
@@ -110,44 +110,41 @@ def test_a_norm_with_frozen_weights_or_input() -> None:
         assert torch.equal(*found)
 
 
-def kept_for(module: nn.Module, hidden: Tensor, monkeypatch: pytest.MonkeyPatch) -> int:
+def kept_for(module: nn.Module, hidden: Tensor) -> int:
     """Numbers that the backward pass keeps beside weights and input; a tensor that is kept twice counts once."""
     kept: dict[int, int] = {}
     others = {hidden.data_ptr(), *(parameter.data_ptr() for parameter in module.parameters())}
-    pack = lean_module._pack
 
-    def keep(tensor: Tensor) -> object:
-        packed = pack(tensor)
-        if packed is tensor and tensor.data_ptr() not in others:
+    def note(tensor: Tensor) -> None:
+        if tensor.data_ptr() not in others:
             kept[tensor.data_ptr()] = tensor.numel()
-        return packed
 
-    with monkeypatch.context() as patch:
-        patch.setattr(lean_module, "_pack", keep)
-        with keeping_little():
-            out = module(hidden)
+    with noting_kept(note), keeping_little():
+        out = module(hidden)
     del out
     return sum(kept.values())
 
 
 def test_an_mlp_keeps_two_tensors_of_its_inner_width_and_not_four(
-    mlp: tuple[nn.Module, nn.Module], monkeypatch: pytest.MonkeyPatch
+    mlp: tuple[nn.Module, nn.Module],
 ) -> None:
     lean, plain = mlp
     hidden = torch.randn(3, 5, lean.hidden_size, requires_grad=True)
     inner = 15 * lean.intermediate_size
-    assert kept_for(plain, hidden, monkeypatch) == 4 * inner
-    assert kept_for(lean, hidden, monkeypatch) == 2 * inner
+    assert kept_for(plain, hidden) == 4 * inner
+    assert kept_for(lean, hidden) == 2 * inner
+    with keeping_all():
+        assert kept_for(lean, hidden) == 3 * inner
     with torch.no_grad():
-        assert kept_for(lean, hidden, monkeypatch) == 0
+        assert kept_for(lean, hidden) == 0
 
 
-def test_a_norm_keeps_its_input_and_a_number_for_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_norm_keeps_its_input_and_a_number_for_a_token() -> None:
     hidden = torch.randn(5, 16, requires_grad=True)
     lean, plain = (Block(one) for one in norm(16))
     tanh = 3 * hidden.numel()
-    assert kept_for(plain, hidden, monkeypatch) == tanh + 2 * hidden.numel() + 5
-    assert kept_for(lean, hidden, monkeypatch) == tanh + 5
+    assert kept_for(plain, hidden) == tanh + 2 * hidden.numel() + 5
+    assert kept_for(lean, hidden) == tanh + 5
 
 
 def counting(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from batches import logprobs_of, loss_of, rollout_of, train
 
-from vlmenv.agents import lean
+from vlmenv.agents.lean import noting_kept
 from vlmenv.agents.vlm import Sampling, VLMAgent, find_model
 from vlmenv.core.rollout import Rollout
 
@@ -16,24 +16,18 @@ def folder(request: pytest.FixtureRequest, qwen2_5_vl_folder: Path) -> Path:
     return qwen2_5_vl_folder if request.param == "qwen2_5_vl" else find_model("builtin")
 
 
-def gradients(
-    agent: VLMAgent, rollout: Rollout, monkeypatch: pytest.MonkeyPatch
-) -> tuple[dict[str, torch.Tensor | None], int]:
+def gradients(agent: VLMAgent, rollout: Rollout) -> tuple[dict[str, torch.Tensor | None], int]:
     """Gradients by name, and the bytes that the forward pass kept for them beside the weights."""
     storages: dict[int, torch.UntypedStorage] = {}
     weights = {p.untyped_storage().data_ptr() for p in agent.policy.parameters()}
 
-    pack = lean._pack
-
-    def keep(tensor: torch.Tensor) -> object:
-        storage, packed = tensor.untyped_storage(), pack(tensor)
-        if packed is tensor and storage.data_ptr() not in weights:
+    def note(tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
             storages[storage.data_ptr()] = storage
-        return packed
 
     agent.policy.zero_grad()
-    with monkeypatch.context() as patch:
-        patch.setattr(lean, "_pack", keep)
+    with noting_kept(note):
         loss = loss_of(agent, rollout)
     loss.backward()
     result = {name: p.grad for name, p in agent.policy.named_parameters()}
@@ -41,7 +35,7 @@ def gradients(
 
 
 @pytest.mark.parametrize("case", ["full", "frozen", "lora"])
-def test_gradients_are_the_same_from_less_memory(folder: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_are_the_same_from_less_memory(folder: Path, case: str) -> None:
     agent = VLMAgent.from_pretrained(folder, sampling=Sampling(0.8))
     agent.add_value_head()
     rollout = rollout_of(agent)
@@ -52,9 +46,9 @@ def test_gradients_are_the_same_from_less_memory(folder: Path, case: str, monkey
         agent.add_lora(rank=4, alpha=8, vision=True)
         train(agent, rollout)
     values = logprobs_of(agent, rollout)
-    expected, kept = gradients(agent, rollout, monkeypatch)
+    expected, kept = gradients(agent, rollout)
     agent.enable_gradient_checkpointing()
-    actual, kept_now = gradients(agent, rollout, monkeypatch)
+    actual, kept_now = gradients(agent, rollout)
     assert kept_now < 0.6 * kept
     largest = max(float(gradient.abs().max()) for gradient in expected.values() if gradient is not None)
     assert largest > 0

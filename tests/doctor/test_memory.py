@@ -9,9 +9,8 @@ import gymnasium
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.autograd.graph import saved_tensors_hooks
 
-from vlmenv.agents.lean import GatedMLP
+from vlmenv.agents.lean import keeping_all, noting_kept
 from vlmenv.agents.vlm import Sampling, VLMAgent, find_model
 from vlmenv.core.rollout import Rollout
 from vlmenv.doctor import DoctorConfig
@@ -36,7 +35,7 @@ def kept(agent: VLMAgent, rollout: Rollout) -> int:
     """Bytes of all different tensors that a pass keeps, without the parameters."""
     own = {parameter.data_ptr() for parameter in agent.policy.parameters()}
     saved: dict[int, torch.Tensor] = {}
-    with saved_tensors_hooks(lambda t: saved.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t):
+    with noting_kept(lambda t: saved.setdefault(t.untyped_storage().data_ptr(), t)):
         agent.logprobs(rollout)
     return sum(t.untyped_storage().nbytes() for place, t in saved.items() if place not in own)
 
@@ -79,10 +78,8 @@ def test_activations_of_a_larger_batch_are_foreseen(how: str) -> None:
     assert found["activations"] == pytest.approx(kept(agent, large), rel=0.1)
     if how == "recomputed":
         holding, _ = agent_and_rollout(8, 2, 24)
-        for module in holding.policy.modules():
-            if isinstance(module, GatedMLP):
-                module.recomputed = True  # of a block that is computed anew they keep more
-        held = estimate(holding, small, prompts_per_step=12, group_size=6, max_new_tokens=40)
+        with keeping_all():  # as a block that is computed anew does
+            held = estimate(holding, small, prompts_per_step=12, group_size=6, max_new_tokens=40)
         assert found["work space"] == pytest.approx(2 * held["work space"], rel=0.01)
         assert found["activations"] < held["activations"] / 5
     else:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlmenv.agents.lean import noting_kept
 from vlmenv.agents.recomputation import holding_activations
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.core.rollout import Prompt, Rollout
@@ -122,12 +123,11 @@ def _kept(agent: VLMAgent, rollout: Rollout) -> int:
     own = {parameter.untyped_storage().data_ptr() for parameter in agent.policy.parameters()}
     sizes: dict[int, int] = {}
 
-    def note(tensor: Tensor) -> Tensor:
+    def note(tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.enable_grad(), noting_kept(note):
         result = agent.logprobs(rollout)
     del result  # which kept them apart from one another until now
     return sum(size for place, size in sizes.items() if place not in own)
