@@ -212,7 +212,7 @@ def lose_patience(agent: VLMAgent, *servers: Answering) -> None:
 def asked_later(agent: VLMAgent, server: Answering) -> int:
     """How many prompts of `LATER` a server was given; those of `ASKED` may arrive when it has been left out."""
     chats = [agent.family.chat(one) for one in LATER]
-    bodies = [body for path, body in server.asked if path == "/inference/v1/generate"]
+    bodies = [body for path, body in server.asked if path == "/inference/v1/generate" and body]  # given up: none
     return sum(agent.family.processor.tokenizer.decode(body["token_ids"]) in chats for body in bodies)
 
 
