@@ -17,6 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from hypothesis import HealthCheck, settings
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import vlmenv  # noqa: F401 (registers the environments)
@@ -26,6 +27,8 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 
 torch.set_num_threads(1)  # the tests themselves run side by side
+settings.register_profile("vlmenv", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("vlmenv")  # how fast a machine is fails no test
 
 
 def shared(path: str) -> Path:
