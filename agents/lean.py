@@ -128,10 +128,14 @@ class _Made:
 
     def __init__(self, tensor: Tensor, make: Callable[[], Tensor]) -> None:
         place = tensor.data_ptr()
-        self._tensor, self.numel = weakref.ref(tensor, lambda _: _made.pop(place, None)), tensor.numel()
-        self._make = make
+        self._tensor = weakref.ref(tensor, lambda _: _made.pop(place, None))
+        self._numel, self._version, self._make = tensor.numel(), tensor._version, make
         self._times = self._left = 0
         self._held: Tensor | None = None
+
+    def makes(self, tensor: Tensor) -> bool:
+        """Whether one at the same address is all of it, as it was."""
+        return (tensor.numel(), tensor._version) == (self._numel, self._version) and tensor.is_contiguous()
 
     def note(self) -> None:
         self._times += 1
@@ -195,7 +199,7 @@ def noting_kept(note: Callable[[Tensor], object]) -> Iterator[None]:
 
 def _pack(tensor: Tensor) -> Tensor | tuple[_Made, torch.Size]:
     made = _made.get(tensor.data_ptr())
-    if made is None or made.numel != tensor.numel() or not tensor.is_contiguous():
+    if made is None or not made.makes(tensor):
         for note in _noting:
             note(tensor)
         return tensor

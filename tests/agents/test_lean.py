@@ -221,6 +221,18 @@ def test_a_part_of_what_is_made_anew_is_kept_as_it_is() -> None:
     assert_equal([Rows(one) for one in norm(16)], torch.randn(5, 16, generator=torch.Generator().manual_seed(0)))
 
 
+def test_what_is_changed_in_place_is_kept_as_it_is_then() -> None:
+    class Shifted(nn.Module):
+        def __init__(self, norm: nn.Module) -> None:
+            super().__init__()
+            self.norm = norm
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            return self.norm(hidden).add_(1).square()
+
+    assert_equal([Shifted(one) for one in norm(16)], torch.randn(5, 16, generator=torch.Generator().manual_seed(0)))
+
+
 def test_layers_around_a_projection_work(mlp: tuple[nn.Module, nn.Module]) -> None:
     """As adapters are: more than one thing may keep the product."""
 
