@@ -131,6 +131,7 @@ def test_buckets_are_bounded_and_not_smaller_than_need_be() -> None:
     even = {str(i): torch.zeros(25) for i in range(10)}
     assert [len(bucket) for bucket in buckets(even, torch.float32, 400)] == [4, 4, 2]
     assert [len(bucket) for bucket in buckets(even, torch.float32, 399)] == [3, 3, 3, 1]
+    assert [len(bucket) for bucket in buckets({"large": torch.zeros(101)} | even, torch.float32, 400)] == [1, 4, 4, 2]
 
 
 def test_weights_are_received_as_they_are_asked_for() -> None:
