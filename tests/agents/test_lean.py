@@ -206,31 +206,30 @@ def test_nothing_is_remembered_of_tensors_that_are_gone() -> None:
     assert len(lean_module._made) == before
 
 
-def test_a_part_of_what_is_made_anew_is_kept_as_it_is() -> None:
-    """As where rows of a norm's output are chosen: its first rows begin where all of it does."""
+class Then(nn.Module):
+    """A norm, and what is done with what it gives."""
 
-    class Rows(nn.Module):
-        def __init__(self, norm: nn.Module) -> None:
-            super().__init__()
-            self.norm = norm
+    def __init__(self, norm: nn.Module, then: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.norm, self.then = norm, then
 
-        def forward(self, hidden: Tensor) -> Tensor:
-            normed = self.norm(hidden)
-            return normed[:2].exp() * normed[:2] + (normed.T @ normed).sum() + normed.T.square().sum()
-
-    assert_equal([Rows(one) for one in norm(16)], torch.randn(5, 16, generator=torch.Generator().manual_seed(0)))
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.then(self.norm(hidden))
 
 
-def test_what_is_changed_in_place_is_kept_as_it_is_then() -> None:
-    class Shifted(nn.Module):
-        def __init__(self, norm: nn.Module) -> None:
-            super().__init__()
-            self.norm = norm
+def with_rows(normed: Tensor) -> Tensor:
+    """Its first rows begin where all of it does."""
+    return normed[:2].exp() * normed[:2] + (normed.T @ normed).sum() + normed.T.square().sum()
 
-        def forward(self, hidden: Tensor) -> Tensor:
-            return self.norm(hidden).add_(1).square()
 
-    assert_equal([Shifted(one) for one in norm(16)], torch.randn(5, 16, generator=torch.Generator().manual_seed(0)))
+def changed_in_place(normed: Tensor) -> Tensor:
+    return normed.add_(1).square()
+
+
+@pytest.mark.parametrize("then", [with_rows, changed_in_place])
+def test_what_is_not_all_of_it_or_not_as_it_was_is_kept_as_it_is(then: Callable[[Tensor], Tensor]) -> None:
+    pair = [Then(one, then) for one in norm(16)]
+    assert_equal(pair, torch.randn(5, 16, generator=torch.Generator().manual_seed(0)))
 
 
 def test_layers_around_a_projection_work(mlp: tuple[nn.Module, nn.Module]) -> None:
