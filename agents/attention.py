@@ -22,48 +22,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from vlmenv.agents.kernels import Part, kernel_for
+from vlmenv.agents.packing import Packing
 
 _NAME = "vlmenv_packed"
-
-
-class Packing:
-    """Where the tokens of sequences lie, one sequence after the other.
-
-    Args:
-        lengths: [N], of the sequences.
-        device: Of the tensors that will be packed.
-    """
-
-    def __init__(self, lengths: Tensor, device: torch.device) -> None:
-        self.lengths = lengths.to(device)
-        self.longest = int(lengths.max())
-        self.is_even = bool((lengths == self.longest).all())
-        ends = lengths.cumsum(0)
-        self.total = int(ends[-1])
-        rows = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-        self.rows = rows.to(device)
-        """[M], the sequence of each token"""
-        self.places = (torch.arange(self.total) - (ends - lengths)[rows]).to(device)
-        """[M], its place there"""
-        self.ends = (ends - 1).to(device)
-        """[N], where each sequence's last token lies"""
-
-    def pad(self, packed: Tensor) -> Tensor:
-        """[M, ...] as [N, L, ...], with zeros after the end of each sequence."""
-        shape = (len(self.lengths), self.longest, *packed.shape[1:])
-        if self.is_even:
-            return packed.reshape(shape)
-        return packed.new_zeros(shape).index_put((self.rows, self.places), packed)
-
-    def unpad(self, padded: Tensor) -> Tensor:
-        """[N, L, ...] as [M, ...]."""
-        if self.is_even:
-            return padded.reshape(-1, *padded.shape[2:])
-        return padded[self.rows, self.places]
-
-    def mask(self) -> Tensor:
-        """[N, L] bool, True at tokens."""
-        return torch.arange(self.longest, device=self.lengths.device) < self.lengths[:, None]
 
 
 class Siblings:
@@ -135,11 +96,6 @@ class Prefixes(Attention):
         """[P, K, T, D] per block"""
         self.values: dict[int, Tensor] = {}
         """[P, K, T, D] per block"""
-        self.bias: Tensor | None = None
-        """[P, 1, 1, T], -inf where padded; None where nothing is"""
-        if not packing.is_even:
-            padded = ~packing.mask()[:, None, None]
-            self.bias = torch.zeros(padded.shape, device=padded.device).masked_fill(padded, -torch.inf)
 
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         # Padding lies to the right, where no token looks.
@@ -150,13 +106,19 @@ class Prefixes(Attention):
         )
         return self.packing.unpad(out.transpose(1, 2))
 
+    @property
+    def padding(self) -> Packing | None:
+        """Which of the keys are tokens; None where all are."""
+        return None if self.packing.is_even else self.packing
+
     def select(self, rows: Tensor) -> None:
-        """Keeps the prefixes of some prompts [p] alone."""
+        """Keeps the prefixes of some prompts [p] alone, given on the CPU."""
         if len(rows) == len(self.packing.lengths):
             return
+        self.packing = self.packing.select(rows)
+        rows = rows.to(self.packing.rows.device)
         self.keys = {block: keys[rows] for block, keys in self.keys.items()}
         self.values = {block: values[rows] for block, values in self.values.items()}
-        self.bias = None if self.bias is None else self.bias[rows]
 
 
 class Continuations(Attention):
@@ -174,9 +136,8 @@ class Continuations(Attention):
 
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         query, key, value = (self._packing.pad(one).transpose(1, 2) for one in (query, key, value))
-        prefixes = self._prefixes
-        keys, values = prefixes.keys[block], prefixes.values[block]
-        out = _joined(query, key, value, keys, values, prefixes.bias, self._siblings, scale)
+        prefix = self._prefixes.keys[block], self._prefixes.values[block]
+        out = _joined(query, key, value, *prefix, self._prefixes.padding, self._siblings, scale)
         return self._packing.unpad(out.transpose(1, 2))
 
 
@@ -194,28 +155,28 @@ class _Joined(torch.autograd.Function):
         value: Tensor,
         prefix_key: Tensor,
         prefix_value: Tensor,
-        bias: Tensor | None,
+        padding: Packing | None,
         siblings: Siblings,
         scale: float,
     ) -> Tensor:
-        kernel, heads = kernel_for(query.device.type, query.dtype), query.shape[1]
+        kernel, heads = kernel_for(query), query.shape[1]
         folded = siblings.fold(query, prefix_key.shape[1])
-        out, lse = kernel.forward(Part(folded, prefix_key, prefix_value, bias, False, scale))
+        out, lse = kernel.forward(Part(folded, prefix_key, prefix_value, padding, False, scale))
         prefix_out, prefix_lse = siblings.unfold(out, heads), siblings.unfold(lse[..., None], heads)[..., 0]
         own = Part(query, *_for_each_query(query, key, value), None, True, scale)
         out, lse = _join(prefix_out, prefix_lse, *kernel.forward(own))
-        ctx.save_for_backward(query, key, value, prefix_key, prefix_value, bias, out, lse)
-        ctx.siblings, ctx.scale = siblings, scale
+        ctx.save_for_backward(query, key, value, prefix_key, prefix_value, out, lse)
+        ctx.padding, ctx.siblings, ctx.scale = padding, siblings, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, prefix_key, prefix_value, bias, out, lse = ctx.saved_tensors
-        kernel, heads, siblings = kernel_for(query.device.type, query.dtype), query.shape[1], ctx.siblings
+        query, key, value, prefix_key, prefix_value, out, lse = ctx.saved_tensors
+        kernel, heads, siblings = kernel_for(query), query.shape[1], ctx.siblings
         own = Part(query, *_for_each_query(query, key, value), None, True, ctx.scale)
         own_query, own_key, own_value = kernel.backward(own, grad, out, lse)
         fold = [siblings.fold(one, prefix_key.shape[1]) for one in (query, grad, out, lse[..., None])]
-        folded = Part(fold[0], prefix_key, prefix_value, bias, False, ctx.scale)
+        folded = Part(fold[0], prefix_key, prefix_value, ctx.padding, False, ctx.scale)
         grads = kernel.backward(folded, fold[1], fold[2], fold[3][..., 0])
         own_key, own_value = (_summed(one, key.shape[1]) for one in (own_key, own_value))
         return own_query + siblings.unfold(grads[0], heads), own_key, own_value, grads[1], grads[2], None, None, None
@@ -247,10 +208,10 @@ class Steps(Attention):
             shape = (len(key), key.shape[1], self._capacity, key.shape[2])
             self._keys[block], self._values[block] = key.new_empty(shape), value.new_empty(shape)
         self._keys[block][:, :, self.length], self._values[block][:, :, self.length] = key, value
-        kernel, heads, prefixes = kernel_for(query.device.type, query.dtype), query.shape[1], self._prefixes
-        keys, values = prefixes.keys[block], prefixes.values[block]
+        kernel, heads, prefixes = kernel_for(query), query.shape[1], self._prefixes
         folded = self._siblings.fold(query[:, :, None], key.shape[1])
-        out, lse = kernel.forward(Part(folded, keys, values, prefixes.bias, False, scale))
+        whole = Part(folded, prefixes.keys[block], prefixes.values[block], prefixes.padding, False, scale)
+        out, lse = kernel.forward(whole)
         prefix = self._siblings.unfold(out, heads)[:, :, 0], self._siblings.unfold(lse[..., None], heads)[:, :, 0]
         own = [stored[block][:, :, : self.length + 1] for stored in (self._keys, self._values)]
         single = query.view(len(query), key.shape[1], -1, query.shape[2])  # [N, K, H / K, D]: its heads as queries
@@ -261,7 +222,7 @@ class Steps(Attention):
     def select(self, rows: Tensor) -> None:
         """Keeps some completions [n] alone, given on the CPU, and the prompts that these need."""
         used, self._index = torch.unique(self._index[rows], return_inverse=True)
-        self._prefixes.select(used.to(self._device))
+        self._prefixes.select(used)
         self._siblings = Siblings(self._index, len(used), self._device)
         rows = rows.to(self._device)
         self._keys = {block: keys[rows] for block, keys in self._keys.items()}

@@ -16,6 +16,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from vlmenv.agents.packing import Packing
+
 
 class Part(NamedTuple):
     """Queries with a part of the keys that they attend to."""
@@ -26,10 +28,10 @@ class Part(NamedTuple):
     """[B, H, T, D]"""
     value: Tensor
     """[B, H, T, D]"""
-    bias: Tensor | None
-    """[B, 1, 1, T], added to the scores: 0, or -inf where there is no key; None where all are keys"""
+    padding: Packing | None
+    """which of the keys are there, the first ones of each row; None where all are"""
     causal: bool
-    """whether a query sees only the keys up to its own place"""
+    """whether a query sees only the keys up to its own place; then S = T and all are there"""
     scale: float
     """of the scores"""
 
@@ -71,8 +73,8 @@ class ExplicitKernel:
         """[H, S, T] in float32, or finer where the inputs are."""
         dtype = torch.promote_types(part.query.dtype, torch.float32)
         scores = (part.query[row] @ part.key[row].mT).to(dtype) * part.scale
-        if part.bias is not None:
-            scores = scores + part.bias[row].to(dtype)
+        if part.padding is not None:
+            scores = scores + part.padding.bias[row].to(dtype)
         if part.causal:
             later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
             scores = scores.masked_fill(later, -torch.inf)
@@ -83,22 +85,114 @@ class CPUKernel:
     """PyTorch's flash attention for CPUs."""
 
     def forward(self, part: Part) -> tuple[Tensor, Tensor]:
-        query, key, value, bias, causal, scale = part
+        query, key, value, _, causal, scale = part
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, causal, attn_mask=_in_type(bias, query), scale=scale
+            query, key, value, 0.0, causal, attn_mask=_bias(part), scale=scale
         )
         return out, lse
 
     def backward(self, part: Part, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value, bias, causal, scale = part
+        query, key, value, _, causal, scale = part
         grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, query, key, value, out, lse, 0.0, causal, attn_mask=_in_type(bias, query), scale=scale
+            grad, query, key, value, out, lse, 0.0, causal, attn_mask=_bias(part), scale=scale
         )
         return grads
 
 
-class CUDAKernel:
-    """PyTorch's memory-efficient attention for CUDA, which takes a bias."""
+class FlashKernel:
+    """PyTorch's flash attention for CUDA, in half precision. It takes no bias: unequal rows of keys are packed."""
+
+    def forward(self, part: Part) -> tuple[Tensor, Tensor]:
+        if part.padding is None:
+            out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+                *part[:3], 0.0, part.causal, scale=part.scale
+            )
+            return out, lse
+        rows, heads, _, _ = part.query.shape
+        out, lse = flash_forward(*_packed(part), part.scale)
+        return _as_rows(out, rows), lse.view(heads, rows, -1).transpose(0, 1)
+
+    def backward(self, part: Part, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if part.padding is None:
+            rest = (None, None, part.query.shape[2], part.key.shape[2], 0.0, part.causal, *_no_dropout(grad))
+            grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+                grad, *part[:3], out, lse.contiguous(), *rest, scale=part.scale
+            )
+            return grads
+        rows = len(part.query)
+        flat = lse.transpose(0, 1).flatten(1)
+        query, key, value = flash_backward(_as_tokens(grad), _as_tokens(out), flat, *_packed(part), part.scale)
+        key, value = (part.padding.pad(one).transpose(1, 2) for one in (key, value))
+        return _as_rows(query, rows), key, value
+
+
+class Segments(NamedTuple):
+    """Where sequences lie that are packed, for flash attention."""
+
+    starts: Tensor
+    """[N + 1] int32, where each starts, and where the last ends"""
+    longest: int
+
+
+def flash_forward(
+    query: Tensor, key: Tensor, value: Tensor, queries: Segments, keys: Segments, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Flash attention of packed queries [M, H, D], each to all keys [M', H, D] of its segment, on CUDA.
+
+    Returns:
+        [M, H, D], and the logs of the normalisers [H, M] in float32.
+    """
+    places = (queries.starts, keys.starts, queries.longest, keys.longest)
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(query, key, value, *places, 0.0, False, False, scale=scale)
+    return out, lse
+
+
+def flash_backward(
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    queries: Segments,
+    keys: Segments,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values of `flash_forward`."""
+    places = (queries.starts, keys.starts, queries.longest, keys.longest)
+    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
+        grad.contiguous(), query, key, value, out, lse, *places, 0.0, False, *_no_dropout(grad), scale=scale
+    )
+    return grads
+
+
+def _packed(part: Part) -> tuple[Tensor, Tensor, Tensor, Segments, Segments]:
+    """Queries [B * S, H, D], and the keys and values that are there, with where each row's lie."""
+    assert part.padding is not None
+    rows, _, length, _ = part.query.shape
+    starts = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=part.query.device)
+    key, value = (part.padding.unpad(one.transpose(1, 2)) for one in (part.key, part.value))
+    keys = Segments(part.padding.starts, part.padding.longest)
+    return _as_tokens(part.query), key, value, Segments(starts, length), keys
+
+
+def _as_tokens(rows: Tensor) -> Tensor:
+    """[B, H, S, D] as [B * S, H, D]."""
+    return rows.transpose(1, 2).flatten(0, 1)
+
+
+def _as_rows(tokens: Tensor, rows: int) -> Tensor:
+    """[B * S, H, D] as [B, H, S, D]."""
+    return tokens.view(rows, -1, *tokens.shape[1:]).transpose(1, 2)
+
+
+def _no_dropout(like: Tensor) -> tuple[Tensor, Tensor]:
+    """The state of a dropout that there is not."""
+    return torch.zeros(2, dtype=torch.uint64, device=like.device), torch.empty(0, device=like.device)
+
+
+class EfficientKernel:
+    """PyTorch's memory-efficient attention for CUDA, in any precision."""
 
     _ALIGNED = 32
     """Queries to whose multiples its log-normalisers are padded; keys in whose multiples a bias must be laid out."""
@@ -122,44 +216,52 @@ class CUDAKernel:
 
     def _bias(self, part: Part) -> Tensor | None:
         """[B, H, S, T], its rows of keys padded in memory."""
-        if part.bias is None:
+        bias, keys = _bias(part), part.key.shape[2]
+        if bias is None:
             return None
-        keys = part.key.shape[2]
-        bias = nn.functional.pad(part.bias.to(part.query.dtype), (0, -keys % self._ALIGNED))[..., :keys]
-        return bias.expand(*part.query.shape[:3], keys)
+        return nn.functional.pad(bias, (0, -keys % self._ALIGNED))[..., :keys].expand(*part.query.shape[:3], keys)
 
 
-def _in_type(bias: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if bias is None else bias.to(like.dtype)
+def _bias(part: Part) -> Tensor | None:
+    """[B, 1, 1, T], added to the scores."""
+    return None if part.padding is None else part.padding.bias.to(part.query.dtype)
+
+
+def kernel_for(query: Tensor) -> Kernel:
+    """The fastest kernel that computes attention rightly for such queries [..., D]."""
+    return _kernel_for(query.device.type, query.dtype, query.shape[-1])
 
 
 @functools.cache
-def kernel_for(device: str, dtype: torch.dtype) -> Kernel:
-    """The fastest kernel that computes attention rightly there: on GPUs that is tried once, on a small case."""
+def _kernel_for(device: str, dtype: torch.dtype, size: int) -> Kernel:
+    """On GPUs each is tried once, on a small case."""
     if device == "cpu":
         return CPUKernel()
-    if device == "cuda" and _is_right(CUDAKernel(), dtype):
-        return CUDAKernel()
-    return ExplicitKernel()
+    kernels: list[Kernel] = [FlashKernel(), EfficientKernel()] if device == "cuda" else []
+    return next((kernel for kernel in kernels if is_right(kernel, device, dtype, size)), ExplicitKernel())
 
 
-def _is_right(kernel: Kernel, dtype: torch.dtype) -> bool:
-    """Whether a kernel agrees with the explicit one, in value and gradient."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    query, key, value, grad = torch.randn(4, 2, 3, 70, 64, device="cuda", generator=generator).to(dtype)
-    bias = torch.zeros(2, 1, 1, 70, device="cuda")
-    bias[1, ..., 50:] = -torch.inf
+def is_right(kernel: Kernel, device: str, dtype: torch.dtype, size: int) -> bool:
+    """Whether a kernel agrees with the explicit one on heads of this size, in value and gradient."""
+    cases = torch.randn(4, 2, 3, 70, size, generator=torch.Generator().manual_seed(0))
+    query, key, value, grad = cases.to(device, dtype)
+    ragged = Packing(torch.tensor([70, 50]), query.device)
     tolerance = 1e-3 if dtype == torch.float32 else 5e-2
-    for part in (Part(query, key, value, bias, False, 0.1), Part(query, key, value, None, True, 0.1)):
-        wanted = ExplicitKernel().forward(part)
-        backwards = ExplicitKernel().backward(part, grad, *wanted)
+    for part in (
+        Part(query, key, value, ragged, False, 0.1),
+        Part(query[:, :, :9], key, value, None, False, 0.1),
+        Part(query, key, value, None, True, 0.1),
+    ):
+        push = grad[:, :, : part.query.shape[2]]
+        right = ExplicitKernel().forward(part)
+        right_grads = ExplicitKernel().backward(part, push, *right)
         try:
-            found = (*kernel.forward(part), *kernel.backward(part, grad, *wanted))
+            found = (*kernel.forward(part), *kernel.backward(part, push, *right))
         except (RuntimeError, NotImplementedError):
             return False
         if not all(
             math.isfinite(float(a.sum())) and torch.allclose(a.float(), b.float(), rtol=tolerance, atol=tolerance)
-            for a, b in zip(found, (*wanted, *backwards), strict=True)
+            for a, b in zip(found, (*right, *right_grads), strict=True)
         ):
             return False
     return True

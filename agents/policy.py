@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vlmenv.agents.attention import Attention, Continuations, Packing, Prefixes, enable_packing, no_mask
+from vlmenv.agents.attention import Attention, Continuations, Prefixes, enable_packing, no_mask
 from vlmenv.agents.base import LogProbs
 from vlmenv.agents.families.base import Family, join_images
 from vlmenv.agents.lean import keeping_little, make_lean
 from vlmenv.agents.linear_logprobs import linear_logprobs
+from vlmenv.agents.packing import Packing
 from vlmenv.agents.patches import multiply_patches
 from vlmenv.core.rollout import Prompt, Rollout
 

@@ -39,9 +39,9 @@ from common import (
 )
 from torch.nn.utils.rnn import pad_sequence
 
-from vlmenv.agents.attention import Packing
 from vlmenv.agents.base import LogProbs
 from vlmenv.agents.families.base import join_images
+from vlmenv.agents.packing import Packing
 from vlmenv.agents.policy import Policy
 from vlmenv.agents.vlm import find_model
 from vlmenv.core.rollout import Rollout

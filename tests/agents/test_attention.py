@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from cuda_operators import cuda_operators
 from torch import Tensor
 
 from vlmenv.agents import attention
-from vlmenv.agents.attention import Continuations, Packing, Prefixes, Siblings, Steps
-from vlmenv.agents.kernels import CPUKernel, ExplicitKernel, Kernel, Part
+from vlmenv.agents.attention import Continuations, Prefixes, Siblings, Steps
+from vlmenv.agents.kernels import CPUKernel, EfficientKernel, ExplicitKernel, FlashKernel
+from vlmenv.agents.packing import Packing
 
 HEADS, KEY_HEADS, SIZE, SCALE = 4, 2, 8, 0.3
 CASES = {
@@ -20,10 +24,12 @@ CASES = {
 }
 
 
-@pytest.fixture(params=[CPUKernel(), ExplicitKernel()], ids=["flash", "explicit"])
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kernel:
-    monkeypatch.setattr(attention, "kernel_for", lambda device, dtype: request.param)
-    return request.param
+@pytest.fixture(params=[CPUKernel, ExplicitKernel, FlashKernel, EfficientKernel])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    found = request.param()
+    monkeypatch.setattr(attention, "kernel_for", lambda query: found)
+    with cuda_operators():
+        yield
 
 
 def states(tokens: int, generator: torch.Generator) -> list[Tensor]:
@@ -121,25 +127,3 @@ def test_folding_and_back(index: list[int]) -> None:
         for head in range(HEADS):
             met = folded[prompt, head // (HEADS // KEY_HEADS)]
             assert all((met == query).all(-1).any() for query in mine[head])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("causal", [False, True])
-def test_kernels_agree(dtype: torch.dtype, causal: bool) -> None:
-    generator = torch.Generator().manual_seed(0)
-    query, key, value, grad = torch.randn(4, 2, 3, 6, 8, generator=generator).to(dtype)
-    bias = None if causal else torch.zeros(2, 1, 1, 6).index_fill(-1, torch.tensor([5]), -torch.inf)
-    part = Part(query, key, value, bias, causal, 0.5)
-    out, lse = ExplicitKernel().forward(part)
-    found = (*CPUKernel().forward(part), *CPUKernel().backward(part, grad, out, lse))
-    right = (out, lse, *ExplicitKernel().backward(part, grad, out, lse))
-    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
-    torch.testing.assert_close(found, right, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
-def test_the_kernel_for_cuda_passes_its_own_check() -> None:
-    from vlmenv.agents.kernels import CUDAKernel, kernel_for
-
-    assert isinstance(kernel_for("cuda", torch.float32), CUDAKernel)
-    assert isinstance(kernel_for("cuda", torch.bfloat16), CUDAKernel)

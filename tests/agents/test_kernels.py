@@ -1,0 +1,100 @@
+"""Attention over a part of the keys: the kernels of each device against explicit softmax."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cuda_operators import cuda_operators
+
+from vlmenv.agents import kernels
+from vlmenv.agents.kernels import CPUKernel, EfficientKernel, ExplicitKernel, FlashKernel, Kernel, Part, kernel_for
+from vlmenv.agents.packing import Packing
+
+FOR_CUDA = [FlashKernel(), EfficientKernel()]
+
+
+def part(case: str, dtype: torch.dtype, device: str = "cpu") -> Part:
+    """Two rows of two heads of size 8: six queries or two, six keys or of one row four."""
+    query, key, value = torch.randn(3, 2, 2, 6, 8, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    padding = Packing(torch.tensor([6, 4]), query.device) if case == "unequal" else None
+    return Part(query[:, :, : 2 if case == "fewer" else 6], key, value, padding, case == "causal", 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", ["causal", "unequal", "fewer"])
+def test_on_cpus(dtype: torch.dtype, case: str) -> None:
+    compare(CPUKernel(), part(case, dtype), 1e-5 if dtype == torch.float32 else 3e-2)
+
+
+@pytest.mark.parametrize("kernel", FOR_CUDA, ids=["flash", "efficient"])
+@pytest.mark.parametrize("case", ["causal", "unequal", "fewer"])
+def test_for_cuda(kernel: Kernel, case: str) -> None:
+    """Called as PyTorch's operators want it, and what they give is read rightly."""
+    with cuda_operators():
+        compare(kernel, part(case, torch.float64), 1e-12)
+
+
+def compare(kernel: Kernel, tried: Part, tolerance: float) -> None:
+    grad = torch.randn(tried.query.shape, generator=torch.Generator().manual_seed(1)).to(tried.query.dtype)
+    whole = ExplicitKernel().forward(tried)
+    found = (*kernel.forward(tried), *kernel.backward(tried, grad, *whole))
+    right = (*whole, *ExplicitKernel().backward(tried, grad, *whole))
+    torch.testing.assert_close(found, right, rtol=tolerance, atol=tolerance)
+
+
+def test_explicit_against_autograd() -> None:
+    """With its own normalisers a part is the whole attention."""
+    tried = part("unequal", torch.float64)
+    leaves = [one.clone().requires_grad_() for one in tried[:3]]
+    mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])[:, None, None]
+    out = torch.nn.functional.scaled_dot_product_attention(*leaves, attn_mask=mask, scale=0.5)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found, lse = ExplicitKernel().forward(tried)
+    torch.testing.assert_close(found, out.detach())
+    grads = ExplicitKernel().backward(tried, grad, found, lse)
+    torch.testing.assert_close(grads, torch.autograd.grad(out, leaves, grad))
+
+
+@pytest.mark.parametrize("kernel", FOR_CUDA, ids=["flash", "efficient"])
+@pytest.mark.parametrize("case", ["causal", "unequal", "fewer"])
+def test_shapes_by_pytorchs_own_rules(kernel: Kernel, case: str) -> None:
+    """The operators' own rules of shapes, without a device, take what they are given and agree with what is read."""
+    tried = part(case, torch.bfloat16, "meta")
+    out, lse = kernel.forward(tried)
+    assert out.shape == tried.query.shape
+    assert lse.shape == tried.query.shape[:3]
+    grads = kernel.backward(tried, torch.empty_like(out), out, lse)
+    assert [grad.shape for grad in grads] == [one.shape for one in tried[:3]]
+
+
+class TestChoice:
+    def test_on_cpus(self) -> None:
+        assert isinstance(kernel_for(torch.empty(8)), CPUKernel)
+
+    @pytest.mark.parametrize("kernel", FOR_CUDA, ids=["flash", "efficient"])
+    def test_what_agrees_is_right(self, kernel: Kernel) -> None:
+        with cuda_operators():
+            assert kernels.is_right(kernel, "cpu", torch.bfloat16, 64)
+
+    @pytest.mark.parametrize("kernel", FOR_CUDA, ids=["flash", "efficient"])
+    def test_what_the_device_lacks_is_not(self, kernel: Kernel) -> None:
+        assert not kernels.is_right(kernel, "cpu", torch.bfloat16, 64)
+
+    @pytest.mark.parametrize("which", range(5))
+    def test_what_differs_in_one_result_is_not(self, which: int) -> None:
+        class Wrong(CPUKernel):
+            def forward(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
+                results = list(super().forward(part))
+                return tuple(one * 1.5 if which == place else one for place, one in enumerate(results))
+
+            def backward(self, *arguments: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+                results = list(super().backward(*arguments))
+                return tuple(one * 1.5 if which == 2 + place else one for place, one in enumerate(results))
+
+        assert kernels.is_right(CPUKernel(), "cpu", torch.float32, 64)
+        assert not kernels.is_right(Wrong(), "cpu", torch.float32, 64)
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+    def test_on_gpus(self) -> None:
+        assert isinstance(kernel_for(torch.empty(64, device="cuda")), EfficientKernel)
+        assert isinstance(kernel_for(torch.empty(64, device="cuda", dtype=torch.bfloat16)), FlashKernel)
