@@ -18,6 +18,7 @@ from vlmenv.agents.lean import keeping_little, make_lean
 from vlmenv.agents.linear_logprobs import linear_logprobs
 from vlmenv.agents.packing import Packing
 from vlmenv.agents.patches import multiply_patches
+from vlmenv.agents.vision_attention import attend_by_segments
 from vlmenv.core.rollout import Prompt, Rollout
 
 
@@ -65,6 +66,8 @@ class Policy(nn.Module):
         self.register_buffer("banned", banned, persistent=False)
         enable_packing(cast(PreTrainedModel, family.language_model()))
         multiply_patches(family.vision_tower())
+        if family.packs_images:
+            attend_by_segments(cast(PreTrainedModel, family.vision_tower()))
         make_lean(family.model)
 
     def forward(self, rollout: Rollout) -> LogProbs:

@@ -105,6 +105,8 @@ class Family(ABC):
     """`model_type` in the published `config.json`."""
     coordinates: ClassVar[CoordinateSpace]
     """The convention in which the published models write boxes."""
+    packs_images: ClassVar[bool] = False
+    """Whether the vision tower takes the patches of all images as one sequence, cut by `cu_seqlens`."""
 
     def __init__(self, model: PreTrainedModel, processor: Processor) -> None:
         self.model = model

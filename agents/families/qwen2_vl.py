@@ -20,6 +20,7 @@ class Qwen2VL(Family):
 
     model_type: ClassVar[str] = "qwen2_vl"
     coordinates: ClassVar[CoordinateSpace] = CoordinateSpace.NORM1000
+    packs_images: ClassVar[bool] = True
 
     def process_images(self, images: tuple[Image, ...]) -> tuple[dict[str, torch.Tensor], list[str]]:
         processor = self.processor.image_processor

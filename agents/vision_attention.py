@@ -1,0 +1,87 @@
+"""Attention of vision towers in which images lie one after the other, and each segment attends to itself alone.
+
+A segment is an image, or a window of one, of which Qwen2.5-VL's towers have dozens. transformers calls attention once
+for each, and asks the device for their lengths in every block, unless it is flash attention's. Here neighbours of one
+length are met in one call; on GPUs in half precision, all of them are, by flash attention of packed sequences.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from vlmenv.agents.kernels import FlashKernel, Segments, flash_backward, flash_forward, kernel_for
+
+_NAME = "vlmenv_flash_segments"  # having "flash" in it, it is told where segments lie
+
+
+class _Flash(torch.autograd.Function):
+    """Flash attention among packed segments."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float) -> Tensor:
+        out, lse = flash_forward(query, key, value, segments, segments, scale)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.segments, ctx.scale = segments, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        return *flash_backward(grad, out, lse, query, key, value, ctx.segments, ctx.segments, ctx.scale), None, None
+
+
+_flash: Callable[..., Tensor] = _Flash.apply
+
+
+def _by_runs(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float) -> Tensor:
+    """The same for packed states [M, H, D] on any device: a call for each run of segments of one length."""
+    outs, start = [], 0
+    for length, run in groupby(lengths):
+        size = len(list(run)) * length
+        q, k, v = (
+            one[start : start + size].view(-1, length, *one.shape[1:]).transpose(1, 2) for one in (query, key, value)
+        )
+        outs.append(nn.functional.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(0, 1))
+        start += size
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    dropout: float = 0.0,
+    **arguments: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in a block: states [1, H, M, D], and where segments start; gives [1, M, H, D]."""
+    assert dropout == 0, "attention dropout would not be the same in two passes"
+    query, key, value = (one[0].transpose(0, 1) for one in (query, key, value))
+    if isinstance(kernel_for(query), FlashKernel):
+        return _flash(query, key, value, Segments(cu_seq_lens_q, max_length_q), scaling)[None], None
+    return _by_runs(query, key, value, cu_seq_lens_q.diff().tolist(), scaling)[None], None
+
+
+AttentionInterface.register(_NAME, _attend)
+
+
+def attend_by_segments(tower: PreTrainedModel) -> None:
+    """Lets a vision tower whose blocks are told by `cu_seqlens` where segments lie attend to all in one call."""
+    known = tower.config
+    config = copy.copy(known)  # the model's own makes models to which transformers would bring flash-attn
+    config._attn_implementation = _NAME
+    for module in tower.modules():
+        if getattr(module, "config", None) is known:
+            module.config = config  # type: ignore[assignment]
