@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -47,44 +48,67 @@ class Kernel(Protocol):
 
 
 class ExplicitKernel:
-    """By matrix products alone, so on any device. It holds the scores of one row at a time."""
+    """By matrix products alone, so on any device. It holds the scores of as many rows as there is room for."""
+
+    _ROOM = 1 << 22
+    """Scores at a time, or those of one row where they are more."""
 
     def forward(self, part: Part) -> tuple[Tensor, Tensor]:
         outs, normalisers = [], []
-        for row in range(len(part.query)):
-            scores = self._scores(part, row)
-            normalisers.append(scores.logsumexp(dim=-1))
-            outs.append((scores - normalisers[-1][..., None]).exp().to(part.value.dtype) @ part.value[row])
-        return torch.stack(outs), torch.stack(normalisers)
+        for rows in self._batches(part):
+            scores = self._scores(part, rows)
+            largest = scores.amax(dim=-1, keepdim=True)
+            weights = scores.sub_(largest).exp_()
+            total = weights.sum(dim=-1, keepdim=True)
+            outs.append((weights.to(part.value.dtype) @ part.value[rows]).div_(total))
+            normalisers.append((largest + total.log())[..., 0])
+        return _joined(outs), _joined(normalisers)
 
     def backward(self, part: Part, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        grads: list[tuple[Tensor, Tensor, Tensor]] = []
+        queries, keys, values = [], [], []
         means = (grad * out).to(lse.dtype).sum(-1, keepdim=True)
-        for row in range(len(part.query)):
-            probs = (self._scores(part, row) - lse[row][..., None]).exp()
-            errors = (grad[row] @ part.value[row].mT).to(lse.dtype)
-            scores = (probs * (errors - means[row]) * part.scale).to(grad.dtype)
-            value = probs.to(grad.dtype).mT @ grad[row]
-            grads.append((scores @ part.key[row], scores.mT @ part.query[row], value))
-        queries, keys, values = zip(*grads, strict=True)
-        return torch.stack(queries), torch.stack(keys), torch.stack(values)
+        for rows in self._batches(part):
+            probs = self._scores(part, rows).sub_(lse[rows][..., None]).exp_()
+            values.append(probs.to(grad.dtype).mT @ grad[rows])
+            errors = (grad[rows] @ part.value[rows].mT).to(lse.dtype)
+            scores = errors.sub_(means[rows]).mul_(probs).mul_(part.scale).to(grad.dtype)
+            queries.append(scores @ part.key[rows])
+            keys.append(scores.mT @ part.query[rows])
+        return _joined(queries), _joined(keys), _joined(values)
 
-    def _scores(self, part: Part, row: int) -> Tensor:
-        """[H, S, T] in float32, or finer where the inputs are."""
+    def _batches(self, part: Part) -> Iterator[slice]:
+        rows, heads, queries, _ = part.query.shape
+        size = max(1, self._ROOM // (heads * queries * part.key.shape[2]))
+        return (slice(start, start + size) for start in range(0, rows, size))
+
+    def _scores(self, part: Part, rows: slice) -> Tensor:
+        """[b, H, S, T] in float32, or finer where the inputs are."""
         dtype = torch.promote_types(part.query.dtype, torch.float32)
-        scores = (part.query[row] @ part.key[row].mT).to(dtype) * part.scale
+        scores = (part.query[rows] @ part.key[rows].mT).to(dtype).mul_(part.scale)
         if part.padding is not None:
-            scores = scores + part.padding.bias[row].to(dtype)
+            scores += part.padding.bias[rows]
         if part.causal:
             later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-            scores = scores.masked_fill(later, -torch.inf)
+            scores.masked_fill_(later, -torch.inf)
         return scores
 
 
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 class CPUKernel:
-    """PyTorch's flash attention for CPUs."""
+    """PyTorch's flash attention for CPUs, and matrix products where heads are so small that they take less time.
+
+    With several threads, flash attention takes longer to begin with a head than these take for a few queries and keys.
+    """
+
+    def __init__(self) -> None:
+        self._explicit = ExplicitKernel()
 
     def forward(self, part: Part) -> tuple[Tensor, Tensor]:
+        if self._is_small(part):
+            return self._explicit.forward(part)
         query, key, value, _, causal, scale = part
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, causal, attn_mask=_bias(part), scale=scale
@@ -92,11 +116,19 @@ class CPUKernel:
         return out, lse
 
     def backward(self, part: Part, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self._is_small(part):
+            return self._explicit.backward(part, grad, out, lse)
         query, key, value, _, causal, scale = part
         grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, query, key, value, out, lse, 0.0, causal, attn_mask=_bias(part), scale=scale
         )
         return grads
+
+    def _is_small(self, part: Part) -> bool:
+        """As measured on two cores; in half precision products are slow."""
+        queries, keys = part.query.shape[2], part.key.shape[2]
+        few = 32 if part.causal else 64 if queries > 16 else 128
+        return keys <= few and part.query.dtype.itemsize >= torch.float32.itemsize
 
 
 class FlashKernel:

@@ -27,6 +27,7 @@ CASES = {
 @pytest.fixture(params=[CPUKernel, ExplicitKernel, FlashKernel, EfficientKernel])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     found = request.param()
+    monkeypatch.setattr(CPUKernel, "_is_small", lambda self, part: False)  # else it would be the explicit one
     monkeypatch.setattr(attention, "kernel_for", lambda query: found)
     with cuda_operators():
         yield

@@ -13,21 +13,38 @@ from vlmenv.agents.packing import Packing
 FOR_CUDA = [FlashKernel(), EfficientKernel()]
 
 
-def part(case: str, dtype: torch.dtype, device: str = "cpu") -> Part:
-    """Two rows of two heads of size 8: six queries or two, six keys or of one row four."""
-    query, key, value = torch.randn(3, 2, 2, 6, 8, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    padding = Packing(torch.tensor([6, 4]), query.device) if case == "unequal" else None
-    return Part(query[:, :, : 2 if case == "fewer" else 6], key, value, padding, case == "causal", 0.5)
+CASES = ["causal", "unequal", "fewer"]
+
+
+def part(case: str, dtype: torch.dtype, device: str = "cpu", keys: int = 6) -> Part:
+    """Two rows of two heads of size 8: as many queries as keys, or two; of one row two keys are not there."""
+    query, key, value = torch.randn(3, 2, 2, keys, 8, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    padding = Packing(torch.tensor([keys, keys - 2]), query.device) if case == "unequal" else None
+    return Part(query[:, :, : 2 if case == "fewer" else keys], key, value, padding, case == "causal", 0.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", ["causal", "unequal", "fewer"])
-def test_on_cpus(dtype: torch.dtype, case: str) -> None:
-    compare(CPUKernel(), part(case, dtype), 1e-5 if dtype == torch.float32 else 3e-2)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("keys", [6, 150])
+def test_on_cpus(dtype: torch.dtype, case: str, keys: int) -> None:
+    """By matrix products where there are few keys, and flash attention where there are many."""
+    compare(CPUKernel(), part(case, dtype, keys=keys), 1e-5 if dtype == torch.float32 else 5e-2)
+
+
+@pytest.mark.parametrize(("case", "keys"), [("causal", 32), ("unequal", 64), ("fewer", 128)])
+def test_where_cpus_go_over_to_flash_attention(case: str, keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr(ExplicitKernel, "forward", refuse)
+    CPUKernel().forward(part(case, torch.float32, keys=keys + 1))
+    CPUKernel().forward(part(case, torch.bfloat16, keys=keys))
+    with pytest.raises(NotImplementedError):
+        CPUKernel().forward(part(case, torch.float32, keys=keys))
 
 
 @pytest.mark.parametrize("kernel", FOR_CUDA, ids=["flash", "efficient"])
-@pytest.mark.parametrize("case", ["causal", "unequal", "fewer"])
+@pytest.mark.parametrize("case", CASES)
 def test_for_cuda(kernel: Kernel, case: str) -> None:
     """Called as PyTorch's operators want it, and what they give is read rightly."""
     with cuda_operators():
@@ -42,21 +59,26 @@ def compare(kernel: Kernel, tried: Part, tolerance: float) -> None:
     torch.testing.assert_close(found, right, rtol=tolerance, atol=tolerance)
 
 
-def test_explicit_against_autograd() -> None:
-    """With its own normalisers a part is the whole attention."""
-    tried = part("unequal", torch.float64)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("room", [1, 1 << 22])
+def test_explicit_against_autograd(case: str, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its own normalisers a part is the whole attention; row by row, and all at once."""
+    monkeypatch.setattr(ExplicitKernel, "_ROOM", room)
+    tried = part(case, torch.float64)
     leaves = [one.clone().requires_grad_() for one in tried[:3]]
-    mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])[:, None, None]
+    mask = torch.tensor([[True] * 6, [True] * 4 + [case != "unequal"] * 2])[:, None, None].expand(-1, 1, 6, 6)
+    mask = mask.tril() if case == "causal" else mask[:, :, : tried.query.shape[2]]
     out = torch.nn.functional.scaled_dot_product_attention(*leaves, attn_mask=mask, scale=0.5)
+    scores = (leaves[0] @ leaves[1].mT * 0.5).masked_fill(~mask, -torch.inf)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     found, lse = ExplicitKernel().forward(tried)
-    torch.testing.assert_close(found, out.detach())
+    torch.testing.assert_close((found, lse), (out.detach(), scores.detach().logsumexp(-1)))
     grads = ExplicitKernel().backward(tried, grad, found, lse)
     torch.testing.assert_close(grads, torch.autograd.grad(out, leaves, grad))
 
 
 @pytest.mark.parametrize("kernel", FOR_CUDA, ids=["flash", "efficient"])
-@pytest.mark.parametrize("case", ["causal", "unequal", "fewer"])
+@pytest.mark.parametrize("case", CASES)
 def test_shapes_by_pytorchs_own_rules(kernel: Kernel, case: str) -> None:
     """The operators' own rules of shapes, without a device, take what they are given and agree with what is read."""
     tried = part(case, torch.bfloat16, "meta")
