@@ -18,8 +18,8 @@ class Packing:
     """
 
     def __init__(self, lengths: Tensor, device: torch.device, longest: int | None = None) -> None:
-        self._lengths = lengths
-        self.lengths = lengths.to(device)
+        self.lengths = lengths
+        self._on_device = lengths.to(device)
         self.longest = int(lengths.max()) if longest is None else longest
         self.is_even = bool((lengths == self.longest).all())
         ends = lengths.cumsum(0)
@@ -47,7 +47,7 @@ class Packing:
 
     def mask(self) -> Tensor:
         """[N, L] bool, True at tokens."""
-        return torch.arange(self.longest, device=self.lengths.device) < self.lengths[:, None]
+        return torch.arange(self.longest, device=self._on_device.device) < self._on_device[:, None]
 
     @cached_property
     def bias(self) -> Tensor:
@@ -62,4 +62,4 @@ class Packing:
 
     def select(self, rows: Tensor) -> Packing:
         """Of some of the sequences [n], given on the CPU, padded as before."""
-        return Packing(self._lengths[rows], self.rows.device, self.longest)
+        return Packing(self.lengths[rows], self.rows.device, self.longest)

@@ -132,7 +132,7 @@ class Policy(nn.Module):
         prefixes, firsts = self.prefill(rollout.prompts)
         index = torch.from_numpy(rollout.prompt_index)
         on_device = index.to(self.device)[packing.rows]
-        inputs = Packing(packing.lengths.cpu() - 1, self.device)  # the last token predicts nothing
+        inputs = Packing(packing.lengths - 1, self.device)  # the last token predicts nothing
         if inputs.total == 0:
             return firsts[on_device]
         tokens = self._tokens([completion.token_ids[:-1] for completion in rollout.completions])
