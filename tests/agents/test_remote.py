@@ -1,0 +1,90 @@
+"""What one server is asked over HTTP, and how long it is waited for."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import stand_in_server
+from servers import free_port
+from stand_in_server import ASKED, Answering, Fault, Reply, agent_of, assert_answered, hang, lose_patience
+
+from vlmenv.agents.engines.remote import Patience, check_address
+from vlmenv.core.errors import ConfigError, EngineError
+
+opened, model, good, bad = stand_in_server.opened, stand_in_server.model, stand_in_server.good, stand_in_server.bad
+"""fixtures"""
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:8000", "http://", "http://a:8000/v1", "ftp://a", "http://a:port", ""])
+def test_what_is_no_address_is_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match="no address of a server"):
+        check_address(address)
+
+
+def test_what_is_no_server_of_ours_is_told(bad: Answering, opened: ExitStack) -> None:
+    bad.at, bad.fault = "/collective_rpc", lambda *_: (404, b'{"detail": "Not Found"}')
+    with pytest.raises(EngineError, match=f"{bad.url}: it was not started by `vlmenv serve` .*status 404"):
+        agent_of(opened, bad.url)
+
+
+def test_no_proxy_is_asked(good: Answering, opened: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setitem(os.environ, name, f"http://127.0.0.1:{free_port()}")
+    assert_answered(agent_of(opened, good.url))
+
+
+def test_a_fault_that_passes_is_not_told(good: Answering, opened: ExitStack, recwarn: pytest.WarningsRecorder) -> None:
+    agent = agent_of(opened, good.url)
+    left = threading.Semaphore(3)
+
+    def fault(server: Answering, path: str, usual: Any) -> Reply:
+        return (503, b"busy") if left.acquire(blocking=False) else (200, json.dumps(usual).encode())
+
+    good.fault = fault
+    agent.engine._servers[0]._patience = Patience(attempts=5, pause=0.01)
+    assert_answered(agent)
+    assert not [one for one in recwarn if one.category is RuntimeWarning]
+
+
+UPDATE_FAULTS: dict[str, tuple[str, Fault, str]] = {
+    "a fault of a worker": (
+        "/collective_rpc",
+        lambda *_: (200, b'{"results": [{"fault": null}, {"fault": "FileNotFoundError: gone"}]}'),
+        "cannot take over weights: FileNotFoundError: gone",
+    ),
+    "no worker": ("/collective_rpc", lambda *_: (200, b'{"results": []}'), "no worker answers"),
+    "another form": ("/collective_rpc", lambda *_: (200, b'{"results": 1}'), "an answer of another form"),
+    "prompts that it goes on with": (
+        "/reset_prefix_cache",
+        lambda *_: (200, b'{"success": false}'),
+        "it still works at requests",
+    ),
+    "features that stay": ("/reset_encoder_cache", lambda *_: (500, b"no"), "status 500 from /reset_encoder_cache"),
+    "no version": ("/update_weight_version", hang, "no answer from /update_weight_version within 3 s"),
+}
+
+
+@pytest.mark.parametrize("fault", UPDATE_FAULTS)
+def test_a_server_that_does_not_take_an_update_is_left_out(
+    fault: str, good: Answering, bad: Answering, opened: ExitStack
+) -> None:
+    agent = agent_of(opened, bad.url, good.url)
+    bad.at, bad.fault, told = UPDATE_FAULTS[fault]
+    if bad.fault is hang:
+        lose_patience(agent, bad)
+    with pytest.warns(RuntimeWarning, match=f"{bad.url} is left out .*{told}"):
+        agent.sync()
+    assert_answered(agent)
+    assert "/inference/v1/generate" not in bad.paths()
+    good.at, good.fault = bad.at, bad.fault
+    if good.fault is hang:
+        lose_patience(agent, good)
+    with pytest.raises(EngineError, match=f"no server is left .*{good.url}: .*{told}"):
+        agent.sync()
+    with pytest.raises(EngineError, match="have not been given the policy's weights"):
+        agent.rollout(ASKED)
