@@ -1,10 +1,11 @@
-"""An event loop in a thread of its own, for callers that may have one running, as notebooks do."""
+"""Work in threads of its own: an event loop, for callers that may have one running as notebooks do; what blocks."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -51,3 +52,25 @@ async def in_thread(work: Callable[[], T]) -> T:
 
     threading.Thread(target=run, daemon=True).start()
     return await future
+
+
+def within(seconds: float, work: Callable[[], T]) -> T:
+    """What some work gives that blocks, and has no limit of its own or one that does not always hold.
+
+    Raises:
+        TimeoutError: Time was up first. The work goes on in its thread; what it comes to is dropped.
+    """
+    given: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            given.set_result(work())
+        except BaseException as error:
+            given.set_exception(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError
+    return given.result()

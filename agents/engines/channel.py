@@ -1,7 +1,8 @@
 """What weights go through from the trainer straight to the workers of a server, from process to process.
 
 A channel is a process group of its own, which neither the trainer's nor vLLM's knows of, and each server has another:
-one that dies takes nobody with it. Between GPUs it goes by NCCL, else by gloo, and all else is the same.
+one that dies takes nobody with it. If each end has a GPU of its own it goes by NCCL, else by gloo, and all else is the
+same.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
+
+from vlmenv.agents.engines.background import within
 
 _c10d: Any = distributed  # hands on names that it does not declare to be its own
 BUCKET = 256 << 20
@@ -82,17 +85,28 @@ class Channel:
     ) -> None:
         self.name = meeting.name
         self._device = device if meeting.backend == "nccl" else torch.device("cpu")
-        deadline, limit = time.monotonic() + seconds, timedelta(seconds=seconds)
+        deadline = time.monotonic() + seconds
         with _faults(deadline):
-            store = store or _c10d.TCPStore(
-                meeting.address, meeting.port, is_master=False, timeout=limit, wait_for_workers=False
-            )
-            named = _c10d.PrefixStore(meeting.name, store)
-            if meeting.backend == "nccl":
-                self._group = _nccl_group(named, rank, meeting.size, limit)
-            else:
-                own = meeting.address if rank == 0 else local_address(meeting.address)
-                self._group = _gloo_group(named, rank, meeting.size, limit, own)
+            # torch's limits do not hold for all of it: ncclCommInitRank has none and waits for ever for an end that has
+            # died on its way. It can be made not to block (config.blocking), but torch reads the limit for that,
+            # TORCH_NCCL_NONBLOCKING_TIMEOUT, once for all groups of a process, so also vLLM's and accelerate's, and
+            # NCCL 2.26 hung in that mode (pytorch's issue 153960). A thread bounds every backend alike.
+            within(seconds, lambda: self._meet(meeting, rank, deadline, store))
+
+    def _meet(self, meeting: Meeting, rank: int, deadline: float, store: Any) -> None:
+        """Makes the group, in a thread that may be given up."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # each thread has a current one, and a new thread the first GPU
+        limit = _left(deadline)
+        store = store or _c10d.TCPStore(
+            meeting.address, meeting.port, is_master=False, timeout=limit, wait_for_workers=False
+        )
+        named = _c10d.PrefixStore(meeting.name, store)
+        if meeting.backend == "nccl":
+            self._group = _nccl_group(named, rank, meeting.size, limit)
+        else:
+            own = meeting.address if rank == 0 else local_address(meeting.address)
+            self._group = _gloo_group(named, rank, meeting.size, limit, own)
         self._pass(_room(1, self._device), deadline)  # NCCL's ends meet at the first message
 
     @torch.no_grad()
@@ -124,7 +138,7 @@ class Channel:
 
     def _pass(self, message: Tensor, deadline: float) -> None:
         """Hands a message from the trainer on to all others; returns when it is here, or has been taken."""
-        limit = timedelta(seconds=max(deadline - time.monotonic(), 1e-3))
+        limit = _left(deadline)
         with _faults(deadline):
             # Waiting with a limit blocks this thread with NCCL too, which else lets the GPU alone wait.
             self._group.broadcast(message, 0, limit).wait(limit)
@@ -212,6 +226,11 @@ def hosted(address: str) -> Any:
         )
 
 
+def gpu_of(device: torch.device) -> str | None:
+    """Which GPU a device is, by a name that no other has on any machine; None where it is no CUDA GPU."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+
+
 def local_address(host: str) -> str:
     """This machine's address on the way to another; nothing is sent there."""
     family, kind, _, _, place = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
@@ -267,6 +286,10 @@ def _faults(deadline: float) -> Iterator[None]:
             raise LateFault("time was up before all had got through") from error
         told = re.sub(r"^\[/\S+\] ", "", str(error))  # where in gloo's source it was said
         raise ChannelFault(f"{type(error).__name__}: {told[:_SHOWN]}") from error
+
+
+def _left(deadline: float) -> timedelta:
+    return timedelta(seconds=max(deadline - time.monotonic(), 1e-3))
 
 
 def _words(bucket: Bucket, dtype: torch.dtype) -> int:

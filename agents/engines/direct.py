@@ -19,6 +19,7 @@ from vlmenv.agents.engines.channel import (
     LateFault,
     Meeting,
     buckets,
+    gpu_of,
     hosted,
     local_address,
 )
@@ -73,11 +74,11 @@ class DirectTransfer:
         known = self._channels.pop(server, None)
         workers = await server.order("vlmenv_channel", {})
         try:
-            names, devices = [one["name"] for one in workers], [one["device"] for one in workers]
+            names, gpus = [one["name"] for one in workers], [one["gpu"] for one in workers]
         except (KeyError, TypeError) as error:
             raise ServerFault(f"an answer of another form came: {workers} ({type(error).__name__})") from error
         if known is None or set(names) != {known.name}:
-            known = await self._join(server, device, 1 + len(workers), backend_between(device.type, devices))
+            known = await self._join(server, device, 1 + len(workers), backend_between([gpu_of(device), *gpus]))
         self._channels[server] = known
         return known
 
@@ -96,9 +97,12 @@ class DirectTransfer:
         )
 
 
-def backend_between(trainer: str, workers: Sequence[str]) -> str:
-    """What weights go by between devices of these types: NCCL if all are GPUs, and by way of CPUs if not."""
-    return "nccl" if {trainer, *workers} == {"cuda"} else "gloo"
+def backend_between(gpus: Sequence[str | None]) -> str:
+    """What weights go by between ends on these GPUs, or on none: NCCL if each has one of its own, else gloo.
+
+    NCCL refuses two ends on one GPU. By gloo weights go by way of CPUs, which works everywhere.
+    """
+    return "nccl" if None not in gpus and len(set(gpus)) == len(gpus) else "gloo"
 
 
 async def _both(work: Callable[[], T], order: Coroutine[Any, Any, Any], what: str) -> T:

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vlmenv.agents.engines.channel import Bucket, Channel, ChannelFault, Meeting
+from vlmenv.agents.engines.channel import Bucket, Channel, ChannelFault, Meeting, gpu_of
 
 _CHUNK = 1 << 24  # bytes
 _SHOWN = 500  # characters of what vLLM says, which may name all of a model's weights
@@ -47,9 +47,9 @@ class WeightReceiver:
         return {"fault": _unchanged(left)}
 
     def vlmenv_channel(self) -> dict[str, Any]:
-        """Which channel this worker is at, and on what device it works."""
+        """Which channel this worker is at, and on which GPU it works."""
         line = self.vlmenv_line
-        return {"fault": None, "name": None if line is None else line.name, "device": self.device.type}
+        return {"fault": None, "name": None if line is None else line.name, "gpu": gpu_of(self.device)}
 
     def vlmenv_join(self, seconds: float, **meeting: Any) -> dict[str, Any]:
         """Comes to a channel, from any other that it was at; `fault` says why not."""

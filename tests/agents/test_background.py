@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from vlmenv.agents.engines.background import BackgroundLoop, in_thread
+from vlmenv.agents.engines.background import BackgroundLoop, in_thread, within
 
 
 def test_work_in_a_thread_gives_what_it_gives() -> None:
@@ -45,4 +45,35 @@ def test_work_that_nobody_waits_for_any_more_ends_by_itself() -> None:
         await asyncio.sleep(0)
 
     asyncio.run(give_up())
+    assert not told
+
+
+def test_work_within_a_limit_gives_what_it_gives() -> None:
+    assert within(60, lambda: 3) == 3
+    with pytest.raises(ZeroDivisionError):
+        within(60, lambda: 1 // 0)
+
+
+@pytest.mark.parametrize("comes_to", [None, ValueError("too late")])
+def test_work_that_takes_longer_is_given_up_and_what_it_comes_to_dropped(
+    comes_to: Exception | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", told.append)
+    over = threading.Event()
+    threads: list[threading.Thread] = []
+
+    def work() -> None:
+        threads.append(threading.current_thread())
+        over.wait(60)
+        if comes_to is not None:
+            raise comes_to
+
+    with pytest.raises(TimeoutError):
+        within(0.05, work)
+    assert threads[0].daemon
+    assert threads[0].is_alive()
+    over.set()
+    threads[0].join(60)
+    assert not threads[0].is_alive()
     assert not told

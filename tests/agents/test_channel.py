@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from servers import listening
-from torch import Tensor
+from torch import Tensor, distributed
 
 from vlmenv.agents.engines import channel as channels
 from vlmenv.agents.engines.channel import (
@@ -228,6 +228,33 @@ def test_others_are_waited_for_no_longer_than_given(rank: int) -> None:
         with pytest.raises(LateFault):
             Channel(Meeting(HERE, port, "test", 2, "gloo"), rank, CPU, 1.0, store)
         assert time.monotonic() - began < 10
+
+
+class Unanswering(distributed.Store):
+    """Takes for ever over all that it is asked, and heeds no limit, as NCCL's start without the other ends does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.over = threading.Event(), threading.Event()
+
+    def set(self, key: str, value: str) -> None:
+        self.asked.set()
+        self.over.wait(120)
+        raise RuntimeError("nobody has come")
+
+
+def test_a_start_that_heeds_no_limit_is_given_up() -> None:
+    store, before = Unanswering(), threading.active_count()
+    meeting = Meeting(HERE, 1, "test", 2, "gloo")
+    try:
+        with pytest.raises(LateFault, match="time was up"), at_once(lambda: Channel(meeting, 0, CPU, 1.0, store)):
+            assert store.asked.wait(SECONDS)
+    finally:
+        store.over.set()
+    deadline = time.monotonic() + SECONDS
+    while threading.active_count() > before:
+        assert time.monotonic() < deadline, "its thread does not end"
+        time.sleep(0.01)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other machines may have one address of their own")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -28,7 +31,7 @@ from stand_in_server import (
     lose_patience,
 )
 
-from vlmenv.agents.engines.channel import Incoming, buckets
+from vlmenv.agents.engines.channel import Channel, Incoming, Meeting, buckets, hosted
 from vlmenv.agents.engines.direct import backend_between
 from vlmenv.agents.vlm import VLMAgent
 
@@ -167,7 +170,7 @@ DIRECT_FAULTS: dict[str, tuple[Load, Fault | None, str]] = {
     "all hang": (load, hang, "no answer from /collective_rpc within 3 s"),
     "no answer": (load, cut_after_it, "RemoteProtocolError at /collective_rpc"),
     "no channel": (load, no_channel, "cannot take over weights: no way there"),
-    "another form": (load, changed(lambda reply: reply["results"][0].pop("device", 0)), "another form"),
+    "another form": (load, changed(lambda reply: reply["results"][0].pop("gpu", 0)), "another form"),
 }
 
 
@@ -212,14 +215,33 @@ def test_a_transfer_that_breaks_once_is_tried_again(
     assert not [one for one in recwarn if one.category is RuntimeWarning]
 
 
+def test_a_worker_whose_trainer_hangs_answers_and_comes_to_the_next() -> None:
+    """The first takes its connection, and is never heard of again."""
+    worker = Worker(0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        hung = Meeting("127.0.0.1", silent.getsockname()[1], "hung", 2, "gloo")
+        assert "time was up" in worker.vlmenv_join(1.0, **asdict(hung))["fault"]
+    assert worker.vlmenv_channel() == {"fault": None, "name": None, "gpu": None}
+    store = hosted("127.0.0.1")
+    meeting = Meeting("127.0.0.1", store.port, "next", 2, "gloo")
+    with ThreadPoolExecutor() as pool:
+        trainer = pool.submit(Channel, meeting, 0, torch.device("cpu"), 20.0, store)
+        assert worker.vlmenv_join(20.0, **asdict(meeting)) == {"fault": None}
+        trainer.result()
+    assert worker.vlmenv_channel() == {"fault": None, "name": "next", "gpu": None}
+
+
 @pytest.mark.parametrize(
     ("trainer", "workers", "backend"),
     [
-        ("cuda", ["cuda", "cuda"], "nccl"),
-        ("cpu", ["cpu"], "gloo"),
-        ("cuda", ["cpu"], "gloo"),
-        ("cpu", ["cuda", "cuda"], "gloo"),
+        ("a", ["b", "c"], "nccl"),
+        (None, [None], "gloo"),
+        ("a", [None], "gloo"),
+        (None, ["a", "b"], "gloo"),
+        ("a", ["a"], "gloo"),
+        ("a", ["b", "a"], "gloo"),
+        ("a", ["b", "b"], "gloo"),
     ],
 )
-def test_only_gpus_have_nccl(trainer: str, workers: list[str], backend: str) -> None:
-    assert backend_between(trainer, workers) == backend
+def test_only_ends_with_a_gpu_each_have_nccl(trainer: str | None, workers: list[str | None], backend: str) -> None:
+    assert backend_between([trainer, *workers]) == backend
