@@ -60,6 +60,11 @@ class Packing:
         """[N + 1] int32, where each sequence starts, and where the last ends."""
         return nn.functional.pad(self.ends + 1, (1, 0)).int()
 
+    @cached_property
+    def counts(self) -> Tensor:
+        """[N] int32, how many tokens each sequence has."""
+        return self._on_device.int()
+
     def select(self, rows: Tensor) -> Packing:
         """Of some of the sequences [n], given on the CPU, padded as before."""
         return Packing(self.lengths[rows], self.rows.device, self.longest)

@@ -6,7 +6,8 @@ Each is one softmax after the other, in float32 or finer, in the layouts that Py
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,8 +19,17 @@ ALIGNED = 32
 
 
 @contextmanager
-def cuda_operators() -> Iterator[None]:
-    """Lets CPUs run the operators."""
+def cuda_operators() -> Iterator[Counter[str]]:
+    """Lets CPUs run the operators; gives how often each was called."""
+    calls: Counter[str] = Counter()
+
+    def counted(operator: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[operator.__name__] += 1
+            return operator(*args, **kwargs)
+
+        return call
+
     with torch.library._scoped_library("aten", "IMPL") as library:
         for operator in (
             _scaled_dot_product_flash_attention,
@@ -29,8 +39,8 @@ def cuda_operators() -> Iterator[None]:
             _scaled_dot_product_efficient_attention,
             _scaled_dot_product_efficient_attention_backward,
         ):
-            library.impl(operator.__name__, operator, "CPU")
-        yield
+            library.impl(operator.__name__, counted(operator), "CPU")
+        yield calls
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Any:
@@ -121,13 +131,14 @@ def _flash_attention_forward(
     debug: bool,
     *,
     scale: float,
+    seqused_k: Tensor | None = None,
     **other: None,
 ) -> Any:
     _check(query, key, value)
     assert (dropout, causal, debug) == (0, False, False)
     assert not any(one is not None for one in other.values())
     outs, normalisers = [], []
-    for here, there in _segments(query, key, starts, key_starts, longest, longest_key):
+    for here, there in _segments(query, key, starts, key_starts, longest, longest_key, seqused_k):
         out, lse = attend(*_heads(query[here], key[there], value[there]), None, False, scale)
         outs.append(out.transpose(0, 1))
         normalisers.append(lse)
@@ -158,8 +169,6 @@ def _flash_attention_backward(
     assert not any(one is not None for one in other.values())
     assert lse.is_contiguous()
     assert lse.shape == (query.shape[1], query.shape[0])
-    assert grad.is_contiguous()
-    assert out.is_contiguous()
     grads: list[list[Tensor]] = [[], [], []]
     for here, there in _segments(query, key, starts, key_starts, longest, longest_key):
         push, mine, *theirs, output = _heads(grad[here], query[here], key[there], value[there], out[here])
@@ -209,6 +218,7 @@ def _scaled_dot_product_efficient_attention_backward(
     _check_bias(query, key, bias)
     assert dropout == 0
     assert wanted == [True, True, True, False]
+    assert out.transpose(1, 2).is_contiguous()  # only the strides of its heads are heeded
     length = query.shape[2]
     assert lse.shape[-1] == length + -length % ALIGNED
     assert bool(torch.isposinf(lse[..., length:]).all())
@@ -226,15 +236,27 @@ def _check_bias(query: Tensor, key: Tensor, bias: Tensor | None) -> None:
 
 
 def _segments(
-    query: Tensor, key: Tensor, starts: Tensor, key_starts: Tensor, longest: int, longest_key: int
+    query: Tensor,
+    key: Tensor,
+    starts: Tensor,
+    key_starts: Tensor,
+    longest: int,
+    longest_key: int,
+    used: Tensor | None = None,
 ) -> Iterator[tuple[slice, slice]]:
-    """Each segment's queries and keys."""
+    """Each segment's queries and keys; of its keys the first ones, where it is told how many are used."""
     assert starts.dtype == key_starts.dtype == torch.int32
     assert (starts[0], starts[-1], key_starts[0], key_starts[-1]) == (0, len(query), 0, len(key))
     assert starts.diff().max() <= longest
     assert key_starts.diff().max() <= longest_key
     for row in range(len(starts) - 1):
-        yield slice(*starts[row : row + 2].tolist()), slice(*key_starts[row : row + 2].tolist())
+        first, end = key_starts[row : row + 2].tolist()
+        if used is not None:
+            assert used.dtype == torch.int32
+            assert used.shape == (len(starts) - 1,)
+            assert first + int(used[row]) <= end
+            end = first + int(used[row])
+        yield slice(*starts[row : row + 2].tolist()), slice(first, end)
 
 
 def _heads(*states: Tensor) -> Iterator[Tensor]:

@@ -117,6 +117,26 @@ def test_packing_and_back(lengths: list[int]) -> None:
     assert torch.equal(packing.unpad(padded), packed)
 
 
+def test_some_of_the_sequences_stay_as_long_as_they_were_padded() -> None:
+    packing = Packing(torch.tensor([2, 4, 2]), torch.device("cpu"))
+    assert not packing.is_even
+    some = packing.select(torch.tensor([0, 2]))
+    assert not some.is_even
+    assert some.mask().tolist() == [[True, True, False, False]] * 2
+    packed = torch.arange(4.0)
+    assert some.pad(packed).tolist() == [[0, 1, 0, 0], [2, 3, 0, 0]]
+    assert torch.equal(some.unpad(some.pad(packed)), packed)
+    assert some.starts.tolist() == [0, 2, 4]
+    assert some.counts.tolist() == [2, 2]
+    assert packing.select(torch.tensor([1])).is_even
+
+
+def test_where_all_are_tokens_nothing_is_padding() -> None:
+    lengths = {True: [3, 3], False: [3, 2]}
+    for is_even, one in lengths.items():
+        assert (Prefixes(Packing(torch.tensor(one), torch.device("cpu"))).padding is None) == is_even
+
+
 @pytest.mark.parametrize("index", [[0, 0, 1, 1], [1, 0, 1], [0, 2, 2]])
 def test_folding_and_back(index: list[int]) -> None:
     rows = torch.randn(len(index), HEADS, 3, SIZE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from cuda_operators import cuda_operators
@@ -53,10 +55,13 @@ def test_for_cuda(kernel: Kernel, case: str) -> None:
 
 def compare(kernel: Kernel, tried: Part, tolerance: float) -> None:
     grad = torch.randn(tried.query.shape, generator=torch.Generator().manual_seed(1)).to(tried.query.dtype)
-    whole = ExplicitKernel().forward(tried)
-    found = (*kernel.forward(tried), *kernel.backward(tried, grad, *whole))
-    right = (*whole, *ExplicitKernel().backward(tried, grad, *whole))
-    torch.testing.assert_close(found, right, rtol=tolerance, atol=tolerance)
+    out, lse = ExplicitKernel().forward(tried)
+    right = (out, lse, *ExplicitKernel().backward(tried, grad, out, lse))
+    # Outputs and normalisers are put together of parts, so that they lie in any order.
+    for first, second in ((0, 0), (1, 2), (0, 1)):
+        laid_out = [one.transpose(first, second).contiguous().transpose(first, second) for one in (out, lse)]
+        found = (*kernel.forward(tried), *kernel.backward(tried, grad, *laid_out))
+        torch.testing.assert_close(found, right, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -103,20 +108,67 @@ class TestChoice:
         assert not kernels.is_right(kernel, "cpu", torch.bfloat16, 64)
 
     @pytest.mark.parametrize("which", range(5))
-    def test_what_differs_in_one_result_is_not(self, which: int) -> None:
+    @pytest.mark.parametrize("case", CASES)
+    def test_what_differs_in_one_result_of_one_kind_is_not(self, which: int, case: str) -> None:
+        def is_it(part: Part) -> bool:
+            return {"causal": part.causal, "unequal": part.padding is not None}.get(
+                case, not part.causal and part.padding is None
+            )
+
         class Wrong(CPUKernel):
             def forward(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
-                results = list(super().forward(part))
-                return tuple(one * 1.5 if which == place else one for place, one in enumerate(results))
+                results = super().forward(part)
+                return tuple(one * 1.5 if is_it(part) and which == at else one for at, one in enumerate(results))
 
-            def backward(self, *arguments: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-                results = list(super().backward(*arguments))
-                return tuple(one * 1.5 if which == 2 + place else one for place, one in enumerate(results))
+            def backward(self, part: Part, *rest: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+                results = super().backward(part, *rest)
+                return tuple(one * 1.5 if is_it(part) and which == 2 + at else one for at, one in enumerate(results))
 
         assert kernels.is_right(CPUKernel(), "cpu", torch.float32, 64)
         assert not kernels.is_right(Wrong(), "cpu", torch.float32, 64)
 
+    def test_what_takes_padding_for_keys_is_not(self) -> None:
+        class Careless(CPUKernel):
+            def forward(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
+                return super().forward(part._replace(padding=None))
+
+        assert not kernels.is_right(Careless(), "cpu", torch.float32, 64)
+
+    @pytest.mark.parametrize("error", [RuntimeError, AttributeError, TypeError, ValueError])
+    def test_what_fails_is_not_but_for_want_of_memory(self, error: type[Exception]) -> None:
+        class Failing(CPUKernel):
+            def forward(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
+                raise error
+
+        assert not kernels.is_right(Failing(), "cpu", torch.float32, 64)
+        error = torch.OutOfMemoryError
+        with pytest.raises(torch.OutOfMemoryError):
+            kernels.is_right(Failing(), "cpu", torch.float32, 64)
+
+    @pytest.mark.parametrize(("works", "chosen"), [(2, FlashKernel), (1, EfficientKernel), (0, ExplicitKernel)])
+    def test_on_gpus_the_fastest_that_is_right(
+        self, works: int, chosen: type[Kernel], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tried: list[tuple[Any, ...]] = []
+
+        def is_right(kernel: Kernel, *how: Any) -> bool:
+            tried.append((type(kernel), *how))
+            return len(tried) > 2 - works
+
+        monkeypatch.setattr(kernels, "is_right", is_right)
+        assert isinstance(kernels._kernel_for.__wrapped__("cuda", torch.float16, 72), chosen)
+        order = [FlashKernel, EfficientKernel][: min(3 - works, 2)]
+        assert tried == [(kind, "cuda", torch.float16, 72) for kind in order]
+
+    def test_each_size_of_heads_has_its_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[tuple[Any, ...]] = []
+        monkeypatch.setattr(kernels, "_kernel_for", lambda *how: asked.append(how))
+        kernel_for(torch.empty(3, 72, dtype=torch.bfloat16))
+        assert asked == [("cpu", torch.bfloat16, 72)]
+
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
-    def test_on_gpus(self) -> None:
+    def test_on_a_gpu(self) -> None:
+        flash = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+        half = kernel_for(torch.empty(64, device="cuda", dtype=torch.bfloat16))
+        assert isinstance(half, FlashKernel if flash else EfficientKernel)
         assert isinstance(kernel_for(torch.empty(64, device="cuda")), EfficientKernel)
-        assert isinstance(kernel_for(torch.empty(64, device="cuda", dtype=torch.bfloat16)), FlashKernel)

@@ -64,8 +64,9 @@ def test_by_flash_attention(tower: nn.Module, case: str, monkeypatch: pytest.Mon
     """As PyTorch's operator for CUDA is called, and with what it computes."""
     right = results(plain(tower), GRIDS[case])
     monkeypatch.setattr(vision_attention, "kernel_for", lambda query: FlashKernel())
-    with cuda_operators():
+    with cuda_operators() as calls:
         found = results(tower, GRIDS[case])
+    assert calls == {"_flash_attention_forward": len(tower.blocks), "_flash_attention_backward": len(tower.blocks)}
     torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
 
 
@@ -79,6 +80,20 @@ def test_one_call_for_neighbours_of_one_size(tower: nn.Module, monkeypatch: pyte
     )
     results(tower, [[1, 4, 4]] * 5)
     assert len(calls) == len(tower.blocks)
+
+
+def test_all_of_a_tower_is_told(tower: nn.Module) -> None:
+    """Where segments lie is found once per pass, and not in each block: on a GPU that would wait for it."""
+    configs = [module.config for module in tower.modules() if hasattr(module, "config")]
+    assert len(configs) > len(tower.blocks)
+    assert all(config is tower.config for config in configs)
+
+
+def test_dropout_is_refused() -> None:
+    with pytest.raises(AssertionError, match="dropout"):
+        vision_attention._attend(
+            nn.Identity(), *torch.zeros(3, 1, 1, 1, 8), None, scaling=1, cu_seq_lens_q=None, max_length_q=1, dropout=0.1
+        )
 
 
 def test_the_models_own_configuration_stays(tmp_path: Path) -> None:
