@@ -167,6 +167,8 @@ class Batch:
     """[N, L]"""
     correction: Tensor | None = None
     """[N, L], by which each token's loss is multiplied because another policy sampled it"""
+    is_fresh: bool = False
+    """whether the policy before the update is that of the pass with gradients, whose values then are the old ones"""
 
     @classmethod
     def of(cls, rollout: Rollout, device: torch.device, advantages: Tensor | None = None) -> Batch:
@@ -186,7 +188,7 @@ class Batch:
         rollout = self.rollout[rows]
         width = max(len(completion.token_ids) for completion in rollout.completions)
         index = rows if isinstance(rows, slice) else torch.from_numpy(rows).to(self.mask.device)
-        tensors = {
+        tensors: dict[str, Any] = {
             field.name: value[index, :width] if value.ndim == 2 else value[index]
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)

@@ -401,7 +401,8 @@ class Trainer:
     def _credited(self, rollouts: Rollouts) -> Batch:
         """The batch to learn from, with advantages, before any update."""
         batch = Batch.of(rollouts.rollout, self.agent.device)
-        if self.reference is not None or self.algorithm.wants_values or _is_foreign(rollouts.rollout):
+        batch.is_fresh = _is_the_learners(rollouts.rollout) and not self._samples_exactly and self._updates_once
+        if self.reference is not None or self.algorithm.wants_values or self._lacks_old(batch):
             self._add_estimates(batch)
         credit = self.algorithm.credit(
             Scored(
@@ -424,18 +425,36 @@ class Trainer:
 
         And the policy's own, where the sampler's are of another distribution.
         """
-        foreign = _is_foreign(batch.rollout)
+        lacks_old = self._lacks_old(batch)
         for rows in self._passes(batch.rollout):
             with self.processes.autocast():
                 if self.reference is not None:
                     batch.put("ref_logprobs", rows, self.reference.logprobs(batch.rollout[rows]).values)
-                if not self.algorithm.wants_values and not foreign:
+                if not self.algorithm.wants_values and not lacks_old:
                     continue
                 now = self.agent.logprobs(batch.rollout[rows])
-                if foreign:
+                if lacks_old:
                     batch.put("old_logprobs", rows, now.values)
                 if now.state_values is not None:
                     batch.put("values", rows, now.state_values)
+
+    def _lacks_old(self, batch: Batch) -> bool:
+        """Whether the sampler's log-probabilities are not those of the policy before the update."""
+        return not (_is_the_learners(batch.rollout) and (self._samples_exactly or batch.is_fresh))
+
+    @property
+    def _samples_exactly(self) -> bool:
+        """Whether sampling and learning give a token one log-probability.
+
+        In half precision they differ by some hundredths, since their sums run in another order. What is shown again
+        keeps the log-probabilities that it was sampled with; what is imitated needs none.
+        """
+        return self.accelerator.mixed_precision == "no" or self.replay is not None or self.algorithm.imitates
+
+    @property
+    def _updates_once(self) -> bool:
+        """Whether a rollout makes a single optimiser step."""
+        return self.algorithm.config.mu * self.algorithm.config.minibatches == 1
 
     def _correct(self, batch: Batch, rollout: Rollout) -> dict[str, float]:
         """Weighs a batch that an engine sampled by how likely the policy was to; tells how far the two are apart."""
@@ -516,7 +535,7 @@ class Trainer:
             weights = weights * batch.correction
         inputs = LossInputs(
             now.values,
-            batch.old_logprobs,
+            now.values.detach() if batch.is_fresh else batch.old_logprobs,
             batch.advantages,
             mask,
             weights,
@@ -538,9 +557,9 @@ class Trainer:
         return {name: float(kinds.get(name, np.mean)([own[name] for own in gathered if name in own])) for name in names}
 
 
-def _is_foreign(rollout: Rollout) -> bool:
-    """Whether a rollout's log-probabilities are those of another distribution than the learner's."""
-    return not (rollout.whole and rollout.own)
+def _is_the_learners(rollout: Rollout) -> bool:
+    """Whether a rollout's log-probabilities are of the learner's own distribution."""
+    return rollout.whole and rollout.own
 
 
 @contextmanager

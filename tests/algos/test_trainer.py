@@ -26,11 +26,17 @@ from vlmenv.core.errors import ConfigError, DataError
 
 
 def make(
-    agent: VLMAgent, *, num_envs: int = 12, grpo: GRPOConfig | None = None, env: Any = None, **options: Any
+    agent: VLMAgent,
+    *,
+    num_envs: int = 12,
+    grpo: GRPOConfig | None = None,
+    env: Any = None,
+    precision: str = "no",
+    **options: Any,
 ) -> Trainer:
     grpo = grpo or GRPOConfig(group_size=4)
     envs = gymnasium.make_vec("VLM-REC-v0", num_envs=num_envs, group_size=grpo.group_size, **(env or {}))
-    return Trainer(agent, envs, GRPO(grpo), TrainerConfig(**options), Accelerator(cpu=True))
+    return Trainer(agent, envs, GRPO(grpo), TrainerConfig(**options), Accelerator(cpu=True, mixed_precision=precision))
 
 
 def gradient(trainer: Trainer, rollout: Any, advantages: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -54,6 +60,31 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(builtin: VLMAgent, si
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
     for name, value in sums.items():
         torch.testing.assert_close(value, expected_sums[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize(("options", "passes"), [({}, 0), ({"mu": 2}, 1), ({"minibatches": 2}, 1)])
+def test_the_old_log_probabilities_are_the_learners(
+    builtin: VLMAgent, precision: str, options: dict[str, int], passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sampler's are, exactly enough in float32; in bfloat16 another pass gives them, unless the first one does."""
+    logratios, calls = [], []
+    loss, logprobs = GRPO.loss, VLMAgent.logprobs
+
+    def note(self: GRPO, inputs: LossInputs) -> LossOutput:
+        logratios.append((inputs.logprobs - inputs.old_logprobs).detach()[inputs.mask])
+        return loss(self, inputs)
+
+    monkeypatch.setattr(GRPO, "loss", note)
+    monkeypatch.setattr(VLMAgent, "logprobs", lambda self, rollout: calls.append(1) or logprobs(self, rollout))
+    trainer = make(builtin, grpo=GRPOConfig(group_size=4, **options), steps=1, lr=1e-3, precision=precision)
+    list(trainer.train(seed=0))
+    first = logratios[0].abs().max()
+    assert first < 1e-5 if precision == "no" else first == 0
+    assert len(calls) == len(logratios) + (passes if precision == "bf16" else 0)
+    assert len(logratios) == 1 + passes
+    if "mu" in options:
+        assert logratios[1].abs().max() > 1e-3  # the second pass is of other weights
 
 
 def test_a_reward_that_can_be_had_is_learnt(builtin: VLMAgent) -> None:

@@ -35,7 +35,8 @@ def metrics(agent: VLMAgent, algorithm: Any, accelerator: Accelerator) -> dict[s
     """Of a first step, in micro-batches."""
     if isinstance(algorithm, PPO):
         agent.add_value_head()
-    envs = gymnasium.make_vec("VLM-REC-v0", num_envs=16, group_size=algorithm.config.group_size)
+    how = {"group_size": algorithm.config.group_size, "answers": algorithm.imitates}
+    envs = gymnasium.make_vec("VLM-REC-v0", num_envs=16, **how)
     (result,) = Trainer(agent, envs, algorithm, TrainerConfig(steps=1, micro_batch_size=6), accelerator).train(seed=0)
     return {
         name: value
