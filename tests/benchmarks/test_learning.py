@@ -42,7 +42,7 @@ def test_against_trl(common: ModuleType, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(script, "KINDEST", (case,))
     script.main(script.Args(rounds=1, threads=1, cases=(case,), ways_cases=(case,), output=tmp_path / "table.md"))
     table = (tmp_path / "table.md").read_text()
-    assert table.count(CELLS) == 4
+    assert table.count(CELLS) == 5
     assert all(title in table for title in ("## Time", "## Memory of an update", "## What is computed once"))
     assert len(differences(table)) == 3
     assert max(differences(table)) < 1e-5
