@@ -4,13 +4,14 @@
 
 The model has the shape of `--model` and random weights: of that folder or repository only the configuration, the
 tokenizer and the image processor are read. Contestants run one after the other, each alone in the GPU's memory, and
-both with gradient checkpointing.
+both with gradient checkpointing. With `--vllm`, where it is installed, vLLM generates too, in the same process.
 """
 
 from __future__ import annotations
 
 import gc
 import logging
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,13 +37,16 @@ from common import (
     peak_memory,
     processor_of,
     report,
+    seconds_of,
 )
 from huggingface_hub import snapshot_download
 from profile_step import MODEL, PHASES, Clock, watch
 from transformers import AutoConfig, PreTrainedModel
 from trl_contestant import TRL
 
+from vlmenv.agents.engines.vllm import VLLMEngine
 from vlmenv.agents.families import Family
+from vlmenv.agents.vlm import VLMAgent
 
 GRID = tuple(Case("3B", 1152, size, 2, new_tokens, 0.9) for size in (8, 16) for new_tokens in (128, 512))
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
@@ -63,6 +67,8 @@ class Args:
     """Steps of each that are counted."""
     trl: bool = True
     """Measure TRL too."""
+    vllm: bool = False
+    """Measure generation by vLLM too."""
     cases: tuple[Case, ...] = GRID
     """What is measured."""
     peak: float | None = None
@@ -92,7 +98,8 @@ def main(args: Args) -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     found = [one for case in args.cases for one in measure(case, args)]
-    report([*head(args, found), *speeds(found, args), *phases(found)], args.output)
+    engines = {case: generation(case, args) for case in args.cases} if args.vllm else {}
+    report([*head(args, found), *speeds(found, args), *phases(found), *generating(engines)], args.output)
 
 
 def measure(case: Case, args: Args) -> list[Measured]:
@@ -134,6 +141,38 @@ def phases_of(ours: Ours, args: Args) -> dict[str, float]:
         taken.append(clock.seconds)
     restore()
     return {phase: float(np.median([seconds[phase] for seconds in taken])) for phase in PHASES}
+
+
+def generation(case: Case, args: Args) -> dict[str, Spread]:
+    """Seconds of generating by the trainer's own sampler and by vLLM, and of what vLLM needs around it."""
+    family = new_family(args)
+    agent = new_agent(family, "shared", case.new_tokens)
+    asked = [one for one in observations(family, case) for _ in range(case.group_size)]
+    with tempfile.TemporaryDirectory() as folder:
+        agent.save(Path(folder) / "model")
+        family.processor.image_processor.save_pretrained(
+            Path(folder) / "model"
+        )  # it leaves images as large as they are
+        engine = VLLMEngine(
+            Path(folder) / "model",
+            family,
+            device=torch.device(args.device),
+            dtype=getattr(torch, args.dtype),
+            max_length=case.tokens + case.new_tokens,
+        )
+        engine.sleep()
+        taken = [turn(agent, engine, asked) for _ in range(args.rounds + 1)][1:]
+        agent.close()
+    print(case, taken[-1], flush=True)
+    return {what: Spread(tuple(one[what] for one in taken)) for what in taken[0]}
+
+
+def turn(agent: VLMAgent, engine: VLLMEngine, asked: Any) -> dict[str, float]:
+    agent.engine = None
+    taken = {"hf": seconds_of(lambda: agent.rollout(asked))}
+    agent.engine = engine
+    steps = {"wake": agent.wake, "sync": agent.sync, "vllm": lambda: agent.rollout(asked), "sleep": agent.sleep}
+    return taken | {what: seconds_of(step) for what, step in steps.items()}
 
 
 def new_ours(case: Case, args: Args) -> Ours:
@@ -195,7 +234,7 @@ def head(args: Args, found: list[Measured]) -> list[str]:
     return [
         "# Optimiser steps of GRPO on a GPU",
         "",
-        f"    python benchmarks/gpu.py --model {args.model} --output benchmarks/gpu.md",
+        f"    python benchmarks/gpu.py --model {args.model}{' --vllm' if args.vllm else ''} --output benchmarks/gpu.md",
         "",
         f"{device}, {hardware(f'{args.dtype}, ')}; a model of the shape of {args.model} with random weights, gradient "
         f"checkpointing, medians of {args.rounds} steps. The contestants run one after the other. Utilisation is that "
@@ -246,6 +285,25 @@ def phases(found: list[Measured]) -> list[str]:
         name = phase if phase in MODEL else f"**{phase}**"
         lines.append(f"| {name} | {' | '.join(f'{(one.phases or {})[phase]:.3f}' for one in own)} |")
     return lines if own else []
+
+
+def generating(found: dict[Case, dict[str, Spread]]) -> list[str]:
+    lines = [
+        "",
+        "## vLLM in the same process",
+        "",
+        "Tokens per second from observations to texts, right after an update of the weights; and seconds that vLLM "
+        "takes to wake, to take the weights over and to sleep. hf is the trainer's own sampler.",
+        "",
+        "| T | G | P | L | hf, tokens/s | vllm, tokens/s | vllm to hf | wake | sync | sleep |",
+        "|---" * 10 + "|",
+    ]
+    for case, one in found.items():
+        hf, vllm = (case.count * case.new_tokens / one[name].median for name in ("hf", "vllm"))
+        around = [f"{one[what].median:.2f}" for what in ("wake", "sync", "sleep")]
+        cells = [*case.cells[1:], f"{hf:,.0f}", f"{vllm:,.0f}", f"{vllm / hf:.1f}×", *around]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines if found else []
 
 
 if __name__ == "__main__":

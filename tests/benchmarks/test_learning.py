@@ -123,6 +123,21 @@ def test_gpu(common: ModuleType, qwen2_5_vl_folder: Path, tmp_path: Path) -> Non
             script.main(script.Args(**options))
 
 
+@pytest.mark.vllm
+def test_gpu_with_vllm(common: ModuleType, qwen2_5_vl_folder: Path, tmp_path: Path) -> None:
+    script, case = trl_script("gpu"), common.Case("tiny", 100, 2, 1, 6, 0.9)
+    how = {"device": "cpu", "dtype": "float32", "rounds": 1, "trl": False, "vllm": True}
+    script.main(
+        script.Args(model=str(qwen2_5_vl_folder), cases=(case,), output=tmp_path / "table.md", peak=1e11, **how)
+    )
+    (row,) = [
+        line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| 100 (81) | 2 | 1 | 6 |")
+    ]
+    hf, vllm, ratio, *around = [cell.strip(" ×") for cell in row.split("|")[5:-1]]
+    assert float(ratio) == pytest.approx(float(vllm.replace(",", "")) / float(hf.replace(",", "")), abs=0.1)
+    assert len([float(seconds) for seconds in around]) == 3
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_operations_are_those_of_the_matrix_products(common: ModuleType, qwen2_5_vl_folder: Path, shared: bool) -> None:
     script = trl_script("gpu")
