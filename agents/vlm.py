@@ -235,7 +235,7 @@ class VLMAgent(Agent):
     def blocks(self) -> list[nn.Module]:
         """The blocks of the vision tower and of the language model."""
         layers = self.family.language_model().get_submodule("layers")
-        return [*self.family.vision_tower().get_submodule("blocks").children(), *layers.children()]
+        return [*self.family.vision_blocks().children(), *layers.children()]
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """The trained parameters as "language", value head included, and "vision", projectors included; none empty."""

@@ -381,6 +381,16 @@ def test_recomputing_activations_gives_the_same_gradients(agent: VLMAgent, rollo
     assert [runs.count(name) for name in blocks] == [3 * count for count in once]
 
 
+def test_blocks_are_listed_in_the_order_in_which_they_run(agent: VLMAgent, rollout: Rollout, case: Case) -> None:
+    named, ran = {module: name for name, module in agent.family.model.named_modules()}, []
+    for module, name in named.items():
+        if re.fullmatch(case.blocks, name):
+            module.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
+    agent.logprobs(rollout)
+    assert [named[block] for block in agent.blocks()] == list(dict.fromkeys(ran))
+    assert len(set(ran)) == 4
+
+
 def test_a_saved_model_is_loaded_bit_for_bit(agent: VLMAgent, folder: Path, case: Case, tmp_path: Path) -> None:
     with torch.no_grad():
         for parameter in agent.parameters():
