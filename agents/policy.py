@@ -53,6 +53,8 @@ class Policy(nn.Module):
     Attributes:
         share_prefixes: Whether what a group has in common is computed once. That is exact, in value and in gradient;
             without it each completion repeats its image and prompt, padded to the longest: slow, and a reference.
+        divided: Whether processes hold the weights in shares. Each pass then runs the vision tower once, on all images
+            together, though that is frozen and has seen some before.
         value_head: The critic's, where there is one.
     """
 
@@ -61,6 +63,7 @@ class Policy(nn.Module):
         self.family = family
         self.model = family.model
         self.share_prefixes = True
+        self.divided = False
         self.value_head: ValueHead | None = None
         banned = torch.from_numpy(family.banned_tokens).to(family.model.device)
         self.register_buffer("banned", banned, persistent=False)
@@ -167,7 +170,7 @@ class Policy(nn.Module):
         shown = [prompt for prompt in prompts if prompt.images]
         if not shown:
             return None
-        if self.family.sees_by_trained_weights():
+        if self.divided or self.family.sees_by_trained_weights():
             return self._look(shown)
         tower = self.family.vision_tower()
         for prompt in shown:

@@ -160,6 +160,14 @@ class VLMAgent(Agent):
             return rollout
         return replace(rollout, prompts=[*rollout.prompts, self._blank])
 
+    @property
+    def divided(self) -> bool:
+        return self.family_policy.divided
+
+    @divided.setter
+    def divided(self, divided: bool) -> None:
+        self.family_policy.divided = divided
+
     @functools.cached_property
     def _blank(self) -> Prompt:
         return self.family.encode({"images": (np.zeros((64, 64, 3), np.uint8),), "prompt": ""})
