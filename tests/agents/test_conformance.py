@@ -351,6 +351,28 @@ def test_a_frozen_vision_tower_sees_each_prompt_once(agent: VLMAgent, case: Case
             torch.testing.assert_close(result.values, agent.logprobs(fresh).values, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("share_prefixes", [True, False])
+def test_where_weights_are_divided_every_pass_runs_every_block_as_often(
+    agent: VLMAgent, case: Case, share_prefixes: bool
+) -> None:
+    """With images that were seen before, without any, and where answers are one token long."""
+    agent.freeze(vision=True, projector=True)
+    rollout = agent.rollout(prompts(case))
+    text = rollout[-1:]
+    first = text.completions[0]
+    short = replace(text, completions=[replace(first, token_ids=first.token_ids[:1], logprobs=first.logprobs[:1])])
+    parts, ran = (rollout, text, short), []
+    expected = [agent.logprobs(part).values for part in parts]
+    agent.in_step, agent.divided, agent.family_policy.share_prefixes = True, True, share_prefixes
+    assert agent.reference().policy.family.vision_tower() is not agent.family.vision_tower()
+    for block in agent.blocks():
+        block.register_forward_pre_hook(lambda block, _: ran.append(block))
+    for part, values in zip(parts, expected, strict=True):
+        ran.clear()
+        torch.testing.assert_close(agent.logprobs(part).values, values, atol=1e-5, rtol=0)
+        assert [ran.count(block) for block in agent.blocks()] == [1, 1, *[2 if share_prefixes else 1] * 2]
+
+
 def test_images_matter(agent: VLMAgent, rollout: Rollout) -> None:
     """Each image changes the log-probabilities of its own prompt's completions, and of no other's."""
     before = logprobs_of(agent, rollout)

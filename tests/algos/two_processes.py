@@ -98,13 +98,16 @@ def check_uneven_passes(accelerator: Accelerator, sort: str) -> None:
     """Gradients and the reference are those of one process, though one could leave out what the other cannot.
 
     In the first pass one process sees two images that nobody has looked at, the other one; in the second, one has seen
-    its images already, and the other has none.
+    its images already and has answers of one token, which need none before them, and the other has no images.
     """
     alone, agent, rank = build(sort), build(sort), accelerator.process_index
     trainer = trainer_of(agent, accelerator, beta=0.1, micro_batch_tokens=None, micro_batch_size=8)
     with trainer.processes.whole():
         rollout = agent.rollout(uneven_observations())
     rollout.prompts[:2] = unseen(rollout).prompts[:2]
+    rollout.completions[8:16] = [
+        replace(one, token_ids=one.token_ids[:1], logprobs=one.logprobs[:1]) for one in rollout.completions[8:16]
+    ]
     half, advantages = rollout[16 * rank : 16 * rank + 16], torch.linspace(-1, 1, 32)
     expected = alone.reference().logprobs(unseen(half)).values
     for rows in (slice(0, 8), slice(8, 16)):
