@@ -42,12 +42,15 @@ class Agent(ABC):
             so that it may be wrapped for distributed training and put back.
         max_new_tokens: The longest completion, its end token included.
         in_step: Whether each call of `logprobs` has to run every part of the model, whatever the rollout holds.
-            Set where processes hold the weights in shares: then one that left a part out would be waited for.
+            Set where processes hold the gradients in shares: then one that left a part out would be waited for.
+        divided: Whether moreover each call has to run every part as often as any other does, frozen parts too.
+            Set where processes hold the weights in shares, before `reference` is called and the policy is divided.
     """
 
     policy: nn.Module
     max_new_tokens: int
     in_step: bool = False
+    divided: bool = False
 
     @abstractmethod
     def act(self, observations: Observations) -> list[str]:

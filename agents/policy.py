@@ -53,6 +53,8 @@ class Policy(nn.Module):
     Attributes:
         share_prefixes: Whether what a group has in common is computed once. That is exact, in value and in gradient;
             without it each completion repeats its image and prompt, padded to the longest: slow, and a reference.
+        divided: Whether processes hold the weights in shares. Each pass then runs the vision tower once, on all images
+            together, and the language model twice, on prompts and on completions, whatever else could be left out.
         value_head: The critic's, where there is one.
     """
 
@@ -61,6 +63,7 @@ class Policy(nn.Module):
         self.family = family
         self.model = family.model
         self.share_prefixes = True
+        self.divided = False
         self.value_head: ValueHead | None = None
         banned = torch.from_numpy(family.banned_tokens).to(family.model.device)
         self.register_buffer("banned", banned, persistent=False)
@@ -132,10 +135,14 @@ class Policy(nn.Module):
         prefixes, firsts = self.prefill(rollout.prompts)
         index = torch.from_numpy(rollout.prompt_index)
         on_device = index.to(self.device)[packing.rows]
-        inputs = Packing(packing.lengths - 1, self.device)  # the last token predicts nothing
-        if inputs.total == 0:
-            return firsts[on_device]
-        tokens = self._tokens([completion.token_ids[:-1] for completion in rollout.completions])
+        lengths = packing.lengths - 1  # the last token predicts nothing
+        if not lengths.any():
+            if not self.divided:
+                return firsts[on_device]
+            lengths = packing.lengths  # nobody reads what follows these tokens, but all processes compute it together
+        inputs = Packing(lengths, self.device)
+        fed = zip(rollout.completions, lengths.tolist(), strict=True)
+        tokens = self._tokens([completion.token_ids[:length] for completion, length in fed])
         starts = torch.tensor([next_position(prompt) for prompt in rollout.prompts])[index].to(self.device)
         attention = Continuations(prefixes, inputs, index)
         later = self.extend(tokens, starts[inputs.rows] + inputs.places, attention)
@@ -144,11 +151,13 @@ class Policy(nn.Module):
 
     def _repeating(self, rollout: Rollout, packing: Packing) -> Tensor:
         """`hidden_states` with each prompt computed for each of its completions, in one padded batch."""
-        prompts = [rollout.prompts[i] for i in rollout.prompt_index]
-        pairs = list(zip(prompts, rollout.completions, strict=True))
-        ids = [np.concatenate([prompt.input_ids, completion.token_ids]) for prompt, completion in pairs]
+        bare = np.setdiff1d(np.arange(len(rollout.prompts)), rollout.prompt_index)  # without any completion
+        prompts = [rollout.prompts[i] for i in (*rollout.prompt_index, *bare)]
+        answers = [completion.token_ids for completion in rollout.completions]
+        pairs = list(zip(prompts, [*answers, *[np.empty(0, np.int64)] * len(bare)], strict=True))
+        ids = [np.concatenate([prompt.input_ids, answer]) for prompt, answer in pairs]
         lengths = torch.tensor([len(one) for one in ids])
-        positions = [torch.from_numpy(_all_positions(prompt, len(one.token_ids))).T for prompt, one in pairs]
+        positions = [torch.from_numpy(_all_positions(prompt, len(answer))).T for prompt, answer in pairs]
         padded = nn.utils.rnn.pad_sequence(positions, batch_first=True).permute(2, 0, 1).to(self.device)
         features = self._look(prompts) if any(prompt.images for prompt in prompts) else None
         output = self.model.model(
@@ -167,7 +176,7 @@ class Policy(nn.Module):
         shown = [prompt for prompt in prompts if prompt.images]
         if not shown:
             return None
-        if self.family.sees_by_trained_weights():
+        if self.divided or self.family.sees_by_trained_weights():
             return self._look(shown)
         tower = self.family.vision_tower()
         for prompt in shown:

@@ -22,15 +22,17 @@ class FrozenPolicy:
 
     Attributes:
         policy: A copy, without gradients and without a value head. It shares the vision tower where that is frozen,
-            and with it the features that it found.
+            and with it the features that it found; but none that processes hold in shares, which only the policy's own
+            passes gather.
     """
 
     def __init__(self, policy: Policy, prepare: Callable[[Rollout], Rollout]) -> None:
         family = policy.family
-        shared = [] if family.sees_by_trained_weights() else [family.vision_tower(), *family.projectors()]
+        parted = policy.divided or family.sees_by_trained_weights()
+        shared = [] if parted else [family.vision_tower(), *family.projectors()]
         model = copy.deepcopy(family.model, {id(module): module for module in shared}).requires_grad_(False)
         self.policy = Policy(type(family)(model, family.processor))
-        self.policy.share_prefixes = policy.share_prefixes
+        self.policy.share_prefixes, self.policy.divided = policy.share_prefixes, policy.divided
         self._prepare = prepare
 
     @torch.no_grad()

@@ -160,6 +160,14 @@ class VLMAgent(Agent):
             return rollout
         return replace(rollout, prompts=[*rollout.prompts, self._blank])
 
+    @property
+    def divided(self) -> bool:
+        return self.family_policy.divided
+
+    @divided.setter
+    def divided(self, divided: bool) -> None:
+        self.family_policy.divided = divided
+
     @functools.cached_property
     def _blank(self) -> Prompt:
         return self.family.encode({"images": (np.zeros((64, 64, 3), np.uint8),), "prompt": ""})
@@ -235,7 +243,7 @@ class VLMAgent(Agent):
     def blocks(self) -> list[nn.Module]:
         """The blocks of the vision tower and of the language model."""
         layers = self.family.language_model().get_submodule("layers")
-        return [*self.family.vision_tower().get_submodule("blocks").children(), *layers.children()]
+        return [*self.family.vision_blocks().children(), *layers.children()]
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """The trained parameters as "language", value head included, and "vision", projectors included; none empty."""

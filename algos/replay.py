@@ -100,9 +100,6 @@ class Replay:
 
 
 def _afresh(rollouts: Rollouts) -> Rollouts:
-    """A copy whose prompts hold no features of a frozen vision tower.
-
-    They take memory, and processes with shares of the tower have to run it together, whatever each of them replays.
-    """
+    """A copy whose prompts hold no features of a frozen vision tower, which take memory."""
     prompts = [replace(prompt, features=None) for prompt in rollouts.rollout.prompts]
     return replace(rollouts, rollout=replace(rollouts.rollout, prompts=prompts))

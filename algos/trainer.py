@@ -176,8 +176,9 @@ class Trainer:
         self.replay = Replay(algorithm.replay, group_size) if algorithm.replay else None
         self.is_between_steps = True
         """False once weights have been updated, which then are of no step until it is finished."""
-        self.reference = agent.reference() if algorithm.wants_reference else None
         self.processes = processes_of(accelerator)
+        self.processes.announce(agent)
+        self.reference = agent.reference() if algorithm.wants_reference else None
         self.optimizer = self.processes.prepare(agent, self.reference, self._new_optimizer)
         self.scheduler = LambdaLR(self.optimizer, config.lr_factor)
 

@@ -36,6 +36,9 @@ class Processes:
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
 
+    def announce(self, agent: Agent) -> None:
+        """Tells an agent what it must not leave out, before its reference is made."""
+
     def prepare(
         self, agent: Agent, reference: Reference | None, optimizer: Callable[[], torch.optim.Optimizer]
     ) -> torch.optim.Optimizer:
@@ -43,7 +46,7 @@ class Processes:
 
         Args:
             agent: Its policy is wrapped.
-            reference: Of the agent, from before this.
+            reference: Of the agent, from before this, but after `announce`.
             optimizer: Makes the optimizer.
         """
         self.agent, plain = agent, optimizer()
@@ -126,12 +129,20 @@ class Processes:
 
 
 class Shares(Processes):
-    """Processes that hold a share of the model each, and so have to pass through it together."""
+    """Processes that hold a share of the model each, and so have to pass through it together.
+
+    Attributes:
+        divides_weights: Whether of the weights too.
+    """
+
+    divides_weights: bool = True
+
+    def announce(self, agent: Agent) -> None:
+        agent.in_step, agent.divided = True, self.divides_weights
 
     def prepare(
         self, agent: Agent, reference: Reference | None, optimizer: Callable[[], torch.optim.Optimizer]
     ) -> torch.optim.Optimizer:
-        agent.in_step = True
         self.agent = agent
         return self._divide(agent, reference, optimizer)
 

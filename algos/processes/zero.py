@@ -34,6 +34,7 @@ class ZeRO(Shares):
     def __init__(self, accelerator: Accelerator, options: Mapping[str, Any]) -> None:
         super().__init__(accelerator)
         self._options, self._stage = options, options["stage"]
+        self.divides_weights = self._stage == 3
         self._bf16 = accelerator.mixed_precision == "bf16"
 
     def _divide(

@@ -351,6 +351,28 @@ def test_a_frozen_vision_tower_sees_each_prompt_once(agent: VLMAgent, case: Case
             torch.testing.assert_close(result.values, agent.logprobs(fresh).values, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("share_prefixes", [True, False])
+def test_where_weights_are_divided_every_pass_runs_every_block_as_often(
+    agent: VLMAgent, case: Case, share_prefixes: bool
+) -> None:
+    """With images that were seen before, without any, and where answers are one token long."""
+    agent.freeze(vision=True, projector=True)
+    rollout = agent.rollout(prompts(case))
+    text = rollout[-1:]
+    first = text.completions[0]
+    short = replace(text, completions=[replace(first, token_ids=first.token_ids[:1], logprobs=first.logprobs[:1])])
+    parts, ran = (rollout, text, short), []
+    expected = [agent.logprobs(part).values for part in parts]
+    agent.in_step, agent.divided, agent.family_policy.share_prefixes = True, True, share_prefixes
+    assert agent.reference().policy.family.vision_tower() is not agent.family.vision_tower()
+    for block in agent.blocks():
+        block.register_forward_pre_hook(lambda block, _: ran.append(block))
+    for part, values in zip(parts, expected, strict=True):
+        ran.clear()
+        torch.testing.assert_close(agent.logprobs(part).values, values, atol=1e-5, rtol=0)
+        assert [ran.count(block) for block in agent.blocks()] == [1, 1, *[2 if share_prefixes else 1] * 2]
+
+
 def test_images_matter(agent: VLMAgent, rollout: Rollout) -> None:
     """Each image changes the log-probabilities of its own prompt's completions, and of no other's."""
     before = logprobs_of(agent, rollout)
@@ -379,6 +401,16 @@ def test_recomputing_activations_gives_the_same_gradients(agent: VLMAgent, rollo
     agent.enable_gradient_checkpointing()
     assert_alike(gradients(agent, loss_of(agent, rollout)), expected, within=1e-6)
     assert [runs.count(name) for name in blocks] == [3 * count for count in once]
+
+
+def test_blocks_are_listed_in_the_order_in_which_they_run(agent: VLMAgent, rollout: Rollout, case: Case) -> None:
+    named, ran = {module: name for name, module in agent.family.model.named_modules()}, []
+    for module, name in named.items():
+        if re.fullmatch(case.blocks, name):
+            module.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
+    agent.logprobs(rollout)
+    assert [named[block] for block in agent.blocks()] == list(dict.fromkeys(ran))
+    assert len(set(ran)) == 4
 
 
 def test_a_saved_model_is_loaded_bit_for_bit(agent: VLMAgent, folder: Path, case: Case, tmp_path: Path) -> None:

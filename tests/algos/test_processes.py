@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,22 +9,33 @@ import numpy as np
 import pytest
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
-from conftest import launch
+from conftest import ROOT, launch
 
 from vlmenv.algos.processes import processes_of
 from vlmenv.algos.processes.base import Shares
 from vlmenv.algos.processes.launch import check_deepspeed, check_fsdp
 from vlmenv.core.errors import ConfigError
 
+sys.path.append(str(ROOT / "tests" / "agents"))
+from small_models import invent
+
 NAMES = {"ddp": "whole copies", "fsdp2": "FSDP2", "deepspeed_zero2": "ZeRO", "deepspeed_zero3": "ZeRO"}
 
 
+@pytest.fixture(scope="module")
+def internvl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of another make than the built-in one: its tower is laid out and named otherwise."""
+    folder = tmp_path_factory.mktemp("internvl")
+    invent("internvl", folder)
+    return folder
+
+
 @pytest.mark.parametrize("kind", NAMES)
-def test_two_processes_learn_as_one(kind: str, tmp_path: Path) -> None:
+def test_two_processes_learn_as_one(kind: str, tmp_path: Path, internvl: Path) -> None:
     """They have the gradient of one, save, go on and evaluate as one, and do not wait for one another in vain."""
     sorts = "full,lora" if importlib.util.find_spec("peft") else "full"
     script = Path(__file__).parent / "two_processes.py"
-    done = launch(kind, str(script), NAMES[kind], sorts, str(tmp_path))
+    done = launch(kind, str(script), NAMES[kind], sorts, str(tmp_path), str(internvl))
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == sorts.split(",")
 

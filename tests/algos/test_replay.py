@@ -90,7 +90,7 @@ def test_what_was_not_learnt_from_is_not_kept() -> None:
 
 
 def test_what_a_frozen_tower_saw_is_not_kept() -> None:
-    """With shares of a tower all processes run it together, as often as one another, whatever each replays."""
+    """It would take memory for as long as its group is kept."""
     replay, new = Replay(4, 2), rollouts((0.0, 1.0))
     new.rollout.prompts[0].features = ("tower", "features")
     replay.keep(new, torch.tensor([[1.0], [-1.0]]), learnt(2), np.zeros(1, bool))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gymnasium
 import torch
@@ -22,7 +24,7 @@ from vlmenv.report.run_folder import RunFolder
 TOKENS = 120  # of a micro-batch
 
 
-def main(kind: str, sorts: list[str], folder: Path) -> None:
+def main(kind: str, sorts: list[str], folder: Path, models: list[str]) -> None:
     torch.set_num_threads(1)
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
     accelerator = Accelerator(cpu=True, kwargs_handlers=handlers)
@@ -30,25 +32,30 @@ def main(kind: str, sorts: list[str], folder: Path) -> None:
     for sort in sorts:
         check_gradient(accelerator, sort)
         check_run(accelerator, sort, RunFolder(folder / sort))
+    for sort in ("frozen", *["lora without vision"] * ("lora" in sorts), *models):
+        check_uneven_passes(accelerator, sort)
     assert trainer_of(build("full"), accelerator).processes.name == kind
     accelerator.state.destroy_process_group()  # whose threads may else end the process with an error
 
 
 def build(sort: str) -> VLMAgent:
     torch.manual_seed(0)
-    agent = VLMAgent.from_pretrained("builtin", sampling=Sampling(max_new_tokens=20))
-    if sort == "lora":
-        agent.add_lora(rank=2, alpha=4, vision=True)
+    name = sort if Path(sort).is_dir() else "builtin"
+    agent = VLMAgent.from_pretrained(name, sampling=Sampling(max_new_tokens=20))
+    if sort == "frozen":
+        agent.freeze(vision=True, projector=True)
+    if sort.startswith("lora"):
+        agent.add_lora(rank=2, alpha=4, vision=sort == "lora")
         for parameter in agent.parameters():  # an untrained adapter hides the gradient of its first half
             torch.nn.init.normal_(parameter, std=0.1)
     agent.seed(0)
     return agent
 
 
-def trainer_of(agent: VLMAgent, accelerator: Accelerator, beta: float = 0.0) -> Trainer:
+def trainer_of(agent: VLMAgent, accelerator: Accelerator, beta: float = 0.0, **options: Any) -> Trainer:
     shard = {"shard": accelerator.process_index, "num_shards": 2}
     envs = gymnasium.make_vec("VLM-REC-v0", num_envs=8, group_size=4, **shard)
-    config = TrainerConfig(micro_batch_tokens=TOKENS, steps=2, warmup_steps=0)
+    config = TrainerConfig(**({"micro_batch_tokens": TOKENS, "steps": 2, "warmup_steps": 0} | options))
     return Trainer(agent, envs, GRPO(GRPOConfig(group_size=4, beta=beta)), config, accelerator)
 
 
@@ -67,10 +74,7 @@ def check_gradient(accelerator: Accelerator, sort: str) -> None:
     passes = trainer.processes.collect([len(micro_batches(batch.rollout, None, TOKENS))])
     assert passes[0] > passes[1] > 1
     trainer.backward(batch)
-    found = {name: p for name, p in agent.family_policy.named_parameters() if p.requires_grad}
-    assert found.keys() == expected.keys()
-    for name, parameter in found.items():
-        torch.testing.assert_close(gradient(parameter), expected[name], atol=1e-6, rtol=0, msg=name)
+    assert_gradient(agent, expected)
     assert max(gradient.abs().max() for name, gradient in expected.items() if "visual" in name) > 1e-3
 
 
@@ -81,6 +85,51 @@ def observations() -> list[Observation]:
     seen: Observation = {"images": batch["images"][0], "prompt": batch["prompt"][0]}
     unseen: list[Observation] = [{"images": (), "prompt": f"Locate the {name} circle."} for name in ("red", "blue", "")]
     return [one for one in (seen, *unseen) for _ in range(4)]
+
+
+def assert_gradient(agent: VLMAgent, expected: dict[str, torch.Tensor]) -> None:
+    found = {name: p for name, p in agent.family_policy.named_parameters() if p.requires_grad}
+    assert found.keys() == expected.keys()
+    for name, parameter in found.items():
+        torch.testing.assert_close(gradient(parameter), expected[name], atol=1e-6, rtol=0, msg=name)
+
+
+def check_uneven_passes(accelerator: Accelerator, sort: str) -> None:
+    """Gradients and the reference are those of one process, though one could leave out what the other cannot.
+
+    In the first pass one process sees two images that nobody has looked at, the other one; in the second, one has seen
+    its images already and has answers of one token, which need none before them, and the other has no images.
+    """
+    alone, agent, rank = build(sort), build(sort), accelerator.process_index
+    trainer = trainer_of(agent, accelerator, beta=0.1, micro_batch_tokens=None, micro_batch_size=8)
+    with trainer.processes.whole():
+        rollout = agent.rollout(uneven_observations())
+    rollout.prompts[:2] = unseen(rollout).prompts[:2]
+    rollout.completions[8:16] = [
+        replace(one, token_ids=one.token_ids[:1], logprobs=one.logprobs[:1]) for one in rollout.completions[8:16]
+    ]
+    half, advantages = rollout[16 * rank : 16 * rank + 16], torch.linspace(-1, 1, 32)
+    expected = alone.reference().logprobs(unseen(half)).values
+    for rows in (slice(0, 8), slice(8, 16)):
+        values = trainer.reference.logprobs(half[rows]).values
+        torch.testing.assert_close(values, expected[rows, : values.shape[1]], atol=1e-4, rtol=0)
+    expected_gradient = plain_gradient(alone, unseen(rollout), advantages)
+    trainer.backward(Batch.of(half, agent.device, advantages[16 * rank : 16 * rank + 16]))
+    assert_gradient(agent, expected_gradient)
+
+
+def uneven_observations() -> list[Observation]:
+    """Four groups for each of the processes: all with an image, and the first alone."""
+    envs = gymnasium.make_vec("VLM-REC-v0", num_envs=8, group_size=4)
+    batch, _ = envs.reset(seed=0)
+    a, b = ({"images": batch["images"][i], "prompt": batch["prompt"][i]} for i in (0, 4))
+    texts = [{"images": (), "prompt": f"Locate the {name} circle."} for name in ("red", "blue", "green")]
+    return [one for one in (a, b, a, b, a, *texts) for _ in range(4)]
+
+
+def unseen(rollout: Rollout) -> Rollout:
+    """With nothing of what a frozen tower saw."""
+    return replace(rollout, prompts=[replace(prompt, features=None) for prompt in rollout.prompts])
 
 
 def plain_gradient(agent: VLMAgent, rollout: Rollout, advantages: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -171,4 +220,4 @@ def check_saved(sort: str, folder: Path, weights: dict[str, torch.Tensor]) -> No
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2].split(","), Path(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2].split(","), Path(sys.argv[3]), sys.argv[4:])
