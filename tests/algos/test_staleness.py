@@ -35,21 +35,30 @@ class CopyOfTheModel(Engine):
         self.max_length = agent.max_length
         self.threads: list[str] = []
         self.fails_at: int | None = None
+        self.calls: list[str] = []
 
     def generate(
         self, requests: Sequence[Request], index: NDArray[np.int64], sampling: Sampling, rng: np.random.Generator
     ) -> list[Sampled]:
         self.threads.append(threading.current_thread().name)
+        self.calls.append("generate")
         if len(self.threads) == self.fails_at:
             raise EngineError("the engine is gone")
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
         return sample(self._policy, [request.prompt for request in requests], index, sampling, generator)
 
     def sync(self, weights: Mapping[str, Tensor], *, vision: tuple[int, ...] | None = None) -> None:
+        self.calls.append("sync")
         state = self._policy.model.state_dict()
         with torch.no_grad():
             for name in weights.keys() & state.keys():
                 state[name].copy_(weights[name])
+
+    def sleep(self) -> None:
+        self.calls.append("sleep")
+
+    def wake(self) -> None:
+        self.calls.append("wake")
 
     def close(self) -> None:
         pass
@@ -93,6 +102,26 @@ def test_the_sampler_is_as_many_steps_behind_as_allowed(builtin: VLMAgent, stale
     assert isinstance(builtin.engine, CopyOfTheModel)
     ahead = [name != "MainThread" for name in builtin.engine.threads]
     assert ahead == [False, *[bool(staleness)] * 3]
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_an_engine_sleeps_while_the_model_learns(
+    builtin: VLMAgent, staleness: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless it writes meanwhile; and it is awake when the model is measured, before the steps and after them."""
+    trainer = trainer_of(builtin, max_staleness=staleness, steps=2)
+    engine, step = builtin.engine, trainer.processes.step
+    assert isinstance(engine, CopyOfTheModel)
+    monkeypatch.setattr(
+        trainer.processes, "step", lambda *args, **options: engine.calls.append("update") or step(*args, **options)
+    )
+    trainer.sync()
+    list(trainer.train(seed=0))
+    trainer.sync()
+    calls = [call for call in engine.calls if call != "generate" or not staleness]  # which comes at any time then
+    slept = [] if staleness else ["sleep"]
+    written = [] if staleness else ["generate"]
+    assert calls == [*["wake", "sync", *written, *slept, "update"] * 2, "wake", "sync"]
 
 
 def test_an_engine_in_step_learns_what_the_model_would(builtin: VLMAgent) -> None:
