@@ -9,9 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from numpy.typing import NDArray
 from test_trainer import make
 from torch import Tensor
@@ -20,7 +22,7 @@ from vlmenv.agents.engines.base import Engine, Request
 from vlmenv.agents.policy import Policy
 from vlmenv.agents.sampling import Sampled, Sampling, sample
 from vlmenv.agents.vlm import VLMAgent
-from vlmenv.algos import GRPOConfig, StepResult, Trainer
+from vlmenv.algos import SFT, GRPOConfig, SFTConfig, StepResult, Trainer, TrainerConfig
 from vlmenv.algos.background import Background
 from vlmenv.core.errors import ConfigError, EngineError
 
@@ -122,6 +124,16 @@ def test_an_engine_sleeps_while_the_model_learns(
     slept = [] if staleness else ["sleep"]
     written = [] if staleness else ["generate"]
     assert calls == [*["wake", "sync", *written, *slept, "update"] * 2, "wake", "sync"]
+
+
+def test_imitation_hands_weights_over_only_to_be_measured(builtin: VLMAgent) -> None:
+    builtin.engine = engine = CopyOfTheModel(builtin)
+    envs = gymnasium.make_vec("VLM-REC-v0", num_envs=4, answers=True)
+    trainer = Trainer(builtin, envs, SFT(SFTConfig()), TrainerConfig(steps=2), Accelerator(cpu=True))
+    list(trainer.train(seed=0))
+    assert engine.calls == ["sleep", "sleep"]
+    trainer.sync()
+    assert engine.calls[2:] == ["wake", "sync"]
 
 
 def test_an_engine_in_step_learns_what_the_model_would(builtin: VLMAgent) -> None:
