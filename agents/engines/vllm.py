@@ -167,7 +167,7 @@ class VLLMEngine(Engine):
         Weights could be dropped (vLLM's level 2), as those of the next step overwrite them; but with them would go what
         is no parameter or buffer of the model, as the banned tokens and Qwen3-VL's features of its deeper layers.
         """
-        if self._sleeps:
+        if self._sleeps and self._asleep != _MEMORY:
             with _explained("sleep"):
                 self._llm.sleep(level=1)
             self._asleep = set(_MEMORY)
