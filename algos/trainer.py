@@ -231,7 +231,8 @@ class Trainer:
         clock: dict[str, float] = {}
         started = time.perf_counter()
         with timed(clock, "sync"):
-            self.sync()
+            if not self.algorithm.imitates:  # which asks nothing of an engine
+                self.sync()
         collected = self._collected(clock)
         if not self.config.max_staleness:
             self.agent.sleep()

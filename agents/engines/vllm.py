@@ -12,8 +12,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from vlmenv.agents.sampling import Sampled, Sampling
 from vlmenv.core.errors import ConfigError, EngineError
 
 _IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # tensors are handed over as they are
+_MEMORY = {"weights", "kv_cache"}  # as vLLM names the parts that it can go without
 _MISSING = (
     'the engine vllm needs the extra "vllm": pip install "vlmenv[vllm]" on a machine with a CUDA GPU; '
     "docs/vllm.md says how to go without one"
@@ -76,6 +77,7 @@ class VLLMEngine(Engine):
         self._vllm, self._folder, self._family = vllm, folder, family
         self._device, self.max_length = device, max_length
         self._sharing, self._asked = tensor_parallel, 0
+        self._sleeps, self._asleep = device.type == "cuda", set[str]()
         settings = engine_settings(
             folder,
             family,
@@ -89,7 +91,7 @@ class VLLMEngine(Engine):
         if num_processes() > 1:  # which vLLM takes as they are, and starts none
             settings["distributed_executor_backend"] = "external_launcher"
         try:
-            self._llm = vllm.LLM(**settings, seed=seed, enable_sleep_mode=device.type == "cuda")
+            self._llm = vllm.LLM(**settings, seed=seed, enable_sleep_mode=self._sleeps)
         except (RuntimeError, ValueError, OSError, AssertionError) as error:
             raise EngineError(f"vLLM cannot be started with {folder}: {error}") from error
         self._vision: tuple[int, ...] | None = None
@@ -108,13 +110,12 @@ class VLLMEngine(Engine):
 
     def _generate(self, jobs: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[Any]:
         """vLLM's outputs for prompts with their sampling settings."""
+        self._take_back(_MEMORY)
         shared, start = self._gathered(jobs)
-        try:
+        with _explained("generate"):
             params = [self._vllm.SamplingParams(**settings) for _, settings in shared]
             with torch.autocast(self._device.type, enabled=False):  # the trainer's precision is none of the engine's
                 outputs = self._llm.generate([prompt for prompt, _ in shared], params, use_tqdm=False)
-        except (RuntimeError, ValueError) as error:
-            raise EngineError(f"vLLM failed to generate: {error}") from error
         return list(outputs[start : start + len(jobs)])
 
     def _gathered(self, jobs: list[Any]) -> tuple[list[Any], int]:
@@ -144,24 +145,49 @@ class VLLMEngine(Engine):
 
     def sync(self, weights: Mapping[str, Tensor], *, vision: tuple[int, ...] | None = None) -> None:
         check_names(weights, self._names)
-        sees_alike, self._vision = vision is not None and vision == self._vision, vision
-        missing = self._llm.collective_rpc(overwrite, args=(list(weights.items()), sees_alike))
+        sees_alike, self._vision = vision is not None and vision == self._vision, None
+        self.wake()
+        with _explained("take over the weights"):
+            missing = self._llm.collective_rpc(overwrite, args=(list(weights.items()), sees_alike))
+            # A third cache stays: it holds images as they go into the model, on which no weight has any bearing.
+            forgotten = self._llm.reset_prefix_cache()
+            if not sees_alike:
+                self._llm.llm_engine.reset_encoder_cache()
         if any(missing):
             raise EngineError(f"vLLM left weights as they were: {missing[0][:5]}")
-        # A third cache stays: it holds images as they go into the model, on which no weight has any bearing.
-        self._llm.reset_prefix_cache()
-        if not sees_alike:
-            self._llm.llm_engine.reset_encoder_cache()
+        if not forgotten:
+            raise EngineError(
+                "vLLM keeps keys and values of the old weights: it is not done with all that it was asked"
+            )
+        self._vision = vision
 
     def sleep(self) -> None:
-        if self._device.type == "cuda":
-            self._llm.sleep(level=1)
+        """Sends the weights to the CPU's memory and forgets keys, values and features.
+
+        Weights could be dropped (vLLM's level 2), as those of the next step overwrite them; but with them would go what
+        is no parameter or buffer of the model, as the banned tokens and Qwen3-VL's features of its deeper layers.
+        """
+        if self._sleeps and self._asleep != _MEMORY:
+            with _explained("sleep"):
+                self._llm.sleep(level=1)
+            self._asleep = set(_MEMORY)
 
     def wake(self) -> None:
-        if self._device.type == "cuda":
-            self._llm.wake_up()
+        """Takes the memory for weights back; that for keys and values when it is to generate, after the hand-over.
+
+        By then the weights that the processes have gathered for it, or merged with adapters, are gone again.
+        """
+        self._take_back({"weights"})
+
+    def _take_back(self, parts: Set[str]) -> None:
+        if asleep := sorted(self._asleep & parts):
+            with _explained("wake"):
+                self._llm.wake_up(asleep)
+            self._asleep -= parts
 
     def close(self) -> None:
+        with suppress(EngineError):  # else vLLM frees what is not there, an error that would stay with the next engine
+            self._take_back(_MEMORY)
         with _keeping_processes() if num_processes() > 1 else nullcontext():
             self._llm.llm_engine.engine_core.shutdown()
 
@@ -196,6 +222,16 @@ def import_vllm(device: torch.device) -> Any:
         raise ConfigError(f"{_MISSING} ({error})") from error
     look_in_process()
     return vllm
+
+
+@contextmanager
+def _explained(work: str) -> Iterator[None]:
+    """Makes an EngineError of what vLLM raises when it cannot do some work."""
+    try:
+        yield
+    except (RuntimeError, ValueError, AssertionError) as error:
+        full = "; lower --engine-memory" if "out of memory" in str(error) else ""
+        raise EngineError(f"vLLM failed to {work}: {error}{full}") from error
 
 
 @contextmanager

@@ -275,7 +275,8 @@ def test_each_cache_has_to_be_reset(left_out: str, folder: Path, monkeypatch: py
         with torch.no_grad():
             for parameter in agent.policy.parameters():
                 parameter.mul_(1.05)
-        monkeypatch.setattr(engine._llm if left_out == "reset_prefix_cache" else engine._llm.llm_engine, left_out, int)
+        holder = engine._llm if left_out == "reset_prefix_cache" else engine._llm.llm_engine
+        monkeypatch.setattr(holder, left_out, lambda: True)
         agent.sync()
         with pytest.raises((AssertionError, EngineError)):
             assert_in_step(agent, batch())
@@ -312,6 +313,98 @@ def test_features_are_kept_while_a_frozen_tower_stays_the_same(agent: VLMAgent) 
     assert looks_after_changing(tower)
     assert not looks_after_changing(language)
     hook.remove()
+
+
+@pytest.fixture
+def sleeper(agent: VLMAgent, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> VLLMEngine:
+    """An engine that does on the CPU what it would on a GPU; of vLLM, all but the memory itself goes to sleep here."""
+    assert isinstance(engine, VLLMEngine)
+    monkeypatch.setattr(engine, "_sleeps", True)
+    return engine
+
+
+def worker_of(engine: VLLMEngine) -> Any:
+    return engine._llm.llm_engine.model_executor.driver_worker.worker
+
+
+def asleep(engine: VLLMEngine) -> set[str]:
+    """The parts of its memory that vLLM takes to be given up."""
+    return set(engine._llm.llm_engine.model_executor.sleeping_tags)
+
+
+@pytest.mark.parametrize("engine", ["in process"], indirect=True)
+@pytest.mark.parametrize("synced", [False, True])
+def test_an_engine_that_slept_is_in_step(agent: VLMAgent, sleeper: VLLMEngine, synced: bool) -> None:
+    """Room for keys and values is taken back once the weights are there; and where none are handed over as well."""
+    assert_in_step(agent, batch())
+    for _ in range(2):
+        agent.sleep()
+        assert asleep(sleeper) == {"weights", "kv_cache"}
+        agent.wake()
+        assert asleep(sleeper) == {"kv_cache"}
+        if synced:
+            with torch.no_grad():
+                for parameter in agent.parameters():
+                    parameter.mul_(1.02)
+            agent.sync()
+            assert asleep(sleeper) == {"kv_cache"}
+        assert_in_step(agent, batch())
+        assert not asleep(sleeper)
+
+
+@pytest.mark.parametrize("engine", ["in process"], indirect=True)
+@pytest.mark.parametrize("folder", ["builtin"], indirect=True)
+def test_a_gpu_without_room_to_wake_is_told_of(
+    agent: VLMAgent, sleeper: VLLMEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(tags: list[str]) -> None:
+        raise RuntimeError("CUDA Error: out of memory at cumem_allocator.cpp:119")  # the kind that vLLM raises
+
+    agent.sleep()
+    with monkeypatch.context() as patched:
+        patched.setattr(worker_of(sleeper), "wake_up", full)
+        for asked in (agent.wake, agent.sync, lambda: agent.act(ragged())):
+            with pytest.raises(EngineError, match=r"failed to wake: .* out of memory .*; lower --engine-memory"):
+                asked()
+        assert asleep(sleeper) == {"weights", "kv_cache"}
+    agent.sync()
+    assert_in_step(agent, batch())
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_an_engine_is_awake_when_it_is_closed(full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless there is no room, of which nobody needs to know any more."""
+    agent = VLMAgent.from_pretrained("builtin")
+    agent.engine = engine = start(agent, max_length=64)
+    monkeypatch.setattr(engine, "_sleeps", True)
+    worker, seen = worker_of(engine), []
+
+    def wake_up(tags: list[str]) -> None:
+        seen.append(set(tags))
+        if full:
+            raise RuntimeError("CUDA Error: out of memory at cumem_allocator.cpp:119")
+
+    shutdown = worker.shutdown
+    monkeypatch.setattr(worker, "wake_up", wake_up)
+    monkeypatch.setattr(worker, "shutdown", lambda: (seen.append("shutdown"), shutdown()))
+    agent.sleep()
+    agent.close()
+    assert seen[:2] == [{"weights", "kv_cache"}, "shutdown"]
+
+
+@pytest.mark.parametrize("engine", ["in process"], indirect=True)
+@pytest.mark.parametrize("folder", ["builtin"], indirect=True)
+def test_keys_and_values_that_cannot_be_forgotten_are_an_error(agent: VLMAgent, engine: Engine) -> None:
+    """vLLM keeps them as long as a request needs them, here one that another has asked."""
+    assert isinstance(engine, VLLMEngine)
+    vllm = engine._llm.llm_engine
+    vllm.add_request("another's", {"prompt_token_ids": [5, 6, 7]}, engine._vllm.SamplingParams(max_tokens=4))
+    vllm.step()
+    with pytest.raises(EngineError, match="keeps keys and values of the old weights"):
+        agent.sync()
+    vllm.abort_request(["another's"])
+    agent.sync()
+    assert_in_step(agent, batch())
 
 
 @pytest.mark.parametrize("folder", ["builtin"], indirect=True)

@@ -9,9 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from numpy.typing import NDArray
 from test_trainer import make
 from torch import Tensor
@@ -20,7 +22,7 @@ from vlmenv.agents.engines.base import Engine, Request
 from vlmenv.agents.policy import Policy
 from vlmenv.agents.sampling import Sampled, Sampling, sample
 from vlmenv.agents.vlm import VLMAgent
-from vlmenv.algos import GRPOConfig, StepResult, Trainer
+from vlmenv.algos import SFT, GRPOConfig, SFTConfig, StepResult, Trainer, TrainerConfig
 from vlmenv.algos.background import Background
 from vlmenv.core.errors import ConfigError, EngineError
 
@@ -35,21 +37,30 @@ class CopyOfTheModel(Engine):
         self.max_length = agent.max_length
         self.threads: list[str] = []
         self.fails_at: int | None = None
+        self.calls: list[str] = []
 
     def generate(
         self, requests: Sequence[Request], index: NDArray[np.int64], sampling: Sampling, rng: np.random.Generator
     ) -> list[Sampled]:
         self.threads.append(threading.current_thread().name)
+        self.calls.append("generate")
         if len(self.threads) == self.fails_at:
             raise EngineError("the engine is gone")
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
         return sample(self._policy, [request.prompt for request in requests], index, sampling, generator)
 
     def sync(self, weights: Mapping[str, Tensor], *, vision: tuple[int, ...] | None = None) -> None:
+        self.calls.append("sync")
         state = self._policy.model.state_dict()
         with torch.no_grad():
             for name in weights.keys() & state.keys():
                 state[name].copy_(weights[name])
+
+    def sleep(self) -> None:
+        self.calls.append("sleep")
+
+    def wake(self) -> None:
+        self.calls.append("wake")
 
     def close(self) -> None:
         pass
@@ -93,6 +104,36 @@ def test_the_sampler_is_as_many_steps_behind_as_allowed(builtin: VLMAgent, stale
     assert isinstance(builtin.engine, CopyOfTheModel)
     ahead = [name != "MainThread" for name in builtin.engine.threads]
     assert ahead == [False, *[bool(staleness)] * 3]
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_an_engine_sleeps_while_the_model_learns(
+    builtin: VLMAgent, staleness: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless it writes meanwhile; and it is awake when the model is measured, before the steps and after them."""
+    trainer = trainer_of(builtin, max_staleness=staleness, steps=2)
+    engine, step = builtin.engine, trainer.processes.step
+    assert isinstance(engine, CopyOfTheModel)
+    monkeypatch.setattr(
+        trainer.processes, "step", lambda *args, **options: engine.calls.append("update") or step(*args, **options)
+    )
+    trainer.sync()
+    list(trainer.train(seed=0))
+    trainer.sync()
+    calls = [call for call in engine.calls if call != "generate" or not staleness]  # which comes at any time then
+    slept = [] if staleness else ["sleep"]
+    written = [] if staleness else ["generate"]
+    assert calls == [*["wake", "sync", *written, *slept, "update"] * 2, "wake", "sync"]
+
+
+def test_imitation_hands_weights_over_only_to_be_measured(builtin: VLMAgent) -> None:
+    builtin.engine = engine = CopyOfTheModel(builtin)
+    envs = gymnasium.make_vec("VLM-REC-v0", num_envs=4, answers=True)
+    trainer = Trainer(builtin, envs, SFT(SFTConfig()), TrainerConfig(steps=2), Accelerator(cpu=True))
+    list(trainer.train(seed=0))
+    assert engine.calls == ["sleep", "sleep"]
+    trainer.sync()
+    assert engine.calls[2:] == ["wake", "sync"]
 
 
 def test_an_engine_in_step_learns_what_the_model_would(builtin: VLMAgent) -> None:
