@@ -139,6 +139,17 @@ class Server:
             raise ServerFault(f"it cannot take over weights: {fault}")
         return list(told["results"])
 
+    async def ask_workers(self, method: str) -> list[Any]:
+        """What each of its workers answers to a method of vLLM's own.
+
+        Raises:
+            ServerFault: There is no such answer.
+        """
+        told = _json(await self._ask("POST", "/collective_rpc", self.limit, {"method": method}))
+        if not isinstance(told, dict) or not isinstance(told.get("results"), list):
+            raise ServerFault(f"an answer of another form came to {method}: {str(told)[:_SHOWN]}")
+        return list(told["results"])
+
     async def renew(self, version: str) -> None:
         """Has it forget all that came of its old weights, and name the new ones in what it generates from then on.
 

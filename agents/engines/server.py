@@ -140,6 +140,21 @@ class VLLMServerEngine(Engine):
         for server, fault in zip(self._servers, faults, strict=True):
             server.fault = fault
 
+    def ask_workers(self, method: str) -> dict[str, list[Any]]:
+        """What the workers of each server in use answer to a method of vLLM's own.
+
+        Raises:
+            EngineError: A server does not answer.
+        """
+        servers = [server for server in self._servers if server.fault is None]
+        return {server.url: self._run(self._ask_workers(server, method)) for server in servers}
+
+    async def _ask_workers(self, server: Server, method: str) -> list[Any]:
+        try:
+            return await server.ask_workers(method)
+        except ServerFault as fault:
+            raise EngineError(f"{server.url}: {fault}") from fault
+
     def close(self) -> None:
         if self._direct is not None:
             self._direct.close()
