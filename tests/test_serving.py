@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from servers import free_port
 from test_cli import fails
 
 from vlmenv.agents.vlm import VLMAgent, find_model
-from vlmenv.serving import ServeConfig, _address, _arguments, _flags, _ready
+from vlmenv.core.errors import EngineError
+from vlmenv.serving import ServeConfig, _address, _arguments, _flags, _ready, _wait_until_ready
 
 
 @pytest.fixture
@@ -96,3 +99,13 @@ def test_what_to_type_is_told_and_who_may_change_the_weights(host: str, address:
     shown = f"http://{socket.gethostname()}:8000" if host == "0.0.0.0" else address
     assert f"vlmenv train --engine vllm-server --server {shown} --model a/b" in ready
     assert ("all who reach it" in ready) == warned
+
+
+def test_a_start_that_takes_long_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("vlmenv.serving._EVERY", 0.5)
+    starting = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1.8)"])
+    with pytest.raises(EngineError, match="did not start: it ended with status 0"):
+        _wait_until_ready(ServeConfig(port=free_port()), starting, Console(width=200))
+    told = capsys.readouterr().out.splitlines()
+    assert told
+    assert all("starting for" in line and "VLLM_LOGGING_LEVEL=INFO" in line for line in told)

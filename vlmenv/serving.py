@@ -31,6 +31,8 @@ from vlmenv.core.errors import ConfigError, EngineError
 _LENGTH, _MEMORY, _IMAGES = 16384, 0.9, 8
 _GRACE, _MOMENT = 30.0, 5.0
 """Seconds that the server has to end by itself, more than it gives its own processes; and these after it."""
+_EVERY = 30.0
+"""Seconds between lines that say that it is still waited for. It has no limit: large models take long to load."""
 _QUIET = {"PYTHONWARNINGS": "ignore"}  # vLLM's are about its own ways
 _UNBOUND = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """Else vLLM wants a NUMA node of CPUs for each part of a model."""
@@ -78,7 +80,7 @@ def run_server(config: ServeConfig) -> None:
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"starting vLLM with {config.model} on {device.type}")
     with _ending_on_signals(), _started(_arguments(config, device), device) as process:
-        _wait_until_ready(config, process)
+        _wait_until_ready(config, process, console)
         console.print(_ready(config), markup=False)
         raise EngineError(f"vLLM's server ended by itself, with status {process.wait()}; see above for what it said")
 
@@ -173,11 +175,18 @@ def _ending_on_signals() -> Iterator[None]:
         signal.signal(signal.SIGTERM, former)
 
 
-def _wait_until_ready(config: ServeConfig, process: subprocess.Popen[bytes]) -> None:
+def _wait_until_ready(config: ServeConfig, process: subprocess.Popen[bytes], console: Console) -> None:
+    start, lines = time.monotonic(), 0
     while process.poll() is None:
         with suppress(httpx2.HTTPError):
             if httpx2.get(f"{_address(config)}/health", trust_env=False, timeout=5).status_code == 200:
                 return
+        if (waited := time.monotonic() - start) >= (lines + 1) * _EVERY:
+            lines = int(waited / _EVERY)
+            console.print(
+                f"vLLM has been starting for {waited:.0f} s. A large model takes minutes to load; with "
+                "VLLM_LOGGING_LEVEL=INFO in the environment vLLM says what it is at"
+            )
         time.sleep(0.2)
     raise EngineError(f"vLLM's server did not start: it ended with status {process.returncode}; see above for why")
 

@@ -12,6 +12,8 @@ from vlmenv.agents.families import Family
 from vlmenv.core.errors import EngineError, ReadingError
 
 _BITS = {2: torch.int16, 4: torch.int32}
+_CHUNK = 1 << 24
+"""numbers that are summed up at a time: as 64-bit integers they take more memory than the weights"""
 _ODD = -7046029254386353131  # 2**64 over the golden ratio, which spreads neighbours
 
 
@@ -47,9 +49,12 @@ def fingerprint(weights: Iterable[Tensor]) -> tuple[int, ...]:
 
 
 def _digest(weight: Tensor) -> int:
-    bits = weight.contiguous().view(_BITS[weight.element_size()]).flatten().long()
-    places = torch.arange(1, 2 * len(bits), 2, device=bits.device) * _ODD  # modulo 2**64, as all of this
-    return int((bits * places).sum())
+    every, total = weight.contiguous().view(_BITS[weight.element_size()]).flatten(), 0
+    for start in range(0, len(every), _CHUNK):
+        bits = every[start : start + _CHUNK].long()
+        places = torch.arange(2 * start + 1, 2 * (start + len(bits)), 2, device=bits.device) * _ODD  # modulo 2**64
+        total += int((bits * places).sum())
+    return total
 
 
 def untied(shapes: Mapping[str, list[int]], family: Family) -> dict[str, list[int]]:

@@ -23,7 +23,7 @@ from vlmenv.agents.engines.channel import (
     hosted,
     local_address,
 )
-from vlmenv.agents.engines.remote import Server
+from vlmenv.agents.engines.remote import SLOWER, Server
 from vlmenv.agents.engines.replies import PassingFault, ServerFault
 
 T = TypeVar("T")
@@ -117,7 +117,8 @@ async def _both(work: Callable[[], T], order: Coroutine[Any, Any, Any], what: st
     except ExceptionGroup as faults:
         fault = faults.exceptions[0]
         if isinstance(fault, ChannelFault):
-            kind = ServerFault if isinstance(fault, LateFault) else PassingFault
-            raise kind(f"{what}: {fault}") from fault
+            late = isinstance(fault, LateFault)
+            kind = ServerFault if late else PassingFault
+            raise kind(f"{what}: {fault}{SLOWER if late else ''}") from fault
         raise fault from None
     return ours.result()

@@ -20,9 +20,17 @@ from vlmenv.agents.engines.replies import (
 )
 from vlmenv.core.errors import ConfigError
 
+SLOWER = "; a server that only needs longer wants a higher --server-timeout"
+"""what to do where the time that `Patience.answer` gives was too short"""
 _SHOWN = 200  # characters of an answer that is none
 _IDLE = 2.0
 """Seconds after which an idle connection is given up: vLLM does so after 5, and may while the next request is sent."""
+_BRIEF = 2.0
+"""Seconds in which a server that was left out has to answer, since all others wait for it."""
+_RAREST = 8
+"""Updates after which a server that was left out is asked again, at the latest."""
+_GREETING = "vlmenv_model"
+"""what workers are asked that `vlmenv serve` started, and others do not know"""
 
 T = TypeVar("T")
 
@@ -54,12 +62,14 @@ class Server:
 
     Attributes:
         fault: Why it is left out; None where it is in use.
+        due: Number of the update that it is offered again, where it is left out.
     """
 
     def __init__(self, url: str, patience: Patience) -> None:
         check_address(url)
         self.url = url
         self.fault: str | None = None
+        self.due, self._misses = 0, 0
         self._patience = patience
         self._http = httpx2.AsyncClient(
             base_url=url,
@@ -73,18 +83,31 @@ class Server:
         """Seconds that it has to take over weights."""
         return self._patience.answer
 
-    async def meet(self) -> Served:
+    def use(self) -> None:
+        """Notes that it has taken an update."""
+        self.fault, self._misses = None, 0
+
+    def miss(self, update: int) -> None:
+        """Notes that it was left out and has not taken an update either: the more of them, the longer it is let be."""
+        self._misses += 1
+        self.due = update + min(2 ** (self._misses - 1), _RAREST)
+
+    async def meet(self, *, briefly: bool = False) -> Served:
         """What it serves.
+
+        Args:
+            briefly: It may well be gone: it is asked once, and has to answer soon whether it is there at all.
 
         Raises:
             ServerFault: It does not answer, or not as a server of `vlmenv serve` does.
         """
-        limit = self._patience.greeting
-        models = await self.again(lambda: self._ask("GET", "/v1/models", limit))
+        limit, attempts = self._patience.greeting, 1 if briefly else self._patience.attempts
+        first = min(limit, _BRIEF) if briefly else limit
+        models = await self.again(lambda: self._ask("GET", "/v1/models", first), attempts)
         try:
-            told = await self.again(lambda: self._ask("POST", "/collective_rpc", limit, {"method": "vlmenv_model"}))
+            told = await self.again(self._ask_what_it_serves, attempts)
         except _RefusedFault as fault:
-            raise OtherModelFault(f"it was not started by `vlmenv serve` ({fault})") from fault
+            raise OtherModelFault(f"it was not started by `vlmenv serve`, as it has to be ({fault})") from fault
         return read_served(_json(models), _json(told))
 
     async def complete(self, request: Mapping[str, Any], *, vocabulary: int, version: str) -> Answer:
@@ -116,6 +139,17 @@ class Server:
             raise ServerFault(f"it cannot take over weights: {fault}")
         return list(told["results"])
 
+    async def ask_workers(self, method: str) -> list[Any]:
+        """What each of its workers answers to a method of vLLM's own.
+
+        Raises:
+            ServerFault: There is no such answer.
+        """
+        told = _json(await self._ask("POST", "/collective_rpc", self.limit, {"method": method}))
+        if not isinstance(told, dict) or not isinstance(told.get("results"), list):
+            raise ServerFault(f"an answer of another form came to {method}: {str(told)[:_SHOWN]}")
+        return list(told["results"])
+
     async def renew(self, version: str) -> None:
         """Has it forget all that came of its old weights, and name the new ones in what it generates from then on.
 
@@ -127,9 +161,9 @@ class Server:
         await self.again(lambda: self._ask("POST", "/reset_encoder_cache", limit))
         await self.again(lambda: self._ask("POST", "/update_weight_version", limit, {"new_version": version}))
 
-    async def again(self, ask: Callable[[], Awaitable[T]]) -> T:
-        """What comes of asking until there is an answer, or a fault that does not pass."""
-        for attempt in range(self._patience.attempts - 1):
+    async def again(self, ask: Callable[[], Awaitable[T]], attempts: int | None = None) -> T:
+        """What comes of asking until there is an answer, or a fault that does not pass; `attempts` times at most."""
+        for attempt in range((attempts or self._patience.attempts) - 1):
             try:
                 return await ask()
             except PassingFault:
@@ -138,6 +172,14 @@ class Server:
 
     async def close(self) -> None:
         await self._http.aclose()
+
+    async def _ask_what_it_serves(self) -> httpx2.Response:
+        try:
+            return await self._ask("POST", "/collective_rpc", self._patience.greeting, {"method": _GREETING})
+        except PassingFault as fault:
+            if _GREETING in str(fault):  # vLLM names a method that its workers do not have, by status 500
+                raise _RefusedFault(str(fault)) from fault
+            raise
 
     async def _forget_prompts(self) -> None:
         reply = _json(await self._ask("POST", "/reset_prefix_cache", self._patience.greeting))
@@ -149,7 +191,9 @@ class Server:
             async with asyncio.timeout(limit):
                 reply = await self._http.request(method, path, json=body)
         except (TimeoutError, httpx2.TimeoutException) as error:
-            raise ServerFault(f"no answer from {path} within {limit:g} s") from error
+            raise ServerFault(
+                f"no answer from {path} within {limit:g} s{SLOWER if limit == self.limit else ''}"
+            ) from error
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             raise PassingFault(f"{type(error).__name__} at {path}: {error or 'no reason given'}") from error
         if reply.status_code >= 500:

@@ -1,8 +1,9 @@
 """Servers of vLLM, each with a copy of the model, in other processes or on other machines.
 
-Prompts are spread over them. A server that fails is left out, and what it was at is given to the others. Each update
-goes to all of them: one that takes it is in use from then on, whatever has been before. Completions name the weights
-that they were sampled from, so that none of a server that has been started anew are taken for the policy's.
+Prompts are spread over them. A server that fails is left out, and what it was at is given to the others. Updates go to
+all of them, if less often to one that stays away: one that takes an update is in use from then on, whatever has been
+before. Completions name the weights that they were sampled from, so that none of a server that has been started anew
+are taken for the policy's.
 """
 
 from __future__ import annotations
@@ -138,6 +139,21 @@ class VLLMServerEngine(Engine):
         self._version, faults = from_main(lambda: self._hand_over(weights))
         for server, fault in zip(self._servers, faults, strict=True):
             server.fault = fault
+
+    def ask_workers(self, method: str) -> dict[str, list[Any]]:
+        """What the workers of each server in use answer to a method of vLLM's own.
+
+        Raises:
+            EngineError: A server does not answer.
+        """
+        servers = [server for server in self._servers if server.fault is None]
+        return {server.url: self._run(self._ask_workers(server, method)) for server in servers}
+
+    async def _ask_workers(self, server: Server, method: str) -> list[Any]:
+        try:
+            return await server.ask_workers(method)
+        except ServerFault as fault:
+            raise EngineError(f"{server.url}: {fault}") from fault
 
     def close(self) -> None:
         if self._direct is not None:
@@ -283,22 +299,27 @@ class VLLMServerEngine(Engine):
             raise EngineError(f"the servers' updates cannot be written: {error}") from error
 
     async def _update_all(self, give: _Give, version: str) -> None:
-        await asyncio.gather(*[self._update(server, give, version) for server in self._servers])
-        if all(server.fault is not None for server in self._servers):
-            raise self._none_left()
+        later = [server for server in self._servers if server.fault is not None and server.due > self._given]
+        for asked in ([server for server in self._servers if server not in later], later):
+            await asyncio.gather(*[self._update(server, give, version) for server in asked])
+            if any(server.fault is None for server in self._servers):
+                return
+        raise self._none_left()
 
     async def _update(self, server: Server, give: _Give, version: str) -> None:
         try:
-            if server.fault is not None and (unlike := self._difference(await server.meet())):
+            if server.fault is not None and (unlike := self._difference(await server.meet(briefly=True))):
                 raise ServerFault(unlike)
             await give(server)
             await server.renew(version)
         except ServerFault as fault:
+            if server.fault is not None:
+                server.miss(self._given)
             self._leave_out(server, fault)
             return
         if server.fault is not None:
             self._news.append(f"the server {server.url} has taken the update and is in use again")
-        server.fault = None
+        server.use()
 
     # Servers that fail.
 

@@ -28,8 +28,24 @@ def test_what_is_no_address_is_refused(address: str) -> None:
 
 def test_what_is_no_server_of_ours_is_told(bad: Answering, opened: ExitStack) -> None:
     bad.at, bad.fault = "/collective_rpc", lambda *_: (404, b'{"detail": "Not Found"}')
-    with pytest.raises(EngineError, match=f"{bad.url}: it was not started by `vlmenv serve` .*status 404"):
+    with pytest.raises(EngineError, match=f"{bad.url}: it was not started by `vlmenv serve`, .*status 404"):
         agent_of(opened, bad.url)
+
+
+def test_workers_that_are_not_ours_are_told_at_once(bad: Answering, opened: ExitStack) -> None:
+    """vLLM in development mode, which takes the question, and whose workers do not know it."""
+    told = b"Call to collective_rpc method failed: Worker failed with error ''CPUWorker' object has no attribute "
+    bad.at, bad.fault = "/collective_rpc", lambda *_: (500, told + b"'vlmenv_model''")
+    with pytest.raises(EngineError, match=f"{bad.url}: it was not started by `vlmenv serve`, .*no attribute"):
+        agent_of(opened, bad.url)
+    assert bad.paths() == ["/v1/models", "/collective_rpc"]
+
+
+def test_a_slow_server_is_told_from_one_that_is_gone(good: Answering, opened: ExitStack) -> None:
+    agent, good.fault = agent_of(opened, good.url), hang
+    agent.engine._servers[0]._patience = Patience(answer=0.2)
+    with pytest.raises(EngineError, match=r"no answer from .* within 0\.2 s; .* a higher --server-timeout"):
+        agent.rollout(ASKED)
 
 
 def test_no_proxy_is_asked(good: Answering, opened: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,54 @@ def test_a_server_that_is_away_at_first_joins_later(model: dict[str, Any], good:
     assert "/inference/v1/generate" in server.paths()
 
 
+def test_a_server_that_stays_away_is_asked_less_and_less(good: Answering, bad: Answering, opened: ExitStack) -> None:
+    """A single question each time, after ever more updates, up to eight."""
+    agent = agent_of(opened, bad.url, good.url)
+    bad.at, bad.fault = "/v1/models", cut
+    agent.engine._servers[0].fault = "gone"
+    asked = []
+    for _ in range(25):
+        before = len(bad.asked)
+        agent.sync()
+        assert bad.paths()[before:] in ([], ["/v1/models"])
+        asked.append(len(bad.asked) - before)
+    assert [i for i, count in enumerate(asked) if count] == [0, 1, 3, 7, 15, 23]
+    bad.fault = None
+    for _ in range(6):
+        agent.sync()
+    with pytest.warns(RuntimeWarning, match=f"{bad.url} has taken the update and is in use again"):
+        agent.sync()
+    assert_answered(agent, LATER)
+    assert asked_later(agent, bad) == 4
+
+
+def test_a_server_that_is_away_is_asked_at_once_where_no_other_is_left(
+    good: Answering, bad: Answering, opened: ExitStack
+) -> None:
+    agent = agent_of(opened, bad.url, good.url)
+    server = agent.engine._servers[0]
+    server.fault, server.due = "gone", 10**6
+    agent.sync()
+    assert server.fault == "gone"
+    good.at, good.fault = "/reset_encoder_cache", lambda *_: (404, b"no")
+    with pytest.warns(RuntimeWarning, match=f"({good.url} is left out|{bad.url} has taken the update)"):
+        agent.sync()
+    assert_answered(agent, LATER)
+    assert asked_later(agent, bad) == 8
+
+
+def test_a_server_that_hangs_is_not_waited_for_long(
+    good: Answering, bad: Answering, opened: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others wait with it: it has its moment, and not all that a server in use may take (a minute here)."""
+    agent = agent_of(opened, bad.url, good.url)
+    monkeypatch.setattr("vlmenv.agents.engines.remote._BRIEF", 0.2)
+    bad.at, bad.fault = "/v1/models", hang
+    agent.engine._servers[0].fault = "gone"
+    agent.sync()
+    assert agent.engine._servers[0].fault == "no answer from /v1/models within 0.2 s"
+
+
 def test_without_any_server_there_is_no_engine(opened: ExitStack) -> None:
     away = [f"http://127.0.0.1:{free_port()}" for _ in range(2)]
     with pytest.raises(EngineError, match=f"{away[0]}: ConnectError.*{away[1]}: ConnectError"):

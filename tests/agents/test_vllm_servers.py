@@ -16,6 +16,7 @@ from batches import logprobs_of, ragged
 from servers import Served, free_port, serve
 
 from vlmenv.agents.engines.channel import buckets
+from vlmenv.agents.engines.checksums import UNREADABLE, checksums, clear
 from vlmenv.agents.engines.remote import Patience, Server
 from vlmenv.agents.engines.server import VLLMServerEngine
 from vlmenv.agents.sampling import Sampling
@@ -136,6 +137,19 @@ def test_updates_arrive_by_either_way(lasting: Served, opened: ExitStack, monkey
             change(agent)
             agent.sync()
             assert_in_step(agent)
+
+
+def test_servers_tell_checksums_of_their_weights(lasting: Served, opened: ExitStack) -> None:
+    agent = agent_of(opened, lasting.url)
+    held = checksums(agent.engine)
+    assert any(name.startswith(lasting.url) and "norm.weight" in name for name in held)
+    clear(agent.engine)
+    zeros = checksums(agent.engine)
+    assert zeros.keys() == held.keys()
+    assert all(zeros[name] != held[name] for name in held if held[name] != UNREADABLE)
+    agent.sync()
+    assert checksums(agent.engine) == held
+    assert_in_step(agent)
 
 
 def test_a_load_that_fails_midway_is_told_and_does_no_harm(

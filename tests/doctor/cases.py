@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from vlmenv.agents.checkpoints import weight_names
 from vlmenv.agents.engines.base import Engine, Request
 from vlmenv.agents.engines.checks import check_names, check_prompt
+from vlmenv.agents.engines.checksums import ask_workers
 from vlmenv.agents.families import Family
 from vlmenv.agents.sampling import Sampled, Sampling, sample
 from vlmenv.agents.vlm import VLMAgent, find_model
@@ -78,3 +80,16 @@ class CopyEngine(Engine):
 
     def close(self) -> None:
         del self.copy
+
+
+@ask_workers.register
+def _(engine: CopyEngine, method: str) -> dict[str, list[Any]]:
+    """As vLLM's workers do."""
+    weights = dict(engine.copy.family.model.named_parameters())
+    if method == "compute_weight_checksums":
+        digests = {name: hashlib.sha256(one.detach().numpy().tobytes()).hexdigest() for name, one in weights.items()}
+        return {"": [digests]}
+    assert method == "reset_weights"
+    for weight in weights.values():
+        weight.data.zero_()
+    return {"": [None]}

@@ -24,7 +24,9 @@ from vlmenv.doctor import CHECKS
 from vlmenv.envs.rec import RECEnv
 from vlmenv.training import ModelConfig, default_config
 
-NEEDS_ENGINE = {"log-probs", "greedy answers", "after an update", "weights put back"}
+NUMBERS = {"log-probs", "greedy answers", "after an update", "weights put back"}
+"""checks that compare log-probabilities"""
+NEEDS_ENGINE = NUMBERS | {"weight checksums"}
 
 
 MACHINE = {"versions", "device"}
@@ -163,7 +165,7 @@ def test_a_renamed_weight_is_found(monkeypatch: pytest.MonkeyPatch, with_engine:
     findings = examined(engine="vllm")
     assert failed(findings) == {"weight names", "after an update"}
     assert "2 are missing ['model.visual.blocks.0.norm1.bias'" in findings["after an update"].figure
-    assert unchecked(findings) == {"weights put back"}
+    assert unchecked(findings) == {"weights put back", "weight checksums"}
 
 
 def test_a_renamed_weight_in_the_files_is_found(tmp_path: Path) -> None:
@@ -186,7 +188,40 @@ def test_a_single_weight_that_is_not_taken_over_is_found(weight: str, with_engin
             super().sync({name: own if name == weight else tensor for name, tensor in weights.items()})
 
     with_engine(Forgetful)
-    assert {"after an update"} <= failed(examined(engine="vllm")) <= {"after an update", "weights put back"}
+    found = failed(examined(engine="vllm"))
+    assert (
+        {"after an update", "weight checksums"} <= found <= {"after an update", "weights put back", "weight checksums"}
+    )
+
+
+@pytest.mark.parametrize("part", [slice(None), slice(8)], ids=["all of it", "a part of it"])
+def test_an_old_weight_that_bfloat16_hides_is_found(part: slice, with_engine: Callable[..., None]) -> None:
+    weight = "model.visual.blocks.1.attn.qkv.bias"
+
+    class Forgetful(CopyEngine):
+        def sync(self, weights: Mapping[str, Tensor], *, vision: tuple[int, ...] | None = None) -> None:
+            given = weights[weight].clone()
+            given[part] = self.copy.family.model.state_dict()[weight][part]
+            super().sync({**weights, weight: given})
+
+    with_engine(Forgetful)
+    findings = examined(engine="vllm", precision="bf16")
+    assert failed(findings) == {"weight checksums"}
+    assert f"1 ({weight} among them)" in findings["weight checksums"].figure
+    assert findings["coordinates"].passed  # by the model itself
+
+
+def test_a_weight_that_is_handed_over_as_it_was_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    published, first, name = VLMAgent._published_weights, {}, "model.language_model.norm.weight"
+
+    def with_an_old_one(self: VLMAgent) -> dict[str, Tensor]:
+        weights = published(self)
+        return weights | {name: first.setdefault(name, weights[name].clone())}
+
+    monkeypatch.setattr(VLMAgent, "_published_weights", with_an_old_one)
+    findings = examined()
+    assert failed(findings) == {"weight checksums"}
+    assert f"1 ({name} among them)" in findings["weight checksums"].figure
 
 
 def test_a_stale_cache_is_found(with_engine: Callable[..., None]) -> None:
@@ -277,7 +312,7 @@ def test_an_engine_that_fails(with_engine: Callable[..., None]) -> None:
     assert failed(findings) == {"after an update"}
     assert findings["after an update"].figure == "RuntimeError: no such worker"
     assert "cannot take over new weights" in findings["after an update"].remedy
-    assert unchecked(findings) == {"weights put back"}
+    assert unchecked(findings) == {"weights put back", "weight checksums"}
 
 
 def test_an_error_in_one_check_fails_that_one_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,7 +330,10 @@ def test_without_a_model_or_samples_the_rest_is_told_apart() -> None:
     findings = examined(env="VLM-RCE-v0")
     assert failed(findings) == {"samples"}
     assert "Did you mean 'VLM-REC-v0'?" in findings["samples"].figure
-    assert {name for name, one in findings.items() if one.passed} == {*MACHINE, "model", "engine", "weight names"}
+    assert {name for name, one in findings.items() if one.passed} == {
+        *MACHINE,
+        *("model", "engine", "weight names", "weight checksums"),
+    }
     findings = examined(model="./nowhere")
     assert failed(findings) == {"model", "samples"}
     assert {name for name, one in findings.items() if one.passed} == MACHINE
@@ -347,7 +385,7 @@ def test_the_options_of_a_run_are_taken_from_its_file(tmp_path: Path, capsys: py
     file.write_text(written + "prompts_per_step: 1048576\n")  # the last one counts
     with pytest.raises(SystemExit):
         main(["doctor", "--config", str(file), "--device", "cpu"])
-    assert "1 of 18 checks failed: memory" in capsys.readouterr().out
+    assert "1 of 19 checks failed: memory" in capsys.readouterr().out
     file.write_text("stepz: 3\n")
     with pytest.raises(SystemExit):
         main(["doctor", "--config", str(file)])

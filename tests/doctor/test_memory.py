@@ -53,6 +53,22 @@ def test_what_follows_from_the_parameters() -> None:
     assert found["reference"] == 4 * (PARAMETERS - vision)  # which shares the frozen tower
 
 
+def test_an_engine_sleeps_while_the_model_learns() -> None:
+    """Of what it takes and what learning takes, the larger counts."""
+    pytest.importorskip("peft")
+    agent, rollout = agent_and_rollout(4, 2, 6)
+    learning = estimate(agent, rollout)
+    peak = learning["gradients"] + learning["activations"] + learning["work space"]
+    assert training_memory(agent, rollout, DoctorConfig(), nullcontext(), peak - 1) == learning
+    held = {"weights": learning["weights"], "Adam": learning["Adam"]}
+    awake = training_memory(agent, rollout, DoctorConfig(), nullcontext(), peak + 1)
+    assert awake == held | {"engine": peak + 1}
+    agent.add_lora(rank=4, alpha=8)
+    weights = sum(parameter.numel() for parameter in agent.policy.parameters()) * 4
+    awake = training_memory(agent, rollout, DoctorConfig(), nullcontext(), 100 * peak)
+    assert (awake["engine"], awake["merged weights"]) == (100 * peak, weights)
+
+
 def test_adapters_need_no_reference_and_little_else() -> None:
     pytest.importorskip("peft")
     agent, rollout = agent_and_rollout(4, 2, 6)

@@ -20,7 +20,9 @@ from vlmenv.doctor import Finding
 from vlmenv.training import ModelConfig
 
 pytestmark = pytest.mark.vllm
-NEEDS_ENGINE = {"log-probs", "greedy answers", "after an update", "weights put back"}
+NUMBERS = {"log-probs", "greedy answers", "after an update", "weights put back"}
+"""checks that compare log-probabilities"""
+NEEDS_ENGINE = NUMBERS | {"weight checksums"}
 
 
 def examined_with_vllm(**options: Any) -> dict[str, Finding]:
@@ -100,8 +102,28 @@ def test_a_weight_that_the_engine_does_not_take_over_is_found(monkeypatch: pytes
 
     monkeypatch.setattr(VLMAgent, "_published_weights", with_an_old_one)
     findings = examined_with_vllm()
-    assert failed(findings) == {"after an update"}
+    assert failed(findings) == {"after an update", "weight checksums"}
     assert "goes on with old weights" in findings["after an update"].remedy
+
+
+def test_a_weight_that_stays_old_and_that_bfloat16_hides_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of what vLLM has joined of three."""
+    import torch
+
+    overwrite, name = engines.overwrite, "visual.blocks.1.attn.qkv.bias"
+
+    def forgetful(worker: Any, *args: Any) -> list[str]:
+        model = worker.model_runner.get_model()
+        old = model.get_parameter(name)[:8].clone()
+        left = overwrite(worker, *args)
+        with torch.no_grad():
+            model.get_parameter(name)[:8] = old
+        return left
+
+    monkeypatch.setattr(engines, "overwrite", forgetful)
+    findings = examined_with_vllm(precision="bf16")
+    assert failed(findings) == {"weight checksums"}
+    assert f"{name} among them" in findings["weight checksums"].figure
 
 
 @pytest.mark.parametrize(
@@ -123,7 +145,7 @@ def test_another_precision_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         return VLLMEngine(*args, **(options | {"dtype": torch.bfloat16}))
 
     monkeypatch.setattr(tasks, "VLLMEngine", start)
-    assert failed(examined_with_vllm()) == NEEDS_ENGINE
+    assert failed(examined_with_vllm()) == NUMBERS
 
 
 def test_photographs_of_several_sizes_fit_too(tmp_path: Path) -> None:

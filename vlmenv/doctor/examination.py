@@ -98,6 +98,12 @@ CHECKS = (
         "the same layout, and empty its caches.",
     ),
     Check("weights put back", weights.put_back, "As for the line before."),
+    Check(
+        "weight checksums",
+        weights.checksums,
+        "What generates does not tell which weights it holds: its message says why. Take vLLM in a version that "
+        "docs/vllm.md names.",
+    ),
     Check("coordinates", answers.coordinates, "Leave out --coordinates."),
     Check("answers read", answers.read, "The task fails on an answer of the model: mend its parse()."),
     Check("answers cut off", answers.cut_off, _FAILS),

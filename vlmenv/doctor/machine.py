@@ -42,9 +42,9 @@ def device(patient: Patient) -> Seen:
 def memory(patient: Patient) -> Seen:
     """What a step of training would take, against what the device has."""
     total = device_memory(patient.device)
-    parts = training_memory(patient.agent, patient.answers[1], patient.config, patient.autocast())
-    if patient.engine_memory:
-        parts["engine"] = patient.engine_memory
+    parts = training_memory(
+        patient.agent, patient.answers[1], patient.config, patient.autocast(), patient.engine_memory
+    )
     needed = sum(parts.values())
     listed = ", ".join(f"{name} {written(size)}" for name, size in parts.items())
     figure = f"{written(needed)} of {written(total)}: {listed}"
@@ -54,7 +54,7 @@ def memory(patient: Patient) -> Seen:
         return figure, ""
     return figure, (
         "Too much. A lower --micro-batch-size, or --gradient-checkpointing, lowers activations; --lora-rank lowers "
-        "gradients and Adam; a lower --prompts-per-step lowers keys and values."
+        "gradients and Adam; a lower --prompts-per-step lowers keys and values, a lower --engine-memory an engine."
     )
 
 

@@ -25,7 +25,11 @@ _LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def training_memory(
-    agent: VLMAgent, rollout: Rollout, config: DoctorConfig, autocast: AbstractContextManager[None]
+    agent: VLMAgent,
+    rollout: Rollout,
+    config: DoctorConfig,
+    autocast: AbstractContextManager[None],
+    engine_memory: float = 0.0,
 ) -> dict[str, float]:
     """Bytes by what takes them, at the moment of a step that takes most; rough for what is scaled.
 
@@ -34,6 +38,7 @@ def training_memory(
         rollout: Answers of it, several to each prompt, to the data that it will be trained on.
         config: The step.
         autocast: The precision of forward passes.
+        engine_memory: Bytes that an engine takes while it is awake, which it is not while the model learns.
     """
     trained = _bytes(agent.parameters())
     held = {"weights": _bytes(agent.policy.parameters()), "Adam": 2 * trained}
@@ -42,6 +47,10 @@ def training_memory(
     with autocast:
         update = {"gradients": trained} | _activations(agent, rollout, config)
         sampling = {"keys and values": _keys_and_values(agent, rollout, config)}
+    if engine_memory:
+        sampling = {"engine": engine_memory}
+        if agent.lora is not None:  # else they are handed over where they are
+            sampling["merged weights"] = held["weights"]
     return held | max(update, sampling, key=lambda parts: sum(parts.values()))
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlmenv.agents.checkpoints import find_model
+from vlmenv.agents.engines.checksums import checksums, clear
 from vlmenv.agents.published import PublishedProcessor
 from vlmenv.agents.vlm import Sampling, VLMAgent
 from vlmenv.core.errors import ConfigError, PromptError, ReadingError
@@ -157,6 +158,17 @@ class Patient:
         with self._giving_up():
             self.agent.sync()
 
+    def checksums(self) -> dict[str, str]:
+        """Of the weights that the engine holds; none where there is no engine."""
+        with self._giving_up():
+            return {} if self.agent.engine is None else checksums(self.agent.engine)
+
+    def clear_engine(self) -> None:
+        """Sets all weights of the engine to 0, until the next `sync`."""
+        with self._giving_up():
+            if self.agent.engine is not None:
+                clear(self.agent.engine)
+
     def ask_at_length(self, *, greedy: bool = False) -> Rollout:
         """Short answers to long prompts, the same ones each time: `GROUP` sampled ones to each, or a greedy one."""
         tokens = min(_TOKENS, self.config.max_new_tokens)
@@ -201,6 +213,14 @@ class Patient:
             raise Unchecked(str(error)) from error
         return [processor.read(one) for one in self.shown[::GROUP]]
 
+    def give_up(self, reason: str) -> None:
+        """Asks the engine no more, if there is one: the model answers in its place."""
+        engine, self.agent.engine = self.agent.engine, None
+        if engine is not None:
+            self.engine_fault = reason
+            with suppress(Exception):  # of what is there no longer
+                engine.close()
+
     @contextmanager
     def _giving_up(self) -> Iterator[None]:
         """Asks the engine no more after an error of its own, which may have ended it."""
@@ -209,11 +229,7 @@ class Patient:
         except PromptError:
             raise
         except Exception as error:
-            engine, self.agent.engine = self.agent.engine, None
-            if engine is not None:
-                self.engine_fault = f"it has failed: {error}"
-                with suppress(Exception):  # of what is there no longer
-                    engine.close()
+            self.give_up(f"it has failed: {error}")
             raise
 
     @cached_property

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vlmenv.agents.checkpoints import published_weights, weight_names
+from vlmenv.agents.engines.checks import fingerprint
+from vlmenv.agents.engines.checksums import UNREADABLE
+from vlmenv.agents.vlm import VLMAgent
 from vlmenv.core.rollout import Rollout
 from vlmenv.doctor.patient import Numbers, Patient, Seen, Unchecked
 
@@ -90,6 +93,70 @@ def put_back(patient: Patient) -> Seen:
         raise Unchecked("the update was not taken over")
     patient.sync()
     return _judged(patient, patient.ask_at_length(), "As for the line before.")
+
+
+def checksums(patient: Patient) -> Seen:
+    """Whether every weight follows an update to the bit, however little it bears on what is generated.
+
+    All weights are changed. What the trainer hands over must have changed then; what the engine holds too, and be the
+    same again where it takes the update over after all of its weights were set to 0.
+    """
+    patient.need_engine()
+    agent = patient.able
+    published, held = _digests(agent), patient.checksums()
+    undo = _flip(list(agent.policy.parameters()), _BITS[-1])
+    try:
+        fixed = [name for name, digest in _digests(agent).items() if digest == published[name]]
+        stale = _stale(patient, held)
+    finally:
+        undo()
+    if fixed:
+        patient.give_up("it is not given all weights")
+        return f"{_listed(fixed)} of {len(published)} weights are handed over as they were before an update", (
+            "What generates would go on with old weights, and checkpoints hold them. Take the version of transformers "
+            "that the model is for."
+        )
+    if stale:
+        patient.give_up("it does not take over all weights")
+        return f"{_listed(stale)} of the engine's {len(held)} weights are not those of the update, or not all of it", (
+            "What generates would go on with old weights. Take vLLM in a version that docs/vllm.md names, or leave out "
+            "--engine."
+        )
+    if held:
+        patient.sync()
+    return f"{len(published)} weights change with the trainer's{_told_of(held)}", ""
+
+
+def _digests(agent: VLMAgent) -> dict[str, int]:
+    """Of the weights as they are handed over."""
+    weights = agent._published_weights()
+    return dict(zip(weights, fingerprint(weights.values()), strict=True))
+
+
+def _stale(patient: Patient, before: Mapping[str, str]) -> list[str]:
+    """Weights of the engine that an update leaves as they were, or takes over in part."""
+    if not before:
+        return []
+    patient.sync()
+    after = patient.checksums()
+    patient.clear_engine()
+    patient.sync()
+    anew = patient.checksums()
+    readable = [name for name, digest in before.items() if digest != UNREADABLE]
+    return [name for name in readable if after.get(name) == before[name] or after.get(name) != anew.get(name)]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{len(names)} ({names[0]} among them)"
+
+
+def _told_of(held: Mapping[str, str]) -> str:
+    """What is said of an engine's weights where all is well."""
+    if not held:
+        return ""
+    packed = sum(digest == UNREADABLE for digest in held.values())
+    rest = f"; {packed} that vLLM has packed for the CPU cannot be read" if packed else ""
+    return f", and {len(held) - packed} of the engine's with them{rest}"
 
 
 def _baseline(patient: Patient) -> Rollout:
