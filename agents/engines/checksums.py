@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import singledispatch
 from hashlib import sha256
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from vlmenv.agents.engines.base import Engine
-from vlmenv.agents.engines.server import VLLMServerEngine
-from vlmenv.agents.engines.vllm import VLLMEngine
 from vlmenv.core.errors import EngineError
 
 UNREADABLE = sha256(b"").hexdigest()
 """Of a weight that a worker holds otherwise than as a tensor: on CPUs vLLM packs those of linear layers."""
+
+
+@runtime_checkable
+class HasWorkers(Protocol):
+    """An engine that has vLLM's workers."""
+
+    def ask_workers(self, method: str) -> Mapping[str, list[Any]]:
+        """What each worker answers to a method of vLLM's own: by the server's address, or "" in this process."""
 
 
 def checksums(engine: Engine) -> dict[str, str]:
@@ -23,9 +28,9 @@ def checksums(engine: Engine) -> dict[str, str]:
         EngineError: The engine tells none, or failed.
     """
     found: dict[str, str] = {}
-    for place, results in ask_workers(engine, "compute_weight_checksums").items():
+    for place, results in _workers_of(engine).ask_workers("compute_weight_checksums").items():
         for told in results:
-            found |= {place + name: digest for name, digest in told.items()}
+            found |= {f"{place} {name}".strip(): digest for name, digest in told.items()}
     return found
 
 
@@ -35,20 +40,10 @@ def clear(engine: Engine) -> None:
     Raises:
         EngineError: The engine cannot, or failed.
     """
-    ask_workers(engine, "reset_weights")
+    _workers_of(engine).ask_workers("reset_weights")
 
 
-@singledispatch
-def ask_workers(engine: Engine, method: str) -> Mapping[str, list[Any]]:
-    """What workers answer to a method of vLLM's own: by the server's address, or "" for those in this process."""
-    raise EngineError(f"{type(engine).__name__} has no workers of vLLM's to be asked for {method}")
-
-
-@ask_workers.register
-def _(engine: VLLMEngine, method: str) -> Mapping[str, list[Any]]:
-    return {"": engine._llm.collective_rpc(method)}
-
-
-@ask_workers.register
-def _(engine: VLLMServerEngine, method: str) -> Mapping[str, list[Any]]:
-    return {f"{url} ": answers for url, answers in engine.ask_workers(method).items()}
+def _workers_of(engine: Engine) -> HasWorkers:
+    if not isinstance(engine, HasWorkers):
+        raise EngineError(f"{type(engine).__name__} has no workers of vLLM's, which tell what weights they hold")
+    return engine

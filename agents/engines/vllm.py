@@ -161,6 +161,15 @@ class VLLMEngine(Engine):
             )
         self._vision = vision
 
+    def ask_workers(self, method: str) -> dict[str, list[Any]]:
+        """What its workers answer to a method of vLLM's own, under the address "".
+
+        Raises:
+            EngineError: They do not.
+        """
+        with _explained(method):
+            return {"": self._llm.collective_rpc(method)}
+
     def sleep(self) -> None:
         """Sends the weights to the CPU's memory and forgets keys, values and features.
 

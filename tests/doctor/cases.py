@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from vlmenv.agents.checkpoints import weight_names
 from vlmenv.agents.engines.base import Engine, Request
 from vlmenv.agents.engines.checks import check_names, check_prompt
-from vlmenv.agents.engines.checksums import ask_workers
 from vlmenv.agents.families import Family
 from vlmenv.agents.sampling import Sampled, Sampling, sample
 from vlmenv.agents.vlm import VLMAgent, find_model
@@ -78,18 +77,18 @@ class CopyEngine(Engine):
         check_names(weights, self._names)
         self.copy.family.model.load_state_dict(weights, strict=False)  # but for those of a second name
 
+    def ask_workers(self, method: str) -> dict[str, list[Any]]:
+        """As vLLM's workers do."""
+        weights = dict(self.copy.family.model.named_parameters())
+        if method == "compute_weight_checksums":
+            digests = {
+                name: hashlib.sha256(one.detach().numpy().tobytes()).hexdigest() for name, one in weights.items()
+            }
+            return {"": [digests]}
+        assert method == "reset_weights"
+        for weight in weights.values():
+            weight.data.zero_()
+        return {"": [None]}
+
     def close(self) -> None:
         del self.copy
-
-
-@ask_workers.register
-def _(engine: CopyEngine, method: str) -> dict[str, list[Any]]:
-    """As vLLM's workers do."""
-    weights = dict(engine.copy.family.model.named_parameters())
-    if method == "compute_weight_checksums":
-        digests = {name: hashlib.sha256(one.detach().numpy().tobytes()).hexdigest() for name, one in weights.items()}
-        return {"": [digests]}
-    assert method == "reset_weights"
-    for weight in weights.values():
-        weight.data.zero_()
-    return {"": [None]}
