@@ -74,7 +74,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
 
 def nearest_name(name: str, known: Iterable[str]) -> str | None:
     """The known name that was probably meant; None if none is near."""
-    found = difflib.get_close_matches(name.casefold(), sorted(known), n=1, cutoff=0.7)
+    found = difflib.get_close_matches(name.casefold(), sorted(known), n=1, cutoff=0.65)
     return found[0] if found else None
 
 
