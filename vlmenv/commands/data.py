@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from vlmenv.core.errors import DataError
+from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.core.imports import import_modules
 from vlmenv.envs.data.dataset import open_dataset
 from vlmenv.envs.data.source import Source
@@ -22,7 +22,9 @@ from vlmenv.tasks import make_envs
 
 def parse(args: Sequence[str], program: str) -> DataCheckConfig:
     """The options of a command line."""
-    config: DataCheckConfig = parse_plain(args, DataCheckConfig(dataset=("",)), program)
+    config: DataCheckConfig = parse_plain(args, DataCheckConfig(dataset=()), program)
+    if not config.dataset:
+        raise ConfigError("name the data set to check, as in `vlmenv data check rec.jsonl --env VLM-REC-v0`")
     import_modules(config.imports)
     return config
 

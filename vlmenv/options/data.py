@@ -7,7 +7,6 @@ from typing import Annotated
 
 import tyro
 
-from vlmenv.core.errors import ConfigError
 from vlmenv.options.task import ReadingOptions
 
 
@@ -24,7 +23,3 @@ class DataCheckConfig:
     decode: bool = False
     """Read every image too."""
     data: ReadingOptions = field(default_factory=ReadingOptions)
-
-    def __post_init__(self) -> None:
-        if not self.dataset:
-            raise ConfigError("name the data set to check, as in `vlmenv data check rec.jsonl --env VLM-REC-v0`")
