@@ -65,6 +65,7 @@ class Policy(nn.Module):
         self.share_prefixes = True
         self.divided = False
         self.value_head: ValueHead | None = None
+        self._axes: int | None = None
         banned = torch.from_numpy(family.banned_tokens).to(family.model.device)
         self.register_buffer("banned", banned, persistent=False)
         enable_packing(cast(PreTrainedModel, family.language_model()))
@@ -114,7 +115,11 @@ class Policy(nn.Module):
         return prefixes, output.last_hidden_state[0, packing.ends]
 
     def extend(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """Final hidden states [M, H] of packed tokens [M] at positions [M] after what `attention` holds."""
+        """Final hidden states [M, H] of packed tokens [M] at positions [M] after what `attention` holds.
+
+        Raises:
+            RuntimeError: No prompt has been run by `prefill`.
+        """
         output = self.family.language_model()(
             input_ids=tokens[None],
             position_ids=self._on_axes(positions),
@@ -200,6 +205,8 @@ class Policy(nn.Module):
 
     def _on_axes(self, positions: Tensor) -> Tensor:
         """Positions [M] or [axes, M] as the model takes them."""
+        if self._axes is None:
+            raise RuntimeError("extend() continues prompts: call prefill() first")
         return positions.expand(self._axes, -1)[:, None] if self._axes > 1 else positions.view(1, -1)
 
     def _head(self) -> nn.Linear:

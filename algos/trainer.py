@@ -182,6 +182,7 @@ class Trainer:
         self.reference = agent.reference() if algorithm.wants_reference else None
         self.optimizer = self.processes.prepare(agent, self.reference, self._new_optimizer)
         self.scheduler = LambdaLR(self.optimizer, config.lr_factor)
+        self._remember()
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         config = self.config

@@ -49,6 +49,7 @@ class CaptionEnv(VisualTaskEnv):
         "accuracy": answer_reward,
     }
     default_rewards: ClassVar[Mapping[str, float]] = {"clip": 0.4, "keywords": 0.4, "format": 0.1, "length": 0.1}
+    best: ClassVar[Mapping[str, float | None]] = {"clip": None}
     prompt_template: ClassVar[str] = "Answer as {answer}\n{question}"
     default_format: ClassVar[AnswerFormat] = AnswerFormat.SECTIONS
     needs_answer: ClassVar[bool] = False

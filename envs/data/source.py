@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from vlmenv.core.errors import DataError
 from vlmenv.core.spaces import Image
 
 
@@ -52,6 +53,15 @@ class Source(ABC):
         """
 
 
+class NoSamples(Source):
+    """A source without samples: what a task is made with that is only asked how it reads rows."""
+
+    size = 0
+
+    def get(self, index: int) -> Sample:
+        raise DataError("there are no samples: give a dataset")
+
+
 class SampleOrder:
     """The order in which a source's samples are shown: a pure function of a key and a position.
 
@@ -60,6 +70,8 @@ class SampleOrder:
     """
 
     def __init__(self, size: int | None, key: int) -> None:
+        if size == 0:
+            raise DataError("there are no samples to show: give a dataset")
         self._size = size
         self._key = key
         self._epoch = -1

@@ -16,12 +16,14 @@ from rich.table import Table
 from vlmenv.building import make_envs
 from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.envs.data.dataset import open_dataset
-from vlmenv.envs.data.source import Source
+from vlmenv.envs.data.source import NoSamples, Source
+from vlmenv.envs.selfcheck import check_answers, describe, some_samples
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Check a data set: every broken row with its place, and a summary. Ends with status 1 if a row is broken."""
+    """Check a data set: every broken row with its place, and a summary. Ends with status 1 if a row is broken, or if
+    the environment does not take its own right answers for right."""
 
     action: tyro.conf.Positional[Literal["check"]]
     """What to do."""
@@ -45,7 +47,7 @@ class DataConfig:
 
 def check_data(config: DataConfig) -> None:
     """`vlmenv data check`."""
-    task = make_envs(config.env, 1).task
+    task = make_envs(config.env, 1, dataset=NoSamples()).task  # which may have no samples of its own
     roots = config.image_root if config.image_root is None or len(config.image_root) > 1 else config.image_root[0]
     reading = task.reading(config.columns, skip_broken=True)
     source = open_dataset(list(config.dataset), reading, roots, config.split)
@@ -56,7 +58,10 @@ def check_data(config: DataConfig) -> None:
     for fault in faults:
         console.print(fault, style="red", markup=False, highlight=False)
     console.print(_summary(config, source, len(faults), sizes))
-    if faults:
+    samples = some_samples(source)
+    if misjudged := check_answers(task, samples):
+        console.print(describe(misjudged, len(samples)), style="red", markup=False, highlight=False)
+    if faults or misjudged:
         sys.exit(1)
 
 

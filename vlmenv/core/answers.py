@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Final, Literal, NamedTuple
 
-from vlmenv.core.coordinates import Box, iou, is_box
+from vlmenv.core.coordinates import Box, Point, iou, is_box, is_point
 
 NONE: Final = "None"
 """What is answered, and written in data sets, when nothing in the image fits."""
@@ -160,7 +160,62 @@ def _rounded(box: Box) -> list[float]:
 
 
 def write_box(target: Target) -> str:
-    """A box as models are asked to write it, rounded to whole numbers; "None" stays "None"."""
-    if target == NONE:
+    """A box as models are asked to write it, or "None".
+
+    Coordinates are whole numbers, but for boxes so small that rounding would cost COCO's highest threshold.
+    """
+    return NONE if target == NONE else f"[{','.join(map(str, _rounded(target)))}]"
+
+
+def parse_places(content: str, size: int) -> tuple[tuple[float, ...], ...] | None:
+    """Reads any number of points or boxes from the content of an answer; "None" is no place at all.
+
+    Each place is a list of its own, bare, fenced or within JSON. One list of numbers that is no such place spoils the
+    answer.
+
+    Args:
+        content: Any text.
+        size: 2 for points, 4 for boxes.
+
+    Returns:
+        The places in the coordinates that the text uses; None if there are none, or more than 100,000 characters.
+    """
+    if len(content) > _LONGEST_DETECTIONS:
+        return None
+    if _unfenced(content).lower() in _NONE_FORMS:
+        return ()
+    lists = (_numbers(match[1]) for match in _INNERMOST_LIST.finditer(content))
+    found = tuple(values for values in lists if values is not None)
+    fits = is_point if size == 2 else is_box
+    return found if found and all(map(fits, found)) else None
+
+
+def parse_point(content: str) -> Point | Literal["None"] | None:
+    """Reads one point `[x, y]`, or "None", from the content of an answer.
+
+    Args:
+        content: Any text.
+
+    Returns:
+        The point in the coordinates that the text uses, `"None"`, or None if there is no single point.
+    """
+    found = parse_places(content, 2)
+    if not found:
+        return None if found is None else NONE
+    return (found[0][0], found[0][1]) if len(found) == 1 else None
+
+
+def write_point(place: Sequence[float] | Literal["None"]) -> str:
+    """A point as models are asked to write it, rounded to whole numbers; "None" stays "None".
+
+    Args:
+        place: A point, or a box, whose centre is written: with two decimals where a rounded one would miss the box.
+    """
+    if isinstance(place, str):
         return NONE
-    return "[" + ",".join(f"{value:.0f}" for value in target) + "]"
+    if len(place) == 2:
+        return f"[{place[0]:.0f},{place[1]:.0f}]"
+    x1, y1, x2, y2 = place
+    x, y = (x1 + x2) / 2, (y1 + y2) / 2
+    digits = 0 if x1 <= round(x) <= x2 and y1 <= round(y) <= y2 else 2
+    return f"[{x:.{digits}f},{y:.{digits}f}]"
