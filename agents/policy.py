@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -177,17 +178,21 @@ class Policy(nn.Module):
         return hidden[packing.rows, starts[packing.rows] + packing.places]
 
     def _features(self, prompts: Sequence[Prompt]) -> Any:
-        """Features of the prompts' images, joined; of a frozen tower they are kept in the prompt for later passes."""
+        """Features of the prompts' images, joined; of a frozen tower they are kept as long as the prompt is."""
         shown = [prompt for prompt in prompts if prompt.images]
         if not shown:
             return None
         if self.divided or self.family.sees_by_trained_weights():
             return self._look(shown)
+        return self.family.join_features([self._frozen_features(prompt) for prompt in shown])
+
+    def _frozen_features(self, prompt: Prompt) -> Any:
+        """Features of a prompt's images by the frozen vision tower, which a reference may share."""
         tower = self.family.vision_tower()
-        for prompt in shown:
-            if prompt.features is None or prompt.features[0] is not tower:
-                prompt.features = tower, self._look([prompt])
-        return self.family.join_features([prompt.features[1] for prompt in shown])  # type: ignore[index]
+        known = _FEATURES.get(prompt)
+        if known is None or known[0] is not tower:
+            known = _FEATURES[prompt] = tower, self._look([prompt])
+        return known[1]
 
     def _look(self, prompts: Sequence[Prompt]) -> Any:
         """Runs images through the vision tower."""
@@ -216,6 +221,10 @@ class Policy(nn.Module):
 
     def _banned(self) -> Tensor:
         return self.get_buffer("banned")
+
+
+_FEATURES: WeakKeyDictionary[Prompt, tuple[nn.Module, Any]] = WeakKeyDictionary()
+"""Of prompts with images: a frozen vision tower, and the features that it found; dropped with the prompt."""
 
 
 def next_position(prompt: Prompt) -> int:

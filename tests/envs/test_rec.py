@@ -181,14 +181,6 @@ def test_the_number_of_boxes_is_told() -> None:
     assert infos["traits"]["box_ratio"].tolist() == [0, 1]
 
 
-def test_a_task_must_say_where_its_samples_come_from() -> None:
-    class Half(RECEnv):
-        builtin_source = VisualTaskEnv.builtin_source
-
-    with pytest.raises(TypeError, match="builtin_source"):
-        Half()  # type: ignore[abstract]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -32,9 +32,9 @@ Rows = slice | NDArray[np.int64]
 """Which rows of a batch."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Prompt:
-    """An observation as a model takes it in."""
+    """An observation as a model takes it in. Prompts compare by identity, so that caches can hold them weakly."""
 
     input_ids: NDArray[np.int64]
     """[T], with one pad token per image feature"""
@@ -42,8 +42,6 @@ class Prompt:
     """[axes, T]; three axes (time, height, width) under M-RoPE, else one"""
     images: Mapping[str, Any]
     """what the vision tower wants, by the model's own argument names; first axis joins over prompts"""
-    features: tuple[Any, Any] | None = None
-    """a frozen vision tower, and what it saw in the images; filled in by whoever runs it first"""
 
 
 @dataclass(slots=True)
