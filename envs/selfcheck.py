@@ -75,7 +75,9 @@ def describe(faults: Sequence[Misjudged], count: int) -> str:
     """One paragraph for people: which terms, on how many of `count` samples, and the first case."""
     samples = len({fault.sample for fault in faults})
     terms = ", ".join(f"{term} ({number})" for term, number in Counter(fault.term for fault in faults).items())
-    return f"the task does not take its own right answers for right on {samples} of {count} samples: {terms}. {faults[0]}"
+    return (
+        f"the task does not take its own right answers for right on {samples} of {count} samples: {terms}. {faults[0]}"
+    )
 
 
 def some_samples(source: Source, count: int = CHECKED) -> list[Sample]:

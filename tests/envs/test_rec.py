@@ -15,7 +15,6 @@ from PIL import Image as PILImage
 from vlmenv.core.answers import NONE
 from vlmenv.core.coordinates import ResizeRule
 from vlmenv.core.errors import ConfigError, RewardError
-from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.rec import RECEnv
 from vlmenv.envs.rewards.terms import BatchTerm
 
