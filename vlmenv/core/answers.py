@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple
 
 from vlmenv.core.coordinates import Box, iou, is_box
-from vlmenv.core.literals import Cut, Found, find_values
+from vlmenv.core.literals import OPEN, Cut, Found, find_values
 
 NONE: Final = "None"
 """What is answered, and written in data sets, when nothing in the image fits."""
@@ -92,15 +92,12 @@ _CORNERS: Final = (("topleft", "bottomright"), ("tl", "br"))
 _NUMBER = re.compile(r"[+-]?[0-9]{1,9}(?:\.[0-9]{0,17})?")
 _NOT_IN_NUMBERS = re.compile(r"[^0-9.+\-,;\s()\[\]]")
 _TAG = re.compile(r"<[^<>]{1,40}>")
-_OPEN = re.compile(r"[\[({［（｛]")
 _WRAPPING = re.compile(r"```\w*|<[^<>]{1,40}>|\\(?:boxed|text)|[\s*_`\"'“”{}$.。]")
 _NONE_FORMS: Final = frozenset({"none", "null", "[]", "[none]", "[null]"})
 _BULLET = re.compile(r"\s*(?:[-*•]|\d{1,4}[.)])\s")
 _NAMED_LABEL = re.compile(r"(?:label|category|class|name|object)\s?[:=]", re.IGNORECASE)
 _BETWEEN_CORNERS: Final = frozenset(
     {"to", "and", "at", "is", "the", "bottom", "lower", "right", "corner", "x2", "y2", "max"}
-)
-    ["to", "and", "at", "is", "the", "bottom", "lower", "right", "corner", "x2", "y2", "max"]
 )
 
 
@@ -181,12 +178,12 @@ def _mentions(content: str) -> list[_Mention] | None:
     value = _json(content)
     values = [Found(0, len(content), value)] if isinstance(value, list | dict) else list(find_values(content))
     mentions = _placed_mentions(content, values)
-    if not values and not _OPEN.search(content):  # x1: 1, y1: 2, … or 1, 2, 3, 4
+    if not values and not OPEN.search(content):  # x1: 1, y1: 2, … or 1, 2, 3, 4
         whole = find_values("{" + _TAG.sub(" ", content) + "}")
         mentions = [one for found in whole for one in _boxes_in(found.value)]
     if mentions:
         return [mention for mention in mentions if mention.by_key] or mentions
-    empty = bool(values) and all(_is_empty(found.value) and content[found.start] != "{" for found in values)
+    empty = bool(values) and all(_is_empty(found.value) for found in values)
     return [] if empty or _says_none(content) else None
 
 

@@ -38,17 +38,18 @@ class _Word(str):
 class _Frame:
     """A bracket that is open."""
 
-    __slots__ = ("braced", "items", "key", "keyed", "pending", "start")
+    __slots__ = ("bracket", "items", "key", "keyed", "pending", "start")
 
-    def __init__(self, start: int, braced: bool) -> None:
-        self.start, self.braced = start, braced
+    def __init__(self, start: int, bracket: str) -> None:
+        self.start, self.bracket = start, bracket
         self.items: list[tuple[str | None, Any]] = []
         self.pending: list[Any] = []  # since the last comma or colon
         self.key: str | None = None
         self.keyed = False
 
 
-_OPEN = re.compile(r"[\[({［（｛]")
+OPEN: Final = re.compile(r"[\[({［（｛]")
+"""What a list or an object begins with."""
 _TOKEN = re.compile(
     r"""
     (?P<open>[\[({［（｛]) | (?P<close>[\])}］）｝]) | (?P<comma>[,，、;；]) | (?P<colon>[:：=])
@@ -83,7 +84,7 @@ class _Scanner:
 
     def run(self) -> Iterator[Found]:
         place = 0
-        while match := (_TOKEN if self._frames else _OPEN).search(self._text, place):
+        while match := (_TOKEN if self._frames else OPEN).search(self._text, place):
             place = match.end()
             kind = match.lastgroup or "open"
             if kind == "open":
@@ -106,7 +107,7 @@ class _Scanner:
     def _open(self, match: re.Match[str]) -> None:
         if len(self._frames) >= DEEPEST:
             self._frames.clear()  # nobody nests boxes that deeply
-        self._frames.append(_Frame(match.start(), match[0] not in "(（"))
+        self._frames.append(_Frame(match.start(), match[0]))
 
     def _closed(self, frame: _Frame, end: int, *, whole: bool) -> Found | None:
         """The value of a bracket, if it is an outermost one; else it goes to the one around it."""
@@ -120,7 +121,7 @@ class _Scanner:
 
     def _comment(self, match: re.Match[str]) -> int:
         """Skips a comment, which only square and curly brackets hold; tells where the text goes on."""
-        if not self._frames[-1].braced:
+        if self._frames[-1].bracket in "(（":
             return match.end()
         closing = "*/" if match[0] == "/*" else "\n"
         end = self._text.find(closing, match.end())
@@ -192,7 +193,7 @@ def _scalar(tokens: list[Any]) -> Any:
 
 def _value(frame: _Frame) -> Any:
     _flush(frame)
-    if frame.keyed:
+    if frame.keyed or (not frame.items and frame.bracket in "{｛"):
         return {key: value for key, value in frame.items if key is not None}
     return [value for _, value in frame.items]
 
