@@ -149,23 +149,28 @@ def is_exact_box(content: str) -> bool:
 
     That is a JSON list of four numbers, or an object with `bbox_2d`, alone in a list or not; in a fence or none.
     """
+    if len(content) > _LONGEST_BOX:
+        return False
     value = _json(content)
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    numbers = value.get("bbox_2d") if isinstance(value, dict) else value
-    return _unfenced(content) == NONE or (_is_numbers(numbers) and isinstance(parse_box(content), tuple))
+    numbers = _four_as_asked(value.get("bbox_2d") if isinstance(value, dict) else value)
+    return _unfenced(content) == NONE or (numbers is not None and _box(numbers) is not None)
 
 
 def is_exact_detections(content: str) -> bool:
     """Whether the content of an answer is a JSON list of `{"bbox_2d", "label"}`, in a fence or none, or "None"."""
+    if len(content) > _LONGEST_DETECTIONS:
+        return False
     value = _json(content)
-    rows = value if isinstance(value, list) else [None]
-    exact = all(isinstance(row, dict) and _is_numbers(row.get("bbox_2d")) and "label" in row for row in rows)
-    return _unfenced(content) == NONE or (exact and parse_detections(content) is not None)
+    return _unfenced(content) == NONE or (isinstance(value, list) and all(map(_is_exact_detection, value)))
 
 
-def _is_numbers(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 4 and all(type(one) in (int, float) for one in value)
+def _is_exact_detection(row: object) -> bool:
+    if not isinstance(row, dict) or not isinstance(row.get("label"), str):
+        return False
+    numbers = _four_as_asked(row.get("bbox_2d"))
+    return numbers is not None and _box(numbers) is not None
 
 
 def fold_label(label: str) -> str:
@@ -282,6 +287,9 @@ def _boxes_in(value: object, label: str | None = None, depth: int = 0) -> Iterat
 
 
 def _boxes_of_object(value: dict[str, Any], label: str | None, depth: int) -> Iterator[_Mention]:
+    if (numbers := _four_as_asked(value.get("bbox_2d"))) is not None and isinstance(value.get("label"), str):
+        yield _Mention(value["label"], _box(numbers), True, not isinstance(value, Cut))
+        return
     named = {_plain(key): one for key, one in value.items()}
     own = next((named[key] for key in _LABEL_KEYS if isinstance(named.get(key), str | list)), None)
     whole = not isinstance(value, Cut)
@@ -314,6 +322,12 @@ def _boxes_by_key(value: object, label: str | list[Any] | None, depth: int) -> I
         yield from _boxes_in(value, single, depth + 1)
     else:
         yield _Mention(single, None)
+
+
+def _four_as_asked(value: object) -> list[Any] | None:
+    """A JSON list of four numbers as it is; None for all else, to which `_four` is kinder."""
+    exact = type(value) is list and len(value) == 4 and all(type(one) in (int, float) for one in value)
+    return value if exact else None  # type: ignore[return-value]
 
 
 def _four(value: object) -> list[float] | None:
@@ -361,8 +375,13 @@ def _number(value: object) -> float | None:
         return math.inf
 
 
-def _box(numbers: Sequence[float] | None) -> Box | None:
-    return (numbers[0], numbers[1], numbers[2], numbers[3]) if numbers and is_box(tuple(numbers)) else None
+def _box(numbers: Sequence[float]) -> Box | None:
+    """Four numbers as a box; None where they are none."""
+    try:
+        x1, y1, x2, y2 = map(float, numbers)
+    except OverflowError:
+        return None
+    return (x1, y1, x2, y2) if is_box((x1, y1, x2, y2)) else None
 
 
 def _plain(key: object) -> str:
