@@ -69,6 +69,7 @@ class _Mention(NamedTuple):
 
 _LONGEST_BOX = 10_000  # characters; a box needs 30, a wordy answer some hundreds
 _LONGEST_DETECTIONS = 100_000
+_LONGEST_LOOSE = 20_000  # of what is no JSON, which takes longer to read
 _DEEPEST = 50
 _LONGEST_NONE = 200
 
@@ -133,8 +134,8 @@ def parse_detections(content: str) -> tuple[Detection, ...] | None:
         content: Any text.
 
     Returns:
-        The detections in the coordinates that the text uses, or None if there is no such list, or
-        more than 100,000 characters of it.
+        The detections in the coordinates that the text uses, or None if there is no such list, or more than 100,000
+        characters of it, or 20,000 where it is no JSON.
     """
     mentions = _mentions(content) if len(content) <= _LONGEST_DETECTIONS else None
     if mentions is None:
@@ -181,7 +182,9 @@ def fold_label(label: str) -> str:
 def _mentions(content: str) -> list[_Mention] | None:
     """The boxes that an answer gives: those by key, or else all; none where it says so, None where it says nothing."""
     value = _json(content)
-    values = [Found(0, len(content), value)] if isinstance(value, list | dict) else list(find_values(content))
+    if not isinstance(value, list | dict) and len(content) > _LONGEST_LOOSE:
+        return None
+    values = [Found(0, len(content), value)] if isinstance(value, list | dict) else _values_in(content)
     mentions = _placed_mentions(content, values)
     if not values and not OPEN.search(content):  # x1: 1, y1: 2, … or 1, 2, 3, 4
         whole = find_values("{" + _TAG.sub(" ", content) + "}")
@@ -190,6 +193,16 @@ def _mentions(content: str) -> list[_Mention] | None:
         return [mention for mention in mentions if mention.by_key] or mentions
     empty = bool(values) and all(_is_empty(found.value) for found in values)
     return [] if empty or _says_none(content) else None
+
+
+def _values_in(content: str) -> list[Found]:
+    """The lists and objects in a text; a list of objects that is said again at once counts once."""
+    kept: list[Found] = []
+    for found in find_values(content):
+        objects = isinstance(found.value, list) and bool(found.value) and isinstance(found.value[0], dict)
+        if not (objects and kept and kept[-1].value == found.value):
+            kept.append(found)
+    return kept
 
 
 def _json(content: str) -> object:
@@ -239,7 +252,8 @@ def _placed_mentions(content: str, values: Sequence[Found]) -> list[_Mention]:
     place, label, corner = 0, None, None
     for start, end, value in values:
         before, place = content[place:start], end
-        label = _label_before(before) or label
+        if isinstance(value, list):
+            label = _label_before(before) or label
         if _is_pair(value):
             if corner is None or not _joins_corners(before):
                 corner = value
@@ -281,8 +295,10 @@ def _boxes_in(value: object, label: str | None = None, depth: int = 0) -> Iterat
             yield _Mention(label, _box(numbers))
             return
         words = [one for one in value if isinstance(one, str)]
-        label = words[0] if len(words) == 1 and len(value) > 1 else label
-        for one in value:
+        if len(words) == 1:  # ["cat", 1, 2, 3, 4] or ["cat", [1, 2, 3, 4]]
+            value, label = [one for one in value if one is not words[0]], words[0]
+        rows = [value] if len(value) == 4 and _four(value) is not None else value
+        for one in rows:
             yield from _boxes_in(one, label, depth + 1)
 
 
@@ -347,6 +363,8 @@ def _four(value: object) -> list[float] | None:
 
 def _named_numbers(named: Mapping[str, Any]) -> list[float] | None:
     """The edges of an object that names them, or its corner, width and height; None where it does not."""
+    if len(named) < 2:
+        return None
     for names in _EDGES:
         if all(name in named for name in names):
             return _four([named[name] for name in names])
