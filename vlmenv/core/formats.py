@@ -16,6 +16,7 @@ SECTIONS: Final = (
 """The headings of PeBR-R1 (arXiv 2509.13031)."""
 
 _FENCE: Final = "```"
+_MOST_BLOCKS: Final = 100  # of which an answer may be the last
 
 
 class AnswerFormat(StrEnum):
@@ -81,6 +82,8 @@ def extract_answer(text: str) -> str | None:
     """
     _, thought, spoken = text.rpartition("</think>")
     spoken = spoken.partition("<think>")[0]
+    if spoken.count("<answer>") > _MOST_BLOCKS:
+        return None
     pieces = [piece.partition("</answer>")[0] for piece in spoken.split("<answer>")]
     blocks = [piece for piece in pieces[1:] if piece.strip()]
     if len(pieces) == 1 and thought and pieces[0].strip():
