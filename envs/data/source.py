@@ -6,11 +6,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from vlmenv.core.spaces import Image
+from vlmenv.envs.data.usage import Usage
+
+
+class Turn(NamedTuple):
+    """A turn of a conversation that comes before the question."""
+
+    role: Literal["system", "user", "assistant"]
+    text: str
+    """with an `<image>` mark in the place of each of its images"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +40,8 @@ class Sample:
     """the reward term that this row asks for in place of the task's first; None for none"""
     response: str = ""
     """a completion to imitate, where the row has one with its reasoning"""
+    turns: tuple[Turn, ...] = ()
+    """system and earlier turns, oldest first; their images are the first of `images`, in the order of their marks"""
 
 
 class Source(ABC):
@@ -42,6 +53,8 @@ class Source(ABC):
     """Of each row that is broken and left out, where it is and what is wrong."""
     unwanted: Mapping[str, int] = MappingProxyType({})
     """How many rows were left out on request, by the reason."""
+    usage: Usage | None = None
+    """Which columns the rows are made of; None for built-in samples."""
 
     @abstractmethod
     def get(self, index: int) -> Sample:
