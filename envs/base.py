@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, ClassVar, SupportsIndex, TypeVar
 
@@ -19,7 +19,7 @@ from vlmenv.core.rollout import Observation
 from vlmenv.core.spaces import FreeText, Image, RGBImage
 from vlmenv.envs.data.dataset import Dataset, Reading, open_dataset
 from vlmenv.envs.data.images import resized
-from vlmenv.envs.data.rows import Row, places
+from vlmenv.envs.data.rows import Row, missing, places
 from vlmenv.envs.data.scenes import Split
 from vlmenv.envs.data.source import Sample, SampleOrder, Source
 from vlmenv.envs.metrics.intervals import Interval
@@ -94,6 +94,8 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
     """Whether every row must have an answer."""
     takes_coco: ClassVar[bool] = False
     """Whether COCO's instances make rows of this task."""
+    unread: ClassVar[Collection[str]] = ()
+    """Parts of a row, by their names in `COLUMNS`, that the task makes nothing of; that they are there is told."""
 
     def __init__(
         self,
@@ -289,7 +291,8 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
             columns or {},
             skip_broken,
             min_image_side,
-            without_text or (),
+            unread=self.unread,
+            without_text=without_text or (),
         )
 
     def row_term(self, row: Row) -> str | None:
@@ -306,7 +309,8 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
 
     def _understand(self, row: Row) -> Sample:
         if self.needs_answer and not row.answer and row.detections is None:
-            raise ValueError(f"the row has no answer: nothing in 'conversations', {places('answer')}")
+            hint = missing("answer", row.unused)
+            raise ValueError(f"the row has no answer: no turn of the assistant, nothing in {places('answer')}; {hint}")
         target, term = self.read_target(row), self.row_term(row)
         return Sample(row.id, (), row.question, target, subject=row.subject, term=term, response=row.response)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from functools import reduce
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ import numpy as np
 from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.envs.data.coco import CocoInstances
 from vlmenv.envs.data.images import image_size, load_image
-from vlmenv.envs.data.rows import ImageRef, Row, check_columns, read_row
+from vlmenv.envs.data.media import ImageRef
+from vlmenv.envs.data.rows import Row, check_columns, missing, read_row
 from vlmenv.envs.data.source import Sample, Source
 from vlmenv.envs.data.tables import (
     HuggingFace,
@@ -28,6 +32,7 @@ from vlmenv.envs.data.tables import (
     Table,
     require_datasets,
 )
+from vlmenv.envs.data.usage import Usage
 
 Dataset = Any
 """A path or hub id, several paths, a data set of the library `datasets`, or a list of rows."""
@@ -62,6 +67,10 @@ class Reading:
     """leave broken rows out, instead of refusing the data set"""
     min_image_side: int | None = None
     """leave rows out with an image that has fewer pixels than this in width or height"""
+    unread: Collection[str] = ()
+    """parts of a row that the task makes nothing of"""
+    takes_turns: bool = False
+    """whether the task shows system and earlier turns"""
     without_text: Sequence[str] = ()
     """leave rows out whose answer, reasoning included, contains one of these, in small letters or capitals"""
 
@@ -79,20 +88,53 @@ class Reading:
             ValueError: The row is broken.
             UnwantedError: It is one of those to be left out.
         """
+        row = self.row(raw, number)
+        return self.sample_of(row), row.images
+
+    def row(self, raw: Any, number: int) -> Row:
+        """Reads a stored row.
+
+        Raises:
+            ValueError: It is broken.
+        """
         if isinstance(raw, ValueError):
             raise raw
-        row = raw if isinstance(raw, Row) else read_row(raw, number, self.columns)
+        return raw if isinstance(raw, Row) else read_row(raw, number, self.columns)
+
+    def sample_of(self, row: Row) -> Sample:
+        """What the task makes of a row; raises as `sample` does."""
         said = (row.response or row.answer).casefold() if self.without_text else ""
         for text in self.without_text:
             if text.casefold() in said:
                 raise UnwantedError(f"the answer says {text!r}")
         if self.needs_image and not row.images:
-            raise ValueError("the task needs an image, but the row has none")
-        return self.understand(row), row.images
+            raise ValueError(f"the task needs an image, but the row has none; {missing('images', row.unused)}")
+        if row.turns and not self.takes_turns:
+            raise ValueError(
+                f"before the question come {', '.join(turn.role for turn in row.turns)} turns, which the task does not "
+                "show: keep one turn of the user and its answer"
+            )
+        return replace(self.understand(row), turns=row.turns)
 
 
 class UnwantedError(Exception):
     """A row that is to be left out; the message says by which rule."""
+
+
+_MadeOf = tuple[int, tuple[tuple[str, str], ...], tuple[str, ...], tuple[str, ...]]
+"""Of a row, its number of images, the columns that it is made of, those left over, and what was decided."""
+_ROWS = 1024  # looked at together
+_THREADS = 16  # that ask the disk for images
+
+
+def _usage(made_of: Mapping[_MadeOf, int], unread: Collection[str]) -> Usage:
+    """The sum over the rows; parts that the task makes nothing of are columns that are not read."""
+    usage = Usage()
+    for (images, used, unused, notes), rows in made_of.items():
+        read = [(part, column) for part, column in used if part not in unread]
+        left = [column for part, column in used if part in unread]
+        usage.add(images, read, [*unused, *left], notes, rows)
+    return usage
 
 
 class TableSource(Source):
@@ -106,6 +148,7 @@ class TableSource(Source):
     Attributes:
         faults: Of each row that is broken and left out, where it is and what is wrong.
         unwanted: How many rows were left out on request, by the reason.
+        usage: Which columns the rows are made of.
 
     Raises:
         DataError: A row is broken, unless such rows are to be left out; the message names its place.
@@ -113,10 +156,14 @@ class TableSource(Source):
 
     def __init__(self, table: Table, image_root: str, reading: Reading) -> None:
         self.table, self.root, self._reading = table, image_root, reading
+        self.faults: list[str] = []
         self.unwanted: Counter[str] = Counter()
-        kept = np.fromiter(self._check(), dtype=np.int64)
+        made_of: Counter[_MadeOf] = Counter()
+        kept = np.fromiter(self._check(made_of), dtype=np.int64)
         self._kept = kept if self.faults or self.unwanted else None
         self.size = len(kept)
+        self.usage: Usage = _usage(made_of, reading.unread)
+        self.usage.notes.update(dict.fromkeys(table.notes, 0))
 
     def row(self, index: int) -> Any:
         """The row of a sample as it is stored."""
@@ -135,26 +182,60 @@ class TableSource(Source):
             raise DataError(f"{place}: {error}; the file has changed since it was opened") from None
         return replace(sample, images=tuple(load_image(self._located(ref), place) for ref in refs if ref is not None))
 
-    def _check(self) -> Iterator[int]:
-        """Numbers of the rows that are whole."""
-        self.faults = []
-        for number, raw in enumerate(self.table.scan()):
+    def _check(self, made_of: Counter[_MadeOf]) -> Iterator[int]:
+        """Numbers of the rows that are whole, which are counted by what they are made of."""
+        rows = enumerate(self.table.scan())
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="vlmenv-data") as pool:
+            while some := list(islice(rows, _ROWS)):
+                for number, row in self._look_at(some, pool):
+                    try:
+                        if isinstance(row, Exception):
+                            raise row
+                    except UnwantedError as reason:
+                        self.unwanted[str(reason)] += 1
+                    except ValueError as error:
+                        self._note_fault(f"{self.table.place(number)}: {error}")
+                    else:
+                        made_of[row] += 1
+                        yield number
+
+    def _note_fault(self, fault: str) -> None:
+        if not self._reading.skip_broken:
+            raise DataError(fault)
+        self.faults.append(fault)
+
+    def _look_at(
+        self, rows: list[tuple[int, Any]], pool: ThreadPoolExecutor
+    ) -> Iterable[tuple[int, _MadeOf | ValueError | UnwantedError]]:
+        """What each of some rows is made of, or what is wrong with it."""
+        read = [(number, *self._read(raw, number)) for number, raw in rows]
+        shares = [read[i::_THREADS] for i in range(_THREADS)]
+        missing = dict(pair for found in pool.map(self._missing, shares) for pair in found)
+        return [(number, missing.get(number, made)) for number, made, _ in read]
+
+    def _read(self, raw: Any, number: int) -> tuple[_MadeOf | ValueError | UnwantedError, tuple[ImageRef, ...]]:
+        try:
+            row = self._reading.row(raw, number)
+            self._reading.sample_of(row)
+        except (ValueError, UnwantedError) as error:
+            return error, ()
+        return (len(row.images), row.used, row.unused, row.notes), row.images
+
+    def _missing(
+        self, rows: Sequence[tuple[int, Any, tuple[ImageRef, ...]]]
+    ) -> list[tuple[int, ValueError | UnwantedError]]:
+        """Rows whose images are not there or too small, with what is wrong; the disk may be slow to tell."""
+        found: list[tuple[int, ValueError | UnwantedError]] = []
+        for number, _, refs in rows:
             try:
-                _, refs = self._reading.sample(raw, number)
                 for ref in refs:
                     if isinstance(ref, str) and not os.path.isfile(self._located(ref)):  # noqa: PTH113 (a million rows ask, and Path is slow)
                         raise ValueError(f"there is no image {self._located(ref)[:200]}")
                 if self._reading.min_image_side is not None:
                     self._check_sizes(number, refs, self._reading.min_image_side)
-            except UnwantedError as reason:
-                self.unwanted[str(reason)] += 1
-            except ValueError as error:
-                fault = f"{self.table.place(number)}: {error}"
-                if not self._reading.skip_broken:
-                    raise DataError(fault) from None
-                self.faults.append(fault)
-            else:
-                yield number
+            except (ValueError, UnwantedError) as error:
+                found.append((number, error))
+        return found
 
     def _check_sizes(self, number: int, refs: Sequence[ImageRef], least: int) -> None:
         """Raises UnwantedError where an image is too small."""
@@ -176,6 +257,7 @@ class Concatenated(Source):
         self.size = self._ends[-1]
         self.faults = [fault for source in sources for fault in source.faults]
         self.unwanted = sum((Counter(source.unwanted) for source in sources), Counter[str]())
+        self.usage: Usage = reduce(operator.add, (source.usage for source in sources))
 
     def get(self, index: int) -> Sample:
         which = bisect_right(self._ends, index)

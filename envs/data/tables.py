@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, ClassVar, TextIO
 
 from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.core.files import whole_file
-from vlmenv.envs.data.rows import Unread
+from vlmenv.envs.data.media import Unread
 
 _CHUNK = 1 << 20  # bytes read at a time
 _LARGEST_VALUE = 1 << 26  # characters of one JSON value; beyond it a quote is missing, and not data
@@ -25,6 +25,8 @@ class Table(ABC):
 
     suffix: ClassVar[str] = ".jsonl"
     """Of the files that `write` makes."""
+    notes: Sequence[str] = ()
+    """What was decided for the table as a whole, to be told once; complete after `scan`."""
 
     @abstractmethod
     def scan(self) -> Iterator[Any]:
@@ -143,6 +145,10 @@ class Rewritten(Table):
 
     def place(self, number: int) -> str:
         return self._table.place(number)
+
+    @property
+    def notes(self) -> Sequence[str]:  # type: ignore[override]
+        return self._table.notes
 
     def _rewritten(self, row: Any) -> Any:
         if not isinstance(row, Mapping):

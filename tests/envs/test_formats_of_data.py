@@ -192,7 +192,10 @@ def test_names_of_classes_and_missing_images_in_a_hugging_face_data_set() -> Non
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"problem": None}, "no question: no text in 'conversations', 'problem' or 'question' or 'query'"),
+        (
+            {"problem": None},
+            "no question: nothing in 'conversations' or 'messages' or 'problem' or 'question' or 'query'",
+        ),
         ({"problem": " "}, "no question"),
         ({"images": [""]}, "no image"),
         ({"images": []}, "1 <image> marks for 0 images"),
