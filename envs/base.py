@@ -308,7 +308,16 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         if self.needs_answer and not row.answer and row.detections is None:
             raise ValueError(f"the row has no answer: nothing in 'conversations', {places('answer')}")
         target, term = self.read_target(row), self.row_term(row)
-        return Sample(row.id, (), row.question, target, subject=row.subject, term=term, response=row.response)
+        return Sample(
+            row.id,
+            (),
+            row.question,
+            target,
+            subject=row.subject,
+            term=term,
+            response=row.response,
+            turns=row.turns,
+        )
 
     def _shown(self, image: Image) -> Image:
         height, width = image.shape[:2]

@@ -14,8 +14,7 @@ from PIL.Image import Image as PILImage
 from vlmenv.core.answers import Detection
 from vlmenv.core.errors import ConfigError, unknown_name
 from vlmenv.core.formats import SECTIONS, TAGS, AnswerFormat
-
-IMAGE_MARK: Final = "<image>"
+from vlmenv.core.rollout import IMAGE_MARK, Turn, count_marks, split_marks
 
 ImageRef = str | bytes | PILImage | None
 """A path, an encoded file's bytes or a picture; None for one that is there but was not read."""
@@ -55,6 +54,8 @@ class Row:
     """what the letters from A on stand for"""
     detections: tuple[Detection, ...] | None = None
     """true boxes, where the data set has them as such"""
+    turns: tuple[Turn, ...] = ()
+    """the turns before the question, as in `Sample`"""
 
 
 def check_columns(columns: Mapping[str, str]) -> None:
@@ -175,24 +176,28 @@ class Unread:
     """Stands in a raw row for an image that is there, but need not be read yet."""
 
 
-def _question(question: Any, images: int) -> str:
+def _question(question: Any, images: int, turns: tuple[Turn, ...] = ()) -> str:
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"the row has no question: no text in 'conversations', {places('question')}")
-    marks = question.count(IMAGE_MARK)
+    return placed(question, images, turns)
+
+
+def placed(question: str, images: int, turns: tuple[Turn, ...] = ()) -> str:
+    """A question whose marks are checked; without them where they say nothing, being all at its beginning.
+
+    Args:
+        question: It may hold `<image>` marks.
+        images: Number of the row's images.
+        turns: The turns before it, which may hold marks too.
+
+    Raises:
+        ValueError: Question and turns hold some marks, but not as many as there are images.
+    """
+    marks, (leading, rest) = count_marks(question, turns), split_marks(question)
     if marks not in (0, images):
-        raise ValueError(f"the question has {marks} {IMAGE_MARK} marks for {images} images")
-    return _without_marks(question)
-
-
-def _without_marks(question: str) -> str:
-    """Drops the marks at the beginning, where the images go anyhow; one within a sentence becomes its number."""
-    number = 1
-    question = question.strip()
-    while question.startswith(IMAGE_MARK):
-        question, number = question.removeprefix(IMAGE_MARK).strip(), number + 1
-    while IMAGE_MARK in question:
-        question, number = question.replace(IMAGE_MARK, f"image {number}", 1), number + 1
-    return question
+        whole = "the question has" if not turns else "the question and the turns before it have"
+        raise ValueError(f"{whole} {marks} {IMAGE_MARK} marks for {images} images")
+    return rest if leading == marks else question.strip()
 
 
 def _divided(answer: Any) -> tuple[Any, str]:
