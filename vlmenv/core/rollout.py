@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, NotRequired, TypedDict, cast
+from typing import Any, Final, Literal, NotRequired, TypedDict, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlmenv.core.spaces import Image
 
-
 IMAGE_MARK: Final = "<image>"
 """Marks the place of an image in a prompt."""
 
 Role = Literal["system", "user", "assistant"]
+ROLES: Final[tuple[Role, ...]] = get_args(Role)
 
 
 class Turn(TypedDict):
@@ -150,8 +150,9 @@ def unbatch(observations: Observations) -> list[Observation]:
         return list(observations)
     if isinstance(observations["prompt"], str):
         raise TypeError("a single observation was given where a batch is wanted: pass [observation]")
-    pairs = zip(observations["images"], observations["prompt"], strict=True)
-    return [cast(Observation, {"images": tuple(images), "prompt": prompt}) for images, prompt in pairs]
+    prompts = observations["prompt"]
+    rows = zip(observations["images"], prompts, observations.get("turns", [()] * len(prompts)), strict=True)
+    return [{"images": tuple(images), "prompt": prompt, "turns": tuple(turns)} for images, prompt, turns in rows]
 
 
 def group_neighbours(observations: Sequence[Observation]) -> tuple[list[int], NDArray[np.int64]]:
@@ -172,6 +173,7 @@ def group_neighbours(observations: Sequence[Observation]) -> tuple[list[int], ND
 def _same(a: Observation, b: Observation) -> bool:
     return (
         a["prompt"] == b["prompt"]
+        and a.get("turns", ()) == b.get("turns", ())
         and len(a["images"]) == len(b["images"])
         and all(x is y or np.array_equal(x, y) for x, y in zip(a["images"], b["images"], strict=True))
     )
