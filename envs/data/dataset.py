@@ -69,8 +69,6 @@ class Reading:
     """leave rows out with an image that has fewer pixels than this in width or height"""
     unread: Collection[str] = ()
     """parts of a row that the task makes nothing of"""
-    takes_turns: bool = False
-    """whether the task shows system and earlier turns"""
     without_text: Sequence[str] = ()
     """leave rows out whose answer, reasoning included, contains one of these, in small letters or capitals"""
 
@@ -109,12 +107,7 @@ class Reading:
                 raise UnwantedError(f"the answer says {text!r}")
         if self.needs_image and not row.images:
             raise ValueError(f"the task needs an image, but the row has none; {missing('images', row.unused)}")
-        if row.turns and not self.takes_turns:
-            raise ValueError(
-                f"before the question come {', '.join(turn.role for turn in row.turns)} turns, which the task does not "
-                "show: keep one turn of the user and its answer"
-            )
-        return replace(self.understand(row), turns=row.turns)
+        return self.understand(row)
 
 
 class UnwantedError(Exception):

@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 from PIL.Image import Image as PILImage
 
-IMAGE_MARK: Final = "<image>"
+from vlmenv.core.rollout import IMAGE_MARK
 
 ImageRef = str | bytes | PILImage | None
 """A path, an encoded file's bytes or a picture; None for one that is there but was not read."""

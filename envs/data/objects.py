@@ -1,4 +1,4 @@
-"""Reads a column `objects`: boxes with their labels, as Hugging Face data sets have them, or for the marks of ms-swift."""
+"""Reads a column `objects`: boxes with labels, as Hugging Face data sets have them, or for the marks of ms-swift."""
 
 from __future__ import annotations
 

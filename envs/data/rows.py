@@ -11,9 +11,9 @@ from typing import Any, Final
 from vlmenv.core.answers import Detection
 from vlmenv.core.errors import ConfigError, unknown_name
 from vlmenv.core.formats import SECTIONS, TAGS, AnswerFormat
+from vlmenv.core.rollout import IMAGE_MARK, Turn, count_marks, split_marks
 from vlmenv.envs.data.media import (
     IMAGE_COLUMNS,
-    IMAGE_MARK,
     ImageRef,
     check_text,
     holds_image,
@@ -34,7 +34,6 @@ from vlmenv.envs.data.objects import (
     labelled_boxes,
     read_objects,
 )
-from vlmenv.envs.data.source import Turn
 from vlmenv.envs.data.turns import Conversation, read_turns
 
 COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -76,7 +75,7 @@ class Row:
     detections: tuple[Detection, ...] | None = None
     """true boxes, where the data set has them as such"""
     turns: tuple[Turn, ...] = ()
-    """system and earlier turns; `images` holds theirs first"""
+    """the turns before the question, as in `Sample`"""
     used: tuple[tuple[str, str], ...] = ()
     """parts of the row, with the columns that they were taken from"""
     unused: tuple[str, ...] = ()
@@ -109,7 +108,7 @@ def read_row(raw: Any, number: int, columns: Mapping[str, str]) -> Row:
     refuse_other_media(raw)
     cells = _Cells(raw, columns)
     asked = _conversation(cells)
-    texts, answer = [*(turn.text for turn in asked.turns), asked.question], asked.answer
+    texts, answer = [*(turn["text"] for turn in asked.turns), asked.question], asked.answer
     images = tuple(map(read_image, asked.images))
     row_id = cells.take("id")
     for name, value in (("id", row_id), ("question", asked.question), ("answer", answer)):
@@ -123,12 +122,15 @@ def read_row(raw: Any, number: int, columns: Mapping[str, str]) -> Row:
     if detections is not None and not texts[-1]:
         texts[-1] = _ask_for(detections, objects, key)
     _check_question(texts[-1], cells)
-    placed, refs = _place(texts, images or _images(cells))
+    for text in texts:
+        refuse_other_marks(text)
+    texts, refs = place_numbered(texts, images or _images(cells))
+    turns = _with_texts(asked.turns, texts, len(refs))
     answer, response = _divided(answer)
     return Row(
         id=key,
         images=refs,
-        question=_without_marks(placed[-1]),
+        question=placed(texts[-1], len(refs), turns),
         answer=_answer(answer),
         response=response,
         keywords=_keywords(cells.take("keywords")),
@@ -137,7 +139,7 @@ def read_row(raw: Any, number: int, columns: Mapping[str, str]) -> Row:
         tolerance=_tolerance(cells.take("tolerance")),
         choices=_choices(cells.take("choices")),
         detections=detections,
-        turns=_with_texts(asked.turns, placed, len(refs)),
+        turns=turns,
         used=tuple(cells.used),
         unused=cells.unused(bool(refs)),
         notes=tuple(cells.notes),
@@ -214,7 +216,8 @@ def _conversation(cells: _Cells) -> Conversation:
         asked = asked._replace(question=_question(cells))
     if asked.answer is None or "answer" in cells.named:
         asked = asked._replace(answer=_stored_answer(cells))
-    return asked._replace(turns=_earlier(cells) + asked.turns)
+    told = bool(asked.turns) and asked.turns[0]["role"] == "system"
+    return asked._replace(turns=_earlier(cells, told) + asked.turns)
 
 
 def _is_conversation(stored: Any) -> bool:
@@ -240,14 +243,14 @@ def _stored_answer(cells: _Cells) -> Any:
     return found
 
 
-def _earlier(cells: _Cells) -> tuple[Turn, ...]:
-    """A column with a system prompt, and ms-swift's `history` of questions with their answers."""
-    system, history = cells.take("system"), cells.take("history") or ()
-    turns = [] if system is None else [Turn("system", _text(system, "system"))]
+def _earlier(cells: _Cells, told: bool) -> tuple[Turn, ...]:
+    """A column with a system prompt, unless one is told, and ms-swift's `history` of questions with their answers."""
+    system, history = None if told else cells.take("system"), cells.take("history") or ()
+    turns: list[Turn] = [] if system is None else [{"role": "system", "text": _text(system, "system")}]
     for pair in history:
         if not isinstance(pair, (list, tuple)) or [type(text) for text in pair] != [str, str]:
             raise ValueError("'history' is no list of questions with their answers")
-        turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
+        turns += [{"role": "user", "text": pair[0]}, {"role": "assistant", "text": pair[1]}]
     return tuple(turns)
 
 
@@ -283,24 +286,12 @@ def _images(cells: _Cells) -> tuple[Any, ...]:
     return tuple(ref for column in chosen for ref in read_images(cells.take_column("images", column)))
 
 
-def _place(texts: Sequence[str], images: Sequence[Any]) -> tuple[tuple[str, ...], tuple[ImageRef, ...]]:
-    """Texts with one mark for each image, or with none, and the images in their order."""
-    for text in texts:
-        refuse_other_marks(text)
-    placed, refs = place_numbered(texts, tuple(images))
-    marks = sum(text.count(IMAGE_MARK) for text in placed)
-    if marks not in (0, len(refs)):
-        raise ValueError(f"the question has {marks} {IMAGE_MARK} marks for {len(refs)} images")
-    return placed, refs
-
-
 def _with_texts(turns: Sequence[Turn], texts: Sequence[str], images: int) -> tuple[Turn, ...]:
     """Turns with their texts, the question's left over; images without marks go to the first turn of the user."""
-    marked = any(IMAGE_MARK in text for text in texts)
-    told = [turn._replace(text=text) for turn, text in zip(turns, texts, strict=False)]
-    first = next((i for i, turn in enumerate(told) if turn.role == "user"), None)
-    if first is not None and not marked:
-        told[first] = told[first]._replace(text=IMAGE_MARK * images + told[first].text)
+    told: list[Turn] = [{**turn, "text": text} for turn, text in zip(turns, texts, strict=False)]
+    first = next((turn for turn in told if turn["role"] == "user"), None)
+    if first is not None and not count_marks(texts[-1], told):
+        first["text"] = IMAGE_MARK * images + first["text"]
     return tuple(told)
 
 
@@ -311,15 +302,22 @@ def _check_question(question: str, cells: _Cells) -> None:
         )
 
 
-def _without_marks(question: str) -> str:
-    """Drops the marks at the beginning, where the images go anyhow; one within a sentence becomes its number."""
-    number = 1
-    question = question.strip()
-    while question.startswith(IMAGE_MARK):
-        question, number = question.removeprefix(IMAGE_MARK).strip(), number + 1
-    while IMAGE_MARK in question:
-        question, number = question.replace(IMAGE_MARK, f"image {number}", 1), number + 1
-    return question
+def placed(question: str, images: int, turns: tuple[Turn, ...] = ()) -> str:
+    """A question whose marks are checked; without them where they say nothing, being all at its beginning.
+
+    Args:
+        question: It may hold `<image>` marks.
+        images: Number of the row's images.
+        turns: The turns before it, which may hold marks too.
+
+    Raises:
+        ValueError: Question and turns hold some marks, but not as many as there are images.
+    """
+    marks, (leading, rest) = count_marks(question, turns), split_marks(question)
+    if marks not in (0, images):
+        whole = "the question has" if not turns else "the question and the turns before it have"
+        raise ValueError(f"{whole} {marks} {IMAGE_MARK} marks for {images} images")
+    return rest if leading == marks else question.strip()
 
 
 def _divided(answer: Any) -> tuple[Any, str]:

@@ -6,29 +6,27 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from vlmenv.core.rollout import Turn
 from vlmenv.core.spaces import Image
 from vlmenv.envs.data.usage import Usage
 
 
-class Turn(NamedTuple):
-    """A turn of a conversation that comes before the question."""
-
-    role: Literal["system", "user", "assistant"]
-    text: str
-    """with an `<image>` mark in the place of each of its images"""
-
-
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One row of a task, with its images loaded."""
+    """One row of a task, with its images loaded.
+
+    `<image>` marks in the question and in the system and user turns are the places of the images, in reading
+    order: as many marks as images, or none, and then the images precede the prompt. `rows.placed` checks this, and
+    drops marks that only begin a question, since such images precede the prompt anyway.
+    """
 
     id: str
     images: tuple[Image, ...]
-    """uint8 arrays [H, W, 3]"""
+    """uint8 arrays [H, W, 3], of all turns in reading order"""
     question: str
     target: Any
     """the truth; coordinates are pixels of the original image"""
@@ -41,7 +39,8 @@ class Sample:
     response: str = ""
     """a completion to imitate, where the row has one with its reasoning"""
     turns: tuple[Turn, ...] = ()
-    """system and earlier turns, oldest first; their images are the first of `images`, in the order of their marks"""
+    """earlier turns, few-shot examples for one, as `{"role": "user", "text": "What is <image>?"}`; the row's own
+    system turn is the first of them, and takes the place of the task's `system_prompt`"""
 
 
 class Source(ABC):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
-from vlmenv.envs.data.media import IMAGE_MARK
-from vlmenv.envs.data.source import Turn
+from vlmenv.core.rollout import IMAGE_MARK, Role, Turn
 
-_ROLES: Final[Mapping[str, Literal["system", "user", "assistant"]]] = {
+_ROLES: Final[Mapping[str, Role]] = {
     "system": "system",
     "developer": "system",
     "user": "user",
@@ -58,7 +57,9 @@ def read_turns(stored: Any, column: str) -> Conversation:
         )
     if not all(isinstance(text, str) for _, text in turns):
         raise ValueError(f"a turn of '{column}' has no text")
-    return Conversation(tuple(Turn(*turn) for turn in turns[:-1]), turns[-1][1], answer, tuple(images))
+    return Conversation(
+        tuple(Turn(role=role, text=text) for role, text in turns[:-1]), turns[-1][1], answer, tuple(images)
+    )
 
 
 def _check_order(roles: list[str], column: str) -> None:
@@ -78,7 +79,7 @@ def _parsed(text: str) -> Any:
         return None
 
 
-def _role(turn: Mapping[str, Any], column: str) -> Literal["system", "user", "assistant"]:
+def _role(turn: Mapping[str, Any], column: str) -> Role:
     role = turn.get("role", turn.get("from"))
     if not isinstance(role, str) or role not in _ROLES:
         raise ValueError(f"'{column}' has a turn of {role!r}; known are {', '.join(_ROLES)}")
