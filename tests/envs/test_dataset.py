@@ -103,7 +103,7 @@ def test_a_file_that_is_no_image_is_named(tmp_path: Path) -> None:
     file = write(tmp_path, row())
     (tmp_path / "a.png").write_text("no image")
     env = RECEnv(dataset=file)
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: .*a\.png cannot be read as an image"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:1 \(id 5\): .*a\.png cannot be read as an image"):
         env.reset(seed=0)
 
 
