@@ -275,7 +275,10 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
             return error
 
     def _take(self, order: SampleOrder, count: int) -> list[int]:
-        """The next samples of this shard's part of the order, skipped ones passed over, and settled but for a chance."""
+        """The next samples of this shard's part of the order.
+
+        Skipped ones are passed over, settled ones but for a chance.
+        """
         indices: list[int] = []
         most = (
             0 if self._revisit == 1 else self.task.source.size or 0

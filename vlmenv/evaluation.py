@@ -17,7 +17,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from vlmenv.agents.base import Agent
-from vlmenv.building import DTYPES, TaskConfig, load_agent, make_envs, prepared, report_broken_rows
+from vlmenv.building import (
+    DTYPES,
+    TaskConfig,
+    load_agent,
+    make_envs,
+    prepared,
+    report_broken_rows,
+    report_skipped,
+)
 from vlmenv.core.errors import ConfigError, DataError, PromptError, SampleError
 from vlmenv.core.files import write_whole
 from vlmenv.core.rollout import Observation, unbatch
@@ -273,9 +281,17 @@ def written(metric: Interval) -> str:
     return f"{metric.value:.3f} ({metric.low:.3f} to {metric.high:.3f})"
 
 
+_SKIPPED = "skipped.json"
+
+
 def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
-    """Writes answers.jsonl and then metrics.json, so that where the latter is there all is."""
+    """Writes answers.jsonl and then metrics.json, so that where the latter is there all is.
+
+    Samples that were left out stand in skipped.json, with place and reason by index.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    if evaluation.skipped:
+        write_whole(folder / _SKIPPED, json.dumps(evaluation.skipped, indent=2) + "\n")
     write_whole(folder / "answers.jsonl", "".join(json.dumps(answer) + "\n" for answer in evaluation.answers))
     write_whole(folder / "metrics.json", json.dumps(evaluation.as_json(), indent=2) + "\n")
 
@@ -286,7 +302,9 @@ def read_evaluation(folder: Path, task: VisualTaskEnv) -> Evaluation:
     answers = [json.loads(line) for line in lines]
     for answer in answers:
         answer["prediction"] = task.parse(answer["completion"])
-    return Evaluation(read_metrics(folder), answers)
+    file = folder / _SKIPPED
+    skipped = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return Evaluation(read_metrics(folder), answers, {int(index): reason for index, reason in skipped.items()})
 
 
 def read_metrics(folder: Path) -> dict[str, Interval]:
@@ -330,6 +348,8 @@ def run_evaluation(config: EvalConfig) -> Evaluation:
     if config.output is not None and accelerator.is_main_process:
         write_evaluation(evaluation, config.output)
     how = "greedy" if greedy else f"{config.samples} sampled answers each"
-    console.print(metrics_table(f"{config.env}, {count} samples, {how}", {config.model: evaluation}))
+    report_skipped(evaluation.skipped, count, console)
+    shown = count - len(evaluation.skipped)
+    console.print(metrics_table(f"{config.env}, {shown} samples, {how}", {config.model: evaluation}))
     accelerator.state.destroy_process_group()
     return evaluation
