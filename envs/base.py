@@ -13,7 +13,7 @@ from gymnasium import spaces
 
 from vlmenv.core.answers import NONE
 from vlmenv.core.coordinates import Coordinates, CoordinateSpace, ResizeRule
-from vlmenv.core.errors import ConfigError, DataError, unknown_name
+from vlmenv.core.errors import ConfigError, DataError, SampleError, unknown_name
 from vlmenv.core.formats import AnswerFormat
 from vlmenv.core.rollout import IMAGE_MARK, ROLES, Observation, Turn, split_marks
 from vlmenv.core.spaces import FreeText, Image, OneOfTexts, RGBImage
@@ -51,7 +51,8 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         image_root: Folder that image paths are relative to, or one for each file; the file's own where left out.
         split: Of the built-in samples, `"train"` (default) or `"eval"`; of a Hugging Face data set, its name.
         columns: For parts of a row, the columns that hold them, as in `{"question": "query", "answer": "label"}`.
-        skip_broken: Leave broken rows out (`env.source.faults` tells of them) instead of refusing the data set.
+        skip_broken: Leave broken rows out (`env.source.faults` tells of them) instead of refusing the data set. A row
+            whose fault shows only when it is to be shown, such as half an image, gives way to the next one.
         min_image_side: Leave rows out with an image of fewer pixels than this in width or height.
         without_text: Leave rows out whose answer, reasoning included, contains one of these texts.
         rewards: Terms and weights; the task's defaults where left out.
@@ -128,6 +129,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         self.action_space = FreeText()
         self.render_mode = render_mode
         self.timing = timing
+        self.skip_broken = skip_broken
         self.coordinates = Coordinates(_one_of(CoordinateSpace, "coordinate space", coordinates), resize)
         self.answer_format = _one_of(AnswerFormat, "answer format", answer_format or self.default_format)
         self.template = _checked_template(self.prompt_template if prompt_template is None else prompt_template)
@@ -214,7 +216,9 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
 
         Raises:
             ConfigError: An option that is not known, or a sample that does not exist.
-            DataError: The sample, or one of its images, cannot be read.
+            SampleError: The sample, or one of its images, cannot be read; with `skip_broken` the next one is shown,
+                unless this one was asked for by its index.
+            DataError: With `skip_broken`, every sample of the data set in turn cannot be read.
         """
         super().reset(seed=seed)
         if seed is not None or self._order is None:
@@ -224,12 +228,25 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
             raise ConfigError(f"reset knows no option {', '.join(sorted(unknown))}; it knows 'index'")
         if options:
             self._index = check_index(options["index"], self.source.size)
+            self._sample, observation = self.show(self._index)
         else:
-            self._index = self._order[self._position]
-            self._position += 1
-        self._sample = self.source.get(self._index)
+            self._sample, observation = self._show_next(self._order)
         self._prediction, self._answered = None, False
-        return self.observe(self._sample), self.identify(self._sample, self._index)
+        return observation, self.identify(self._sample, self._index)
+
+    def _show_next(self, order: SampleOrder) -> tuple[Sample, Observation]:
+        """The next sample of the order; with `skip_broken`, the next one that can be shown."""
+        broken: list[SampleError] = []
+        while not broken or len(broken) < 2 * (self.source.size or 0):  # an order may end and begin with one sample
+            self._index = order[self._position]
+            self._position += 1
+            try:
+                return self.show(self._index)
+            except SampleError as error:
+                if not self.skip_broken:
+                    raise
+                broken.append(error)
+        raise DataError(f"none of the data set's {self.source.size} samples can be shown; the first: {broken[0]}")
 
     def step(self, action: str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         if self._sample is None or self._answered:
@@ -244,6 +261,18 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         if self.render_mode is None or self._sample is None:
             return None
         return self.draw(self._sample, self._prediction)
+
+    def show(self, index: int) -> tuple[Sample, Observation]:
+        """Loads a sample, and gives it with what an agent sees of it.
+
+        Raises:
+            SampleError: It cannot be read.
+        """
+        try:
+            sample = self.source.get(index)
+        except DataError as error:
+            raise SampleError(index, str(error)) from error
+        return sample, self.observe(sample)
 
     def observe(self, sample: Sample) -> Observation:
         """What an agent sees of a sample; the images are copies, at the size that `coordinates` shows them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
@@ -25,6 +26,7 @@ from vlmenv.agents.vlm import BUILTIN, Sampling, VLMAgent, find_model
 from vlmenv.core.coordinates import CoordinateSpace
 from vlmenv.core.errors import ConfigError, unknown_name
 from vlmenv.core.files import write_whole
+from vlmenv.core.text import printable
 from vlmenv.envs.registration import VectorEntryPoint
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.options.files import to_yaml
@@ -256,9 +258,28 @@ def report_broken_rows(envs: VisualTaskVectorEnv, console: Console) -> None:
     source = envs.task.source
     total = len(source.faults) + sum(source.unwanted.values()) + (source.size or 0)
     for reason, count in source.unwanted.items():
-        console.print(f"{count} of {total} rows are left out: {reason}", highlight=False, markup=False)
+        _say(f"{count} of {total} rows are left out: {reason}", console)
     if source.faults:
-        console.print(f"{len(source.faults)} of {total} rows are broken and left out, the first at {source.faults[0]}")
+        _say(f"{len(source.faults)} of {total} rows are broken and left out, the first at {source.faults[0]}", console)
+
+
+def report_skipped(skipped: Mapping[int, str], total: int | None, console: Console) -> None:
+    """Says how many samples were left out since they could not be shown, and which, as far as a few lines go."""
+    if not skipped:
+        return
+    told = list(skipped.values())
+    _say(f"{len(told)} of {total} samples could not be shown and were left out:", console)
+    for reason in told[:_TOLD]:
+        _say(f"  {reason}", console)
+    if len(told) > _TOLD:
+        _say(f"  … and {len(told) - _TOLD} more; `vlmenv data check --decode --model …` tells of all", console)
+
+
+def _say(message: str, console: Console) -> None:
+    console.print(printable(message), highlight=False, emoji=False, soft_wrap=True)
+
+
+_TOLD = 5
 
 
 def check_device(device: Device) -> None:

@@ -168,12 +168,16 @@ class TableSource(Source):
 
     def get(self, index: int) -> Sample:
         number = self.number(index)
-        place = self.table.place(number)
         try:
             sample, refs = self._reading.sample(self.table.read(number), number)
         except ValueError as error:
+            place = self.table.place(number)
             raise DataError(f"{place}: {error}; the file has changed since it was opened") from None
+        place = self.place(index, sample.id)
         return replace(sample, images=tuple(load_image(self._located(ref), place) for ref in refs if ref is not None))
+
+    def place(self, index: int, id: str) -> str:
+        return f"{self.table.place(self.number(index))} (id {id})"
 
     def _check(self, made_of: Counter[_MadeOf]) -> Iterator[int]:
         """Numbers of the rows that are whole, which are counted by what they are made of."""
@@ -253,8 +257,17 @@ class Concatenated(Source):
         self.usage: Usage = reduce(operator.add, (source.usage for source in sources))
 
     def get(self, index: int) -> Sample:
+        source, own = self._part(index)
+        return source.get(own)
+
+    def place(self, index: int, id: str) -> str:
+        source, own = self._part(index)
+        return source.place(own, id)
+
+    def _part(self, index: int) -> tuple[TableSource, int]:
+        """The source that a sample is of, and its index there."""
         which = bisect_right(self._ends, index)
-        return self.sources[which].get(index - (self._ends[which - 1] if which else 0))
+        return self.sources[which], index - (self._ends[which - 1] if which else 0)
 
 
 def open_dataset(

@@ -60,8 +60,12 @@ class Source(ABC):
         """Loads a sample, `0 <= index < size`.
 
         Raises:
-            DataError: The sample, or one of its images, cannot be read.
+            DataError: The sample, or one of its images, cannot be read; the message names its place.
         """
+
+    def place(self, index: int, id: str) -> str:
+        """Where a sample comes from, for messages: its file and line, if it has such, and its id."""
+        return f"sample {id}"
 
 
 class SampleOrder:

@@ -50,11 +50,8 @@ def read_turns(stored: Any, column: str) -> Conversation:
         raise ValueError(f"'{column}' is not a list of turns, each with a role and a text")
     images: list[Any] = []
     turns = [(_role(turn, column), _content(turn, column, images)) for turn in stored]
+    _check_order([role for role, _ in turns], column)
     answer = turns.pop()[1] if turns[-1][0] == "assistant" else None
-    if not turns or turns[-1][0] != "user":
-        raise ValueError(
-            f"'{column}' must end with a turn of the user, or with one of the user and one that answers it"
-        )
     if not all(isinstance(text, str) for _, text in turns):
         raise ValueError(f"a turn of '{column}' has no text")
     return Conversation(

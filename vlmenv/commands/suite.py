@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlmenv.agents.vlm import VLMAgent
-from vlmenv.building import claim, load_agent, prepared, report_broken_rows
+from vlmenv.building import claim, load_agent, prepared, report_broken_rows, report_skipped
 from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.core.files import write_whole
 from vlmenv.envs.data.benchmarks import hallusion_bench, math_vision, mathverse, mathvista, mmstar
@@ -259,6 +259,7 @@ def _measure(one: Found, config: EvalConfig, agent: VLMAgent, console: Console, 
     title = f"{one.entry.name}, {count} samples"
     evaluation = evaluate(agent, envs, count, greedy=greedy, title=title, console=console, processes=processes)
     envs.close()
+    report_skipped(evaluation.skipped, count, console)
     for name, parts in one.entry.all_right.items():
         evaluation.metrics[name] = all_right(evaluation.answers, parts)
     if processes.accelerator.is_main_process:
