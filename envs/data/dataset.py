@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import operator
 import os
+import shutil
+import tempfile
+import weakref
+import zlib
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -18,18 +23,20 @@ import numpy as np
 
 from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.envs.data.coco import CocoInstances
+from vlmenv.envs.data.delimited import Delimited
 from vlmenv.envs.data.images import image_size, load_image
 from vlmenv.envs.data.media import ImageRef
 from vlmenv.envs.data.rows import Row, check_columns, missing, read_row
 from vlmenv.envs.data.source import Sample, Source
 from vlmenv.envs.data.tables import (
     HuggingFace,
+    JSONById,
     JSONLines,
     JSONList,
-    JSONStream,
     Rewritten,
     Rows,
     Table,
+    json_layout,
     require_datasets,
 )
 from vlmenv.envs.data.usage import Usage
@@ -276,8 +283,9 @@ def open_dataset(
     """Opens a data set and checks every row.
 
     Args:
-        dataset: A `.jsonl`, `.json` or `.parquet` file, a folder that `datasets` has saved, the id of a data set
-            on the Hugging Face hub; a list of such; a data set of the library `datasets`; a list of rows.
+        dataset: A `.jsonl`, `.json`, `.csv`, `.tsv` (also `.gz` of these) or `.parquet` file, a folder that `datasets`
+            has saved, the id of a data set on the Hugging Face hub; a list of such; a data set of the library
+            `datasets`; a list of rows.
         reading: How the task reads rows.
         image_root: Folder that image paths are relative to, or one for each of several files; the file's own
             where left out, or the working directory where there is no file.
@@ -324,31 +332,54 @@ def _open(dataset: Any, image_root: Any, split: str | None, reading: Reading) ->
 def _open_file(file: Path, split: str | None, reading: Reading) -> Table:
     if split is not None:
         raise ConfigError(f"split '{split}' is for the built-in samples and for named data sets: a file has no splits")
-    if file.suffix == ".jsonl":
-        return JSONLines(file)
-    if file.suffix == ".json":
-        return _open_json(file, reading)
-    if file.suffix == ".parquet":
+    plain = file.with_suffix("") if file.suffix == ".gz" else file
+    if plain.suffix not in _SUFFIXES or (plain != file and plain.suffix == ".parquet"):
+        raise DataError(
+            f"{file}: a data set file is {', '.join(_SUFFIXES)}, all but parquet also with .gz, not '{plain.suffix}'; "
+            "annotations of VOC, YOLO and LabelMe become one by `vlmenv data convert SOURCE TARGET.jsonl`"
+        )
+    if plain.suffix == ".parquet":
         library = _library()
         try:
             return HuggingFace(library.Dataset.from_parquet(str(file)), str(file))
         except (OSError, ValueError, LookupError, RuntimeError, library.exceptions.DatasetsError) as error:
             raise DataError(f"{file}: the parquet file cannot be read: {error}") from error
-    raise DataError(f"{file}: a data set file is .jsonl, .json or .parquet, not '{file.suffix}'")
+    unpacked = file if plain == file else _unpacked(file)
+    table = _open_text(unpacked, file, plain.suffix, reading)
+    if unpacked != file:
+        weakref.finalize(table, unpacked.unlink, missing_ok=True)
+    return table
 
 
-def _open_json(file: Path, reading: Reading) -> Table:
-    with file.open("rb") as stream:
-        if JSONStream(stream, file).is_list():
-            return JSONList(file)
+_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+
+
+def _unpacked(file: Path) -> Path:
+    """A copy of a packed file that rows can be read from by their places."""
+    try:
+        with gzip.open(file) as packed, tempfile.NamedTemporaryFile(prefix="vlmenv-", delete=False) as plain:
+            shutil.copyfileobj(packed, plain, 1 << 20)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{file}: cannot be unpacked: {error}") from error
+    return Path(plain.name)
+
+
+def _open_text(file: Path, name: Path, suffix: str, reading: Reading) -> Table:
+    if suffix in (".csv", ".tsv"):
+        return Delimited(file, name, "\t" if suffix == ".tsv" else None)
+    layout, key = json_layout(file, name)
+    match layout:
+        case "list":
+            return JSONList(file, name, key)
+        case "lines":
+            return JSONLines(file, name)
+        case "by id":
+            return JSONById(file, name)
     if not reading.takes_coco:
-        raise DataError(
-            f"{file}: a JSON object and not a list of rows. If it holds a row a line, name it .jsonl; "
-            "COCO's instances are for detection, VLM-OVD-v0"
-        )
+        raise DataError(f"{name}: looks like COCO's instances, which are for detection, VLM-OVD-v0")
     if reading.columns:
-        raise ConfigError(f"{file}: COCO's instances have no columns to map")
-    return CocoInstances(file)
+        raise ConfigError(f"{name}: COCO's instances have no columns to map")
+    return CocoInstances(file, name)
 
 
 def _load(name: str, split: str | None) -> Table:
@@ -364,9 +395,6 @@ def _load(name: str, split: str | None) -> Table:
         return HuggingFace(library.load_dataset(name, split=split or "train"), name)
     except (OSError, ValueError, LookupError, RuntimeError, library.exceptions.DatasetsError) as error:
         raise DataError(f"{name}: the data set cannot be loaded: {error}") from error
-
-
-_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 def _wrap(dataset: Any, split: str | None, name: str | None = None) -> Table:

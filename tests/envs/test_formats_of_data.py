@@ -221,8 +221,8 @@ def test_a_broken_part_is_named(folder: Path, changes: dict[str, Any], message: 
 
 def test_what_cannot_be_opened_is_named(folder: Path) -> None:
     for name, content, message in (
-        ("a.txt", "x", r"\.jsonl, \.json or \.parquet, not '\.txt'"),
-        ("a.json", "{}", "JSON object and not a list"),
+        ("a.txt", "x", r"\.jsonl, \.json, .*\.parquet, .* not '\.txt'; .* `vlmenv data convert SOURCE"),
+        ("a.json", "{}", "JSON object with nothing, and no list of rows"),
         ("b.json", "[]", "has no rows"),
         ("c.json", '[{"problem": "?", "answer": 1}, {"b" 2}]', r"c\.json:1: not JSON: Expecting ':'"),
         ("d.json", '[\n{"problem": "?", "answer": 1},\n{"b": "', r"d\.json:3: not JSON: Unterminated"),
