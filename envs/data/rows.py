@@ -14,6 +14,7 @@ from PIL.Image import Image as PILImage
 from vlmenv.core.answers import Detection
 from vlmenv.core.errors import ConfigError, unknown_name
 from vlmenv.core.formats import SECTIONS, TAGS, AnswerFormat
+from vlmenv.envs.data.choices import read_choices
 
 IMAGE_MARK: Final = "<image>"
 
@@ -24,12 +25,12 @@ COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
     "id": ("qid", "id"),
     "images": ("images", "image"),
     "question": ("problem", "question", "query"),
-    "answer": ("answer", "solution"),
+    "answer": ("answer", "solution", "answers"),
     "keywords": ("key_word", "keywords"),
     "subject": ("subject",),
     "method": ("accu_reward_method",),
     "tolerance": ("tolerance",),
-    "choices": ("choices",),
+    "choices": ("choices", "options"),
 }
 """What a row is made of, and the columns that it is looked for in."""
 
@@ -53,6 +54,8 @@ class Row:
     """by which a number may be off"""
     choices: tuple[str, ...] = ()
     """what the letters from A on stand for"""
+    accepted: tuple[str | float, ...] = ()
+    """the items of an answer that is a list of texts and numbers"""
     detections: tuple[Detection, ...] | None = None
     """true boxes, where the data set has them as such"""
 
@@ -91,12 +94,13 @@ def read_row(raw: Any, number: int, columns: Mapping[str, str]) -> Row:
         images=images,
         question=_question(part["question"], len(images)),
         answer=_answer(answer),
+        accepted=_accepted(answer),
         response=response,
         keywords=_keywords(part["keywords"]),
         subject=_text(part["subject"], "subject"),
         method=_text(part["method"], "accu_reward_method"),
         tolerance=_tolerance(part["tolerance"]),
-        choices=_choices(part["choices"]),
+        choices=read_choices(part["choices"], places("choices")),
     )
 
 
@@ -223,9 +227,10 @@ def _keywords(found: Any) -> tuple[str, ...]:
     return tuple(word.strip() for word in words if word.strip())
 
 
-def _choices(found: Any) -> tuple[str, ...]:
-    """A list of what the letters stand for; data sets have other things too in a column of this name."""
-    return tuple(map(str.strip, map(str, found))) if isinstance(found, (list, tuple)) else ()
+def _accepted(answer: Any) -> tuple[str | float, ...]:
+    items = answer if isinstance(answer, (list, tuple)) else []
+    is_flat = all(isinstance(item, (str, int, float)) and item != "" for item in items)
+    return tuple(items) if is_flat else ()
 
 
 def _text(found: Any, name: str) -> str:

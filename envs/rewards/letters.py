@@ -62,12 +62,12 @@ class Offer:
             return {self.letter(whole[1].upper())}
         if self._row.fullmatch(piece):
             return {self.letter(letter) for letter in piece.upper() if letter != " "}
-        if said := self._said(piece):
+        if said := self.said(piece):
             return {said}
         marked = self._marked(piece, several)
         return {mark if mark == _HEDGE else self._of_mark(mark) for mark in _stated(without_denied(marked), several)}
 
-    def _said(self, piece: str) -> str:
+    def said(self, piece: str) -> str:
         """The letter of the choice that a text says as a whole; empty where it says none, or several."""
         if letter := self._written.get(key(piece)):
             return letter
@@ -110,6 +110,35 @@ def read_letters(
         same: Tells whether a text says the same as a choice that is written otherwise. Default: only as written.
     """
     return Offer(choices, same).letters_of(content, several)
+
+
+_LETTER_OF_TRUTH = re.compile(r"[(\[]? ?([A-Za-z]) ?[)\]]? ?[.:,;!]?")
+_LETTERS_OF_TRUTH = re.compile(r"[(\[]?[A-Z](?:[)\]]?(?: ?[,;/&+] ?| and | ?[与和] ?)[(\[]?[A-Z])+[)\]]?[.:]?")
+_LABELLED_TRUTH = re.compile(r"[(\[]?([A-Za-z])[)\].:,]\s*(?=\S)")
+
+
+def truth_letters(text: str, choices: tuple[str, ...] = ()) -> str | None:
+    """The letters that a true answer is, as capitals in order; None where it is none.
+
+    A letter, several as in "A, C" or "AC", the text of a choice, or a letter with that text, as in "B. cat". A single
+    letter is one of those offered where it may be, and only else the text of a choice.
+    """
+    offer, text = Offer(choices), tidy(text)
+    if whole := _LETTER_OF_TRUTH.fullmatch(text):
+        letters = whole[1].upper()
+    elif _LETTERS_OF_TRUTH.fullmatch(text):
+        letters = "".join(re.findall("[A-Z]", text.replace("and", "")))
+    else:
+        letters = text if text.isascii() and text.isupper() and text.isalpha() else ""
+    said = offer.said(text)
+    if said and len(letters) != 1:
+        return said
+    if (label := _LABELLED_TRUTH.match(text)) and offer.said(text[label.end() :]) == offer.letter(label[1].upper()):
+        return offer.letter(label[1].upper())
+    named = {offer.letter(letter) for letter in letters}
+    if named and len({*letters}) == len(letters) and {*letters} <= {*offer.letters}:
+        return "".join(sorted(named))
+    return said or None
 
 
 # How choices are written.
