@@ -25,6 +25,7 @@ MOST_PIXELS: Final = 89_478_485
 FORMATS: Final = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF", "ICO", "TGA")
 """Formats that are read. Pillow knows some 40, of which EPS is drawn by an external program."""
 
+_ORIENTATION: Final = 0x0112  # EXIF's; from 5 on, width and height change places
 _LOADING = threading.Lock()
 _BROKEN = (
     OSError,
@@ -73,6 +74,20 @@ def image_size(ref: str | bytes | PILImage.Image) -> tuple[int, int]:
     try:
         with _opened(ref) as picture:
             return picture.size
+    except _BROKEN as error:
+        raise ValueError(f"an image cannot be read: {error}") from error
+
+
+def shown_size(ref: str | bytes) -> tuple[int, int]:
+    """Width and height of an image as `load_image` turns it, by its EXIF orientation.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    try:
+        with _opened(ref) as picture:
+            turned = picture.getexif().get(_ORIENTATION, 1) >= 5
+            return (picture.height, picture.width) if turned else picture.size
     except _BROKEN as error:
         raise ValueError(f"an image cannot be read: {error}") from error
 
