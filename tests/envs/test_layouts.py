@@ -63,7 +63,7 @@ def score_truth(env: VisualTaskEnv, index: int = 0) -> tuple[Any, dict[str, Any]
 def check(env: VisualTaskEnv, question: str, images: int = 1, index: int = 0) -> Any:
     """The truth of a sample earns all there is; the observation."""
     observation, info = score_truth(env, index)
-    assert next(iter(info["rewards"].values())) == 1, info
+    assert next(iter(info["rewards"].values())) == pytest.approx(1), info
     assert question in observation["prompt"]
     assert len(observation["images"]) == images
     return observation
@@ -377,14 +377,14 @@ REFUSED = {
     "a sound": ({"audio": "a.wav"}, "an? audio in 'audio'"),
     "a video's mark": ({"question": "<video>Why?"}, "a <video> mark"),
     "an image elsewhere": (
-        {"screenshot_path": "a.png"},
-        "'screenshot_path' holds an image.* --columns images screenshot_path",
+        {"screen": "a.png"},
+        "'screen' holds an image.* --columns images screen",
     ),
     "a picture elsewhere": ({"thing": {"bytes": None, "path": "a.png"}}, "'thing' holds an image"),
     "an image on the web": ({"image": "https://x.org/a.png"}, "lies on the web: download it first"),
     "no question": (
-        {"question": None, "Query": "Why?"},
-        "no question.* its columns are .*'Query'.* --columns question",
+        {"question": None, "Q": "Why?"},
+        "no question.* its columns are .*'Q'.* --columns question",
     ),
     "no answer": ({"answer": None, "Label": "yes"}, "no answer.* its columns are 'Label'.* --columns answer"),
     "a video's part": (
@@ -465,7 +465,9 @@ def test_placeholder_categories_are_not_asked_for(folder: Path) -> None:
         {"id": 6, "name": "owl", "supercategory": "owl"},
     ]
     env = OVDEnv(dataset=dump(folder, COCO | {"categories": more}, name="i.json"))
-    asked = {name for i in range(2) for name in env.source.get(i).question.removesuffix(".")[22:].split(", ")}
+    asked = {
+        name for i in range(2) for name in env.source.get(i).question.removesuffix(".").partition(": ")[2].split(", ")
+    }
     assert asked <= {"cat", "dog", "owl"}
     assert env.source.usage is not None
     assert "nothing is annotated as '_background_', 'animals', a placeholder" in str(env.source.usage)
