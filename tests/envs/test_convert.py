@@ -50,6 +50,10 @@ def check(summary: Summary, expected: Boxes) -> None:
         assert env.step(env.write_answer(samples[i]))[1] == pytest.approx(1.1)
 
 
+def rounded(box: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(round(value, 3) for value in box)
+
+
 def voc(name: str, *objects: tuple[str, tuple[float, ...]], more: str = "") -> str:
     edges = ("xmin", "ymin", "xmax", "ymax")
     written = "".join(
@@ -288,7 +292,7 @@ def test_what_cannot_be_converted_is_named(tmp_path: Path) -> None:
 def test_a_folder_of_annotations_is_not_opened_but_named(tmp_path: Path) -> None:
     write(tmp_path / "a.xml", voc("a.jpg"))
     assert find_layout(tmp_path) == "voc"
-    with pytest.raises(DataError, match="a folder of voc: `vlmenv data convert .* TARGET.jsonl` makes rows of it"):
+    with pytest.raises(DataError, match=r"a folder of voc: `vlmenv data convert .* TARGET\.jsonl` makes"):
         open_dataset(tmp_path, OVDEnv().reading())
     with pytest.raises(DataError, match=r"not '\.xml'; annotations of VOC, .* `vlmenv data convert"):
         open_dataset(tmp_path / "a.xml", OVDEnv().reading())
