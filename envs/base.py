@@ -12,11 +12,12 @@ import gymnasium
 from gymnasium import spaces
 
 from vlmenv.core.answers import NONE
-from vlmenv.core.coordinates import Coordinates, CoordinateSpace, ResizeRule
+from vlmenv.core.coordinates import Box, Coordinates, CoordinateSpace, ResizeRule
 from vlmenv.core.errors import ConfigError, DataError, SampleError, unknown_name
 from vlmenv.core.formats import AnswerFormat
 from vlmenv.core.rollout import Observation
 from vlmenv.core.spaces import FreeText, Image, RGBImage
+from vlmenv.envs.data.boxes import BoxForm, BoxOrientation, BoxReading
 from vlmenv.envs.data.dataset import Dataset, Reading, open_dataset
 from vlmenv.envs.data.images import resized
 from vlmenv.envs.data.rows import Row, places
@@ -55,6 +56,11 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
             whose fault shows only when it is to be shown, such as half an image, gives way to the next one.
         min_image_side: Leave rows out with an image of fewer pixels than this in width or height.
         without_text: Leave rows out whose answer, reasoning included, contains one of these texts.
+        boxes_in: What the numbers of the data set's boxes are: `"xyxy"` (edges in pixels), `"xywh"` (left, top, width,
+            height in pixels), `"fractions"` or `"norm1000"` (edges in parts of the image). Not to be confused with
+            `coordinates`, which the prompt asks for. Default: xyxy; COCO's are xywh by definition.
+        box_orientation: Orientation of the image that the data set's boxes refer to, where EXIF turns it: as it is
+            `"shown"`, or as it is `"stored"`. A width and height that a COCO file tells decide, where they can.
         rewards: Terms and weights; the task's defaults where left out.
         extra_terms: Reward terms by name, beside the task's own or in the place of one of the same name.
         prompt_template: Text with `{question}` and, where they matter, `{answer}` for an example of the answer
@@ -105,6 +111,8 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         skip_broken: bool = False,
         min_image_side: int | None = None,
         without_text: Sequence[str] = (),
+        boxes_in: str | None = None,
+        box_orientation: str = BoxOrientation.SHOWN,
         rewards: Rewards | None = None,
         extra_terms: Mapping[str, RewardTerm] | None = None,
         prompt_template: str | None = None,
@@ -134,7 +142,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         )
         if unused := set(extra_terms or {}) - set(self._scorer.weights):
             raise ConfigError(f"nothing uses the reward term {', '.join(sorted(unused))}: give it a weight in rewards")
-        reading = self.reading(columns, skip_broken, min_image_side, without_text)
+        reading = self.reading(columns, skip_broken, min_image_side, without_text, boxes_in, box_orientation)
         self.source = self._open(dataset, image_root, split, reading)
         self._order: SampleOrder | None = None
         self._position = 0
@@ -309,8 +317,15 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         skip_broken: bool = False,
         min_image_side: int | None = None,
         without_text: Sequence[str] = (),
+        boxes_in: str | None = None,
+        box_orientation: str = BoxOrientation.SHOWN,
     ) -> Reading:
         """How this task reads the rows of a data set."""
+        has_boxes = type(self).map_boxes is not VisualTaskEnv.map_boxes
+        if not has_boxes and (boxes_in is not None or box_orientation != BoxOrientation.SHOWN):
+            raise ConfigError("boxes_in and box_orientation are for tasks whose truths are boxes")
+        form = None if boxes_in is None else _one_of(BoxForm, "form of boxes", boxes_in)
+        boxes = BoxReading(self.map_boxes, form, _one_of(BoxOrientation, "orientation", box_orientation))
         return Reading(
             self._understand,
             self.needs_image,
@@ -319,7 +334,15 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
             skip_broken,
             min_image_side,
             without_text or (),
+            boxes if has_boxes else None,
         )
+
+    def map_boxes(self, target: Any, change: Callable[[Box], Box]) -> Any:
+        """A truth, as in `Sample.target`, with each of its boxes changed; a task whose truths hold boxes overrides it.
+
+        By it, data sets are read whose boxes are not in pixels of the image as it is shown.
+        """
+        return target
 
     def row_term(self, row: Row) -> str | None:
         """The reward term that a row asks for in place of the one in use; None for none.
@@ -353,8 +376,8 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         if dataset is None:
             if image_root is not None or reading != self.reading():
                 raise ConfigError(
-                    "image_root, columns, skip_broken, min_image_side and without_text are for a data set: "
-                    "give dataset too"
+                    "image_root, columns, skip_broken, min_image_side, without_text, boxes_in and box_orientation are "
+                    "for a data set: give dataset too"
                 )
             if split not in (None, "train", "eval"):
                 raise ConfigError(unknown_name("split", split, ("train", "eval")))

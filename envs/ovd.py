@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from vlmenv.core.answers import Detection, parse_detections, write_detections
+from vlmenv.core.coordinates import Box
 from vlmenv.core.spaces import Image
 from vlmenv.envs.base import Intervals, VisualTaskEnv
 from vlmenv.envs.data.rows import Row
@@ -43,6 +44,9 @@ class OVDEnv(VisualTaskEnv):
         if target is None:
             raise ValueError(f'the answer {row.answer[:80]!r} is neither a list of {{"bbox_2d", "label"}} nor None')
         return target
+
+    def map_boxes(self, target: Detections, change: Callable[[Box], Box]) -> Detections:
+        return tuple(one._replace(box=change(one.box)) for one in target)
 
     def parse(self, text: str) -> Detections | None:
         return rewards.parse_detected_answer(text, self.answer_format)

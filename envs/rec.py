@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 from vlmenv.core.answers import NONE, Target, parse_box, write_box
+from vlmenv.core.coordinates import Box
 from vlmenv.core.spaces import Image
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.data.rows import Row
@@ -38,6 +39,9 @@ class RECEnv(VisualTaskEnv):
         if target is None:
             raise ValueError(f"the answer {row.answer[:80]!r} is neither one box [x1, y1, x2, y2] nor None")
         return target
+
+    def map_boxes(self, target: Target, change: Callable[[Box], Box]) -> Target:
+        return NONE if target == NONE else change(target)
 
     def parse(self, text: str) -> Target | None:
         return parse_boxed_answer(text, self.answer_format)

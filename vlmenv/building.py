@@ -70,6 +70,12 @@ class TaskConfig:
     """Leave rows out with an image of fewer pixels than this in width or height."""
     without_text: tuple[str, ...] = ()
     """Leave rows out whose answer, reasoning included, contains one of these texts."""
+    boxes_in: Literal["xyxy", "xywh", "fractions", "norm1000"] | None = None
+    """Numbers of the data set's true boxes: edges in pixels, x, y, width and height in pixels, or edges in fractions or
+    thousandths of the image. Default: xyxy; COCO's are xywh by definition."""
+    box_orientation: Literal["shown", "stored"] = "shown"
+    """Orientation of the image that the data set's boxes refer to, where EXIF turns it. A COCO file's width and height
+    decide, where they can."""
     rewards: dict[str, float] | None = None
     """Reward terms and weights, as in `--rewards iou 1 format 0.5`; the task's own where left out."""
     prompt_template: str | None = None
@@ -196,6 +202,8 @@ class TaskConfig:
             "skip_broken": self.skip_broken,
             "min_image_side": self.min_image_side,
             "without_text": self.without_text,
+            "boxes_in": self.boxes_in,
+            "box_orientation": self.box_orientation,
         }
 
 

@@ -65,6 +65,7 @@ class CocoInstances(Table):
         self._names: list[str] = []
         self._asked_for: dict[int, list[str]] = {}  # by images' ids, where the file says it
         self._image_ids = array("q")
+        self._sizes = array("q")  # width and height of each image; 0 where they are not told
         self._categories: dict[int, str] = {}
         self._boxes = array("d")  # x1, y1, x2, y2, area of each annotation
         self._facts = array("q")  # image's id, category's id, whether a crowd, line
@@ -86,7 +87,9 @@ class CocoInstances(Table):
         own = self._order[self._starts[number] : self._starts[number + 1]]
         truth = tuple(self._detection(annotation) for annotation in own.tolist())
         question = DETECTION_QUESTION.format(kinds=", ".join(self._asked({one.label for one in truth}, image)))
-        return Row(str(image), (self._names[number],), question, "", detections=truth)
+        width, height = self._sizes[2 * number : 2 * number + 2]
+        size = (width, height) if width > 0 and height > 0 else None
+        return Row(str(image), (self._names[number],), question, "", detections=truth, size=size)
 
     def place(self, number: int) -> str:
         images = len(self._image_ids)
@@ -148,6 +151,7 @@ class CocoInstances(Table):
     def _add_image(self, image: Any, line: int) -> None:
         name = str(image["file_name"])
         self._image_ids.append(image["id"])
+        self._sizes.extend(_pixels(image.get(side)) for side in ("width", "height"))
         self._names.append(name)
         if "text" in image or "neg_text" in image:
             asked = [name for key in ("text", "neg_text") for name in _list(image, key)]
@@ -188,6 +192,11 @@ class CocoInstances(Table):
         order = np.argsort(number, kind="stable")
         self._order = own[order]
         self._starts = np.searchsorted(number[order], np.arange(len(images) + 1))
+
+
+def _pixels(told: Any) -> int:
+    """A side's length; 0 where it is none."""
+    return int(told) if isinstance(told, (int, float)) and 0 < told < 1e6 else 0
 
 
 def _list(image: Any, key: str) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from vlmenv.core.errors import ConfigError, DataError
+from vlmenv.envs.data.boxes import BoxReading
 from vlmenv.envs.data.coco import CocoInstances
 from vlmenv.envs.data.images import image_size, load_image
 from vlmenv.envs.data.rows import ImageRef, Row, check_columns, read_row
@@ -64,6 +65,8 @@ class Reading:
     """leave rows out with an image that has fewer pixels than this in width or height"""
     without_text: Sequence[str] = ()
     """leave rows out whose answer, reasoning included, contains one of these, in small letters or capitals"""
+    boxes: BoxReading | None = None
+    """how true boxes are read; None where the task has none"""
 
     def __post_init__(self) -> None:
         check_columns(self.columns)
@@ -79,16 +82,28 @@ class Reading:
             ValueError: The row is broken.
             UnwantedError: It is one of those to be left out.
         """
+        row = self.row(raw, number)
+        return self.sample_of(row), row.images
+
+    def row(self, raw: Any, number: int) -> Row:
+        """Reads a stored row.
+
+        Raises:
+            ValueError: It is broken.
+        """
         if isinstance(raw, ValueError):
             raise raw
-        row = raw if isinstance(raw, Row) else read_row(raw, number, self.columns)
+        return raw if isinstance(raw, Row) else read_row(raw, number, self.columns)
+
+    def sample_of(self, row: Row) -> Sample:
+        """What the task makes of a row; raises as `sample` does."""
         said = (row.response or row.answer).casefold() if self.without_text else ""
         for text in self.without_text:
             if text.casefold() in said:
                 raise UnwantedError(f"the answer says {text!r}")
         if self.needs_image and not row.images:
             raise ValueError("the task needs an image, but the row has none")
-        return self.understand(row), row.images
+        return self.understand(row if self.boxes is None else self.boxes.as_corners(row))
 
 
 class UnwantedError(Exception):
@@ -129,12 +144,18 @@ class TableSource(Source):
     def get(self, index: int) -> Sample:
         number = self.number(index)
         try:
-            sample, refs = self._reading.sample(self.table.read(number), number)
+            row = self._reading.row(self.table.read(number), number)
+            sample = self._reading.sample_of(row)
         except ValueError as error:
             place = self.table.place(number)
             raise DataError(f"{place}: {error}; the file has changed since it was opened") from None
         place = self.place(index, sample.id)
-        return replace(sample, images=tuple(load_image(self._located(ref), place) for ref in refs if ref is not None))
+        refs = [self._located(ref) for ref in row.images if ref is not None]
+        images = tuple(load_image(ref, place) for ref in refs)
+        boxes = self._reading.boxes
+        if boxes is None or not images:
+            return replace(sample, images=images)
+        return replace(sample, images=images, target=boxes.in_pixels(sample.target, row, refs[0], images[0]))
 
     def place(self, index: int, id: str) -> str:
         return f"{self.table.place(self.number(index))} (id {id})"
@@ -273,6 +294,8 @@ def _open_json(file: Path, reading: Reading) -> Table:
         )
     if reading.columns:
         raise ConfigError(f"{file}: COCO's instances have no columns to map")
+    if reading.boxes is not None and reading.boxes.form is not None:
+        raise ConfigError(f"{file}: boxes_in is for rows; COCO's boxes are x, y, width and height by definition")
     return CocoInstances(file)
 
 

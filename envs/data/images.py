@@ -8,8 +8,8 @@ import threading
 import zlib
 
 import numpy as np
+from PIL import ExifTags, ImageOps
 from PIL import Image as PILImage
-from PIL import ImageOps
 
 from vlmenv.core.errors import DataError
 from vlmenv.core.spaces import Image
@@ -62,6 +62,28 @@ def image_size(ref: str | bytes | PILImage.Image) -> tuple[int, int]:
             return picture.size
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, PILImage.DecompressionBombError) as error:
         raise ValueError(f"an image cannot be read: {error}") from error
+
+
+def exif_orientation(ref: str | bytes | PILImage.Image | None) -> int:
+    """How an image is to be turned before it is shown, as EXIF has it, from 1 to 8; 1 where that is not told.
+
+    Raises:
+        ValueError: The image cannot be read.
+    """
+    if ref is None:
+        return 1
+    if isinstance(ref, PILImage.Image):
+        return _orientation(ref)
+    try:
+        with PILImage.open(io.BytesIO(ref) if isinstance(ref, bytes) else ref) as picture:
+            return _orientation(picture)
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, PILImage.DecompressionBombError) as error:
+        raise ValueError(f"an image cannot be read: {error}") from error
+
+
+def _orientation(picture: PILImage.Image) -> int:
+    found = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    return found if found in range(1, 9) else 1
 
 
 def resized(image: Image, width: int, height: int) -> Image:

@@ -55,6 +55,8 @@ class Row:
     """what the letters from A on stand for"""
     detections: tuple[Detection, ...] | None = None
     """true boxes, where the data set has them as such"""
+    size: tuple[int, int] | None = None
+    """width and height of the image that the boxes refer to, where the data set tells them"""
 
 
 def check_columns(columns: Mapping[str, str]) -> None:

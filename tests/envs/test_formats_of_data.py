@@ -137,7 +137,7 @@ def test_rows_in_memory_hold_pictures_or_bytes() -> None:
     with pytest.raises(DataError, match="row 0: an image is neither a path"):
         open_dataset([easy(images=5)], READING)
     broken = open_dataset([easy(images=b"no image")], READING)
-    with pytest.raises(DataError, match=r"row 0: an image within the row \(bytes\) cannot be read"):
+    with pytest.raises(DataError, match=r"row 0 \(id q\): an image within the row \(bytes\) cannot be read"):
         broken.get(0)
 
 
