@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, ClassVar, SupportsIndex, TypeVar
 
@@ -15,12 +15,12 @@ from vlmenv.core.answers import NONE
 from vlmenv.core.coordinates import Box, Coordinates, CoordinateSpace, ResizeRule
 from vlmenv.core.errors import ConfigError, DataError, SampleError, unknown_name
 from vlmenv.core.formats import AnswerFormat
-from vlmenv.core.rollout import Observation
-from vlmenv.core.spaces import FreeText, Image, RGBImage
+from vlmenv.core.rollout import IMAGE_MARK, ROLES, Observation, Turn, split_marks
+from vlmenv.core.spaces import FreeText, Image, OneOfTexts, RGBImage
 from vlmenv.envs.data.boxes import BoxForm, BoxOrientation, BoxReading
 from vlmenv.envs.data.dataset import Dataset, Reading, open_dataset
 from vlmenv.envs.data.images import resized
-from vlmenv.envs.data.rows import Row, places
+from vlmenv.envs.data.rows import Row, missing, places
 from vlmenv.envs.data.scenes import Split
 from vlmenv.envs.data.source import Sample, SampleOrder, Source
 from vlmenv.envs.metrics.intervals import Interval
@@ -38,11 +38,11 @@ Name = TypeVar("Name", bound=StrEnum)
 class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
     """A visual task with rule-based rewards.
 
-    The observation is `{"images": tuple of uint8 [H, W, 3] arrays, "prompt": str}`, the action any
-    text; an episode is one step. `reset` gives the sample's `id` and `index` in `info`, and
-    `reset(options={"index": i})` shows a given sample. `step` adds `rewards` (every term by name,
-    unweighted), `prediction` (the parsed answer, None if unparsable) and `target`, both in the
-    coordinates that the prompt asks for, and `traits` where the task tells any.
+    The observation is `{"images": tuple of uint8 [H, W, 3] arrays, "prompt": str, "turns": tuple of earlier turns}`,
+    see `Observation`; the action is any text; an episode is one step. `reset` gives the sample's `id` and `index` in
+    `info`, and `reset(options={"index": i})` shows a given sample. `step` adds `rewards` (every term by name,
+    unweighted), `prediction` (the parsed answer, None if unparsable) and `target`, both in the coordinates that the
+    prompt asks for, and `traits` where the task tells any.
 
     A subclass is a task: it sets the class attributes and the methods below them.
 
@@ -65,6 +65,8 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         extra_terms: Reward terms by name, beside the task's own or in the place of one of the same name.
         prompt_template: Text with `{question}` and, where they matter, `{answer}` for an example of the answer
             in its format, `{none}` for the answer "None", and `{coordinates}`.
+        system_prompt: Text of the system turn before each prompt; a row's own system turn replaces it. It takes the
+            placeholders of `prompt_template` but `{question}`. Default: no system turn.
         answer_format: How the answer is set apart: `"tags"` or `"sections"`; the task's own where left out.
         coordinates: How boxes are written in prompt, answer and `info`: `"original"`, `"resized"` or `"norm1000"`.
         resize: For `"resized"`, how the model sizes images: the observation then shows them at that size.
@@ -101,6 +103,8 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
     """Whether every row must have an answer."""
     takes_coco: ClassVar[bool] = False
     """Whether COCO's instances make rows of this task."""
+    unread: ClassVar[Collection[str]] = ()
+    """Parts of a row, by their names in `COLUMNS`, that the task makes nothing of; that they are there is told."""
 
     def __init__(
         self,
@@ -116,6 +120,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         rewards: Rewards | None = None,
         extra_terms: Mapping[str, RewardTerm] | None = None,
         prompt_template: str | None = None,
+        system_prompt: str | None = None,
         answer_format: str | None = None,
         coordinates: str = CoordinateSpace.ORIGINAL,
         resize: ResizeRule | None = None,
@@ -125,7 +130,10 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
     ) -> None:
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ConfigError(unknown_name("render_mode", str(render_mode), self.metadata["render_modes"]))
-        self.observation_space = spaces.Dict({"images": spaces.Sequence(RGBImage()), "prompt": FreeText()})  # type: ignore[assignment]
+        turn = spaces.Dict({"role": OneOfTexts(ROLES), "text": FreeText()})
+        self.observation_space = spaces.Dict(  # type: ignore[assignment]
+            {"images": spaces.Sequence(RGBImage()), "prompt": FreeText(), "turns": spaces.Sequence(turn)}
+        )
         self.action_space = FreeText()
         self.render_mode = render_mode
         self.timing = timing
@@ -133,6 +141,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         self.coordinates = Coordinates(_one_of(CoordinateSpace, "coordinate space", coordinates), resize)
         self.answer_format = _one_of(AnswerFormat, "answer format", answer_format or self.default_format)
         self.template = _checked_template(self.prompt_template if prompt_template is None else prompt_template)
+        self.system_prompt = _checked_system_prompt(system_prompt)
         self._scorer = Scorer(
             {**self.terms, **(extra_terms or {})},
             self.default_rewards if rewards is None else rewards,
@@ -275,13 +284,34 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
 
     def observe(self, sample: Sample) -> Observation:
         """What an agent sees of a sample; the images are copies, at the size that `coordinates` shows them."""
-        return {"images": tuple(map(self._shown, sample.images)), "prompt": self.prompt(sample.question)}
+        return {
+            "images": tuple(map(self._shown, sample.images)),
+            "prompt": self._placed_prompt(sample),
+            "turns": self.turns(sample),
+        }
 
     def prompt(self, question: str) -> str:
         """The prompt that asks a question."""
-        prompt = self.template.replace("{answer}", self.answer_format.example(self.answer_example))
-        prompt = prompt.replace("{none}", self.answer_format.answer_only(NONE))
-        return prompt.replace("{coordinates}", self.coordinates.description).replace("{question}", question)
+        return self._filled(self.template).replace("{question}", question)
+
+    def turns(self, sample: Sample) -> tuple[Turn, ...]:
+        """The turns before a sample's prompt: the system turn, the row's own or the task's, and the row's others."""
+        if self.system_prompt is None or (sample.turns and sample.turns[0]["role"] == "system"):
+            return sample.turns
+        return ({"role": "system", "text": self._filled(self.system_prompt)}, *sample.turns)
+
+    def _filled(self, template: str) -> str:
+        """A template with all its placeholders filled but `{question}`."""
+        text = template.replace("{answer}", self.answer_format.example(self.answer_example))
+        text = text.replace("{none}", self.answer_format.answer_only(NONE))
+        return text.replace("{coordinates}", self.coordinates.description)
+
+    def _placed_prompt(self, sample: Sample) -> str:
+        """The prompt; marks that only begin the question precede its template too, as images without marks do."""
+        marks, rest = split_marks(sample.question) if sample.images else (0, "")
+        if not marks or IMAGE_MARK in rest:
+            return self.prompt(sample.question)
+        return IMAGE_MARK * marks + self.prompt(rest)
 
     def score(self, text: str, sample: Sample) -> Score:
         """Scores an answer to a sample. Any text will do; a text that is no answer scores 0.
@@ -333,8 +363,9 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
             columns or {},
             skip_broken,
             min_image_side,
-            without_text or (),
-            boxes if has_boxes else None,
+            unread=self.unread,
+            without_text=without_text or (),
+            boxes=boxes if has_boxes else None,
         )
 
     def map_boxes(self, target: Any, change: Callable[[Box], Box]) -> Any:
@@ -358,9 +389,19 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
 
     def _understand(self, row: Row) -> Sample:
         if self.needs_answer and not row.answer and row.detections is None:
-            raise ValueError(f"the row has no answer: nothing in 'conversations', {places('answer')}")
+            hint = missing("answer", row.unused)
+            raise ValueError(f"the row has no answer: no turn of the assistant, nothing in {places('answer')}; {hint}")
         target, term = self.read_target(row), self.row_term(row)
-        return Sample(row.id, (), row.question, target, subject=row.subject, term=term, response=row.response)
+        return Sample(
+            row.id,
+            (),
+            row.question,
+            target,
+            subject=row.subject,
+            term=term,
+            response=row.response,
+            turns=row.turns,
+        )
 
     def _shown(self, image: Image) -> Image:
         height, width = image.shape[:2]
@@ -410,6 +451,14 @@ def _one_of(options: type[Name], kind: str, name: str) -> Name:
     if name not in list(options):
         raise ConfigError(unknown_name(kind, str(name), list(options)))
     return options(name)
+
+
+def _checked_system_prompt(text: str | None) -> str | None:
+    if text is not None and IMAGE_MARK in text:
+        raise ConfigError(f"system_prompt must not contain {IMAGE_MARK}: no image belongs to it")
+    if text is not None and "{question}" in text:
+        raise ConfigError("system_prompt must not contain {question}: the question has its place in prompt_template")
+    return text
 
 
 def _checked_template(template: str) -> str:

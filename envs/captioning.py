@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import ClassVar
 
 from vlmenv.core.answers import Caption
@@ -52,6 +52,7 @@ class CaptionEnv(VisualTaskEnv):
     prompt_template: ClassVar[str] = "Answer as {answer}\n{question}"
     default_format: ClassVar[AnswerFormat] = AnswerFormat.SECTIONS
     needs_answer: ClassVar[bool] = False
+    unread: ClassVar[Collection[str]] = ("choices", "tolerance")
 
     def builtin_source(self, split: Split) -> Source:
         return CaptionScenes(split)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 from vlmenv.core.answers import Detection, parse_detections, write_detections
@@ -35,6 +35,7 @@ class OVDEnv(VisualTaskEnv):
     prompt_template: ClassVar[str] = "Answer as {answer} in {coordinates}, or {none}.\n{question}"
     answer_example: ClassVar[str] = '```json\n[{"bbox_2d": [x1, y1, x2, y2], "label": "category"}]\n```'
     takes_coco: ClassVar[bool] = True
+    unread: ClassVar[Collection[str]] = ("keywords", "choices", "tolerance")
 
     def builtin_source(self, split: Split) -> Source:
         return DetectionScenes(split)

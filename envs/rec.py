@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import ClassVar
 
 from vlmenv.core.answers import NONE, Target, parse_box, write_box
@@ -30,6 +30,7 @@ class RECEnv(VisualTaskEnv):
     row_terms: ClassVar[Mapping[str, str]] = {"iou": "iou", "iou@0.5": "iou@0.5"}
     prompt_template: ClassVar[str] = "Answer as {answer} in {coordinates}, or {none}.\n{question}"
     answer_example: ClassVar[str] = "[x1,y1,x2,y2]"
+    unread: ClassVar[Collection[str]] = ("keywords", "choices", "tolerance")
 
     def builtin_source(self, split: Split) -> Source:
         return ReferringScenes(split)

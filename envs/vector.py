@@ -19,7 +19,7 @@ from vlmenv.envs.base import VisualTaskEnv, check_index
 from vlmenv.envs.data.source import Sample, SampleOrder
 
 BatchedObservations = dict[str, tuple[Any, ...]]
-"""`{"images": N tuples of arrays, "prompt": N strings}`"""
+"""`{"images": N tuples of arrays, "prompt": N strings, "turns": N tuples of turns}`"""
 
 
 class Shown(NamedTuple):
@@ -147,8 +147,7 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
             self._shown = self._kept(options["replace"]) if "replace" in options else []
             self._fill(self._order)
         rows = [one.observation for one in self._shown for _ in range(self.group_size)]
-        images, prompts = tuple(row["images"] for row in rows), tuple(row["prompt"] for row in rows)
-        self._observations = {"images": images, "prompt": prompts}
+        self._observations = {name: tuple(row[name] for row in rows) for name in self.single_observation_space}
         self._predictions = None
         return self._observations, self._infos() | (self._true_answers() if self._answers else {})
 

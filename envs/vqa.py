@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import ClassVar
 
 from vlmenv.core.answers import Answer, AnswerKind
@@ -40,6 +40,7 @@ class VQAEnv(VisualTaskEnv):
     default_rewards: ClassVar[Mapping[str, float]] = {"accuracy": 1.0, "format": 0.1}
     prompt_template: ClassVar[str] = "Answer as {answer}\n{question}"
     needs_image: ClassVar[bool] = False
+    unread: ClassVar[Collection[str]] = ("keywords",)
 
     def builtin_source(self, split: Split) -> Source:
         return VisualQuestions(split)

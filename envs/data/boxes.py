@@ -12,7 +12,8 @@ from typing import Any
 from vlmenv.core.coordinates import Box
 from vlmenv.core.spaces import Image
 from vlmenv.envs.data.images import exif_orientation
-from vlmenv.envs.data.rows import ImageRef, Row
+from vlmenv.envs.data.media import ImageRef
+from vlmenv.envs.data.rows import Row
 
 Change = Callable[[Box], Box]
 MapBoxes = Callable[[Any, Change], Any]

@@ -10,16 +10,23 @@ from typing import Any
 
 import numpy as np
 
+from vlmenv.core.rollout import Turn
 from vlmenv.core.spaces import Image
+from vlmenv.envs.data.usage import Usage
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One row of a task, with its images loaded."""
+    """One row of a task, with its images loaded.
+
+    `<image>` marks in the question and in the system and user turns are the places of the images, in reading
+    order: as many marks as images, or none, and then the images precede the prompt. `rows.placed` checks this, and
+    drops marks that only begin a question, since such images precede the prompt anyway.
+    """
 
     id: str
     images: tuple[Image, ...]
-    """uint8 arrays [H, W, 3]"""
+    """uint8 arrays [H, W, 3], of all turns in reading order"""
     question: str
     target: Any
     """the truth; coordinates are pixels of the original image"""
@@ -31,6 +38,9 @@ class Sample:
     """the reward term that this row asks for in place of the task's first; None for none"""
     response: str = ""
     """a completion to imitate, where the row has one with its reasoning"""
+    turns: tuple[Turn, ...] = ()
+    """earlier turns, few-shot examples for one, as `{"role": "user", "text": "What is <image>?"}`; the row's own
+    system turn is the first of them, and takes the place of the task's `system_prompt`"""
 
 
 class Source(ABC):
@@ -42,6 +52,8 @@ class Source(ABC):
     """Of each row that is broken and left out, where it is and what is wrong."""
     unwanted: Mapping[str, int] = MappingProxyType({})
     """How many rows were left out on request, by the reason."""
+    usage: Usage | None = None
+    """Which columns the rows are made of; None for built-in samples."""
 
     @abstractmethod
     def get(self, index: int) -> Sample:
