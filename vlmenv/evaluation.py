@@ -21,7 +21,7 @@ from vlmenv.algos.trainer import names_sample
 from vlmenv.building import DTYPES, TaskConfig, load_agent, make_envs, prepared, report_broken_rows
 from vlmenv.core.errors import ConfigError
 from vlmenv.core.files import write_whole
-from vlmenv.core.rollout import unbatch
+from vlmenv.core.rollout import told_turns, unbatch
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.metrics.intervals import Interval, ratio_interval
 from vlmenv.envs.vector import VisualTaskVectorEnv
@@ -199,6 +199,7 @@ def answer_samples(agent: Agent, envs: VisualTaskVectorEnv, indices: range, gree
             "id": infos["id"][i],
             "index": int(infos["index"][i]),
             **subject,
+            **told_turns(observations[i]),
             "prompt": observations[i]["prompt"],
             "completion": text,
             "prediction": infos["prediction"][i],
