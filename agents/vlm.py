@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,6 +76,7 @@ class VLMAgent(Agent):
         share_prefixes: bool = True,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> VLMAgent:
         """Loads a checkpoint in the published layout.
 
@@ -84,8 +86,11 @@ class VLMAgent(Agent):
             share_prefixes: See `Policy`.
             device: Where the model goes.
             dtype: Of the weights.
+            chat_template_kwargs: Values of the chat template's own variables, as `{"enable_thinking": False}`.
+                Default: none.
 
         Raises:
+            ConfigError: The chat template never reads one of `chat_template_kwargs`.
             ModelError: There is no such model, its family is not known, or its processor is missing.
         """
         folder = find_model(name_or_path)
@@ -94,7 +99,7 @@ class VLMAgent(Agent):
         except (OSError, ValueError) as error:
             raise ModelError(f"{folder}: the model's configuration cannot be read: {error}") from error
         family = family_of(config.model_type)
-        processor = Processor.from_pretrained(folder)
+        processor = Processor.from_pretrained(folder, chat_template_kwargs)
         model = load_model(folder, dtype).to(device).eval()  # type: ignore[arg-type]
         return cls(family(model, processor), folder, sampling=sampling, share_prefixes=share_prefixes)
 

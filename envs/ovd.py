@@ -53,7 +53,7 @@ class OVDEnv(VisualTaskEnv):
         return rewards.parse_detected_answer(text, self.answer_format)
 
     def target(self, sample: Sample) -> Detections:
-        height, width = sample.images[0].shape[:2]
+        height, width = sample.asked_images[0].shape[:2]
         return tuple(
             Detection(one.label, self.coordinates.from_pixels(one.box, width, height), one.crowd, one.area)
             for one in sample.target
@@ -84,7 +84,7 @@ class OVDEnv(VisualTaskEnv):
         return self.answer_format.write(answer, sample.rationale)
 
     def draw(self, sample: Sample, prediction: Detections | None) -> Image:
-        height, width = sample.images[0].shape[:2]
+        height, width = sample.asked_images[0].shape[:2]
         boxes = [(one.box, TRUE) for one in sample.target]
         boxes += [(self.coordinates.to_pixels(one.box, width, height), ANSWERED) for one in prediction or ()]
-        return draw_boxes(sample.images[0], boxes)
+        return draw_boxes(sample.asked_images[0], boxes)

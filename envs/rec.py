@@ -50,7 +50,7 @@ class RECEnv(VisualTaskEnv):
     def target(self, sample: Sample) -> Target:
         if sample.target == NONE:
             return NONE
-        height, width = sample.images[0].shape[:2]
+        height, width = sample.asked_images[0].shape[:2]
         return self.coordinates.from_pixels(sample.target, width, height)
 
     def measure(self, text: str, target: Target, terms: Mapping[str, float]) -> dict[str, float]:
@@ -71,8 +71,8 @@ class RECEnv(VisualTaskEnv):
         return self.answer_format.write(write_box(self.target(sample)), sample.rationale)
 
     def draw(self, sample: Sample, prediction: Target | None) -> Image:
-        height, width = sample.images[0].shape[:2]
+        height, width = sample.asked_images[0].shape[:2]
         answered = NONE if prediction is None else prediction
         boxes = [] if sample.target == NONE else [(sample.target, TRUE)]
         boxes += [] if answered == NONE else [(self.coordinates.to_pixels(answered, width, height), ANSWERED)]
-        return draw_boxes(sample.images[0], boxes)
+        return draw_boxes(sample.asked_images[0], boxes)

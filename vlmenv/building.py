@@ -80,6 +80,12 @@ class TaskConfig:
     """Reward terms and weights, as in `--rewards iou 1 format 0.5`; the task's own where left out."""
     prompt_template: str | None = None
     """Prompt with {question}, and {answer}, {none} and {coordinates} where they matter."""
+    system_prompt: str | None = None
+    """Text of the system turn before each prompt, with {answer}, {none} and {coordinates} where they matter; a row's
+    own system turn replaces it. Default: no system turn."""
+    chat_template_kwargs: dict[str, str] | None = None
+    """Values of the chat template's own variables, read as YAML, as in `--chat-template-kwargs enable_thinking false`.
+    Default: none."""
     answer_format: Literal["tags", "sections"] | None = None
     """How the answer is set apart: think/answer tags, or PeBR-R1's sections; the task's own where left out."""
     coordinates: Literal["auto", "original", "resized", "norm1000"] = "auto"
@@ -134,6 +140,7 @@ class TaskConfig:
             raise ConfigError(f"engine_memory is a share between 0 and 1, not {self.engine_memory}")
         self._check_servers()
         self.sampling()
+        self.template_switches()
 
     def _check_servers(self) -> None:
         """Raises ConfigError unless the options of servers go together."""
@@ -163,6 +170,14 @@ class TaskConfig:
         """
         return Sampling(self.temperature, self.max_new_tokens, self.top_k, self.top_p, self.stop)
 
+    def template_switches(self) -> dict[str, Any]:
+        """The values of the chat template's own variables.
+
+        Raises:
+            ConfigError: A value is no YAML scalar.
+        """
+        return {name: _scalar(name, text) for name, text in (self.chat_template_kwargs or {}).items()}
+
     def located(self) -> Self:
         """The options with whole paths in place of those from the working directory, so that they hold from anywhere.
 
@@ -184,6 +199,7 @@ class TaskConfig:
             "rewards": self.rewards,
             "extra_terms": self.scorers.terms(),
             "prompt_template": self.prompt_template,
+            "system_prompt": self.system_prompt,
             "answer_format": self.answer_format,
             "count_tokens": TokenCount(folder),
             "coordinates": space.value,
@@ -205,6 +221,16 @@ class TaskConfig:
             "boxes_in": self.boxes_in,
             "box_orientation": self.box_orientation,
         }
+
+
+def _scalar(name: str, text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"chat_template_kwargs: the value of '{name}' is no YAML: {text!r}") from error
+    if isinstance(value, (dict, list)):
+        raise ConfigError(f"chat_template_kwargs: the value of '{name}' is no single value: {text!r}")
+    return value
 
 
 def whole_names(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
@@ -364,9 +390,21 @@ def load_agent(
         device: Where it runs.
         dtype: Of its weights.
         engine_dtype: Of the copy in vLLM in this process; the same where left out.
+
+    Raises:
+        ConfigError: The chat template never reads one of `chat_template_kwargs`.
+        ModelError: The model cannot be loaded, or its chat template has no place for the `system_prompt`.
     """
     transformers.utils.logging.disable_progress_bar()
-    agent = VLMAgent.from_pretrained(config.model, device=device, dtype=dtype, sampling=config.sampling())
+    agent = VLMAgent.from_pretrained(
+        config.model,
+        device=device,
+        dtype=dtype,
+        sampling=config.sampling(),
+        chat_template_kwargs=config.template_switches(),
+    )
+    if config.system_prompt is not None:
+        agent.family.require_system_turns()
     if config.engine == "vllm":
         agent.engine = VLLMEngine(
             agent.folder,

@@ -28,7 +28,7 @@ from vlmenv.building import (
 )
 from vlmenv.core.errors import ConfigError, DataError, PromptError, SampleError
 from vlmenv.core.files import write_whole
-from vlmenv.core.rollout import Observation, unbatch
+from vlmenv.core.rollout import Observation, told_turns, unbatch
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.metrics.intervals import Interval, ratio_interval
 from vlmenv.envs.vector import VisualTaskVectorEnv
@@ -227,6 +227,7 @@ def answer_samples(agent: Agent, envs: VisualTaskVectorEnv, indices: range, gree
             "id": infos["id"][i],
             "index": int(infos["index"][i]),
             **subject,
+            **told_turns(observations[i]),
             "prompt": observations[i]["prompt"],
             "completion": text,
             "prediction": infos["prediction"][i],
