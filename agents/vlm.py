@@ -341,16 +341,10 @@ class VLMAgent(Agent):
         for i in firsts:
             try:
                 prompts.append(self.family.encode(listed[i]))
+                holder = "engine" if most < self.max_length else "model"
+                check_length(len(prompts[-1].input_ids), self.max_new_tokens, most, holder)
             except ValueError as error:
                 raise PromptError(i, str(error)) from error
-            length = len(prompts[-1].input_ids)
-            if length + self.max_new_tokens > most:
-                raise PromptError(
-                    i,
-                    f"the prompt has {length} tokens, which leaves no room for max_new_tokens={self.max_new_tokens} "
-                    f"in the {'engine' if most < self.max_length else 'model'}'s {most}; use smaller images or a "
-                    "shorter prompt",
-                )
         return prompts, index
 
     def _generate(self, observations: Observations, sampling: Sampling) -> Rollout:
@@ -396,6 +390,15 @@ class VLMAgent(Agent):
         if np.isin(ids, self.family.banned_tokens).any():
             raise PromptError(i, "its true answer holds control tokens, which are never sampled")
         return Completion(text, ids, np.zeros(len(ids), np.float32), "stop")
+
+
+def check_length(prompt: int, max_new_tokens: int, most: int, holder: str = "model") -> None:
+    """Raises ValueError where a prompt of some tokens leaves no room for an answer."""
+    if prompt + max_new_tokens > most:
+        raise ValueError(
+            f"the prompt has {prompt} tokens, which leaves no room for max_new_tokens={max_new_tokens} "
+            f"in the {holder}'s {most}; use smaller images or a shorter prompt"
+        )
 
 
 def _parameters(modules: Iterable[nn.Module]) -> set[nn.Parameter]:

@@ -18,7 +18,7 @@ from vlmenv.core.formats import AnswerFormat
 from vlmenv.core.rollout import IMAGE_MARK, ROLES, Observation, Turn, split_marks
 from vlmenv.core.spaces import FreeText, Image, OneOfTexts, RGBImage
 from vlmenv.envs.data.boxes import BoxForm, BoxOrientation, BoxReading
-from vlmenv.envs.data.dataset import Dataset, Reading, open_dataset
+from vlmenv.envs.data.dataset import Concatenated, Dataset, Reading, TableSource, open_dataset
 from vlmenv.envs.data.images import resized
 from vlmenv.envs.data.rows import Row, missing, places
 from vlmenv.envs.data.scenes import Split
@@ -426,10 +426,23 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         source = open_dataset(dataset, reading, image_root, split)
         if not source.size and source.unwanted:
             told = ", ".join(f"in {count} {reason}" for reason, count in source.unwanted.items())
-            raise DataError(f"no row is left: {len(source.faults)} are broken; {told}")
+            raise NoRowsError(f"no row is left: {len(source.faults)} are broken; {told}", source)
         if not source.size:
-            raise DataError(f"every one of {len(source.faults)} rows is broken; the first: {source.faults[0]}")
+            first = source.faults[0]
+            raise NoRowsError(f"every one of {len(source.faults)} rows is broken; the first: {first}", source)
         return source
+
+
+class NoRowsError(DataError):
+    """A data set none of whose rows is left.
+
+    Attributes:
+        source: It, with all that is wrong.
+    """
+
+    def __init__(self, message: str, source: TableSource | Concatenated) -> None:
+        super().__init__(message)
+        self.source = source
 
 
 def check_index(index: SupportsIndex, size: int | None) -> int:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
-import gymnasium
 import torch
 import transformers
 import tyro
@@ -24,10 +21,9 @@ from vlmenv.agents.engines.vllm import VLLMEngine, check_sharing, require_vllm
 from vlmenv.agents.families import coordinate_space, resize_rule
 from vlmenv.agents.vlm import BUILTIN, Sampling, VLMAgent, find_model
 from vlmenv.core.coordinates import CoordinateSpace
-from vlmenv.core.errors import ConfigError, unknown_name
+from vlmenv.core.errors import ConfigError
 from vlmenv.core.files import write_whole
 from vlmenv.core.text import printable
-from vlmenv.envs.registration import VectorEntryPoint
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.options.files import to_yaml
 from vlmenv.options.scorers import ScorerConfig
@@ -320,39 +316,6 @@ def check_device(device: Device) -> None:
     """Raises ConfigError where CUDA is asked for and there is none."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device 'cuda' was asked for, but torch finds no CUDA GPU here; leave out --device")
-
-
-def make_envs(env: str, num_envs: int, **arguments: Any) -> VisualTaskVectorEnv:
-    """The batched environment of a registered task; `module:Id` imports the module that registers it.
-
-    Raises:
-        ConfigError: There is no such environment, or it is no visual task.
-    """
-    module, _, name = env.rpartition(":")
-    if module:
-        _import(module)
-    if name not in gymnasium.registry:
-        raise ConfigError(unknown_name("environment", name, visual_tasks()))
-    if name not in visual_tasks():
-        raise ConfigError(f"{env} is no visual task: register it with vlmenv.register_task")
-    envs = gymnasium.make_vec(name, num_envs=num_envs, **arguments)
-    assert isinstance(envs, VisualTaskVectorEnv)
-    return envs
-
-
-def visual_tasks() -> list[str]:
-    """The ids of the registered visual tasks."""
-    return sorted(i for i, spec in gymnasium.registry.items() if isinstance(spec.vector_entry_point, VectorEntryPoint))
-
-
-def _import(module: str) -> None:
-    """Imports a user's module, from the working directory too."""
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        importlib.import_module(module)
-    except (ImportError, TypeError) as error:
-        raise ConfigError(f"the module '{module}' of the environment cannot be imported: {error}") from error
 
 
 def check_engine(config: TaskConfig, device: torch.device, processes: int = 1) -> None:

@@ -21,7 +21,6 @@ from vlmenv.building import (
     DTYPES,
     TaskConfig,
     load_agent,
-    make_envs,
     prepared,
     report_broken_rows,
     report_skipped,
@@ -30,6 +29,7 @@ from vlmenv.core.errors import ConfigError, DataError, PromptError, SampleError
 from vlmenv.core.files import write_whole
 from vlmenv.core.rollout import Observation, told_turns, unbatch
 from vlmenv.envs.base import VisualTaskEnv
+from vlmenv.envs.making import make_envs
 from vlmenv.envs.metrics.intervals import Interval, ratio_interval
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.processes import Processes

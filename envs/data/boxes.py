@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from vlmenv.core.coordinates import Box
+from vlmenv.core.coordinates import Box, is_box
 from vlmenv.core.spaces import Image
 from vlmenv.envs.data.images import exif_orientation
 from vlmenv.envs.data.media import ImageRef
@@ -56,10 +56,23 @@ class BoxReading:
     orientation: BoxOrientation = BoxOrientation.SHOWN
 
     def as_corners(self, row: Row) -> Row:
-        """A row whose boxes have four edges, as tasks read them, and may yet need to be scaled."""
-        if self.form is not BoxForm.XYWH:
+        """A row whose boxes have four edges, as tasks read them, and may yet need to be scaled.
+
+        Raises:
+            ValueError: What the data set has as boxes are none in this form.
+        """
+        if self.form is None or (row.detections is None and self.form is not BoxForm.XYWH):
             return row
-        return replace(row, answer=change_numbers(row.answer, corners))
+        if row.detections is None:
+            return replace(row, answer=change_numbers(row.answer, corners))
+        found = [one._replace(box=self._edges(lengths(one.box))) for one in row.detections]
+        for one in found:
+            if not is_box(one.box):
+                raise ValueError(f"the box {list(one.box)} covers nothing, if boxes are in {self.form}")
+        return replace(row, detections=tuple(found))
+
+    def _edges(self, numbers: Box) -> Box:
+        return corners(numbers) if self.form is BoxForm.XYWH else numbers
 
     def in_pixels(self, target: Any, row: Row, ref: ImageRef, image: Image) -> Any:
         """The truth in pixels of the image as it is shown.
@@ -77,20 +90,20 @@ class BoxReading:
         size = (height, width) if turn in SIDEWAYS else (width, height)
         return self.map_boxes(target, lambda box: turned(scaled(box, self.form, size), turn, size))
 
-    def _turn(self, row: Row, ref: ImageRef, shown: tuple[int, int]) -> int:
-        """The EXIF orientation by which the row's boxes are to be turned; 1 for not at all.
+    def told(self, row: Row, shown: tuple[int, int]) -> BoxOrientation | None:
+        """The orientation that the width and height tell which a row has of its image; None where they cannot."""
+        if shown[0] == shown[1] or row.size not in (shown, shown[::-1]):
+            return None
+        return BoxOrientation.SHOWN if row.size == shown else BoxOrientation.STORED
 
-        A width and height that the data set tells decide, where they can.
-        """
-        told = shown[0] != shown[1] and row.size in (shown, shown[::-1])
-        if not told and self.orientation is BoxOrientation.SHOWN:
-            return 1
-        if told and row.size == shown and self.orientation is BoxOrientation.SHOWN:
+    def _turn(self, row: Row, ref: ImageRef, shown: tuple[int, int]) -> int:
+        """The EXIF orientation by which the row's boxes are to be turned; 1 for not at all."""
+        told = self.told(row, shown)
+        if BoxOrientation.STORED not in (told, self.orientation):
             return 1
         turn = exif_orientation(ref)
-        if told and turn in SIDEWAYS:
-            return 1 if row.size == shown else turn
-        return turn if self.orientation is BoxOrientation.STORED else 1
+        orientation = told if told is not None and turn in SIDEWAYS else self.orientation
+        return turn if orientation is BoxOrientation.STORED else 1
 
 
 SIDEWAYS = (5, 6, 7, 8)
@@ -101,6 +114,12 @@ def corners(numbers: Box) -> Box:
     """The edges of a box of which left and top edge, width and height are given."""
     x, y, width, height = numbers
     return (x, y, x + width, y + height)
+
+
+def lengths(box: Box) -> Box:
+    """The inverse of `corners`."""
+    x1, y1, x2, y2 = box
+    return (x1, y1, x2 - x1, y2 - y1)
 
 
 def scaled(box: Box, form: BoxForm | None, size: tuple[int, int]) -> Box:

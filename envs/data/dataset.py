@@ -176,6 +176,25 @@ class TableSource(Source):
         """The number of a sample's row in the table."""
         return index if self._kept is None else int(self._kept[index])
 
+    @property
+    def total(self) -> int:
+        """Number of rows in the table, with broken and unwanted ones."""
+        return (self.size or 0) + len(self.faults) + self.unwanted.total()
+
+    @property
+    def boxes(self) -> BoxReading | None:
+        """How true boxes are read."""
+        return self._reading.boxes
+
+    def stored(self, number: int) -> tuple[Row, list[Any]]:
+        """A row of the table, whatever the task makes of it, and where its images are.
+
+        Raises:
+            ValueError: It cannot be read.
+        """
+        row = self._reading.row(self.table.read(number), number)
+        return row, [self._located(ref) for ref in row.images if ref is not None]
+
     def get(self, index: int) -> Sample:
         number = self.number(index)
         try:

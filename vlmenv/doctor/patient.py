@@ -17,11 +17,12 @@ from vlmenv.agents.checkpoints import find_model
 from vlmenv.agents.engines.checksums import checksums, clear
 from vlmenv.agents.published import PublishedProcessor
 from vlmenv.agents.vlm import Sampling, VLMAgent
-from vlmenv.building import DTYPES, ENGINE_OPTIONS, check_engine, load_agent, make_envs
+from vlmenv.building import DTYPES, ENGINE_OPTIONS, check_engine, load_agent
 from vlmenv.core.errors import ConfigError, PromptError, ReadingError
 from vlmenv.core.rollout import IMAGE_MARK, Observation, Prompt, Rollout, unbatch
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.data.source import Sample
+from vlmenv.envs.making import make_envs
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.options.doctor import DoctorConfig
 
