@@ -12,12 +12,13 @@ import gymnasium
 from gymnasium import spaces
 
 from vlmenv.core.answers import NONE
-from vlmenv.core.coordinates import Coordinates, CoordinateSpace, ResizeRule
+from vlmenv.core.coordinates import Box, Coordinates, CoordinateSpace, ResizeRule
 from vlmenv.core.errors import ConfigError, DataError, SampleError, unknown_name
 from vlmenv.core.formats import AnswerFormat
 from vlmenv.core.rollout import IMAGE_MARK, ROLES, Observation, Turn, split_marks
 from vlmenv.core.spaces import FreeText, Image, OneOfTexts, RGBImage
-from vlmenv.envs.data.dataset import Dataset, Reading, open_dataset
+from vlmenv.envs.data.boxes import BoxForm, BoxOrientation, BoxReading
+from vlmenv.envs.data.dataset import Concatenated, Dataset, Reading, TableSource, open_dataset
 from vlmenv.envs.data.images import resized
 from vlmenv.envs.data.rows import Row, missing, places
 from vlmenv.envs.data.scenes import Split
@@ -55,6 +56,11 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
             whose fault shows only when it is to be shown, such as half an image, gives way to the next one.
         min_image_side: Leave rows out with an image of fewer pixels than this in width or height.
         without_text: Leave rows out whose answer, reasoning included, contains one of these texts.
+        boxes_in: What the numbers of the data set's boxes are: `"xyxy"` (edges in pixels), `"xywh"` (left, top, width,
+            height in pixels), `"fractions"` or `"norm1000"` (edges in parts of the image). Not to be confused with
+            `coordinates`, which the prompt asks for. Default: xyxy; COCO's are xywh by definition.
+        box_orientation: Orientation of the image that the data set's boxes refer to, where EXIF turns it: as it is
+            `"shown"`, or as it is `"stored"`. A width and height that a COCO file tells decide, where they can.
         rewards: Terms and weights; the task's defaults where left out.
         extra_terms: Reward terms by name, beside the task's own or in the place of one of the same name.
         prompt_template: Text with `{question}` and, where they matter, `{answer}` for an example of the answer
@@ -109,6 +115,8 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         skip_broken: bool = False,
         min_image_side: int | None = None,
         without_text: Sequence[str] = (),
+        boxes_in: str | None = None,
+        box_orientation: str = BoxOrientation.SHOWN,
         rewards: Rewards | None = None,
         extra_terms: Mapping[str, RewardTerm] | None = None,
         prompt_template: str | None = None,
@@ -143,7 +151,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         )
         if unused := set(extra_terms or {}) - set(self._scorer.weights):
             raise ConfigError(f"nothing uses the reward term {', '.join(sorted(unused))}: give it a weight in rewards")
-        reading = self.reading(columns, skip_broken, min_image_side, without_text)
+        reading = self.reading(columns, skip_broken, min_image_side, without_text, boxes_in, box_orientation)
         self.source = self._open(dataset, image_root, split, reading)
         self._order: SampleOrder | None = None
         self._position = 0
@@ -339,8 +347,15 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         skip_broken: bool = False,
         min_image_side: int | None = None,
         without_text: Sequence[str] = (),
+        boxes_in: str | None = None,
+        box_orientation: str = BoxOrientation.SHOWN,
     ) -> Reading:
         """How this task reads the rows of a data set."""
+        has_boxes = type(self).map_boxes is not VisualTaskEnv.map_boxes
+        if not has_boxes and (boxes_in is not None or box_orientation != BoxOrientation.SHOWN):
+            raise ConfigError("boxes_in and box_orientation are for tasks whose truths are boxes")
+        form = None if boxes_in is None else _one_of(BoxForm, "form of boxes", boxes_in)
+        boxes = BoxReading(self.map_boxes, form, _one_of(BoxOrientation, "orientation", box_orientation))
         return Reading(
             self._understand,
             self.needs_image,
@@ -350,7 +365,15 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
             min_image_side,
             unread=self.unread,
             without_text=without_text or (),
+            boxes=boxes if has_boxes else None,
         )
+
+    def map_boxes(self, target: Any, change: Callable[[Box], Box]) -> Any:
+        """A truth, as in `Sample.target`, with each of its boxes changed; a task whose truths hold boxes overrides it.
+
+        By it, data sets are read whose boxes are not in pixels of the image as it is shown.
+        """
+        return target
 
     def row_term(self, row: Row) -> str | None:
         """The reward term that a row asks for in place of the one in use; None for none.
@@ -394,8 +417,8 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         if dataset is None:
             if image_root is not None or reading != self.reading():
                 raise ConfigError(
-                    "image_root, columns, skip_broken, min_image_side and without_text are for a data set: "
-                    "give dataset too"
+                    "image_root, columns, skip_broken, min_image_side, without_text, boxes_in and box_orientation are "
+                    "for a data set: give dataset too"
                 )
             if split not in (None, "train", "eval"):
                 raise ConfigError(unknown_name("split", split, ("train", "eval")))
@@ -403,10 +426,23 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         source = open_dataset(dataset, reading, image_root, split)
         if not source.size and source.unwanted:
             told = ", ".join(f"in {count} {reason}" for reason, count in source.unwanted.items())
-            raise DataError(f"no row is left: {len(source.faults)} are broken; {told}")
+            raise NoRowsError(f"no row is left: {len(source.faults)} are broken; {told}", source)
         if not source.size:
-            raise DataError(f"every one of {len(source.faults)} rows is broken; the first: {source.faults[0]}")
+            first = source.faults[0]
+            raise NoRowsError(f"every one of {len(source.faults)} rows is broken; the first: {first}", source)
         return source
+
+
+class NoRowsError(DataError):
+    """A data set none of whose rows is left.
+
+    Attributes:
+        source: It, with all that is wrong.
+    """
+
+    def __init__(self, message: str, source: TableSource | Concatenated) -> None:
+        super().__init__(message)
+        self.source = source
 
 
 def check_index(index: SupportsIndex, size: int | None) -> int:

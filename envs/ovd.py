@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 from vlmenv.core.answers import Detection, parse_detections, write_detections
+from vlmenv.core.coordinates import Box
 from vlmenv.core.spaces import Image
 from vlmenv.envs.base import Intervals, VisualTaskEnv
 from vlmenv.envs.data.rows import Row
@@ -45,11 +46,14 @@ class OVDEnv(VisualTaskEnv):
             raise ValueError(f'the answer {row.answer[:80]!r} is neither a list of {{"bbox_2d", "label"}} nor None')
         return target
 
+    def map_boxes(self, target: Detections, change: Callable[[Box], Box]) -> Detections:
+        return tuple(one._replace(box=change(one.box)) for one in target)
+
     def parse(self, text: str) -> Detections | None:
         return rewards.parse_detected_answer(text, self.answer_format)
 
     def target(self, sample: Sample) -> Detections:
-        height, width = sample.images[0].shape[:2]
+        height, width = sample.asked_images[0].shape[:2]
         return tuple(
             Detection(one.label, self.coordinates.from_pixels(one.box, width, height), one.crowd, one.area)
             for one in sample.target
@@ -80,7 +84,7 @@ class OVDEnv(VisualTaskEnv):
         return self.answer_format.write(answer, sample.rationale)
 
     def draw(self, sample: Sample, prediction: Detections | None) -> Image:
-        height, width = sample.images[0].shape[:2]
+        height, width = sample.asked_images[0].shape[:2]
         boxes = [(one.box, TRUE) for one in sample.target]
         boxes += [(self.coordinates.to_pixels(one.box, width, height), ANSWERED) for one in prediction or ()]
-        return draw_boxes(sample.images[0], boxes)
+        return draw_boxes(sample.asked_images[0], boxes)

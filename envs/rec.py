@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import ClassVar
 
 from vlmenv.core.answers import NONE, Target, parse_box, write_box
+from vlmenv.core.coordinates import Box
 from vlmenv.core.spaces import Image
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.data.rows import Row
@@ -40,13 +41,16 @@ class RECEnv(VisualTaskEnv):
             raise ValueError(f"the answer {row.answer[:80]!r} is neither one box [x1, y1, x2, y2] nor None")
         return target
 
+    def map_boxes(self, target: Target, change: Callable[[Box], Box]) -> Target:
+        return NONE if target == NONE else change(target)
+
     def parse(self, text: str) -> Target | None:
         return parse_boxed_answer(text, self.answer_format)
 
     def target(self, sample: Sample) -> Target:
         if sample.target == NONE:
             return NONE
-        height, width = sample.images[0].shape[:2]
+        height, width = sample.asked_images[0].shape[:2]
         return self.coordinates.from_pixels(sample.target, width, height)
 
     def measure(self, text: str, target: Target, terms: Mapping[str, float]) -> dict[str, float]:
@@ -67,8 +71,8 @@ class RECEnv(VisualTaskEnv):
         return self.answer_format.write(write_box(self.target(sample)), sample.rationale)
 
     def draw(self, sample: Sample, prediction: Target | None) -> Image:
-        height, width = sample.images[0].shape[:2]
+        height, width = sample.asked_images[0].shape[:2]
         answered = NONE if prediction is None else prediction
         boxes = [] if sample.target == NONE else [(sample.target, TRUE)]
         boxes += [] if answered == NONE else [(self.coordinates.to_pixels(answered, width, height), ANSWERED)]
-        return draw_boxes(sample.images[0], boxes)
+        return draw_boxes(sample.asked_images[0], boxes)

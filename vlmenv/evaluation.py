@@ -21,15 +21,15 @@ from vlmenv.building import (
     DTYPES,
     TaskConfig,
     load_agent,
-    make_envs,
     prepared,
     report_broken_rows,
     report_skipped,
 )
 from vlmenv.core.errors import ConfigError, DataError, PromptError, SampleError
 from vlmenv.core.files import write_whole
-from vlmenv.core.rollout import Observation, unbatch
+from vlmenv.core.rollout import Observation, told_turns, unbatch
 from vlmenv.envs.base import VisualTaskEnv
+from vlmenv.envs.making import make_envs
 from vlmenv.envs.metrics.intervals import Interval, ratio_interval
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.processes import Processes
@@ -227,6 +227,7 @@ def answer_samples(agent: Agent, envs: VisualTaskVectorEnv, indices: range, gree
             "id": infos["id"][i],
             "index": int(infos["index"][i]),
             **subject,
+            **told_turns(observations[i]),
             "prompt": observations[i]["prompt"],
             "completion": text,
             "prediction": infos["prediction"][i],

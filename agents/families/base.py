@@ -96,6 +96,18 @@ def _chat_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
     )
 
 
+@dataclass(frozen=True)
+class PromptReading:
+    """What a family makes of an observation, for people to look at."""
+
+    text: str
+    """the chat-formatted prompt, with one image token in the place of each image"""
+    tokens: int
+    """of the whole prompt, those of images included"""
+    image_tokens: tuple[int, ...]
+    """[images], image tokens of each image in reading order"""
+
+
 _CONTROL = re.compile(r"<\|.*\|>")
 
 
@@ -183,6 +195,17 @@ class Family(ABC):
         text = first + "".join(mark + text for mark, text in zip(expanded, rest, strict=True))
         ids = np.array(self.processor.tokenizer.encode(text, add_special_tokens=False), dtype=np.int64)
         return Prompt(ids, self.positions(ids, images), images)
+
+    def read(self, observation: Observation) -> PromptReading:
+        """What a model is shown of an observation, in text and numbers.
+
+        Raises:
+            ValueError: As `encode` does.
+        """
+        text, images = self.chat(observation), observation["images"]
+        expanded = self.process_images(images)[1] if images else []
+        counts = tuple(mark.count(self.image_token) for mark in expanded)
+        return PromptReading(text, len(self.encode(observation).input_ids), counts)
 
     @cached_property
     def image_token(self) -> str:

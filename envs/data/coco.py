@@ -70,6 +70,7 @@ class CocoInstances(Table):
         self._names: list[str] = []
         self._asked_for: dict[str, list[str]] = {}  # by images' ids, where the file says it
         self._image_ids: list[str] = []
+        self._sizes = array("q")  # width and height of each image; 0 where they are not told
         self._unnamed: list[str] = []  # what images without a file's name have instead
         self._categories: dict[str, str] = {}
         self._heads: dict[str, str] = {}  # categories' supercategories, by id
@@ -102,7 +103,9 @@ class CocoInstances(Table):
             question = ask_for([*given, *sorted(present.difference(given))])
         else:
             question = detection_question(present, self._absent, image)
-        return Row(image, (self._names[number],), question, "", detections=truth, used=_USED)
+        width, height = self._sizes[2 * number : 2 * number + 2]
+        size = (width, height) if width > 0 and height > 0 else None
+        return Row(image, (self._names[number],), question, "", detections=truth, size=size, used=_USED)
 
     def place(self, number: int) -> str:
         images = len(self._image_ids)
@@ -161,6 +164,7 @@ class CocoInstances(Table):
             self._unnamed = self._unnamed or [f"'{name}'" for name in image]
             raise ValueError(f"image {key} has no 'file_name'")
         self._image_ids.append(key)
+        self._sizes.extend(_pixels(image.get(side)) for side in ("width", "height"))
         self._names.append(str(image["file_name"]))
         if "text" in image or "neg_text" in image:
             asked = [name for part in ("text", "neg_text") for name in _list(image, part)]
@@ -254,6 +258,11 @@ def _outline(segmentation: Any) -> list[float]:
     points = np.array([value for polygon in segmentation for value in polygon], dtype=np.float64).reshape(-1, 2)
     (x1, y1), (x2, y2) = points.min(axis=0), points.max(axis=0)
     return [float(x1), float(y1), float(x2 - x1), float(y2 - y1)]
+
+
+def _pixels(told: Any) -> int:
+    """A side's length; 0 where it is none."""
+    return int(told) if isinstance(told, (int, float)) and 0 < told < 1e6 else 0
 
 
 def _list(image: Any, key: str) -> list[str]:

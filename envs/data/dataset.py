@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from vlmenv.core.errors import ConfigError, DataError
+from vlmenv.envs.data.boxes import BoxReading
 from vlmenv.envs.data.coco import CocoInstances
 from vlmenv.envs.data.convert import find_layout
 from vlmenv.envs.data.delimited import Delimited
@@ -79,6 +80,8 @@ class Reading:
     """parts of a row that the task makes nothing of"""
     without_text: Sequence[str] = ()
     """leave rows out whose answer, reasoning included, contains one of these, in small letters or capitals"""
+    boxes: BoxReading | None = None
+    """how true boxes are read; None where the task has none"""
 
     def __post_init__(self) -> None:
         check_columns(self.columns)
@@ -115,7 +118,7 @@ class Reading:
                 raise UnwantedError(f"the answer says {text!r}")
         if self.needs_image and not row.images:
             raise ValueError(f"the task needs an image, but the row has none; {missing('images', row.unused)}")
-        return self.understand(row)
+        return self.understand(row if self.boxes is None else self.boxes.as_corners(row))
 
 
 class UnwantedError(Exception):
@@ -174,15 +177,40 @@ class TableSource(Source):
         """The number of a sample's row in the table."""
         return index if self._kept is None else int(self._kept[index])
 
+    @property
+    def total(self) -> int:
+        """Number of rows in the table, with broken and unwanted ones."""
+        return (self.size or 0) + len(self.faults) + self.unwanted.total()
+
+    @property
+    def boxes(self) -> BoxReading | None:
+        """How true boxes are read."""
+        return self._reading.boxes
+
+    def stored(self, number: int) -> tuple[Row, list[Any]]:
+        """A row of the table, whatever the task makes of it, and where its images are.
+
+        Raises:
+            ValueError: It cannot be read.
+        """
+        row = self._reading.row(self.table.read(number), number)
+        return row, [self._located(ref) for ref in row.images if ref is not None]
+
     def get(self, index: int) -> Sample:
         number = self.number(index)
         try:
-            sample, refs = self._reading.sample(self.table.read(number), number)
+            row = self._reading.row(self.table.read(number), number)
+            sample = self._reading.sample_of(row)
         except ValueError as error:
             place = self.table.place(number)
             raise DataError(f"{place}: {error}; the file has changed since it was opened") from None
         place = self.place(index, sample.id)
-        return replace(sample, images=tuple(load_image(self._located(ref), place) for ref in refs if ref is not None))
+        refs = [self._located(ref) for ref in row.images if ref is not None]
+        images = tuple(load_image(ref, place) for ref in refs)
+        boxes = self._reading.boxes
+        if boxes is None or not images:
+            return replace(sample, images=images)
+        return replace(sample, images=images, target=boxes.in_pixels(sample.target, row, refs[0], images[0]))
 
     def place(self, index: int, id: str) -> str:
         return f"{self.table.place(self.number(index))} (id {id})"
@@ -380,6 +408,8 @@ def _open_text(file: Path, name: Path, suffix: str, reading: Reading) -> Table:
         raise DataError(f"{name}: looks like COCO's instances, which are for detection, VLM-OVD-v0")
     if reading.columns:
         raise ConfigError(f"{name}: COCO's instances have no columns to map")
+    if reading.boxes is not None and reading.boxes.form is not None:
+        raise ConfigError(f"{name}: boxes_in is for rows; COCO's boxes are x, y, width and height by definition")
     return CocoInstances(file, name)
 
 

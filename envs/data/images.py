@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from typing import BinaryIO, Final
 
 import numpy as np
+from PIL import ExifTags, ImageOps
 from PIL import Image as PILImage
-from PIL import ImageOps
 
 from vlmenv.core.errors import DataError
 from vlmenv.core.spaces import Image
@@ -25,7 +25,6 @@ MOST_PIXELS: Final = 89_478_485
 FORMATS: Final = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF", "ICO", "TGA")
 """Formats that are read. Pillow knows some 40, of which EPS is drawn by an external program."""
 
-_ORIENTATION: Final = 0x0112  # EXIF's; from 5 on, width and height change places
 _LOADING = threading.Lock()
 _BROKEN = (
     OSError,
@@ -86,10 +85,32 @@ def shown_size(ref: str | bytes) -> tuple[int, int]:
     """
     try:
         with _opened(ref) as picture:
-            turned = picture.getexif().get(_ORIENTATION, 1) >= 5
+            turned = _orientation(picture) >= 5
             return (picture.height, picture.width) if turned else picture.size
     except _BROKEN as error:
         raise ValueError(f"an image cannot be read: {error}") from error
+
+
+def exif_orientation(ref: str | bytes | PILImage.Image | None) -> int:
+    """How an image is to be turned before it is shown, as EXIF has it, from 1 to 8; 1 where that is not told.
+
+    Raises:
+        ValueError: The image cannot be read.
+    """
+    if ref is None:
+        return 1
+    if isinstance(ref, PILImage.Image):
+        return _orientation(ref)
+    try:
+        with _opened(ref) as picture:
+            return _orientation(picture)
+    except _BROKEN as error:
+        raise ValueError(f"an image cannot be read: {error}") from error
+
+
+def _orientation(picture: PILImage.Image) -> int:
+    found = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    return found if found in range(1, 9) else 1
 
 
 @contextmanager

@@ -78,6 +78,8 @@ class Row:
     """the items of an answer that is a list of texts and numbers"""
     detections: tuple[Detection, ...] | None = None
     """true boxes, where the data set has them as such"""
+    size: tuple[int, int] | None = None
+    """width and height of the image that the boxes refer to, where the data set tells them"""
     turns: tuple[Turn, ...] = ()
     """the turns before the question, as in `Sample`"""
     used: tuple[tuple[str, str], ...] = ()

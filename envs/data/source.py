@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmenv.core.rollout import Turn
+from vlmenv.core.rollout import IMAGE_MARK, Turn
 from vlmenv.core.spaces import Image
 from vlmenv.envs.data.usage import Usage
 
@@ -39,8 +39,15 @@ class Sample:
     response: str = ""
     """a completion to imitate, where the row has one with its reasoning"""
     turns: tuple[Turn, ...] = ()
-    """earlier turns, few-shot examples for one, as `{"role": "user", "text": "What is <image>?"}`; the row's own
+    """earlier turns, such as few-shot examples, as `{"role": "user", "text": "What is <image>?"}`; the row's own
     system turn is the first of them, and takes the place of the task's `system_prompt`"""
+
+    @property
+    def asked_images(self) -> tuple[Image, ...]:
+        """The images that the question is about: its own, or those of the last turn that has any."""
+        texts = [turn["text"] for turn in self.turns if turn["role"] != "assistant"]
+        marks = [text.count(IMAGE_MARK) for text in (*texts, self.question)]
+        return self.images[-next((count for count in reversed(marks) if count), len(self.images)) :]
 
 
 class Source(ABC):

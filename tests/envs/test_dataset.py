@@ -44,15 +44,21 @@ def test_a_row_becomes_a_sample(tmp_path: Path) -> None:
     assert (second.id, second.target) == ("x", NONE)
 
 
-def test_marks_within_a_sentence_stay(tmp_path: Path) -> None:
-    questions = {
-        "<image>\n<image> What differs?": "What differs?",
-        "In <image> and <image>?": "In <image> and <image>?",
-    }
-    for question, expected in questions.items():
-        file = write(tmp_path, row(image=["a.png", "a.png"], conversations=turns(question, "None")))
-        sample = RECEnv(dataset=file).source.get(0)
-        assert (sample.question, len(sample.images)) == (expected, 2)
+@pytest.mark.parametrize(
+    ("question", "kept"),
+    [
+        ("<image>\n<image> What differs?", "What differs?"),
+        ("In <image> and <image>?", "In <image> and <image>?"),
+        ("<image> Compare it with <image>", "<image> Compare it with <image>"),
+        ("What do both show? <image><image>", "What do both show? <image><image>"),
+    ],
+)
+def test_marks_keep_their_places_and_leading_ones_say_nothing(tmp_path: Path, question: str, kept: str) -> None:
+    file = write(tmp_path, row(image=["a.png", "a.png"], conversations=turns(question, "None")))
+    env = RECEnv(dataset=file, prompt_template="Look. {question} Answer.")
+    sample = env.source.get(0)
+    assert (sample.question, len(sample.images)) == (kept, 2)
+    assert env.observe(sample)["prompt"] == f"Look. {kept} Answer."
 
 
 def test_images_may_lie_elsewhere(tmp_path: Path) -> None:

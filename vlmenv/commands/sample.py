@@ -16,12 +16,13 @@ from rich.progress import Progress
 from rich.table import Table
 
 from vlmenv.agents.base import Agent
-from vlmenv.building import claim, load_agent, make_envs, prepared, report_broken_rows, report_skipped
+from vlmenv.building import claim, load_agent, prepared, report_broken_rows, report_skipped
 from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.core.files import write_whole
 from vlmenv.envs.data.dataset import Concatenated, TableSource
 from vlmenv.envs.data.tables import Rows
 from vlmenv.envs.export import export_sample
+from vlmenv.envs.making import make_envs
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.evaluation import PROGRESS, AnswerConfig, answer_samples, sample_count
 from vlmenv.processes import Processes

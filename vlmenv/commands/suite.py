@@ -205,6 +205,7 @@ def _checked(config: EvalConfig) -> Suite:
         )
     own = EvalConfig()
     taken = ("env", "dataset", "image_root", "split", "columns", "rewards", "min_image_side", "without_text")
+    taken += ("boxes_in", "box_orientation")
     for name in taken:
         if getattr(config, name) != getattr(own, name):
             raise ConfigError(f"{name} does not go with a suite, which has its own")

@@ -25,12 +25,12 @@ from vlmenv.building import (
     check_device,
     check_engine,
     load_agent,
-    make_envs,
     report_broken_rows,
     report_skipped,
     whole_names,
 )
 from vlmenv.core.errors import ConfigError, TrainingError, VLMEnvError, unknown_name
+from vlmenv.envs.making import make_envs
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.evaluation import (
     DEFAULT_LIMIT,

@@ -62,6 +62,21 @@ def split_marks(text: str) -> tuple[int, str]:
     return marks, rest
 
 
+def named_images(text: str) -> str:
+    """A text with `image 2` for a second image in it; images at its beginning are left out, but counted."""
+    if IMAGE_MARK not in text:
+        return text
+    marks, rest = split_marks(text)
+    first, *others = rest.split(IMAGE_MARK)
+    return first + "".join(f"image {number}{other}" for number, other in enumerate(others, marks + 1))
+
+
+def told_turns(observation: Observation) -> dict[str, Any]:
+    """The turns before the prompt, for a record of it; nothing where there are none."""
+    turns = observation.get("turns", ())
+    return {"turns": list(turns)} if turns else {}
+
+
 Observations = Sequence[Observation] | Mapping[str, Any]
 """A sequence of observations, or the batched one of a vector environment."""
 
