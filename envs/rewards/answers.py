@@ -214,7 +214,7 @@ def parse_answer(content: str | None, kind: AnswerKind) -> str | float | None:
         case "numeric":
             return parse_number(content)
         case "exact":
-            return normalise(next((sentence(said) for said in conclusions(tidy(content))), content)) or None
+            return normalise(next((sentence(said) for said, _ in conclusions(tidy(content))), content)) or None
         case _:
             return " ".join(content.split()) or None
 
@@ -236,7 +236,7 @@ def parse_yes_no(content: str) -> str | None:
     if len(content) > LONGEST_ANSWER:
         return None
     text = tidy(content)
-    for piece in (*conclusions(text), text):
+    for piece in (*(said for said, _ in conclusions(text)), text):
         said = _yes_no_of(" ".join(piece.casefold().split()))
         if said:
             return said if said in ("yes", "no") else None
@@ -306,7 +306,7 @@ def parse_number(content: str) -> float | None:
     if bare := _BARE_NUMBER.fullmatch(content):
         return _value(bare[1], bare[2], None)  # the same result, sooner: data sets have many
     text = tidy(content)
-    concluded = (sentence(said) for said in conclusions(text))
+    concluded = (sentence(said) for said, _ in conclusions(text))
     return _lone_number(next((said for said in concluded if any(map(str.isdigit, said))), text))
 
 
