@@ -128,7 +128,7 @@ _AFTER_ALL: Final = re.compile(
 )
 _LEAD_IN = re.compile(
     r"^.*(?:\b(?:is|are|was|be|equals?|equal to|gives?|gets?|have|has|obtain|finds?|yields?|becomes|approximately|about"
-    r"|roughly|around|therefore|thus|hence|so|then|exactly|answer|there are|there is|total of)\b[:,]?|[a-z)]{2,}\**:\**)"
+    r"|roughly|around|therefore|thus|hence|so|then|exactly|answer|there are|there is|total of)\b[:,]?|(?<=[a-z)][a-z)])\*{0,2}:\*{0,2})"
     r" *(?=\S)",
     re.IGNORECASE,
 )
