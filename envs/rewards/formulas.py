@@ -13,7 +13,7 @@ from typing import Final, Literal, NamedTuple
 
 from vlmenv.envs.rewards.normalise import stated
 from vlmenv.envs.rewards.numbers import Number, read_number
-from vlmenv.envs.rewards.units import Unit, plain_words, read_unit, split_unit
+from vlmenv.envs.rewards.units import Unit, plain_signs, read_unit, split_unit
 
 Kind = Literal["number", "expression", "sequence", "ratio", "relation", "words"]
 
@@ -43,7 +43,7 @@ MOST_ITEMS: Final = 50
 
 def read_form(text: str) -> Form:
     """An answer as it is compared, units and names split off."""
-    written = plain_words(stated(text))
+    written = plain_signs(stated(text))
     if _TIME.fullmatch(written):
         return Form("words", written)
     return _read(written)
@@ -51,7 +51,7 @@ def read_form(text: str) -> Form:
 
 def written_key(text: str) -> str:
     """What is left of a text where neither spaces, case nor styles count: texts with one key say the same."""
-    return _key(_latex(plain_words(stated(text))))
+    return _key(_latex(plain_signs(stated(text))))
 
 
 def _key(latex: str) -> str:
@@ -407,12 +407,12 @@ _TOKEN = re.compile(
     r"\\([A-Za-z]+)|\\[{}%\\|]|\d+(?:\.\d+)?(?!\.)|([A-Za-z]+)|[()\[\]{}^_+/<>=,;!|&-]| ", re.ASCII
 )
 _NUMBER: Final = r"(?<![_.\d])\d+(?:\.\d+)?"
-_SINGLE: Final = r"\((?: ?\()? ?[+-]? ?\d+(?:\.\d+)? ?(?:\) ?)?\)"
+_SINGLE: Final = r"(?:\(|\\\{)(?: ?\()? ?[+-]? ?\d+(?:\.\d+)? ?(?:\) ?)?(?:\)|\\\})"
 _FRAC: Final = r"\\frac ?\{ ?-?\d+(?:\.\d+)? ?\} ?\{ ?-?\d+(?:\.\d+)? ?\}"
 _POWER: Final = r"\d ?\^ ?(?:\{[^{}]*\}|\w)"
 _NEIGHBOURS = re.compile(
     rf"(?:{_NUMBER}) +\d|(?:{_NUMBER}|{_SINGLE}|{_FRAC}|{_POWER}|!) ?(?:{_SINGLE}|{_FRAC})"
-    rf"|(?:{_SINGLE}|{_FRAC}|{_POWER}|!|\\pi|\\infty|[A-Za-z)\]|]) ?(?<!\\log )(?<!_)\d"
+    rf"|\+ ?\+|(?:{_SINGLE}|{_FRAC}|{_POWER}|!|\\pi|\\infty|[A-Za-z)\]|]) ?(?<!\\log )(?<!_)\d"
 )
 _FUNCTION_NAME = re.compile(rf"\\(?:{_FUNCTIONS}|cdot|times|div|pm|mp|le|ge|ne|in|cup|cap|to|bmod|mod)(?![A-Za-z])")
 _IN_ORDER: Final = ("abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
@@ -420,7 +420,7 @@ _IN_ORDER: Final = ("abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
 def _is_formula(latex: str) -> bool:
     """Whether a text is made of what belongs in a formula, and has no two numbers side by side."""
-    end, depth = 0, 0
+    end, depth, is_matrix = 0, 0, _MATRIX.search(latex) is not None
     for token in _tokens(latex):
         if token is None:
             return False
@@ -428,10 +428,14 @@ def _is_formula(latex: str) -> bool:
         command, letters = token.groups()
         if command and command not in _KNOWN:
             return False
-        if letters and not _are_variables(letters) and not _MATRIX.search(latex):
+        if not is_matrix and (token[0] in ("\\\\", "&") or (letters and not _are_variables(letters))):
             return False
         depth += {"{": 1, "}": -1}.get(token[0], 0)
-    return end > 0 and depth == 0 and _NEIGHBOURS.search(_FUNCTION_NAME.sub("+", latex)) is None
+    bare = _FUNCTION_NAME.sub("+", latex).translate(_ONE_KIND_OF_BRACKETS)
+    return end > 0 and depth == 0 and (is_matrix or _NEIGHBOURS.search(bare) is None)
+
+
+_ONE_KIND_OF_BRACKETS: Final = str.maketrans("[]", "()")
 
 
 def _tokens(text: str) -> Iterator[re.Match[str] | None]:

@@ -279,13 +279,26 @@ def _algebra() -> Algebra:
                 return verdict
         return bool(verify(gold, found, float_rounding=12, allow_set_relation_comp=True, timeout_seconds=None))
 
+    def read(form: Form) -> Any:
+        if form.kind == "sequence" and form.items and all(item.kind == "relation" for item in form.items):
+            return _joined([parsed(item.latex) for item in form.items], form.latex)
+        return parsed(form.latex)
+
     def algebra(answer: Form, truth: Form, factor: Fraction) -> bool:
-        found, gold = parsed(answer.latex), parsed(truth.latex)
+        found, gold = read(answer), read(truth)
         if factor != 1:
             found = found * factor.numerator / factor.denominator
         return same(found, gold, answer, truth)
 
     return algebra
+
+
+def _joined(relations: list[Any], latex: str) -> Any:
+    """The numbers for which one of some relations holds ("x < 1 or x > 2"), or all of them ("and")."""
+    from sympy import Intersection, Union
+
+    sets = [relation.as_set() for relation in relations]
+    return Intersection(*sets) if re.search(r"\band\b|[和且]", latex) else Union(*sets)
 
 
 _PLAIN: Final = Form("expression", "")

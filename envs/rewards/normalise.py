@@ -11,6 +11,8 @@ import re
 import unicodedata
 from typing import Final
 
+from vlmenv.envs.rewards.units import is_unit
+
 _SUPERSCRIPTS: Final = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ⁿⁱ", "0123456789+-=()ni", strict=True))
 _SUBSCRIPTS: Final = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋", "0123456789+-", strict=True))
 _SUPERSCRIPT = re.compile(f"[{''.join(_SUPERSCRIPTS)}]+")
@@ -67,7 +69,8 @@ def boxed(text: str) -> str | None:
     r"""The content of the last `\boxed` or `\fbox`; None where there is none.
 
     Boxes that are joined ("\boxed{3} or \boxed{4}", also without a word between), and what follows the last box by
-    "or", "and" or a comma, are one list: "3, 4". A box without an end reaches to the end of the text.
+    "or", "and" or a comma, are one list: "3, 4". A unit after the last box belongs to it. A box without an end reaches to
+    the end of the text.
     """
     whole = _outermost(" ".join(text.split()))
     for _ in range(_DEEPEST):
@@ -89,6 +92,8 @@ def _outermost(text: str) -> str | None:
         return None
     if more := _MORE.match(text, end):
         parts.append(undelimited(text[more.end() :]))
+    elif is_unit(tail := _bare(undelimited(text[end:]))):
+        parts[-1] += f" {tail}"
     return ", ".join(dict.fromkeys(part.strip() for part in parts))
 
 
@@ -166,11 +171,31 @@ def stated(text: str) -> str:
     The last `\boxed` where there is one, and else what follows the last lead-in ("the answer is", "答案是"); without
     delimiters, Markdown, quotes, and punctuation at the end.
     """
-    text = fold(text)
+    text = in_plain_words(fold(text))
     box = boxed(text)
-    return _bare(undelimited(box)) if box is not None else _bare(without_lead_in(_bare(undelimited(text))))
+    if box is not None:
+        return _bare(undelimited(box))
+    if _EXCLAMATION.search(text):
+        text = text.rstrip("! ")
+    return _bare(without_lead_in(_bare(undelimited(text))))
+
+
+_EXCLAMATION = re.compile(r"[A-Za-z]{2} .*! *$", re.DOTALL)  # and no factorial
+_MARKED = re.compile(r"</?[bi]>|(?<![\w)}])\*\*(?=[^*]*\*\*)|(?<=[^* ])\*\*(?![\w({])")
 
 
 def _bare(text: str) -> str:
-    text = re.sub(r"</?[bi]>|\*\*", "", text).strip(_MARKUP)
-    return text.rstrip(".,;!? ").strip(_MARKUP) if not text.endswith("...") else text
+    text = _MARKED.sub("", text).strip(_MARKUP)
+    return text.rstrip(".,;? ").strip(_MARKUP) if not text.endswith("...") else text
+
+
+_IN_WORDS = re.compile(
+    r"\\(?:text(?:normal|rm|bf|it)?|math(?:rm|bf|it|sf)|mbox|operatorname|hbox|unit|si)(?![A-Za-z]) *\{([^{}]*)\}"
+)
+
+
+def in_plain_words(text: str) -> str:
+    r"""A text with what stands in `\text{…}`, `\mathrm{…}` and their kind as it is."""
+    for _ in range(2):
+        text = _IN_WORDS.sub(r" \1 ", text)
+    return text

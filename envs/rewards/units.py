@@ -173,6 +173,11 @@ _NO_WORD_OF_A_UNIT: Final = frozenset(
 ) - {"min", "sec"}
 
 
+def is_unit(text: str) -> bool:
+    """Whether a text is a unit of measurement, and no mere word."""
+    return 0 < len(text) <= _LONGEST and _measured(plain_signs(text)) is not None
+
+
 @functools.lru_cache(4096)
 def read_unit(text: str) -> Unit | None:
     """A unit, such as "km/h", "m s^{-2}", "square feet", "平方米" or "5"'s "apples"; None where a text is none.
@@ -250,20 +255,15 @@ _BEFORE = re.compile(r"(?<=[\d)}\]%πA-Za-z])(?=[ A-Za-zμΩ°$€£¥₹¢\u4e0
 _HAS_NUMBER = re.compile(r"\d|\\pi|π|\\frac|\\sqrt|\\infty")
 _VARIABLE = re.compile(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])|(?<=\d)[A-Za-z](?![A-Za-z])")
 _CURRENCY = re.compile(r"([+-]?) ?(?:\\?\$|US\$|[€£¥₹])(?: |\\ )*(?=[\d.+-])")
-_IN_WORDS = re.compile(
-    r"\\(?:text(?:normal|rm|bf|it)?|math(?:rm|bf|it|sf)|mbox|operatorname|hbox|unit|si)(?![A-Za-z]) *\{([^{}]*)\}"
-)
 _DEGREES = re.compile(r" ?\^ ?(?:\{ ?(?:\\circ|\\degree|∘|°) ?\}|\\circ(?![A-Za-z])|∘|°)|\\(?:degree|textdegree)(?![A-Za-z])|∘")
 
 
 _MICRO = re.compile(r"(?:\\mu(?![A-Za-z])|μ) *(?=[A-Za-zΩ])")
 
 
-def plain_words(text: str) -> str:
-    r"""A text with `\text{…}` and its kind unwrapped, and degrees as `°`."""
+def plain_signs(text: str) -> str:
+    r"""A text with degrees as `°`, and with Ω and μ as such before other letters."""
     text = _DEGREES.sub("°", text)
-    for _ in range(2):
-        text = _IN_WORDS.sub(r" \1 ", text)
     text = text.replace("\\Omega", "Ω").replace("\\ohm", "Ω")
     return " ".join(_MICRO.sub("μ", text).split())
 
@@ -272,7 +272,7 @@ def split_unit(text: str) -> tuple[str, Unit | None]:
     r"""What is measured or counted and its unit: ("5", cm) of "5 cm"; None where there is no unit.
 
     Args:
-        text: As `plain_words` writes it.
+        text: As `plain_signs` writes it.
     """
     if currency := _CURRENCY.match(text):
         sign = currency[0].strip().lstrip("+-").removeprefix("US").strip("\\ ")
