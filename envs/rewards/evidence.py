@@ -26,7 +26,7 @@ _TAG = re.compile(
     r"</?(?:b|i|u|s|p|em|strong|span|div|br|hr|font|center|code|pre|mark|small|big|h[1-6]|li|ul|ol)(?: [^<>]{0,100})?/?>",
     re.IGNORECASE,
 )
-_EMPHASIS = re.compile(r"\*\*|__|`|#{2,}")
+_EMPHASIS = re.compile(r"(?<![\w)])\*\*|\*\*(?![\w(])|__|`|#{2,}")
 _SPACE = re.compile(r"[^\S\n]+")
 _LINES = re.compile(r" ?\n[\s]*")
 
