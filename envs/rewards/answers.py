@@ -6,20 +6,24 @@ answer that names two things is none. `\boxed{…}`, `$…$`, Markdown and full-
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import unicodedata
 from collections.abc import Sequence
-from typing import Final, get_args
+from typing import Final, NamedTuple, get_args
 
 from vlmenv.core.answers import Answer, AnswerKind
 from vlmenv.core.errors import unknown_name
 from vlmenv.core.formats import SECTIONS, TAGS, AnswerFormat
 from vlmenv.core.spaces import Image
 from vlmenv.envs.rewards.evidence import conclusions, sentence, tidy
+from vlmenv.envs.rewards.formulas import Form, read_form
 from vlmenv.envs.rewards.letters import LETTERS, read_letters, truth_letters
-from vlmenv.envs.rewards.math import LONGEST_MATH, SPACED_UNIT, UNIT, check_installed, math_equal
+from vlmenv.envs.rewards.math import LONGEST_MATH, SPACED_UNIT, UNIT, check_installed, compare, math_equal
+from vlmenv.envs.rewards.numbers import same_number
 from vlmenv.envs.rewards.terms import BatchTerm
+from vlmenv.envs.rewards.units import conversion
 
 LONGEST_ANSWER: Final = 10_000
 """Characters of an answer; longer ones are none."""
@@ -79,8 +83,8 @@ def _compare(content: str | None, target: Answer) -> float | None:
     answer = parse_reply(content, target)
     if answer is None:
         return 0.0
-    if isinstance(answer, float) and isinstance(truth, float):
-        return float(abs(answer - truth) <= target.tolerance + 1e-12 * abs(truth))
+    if target.kind == "numeric":
+        return float(_same_quantity(content or "", target))
     if target.kind == "edit":
         return edit_ratio(str(answer), str(truth))
     if target.kind == "exact":
@@ -194,7 +198,20 @@ def parse_reply(content: str | None, target: Answer) -> str | float | None:
     if content is None or target.kind != "choice":
         return parse_answer(content, target.kind)
     several = "," in target.text
-    return read_letters(content, target.choices, several) if len(content) <= LONGEST_ANSWER else None
+    return read_letters(content, target.choices, several, _says_choice) if len(content) <= LONGEST_ANSWER else None
+
+
+_LONGEST_CHOICE: Final = 300
+
+
+def _says_choice(said: str, choice: str) -> bool:
+    """Whether a text says what a choice says, as far as can be told without algebra."""
+    if max(len(said), len(choice)) > _LONGEST_CHOICE or not _VALUE.search(choice):
+        return False
+    return compare(said, choice, lambda *_: False)
+
+
+_VALUE = re.compile(r"[\d\\π½¼¾]")
 
 
 def parse_answer(content: str | None, kind: AnswerKind) -> str | float | None:
@@ -214,7 +231,7 @@ def parse_answer(content: str | None, kind: AnswerKind) -> str | float | None:
         case "numeric":
             return parse_number(content)
         case "exact":
-            return normalise(next((sentence(said) for said in conclusions(tidy(content))), content)) or None
+            return normalise(next((sentence(said) for said, _ in conclusions(tidy(content))), content)) or None
         case _:
             return " ".join(content.split()) or None
 
@@ -236,7 +253,7 @@ def parse_yes_no(content: str) -> str | None:
     if len(content) > LONGEST_ANSWER:
         return None
     text = tidy(content)
-    for piece in (*conclusions(text), text):
+    for piece in (*(said for said, _ in conclusions(text)), text):
         said = _yes_no_of(" ".join(piece.casefold().split()))
         if said:
             return said if said in ("yes", "no") else None
@@ -298,26 +315,82 @@ def parse_number(content: str) -> float | None:
     r"""The number in an answer; None where there is none, or several that differ, or one that is not finite.
 
     The last `\boxed` decides where there is one, then what follows the last "the answer is", else the whole answer.
-    "about 12", "12 cm", "$1,234.5$", "-3", "1/2", "\frac{1}{2}", "1e3" and "x = 12" are numbers. A percent sign is
-    read like a unit: "50%" is 50. Arithmetic, "2\pi" and number words are not read.
+    "about 12", "12 cm", "$1,234.5$", "-3", "1/2", "\frac{1}{2}", "1e3", "1.5 million" and "x = 12" are numbers. A
+    percent sign is read like a unit: "50%" is 50. Expressions such as "2\pi" and number words are not read.
     """
+    if bare := _BARE_NUMBER.fullmatch(content[: LONGEST_ANSWER + 1]):
+        return _value(bare[1], bare[2], None)  # the same result, sooner: data sets have many
+    quantity = _quantity(content)
+    return None if quantity is None else quantity.value
+
+
+class _Quantity(NamedTuple):
+    value: float
+    form: Form | None
+    """how it is written, with its unit; None where it was picked out of a sentence without one that can be read"""
+
+
+@functools.lru_cache(maxsize=4096)
+def _quantity(content: str) -> _Quantity | None:
+    """The number that an answer states, with its unit."""
     if len(content) > LONGEST_ANSWER:
         return None
-    if bare := _BARE_NUMBER.fullmatch(content):
-        return _value(bare[1], bare[2], None)  # the same result, sooner: data sets have many
     text = tidy(content)
-    concluded = (sentence(said) for said in conclusions(text))
-    return _lone_number(next((said for said in concluded if any(map(str.isdigit, said))), text))
+    concluded = (sentence(said) for said, _ in conclusions(text))
+    text = next((said for said in concluded if any(map(str.isdigit, said))), text)
+    return _stated_quantity(text) or _lone_quantity(text)
 
 
-def _lone_number(text: str) -> float | None:
+_LONGEST_QUANTITY: Final = 200
+_QUALIFIED = re.compile(r"(?i:\b(?:more|less|fewer|greater|smaller|at least|at most|over|under|up to|not|never|squared|cubed|dozen|half|halves|thirds)\b|n['’]t\b)|[±≠不非]")
+
+
+def _stated_quantity(text: str) -> _Quantity | None:
+    """The number that a text is, as a whole or set equal to something."""
+    if len(text) > _LONGEST_QUANTITY or _QUALIFIED.search(text):
+        return None
+    form = read_form(text)
+    if form.number is None or form.kind != "number" or (form.equation and not form.name and _LETTER_IN.search(text)):
+        return None
+    try:
+        return _Quantity(float(form.number.value), form)
+    except OverflowError:
+        return None
+
+
+_LETTER_IN = re.compile(r"(?<!\\)(?<![A-Za-z])[A-Za-z](?![A-Za-z])")
+
+
+def _lone_quantity(text: str) -> _Quantity | None:
+    """The only number that a sentence names."""
     for pattern, by in _REWRITTEN:
         text = pattern.sub(by, text)
     text = text.strip("*_ ")
-    values = {_value(*match.groups()) for match in _NUMBER.finditer(text)}
-    if len(values) != 1 or _NO_LONE_NUMBER.search(_NUMBER.sub("#", text)):
+    found = [*_NUMBER.finditer(text)]
+    values = {_value(*match.groups()) for match in found}
+    value = values.pop() if len(values) == 1 else None
+    if value is None or _NO_LONE_NUMBER.search(_NUMBER.sub("#", text)):
         return None
-    return values.pop()
+    words = sentence(text[found[-1].start() :][:_LONGEST_QUANTITY]).split()
+    tries = (_stated_quantity(" ".join(words[:count]).rstrip(",;:")) for count in (4, 3, 2, 1))
+    return next(filter(None, tries), None) or _Quantity(value, None)
+
+
+def _same_quantity(content: str, target: Answer) -> bool:
+    """Whether an answer is the true number, with units converted, within the tolerance."""
+    answer, truth = _quantity(content), _quantity(target.text)
+    if answer is None or truth is None:
+        return False
+    if answer.form and truth.form and answer.form.number and truth.form.number:
+        factor = conversion(answer.form.unit, truth.form.unit)
+        if factor is None:
+            return False
+        number = answer.form.number
+        number = number._replace(value=number.value * factor, step=number.step and number.step * factor)
+        if same_number(number, truth.form.number):
+            return True
+        answer = answer._replace(value=answer.value * float(factor))
+    return abs(answer.value - truth.value) <= target.tolerance + 1e-12 * abs(truth.value)
 
 
 def _value(sign: str, over: str, under: str | None) -> float | None:

@@ -22,8 +22,11 @@ _PLAIN: Final[dict[int, int | str]] = {
 }
 _HAN: Final = "\u2e80-\u2fff\u3005-\u9fff\uf900-\ufaff"
 _SEAM = re.compile(rf"(?<=[{_HAN}])(?=[A-Za-z0-9$\\(])|(?<=[A-Za-z0-9$)}}])(?=[{_HAN}])")
-_TAG = re.compile(r"</?[A-Za-z][A-Za-z0-9]{0,9}(?: [^<>]{0,100})?/?>")
-_EMPHASIS = re.compile(r"\*\*|__|`|#{2,}")
+_TAG = re.compile(
+    r"</?(?:b|i|u|s|p|em|strong|span|div|br|hr|font|center|code|pre|mark|small|big|h[1-6]|li|ul|ol)(?: [^<>]{0,100})?/?>",
+    re.IGNORECASE,
+)
+_EMPHASIS = re.compile(r"(?<![\w)])\*\*|\*\*(?![\w(])|__|`|#{2,}")
 _SPACE = re.compile(r"[^\S\n]+")
 _LINES = re.compile(r" ?\n[\s]*")
 
@@ -37,13 +40,23 @@ def tidy(content: str) -> str:
     return _LINES.sub("\n", _SPACE.sub(" ", _SEAM.sub(" ", text))).strip()
 
 
-def conclusions(text: str) -> list[str]:
+class Conclusion(NamedTuple):
+    """What a text concludes."""
+
+    text: str
+    is_boxed: bool
+
+
+def conclusions(text: str) -> list[Conclusion]:
     r"""What a tidy text concludes, the strongest first: the last `\boxed`, what follows the last "the answer is".
 
-    What is denied, as in "not \boxed{A}" or "\boxed{A} is wrong", is left out. Boxes that stand side by side, as
-    in "\boxed{A} or \boxed{B}", come as one piece.
+    A box goes before an "answer is" that comes before it. What is denied, as in "not \boxed{A}" or "\boxed{A} is
+    wrong", is left out. Boxes that stand side by side, as in "\boxed{A} or \boxed{B}", come as one.
     """
-    return [piece for piece in (_boxed(text), _led_in(text)) if piece]
+    boxes = find_boxes(text)
+    boxed = _boxed(text, boxes)
+    led_in = _led_in(text, boxes[-1].end if boxed else 0)
+    return [Conclusion(*found) for found in ((boxed, True), (led_in, False)) if found[0]]
 
 
 def sentence(text: str) -> str:
@@ -84,8 +97,7 @@ def find_boxes(text: str) -> list[_Box]:
     return boxes
 
 
-def _boxed(text: str) -> str:
-    boxes = find_boxes(text)
+def _boxed(text: str, boxes: list[_Box]) -> str:
     if not boxes:
         return ""
     first = len(boxes) - 1
@@ -109,9 +121,9 @@ _LEAD_IN = re.compile(
 _AGAINST_LEAD_IN = re.compile(r"(?i:\b(?:not|wrong|incorrect|false|never|cannot)\b|n['’]t\b|错误|不)[^.,;:!?\n]*$")
 
 
-def _led_in(text: str) -> str:
+def _led_in(text: str, start: int) -> str:
     last = ""
-    for match in _LEAD_IN.finditer(text):
+    for match in _LEAD_IN.finditer(text, start):
         if not _AGAINST_LEAD_IN.search(text[max(0, match.start() - 60) : match.start()]):
             last = text[match.end() :].lstrip().partition("\n")[0] or last
     return last
@@ -119,12 +131,18 @@ def _led_in(text: str) -> str:
 
 # What is denied. The patterns are tried on texts in which marks stand for what is named.
 _ALIKE: Final = rf"{MARKS}(?:[\s,]*(?:\b(?:or|nor|and)\b|或|和|与)?\s*{MARKS})*"
-_CLAUSE: Final = rf"(?:(?!{MARKS}|\b(?:but|so|therefore|hence|because|since)\b|但|所以|因此|而是)[^.,;:!?\n]){{0,80}}?"
+_BREAK: Final = rf"{MARKS}|\b(?:but|so|therefore|hence|because|since)\b|但|所以|因此|而是"
+_CLAUSE: Final = rf"(?:(?!{_BREAK})[^.,;:!?\n]){{0,80}}?"
+# "could not have been used is A" names A, other than "I do not think it is A".
+_PHRASE: Final = rf"(?:(?!{_BREAK}|\b(?:is|are|was|were)\b|是)[^.,;:!?\n]){{0,60}}?"
 _DENIED_BEFORE = re.compile(
-    r"(?i:\b(?:not|never|neither|nor|cannot|except|without|excluding|excludes?|rejects?|eliminates?|dismiss|unlike"
-    r"|rather than|instead of|other than|as opposed to|rul(?:e|es|ed|ing) out|wrong|incorrect)\b|n['’]t\b"
-    r"|不是|不选|不能|不可能|不应|不为|并非|排除|除了|而不|错误)"
-    rf"{_CLAUSE}{_ALIKE}"
+    r"(?i:(?:(?:\bnot|n['’]t) (?:think|believe|say|mean|feel|agree|claim|see how|true|the case|likely|possible|correct|right)\b"
+    rf"|\b(?:doubt|unlikely|impossible)\b){_CLAUSE}{_ALIKE}"
+    r"|(?:\b(?:not|never|neither|nor|cannot|except|excluding|excludes?|rejects?|eliminates?|dismiss|unlike"
+    r"|rather than|instead of|other than|as opposed to|rul(?:e|es|ed|ing) out)\b|n['’]t\b"
+    r"|不是|不选|不能|不可能|不应|不为|并非|排除|除了|而不)"
+    rf"{_PHRASE}{_ALIKE}"
+    rf"|(?:\b(?:wrong|incorrect)\b|错误)[^.,;!?\n]{{0,30}}?{_ALIKE})"
 )
 _DENIED_AFTER = re.compile(
     rf"{_ALIKE}[\s$)\]}}'\"]*"

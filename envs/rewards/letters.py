@@ -30,7 +30,7 @@ class Offer:
 
     def __init__(self, choices: tuple[str, ...] = (), same: Callable[[str, str], bool] | None = None) -> None:
         self._same, self._texts = same, choices
-        keys = [key(choice) for choice in choices]
+        keys = [key(choice) or f"({i})" for i, choice in enumerate(choices)]
         self._first = {letter: LETTERS[keys.index(written)] for letter, written in zip(LETTERS, keys, strict=False)}
         self.letters = LETTERS[: len(choices)] or LETTERS
         self._written = {written: LETTERS[i] for i, written in reversed([*enumerate(keys)])}
@@ -50,11 +50,13 @@ class Offer:
     def letters_of(self, content: str, several: bool = False) -> str | None:
         """As `read_letters`."""
         text = tidy(content)
-        for piece in (*conclusions(text), text):
-            named = self._named(bare(piece), several)
-            if named:
-                return "".join(sorted(named)) if _HEDGE not in named and (several or len(named) == 1) else None
-        return None
+        concluded = conclusions(text)
+        for piece, is_boxed in concluded:
+            if named := self._named(bare(piece), several):
+                return _decided(named, several)
+            if self._texts and (is_boxed or _IS_VALUE.search(piece)):
+                return None  # the answer is none of the choices, whatever was named on the way
+        return _decided(self._named(bare(text), several), several)
 
     def _named(self, piece: str, several: bool) -> set[str]:
         """The letters that a text names, of which one that it hedges about makes several; empty where it names none."""
@@ -141,12 +143,20 @@ def truth_letters(text: str, choices: tuple[str, ...] = ()) -> str | None:
     return said or None
 
 
+def _decided(named: set[str], several: bool) -> str | None:
+    is_clear = named and _HEDGE not in named and (several or len(named) == 1)
+    return "".join(sorted(named)) if is_clear else None
+
+
+_IS_VALUE = re.compile(r"\d|\\[A-Za-z]")
+
 # How choices are written.
 _SIGNS: Final = (("π", "\\pi "), ("∠", "\\angle "), ("°", "^\\circ "), ("×", "\\times "), ("⊥", "\\perp "), ("∥", "\\parallel "))
 _ROOT = re.compile(r"(?:√|\\?sqrt) ?(?:\(([^()]*)\)|(\d+|[A-Za-z]))")
 _COMMAND = re.compile(r"\\(?:boxed|fbox|text[a-z]*|math(?:rm|bf|it|sf)|mbox|operatorname) ?(?:\{([^{}]*)\}|(?![A-Za-z]))")
 _IGNORED = re.compile(r"\\(?:left|right|displaystyle|quad|qquad)(?![A-Za-z])|\\[,;:! ]|\\(?=[()\[\]%$])|[$\"“”*`~]|_")
-_FRACTION = re.compile(r"\\[dtc]?frac ?(?:(\d) ?(\d)|\{([^{}]+)\} ?\{([^{}]+)\})")
+_FRACTION = re.compile(r"\\frac ?(?:(\d) ?(\d)|\{ ?([\w.\\]+) ?\} ?\{ ?([\w.\\]+) ?\})")
+_FRACTION_COMMAND = re.compile(r"\\[dtc]frac(?![A-Za-z])")
 _IN_BRACES = re.compile(r"\{[^{}]*\}")
 _ARTICLE = re.compile(r"(?:an?|the) (?=\S\S)", re.IGNORECASE)
 _TOKEN = re.compile(r"\d+(?:[.,]\d+)*|\\?[^\W\d_]+|[^\w\s]")
@@ -159,7 +169,8 @@ def bare(text: str) -> str:
     for sign, command in _SIGNS:
         text = text.replace(sign, command)
     text = _ROOT.sub(lambda match: f"\\sqrt{{{match[1] or match[2]}}}", text)
-    text = _FRACTION.sub(lambda match: "\\frac{{{}}}{{{}}}".format(*filter(None, match.groups())), text)
+    text = _FRACTION_COMMAND.sub(r"\\frac", text)
+    text = _FRACTION.sub(lambda match: "{}/{}".format(*filter(None, match.groups())), text)
     for _ in range(2):
         text = _COMMAND.sub(lambda match: f" {match[1] or ''} ", text)
     lines = [" ".join(line.split()) for line in _IGNORED.sub(" ", text).split("\n")]
@@ -176,7 +187,9 @@ def _tokens(text: str) -> list[str]:
     """The words, numbers and signs of a text but for braces, article and punctuation at the end."""
     text = bare(tidy(text))
     text = _ARTICLE.sub("", text.rstrip(".,;:!? ") or text, count=1)
-    return [token for token in _TOKEN.findall(text) if token not in ("{", "}")]
+    tokens = [token for token in _TOKEN.findall(text.replace(":", "/")) if token not in ("{", "}")]
+    words = [token for token in tokens if token.isalnum()]
+    return words if len(words) == 1 and len(words[0]) == 1 and words[0].isalpha() else tokens  # "(A)", of a picture
 
 
 def _pattern_of(choices: tuple[str, ...]) -> re.Pattern[str] | None:
@@ -189,14 +202,20 @@ def _pattern_of(choices: tuple[str, ...]) -> re.Pattern[str] | None:
 
 
 def _form(tokens: list[str]) -> str:
+    """A pattern of a choice within a text, but not of a part of a longer word, number or formula."""
     first, last = tokens[0], tokens[-1]
     before = rf"(?<!{_INNER})(?:(?:an?|the) )?" if first[0].isalpha() else ""
-    before = rf"(?<!{_INNER})(?<![.,^/\-\\])" if first[0].isdigit() or first == "-" else before
+    if first[0].isdigit() or first[0] in "-\\√(":
+        before = rf"(?<!{_INNER})(?<![.,^/*+\-\\{{×·])(?<![\d)}}a-z] [+\-*/×·] )(?<![+*/×·] )"
     after = rf"(?!{_INNER}|-{_INNER})" if last[-1].isalpha() else ""
-    after = rf"(?!{_INNER}|[.,]?\d|[\^%/]|:\d)" if last[-1].isdigit() else after
-    after += r"(?! [a-z])" if tokens[-1].casefold() == "no" and len(tokens) == 1 else ""  # "no cat" is not "No"
-    return before + "[ {}]*".join(map(re.escape, tokens)) + after
+    if last[-1].isdigit() or last[-1] in ")}°":
+        after = rf"(?!{_INNER}|[.,]?\d|[\^%/]|:\d| ?[+*/×·^] ?[\w\\({{]| - \d|-\d| ?\\(?:times|cdot|pi|sqrt))"
+    after += r"(?! [a-z])" if last.casefold() == "no" and len(tokens) == 1 else ""  # "no cat" is not "No"
+    written = [_OVER if token == "/" else re.escape(token) for token in tokens]
+    return before + "[ {}]*".join(written) + after
 
+
+_OVER: Final = "[/:]"
 
 # How letters stand in texts. U are the capitals that are offered, E they and the small ones.
 _SEPARATED: Final = r"[)\]]?(?: ?[,;/&+] ?(?:(?:or|and|和|或) ?)?| ?\.? ?\n| ?\. ?|\.? (?:or|and) | ?[或和与] ?)(?:(?:option|choice|选项) )?[(\[]?"
