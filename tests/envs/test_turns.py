@@ -136,9 +136,8 @@ def test_boxes_belong_to_the_image_of_the_question() -> None:
     few = Sample("a", (large, small), "<image>Where?", (20.0, 10.0, 40.0, 30.0), turns=EXAMPLE)
     env = task(few, coordinates="norm1000", render_mode="rgb_array")
     env.reset(seed=0)
-    _, reward, _, _, info = env.step("<think>a</think>\n<answer>[100, 100, 200, 300]</answer>")
+    _, _, _, _, info = env.step("<think>a</think>\n<answer>[100, 100, 200, 300]</answer>")
     assert info["rewards"]["iou"] == 1
-    assert reward == max(reward, 1)
     picture = env.render()
     assert picture is not None
     assert picture.shape == (400, 800, 3)
@@ -166,9 +165,9 @@ class Seen(BatchTerm):
 
 def test_reward_terms_read_words_in_the_places_of_images() -> None:
     seen = Seen()
-    samples = [sample("<image>As <image>?", 3, EXAMPLE), sample("Where?", 2), sample("<image> means?", 0)]
+    samples = [sample("<image>As <image>?", 3, EXAMPLE), sample("Where?", 2)]
     env = task(*samples, rewards={"seen": 1.0}, extra_terms={"seen": seen})
-    env.score_batch([""] * 2, samples[:2])
+    env.score_batch([""] * 2, samples)
     assert seen.given == [("As image 2?", 2), ("Where?", 2)]
 
 
