@@ -18,6 +18,7 @@ from vlmenv.core.answers import (
     write_detections,
     write_point,
 )
+from vlmenv.core.coordinates import Box
 from vlmenv.core.errors import ConfigError
 
 
@@ -99,6 +100,14 @@ def places(value: Any) -> Iterator[tuple[float, ...]]:
             yield from places(part)
     elif isinstance(value, Mapping):
         yield from places(list(value.values()))
+
+
+def changed_place(place: tuple[float, ...], change: Callable[[Box], Box]) -> tuple[float, ...]:
+    """A place changed as boxes are: a box by its edges, any other place corner by corner."""
+    if len(place) == 4:
+        return change((place[0], place[1], place[2], place[3]))
+    corners = zip(place[::2], place[1::2], strict=True)
+    return tuple(value for x, y in corners for value in change((x, y, x, y))[:2])
 
 
 def _is_place(values: Sequence[Any]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 from vlmenv.core.answers import Detection
@@ -33,6 +33,7 @@ class OVDEnv(VisualTaskEnv):
     prompt_template: ClassVar[str] = "Answer as {answer} in {coordinates}, or {none}.\n{question}"
     geometry: ClassVar[Geometry | None] = DETECTIONS
     takes_coco: ClassVar[bool] = True
+    unread: ClassVar[Collection[str]] = ("keywords", "choices", "tolerance")
 
     def builtin_source(self, split: Split) -> Source:
         return DetectionScenes(split)

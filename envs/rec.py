@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import ClassVar
 
 from vlmenv.core.answers import NONE, Target
@@ -27,6 +27,7 @@ class RECEnv(VisualTaskEnv):
     row_terms: ClassVar[Mapping[str, str]] = {"iou": "iou", "iou@0.5": "iou@0.5"}
     prompt_template: ClassVar[str] = "Answer as {answer} in {coordinates}, or {none}.\n{question}"
     geometry: ClassVar[Geometry | None] = BOX
+    unread: ClassVar[Collection[str]] = ("keywords", "choices", "tolerance")
 
     def builtin_source(self, split: Split) -> Source:
         return ReferringScenes(split)

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from vlmenv.core.errors import ConfigError, RewardError, VLMEnvError, unknown_name
 from vlmenv.core.formats import AnswerFormat
+from vlmenv.core.rollout import named_images
 from vlmenv.envs.data.source import Sample
 from vlmenv.envs.rewards.registry import load_reward
 from vlmenv.envs.rewards.terms import BatchTerm, RewardTerm
@@ -131,8 +132,9 @@ def _together(
     predictions: Sequence[Any],
 ) -> Sequence[float]:
     """A term that scores N answers at once; it is told their questions if it asks for them."""
-    asked = {"questions": [sample.question for sample in samples]} if "questions" in _parameters(term.batch) else {}
-    return term.batch(texts, targets, [sample.images for sample in samples], answer_format, **asked)
+    named = [named_images(sample.question) if sample.images else sample.question for sample in samples]
+    asked = {"questions": named} if "questions" in _parameters(term.batch) else {}
+    return term.batch(texts, targets, [sample.asked_images for sample in samples], answer_format, **asked)
 
 
 def _each(

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
-import gymnasium
 import torch
 import transformers
 import tyro
@@ -23,9 +21,9 @@ from vlmenv.agents.engines.vllm import VLLMEngine, check_sharing, require_vllm
 from vlmenv.agents.families import coordinate_space, resize_rule
 from vlmenv.agents.vlm import BUILTIN, Sampling, VLMAgent, find_model
 from vlmenv.core.coordinates import CoordinateSpace
-from vlmenv.core.errors import ConfigError, unknown_name
+from vlmenv.core.errors import ConfigError
 from vlmenv.core.files import write_whole
-from vlmenv.envs.registration import VectorEntryPoint
+from vlmenv.core.text import printable
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.options.files import to_yaml
 from vlmenv.options.scorers import ScorerConfig
@@ -68,10 +66,22 @@ class TaskConfig:
     """Leave rows out with an image of fewer pixels than this in width or height."""
     without_text: tuple[str, ...] = ()
     """Leave rows out whose answer, reasoning included, contains one of these texts."""
+    boxes_in: Literal["xyxy", "xywh", "fractions", "norm1000"] | None = None
+    """Numbers of the data set's true boxes: edges in pixels, x, y, width and height in pixels, or edges in fractions or
+    thousandths of the image. Default: xyxy; COCO's are xywh by definition."""
+    box_orientation: Literal["shown", "stored"] = "shown"
+    """Orientation of the image that the data set's boxes refer to, where EXIF turns it. A COCO file's width and height
+    decide, where they can."""
     rewards: dict[str, float] | None = None
     """Reward terms and weights, as in `--rewards iou 1 format 0.5`; the task's own where left out."""
     prompt_template: str | None = None
     """Prompt with {question}, and {answer}, {none} and {coordinates} where they matter."""
+    system_prompt: str | None = None
+    """Text of the system turn before each prompt, with {answer}, {none} and {coordinates} where they matter; a row's
+    own system turn replaces it. Default: no system turn."""
+    chat_template_kwargs: dict[str, str] | None = None
+    """Values of the chat template's own variables, read as YAML, as in `--chat-template-kwargs enable_thinking false`.
+    Default: none."""
     answer_format: Literal["tags", "sections"] | None = None
     """How the answer is set apart: think/answer tags, or PeBR-R1's sections; the task's own where left out."""
     coordinates: Literal["auto", "original", "resized", "norm1000"] = "auto"
@@ -126,6 +136,7 @@ class TaskConfig:
             raise ConfigError(f"engine_memory is a share between 0 and 1, not {self.engine_memory}")
         self._check_servers()
         self.sampling()
+        self.template_switches()
 
     def _check_servers(self) -> None:
         """Raises ConfigError unless the options of servers go together."""
@@ -155,6 +166,14 @@ class TaskConfig:
         """
         return Sampling(self.temperature, self.max_new_tokens, self.top_k, self.top_p, self.stop)
 
+    def template_switches(self) -> dict[str, Any]:
+        """The values of the chat template's own variables.
+
+        Raises:
+            ConfigError: A value is no YAML scalar.
+        """
+        return {name: _scalar(name, text) for name, text in (self.chat_template_kwargs or {}).items()}
+
     def located(self) -> Self:
         """The options with whole paths in place of those from the working directory, so that they hold from anywhere.
 
@@ -176,6 +195,7 @@ class TaskConfig:
             "rewards": self.rewards,
             "extra_terms": self.scorers.terms(),
             "prompt_template": self.prompt_template,
+            "system_prompt": self.system_prompt,
             "answer_format": self.answer_format,
             "count_tokens": TokenCount(folder),
             "coordinates": space.value,
@@ -194,7 +214,19 @@ class TaskConfig:
             "skip_broken": self.skip_broken,
             "min_image_side": self.min_image_side,
             "without_text": self.without_text,
+            "boxes_in": self.boxes_in,
+            "box_orientation": self.box_orientation,
         }
+
+
+def _scalar(name: str, text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"chat_template_kwargs: the value of '{name}' is no YAML: {text!r}") from error
+    if isinstance(value, (dict, list)):
+        raise ConfigError(f"chat_template_kwargs: the value of '{name}' is no single value: {text!r}")
+    return value
 
 
 def whole_names(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
@@ -256,48 +288,34 @@ def report_broken_rows(envs: VisualTaskVectorEnv, console: Console) -> None:
     source = envs.task.source
     total = len(source.faults) + sum(source.unwanted.values()) + (source.size or 0)
     for reason, count in source.unwanted.items():
-        console.print(f"{count} of {total} rows are left out: {reason}", highlight=False, markup=False)
+        _say(f"{count} of {total} rows are left out: {reason}", console)
     if source.faults:
-        console.print(f"{len(source.faults)} of {total} rows are broken and left out, the first at {source.faults[0]}")
+        _say(f"{len(source.faults)} of {total} rows are broken and left out, the first at {source.faults[0]}", console)
+
+
+def report_skipped(skipped: Mapping[int, str], total: int | None, console: Console) -> None:
+    """Says how many samples were left out since they could not be shown, and which, as far as a few lines go."""
+    if not skipped:
+        return
+    told = list(skipped.values())
+    _say(f"{len(told)} of {total} samples could not be shown and were left out:", console)
+    for reason in told[:_TOLD]:
+        _say(f"  {reason}", console)
+    if len(told) > _TOLD:
+        _say(f"  … and {len(told) - _TOLD} more; `vlmenv data check --decode --model …` tells of all", console)
+
+
+def _say(message: str, console: Console) -> None:
+    console.print(printable(message), highlight=False, emoji=False, soft_wrap=True)
+
+
+_TOLD = 5
 
 
 def check_device(device: Device) -> None:
     """Raises ConfigError where CUDA is asked for and there is none."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device 'cuda' was asked for, but torch finds no CUDA GPU here; leave out --device")
-
-
-def make_envs(env: str, num_envs: int, **arguments: Any) -> VisualTaskVectorEnv:
-    """The batched environment of a registered task; `module:Id` imports the module that registers it.
-
-    Raises:
-        ConfigError: There is no such environment, or it is no visual task.
-    """
-    module, _, name = env.rpartition(":")
-    if module:
-        _import(module)
-    if name not in gymnasium.registry:
-        raise ConfigError(unknown_name("environment", name, visual_tasks()))
-    if name not in visual_tasks():
-        raise ConfigError(f"{env} is no visual task: register it with vlmenv.register_task")
-    envs = gymnasium.make_vec(name, num_envs=num_envs, **arguments)
-    assert isinstance(envs, VisualTaskVectorEnv)
-    return envs
-
-
-def visual_tasks() -> list[str]:
-    """The ids of the registered visual tasks."""
-    return sorted(i for i, spec in gymnasium.registry.items() if isinstance(spec.vector_entry_point, VectorEntryPoint))
-
-
-def _import(module: str) -> None:
-    """Imports a user's module, from the working directory too."""
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        importlib.import_module(module)
-    except (ImportError, TypeError) as error:
-        raise ConfigError(f"the module '{module}' of the environment cannot be imported: {error}") from error
 
 
 def check_engine(config: TaskConfig, device: torch.device, processes: int = 1) -> None:
@@ -335,9 +353,21 @@ def load_agent(
         device: Where it runs.
         dtype: Of its weights.
         engine_dtype: Of the copy in vLLM in this process; the same where left out.
+
+    Raises:
+        ConfigError: The chat template never reads one of `chat_template_kwargs`.
+        ModelError: The model cannot be loaded, or its chat template has no place for the `system_prompt`.
     """
     transformers.utils.logging.disable_progress_bar()
-    agent = VLMAgent.from_pretrained(config.model, device=device, dtype=dtype, sampling=config.sampling())
+    agent = VLMAgent.from_pretrained(
+        config.model,
+        device=device,
+        dtype=dtype,
+        sampling=config.sampling(),
+        chat_template_kwargs=config.template_switches(),
+    )
+    if config.system_prompt is not None:
+        agent.family.require_system_turns()
     if config.engine == "vllm":
         agent.engine = VLLMEngine(
             agent.folder,

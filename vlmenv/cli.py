@@ -18,7 +18,6 @@ from rich.markup import escape
 from rich.table import Table
 
 import vlmenv  # noqa: F401 (registers the environments)
-from vlmenv.building import visual_tasks
 from vlmenv.commands.data import DataConfig, check_data
 from vlmenv.commands.pipeline import PipelineConfig, run_pipeline
 from vlmenv.commands.sample import SampleConfig, run_sampling
@@ -27,6 +26,7 @@ from vlmenv.commands.suite import run_suite
 from vlmenv.commands.train import RIVALS, TrainConfig, default_config, run_training
 from vlmenv.core.errors import ConfigError, VLMEnvError
 from vlmenv.doctor import DoctorConfig, run_doctor
+from vlmenv.envs.making import visual_tasks
 from vlmenv.evaluation import EvalConfig, run_evaluation
 from vlmenv.options.files import flatten, gathered, option_value, with_config_file
 

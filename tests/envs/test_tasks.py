@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vlmenv.building import visual_tasks
 from vlmenv.core.answers import Caption
 from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.core.formats import AnswerFormat
 from vlmenv.envs.base import VisualTaskEnv
+from vlmenv.envs.making import visual_tasks
 from vlmenv.envs.rewards.answers import accuracy_reward, read_answer
 from vlmenv.envs.rewards.text import keywords_reward
 

@@ -12,19 +12,16 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
 import httpx2
 import torch
-import transformers
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForImageTextToText
 
 from vlmenv.agents.engines.settings import engine_settings, environment
 from vlmenv.agents.engines.vllm import require_vllm
-from vlmenv.agents.families import Family, Processor, family_of
+from vlmenv.agents.families import weightless_family
 from vlmenv.agents.vlm import BUILTIN, find_model
 from vlmenv.core.errors import ConfigError, EngineError
 
@@ -88,7 +85,7 @@ def run_server(config: ServeConfig) -> None:
 def _arguments(config: ServeConfig, device: torch.device) -> dict[str, Any]:
     """What vLLM's server is told."""
     folder = find_model(config.model)
-    family = _weightless(folder)
+    family = weightless_family(folder)
     alone = device.type == "cpu" and config.tensor_parallel == 1
     longest = int(family.model.config.get_text_config().max_position_embeddings)
     return engine_settings(
@@ -108,15 +105,6 @@ def _arguments(config: ServeConfig, device: torch.device) -> dict[str, Any]:
         "enable_scale_out": True,  # tokens in, tokens out
         "uvicorn_log_level": "error",
     }
-
-
-def _weightless(folder: Path) -> Family:
-    """A folder's model with its processor, of which no weight is read."""
-    transformers.utils.logging.disable_progress_bar()
-    family = family_of(AutoConfig.from_pretrained(folder).model_type)
-    return family(
-        AutoModelForImageTextToText.from_pretrained(folder, device_map="meta"), Processor.from_pretrained(folder)
-    )
 
 
 def _flags(arguments: Mapping[str, Any]) -> Iterator[str]:

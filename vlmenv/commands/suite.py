@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlmenv.agents.vlm import VLMAgent
-from vlmenv.building import claim, load_agent, prepared, report_broken_rows
+from vlmenv.building import claim, load_agent, prepared, report_broken_rows, report_skipped
 from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.core.files import write_whole
 from vlmenv.envs.data.benchmarks import hallusion_bench, math_vision, mathverse, mathvista, mmstar
@@ -205,6 +205,7 @@ def _checked(config: EvalConfig) -> Suite:
         )
     own = EvalConfig()
     taken = ("env", "dataset", "image_root", "split", "columns", "rewards", "min_image_side", "without_text")
+    taken += ("boxes_in", "box_orientation")
     for name in taken:
         if getattr(config, name) != getattr(own, name):
             raise ConfigError(f"{name} does not go with a suite, which has its own")
@@ -259,6 +260,7 @@ def _measure(one: Found, config: EvalConfig, agent: VLMAgent, console: Console, 
     title = f"{one.entry.name}, {count} samples"
     evaluation = evaluate(agent, envs, count, greedy=greedy, title=title, console=console, processes=processes)
     envs.close()
+    report_skipped(evaluation.skipped, count, console)
     for name, parts in one.entry.all_right.items():
         evaluation.metrics[name] = all_right(evaluation.answers, parts)
     if processes.accelerator.is_main_process:

@@ -25,11 +25,12 @@ from vlmenv.building import (
     check_device,
     check_engine,
     load_agent,
-    make_envs,
     report_broken_rows,
+    report_skipped,
     whole_names,
 )
 from vlmenv.core.errors import ConfigError, TrainingError, VLMEnvError, unknown_name
+from vlmenv.envs.making import make_envs
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.evaluation import (
     DEFAULT_LIMIT,
@@ -459,6 +460,7 @@ class _Training:
         self._prune()
         self._draw()
         self.tracking.close()
+        report_skipped(self.trainer.skipped() or {}, self.envs.task.source.size, self.console)
         if self.trainer.step < self.config.trainer.steps:
             self._say_how_to_go_on()
 

@@ -31,7 +31,7 @@ class Detection(NamedTuple):
 
 
 AnswerKind = Literal["choice", "yes_no", "numeric", "exact", "math", "edit"]
-"""How an answer is compared with the true one: `choice` by the letter, `yes_no` by the word, `numeric` within a
+"""How an answer is compared with the true one: `choice` by the letter, or the set of letters, `yes_no` by the word, `numeric` within a
 tolerance, `exact` as a normalised string, `math` symbolically, `edit` by the share of characters that are right."""
 
 
@@ -43,7 +43,9 @@ class Answer(NamedTuple):
     tolerance: float = 0.0
     """of numbers: the greatest difference that still counts as equal"""
     choices: tuple[str, ...] = ()
-    """of a letter: what the letters from A on stand for, if that is known; it may be written out in its place"""
+    """of letters: what those from A on stand for, if that is known; it may be written out in their place"""
+    others: tuple[Answer, ...] = ()
+    """other answers that are as right"""
 
 
 class Caption(NamedTuple):

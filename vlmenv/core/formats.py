@@ -54,9 +54,13 @@ class AnswerFormat(StrEnum):
         return f"<answer>{answer}</answer>" if self is AnswerFormat.TAGS else f"{SECTIONS[-1]} {answer}"
 
     def description(self, text: str) -> str:
-        """What a completion says about the image: its think block, or its section "Image Description"."""
-        opening, closing = TAGS[:2] if self is AnswerFormat.TAGS else SECTIONS[:2]
-        return text.partition(opening)[2].partition(closing)[0].strip()
+        """What a completion says about the image: its think block, or its section "Image Description".
+
+        It ends at the next tag or heading, whichever that is: an answer is no description.
+        """
+        marks = TAGS if self is AnswerFormat.TAGS else SECTIONS
+        described = text.partition(marks[0])[2]
+        return min((described.partition(mark)[0] for mark in marks), key=len).strip()
 
 
 def is_think_answer(text: str) -> bool:
