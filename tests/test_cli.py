@@ -271,7 +271,7 @@ def test_detection_is_trained_and_measured_by_the_same_commands(tmp_path: Path) 
         (["doctor", "--group-size", "0"], "group_size must be at least 1"),
         (["doctor", "--beta", "-1"], "beta must not be negative"),
         (["doctor", "--temperature", "0"], "training needs varied answers"),
-        (["doctor", "--env", "VLM-RCE-v0", "--device", "cpu"], "1 of 19 checks failed: samples"),
+        (["doctor", "--env", "VLM-RCE-v0", "--device", "cpu"], "1 of 20 checks failed: samples"),
         (["eval", "--limit", "0"], "limit must be at least 1"),
         (["eval", "--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
         (["eval", "--temperature", "0", "--samples", "4"], "temperature must be above 0"),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from typing import Any
 
 import pytest
+from conftest import ROOT
 
+import vlmenv.agents
+import vlmenv.algos
 import vlmenv.envs
 
 
@@ -41,3 +45,14 @@ def test_importing_is_light(code: str, unwanted: tuple[str, ...]) -> None:
     asked = f"{code}\nimport sys\nprint([one for one in {unwanted!r} if one in sys.modules])"
     done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    "module", [vlmenv, vlmenv.envs, vlmenv.agents, vlmenv.algos], ids=lambda module: module.__name__
+)
+def test_the_page_lists_what_is_public(module: Any) -> None:
+    """Each package has a section that names all of its public names in tables, and no others."""
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    (section,) = re.findall(rf"^## {re.escape(module.__name__)}\n(.*?)(?=^## )", page, flags=re.DOTALL | re.MULTILINE)
+    cells = re.findall(r"^\| (`[^|]*`) \|", section, flags=re.MULTILINE)
+    assert sorted(name for cell in cells for name in re.findall(r"`(\w+)`", cell)) == sorted(module.__all__)
