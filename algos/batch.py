@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vlmenv.core.errors import RewardError
-from vlmenv.core.rollout import Completion, Prompt, Rollout, Rows, unbatch
+from vlmenv.core.rollout import Completion, Prompt, Rollout, Rows, told_turns, unbatch
 from vlmenv.core.spaces import Image
 
 NO_TERMS: Final = ("reward/std", "reward/zero_std_groups")
@@ -27,8 +27,8 @@ class Rollouts:
     rewards: Tensor
     """float32 [N]"""
     records: list[dict[str, Any]]
-    """[N], of each its sample's `id` and `index`, its `prompt`, `completion`, `finish_reason`, `reward`, `rewards`, the
-    terms, and `traits`, what else its environment tells in numbers"""
+    """[N], of each its sample's `id` and `index`, earlier `turns` if any, its `prompt`, `completion`, `finish_reason`,
+    `reward`, `rewards`, the terms, and `traits`, what else its environment tells in numbers"""
     images: list[tuple[Image, ...]] = field(default_factory=list)
     """[N], what each was shown, by reference; empty where that is not told"""
 
@@ -45,6 +45,7 @@ class Rollouts:
             {
                 "id": str(ids[i]),
                 "index": None if indices[i] is None else int(indices[i]),
+                **told_turns(shown[i]),
                 "prompt": shown[i]["prompt"],
                 "completion": completion.text,
                 "finish_reason": completion.finish_reason,

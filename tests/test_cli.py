@@ -251,6 +251,8 @@ def test_detection_is_trained_and_measured_by_the_same_commands(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["train", "--env", "VLM-Point-v0"], "is named with the module that registers it, as in my_task:VLM-Point-v0"),
+        (["train", "--env", "json:VLM-Point-v0"], "module 'json' registers no environment 'VLM-Point-v0'"),
         (["train", "--env", "VLM-RCE-v0"], "unknown environment 'VLM-RCE-v0'. Did you mean 'VLM-REC-v0'?"),
         (["train", "--env", "VLM-REC"], "Did you mean 'VLM-REC-v0'?"),
         (["eval", "--env", "CartPole-v1"], "no visual task"),
@@ -282,7 +284,7 @@ def test_detection_is_trained_and_measured_by_the_same_commands(tmp_path: Path) 
         (["doctor", "--group-size", "0"], "group_size must be at least 1"),
         (["doctor", "--beta", "-1"], "beta must be a number from 0 up"),
         (["doctor", "--temperature", "0"], "training needs varied answers"),
-        (["doctor", "--env", "VLM-RCE-v0", "--device", "cpu"], "1 of 19 checks failed: samples"),
+        (["doctor", "--env", "VLM-RCE-v0", "--device", "cpu"], "1 of 20 checks failed: samples"),
         (["eval", "--eval-limit", "0"], "eval_limit must be at least 1"),
         (["eval", "--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
         (["eval", "--temperature", "0", "--samples", "4"], "temperature must be above 0"),
@@ -295,7 +297,7 @@ def test_detection_is_trained_and_measured_by_the_same_commands(tmp_path: Path) 
         (["train", "--env", ".mod:Id"], "cannot be imported"),
         (["train", "--lr", "0"], "lr and max_grad_norm must be above 0"),
         (["train", "--eval-limit", "-1"], "eval_limit must not be negative"),
-        (["train", "--env", "nowhere:VLM-X-v0"], "'nowhere' of the environment cannot be imported"),
+        (["train", "--env", "nowhere:VLM-X-v0"], "environment nowhere:VLM-X-v0: there is no module 'nowhere'"),
         (["train", "--eval-dataset", "x"], "go with dataset"),
         (["train", "--config", "none.yaml"], "none.yaml"),
     ],

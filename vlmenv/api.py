@@ -20,7 +20,7 @@ from vlmenv.commands import evaluate as evaluation_command
 from vlmenv.commands import train as training_command
 from vlmenv.commands.train import Parts
 from vlmenv.core.errors import ConfigError
-from vlmenv.core.imports import import_modules
+from vlmenv.core.loading import import_modules
 from vlmenv.envs.metrics.intervals import Interval
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.evaluation import Evaluation, read_metrics

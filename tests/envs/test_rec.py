@@ -15,7 +15,6 @@ from PIL import Image as PILImage
 from vlmenv.core.answers import NONE
 from vlmenv.core.coordinates import ResizeRule
 from vlmenv.core.errors import ConfigError, RewardError
-from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.rec import RECEnv
 from vlmenv.envs.rewards.terms import BatchTerm
 
@@ -179,14 +178,6 @@ def test_the_number_of_boxes_is_told() -> None:
     _, _, _, _, infos = envs.step(["<answer>[1,2,3,4]</answer>"] * 2)
     assert infos["traits"]["_box_ratio"].tolist() == [False, True]
     assert infos["traits"]["box_ratio"].tolist() == [0, 1]
-
-
-def test_a_task_must_say_where_its_samples_come_from() -> None:
-    class Half(RECEnv):
-        builtin_source = VisualTaskEnv.builtin_source
-
-    with pytest.raises(TypeError, match="builtin_source"):
-        Half()  # type: ignore[abstract]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from vlmenv.algos import ALGORITHMS, Algorithm, Trainer, find_algorithm
 from vlmenv.algos.trainer import check_staleness
 from vlmenv.building import DTYPES, adapt, check_device, check_engine, load_agent, report_broken_rows, task_arguments
 from vlmenv.core.errors import ConfigError
+from vlmenv.envs.making import make_envs
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.options.command_line import Asked, parse_with_files
 from vlmenv.options.fields import flatten
@@ -30,7 +31,6 @@ from vlmenv.runs.models import with_checkpoint
 from vlmenv.runs.record import asked_yaml, print_dry_run, resolved_yaml
 from vlmenv.runs.run_folder import RunFolder
 from vlmenv.runs.tracking import THROUGH_ACCELERATE, Tracking, find_tracker
-from vlmenv.tasks import make_envs
 
 
 def parse(args: Sequence[str], program: str) -> Asked:

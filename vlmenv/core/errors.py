@@ -19,6 +19,18 @@ class DataError(VLMEnvError):
     """A data set row or an image that cannot be read; the message names the file and the line."""
 
 
+class SampleError(DataError):
+    """A sample that cannot be shown, or that a model cannot take; the message names its file, line and id.
+
+    Attributes:
+        index: Of the sample, within its source.
+    """
+
+    def __init__(self, index: int, message: str) -> None:
+        super().__init__(message)
+        self.index = index
+
+
 class RewardError(VLMEnvError):
     """A reward term that failed, or whose value cannot be used."""
 

@@ -102,6 +102,7 @@ CHECKS = (
         "What generates does not tell which weights it holds: its message says why. Take vLLM in a version that "
         "docs/vllm.md names.",
     ),
+    Check("right answers", answers.right_answers, "A method of the task fails on its own samples: mend it."),
     Check("coordinates", answers.coordinates, "Leave out --coordinates."),
     Check("answers read", answers.read, "The task fails on an answer of the model: mend its parse()."),
     Check("answers cut off", answers.cut_off, _FAILS),

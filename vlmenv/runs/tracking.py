@@ -16,7 +16,7 @@ from PIL import Image as PILImage
 
 from vlmenv.algos.trainer import StepResult
 from vlmenv.core.errors import ConfigError, TrainingError, unknown_name
-from vlmenv.core.imports import find_object
+from vlmenv.core.loading import load_name
 from vlmenv.core.spaces import Image
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.runs.run_folder import RunFolder
@@ -172,7 +172,7 @@ def find_tracker(name: str) -> MakeTracker | None:
         ConfigError: There is none, or it is not installed.
     """
     if name not in TRACKERS and ":" in name:
-        register_tracker(name, find_object(name, "tracker"))
+        register_tracker(name, load_name(name, "option tracker"))
     if name not in TRACKERS:
         raise ConfigError(unknown_name("tracker", name, TRACKERS))
     try:
