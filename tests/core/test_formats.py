@@ -18,7 +18,7 @@ ABOVE = "### Image Description: a cat\n### Rationales:\n### Let's think step by 
         (" The area is\n\n$$\n42\n$$\n", "The area is\n\n$$\n42\n$$"),
         ('\n```json\n[{"bbox_2d": [1, 2, 3, 4]}]\n```', '```json\n[{"bbox_2d": [1, 2, 3, 4]}]\n```'),
         ("\n[\n1,\n2\n]", "[\n1,\n2\n]"),
-        (f" 42\n{FINAL} 42", "42"),
+        (f" 42\n{FINAL} 42", None),
         (f" 42\n{FINAL} 43", None),
         (f" 43\n{FINAL} 42", None),
         (" 42\n### Rationales: none", None),
