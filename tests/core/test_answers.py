@@ -324,6 +324,8 @@ def test_the_exact_form_is_stricter(content: str, box: bool, detections: bool) -
         ("<think><answer>b</answer></think>", None),
         ("<think><answer>c</answer></think><answer>b</answer>", "b"),
         ("<think>a</think><answer>b</answer><answer>b</answer>", None),
+        ("<think>a</think><answer>b</answer><think>a</think><answer>b</answer>", None),
+        ("<think>use <think>x</think><answer>y</answer>, so</think><answer>b</answer>", "b"),
         ("I will say <answer>c</answer> in tags. <answer>b</answer>", "b"),
         ("b", None),
         ("<think>a<answer>b</answer>", None),

@@ -16,6 +16,7 @@ SECTIONS: Final = (
 """The headings of PeBR-R1 (arXiv 2509.13031)."""
 
 _FENCE: Final = "```"
+_ANEW = re.compile(r"</answer>\s*+<think>")
 
 
 class AnswerFormat(StrEnum):
@@ -76,10 +77,12 @@ def extract_answer(text: str) -> str | None:
     """The answer in a text with tags, or None.
 
     Only what follows the last `</think>` counts, and nothing in thinking that is never closed. There, the only answer
-    block counts, closed or not, or without one all of it. A text that does not set its thinking apart may quote the
-    tags before its answer: its last block counts.
+    block counts, closed or not, or without one all of it; what thinks anew after an answer is none. A text that does
+    not set its thinking apart may quote the tags before its answer: its last block counts.
     """
-    _, thought, spoken = text.rpartition("</think>")
+    thinking, thought, spoken = text.rpartition("</think>")
+    if _ANEW.search(thinking):
+        return None
     spoken = spoken.partition("<think>")[0]
     before, answered, content = spoken.rpartition("<answer>")
     if thought and "<answer>" in before:
