@@ -96,10 +96,11 @@ def _final_answer(text: str) -> str | None:
 
     A heading within a line is quoted, unless none stands at the beginning of a line.
     """
-    parts = re.split(rf"^[ \t]*+{re.escape(SECTIONS[-1])}", text, flags=re.MULTILINE)
-    if len(parts) == 1:
-        parts = list(text.rpartition(SECTIONS[-1])[::2]) if SECTIONS[-1] in text else parts
-    answer = parts[1].strip() if len(parts) == 2 else ""
+    parts = text.split(SECTIONS[-1])
+    begun = [i for i in range(1, len(parts)) if not parts[i - 1].rpartition("\n")[2].strip()]
+    if len(parts) == 1 or len(begun) > 1:
+        return None
+    answer = SECTIONS[-1].join(parts[begun[0] if begun else -1 :]).strip()
     return None if not answer or any(heading in answer for heading in SECTIONS) else answer
 
 
