@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vlmenv.algos.base import Algorithm, AlgorithmConfig, Credit, LossInputs, LossOutput, Scored, require
+from vlmenv.algos.base import Algorithm, AlgorithmConfig, Credit, LossInputs, LossOutput, Scored
+from vlmenv.core.errors import require
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,10 @@ class SFTConfig(AlgorithmConfig):
 
     group_size: int = 1
     """Answers to each prompt; there is one true one."""
+
+    @classmethod
+    def shared(cls) -> tuple[str, ...]:
+        return tuple(name for name in super().shared() if name != "group_size")
 
     def __post_init__(self) -> None:
         AlgorithmConfig.__post_init__(self)

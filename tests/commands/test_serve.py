@@ -1,0 +1,113 @@
+"""`vlmenv serve`, as far as it goes without vLLM; with it in tests/agents/test_vllm_servers.py."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from servers import free_port
+from test_cli import fails
+
+from vlmenv.agents.vlm import VLMAgent, find_model
+from vlmenv.commands.serve import _address, _arguments, _flags, _ready, _wait_until_ready
+from vlmenv.core.errors import EngineError
+from vlmenv.options.fields import replaced
+from vlmenv.options.serve import ServeConfig
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the checks before vLLM is started go on to the next."""
+    monkeypatch.setattr("vlmenv.commands.serve.require_vllm", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--port", "70000"], "port is a number from 1 to 65535"),
+        (["--engine-length", "1"], "engine_length must leave room"),
+        (["--engine-memory", "2"], "share between 0 and 1"),
+        (["--engine-memory", "0.5"], "no CUDA GPU here"),
+        (["--host", "192.0.2.1"], "192.0.2.1 cannot be listened on"),
+        (["--model", "none/of/these"], "no such model folder"),
+    ],
+)
+def test_options_are_checked(
+    options: list[str], message: str, installed: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    port = [] if "--port" in options else ["--port", str(free_port())]
+    assert message in fails(capsys, "serve", *port, *options)
+
+
+def test_a_port_that_is_taken_is_told(installed: None, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert "give another --port" in fails(capsys, "serve", "--port", port)
+
+
+def test_without_vllm_it_is_told_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    assert 'pip install "vlmenv[vllm]"' in fails(capsys, "serve")
+
+
+@pytest.mark.parametrize("name", ["builtin", "qwen2_5_vl"])
+def test_the_server_is_told_what_the_trainer_goes_by(name: str, qwen2_5_vl_folder: Path) -> None:
+    """Tokens that are banned are found without the weights."""
+    model = "builtin" if name == "builtin" else str(qwen2_5_vl_folder)
+    agent = VLMAgent.from_pretrained(model)
+    told = _arguments(replaced(ServeConfig(model), {"weights": "bf16", "engine_length": 300}), torch.device("cpu"))
+    assert told["additional_config"] == {"vlmenv_banned": agent.family.banned_tokens.tolist()}
+    assert (told["model"], told["dtype"], told["max_model_len"]) == (str(find_model(model)), "bfloat16", 300)
+    flags = list(_flags(told))
+    assert {"--enforce-eager", "--no-enable-chunked-prefill", "--host=127.0.0.1"} <= set(flags)
+    (banned,) = [flag.partition("=")[2] for flag in flags if flag.startswith("--additional-config=")]
+    assert json.loads(banned) == told["additional_config"]
+
+
+def test_the_length_is_at_most_the_models() -> None:
+    agent = VLMAgent.from_pretrained("builtin")
+    told = _arguments(replaced(ServeConfig(), {"engine_length": 10**6}), torch.device("cpu"))
+    assert told["max_model_len"] == agent.max_length
+
+
+def test_on_a_gpu_it_takes_a_share_of_the_memory() -> None:
+    told = _arguments(replaced(ServeConfig(), {"engine_memory": 0.7}), torch.device("cuda"))
+    assert told["gpu_memory_utilization"] == 0.7
+    assert not {"enforce_eager", "kv_cache_memory_bytes", "max_num_seqs"} & told.keys()
+
+
+@pytest.mark.parametrize(
+    ("host", "address", "warned"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8000", False),
+        ("::1", "http://[::1]:8000", False),
+        ("0.0.0.0", "http://localhost:8000", True),
+        ("192.0.2.1", "http://192.0.2.1:8000", True),
+    ],
+)
+def test_what_to_type_is_told_and_who_may_change_the_weights(host: str, address: str, warned: bool) -> None:
+    config = ServeConfig(model="a/b", host=host)
+    assert _address(config) == address
+    ready = _ready(config)
+    shown = f"http://{socket.gethostname()}:8000" if host == "0.0.0.0" else address
+    assert f"vlmenv train --engine vllm-server --server {shown} --model a/b" in ready
+    assert ("all who reach it" in ready) == warned
+
+
+def test_a_start_that_takes_long_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("vlmenv.commands.serve._EVERY", 0.5)
+    starting = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1.8)"])
+    with pytest.raises(EngineError, match="did not start: it ended with status 0"):
+        _wait_until_ready(ServeConfig(port=free_port()), starting, Console(width=200))
+    told = capsys.readouterr().out.splitlines()
+    assert told
+    assert all("starting for" in line and "VLLM_LOGGING_LEVEL=INFO" in line for line in told)

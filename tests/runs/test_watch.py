@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlmenv.cli import main
+from vlmenv.runs.pictures import draw_curve
+from vlmenv.runs.watch import drift
+
+START = {"completion/length": 100.0, "completion/box_ratio": 1.0, "completion/repetition": 0.1, "reward/format": 0.9}
+
+
+def history(metric: list[float], **last: float) -> list[dict[str, float]]:
+    """Forty steps, an evaluation after every tenth; other answers from the thirtieth on."""
+    steps = [dict(START) for _ in range(40)]
+    for metrics in steps[29:]:
+        metrics |= {name.replace("__", "/"): value for name, value in last.items()}
+    for step, value in zip((10, 20, 30, 40), metric, strict=True):
+        steps[step - 1]["eval/map"] = value
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("last", "told"),
+    [
+        ({"completion__length": 160.0}, "length 100 → 160"),
+        ({"completion__length": 60.0}, "length 100 → 60"),
+        ({"completion__box_ratio": 4.2}, "box_ratio 1 → 4.2"),
+        ({"completion__repetition": 0.25}, "repetition 0.1 → 0.25"),
+        ({"reward__format": 0.5}, "format 0.9 → 0.5"),
+        ({"completion__length": 140.0}, None),
+        ({"completion__repetition": 0.15}, None),
+        ({"completion__repetition": 0.0}, None),
+        ({"reward__format": 0.85}, None),
+        ({"reward__format": 1.0}, None),
+    ],
+)
+def test_a_drift_is_told_while_the_metric_falls(last: dict[str, float], told: str | None) -> None:
+    message = drift(history([0.2, 0.3, 0.25, 0.2], **last), 0.1, "map")
+    assert (message is None) == (told is None)
+    if message is not None and told is not None:
+        assert f"answers drift while map falls, which was 0.300 after step 20 and is 0.200: {told}. " in message
+    assert drift(history([0.2, 0.3, 0.25, 0.28], **last), 0.1, "map") is None
+
+
+def test_the_metric_before_training_counts() -> None:
+    steps = history([0.2, 0.2, 0.2, 0.2], completion__length=300.0)
+    assert drift(steps, None, "map") is None
+    message = drift(steps, 0.4, "map")
+    assert message is not None
+    assert "was 0.400 before training and is 0.200: length 100 → 300" in message
+
+
+def test_what_is_not_measured_does_not_drift() -> None:
+    steps = history([0.3, 0.3, 0.3, 0.1], completion__length=300.0)
+    for metrics in steps[:29]:
+        del metrics["completion/length"]
+    assert drift(steps, None, "map") is None
+
+
+def test_a_run_whose_answers_fall_apart_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    options: dict[str, Any] = {"steps": 4, "lr": 0.1, "warmup-steps": 0, "eval-every": 2, "eval-limit": 16}
+    options |= {"prompts-per-step": 4, "group-size": 4, "device": "cpu", "output": run, "max-new-tokens": 60}
+    main(["train", *(f"--{name}={value}" for name, value in options.items())])
+    warnings = [json.loads(line) for line in (run / "warnings.jsonl").read_text().splitlines()]
+    assert {one["step"] for one in warnings} <= {2, 4}
+    assert all(one["message"].startswith("answers drift while iou/mean falls, which was 0.") for one in warnings)
+    assert "answers drift while iou/mean falls" in capsys.readouterr().out
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    draw_curve(tmp_path / "without.png", metrics)
+    shown, without = (np.asarray(Image.open(path)) for path in (run / "curve.png", tmp_path / "without.png"))
+    assert not np.array_equal(shown, without), "the warnings are not drawn"

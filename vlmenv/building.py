@@ -1,0 +1,215 @@
+"""Environments and agents from options: what training and evaluation have in common."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import transformers
+from accelerate import Accelerator
+from rich.console import Console
+
+from vlmenv.agents.engines.base import Engine
+from vlmenv.agents.engines.remote import Patience, check_address
+from vlmenv.agents.engines.server import VLLMServerEngine
+from vlmenv.agents.engines.vllm import VLLMEngine, check_sharing, require_vllm
+from vlmenv.agents.families import coordinate_space, resize_rule
+from vlmenv.agents.vlm import VLMAgent, find_model
+from vlmenv.core.coordinates import CoordinateSpace
+from vlmenv.core.errors import ConfigError, unknown_name
+from vlmenv.core.imports import find_object
+from vlmenv.envs.vector import VisualTaskVectorEnv
+from vlmenv.options.task import Device, TaskConfig
+from vlmenv.options.train import AdaptationOptions
+from vlmenv.processes import Processes
+
+DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Data types by the names that options have for them."""
+
+
+def task_arguments(config: TaskConfig) -> dict[str, Any]:
+    """Arguments of the environment, its samples apart: prompts, rewards and the model's coordinates.
+
+    Raises:
+        ModelError: There is no such model, or its convention of coordinates is unknown.
+    """
+    folder, prompts = find_model(config.model), config.prompts
+    space = coordinate_space(folder) if prompts.coordinates == "auto" else CoordinateSpace(prompts.coordinates)
+    return {
+        "rewards": prompts.rewards,
+        "extra_terms": config.scorers.terms(),
+        "prompt_template": prompts.prompt_template,
+        "answer_format": prompts.answer_format,
+        "count_tokens": TokenCount(folder),
+        "coordinates": space.value,
+        "resize": resize_rule(folder) if space is CoordinateSpace.RESIZED else None,
+    }
+
+
+@dataclass
+class TokenCount:
+    """Counts the tokens of a text as a model does. Its tokenizer is loaded at the first call."""
+
+    folder: Path
+
+    def __call__(self, text: str) -> int:
+        readable = text[:_COUNTED].encode("utf-8", "replace").decode()  # a lone surrogate is no text to a tokenizer
+        return len(self._tokenizer.encode(readable, add_special_tokens=False))
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        return transformers.AutoTokenizer.from_pretrained(self.folder)
+
+
+_COUNTED = 100_000  # characters; a longer answer counts as this long
+
+
+def report_broken_rows(envs: VisualTaskVectorEnv, console: Console) -> None:
+    """Prints how many rows of a data set are left out."""
+    source = envs.task.source
+    total = len(source.faults) + sum(source.unwanted.values()) + (source.size or 0)
+    for reason, count in source.unwanted.items():
+        console.print(f"{count} of {total} rows are left out: {reason}", highlight=False, markup=False)
+    if source.faults:
+        first = f"{len(source.faults)} of {total} rows are broken and left out, the first at {source.faults[0]}"
+        console.print(first, highlight=False, markup=False)
+
+
+def check_device(device: Device) -> None:
+    """Raises ConfigError if CUDA is asked for and absent."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device 'cuda' was asked for, but torch finds no CUDA GPU here; leave out --device")
+
+
+def prepared(config: TaskConfig, notes: Sequence[str] = ()) -> tuple[Processes, Console]:
+    """The ranks that answer, and the console of the main one, before anything slow is done.
+
+    Args:
+        config: The options.
+        notes: Lines to print about them.
+
+    Raises:
+        ConfigError: The device or the engine is not available.
+    """
+    check_device(config.device)
+    accelerator = Accelerator(cpu=config.device == "cpu")
+    check_engine(config, accelerator.device, accelerator.num_processes)
+    console = Console(quiet=not accelerator.is_main_process)
+    for note in notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
+    return Processes(accelerator), console
+
+
+MakeEngine = Callable[[TaskConfig, VLMAgent, torch.dtype], Engine]
+"""Makes an engine from the options, the agent whose model it copies, and the data type of its weights."""
+
+
+def _vllm(config: TaskConfig, agent: VLMAgent, dtype: torch.dtype) -> Engine:
+    options = config.generation
+    return VLLMEngine(
+        agent.folder,
+        agent.family,
+        device=agent.device,
+        dtype=dtype,
+        max_length=min(agent.max_length, options.engine_length),
+        memory_share=options.engine_memory,
+        tensor_parallel=options.tensor_parallel,
+        seed=config.seed,
+    )
+
+
+def _vllm_server(config: TaskConfig, agent: VLMAgent, dtype: torch.dtype) -> Engine:
+    options = config.generation
+    return VLLMServerEngine(
+        options.server,
+        agent.folder,
+        agent.family,
+        transfer=options.weight_transfer,
+        weights_folder=options.weights_folder,
+        patience=Patience(answer=options.server_timeout),
+    )
+
+
+ENGINES: Final[dict[str, MakeEngine | None]] = {"hf": None, "vllm": _vllm, "vllm-server": _vllm_server}
+"""By the name that `--engine` takes. None: the model itself generates."""
+
+
+def register_engine(name: str, make: MakeEngine) -> None:
+    """Makes an engine known to `--engine`.
+
+    Args:
+        name: Its name.
+        make: Makes it; called once, when the model is loaded.
+
+    Raises:
+        ConfigError: The name is taken.
+    """
+    if name in ENGINES:
+        raise ConfigError(f"an engine '{name}' is registered already: choose another name")
+    ENGINES[name] = make
+
+
+def find_engine(name: str) -> MakeEngine | None:
+    """What makes the engine of a name; `module:name` imports the module and takes its function or class.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if name not in ENGINES and ":" in name:
+        register_engine(name, find_object(name, "engine"))
+    if name not in ENGINES:
+        raise ConfigError(unknown_name("engine", name, ENGINES))
+    return ENGINES[name]
+
+
+def check_engine(config: TaskConfig, device: torch.device, processes: int = 1) -> None:
+    """Raises ConfigError if the engine is not available with these options; called before anything slow."""
+    options = config.generation
+    find_engine(options.engine)
+    for address in options.server:
+        check_address(address)
+    if options.engine != "vllm":
+        return
+    require_vllm()
+    check_sharing(options.tensor_parallel, processes)
+    if options.engine_memory != type(options).engine_memory and device.type == "cpu":
+        raise ConfigError("engine_memory is a share of a GPU's memory, but the model runs on the CPU")
+
+
+def load_agent(
+    config: TaskConfig,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    engine_dtype: torch.dtype | None = None,
+) -> VLMAgent:
+    """Loads a configuration's model as an agent, without the loader's own progress bars.
+
+    Args:
+        config: Model, sampling and engine. `check_engine` is called first.
+        device: Device of the model.
+        dtype: Data type of its weights.
+        engine_dtype: Data type of the copy in an engine. Default: `dtype`.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    agent = VLMAgent.from_pretrained(config.model, device=device, dtype=dtype, sampling=config.sampling)
+    if (make := find_engine(config.generation.engine)) is not None:
+        agent.engine = make(config, agent, engine_dtype or dtype)
+    if config.generation.engine == "vllm-server":
+        agent.sync()  # the servers may hold weights of another run
+    return agent
+
+
+def adapt(agent: VLMAgent, options: AdaptationOptions) -> None:
+    """Prepares an agent for training: adapters, frozen parts, checkpointing."""
+    agent.family_policy.share_prefixes = options.share_prefixes
+    if (rank := options.lora_rank) is not None:
+        alpha = 2 * rank if options.lora_alpha is None else options.lora_alpha
+        agent.add_lora(rank=rank, alpha=alpha, dropout=options.lora_dropout, vision=options.lora_vision)
+    if options.freeze_vision or options.freeze_projector:
+        agent.freeze(vision=options.freeze_vision, projector=options.freeze_projector)
+    if options.gradient_checkpointing:
+        agent.enable_gradient_checkpointing()

@@ -1,0 +1,357 @@
+"""`vlmenv pipeline`: stages of training and sampling, each of which goes on from what those before it made."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from accelerate.state import AcceleratorState
+from rich.console import Console
+from rich.table import Table
+
+from vlmenv.algos import ALGORITHMS
+from vlmenv.commands import evaluate, sample, train
+from vlmenv.core.errors import ConfigError, unknown_name
+from vlmenv.core.files import write_whole
+from vlmenv.options.command_line import Asked
+from vlmenv.options.files import as_arguments, packaged_file, read_options
+from vlmenv.options.parsing import parse_plain
+from vlmenv.options.pipeline import PipelineConfig
+from vlmenv.runs.run_folder import RunFolder
+
+_REFERENCE = re.compile(r"\{(\w+)\}(/model$|/|$)")
+_NAME = re.compile(r"\w+")
+_BASE: Final = "base"
+_TEMPLATES: Final = ("prompt_template",)
+"""Options in which braces mean something else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A command that is run once."""
+
+    name: str
+    """also that of its folder within the pipeline's"""
+    command: str
+    """`train`, `sample` or `eval`"""
+    options: Mapping[str, Any]
+    """in which `{NAME}` stands for the folder of an earlier stage, and `{NAME}/model` for its model"""
+
+
+@dataclass(frozen=True, slots=True)
+class Measuring:
+    """A set that the model is measured on after each stage that trains it."""
+
+    name: str
+    folder: str
+    """of the evaluations; sets that differ in the metrics alone share it"""
+    options: Mapping[str, Any]
+    metrics: Sequence[str] | None
+    """those to show; all where None"""
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """What a file of stages holds."""
+
+    file: Path
+    stages: Sequence[Step]
+    measurings: Sequence[Measuring]
+
+    @property
+    def trained(self) -> list[str]:
+        """The names of the stages that train a model."""
+        return [stage.name for stage in self.stages if stage.command == "train"]
+
+
+def read_pipeline(name: str) -> Pipeline:
+    """Reads a file of stages.
+
+    Args:
+        name: A path, or the name of a packaged one.
+
+    Raises:
+        ConfigError: There is none, or it does not have the form of one.
+    """
+    file = Path(name) if Path(name).suffix in (".yaml", ".yml") else packaged_file("pipeline", name)
+    content = read_options(file)
+    for key in content:
+        if key not in ("stages", "evaluate"):
+            raise ConfigError(f"{file}: {unknown_name('part of a pipeline', str(key), ('stages', 'evaluate'))}")
+    stages, sets = content.get("stages"), content.get("evaluate") or {}
+    if not isinstance(stages, dict) or not stages or not isinstance(sets, dict):
+        raise ConfigError(f"{file}: 'stages', and 'evaluate' if there is one, map names to what is done")
+    listed = [_stage(file, *item) for item in stages.items()]
+    _check_references(file, listed)
+    return Pipeline(file, listed, list(_measurings(file, sets)))
+
+
+def _stage(file: Path, name: Any, content: Any) -> Step:
+    if not _NAME.fullmatch(str(name)) or name in (_BASE, "evaluation"):
+        raise ConfigError(f"{file}: a stage cannot be called '{name}': take letters and digits, and another word")
+    if not isinstance(content, dict) or len(content) != 1 or next(iter(content)) not in ("train", "sample"):
+        raise ConfigError(f"{file}: the stage {name} must be one 'train' or 'sample' with its options")
+    command, options = next(iter(content.items()))
+    return Step(name, command, _checked(file, name, options))
+
+
+def _check_references(file: Path, stages: Sequence[Step]) -> None:
+    for number, stage in enumerate(stages):
+        earlier = {one.name for one in stages[:number]}
+        for name, value in stage.options.items():
+            for part in value if isinstance(value, list) else [value]:
+                found = _REFERENCE.match(part) if isinstance(part, str) and name not in _TEMPLATES else None
+                if found and found[1] not in earlier:
+                    raise ConfigError(f"{file}: {stage.name} refers to {{{found[1]}}}, but no stage before it is that")
+
+
+def _measurings(file: Path, sets: Mapping[str, Any]) -> Iterator[Measuring]:
+    folders: dict[str, str] = {}
+    for name, content in sets.items():
+        options = dict(_checked(file, name, content))
+        metrics = options.pop("metrics", None)
+        folder = folders.setdefault(json.dumps(options, sort_keys=True, default=str), name)
+        yield Measuring(name, folder, options, metrics)
+
+
+def _checked(file: Path, name: str, options: Any) -> Mapping[str, Any]:
+    """The options of a stage, among which are none that the pipeline sets itself."""
+    if not isinstance(options, dict):
+        raise ConfigError(f"{file}: the options of {name} are 'name: value' lines, not {options!r}")
+    for taken in ("output", "resume"):
+        if taken in options:
+            raise ConfigError(f"{file}: {name} has the option '{taken}', which the pipeline sets itself")
+    return options
+
+
+def parse(args: Sequence[str], program: str) -> PipelineConfig:
+    """The options of a command line."""
+    config: PipelineConfig = parse_plain(args, PipelineConfig(pipeline=""), program)
+    return config
+
+
+def run(config: PipelineConfig) -> Path:
+    """Runs the stages, and returns the pipeline's folder."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("start a pipeline in one process; --launch starts its stages in several")
+    pipeline = read_pipeline(config.pipeline)
+    folder = config.output or Path("runs") / pipeline.file.stem
+    steps = _steps(pipeline)
+    for step in steps:
+        _parsed(step, pipeline.file, folder)  # raises now what is wrong with a stage to come
+    console = Console()
+    for number, step in enumerate(steps, 1):
+        if step is pipeline.stages[0]:
+            _found(pipeline, folder / "evaluation" / _BASE)  # raises now where a metric to be shown is none
+        console.rule(f"{step.name} ({number} of {len(steps)})", align="left")
+        _do(step, folder, config.launch, console)
+    _report(pipeline, folder, console)
+    return folder
+
+
+def _steps(pipeline: Pipeline) -> list[Step]:
+    """All that is to be done: the stages, and after each that trains the measuring of its model."""
+    first = next((stage for stage in pipeline.stages if stage.command == "train"), None)
+    if first is None:
+        raise ConfigError(f"{pipeline.file}: no stage trains a model")
+    base = _parsed(first, pipeline.file, Path()).config.model
+    steps = list(_measured(pipeline, _BASE, base))
+    for stage in pipeline.stages:
+        steps.append(stage)
+        if stage.command == "train":
+            steps += _measured(pipeline, stage.name, f"{{{stage.name}}}/model")
+    return steps
+
+
+def _measured(pipeline: Pipeline, stage: str, model: str) -> Iterator[Step]:
+    for folder, measuring in {one.folder: one for one in reversed(pipeline.measurings)}.items():
+        yield Step(f"evaluation/{stage}/{folder}", "eval", {**measuring.options, "model": model})
+
+
+def _parsed(step: Step, file: Path, folder: Path) -> Asked:
+    """What a step asks for, before it can be run.
+
+    Raises:
+        ConfigError: Its options cannot be used.
+    """
+    try:
+        return _parse(_arguments(step, folder, finished=False))
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {step.name}: {error}") from error
+    except SystemExit:
+        Console(stderr=True).print(f"in {file}: {step.name}", highlight=False, markup=False)
+        raise
+
+
+def _arguments(step: Step, folder: Path, finished: bool = True) -> list[str]:
+    """A step's command line.
+
+    Args:
+        step: Which one.
+        folder: Of the pipeline.
+        finished: Whether earlier stages are there to be referred to.
+    """
+    options = {
+        name: value if name in _TEMPLATES else _filled(value, folder, finished)
+        for name, value in _without_group(step).items()
+    }
+    return [step.command, *as_arguments(options), f"--output={folder / step.name}"]
+
+
+def _without_group(step: Step) -> Mapping[str, Any]:
+    """A step's options with those of its algorithm's group beside the others.
+
+    Raises:
+        ConfigError: There is a group of another algorithm.
+    """
+    groups = {name: value for name, value in step.options.items() if name in ALGORITHMS and isinstance(value, dict)}
+    if other := groups.keys() - {step.options.get("algo", next(iter(groups), None))}:
+        raise ConfigError(f"{', '.join(sorted(other))} has options here, but algo is {step.options.get('algo')}")
+    flat = {name: value for name, value in step.options.items() if name not in groups}
+    return {**flat, **{name: value for group in groups.values() for name, value in group.items()}}
+
+
+def _filled(value: Any, folder: Path, finished: bool) -> Any:
+    """A value with the folder of the stage that it refers to, or that of its model."""
+    if isinstance(value, list):
+        return [_filled(one, folder, finished) for one in value]
+    if not isinstance(value, str) or not (found := _REFERENCE.match(value)):
+        return value
+    stage = folder / found[1]
+    if found[2] != "/model" or not finished:
+        return f"{stage}{value[found.end(1) + 1 :]}"
+    if not (saved := RunFolder(stage).checkpoints()):
+        raise ConfigError(f"'{value}': {stage} holds no model")
+    return str(saved[-1])
+
+
+_COMMANDS: Final[dict[str, Any]] = {"train": train, "sample": sample, "eval": evaluate}
+
+
+def _parse(arguments: Sequence[str]) -> Asked:
+    command, *rest = arguments
+    asked: Asked = _COMMANDS[command].parse(rest, f"vlmenv {command}")
+    return asked
+
+
+def _do(step: Step, folder: Path, launch: str | None, console: Console) -> None:
+    """Runs a step unless that has been done, and goes on with it where it was cut off.
+
+    Raises:
+        ConfigError: It was begun with other options.
+        SystemExit: It failed in processes of its own, or was ended by a signal.
+    """
+    own, args = folder / step.name, _arguments(step, folder)
+    record = own / "stage.json"
+    state: dict[str, Any] = {"arguments": args, "finished": False}
+    if record.is_file():
+        state = json.loads(record.read_text(encoding="utf-8"))
+    if state["arguments"] != args:
+        raise ConfigError(
+            f"{own} was begun with other options: vlmenv {shlex.join(state['arguments'])}\n"
+            f"Remove that folder and those of the stages after it, or choose another --output"
+        )
+    if state["finished"]:
+        console.print("done before", highlight=False)
+        return
+    own.mkdir(parents=True, exist_ok=True)
+    write_whole(record, json.dumps({"arguments": args, "finished": False}) + "\n")
+    begun = step.command == "train" and (own / "config.yaml").is_file()
+    command = ["train", "--resume", str(own)] if begun else args
+    if launch is None:
+        _COMMANDS[command[0]].run(_parse(command))
+        _free()
+    else:
+        _launch([*shlex.split(launch), *command])
+    write_whole(record, json.dumps({"arguments": args, "finished": True}) + "\n")
+
+
+def _free() -> None:
+    """Lets go what a stage held in this process, so that the next may choose device and precision anew."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _launch(command: list[str]) -> None:
+    """Runs a command in processes of its own, which signals to this one reach, and which end with it.
+
+    Raises:
+        SystemExit: It failed.
+    """
+    with subprocess.Popen(command, preexec_fn=_end_with_parent if sys.platform == "linux" else None) as child:
+        former = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+        try:
+            code = _awaited(child)
+        finally:
+            signal.signal(signal.SIGTERM, former)
+    if code:
+        sys.exit(code if code > 0 else 128 - code)
+
+
+def _awaited(child: subprocess.Popen[bytes]) -> int:
+    while True:
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            continue  # the terminal has told the child too, which may have something to save
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def _report(pipeline: Pipeline, folder: Path, console: Console) -> None:
+    """Shows and writes how each model measures, as report.md and report.json."""
+    names = [_BASE, *pipeline.trained]
+    columns = {name: _found(pipeline, folder / "evaluation" / name) for name in names}
+    write_whole(folder / "report.json", json.dumps(columns, indent=2) + "\n")
+    rows = [[metric, *(_written(columns[name].get(metric)) for name in names)] for metric in columns[_BASE]]
+    table = Table("", *names, title=f"{pipeline.file.stem}: the model after each stage", title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    lines = [["", *names], ["---"] * (len(names) + 1), *rows]
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    write_whole(folder / "report.md", f"{text}\n95 % intervals by bootstrap over samples.\n")
+    console.print(table)
+    console.print(f"the stages and this table are in {folder}", highlight=False)
+
+
+def _found(pipeline: Pipeline, folder: Path) -> dict[str, dict[str, float]]:
+    """The metrics to show of one model, by set and name."""
+    found: dict[str, dict[str, float]] = {}
+    for one in pipeline.measurings:
+        metrics = _by_name(json.loads((folder / one.folder / "metrics.json").read_text(encoding="utf-8")))
+        for name in metrics if one.metrics is None else one.metrics:
+            if name not in metrics:
+                raise ConfigError(f"{pipeline.file}: {one.name}: {unknown_name('metric', name, metrics)}")
+            found[f"{one.name}: {name}"] = metrics[name]
+    return found
+
+
+def _by_name(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Metrics as an evaluation writes them; those of a suite, a mapping for each data set, as `DATA SET: NAME`."""
+    if all("value" in metric for metric in metrics.values()):
+        return metrics
+    return {f"{entry}: {name}": metric for entry, own in metrics.items() for name, metric in own.items()}
+
+
+def _written(metric: Mapping[str, float | None] | None) -> str:
+    if metric is None or metric["value"] is None:
+        return "-"
+    if metric["low"] is None:
+        return f"{metric['value']:.3f}"
+    return f"{metric['value']:.3f} ({metric['low']:.3f} to {metric['high']:.3f})"

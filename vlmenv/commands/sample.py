@@ -1,0 +1,179 @@
+"""`vlmenv sample`: which samples of a data set a model finds easy, medium and hard."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from vlmenv.agents.base import Agent
+from vlmenv.building import DTYPES, load_agent, prepared, report_broken_rows, task_arguments
+from vlmenv.core.errors import ConfigError
+from vlmenv.core.files import write_whole
+from vlmenv.envs.data.dataset import Concatenated, TableSource
+from vlmenv.envs.data.tables import Rows
+from vlmenv.envs.export import export_sample
+from vlmenv.envs.vector import VisualTaskVectorEnv
+from vlmenv.evaluation import PROGRESS, answer_samples, sample_count
+from vlmenv.options.command_line import Asked, parse_with_files
+from vlmenv.options.evaluate import SampleConfig
+from vlmenv.processes import Processes
+from vlmenv.processes.together import together
+from vlmenv.runs.claim import claim
+from vlmenv.runs.models import with_checkpoint
+from vlmenv.tasks import make_envs
+
+LEVELS: Final = ("easy", "medium", "hard")
+
+
+def parse(args: Sequence[str], program: str) -> Asked:
+    """The options of a command line."""
+    return parse_with_files(args, lambda algo: SampleConfig(), program)
+
+
+def run(asked: Asked) -> Path:
+    """Samples, and returns the folder with the files."""
+    config: SampleConfig = asked.config
+    if config.output is None:
+        raise ConfigError("output is missing: name the folder for the files")
+    processes, console = prepared(config, asked.notes)
+    config = with_checkpoint(config, console)
+    assert config.output is not None
+    accelerator, parts = processes.accelerator, config.output / "parts"
+    groups = max(1, config.batch_size // config.n)
+    data = config.data.arguments()
+    envs = make_envs(config.env, groups * config.n, group_size=config.n, **data, **task_arguments(config))
+    report_broken_rows(envs, console)
+    with together(accelerator):
+        if accelerator.is_main_process:
+            claim(config.output, config, begun=any(parts.glob("[0-9]*.jsonl")))
+            parts.mkdir(exist_ok=True)
+    count = sample_count(envs, config.eval_limit)
+    with closing(load_agent(config, accelerator.device, DTYPES[config.weights])) as agent, together(accelerator):
+        _sample_parts(agent, envs, count, config, processes, console)
+    envs.close()
+    with together(accelerator):
+        if accelerator.is_main_process:
+            rates = _read_parts(config.output, _parts(count, config.part_size))
+            _write_levels(envs, rates, config)
+            counts = Counter(dict.fromkeys(LEVELS, 0) | Counter(map(level_of, rates.values())))
+            write_whole(config.output / "summary.json", json.dumps(counts) + "\n")
+            console.print(_summary(config, envs, rates))
+    accelerator.state.destroy_process_group()
+    return config.output
+
+
+def _parts(count: int, size: int) -> list[range]:
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _part_file(folder: Path, part: range) -> Path:
+    return folder / "parts" / f"{part.start}-{part.stop}.jsonl"
+
+
+def _sample_parts(
+    agent: Agent,
+    envs: VisualTaskVectorEnv,
+    count: int,
+    config: SampleConfig,
+    processes: Processes,
+    console: Console,
+) -> None:
+    """Writes this process's share of the parts that are not there yet.
+
+    Each part draws from a seed of its own, so that neither processes nor interruptions change the results.
+    """
+    assert config.output is not None
+    own = processes.share(_parts(count, config.part_size))
+    missing = [part for part in own if not _part_file(config.output, part).exists()]
+    total = sum(map(len, own))
+    most = max(processes.collect([sum(-(-len(part) // envs.num_groups) for part in missing)]))
+    with agent.generating(most), Progress(*PROGRESS, transient=True, console=console) as progress:
+        bar = progress.add_task("sampling", total=total, completed=total - sum(map(len, missing)))
+        for part in missing:
+            agent.seed(int(np.random.SeedSequence([config.seed, part.start]).generate_state(1)[0]))
+            rows: list[dict[str, Any]] = []
+            for start in range(part.start, part.stop, envs.num_groups):
+                indices = range(start, min(start + envs.num_groups, part.stop))
+                rows += _rated(list(answer_samples(agent, envs, indices, greedy=False)), envs, config)
+                progress.advance(bar, len(indices))
+            write_whole(_part_file(config.output, part), "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _rated(
+    answers: Sequence[Mapping[str, Any]], envs: VisualTaskVectorEnv, config: SampleConfig
+) -> Iterator[dict[str, Any]]:
+    """The pass rate of each sample, of its `n` answers that stand next to one another."""
+    name, threshold = _right(envs, config)
+    for start in range(0, len(answers), config.n):
+        own = answers[start : start + config.n]
+        if name not in own[0]["measures"]:
+            known = ", ".join(own[0]["measures"])
+            raise ConfigError(f"{config.env} has no measure '{name}': choose by --measure among {known}")
+        values = [answer["measures"][name] for answer in own]
+        rate = sum(value >= threshold for value in values) / config.n
+        yield {"index": own[0]["index"], "id": own[0]["id"], "pass_rate": rate, name: values}
+
+
+def _right(envs: VisualTaskVectorEnv, config: SampleConfig) -> tuple[str, float]:
+    """Which measure tells whether an answer is right, and from what value on."""
+    name, threshold = envs.task.right
+    return config.measure or name, threshold if config.threshold is None else config.threshold
+
+
+def _read_parts(folder: Path, parts: Sequence[range]) -> dict[int, float]:
+    """The pass rate of every sample, by its index."""
+    lines = [line for part in parts for line in _part_file(folder, part).read_text(encoding="utf-8").splitlines()]
+    return {row["index"]: row["pass_rate"] for row in map(json.loads, lines)}
+
+
+def level_of(rate: float) -> str:
+    """What a question is called of whose answers this share is right."""
+    return "easy" if rate == 1 else "hard" if rate == 0 else "medium"
+
+
+def _write_levels(envs: VisualTaskVectorEnv, rates: Mapping[int, float], config: SampleConfig) -> None:
+    """Writes the rows of each level in their own format; rows of built-in samples as JSONL, with their images."""
+    assert config.output is not None
+    source = envs.task.source
+    if isinstance(source, TableSource):
+        _write_rows(source, rates, config.output, "")
+    elif isinstance(source, Concatenated):
+        first = 0
+        for number, one in enumerate(source.sources, 1):
+            own = {i: rates[first + i] for i in range(one.size or 0) if first + i in rates}
+            _write_rows(one, own, config.output, f"-{number}")
+            first += one.size or 0
+    else:
+        plain = make_envs(config.env, 1, split=config.data.split).task  # whose boxes are in pixels of the images
+        table = Rows([export_sample(plain, source.get(index), config.output) for index in rates])
+        for level in LEVELS:
+            added = {i: {"pass_rate": rate} for i, rate in enumerate(rates.values()) if level_of(rate) == level}
+            table.write(config.output / f"{level}{table.suffix}", added)
+
+
+def _write_rows(source: TableSource, rates: Mapping[int, float], folder: Path, mark: str) -> None:
+    for level in LEVELS:
+        added = {source.number(i): {"pass_rate": rate} for i, rate in rates.items() if level_of(rate) == level}
+        source.table.write(folder / f"{level}{mark}{source.table.suffix}", added)
+
+
+def _summary(config: SampleConfig, envs: VisualTaskVectorEnv, rates: Mapping[int, float]) -> Table:
+    name, threshold = _right(envs, config)
+    counts = Counter(map(level_of, rates.values()))
+    caption = f"right from {name} {threshold} on; mean pass rate {np.mean(list(rates.values())):.3f}"
+    title = f"{config.env}, {len(rates)} samples, {config.n} answers each at temperature {config.sampling.temperature}"
+    table = Table(
+        "level", "samples", "share", title=title, title_justify="left", caption=caption, caption_justify="left"
+    )
+    for level in LEVELS:
+        table.add_row(level, str(counts[level]), f"{counts[level] / len(rates):.3f}")
+    return table

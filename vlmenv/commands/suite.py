@@ -1,0 +1,394 @@
+"""The papers' evaluations: several data sets in their published files, one table (`vlmenv eval --suite`)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from vlmenv.agents.vlm import VLMAgent
+from vlmenv.building import DTYPES, load_agent, prepared, report_broken_rows, task_arguments
+from vlmenv.core.errors import ConfigError, DataError
+from vlmenv.core.files import write_whole
+from vlmenv.envs.data.benchmarks import hallusion_bench, math_vision, mathverse, mathvista, mmstar
+from vlmenv.envs.data.coco import filtered_instances
+from vlmenv.envs.data.dataset import Published
+from vlmenv.envs.metrics.intervals import Interval, ratio_interval
+from vlmenv.envs.vector import VisualTaskVectorEnv
+from vlmenv.evaluation import (
+    as_json,
+    evaluate,
+    read_metrics,
+    sample_count,
+    write_evaluation,
+    written,
+)
+from vlmenv.options.evaluate import EvalConfig
+from vlmenv.options.fields import flatten
+from vlmenv.processes import Processes
+from vlmenv.processes.together import together
+from vlmenv.runs.claim import claim
+from vlmenv.runs.models import with_checkpoint
+from vlmenv.tasks import make_envs
+
+Rewrite = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+Answers = Sequence[Mapping[str, Any]]
+
+
+def make_eval_envs(config: EvalConfig, env: str, **arguments: Any) -> VisualTaskVectorEnv:
+    """Environments in which `evaluate` answers as a configuration says.
+
+    Raises:
+        ConfigError: There is no such environment, or not with these arguments.
+        DataError: The data set cannot be read.
+    """
+    group_size = config.samples or 1
+    num_envs = max(1, config.batch_size // group_size) * group_size
+    return make_envs(env, num_envs, group_size=group_size, **arguments)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A data set of a suite."""
+
+    name: str
+    """what it is called in the table, and its folder in the output"""
+    env: str
+    """which task it is for"""
+    files: tuple[str, ...]
+    """where it may be in a folder of data, as patterns; all files that fit the first that any fits"""
+    shows: tuple[str, ...]
+    """its metrics in the table"""
+    source: str
+    """where to get it"""
+    rewrite: Rewrite | None = None
+    """what makes rows of it, where its layout is its own"""
+    few_boxes: bool = False
+    """whether it is COCO without the categories of many boxes"""
+    all_right: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """metrics that are the share of groups in which every answer is right, with the parts of an id that name a group"""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A paper's data sets."""
+
+    entries: tuple[Entry, ...]
+    means: Mapping[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
+    """rows of the table that are the mean of a metric over data sets, with the metric and the data sets"""
+    answer_format: str | None = None
+    """how answers are set apart; the task's own where left out"""
+
+
+_VLM_R1: Final = "https://huggingface.co/datasets/omlab/VLM-R1: rec_jsons_processed.zip"
+_OVDEVAL: Final = ("celebrity", "logo", "landmark", "color", "material", "position", "relationship", "negation")
+
+
+def _rec(name: str, images: str) -> Entry:
+    files = tuple(f"{folder}{name}.{suffix}" for folder in ("", "*/") for suffix in ("jsonl", "json"))
+    return Entry(name, "VLM-REC-v0", files, ("accuracy@0.5", "iou/mean"), f"{_VLM_R1}, with the images of {images}")
+
+
+def _ovdeval(name: str) -> Entry:
+    files = tuple(f"{folder}{name}.json" for folder in ("OVDEval/annotations/", "annotations/", "OVDEval/"))
+    return Entry(f"ovdeval_{name}", "VLM-OVD-v0", files, ("NMS-AP",), "https://huggingface.co/datasets/omlab/OVDEval")
+
+
+_JUDGED: Final = ("VLM-Math-v0", "VLM-VQA-v0")
+"""Tasks whose answers a judge may compare besides."""
+_INSTANCES: Final = "annotations/instances_val2017.json"
+
+VLM_R1: Final = Suite(
+    (
+        _rec("refcoco_val", "train2014.zip"),
+        _rec("refcocop_val", "train2014.zip"),
+        _rec("refcocog_val", "train2014.zip"),
+        _rec("lisa_test", "lisa-test.zip"),
+        Entry(
+            "coco_filtered",
+            "VLM-OVD-v0",
+            (_INSTANCES, f"*/{_INSTANCES}", "instances_val2017.json"),
+            ("AP", "AP50", "precision@0.5", "recall@0.5"),
+            "https://cocodataset.org: annotations_trainval2017.zip and val2017.zip",
+            few_boxes=True,
+        ),
+        *map(_ovdeval, _OVDEVAL),
+    ),
+    means={"ovdeval": ("NMS-AP", tuple(f"ovdeval_{name}" for name in _OVDEVAL))},
+)
+"""VLM-R1 (arXiv 2504.07615): RefCOCO/+/g, LISA-Grounding, COCO with few boxes, OVDEval."""
+
+
+def _benchmark(name: str, env: str, repository: str, files: Sequence[str], rewrite: Rewrite, **more: Any) -> Entry:
+    folder = repository.partition("/")[2]
+    places = tuple(f"{folder}/{file}" for file in files)
+    source = f"https://huggingface.co/datasets/{repository}, into a folder {folder}"
+    return Entry(name, env, places, ("accuracy",), source, rewrite, **more)
+
+
+PEBR_R1: Final = Suite(
+    (
+        _benchmark(
+            "mathvista",
+            "VLM-Math-v0",
+            "AI4Math/MathVista",
+            ("data/testmini-*.parquet", "testmini*.parquet"),
+            mathvista,
+        ),
+        _benchmark("mathverse", "VLM-Math-v0", "AI4Math/MathVerse", ("testmini.parquet", "testmini.json"), mathverse),
+        _benchmark(
+            "math_vision",
+            "VLM-Math-v0",
+            "MathLLMs/MathVision",
+            ("data/test-*.parquet", "data/test.jsonl", "data/testmini-*.parquet", "data/testmini.jsonl"),
+            math_vision,
+        ),
+        _benchmark("mmstar", "VLM-VQA-v0", "Lin-Chen/MMStar", ("mmstar.parquet", "data/*.parquet"), mmstar),
+        _benchmark(
+            "hallusion_bench",
+            "VLM-VQA-v0",
+            "lmms-lab/HallusionBench",
+            ("data/image-*.parquet",),
+            hallusion_bench,
+            all_right={"accuracy/figure": (0, 1, 2, 3), "accuracy/question_pair": (0, 1, 2, 4)},
+        ),
+    ),
+    answer_format="sections",
+)
+"""PeBR-R1 (arXiv 2509.13031): those of its benchmarks whose files are known here."""
+
+SUITES: Final[Mapping[str, Suite]] = {"vlm_r1": VLM_R1, "pebr_r1": PEBR_R1}
+
+
+@dataclass(frozen=True)
+class Found:
+    """A data set of a suite that is there."""
+
+    entry: Entry
+    files: tuple[Path, ...]
+    folder: Path
+    """the folder of data that it is in"""
+
+
+def run_suite(config: EvalConfig, notes: Sequence[str] = ()) -> dict[str, dict[str, Interval]]:
+    """`vlmenv eval --suite`: measures what has not been measured yet, and shows the paper's table.
+
+    Returns:
+        The metrics of each data set that is there.
+
+    Raises:
+        ConfigError: Options that do not go with a suite, or with what the output folder holds.
+        DataError: None of the data sets is there, or one cannot be read.
+    """
+    suite = _checked(config)
+    processes, console = prepared(config, notes)
+    config = with_checkpoint(config, console)
+    accelerator = processes.accelerator
+    found = find(suite, config, console)
+    assert config.output is not None
+    todo = [one for one in found if not (config.output / one.entry.name / "metrics.json").is_file()]
+    with together(accelerator):
+        if accelerator.is_main_process:
+            claim(config.output, config, begun=any(config.output.glob("*/metrics.json")))
+    if todo:
+        with closing(load_agent(config, accelerator.device, DTYPES[config.weights])) as agent:
+            for one in todo:
+                agent.seed(config.seed + accelerator.process_index)
+                _measure(one, config, agent, console, processes)
+    processes.accelerator.wait_for_everyone()
+    results = {one.entry.name: read_metrics(config.output / one.entry.name) for one in found}
+    means = dict(_means(suite, results))
+    if accelerator.is_main_process:
+        _write(config.output / "metrics.json", results | means)
+    console.print(suite_table(config, suite, found, results | means))
+    accelerator.state.destroy_process_group()
+    return results
+
+
+def _checked(config: EvalConfig) -> Suite:
+    assert config.suite is not None
+    if config.suite_data is None or config.output is None:
+        raise ConfigError(
+            "a suite needs --suite-data, the folders of its data sets, and --output, a folder for what comes out"
+        )
+    given, own = flatten(config), flatten(EvalConfig())
+    taken = ("env", "dataset", "image_root", "split", "columns", "rewards", "min_image_side", "without_text")
+    for name in taken:
+        if given[name] != own[name]:
+            raise ConfigError(f"{name} does not go with a suite, which has its own")
+    if config.scorers.clip_model is not None:
+        raise ConfigError("clip_model does not go with a suite: there is no description to score")
+    if config.scorers.judge_url is not None and not any(entry.env in _JUDGED for entry in SUITES[config.suite].entries):
+        raise ConfigError(f"judge_url does not go with {config.suite}, whose answers are boxes")
+    for folder in config.suite_data:
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such folder")
+    return SUITES[config.suite]
+
+
+def find(suite: Suite, config: EvalConfig, console: Console) -> list[Found]:
+    """The data sets of a suite that are there; tells of those that are not, and where to get them.
+
+    Raises:
+        DataError: None is there.
+    """
+    found: list[Found] = []
+    missing: dict[str, list[str]] = {}
+    folders = config.suite_data or ()
+    for entry in suite.entries:
+        places = ((folder, sorted(folder.glob(pattern))) for pattern in entry.files for folder in folders)
+        folder, files = next((place for place in places if place[1]), (Path(), []))
+        if files:
+            found.append(Found(entry, tuple(files), folder))
+        else:
+            missing.setdefault(entry.source, []).append(f"{entry.name} ({entry.files[0]})")
+    for source, names in missing.items():
+        console.print(f"left out, as not there: {', '.join(names)}; to be had from {source}", markup=False)
+    if not found:
+        raise DataError(f"{', '.join(map(str, folders))}: holds none of the data sets of {config.suite}")
+    return found
+
+
+def _measure(one: Found, config: EvalConfig, agent: VLMAgent, console: Console, processes: Processes) -> None:
+    """Answers a data set and writes what comes of it into its folder."""
+    assert config.output is not None
+    output, suite = config.output / one.entry.name, SUITES[config.suite or ""]
+    arguments = task_arguments(config)
+    arguments["answer_format"] = config.prompts.answer_format or suite.answer_format
+    if config.scorers.judge_url is not None and one.entry.env in _JUDGED:
+        arguments["rewards"] = {"accuracy": 1.0, "judge": 1.0}
+    else:
+        arguments["extra_terms"] = None
+    dataset, image_root = _dataset(one, output, processes)
+    envs = make_eval_envs(
+        config, one.entry.env, dataset=dataset, image_root=image_root, skip_broken=config.data.skip_broken, **arguments
+    )
+    report_broken_rows(envs, console)
+    count, greedy = sample_count(envs, config.eval_limit), config.samples is None
+    title = f"{one.entry.name}, {count} samples"
+    evaluation = evaluate(agent, envs, count, greedy=greedy, title=title, console=console, processes=processes)
+    envs.close()
+    for name, parts in one.entry.all_right.items():
+        evaluation.metrics[name] = all_right(evaluation.answers, parts)
+    if processes.accelerator.is_main_process:
+        write_evaluation(evaluation, output)
+
+
+def _dataset(one: Found, output: Path, processes: Processes) -> tuple[list[Any], Path | None]:
+    """What the environment is given: the files and the folder of their images."""
+    root = image_root(one)
+    if one.entry.few_boxes:
+        kept = output / "instances.json"
+        with together(processes.accelerator):
+            if processes.accelerator.is_main_process:
+                output.mkdir(parents=True, exist_ok=True)
+                write_whole(kept, json.dumps(filtered_instances(one.files[0])))
+        return [kept], root
+    if one.entry.rewrite is None:
+        return list(one.files), root
+    return [Published(file, one.entry.rewrite) for file in one.files], root
+
+
+def image_root(one: Found) -> Path | None:
+    """The folder that the paths of a data set's images are relative to; None where it holds them itself.
+
+    It is looked for beside the file and two folders down from there, and in the folder of data; a folder
+    with the file's own name comes first.
+
+    Raises:
+        DataError: There is no such folder, or the file cannot be read.
+    """
+    file = one.files[0]
+    image = _first_image(file)
+    if image is None:
+        return None
+    above = [folder for folder in (file.parent.parent, file.parent) if folder.is_relative_to(one.folder)]
+    candidates = [folder for base in (*above, one.folder) for folder in _within(base)]
+    for folder in sorted(candidates, key=lambda folder: folder.name != file.stem):  # stable: else in their order
+        if (folder / image).is_file():
+            return folder
+    raise DataError(f"{file}: its first image, {image}, is nowhere under {above[0] if above else one.folder}")
+
+
+def _within(folder: Path, depth: int = 2) -> Iterator[Path]:
+    """A folder and those in it, down to a depth."""
+    yield folder
+    for inner in sorted(one for one in folder.iterdir() if one.is_dir()) if depth else ():
+        yield from _within(inner, depth - 1)
+
+
+def _first_image(file: Path) -> str | None:
+    """The path of the first row's image in a JSON file, None where it has none."""
+    if file.suffix == ".parquet":
+        return None
+    try:
+        with file.open(encoding="utf-8") as stream:
+            content = json.loads(stream.readline()) if file.suffix == ".jsonl" else json.load(stream)
+        row = content["images"][0] if isinstance(content, dict) and "images" in content else content
+        row = row[0] if isinstance(row, list) else row
+        found = row.get("file_name", row.get("image"))
+    except (ValueError, LookupError, AttributeError) as error:
+        raise DataError(f"{file}: the first row cannot be read: {type(error).__name__}: {error}") from error
+    found = found[0] if isinstance(found, list) and found else found
+    return found if isinstance(found, str) else None
+
+
+def all_right(answers: Answers, parts: Sequence[int]) -> Interval:
+    """The share of groups of questions all of which are answered rightly.
+
+    Args:
+        answers: Each with `id`, `index` and `measures`. Of several answers to a question, all first ones
+            make up groups, all second ones, and so on.
+        parts: Which parts of an id, set apart by slashes, name its group.
+    """
+    seen: Counter[int] = Counter()
+    groups: dict[tuple[str, ...], dict[int, bool]] = {}
+    for answer in answers:
+        pieces = answer["id"].split("/")
+        name, turn = tuple(pieces[part] for part in parts), seen[answer["index"]]
+        seen[answer["index"]] += 1
+        group = groups.setdefault(name, {})
+        group[turn] = group.get(turn, True) and answer["measures"]["accuracy"] == 1
+    values = [(name, right) for name, group in groups.items() for right in group.values()]
+    return ratio_interval(np.array([float(right) for _, right in values]), clusters=[name for name, _ in values])
+
+
+def _means(suite: Suite, results: Mapping[str, Mapping[str, Interval]]) -> Iterator[tuple[str, dict[str, Interval]]]:
+    for name, (metric, entries) in suite.means.items():
+        values = [results[entry][metric].value for entry in entries if entry in results]
+        if values:
+            mean = Interval(float(np.nanmean(values)), math.nan, math.nan)
+            yield f"{name}, mean of {len(values)}", {metric: mean}
+
+
+def suite_table(
+    config: EvalConfig, suite: Suite, found: Sequence[Found], results: Mapping[str, Mapping[str, Interval]]
+) -> Table:
+    """The paper's table: a row for each metric of each data set."""
+    how = "greedy" if config.samples is None else f"{config.samples} sampled answers each"
+    title = f"{config.suite}: {config.model}, {how}"
+    caption = "95 % intervals by bootstrap over samples"
+    columns = ("data set", "metric", "value", "unparsable")
+    table = Table(*columns, title=title, title_justify="left", caption=caption, caption_justify="left")
+    shown = {one.entry.name: (*one.entry.shows, "judge", *one.entry.all_right) for one in found}
+    for name, metrics in results.items():
+        wanted = shown.get(name, tuple(metrics))
+        subjects = [metric for metric in metrics if metric.startswith("accuracy/") and metric not in wanted]
+        unparsable = f"{metrics['unparsable'].value:.1%}" if "unparsable" in metrics else ""
+        for metric in (metric for metric in (*wanted, *subjects) if metric in metrics):
+            table.add_row(name, metric, written(metrics[metric]), unparsable)
+    return table
+
+
+def _write(file: Path, results: Mapping[str, Mapping[str, Interval]]) -> None:
+    """Writes the metrics of a suite, by data set, as JSON can hold them."""
+    write_whole(file, json.dumps({name: as_json(one) for name, one in results.items()}, indent=2) + "\n")

@@ -1,0 +1,163 @@
+"""`vlmenv train`: builds environments, agent and algorithm from options, and trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.utils import broadcast_object_list
+from rich.console import Console
+
+from vlmenv.algos import Trainer, find_algorithm
+from vlmenv.algos.trainer import check_staleness
+from vlmenv.building import DTYPES, adapt, check_device, check_engine, load_agent, report_broken_rows, task_arguments
+from vlmenv.core.errors import ConfigError
+from vlmenv.envs.vector import VisualTaskVectorEnv
+from vlmenv.options.command_line import Asked, parse_with_files
+from vlmenv.options.fields import flatten
+from vlmenv.options.train import TrainConfig, default_config
+from vlmenv.processes import processes_of
+from vlmenv.runs.checkpoints import load_checkpoint
+from vlmenv.runs.loop import TrainingLoop, compare, evaluate_now, measured_before
+from vlmenv.runs.models import with_checkpoint
+from vlmenv.runs.record import asked_yaml, print_dry_run, resolved_yaml
+from vlmenv.runs.run_folder import RunFolder
+from vlmenv.runs.tracking import Tracking, require_tracker
+from vlmenv.tasks import make_envs
+
+
+def parse(args: Sequence[str], program: str) -> Asked:
+    """The options of a command line."""
+    return parse_with_files(args, default_config, program)
+
+
+def run(asked: Asked) -> Path:
+    """Trains, and returns the run's folder."""
+    with ExitStack() as opened:
+        return _run(asked, opened)
+
+
+def _run(asked: Asked, opened: ExitStack) -> Path:
+    """Sets a run up and goes through it; `opened` closes what it leaves open."""
+    config: TrainConfig[Any] = asked.config
+    check_device(config.device)
+    if config.batches.precision == "fp16" and (config.device == "cpu" or not torch.cuda.is_available()):
+        raise ConfigError("precision fp16 needs a CUDA GPU: take fp32 or bf16")
+    require_tracker(config.logging.tracker)
+    run = _run_folder(config)
+    accelerator = _accelerator(config, run)
+    console = Console(quiet=not accelerator.is_main_process)
+    for note in asked.notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
+    config = with_checkpoint(config, console)
+    processes_of(accelerator)  # raises now what is wrong with them, and not when the model has been loaded
+    check_engine(config, accelerator.device, accelerator.num_processes)
+    check_staleness(config.trainer, accelerator)
+    if accelerator.is_main_process and config.resume is None:
+        run.check_new()
+    with console.status("reading the data"):
+        envs = _training_envs(config, accelerator)
+        held_out = None if config.measuring.eval_limit == 0 else _evaluation_envs(config)
+    report_broken_rows(envs, console)
+    if held_out is not None and not (config.measuring.eval_dataset is None and config.measuring.eval_split is None):
+        report_broken_rows(held_out, console)
+    config = _in_steps(config, envs.task.source.size)
+    if config.dry_run:
+        print_dry_run(config, envs, run, accelerator, console)
+        return run.path
+    agent = load_agent(config, accelerator.device, engine_dtype=DTYPES[config.batches.precision])
+    opened.callback(agent.close)
+    algorithm = find_algorithm(config.algo).make(config.algorithm)
+    torch.manual_seed(config.seed)  # which new adapters are drawn from
+    adapt(agent, config.adaptation)
+    if algorithm.wants_values:
+        agent.add_value_head()
+    trainer = Trainer(agent, envs, algorithm, config.trainer, accelerator)
+    if accelerator.is_main_process and config.resume is None:
+        run.create(asked_yaml(config, asked.names), resolved_yaml(config, envs, accelerator))
+    console.print(f"{config.env}, {config.algo}, model {config.model}; writing to {run.path}", highlight=False)
+    last = run.checkpoints()[-1:] if config.resume is not None else []
+    step = run.step_of(last[0]) if last else 0
+    tracking = Tracking(accelerator, config.logging.tracker, run, flatten(config), step=step)
+    before = measured_before(trainer, held_out, config, run, console)
+    if config.resume is not None:
+        load_checkpoint(trainer, run)
+        console.print(f"going on after step {trainer.step}" if trainer.step else "no checkpoint yet: starting over")
+    training = TrainingLoop(trainer, envs, held_out, config, run, tracking, console, before)
+    training()
+    after = training.measured.get(trainer.step) or evaluate_now(trainer, held_out, config, "after training", console)
+    if accelerator.is_main_process and held_out is not None and before is not None and after is not None:
+        compare(config, run, held_out, before, after, console)
+    console.print(f"model, metrics and pictures are in {run.path}", highlight=False)
+    agent.close()  # before the processes part: vLLM has a group of its own among them
+    accelerator.state.destroy_process_group()
+    return run.path
+
+
+def _run_folder(config: TrainConfig[Any]) -> RunFolder:
+    """The run's folder. A name by the time is that of the main rank."""
+    PartialState(cpu=config.device == "cpu")  # finds the other ranks
+    path = config.resume or config.logging.output or RunFolder.default_path(config.env, config.algo)
+    return RunFolder(Path(broadcast_object_list([path])[0]))
+
+
+def _accelerator(config: TrainConfig[Any], run: RunFolder) -> Accelerator:
+    precision, tracker = config.batches.precision, config.logging.tracker
+    return Accelerator(
+        cpu=config.device == "cpu",
+        mixed_precision="no" if precision == "fp32" else precision,
+        log_with=None if tracker == "none" else tracker,
+        project_dir=run.path,
+        # A rank whose rows happen to hold no image gives the vision tower no gradient.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+
+
+def _training_envs(config: TrainConfig[Any], accelerator: Accelerator) -> VisualTaskVectorEnv:
+    ranks, group_size, prompts = accelerator.num_processes, config.algorithm.group_size, config.batches.prompts_per_step
+    if prompts % ranks:
+        raise ConfigError(f"prompts_per_step={prompts} is not a multiple of {ranks} processes")
+    return make_envs(
+        config.env,
+        prompts // ranks * group_size,
+        group_size=group_size,
+        shard=accelerator.process_index,
+        num_shards=ranks,
+        answers=find_algorithm(config.algo).make(config.algorithm).imitates,
+        revisit=config.batches.revisit,
+        **config.data.arguments(),
+        **task_arguments(config),
+    )
+
+
+def _in_steps(config: TrainConfig[Any], samples: int | None) -> TrainConfig[Any]:
+    """The options with `steps` and `warmup_steps` in place of `epochs` and `warmup_share`."""
+    trainer, batches = config.trainer, config.batches
+    if batches.epochs is not None:
+        if samples is None:
+            raise ConfigError("epochs are passes over a data set, and the built-in samples have no end: give steps")
+        trainer = replace(trainer, steps=math.ceil(batches.epochs * samples / batches.prompts_per_step))
+    if batches.warmup_share is not None:
+        trainer = replace(trainer, warmup_steps=round(batches.warmup_share * trainer.steps))
+    return replace(config, trainer=trainer, batches=replace(batches, epochs=None, warmup_share=None))
+
+
+def _evaluation_envs(config: TrainConfig[Any]) -> VisualTaskVectorEnv:
+    data, measuring = config.data, config.measuring
+    split = "eval" if data.dataset is None else measuring.eval_split
+    if measuring.eval_dataset is None and data.dataset is not None:
+        split = split or data.split
+    measured_on = replace(
+        data,
+        dataset=measuring.eval_dataset or data.dataset,
+        image_root=measuring.eval_image_root or data.image_root,
+        split=split,
+    )
+    num_envs = min(64, config.batches.prompts_per_step * config.algorithm.group_size)
+    return make_envs(config.env, num_envs, **measured_on.arguments(), **task_arguments(config))

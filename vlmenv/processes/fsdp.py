@@ -1,0 +1,138 @@
+"""Processes that hold shares of weights, gradients and optimizer by torch's FSDP2 (`fully_shard`)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MethodType
+from typing import Any, ClassVar, cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from vlmenv.agents.base import Agent, Reference
+from vlmenv.agents.references import FrozenPolicy
+from vlmenv.processes.base import Shares
+
+
+class FSDP(Shares):
+    """Shares by FSDP2.
+
+    A block of the model is gathered when it is run, and let go after it; the rest of the model is one unit. Under
+    bfloat16 the blocks' weights travel as such, and gradients in float32.
+
+    Args:
+        accelerator: Of the processes.
+        reshard: Whether blocks are let go after the forward pass, and gathered again for the backward pass.
+    """
+
+    name: ClassVar[str] = "FSDP2"
+
+    def __init__(self, accelerator: Accelerator, reshard: bool) -> None:
+        super().__init__(accelerator)
+        self._reshard = reshard
+
+    def _divide(
+        self, agent: Agent, reference: Reference | None, optimizer: Callable[[], torch.optim.Optimizer]
+    ) -> torch.optim.Optimizer:
+        mesh = init_device_mesh(self.accelerator.device.type, (self.accelerator.num_processes,))
+        named = {module: name for name, module in agent.policy.named_modules()}
+        names = [named[block] for block in agent.blocks()]
+        self._shard(agent.policy, names, mesh)
+        if isinstance(reference, FrozenPolicy):
+            self._shard(reference.policy, names, mesh)
+            cast(FSDPModule, reference.policy).set_reshard_after_forward(True)
+        self._optimizer: torch.optim.Optimizer = optimizer()
+        return self._optimizer
+
+    def _shard(self, policy: nn.Module, blocks: list[str], mesh: DeviceMesh) -> None:
+        precision = MixedPrecisionPolicy()
+        if self.accelerator.mixed_precision == "bf16":
+            precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        parts = [policy.get_submodule(name) for name in blocks]
+        for part in parts:
+            fully_shard(part, mesh=mesh, reshard_after_forward=self._reshard, mp_policy=precision)
+        fully_shard(policy, mesh=mesh)
+        _make_root(policy)
+        # Left alone, a backward pass gathers in advance what this process ran before: in rollouts too, where another
+        # process may have run nothing. (What is named for the first is itself, since none is before it.)
+        for before, part in itertools.pairwise([parts[0], *parts, policy]):
+            cast(FSDPModule, part).set_modules_to_backward_prefetch([cast(FSDPModule, before)])
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """As in `Processes`. What the blocks' weights are gathered in is then the precision of all else."""
+        modules = [module for module in self.agent.policy.modules() if isinstance(module, FSDPModule)]
+        for module in modules:
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+        try:
+            with self.autocast():
+                yield
+        finally:
+            for module in modules:
+                inner = module is not self.agent.policy
+                module.set_reshard_after_forward(inner and self._reshard, recurse=False)
+                module.reshard()
+
+    def _clip(self, max_norm: float) -> float:
+        norm = torch.nn.utils.clip_grad_norm_(self.agent.parameters(), max_norm)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """All of them in the main process, on the CPU; none in the others."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = cast(dict[str, Tensor], get_model_state_dict(self.agent.policy, options=options))
+        first: dict[nn.Parameter, str] = {}
+        for name, parameter in self.agent.policy.named_parameters(remove_duplicate=False):
+            if name in state:  # weights under two names are one tensor again, and are written once
+                state[name] = state[first.setdefault(parameter, name)]
+        return state
+
+    def shared_state(self) -> dict[str, Any]:
+        return {}
+
+    def own_state(self) -> dict[str, Any]:
+        state = self._optimizer.state_dict()
+        own = {i: {name: _local(value) for name, value in kept.items()} for i, kept in state["state"].items()}
+        return {"optimizer": state | {"state": own}}
+
+    def load(self, folder: Path, shared: dict[str, Any], own: dict[str, Any]) -> None:
+        parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        state = own["optimizer"]
+        whole = {
+            i: {name: _like(value, parameters[i]) for name, value in kept.items()} for i, kept in state["state"].items()
+        }
+        super().load(folder, shared, {"optimizer": state | {"state": whole}})
+
+
+def _make_root(policy: nn.Module) -> None:
+    """The first module to run becomes the root of the others: an empty pass, before any block runs by itself."""
+    policy.__dict__["pass_through"] = MethodType(lambda _: None, policy)
+    register_fsdp_forward_method(policy, "pass_through")
+    policy.__dict__.pop("pass_through")()
+    cast(FSDPModule, policy).reshard()
+
+
+def _local(value: Any) -> Any:
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def _like(value: Any, parameter: DTensor) -> Any:
+    """A share of an optimizer's state as a part of the whole, laid out as the parameter is."""
+    if not isinstance(value, Tensor) or value.shape != parameter.to_local().shape:
+        return value
+    return DTensor.from_local(
+        value.to(parameter.device),
+        parameter.device_mesh,
+        parameter.placements,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )

@@ -1,0 +1,108 @@
+"""Which way of training by several processes `accelerate launch` asks for, and what it may not ask for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin, DistributedType, DynamoBackend, FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import CPUOffloadPolicy
+
+from vlmenv.core.errors import require
+from vlmenv.processes.base import Processes
+from vlmenv.processes.fsdp import FSDP
+from vlmenv.processes.zero import ZeRO
+
+
+def processes_of(accelerator: Accelerator) -> Processes:
+    """The processes of an accelerator.
+
+    On the CPU accelerate passes over FSDP and DeepSpeed without a word; here its configuration holds there too.
+
+    Raises:
+        ConfigError: Its configuration asks for something that is not supported, or would not be heeded.
+    """
+    _check(accelerator)
+    if accelerator.distributed_type != DistributedType.NO and _asks_for("FSDP"):
+        plugin = getattr(accelerator.state, "fsdp_plugin", None) or FullyShardedDataParallelPlugin()
+        check_fsdp(accelerator, plugin)
+        return FSDP(accelerator, plugin.reshard_after_forward)
+    if accelerator.distributed_type != DistributedType.NO and _asks_for("DEEPSPEED"):
+        plugin = DeepSpeedPlugin()  # as launched: accelerate's own has been filled in
+        check_deepspeed(accelerator, plugin)
+        return ZeRO(accelerator, _without_auto(plugin.deepspeed_config["zero_optimization"]))
+    return Processes(accelerator)
+
+
+def _asks_for(name: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
+
+
+def _check(accelerator: Accelerator) -> None:
+    require(
+        accelerator.gradient_accumulation_steps == 1,
+        "gradient_accumulation_steps of accelerate must be 1: micro_batch_size divides batches, exactly",
+    )
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    require(
+        asked in ("no", accelerator.mixed_precision),
+        f"mixed_precision {asked} of accelerate is not heeded: give --precision {asked}, or leave it out there",
+    )
+    compiles = accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+    require(not compiles, "dynamo_backend of accelerate is not supported: set it to no")
+    for name in ("MEGATRON_LM", "PARALLELISM_CONFIG"):
+        require(not _asks_for(name), f"{name.lower()} of accelerate is not supported: see docs/distributed.md")
+
+
+def check_fsdp(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
+    """Raises ConfigError where a configuration of FSDP asks for what is not supported."""
+    require(plugin.fsdp_version == 2, f"FSDP {plugin.fsdp_version} is not supported: set fsdp_version to 2")
+    require(
+        not plugin.cpu_ram_efficient_loading,
+        "fsdp_cpu_ram_efficient_loading must be false: every process reads the model's weights by itself",
+    )
+    require(not isinstance(plugin.cpu_offload, CPUOffloadPolicy), "fsdp_offload_params must be false")
+    require(
+        not plugin.activation_checkpointing,
+        "fsdp_activation_checkpointing does not go together with cached prompts: give --gradient-checkpointing",
+    )
+    require(plugin.ignored_modules is None, "fsdp_ignored_modules is not supported: all of the model is shared")
+    require(accelerator.mixed_precision != "fp16", "FSDP does not go with precision fp16: take bf16")
+
+
+_DEEPSPEED = {
+    "zero_optimization",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "steps_per_print",
+}
+"""What DeepSpeed's configuration may hold."""
+
+
+def check_deepspeed(accelerator: Accelerator, plugin: DeepSpeedPlugin) -> None:
+    """Raises ConfigError where a configuration of DeepSpeed asks for what is not supported."""
+    require(accelerator.mixed_precision != "fp16", "DeepSpeed does not go with precision fp16 here: take bf16")
+    config = plugin.deepspeed_config
+    require(not (other := sorted(set(config) - _DEEPSPEED)), f"DeepSpeed's {', '.join(other)} is not supported here")
+    zero = config["zero_optimization"]
+    require(zero["stage"] in (1, 2, 3), f"DeepSpeed's ZeRO stage must be 1, 2 or 3, not {zero['stage']}")
+    for name in ("offload_optimizer", "offload_param"):
+        require(zero.get(name, {}).get("device", "none") == "none", f"DeepSpeed's {name} is not supported")
+    require(not plugin.zero3_init_flag, "zero3_init_flag must be false: every process reads the weights by itself")
+    require(
+        config.get("gradient_clipping", "auto") == "auto",
+        "leave out DeepSpeed's gradient_clipping: --max-grad-norm clips",
+    )
+    require(
+        config.get("gradient_accumulation_steps", 1) in ("auto", 1),
+        "gradient_accumulation_steps of DeepSpeed must be 1: micro_batch_size divides batches, exactly",
+    )
+
+
+def _without_auto(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are given; for those at "auto" DeepSpeed has defaults."""
+    return {name: value for name, value in options.items() if value != "auto"}

@@ -1,0 +1,143 @@
+"""Processes that hold shares of gradients, optimizer and, at stage 3, weights by DeepSpeed's ZeRO (arXiv 1910.02054).
+
+DeepSpeed is used through its engine alone; accelerate's wrapper would take an optimiser step with every backward pass.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from vlmenv.agents.base import Agent, Reference
+from vlmenv.core.errors import TrainingError
+from vlmenv.processes.base import Shares
+
+
+class ZeRO(Shares):
+    """Shares by ZeRO; weights are in float32, and passes under autocast, as with the other kinds of processes.
+
+    Args:
+        accelerator: Of the processes.
+        options: DeepSpeed's options under `zero_optimization`.
+    """
+
+    name: ClassVar[str] = "ZeRO"
+
+    def __init__(self, accelerator: Accelerator, options: Mapping[str, Any]) -> None:
+        super().__init__(accelerator)
+        self._options, self._stage = options, options["stage"]
+        self.divides_weights = self._stage == 3
+        self._bf16 = accelerator.mixed_precision == "bf16"
+
+    def _divide(
+        self, agent: Agent, reference: Reference | None, optimizer: Callable[[], torch.optim.Optimizer]
+    ) -> torch.optim.Optimizer:
+        if self.accelerator.device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed
+
+        config = {
+            "train_micro_batch_size_per_gpu": 1,  # must be given, but counts for nothing here
+            "gradient_accumulation_steps": 1,
+            "zero_optimization": self._options,
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": None,
+        }
+        if self._bf16:
+            config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+        plain = optimizer()
+        self._engine, *_ = deepspeed.initialize(model=agent.policy, optimizer=plain, config=config)
+        self._policy, agent.policy = agent.policy, self._engine
+        return plain
+
+    def autocast(self) -> AbstractContextManager[None]:
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self._bf16)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        if self._stage < 3:
+            yield
+            return
+        with self._gathered(), self._without_hooks():
+            yield
+
+    def _gathered(self, writer: int | None = None) -> AbstractContextManager[None]:
+        from deepspeed import zero
+
+        context: AbstractContextManager[None] = zero.GatheredParameters(list(self._policy.parameters()), writer)
+        return context
+
+    @contextmanager
+    def _without_hooks(self) -> Iterator[None]:
+        """Keeps modules from gathering and letting go their weights."""
+        gatherer = self._engine.optimizer.parameter_offload
+        for handle in (*gatherer.forward_hooks, *gatherer.backward_hooks):
+            handle.remove()
+        gatherer.forward_hooks, gatherer.backward_hooks = [], []
+        try:
+            yield
+        finally:
+            gatherer._register_deepspeed_module(gatherer.module)
+
+    @contextmanager
+    def passing(self, last: bool) -> Iterator[None]:
+        self._engine.set_gradient_accumulation_boundary(last)
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss * self.accelerator.num_processes)  # which are averaged over
+
+    def step(self, max_norm: float, *, learn: bool) -> float:
+        if not learn:
+            raise TrainingError("the loss is not finite, and DeepSpeed cannot leave a step out for that")
+        zero = self._engine.optimizer
+        zero.clip_grad = max_norm
+        self._engine.step()
+        return math.inf if zero.overflow else float(self._engine.get_global_grad_norm())
+
+    def weights(self) -> Mapping[str, Tensor] | None:
+        if self._stage < 3:
+            return None
+        with self._gathered():
+            if not self.accelerator.is_main_process:
+                return {}
+            copies: dict[int, Tensor] = {}  # weights under two names stay one tensor
+            state = self._policy.state_dict()
+            return {name: copies.setdefault(t.data_ptr(), t.to("cpu", copy=True)) for name, t in state.items()}
+
+    def shared_state(self) -> dict[str, Any]:
+        return {}
+
+    def own_state(self) -> dict[str, Any]:
+        plain = self._engine.optimizer.optimizer
+        rates = [group["lr"] for group in plain.param_groups]
+        return {"optimizer": {"lr": rates, "state": [dict(plain.state[share]) for share in self._parts()]}}
+
+    def load(self, folder: Path, shared: dict[str, Any], own: dict[str, Any]) -> None:
+        if self._stage < 3:
+            self.agent.load(folder)
+        else:
+            with self._gathered(writer=0):
+                self.agent.load(folder)
+        zero, state = self._engine.optimizer, own["optimizer"]
+        zero.refresh_fp32_params()
+        for group, rate in zip(zero.optimizer.param_groups, state["lr"], strict=True):
+            group["lr"] = rate
+        for share, kept in zip(self._parts(), state["state"], strict=True):
+            zero.optimizer.state[share] = {name: value.to(share.device) for name, value in kept.items()}
+
+    def _parts(self) -> list[Tensor]:
+        """The shares of the weights that this process's optimizer changes, flat."""
+        zero = self._engine.optimizer
+        parts: list[Tensor] = (
+            zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
+        )
+        return parts
