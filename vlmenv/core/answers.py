@@ -313,14 +313,14 @@ def _boxes_of_object(value: dict[str, Any], label: str | None, depth: int) -> It
     whole = not isinstance(value, Cut)
     numbers = _named_numbers(named)
     key = next((key for key in _BOX_KEYS if key in named), None)
-    if key is None and numbers is None:
-        for name, one in value.items():
-            yield from _boxes_in(one, own if isinstance(own, str) else name, depth + 1)
-    elif key is None:
-        yield _Mention(own if isinstance(own, str) else label, _box(numbers), by_key=True, whole=whole)
-    else:
+    if key is not None:
         for found in _boxes_by_key(named[key], own if own is not None else label, depth):
             yield found._replace(by_key=True, whole=whole and found.whole)
+    elif numbers is not None:
+        yield _Mention(own if isinstance(own, str) else label, _box(numbers), by_key=True, whole=whole)
+    else:
+        for name, one in value.items():
+            yield from _boxes_in(one, own if isinstance(own, str) else name, depth + 1)
 
 
 def _boxes_by_key(value: object, label: str | list[Any] | None, depth: int) -> Iterator[_Mention]:

@@ -16,7 +16,7 @@ SECTIONS: Final = (
 """The headings of PeBR-R1 (arXiv 2509.13031)."""
 
 _FENCE: Final = "```"
-_MOST_BLOCKS: Final = 100  # of which an answer may be the last
+_ANEW = re.compile(r"</answer>\s*+<think>")
 
 
 class AnswerFormat(StrEnum):
@@ -28,7 +28,7 @@ class AnswerFormat(StrEnum):
     """Four headings, the answer after the last, as in PeBR-R1."""
 
     def extract(self, text: str) -> str | None:
-        """The answer in a completion; None where there is none, or several that differ."""
+        """The answer in a completion; None where there is none, or several."""
         return extract_answer(text) if self is AnswerFormat.TAGS else _final_answer(text)
 
     def is_followed(self, text: str) -> bool:
@@ -80,35 +80,31 @@ def is_think_answer(text: str) -> bool:
 def extract_answer(text: str) -> str | None:
     """The answer in a text with tags, or None.
 
-    Only what follows the last `</think>` counts, and nothing in thinking that is never closed. There, an answer block
-    counts, closed or not, or else all of it. Several blocks that differ are no answer after thinking; in a text that
-    does not set its thinking apart the last one counts.
+    Only what follows the last `</think>` counts, and nothing in thinking that is never closed. There, the only answer
+    block counts, closed or not, or without one all of it; what thinks anew after an answer is none. A text that does
+    not set its thinking apart may quote the tags before its answer: its last block counts.
     """
-    _, thought, spoken = text.rpartition("</think>")
+    thinking, thought, spoken = text.rpartition("</think>")
+    if _ANEW.search(thinking):
+        return None
     spoken = spoken.partition("<think>")[0]
-    if spoken.count("<answer>") > _MOST_BLOCKS:
+    before, answered, content = spoken.rpartition("<answer>")
+    if thought and "<answer>" in before:
         return None
-    pieces = [piece.partition("</answer>")[0] for piece in spoken.split("<answer>")]
-    blocks = [piece for piece in pieces[1:] if piece.strip()]
-    if len(pieces) == 1 and thought and pieces[0].strip():
-        return pieces[0]
-    if not blocks or (thought and len({block.strip() for block in blocks}) > 1):
-        return None
-    return blocks[-1]
+    content = content.partition("</answer>")[0]
+    return content if (thought or answered) and content.strip() else None
 
 
 def _final_answer(text: str) -> str | None:
-    """All that follows the final heading; None where it occurs twice with different answers, or another follows.
+    """All that follows the final heading; None where it occurs twice, or another follows.
 
     A heading within a line is quoted, unless none stands at the beginning of a line.
     """
-    parts = re.split(rf"^[ \t]*+{re.escape(SECTIONS[-1])}", text, flags=re.MULTILINE)
-    if len(parts) == 1:
-        parts = list(text.rpartition(SECTIONS[-1])[::2]) if SECTIONS[-1] in text else parts
-    answers = {part.strip() for part in parts[1:]}
-    if len(answers) != 1:
+    parts = text.split(SECTIONS[-1])
+    begun = [i for i in range(1, len(parts)) if not parts[i - 1].rpartition("\n")[2].strip()]
+    if len(parts) == 1 or len(begun) > 1:
         return None
-    answer = answers.pop()
+    answer = SECTIONS[-1].join(parts[begun[0] if begun else -1 :]).strip()
     return None if not answer or any(heading in answer for heading in SECTIONS) else answer
 
 
