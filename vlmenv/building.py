@@ -40,12 +40,8 @@ def task_arguments(config: TaskConfig) -> dict[str, Any]:
     """
     folder, prompts = find_model(config.model), config.prompts
     space = coordinate_space(folder) if prompts.coordinates == "auto" else CoordinateSpace(prompts.coordinates)
-    return {
-        "rewards": prompts.rewards,
+    return prompts.task_arguments() | {
         "extra_terms": config.scorers.terms(),
-        "prompt_template": prompts.prompt_template,
-        "system_prompt": prompts.system_prompt,
-        "answer_format": prompts.answer_format,
         "count_tokens": TokenCount(folder),
         "coordinates": space.value,
         "resize": resize_rule(folder) if space is CoordinateSpace.RESIZED else None,
