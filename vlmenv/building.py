@@ -284,8 +284,10 @@ _COUNTED = 100_000  # characters; a longer answer counts as this long
 
 
 def report_broken_rows(envs: VisualTaskVectorEnv, console: Console) -> None:
-    """Says how many rows of a data set were left out."""
+    """Says how many rows of a data set were left out, and what of the others is not read."""
     source = envs.task.source
+    for warning in source.usage.warnings() if source.usage is not None else ():
+        _say(warning, console)
     total = len(source.faults) + sum(source.unwanted.values()) + (source.size or 0)
     for reason, count in source.unwanted.items():
         _say(f"{count} of {total} rows are left out: {reason}", console)

@@ -374,7 +374,7 @@ def test_tables_of_vlmevalkit(folder: Path) -> None:
 REFUSED = {
     "a video": ({"videos": ["a.mp4"]}, "a video in 'videos'.* store frames as 'images'"),
     "a video's path": ({"video_path": "a.mp4"}, "a video in 'video_path'"),
-    "a sound": ({"audio": "a.wav"}, "an? audio in 'audio'"),
+    "a sound": ({"audio": "a.wav"}, "sound in 'audio'"),
     "a video's mark": ({"question": "<video>Why?"}, "a <video> mark"),
     "an image elsewhere": (
         {"screen": "a.png"},
