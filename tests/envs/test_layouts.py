@@ -7,12 +7,14 @@ import csv
 import gzip
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 from vlmenv.core.errors import DataError
@@ -134,6 +136,17 @@ def test_a_row_is_read_and_its_truth_scores(folder: Path, layout: str) -> None:
     observation = check(env, "Which colour?")
     assert observation["images"][0][0, 0].tolist() == [255, 0, 0]
     assert "<image>" not in observation["prompt"]
+
+
+def test_the_rows_of_the_page_are_read(folder: Path) -> None:
+    page = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```json\n(.*?)```", page, flags=re.DOTALL)
+    (folder / "a.png").rename(folder / "1.png")
+    rows = [json.loads(line) for line in block.splitlines()]
+    assert len(rows) >= 12
+    for row in rows:
+        task = VQAEnv if "objects" not in row else RECEnv if "ref" in row["objects"] else OVDEnv
+        check(task(dataset=dump(folder, row)), "Which?" if task is VQAEnv else "")
 
 
 @pytest.mark.parametrize(
