@@ -153,13 +153,18 @@ def _plain(value: float) -> str:
 
 def numbers_in(text: str) -> list[Box]:
     """The lists of four numbers in a text."""
+    return boxes_of(text, change_numbers)
+
+
+def boxes_of(target: Any, map_boxes: MapBoxes) -> list[Box]:
+    """The boxes of a truth."""
     found: list[Box] = []
 
     def keep(box: Box) -> Box:
         found.append(box)
         return box
 
-    change_numbers(text, keep)
+    map_boxes(target, keep)
     return found
 
 

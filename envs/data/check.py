@@ -14,6 +14,7 @@ from vlmenv.envs.data.boxes import (
     BoxForm,
     BoxOrientation,
     BoxReading,
+    boxes_of,
     corners,
     lengths,
     numbers_in,
@@ -148,7 +149,7 @@ def _boxed(found: LookedAt, ref: str, reading: BoxReading, place: str) -> BoxedR
     else:
         numbers, form = numbers_in(row.answer), BoxForm.XYXY
         if not numbers and found.sample is not None and reading.form in (None, BoxForm.XYXY):  # written otherwise
-            reading.map_boxes(found.sample.target, lambda box: numbers.append(box) or box)
+            numbers = boxes_of(found.sample.target, reading.map_boxes)
     return BoxedRow(place, tuple(numbers), shown, turn, reading.told(row, shown), form)
 
 
