@@ -205,8 +205,8 @@ def _checked(config: EvalConfig) -> Suite:
         )
     own = EvalConfig()
     taken = ("env", "dataset", "image_root", "split", "columns", "rewards", "min_image_side", "without_text")
-    taken += ("boxes_in", "box_orientation")
-    for name in taken:
+    boxes = ("boxes_in", "box_orientation")
+    for name in (*taken, *boxes):
         if getattr(config, name) != getattr(own, name):
             raise ConfigError(f"{name} does not go with a suite, which has its own")
     if config.scorers.clip_model is not None:
