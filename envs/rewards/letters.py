@@ -51,11 +51,11 @@ class Offer:
         """As `read_letters`."""
         text = tidy(content)
         concluded = conclusions(text)
-        for piece, is_boxed in concluded:
+        for piece, _ in concluded:
             if named := self._named(bare(piece), several):
                 return _decided(named, several)
-            if self._texts and (is_boxed or _IS_VALUE.search(piece)):
-                return None  # the answer is none of the choices, whatever was named on the way
+        if self._texts and any(is_boxed or _IS_VALUE.search(piece) for piece, is_boxed in concluded):
+            return None  # the answer is none of the choices, whatever was named on the way
         return _decided(self._named(bare(text), several), several)
 
     def _named(self, piece: str, several: bool) -> set[str]:
@@ -188,7 +188,7 @@ def _tokens(text: str) -> list[str]:
     text = bare(tidy(text))
     text = _ARTICLE.sub("", text.rstrip(".,;:!? ") or text, count=1)
     tokens = [token for token in _TOKEN.findall(text.replace(":", "/")) if token not in ("{", "}")]
-    words = [token for token in tokens if token.isalnum()]
+    words = [token for token in tokens if any(map(str.isalnum, token))]
     return words if len(words) == 1 and len(words[0]) == 1 and words[0].isalpha() else tokens  # "(A)", of a picture
 
 
