@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlmenv.algos.losses import Aggregation
-from vlmenv.core.errors import ConfigError
+from vlmenv.core.errors import require
 
 
 @dataclass(frozen=True)
@@ -30,17 +29,6 @@ class AlgorithmConfig:
         require(self.group_size >= 1, f"group_size must be at least 1, not {self.group_size}")
         require(self.mu >= 1, f"mu must be at least 1, not {self.mu}")
         require(self.minibatches >= 1, f"minibatches must be at least 1, not {self.minibatches}")
-
-
-def require(condition: bool, message: str) -> None:
-    """Raises ConfigError unless an option is as it must be."""
-    if not condition:
-        raise ConfigError(message)
-
-
-def require_weight(name: str, value: float) -> None:
-    """Raises ConfigError unless an option is a finite number from 0 up."""
-    require(0 <= value < math.inf, f"{name} must be a number from 0 up, not {value}")
 
 
 @dataclass(slots=True)

@@ -12,10 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vlmenv.core.errors import RewardError
-from vlmenv.core.rollout import Completion, Prompt, Rollout, unbatch
+from vlmenv.core.rollout import Completion, Prompt, Rollout, Rows, unbatch
 from vlmenv.core.spaces import Image
-
-Rows = slice | NDArray[np.int64]
 
 NO_TERMS: Final = ("reward/std", "reward/zero_std_groups")
 """Metrics that are named like a reward term, or the mean of all, and are on another scale."""

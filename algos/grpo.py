@@ -16,8 +16,6 @@ from vlmenv.algos.base import (
     LossOutput,
     Scored,
     ratio_sums,
-    require,
-    require_weight,
 )
 from vlmenv.algos.losses import (
     Aggregation,
@@ -29,6 +27,7 @@ from vlmenv.algos.losses import (
     is_weight_clipped,
     sequence_ratio,
 )
+from vlmenv.core.errors import require, require_weight
 
 
 @dataclass(frozen=True)

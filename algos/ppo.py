@@ -14,8 +14,6 @@ from vlmenv.algos.base import (
     LossOutput,
     Scored,
     ratio_sums,
-    require,
-    require_weight,
 )
 from vlmenv.algos.losses import (
     Estimator,
@@ -25,6 +23,7 @@ from vlmenv.algos.losses import (
     is_clipped,
     is_value_clipped,
 )
+from vlmenv.core.errors import require, require_weight
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,9 @@ from vlmenv.algos.base import (
     LossOutput,
     Scored,
     ratio_sums,
-    require,
-    require_weight,
 )
 from vlmenv.algos.losses import Aggregation, clipped_surrogate, divergence, is_clipped, sequence_ratio
+from vlmenv.core.errors import require, require_weight
 
 
 @dataclass(frozen=True)

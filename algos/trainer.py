@@ -27,12 +27,13 @@ from vlmenv.algos.background import Background
 from vlmenv.algos.base import Algorithm, LossInputs, Scored
 from vlmenv.algos.batch import Batch, Rollouts, Rows, micro_batches, minibatches, padding_share
 from vlmenv.algos.correction import Correction, importance_weights, mismatch
-from vlmenv.algos.faults import NonFiniteError, nonfinite_gradients, nonfinite_weights, together
+from vlmenv.algos.faults import NonFiniteError, nonfinite_gradients, nonfinite_weights
 from vlmenv.algos.losses import token_weights
-from vlmenv.algos.processes import processes_of
 from vlmenv.algos.replay import Replay
 from vlmenv.core.errors import ConfigError, DataError, PromptError
 from vlmenv.core.rollout import Rollout
+from vlmenv.processes import processes_of
+from vlmenv.processes.together import together
 
 _CORRECTION_CAP = 2.0
 

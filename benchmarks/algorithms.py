@@ -19,7 +19,7 @@ from findings.runs import check_model, draw_seeds, evaluation_of, hardware, publ
 from matplotlib.figure import Figure
 
 from vlmenv.algos import ALGORITHMS
-from vlmenv.training import AlgorithmName
+from vlmenv.commands.train import AlgorithmName
 
 
 @dataclass

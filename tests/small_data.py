@@ -13,7 +13,7 @@ from PIL import Image
 
 from vlmenv.core.formats import AnswerFormat
 from vlmenv.envs.captioning import CaptionEnv
-from vlmenv.envs.data.export import export_sample
+from vlmenv.envs.export import export_sample
 from vlmenv.envs.vqa import VQAEnv
 
 COUNT = 6

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 
 from vlmenv.agents.engines.remote import Patience
 from vlmenv.agents.vlm import find_model
+from vlmenv.building import check_engine
 from vlmenv.cli import main
+from vlmenv.commands.train import TrainConfig
 from vlmenv.core.errors import ConfigError
-from vlmenv.tasks import check_engine
-from vlmenv.training import TrainConfig
 
 TINY = ["--prompts-per-step", "2", "--group-size", "4", "--eval-limit", "4", "--device", "cpu"]
 
@@ -318,7 +318,7 @@ def test_an_engine_that_is_not_installed_is_told_before_anything_is_loaded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
-    for name in ("vlmenv.training", "vlmenv.evaluation"):
+    for name in ("vlmenv.commands.train", "vlmenv.evaluation"):
         monkeypatch.setattr(f"{name}.make_envs", lambda *_, **__: pytest.fail("data were read"))
     run = tmp_path / "run"
     for args in (["train", "--output", str(run)], ["eval"]):
@@ -329,7 +329,7 @@ def test_an_engine_that_is_not_installed_is_told_before_anything_is_loaded(
 
 
 def test_an_engine_that_cannot_be_had_like_this_is_refused_early(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlmenv.tasks.require_vllm", lambda: None)
+    monkeypatch.setattr("vlmenv.building.require_vllm", lambda: None)
     with pytest.raises(ConfigError, match="there is one: launch a multiple"):
         check_engine(TrainConfig(engine="vllm", tensor_parallel=2), torch.device("cpu"))
     with pytest.raises(ConfigError, match="there are 3: launch a multiple"):
@@ -386,7 +386,7 @@ def test_servers_are_named_in_either_way(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each by a `--server` of its own, several behind one, or in a file, which the command line overrides."""
-    monkeypatch.setattr("vlmenv.tasks.Patience", lambda: Patience(attempts=1))
+    monkeypatch.setattr("vlmenv.building.Patience", lambda: Patience(attempts=1))
     urls = [f"http://127.0.0.1:{port}" for port in (1, 2, 3)]
     file = tmp_path / "options.yaml"
     file.write_text(yaml.safe_dump({"engine": "vllm-server", "server": urls[:2], "device": "cpu"}))

@@ -23,11 +23,11 @@ from test_cli import TINY, fails, rows, timeless
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.algos import GRPO, GRPOConfig, StepResult, Trainer, TrainerConfig
 from vlmenv.algos.batch import Rollouts
-from vlmenv.checkpoints import save_checkpoint
 from vlmenv.cli import main
 from vlmenv.core.errors import CheckpointError
 from vlmenv.core.rollout import Rollout
-from vlmenv.report.run_folder import RunFolder
+from vlmenv.runs.checkpoints import save_checkpoint
+from vlmenv.runs.run_folder import RunFolder
 
 STEPS, ANSWERS = 5, 8
 """of a run, and in each of its steps"""

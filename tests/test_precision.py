@@ -10,13 +10,13 @@ import pytest
 import torch
 from conftest import shared
 
-import vlmenv.difficulty
+import vlmenv.commands.sample
+import vlmenv.commands.suite
 import vlmenv.evaluation
-import vlmenv.suites
 from vlmenv.agents.vlm import VLMAgent
+from vlmenv.building import load_agent
 from vlmenv.cli import main
 from vlmenv.evaluation import EvalConfig, run_evaluation
-from vlmenv.tasks import load_agent
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[VLMAgent]:
         agents.append(load_agent(*args, **options))
         return agents[-1]
 
-    for module in (vlmenv.evaluation, vlmenv.suites, vlmenv.difficulty):
+    for module in (vlmenv.evaluation, vlmenv.commands.suite, vlmenv.commands.sample):
         monkeypatch.setattr(module, "load_agent", load)
     return agents
 

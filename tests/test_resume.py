@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vlmenv.checkpoints import prune
 from vlmenv.cli import main
-from vlmenv.report.run_folder import RunFolder
+from vlmenv.runs.checkpoints import prune
+from vlmenv.runs.run_folder import RunFolder
 
 TINY = ["--prompts-per-step", "2", "--group-size", "4", "--eval-limit", "4", "--device", "cpu"]
 OPTIONS = {

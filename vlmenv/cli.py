@@ -18,17 +18,17 @@ from rich.markup import escape
 from rich.table import Table
 
 import vlmenv  # noqa: F401 (registers the environments)
-from vlmenv.core.config import flatten, gathered, option_value, with_config_file
+from vlmenv.building import visual_tasks
+from vlmenv.commands.data import DataConfig, check_data
+from vlmenv.commands.pipeline import PipelineConfig, run_pipeline
+from vlmenv.commands.sample import SampleConfig, run_sampling
+from vlmenv.commands.serve import ServeConfig, run_server
+from vlmenv.commands.suite import run_suite
+from vlmenv.commands.train import RIVALS, TrainConfig, default_config, run_training
 from vlmenv.core.errors import ConfigError, VLMEnvError
-from vlmenv.data import DataConfig, check_data
-from vlmenv.difficulty import SampleConfig, run_sampling
 from vlmenv.doctor import DoctorConfig, run_doctor
 from vlmenv.evaluation import EvalConfig, run_evaluation
-from vlmenv.pipeline import PipelineConfig, run_pipeline
-from vlmenv.serving import ServeConfig, run_server
-from vlmenv.suites import run_suite
-from vlmenv.tasks import visual_tasks
-from vlmenv.training import RIVALS, TrainConfig, default_config, run_training
+from vlmenv.options.files import flatten, gathered, option_value, with_config_file
 
 PROGRAM = "vlmenv"
 

@@ -17,16 +17,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from vlmenv.agents.base import Agent
-from vlmenv.algos.faults import together
-from vlmenv.algos.processes import Processes
 from vlmenv.algos.trainer import names_sample
+from vlmenv.building import DTYPES, TaskConfig, load_agent, make_envs, prepared, report_broken_rows
 from vlmenv.core.errors import ConfigError
 from vlmenv.core.files import write_whole
 from vlmenv.core.rollout import unbatch
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.metrics.intervals import Interval, ratio_interval
 from vlmenv.envs.vector import VisualTaskVectorEnv
-from vlmenv.tasks import DTYPES, TaskConfig, load_agent, make_envs, prepared, report_broken_rows
+from vlmenv.processes import Processes
+from vlmenv.processes.together import together
 
 DEFAULT_LIMIT = 512
 PROGRESS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

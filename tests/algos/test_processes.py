@@ -11,10 +11,10 @@ from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from conftest import ROOT, launch
 
-from vlmenv.algos.processes import processes_of
-from vlmenv.algos.processes.base import Shares
-from vlmenv.algos.processes.launch import check_deepspeed, check_fsdp
 from vlmenv.core.errors import ConfigError
+from vlmenv.processes import processes_of
+from vlmenv.processes.base import Shares
+from vlmenv.processes.launch import check_deepspeed, check_fsdp
 
 sys.path.append(str(ROOT / "tests" / "agents"))
 from small_models import invent

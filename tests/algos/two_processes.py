@@ -16,10 +16,10 @@ import vlmenv  # noqa: F401
 from vlmenv.agents.vlm import Sampling, VLMAgent
 from vlmenv.algos import GRPO, GRPOConfig, Trainer, TrainerConfig
 from vlmenv.algos.batch import Batch, micro_batches
-from vlmenv.checkpoints import load_checkpoint, save_checkpoint
 from vlmenv.core.rollout import Observation, Rollout
 from vlmenv.evaluation import evaluate
-from vlmenv.report.run_folder import RunFolder
+from vlmenv.runs.checkpoints import load_checkpoint, save_checkpoint
+from vlmenv.runs.run_folder import RunFolder
 
 TOKENS = 120  # of a micro-batch
 

@@ -18,11 +18,11 @@ from vlmenv.agents import checkpoints
 from vlmenv.agents.sampling import Sampled
 from vlmenv.agents.vlm import VLMAgent, find_model
 from vlmenv.cli import main
-from vlmenv.core.config import to_yaml
+from vlmenv.commands.train import ModelConfig, default_config
 from vlmenv.core.errors import EngineError, RewardError
 from vlmenv.doctor import CHECKS
 from vlmenv.envs.rec import RECEnv
-from vlmenv.training import ModelConfig, default_config
+from vlmenv.options.files import to_yaml
 
 NUMBERS = {"log-probs", "greedy answers", "after an update", "weights put back"}
 """checks that compare log-probabilities"""

@@ -16,8 +16,8 @@ from vlmenv.agents.engines import vllm as engines
 from vlmenv.agents.engines.base import Request
 from vlmenv.agents.engines.vllm import VLLMEngine
 from vlmenv.agents.vlm import VLMAgent
+from vlmenv.commands.train import ModelConfig
 from vlmenv.doctor import Finding
-from vlmenv.training import ModelConfig
 
 pytestmark = pytest.mark.vllm
 NUMBERS = {"log-probs", "greedy answers", "after an update", "weights put back"}

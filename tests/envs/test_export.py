@@ -9,7 +9,7 @@ import pytest
 
 import vlmenv  # noqa: F401 (registers the environments)
 from vlmenv.envs.base import VisualTaskEnv
-from vlmenv.envs.data.export import export_sample
+from vlmenv.envs.export import export_sample
 
 
 @pytest.mark.parametrize("name", ["VLM-REC-v0", "VLM-OVD-v0", "VLM-Math-v0", "VLM-Caption-v0", "VLM-VQA-v0"])

@@ -23,7 +23,7 @@ from vlmenv.core.answers import Answer, Caption
 from vlmenv.core.errors import ConfigError, RewardError
 from vlmenv.core.formats import AnswerFormat
 from vlmenv.envs.rewards.judge import KEY, Judge, _Case, parse_verdict, truth_as_text
-from vlmenv.scorers import ScorerConfig
+from vlmenv.options.scorers import ScorerConfig
 
 TAGS = AnswerFormat.TAGS
 CAT = Answer("a cat", "exact")

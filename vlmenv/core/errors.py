@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
 
 
@@ -70,3 +71,14 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"Did you mean '{nearest[0]}'?" if nearest else f"Known: {', '.join(names)}."
     return f"unknown {kind} '{name}'. {hint}"
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ConfigError unless an option is as it must be."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def require_weight(name: str, value: float) -> None:
+    """Raises ConfigError unless an option is a finite number from 0 up."""
+    require(0 <= value < math.inf, f"{name} must be a number from 0 up, not {value}")

@@ -28,6 +28,9 @@ Observations = Sequence[Observation] | Mapping[str, Any]
 
 FinishReason = Literal["stop", "length"]
 
+Rows = slice | NDArray[np.int64]
+"""Which rows of a batch."""
+
 
 @dataclass(slots=True)
 class Prompt:

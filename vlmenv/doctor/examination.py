@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from vlmenv.building import check_device
 from vlmenv.core.errors import VLMEnvError
 from vlmenv.doctor import answers, machine, prompts, weights
-from vlmenv.doctor.options import DoctorConfig
 from vlmenv.doctor.patient import GROUP, SAMPLES, Patient, Seen, Unchecked
-from vlmenv.tasks import check_device
+from vlmenv.options.doctor import DoctorConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from vlmenv.agents.lean import noting_kept
 from vlmenv.agents.recomputation import holding_activations
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.core.rollout import Prompt, Rollout
-from vlmenv.doctor.options import DoctorConfig
+from vlmenv.options.doctor import DoctorConfig
 
 _LIMIT = Path("/sys/fs/cgroup/memory.max")
 

@@ -17,13 +17,13 @@ from vlmenv.agents.checkpoints import find_model
 from vlmenv.agents.engines.checksums import checksums, clear
 from vlmenv.agents.published import PublishedProcessor
 from vlmenv.agents.vlm import Sampling, VLMAgent
+from vlmenv.building import DTYPES, ENGINE_OPTIONS, check_engine, load_agent, make_envs
 from vlmenv.core.errors import ConfigError, PromptError, ReadingError
 from vlmenv.core.rollout import Observation, Prompt, Rollout, unbatch
-from vlmenv.doctor.options import DoctorConfig
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.data.source import Sample
 from vlmenv.envs.vector import VisualTaskVectorEnv
-from vlmenv.tasks import DTYPES, ENGINE_OPTIONS, check_engine, load_agent, make_envs
+from vlmenv.options.doctor import DoctorConfig
 
 SAMPLES, GROUP = 8, 2
 """samples that are looked at, and answers that are sampled to each"""

@@ -106,7 +106,7 @@ def test_a_tracker_that_is_not_installed(
     def version(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("vlmenv.report.tracking.version", version)
+    monkeypatch.setattr("vlmenv.runs.tracking.version", version)
     with pytest.raises(SystemExit):
         main(["train", "--tracker", "wandb", "--model", "./none", "--output", str(tmp_path / "run")])
     assert 'pip install "vlmenv[tracking]"' in " ".join(capsys.readouterr().err.split())

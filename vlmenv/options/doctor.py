@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from vlmenv.building import TaskConfig
+from vlmenv.commands.train import ModelConfig
 from vlmenv.core.errors import ConfigError
-from vlmenv.tasks import TaskConfig
-from vlmenv.training import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, DistributedType, DynamoBackend, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import CPUOffloadPolicy
 
-from vlmenv.algos.base import require
-from vlmenv.algos.processes.base import Processes
-from vlmenv.algos.processes.fsdp import FSDP
-from vlmenv.algos.processes.zero import ZeRO
+from vlmenv.core.errors import require
+from vlmenv.processes.base import Processes
+from vlmenv.processes.fsdp import FSDP
+from vlmenv.processes.zero import ZeRO
 
 
 def processes_of(accelerator: Accelerator) -> Processes:

@@ -16,9 +16,10 @@ from judge_server import Server
 from PIL import Image
 from pycocotools.coco import COCO
 
-import vlmenv.suites
+import vlmenv.commands.suite
 from vlmenv.agents.vlm import VLMAgent, find_model
 from vlmenv.cli import main
+from vlmenv.commands.suite import VLM_R1, Found, all_right, image_root, run_suite
 from vlmenv.core.answers import Detection, parse_detections, write_detections
 from vlmenv.core.errors import ConfigError, DataError, ModelError
 from vlmenv.core.formats import AnswerFormat
@@ -26,8 +27,7 @@ from vlmenv.core.rollout import Observation
 from vlmenv.envs.data.coco import filtered_instances
 from vlmenv.envs.metrics.detection import nms_ap
 from vlmenv.evaluation import EvalConfig
-from vlmenv.scorers import ScorerConfig
-from vlmenv.suites import VLM_R1, Found, all_right, image_root, run_suite
+from vlmenv.options.scorers import ScorerConfig
 
 TAGS, SECTIONS = AnswerFormat.TAGS.write, AnswerFormat.SECTIONS.write
 
@@ -50,7 +50,7 @@ class Scripted(VLMAgent):
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> Scripted:
     agent = Scripted.from_pretrained("builtin").script({})
-    monkeypatch.setattr(vlmenv.suites, "load_agent", lambda *args: agent)
+    monkeypatch.setattr(vlmenv.commands.suite, "load_agent", lambda *args: agent)
     return agent
 
 

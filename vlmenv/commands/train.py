@@ -18,11 +18,17 @@ from rich.console import Console
 
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.algos import ALGORITHMS, AlgorithmConfig, GRPOConfig, NonFiniteError, StepResult, Trainer, TrainerConfig
-from vlmenv.algos.faults import stopped_together, together
-from vlmenv.algos.processes import processes_of
 from vlmenv.algos.trainer import check_staleness
-from vlmenv.checkpoints import load_checkpoint, prune, save_best, save_checkpoint
-from vlmenv.core.config import flatten, to_yaml
+from vlmenv.building import (
+    DTYPES,
+    TaskConfig,
+    check_device,
+    check_engine,
+    load_agent,
+    make_envs,
+    report_broken_rows,
+    whole_names,
+)
 from vlmenv.core.errors import ConfigError, TrainingError, VLMEnvError, unknown_name
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.evaluation import (
@@ -34,23 +40,17 @@ from vlmenv.evaluation import (
     sample_count,
     write_evaluation,
 )
-from vlmenv.report.nonfinite import write_nonfinite
-from vlmenv.report.pictures import draw_curve, draw_samples
-from vlmenv.report.progress import TrainingProgress
-from vlmenv.report.run_folder import RunFolder
-from vlmenv.report.tracking import TrackerName, Tracking, require_tracker
-from vlmenv.report.watch import drift
-from vlmenv.stopping import Stopping
-from vlmenv.tasks import (
-    DTYPES,
-    TaskConfig,
-    check_device,
-    check_engine,
-    load_agent,
-    make_envs,
-    report_broken_rows,
-    whole_names,
-)
+from vlmenv.options.files import flatten, to_yaml
+from vlmenv.processes import processes_of
+from vlmenv.processes.stopping import Stopping
+from vlmenv.processes.together import stopped_together, together
+from vlmenv.runs.checkpoints import load_checkpoint, prune, save_best, save_checkpoint
+from vlmenv.runs.nonfinite import write_nonfinite
+from vlmenv.runs.pictures import draw_curve, draw_samples
+from vlmenv.runs.progress import TrainingProgress
+from vlmenv.runs.run_folder import RunFolder
+from vlmenv.runs.tracking import TrackerName, Tracking, require_tracker
+from vlmenv.runs.watch import drift
 
 AlgorithmName = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++", "ppo", "sft"]
 _LOG_SAMPLES = 50  # steps

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from vlmenv.agents.base import Agent, Reference
 from vlmenv.agents.references import FrozenPolicy
-from vlmenv.algos.processes.base import Shares
+from vlmenv.processes.base import Shares
 
 
 class FSDP(Shares):

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from vlmenv.building import make_envs
 from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.envs.data.dataset import open_dataset
 from vlmenv.envs.data.source import Source
-from vlmenv.tasks import make_envs
 
 
 @dataclass(frozen=True)

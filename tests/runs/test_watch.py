@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from vlmenv.cli import main
-from vlmenv.report.pictures import draw_curve
-from vlmenv.report.watch import drift
+from vlmenv.runs.pictures import draw_curve
+from vlmenv.runs.watch import drift
 
 START = {"completion/length": 100.0, "completion/box_ratio": 1.0, "completion/repetition": 0.1, "reward/format": 0.9}
 

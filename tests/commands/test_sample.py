@@ -18,7 +18,7 @@ from PIL import Image
 
 from vlmenv.cli import main
 from vlmenv.envs.captioning import CaptionEnv
-from vlmenv.envs.data.export import export_sample
+from vlmenv.envs.export import export_sample
 
 LEVELS = ("easy", "medium", "hard")
 TINY = ["--device", "cpu", "--n", "2", "--max-new-tokens", "24", "--batch-size", "8"]

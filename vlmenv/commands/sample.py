@@ -16,16 +16,16 @@ from rich.progress import Progress
 from rich.table import Table
 
 from vlmenv.agents.base import Agent
-from vlmenv.algos.faults import together
-from vlmenv.algos.processes import Processes
+from vlmenv.building import claim, load_agent, make_envs, prepared, report_broken_rows
 from vlmenv.core.errors import ConfigError
 from vlmenv.core.files import write_whole
 from vlmenv.envs.data.dataset import Concatenated, TableSource
-from vlmenv.envs.data.export import export_sample
 from vlmenv.envs.data.tables import Rows
+from vlmenv.envs.export import export_sample
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.evaluation import PROGRESS, AnswerConfig, answer_samples, sample_count
-from vlmenv.tasks import claim, load_agent, make_envs, prepared, report_broken_rows
+from vlmenv.processes import Processes
+from vlmenv.processes.together import together
 
 LEVELS: Final = ("easy", "medium", "hard")
 

@@ -22,10 +22,10 @@ from accelerate.state import AcceleratorState
 from rich.console import Console
 from rich.table import Table
 
-from vlmenv.core.config import as_arguments, packaged_file, read_options
 from vlmenv.core.errors import ConfigError, unknown_name
 from vlmenv.core.files import write_whole
-from vlmenv.report.run_folder import RunFolder
+from vlmenv.options.files import as_arguments, packaged_file, read_options
+from vlmenv.runs.run_folder import RunFolder
 
 _REFERENCE = re.compile(r"\{(\w+)\}(/model$|/|$)")
 _NAME = re.compile(r"\w+")

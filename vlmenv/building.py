@@ -22,14 +22,14 @@ from vlmenv.agents.engines.server import VLLMServerEngine
 from vlmenv.agents.engines.vllm import VLLMEngine, check_sharing, require_vllm
 from vlmenv.agents.families import coordinate_space, resize_rule
 from vlmenv.agents.vlm import BUILTIN, Sampling, VLMAgent, find_model
-from vlmenv.algos.processes import Processes
-from vlmenv.core.config import to_yaml
 from vlmenv.core.coordinates import CoordinateSpace
 from vlmenv.core.errors import ConfigError, unknown_name
 from vlmenv.core.files import write_whole
 from vlmenv.envs.registration import VectorEntryPoint
 from vlmenv.envs.vector import VisualTaskVectorEnv
-from vlmenv.scorers import ScorerConfig
+from vlmenv.options.files import to_yaml
+from vlmenv.options.scorers import ScorerConfig
+from vlmenv.processes import Processes
 
 Device = Literal["auto", "cpu", "cuda"]
 EngineName = Literal["hf", "vllm", "vllm-server"]

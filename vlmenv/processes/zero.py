@@ -17,8 +17,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from vlmenv.agents.base import Agent, Reference
-from vlmenv.algos.processes.base import Shares
 from vlmenv.core.errors import TrainingError
+from vlmenv.processes.base import Shares
 
 
 class ZeRO(Shares):

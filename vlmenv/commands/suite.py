@@ -16,8 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlmenv.agents.vlm import VLMAgent
-from vlmenv.algos.faults import together
-from vlmenv.algos.processes import Processes
+from vlmenv.building import claim, load_agent, prepared, report_broken_rows
 from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.core.files import write_whole
 from vlmenv.envs.data.benchmarks import hallusion_bench, math_vision, mathverse, mathvista, mmstar
@@ -34,7 +33,8 @@ from vlmenv.evaluation import (
     write_evaluation,
     written,
 )
-from vlmenv.tasks import claim, load_agent, prepared, report_broken_rows
+from vlmenv.processes import Processes
+from vlmenv.processes.together import together
 
 Rewrite = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 Answers = Sequence[Mapping[str, Any]]

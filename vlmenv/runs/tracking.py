@@ -17,7 +17,7 @@ from vlmenv.algos.trainer import StepResult
 from vlmenv.core.errors import ConfigError, TrainingError
 from vlmenv.core.spaces import Image
 from vlmenv.envs.base import VisualTaskEnv
-from vlmenv.report.run_folder import RunFolder
+from vlmenv.runs.run_folder import RunFolder
 
 TrackerName = Literal["tensorboard", "wandb", "none"]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vlmenv.core.config import flatten, gathered, option_value, packaged_file, to_yaml, with_config_file
 from vlmenv.core.errors import ConfigError
+from vlmenv.options.files import flatten, gathered, option_value, packaged_file, to_yaml, with_config_file
 
 
 @dataclass

@@ -14,9 +14,10 @@ import torch
 from safetensors import SafetensorError
 
 from vlmenv.algos import Trainer
-from vlmenv.algos.faults import nonfinite_weights, together
+from vlmenv.algos.faults import nonfinite_weights
+from vlmenv.processes.together import together
 from vlmenv.core.errors import CheckpointError, ModelError
-from vlmenv.report.run_folder import RunFolder
+from vlmenv.runs.run_folder import RunFolder
 
 
 def save_checkpoint(trainer: Trainer, run: RunFolder) -> None:

@@ -15,14 +15,14 @@ from servers import free_port
 from test_cli import fails
 
 from vlmenv.agents.vlm import VLMAgent, find_model
+from vlmenv.commands.serve import ServeConfig, _address, _arguments, _flags, _ready, _wait_until_ready
 from vlmenv.core.errors import EngineError
-from vlmenv.serving import ServeConfig, _address, _arguments, _flags, _ready, _wait_until_ready
 
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the checks before vLLM is started go on to the next."""
-    monkeypatch.setattr("vlmenv.serving.require_vllm", lambda: None)
+    monkeypatch.setattr("vlmenv.commands.serve.require_vllm", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
@@ -102,7 +102,7 @@ def test_what_to_type_is_told_and_who_may_change_the_weights(host: str, address:
 
 
 def test_a_start_that_takes_long_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("vlmenv.serving._EVERY", 0.5)
+    monkeypatch.setattr("vlmenv.commands.serve._EVERY", 0.5)
     starting = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1.8)"])
     with pytest.raises(EngineError, match="did not start: it ended with status 0"):
         _wait_until_ready(ServeConfig(port=free_port()), starting, Console(width=200))

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import yaml
 
-from vlmenv.core.config import to_yaml
+from vlmenv.building import claim
+from vlmenv.commands.sample import SampleConfig
+from vlmenv.commands.train import TrainConfig
 from vlmenv.core.errors import ConfigError
-from vlmenv.difficulty import SampleConfig
-from vlmenv.scorers import ScorerConfig
-from vlmenv.tasks import claim
-from vlmenv.training import TrainConfig
+from vlmenv.options.files import to_yaml
+from vlmenv.options.scorers import ScorerConfig
 
 
 def test_located_options_hold_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

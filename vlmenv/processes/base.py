@@ -18,8 +18,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from vlmenv.agents.base import Agent, Reference
-from vlmenv.algos.batch import Rows
 from vlmenv.core.errors import ConfigError
+from vlmenv.core.rollout import Rows
 
 T = TypeVar("T")
 

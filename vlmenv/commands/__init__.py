@@ -1,0 +1,1 @@
+"""Commands of `vlmenv`: one module each, imported when the command is called."""

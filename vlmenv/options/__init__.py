@@ -1,0 +1,1 @@
+"""Options as dataclasses, and how files and flags become them."""
