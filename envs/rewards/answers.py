@@ -202,9 +202,12 @@ def parse_reply(content: str | None, target: Answer) -> str | float | None:
 
 
 def _may_be_formula(content: str | None, target: Answer) -> bool:
-    """Whether an answer may be the true choice, written as another formula."""
-    formulas = content is not None and target.choices and "," not in target.text and _formulas(content, target)
-    return bool(formulas) and all(0 < len(text) <= _LONGEST_CHOICE and _VALUE.search(text) for text in formulas)
+    """Whether an answer may be the true choice, and none of the others, written as another formula."""
+    if content is None or not target.choices or "," in target.text:
+        return False
+    said, choice = _formulas(content, target)
+    is_formula = all(0 < len(text) <= _LONGEST_CHOICE and _VALUE.search(text) for text in (said, choice))
+    return is_formula and not any(_says_choice(said, other) for other in target.choices)
 
 
 def _formulas(content: str, target: Answer) -> tuple[str, str]:
