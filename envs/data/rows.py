@@ -250,7 +250,9 @@ def _stored_answer(cells: _Cells) -> Any:
 
 def _earlier(cells: _Cells, told: bool) -> tuple[Turn, ...]:
     """A column with a system prompt, unless one is told, and ms-swift's `history` of questions with their answers."""
-    system, history = None if told else cells.take("system"), cells.take("history") or ()
+    system, column = None if told else cells.take("system"), cells.find("history")
+    listed = column is not None and isinstance(cells.raw[column], list)
+    history = cells.take("history") if listed else ()
     turns: list[Turn] = [] if system is None else [{"role": "system", "text": _text(system, "system")}]
     for pair in history:
         if not isinstance(pair, (list, tuple)) or [type(text) for text in pair] != [str, str]:
@@ -408,7 +410,7 @@ def _tolerance(found: Any) -> float:
         return 0.0
     if isinstance(found, str):
         found = literal(found)
-    if type(found) not in (int, float) or not 0 <= found < float("inf"):
+    if type(found) not in (int, float) or not 0 <= found <= 1e300:
         raise ValueError(f"'tolerance' is {found!r}, which is no number from 0 up")
     return float(found)
 
