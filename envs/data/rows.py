@@ -217,6 +217,10 @@ def _conversation(cells: _Cells) -> Conversation:
     asked = Conversation((), "", None, ())
     if column is not None:
         asked = read_turns(cells.take_column("question", column), column)
+        if asked.answer is not None and "answer" not in cells.named:
+            cells.take_column("answer", column)
+        if asked.images:
+            cells.take_column("images", column)
     if column is None or named not in (None, column):
         asked = asked._replace(question=_question(cells))
     if asked.answer is None or "answer" in cells.named:
