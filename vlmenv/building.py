@@ -67,8 +67,10 @@ _COUNTED = 100_000  # characters; a longer answer counts as this long
 
 
 def report_broken_rows(envs: VisualTaskVectorEnv, console: Console) -> None:
-    """Prints how many rows of a data set are left out."""
+    """Prints how many rows of a data set are left out, and what is not read of the others."""
     source = envs.task.source
+    for warning in source.usage.warnings() if source.usage is not None else ():
+        say(warning, console)
     total = len(source.faults) + sum(source.unwanted.values()) + (source.size or 0)
     for reason, count in source.unwanted.items():
         say(f"{count} of {total} rows are left out: {reason}", console)

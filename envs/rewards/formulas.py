@@ -431,7 +431,7 @@ def _is_formula(latex: str) -> bool:
         if not is_matrix and (token[0] in ("\\\\", "&") or (letters and not _are_variables(letters))):
             return False
         depth += {"{": 1, "}": -1}.get(token[0], 0)
-    bare = _FUNCTION_NAME.sub("+", latex).translate(_ONE_KIND_OF_BRACKETS)
+    bare = _FUNCTION_NAME.sub("#", latex).translate(_ONE_KIND_OF_BRACKETS)
     return end > 0 and depth == 0 and (is_matrix or _NEIGHBOURS.search(bare) is None)
 
 

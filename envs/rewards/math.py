@@ -298,7 +298,10 @@ def _joined(relations: list[Any], latex: str) -> Any:
     from sympy import Intersection, Union
 
     sets = [relation.as_set() for relation in relations]
-    return Intersection(*sets) if re.search(r"\band\b|[和且]", latex) else Union(*sets)
+    words = set(re.findall(r"\b(?:and|or)\b", latex))
+    if words not in ({"and"}, {"or"}):
+        raise ValueError("a comma joins inequalities in either way")
+    return Intersection(*sets) if words == {"and"} else Union(*sets)
 
 
 _PLAIN: Final = Form("expression", "")

@@ -87,7 +87,15 @@ def test_numbers_are_changed_and_no_text(numbers: list[float], text: str) -> Non
     assert changed.startswith(text)
     assert changed.endswith(text)
     x, y, width, height = numbers
-    assert numbers_in(changed) == [pytest.approx((x, y, x + width, y + height))]
+    assert numbers_in(changed) == [pytest.approx((x, y, x + width, y + height), abs=1e-11)]
+
+
+def test_all_digits_of_a_fraction_are_read(tmp_path: Path) -> None:
+    numbers = [0.00020833333333333334, 1e-05, 0.014583333333333334, 0.9999999999999999]
+    file = write(tmp_path, {"answer": numbers}, {"answer": json.dumps({"bbox_2d": numbers})})
+    for index in range(2):
+        target = RECEnv(dataset=file, boxes_in="fractions").source.get(index).target
+        assert target == pytest.approx([value * SIZE[i % 2] for i, value in enumerate(numbers)])
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
