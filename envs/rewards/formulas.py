@@ -7,6 +7,7 @@ words within a formula is no object: it equals only what is written the same way
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from typing import Final, Literal, NamedTuple
@@ -39,8 +40,10 @@ class Form(NamedTuple):
 DEEPEST: Final = 8
 """Brackets within brackets; the time that parsing takes grows exponentially with them."""
 MOST_ITEMS: Final = 50
+_CACHED: Final = 2_000
 
 
+@functools.lru_cache(_CACHED)
 def read_form(text: str) -> Form:
     """An answer as it is compared, units and names split off."""
     written = plain_signs(stated(text))
@@ -49,6 +52,7 @@ def read_form(text: str) -> Form:
     return _read(written)
 
 
+@functools.lru_cache(_CACHED)
 def written_key(text: str) -> str:
     """What is left of a text where neither spaces, case nor styles count: texts with one key say the same."""
     return _key(_latex(plain_signs(stated(text))))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, Final
@@ -37,6 +38,11 @@ _BOMB = re.compile(
     r"\d{60}|\^\s*\{?\s*\d{5}|(?:\d\s*\^\s*\{?\s*){3}|[)}\]]\s*\^\s*\{?\s*\d{3}|\d{5}\s*!", re.ASCII
 )
 
+_LOST: Final = (
+    "{lost} of {of} mathematical answers score 0 without having been compared: the processes that compare were ended by the "
+    "system, which may want memory, or got no computing time. They are compared anew when they come again."
+)
+
 _cache: dict[tuple[str, str], bool] = {}
 _workers = Workers(f"{__name__}:make_comparison", TIME_LIMIT)
 
@@ -44,7 +50,7 @@ _workers = Workers(f"{__name__}:make_comparison", TIME_LIMIT)
 def math_equal(pairs: Sequence[tuple[str, str]]) -> list[bool]:
     """Whether answers are mathematically equal to the truth.
 
-    `docs/answers.md` says what is compared how. An answer of more than 1,000 characters, one with a number too large to
+    `docs/math_answers.md` says what is compared how. An answer of more than 1,000 characters, one with a number too large to
     work out, and one whose comparison takes over half a second of computing, is equal to no truth.
 
     Args:
@@ -62,6 +68,8 @@ def math_equal(pairs: Sequence[tuple[str, str]]) -> list[bool]:
     found = dict(zip(unknown, _workers.map(unknown), strict=True)) if unknown else {}
     # Not those that were given up by the clock: a machine that stood still is no reason to call an answer wrong again.
     _remember({pair: result is True for pair, result in found.items() if not isinstance(result, Exception)})
+    if lost := sum(isinstance(result, Exception) for result in found.values()):
+        warnings.warn(_LOST.format(lost=lost, of=len(pairs)), RuntimeWarning, stacklevel=2)
     results |= {pair: result is True for pair, result in found.items()}
     return [results[pair] is True for pair in pairs]
 

@@ -291,7 +291,7 @@ def split_unit(text: str) -> tuple[str, Unit | None]:
 def _unit_after(body: str, rest: str) -> Unit | None:
     name = _HOW.sub("", rest.strip())
     unit = _measured(name) if len(name) <= _LONGEST else None
-    is_spaced = rest.startswith(" ") or not (body[-1:].isalpha() and body[-1:].isascii())
+    is_spaced = not rest[:1].isascii() or rest.startswith(" ") or re.search(r"(?:[^A-Za-z]|\\pi)$", body)
     if unit is not None and is_spaced:
         letter = re.match(r"[A-Za-z](?![A-Za-z])", name)
         if letter and _VARIABLE.search(body):
