@@ -400,7 +400,7 @@ def _expression(latex: str) -> Form | None:
 
 # What is a formula
 
-_WORDS = re.compile(r"[A-Za-z][A-Za-z' -]*")
+_WORDS = re.compile(r"[A-Za-z](?:[A-Za-z' ]|(?<=[A-Za-z]{3})-(?=[A-Za-z]{3}))*")
 _KNOWN: Final = frozenset(
     "frac sqrt pi sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp min max gcd lcm det infty le ge"
     " ne in cup cap times cdot div pm mp binom overline vec overrightarrow angle triangle mathbb mathbf emptyset setminus"

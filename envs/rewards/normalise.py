@@ -155,8 +155,13 @@ def without_lead_in(text: str) -> str:
     by "or": it then states nothing that can be told apart.
     """
     text = _AFTER_ALL.sub("", text)
-    pattern = _CHINESE_LEAD_IN if _HAS_CHINESE.search(text) else _LEAD_IN
-    match = pattern.match(text)
+    for pattern in (_CHINESE_LEAD_IN, _LEAD_IN) if _HAS_CHINESE.search(text) else (_LEAD_IN,):
+        text = _after(pattern, text)
+    return text
+
+
+def _after(lead_in: re.Pattern[str], text: str) -> str:
+    match = lead_in.match(text)
     if match is None:
         return text
     clause = _CLAUSE.split(match[0].rstrip(" :,"))[-1]
@@ -173,11 +178,9 @@ def stated(text: str) -> str:
     """
     text = in_plain_words(fold(text))
     box = boxed(text)
-    if box is not None:
-        return _bare(undelimited(box))
-    if _EXCLAMATION.search(text):
+    if box is None and _EXCLAMATION.search(text):
         text = text.rstrip("! ")
-    return _bare(without_lead_in(_bare(undelimited(text))))
+    return _bare(without_lead_in(_bare(undelimited(text if box is None else box))))
 
 
 _EXCLAMATION = re.compile(r"[A-Za-z]{2} .*! *$", re.DOTALL)  # and no factorial
