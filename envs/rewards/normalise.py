@@ -69,8 +69,8 @@ def boxed(text: str) -> str | None:
     r"""The content of the last `\boxed` or `\fbox`; None where there is none.
 
     Boxes that are joined ("\boxed{3} or \boxed{4}", also without a word between), and what follows the last box by
-    "or", "and" or a comma, are one list: "3, 4". A unit after the last box belongs to it. A box without an end reaches to
-    the end of the text.
+    "or", "and" or a comma, are one list: "3, 4". A unit after the last box belongs to it. A box without an end
+    reaches to the end of the text.
     """
     whole = _outermost(" ".join(text.split()))
     for _ in range(_DEEPEST):
@@ -129,11 +129,13 @@ def undelimited(text: str) -> str:
 
 
 _AFTER_ALL: Final = re.compile(
-    r"(?<![ ,])[ ,]*+\b(?:is|are|as) (?:the|my|our) (?:\w+ )?(?:answer|result|solution|value|choice)s?[ .!]*$", re.IGNORECASE
+    r"(?<![ ,])[ ,]*+\b(?:is|are|as) (?:the|my|our) (?:\w+ )?(?:answer|result|solution|value|choice)s?[ .!]*$",
+    re.IGNORECASE,
 )
 _LEAD_IN = re.compile(
     r"^.*(?:\b(?:is|are|was|be|equals?|equal to|gives?|gets?|have|has|obtain|finds?|yields?|becomes|approximately|about"
-    r"|roughly|around|therefore|thus|hence|so|then|exactly|answer|there are|there is|total of)\b[:,]?|(?<=[a-z)][a-z)])\*{0,2}:\*{0,2})"
+    r"|roughly|around|therefore|thus|hence|so|then|exactly|answer|there are|there is|total of)\b[:,]?"
+    r"|(?<=[a-z)][a-z)])\*{0,2}:\*{0,2})"
     r" *(?=\S)",
     re.IGNORECASE,
 )
@@ -142,7 +144,9 @@ _CHINESE_LEAD_IN = re.compile(
     r" *(?=[-+$\\\d(\[{√π∠A-Za-z.≈=])"
 )
 _HAS_CHINESE = re.compile(r"[\u4e00-\u9fff]")
-_NEGATION = re.compile(r"\b(?:not|never|neither|nor|cannot|wrong|incorrect|except|unlikely)\b|n't\b|[不非没]", re.IGNORECASE)
+_NEGATION = re.compile(
+    r"\b(?:not|never|neither|nor|cannot|wrong|incorrect|except|unlikely)\b|n't\b|[不非没]", re.IGNORECASE
+)
 _ALTERNATIVE = re.compile(r"[\d})]\W{0,5}\bor\b|\beither\b|[\d})]\W{0,5}或", re.IGNORECASE)
 _CLAUSE = re.compile(r"[.;!?,]+(?:\s|$)")
 _MARKUP: Final = "*_`'\" "

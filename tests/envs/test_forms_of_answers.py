@@ -64,7 +64,11 @@ UNITS: Final[dict[str, Form]] = {
 VALUES: Final = ("whole numbers", "decimals and fractions", "powers of ten", "roots and π")
 
 OTHERS: Final = [  # a truth, answers that say the same, and some that do not
-    ("5", ["5.0", "５", "x = 5", "AB = 5", "5 N·m", "共5个"], ["6", "-5", "5 or 6", "\\boxed{5} or \\boxed{6}", "not 5"]),
+    (
+        "5",
+        ["5.0", "５", "x = 5", "AB = 5", "5 N·m", "共5个"],
+        ["6", "-5", "5 or 6", "\\boxed{5} or \\boxed{6}", "not 5"],
+    ),
     ("10", ["7+3", "2\\cdot5", "\\sqrt{100}"], ["7 3", "9 1", "7\n3", "(9)(1)", "2(5)", "7{3}", "1, 9", "1+", "ten"]),
     ("5 kg", ["5", "5000 g", "5\\text{ kg}", "5公斤"], ["5 g", "5 cm", "5 kg/m"]),
     ("90 km/h", ["25 m/s", "90"], ["25 km/h"]),
@@ -157,13 +161,15 @@ Both the true answer and the model's are read by the same steps. The tables belo
    states nothing.
 3. **Units** are split off: SI units with their prefixes, common others, currencies, Chinese ones, and what is counted
    ("people"). A unit that one side lacks is not compared. Two units are converted: `5000 g` is `5 kg`, `90 km/h` is
-   `25 m/s`. Units of different things are not equal. A percent sign on one side alone may be left out, or count as 1/100.
+   `25 m/s`. Units of different things are not equal. A percent sign on one side alone may be left out, or count as
+   1/100.
 4. **Numbers** are compared exactly, to the precision that the truth states. A truth of three or more significant digits
    with decimals (two, in scientific notation) is equal to what rounds to it. A fraction, a root or a multiple of π is
    equal to a decimal that rounds it to six or more significant digits.
-5. **Lists and sets** are equal in any order, tuples and intervals in theirs. A list without brackets may stand for a set
-   or a tuple; `{1,2}` is no `(1,2)`. `±2` is `2, -2`. A list that holds the truth beside others is wrong.
-6. **Relations.** `x = 3` is 3, but not `y = 3`. Equations and inequalities are compared as such, `0 ≤ x < 1` is `[0,1)`.
+5. **Lists and sets** are equal in any order, tuples and intervals in theirs. A list without brackets may stand for a
+   set or a tuple; `{1,2}` is no `(1,2)`. `±2` is `2, -2`. A list that holds the truth beside others is wrong.
+6. **Relations.** `x = 3` is 3, but not `y = 3`. Equations and inequalities are compared as such, `0 ≤ x < 1` is
+   `[0,1)`.
 7. **Algebra** for all else: math-verify's parser reads both sides. Two expressions are equal if they have the same real
    values at ten fixed places, or by math-verify's own comparison where that does not tell.
 
@@ -180,7 +186,10 @@ fails too the answer scores 0, a warning counts it, and it is not remembered as 
 
 def page() -> str:
     parts = [HOW]
-    lines = [row("form of the answer", *(f"{name}: here / math-verify" for name in TRUTHS)), "|---" * (len(TRUTHS) + 1) + "|"]
+    lines = [
+        row("form of the answer", *(f"{name}: here / math-verify" for name in TRUTHS)),
+        "|---" * (len(TRUTHS) + 1) + "|",
+    ]
     for name in [*FORMS, *UNITS]:
         found = []
         for kind, truths in TRUTHS.items():
