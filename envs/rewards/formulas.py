@@ -406,7 +406,8 @@ _WORDS = re.compile(r"[A-Za-z](?:[A-Za-z' ]|(?<=[A-Za-z]{3})-(?=[A-Za-z]{3}))*")
 _COMMANDS_OF_FORMULAS: Final = (
     "frac sqrt pi sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp min max gcd lcm det infty"
     " le ge ne in cup cap times cdot div pm mp binom overline vec overrightarrow angle triangle mathbb mathbf emptyset"
-    " setminus lfloor rfloor lceil rceil sum prod int lim to begin end alpha beta gamma delta epsilon varepsilon theta lambda mu"
+    " setminus lfloor rfloor lceil rceil sum prod int lim to begin"
+    " end alpha beta gamma delta epsilon varepsilon theta lambda mu"
     " nu xi rho sigma tau phi varphi omega Delta Omega Gamma Sigma Phi hat bar widehat approx imath bmod mod ell"
     " prime"
 )
