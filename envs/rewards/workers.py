@@ -298,8 +298,8 @@ def _serve(factory: str, time_limit: float) -> None:
 
 
 _SIGNALS_OF_OTHERS: Final = {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGKILL", signal.SIGTERM)}
-"""A time-out ends a fork by SIGPROF, and its own faults by SIGSEGV or the like. By SIGKILL the system ends it for want of
-memory, and this process at its parent's word, which may come too late and meet the next call."""
+"""A time-out ends a fork by SIGPROF, and its own faults by SIGSEGV or the like. By SIGKILL the system ends it for want
+of memory, and this process at its parent's word, which may come too late and meet the next call."""
 
 
 def _in_a_fork(work: Callable[[], None]) -> int:
