@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -65,6 +66,7 @@ class Policy(nn.Module):
         self.share_prefixes = True
         self.divided = False
         self.value_head: ValueHead | None = None
+        self._axes: int | None = None
         banned = torch.from_numpy(family.banned_tokens).to(family.model.device)
         self.register_buffer("banned", banned, persistent=False)
         enable_packing(cast(PreTrainedModel, family.language_model()))
@@ -114,7 +116,11 @@ class Policy(nn.Module):
         return prefixes, output.last_hidden_state[0, packing.ends]
 
     def extend(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """Final hidden states [M, H] of packed tokens [M] at positions [M] after what `attention` holds."""
+        """Final hidden states [M, H] of packed tokens [M] at positions [M] after what `attention` holds.
+
+        Raises:
+            RuntimeError: No prompt has been run by `prefill`.
+        """
         output = self.family.language_model()(
             input_ids=tokens[None],
             position_ids=self._on_axes(positions),
@@ -172,17 +178,21 @@ class Policy(nn.Module):
         return hidden[packing.rows, starts[packing.rows] + packing.places]
 
     def _features(self, prompts: Sequence[Prompt]) -> Any:
-        """Features of the prompts' images, joined; of a frozen tower they are kept in the prompt for later passes."""
+        """Features of the prompts' images, joined; of a frozen tower they are kept as long as the prompt is."""
         shown = [prompt for prompt in prompts if prompt.images]
         if not shown:
             return None
         if self.divided or self.family.sees_by_trained_weights():
             return self._look(shown)
+        return self.family.join_features([self._frozen_features(prompt) for prompt in shown])
+
+    def _frozen_features(self, prompt: Prompt) -> Any:
+        """Features of a prompt's images by the frozen vision tower, which a reference may share."""
         tower = self.family.vision_tower()
-        for prompt in shown:
-            if prompt.features is None or prompt.features[0] is not tower:
-                prompt.features = tower, self._look([prompt])
-        return self.family.join_features([prompt.features[1] for prompt in shown])  # type: ignore[index]
+        known = _FEATURES.get(prompt)
+        if known is None or known[0] is not tower:
+            known = _FEATURES[prompt] = tower, self._look([prompt])
+        return known[1]
 
     def _look(self, prompts: Sequence[Prompt]) -> Any:
         """Runs images through the vision tower."""
@@ -200,6 +210,8 @@ class Policy(nn.Module):
 
     def _on_axes(self, positions: Tensor) -> Tensor:
         """Positions [M] or [axes, M] as the model takes them."""
+        if self._axes is None:
+            raise RuntimeError("extend() continues prompts: call prefill() first")
         return positions.expand(self._axes, -1)[:, None] if self._axes > 1 else positions.view(1, -1)
 
     def _head(self) -> nn.Linear:
@@ -209,6 +221,10 @@ class Policy(nn.Module):
 
     def _banned(self) -> Tensor:
         return self.get_buffer("banned")
+
+
+_FEATURES: WeakKeyDictionary[Prompt, tuple[nn.Module, Any]] = WeakKeyDictionary()
+"""Of prompts with images: a frozen vision tower, and the features that it found; dropped with the prompt."""
 
 
 def next_position(prompt: Prompt) -> int:

@@ -100,6 +100,6 @@ class Replay:
 
 
 def _afresh(rollouts: Rollouts) -> Rollouts:
-    """A copy whose prompts hold no features of a frozen vision tower, which take memory."""
-    prompts = [replace(prompt, features=None) for prompt in rollouts.rollout.prompts]
+    """A copy with prompts of its own, for which no features of a frozen vision tower are kept in memory."""
+    prompts = [replace(prompt) for prompt in rollouts.rollout.prompts]
     return replace(rollouts, rollout=replace(rollouts.rollout, prompts=prompts))

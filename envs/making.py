@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
+import difflib
 from typing import Any
 
 import gymnasium
 
-from vlmenv.core.errors import ConfigError, unknown_name
+from vlmenv.core.errors import ConfigError
+from vlmenv.core.loading import import_module
 from vlmenv.envs.registration import VectorEntryPoint
 from vlmenv.envs.vector import VisualTaskVectorEnv
 
@@ -22,9 +21,9 @@ def make_envs(env: str, num_envs: int, **arguments: Any) -> VisualTaskVectorEnv:
     """
     module, _, name = env.rpartition(":")
     if module:
-        _import(module)
+        import_module(module, f"environment {env}")
     if name not in gymnasium.registry:
-        raise ConfigError(unknown_name("environment", name, visual_tasks()))
+        raise ConfigError(_unknown(name, module))
     if name not in visual_tasks():
         raise ConfigError(f"{env} is no visual task: register it with vlmenv.register_task")
     envs = gymnasium.make_vec(name, num_envs=num_envs, **arguments)
@@ -37,11 +36,15 @@ def visual_tasks() -> list[str]:
     return sorted(i for i, spec in gymnasium.registry.items() if isinstance(spec.vector_entry_point, VectorEntryPoint))
 
 
-def _import(module: str) -> None:
-    """Imports a user's module, from the working directory too."""
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        importlib.import_module(module)
-    except (ImportError, TypeError) as error:
-        raise ConfigError(f"the module '{module}' of the environment cannot be imported: {error}") from error
+def _unknown(name: str, module: str) -> str:
+    """What to do about an id that is not registered: a near one is most likely meant, or else one of one's own."""
+    if module:
+        return f"module '{module}' registers no environment '{name}': call register_task({name!r}, …) in it"
+    parts = {known.removeprefix("VLM-").rpartition("-v")[0]: known for known in visual_tasks()}
+    nearest = difflib.get_close_matches(name.removeprefix("VLM-").rpartition("-v")[0] or name, parts, n=1, cutoff=0.6)
+    if nearest:
+        return f"unknown environment '{name}'. Did you mean '{parts[nearest[0]]}'?"
+    return (
+        f"unknown environment '{name}'. Known: {', '.join(visual_tasks())}. One of your own is named with the module "
+        f"that registers it, as in my_task:{name}"
+    )

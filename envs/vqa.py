@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Collection, Mapping
 from typing import ClassVar
 
@@ -12,7 +14,7 @@ from vlmenv.envs.data.questions import VisualQuestions
 from vlmenv.envs.data.rows import Row
 from vlmenv.envs.data.scenes import Split
 from vlmenv.envs.data.source import Sample, Source
-from vlmenv.envs.rewards.answers import accuracy_reward, accuracy_term, parse_reply, read_answer
+from vlmenv.envs.rewards.answers import accuracy_reward, accuracy_term, parse_reply, read_answers
 from vlmenv.envs.rewards.terms import RewardTerm
 from vlmenv.envs.rewards.text import format_reward, length_reward
 
@@ -27,6 +29,26 @@ KINDS: Mapping[str, AnswerKind] = {
     "all_match": "exact",
 }
 """What a row's `accu_reward_method` may be."""
+
+
+def accepted_texts(row: Row) -> list[str]:
+    """The answers that a row accepts: the items of a list of texts, or its answer.
+
+    Raises:
+        ValueError: The list may as well name what has to be given together.
+    """
+    if not row.accepted:
+        return [row.answer]
+    texts = [item if isinstance(item, str) else json.dumps(item) for item in row.accepted]
+    numbers = not any(isinstance(item, str) for item in row.accepted)
+    letters = all(re.fullmatch(r"\W*[A-Za-z]\W*", text) for text in texts)
+    if len({*texts}) > 1 and (numbers or letters):
+        any_of = f", and the list of texts {json.dumps(texts)} where one is enough" if numbers else ""
+        raise ValueError(
+            f"the answer is the list {row.answer[:100]}, of which all or one may be meant: "
+            f"write the text {', '.join(texts)!r} where all are{any_of}"
+        )
+    return texts
 
 
 class VQAEnv(VisualTaskEnv):
@@ -48,7 +70,7 @@ class VQAEnv(VisualTaskEnv):
     def read_target(self, row: Row) -> Answer:
         if row.method not in ("", "default", *KINDS):
             raise ValueError(f"accu_reward_method: {unknown_name('kind of answer', row.method, KINDS)}")
-        return read_answer(row.answer, KINDS.get(row.method), row.tolerance, row.choices)
+        return read_answers(accepted_texts(row), KINDS.get(row.method), row.tolerance, row.choices)
 
     def row_term(self, row: Row) -> None:
         """None: what a row asks for is the kind of its answer."""

@@ -19,8 +19,9 @@ from vlmenv.agents.engines.remote import Patience
 from vlmenv.agents.vlm import find_model
 from vlmenv.building import check_engine
 from vlmenv.cli import main
-from vlmenv.commands.train import TrainConfig
 from vlmenv.core.errors import ConfigError
+from vlmenv.options.fields import replaced
+from vlmenv.options.train import TrainConfig
 
 TINY = ["--prompts-per-step", "2", "--group-size", "4", "--eval-limit", "4", "--device", "cpu"]
 
@@ -106,7 +107,7 @@ def timeless(run: Path) -> list[dict]:
 
 
 def test_eval_writes_and_shows_the_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["eval", "--limit", "20", "--batch-size", "8", "--output", str(tmp_path), "--device", "cpu"])
+    main(["eval", "--eval-limit", "20", "--batch-size", "8", "--output", str(tmp_path), "--device", "cpu"])
     assert "accuracy@0.75" in capsys.readouterr().out
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics.keys() == {"iou/mean", "accuracy@0.5", "accuracy@0.75", "unparsable", "format"}
@@ -118,7 +119,7 @@ def test_eval_writes_and_shows_the_metrics(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_sampled_evaluation_answers_each_question_several_times(tmp_path: Path) -> None:
-    args = ["eval", "--limit", "3", "--samples", "5", "--batch-size", "10", "--device", "cpu", "--output"]
+    args = ["eval", "--eval-limit", "3", "--samples", "5", "--batch-size", "10", "--device", "cpu", "--output"]
     main([*args, str(tmp_path / "a")])
     main([*args, str(tmp_path / "b"), "--seed", "1"])
     a, b = (rows(tmp_path / name / "answers.jsonl") for name in "ab")
@@ -149,7 +150,7 @@ def test_published_processors_train_on_real_photos(published_folder: Path, tmp_p
             "eval",
             "--model",
             str(run / "checkpoints" / "step-2"),
-            "--limit",
+            "--eval-limit",
             "2",
             "--max-new-tokens",
             "6",
@@ -223,7 +224,19 @@ def test_every_task_is_trained_and_measured(name: str, tmp_path: Path) -> None:
 def test_detection_is_trained_and_measured_by_the_same_commands(tmp_path: Path) -> None:
     file = str(shared("data/ovd/bccd/samples.jsonl"))
     main(
-        ["eval", "--env", "VLM-OVD-v0", "--dataset", file, "--limit", "2", "--device", "cpu", "--output", str(tmp_path)]
+        [
+            "eval",
+            "--env",
+            "VLM-OVD-v0",
+            "--dataset",
+            file,
+            "--eval-limit",
+            "2",
+            "--device",
+            "cpu",
+            "--output",
+            str(tmp_path),
+        ]
     )
     assert json.loads((tmp_path / "metrics.json").read_text()).keys() >= {
         "image_ap/mean",
@@ -238,6 +251,8 @@ def test_detection_is_trained_and_measured_by_the_same_commands(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["train", "--env", "VLM-Point-v0"], "is named with the module that registers it, as in my_task:VLM-Point-v0"),
+        (["train", "--env", "json:VLM-Point-v0"], "module 'json' registers no environment 'VLM-Point-v0'"),
         (["train", "--env", "VLM-RCE-v0"], "unknown environment 'VLM-RCE-v0'. Did you mean 'VLM-REC-v0'?"),
         (["train", "--env", "VLM-REC"], "Did you mean 'VLM-REC-v0'?"),
         (["eval", "--env", "CartPole-v1"], "no visual task"),
@@ -250,10 +265,10 @@ def test_detection_is_trained_and_measured_by_the_same_commands(tmp_path: Path) 
         (["train", "--group-size", "1"], "group_size must be at least 2"),
         (["train", "--steps", "0"], "steps must be at least 1"),
         (["train", "--rewards", "iuo", "1"], "Did you mean 'iou'"),
-        (["train", "--stepz", "3"], "--steps"),
-        (["train", "--algo", "gropo"], "grpo"),
-        (["train", "--algo", "ppo", "--scale", "none"], "--scale"),
-        (["train", "--algo", "rloo", "--epsilon-high", "1"], "--epsilon-high"),
+        (["train", "--stepz", "3"], "unknown option 'stepz'. Did you mean 'steps'?"),
+        (["train", "--algo", "gropo"], "unknown algorithm 'gropo'. Did you mean 'grpo'?"),
+        (["train", "--algo", "ppo", "--scale", "none"], "ppo has no option 'scale', which grpo"),
+        (["train", "--algo", "rloo", "--epsilon-high", "1"], "rloo has no option 'epsilon_high'"),
         (["train", "--lora-alpha", "4"], "go with lora_rank"),
         (["train", "--lora-rank", "4", "--freeze-vision"], "leave out the options to freeze"),
         (["train", "--vision-lr", "0"], "vision_lr must be above 0"),
@@ -262,19 +277,19 @@ def test_detection_is_trained_and_measured_by_the_same_commands(tmp_path: Path) 
         (["train", "--eval-every", "2", "--eval-limit", "0"], "eval_every needs samples"),
         (["train", "--algo", "sft", "--group-size", "2"], "group_size must be 1"),
         (["train", "--keep", "0"], "keep must be at least 1"),
-        (["train", "--tracker", "tensorbord"], "tensorboard"),
+        (["train", "--tracker", "tensorbord"], "unknown tracker 'tensorbord'. Did you mean 'tensorboard'?"),
         (["train", "--log-samples", "-1"], "log_samples must not be negative"),
         (["train", "--tracker", "none", "--log-samples", "5"], "log_samples is for a tracker"),
-        (["trian"], "train"),
+        (["trian"], "unknown command 'trian'. Did you mean 'train'?"),
         (["doctor", "--group-size", "0"], "group_size must be at least 1"),
-        (["doctor", "--beta", "-1"], "beta must not be negative"),
+        (["doctor", "--beta", "-1"], "beta must be a number from 0 up"),
         (["doctor", "--temperature", "0"], "training needs varied answers"),
-        (["doctor", "--env", "VLM-RCE-v0", "--device", "cpu"], "1 of 19 checks failed: samples"),
-        (["eval", "--limit", "0"], "limit must be at least 1"),
+        (["doctor", "--env", "VLM-RCE-v0", "--device", "cpu"], "1 of 20 checks failed: samples"),
+        (["eval", "--eval-limit", "0"], "eval_limit must be at least 1"),
         (["eval", "--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
         (["eval", "--temperature", "0", "--samples", "4"], "temperature must be above 0"),
         (["train", "--temperature", "0"], "temperature must be above 0"),
-        (["train", "--seed", "-1"], "must not be negative"),
+        (["train", "--seed", "-1"], "seed must be from 0"),
         (["train", "--temperature", "nan"], "temperature must be a number"),
         (["train", "--lr", "nan"], "lr and max_grad_norm must be above 0"),
         (["train", "--rewards", "iou", "nan"], "weight of reward term 'iou' is nan"),
@@ -282,7 +297,7 @@ def test_detection_is_trained_and_measured_by_the_same_commands(tmp_path: Path) 
         (["train", "--env", ".mod:Id"], "cannot be imported"),
         (["train", "--lr", "0"], "lr and max_grad_norm must be above 0"),
         (["train", "--eval-limit", "-1"], "eval_limit must not be negative"),
-        (["train", "--env", "nowhere:VLM-X-v0"], "'nowhere' of the environment cannot be imported"),
+        (["train", "--env", "nowhere:VLM-X-v0"], "environment nowhere:VLM-X-v0: there is no module 'nowhere'"),
         (["train", "--eval-dataset", "x"], "go with dataset"),
         (["train", "--config", "none.yaml"], "none.yaml"),
     ],
@@ -305,7 +320,7 @@ def test_an_unknown_option_in_a_file_is_named(capsys: pytest.CaptureFixture[str]
 def test_a_model_folder_without_processor(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         shutil.copyfile(find_model("builtin") / name, tmp_path / name)
-    assert "has no processor" in fails(capsys, "eval", "--model", str(tmp_path), "--limit", "1")
+    assert "has no processor" in fails(capsys, "eval", "--model", str(tmp_path), "--eval-limit", "1")
 
 
 def test_a_line_that_is_not_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -318,7 +333,7 @@ def test_an_engine_that_is_not_installed_is_told_before_anything_is_loaded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
-    for name in ("vlmenv.commands.train", "vlmenv.evaluation"):
+    for name in ("vlmenv.commands.train", "vlmenv.commands.suite"):
         monkeypatch.setattr(f"{name}.make_envs", lambda *_, **__: pytest.fail("data were read"))
     run = tmp_path / "run"
     for args in (["train", "--output", str(run)], ["eval"]):
@@ -331,13 +346,13 @@ def test_an_engine_that_is_not_installed_is_told_before_anything_is_loaded(
 def test_an_engine_that_cannot_be_had_like_this_is_refused_early(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlmenv.building.require_vllm", lambda: None)
     with pytest.raises(ConfigError, match="there is one: launch a multiple"):
-        check_engine(TrainConfig(engine="vllm", tensor_parallel=2), torch.device("cpu"))
+        check_engine(replaced(TrainConfig(), {"engine": "vllm", "tensor_parallel": 2}), torch.device("cpu"))
     with pytest.raises(ConfigError, match="there are 3: launch a multiple"):
-        check_engine(TrainConfig(engine="vllm", tensor_parallel=2), torch.device("cpu"), 3)
+        check_engine(replaced(TrainConfig(), {"engine": "vllm", "tensor_parallel": 2}), torch.device("cpu"), 3)
     with pytest.raises(ConfigError, match="share of a GPU's memory"):
-        check_engine(TrainConfig(engine="vllm", engine_memory=0.5), torch.device("cpu"))
-    check_engine(TrainConfig(engine="vllm", tensor_parallel=2), torch.device("cpu"), 4)
-    check_engine(TrainConfig(engine="vllm"), torch.device("cpu"))
+        check_engine(replaced(TrainConfig(), {"engine": "vllm", "engine_memory": 0.5}), torch.device("cpu"))
+    check_engine(replaced(TrainConfig(), {"engine": "vllm", "tensor_parallel": 2}), torch.device("cpu"), 4)
+    check_engine(replaced(TrainConfig(), {"engine": "vllm"}), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -345,12 +360,12 @@ def test_an_engine_that_cannot_be_had_like_this_is_refused_early(monkeypatch: py
     [
         (["--engine-length", "512"], "go with engine vllm"),
         (["--engine-memory", "0.5"], "go with engine vllm"),
-        (["--tensor-parallel", "2"], "goes with engine vllm"),
+        (["--tensor-parallel", "2"], "tensor_parallel go with engine vllm"),
         (["--engine", "vllm", "--engine-memory", "1.5"], "share between 0 and 1"),
         (["--engine", "vllm", "--engine-length", "160"], "more than 160 tokens"),
         (["--engine", "vllm", "--temperature", "2.5"], "temperatures up to 2"),
         (["--engine", "vllm-server"], "needs servers"),
-        (["--algo", "sft", "--engine", "vllm", "--correction", "token"], "correction are of no use to sft"),
+        (["--algo", "sft", "--engine", "vllm", "--correction", "sequence"], "correction are of no use to sft"),
         (["--server", "http://a:1"], "go with engine vllm-server"),
         (["--engine", "vllm", "--server-timeout", "3"], "go with engine vllm-server"),
         (["--engine", "vllm", "--weights-folder", "a"], "go with engine vllm-server"),
@@ -386,7 +401,7 @@ def test_servers_are_named_in_either_way(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each by a `--server` of its own, several behind one, or in a file, which the command line overrides."""
-    monkeypatch.setattr("vlmenv.building.Patience", lambda: Patience(attempts=1))
+    monkeypatch.setattr("vlmenv.building.Patience", lambda **_: Patience(attempts=1))
     urls = [f"http://127.0.0.1:{port}" for port in (1, 2, 3)]
     file = tmp_path / "options.yaml"
     file.write_text(yaml.safe_dump({"engine": "vllm-server", "server": urls[:2], "device": "cpu"}))

@@ -18,11 +18,22 @@ from vlmenv.agents.families.qwen2_5_vl import Qwen25VL
 from vlmenv.agents.families.qwen2_vl import Qwen2VL
 from vlmenv.agents.families.qwen3_vl import Qwen3VL, Qwen3VLMoe
 from vlmenv.core.coordinates import CoordinateSpace, ResizeRule
-from vlmenv.core.errors import ModelError, unknown_name
+from vlmenv.core.errors import ConfigError, ModelError, unknown_name
 
 FAMILIES: Final[dict[str, type[Family]]] = {
     family.model_type: family for family in (Qwen2VL, Qwen25VL, Qwen3VL, Qwen3VLMoe, InternVL, Idefics3, SmolVLM, Glm4v)
 }
+
+
+def register_family(family: type[Family]) -> None:
+    """Makes a family of models known, by the `model_type` of its class.
+
+    Raises:
+        ConfigError: That type is known already.
+    """
+    if family.model_type in FAMILIES:
+        raise ConfigError(f"a family of type '{family.model_type}' is registered already")
+    FAMILIES[family.model_type] = family
 
 
 def family_of(model_type: str) -> type[Family]:
@@ -103,6 +114,7 @@ __all__ = [
     "PromptReading",
     "coordinate_space",
     "family_of",
+    "register_family",
     "resize_rule",
     "weightless_family",
 ]

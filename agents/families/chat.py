@@ -14,7 +14,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from vlmenv.core.errors import ConfigError
-from vlmenv.core.rollout import IMAGE_MARK, ROLES, Observation, Role, Turn, count_marks
+from vlmenv.core.rollout import IMAGE_MARK, ROLES, Observation, Role, Turn, count_marks, named_images
 
 Message = dict[str, Any]
 """A turn as chat templates take it: `role`, and `content` in parts or as a text."""
@@ -76,14 +76,16 @@ class ChatTemplate:
         Published templates differ: some write the text parts of a system turn, some its content as it is, and some
         raise an error.
         """
-        lasting: Turn = {"role": "user", "text": _WORDS[0]}
-        before: dict[Role, list[Turn]] = {"system": [], "user": [], "assistant": [lasting]}
-        after: dict[Role, list[Turn]] = {"system": [], "user": [{"role": "assistant", "text": _WORDS[0]}]}
+        other, probe = _WORDS[:2]
+        conversations: dict[Role, list[Turn]] = {
+            "system": [{"role": "system", "text": probe}],
+            "user": [{"role": "user", "text": probe}, {"role": "assistant", "text": other}],
+            "assistant": [{"role": "user", "text": other}, {"role": "assistant", "text": probe}],
+        }
         found: dict[Role, Form] = {}
-        for role in ROLES:
-            turns = [*before[role], Turn(role=role, text=_WORDS[1]), *after.get(role, [])]
+        for role, turns in conversations.items():
             if form := next((form for form in _FORMS if self._shows(turns, form)), None):
-                found[role] = form
+                found[role] = "parts" if role == "user" else form
         return found
 
     @cached_property
@@ -105,14 +107,13 @@ class ChatTemplate:
         role, text = turn["role"], turn["text"]
         if not marked or role == "assistant" or IMAGE_MARK not in text:
             return {"role": role, "content": text if self.forms.get(role) == "text" else [_text(text)]}
-        if self.forms.get(role) == "text" and role != "user":
+        if self.forms.get(role) == "text":
             raise ValueError(f"the chat template takes no image in a {role} turn")
         first, *rest = text.split(IMAGE_MARK)
         if self.keeps_places:
             parts = [_text(first), *(part for text in rest for part in ({"type": "image"}, _text(text)))]
             return {"role": role, "content": [part for part in parts if part.get("text") != ""]}
-        named = first + "".join(f"image {next(numbers)}{text}" for text in rest)
-        return {"role": role, "content": [*[{"type": "image"}] * len(rest), _text(named)]}
+        return {"role": role, "content": [*[{"type": "image"}] * len(rest), _text(named_images(text, numbers))]}
 
     def _check_roles(self, turns: Sequence[Turn]) -> None:
         for place, turn in enumerate(turns):
@@ -124,7 +125,10 @@ class ChatTemplate:
                 raise ValueError(f"the chat template leaves {turn['role']} turns before the prompt out")
 
     def _shows(self, turns: Sequence[Turn], form: Form) -> bool:
-        """Whether a rendering has the second probe's text once, and not as code."""
+        """Whether a rendering has the second probe's text once, and no list of parts as it is.
+
+        User turns have parts in either form: they may hold images.
+        """
         messages: list[Message] = [{"role": turn["role"], "content": [_text(turn["text"])]} for turn in turns]
         for message in messages:
             if message["role"] != "user" and form == "text":

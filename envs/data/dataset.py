@@ -24,6 +24,7 @@ import numpy as np
 from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.envs.data.boxes import BoxReading
 from vlmenv.envs.data.coco import CocoInstances
+from vlmenv.envs.data.convert import find_layout
 from vlmenv.envs.data.delimited import Delimited
 from vlmenv.envs.data.images import image_size, load_image
 from vlmenv.envs.data.media import ImageRef
@@ -419,6 +420,9 @@ def _load(name: str, split: str | None) -> Table:
         raise DataError(f"{name}: no such file")
     library = _library()
     saved = any((folder / file).is_file() for file in ("state.json", "dataset_dict.json"))
+    layout = find_layout(folder) if folder.is_dir() and not saved else None
+    if layout not in (None, "folder"):
+        raise DataError(f"{name}: a folder of {layout}: `vlmenv data convert {name} TARGET.jsonl` makes rows of it")
     try:
         if saved:
             return _wrap(library.load_from_disk(name), split, name)

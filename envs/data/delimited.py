@@ -57,9 +57,11 @@ class Delimited(TextFile):
 
     def _header(self, names: list[str]) -> list[str]:
         columns = [name.strip() for name in names]
+        if columns and not columns[0] and "index" not in columns:
+            columns[0] = "index"  # as pandas writes it
         if twice := [name for name, count in Counter(columns).items() if count > 1 or not name]:
             raise DataError(
-                f"{self._name}:1: the first line must name the columns; {twice[0]!r} is there twice or empty"
+                f"{self._name}:1: the first line must name the columns; {twice[0]!r} is empty or there twice"
             )
         return columns
 

@@ -77,6 +77,20 @@ def image_size(ref: str | bytes | PILImage.Image) -> tuple[int, int]:
         raise ValueError(f"an image cannot be read: {error}") from error
 
 
+def shown_size(ref: str | bytes) -> tuple[int, int]:
+    """Width and height of an image as `load_image` turns it, by its EXIF orientation.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    try:
+        with _opened(ref) as picture:
+            turned = _orientation(picture) >= 5
+            return (picture.height, picture.width) if turned else picture.size
+    except _BROKEN as error:
+        raise ValueError(f"an image cannot be read: {error}") from error
+
+
 def exif_orientation(ref: str | bytes | PILImage.Image | None) -> int:
     """How an image is to be turned before it is shown, as EXIF has it, from 1 to 8; 1 where that is not told.
 

@@ -99,13 +99,13 @@ def read_images(found: Any) -> tuple[ImageRef, ...]:
         ValueError: Something in it is no image, or lies on the web.
     """
     if isinstance(found, str) and found.startswith("[") and found.endswith("]"):
-        found = _literal(found)
+        found = literal(found)
     refs = found if isinstance(found, (list, tuple)) else [] if found is None else [found]
     return tuple(map(read_image, refs))
 
 
-def _literal(text: str) -> Any:
-    """A list that is written out, as CSV and TSV files have them."""
+def literal(text: str) -> Any:
+    """A list or a number that is written out, as CSV and TSV files have them; else the text itself."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):

@@ -12,6 +12,7 @@ from vlmenv.core.answers import Detection
 from vlmenv.core.errors import ConfigError, unknown_name
 from vlmenv.core.formats import SECTIONS, TAGS, AnswerFormat
 from vlmenv.core.rollout import IMAGE_MARK, Turn, count_marks, split_marks
+from vlmenv.envs.data.choices import LETTERS, read_choices
 from vlmenv.envs.data.media import (
     IMAGE_COLUMNS,
     ImageRef,
@@ -19,6 +20,7 @@ from vlmenv.envs.data.media import (
     holds_image,
     image_columns,
     is_filled,
+    literal,
     place_numbered,
     read_image,
     read_images,
@@ -40,7 +42,7 @@ COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
     "id": ("qid", "id", "question_id", "pid", "uid", "index"),
     "images": IMAGE_COLUMNS,
     "question": ("conversations", "messages", "problem", "question", "query", "prompt"),
-    "answer": ("answer", "solution", "response", "ground_truth", "gt_answer", "completion", "reward_model"),
+    "answer": ("answer", "solution", "response", "ground_truth", "gt_answer", "answers", "completion", "reward_model"),
     "system": ("system", "system_prompt"),
     "history": ("history",),
     "objects": ("objects",),
@@ -48,7 +50,7 @@ COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
     "subject": ("subject",),
     "method": ("accu_reward_method",),
     "tolerance": ("tolerance",),
-    "choices": ("choices",),
+    "choices": ("choices", "options"),
 }
 """What a row is made of, and the columns that it is looked for in."""
 
@@ -72,6 +74,8 @@ class Row:
     """by which a number may be off"""
     choices: tuple[str, ...] = ()
     """what the letters from A on stand for"""
+    accepted: tuple[str | float, ...] = ()
+    """the items of an answer that is a list of texts and numbers"""
     detections: tuple[Detection, ...] | None = None
     """true boxes, where the data set has them as such"""
     size: tuple[int, int] | None = None
@@ -129,17 +133,20 @@ def read_row(raw: Any, number: int, columns: Mapping[str, str]) -> Row:
     texts, refs = place_numbered(texts, images or _images(cells))
     turns = _with_texts(asked.turns, texts, len(refs))
     answer, response = _divided(answer)
+    choices = read_choices(_choices(cells), places("choices"))
+    question = _with_choices(placed(texts[-1], len(refs), turns), choices, cells)
     return Row(
         id=key,
         images=refs,
-        question=placed(texts[-1], len(refs), turns),
+        question=question,
         answer=_answer(answer),
+        accepted=_accepted(answer),
         response=response,
         keywords=_keywords(cells.take("keywords")),
         subject=_text(cells.take("subject"), "subject"),
         method=_text(cells.take("method"), "accu_reward_method"),
         tolerance=_tolerance(cells.take("tolerance")),
-        choices=_choices(cells.take("choices")),
+        choices=choices,
         detections=detections,
         turns=turns,
         used=tuple(cells.used),
@@ -267,6 +274,24 @@ def _objects(cells: _Cells, texts: Sequence[Any]) -> Objects | None:
     return objects
 
 
+def _choices(cells: _Cells) -> Any:
+    """The choices of one column, or of the columns A, B, C … of VLMEvalKit's tables."""
+    if cells.find("choices") is not None or not (is_filled(cells.raw.get("A")) and is_filled(cells.raw.get("B"))):
+        return cells.take("choices")
+    letters = [letter for letter in LETTERS if is_filled(cells.raw.get(letter))]
+    return {letter: cells.take_column("choices", letter) for letter in letters}
+
+
+def _with_choices(question: str, choices: Sequence[str], cells: _Cells) -> str:
+    """A question with its choices, which are added where it does not list them; bare letters say nothing."""
+    words = " ".join(question.split())
+    listed = all(" ".join(choice.split()) in words for choice in choices)
+    if listed or all(choice.upper() == letter for letter, choice in zip(LETTERS, choices, strict=False)):
+        return question
+    cells.notes.append("the choices are added to the question, which does not list them")
+    return "\n".join([question, *(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False))])
+
+
 def _ask_for(detections: Sequence[Detection], objects: Objects | None, key: str) -> str:
     present = {one.label for one in detections}
     if objects is not None and objects.categories:
@@ -344,15 +369,18 @@ def _answer(answer: Any) -> str:
 
 
 def _keywords(found: Any) -> tuple[str, ...]:
+    if isinstance(found, str) and found.startswith("["):
+        found = literal(found)
     words = [] if found is None else [found] if isinstance(found, str) else found
     if not isinstance(words, (list, tuple)) or not all(isinstance(word, str) for word in words):
         raise ValueError("the key words are no list of texts")
     return tuple(word.strip() for word in words if word.strip())
 
 
-def _choices(found: Any) -> tuple[str, ...]:
-    """A list of what the letters stand for; data sets have other things too in a column of this name."""
-    return tuple(map(str.strip, map(str, found))) if isinstance(found, (list, tuple)) else ()
+def _accepted(answer: Any) -> tuple[str | float, ...]:
+    items = answer if isinstance(answer, (list, tuple)) else []
+    is_flat = all(isinstance(item, (str, int, float)) and item != "" for item in items)
+    return tuple(items) if is_flat else ()
 
 
 def _text(found: Any, name: str) -> str:
@@ -364,6 +392,8 @@ def _text(found: Any, name: str) -> str:
 def _tolerance(found: Any) -> float:
     if found is None:
         return 0.0
+    if isinstance(found, str):
+        found = literal(found)
     if type(found) not in (int, float) or not 0 <= found < float("inf"):
         raise ValueError(f"'tolerance' is {found!r}, which is no number from 0 up")
     return float(found)

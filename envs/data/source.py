@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from vlmenv.core.errors import DataError
 from vlmenv.core.rollout import IMAGE_MARK, Turn
 from vlmenv.core.spaces import Image
 from vlmenv.envs.data.usage import Usage
@@ -83,6 +84,8 @@ class SampleOrder:
     """
 
     def __init__(self, size: int | None, key: int) -> None:
+        if size == 0:
+            raise DataError("there are no samples to show: give a dataset")
         self._size = size
         self._key = key
         self._epoch = -1

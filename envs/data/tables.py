@@ -466,7 +466,11 @@ def _with_names(objects: Any, part: str, names: list[str]) -> dict[str, Any]:
 
 
 def _with_id(key: str, row: Any) -> Any:
-    return {"id": key, **row} if isinstance(row, Mapping) else ValueError(f"what stands at {key[:80]!r} is no object")
+    return (
+        {**row, "id": row.get("id") or key}
+        if isinstance(row, Mapping)
+        else ValueError(f"what stands at {key[:80]!r} is no object")
+    )
 
 
 def _unread(images: Any) -> Any:

@@ -52,4 +52,4 @@ class BatchTerm(ABC):
 
 RewardTerm = Callable[..., float] | BatchTerm
 """`term(text, target) -> float`; the target is what `info["target"]` shows. A term that has a parameter
-`answer_format` or `count_tokens` is given the environment's."""
+`answer_format` or `count_tokens` is given the environment's, and one with `prediction` the parsed answer."""

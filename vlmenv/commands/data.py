@@ -11,9 +11,8 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
-import tyro
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -21,6 +20,7 @@ from rich.table import Table
 from vlmenv.core.answers import Detection
 from vlmenv.core.errors import ConfigError
 from vlmenv.core.files import write_whole
+from vlmenv.core.loading import import_modules
 from vlmenv.core.rollout import Observation
 from vlmenv.core.text import printable
 from vlmenv.envs.base import NoRowsError, VisualTaskEnv
@@ -31,55 +31,23 @@ from vlmenv.envs.data.dataset import Concatenated, TableSource
 from vlmenv.envs.data.source import Source
 from vlmenv.envs.data.tables import TextFile
 from vlmenv.envs.making import make_envs
+from vlmenv.envs.selfcheck import check_answers, describe, some_samples
+from vlmenv.options.data import DataCheckConfig
+from vlmenv.options.parsing import parse_plain
+from vlmenv.options.task import PromptOptions, TaskConfig
 
 _TOLD: Final = 20
 """Rows that are named for each kind of fault."""
 _THREADS: Final = 8
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    """Check a data set: the broken rows with their places, and a summary. Ends with status 1 if something is wrong."""
-
-    action: tyro.conf.Positional[Literal["check"]]
-    """Command for the data set."""
-    dataset: tyro.conf.Positional[tuple[str, ...]]
-    """Files, folders saved by `datasets`, or ids on the Hugging Face hub."""
-    env: str = "VLM-REC-v0"
-    """Environment that is to read it."""
-    image_root: tuple[Path, ...] | None = None
-    """Folder that image paths are relative to, or one for each file. Default: the file's own."""
-    split: str | None = None
-    """Split of a Hugging Face data set. Default: "train"."""
-    columns: dict[str, str] | None = None
-    """Columns that hold the parts of a row, as in `--columns question query answer label`."""
-    boxes_in: Literal["xyxy", "xywh", "fractions", "norm1000"] | None = None
-    """Numbers of the data set's true boxes: edges in pixels, x, y, width and height in pixels, or edges in fractions or
-    thousandths of the image. Default: xyxy; COCO's are xywh by definition."""
-    box_orientation: Literal["shown", "stored"] = "shown"
-    """Orientation of the image that the data set's boxes refer to, where EXIF turns it. A COCO file's width and height
-    decide, where they can."""
-    decode: bool = False
-    """Read every image too, and compare boxes with its size."""
-    model: str | None = None
-    """Model whose processor is to take every row: "builtin", a folder, or a name on the Hugging Face hub. No weights
-    are loaded. Implies `decode`."""
-    max_new_tokens: int = 160
-    """Length of answers that prompts must leave room for, in tokens; goes with `model`."""
-    prompt_template: str | None = None
-    """Prompt as for `vlmenv train`."""
-    system_prompt: str | None = None
-    """System prompt as for `vlmenv train`."""
-    chat_template_kwargs: dict[str, str] | None = None
-    """Switches of the model's chat template, as for `vlmenv train`; goes with `model`."""
-    write: Path | None = None
-    """File for the rows that are good, in their own format: .jsonl for rows of JSON, or as the data set's."""
-
-    def __post_init__(self) -> None:
-        if not self.dataset:
-            raise ConfigError("name the data set to check, as in `vlmenv data check rec.jsonl --env VLM-REC-v0`")
-        if self.model is None and (self.max_new_tokens != 160 or self.chat_template_kwargs is not None):
-            raise ConfigError("max_new_tokens and chat_template_kwargs go with model, whose processor they concern")
+def parse(args: Sequence[str], program: str) -> DataCheckConfig:
+    """The options of a command line."""
+    config: DataCheckConfig = parse_plain(args, DataCheckConfig(dataset=()), program)
+    if not config.dataset:
+        raise ConfigError("name the data set to check, as in `vlmenv data check rec.jsonl --env VLM-REC-v0`")
+    import_modules(config.imports)
+    return config
 
 
 @dataclass
@@ -88,8 +56,6 @@ class Findings:
 
     faults: dict[str, list[str]] = field(default_factory=dict)
     """by their kind, with the places of the rows"""
-    broken: set[tuple[int, int]] = field(default_factory=set)
-    """rows that are not good, by the numbers of their source and within it"""
     good: list[list[int]] = field(default_factory=list)
     """of each source, the numbers of the rows that are good"""
     ids: Counter[str] = field(default_factory=Counter)
@@ -104,13 +70,14 @@ class Findings:
         self.faults.setdefault(kind, []).append(fault)
 
 
-def check_data(config: DataConfig) -> None:
-    """`vlmenv data check`."""
+def run(config: DataCheckConfig) -> None:
+    """Checks a data set; ends the process with status 1 if something is wrong."""
     task, source, is_taken = _opened(config)
     found = Findings()
     for fault in source.faults:
         found.add("broken", fault)
-    given = Convention(BoxForm(config.boxes_in) if config.boxes_in else None, BoxOrientation(config.box_orientation))
+    form, orientation = config.data.boxes_in, config.data.box_orientation
+    given = Convention(None if form is None else BoxForm(form), BoxOrientation(orientation))
     parts = _parts(source)
     for part in parts:
         found.good.append(list(_look_through(part, config, found, given, task, is_taken)))
@@ -120,33 +87,32 @@ def check_data(config: DataConfig) -> None:
     _tell_boxes(found, given, likely, any(isinstance(part.table, CocoInstances) for part in parts), console)
     console.print(_summary(config, source, found))
     if config.write is not None:
-        _write(config.write, parts, found.good, config.image_root is None, console)
-    if found.faults or likely is not None:
+        _write(config.write, parts, found.good, config.data.image_root is None, console)
+    samples = some_samples(source)
+    misjudged = [] if task is None else check_answers(task, samples)
+    if misjudged:
+        console.print(printable(describe(misjudged, len(samples))), style="red", highlight=False, emoji=False)
+    if found.faults or misjudged or likely is not None:
         sys.exit(1)
 
 
 def _opened(
-    config: DataConfig,
+    config: DataCheckConfig,
 ) -> tuple[VisualTaskEnv | None, TableSource | Concatenated, Callable[[Observation], str | None]]:
     """The task with the data, its source, and what says why a model cannot take an observation.
 
     There is no task where no row is left, with which none can be made.
     """
     arguments, is_taken = _of_model(config) if config.model is not None else ({}, _takes_all)
-    roots = config.image_root if config.image_root is None or len(config.image_root) > 1 else config.image_root[0]
     try:
         envs = make_envs(
             config.env,
             1,
             dataset=list(config.dataset),
-            image_root=roots,
-            split=config.split,
-            columns=config.columns,
             skip_broken=True,
-            boxes_in=config.boxes_in,
-            box_orientation=config.box_orientation,
             prompt_template=config.prompt_template,
             system_prompt=config.system_prompt,
+            **config.data.reading_arguments(),
             **arguments,
         )
     except NoRowsError as error:
@@ -161,15 +127,17 @@ def _takes_all(_: Observation) -> str | None:
     return None
 
 
-def _of_model(config: DataConfig) -> tuple[dict[str, Any], Callable[[Observation], str | None]]:
+def _of_model(config: DataCheckConfig) -> tuple[dict[str, Any], Callable[[Observation], str | None]]:
     """What the environment is made with for a model, and what says why its processor cannot take an observation."""
     from vlmenv.agents.families import weightless_family
-    from vlmenv.agents.vlm import check_length, find_model
-    from vlmenv.building import TaskConfig
+    from vlmenv.agents.vlm import check_length
+    from vlmenv.building import task_arguments
+    from vlmenv.runs.models import model_folder
 
     assert config.model is not None
-    task = TaskConfig(env=config.env, model=config.model, chat_template_kwargs=config.chat_template_kwargs)
-    family = weightless_family(find_model(config.model), task.template_switches())
+    folder = model_folder(config.model)
+    prompts = PromptOptions(chat_template_kwargs=config.chat_template_kwargs)
+    family = weightless_family(folder, prompts.template_switches())
     most = int(family.model.config.get_text_config().max_position_embeddings)
 
     def fault(observation: Observation) -> str | None:
@@ -179,7 +147,7 @@ def _of_model(config: DataConfig) -> tuple[dict[str, Any], Callable[[Observation
             return str(error)
         return None
 
-    own = task.env_arguments()
+    own = task_arguments(TaskConfig(env=config.env, model=str(folder)))
     return {name: own[name] for name in ("coordinates", "resize")}, fault
 
 
@@ -192,7 +160,7 @@ def _parts(source: Source) -> Sequence[TableSource]:
 
 def _look_through(
     source: TableSource,
-    config: DataConfig,
+    config: DataCheckConfig,
     found: Findings,
     given: Convention,
     task: VisualTaskEnv | None,
@@ -278,7 +246,7 @@ _FORMS: Final = {
 }
 
 
-def _summary(config: DataConfig, source: TableSource | Concatenated, found: Findings) -> Table:
+def _summary(config: DataCheckConfig, source: TableSource | Concatenated, found: Findings) -> Table:
     title = printable(f"{', '.join(config.dataset)} for {config.env}")
     table = Table(title=title, show_header=False, title_justify="left")
     table.add_row("rows", str(sum(part.total for part in _parts(source))))

@@ -5,7 +5,8 @@ Shapes: P distinct prompts, N completions, T tokens of a prompt, L tokens of a c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NotRequired, TypedDict, get_args
 
@@ -62,13 +63,21 @@ def split_marks(text: str) -> tuple[int, str]:
     return marks, rest
 
 
-def named_images(text: str) -> str:
-    """A text with `image 2` for a second image in it; images at its beginning are left out, but counted."""
+def named_images(text: str, numbers: Iterator[int] | None = None) -> str:
+    """A text with `image 2` in the place of a second image; images at its beginning are counted and left out.
+
+    Args:
+        text: Any; without marks it stays as it is.
+        numbers: Those of the images, which are taken from it in turn. Default: from 1.
+    """
     if IMAGE_MARK not in text:
         return text
-    marks, rest = split_marks(text)
+    numbers = itertools.count(1) if numbers is None else numbers
+    leading, rest = split_marks(text)
+    for _ in range(leading):
+        next(numbers)
     first, *others = rest.split(IMAGE_MARK)
-    return first + "".join(f"image {number}{other}" for number, other in enumerate(others, marks + 1))
+    return first + "".join(f"image {next(numbers)}{other}" for other in others)
 
 
 def told_turns(observation: Observation) -> dict[str, Any]:
@@ -86,9 +95,9 @@ Rows = slice | NDArray[np.int64]
 """Which rows of a batch."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Prompt:
-    """An observation as a model takes it in."""
+    """An observation as a model takes it in. Prompts compare by identity, so that caches can hold them weakly."""
 
     input_ids: NDArray[np.int64]
     """[T], with one pad token per image feature"""
@@ -96,8 +105,6 @@ class Prompt:
     """[axes, T]; three axes (time, height, width) under M-RoPE, else one"""
     images: Mapping[str, Any]
     """what the vision tower wants, by the model's own argument names; first axis joins over prompts"""
-    features: tuple[Any, Any] | None = None
-    """a frozen vision tower, and what it saw in the images; filled in by whoever runs it first"""
 
 
 @dataclass(slots=True)

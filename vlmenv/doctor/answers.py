@@ -11,6 +11,7 @@ from vlmenv.core.coordinates import Coordinates, CoordinateSpace
 from vlmenv.core.errors import ModelError
 from vlmenv.doctor.overlap import Overlap, clearly_better, overlap
 from vlmenv.doctor.patient import GROUP, Patient, Seen, Unchecked
+from vlmenv.envs.selfcheck import check_answers, describe
 
 _PARSED, _TRUNCATED, _INSIDE = 0.25, 0.5, 0.5
 """The least share of answers that can be read, the greatest that may be cut off, the least of boxes in the image."""
@@ -31,6 +32,19 @@ def coordinates(patient: Patient) -> Seen:
     if found[used].inside < _INSIDE:
         return figure, f"Most boxes lie outside the image: leave out --coordinates, or give --coordinates {taught}."
     return figure, ""
+
+
+def right_answers(patient: Patient) -> Seen:
+    """What the task makes of its own right answers."""
+    if not patient.samples:
+        raise Unchecked("there are no samples")
+    misjudged = check_answers(patient.task, patient.samples)
+    if not misjudged:
+        return f"all {len(patient.samples)} are at their best", ""
+    return describe(misjudged, len(patient.samples)), (
+        "Mend the task's write_answer(), parse(), target() or reward terms, so that they mean the same; or say in its "
+        "`best` what a right answer earns."
+    )
 
 
 def read(patient: Patient) -> Seen:
@@ -66,7 +80,7 @@ def rewards(patient: Patient) -> Seen:
 def cut_off(patient: Patient) -> Seen:
     """Share of sampled answers that the limit cuts off."""
     cut = [one.finish_reason == "length" for one in patient.answers[1].completions]
-    limit = patient.config.max_new_tokens
+    limit = patient.config.sampling.max_new_tokens
     figure = f"{sum(cut)} of {len(cut)} sampled, at {limit} tokens"
     return figure, f"Give more room: --max-new-tokens {2 * limit}." if np.mean(cut) > _TRUNCATED else ""
 
