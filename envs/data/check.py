@@ -149,8 +149,8 @@ def _boxed(found: LookedAt, ref: str, reading: BoxReading, place: str) -> BoxedR
     else:
         numbers, form = numbers_in(row.answer), BoxForm.XYXY
         if not numbers and found.sample is not None and reading.form in (None, BoxForm.XYXY):  # written otherwise
-            numbers = boxes_of(found.sample.target, reading.map_boxes)
-            numbers = [box for box in numbers if box[:2] != box[2:]]  # a point is no box
+            read = boxes_of(found.sample.target, reading.map_boxes)
+            numbers = [box for box in read if box[:2] != box[2:]]  # a point is no box
     return BoxedRow(place, tuple(numbers), shown, turn, reading.told(row, shown), form)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from vlmenv.core.answers import Detection
-from vlmenv.core.errors import ConfigError
+from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.envs.data.boxes import change_numbers, corners, numbers_in, turned
 from vlmenv.envs.ovd import OVDEnv
 from vlmenv.envs.rec import RECEnv
@@ -164,3 +164,17 @@ def test_what_coco_cannot_tell_is_as_the_option_says(tmp_path: Path) -> None:
     for option in ("shown", "stored"):
         env = OVDEnv(dataset=write_coco(tmp_path, SIZE, 3), box_orientation=option)
         assert is_on_the_square(env) == (option == "stored")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_boxes_of_a_column_with_objects(form: str, tmp_path: Path) -> None:
+    """By definition of the layout they are x, y, width and height; an option says otherwise."""
+    Image.new("RGB", SIZE).save(tmp_path / "a.png")
+    rows = [{"image": str(tmp_path / "a.png"), "objects": {"bbox": [FORMS[form]], "category": ["dog"]}}]
+    (found,) = OVDEnv(dataset=rows, boxes_in=form).source.get(0).target
+    assert found.box == pytest.approx(BOX)
+    (found,) = OVDEnv(dataset=rows).source.get(0).target
+    assert (found.box == pytest.approx(BOX)) == (form == "xywh")
+    if form == "xywh":
+        with pytest.raises(DataError, match="covers nothing, if boxes are in xyxy"):
+            OVDEnv(dataset=rows, boxes_in="xyxy")

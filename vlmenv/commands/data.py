@@ -56,8 +56,6 @@ class Findings:
 
     faults: dict[str, list[str]] = field(default_factory=dict)
     """by their kind, with the places of the rows"""
-    broken: set[tuple[int, int]] = field(default_factory=set)
-    """rows that are not good, by the numbers of their source and within it"""
     good: list[list[int]] = field(default_factory=list)
     """of each source, the numbers of the rows that are good"""
     ids: Counter[str] = field(default_factory=Counter)
