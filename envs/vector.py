@@ -122,7 +122,11 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         loaded = list(self._pool.map(self._load, self._indices))
         self._samples, shown = [sample for sample, _ in loaded], [observation for _, observation in loaded]
         rows = [observation for observation in shown for _ in range(self.group_size)]
-        self._observations = {name: tuple(row[name] for row in rows) for name in self.single_observation_space}
+        self._observations = {
+            "images": tuple(row["images"] for row in rows),
+            "prompt": tuple(row["prompt"] for row in rows),
+            "turns": tuple(row.get("turns", ()) for row in rows),
+        }
         self._predictions = None
         return self._observations, self._infos() | (self._true_answers() if self._answers else {})
 
