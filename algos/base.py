@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
@@ -24,6 +24,11 @@ class AlgorithmConfig:
     """Passes over each batch of completions."""
     minibatches: int = 1
     """Parts of a batch, each an optimiser step; every pass divides the groups anew."""
+
+    @classmethod
+    def shared(cls) -> tuple[str, ...]:
+        """The options with one meaning over all algorithms, such as `group_size`, that this one takes from another."""
+        return (*(field.name for field in fields(AlgorithmConfig)), *(["beta"] if hasattr(cls, "beta") else []))
 
     def __post_init__(self) -> None:
         require(self.group_size >= 1, f"group_size must be at least 1, not {self.group_size}")

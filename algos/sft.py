@@ -16,6 +16,10 @@ class SFTConfig(AlgorithmConfig):
     group_size: int = 1
     """Answers to each prompt; there is one true one."""
 
+    @classmethod
+    def shared(cls) -> tuple[str, ...]:
+        return tuple(name for name in super().shared() if name != "group_size")
+
     def __post_init__(self) -> None:
         AlgorithmConfig.__post_init__(self)
         require(self.group_size == 1, f"sft imitates the one true answer: group_size must be 1, not {self.group_size}")

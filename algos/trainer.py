@@ -25,17 +25,15 @@ from vlmenv.agents.base import Agent
 from vlmenv.algos.advantages import zero_variance_share
 from vlmenv.algos.background import Background
 from vlmenv.algos.base import Algorithm, LossInputs, Scored
-from vlmenv.algos.batch import Batch, Rollouts, Rows, micro_batches, minibatches, padding_share
+from vlmenv.algos.batch import Batch, Rollouts, micro_batches, minibatches, padding_share
 from vlmenv.algos.correction import Correction, importance_weights, mismatch
 from vlmenv.algos.faults import NonFiniteError, nonfinite_gradients, nonfinite_weights
 from vlmenv.algos.losses import token_weights
 from vlmenv.algos.replay import Replay
 from vlmenv.core.errors import ConfigError, DataError, PromptError
-from vlmenv.core.rollout import Rollout
+from vlmenv.core.rollout import Rollout, Rows
 from vlmenv.processes import processes_of
 from vlmenv.processes.together import together
-
-_CORRECTION_CAP = 2.0
 
 
 @dataclass(frozen=True)
@@ -62,11 +60,11 @@ class TrainerConfig:
     """Tokens in one forward and backward pass, but at least one completion; a prompt counts once."""
     max_skipped: int = 3
     """Optimiser steps that may be left out, one after the other, because gradient or loss is not finite."""
-    correction: Correction | None = None
-    """How the loss allows for an engine's policy being another than the one that learns: by importance weights of
-    tokens or of whole completions, cut off at the cap, or 0 beyond it (mask); "token" where left out."""
-    correction_cap: float | None = None
-    """The largest importance weight, 2 where left out; a mask leaves out what is below its inverse too."""
+    correction: Correction = "token"
+    """Importance-sampling correction for the mismatch between engine and trainer, per token or per sequence: weights
+    cut off at the cap, or 0 beyond it (mask)."""
+    correction_cap: float = 2.0
+    """Largest importance weight. A mask leaves out weights below its inverse too."""
     max_staleness: int = 0
     """Steps that the weights which sample may be behind those that learn. With 1, a server writes the next step's
     answers while this step is learnt from."""
@@ -82,9 +80,9 @@ class TrainerConfig:
             raise ConfigError("vision_lr must be above 0; to leave the vision tower as it is, freeze it")
         if not (0 <= self.weight_decay < math.inf and self.warmup_steps >= 0 and self.max_skipped >= 0):
             raise ConfigError("weight_decay, warmup_steps and max_skipped must not be negative")
-        if self.correction_cap is not None and not 1 < self.correction_cap < math.inf:
+        if not 1 < self.correction_cap < math.inf:
             raise ConfigError(f"correction_cap must be above 1, not {self.correction_cap}")
-        if self.correction_cap is not None and self.correction == "none":
+        if self.correction_cap != type(self).correction_cap and self.correction == "none":
             raise ConfigError("correction_cap goes with a correction")
         if self.max_staleness not in (0, 1):
             raise ConfigError(f"max_staleness must be 0 or 1, not {self.max_staleness}")
@@ -465,7 +463,7 @@ class Trainer:
             return {}
         sampled = Batch.of(rollout, self.agent.device)
         logratio = batch.old_logprobs - sampled.old_logprobs
-        how, cap = self.config.correction or "token", self.config.correction_cap or _CORRECTION_CAP
+        how, cap = self.config.correction, self.config.correction_cap
         batch.correction = importance_weights(logratio, sampled.mask, how, cap)
         return mismatch(logratio, sampled.mask, how, cap)
 

@@ -41,8 +41,9 @@ from vlmenv.agents.engines.settings import sampling_settings
 from vlmenv.agents.engines.together import from_main
 from vlmenv.agents.engines.worker import checksum_of, weight_shapes
 from vlmenv.agents.families import Family
-from vlmenv.agents.sampling import Sampled, Sampling
+from vlmenv.agents.sampling import Sampled
 from vlmenv.core.errors import EngineError
+from vlmenv.core.sampling import Sampling
 
 _AT_ONCE = 64
 """Completions of one request, and requests that a server is given at a time."""

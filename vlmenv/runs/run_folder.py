@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from collections.abc import Iterable, Mapping
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +14,11 @@ from vlmenv.algos.trainer import StepResult
 from vlmenv.core.errors import ConfigError
 from vlmenv.core.files import write_whole
 
-_RECORDED = ("torch", "transformers", "gymnasium", "accelerate")
-
 
 class RunFolder:
     """Writes a run's files, each line as it happens.
 
-    `config.yaml` holds all options, `metrics.jsonl` an object per step, `rollouts.jsonl` every
+    `config.yaml` holds the options that were asked for, `resolved.yaml` all that are used, `metrics.jsonl` an object per step, `rollouts.jsonl` every
     completion with its reward terms, `checkpoints/step-N/` the model. `warnings.jsonl` tells of steps
     at which answers drifted while a held-out metric fell. `nonfinite/step-N/` holds what could not be
     learnt from, where that ended the run.
@@ -39,15 +35,12 @@ class RunFolder:
         if (self.path / "metrics.jsonl").exists():
             raise ConfigError(f"{self.path} already holds a run: choose another --output, or remove it")
 
-    def create(self, options: str) -> None:
-        """Makes the folder, with the run's options (YAML) and, as comments, the versions of what runs it."""
+    def create(self, asked: str, resolved: str) -> None:
+        """Makes the folder, with the options that were asked for and all that are used, both as YAML."""
         self.path.mkdir(parents=True, exist_ok=True)
-        versions = [
-            f"# vlmenv {vlmenv.__version__}, python {platform.python_version()}",
-            *(f"# {name} {version(name)}" for name in _RECORDED),
-        ]
-        lines = [f"# Repeat with: vlmenv train --config {self.path / 'config.yaml'}", *versions, options]
-        write_whole(self.path / "config.yaml", "\n".join(lines))
+        told = f"# What was asked. What was used: resolved.yaml. Version {vlmenv.__version__}\n"
+        write_whole(self.path / "resolved.yaml", f"# Repeat with: vlmenv train --config {self.path}/resolved.yaml\n{resolved}")
+        write_whole(self.path / "config.yaml", told + asked)
 
     @staticmethod
     def default_path(env: str, algo: str) -> Path:
