@@ -247,9 +247,16 @@ def test_points_turn_with_their_image() -> None:
         assert {y3} < {y1, y2}
 
 
+class NearEnv(PointEnv):
+    """The truth is a point."""
+
+    terms = {"near": lambda text, target, prediction: float(prediction == target)}  # noqa: RUF012
+    default_rewards = {"near": 1.0}  # noqa: RUF012
+
+
 def test_data_check_takes_points(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np_image().save(tmp_path / "a.png")
     (tmp_path / "rows.jsonl").write_text('{"image": "a.png", "question": "?", "answer": [10, 10]}')
-    register_task("Test-Point-v0", "test_geometry:PointEnv")
+    register_task("Test-Point-v0", "test_geometry:NearEnv")
     main(["data", "check", str(tmp_path / "rows.jsonl"), "--env", "Test-Point-v0", "--decode"])
     assert "good" in capsys.readouterr().out
