@@ -1,8 +1,10 @@
 """Algorithms, and the training loop that they share."""
 
-from vlmenv.algos.base import Algorithm, AlgorithmConfig, Credit, LossInputs, LossOutput, Scored
+from vlmenv.algos.advantages import gae, group_relative, leave_one_out, whiten
+from vlmenv.algos.base import Algorithm, AlgorithmConfig, Credit, LossInputs, LossOutput, Scored, ratio_sums
 from vlmenv.algos.faults import NonFiniteError
 from vlmenv.algos.grpo import GRPO, PRESETS, GRPOConfig
+from vlmenv.algos.losses import cispo, clipped_surrogate, divergence, is_clipped, sequence_ratio
 from vlmenv.algos.ppo import PPO, PPOConfig
 from vlmenv.algos.registry import ALGORITHMS, Registered, find_algorithm, register_algorithm
 from vlmenv.algos.reinforce_plus_plus import ReinforcePlusPlus, ReinforcePlusPlusConfig
@@ -34,6 +36,16 @@ __all__ = [
     "StepResult",
     "Trainer",
     "TrainerConfig",
+    "cispo",
+    "clipped_surrogate",
+    "divergence",
     "find_algorithm",
+    "gae",
+    "group_relative",
+    "is_clipped",
+    "leave_one_out",
+    "ratio_sums",
     "register_algorithm",
+    "sequence_ratio",
+    "whiten",
 ]

@@ -30,6 +30,8 @@ SMALL = {
     "pipeline": ["--output", "runs/pipeline"],
     "data": [],
     "envs": [],
+    "recipes": [],
+    "score": [],
 }
 
 

@@ -218,7 +218,6 @@ def load_agent(
         ModelError: The model cannot be loaded, or its chat template has no place for the `system_prompt`.
     """
     transformers.utils.logging.disable_progress_bar()
-    prompts = config.prompts
     agent = VLMAgent.from_pretrained(
         config.model,
         device=device,

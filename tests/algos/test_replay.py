@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from bandit import START, Bandit, TabularAgent
 
 from vlmenv.algos import GRPO, GRPOConfig, Trainer, TrainerConfig
+from vlmenv.algos.bandit import START, Bandit, TabularAgent
 from vlmenv.algos.batch import Rollouts
 from vlmenv.algos.replay import Replay
 from vlmenv.core.errors import ConfigError

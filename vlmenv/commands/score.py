@@ -22,6 +22,7 @@ from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.data.source import Sample
 from vlmenv.envs.making import make_envs
 from vlmenv.envs.metrics.intervals import ratio_interval
+from vlmenv.envs.scoring import Score
 from vlmenv.options.parsing import parse_plain
 from vlmenv.options.score import ScoreConfig
 
@@ -106,7 +107,9 @@ def _scored(task: VisualTaskEnv, lines: Sequence[Line], config: ScoreConfig) -> 
             yield _record(task, line, text, sample, score, config)
 
 
-def _record(task: VisualTaskEnv, line: Line, text: str, sample: Sample, score: Any, config: ScoreConfig) -> dict[str, Any]:
+def _record(
+    task: VisualTaskEnv, line: Line, text: str, sample: Sample, score: Score, config: ScoreConfig
+) -> dict[str, Any]:
     told = task.explain(score, sample)
     verdict = {} if config.verdict is None else {config.verdict: line.content[config.verdict]}
     parts = {"id": sample.id, "completion": text, "reward": score.reward, "rewards": told["rewards"]}
@@ -167,7 +170,8 @@ def _compare(records: Sequence[Mapping[str, Any]], verdict: str, console: Consol
     share = 1 - len(other) / max(1, len(records))
     console.print(f"'{verdict}' agrees with {term} on {share:.1%} of {len(records)} answers", highlight=False)
     for record in other[:_SHOWN]:
-        told = f"  {record['id']}: {term} {record['rewards'].get(term)}, {verdict} {record[verdict]}: {record['completion'][:200]}"
+        values = f"{term} {record['rewards'].get(term)}, {verdict} {record[verdict]}"
+        told = f"  {record['id']}: {values}: {record['completion'][:200]}"
         console.print(printable(told), highlight=False, emoji=False)
     if len(other) > _SHOWN:
         console.print(f"  … and {len(other) - _SHOWN} more; --output writes all", highlight=False)

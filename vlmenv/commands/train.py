@@ -17,13 +17,22 @@ from rich.console import Console
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.algos import ALGORITHMS, Algorithm, Trainer, find_algorithm
 from vlmenv.algos.trainer import check_staleness
-from vlmenv.building import DTYPES, adapt, check_device, check_engine, load_agent, report_broken_rows, say, task_arguments
+from vlmenv.building import (
+    DTYPES,
+    adapt,
+    check_device,
+    check_engine,
+    load_agent,
+    report_broken_rows,
+    say,
+    task_arguments,
+)
 from vlmenv.core.errors import ConfigError
 from vlmenv.envs.making import make_envs
 from vlmenv.envs.selfcheck import CHECKED, describe, self_check
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.options.command_line import Asked, parse_with_files
-from vlmenv.options.fields import flatten
+from vlmenv.options.fields import flatten, options_of
 from vlmenv.options.train import TrainConfig, default_config
 from vlmenv.processes import processes_of
 from vlmenv.runs.checkpoints import load_checkpoint
@@ -70,10 +79,12 @@ def _with_parts(asked: Asked, parts: Parts) -> Asked:
         ConfigError: The parts do not go together.
     """
     config: TrainConfig[Any] = asked.config
+    names = list(asked.names)
     if (algorithm := parts.algorithm) is not None:
-        names = [name for name, one in ALGORITHMS.items() if one.make is type(algorithm)]
-        name = next(iter(names), f"{type(algorithm).__module__}:{type(algorithm).__qualname__}")
+        known = [name for name, one in ALGORITHMS.items() if one.make is type(algorithm)]
+        name = next(iter(known), f"{type(algorithm).__module__}:{type(algorithm).__qualname__}")
         config = replace(config, algo=name, algorithm=algorithm.config)
+        names += list(options_of(algorithm.config))
     if parts.agent is not None:
         config = replace(config, model=str(parts.agent.folder))
     if (envs := parts.envs) is not None:
@@ -85,7 +96,8 @@ def _with_parts(asked: Asked, parts: Parts) -> Asked:
             )
         name = envs.spec.id if envs.spec is not None else type(envs.task).__name__
         config = replace(config, env=name, batches=replace(config.batches, prompts_per_step=groups))
-    return replace(asked, config=config)
+        names.append("prompts_per_step")
+    return replace(asked, config=config, names=tuple(names))
 
 
 def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 
 from vlmenv.algos import Trainer
 from vlmenv.algos.faults import nonfinite_weights
-from vlmenv.processes.together import together
 from vlmenv.core.errors import CheckpointError, ModelError
+from vlmenv.processes.together import together
 from vlmenv.runs.run_folder import RunFolder
 
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from vlmenv.agents.checkpoints import find_model
+from vlmenv.building import say
 from vlmenv.core.errors import ModelError
 from vlmenv.options.task import TaskConfig
 from vlmenv.runs.run_folder import RunFolder
@@ -25,7 +26,7 @@ def with_checkpoint(config: ConfigT, console: Console) -> ConfigT:
     if (found := checkpoint_of(config.model)) is None:
         return config
     folder, which = found
-    console.print(f"the model is {folder}, the {which} of {config.model}", highlight=False, markup=False, soft_wrap=True)
+    say(f"the model is {folder}, the {which} of {config.model}", console)
     changed: Any = replace(config, model=str(folder))
     return changed  # type: ignore[no-any-return]
 
@@ -51,7 +52,8 @@ def checkpoint_of(name: str) -> tuple[Path, str] | None:
         return None
     if (run.path / "best" / "config.json").is_file():
         best = run.best()
-        return run.path / "best", f"best checkpoint ({best.get('metric')} {best.get('value')} at step {best.get('step')})"
+        measured = f"{best.get('metric')} {best.get('value')} at step {best.get('step')}"
+        return run.path / "best", f"best checkpoint ({measured})"
     if saved := run.checkpoints():
         return saved[-1], f"newest checkpoint (step {run.step_of(saved[-1])})"
     raise ModelError(f"{name}: the run has no checkpoint yet")

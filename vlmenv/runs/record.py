@@ -173,5 +173,3 @@ def print_dry_run(
     ]
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-

@@ -18,10 +18,10 @@ from vlmenv.core.files import write_whole
 class RunFolder:
     """Writes a run's files, each line as it happens.
 
-    `config.yaml` holds the options that were asked for, `resolved.yaml` all that are used, `metrics.jsonl` an object per step, `rollouts.jsonl` every
-    completion with its reward terms, `checkpoints/step-N/` the model. `warnings.jsonl` tells of steps
-    at which answers drifted while a held-out metric fell. `nonfinite/step-N/` holds what could not be
-    learnt from, where that ended the run.
+    `config.yaml` holds the options that were asked for, `resolved.yaml` all that are used. `metrics.jsonl` holds an object
+    per step, `rollouts.jsonl` every completion with its reward terms, `checkpoints/step-N/` the model.
+    `warnings.jsonl` tells of steps at which answers drifted while a held-out metric fell. `nonfinite/step-N/` holds the
+    batch that ended a run because it had no finite gradient.
 
     Nothing is written before `create`.
     """
@@ -39,13 +39,14 @@ class RunFolder:
         """Makes the folder, with the options that were asked for and all that are used, both as YAML."""
         self.path.mkdir(parents=True, exist_ok=True)
         told = f"# What was asked. What was used: resolved.yaml. Version {vlmenv.__version__}\n"
-        write_whole(self.path / "resolved.yaml", f"# Repeat with: vlmenv train --config {self.path}/resolved.yaml\n{resolved}")
+        repeat = f"# Repeat with: vlmenv train --config {self.path}/resolved.yaml\n"
+        write_whole(self.path / "resolved.yaml", repeat + resolved)
         write_whole(self.path / "config.yaml", told + asked)
 
     @staticmethod
     def default_path(env: str, algo: str) -> Path:
         """`runs/<date>-<time>-<environment>-<algorithm>`."""
-        return Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{env.rpartition(':')[2]}-{algo}"
+        return Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{env.rpartition(':')[2]}-{algo.rpartition(':')[2]}"
 
     def checkpoint(self, step: int) -> Path:
         """The folder of the model after a step."""

@@ -1,4 +1,4 @@
-"""A bandit with contexts whose best answers and optimal policies are known, and an agent that is a table."""
+"""A contextual bandit with known optima, on which `solve(MyAlgorithm(MyConfig()))` tests an algorithm in seconds."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from gymnasium.vector import VectorEnv
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vlmenv.agents.base import Agent, LogProbs, Reference
+from vlmenv.algos.base import Algorithm
+from vlmenv.algos.trainer import Trainer, TrainerConfig
 from vlmenv.core.rollout import Completion, Observations, Prompt, Rollout, group_neighbours, unbatch
 
 ANSWERS = ("a", "ba", "bb", "caa", "cab")
@@ -31,6 +35,8 @@ START = torch.tensor(
 )
 """Logits of a policy for which each context's best answer is among the rarer ones, [C, S, V]."""
 
+BEST = MEANS.argmax(dim=1)
+"""The best answer in each context, [C]."""
 MASK = torch.tensor([[t < len(answer) for t in range(3)] for answer in ANSWERS])
 PATHS = torch.tensor([[PREFIXES.index(answer[:t]) if t < len(answer) else 0 for t in range(3)] for answer in ANSWERS])
 TOKENS = torch.tensor([[LETTERS.index(answer[t]) if t < len(answer) else 0 for t in range(3)] for answer in ANSWERS])
@@ -116,7 +122,7 @@ class TabularAgent(Agent):
         return self._rollout(*self._prompts(observations), texts)
 
     @torch.no_grad()
-    def _rollout(self, prompts: list[Prompt], index: np.ndarray, texts: Sequence[str]) -> Rollout:
+    def _rollout(self, prompts: list[Prompt], index: NDArray[np.int64], texts: Sequence[str]) -> Rollout:
         logprobs = self.table.answers().numpy()
         completions = []
         for i, text in zip(index, texts, strict=True):
@@ -125,7 +131,7 @@ class TabularAgent(Agent):
             completions.append(Completion(text, TOKENS[answer, : len(text)].numpy(), own.copy(), "stop"))
         return Rollout(prompts, index, completions, temperature=1.0)
 
-    def _prompts(self, observations: Observations) -> tuple[list[Prompt], np.ndarray]:
+    def _prompts(self, observations: Observations) -> tuple[list[Prompt], NDArray[np.int64]]:
         listed = unbatch(observations)
         firsts, index = group_neighbours(listed)
         ids = [np.array([int(listed[i]["prompt"].removeprefix("context "))]) for i in firsts]
@@ -179,3 +185,33 @@ class Bandit(VectorEnv[dict[str, Any], Sequence[str], Any]):
         rewards = (self.np_random.random(self.num_envs) < means).astype(np.float64) if self.noisy else means
         ended = np.ones(self.num_envs, dtype=np.bool_)
         return {}, rewards, ended, ~ended, {}
+
+
+def solve(algorithm: Algorithm, *, completions: int = 48, noisy: bool = True, seed: int = 0, **options: Any) -> Tensor:
+    """Trains a tabular policy on the bandit with the real trainer.
+
+    Args:
+        algorithm: The algorithm to test.
+        completions: Batch size N, a multiple of 3 times the algorithm's `group_size`.
+        noisy: True for rewards of 0 or 1, False for their expected values.
+        seed: Seed of sampling and rewards.
+        options: Options of `TrainerConfig`. Default: 100 steps at a constant learning rate of 0.1 over the optimiser
+            steps of a batch.
+
+    Returns:
+        The probability of the best answer in each context, [C]. At the start each is below 0.25; above 0.95 the bandit
+        is solved.
+    """
+    return learn(algorithm, completions=completions, noisy=noisy, seed=seed, **options)[range(len(MEANS)), BEST]
+
+
+def learn(algorithm: Algorithm, *, completions: int = 48, noisy: bool = True, seed: int = 0, **options: Any) -> Tensor:
+    """As `solve`, but returns the probabilities of all answers, float64 [C, A]."""
+    config, size = algorithm.config, algorithm.config.group_size
+    agent = TabularAgent(START, critic=algorithm.wants_values)
+    rate = 0.1 / (config.mu * config.minibatches)
+    settings = {"steps": 100, "lr": rate, "lr_schedule": "constant", "warmup_steps": 0} | options
+    envs = Bandit(completions // size, size, noisy)
+    for _ in Trainer(agent, envs, algorithm, TrainerConfig(**settings), Accelerator(cpu=True)).train(seed=seed):
+        pass
+    return agent.probabilities().double()
