@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from pycocotools import mask
 
 from vlmenv.core.answers import Detection
 from vlmenv.core.coordinates import is_box
@@ -251,6 +250,8 @@ def _id(value: Any) -> str:
 def _outline(segmentation: Any) -> list[float]:
     """The box of a segmentation: polygons, or runs of pixels (RLE)."""
     if isinstance(segmentation, Mapping):
+        from pycocotools import mask  # type: ignore[import-untyped]
+
         runs = segmentation
         if isinstance(runs.get("counts"), list):
             runs = mask.frPyObjects(dict(runs), *runs["size"])

@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Literal, TextIO
+from typing import Any, BinaryIO, Literal, TextIO
 
 from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.core.files import whole_file
@@ -24,7 +24,7 @@ _SPACE = " \t\r\n"
 class Table(ABC):
     """Raw rows by number. After `scan`, `read` may be called from several threads at once."""
 
-    suffix: ClassVar[str] = ".jsonl"
+    suffix: str = ".jsonl"
     """Of the files that `write` makes."""
     notes: Sequence[str] = ()
     """What was decided for the table as a whole, to be told once; complete after `scan`."""
@@ -451,9 +451,9 @@ def _names_of_objects(feature: Any) -> tuple[str, list[str]] | None:
     """Of a column of objects, the part that holds a number for the category, and the names of the numbers."""
     inner = getattr(feature, "feature", feature)
     for part, kind in inner.items() if isinstance(inner, Mapping) else ():
-        kind = getattr(kind, "feature", kind)
-        if hasattr(kind, "int2str"):
-            return str(part), list(kind.names)
+        named: Any = getattr(kind, "feature", kind)
+        if hasattr(named, "int2str"):
+            return str(part), list(named.names)
     return None
 
 
