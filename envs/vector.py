@@ -149,7 +149,11 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
             self._shown = self._kept(options["replace"]) if "replace" in options else []
             self._fill(self._order)
         rows = [one.observation for one in self._shown for _ in range(self.group_size)]
-        self._observations = {name: tuple(row[name] for row in rows) for name in self.single_observation_space}
+        self._observations = {
+            "images": tuple(row["images"] for row in rows),
+            "prompt": tuple(row["prompt"] for row in rows),
+            "turns": tuple(row.get("turns", ()) for row in rows),
+        }
         self._predictions = None
         return self._observations, self._infos() | (self._true_answers() if self._answers else {})
 
