@@ -171,8 +171,8 @@ def test_a_models_processor_tries_every_row(tmp_path: Path, capsys: pytest.Captu
 
 def test_no_model_library_is_loaded_unless_asked_for(tmp_path: Path) -> None:
     code = (
-        "import sys; from vlmenv.commands.data import DataConfig, check_data;"
-        f"check_data(DataConfig('check', ({str(write_boxes(tmp_path, 'xyxy'))!r},), decode=True));"
+        "import sys; from vlmenv.commands.data import parse, run;"
+        f"run(parse([{str(write_boxes(tmp_path, 'xyxy'))!r}, '--decode'], 'vlmenv data check'));"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
