@@ -77,7 +77,9 @@ class _Box(NamedTuple):
 _BRACE = re.compile(r"(?P<box>(?:\\(?:boxed|fbox)|\x08oxed) ?\{)|\\[{}]|(?P<open>\{)|(?P<close>\})")
 _BETWEEN = re.compile(r"[\s$,;/&.]*(?:(?:or|and|或|和|与)[\s$]*)?")
 _OR = re.compile(r"\bor\b|或")
-_ALSO_AFTER = re.compile(r"[\s$]*(?:(?:or|或|/) ?[^.;!?\n]{1,80}|(?:,|and|&|和|与) ?\(?[A-Za-z0-9.]{1,9}\)?(?=[\s.,;!?]|$))")
+_ALSO_AFTER = re.compile(
+    r"[\s$]*(?:(?:or|或|/) ?[^.;!?\n]{1,80}|(?:,|and|&|和|与) ?\(?[A-Za-z0-9.]{1,9}\)?(?=[\s.,;!?]|$))"
+)
 _ALSO_BEFORE = re.compile(r"(?<![^\s(])\(?(?:[A-Za-z]|[0-9.]{1,20})\)?[\s$]*(?:or|and|或|和|,|/)[\s$]*$")
 
 

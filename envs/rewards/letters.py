@@ -151,9 +151,18 @@ def _decided(named: set[str], several: bool) -> str | None:
 _IS_VALUE = re.compile(r"\d|\\[A-Za-z]")
 
 # How choices are written.
-_SIGNS: Final = (("π", "\\pi "), ("∠", "\\angle "), ("°", "^\\circ "), ("×", "\\times "), ("⊥", "\\perp "), ("∥", "\\parallel "))
+_SIGNS: Final = (
+    ("π", "\\pi "),
+    ("∠", "\\angle "),
+    ("°", "^\\circ "),
+    ("×", "\\times "),
+    ("⊥", "\\perp "),
+    ("∥", "\\parallel "),
+)
 _ROOT = re.compile(r"(?:√|\\?sqrt) ?(?:\(([^()]*)\)|(\d+|[A-Za-z]))")
-_COMMAND = re.compile(r"\\(?:boxed|fbox|text[a-z]*|math(?:rm|bf|it|sf)|mbox|operatorname) ?(?:\{([^{}]*)\}|(?![A-Za-z]))")
+_COMMAND = re.compile(
+    r"\\(?:boxed|fbox|text[a-z]*|math(?:rm|bf|it|sf)|mbox|operatorname) ?(?:\{([^{}]*)\}|(?![A-Za-z]))"
+)
 _IGNORED = re.compile(r"\\(?:left|right|displaystyle|quad|qquad)(?![A-Za-z])|\\[,;:! ]|\\(?=[()\[\]%$])|[$\"“”*`~]|_")
 _FRACTION = re.compile(r"\\frac ?(?:(\d) ?(\d)|\{ ?([\w.\\]+) ?\} ?\{ ?([\w.\\]+) ?\})")
 _FRACTION_COMMAND = re.compile(r"\\[dtc]frac(?![A-Za-z])")
@@ -260,8 +269,12 @@ _LIST_AT_START = re.compile(rf"[(\[]?{_LETTER}(?:{_SEPARATED}{_LETTER})+")
 _LABEL_AT_START = re.compile(
     rf"[(\[]?({_LETTER})(?:(?P<strong>\s?[)\]][.:,]?|[.:]| ?[-–—](?= )| ?\n)|,| (?=because|since|as|for|so|with|due|\()|(?=[.!?]?$))"
 )
-_LABEL = re.compile(rf"(?<!\w)(?:[(\[]({_LETTER})[)\]]|(?<![(\[])({_LETTER})(?:[)\]:]|\.(?= ?(?:{_INNER}|{_MARK})))|(?:^|\n)({_LETTER})(?=\n|$))")
-_REASON = re.compile(rf"({_MARK}[^.;!?\n]{{0,80}}?)(?:\b(?:because|since|given that|due to|as (?:(?:it|the|there)\b|{_MARK}))|因为)[^.;!?\n]*")
+_LABEL = re.compile(
+    rf"(?<!\w)(?:[(\[]({_LETTER})[)\]]|(?<![(\[])({_LETTER})(?:[)\]:]|\.(?= ?(?:{_INNER}|{_MARK})))|(?:^|\n)({_LETTER})(?=\n|$))"
+)
+_REASON = re.compile(
+    rf"({_MARK}[^.;!?\n]{{0,80}}?)(?:\b(?:because|since|given that|due to|as (?:(?:it|the|there)\b|{_MARK}))|因为)[^.;!?\n]*"
+)
 _HEDGED = re.compile(rf"{_MARK}[\s)\]]*(?:,? ?\bor\b|或)[\s(\[]*(?:option |choice )?{_MARK}")
 
 

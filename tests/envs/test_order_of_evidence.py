@@ -356,7 +356,9 @@ def test_naming_all_choices_is_no_answer(colours: list[str], between: str, truth
         assert score(written, read_answer(colours[0])) == 0
 
 
-@given(st.lists(st.integers(0, 30), min_size=2, max_size=8, unique=True), st.sampled_from([" ", ", ", "\n", " or ", "/"]))
+@given(
+    st.lists(st.integers(0, 30), min_size=2, max_size=8, unique=True), st.sampled_from([" ", ", ", "\n", " or ", "/"])
+)
 @settings(max_examples=200)
 def test_naming_several_numbers_is_no_answer(numbers: list[int], between: str) -> None:
     content = between.join(map(str, numbers))
