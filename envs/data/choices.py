@@ -42,7 +42,10 @@ def read_choices(found: Any, name: str = "choices") -> tuple[str, ...]:
     return tuple(_unlabelled(texts))
 
 
-_ADVICE: Final = 'give a list of texts, {"A": …, "B": …}, or either as JSON text; where it holds no choices, leave it out or rename it'
+_ADVICE: Final = (
+    'give a list of texts, {"A": …, "B": …}, or either as JSON text; '
+    "where it holds no choices, leave it out or rename it"
+)
 
 
 def _parsed(text: str) -> Any:

@@ -212,7 +212,7 @@ def _may_be_formula(content: str | None, target: Answer) -> bool:
 
 
 def _formulas(content: str, target: Answer) -> tuple[str, str]:
-    """What computer algebra compares: an answer and the truth, or what is concluded and what the true letter stands for."""
+    """What computer algebra compares: an answer and the truth, or what is concluded and the true choice."""
     if target.kind != "choice":
         return content, target.text
     text = tidy(content)
@@ -361,7 +361,8 @@ def _quantity(content: str) -> _Quantity | None:
 
 _LONGEST_QUANTITY: Final = 200
 _QUALIFIED = re.compile(
-    r"(?i:\b(?:more|less|fewer|greater|smaller|at least|at most|over|under|up to|not|never|squared|cubed|dozen|half|halves|thirds)\b|n['’]t\b)|[±≠不非]"
+    r"(?i:\b(?:more|less|fewer|greater|smaller|at least|at most|over|under|up to|not|never"
+    r"|squared|cubed|dozen|half|halves|thirds)\b|n['’]t\b)|[±≠不非]"
 )
 
 

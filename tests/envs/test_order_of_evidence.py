@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (tables of cases)
 """Answers as models and people write them, with what a careful reader makes of them: right, or not."""
 
 from __future__ import annotations
@@ -197,6 +198,10 @@ def test_without_choices_the_same_do_not_choose(content: str) -> None:
         ("$12+18=\\boxed{30}$", ("12", "18", "30"), "C"),
         ("The total is \\boxed{45}.The answer is: (C)", ("12", "18", "30"), "C"),
         ("\\boxed{5\\sqrt{5}-10}", ("1", "$5(\\sqrt{5}-2)$"), "B"),
+        ("$\\boxed{\\frac{B^2}{4}}$", ("$\\frac{1}{4}$", "$\\frac{1}{5}$"), None),
+        ("the letters A to K are not given", ("F", "K"), None),
+        ("None of the choices (A-E) can be deduced", ("2", "3", "4"), None),
+        ("\\boxed{\\frac{a+b}{2}}", ("$2(a+b)$", "$a+b$"), None),
         ("96", ("$3^6$", "$3 \\cdot 2^{5}$"), "B"),
     ],
 )
