@@ -379,3 +379,25 @@ def test_both_yes_and_no_are_no_answer() -> None:
             for written in (f"{first}{between}{second}", f"The answer is {first}{between}{second}"):
                 assert score(written, Answer("yes", "yes_no")) == 0, written
                 assert score(written, Answer("no", "yes_no")) == 0, written
+
+
+HOSTILE = [
+    *"()[]{}$^_%°#`|&~\n\ud800\x00\ue000\ue0ff🙂ﷺ２ß或，。：",
+    *(
+        r"\frac{ | \boxed{ | \text{ | answer is | The answer is | 答案是 | 选 | not | n't | or | and | because | wrong | B | C | b)"
+    ).split(" | "),
+    *("12 | 1e9 | 9^{9^{9^9}} | -/ | no | false | 没有 | blue | green | <b> | </b> | ** | is | cm").split(" | "),
+]
+
+
+@given(st.lists(st.sampled_from(HOSTILE), max_size=40).map(" ".join))
+@settings(max_examples=300)
+def test_no_hostile_answer_scores_without_the_right_content(content: str) -> None:
+    truths = [
+        Answer("D", "choice"),
+        read_answer("A", choices=COLOURS),
+        Answer("yes", "yes_no"),
+        Answer("17", "numeric"),
+    ]
+    truths += [Answer("red car", "exact"), read_answers(["crimson", "scarlet"])]
+    assert [score(content, truth) for truth in truths] == [0] * len(truths)
