@@ -1,4 +1,4 @@
-"""How the time of computing grows with the size of a task, which a busy machine does not change as it does the clock."""
+"""How the processor time of a task grows with its size; unlike time by the clock, on a busy machine too."""
 
 from __future__ import annotations
 

@@ -43,7 +43,8 @@ def read_choices(found: Any, name: str = "choices") -> tuple[str, ...]:
 
 
 _ADVICE: Final = (
-    'give a list of texts, {"A": …, "B": …}, or either as JSON text; where it holds no choices, leave it out or rename it'
+    'give a list of texts, {"A": …, "B": …}, or either as JSON text; '
+    "where it holds no choices, leave it out or rename it"
 )
 
 

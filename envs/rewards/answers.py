@@ -28,6 +28,7 @@ from vlmenv.envs.rewards.units import conversion
 LONGEST_ANSWER: Final = 10_000
 """Characters of an answer; longer ones are none."""
 
+
 class AnswerAccuracy(BatchTerm):
     """Whether answers are right, each by its target's kind: 1 or 0, and for `edit` the share that is.
 
@@ -141,7 +142,7 @@ def read_answer(
         raise ValueError(f"the answer has {len(text)} characters; one of kind '{kind}' may have {longest}")
     if parse_answer(text, kind) is None:
         raise ValueError(f"the answer is {text[:100]!r}, which is no {_NAMES[kind]}")
-    return Answer(text.casefold() if kind == "yes_no" else text, kind, tolerance if kind == "numeric" else 0.0)
+    return Answer(normalise(text) if kind == "yes_no" else text, kind, tolerance if kind == "numeric" else 0.0)
 
 
 def read_answers(
@@ -211,7 +212,7 @@ def _may_be_formula(content: str | None, target: Answer) -> bool:
 
 
 def _formulas(content: str, target: Answer) -> tuple[str, str]:
-    """What computer algebra compares: an answer and the truth, or what is concluded and what the true letter stands for."""
+    """What computer algebra compares: an answer and the truth, or what is concluded and the true choice."""
     if target.kind != "choice":
         return content, target.text
     text = tidy(content)
@@ -359,7 +360,10 @@ def _quantity(content: str) -> _Quantity | None:
 
 
 _LONGEST_QUANTITY: Final = 200
-_QUALIFIED = re.compile(r"(?i:\b(?:more|less|fewer|greater|smaller|at least|at most|over|under|up to|not|never|squared|cubed|dozen|half|halves|thirds)\b|n['’]t\b)|[±≠不非]")
+_QUALIFIED = re.compile(
+    r"(?i:\b(?:more|less|fewer|greater|smaller|at least|at most|over|under|up to|not|never"
+    r"|squared|cubed|dozen|half|halves|thirds)\b|n['’]t\b)|[±≠不非]"
+)
 
 
 def _stated_quantity(text: str) -> _Quantity | None:
@@ -419,7 +423,9 @@ def _value(sign: str, over: str, under: str | None) -> float | None:
 
 _WRAPPED = re.compile(r"\\(?:boxed|fbox|text(?:bf|rm|it)?|mathrm) ?\{(.*)\}|\$(.*)\$")
 _ARTICLE = re.compile(r"(?:an?|the) (?=.)")
-_QUOTES: Final = str.maketrans(dict.fromkeys("‘’‛′`´", "'") | dict.fromkeys("“”„«»「」『』《》", '"') | {"、": ",", "。": "."})
+_QUOTES: Final = str.maketrans(
+    dict.fromkeys("‘’‛′`´", "'") | dict.fromkeys("“”„«»「」『』《》", '"') | {"、": ",", "。": "."}
+)
 
 
 def normalise(content: str) -> str:

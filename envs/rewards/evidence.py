@@ -18,13 +18,14 @@ _PLAIN: Final[dict[int, int | str]] = {
     **{code: code - 0x24B6 + ord("A") for code in range(0x24B6, 0x24D0)},  # letters in circles
     **{code: code - 0x24D0 + ord("a") for code in range(0x24D0, 0x24EA)},
     **dict.fromkeys(range(0xE000, 0xE100), " "),  # what stands for things named, here
-    **{0x2212: "-", 0x3000: " ", 0xA0: " ", 0x3001: ",", 0x3002: ".", 0x3010: "[", 0x3011: "]", 0x2019: "'"},
+    0x2212: "-", 0x3000: " ", 0xA0: " ", 0x3001: ",", 0x3002: ".", 0x3010: "[", 0x3011: "]", 0x2019: "'",
     **dict.fromkeys((0x200B, 0x200C, 0x200D, 0xFEFF), None),  # type: ignore[arg-type]
 }
 _HAN: Final = "\u2e80-\u2fff\u3005-\u9fff\uf900-\ufaff"
 _SEAM = re.compile(rf"(?<=[{_HAN}])(?=[A-Za-z0-9$\\(])|(?<=[A-Za-z0-9$)}}])(?=[{_HAN}])")
 _TAG = re.compile(
-    r"</?(?:b|i|u|s|p|em|strong|span|div|br|hr|font|center|code|pre|mark|small|big|h[1-6]|li|ul|ol)(?: [^<>]{0,100})?/?>",
+    r"</?(?:b|i|u|s|p|em|strong|span|div|br|hr|font|center|code|pre|mark|small|big|h[1-6]|li|ul|ol)"
+    r"(?: [^<>]{0,100})?/?>",
     re.IGNORECASE,
 )
 _EMPHASIS = re.compile(r"(?<![\w)])\*\*|\*\*(?![\w(])|__|`|#{2,}")
@@ -77,7 +78,9 @@ class _Box(NamedTuple):
 _BRACE = re.compile(r"(?P<box>(?:\\(?:boxed|fbox)|\x08oxed) ?\{)|\\[{}]|(?P<open>\{)|(?P<close>\})")
 _BETWEEN = re.compile(r"[\s$,;/&.]*(?:(?:or|and|或|和|与)[\s$]*)?")
 _OR = re.compile(r"\bor\b|或")
-_ALSO_AFTER = re.compile(r"[\s$]*(?:(?:or|或|/) ?[^.;!?\n]{1,80}|(?:,|and|&|和|与) ?\(?[A-Za-z0-9.]{1,9}\)?(?=[\s.,;!?]|$))")
+_ALSO_AFTER = re.compile(
+    r"[\s$]*(?:(?:or|或|/) ?[^.;!?\n]{1,80}|(?:,|and|&|和|与) ?\(?[A-Za-z0-9.]{1,9}\)?(?=[\s.,;!?]|$))"
+)
 _ALSO_BEFORE = re.compile(r"(?<![^\s(])\(?(?:[A-Za-z]|[0-9.]{1,20})\)?[\s$]*(?:or|and|或|和|,|/)[\s$]*$")
 
 
@@ -149,7 +152,8 @@ _CLAUSE: Final = rf"(?:(?!{_BREAK})[^.,;:!?\n]){{0,80}}?"
 # "could not have been used is A" names A, other than "I do not think it is A".
 _PHRASE: Final = rf"(?:(?!{_BREAK}|\b(?:is|are|was|were)\b|是)[^.,;:!?\n]){{0,60}}?"
 _DENIED_BEFORE = re.compile(
-    r"(?i:(?:(?:\bnot|n['’]t) (?:think|believe|say|mean|feel|agree|claim|see how|true|the case|likely|possible|correct|right)\b"
+    r"(?i:(?:(?:\bnot|n['’]t) (?:think|believe|say|mean|feel|agree|claim|see how|true|the case|likely"
+    r"|possible|correct|right)\b"
     rf"|\b(?:doubt|unlikely|impossible)\b){_CLAUSE}{_ALIKE}"
     r"|(?:\b(?:not|never|neither|nor|cannot|except|excluding|excludes?|rejects?|eliminates?|dismiss|unlike"
     r"|rather than|instead of|other than|as opposed to|rul(?:e|es|ed|ing) out)\b|n['’]t\b"

@@ -151,9 +151,18 @@ def _decided(named: set[str], several: bool) -> str | None:
 _IS_VALUE = re.compile(r"\d|\\[A-Za-z]")
 
 # How choices are written.
-_SIGNS: Final = (("π", "\\pi "), ("∠", "\\angle "), ("°", "^\\circ "), ("×", "\\times "), ("⊥", "\\perp "), ("∥", "\\parallel "))
+_SIGNS: Final = (
+    ("π", "\\pi "),
+    ("∠", "\\angle "),
+    ("°", "^\\circ "),
+    ("×", "\\times "),
+    ("⊥", "\\perp "),
+    ("∥", "\\parallel "),
+)
 _ROOT = re.compile(r"(?:√|\\?sqrt) ?(?:\(([^()]*)\)|(\d+|[A-Za-z]))")
-_COMMAND = re.compile(r"\\(?:boxed|fbox|text[a-z]*|math(?:rm|bf|it|sf)|mbox|operatorname) ?(?:\{([^{}]*)\}|(?![A-Za-z]))")
+_COMMAND = re.compile(
+    r"\\(?:boxed|fbox|text[a-z]*|math(?:rm|bf|it|sf)|mbox|operatorname) ?(?:\{([^{}]*)\}|(?![A-Za-z]))"
+)
 _IGNORED = re.compile(r"\\(?:left|right|displaystyle|quad|qquad)(?![A-Za-z])|\\[,;:! ]|\\(?=[()\[\]%$])|[$\"“”*`~]|_")
 _FRACTION = re.compile(r"\\frac ?(?:(\d) ?(\d)|\{ ?([\w.\\]+) ?\} ?\{ ?([\w.\\]+) ?\})")
 _FRACTION_COMMAND = re.compile(r"\\[dtc]frac(?![A-Za-z])")
@@ -208,6 +217,9 @@ def _form(tokens: list[str]) -> str:
     if first[0].isdigit() or first[0] in "-\\√(":
         before = rf"(?<!{_INNER})(?<![.,^/*+\-\\{{×·])(?<![\d)}}a-z] [+\-*/×·] )(?<![+*/×·] )"
     after = rf"(?!{_INNER}|-{_INNER})" if last[-1].isalpha() else ""
+    if not {*tokens}.isdisjoint("+-*/^="):  # a formula is none of another
+        before = r"(?<![{^_+*/\\-])" + before
+        after += r"(?! ?[+*/^_}=])"
     if last[-1].isdigit() or last[-1] in ")}°":
         after = rf"(?!{_INNER}|[.,]?\d|[\^%/]|:\d| ?[+*/×·^] ?[\w\\({{]| - \d|-\d| ?\\(?:times|cdot|pi|sqrt))"
     after += r"(?! [a-z])" if last.casefold() == "no" and len(tokens) == 1 else ""  # "no cat" is not "No"
@@ -220,7 +232,10 @@ def _form(tokens: list[str]) -> str:
 _OVER: Final = "[/:]"
 
 # How letters stand in texts. U are the capitals that are offered, E they and the small ones.
-_SEPARATED: Final = r"[)\]]?(?: ?[,;/&+] ?(?:(?:or|and|和|或) ?)?| ?\.? ?\n| ?\. ?|\.? (?:or|and) | ?[或和与] ?)(?:(?:option|choice|选项) )?[(\[]?"
+_SEPARATED: Final = (
+    r"[)\]]?(?: ?[,;/&+] ?(?:(?:or|and|和|或) ?)?| ?\.? ?\n| ?\. ?|\.? (?:or|and) | ?[或和与] ?| ?[-–] ?(?=[A-Z]\b)"
+    r"| (?:to|through) )(?:(?:option|choice|选项) )?[(\[]?"
+)
 _AFTER_A_LETTER: Final = (
     r"(?:or|and|is|isn|are|was|because|since|as|but|for|with|seems|looks|matches|fits|cannot|can|could|does|doesn|do|has"
     r"|would|should|must|will|not|rather|instead|over|which|that|only|works|so|to|though|while|if)\b"
@@ -229,10 +244,12 @@ _ITEM: Final = r"(?:{U}|{E}(?=[)\].,;:!?/&+\n]|$| (?:or|and)\b| ?[或和与]))"
 _LETTER_FORMS: Final = (
     rf"(?<![\w'.\\-])[(\[]?{_ITEM}(?:{_SEPARATED}{_ITEM})+(?!['-]?{_INNER})(?! [a-z]{{{{2}}}}|\()[)\]]?",  # a list
     rf"(?<![\w(\[\\])(?:[(\[]{{E}}[)\]]|{{E}}[)\]]|{{U}}[.:](?= ?(?:{_INNER}|{_CHOICE}|[\\$(\[{{{{+-])))",  # labels
-    r"(?<![A-Za-z])(?i:(?:answer|option|choice|letter|choose|select|pick)(?: (?:is|would be|must be|should be))?:?) [(\[]?"
+    r"(?<![A-Za-z])(?i:(?:answer|option|choice|letter|choose|select|pick)(?: (?:is|would be|must be|should be))?:?)"
+    r" [(\[]?"
     rf"(?:{{U}}(?!['-]?{_INNER})|{{E}}(?=[)\].,;:!?]|$))",
-    rf"(?<![\w'.\\-])[(\[]?(?:A(?! (?!{_AFTER_A_LETTER})[A-Za-z]{{{{2}}}})|{{I}}(?!['.-]?{_INNER})(?= (?:or|and|is)\b|[.!)\]]*$)"
-    rf"|(?![AI]){{U}})(?!['.-]?{_INNER})[)\]]?",
+    rf"(?<![\w'.\\-])[(\[]?(?:A(?! (?!{_AFTER_A_LETTER})[A-Za-z]{{{{2}}}})|{{I}}(?!['.-]?{_INNER})"
+    r"(?= (?:or|and|is)\b|[.!)\]]*$)"
+    rf"|(?![AI]){{U}})(?!['.-]?{_INNER}| ?[\^=+*<>_])[)\]]?",
 )
 _E = re.compile(r"(?<![A-Za-z])[A-Za-z](?![A-Za-z])")
 
@@ -258,10 +275,17 @@ def _apart(match: re.Match[str]) -> str:
 _BETWEEN: Final = rf"[)\]]?{_SEPARATED}"
 _LIST_AT_START = re.compile(rf"[(\[]?{_LETTER}(?:{_SEPARATED}{_LETTER})+")
 _LABEL_AT_START = re.compile(
-    rf"[(\[]?({_LETTER})(?:(?P<strong>\s?[)\]][.:,]?|[.:]| ?[-–—](?= )| ?\n)|,| (?=because|since|as|for|so|with|due|\()|(?=[.!?]?$))"
+    rf"[(\[]?({_LETTER})(?:(?P<strong>\s?[)\]][.:,]?|[.:]| ?[-–—](?= )| ?\n)"
+    r"|,| (?=because|since|as|for|so|with|due|\()|(?=[.!?]?$))"
 )
-_LABEL = re.compile(rf"(?<!\w)(?:[(\[]({_LETTER})[)\]]|(?<![(\[])({_LETTER})(?:[)\]:]|\.(?= ?(?:{_INNER}|{_MARK})))|(?:^|\n)({_LETTER})(?=\n|$))")
-_REASON = re.compile(rf"({_MARK}[^.;!?\n]{{0,80}}?)(?:\b(?:because|since|given that|due to|as (?:(?:it|the|there)\b|{_MARK}))|因为)[^.;!?\n]*")
+_LABEL = re.compile(
+    rf"(?<!\w)(?:[(\[]({_LETTER})[)\]]|(?<![(\[])({_LETTER})(?:[)\]:]|\.(?= ?(?:{_INNER}|{_MARK})))"
+    rf"|(?:^|\n)({_LETTER})(?=\n|$))"
+)
+_REASON = re.compile(
+    rf"({_MARK}[^.;!?\n]{{0,80}}?)(?:\b(?:because|since|given that|due to|as (?:(?:it|the|there)\b|{_MARK}))"
+    rf"|因为)[^.;!?\n]*"
+)
 _HEDGED = re.compile(rf"{_MARK}[\s)\]]*(?:,? ?\bor\b|或)[\s(\[]*(?:option |choice )?{_MARK}")
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 import time
 
+# ruff: noqa: E501 (tables of cases)
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -23,7 +24,6 @@ from vlmenv.envs.rewards.answers import (
     parse_number,
     parse_yes_no,
     read_answer,
-    read_answers,
 )
 from vlmenv.envs.rewards.letters import read_letters
 

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (tables of cases)
 """Answers as models and people write them, with what a careful reader makes of them: right, or not."""
 
 from __future__ import annotations
@@ -197,6 +198,10 @@ def test_without_choices_the_same_do_not_choose(content: str) -> None:
         ("$12+18=\\boxed{30}$", ("12", "18", "30"), "C"),
         ("The total is \\boxed{45}.The answer is: (C)", ("12", "18", "30"), "C"),
         ("\\boxed{5\\sqrt{5}-10}", ("1", "$5(\\sqrt{5}-2)$"), "B"),
+        ("$\\boxed{\\frac{B^2}{4}}$", ("$\\frac{1}{4}$", "$\\frac{1}{5}$"), None),
+        ("the letters A to K are not given", ("F", "K"), None),
+        ("None of the choices (A-E) can be deduced", ("2", "3", "4"), None),
+        ("\\boxed{\\frac{a+b}{2}}", ("$2(a+b)$", "$a+b$"), None),
         ("96", ("$3^6$", "$3 \\cdot 2^{5}$"), "B"),
     ],
 )
@@ -356,7 +361,9 @@ def test_naming_all_choices_is_no_answer(colours: list[str], between: str, truth
         assert score(written, read_answer(colours[0])) == 0
 
 
-@given(st.lists(st.integers(0, 30), min_size=2, max_size=8, unique=True), st.sampled_from([" ", ", ", "\n", " or ", "/"]))
+@given(
+    st.lists(st.integers(0, 30), min_size=2, max_size=8, unique=True), st.sampled_from([" ", ", ", "\n", " or ", "/"])
+)
 @settings(max_examples=200)
 def test_naming_several_numbers_is_no_answer(numbers: list[int], between: str) -> None:
     content = between.join(map(str, numbers))
@@ -372,3 +379,25 @@ def test_both_yes_and_no_are_no_answer() -> None:
             for written in (f"{first}{between}{second}", f"The answer is {first}{between}{second}"):
                 assert score(written, Answer("yes", "yes_no")) == 0, written
                 assert score(written, Answer("no", "yes_no")) == 0, written
+
+
+HOSTILE = [
+    *"()[]{}$^_%°#`|&~\n\ud800\x00\ue000\ue0ff🙂ﷺ２ß或，。：",
+    *(
+        r"\frac{ | \boxed{ | \text{ | answer is | The answer is | 答案是 | 选 | not | n't | or | and | because | wrong | B | C | b)"
+    ).split(" | "),
+    *("12 | 1e9 | 9^{9^{9^9}} | -/ | no | false | 没有 | blue | green | <b> | </b> | ** | is | cm").split(" | "),
+]
+
+
+@given(st.lists(st.sampled_from(HOSTILE), max_size=40).map(" ".join))
+@settings(max_examples=300)
+def test_no_hostile_answer_scores_without_the_right_content(content: str) -> None:
+    truths = [
+        Answer("D", "choice"),
+        read_answer("A", choices=COLOURS),
+        Answer("yes", "yes_no"),
+        Answer("17", "numeric"),
+    ]
+    truths += [Answer("red car", "exact"), read_answers(["crimson", "scarlet"])]
+    assert [score(content, truth) for truth in truths] == [0] * len(truths)

@@ -18,8 +18,8 @@ from vlmenv.core.files import write_whole
 class RunFolder:
     """Writes a run's files, each line as it happens.
 
-    `config.yaml` holds the options that were asked for, `resolved.yaml` all that are used. `metrics.jsonl` holds an object
-    per step, `rollouts.jsonl` every completion with its reward terms, `checkpoints/step-N/` the model.
+    `config.yaml` holds the options that were asked for, `resolved.yaml` all that are used. `metrics.jsonl` holds an
+    object per step, `rollouts.jsonl` every completion with its reward terms, `checkpoints/step-N/` the model.
     `warnings.jsonl` tells of steps at which answers drifted while a held-out metric fell. `nonfinite/step-N/` holds the
     batch that ended a run because it had no finite gradient.
 
