@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from vlmenv.core.errors import ConfigError
 from vlmenv.envs.rewards.formulas import Form, read_form, written_key
-from vlmenv.envs.rewards.numbers import is_rounded, is_rounding, same_number
+from vlmenv.envs.rewards.numbers import Number, is_rounded, is_rounding, same_number
 from vlmenv.envs.rewards.units import conversion
 from vlmenv.envs.rewards.workers import Workers
 
@@ -217,8 +217,12 @@ def _same_ratio(answer: Form, truth: Form, algebra: Algebra) -> bool:
 
 def _product(a: Form, b: Form) -> Form:
     if a.number is not None and b.number is not None:
-        return Form("number", "", a.number._replace(value=a.number.value * b.number.value, step=None))
+        return _number(a.number.value * b.number.value)
     return Form("expression", f"({a.latex}) \\cdot ({b.latex})")
+
+
+def _number(value: Fraction) -> Form:
+    return Form("number", f"\\frac{{{value.numerator}}}{{{value.denominator}}}", Number(value))
 
 
 def _quotient(form: Form) -> Form:
@@ -226,7 +230,7 @@ def _quotient(form: Form) -> Form:
         return form
     over, under = form.items
     if over.number is not None and under.number is not None and under.number.value:
-        return Form("number", "", over.number._replace(value=over.number.value / under.number.value, step=None))
+        return _number(over.number.value / under.number.value)
     return Form("expression", f"\\frac{{{over.latex}}}{{{under.latex}}}")
 
 

@@ -17,7 +17,7 @@ _SUPERSCRIPTS: Final = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ⁿ�
 _SUBSCRIPTS: Final = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋", "0123456789+-", strict=True))
 _SUPERSCRIPT = re.compile(f"[{''.join(_SUPERSCRIPTS)}]+")
 _SUBSCRIPT = re.compile(f"[{''.join(_SUBSCRIPTS)}]+")
-_FRACTION = re.compile(r"(\d?)[ ]*([¼-¾⅐-⅞])", re.ASCII)
+_FRACTION = re.compile(r"([\d^_√/]?) *([¼-¾⅐-⅞])( ?[\^!])?", re.ASCII)
 # Before NFKC, which would make º an o.
 _SIGNS: Final = str.maketrans(
     dict.fromkeys("−–‐‑‒﹣－", "-")
@@ -48,7 +48,12 @@ def fold(text: str) -> str:
 
 def _written_out(match: re.Match[str]) -> str:
     parts = unicodedata.normalize("NFKC", match[2]).replace("⁄", "/")
-    return f"{match[1]} {parts}" if match[1] else parts
+    before, after = match[1], match[3] or ""
+    if before in ("^", "_", "√"):
+        return f"{before}{{{parts}}}{after}"
+    if before == "/" or (after and not before):
+        return f"{before}({parts}){after}"
+    return f"{before} {parts}{after}" if before else parts
 
 
 def _digit(character: str) -> str:
