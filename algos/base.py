@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlmenv.algos.losses import Aggregation
-from vlmenv.core.errors import require
+from vlmenv.core.errors import require_at_least
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,7 @@ class AlgorithmConfig:
     """Parts of a batch, each an optimiser step; every pass divides the groups anew."""
 
     def __post_init__(self) -> None:
-        require(self.group_size >= 1, f"group_size must be at least 1, not {self.group_size}")
-        require(self.mu >= 1, f"mu must be at least 1, not {self.mu}")
-        require(self.minibatches >= 1, f"minibatches must be at least 1, not {self.minibatches}")
+        require_at_least(1, group_size=self.group_size, mu=self.mu, minibatches=self.minibatches)
 
 
 @dataclass(slots=True)

@@ -27,7 +27,7 @@ from vlmenv.algos.losses import (
     is_weight_clipped,
     sequence_ratio,
 )
-from vlmenv.core.errors import require, require_weight
+from vlmenv.core.errors import require, require_at_least, require_weight
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class GRPOConfig(AlgorithmConfig):
         plain = self.dual_clip is None and self.ratio == "token"
         require(self.objective == "clip" or plain, "cispo has neither dual_clip nor a ratio of sequences")
         require(0 <= self.overlong_share < 1, "overlong_share must be a share of the limit, from 0 to below 1")
-        require(self.most_rounds >= 1, f"most_rounds must be at least 1, not {self.most_rounds}")
-        require(self.replay >= 0, f"replay must not be negative, not {self.replay}")
+        require_at_least(1, most_rounds=self.most_rounds)
+        require_at_least(0, replay=self.replay)
         require_weight("beta", self.beta)
 
 

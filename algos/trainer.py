@@ -30,7 +30,7 @@ from vlmenv.algos.correction import Correction, importance_weights, mismatch
 from vlmenv.algos.faults import NonFiniteError, nonfinite_gradients, nonfinite_weights
 from vlmenv.algos.losses import token_weights
 from vlmenv.algos.replay import Replay
-from vlmenv.core.errors import ConfigError, DataError, PromptError
+from vlmenv.core.errors import ConfigError, DataError, PromptError, require, require_at_least, require_weight
 from vlmenv.core.rollout import Rollout
 from vlmenv.processes import processes_of
 from vlmenv.processes.together import together
@@ -72,22 +72,20 @@ class TrainerConfig:
     answers while this step is learnt from."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "micro_batch_size", "micro_batch_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, not {value}")
-        if not (0 < self.lr < math.inf and self.max_grad_norm > 0):
-            raise ConfigError("lr and max_grad_norm must be above 0")
-        if self.vision_lr is not None and not 0 < self.vision_lr < math.inf:
-            raise ConfigError("vision_lr must be above 0; to leave the vision tower as it is, freeze it")
-        if not (0 <= self.weight_decay < math.inf and self.warmup_steps >= 0 and self.max_skipped >= 0):
-            raise ConfigError("weight_decay, warmup_steps and max_skipped must not be negative")
-        if self.correction_cap is not None and not 1 < self.correction_cap < math.inf:
-            raise ConfigError(f"correction_cap must be above 1, not {self.correction_cap}")
-        if self.correction_cap is not None and self.correction == "none":
-            raise ConfigError("correction_cap goes with a correction")
-        if self.max_staleness not in (0, 1):
-            raise ConfigError(f"max_staleness must be 0 or 1, not {self.max_staleness}")
+        sizes = {"micro_batch_size": self.micro_batch_size, "micro_batch_tokens": self.micro_batch_tokens}
+        require_at_least(1, steps=self.steps, **sizes)
+        require_at_least(0, warmup_steps=self.warmup_steps, max_skipped=self.max_skipped)
+        require_weight("weight_decay", self.weight_decay)
+        require(0 < self.lr < math.inf, f"lr must be finite and above 0, not {self.lr}")
+        require(self.max_grad_norm > 0, f"max_grad_norm must be above 0, not {self.max_grad_norm}")
+        vision_lr, cap = self.vision_lr, self.correction_cap
+        require(
+            vision_lr is None or 0 < vision_lr < math.inf,
+            f"vision_lr must be finite and above 0, not {vision_lr}; use freeze_vision to train no vision weights",
+        )
+        require(cap is None or 1 < cap < math.inf, f"correction_cap must be finite and above 1, not {cap}")
+        require(cap is None or self.correction != "none", "correction_cap has no effect with correction=none")
+        require(self.max_staleness in (0, 1), f"max_staleness must be 0 or 1, not {self.max_staleness}")
 
     def lr_factor(self, step: int) -> float:
         """What the peak learning rate is multiplied by in a step, counted from 0."""

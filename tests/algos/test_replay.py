@@ -172,5 +172,5 @@ def test_what_is_kept_is_part_of_a_checkpoint() -> None:
 
 
 def test_the_store_is_not_negative() -> None:
-    with pytest.raises(ConfigError, match="replay must not be negative"):
+    with pytest.raises(ConfigError, match="replay must be at least 0"):
         GRPOConfig(replay=-1)

@@ -79,6 +79,12 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def require_at_least(least: int, **options: int | None) -> None:
+    """Raises ConfigError unless each of the named options is None or at least `least`."""
+    for name, value in options.items():
+        require(value is None or value >= least, f"{name} must be at least {least}, not {value}")
+
+
 def require_weight(name: str, value: float) -> None:
-    """Raises ConfigError unless an option is a finite number from 0 up."""
-    require(0 <= value < math.inf, f"{name} must be a number from 0 up, not {value}")
+    """Raises ConfigError unless an option is a finite number of at least 0."""
+    require(0 <= value < math.inf, f"{name} must be finite and at least 0, not {value}")
