@@ -27,7 +27,7 @@ from vlmenv.agents.checkpoints import (
     write_model,
 )
 from vlmenv.agents.engines.base import Engine, Request
-from vlmenv.agents.engines.checks import fingerprint
+from vlmenv.agents.engines.fingerprints import fingerprint
 from vlmenv.agents.families import Family, Processor, family_of
 from vlmenv.agents.lora import LoRA, is_adapter
 from vlmenv.agents.policy import Policy, ValueHead

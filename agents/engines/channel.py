@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, distributed
 
 from vlmenv.agents.engines.background import within
+from vlmenv.agents.engines.fingerprints import Fingerprint
 
 _c10d: Any = distributed  # hands on names that it does not declare to be its own
 BUCKET = 256 << 20
@@ -111,7 +112,7 @@ class Channel:
 
     @torch.no_grad()
     def send(self, weights: Mapping[str, Tensor], plan: Sequence[Bucket], dtype: torch.dtype, seconds: float) -> None:
-        """Sends weights, converted bucket by bucket, and a checksum after them.
+        """Sends weights, converted bucket by bucket, and their fingerprint after them.
 
         Args:
             weights: By name.
@@ -122,15 +123,15 @@ class Channel:
         Raises:
             ChannelFault: An end is gone or does not take them.
         """
-        deadline, checksum = time.monotonic() + seconds, Checksum(self._device)
+        deadline, fingerprint = time.monotonic() + seconds, Fingerprint(self._device)
         room = _room(max((_words(bucket, dtype) for bucket in plan), default=0), self._device)
         for bucket in plan:
             message = room[: _words(bucket, dtype)]
             for name, part in _parts(message, bucket, dtype):
                 part.copy_(weights[name])
-            checksum.add(message)
+            fingerprint.add(message)
             self._pass(message, deadline)
-        self._pass(checksum.total, deadline)
+        self._pass(fingerprint.total, deadline)
 
     def receive(self, plan: Iterable[Bucket], dtype: torch.dtype, seconds: float) -> Incoming:
         """The weights that `send` sends with the same plan and dtype."""
@@ -154,7 +155,7 @@ class Incoming(Iterator[tuple[str, Tensor]]):
         self._channel, self._dtype, self._deadline = channel, dtype, deadline
         self._left = deque(plan)
         self._here: deque[tuple[str, Tensor]] = deque()
-        self._checksum = Checksum(channel._device)
+        self._fingerprint = Fingerprint(channel._device)
 
     def __next__(self) -> tuple[str, Tensor]:
         while not self._here:
@@ -172,29 +173,19 @@ class Incoming(Iterator[tuple[str, Tensor]]):
         self._here.clear()
         while self._left:
             self._bucket()
-        sent = torch.empty_like(self._checksum.total)
+        sent = torch.empty_like(self._fingerprint.total)
         self._channel._pass(sent, self._deadline)
-        if int(sent) != int(self._checksum.total):
-            raise ChannelFault(f"weights came with the checksum {int(self._checksum.total)}, and went with {int(sent)}")
+        if int(sent) != int(self._fingerprint.total):
+            raise ChannelFault(
+                f"weights arrived with the fingerprint {int(self._fingerprint.total)}, but were sent with {int(sent)}"
+            )
 
     def _bucket(self) -> Iterable[tuple[str, Tensor]]:
         bucket = self._left.popleft()
         message = _room(_words(bucket, self._dtype), self._channel._device)
         self._channel._pass(message, self._deadline)
-        self._checksum.add(message)
+        self._fingerprint.add(message)
         return _parts(message, bucket, self._dtype)
-
-
-class Checksum:
-    """Of messages: sums of their words, each message weighed by another odd number, modulo 2**64."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.total = torch.zeros(1, dtype=_WORD, device=device)
-        self._weight = 1
-
-    def add(self, message: Tensor) -> None:
-        self.total += self._weight * message.sum()
-        self._weight += 2
 
 
 def buckets(weights: Mapping[str, Tensor], dtype: torch.dtype, limit: int = BUCKET) -> list[Bucket]:

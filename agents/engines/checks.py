@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from vlmenv.agents.engines.base import Request
 from vlmenv.agents.families import Family
 from vlmenv.core.errors import EngineError, ReadingError
-
-_BITS = {2: torch.int16, 4: torch.int32}
-_CHUNK = 1 << 24
-"""numbers that are summed up at a time: as 64-bit integers they take more memory than the weights"""
-_ODD = -7046029254386353131  # 2**64 over the golden ratio, which spreads neighbours
 
 
 def check_prompt(request: Request, token_ids: Sequence[int]) -> None:
@@ -40,21 +34,6 @@ def check_names(weights: Mapping[str, Tensor], names: set[str]) -> None:
             f"the trainer's weights are not those of the engine's model: {len(missing)} are missing {missing[:3]}, "
             f"{len(unknown)} are unknown {unknown[:3]}"
         )
-
-
-@torch.no_grad()
-def fingerprint(weights: Iterable[Tensor]) -> tuple[int, ...]:
-    """Tells weights from others: of each tensor, a sum of its bits that weighs every place otherwise."""
-    return tuple(_digest(weight.detach()) for weight in weights)
-
-
-def _digest(weight: Tensor) -> int:
-    every, total = weight.contiguous().view(_BITS[weight.element_size()]).flatten(), 0
-    for start in range(0, len(every), _CHUNK):
-        bits = every[start : start + _CHUNK].long()
-        places = torch.arange(2 * start + 1, 2 * (start + len(bits)), 2, device=bits.device) * _ODD  # modulo 2**64
-        total += int((bits * places).sum())
-    return total
 
 
 def untied(shapes: Mapping[str, list[int]], family: Family) -> dict[str, list[int]]:

@@ -35,11 +35,12 @@ from vlmenv.agents.engines.background import BackgroundLoop
 from vlmenv.agents.engines.base import Engine, Request, dealt
 from vlmenv.agents.engines.checks import check_names, check_prompt, untied
 from vlmenv.agents.engines.direct import DirectTransfer
+from vlmenv.agents.engines.fingerprints import file_digest
 from vlmenv.agents.engines.remote import Patience, Server
 from vlmenv.agents.engines.replies import Answer, OtherModelFault, Served, ServerFault
 from vlmenv.agents.engines.settings import sampling_settings
 from vlmenv.agents.engines.together import from_main
-from vlmenv.agents.engines.worker import checksum_of, weight_shapes
+from vlmenv.agents.engines.worker import weight_shapes
 from vlmenv.agents.families import Family
 from vlmenv.agents.sampling import Sampled, Sampling
 from vlmenv.core.errors import EngineError
@@ -279,13 +280,13 @@ class VLLMServerEngine(Engine):
             dtype: torch.dtype = getattr(torch, self._dtype)
             yield lambda server: direct.deliver(server, weights, dtype)
             return
-        with self._written(weights) as (file, checksum):
-            order = {"path": str(file), "checksum": checksum}
+        with self._written(weights) as (file, digest):
+            order = {"path": str(file), "digest": digest}
             yield lambda server: server.again(lambda: server.order("vlmenv_overwrite", order))
 
     @contextmanager
-    def _written(self, weights: Mapping[str, Tensor]) -> Iterator[tuple[Path, int]]:
-        """A file of weights for as long as the context lasts, and its checksum."""
+    def _written(self, weights: Mapping[str, Tensor]) -> Iterator[tuple[Path, str]]:
+        """A file of weights for as long as the context lasts, and its SHA-256."""
         dtype: torch.dtype = getattr(torch, self._dtype)
         size = sum(math.prod(shape) for shape in self._shapes.values()) * dtype.itemsize
         try:
@@ -294,7 +295,7 @@ class VLLMServerEngine(Engine):
             ) as folder:
                 file = Path(folder) / f"weights-{self._given}.safetensors"
                 save_file({name: tensor.to("cpu", dtype).contiguous() for name, tensor in weights.items()}, file)
-                yield file, checksum_of(file)
+                yield file, file_digest(file)
         except (OSError, SafetensorError) as error:
             raise EngineError(f"the servers' updates cannot be written: {error}") from error
 

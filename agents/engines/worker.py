@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vlmenv.agents.engines.channel import Bucket, Channel, ChannelFault, Meeting, gpu_of
+from vlmenv.agents.engines.fingerprints import file_digest
 
-_CHUNK = 1 << 24  # bytes
 _SHOWN = 500  # characters of what vLLM says, which may name all of a model's weights
 
 
@@ -36,11 +35,11 @@ class WeightReceiver:
             "logprobs": config.logprobs_mode,
         }
 
-    def vlmenv_overwrite(self, path: str, checksum: int) -> dict[str, Any]:
+    def vlmenv_overwrite(self, path: str, digest: str) -> dict[str, Any]:
         """Takes over the weights of a safetensors file; `fault` says why not all of them, and is None otherwise."""
         try:
-            if (found := checksum_of(Path(path))) != checksum:
-                return {"fault": f"{path} has the checksum {found} here and {checksum} where it was written"}
+            if (found := file_digest(Path(path))) != digest:
+                return {"fault": f"{path} has the SHA-256 {found} here, but {digest} where it was written"}
             left = overwrite(self, _tensors(Path(path)))
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             return {"fault": f"{type(error).__name__}: {error}"}
@@ -88,15 +87,6 @@ def weight_shapes(folder: Path) -> dict[str, list[int]]:
         with safe_open(file, "pt") as stream:
             shapes |= {name: list(stream.get_slice(name).get_shape()) for name in stream.keys()}  # noqa: SIM118
     return shapes
-
-
-def checksum_of(file: Path) -> int:
-    """CRC-32 of a file's bytes."""
-    checksum = 0
-    with file.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            checksum = zlib.crc32(chunk, checksum)
-    return checksum
 
 
 def overwrite(worker: Any, weights: Iterable[tuple[str, Tensor]], sees_alike: bool = False) -> list[str]:

@@ -17,9 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vlmenv.agents.engines.fingerprints import file_digest
 from vlmenv.agents.engines.remote import Patience
 from vlmenv.agents.engines.server import VLLMServerEngine
-from vlmenv.agents.engines.worker import WeightReceiver, checksum_of, weight_shapes
+from vlmenv.agents.engines.worker import WeightReceiver, weight_shapes
 from vlmenv.agents.sampling import Sampling
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.core.rollout import Observation
@@ -82,7 +83,7 @@ class Answering:
                 orders = [pool.submit(getattr(worker, method), **arguments) for worker in self.workers]
                 return {"results": [order.result() for order in orders]}
         path = Path(body["kwargs"]["path"])
-        assert checksum_of(path) == body["kwargs"]["checksum"]
+        assert file_digest(path) == body["kwargs"]["digest"]
         self.weights = load_file(path)
         return {"results": [{"fault": None}]}
 

@@ -22,7 +22,6 @@ from vlmenv.agents.engines import channel as channels
 from vlmenv.agents.engines.channel import (
     Channel,
     ChannelFault,
-    Checksum,
     LateFault,
     Meeting,
     buckets,
@@ -171,22 +170,8 @@ def test_what_came_otherwise_than_it_went_is_told() -> None:
 
     with at_once(send_otherwise):
         incoming = receiver.receive(plan, torch.float32, SECONDS)
-        with pytest.raises(ChannelFault, match=r"came with the checksum \d+, and went with 5"):
+        with pytest.raises(ChannelFault, match=r"arrived with the fingerprint -?\d+, but were sent with 5"):
             incoming.finish()
-
-
-def test_checksums_tell_bits_and_order_apart() -> None:
-    def of(*messages: Tensor) -> int:
-        checksum = Checksum(CPU)
-        for message in messages:
-            checksum.add(message)
-        return int(checksum.total)
-
-    one, other = torch.randn(64).view(torch.int64), torch.randn(64).view(torch.int64)
-    flipped = one.clone()
-    flipped[17] ^= 1
-    assert of(one, other) == of(one.clone(), other.clone())
-    assert len({of(one, other), of(other, one), of(flipped, other), of(one)}) == 4
 
 
 def _vanish(port: int, how: signal.Signals) -> None:

@@ -146,7 +146,7 @@ def hang_midway(worker: Worker, incoming: Incoming) -> list[str]:
 
 
 def come_otherwise(worker: Worker, incoming: Incoming) -> list[str]:
-    incoming._checksum.total += 1
+    incoming._fingerprint.total += 1
     return load(worker, incoming)
 
 
@@ -164,7 +164,11 @@ def no_channel(server: Answering, path: str, usual: Any) -> Reply:
 DIRECT_FAULTS: dict[str, tuple[Load, Fault | None, str]] = {
     "a load that fails": (fail_midway, None, "cannot take over weights: LookupError: no such weight"),
     "a load that leaves weights": (stop_midway, None, r"weights were left as they were: \['model.norm'\]"),
-    "weights that come otherwise": (come_otherwise, None, r"cannot take over weights: weights came with the checksum"),
+    "weights that come otherwise": (
+        come_otherwise,
+        None,
+        r"cannot take over weights: weights arrived with the fingerprint",
+    ),
     "a worker that dies": (die_midway, None, "its weights cannot be sent: .*by peer"),
     "a worker that hangs": (hang_midway, None, "no answer from /collective_rpc within 3 s|time was up"),
     "all hang": (load, hang, "no answer from /collective_rpc within 3 s"),

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from vlmenv.agents.checkpoints import published_weights, weight_names
-from vlmenv.agents.engines.checks import fingerprint
 from vlmenv.agents.engines.checksums import UNREADABLE
+from vlmenv.agents.engines.fingerprints import fingerprint
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.core.rollout import Rollout
 from vlmenv.doctor.patient import Numbers, Patient, Seen, Unchecked
