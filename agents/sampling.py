@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from vlmenv.agents.attention import Steps
 from vlmenv.agents.policy import Policy, next_position
-from vlmenv.core.errors import ModelError, require, require_at_least, require_weight
+from vlmenv.core.errors import ConfigError, ModelError
 from vlmenv.core.rollout import FinishReason, Prompt
 
 _CROWDED = 0.75
@@ -37,10 +38,16 @@ class Sampling:
     """Texts after which a completion ends; they are part of it."""
 
     def __post_init__(self) -> None:
-        require_weight("temperature", self.temperature)
-        require_at_least(1, max_new_tokens=self.max_new_tokens, top_k=self.top_k)
-        require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, not {self.top_p}")
-        require(all(self.stop), "a stop text must not be empty")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"temperature must be a number from 0 up, not {self.temperature}")
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"top_k must be at least 1, not {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if not all(self.stop):
+            raise ConfigError("a stop text must not be empty")
 
     @property
     def cuts_tail(self) -> bool:

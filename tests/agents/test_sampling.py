@@ -121,8 +121,8 @@ def test_looking_seldom_gives_the_same_answers(builtin: VLMAgent, monkeypatch: p
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": -1.0}, "temperature must be finite and at least 0"),
-        ({"temperature": float("nan")}, "temperature must be finite and at least 0"),
+        ({"temperature": -1.0}, "temperature must be a number from 0 up"),
+        ({"temperature": float("nan")}, "temperature must be a number from 0 up"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"top_k": 0}, "top_k must be at least 1"),
         ({"top_p": 0.0}, "top_p must be above 0"),
