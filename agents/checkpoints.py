@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -73,21 +72,6 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         raise ModelError(f"{folder}: {len(missing)} of the model's weights are missing, {missing[0]} among them")
     assert isinstance(model, PreTrainedModel)
     return model
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """Gives a folder to write in, which takes its name only when all is written; else it is removed."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
 
 
 def write_model(folder: Path, family: Family, state: dict[str, Tensor]) -> None:

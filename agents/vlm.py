@@ -23,7 +23,6 @@ from vlmenv.agents.checkpoints import (
     published_weights,
     put_back,
     read_tensors,
-    whole_folder,
     write_model,
 )
 from vlmenv.agents.engines.base import Engine, Request
@@ -35,6 +34,7 @@ from vlmenv.agents.recomputation import recompute_activations
 from vlmenv.agents.references import FrozenPolicy, UnadaptedPolicy
 from vlmenv.agents.sampling import Sampled, Sampling, sample
 from vlmenv.core.errors import ConfigError, ModelError, PromptError
+from vlmenv.core.files import atomic_folder
 from vlmenv.core.rollout import Completion, Observations, Prompt, Rollout, group_neighbours, unbatch
 
 __all__ = ["BUILTIN", "Policy", "Sampling", "VLMAgent", "find_model"]
@@ -274,7 +274,7 @@ class VLMAgent(Agent):
         """
         state = self.family_policy.state_dict() if state_dict is None else state_dict
         model, head = _under("model.", state), _under("value_head.", state)
-        with whole_folder(folder) as partial:
+        with atomic_folder(folder) as partial:
             if self.lora is not None:
                 self.lora.save(partial / "adapter", model, self.folder)
                 model = self.lora.merged(model)

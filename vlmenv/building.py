@@ -24,7 +24,7 @@ from vlmenv.agents.families import coordinate_space, resize_rule
 from vlmenv.agents.vlm import BUILTIN, Sampling, VLMAgent, find_model
 from vlmenv.core.coordinates import CoordinateSpace
 from vlmenv.core.errors import ConfigError, unknown_name
-from vlmenv.core.files import write_whole
+from vlmenv.core.files import write_atomic
 from vlmenv.envs.registration import VectorEntryPoint
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.options.files import to_yaml
@@ -230,7 +230,7 @@ def claim(folder: Path, config: TaskConfig, begun: bool) -> None:
                 f"{folder} holds results with another {', '.join(other)}, see {file}: give another --output"
             )
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(file, options)
+    write_atomic(file, options)
 
 
 @dataclass

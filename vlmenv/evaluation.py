@@ -20,7 +20,7 @@ from vlmenv.agents.base import Agent
 from vlmenv.algos.trainer import names_sample
 from vlmenv.building import DTYPES, TaskConfig, load_agent, make_envs, prepared, report_broken_rows
 from vlmenv.core.errors import ConfigError
-from vlmenv.core.files import write_whole
+from vlmenv.core.files import write_atomic
 from vlmenv.core.rollout import unbatch
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.metrics.intervals import Interval, ratio_interval
@@ -239,8 +239,8 @@ def written(metric: Interval) -> str:
 def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
     """Writes answers.jsonl and then metrics.json, so that where the latter is there all is."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "answers.jsonl", "".join(json.dumps(answer) + "\n" for answer in evaluation.answers))
-    write_whole(folder / "metrics.json", json.dumps(evaluation.as_json(), indent=2) + "\n")
+    write_atomic(folder / "answers.jsonl", "".join(json.dumps(answer) + "\n" for answer in evaluation.answers))
+    write_atomic(folder / "metrics.json", json.dumps(evaluation.as_json(), indent=2) + "\n")
 
 
 def read_evaluation(folder: Path, task: VisualTaskEnv) -> Evaluation:

@@ -18,7 +18,7 @@ from rich.table import Table
 from vlmenv.agents.base import Agent
 from vlmenv.building import claim, load_agent, make_envs, prepared, report_broken_rows
 from vlmenv.core.errors import ConfigError
-from vlmenv.core.files import write_whole
+from vlmenv.core.files import write_atomic
 from vlmenv.envs.data.dataset import Concatenated, TableSource
 from vlmenv.envs.data.tables import Rows
 from vlmenv.envs.export import export_sample
@@ -86,7 +86,7 @@ def run_sampling(config: SampleConfig) -> Path:
             rates = _read_parts(config.output, _parts(count, config.part_size))
             _write_levels(envs, rates, config)
             counts = Counter(dict.fromkeys(LEVELS, 0) | Counter(map(level_of, rates.values())))
-            write_whole(config.output / "summary.json", json.dumps(counts) + "\n")
+            write_atomic(config.output / "summary.json", json.dumps(counts) + "\n")
             console.print(_summary(config, envs, rates))
     accelerator.state.destroy_process_group()
     return config.output
@@ -126,7 +126,7 @@ def _sample_parts(
                 indices = range(start, min(start + envs.num_groups, part.stop))
                 rows += _rated(list(answer_samples(agent, envs, indices, greedy=False)), envs, config)
                 progress.advance(bar, len(indices))
-            write_whole(_part_file(config.output, part), "".join(json.dumps(row) + "\n" for row in rows))
+            write_atomic(_part_file(config.output, part), "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _rated(

@@ -18,7 +18,7 @@ from rich.table import Table
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.building import claim, load_agent, prepared, report_broken_rows
 from vlmenv.core.errors import ConfigError, DataError
-from vlmenv.core.files import write_whole
+from vlmenv.core.files import write_atomic
 from vlmenv.envs.data.benchmarks import hallusion_bench, math_vision, mathverse, mathvista, mmstar
 from vlmenv.envs.data.coco import filtered_instances
 from vlmenv.envs.data.dataset import Published
@@ -273,7 +273,7 @@ def _dataset(one: Found, output: Path, processes: Processes) -> tuple[list[Any],
         with together(processes.accelerator):
             if processes.accelerator.is_main_process:
                 output.mkdir(parents=True, exist_ok=True)
-                write_whole(kept, json.dumps(filtered_instances(one.files[0])))
+                write_atomic(kept, json.dumps(filtered_instances(one.files[0])))
         return [kept], root
     if one.entry.rewrite is None:
         return list(one.files), root
@@ -373,4 +373,4 @@ def suite_table(
 
 def _write(file: Path, results: Mapping[str, Mapping[str, Interval]]) -> None:
     """Writes the metrics of a suite, by data set, as JSON can hold them."""
-    write_whole(file, json.dumps({name: as_json(one) for name, one in results.items()}, indent=2) + "\n")
+    write_atomic(file, json.dumps({name: as_json(one) for name, one in results.items()}, indent=2) + "\n")

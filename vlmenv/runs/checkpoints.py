@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import shutil
 from collections.abc import Iterator
@@ -15,8 +14,9 @@ from safetensors import SafetensorError
 
 from vlmenv.algos import Trainer
 from vlmenv.algos.faults import nonfinite_weights
-from vlmenv.processes.together import together
 from vlmenv.core.errors import CheckpointError, ModelError
+from vlmenv.core.files import replace_folder
+from vlmenv.processes.together import together
 from vlmenv.runs.run_folder import RunFolder
 
 
@@ -31,21 +31,18 @@ def save_checkpoint(trainer: Trainer, run: RunFolder) -> None:
     """
     accelerator, folder = trainer.accelerator, run.checkpoint(trainer.step)
     partial, weights = folder.with_name(f".{folder.name}"), trainer.processes.weights()
-    with together(accelerator), _whole(folder, partial):
+    with together(accelerator), _written(folder, partial):
         if broken := nonfinite_weights(trainer.agent.policy):
             raise CheckpointError(f"{folder} is not written: the weights {', '.join(broken[:3])} are not finite")
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
             trainer.agent.save(partial, weights)
             _save(trainer.state_dict(), partial / "trainer.pt")
-    with together(accelerator), _whole(folder, partial):
+    with together(accelerator), _written(folder, partial):
         _save(trainer.process_state(), partial / f"process-{accelerator.process_index}.pt")
-    with together(accelerator), _whole(folder, partial):
+    with together(accelerator), _written(folder, partial):
         if accelerator.is_main_process:
-            _flush(partial)
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
-            _flush(folder.parent)
+            replace_folder(partial, folder)
 
 
 def save_best(trainer: Trainer, run: RunFolder) -> None:
@@ -55,7 +52,7 @@ def save_best(trainer: Trainer, run: RunFolder) -> None:
         CheckpointError: It cannot be written; the best model before is as it was.
     """
     folder, weights = run.path / "best", trainer.processes.weights()
-    with together(trainer.accelerator), _whole(folder, folder.with_name("best.partial")):
+    with together(trainer.accelerator), _written(folder, folder.with_name("best.partial")):
         if trainer.accelerator.is_main_process:
             trainer.agent.save(folder, weights)
 
@@ -105,7 +102,7 @@ def prune(run: RunFolder, keep: int | None) -> None:
 
 
 @contextmanager
-def _whole(folder: Path, partial: Path) -> Iterator[None]:
+def _written(folder: Path, partial: Path) -> Iterator[None]:
     """Removes what was written of a folder where the block fails, so that a full disk is no fuller than before."""
     try:
         yield
@@ -125,13 +122,3 @@ def _cause(error: BaseException) -> BaseException:
 def _save(state: dict[str, Any], file: Path) -> None:
     with file.open("wb") as stream:  # torch's own would not tell why it cannot write
         torch.save(state, stream)
-
-
-def _flush(folder: Path) -> None:
-    """Has a folder's files and names on the disk before what follows: a crash of the machine may come any time."""
-    for path in [folder, *(file for file in folder.iterdir() if file.is_file())]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

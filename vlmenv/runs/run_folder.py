@@ -14,7 +14,7 @@ from typing import Any
 import vlmenv
 from vlmenv.algos.trainer import StepResult
 from vlmenv.core.errors import ConfigError
-from vlmenv.core.files import write_whole
+from vlmenv.core.files import write_atomic
 
 _RECORDED = ("torch", "transformers", "gymnasium", "accelerate")
 
@@ -47,7 +47,7 @@ class RunFolder:
             *(f"# {name} {version(name)}" for name in _RECORDED),
         ]
         lines = [f"# Repeat with: vlmenv train --config {self.path / 'config.yaml'}", *versions, options]
-        write_whole(self.path / "config.yaml", "\n".join(lines))
+        write_atomic(self.path / "config.yaml", "\n".join(lines))
 
     @staticmethod
     def default_path(env: str, algo: str) -> Path:
@@ -111,7 +111,7 @@ class RunFolder:
         for name in ("metrics.jsonl", "rollouts.jsonl", "warnings.jsonl"):
             if self._has(name):
                 kept = [row for row in self._rows(name) if row["step"] <= step]
-                write_whole(self.path / name, "".join(json.dumps(row) + "\n" for row in kept))
+                write_atomic(self.path / name, "".join(json.dumps(row) + "\n" for row in kept))
 
     def best(self) -> dict[str, Any]:
         """What is known of the best model so far; empty where nothing is."""
@@ -132,7 +132,7 @@ class RunFolder:
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Writes a JSON file."""
-        write_whole(self.path / name, json.dumps(content, indent=2) + "\n")
+        write_atomic(self.path / name, json.dumps(content, indent=2) + "\n")
 
 
 def _append(file: Path, rows: Iterable[dict[str, Any]]) -> None:
