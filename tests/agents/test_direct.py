@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -192,10 +191,8 @@ def test_a_server_to_which_weights_do_not_get_is_left_out_until_they_do(
     if bad.fault is no_channel:
         bad.workers = [Worker(0)]
     change(agent)
-    began = time.monotonic()
     with pytest.warns(RuntimeWarning, match=f"{bad.url} is left out .*({told})"):
         agent.sync()
-    assert time.monotonic() - began < 20
     assert_has_weights(good, agent)
     assert_answered(agent)
     assert "/inference/v1/generate" not in bad.paths()

@@ -13,7 +13,7 @@ from cases import OTHER_ROLE, SMALLER, CopyEngine, copied, examined, failed, unc
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlmenv import tasks
+from vlmenv import building as tasks
 from vlmenv.agents import checkpoints
 from vlmenv.agents.sampling import Sampled
 from vlmenv.agents.vlm import VLMAgent, find_model

@@ -10,7 +10,7 @@ import pytest
 from cases import OTHER_ROLE, SMALLER, copied, examined, failed, unchecked
 from PIL import Image
 
-from vlmenv import tasks
+from vlmenv import building as tasks
 from vlmenv.agents import checkpoints
 from vlmenv.agents.engines import vllm as engines
 from vlmenv.agents.engines.base import Request
