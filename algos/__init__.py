@@ -1,4 +1,4 @@
-"""Algorithms, and the training loop that they share."""
+"""Reinforcement-learning algorithms and the trainer."""
 
 from collections.abc import Callable
 from typing import Any, Final
