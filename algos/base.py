@@ -137,7 +137,7 @@ class Algorithm(ABC):
     imitates: ClassVar[bool] = False
     """True if the completions are the true answers instead of samples of the policy."""
     most_rounds: int = 1
-    """Maximum rounds of rollouts per step to find groups with differing rewards. 1: the first round is taken as it is."""
+    """Maximum rounds of rollouts per step to find groups with differing rewards."""
     replay: int = 0
     """Earlier groups to keep, which take the places of groups with equal rewards."""
 

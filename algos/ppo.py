@@ -43,8 +43,8 @@ class PPOConfig(AlgorithmConfig):
     gamma: float = 1.0
     """Discount factor, 0 to 1."""
     lam: float = 1.0
-    """Lambda of generalised advantage estimation (arXiv 1506.02438), 0 to 1. Below 1 the first tokens learn little from a
-    reward at the end until the critic predicts it (arXiv 2503.01491, section 3)."""
+    """Lambda of generalised advantage estimation (arXiv 1506.02438), 0 to 1. Below 1 the first tokens learn little from
+    a reward at the end until the critic predicts it (arXiv 2503.01491, section 3)."""
     beta: float = 0.0
     """Weight of the KL penalty in the reward. With 0 no reference model is held in memory."""
     kl_estimator: Estimator = "k1"

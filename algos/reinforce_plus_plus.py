@@ -34,7 +34,7 @@ class ReinforcePlusPlusConfig(AlgorithmConfig):
 
     def __post_init__(self) -> None:
         AlgorithmConfig.__post_init__(self)
-        require(self.group_size >= 1 + self.baseline, f"with baseline, group_size must be at least 2, not {self.group_size}")
+        require(self.group_size >= 1 + self.baseline, "group_size must be at least 2 with baseline")
         require(0 < self.epsilon < 1, f"epsilon must lie between 0 and 1, not {self.epsilon}")
         require(0 <= self.gamma <= 1, f"gamma must lie between 0 and 1, not {self.gamma}")
         require_weight("beta", self.beta)

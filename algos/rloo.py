@@ -24,7 +24,7 @@ class RLOOConfig(AlgorithmConfig):
     """Hyperparameters of RLOO."""
 
     epsilon: float = 0.2
-    """Clip range of a completion's importance ratio: 1 - epsilon to 1 + epsilon. The first update of a batch has ratio 1."""
+    """Clip range of a completion's importance ratio: 1 - epsilon to 1 + epsilon."""
     beta: float = 0.0
     """Weight of the KL penalty in the reward. With 0 no reference model is held in memory."""
 
@@ -46,7 +46,7 @@ class RLOO(Algorithm):
         self.wants_reference = config.beta > 0
 
     def credit(self, scored: Scored) -> Credit:
-        """Computes leave-one-out advantages of the rewards minus `beta` times the completion's KL divergence (section 2.1)."""
+        """Computes leave-one-out advantages of the rewards minus `beta` times the KL divergence (section 2.1)."""
         rewards = scored.rewards
         if scored.ref_logprobs is not None:
             kl = divergence(scored.old_logprobs, scored.ref_logprobs, "k1").masked_fill(~scored.mask, 0)
@@ -54,7 +54,7 @@ class RLOO(Algorithm):
         return Credit(leave_one_out(rewards, self.config.group_size)[:, None], scored.mask)
 
     def loss(self, inputs: LossInputs) -> LossOutput:
-        """Computes section 2.2 with the ratio of a completion's probabilities. At ratio 1 the gradient is REINFORCE's."""
+        """Computes section 2.2 with a completion's importance ratio. At ratio 1 the gradient is REINFORCE's."""
         epsilon, mask = self.config.epsilon, inputs.mask
         logratio = inputs.logprobs - inputs.old_logprobs
         ratio = sequence_ratio(logratio, mask, length_normalised=False)

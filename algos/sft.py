@@ -18,7 +18,9 @@ class SFTConfig(AlgorithmConfig):
 
     def __post_init__(self) -> None:
         AlgorithmConfig.__post_init__(self)
-        require(self.group_size == 1, f"group_size must be 1 for sft, which has one true answer per prompt, not {self.group_size}")
+        require(
+            self.group_size == 1, f"sft has one true answer per prompt: group_size must be 1, not {self.group_size}"
+        )
 
 
 class SFT(Algorithm):

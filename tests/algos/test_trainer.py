@@ -166,7 +166,7 @@ def test_the_learning_rate_of_several_updates_follows_steps(builtin: VLMAgent) -
 
 def test_groups_of_another_size_are_refused(builtin: VLMAgent) -> None:
     envs = gymnasium.make_vec("VLM-REC-v0", num_envs=8, group_size=2)
-    with pytest.raises(ConfigError, match="groups of 2, but grpo compares groups of 4"):
+    with pytest.raises(ConfigError, match="group_size=2, but grpo has group_size=4"):
         Trainer(builtin, envs, GRPO(GRPOConfig(group_size=4)), TrainerConfig(), Accelerator(cpu=True))
     singles = gymnasium.make_vec("VLM-REC-v0", num_envs=8, vectorization_mode="sync")
     with pytest.raises(ConfigError, match="groups of 1"):
