@@ -57,7 +57,7 @@ def test_micro_batches_are_cut_until_all_have_as_many(as_slices: bool, monkeypat
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "micro_batch_size divides batches"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "use --micro-batch-size"),
         ("ACCELERATE_MIXED_PRECISION", "bf16", "give --precision bf16"),
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "dynamo_backend"),
         ("ACCELERATE_USE_MEGATRON_LM", "true", "megatron_lm"),
@@ -103,8 +103,8 @@ def test_what_is_not_supported_of_fsdp_is_refused(
         ({"zero_stage": 3, "zero3_init_flag": True}, "zero3_init_flag must be false"),
         ({"offload_optimizer_device": "cpu"}, "offload_optimizer is not supported"),
         ({"offload_param_device": "cpu", "zero_stage": 3, "zero3_init_flag": False}, "offload_param is not supported"),
-        ({"gradient_clipping": 0.5}, "--max-grad-norm clips"),
-        ({"gradient_accumulation_steps": 4}, "micro_batch_size divides batches"),
+        ({"gradient_clipping": 0.5}, "use --max-grad-norm"),
+        ({"gradient_accumulation_steps": 4}, "use --micro-batch-size"),
         ({"hf_ds_config": {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}}, "DeepSpeed's bf16"),
     ],
 )

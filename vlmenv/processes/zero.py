@@ -1,6 +1,6 @@
-"""Processes that hold shares of gradients, optimizer and, at stage 3, weights by DeepSpeed's ZeRO (arXiv 1910.02054).
+"""Ranks with shards of gradients, optimizer state and, at stage 3, weights, by DeepSpeed's ZeRO (arXiv 1910.02054).
 
-DeepSpeed is used through its engine alone; accelerate's wrapper would take an optimiser step with every backward pass.
+This uses DeepSpeed's engine directly, because accelerate's wrapper takes an optimizer step with every backward pass.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from vlmenv.processes.base import Shares
 
 
 class ZeRO(Shares):
-    """Shares by ZeRO; weights are in float32, and passes under autocast, as with the other kinds of processes.
+    """Ranks with shards by ZeRO. As with the other strategies, weights are float32 and passes run under autocast.
 
     Args:
-        accelerator: Of the processes.
+        accelerator: Device, precision and ranks.
         options: DeepSpeed's options under `zero_optimization`.
     """
 
@@ -45,7 +45,7 @@ class ZeRO(Shares):
         import deepspeed
 
         config = {
-            "train_micro_batch_size_per_gpu": 1,  # must be given, but counts for nothing here
+            "train_micro_batch_size_per_gpu": 1,  # required, but without effect here
             "gradient_accumulation_steps": 1,
             "zero_optimization": self._options,
             "zero_allow_untested_optimizer": True,
@@ -77,7 +77,7 @@ class ZeRO(Shares):
 
     @contextmanager
     def _without_hooks(self) -> Iterator[None]:
-        """Keeps modules from gathering and letting go their weights."""
+        """Stops modules from gathering and freeing their weights."""
         gatherer = self._engine.optimizer.parameter_offload
         for handle in (*gatherer.forward_hooks, *gatherer.backward_hooks):
             handle.remove()
@@ -93,11 +93,11 @@ class ZeRO(Shares):
         yield
 
     def backward(self, loss: Tensor) -> None:
-        self._engine.backward(loss * self.accelerator.num_processes)  # which are averaged over
+        self._engine.backward(loss * self.accelerator.num_processes)  # DeepSpeed averages over ranks
 
     def step(self, max_norm: float, *, learn: bool) -> float:
         if not learn:
-            raise TrainingError("the loss is not finite, and DeepSpeed cannot leave a step out for that")
+            raise TrainingError("the loss is not finite, and DeepSpeed cannot skip a step for that")
         zero = self._engine.optimizer
         zero.clip_grad = max_norm
         self._engine.step()
@@ -109,7 +109,7 @@ class ZeRO(Shares):
         with self._gathered():
             if not self.accelerator.is_main_process:
                 return {}
-            copies: dict[int, Tensor] = {}  # weights under two names stay one tensor
+            copies: dict[int, Tensor] = {}  # tied weights stay one tensor
             state = self._policy.state_dict()
             return {name: copies.setdefault(t.data_ptr(), t.to("cpu", copy=True)) for name, t in state.items()}
 
@@ -135,7 +135,7 @@ class ZeRO(Shares):
             zero.optimizer.state[share] = {name: value.to(share.device) for name, value in kept.items()}
 
     def _parts(self) -> list[Tensor]:
-        """The shares of the weights that this process's optimizer changes, flat."""
+        """Flat shards of the weights that this rank's optimizer updates."""
         zero = self._engine.optimizer
         parts: list[Tensor] = (
             zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups

@@ -1,4 +1,4 @@
-"""What a run tells a tracker, TensorBoard or Weights & Biases: metrics of every step and, now and then, samples."""
+"""Trackers, TensorBoard or Weights & Biases, where metrics and example completions are logged."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ _LONGEST_SIDE = 768  # pixels of a picture
 
 
 def require_tracker(name: TrackerName) -> None:
-    """Raises ConfigError where a tracker is not installed."""
+    """Raises ConfigError if a tracker is not installed."""
     try:
         if name == "wandb":
-            version(name)  # a folder `wandb` of earlier runs would pass for a module
+            version(name)  # an import would also find a folder `wandb` of earlier runs
     except PackageNotFoundError:
         raise ConfigError('tracker wandb needs the extra "tracking": pip install "vlmenv[tracking]"') from None
 
 
 class Tracking:
-    """Tells a tracker of a run, through accelerate.
+    """Logs a run to a tracker, through accelerate.
 
-    TensorBoard's files are in the run's folder. Weights & Biases has a run of the folder's name, in the project that
-    WANDB_PROJECT names or else in `vlmenv`; its id is kept in the folder, so that a resumed run goes on in it.
+    TensorBoard's files are in the run's folder. Weights & Biases gets a run with the folder's name, in the project
+    WANDB_PROJECT. Default: `vlmenv`. The folder keeps its id, so that a resumed run continues there.
 
     Args:
-        accelerator: Made with `log_with` the same tracker.
-        name: Which one.
+        accelerator: Accelerator made with `log_with` the same tracker.
+        name: The tracker.
         run: The run's folder.
         options: The run's options.
-        step: After which step a resumed run goes on; 0 for a new one. What TensorBoard was told of later steps is
-            hidden there. Weights & Biases keeps it, and takes those steps no second time.
+        step: Step that a resumed run continues after; 0 for a new run. TensorBoard hides its records of later steps.
+            Weights & Biases keeps them, and ignores new records of the same steps.
 
     Raises:
         ConfigError: The tracker cannot be started.
@@ -67,7 +67,12 @@ class Tracking:
             accelerator.init_trackers("tensorboard", told, {"tensorboard": {"purge_step": step + 1}})
 
     def log(self, result: StepResult, task: VisualTaskEnv, *, samples: bool) -> None:
-        """Tells a step's metrics and, with `samples`, the first answers to a few of its samples.
+        """Logs a step's metrics.
+
+        Args:
+            result: The step.
+            task: The environment that draws samples.
+            samples: If true, also logs the first completions of a few samples.
 
         Raises:
             TrainingError: TensorBoard's files cannot be written.
@@ -83,7 +88,7 @@ class Tracking:
             raise TrainingError(f"{self._run.path}: the tracker {self._name} cannot write: {error}") from error
 
     def close(self, *, failed: bool = False) -> None:
-        """Ends the tracker's run; Weights & Biases marks one that failed."""
+        """Ends the tracker's run. Weights & Biases marks it as failed if `failed`."""
         if failed and self._name == "wandb" and self._accelerator.is_main_process:
             self._accelerator.get_tracker("wandb", unwrap=True).finish(exit_code=1)
         for tracker in self._accelerator.trackers:
@@ -132,7 +137,7 @@ class Tracking:
 
 
 def shown_samples(result: StepResult, task: VisualTaskEnv) -> list[tuple[dict[str, Any], Image]]:
-    """The first answer to each of a step's first samples: its record, and the task's picture of sample and answer."""
+    """Records of the first completion of each of the first samples, with the task's picture of sample and answer."""
     firsts = {record["index"]: record for record in reversed(result.rollouts.records)}
     records = list(reversed(firsts.values()))[:_SHOWN]
     return [(record, _picture(task, record)) for record in records]
@@ -145,7 +150,7 @@ def _picture(task: VisualTaskEnv, record: dict[str, Any]) -> Image:
 
 
 def _as_markdown(record: dict[str, Any]) -> str:
-    """What was asked and answered as blocks of code, which show any text as it is."""
+    """Prompt and completion as code blocks, which show any text unchanged."""
     terms = ", ".join(f"{name} {value:.3f}" for name, value in record["rewards"].items())
     blocks = [f"**{part}**\n\n{_indented(record[part])}" for part in ("prompt", "completion")]
     return "\n\n".join([f"sample {record['id']}: **reward {record['reward']:.3f}** ({terms})", *blocks])
@@ -156,6 +161,6 @@ def _indented(text: str) -> str:
 
 
 def _tell_of_a_thread(args: threading.ExceptHookArgs) -> None:
-    """As Python does, but not of TensorBoard's writing thread: what fails in it, the next call raises."""
+    """Reports errors of threads, except TensorBoard's writer, whose errors the next call raises."""
     if type(args.thread).__name__ != "_AsyncWriterThread":
         threading.__excepthook__(args)
