@@ -82,7 +82,7 @@ def test_what_the_launch_asks_for_in_vain_is_refused(
         ({"fsdp_version": 1}, "set fsdp_version to 2"),
         ({"cpu_ram_efficient_loading": True}, "fsdp_cpu_ram_efficient_loading must be false"),
         ({"cpu_offload": True}, "fsdp_offload_params must be false"),
-        ({"activation_checkpointing": True}, "give --gradient-checkpointing"),
+        ({"activation_checkpointing": True}, "use --gradient-checkpointing"),
         ({"ignored_modules": "visual"}, "fsdp_ignored_modules"),
     ],
 )
