@@ -253,7 +253,7 @@ class VLMAgent(Agent):
         return [*self.family.vision_blocks().children(), *layers.children()]
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The trained parameters as "language" (with value head) and "vision" (with projectors), without empty groups."""
+        """The trained parameters as "language", with the value head, and "vision", with projectors; none is empty."""
         vision = _parameters([self.family.vision_tower(), *self.family.projectors()])
         groups: dict[str, list[nn.Parameter]] = {}
         for parameter in self.parameters():
