@@ -84,25 +84,25 @@ def test_a_server_that_dies_is_replaced_by_the_others_until_it_has_taken_an_upda
         agent = agent_of(opened, dying.url, lasting.url, transfer="direct")
         assert_in_step(agent)
         dies_meanwhile(dying)
-        with pytest.warns(RuntimeWarning, match=f"the server {dying.url} is left out"):
+        with pytest.warns(RuntimeWarning, match=f"the server {dying.url} is excluded"):
             assert len(agent.rollout(LONG)) == len(LONG)
         agent.sync()
         assert_in_step(agent)
     with serve("builtin", *LENGTH, port=port) as again:
         agent.engine._servers[0].fault = None  # as if nobody had asked it anything in the meantime
-        with pytest.warns(RuntimeWarning, match=f"{again.url} is left out .*started anew"):
+        with pytest.warns(RuntimeWarning, match=f"{again.url} is excluded .*restarted"):
             assert_in_step(agent)
-        with pytest.warns(RuntimeWarning, match=f"{again.url} has taken the update and is in use again"):
+        with pytest.warns(RuntimeWarning, match=f"{again.url} took the update and is in use again"):
             agent.sync()
         assert_in_step(agent)
         other = agent_of(opened, again.url)  # gives it other weights
         assert_in_step(other)
-        with pytest.warns(RuntimeWarning, match=f"{again.url} is left out .*another trainer uses it"):
+        with pytest.warns(RuntimeWarning, match=f"{again.url} is excluded .*another trainer uses it"):
             assert_in_step(agent)
         dies_meanwhile(again)
-        with pytest.raises(EngineError, match=f"no server is left to generate. {again.url}: .*Error"):
+        with pytest.raises(EngineError, match=f"no server is left. {again.url}: .*Error"):
             other.rollout(LONG)
-        with pytest.raises(EngineError, match=f"no server is left to generate. {again.url}"):
+        with pytest.raises(EngineError, match=f"no server is left. {again.url}"):
             other.sync()
 
 
@@ -115,14 +115,14 @@ def test_a_server_that_hangs_is_left_out(lasting: Served, opened: ExitStack) -> 
             assert stopped
             for process in stopped:
                 process.suspend()
-            with pytest.warns(RuntimeWarning, match=f"{hanging.url} is left out .*no answer from .* within 4 s"):
+            with pytest.warns(RuntimeWarning, match=f"{hanging.url} is excluded .*no answer from .* within 4 s"):
                 assert_in_step(agent)
             agent.sync()
             assert_in_step(agent)
             for process in stopped:
                 process.resume()
             agent.engine._servers[0]._patience = HASTY
-            with pytest.warns(RuntimeWarning, match=f"{hanging.url} has taken the update and is in use again"):
+            with pytest.warns(RuntimeWarning, match=f"{hanging.url} took the update and is in use again"):
                 agent.sync()
             assert_in_step(agent)
         hanging.end(signal.SIGKILL)  # of the command alone
@@ -197,5 +197,5 @@ def test_half_an_update_is_refused_and_does_no_harm(
 
 def test_a_server_of_another_model_is_refused(lasting: Served, qwen2_5_vl_folder: Path) -> None:
     agent = VLMAgent.from_pretrained(qwen2_5_vl_folder)
-    with pytest.raises(EngineError, match=f"{lasting.url}: it serves another model than the one that is trained"):
+    with pytest.raises(EngineError, match=f"{lasting.url}: it serves another model than the one in training"):
         VLLMServerEngine([lasting.url], agent.folder, agent.family)
