@@ -20,11 +20,9 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from vlmenv.agents.families import Family
 from vlmenv.core.errors import ModelError
+from vlmenv.core.names import BUILTIN
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
-
-BUILTIN = "builtin"
-"""The name of the small model that is shipped with the package."""
 
 
 def find_model(name_or_path: str | Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,46 +12,14 @@ from torch import Tensor
 
 from vlmenv.agents.attention import Steps
 from vlmenv.agents.policy import Policy, next_position
-from vlmenv.core.errors import ConfigError, ModelError
+from vlmenv.core.errors import ModelError
 from vlmenv.core.rollout import FinishReason, Prompt
+from vlmenv.core.sampling import Sampling
 
 _CROWDED = 0.75
 """Completions that have ended leave the batch once no more than this share of it goes on."""
 _LOOK_EVERY = 8
 """Tokens between two looks at which have ended, on devices that would have to wait for each look."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen, and when a completion ends."""
-
-    temperature: float = 1.0
-    """Divides the logits; 0 takes the likeliest token."""
-    max_new_tokens: int = 64
-    """The longest completion, its end token included."""
-    top_k: int | None = None
-    """Choose among so many of the likeliest tokens."""
-    top_p: float = 1.0
-    """Choose among the fewest likeliest tokens that have this share of the probability."""
-    stop: tuple[str, ...] = ()
-    """Texts after which a completion ends; they are part of it."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise ConfigError(f"temperature must be a number from 0 up, not {self.temperature}")
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ConfigError(f"top_k must be at least 1, not {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p must be above 0 and at most 1, not {self.top_p}")
-        if not all(self.stop):
-            raise ConfigError("a stop text must not be empty")
-
-    @property
-    def cuts_tail(self) -> bool:
-        """Whether unlikely tokens are left out."""
-        return self.top_k is not None or self.top_p < 1
 
 
 @dataclass(slots=True)

@@ -16,7 +16,6 @@ from transformers import AutoConfig
 
 from vlmenv.agents.base import Agent, LogProbs, Reference
 from vlmenv.agents.checkpoints import (
-    BUILTIN,
     copy_processor,
     find_model,
     load_model,
@@ -32,10 +31,12 @@ from vlmenv.agents.lora import LoRA, is_adapter
 from vlmenv.agents.policy import Policy, ValueHead
 from vlmenv.agents.recomputation import recompute_activations
 from vlmenv.agents.references import FrozenPolicy, UnadaptedPolicy
-from vlmenv.agents.sampling import Sampled, Sampling, sample
+from vlmenv.agents.sampling import Sampled, sample
 from vlmenv.core.errors import ConfigError, ModelError, PromptError
 from vlmenv.core.files import atomic_folder
+from vlmenv.core.names import BUILTIN
 from vlmenv.core.rollout import Completion, Observations, Prompt, Rollout, group_neighbours, unbatch
+from vlmenv.core.sampling import Sampling
 
 __all__ = ["BUILTIN", "Policy", "Sampling", "VLMAgent", "find_model"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
@@ -24,6 +24,11 @@ class AlgorithmConfig:
     """Passes over each batch of completions."""
     minibatches: int = 1
     """Minibatches per pass, each an optimizer step. Every pass divides the groups at random."""
+
+    @classmethod
+    def shared(cls) -> tuple[str, ...]:
+        """The options with one meaning over all algorithms, such as `group_size`, that this one takes from another."""
+        return (*(field.name for field in fields(AlgorithmConfig)), *(["beta"] if hasattr(cls, "beta") else []))
 
     def __post_init__(self) -> None:
         require_at_least(1, group_size=self.group_size, mu=self.mu, minibatches=self.minibatches)

@@ -16,6 +16,10 @@ class SFTConfig(AlgorithmConfig):
     group_size: int = 1
     """Completions per prompt: always 1, the true answer."""
 
+    @classmethod
+    def shared(cls) -> tuple[str, ...]:
+        return tuple(name for name in super().shared() if name != "group_size")
+
     def __post_init__(self) -> None:
         AlgorithmConfig.__post_init__(self)
         require(

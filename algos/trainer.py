@@ -25,17 +25,15 @@ from vlmenv.agents.base import Agent
 from vlmenv.algos.advantages import zero_variance_share
 from vlmenv.algos.background import Background
 from vlmenv.algos.base import Algorithm, LossInputs, Scored
-from vlmenv.algos.batch import Batch, Rollouts, Rows, micro_batches, minibatches, padding_share
+from vlmenv.algos.batch import Batch, Rollouts, micro_batches, minibatches, padding_share
 from vlmenv.algos.correction import Correction, importance_weights, mismatch
 from vlmenv.algos.faults import NonFiniteError, nonfinite_gradients, nonfinite_weights
 from vlmenv.algos.losses import token_weights
 from vlmenv.algos.replay import Replay
 from vlmenv.core.errors import ConfigError, DataError, PromptError, require, require_at_least, require_weight
-from vlmenv.core.rollout import Rollout
+from vlmenv.core.rollout import Rollout, Rows
 from vlmenv.processes import processes_of
 from vlmenv.processes.together import together
-
-_CORRECTION_CAP = 2.0
 
 
 @dataclass(frozen=True)
@@ -62,11 +60,11 @@ class TrainerConfig:
     """Tokens per micro-batch, which has at least one completion. A prompt counts once. Default: no limit."""
     max_skipped: int = 3
     """Maximum optimizer steps in a row that may be skipped because gradient or loss is not finite."""
-    correction: Correction | None = None
-    """How the loss allows for an engine's policy being another than the one that learns: by importance weights of
-    tokens or of whole completions, cut off at the cap, or 0 beyond it (mask); "token" where left out."""
-    correction_cap: float | None = None
-    """The largest importance weight, 2 where left out; a mask leaves out what is below its inverse too."""
+    correction: Correction = "token"
+    """Importance-sampling correction for the mismatch between engine and trainer, per token or per sequence. Weights
+    beyond the cap are truncated, or set to 0 (mask)."""
+    correction_cap: float = 2.0
+    """Largest importance weight. A mask leaves out weights below its inverse too."""
     max_staleness: int = 0
     """Maximum staleness in steps, 0 or 1. With 1, a server generates the next step's completions during the update."""
 
@@ -82,8 +80,9 @@ class TrainerConfig:
             vision_lr is None or 0 < vision_lr < math.inf,
             f"vision_lr must be finite and above 0, not {vision_lr}; use freeze_vision to train no vision weights",
         )
-        require(cap is None or 1 < cap < math.inf, f"correction_cap must be finite and above 1, not {cap}")
-        require(cap is None or self.correction != "none", "correction_cap has no effect with correction=none")
+        require(1 < cap < math.inf, f"correction_cap must be finite and above 1, not {cap}")
+        unused = self.correction == "none" and cap != type(self).correction_cap
+        require(not unused, "correction_cap has no effect with correction=none")
         require(self.max_staleness in (0, 1), f"max_staleness must be 0 or 1, not {self.max_staleness}")
 
     def lr_factor(self, step: int) -> float:
@@ -468,7 +467,7 @@ class Trainer:
             return {}
         sampled = Batch.of(rollout, self.agent.device)
         logratio = batch.old_logprobs - sampled.old_logprobs
-        how, cap = self.config.correction or "token", self.config.correction_cap or _CORRECTION_CAP
+        how, cap = self.config.correction, self.config.correction_cap
         batch.correction = importance_weights(logratio, sampled.mask, how, cap)
         return mismatch(logratio, sampled.mask, how, cap)
 

@@ -19,7 +19,6 @@ from findings.runs import check_model, draw_seeds, evaluation_of, hardware, publ
 from matplotlib.figure import Figure
 
 from vlmenv.algos import ALGORITHMS
-from vlmenv.commands.train import AlgorithmName
 
 
 @dataclass
@@ -28,7 +27,7 @@ class Args:
 
     env: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Environment, VLM-REC-v0 where left out; may be repeated."""
-    only: Annotated[tuple[AlgorithmName, ...], tyro.conf.UseAppendAction] = ()
+    only: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Algorithm, all of them where left out; may be repeated."""
     seeds: int = 3
     """Runs of each."""

@@ -141,6 +141,11 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         self._prediction: Any = None
         self._answered = False
 
+    @property
+    def rewards(self) -> dict[str, float]:
+        """The reward terms in use, with their weights."""
+        return dict(self._scorer.weights)
+
     @abstractmethod
     def builtin_source(self, split: Split) -> Source:
         """The task's built-in samples."""

@@ -151,10 +151,10 @@ def small_pipeline(name: str, folder: Path, **changes: Any) -> Path:
             )
             options.pop("warmup_share", None)
     for options in content["evaluate"].values():
-        options |= {"device": "cpu", "max_new_tokens": 8, "limit": 4}
+        options |= {"device": "cpu", "max_new_tokens": 8, "eval_limit": 4}
     content["stages"]["warmup"]["train"]["max_new_tokens"] = 96  # room for the true answers
     if name == "pebr_r1_builtin":
-        mixed = {"measure": "keyword_recall", "threshold": 0.75, "max_new_tokens": 64, "limit": 16}
+        mixed = {"measure": "keyword_recall", "threshold": 0.75, "max_new_tokens": 64, "eval_limit": 16}
         content["stages"]["sampling"]["sample"] |= mixed
         content["stages"]["warmup"]["train"]["lr"] = 1e-5  # two steps at more would harm the model
     else:

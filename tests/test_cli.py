@@ -19,8 +19,9 @@ from vlmenv.agents.engines.remote import Patience
 from vlmenv.agents.vlm import find_model
 from vlmenv.building import check_engine
 from vlmenv.cli import main
-from vlmenv.commands.train import TrainConfig
 from vlmenv.core.errors import ConfigError
+from vlmenv.options.fields import replaced
+from vlmenv.options.train import TrainConfig
 
 TINY = ["--prompts-per-step", "2", "--group-size", "4", "--eval-limit", "4", "--device", "cpu"]
 
@@ -106,7 +107,7 @@ def timeless(run: Path) -> list[dict]:
 
 
 def test_eval_writes_and_shows_the_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["eval", "--limit", "20", "--batch-size", "8", "--output", str(tmp_path), "--device", "cpu"])
+    main(["eval", "--eval-limit", "20", "--batch-size", "8", "--output", str(tmp_path), "--device", "cpu"])
     assert "accuracy@0.75" in capsys.readouterr().out
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics.keys() == {"iou/mean", "accuracy@0.5", "accuracy@0.75", "unparsable", "format"}
@@ -118,7 +119,7 @@ def test_eval_writes_and_shows_the_metrics(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_sampled_evaluation_answers_each_question_several_times(tmp_path: Path) -> None:
-    args = ["eval", "--limit", "3", "--samples", "5", "--batch-size", "10", "--device", "cpu", "--output"]
+    args = ["eval", "--eval-limit", "3", "--samples", "5", "--batch-size", "10", "--device", "cpu", "--output"]
     main([*args, str(tmp_path / "a")])
     main([*args, str(tmp_path / "b"), "--seed", "1"])
     a, b = (rows(tmp_path / name / "answers.jsonl") for name in "ab")
@@ -149,7 +150,7 @@ def test_published_processors_train_on_real_photos(published_folder: Path, tmp_p
             "eval",
             "--model",
             str(run / "checkpoints" / "step-2"),
-            "--limit",
+            "--eval-limit",
             "2",
             "--max-new-tokens",
             "6",
@@ -223,7 +224,19 @@ def test_every_task_is_trained_and_measured(name: str, tmp_path: Path) -> None:
 def test_detection_is_trained_and_measured_by_the_same_commands(tmp_path: Path) -> None:
     file = str(shared("data/ovd/bccd/samples.jsonl"))
     main(
-        ["eval", "--env", "VLM-OVD-v0", "--dataset", file, "--limit", "2", "--device", "cpu", "--output", str(tmp_path)]
+        [
+            "eval",
+            "--env",
+            "VLM-OVD-v0",
+            "--dataset",
+            file,
+            "--eval-limit",
+            "2",
+            "--device",
+            "cpu",
+            "--output",
+            str(tmp_path),
+        ]
     )
     assert json.loads((tmp_path / "metrics.json").read_text()).keys() >= {
         "image_ap/mean",
@@ -270,7 +283,7 @@ def test_detection_is_trained_and_measured_by_the_same_commands(tmp_path: Path) 
         (["doctor", "--beta", "-1"], "beta must not be negative"),
         (["doctor", "--temperature", "0"], "training needs varied answers"),
         (["doctor", "--env", "VLM-RCE-v0", "--device", "cpu"], "1 of 19 checks failed: samples"),
-        (["eval", "--limit", "0"], "limit must be at least 1"),
+        (["eval", "--eval-limit", "0"], "eval_limit must be at least 1"),
         (["eval", "--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
         (["eval", "--temperature", "0", "--samples", "4"], "temperature must be above 0"),
         (["train", "--temperature", "0"], "temperature must be above 0"),
@@ -305,7 +318,7 @@ def test_an_unknown_option_in_a_file_is_named(capsys: pytest.CaptureFixture[str]
 def test_a_model_folder_without_processor(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         shutil.copyfile(find_model("builtin") / name, tmp_path / name)
-    assert "has no processor" in fails(capsys, "eval", "--model", str(tmp_path), "--limit", "1")
+    assert "has no processor" in fails(capsys, "eval", "--model", str(tmp_path), "--eval-limit", "1")
 
 
 def test_a_line_that_is_not_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -331,13 +344,13 @@ def test_an_engine_that_is_not_installed_is_told_before_anything_is_loaded(
 def test_an_engine_that_cannot_be_had_like_this_is_refused_early(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlmenv.building.require_vllm", lambda: None)
     with pytest.raises(ConfigError, match="there is one: launch a multiple"):
-        check_engine(TrainConfig(engine="vllm", tensor_parallel=2), torch.device("cpu"))
+        check_engine(replaced(TrainConfig(), {"engine": "vllm", "tensor_parallel": 2}), torch.device("cpu"))
     with pytest.raises(ConfigError, match="there are 3: launch a multiple"):
-        check_engine(TrainConfig(engine="vllm", tensor_parallel=2), torch.device("cpu"), 3)
+        check_engine(replaced(TrainConfig(), {"engine": "vllm", "tensor_parallel": 2}), torch.device("cpu"), 3)
     with pytest.raises(ConfigError, match="share of a GPU's memory"):
-        check_engine(TrainConfig(engine="vllm", engine_memory=0.5), torch.device("cpu"))
-    check_engine(TrainConfig(engine="vllm", tensor_parallel=2), torch.device("cpu"), 4)
-    check_engine(TrainConfig(engine="vllm"), torch.device("cpu"))
+        check_engine(replaced(TrainConfig(), {"engine": "vllm", "engine_memory": 0.5}), torch.device("cpu"))
+    check_engine(replaced(TrainConfig(), {"engine": "vllm", "tensor_parallel": 2}), torch.device("cpu"), 4)
+    check_engine(replaced(TrainConfig(), {"engine": "vllm"}), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

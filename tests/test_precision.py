@@ -16,7 +16,8 @@ import vlmenv.evaluation
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.building import load_agent
 from vlmenv.cli import main
-from vlmenv.evaluation import EvalConfig, run_evaluation
+from vlmenv.commands.evaluate import run_evaluation
+from vlmenv.options.evaluate import EvalConfig
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def dtypes(agent: VLMAgent) -> set[torch.dtype]:
 
 
 def test_bfloat16_measures_nearly_the_same(loaded: list[VLMAgent]) -> None:
-    found = [run_evaluation(EvalConfig(device="cpu", limit=64, precision=one)) for one in ("fp32", "bf16")]
+    found = [run_evaluation(EvalConfig(device="cpu", eval_limit=64, weights=one)) for one in ("fp32", "bf16")]
     assert [dtypes(agent) for agent in loaded] == [{torch.float32}, {torch.bfloat16}]
     full, half = (one.metrics["iou/mean"].value for one in found)
     assert full > 0.3
@@ -51,7 +52,7 @@ def suite(folder: Path) -> list[str]:
     (folder / "data").mkdir()
     for name in ("images", "samples.jsonl"):
         (folder / "data" / name.replace("samples", "refcoco_val")).symlink_to(shared("data/rec/refcocos") / name)
-    return ["eval", "--suite", "vlm_r1", "--data", str(folder / "data")]
+    return ["eval", "--suite", "vlm_r1", "--suite-data", str(folder / "data")]
 
 
 @pytest.mark.parametrize("command", [suite, lambda _: ["sample", "--n", "2"]], ids=["suite", "sample"])
@@ -59,9 +60,9 @@ def test_suites_and_sampling_work_in_bfloat16_too(
     command: Callable[[Path], list[str]], loaded: list[VLMAgent], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Answers of another precision do not go with those that are there."""
-    args = [*command(tmp_path), "--limit", "2", "--max-new-tokens", "24", "--device", "cpu"]
+    args = [*command(tmp_path), "--eval-limit", "2", "--max-new-tokens", "24", "--device", "cpu"]
     args += ["--output", str(tmp_path / "out")]
-    main([*args, "--precision", "bf16"])
+    main([*args, "--weights", "bf16"])
     assert [dtypes(agent) for agent in loaded] == [{torch.bfloat16}]
     with pytest.raises(SystemExit):
         main(args)

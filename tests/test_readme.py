@@ -25,9 +25,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
 SMALL = {
     "train": ["--steps", "1", "--prompts-per-step", "1", "--group-size", "2", "--eval-limit", "2", "--device", "cpu"],
-    "eval": ["--limit", "2", "--device", "cpu"],
+    "eval": ["--eval-limit", "2", "--device", "cpu"],
     "doctor": ["--device", "cpu"],
-    "sample": ["--limit", "2", "--n", "2", "--device", "cpu"],
+    "sample": ["--eval-limit", "2", "--n", "2", "--device", "cpu"],
     "pipeline": ["--output", "runs/pipeline"],
     "data": [],
     "envs": [],

@@ -63,6 +63,7 @@ def test_a_recipe_holds_the_published_values(name: str) -> None:
     """Those of VLM-R1 (arXiv 2504.07615) and PeBR-R1 (arXiv 2509.13031), and says where from."""
     text = RECIPES[name].read_text(encoding="utf-8")
     options = yaml.safe_load(text)
+    options |= options.pop(options.get("algo", ""), {})
     assert {key: options[key] for key in PUBLISHED[name]} == PUBLISHED[name]
     assert not options.get("freeze_vision") or name in ("vlm_r1_rec_frozen_vision", "pebr_r1_warmup")
     head = text.partition("\n\n")[0]
@@ -80,7 +81,8 @@ def test_a_recipe_trains(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     main(["train", "--recipe", name, *shlex.split(f"{SMALL} {groups} {WITHOUT_HUB.get(name, '')}")])
     metrics = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in metrics] == [1, 2]
-    options = yaml.safe_load(Path("run/config.yaml").read_text())
+    options = yaml.safe_load(Path("run/resolved.yaml").read_text())
+    options |= options.pop(options["algo"], {})
     kept = {key: value for key, value in PUBLISHED[name].items() if f"--{key.replace('_', '-')} " not in SMALL}
     for key in kept.keys() - {"epochs", "warmup_share", "group_size", "rewards", "clip_model"}:
         assert options[key] == PUBLISHED[name][key]
@@ -113,7 +115,8 @@ def test_the_warm_up_leaves_rows_out_and_imitates_the_reasoning(
     out = " ".join(capsys.readouterr().out.split())
     assert f"1 of {COUNT} rows are left out: the answer says 'let me rethink it'" in out
     assert f"1 of {COUNT} rows are left out: an image is under 28 pixels wide or high" in out
-    options = yaml.safe_load(Path("run/config.yaml").read_text())
+    options = yaml.safe_load(Path("run/resolved.yaml").read_text())
+    options |= options.pop(options["algo"], {})
     assert options["steps"] == 2 * (COUNT - 2) / 2
     assert options["warmup_steps"] == 0  # a tenth of 4, rounded
     rollouts = [json.loads(line) for line in Path("run/rollouts.jsonl").read_text().splitlines()]

@@ -55,7 +55,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(sort: str, tmp_path: Path) -> None:
     """The whole run, and one that lost everything after step 2 in the middle of writing step 4."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     if "--revisit" in OPTIONS[sort]:
-        main(["sample", "--limit", "4", "--n", "1", "--device", "cpu", "--output", str(tmp_path)])
+        main(["sample", "--eval-limit", "4", "--n", "1", "--device", "cpu", "--output", str(tmp_path)])
         files = [str(file) for file in (tmp_path / "easy.jsonl", tmp_path / "hard.jsonl") if file.stat().st_size]
         train(whole, "--dataset", *files, *OPTIONS[sort])
     else:

@@ -46,7 +46,7 @@ def test_what_two_processes_sample_is_what_they_learn_and_save(
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert max(line["policy/sampler_kl"] for line in lines) < 1e-9
     after = json.loads((run / "evaluation.json").read_text())["after"]
-    options = ["--model", str(run / "checkpoints" / "step-3"), "--limit", "9", "--device", "cpu"]
+    options = ["--model", str(run / "checkpoints" / "step-3"), "--eval-limit", "9", "--device", "cpu"]
     main(["eval", *options, "--output", str(tmp_path / "eval")])
     assert json.loads((tmp_path / "eval" / "metrics.json").read_text()) == after
 
@@ -68,7 +68,20 @@ def test_a_prompt_that_fails_in_one_process_ends_both(tmp_path: Path) -> None:
 
 def test_processes_that_share_an_engine_sample_as_one_does(tmp_path: Path) -> None:
     """The second has one part fewer to do than the first."""
-    options = ["sample", "--n", "4", "--limit", "12", "--part-size", "4", "--batch-size", "8", "--device", "cpu", *VLLM]
+    options = [
+        "sample",
+        "--n",
+        "4",
+        "--eval-limit",
+        "12",
+        "--part-size",
+        "4",
+        "--batch-size",
+        "8",
+        "--device",
+        "cpu",
+        *VLLM,
+    ]
     main([*options, "--output", str(tmp_path / "one")])
     shared = [*options, "--output", "two", "--tensor-parallel", "2"]
     done = launch("ddp", "-m", "vlmenv", *shared, cwd=tmp_path)

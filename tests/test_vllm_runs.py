@@ -75,7 +75,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_been_cut_off(how: str, tmp_path:
 def test_both_engines_measure_the_same(tmp_path: Path) -> None:
     for engine in ([], VLLM):
         folder = str(tmp_path / (engine or ["", "hf"])[1])
-        main(["eval", "--limit", "12", "--device", "cpu", "--output", folder, *engine])
+        main(["eval", "--eval-limit", "12", "--device", "cpu", "--output", folder, *engine])
     assert rows(tmp_path / "vllm" / "answers.jsonl") == rows(tmp_path / "hf" / "answers.jsonl")
 
 
@@ -85,7 +85,7 @@ def test_vllm_measures_in_the_precision_that_is_asked_for(tmp_path: Path) -> Non
     for precision in ("fp32", "bf16"):
         for engine in ([], VLLM):
             folder = tmp_path / f"{precision} {len(engine)}"
-            options = ["--limit", "64", "--precision", precision, "--device", "cpu", "--output", str(folder)]
+            options = ["--eval-limit", "64", "--precision", precision, "--device", "cpu", "--output", str(folder)]
             main(["eval", *options, *engine])
             figure = json.loads((folder / "metrics.json").read_text())["iou/mean"]["value"]
             found[precision, bool(engine)] = figure, [one["completion"] for one in rows(folder / "answers.jsonl")]
@@ -101,7 +101,7 @@ def test_what_was_learnt_is_what_is_measured_and_saved(tmp_path: Path) -> None:
     main(["train", "--steps", "2", "--lr", "3e-3", "--warmup-steps", "0", "--output", str(run), *VLLM, *TINY])
     after = json.loads((run / "evaluation.json").read_text())["after"]
     model = str(run / "checkpoints" / "step-2")
-    main(["eval", "--model", model, "--limit", "4", "--device", "cpu", "--output", str(tmp_path / "eval")])
+    main(["eval", "--model", model, "--eval-limit", "4", "--device", "cpu", "--output", str(tmp_path / "eval")])
     assert json.loads((tmp_path / "eval" / "metrics.json").read_text()) == after
 
 
@@ -142,7 +142,7 @@ def test_a_server_measures_and_samples_as_vllm_in_process_does(served: Served, t
     main(["train", *with_weights, *on(served), *TINY])
     for name, engine in (("vllm", VLLM), ("server", on(served))):
         folder = str(tmp_path / name)
-        main(["eval", "--limit", "8", "--samples", "4", "--device", "cpu", "--output", folder, *engine])
+        main(["eval", "--eval-limit", "8", "--samples", "4", "--device", "cpu", "--output", folder, *engine])
     assert rows(tmp_path / "vllm" / "answers.jsonl") == rows(tmp_path / "server" / "answers.jsonl")
 
 
@@ -152,7 +152,7 @@ def test_what_was_learnt_by_a_server_is_what_is_measured_and_saved(served: Serve
     assert all(line["time/sync"] > 0 for line in rows(run / "metrics.jsonl"))
     after = json.loads((run / "evaluation.json").read_text())["after"]
     model = str(run / "checkpoints" / "step-2")
-    main(["eval", "--model", model, "--limit", "4", "--device", "cpu", "--output", str(tmp_path / "eval")])
+    main(["eval", "--model", model, "--eval-limit", "4", "--device", "cpu", "--output", str(tmp_path / "eval")])
     assert json.loads((tmp_path / "eval" / "metrics.json").read_text()) == after
 
 

@@ -1,158 +1,117 @@
-"""The command line: `vlmenv train`, `eval`, `sample`, `pipeline`, `serve`, `doctor`, `data check` and `envs`."""
+"""The command `vlmenv`: the names of its commands, each of which is imported when it is called."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, Final
 
 import gymnasium
-import torch
-import tyro
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-import vlmenv  # noqa: F401 (registers the environments)
-from vlmenv.building import visual_tasks
-from vlmenv.commands.data import DataConfig, check_data
-from vlmenv.commands.pipeline import PipelineConfig, run_pipeline
-from vlmenv.commands.sample import SampleConfig, run_sampling
-from vlmenv.commands.serve import ServeConfig, run_server
-from vlmenv.commands.suite import run_suite
-from vlmenv.commands.train import RIVALS, TrainConfig, default_config, run_training
-from vlmenv.core.errors import ConfigError, VLMEnvError
-from vlmenv.doctor import DoctorConfig, run_doctor
-from vlmenv.evaluation import EvalConfig, run_evaluation
-from vlmenv.options.files import flatten, gathered, option_value, with_config_file
+import vlmenv
+from vlmenv.core.errors import ConfigError, VLMEnvError, unknown_name
 
-PROGRAM = "vlmenv"
+PROGRAM: Final = "vlmenv"
 
 
-@dataclass(frozen=True)
-class EnvsConfig:
-    """List the registered environments."""
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command, which its module parses and runs by `parse(args, program)` and `run(asked)`."""
+
+    module: str
+    summary: str
+
+
+COMMANDS: Final = {
+    "train": Command("train", "train a model by reinforcement learning"),
+    "eval": Command("evaluate", "measure how well a model answers, on one data set or on a paper's"),
+    "sample": Command("sample", "divide a data set into easy, medium and hard rows by a model's pass rates"),
+    "pipeline": Command("pipeline", "run stages of training and sampling, one after the other"),
+    "serve": Command("serve", "serve a model with vLLM, to generate for training"),
+    "doctor": Command("doctor", "check that model, processor, engine and data fit together"),
+    "data check": Command("data", "find everything that is wrong with a data set"),
+    "envs": Command("envs", "list the registered environments"),
+    "recipes": Command("recipes", "list the published recipes"),
+}
+"""By the words that call them."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Runs a command; ends the process with status 1 and one message where the input is wrong."""
+    """Runs a command. Wrong input ends the process with status 1 and one message."""
     args = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in args
     try:
         _run([arg for arg in args if arg != "--debug"])
-    except (VLMEnvError, gymnasium.error.Error) as error:
-        _fail(error, debug, str(error))
-    except torch.OutOfMemoryError as error:
-        less = "--micro-batch-size, --prompts-per-step, --batch-size or --max-new-tokens"
-        _fail(error, debug, f"the GPU's memory is full: lower {less}. {error}")
-    except RuntimeError as error:
-        if not re.search("Connection (closed|reset) by peer", str(error)):
+    except BrokenPipeError:  # the reader of the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except (VLMEnvError, gymnasium.error.Error, OSError, MemoryError, RuntimeError) as error:
+        if debug or (message := _told(error)) is None:
             raise
-        _fail(error, debug, "another process has ended; its own message says why")
-    except (OSError, MemoryError) as error:
-        _fail(error, debug, f"{type(error).__name__}: {error}")
+        _print_error(message)
+        sys.exit(1)
     except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted")
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
-def _fail(error: BaseException, debug: bool, message: str) -> None:
-    if debug:
-        raise error
-    where = f" in process {os.environ.get('RANK')}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-    Console(stderr=True).print(f"[bold red]error{where}:[/] {escape(message)}", soft_wrap=True)
-    sys.exit(1)
-
-
 def _run(args: list[str]) -> None:
-    config = _config(args)
-    RUN[type(config)](config)
+    if not args or args[0] in ("--help", "-h"):
+        print(_overview())
+    elif args[0] == "--version":
+        print(f"{PROGRAM} {vlmenv.__version__}")
+    else:
+        command, rest = find_command(args)
+        command.run(command.parse(rest, f"{PROGRAM} {' '.join(args[: len(args) - len(rest)])}"))
 
 
-def _config(args: list[str]) -> Any:
-    """What a command line asks for, with the files of options that it names."""
-    command, rest = (args[0], args[1:]) if args else ("", [])
-    rest = _of_resumed_run(rest) if command == "train" else rest
-    defaults: dict[str, Any] = {"eval": EvalConfig(), "sample": SampleConfig(), "doctor": DoctorConfig()}
-    if command == "train":
-        defaults["train"] = default_config(option_value(rest, "algo") or "grpo")
-    if command in defaults:
-        known = list(flatten(defaults[command]))
-        passed_over = _of_training(rest) - set(known) if command == "doctor" else set()
-        rest = with_config_file(gathered(rest, "server"), known, RIVALS if command == "train" else (), passed_over)
-    return _parse([command, *rest] if args else ["--help"], defaults.get("train", TrainConfig()))
-
-
-def _of_training(args: list[str]) -> set[str]:
-    """The options of the training that a file holds."""
-    return set(flatten(default_config(option_value(args, "algo") or "grpo")))
-
-
-def _of_resumed_run(args: list[str]) -> list[str]:
-    """The arguments of `vlmenv train`; with `--resume` those that the run was started with.
+def find_command(args: Sequence[str]) -> tuple[Any, list[str]]:
+    """The module of the command that arguments begin with, and the arguments after its name.
 
     Raises:
-        ConfigError: There is no such run, or other options are given beside it.
+        ConfigError: There is no such command.
     """
-    folder = option_value([arg for arg in args if not arg.startswith("--config")], "resume")
-    if folder is None:
-        return args
-    if len(args) > 2 or (len(args) == 2 and args[0] != "--resume"):
-        raise ConfigError("a run is resumed with its own options: give --resume RUN_FOLDER alone")
-    if not (Path(folder) / "config.yaml").is_file():
-        raise ConfigError(
-            f"{folder} is no folder of a run: it holds no config.yaml. A run that was killed before that was written "
-            "has nothing to go on from: give its command again"
-        )
-    return ["--config", str(Path(folder) / "config.yaml"), "--resume", folder]
+    for words in (2, 1):
+        if (name := " ".join(args[:words])) in COMMANDS:
+            return importlib.import_module(f"vlmenv.commands.{COMMANDS[name].module}"), list(args[words:])
+    inner = [name for name in COMMANDS if name.startswith(f"{args[0]} ")]
+    if inner:
+        raise ConfigError(f"say what to do: {', '.join(f'{PROGRAM} {name}' for name in inner)}")
+    raise ConfigError(unknown_name("command", args[0], COMMANDS))
 
 
-def _parse(args: list[str], train: TrainConfig[Any]) -> Any:
-    commands: Any = (
-        Annotated[TrainConfig[type(train.algorithm)], tyro.conf.subcommand("train", default=train)]  # type: ignore[misc]
-        | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
-        | Annotated[SampleConfig, tyro.conf.subcommand("sample")]
-        | Annotated[PipelineConfig, tyro.conf.subcommand("pipeline")]
-        | Annotated[ServeConfig, tyro.conf.subcommand("serve")]
-        | Annotated[DoctorConfig, tyro.conf.subcommand("doctor")]
-        | Annotated[DataConfig, tyro.conf.subcommand("data")]
-        | Annotated[EnvsConfig, tyro.conf.subcommand("envs")]
-    )
-    description = "Train vision-language models with reinforcement learning. With --debug, errors show a traceback."
-    return tyro.cli(
-        commands, args=args, prog=PROGRAM, description=description, config=(tyro.conf.OmitSubcommandPrefixes,)
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items())
+    return (
+        f"usage: {PROGRAM} COMMAND [OPTIONS]\n\nReinforcement learning for vision-language models.\n\n"
+        f"commands:\n{commands}\n\n"
+        f"{PROGRAM} COMMAND --help explains the options of a command. --version prints the version. "
+        "With --debug, errors show a traceback."
     )
 
 
-def measure(config: EvalConfig) -> None:
-    """`vlmenv eval`, on one data set or on a paper's."""
-    if config.suite is None:
-        run_evaluation(config)
-    else:
-        run_suite(config)
+def _told(error: BaseException) -> str | None:
+    """The message about an error that users can act on; None for any other."""
+    if isinstance(error, VLMEnvError | gymnasium.error.Error):
+        return str(error)
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not have been imported
+        less = "--micro-batch-size, --prompts-per-step, --batch-size or --max-new-tokens"
+        return f"the GPU's memory is full: lower {less}. {error}"
+    if isinstance(error, OSError | MemoryError):
+        return f"{type(error).__name__}: {error}"
+    if re.search("Connection (closed|reset) by peer", str(error)):
+        return "another process has ended; its own message says why"
+    return None
 
 
-def list_environments(config: EnvsConfig) -> None:
-    table = Table("environment", "task")
-    for name in visual_tasks():
-        entry_point = gymnasium.registry[name].entry_point
-        assert isinstance(entry_point, str)
-        creator = gymnasium.envs.registration.load_env_creator(entry_point)
-        table.add_row(name, (sys.modules[creator.__module__].__doc__ or "").partition("\n")[0])
-    Console().print(table)
+def _print_error(message: str) -> None:
+    from rich.console import Console  # here, as `--version` need not wait for it
+    from rich.markup import escape
 
-
-RUN: dict[type, Callable[[Any], object]] = {
-    TrainConfig: run_training,
-    EvalConfig: measure,
-    SampleConfig: run_sampling,
-    PipelineConfig: lambda config: run_pipeline(config, _config, lambda stage: RUN[type(stage)](stage)),
-    ServeConfig: run_server,
-    DoctorConfig: run_doctor,
-    DataConfig: check_data,
-    EnvsConfig: list_environments,
-}
+    where = f" in process {os.environ.get('RANK')}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    Console(stderr=True).print(f"[bold red]error{where}:[/] {escape(message)}", soft_wrap=True, highlight=False)

@@ -1,25 +1,22 @@
-"""Measures how well an agent answers: `vlmenv eval`, and the tables before and after training."""
+"""Measuring how well an agent answers."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from vlmenv.agents.base import Agent
 from vlmenv.algos.trainer import names_sample
-from vlmenv.building import DTYPES, TaskConfig, load_agent, make_envs, prepared, report_broken_rows
-from vlmenv.core.errors import ConfigError
 from vlmenv.core.files import write_atomic
 from vlmenv.core.rollout import unbatch
 from vlmenv.envs.base import VisualTaskEnv
@@ -31,57 +28,6 @@ from vlmenv.processes.together import together
 DEFAULT_LIMIT = 512
 PROGRESS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 """What is shown while samples are answered, with an estimate of the time left."""
-
-
-@dataclass(frozen=True)
-class AnswerConfig(TaskConfig):
-    """Have a data set answered by a model that learns nothing from it."""
-
-    config: Path | None = None
-    """YAML file of options; those on the command line win."""
-    limit: int | None = None
-    """At most so many samples, the first ones; of the built-in ones 512 where left out."""
-    batch_size: int = 64
-    """Answers generated at a time."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """In which the model is loaded and works, and vLLM in the same process; servers have their own."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("limit", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, not {value}")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the model's weights."""
-        return DTYPES[self.precision]
-
-
-@dataclass(frozen=True)
-class EvalConfig(AnswerConfig):
-    """Measure how well a model answers."""
-
-    samples: int | None = None
-    """So many sampled answers to each question, at `temperature`, instead of one greedy one."""
-    output: Path | None = None
-    """Folder for metrics.json and answers.jsonl."""
-    suite: Literal["vlm_r1", "pebr_r1"] | None = None
-    """Measure on the data sets of a paper instead, as far as they are in the folders of `data`."""
-    data: tuple[Path, ...] | None = None
-    """Folders that hold the data sets of the suite; docs/suites.md says under which names."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.samples is not None and self.samples < 1:
-            raise ConfigError(f"samples must be at least 1, not {self.samples}")
-        if self.samples is not None and self.temperature <= 0:
-            raise ConfigError(
-                f"temperature must be above 0, not {self.temperature}: sampled answers would all be alike"
-            )
-        if self.suite is None and self.data is not None:
-            raise ConfigError("data goes with a suite; a data set of your own is given as dataset")
 
 
 @dataclass(slots=True)
@@ -260,39 +206,3 @@ def read_metrics(folder: Path) -> dict[str, Interval]:
         for name, metric in stored.items()
     }
     return {name: Interval(*parts) for name, parts in numbers.items()}
-
-
-def make_eval_envs(config: EvalConfig, env: str, **arguments: Any) -> VisualTaskVectorEnv:
-    """Environments in which `evaluate` answers as a configuration says.
-
-    Raises:
-        ConfigError: There is no such environment, or not with these arguments.
-        DataError: The data set cannot be read.
-    """
-    group_size = config.samples or 1
-    num_envs = max(1, config.batch_size // group_size) * group_size
-    return make_envs(env, num_envs, group_size=group_size, **arguments)
-
-
-def run_evaluation(config: EvalConfig) -> Evaluation:
-    """`vlmenv eval`."""
-    processes, console = prepared(config)
-    accelerator = processes.accelerator
-    data = config.data_arguments()
-    if config.dataset is None and config.split is None:
-        data["split"] = "eval"
-    envs = make_eval_envs(config, config.env, **data, **config.env_arguments())
-    report_broken_rows(envs, console)
-    count, greedy = sample_count(envs, config.limit), config.samples is None
-    with closing(load_agent(config, accelerator.device, config.dtype)) as agent:
-        agent.seed(config.seed + accelerator.process_index)
-        evaluation = evaluate(
-            agent, envs, count, greedy=greedy, title="evaluating", console=console, processes=processes
-        )
-    envs.close()
-    if config.output is not None and accelerator.is_main_process:
-        write_evaluation(evaluation, config.output)
-    how = "greedy" if greedy else f"{config.samples} sampled answers each"
-    console.print(metrics_table(f"{config.env}, {count} samples, {how}", {config.model: evaluation}))
-    accelerator.state.destroy_process_group()
-    return evaluation

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vlmenv.agents.sampling import Sampled, Sampling
+from vlmenv.agents.sampling import Sampled
 from vlmenv.core.rollout import Observation, Prompt
+from vlmenv.core.sampling import Sampling
 
 
 @dataclass(slots=True)

@@ -1,8 +1,8 @@
 """An engine of vLLM servers, in other processes or on other machines.
 
 Prompts are divided over the servers. A server that fails is excluded, and the others take its prompts. Updates go to
-all servers, but less often to excluded ones. A server that takes an update is in use again. Completions name the version of
-their weights, so that those of a restarted server are not taken for the policy's.
+all servers, but less often to excluded ones. A server that takes an update is in use again. Completions name the
+version of their weights, so that those of a restarted server are not taken for the policy's.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ from vlmenv.agents.engines.settings import sampling_settings
 from vlmenv.agents.engines.together import from_main
 from vlmenv.agents.engines.worker import weight_shapes
 from vlmenv.agents.families import Family
-from vlmenv.agents.sampling import Sampled, Sampling
+from vlmenv.agents.sampling import Sampled
 from vlmenv.core.errors import EngineError
+from vlmenv.core.sampling import Sampling
 
 _AT_ONCE = 64
 """Maximum number of completions per request, and of requests to a server at a time."""

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from vlmenv.agents.families import Family
-from vlmenv.agents.sampling import Sampling
 from vlmenv.agents.torchvision import is_mended
+from vlmenv.core.sampling import Sampling
 
 _ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 _ON_CPU = {"TORCHDYNAMO_DISABLE": "1"}  # compiling takes longer there than most runs

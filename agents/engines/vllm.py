@@ -29,8 +29,9 @@ from vlmenv.agents.engines.settings import engine_settings, environment, look_in
 from vlmenv.agents.engines.together import num_processes
 from vlmenv.agents.engines.worker import overwrite, weight_shapes
 from vlmenv.agents.families import Family
-from vlmenv.agents.sampling import Sampled, Sampling
+from vlmenv.agents.sampling import Sampled
 from vlmenv.core.errors import ConfigError, EngineError
+from vlmenv.core.sampling import Sampling
 
 _IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # one process, so that `sync` can pass tensors
 _MEMORY = {"weights", "kv_cache"}  # vLLM's names of the memory that `sleep` frees

@@ -172,7 +172,7 @@ TRAIN = {"train": {"device": "cpu", "steps": 1, "prompts_per_step": 1, "group_si
         ({"stages": {}}, "'stages', and 'evaluate' if there is one, map names to what is done"),
         ({"stage": {}}, "unknown part of a pipeline 'stage'. Did you mean 'stages'?"),
         (
-            {"stages": {"a": TRAIN}, "evaluate": {"e": {"limit": 1, "device": "cpu", "metrics": ["iou"]}}},
+            {"stages": {"a": TRAIN}, "evaluate": {"e": {"eval_limit": 1, "device": "cpu", "metrics": ["iou"]}}},
             "unknown metric 'iou'",
         ),
     ],
@@ -196,7 +196,7 @@ def test_an_unknown_metric_is_told_before_anything_is_trained(
 ) -> None:
     """The base has been measured then, and is not measured again with the right name."""
     file, out = tmp_path / "p.yaml", tmp_path / "out"
-    measured = {"limit": 1, "device": "cpu", "max_new_tokens": 8}
+    measured = {"eval_limit": 1, "device": "cpu", "max_new_tokens": 8}
     file.write_text(yaml.safe_dump({"stages": {"a": TRAIN}, "evaluate": {"e": measured | {"metrics": ["iou"]}}}))
     with pytest.raises(SystemExit):
         main(["pipeline", str(file), "--output", str(out)])
@@ -215,7 +215,13 @@ def test_a_suite_is_measured_after_each_stage(tmp_path: Path) -> None:
         (tmp_path / "data" / name).mkdir(parents=True)
         (tmp_path / "data" / name / f"{name}.jsonl").symlink_to(source / "samples.jsonl")
         (tmp_path / "data" / name / "images").symlink_to(source / "images")
-    suite = {"suite": "vlm_r1", "data": [str(tmp_path / "data")], "device": "cpu", "limit": 2, "max_new_tokens": 8}
+    suite = {
+        "suite": "vlm_r1",
+        "suite_data": [str(tmp_path / "data")],
+        "device": "cpu",
+        "eval_limit": 2,
+        "max_new_tokens": 8,
+    }
     shown = ["refcoco_val: accuracy@0.5", "refcocog_val: iou/mean"]
     sets = {"all": suite, "some": suite | {"metrics": shown}}
     file, out = tmp_path / "p.yaml", tmp_path / "out"

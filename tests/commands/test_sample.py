@@ -51,7 +51,7 @@ def captions(folder: Path, count: int) -> list[dict[str, Any]]:
 def test_conversations_stay_conversations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = shared("data/rec/refcocos")
     file = str(source / "samples.jsonl")
-    sample(tmp_path / "out", "--dataset", file, "--limit", "8", "--threshold", "0.1")
+    sample(tmp_path / "out", "--dataset", file, "--eval-limit", "8", "--threshold", "0.1")
     levels = {level: lines(tmp_path / "out" / f"{level}.jsonl") for level in LEVELS}
     check_levels(levels, lines(source / "samples.jsonl")[:8])
     assert "right from iou/mean 0.1 on" in " ".join(capsys.readouterr().out.split())
@@ -92,7 +92,9 @@ def test_coco_stays_coco(tmp_path: Path) -> None:
     where[-1] = str(
         next(path for path in (source, source / "images") if (path / whole["images"][0]["file_name"]).exists())
     )
-    sample(tmp_path / "out", "--env", "VLM-OVD-v0", *where, "--limit", "5", "--measure", "format", "--threshold", "1")
+    sample(
+        tmp_path / "out", "--env", "VLM-OVD-v0", *where, "--eval-limit", "5", "--measure", "format", "--threshold", "1"
+    )
     levels = {level: json.loads((tmp_path / "out" / f"{level}.json").read_text()) for level in LEVELS}
     check_levels({level: found["images"] for level, found in levels.items()}, whole["images"][:5])
     for found in levels.values():
@@ -103,8 +105,10 @@ def test_coco_stays_coco(tmp_path: Path) -> None:
 
 def test_almost_greedy_answers_are_right_where_greedy_ones_are(tmp_path: Path) -> None:
     """All or none of them, as `vlmenv eval` finds; of built-in samples, which are written as files."""
-    sample(tmp_path / "out", "--limit", "12", "--temperature", "1e-6", "--split", "eval")
-    main(["eval", "--limit", "12", "--max-new-tokens", "24", "--device", "cpu", "--output", str(tmp_path / "eval")])
+    sample(tmp_path / "out", "--eval-limit", "12", "--temperature", "1e-6", "--split", "eval")
+    main(
+        ["eval", "--eval-limit", "12", "--max-new-tokens", "24", "--device", "cpu", "--output", str(tmp_path / "eval")]
+    )
     right = [a["id"] for a in lines(tmp_path / "eval" / "answers.jsonl") if a["measures"]["iou/mean"] >= 0.5]
     assert 0 < len(right) < 12
     assert [row["qid"] for row in lines(tmp_path / "out" / "easy.jsonl")] == right
@@ -117,14 +121,23 @@ def test_several_files_are_divided_each(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(rows[:2]))
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[2:]))
     files = [str(tmp_path / "a.json"), str(tmp_path / "b.jsonl")]
-    sample(tmp_path / "out", "--env", "VLM-Caption-v0", "--dataset", *files, "--limit", "4")
+    sample(tmp_path / "out", "--env", "VLM-Caption-v0", "--dataset", *files, "--eval-limit", "4")
     check_levels({level: json.loads((tmp_path / "out" / f"{level}-1.json").read_text()) for level in LEVELS}, rows[:2])
     check_levels({level: lines(tmp_path / "out" / f"{level}-2.jsonl") for level in LEVELS}, rows[2:4])
 
 
 def test_a_killed_run_goes_on_and_processes_change_nothing(tmp_path: Path) -> None:
     """What was written before stays as it was, and the files are those of a run that nothing befell."""
-    options = ["--limit", "40", "--part-size", "2", "--seed", "3", "--n", "4"]  # slow enough to be killed on the way
+    options = [
+        "--eval-limit",
+        "40",
+        "--part-size",
+        "2",
+        "--seed",
+        "3",
+        "--n",
+        "4",
+    ]  # slow enough to be killed on the way
     sample(tmp_path / "whole", *options)
     cut = tmp_path / "cut"
     command = [sys.executable, "-m", "vlmenv", "sample", *TINY, *options, "--output", str(cut)]
@@ -168,16 +181,16 @@ def test_wrong_input_is_told(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    sample(Path("out"), "--limit", "1")
+    sample(Path("out"), "--eval-limit", "1")
     with pytest.raises(SystemExit):
-        sample(Path("out"), "--limit", "1", *options)
+        sample(Path("out"), "--eval-limit", "1", *options)
     assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_folder_without_results_takes_a_corrected_command(tmp_path: Path) -> None:
     """What was wrong with the first shows only with the first answers."""
     out = tmp_path / "out"
-    wrong, right = (["--limit", "1", "--measure", name, "--threshold", "0.5"] for name in ("iuo", "iou/mean"))
+    wrong, right = (["--eval-limit", "1", "--measure", name, "--threshold", "0.5"] for name in ("iuo", "iou/mean"))
     with pytest.raises(SystemExit):
         sample(out, *wrong)
     assert (out / "config.yaml").is_file()

@@ -15,8 +15,10 @@ from servers import free_port
 from test_cli import fails
 
 from vlmenv.agents.vlm import VLMAgent, find_model
-from vlmenv.commands.serve import ServeConfig, _address, _arguments, _flags, _ready, _wait_until_ready
+from vlmenv.commands.serve import _address, _arguments, _flags, _ready, _wait_until_ready
 from vlmenv.core.errors import EngineError
+from vlmenv.options.fields import replaced
+from vlmenv.options.serve import ServeConfig
 
 
 @pytest.fixture
@@ -62,7 +64,7 @@ def test_the_server_is_told_what_the_trainer_goes_by(name: str, qwen2_5_vl_folde
     """Tokens that are banned are found without the weights."""
     model = "builtin" if name == "builtin" else str(qwen2_5_vl_folder)
     agent = VLMAgent.from_pretrained(model)
-    told = _arguments(ServeConfig(model, dtype="bfloat16", engine_length=300), torch.device("cpu"))
+    told = _arguments(replaced(ServeConfig(model), {"weights": "bf16", "engine_length": 300}), torch.device("cpu"))
     assert told["additional_config"] == {"vlmenv_banned": agent.family.banned_tokens.tolist()}
     assert (told["model"], told["dtype"], told["max_model_len"]) == (str(find_model(model)), "bfloat16", 300)
     flags = list(_flags(told))
@@ -73,12 +75,12 @@ def test_the_server_is_told_what_the_trainer_goes_by(name: str, qwen2_5_vl_folde
 
 def test_the_length_is_at_most_the_models() -> None:
     agent = VLMAgent.from_pretrained("builtin")
-    told = _arguments(ServeConfig(engine_length=10**6), torch.device("cpu"))
+    told = _arguments(replaced(ServeConfig(), {"engine_length": 10**6}), torch.device("cpu"))
     assert told["max_model_len"] == agent.max_length
 
 
 def test_on_a_gpu_it_takes_a_share_of_the_memory() -> None:
-    told = _arguments(ServeConfig(engine_memory=0.7), torch.device("cuda"))
+    told = _arguments(replaced(ServeConfig(), {"engine_memory": 0.7}), torch.device("cuda"))
     assert told["gpu_memory_utilization"] == 0.7
     assert not {"enforce_eager", "kv_cache_memory_bytes", "max_num_seqs"} & told.keys()
 

@@ -26,8 +26,8 @@ from vlmenv.core.formats import AnswerFormat
 from vlmenv.core.rollout import Observation
 from vlmenv.envs.data.coco import filtered_instances
 from vlmenv.envs.metrics.detection import nms_ap
-from vlmenv.evaluation import EvalConfig
-from vlmenv.options.scorers import ScorerConfig
+from vlmenv.options.evaluate import EvalConfig
+from vlmenv.options.fields import replaced
 
 TAGS, SECTIONS = AnswerFormat.TAGS.write, AnswerFormat.SECTIONS.write
 
@@ -55,7 +55,8 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Scripted:
 
 
 def options(suite: str, data: Path, output: Path, **more: Any) -> EvalConfig:
-    return EvalConfig(suite=suite, data=(data,), output=output, device="cpu", coordinates="original", **more)  # type: ignore[arg-type]
+    given = {"suite": suite, "suite_data": (data,), "output": output, "device": "cpu", "coordinates": "original"}
+    return replaced(EvalConfig(), given | more)  # type: ignore[arg-type]
 
 
 def picture(file: Path | None = None) -> bytes:
@@ -363,10 +364,10 @@ def test_a_judge_says_what_it_thinks_besides_the_rules(
     with Server() as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         server.reply = lambda turn, request: "no" if ": 140°" in request["messages"][0]["content"] else "yes"
-        scorers = ScorerConfig(judge_url=server.url, judge_model="tester")
-        found = run_suite(options("pebr_r1", tmp_path, tmp_path / "out", scorers=scorers))["mathvista"]
+        scorers = {"judge_url": server.url, "judge_model": "tester"}
+        found = run_suite(options("pebr_r1", tmp_path, tmp_path / "out", **scorers))["mathvista"]
         with pytest.raises(ConfigError, match="judge_url does not go with vlm_r1"):
-            run_suite(options("vlm_r1", tmp_path, tmp_path / "out", scorers=scorers))
+            run_suite(options("vlm_r1", tmp_path, tmp_path / "out", **scorers))
         server.shutdown()
     assert (found["accuracy"].value, found["judge"].value) == (2 / 4, 3 / 4)
     assert "judge" in capsys.readouterr().out
@@ -458,7 +459,9 @@ def test_an_empty_folder_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "empty").mkdir()
     for name, message in (("empty", "holds none of the data sets of pebr_r1"), ("nowhere", "no such folder")):
         with pytest.raises(SystemExit):
-            main(["eval", "--suite", "pebr_r1", "--data", str(tmp_path / name), "--output", str(tmp_path / "out")])
+            main(
+                ["eval", "--suite", "pebr_r1", "--suite-data", str(tmp_path / name), "--output", str(tmp_path / "out")]
+            )
         captured = capsys.readouterr()
         assert message in captured.err.replace("\n", " ")
         assert captured.out.count("left out, as not there: ") == (5 if name == "empty" else 0)
@@ -476,26 +479,26 @@ def test_images_that_are_not_there_are_an_error(tmp_path: Path, scripted: Script
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"output": None}, "a suite needs --data"),
-        ({"data": None}, "a suite needs --data"),
+        ({"output": None}, "a suite needs --suite-data"),
+        ({"suite_data": None}, "a suite needs --suite-data"),
         ({"env": "VLM-VQA-v0"}, "env does not go with a suite"),
         ({"dataset": ("a.jsonl",)}, "dataset does not go with a suite"),
         ({"rewards": {"iou": 1.0}}, "rewards does not go with a suite"),
         ({"min_image_side": 28}, "min_image_side does not go with a suite"),
         ({"without_text": ("rethink",)}, "without_text does not go with a suite"),
-        ({"scorers": ScorerConfig(clip_model="a")}, "clip_model does not go with a suite"),
+        ({"clip_model": "a"}, "clip_model does not go with a suite"),
         ({"suite": None}, "data goes with a suite"),
     ],
 )
 def test_options_that_do_not_go_with_a_suite(more: dict[str, Any], message: str, tmp_path: Path) -> None:
-    given: dict[str, Any] = {"suite": "vlm_r1", "data": (tmp_path,), "output": tmp_path / "out"}
+    given: dict[str, Any] = {"suite": "vlm_r1", "suite_data": (tmp_path,), "output": tmp_path / "out"}
     with pytest.raises(ConfigError, match=message):
-        run_suite(EvalConfig(**(given | more)))
+        run_suite(replaced(EvalConfig(), given | more))
 
 
 def test_the_command_with_the_builtin_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refcoco(tmp_path / "data")
-    args = ["eval", "--suite", "vlm_r1", "--data", str(tmp_path / "data"), "--output", str(tmp_path / "out")]
-    main([*args, "--limit", "2", "--max-new-tokens", "8", "--device", "cpu"])
+    args = ["eval", "--suite", "vlm_r1", "--suite-data", str(tmp_path / "data"), "--output", str(tmp_path / "out")]
+    main([*args, "--eval-limit", "2", "--max-new-tokens", "8", "--device", "cpu"])
     assert "refcocog_val" in capsys.readouterr().out
     assert set(stored(tmp_path / "out")) == {"refcoco_val", "refcocog_val"}

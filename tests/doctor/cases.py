@@ -20,11 +20,12 @@ from vlmenv.agents.families import Family
 from vlmenv.agents.sampling import Sampled, Sampling, sample
 from vlmenv.agents.vlm import VLMAgent, find_model
 from vlmenv.doctor import DoctorConfig, Finding, examine
+from vlmenv.options.fields import replaced
 
 
 def examined(**options: Any) -> dict[str, Finding]:
     """What the doctor finds, by the checks' names."""
-    findings = examine(DoctorConfig(device="cpu", **options), torch.device("cpu"))
+    findings = examine(replaced(DoctorConfig(device="cpu"), options), torch.device("cpu"))
     return {one.check: one for one in findings}
 
 

@@ -18,11 +18,12 @@ from vlmenv.agents import checkpoints
 from vlmenv.agents.sampling import Sampled
 from vlmenv.agents.vlm import VLMAgent, find_model
 from vlmenv.cli import main
-from vlmenv.commands.train import ModelConfig, default_config
 from vlmenv.core.errors import EngineError, RewardError
 from vlmenv.doctor import CHECKS
 from vlmenv.envs.rec import RECEnv
+from vlmenv.options.fields import flatten
 from vlmenv.options.files import to_yaml
+from vlmenv.options.train import default_config
 
 NUMBERS = {"log-probs", "greedy answers", "after an update", "weights put back"}
 """checks that compare log-probabilities"""
@@ -57,8 +58,8 @@ def with_engine(monkeypatch: pytest.MonkeyPatch) -> Callable[[type[CopyEngine]],
     [
         {},
         {"env": "VLM-OVD-v0", "precision": "bf16"},
-        {"adaptation": ModelConfig(lora_rank=4, lora_vision=True), "temperature": 0.7, "top_k": 20},
-        {"adaptation": ModelConfig(freeze_vision=True, share_prefixes=False), "beta": 0.1},
+        {"lora_rank": 4, "lora_vision": True, "temperature": 0.7, "top_k": 20},
+        {"freeze_vision": True, "share_prefixes": False, "beta": 0.1},
     ],
     ids=["defaults", "detection in bf16", "adapters", "frozen vision"],
 )
@@ -97,7 +98,7 @@ def test_examining_leaves_the_weights_as_they_were(monkeypatch: pytest.MonkeyPat
         return agents[-1]
 
     monkeypatch.setattr(VLMAgent, "from_pretrained", keeping)
-    examined(adaptation=ModelConfig(lora_rank=4))
+    examined(lora_rank=4)
     (agent,) = agents
     state = agent.family.model.state_dict()
     base = load("builtin").family.model.state_dict()
@@ -381,7 +382,10 @@ def test_the_command_ends_with_1_where_something_is_wrong(
 def test_the_options_of_a_run_are_taken_from_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Those of its algorithm have no bearing here, and those of neither command are refused."""
     file = tmp_path / "config.yaml"
-    written = to_yaml(default_config("ppo"), without=("recipe", "config", "output", "resume"))
+    options = flatten(default_config("ppo"))
+    written = to_yaml(
+        {name: options[name] for name in options if name not in ("recipe", "config", "resume", "dry_run")}
+    )
     file.write_text(written + "prompts_per_step: 1048576\n")  # the last one counts
     with pytest.raises(SystemExit):
         main(["doctor", "--config", str(file), "--device", "cpu"])

@@ -10,10 +10,11 @@ from conftest import ROOT
 from vlmenv.doctor import DoctorConfig
 from vlmenv.doctor.machine import device, versions, written
 from vlmenv.doctor.patient import Patient
+from vlmenv.options.fields import replaced
 
 
 def patient(**options: object) -> Patient:
-    return Patient(DoctorConfig(**options), torch.device("cpu"))
+    return Patient(replaced(DoctorConfig(), options), torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ from vlmenv.agents.vlm import Sampling, VLMAgent, find_model
 from vlmenv.core.rollout import Rollout
 from vlmenv.doctor import DoctorConfig
 from vlmenv.doctor.memory import training_memory
+from vlmenv.options.fields import replaced
 
 PARAMETERS = sum(tensor.numel() for tensor in load_file(find_model("builtin") / "model.safetensors").values())
 
@@ -28,7 +29,7 @@ def agent_and_rollout(prompts: int, group: int, new_tokens: int) -> tuple[VLMAge
 
 
 def estimate(agent: VLMAgent, rollout: Rollout, **options: Any) -> dict[str, float]:
-    return training_memory(agent, rollout, DoctorConfig(**options), nullcontext())
+    return training_memory(agent, rollout, replaced(DoctorConfig(), options), nullcontext())
 
 
 def kept(agent: VLMAgent, rollout: Rollout) -> int:

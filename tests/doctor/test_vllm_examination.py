@@ -16,7 +16,6 @@ from vlmenv.agents.engines import vllm as engines
 from vlmenv.agents.engines.base import Request
 from vlmenv.agents.engines.vllm import VLLMEngine
 from vlmenv.agents.vlm import VLMAgent
-from vlmenv.commands.train import ModelConfig
 from vlmenv.doctor import Finding
 
 pytestmark = pytest.mark.vllm
@@ -40,7 +39,7 @@ def llm(monkeypatch: pytest.MonkeyPatch) -> type:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"precision": "bf16", "env": "VLM-OVD-v0"}, {"adaptation": ModelConfig(lora_rank=4, lora_vision=True)}],
+    [{}, {"precision": "bf16", "env": "VLM-OVD-v0"}, {"lora_rank": 4, "lora_vision": True}],
     ids=["defaults", "bf16", "adapters"],
 )
 def test_the_builtin_model_is_in_health(options: Mapping[str, Any]) -> None:

@@ -256,7 +256,9 @@ def args(server: Server, *more: str) -> list[str]:
 
 def test_eval_measures_with_a_judge(server: Server, tmp_path: Path) -> None:
     server.reply = lambda turn, request: "0.5"
-    main(args(server, "eval", "--limit", "6", "--rewards", "accuracy", "1", "judge", "1", "--output", str(tmp_path)))
+    main(
+        args(server, "eval", "--eval-limit", "6", "--rewards", "accuracy", "1", "judge", "1", "--output", str(tmp_path))
+    )
     lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     answered = [TAGS.extract(line["completion"]) is not None for line in lines]
     assert [line["rewards"]["judge"] for line in lines] == [0.5 * one for one in answered]
@@ -278,5 +280,5 @@ def test_training_ends_where_the_judge_fails(
 
 def test_a_judge_that_no_reward_names_is_an_error(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(args(server, "eval", "--limit", "1"))
+        main(args(server, "eval", "--eval-limit", "1"))
     assert "nothing uses the reward term judge" in " ".join(capsys.readouterr().err.split())

@@ -17,13 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vlmenv.building import visual_tasks
 from vlmenv.core.answers import Caption
 from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.core.formats import AnswerFormat
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.rewards.answers import accuracy_reward, read_answer
 from vlmenv.envs.rewards.text import keywords_reward
+from vlmenv.tasks import visual_tasks
 
 TASKS = ["VLM-Caption-v0", "VLM-Math-v0", "VLM-OVD-v0", "VLM-REC-v0", "VLM-VQA-v0"]
 ROWS: dict[str, list[tuple[str, Any]]] = {

@@ -44,7 +44,7 @@ def test_another_clip_scores_descriptions(tmp_path: Path) -> None:
     shown, found = {}, {}
     for name in ("builtin", str(other)):
         out = tmp_path / name.rpartition("/")[2]
-        small = ["--limit", "2", "--max-new-tokens", "60", "--device", "cpu", "--output", str(out / "eval")]
+        small = ["--eval-limit", "2", "--max-new-tokens", "60", "--device", "cpu", "--output", str(out / "eval")]
         main(["eval", "--env", "VLM-Caption-v0", "--clip-model", name, *small])
         lines = [json.loads(line) for line in (out / "eval" / "answers.jsonl").read_text().splitlines()]
         texts = [line["completion"] for line in lines]

@@ -4,51 +4,34 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from collections.abc import Sequence
 
-import tyro
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from vlmenv.building import make_envs
-from vlmenv.core.errors import ConfigError, DataError
+from vlmenv.core.errors import DataError
+from vlmenv.core.imports import import_modules
 from vlmenv.envs.data.dataset import open_dataset
 from vlmenv.envs.data.source import Source
+from vlmenv.options.data import DataCheckConfig
+from vlmenv.options.parsing import parse_plain
+from vlmenv.options.task import root_argument
+from vlmenv.tasks import make_envs
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    """Check a data set: every broken row with its place, and a summary. Ends with status 1 if a row is broken."""
-
-    action: tyro.conf.Positional[Literal["check"]]
-    """What to do."""
-    dataset: tyro.conf.Positional[tuple[str, ...]]
-    """Files, folders saved by `datasets`, or ids on the Hugging Face hub."""
-    env: str = "VLM-REC-v0"
-    """The environment that is to read it."""
-    image_root: tuple[Path, ...] | None = None
-    """Folder that image paths are relative to, or one for each file; the file's own where left out."""
-    split: str | None = None
-    """Of a Hugging Face data set."""
-    columns: dict[str, str] | None = None
-    """Columns that hold the parts of a row, as in `--columns question query answer label`."""
-    decode: bool = False
-    """Read every image too."""
-
-    def __post_init__(self) -> None:
-        if not self.dataset:
-            raise ConfigError("name the data set to check, as in `vlmenv data check rec.jsonl --env VLM-REC-v0`")
+def parse(args: Sequence[str], program: str) -> DataCheckConfig:
+    """The options of a command line."""
+    config: DataCheckConfig = parse_plain(args, DataCheckConfig(dataset=("",)), program)
+    import_modules(config.imports)
+    return config
 
 
-def check_data(config: DataConfig) -> None:
-    """`vlmenv data check`."""
+def run(config: DataCheckConfig) -> None:
+    """Checks a data set; ends the process with status 1 if a row is broken."""
     task = make_envs(config.env, 1).task
-    roots = config.image_root if config.image_root is None or len(config.image_root) > 1 else config.image_root[0]
-    reading = task.reading(config.columns, skip_broken=True)
-    source = open_dataset(list(config.dataset), reading, roots, config.split)
+    reading = task.reading(config.data.columns, skip_broken=True)
+    source = open_dataset(list(config.dataset), reading, root_argument(config.data.image_root), config.data.split)
     faults, sizes = list(source.faults), Counter[str]()
     if config.decode:
         faults += _decode(source, sizes)
@@ -73,7 +56,7 @@ def _decode(source: Source, sizes: Counter[str]) -> list[str]:
     return faults
 
 
-def _summary(config: DataConfig, source: Source, faults: int, sizes: Counter[str]) -> Table:
+def _summary(config: DataCheckConfig, source: Source, faults: int, sizes: Counter[str]) -> Table:
     table = Table(title=f"{', '.join(config.dataset)} for {config.env}", show_header=False, title_justify="left")
     table.add_row("rows", str((source.size or 0) + len(source.faults)))
     table.add_row("broken", str(faults))

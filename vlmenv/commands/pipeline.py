@@ -11,20 +11,24 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-import tyro
 from accelerate.state import AcceleratorState
 from rich.console import Console
 from rich.table import Table
 
+from vlmenv.algos import ALGORITHMS
+from vlmenv.commands import evaluate, sample, train
 from vlmenv.core.errors import ConfigError, unknown_name
 from vlmenv.core.files import write_atomic
+from vlmenv.options.command_line import Asked
 from vlmenv.options.files import as_arguments, packaged_file, read_options
+from vlmenv.options.parsing import parse_plain
+from vlmenv.options.pipeline import PipelineConfig
 from vlmenv.runs.run_folder import RunFolder
 
 _REFERENCE = re.compile(r"\{(\w+)\}(/model$|/|$)")
@@ -32,19 +36,6 @@ _NAME = re.compile(r"\w+")
 _BASE: Final = "base"
 _TEMPLATES: Final = ("prompt_template",)
 """Options in which braces mean something else."""
-
-
-@dataclass(frozen=True)
-class PipelineConfig:
-    """Run the stages of a pipeline, each in a folder of its own; the same command goes on where it was cut off."""
-
-    pipeline: tyro.conf.Positional[str]
-    """YAML file, or the name of a published one, such as pebr_r1."""
-    output: Path | None = None
-    """Folder of the stages; runs/NAME where left out."""
-    launch: str | None = None
-    """What starts a stage in several processes, as in "accelerate launch --num_processes 8 -m vlmenv"; the stages run
-    in this process where left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +74,6 @@ class Pipeline:
     def trained(self) -> list[str]:
         """The names of the stages that train a model."""
         return [stage.name for stage in self.stages if stage.command == "train"]
-
-
-Parse = Callable[[list[str]], Any]
-"""Turns arguments of the command line into a configuration."""
-Run = Callable[[Any], object]
-"""Does what a configuration says."""
 
 
 def read_pipeline(name: str) -> Pipeline:
@@ -151,40 +136,37 @@ def _checked(file: Path, name: str, options: Any) -> Mapping[str, Any]:
     return options
 
 
-def run_pipeline(config: PipelineConfig, parse: Parse, run: Run) -> Path:
-    """`vlmenv pipeline`.
+def parse(args: Sequence[str], program: str) -> PipelineConfig:
+    """The options of a command line."""
+    config: PipelineConfig = parse_plain(args, PipelineConfig(pipeline=""), program)
+    return config
 
-    Args:
-        config: Which pipeline, and where.
-        parse: Of the command line.
-        run: Runs a stage in this process.
 
-    Returns:
-        The pipeline's folder.
-    """
+def run(config: PipelineConfig) -> Path:
+    """Runs the stages, and returns the pipeline's folder."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("start a pipeline in one process; --launch starts its stages in several")
     pipeline = read_pipeline(config.pipeline)
     folder = config.output or Path("runs") / pipeline.file.stem
-    steps = _steps(pipeline, parse)
+    steps = _steps(pipeline)
     for step in steps:
-        _parsed(step, pipeline.file, folder, parse)  # raises now what is wrong with a stage to come
+        _parsed(step, pipeline.file, folder)  # raises now what is wrong with a stage to come
     console = Console()
     for number, step in enumerate(steps, 1):
         if step is pipeline.stages[0]:
             _found(pipeline, folder / "evaluation" / _BASE)  # raises now where a metric to be shown is none
         console.rule(f"{step.name} ({number} of {len(steps)})", align="left")
-        _do(step, folder, config.launch, lambda args: run(parse(args)), console)
+        _do(step, folder, config.launch, console)
     _report(pipeline, folder, console)
     return folder
 
 
-def _steps(pipeline: Pipeline, parse: Parse) -> list[Step]:
+def _steps(pipeline: Pipeline) -> list[Step]:
     """All that is to be done: the stages, and after each that trains the measuring of its model."""
     first = next((stage for stage in pipeline.stages if stage.command == "train"), None)
     if first is None:
         raise ConfigError(f"{pipeline.file}: no stage trains a model")
-    base = _parsed(first, pipeline.file, Path(), parse).model
+    base = _parsed(first, pipeline.file, Path()).config.model
     steps = list(_measured(pipeline, _BASE, base))
     for stage in pipeline.stages:
         steps.append(stage)
@@ -198,14 +180,14 @@ def _measured(pipeline: Pipeline, stage: str, model: str) -> Iterator[Step]:
         yield Step(f"evaluation/{stage}/{folder}", "eval", {**measuring.options, "model": model})
 
 
-def _parsed(step: Step, file: Path, folder: Path, parse: Parse) -> Any:
-    """A step's configuration before it can be run.
+def _parsed(step: Step, file: Path, folder: Path) -> Asked:
+    """What a step asks for, before it can be run.
 
     Raises:
         ConfigError: Its options cannot be used.
     """
     try:
-        return parse(_arguments(step, folder, finished=False))
+        return _parse(_arguments(step, folder, finished=False))
     except ConfigError as error:
         raise ConfigError(f"{file}: {step.name}: {error}") from error
     except SystemExit:
@@ -222,9 +204,23 @@ def _arguments(step: Step, folder: Path, finished: bool = True) -> list[str]:
         finished: Whether earlier stages are there to be referred to.
     """
     options = {
-        name: value if name in _TEMPLATES else _filled(value, folder, finished) for name, value in step.options.items()
+        name: value if name in _TEMPLATES else _filled(value, folder, finished)
+        for name, value in _without_group(step).items()
     }
     return [step.command, *as_arguments(options), f"--output={folder / step.name}"]
+
+
+def _without_group(step: Step) -> Mapping[str, Any]:
+    """A step's options with those of its algorithm's group beside the others.
+
+    Raises:
+        ConfigError: There is a group of another algorithm.
+    """
+    groups = {name: value for name, value in step.options.items() if name in ALGORITHMS and isinstance(value, dict)}
+    if other := groups.keys() - {step.options.get("algo", next(iter(groups), None))}:
+        raise ConfigError(f"{', '.join(sorted(other))} has options here, but algo is {step.options.get('algo')}")
+    flat = {name: value for name, value in step.options.items() if name not in groups}
+    return {**flat, **{name: value for group in groups.values() for name, value in group.items()}}
 
 
 def _filled(value: Any, folder: Path, finished: bool) -> Any:
@@ -241,7 +237,16 @@ def _filled(value: Any, folder: Path, finished: bool) -> Any:
     return str(saved[-1])
 
 
-def _do(step: Step, folder: Path, launch: str | None, run: Callable[[list[str]], object], console: Console) -> None:
+_COMMANDS: Final[dict[str, Any]] = {"train": train, "sample": sample, "eval": evaluate}
+
+
+def _parse(arguments: Sequence[str]) -> Asked:
+    command, *rest = arguments
+    asked: Asked = _COMMANDS[command].parse(rest, f"vlmenv {command}")
+    return asked
+
+
+def _do(step: Step, folder: Path, launch: str | None, console: Console) -> None:
     """Runs a step unless that has been done, and goes on with it where it was cut off.
 
     Raises:
@@ -266,7 +271,7 @@ def _do(step: Step, folder: Path, launch: str | None, run: Callable[[list[str]],
     begun = step.command == "train" and (own / "config.yaml").is_file()
     command = ["train", "--resume", str(own)] if begun else args
     if launch is None:
-        run(command)
+        _COMMANDS[command[0]].run(_parse(command))
         _free()
     else:
         _launch([*shlex.split(launch), *command])

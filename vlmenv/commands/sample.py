@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,69 +15,49 @@ from rich.progress import Progress
 from rich.table import Table
 
 from vlmenv.agents.base import Agent
-from vlmenv.building import claim, load_agent, make_envs, prepared, report_broken_rows
+from vlmenv.building import DTYPES, load_agent, prepared, report_broken_rows, task_arguments
 from vlmenv.core.errors import ConfigError
 from vlmenv.core.files import write_atomic
 from vlmenv.envs.data.dataset import Concatenated, TableSource
 from vlmenv.envs.data.tables import Rows
 from vlmenv.envs.export import export_sample
 from vlmenv.envs.vector import VisualTaskVectorEnv
-from vlmenv.evaluation import PROGRESS, AnswerConfig, answer_samples, sample_count
+from vlmenv.evaluation import PROGRESS, answer_samples, sample_count
+from vlmenv.options.command_line import Asked, parse_with_files
+from vlmenv.options.evaluate import SampleConfig
 from vlmenv.processes import Processes
 from vlmenv.processes.together import together
+from vlmenv.runs.claim import claim
+from vlmenv.runs.models import with_checkpoint
+from vlmenv.tasks import make_envs
 
 LEVELS: Final = ("easy", "medium", "hard")
 
 
-@dataclass(frozen=True)
-class SampleConfig(AnswerConfig):
-    """Answer every question several times, and divide the data set by how many of the answers are right."""
-
-    recipe: str | None = None
-    """Published recipe to take the options from, such as pebr_r1_sampling."""
-    n: int = 8
-    """Sampled answers to each question: where all are right it is easy, where none is hard, and else medium."""
-    measure: str | None = None
-    """Which of the task's measures tells whether an answer is right, as in answers.jsonl of `vlmenv eval`; the task's
-    own choice where left out: accuracy, or the overlap of boxes."""
-    threshold: float | None = None
-    """From what value on it is; the task's own where left out: 1, and 0.5 for boxes."""
-    part_size: int = 64
-    """Samples after which results are written; a run that was cut off goes on with the parts that are missing."""
-    output: Path | None = None
-    """Folder for the files; the same command with the same folder goes on where it was cut off."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("n", "part_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.temperature == 0:
-            raise ConfigError("temperature must be above 0: sampled answers would all be alike")
-        if self.threshold is None and self.measure is not None:
-            raise ConfigError("measure goes with threshold: from what value on is an answer right?")
+def parse(args: Sequence[str], program: str) -> Asked:
+    """The options of a command line."""
+    return parse_with_files(args, lambda algo: SampleConfig(), program)
 
 
-def run_sampling(config: SampleConfig) -> Path:
-    """`vlmenv sample`.
-
-    Returns:
-        The folder with the files.
-    """
+def run(asked: Asked) -> Path:
+    """Samples, and returns the folder with the files."""
+    config: SampleConfig = asked.config
     if config.output is None:
         raise ConfigError("output is missing: name the folder for the files")
-    processes, console = prepared(config)
+    processes, console = prepared(config, asked.notes)
+    config = with_checkpoint(config, console)
+    assert config.output is not None
     accelerator, parts = processes.accelerator, config.output / "parts"
     groups = max(1, config.batch_size // config.n)
-    data = config.data_arguments()
-    envs = make_envs(config.env, groups * config.n, group_size=config.n, **data, **config.env_arguments())
+    data = config.data.arguments()
+    envs = make_envs(config.env, groups * config.n, group_size=config.n, **data, **task_arguments(config))
     report_broken_rows(envs, console)
     with together(accelerator):
         if accelerator.is_main_process:
             claim(config.output, config, begun=any(parts.glob("[0-9]*.jsonl")))
             parts.mkdir(exist_ok=True)
-    count = sample_count(envs, config.limit)
-    with closing(load_agent(config, accelerator.device, config.dtype)) as agent, together(accelerator):
+    count = sample_count(envs, config.eval_limit)
+    with closing(load_agent(config, accelerator.device, DTYPES[config.weights])) as agent, together(accelerator):
         _sample_parts(agent, envs, count, config, processes, console)
     envs.close()
     with together(accelerator):
@@ -174,7 +153,7 @@ def _write_levels(envs: VisualTaskVectorEnv, rates: Mapping[int, float], config:
             _write_rows(one, own, config.output, f"-{number}")
             first += one.size or 0
     else:
-        plain = make_envs(config.env, 1, split=config.split).task  # whose boxes are in pixels of the images
+        plain = make_envs(config.env, 1, split=config.data.split).task  # whose boxes are in pixels of the images
         table = Rows([export_sample(plain, source.get(index), config.output) for index in rates])
         for level in LEVELS:
             added = {i: {"pass_rate": rate} for i, rate in enumerate(rates.values()) if level_of(rate) == level}
@@ -191,7 +170,7 @@ def _summary(config: SampleConfig, envs: VisualTaskVectorEnv, rates: Mapping[int
     name, threshold = _right(envs, config)
     counts = Counter(map(level_of, rates.values()))
     caption = f"right from {name} {threshold} on; mean pass rate {np.mean(list(rates.values())):.3f}"
-    title = f"{config.env}, {len(rates)} samples, {config.n} answers each at temperature {config.temperature}"
+    title = f"{config.env}, {len(rates)} samples, {config.n} answers each at temperature {config.sampling.temperature}"
     table = Table(
         "level", "samples", "share", title=title, title_justify="left", caption=caption, caption_justify="left"
     )

@@ -9,12 +9,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import httpx2
 import torch
@@ -25,10 +24,15 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from vlmenv.agents.engines.settings import engine_settings, environment
 from vlmenv.agents.engines.vllm import require_vllm
 from vlmenv.agents.families import Family, Processor, family_of
-from vlmenv.agents.vlm import BUILTIN, find_model
+from vlmenv.agents.vlm import BUILTIN
+from vlmenv.building import DTYPES
 from vlmenv.core.errors import ConfigError, EngineError
+from vlmenv.core.imports import import_modules
+from vlmenv.options.parsing import parse_plain
+from vlmenv.options.serve import ServeConfig
+from vlmenv.runs.models import model_folder
 
-_LENGTH, _MEMORY, _IMAGES = 16384, 0.9, 8
+_IMAGES = 8
 _GRACE, _MOMENT = 30.0, 5.0
 """Seconds that the server has to end by itself, more than it gives its own processes; and these after it."""
 _EVERY = 30.0
@@ -39,42 +43,18 @@ _UNBOUND = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 _EVERYWHERE = ("0.0.0.0", "::")
 
 
-@dataclass(frozen=True)
-class ServeConfig:
-    """Serve a model with vLLM, to generate for `vlmenv train --engine vllm-server`."""
-
-    model: str = BUILTIN
-    """"builtin", a folder, or a name on the Hugging Face hub: the same as is trained."""
-    host: str = "127.0.0.1"
-    """Address that is listened on. Whoever reaches it can change the weights and read what is asked."""
-    port: int = 8000
-    """Port of it."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the weights that generate; bfloat16 goes with `--precision bf16`."""
-    engine_length: int | None = None
-    """Tokens of prompt and answer together that vLLM makes room for; 16384 where left out, or what the model takes."""
-    engine_memory: float | None = None
-    """Share of the GPU's memory that vLLM may take, its weights included; 0.9 where left out."""
-
-    tensor_parallel: int = 1
-    """GPUs that the model is divided over."""
-
-    def __post_init__(self) -> None:
-        if self.tensor_parallel < 1:
-            raise ConfigError(f"tensor_parallel must be at least 1, not {self.tensor_parallel}")
-        if not 0 < self.port < 65536:
-            raise ConfigError(f"port is a number from 1 to 65535, not {self.port}")
-        if self.engine_length is not None and self.engine_length < 2:
-            raise ConfigError(f"engine_length must leave room for a prompt and an answer, not be {self.engine_length}")
-        if self.engine_memory is not None and not 0 < self.engine_memory < 1:
-            raise ConfigError(f"engine_memory is a share between 0 and 1, not {self.engine_memory}")
+def parse(args: Sequence[str], program: str) -> ServeConfig:
+    """The options of a command line."""
+    config: ServeConfig = parse_plain(args, ServeConfig(), program)
+    import_modules(config.imports)
+    return config
 
 
-def run_server(config: ServeConfig) -> None:
-    """`vlmenv serve`: returns when the server ends, or raises what a signal stands for."""
+def run(config: ServeConfig) -> None:
+    """Serves until the server ends, or raises what a signal stands for."""
     require_vllm()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if config.engine_memory is not None and device.type == "cpu":
+    if config.vllm.engine_memory != ServeConfig().vllm.engine_memory and device.type == "cpu":
         raise ConfigError("engine_memory is a share of a GPU's memory, but there is no CUDA GPU here")
     _check_free(config)
     console = Console(soft_wrap=True, highlight=False)
@@ -87,19 +67,19 @@ def run_server(config: ServeConfig) -> None:
 
 def _arguments(config: ServeConfig, device: torch.device) -> dict[str, Any]:
     """What vLLM's server is told."""
-    folder = find_model(config.model)
+    folder = model_folder(config.model)
     family = _weightless(folder)
-    alone = device.type == "cpu" and config.tensor_parallel == 1
+    alone = device.type == "cpu" and config.vllm.tensor_parallel == 1
     longest = int(family.model.config.get_text_config().max_position_embeddings)
     return engine_settings(
         folder,
         family,
         device,
-        dtype=getattr(torch, config.dtype),
-        max_length=min(longest, config.engine_length or _LENGTH),
+        dtype=DTYPES[config.weights],
+        max_length=min(longest, config.vllm.engine_length),
         max_images=_IMAGES,
-        memory_share=config.engine_memory or _MEMORY,
-        tensor_parallel=config.tensor_parallel,
+        memory_share=config.vllm.engine_memory,
+        tensor_parallel=config.vllm.tensor_parallel,
     ) | {
         **({"distributed_executor_backend": "uni"} if alone else {}),  # one process less
         "host": config.host,

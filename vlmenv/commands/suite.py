@@ -16,28 +16,44 @@ from rich.console import Console
 from rich.table import Table
 
 from vlmenv.agents.vlm import VLMAgent
-from vlmenv.building import claim, load_agent, prepared, report_broken_rows
+from vlmenv.building import DTYPES, load_agent, prepared, report_broken_rows, task_arguments
 from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.core.files import write_atomic
 from vlmenv.envs.data.benchmarks import hallusion_bench, math_vision, mathverse, mathvista, mmstar
 from vlmenv.envs.data.coco import filtered_instances
 from vlmenv.envs.data.dataset import Published
 from vlmenv.envs.metrics.intervals import Interval, ratio_interval
+from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.evaluation import (
-    EvalConfig,
     as_json,
     evaluate,
-    make_eval_envs,
     read_metrics,
     sample_count,
     write_evaluation,
     written,
 )
+from vlmenv.options.evaluate import EvalConfig
+from vlmenv.options.fields import flatten
 from vlmenv.processes import Processes
 from vlmenv.processes.together import together
+from vlmenv.runs.claim import claim
+from vlmenv.runs.models import with_checkpoint
+from vlmenv.tasks import make_envs
 
 Rewrite = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 Answers = Sequence[Mapping[str, Any]]
+
+
+def make_eval_envs(config: EvalConfig, env: str, **arguments: Any) -> VisualTaskVectorEnv:
+    """Environments in which `evaluate` answers as a configuration says.
+
+    Raises:
+        ConfigError: There is no such environment, or not with these arguments.
+        DataError: The data set cannot be read.
+    """
+    group_size = config.samples or 1
+    num_envs = max(1, config.batch_size // group_size) * group_size
+    return make_envs(env, num_envs, group_size=group_size, **arguments)
 
 
 @dataclass(frozen=True)
@@ -163,7 +179,7 @@ class Found:
     """the folder of data that it is in"""
 
 
-def run_suite(config: EvalConfig) -> dict[str, dict[str, Interval]]:
+def run_suite(config: EvalConfig, notes: Sequence[str] = ()) -> dict[str, dict[str, Interval]]:
     """`vlmenv eval --suite`: measures what has not been measured yet, and shows the paper's table.
 
     Returns:
@@ -174,7 +190,8 @@ def run_suite(config: EvalConfig) -> dict[str, dict[str, Interval]]:
         DataError: None of the data sets is there, or one cannot be read.
     """
     suite = _checked(config)
-    processes, console = prepared(config)
+    processes, console = prepared(config, notes)
+    config = with_checkpoint(config, console)
     accelerator = processes.accelerator
     found = find(suite, config, console)
     assert config.output is not None
@@ -183,7 +200,7 @@ def run_suite(config: EvalConfig) -> dict[str, dict[str, Interval]]:
         if accelerator.is_main_process:
             claim(config.output, config, begun=any(config.output.glob("*/metrics.json")))
     if todo:
-        with closing(load_agent(config, accelerator.device, config.dtype)) as agent:
+        with closing(load_agent(config, accelerator.device, DTYPES[config.weights])) as agent:
             for one in todo:
                 agent.seed(config.seed + accelerator.process_index)
                 _measure(one, config, agent, console, processes)
@@ -199,20 +216,20 @@ def run_suite(config: EvalConfig) -> dict[str, dict[str, Interval]]:
 
 def _checked(config: EvalConfig) -> Suite:
     assert config.suite is not None
-    if config.data is None or config.output is None:
+    if config.suite_data is None or config.output is None:
         raise ConfigError(
-            "a suite needs --data, the folders of its data sets, and --output, a folder for what comes out"
+            "a suite needs --suite-data, the folders of its data sets, and --output, a folder for what comes out"
         )
-    own = EvalConfig()
+    given, own = flatten(config), flatten(EvalConfig())
     taken = ("env", "dataset", "image_root", "split", "columns", "rewards", "min_image_side", "without_text")
     for name in taken:
-        if getattr(config, name) != getattr(own, name):
+        if given[name] != own[name]:
             raise ConfigError(f"{name} does not go with a suite, which has its own")
     if config.scorers.clip_model is not None:
         raise ConfigError("clip_model does not go with a suite: there is no description to score")
     if config.scorers.judge_url is not None and not any(entry.env in _JUDGED for entry in SUITES[config.suite].entries):
         raise ConfigError(f"judge_url does not go with {config.suite}, whose answers are boxes")
-    for folder in config.data:
+    for folder in config.suite_data:
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder")
     return SUITES[config.suite]
@@ -226,8 +243,9 @@ def find(suite: Suite, config: EvalConfig, console: Console) -> list[Found]:
     """
     found: list[Found] = []
     missing: dict[str, list[str]] = {}
+    folders = config.suite_data or ()
     for entry in suite.entries:
-        places = ((folder, sorted(folder.glob(pattern))) for pattern in entry.files for folder in config.data or ())
+        places = ((folder, sorted(folder.glob(pattern))) for pattern in entry.files for folder in folders)
         folder, files = next((place for place in places if place[1]), (Path(), []))
         if files:
             found.append(Found(entry, tuple(files), folder))
@@ -236,7 +254,7 @@ def find(suite: Suite, config: EvalConfig, console: Console) -> list[Found]:
     for source, names in missing.items():
         console.print(f"left out, as not there: {', '.join(names)}; to be had from {source}", markup=False)
     if not found:
-        raise DataError(f"{', '.join(map(str, config.data or ()))}: holds none of the data sets of {config.suite}")
+        raise DataError(f"{', '.join(map(str, folders))}: holds none of the data sets of {config.suite}")
     return found
 
 
@@ -244,18 +262,18 @@ def _measure(one: Found, config: EvalConfig, agent: VLMAgent, console: Console, 
     """Answers a data set and writes what comes of it into its folder."""
     assert config.output is not None
     output, suite = config.output / one.entry.name, SUITES[config.suite or ""]
-    arguments = config.env_arguments()
-    arguments["answer_format"] = config.answer_format or suite.answer_format
+    arguments = task_arguments(config)
+    arguments["answer_format"] = config.prompts.answer_format or suite.answer_format
     if config.scorers.judge_url is not None and one.entry.env in _JUDGED:
         arguments["rewards"] = {"accuracy": 1.0, "judge": 1.0}
     else:
         arguments["extra_terms"] = None
     dataset, image_root = _dataset(one, output, processes)
     envs = make_eval_envs(
-        config, one.entry.env, dataset=dataset, image_root=image_root, skip_broken=config.skip_broken, **arguments
+        config, one.entry.env, dataset=dataset, image_root=image_root, skip_broken=config.data.skip_broken, **arguments
     )
     report_broken_rows(envs, console)
-    count, greedy = sample_count(envs, config.limit), config.samples is None
+    count, greedy = sample_count(envs, config.eval_limit), config.samples is None
     title = f"{one.entry.name}, {count} samples"
     evaluation = evaluate(agent, envs, count, greedy=greedy, title=title, console=console, processes=processes)
     envs.close()

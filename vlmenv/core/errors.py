@@ -66,11 +66,16 @@ class PromptError(VLMEnvError):
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
-    """A message for a name that is not known, with the nearest known one as a suggestion."""
+    """A message about an unknown name: the nearest known one of its kind, or all of them."""
     names = sorted(known)
-    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    hint = f"Did you mean '{nearest[0]}'?" if nearest else f"Known: {', '.join(names)}."
-    return f"unknown {kind} '{name}'. {hint}"
+    near = nearest_name(name, names)
+    return f"unknown {kind} '{name}'. " + (f"Did you mean '{near}'?" if near else f"Known: {', '.join(names)}.")
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str | None:
+    """The known name that was probably meant; None if none is near."""
+    found = difflib.get_close_matches(name.casefold(), sorted(known), n=1, cutoff=0.7)
+    return found[0] if found else None
 
 
 def require(condition: bool, message: str) -> None:

@@ -1,6 +1,6 @@
-"""`vlmenv doctor`: tries model, processor, engine and data together, and tells what does not add up."""
+"""Checks of model, processor, engine and data together: what does not add up."""
 
-from vlmenv.doctor.examination import CHECKS, Check, Finding, examine, run_doctor
+from vlmenv.doctor.examination import CHECKS, Check, Finding, examine, findings_table
 from vlmenv.options.doctor import DoctorConfig
 
-__all__ = ["CHECKS", "Check", "DoctorConfig", "Finding", "examine", "run_doctor"]
+__all__ = ["CHECKS", "Check", "DoctorConfig", "Finding", "examine", "findings_table"]

@@ -66,7 +66,7 @@ def rewards(patient: Patient) -> Seen:
 def cut_off(patient: Patient) -> Seen:
     """Share of sampled answers that the limit cuts off."""
     cut = [one.finish_reason == "length" for one in patient.answers[1].completions]
-    limit = patient.config.max_new_tokens
+    limit = patient.config.sampling.max_new_tokens
     figure = f"{sum(cut)} of {len(cut)} sampled, at {limit} tokens"
     return figure, f"Give more room: --max-new-tokens {2 * limit}." if np.mean(cut) > _TRUNCATED else ""
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from accelerate import Accelerator
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vlmenv.building import check_device
 from vlmenv.core.errors import VLMEnvError
 from vlmenv.doctor import answers, machine, prompts, weights
 from vlmenv.doctor.patient import GROUP, SAMPLES, Patient, Seen, Unchecked
@@ -65,7 +63,7 @@ def samples(patient: Patient) -> Seen:
 
 def engine(patient: Patient) -> Seen:
     """Whether what generates has started, and answers; how it reads prompts is told in other lines."""
-    agent, name = patient.agent, patient.config.engine
+    agent, name = patient.agent, patient.config.generation.engine
     if patient.engine_fault:
         return patient.engine_fault, "docs/vllm.md says what it needs. Until then what asks it is left out."
     if agent.engine is None:
@@ -113,7 +111,7 @@ CHECKS = (
 """In the order in which they are made: later ones need what earlier ones have loaded."""
 
 
-def examine(config: DoctorConfig, device: torch.device, console: Console | None = None) -> list[Finding]:
+def examine(config: DoctorConfig[Any], device: torch.device, console: Console | None = None) -> list[Finding]:
     """What all checks find; an error in one fails that one alone."""
     console = console or Console(quiet=True)
     with closing(Patient(config, device)) as patient, console.status("") as status:
@@ -135,23 +133,9 @@ def _looked(check: Check, patient: Patient) -> Finding:
     return Finding(check.name, figure, not remedy, remedy)
 
 
-def run_doctor(config: DoctorConfig) -> list[Finding]:
-    """`vlmenv doctor`; ends the process with status 1 where a check failed."""
-    check_device(config.device)
-    console = Console()
-    findings = examine(config, Accelerator(cpu=config.device == "cpu").device, console)
-    console.print(_table(config, findings))
-    failed = [one.check for one in findings if one.passed is False]
-    if failed:
-        console.print(f"[red]{len(failed)} of {len(findings)} checks failed:[/] {', '.join(failed)}")
-        sys.exit(1)
-    console.print("everything adds up")
-    return findings
-
-
-def _table(config: DoctorConfig, findings: Sequence[Finding]) -> Table:
+def findings_table(config: DoctorConfig[Any], findings: Sequence[Finding]) -> Table:
     """A line for each check."""
-    table = Table(title=f"{config.model}, {config.env}, engine {config.engine}", title_justify="left")
+    table = Table(title=f"{config.model}, {config.env}, engine {config.generation.engine}", title_justify="left")
     table.add_column("check", no_wrap=True)
     table.add_column("found", ratio=1, overflow="fold")
     table.add_column("passed, or what to do", ratio=1, overflow="fold")

@@ -28,7 +28,7 @@ def versions(patient: Patient) -> Seen:
 
 def device(patient: Patient) -> Seen:
     """The device, and whether it knows the precision."""
-    place, precision = patient.device, patient.config.precision
+    place, precision = patient.device, patient.config.batches.precision
     cuda = place.type == "cuda"
     name = torch.cuda.get_device_name(place) if cuda else f"torch threads: {torch.get_num_threads()}"
     figure = f"{place.type}, {name}, {written(device_memory(place))}, {precision}"

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ _LIMIT = Path("/sys/fs/cgroup/memory.max")
 def training_memory(
     agent: VLMAgent,
     rollout: Rollout,
-    config: DoctorConfig,
+    config: DoctorConfig[Any],
     autocast: AbstractContextManager[None],
     engine_memory: float = 0.0,
 ) -> dict[str, float]:
@@ -42,7 +43,7 @@ def training_memory(
     """
     trained = _bytes(agent.parameters())
     held = {"weights": _bytes(agent.policy.parameters()), "Adam": 2 * trained}
-    if config.beta > 0 and agent.lora is None:
+    if getattr(config.algorithm, "beta", 0) > 0 and agent.lora is None:
         held["reference"] = _reference(agent)
     with autocast:
         update = {"gradients": trained} | _activations(agent, rollout, config)
@@ -75,7 +76,7 @@ def _reference(agent: VLMAgent) -> float:
     return _bytes([parameter for parameter in family.model.parameters() if parameter not in shared])
 
 
-def _activations(agent: VLMAgent, rollout: Rollout, config: DoctorConfig) -> dict[str, float]:
+def _activations(agent: VLMAgent, rollout: Rollout, config: DoctorConfig[Any]) -> dict[str, float]:
     """What a pass keeps; and what it needs while it goes backward through a block, where that is largest.
 
     That is the gradients of what the block has kept, as large as this, and its activations too where they are
@@ -88,7 +89,7 @@ def _activations(agent: VLMAgent, rollout: Rollout, config: DoctorConfig) -> dic
     return {"activations": kept, "work space": every / blocks * (2 if kept < every else 1)}
 
 
-def _scaled(agent: VLMAgent, rollout: Rollout, config: DoctorConfig) -> float:
+def _scaled(agent: VLMAgent, rollout: Rollout, config: DoctorConfig[Any]) -> float:
     """What a pass keeps: so much in any case, and so much for each token of the kinds that `_tokens` counts."""
     shares = agent.family_policy.share_prefixes
     firsts = np.unique(rollout.prompt_index, return_index=True)[1]
@@ -109,17 +110,17 @@ def _tokens(rollout: Rollout, shares: bool) -> list[float]:
     return [float(len(rows) * max(rows))]
 
 
-def _pass_tokens(rollout: Rollout, config: DoctorConfig, shares: bool) -> list[float]:
+def _pass_tokens(rollout: Rollout, config: DoctorConfig[Any], shares: bool) -> list[float]:
     """The same of the largest pass of a step."""
-    total = config.prompts_per_step * config.group_size
-    completions = min(total, config.micro_batch_size or total)
+    total = config.batches.prompts_per_step * config.algorithm.group_size
+    completions = min(total, config.trainer.micro_batch_size or total)
     if shares:
-        prompts = -(-completions // config.group_size)
-        tokens = [prompts * _mean_length(rollout.prompts), float(completions * config.max_new_tokens)]
+        prompts = -(-completions // config.algorithm.group_size)
+        tokens = [prompts * _mean_length(rollout.prompts), float(completions * config.sampling.max_new_tokens)]
     else:
         longest = max(len(prompt.input_ids) for prompt in rollout.prompts)
-        tokens = [float(completions * (longest + config.max_new_tokens))]
-    share = min(1.0, (config.micro_batch_tokens or np.inf) / sum(tokens))
+        tokens = [float(completions * (longest + config.sampling.max_new_tokens))]
+    share = min(1.0, (config.trainer.micro_batch_tokens or np.inf) / sum(tokens))
     return [share * count for count in tokens]
 
 
@@ -143,11 +144,15 @@ def _kept(agent: VLMAgent, rollout: Rollout) -> int:
 
 
 @torch.no_grad()
-def _keys_and_values(agent: VLMAgent, rollout: Rollout, config: DoctorConfig) -> float:
+def _keys_and_values(agent: VLMAgent, rollout: Rollout, config: DoctorConfig[Any]) -> float:
     """Of a batch's prompts and completions; 0 where an engine holds them, whose memory is its own."""
     if agent.engine is not None:
         return 0.0
     prefixes, _ = agent.family_policy.prefill(rollout.prompts)
     found = _bytes([*prefixes.keys.values(), *prefixes.values.values()])
     each = found / (len(rollout.prompts) * max(len(prompt.input_ids) for prompt in rollout.prompts))
-    return each * config.prompts_per_step * (_mean_length(rollout.prompts) + config.group_size * config.max_new_tokens)
+    return (
+        each
+        * config.batches.prompts_per_step
+        * (_mean_length(rollout.prompts) + config.algorithm.group_size * config.sampling.max_new_tokens)
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -13,17 +13,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vlmenv.agents.checkpoints import find_model
 from vlmenv.agents.engines.checksums import checksums, clear
 from vlmenv.agents.published import PublishedProcessor
 from vlmenv.agents.vlm import Sampling, VLMAgent
-from vlmenv.building import DTYPES, ENGINE_OPTIONS, check_engine, load_agent, make_envs
+from vlmenv.building import DTYPES, adapt, check_engine, load_agent, task_arguments
 from vlmenv.core.errors import ConfigError, PromptError, ReadingError
 from vlmenv.core.rollout import Observation, Prompt, Rollout, unbatch
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.data.source import Sample
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.options.doctor import DoctorConfig
+from vlmenv.options.task import EngineOptions
+from vlmenv.runs.models import model_folder
+from vlmenv.tasks import make_envs
 
 SAMPLES, GROUP = 8, 2
 """samples that are looked at, and answers that are sampled to each"""
@@ -59,7 +61,7 @@ class Patient:
         in_step: Whether what generates has taken over changed weights.
     """
 
-    def __init__(self, config: DoctorConfig, device: torch.device) -> None:
+    def __init__(self, config: DoctorConfig[Any], device: torch.device) -> None:
         self.config, self.device = config, device
         self.blocked = ""
         self.engine_fault = ""
@@ -112,14 +114,14 @@ class Patient:
         """Loads the model, with its engine if that can be had, and prepares it for training."""
         agent = self._loaded()
         torch.manual_seed(self.config.seed)  # which new adapters are drawn from
-        self.config.adaptation.apply(agent)
+        adapt(agent, self.config.adaptation)
         agent.seed(self.config.seed)
         self._agent = agent
 
     def load_samples(self) -> None:
         """Shows the first samples of the order that the seed fixes."""
         config = self.config
-        data = config.data_arguments() | config.env_arguments()
+        data = config.data.arguments() | task_arguments(config)
         envs = self._envs = make_envs(config.env, SAMPLES * GROUP, group_size=GROUP, **data)
         batch, infos = envs.reset(seed=config.seed)
         self.ids = [str(one) for one in infos["id"][::GROUP]]
@@ -140,7 +142,7 @@ class Patient:
 
     def autocast(self) -> AbstractContextManager[None]:
         """The precision of forward passes."""
-        precision = self.config.precision
+        precision = self.config.batches.precision
         return torch.autocast(self.device.type, DTYPES[precision], enabled=precision != "fp32")
 
     def ask(self, observations: Sequence[Observation], sampling: Sampling) -> Rollout:
@@ -171,10 +173,10 @@ class Patient:
 
     def ask_at_length(self, *, greedy: bool = False) -> Rollout:
         """Short answers to long prompts, the same ones each time: `GROUP` sampled ones to each, or a greedy one."""
-        tokens = min(_TOKENS, self.config.max_new_tokens)
+        tokens = min(_TOKENS, self.config.sampling.max_new_tokens)
         if greedy:
             return self.ask(self._long_prompts[::GROUP], Sampling(0.0, tokens))
-        return self.ask(self._long_prompts, Sampling(self.config.temperature, tokens))
+        return self.ask(self._long_prompts, Sampling(self.config.sampling.temperature, tokens))
 
     @torch.no_grad()
     def scores(self, rollout: Rollout) -> Numbers:
@@ -186,7 +188,7 @@ class Patient:
     @cached_property
     def answers(self) -> tuple[Rollout, Rollout]:
         """A greedy answer to each sample, and `GROUP` sampled ones, as in training."""
-        sampling = self.config.sampling()
+        sampling = self.config.sampling
         greedy = replace(sampling, temperature=0.0, top_k=None, top_p=1.0)
         return self.ask(self.shown[::GROUP], greedy), self.ask(self.shown, sampling)
 
@@ -206,7 +208,7 @@ class Patient:
     @cached_property
     def published(self) -> list[tuple[NDArray[np.int64], dict[str, Tensor]]]:
         """The same as the published processor reads them: tokens and vision inputs."""
-        folder = self.agent.folder if self.config.published is None else find_model(self.config.published)
+        folder = self.agent.folder if self.config.published is None else model_folder(self.config.published)
         try:
             processor = PublishedProcessor(folder)
         except ConfigError as error:
@@ -237,7 +239,7 @@ class Patient:
         """The samples, with prompts that are repeated until they fill the blocks of an engine's cache."""
         agent, found = self.agent, []
         most = agent.max_length if agent.engine is None else min(agent.max_length, agent.engine.max_length)
-        room = min(_LONG, most - min(_TOKENS, self.config.max_new_tokens))
+        room = min(_LONG, most - min(_TOKENS, self.config.sampling.max_new_tokens))
         for one, prompt in zip(self.shown[::GROUP], self.prompts, strict=True):
             own = len(agent.family.processor.tokenizer.encode(one["prompt"], add_special_tokens=False)) + 1
             times = 1 + max(0, room - len(prompt.input_ids)) // own
@@ -250,9 +252,9 @@ class Patient:
         config, before = self.config, used_memory(self.device)
         try:
             check_engine(config, self.device)
-            agent = load_agent(config, self.device, engine_dtype=DTYPES[config.precision])
+            agent = load_agent(config, self.device, engine_dtype=DTYPES[config.batches.precision])
         except Exception as error:
-            if config.engine == "hf":
+            if config.generation.engine == "hf":
                 raise
             self.engine_fault = str(error)
             return load_agent(_without_engine(config), self.device)
@@ -270,6 +272,5 @@ def used_memory(device: torch.device) -> float:
     return float(total - free)
 
 
-def _without_engine(config: DoctorConfig) -> DoctorConfig:
-    options: dict[str, Any] = {one.name: one.default for one in fields(config) if one.name in ENGINE_OPTIONS}
-    return replace(config, **options)
+def _without_engine(config: DoctorConfig[Any]) -> DoctorConfig[Any]:
+    return replace(config, generation=EngineOptions())

@@ -108,5 +108,5 @@ def _gap(ours: Tensor, theirs: Tensor) -> float:
 
 def _remedy(patient: Patient, wrong: str, files: str) -> str:
     source = patient.config.published or "the published model"
-    served = "" if patient.config.engine == "hf" else ", and let the engine serve that folder"
+    served = "" if patient.config.generation.engine == "hf" else ", and let the engine serve that folder"
     return f"{wrong} Copy {files} from {source} into {patient.agent.folder}{served}."

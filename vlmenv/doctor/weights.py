@@ -58,7 +58,7 @@ def greedy(patient: Patient) -> Seen:
     rollout = patient.ask_at_length(greedy=True)
     behind = [_behind_likeliest(patient, rollout[np.array([i])]) for i in range(len(rollout))]
     alike, most = sum(not one.any() for one in behind), float(np.concatenate(behind).max())
-    allowed = _TOLERANCES[patient.config.precision][1]
+    allowed = _TOLERANCES[patient.config.batches.precision][1]
     figure = f"{alike} of {len(rollout)} are the trainer's"
     if alike < len(rollout):
         figure += f"; a token is less likely than its likeliest by {most:.2g} (allowed {allowed:g})"
@@ -171,7 +171,7 @@ def _judged(patient: Patient, rollout: Rollout, remedy: str) -> Seen:
     sampled = np.concatenate([one.logprobs for one in rollout.completions])
     gaps = np.abs(sampled - patient.scores(rollout))
     mean, most = float(gaps.mean()), float(gaps.max())
-    allowed = _TOLERANCES[patient.config.precision]
+    allowed = _TOLERANCES[patient.config.batches.precision]
     figure = f"off by {mean:.1e} in the mean, {most:.1e} at most (allowed {allowed[0]:g} and {allowed[1]:g})"
     return figure, "" if mean <= allowed[0] and most <= allowed[1] else remedy
 
@@ -200,7 +200,7 @@ def _disturb(patient: Patient, rollout: Rollout) -> tuple[Callable[[], None], fl
         except BaseException:
             undo()
             raise
-        strongest = bit == _BITS[-1] and moved > _POWER * _TOLERANCES[patient.config.precision][0]
+        strongest = bit == _BITS[-1] and moved > _POWER * _TOLERANCES[patient.config.batches.precision][0]
         if moved > _MOVED or strongest:
             return undo, moved
         undo()

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from collections.abc import Iterable, Mapping
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +14,12 @@ from vlmenv.algos.trainer import StepResult
 from vlmenv.core.errors import ConfigError
 from vlmenv.core.files import write_atomic
 
-_RECORDED = ("torch", "transformers", "gymnasium", "accelerate")
-
 
 class RunFolder:
     """The files of a run.
 
-    - `config.yaml`: the options.
+    - `config.yaml`: the options that were asked for.
+    - `resolved.yaml`: all options and values that are used.
     - `metrics.jsonl`: one object per step.
     - `rollouts.jsonl`: each completion with its reward terms.
     - `checkpoints/step-N/`: the model and the trainer's state.
@@ -44,15 +41,13 @@ class RunFolder:
         if (self.path / "metrics.jsonl").exists():
             raise ConfigError(f"{self.path} already holds a run: choose another --output, or remove it")
 
-    def create(self, options: str) -> None:
-        """Makes the folder, and writes the options (YAML), with package versions as comments."""
+    def create(self, asked: str, resolved: str) -> None:
+        """Makes the folder, and writes the options that were asked for and all that are used, both as YAML."""
         self.path.mkdir(parents=True, exist_ok=True)
-        versions = [
-            f"# vlmenv {vlmenv.__version__}, python {platform.python_version()}",
-            *(f"# {name} {version(name)}" for name in _RECORDED),
-        ]
-        lines = [f"# Repeat with: vlmenv train --config {self.path / 'config.yaml'}", *versions, options]
-        write_atomic(self.path / "config.yaml", "\n".join(lines))
+        repeat = f"# Repeat with: vlmenv train --config {self.path}/resolved.yaml\n"
+        write_atomic(self.path / "resolved.yaml", repeat + resolved)
+        heading = f"# What was asked. What was used: resolved.yaml. Version {vlmenv.__version__}\n"
+        write_atomic(self.path / "config.yaml", heading + asked)
 
     @staticmethod
     def default_path(env: str, algo: str) -> Path:

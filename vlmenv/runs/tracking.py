@@ -7,7 +7,7 @@ import secrets
 import threading
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
@@ -19,13 +19,11 @@ from vlmenv.core.spaces import Image
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.runs.run_folder import RunFolder
 
-TrackerName = Literal["tensorboard", "wandb", "none"]
-
 _SHOWN = 4  # samples, one answer to each
 _LONGEST_SIDE = 768  # pixels of a picture
 
 
-def require_tracker(name: TrackerName) -> None:
+def require_tracker(name: str) -> None:
     """Raises ConfigError if a tracker is not installed."""
     try:
         if name == "wandb":
@@ -53,7 +51,7 @@ class Tracking:
     """
 
     def __init__(
-        self, accelerator: Accelerator, name: TrackerName, run: RunFolder, options: Mapping[str, Any], step: int
+        self, accelerator: Accelerator, name: str, run: RunFolder, options: Mapping[str, Any], step: int
     ) -> None:
         self._accelerator, self._name, self._run = accelerator, name, run
         if name == "none":

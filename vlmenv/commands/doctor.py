@@ -1,0 +1,44 @@
+"""`vlmenv doctor`: checks that model, processor, engine and data fit together."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from accelerate import Accelerator
+from rich.console import Console
+
+from vlmenv.algos import find_algorithm
+from vlmenv.building import check_device
+from vlmenv.doctor import Finding, examine, findings_table
+from vlmenv.options.command_line import Asked, parse_with_files
+from vlmenv.options.doctor import DoctorConfig
+from vlmenv.runs.models import with_checkpoint
+
+
+def default(algo: str) -> DoctorConfig[Any]:
+    """The defaults of all options for an algorithm."""
+    return DoctorConfig(algo=algo, algorithm=find_algorithm(algo).preset)
+
+
+def parse(args: Sequence[str], program: str) -> Asked:
+    """The options of a command line."""
+    return parse_with_files(args, default, program)
+
+
+def run(asked: Asked) -> list[Finding]:
+    """Prints a table of findings; ends the process with status 1 if something does not fit."""
+    config: DoctorConfig[Any] = asked.config
+    check_device(config.device)
+    console = Console()
+    for note in asked.notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
+    config = with_checkpoint(config, console)
+    findings = examine(config, Accelerator(cpu=config.device == "cpu").device, console)
+    console.print(findings_table(config, findings))
+    if failed := [one.check for one in findings if one.passed is False]:
+        console.print(f"[red]{len(failed)} of {len(findings)} checks failed:[/] {', '.join(failed)}")
+        sys.exit(1)
+    console.print("everything adds up")
+    return findings

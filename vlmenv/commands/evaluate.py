@@ -1,0 +1,50 @@
+"""`vlmenv eval`: measures how well a model answers, on one data set or on a paper's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+from vlmenv.building import DTYPES, load_agent, prepared, report_broken_rows, task_arguments
+from vlmenv.commands.suite import make_eval_envs, run_suite
+from vlmenv.evaluation import Evaluation, evaluate, metrics_table, sample_count, write_evaluation
+from vlmenv.options.command_line import Asked, parse_with_files
+from vlmenv.options.evaluate import EvalConfig
+from vlmenv.runs.models import with_checkpoint
+
+
+def parse(args: Sequence[str], program: str) -> Asked:
+    """The options of a command line."""
+    return parse_with_files(args, lambda algo: EvalConfig(), program)
+
+
+def run(asked: Asked) -> Any:
+    """Measures, and returns the evaluation; of a suite, the metrics of each data set."""
+    measure = run_evaluation if asked.config.suite is None else run_suite
+    return measure(asked.config, asked.notes)
+
+
+def run_evaluation(config: EvalConfig, notes: Sequence[str] = ()) -> Evaluation:
+    """Measures on one data set."""
+    processes, console = prepared(config, notes)
+    config, accelerator = with_checkpoint(config, console), processes.accelerator
+    data = config.data
+    if data.dataset is None and data.split is None:
+        data = replace(data, split="eval")
+    envs = make_eval_envs(config, config.env, **data.arguments(), **task_arguments(config))
+    report_broken_rows(envs, console)
+    count, greedy = sample_count(envs, config.eval_limit), config.samples is None
+    with closing(load_agent(config, accelerator.device, DTYPES[config.weights])) as agent:
+        agent.seed(config.seed + accelerator.process_index)
+        evaluation = evaluate(
+            agent, envs, count, greedy=greedy, title="evaluating", console=console, processes=processes
+        )
+    envs.close()
+    if config.output is not None and accelerator.is_main_process:
+        write_evaluation(evaluation, config.output)
+    how = "greedy" if greedy else f"{config.samples} sampled answers each"
+    console.print(metrics_table(f"{config.env}, {count} samples, {how}", {config.model: evaluation}))
+    accelerator.state.destroy_process_group()
+    return evaluation

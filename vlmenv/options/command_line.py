@@ -1,0 +1,109 @@
+"""Options from the command line, with the files of options that it names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from vlmenv.core.errors import ConfigError
+from vlmenv.core.imports import import_modules
+from vlmenv.options.fields import options_of
+from vlmenv.options.files import as_arguments, packaged_file, read_options
+from vlmenv.options.parsing import names_of, parse, renamed, single_value, values_of
+from vlmenv.options.resolve import Layer, displace, merge, unknown_of
+
+BESIDE_RESUME: Final = (
+    *("steps", "epochs", "eval_limit", "eval_every", "checkpoint_every", "keep", "tracker", "log_samples", "device"),
+    *("micro_batch_size", "micro_batch_tokens", "dry_run"),
+)
+"""Options that may be given beside `--resume`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is asked for."""
+
+    config: Any
+    names: tuple[str, ...]
+    """the options that files, flags or keyword arguments give; all others have their defaults"""
+    notes: tuple[str, ...] = ()
+    """what was renamed or not used, a line each"""
+
+
+def parse_with_files(args: Sequence[str], default: Callable[[str], Any], program: str) -> Asked:
+    """Parses a command line whose `--recipe`, `--config` or `--resume` name files of options.
+
+    Args:
+        args: What follows the command's name.
+        default: Gives the defaults of all options for an algorithm.
+        program: Name in help and errors.
+
+    Raises:
+        ConfigError: A file cannot be read, an option is unknown, or options do not go together.
+        SystemExit: Help was asked for, or a value cannot be read.
+    """
+    layers = _file_layers(args)
+    import_modules(dict.fromkeys([*(name for one in layers for name in listed(one)), *values_of(args, "import")]))
+    algos = values_of(args, "algo")[-1:]
+    merged = merge([*layers, *(Layer("", {"algo": algo}) for algo in algos)], default)
+    known, algo = options_of(merged.config), getattr(merged.config, "algo", "")
+    args = renamed(args, known, merged.notes.append, lambda name, names: unknown_of(name, algo, names))
+    given = names_of(args)
+    given |= {name.removeprefix("no_") for name in given}
+    displace(merged.values, given)
+    config = parse([*as_arguments(merged.values), *args], merged.config, program)
+    names = tuple(name for name in known if name in merged.values or name in given)
+    return Asked(config, names, tuple(merged.notes))
+
+
+def listed(layer: Layer) -> list[str]:
+    """The modules that a layer imports."""
+    value = layer.values.get("import") or []
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _file_layers(args: Sequence[str]) -> list[Layer]:
+    """The files of options that flags name, from the weakest to the strongest."""
+    if folder := single_value(args, "resume"):
+        return _resumed(args, Path(folder))
+    recipe, config = single_value(args, "recipe"), single_value(args, "config")
+    return file_layers(recipe, None if config is None else Path(config))
+
+
+def file_layers(recipe: str | None, config: Path | None) -> list[Layer]:
+    """The options of a recipe and of a file, from the weakest to the strongest.
+
+    Raises:
+        ConfigError: There is no such recipe, or a file cannot be read.
+    """
+    paths = [*([packaged_file("recipe", recipe)] if recipe else []), *([config] if config else [])]
+    return [Layer(str(path), read_options(path)) for path in paths]
+
+
+def _resumed(args: Sequence[str], folder: Path) -> list[Layer]:
+    if other := sorted(names_of(args) - {"resume", *BESIDE_RESUME}):
+        raise ConfigError(
+            f"a run is resumed with its own options, not with {', '.join(other)}. Beside --resume may stand "
+            f"{', '.join(BESIDE_RESUME)}; others can be edited in {folder / 'config.yaml'}"
+        )
+    return run_layers(folder)
+
+
+def run_layers(folder: Path) -> list[Layer]:
+    """The options of a run: all that it used, then what was asked, which may have been edited since.
+
+    Raises:
+        ConfigError: The folder is not a run's, or its options are gone.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(
+            f"{folder} is no folder of a run: it holds no config.yaml. A run that was killed before that was written "
+            "has nothing to go on from: give its command again"
+        )
+    files = [file for name in ("resolved.yaml", "config.yaml") if (file := folder / name).is_file()]
+    layers = [Layer(str(file), read_options(file)) for file in files]
+    if not any(layer.values for layer in layers):
+        raise ConfigError(f"{folder / 'config.yaml'} is empty: put the run's options back, or start a new run")
+    return layers

@@ -1,0 +1,114 @@
+"""Flags of the command line: their names, and how they become a dataclass of options. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import tyro
+
+from vlmenv.core.errors import ConfigError
+from vlmenv.options.fields import Option, options_of, takes_several
+from vlmenv.options.names import own_name, unknown_option
+
+
+def parse(args: Sequence[str], default: Any, program: str) -> Any:
+    """Parses flags into a dataclass of options.
+
+    Args:
+        args: What follows the command's name.
+        default: An instance with the defaults, of the type of the result.
+        program: Name in help and errors.
+
+    Raises:
+        SystemExit: Help was asked for, or a value cannot be read.
+    """
+    kind: Any = type(default)
+    if hasattr(default, "algorithm"):
+        kind = kind[type(default.algorithm)]
+    return tyro.cli(kind, args=list(args), default=default, prog=program, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def parse_plain(args: Sequence[str], default: Any, program: str) -> Any:
+    """Parses the flags of a command that reads no files of options.
+
+    Raises:
+        ConfigError: A flag is no option, or options do not go together.
+        SystemExit: As for `parse`.
+    """
+    return parse(renamed(args, options_of(default), print), default, program)
+
+
+def renamed(
+    args: Sequence[str],
+    known: Mapping[str, Option],
+    tell: Callable[[str], object],
+    unknown: Callable[[str, Collection[str]], str] = unknown_option,
+) -> list[str]:
+    """Arguments with aliases replaced, and the values of a flag that is given several times behind one.
+
+    Args:
+        args: The arguments.
+        known: All options by name.
+        tell: Is given a line about each alias.
+        unknown: Gives the message about a flag that is no option.
+
+    Raises:
+        ConfigError: A flag is no option, or one of a single value is given twice.
+    """
+    words: list[str] = []
+    flags: dict[str, list[str]] = {}
+    into = words
+    for arg in args:
+        if not arg.startswith("--"):
+            into.append(arg)
+            continue
+        flag, equals, value = arg[2:].partition("=")
+        name = own_name(flag, known)
+        if name != flag.replace("-", "_"):
+            tell(f"--{flag} is --{name.replace('_', '-')} here")
+        if name not in known and name != "help" and name.removeprefix("no_") not in known:
+            raise ConfigError(unknown(name, known))
+        if name in flags and name in known and not takes_several(known[name].type):
+            raise ConfigError(f"--{name.replace('_', '-')} was given more than once")
+        into = flags.setdefault(name, [])
+        into += [value] if equals else []
+    joined = (_as_arguments(name, values) for name, values in flags.items())
+    return [*words, *(arg for part in joined for arg in part)]
+
+
+def _as_arguments(name: str, values: Sequence[str]) -> list[str]:
+    flag = f"--{name.replace('_', '-')}"
+    return [f"{flag}={values[0]}"] if len(values) == 1 else [flag, *values]
+
+
+def names_of(args: Sequence[str]) -> set[str]:
+    """The names of all flags among arguments."""
+    names = {arg[2:].partition("=")[0].replace("-", "_") for arg in args if arg.startswith("--")}
+    return names - {"help"}
+
+
+def values_of(args: Sequence[str], name: str) -> list[str]:
+    """The values behind all flags of a name."""
+    found: list[str] = []
+    taking = False
+    for arg in args:
+        if arg.startswith("--"):
+            flag, _, value = arg[2:].partition("=")
+            taking = flag.replace("-", "_") == name
+            found += [value] if taking and value else []
+        elif taking:
+            found.append(arg)
+    return found
+
+
+def single_value(args: Sequence[str], name: str) -> str | None:
+    """The value of a flag; None if it is not given.
+
+    Raises:
+        ConfigError: It is given more than once.
+    """
+    values = values_of(args, name)
+    if len(values) > 1:
+        raise ConfigError(f"--{name} was given {len(values)} times: {', '.join(values)}")
+    return values[0] if values else None

@@ -1,0 +1,36 @@
+"""Options of `vlmenv serve`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
+
+from vlmenv.core.errors import require
+from vlmenv.core.names import BUILTIN
+from vlmenv.options.task import VLLMOptions
+
+
+def _whole_gpu() -> VLLMOptions:
+    return VLLMOptions(engine_memory=0.9)
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Serve a model with vLLM, to generate for `vlmenv train --engine vllm-server`."""
+
+    model: str = BUILTIN
+    """Model to serve, the same as is trained: "builtin", a checkpoint's or run's folder, or a name on the hub."""
+    imports: Annotated[tuple[str, ...], tyro.conf.arg(name="import")] = ()
+    """Modules of your own to import first, which register model families."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Whoever reaches it can change the weights and read the prompts."""
+    port: int = 8000
+    """Port to listen on."""
+    weights: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Data type of the weights that generate. bf16 goes with `--precision bf16` in training."""
+    vllm: VLLMOptions = field(default_factory=_whole_gpu)
+
+    def __post_init__(self) -> None:
+        require(0 < self.port < 65536, f"port is a number from 1 to 65535, not {self.port}")

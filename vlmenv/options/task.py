@@ -1,0 +1,193 @@
+"""Options that all commands with a model share: which task, data, prompts, sampling and engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import tyro
+
+from vlmenv.core.errors import ConfigError, require
+from vlmenv.core.names import BUILTIN
+from vlmenv.core.sampling import Sampling
+from vlmenv.options.scorers import ScorerConfig
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class ReadingOptions:
+    """How rows of a data set are read."""
+
+    image_root: tuple[Path, ...] | None = None
+    """Folder that image paths are relative to, or one folder per file. None: the file's own folder."""
+    split: str | None = None
+    """Split of the built-in samples ("train", "eval") or of a Hugging Face data set."""
+    columns: dict[str, str] | None = None
+    """Columns that hold the parts of a row, as in `--columns question query answer label`."""
+    min_image_side: int | None = None
+    """Width and height in pixels below which an image's row is left out."""
+    without_text: tuple[str, ...] = ()
+    """Texts that leave a row out if its answer, reasoning included, contains one."""
+
+
+@dataclass(frozen=True)
+class DataOptions(ReadingOptions):
+    """Where samples come from."""
+
+    dataset: tuple[str, ...] | None = None
+    """Files (.jsonl, .json, .parquet), folders saved by `datasets`, or ids on the Hugging Face hub. None: the built-in
+    samples."""
+    skip_broken: bool = False
+    """Leave broken rows out instead of refusing the data set."""
+
+    def located(self) -> Self:
+        """The options with absolute paths for data sets that are files, so that they hold from any folder."""
+        return replace(self, dataset=located_names(self.dataset))
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of the environment."""
+        return {
+            "dataset": None if self.dataset is None else list(self.dataset),
+            "image_root": root_argument(self.image_root),
+            "split": self.split,
+            "columns": self.columns,
+            "skip_broken": self.skip_broken,
+            "min_image_side": self.min_image_side,
+            "without_text": self.without_text,
+        }
+
+
+def root_argument(roots: tuple[Path, ...] | None) -> Path | tuple[Path, ...] | None:
+    """The folders of images as environments take them: one for all files, or one for each."""
+    return roots if roots is None or len(roots) > 1 else roots[0]
+
+
+def located_names(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """Names of data sets, with absolute paths for those that exist as paths."""
+    return None if names is None else tuple(map(located_name, names))
+
+
+def located_name(name: str) -> str:
+    return str(Path(name).absolute()) if Path(name).exists() else name
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """What the model is asked, and how its answers are scored."""
+
+    rewards: dict[str, float] | None = None
+    """Reward terms with weights, as in `--rewards iou 1 format 0.5`; a function of one's own is named as in
+    `my_rewards:brevity`. None: the task's own terms."""
+    prompt_template: str | None = None
+    """Prompt template with {question}, and {answer}, {none} and {coordinates} as needed. None: the task's own."""
+    answer_format: Literal["tags", "sections"] | None = None
+    """Format of a completion: think/answer tags, or PeBR-R1's sections. None: the task's own."""
+    coordinates: Literal["auto", "original", "resized", "norm1000"] = "auto"
+    """Convention of coordinates in prompts and answers: pixels of the stored image, pixels of the resized image that
+    the model sees, or thousandths. "auto": the convention that the model was trained with."""
+
+
+EngineName = str
+
+
+@dataclass(frozen=True)
+class VLLMOptions:
+    """Resources of vLLM."""
+
+    engine_length: int = 16384
+    """Prompt and completion tokens together that vLLM makes room for, at most what the model takes."""
+    engine_memory: float = 0.4
+    """Share of the GPU's memory that vLLM may take, its weights included."""
+    tensor_parallel: int = 1
+    """Ranks that share one vLLM engine, each with a part of its weights."""
+
+    def __post_init__(self) -> None:
+        require(self.engine_length >= 2, f"engine_length must leave room for a prompt, not be {self.engine_length}")
+        require(0 < self.engine_memory < 1, f"engine_memory is a share between 0 and 1, not {self.engine_memory}")
+        require(self.tensor_parallel >= 1, f"tensor_parallel must be at least 1, not {self.tensor_parallel}")
+
+
+@dataclass(frozen=True)
+class EngineOptions(VLLMOptions):
+    """What generates completions."""
+
+    engine: EngineName = "hf"
+    """Engine that generates: hf (the trained model itself), vllm (a copy in the same process), vllm-server (copies on
+    servers), or one of your own, as in `my_engine:MyEngine`."""
+    server: tuple[str, ...] = ()
+    """Addresses of servers that `vlmenv serve` started, as http://127.0.0.1:8000. Prompts are spread over them."""
+    server_timeout: float = 300.0
+    """Seconds after which a server that has not answered is left out."""
+    weight_transfer: Literal["file", "direct"] = "file"
+    """Way of new weights to servers: "file", which each server reads, or "direct", from process to process, by NCCL
+    between GPUs and by gloo otherwise."""
+    weights_folder: Path | None = None
+    """Folder that servers on other machines read new weights from. None: a folder in memory."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.engine != "vllm" and (given := self._changed("engine_length", "engine_memory", "tensor_parallel")):
+            raise ConfigError(f"{' and '.join(given)} go with engine vllm; servers have their own")
+        if self.engine == "vllm-server":
+            self._check_servers()
+        elif given := self._changed("server", "server_timeout", "weight_transfer", "weights_folder"):
+            raise ConfigError(f"{' and '.join(given)} go with engine vllm-server")
+
+    def _changed(self, *names: str) -> list[str]:
+        """Those of the options that do not have their default."""
+        return [name for name in names if getattr(self, name) != type(self).__dataclass_fields__[name].default]
+
+    def _check_servers(self) -> None:
+        if not self.server:
+            raise ConfigError("engine vllm-server needs servers: start one by `vlmenv serve`, and name it by --server")
+        if len(set(self.server)) < len(self.server):
+            raise ConfigError(f"a server is named twice: {', '.join(self.server)}")
+        if self.weight_transfer == "direct" and self.weights_folder is not None:
+            raise ConfigError("weights_folder goes with weight_transfer file; direct writes none")
+        require(self.server_timeout > 0, f"server_timeout must be above 0 seconds, not {self.server_timeout}")
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """A task, and the model that answers it."""
+
+    env: str = "VLM-REC-v0"
+    """Environment; `vlmenv envs` lists them. A task of your own is named with its module, as in my_task:My-Task-v0."""
+    model: str = BUILTIN
+    """Model: "builtin", a checkpoint's folder, a run's folder (its best or newest checkpoint), or a name on the Hugging
+    Face hub."""
+    imports: Annotated[tuple[str, ...], tyro.conf.arg(name="import")] = ()
+    """Modules of your own to import first, which register tasks, rewards, algorithms or model families."""
+    device: Device = "auto"
+    """Device of the model. "auto": a GPU if there is one."""
+    seed: int = 0
+    """Seed of the order of samples and of sampling."""
+    data: DataOptions = field(default_factory=DataOptions)
+    prompts: PromptOptions = field(default_factory=PromptOptions)
+    sampling: Sampling = field(default_factory=Sampling)
+    generation: EngineOptions = field(default_factory=EngineOptions)
+    scorers: ScorerConfig = field(default_factory=ScorerConfig)
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**63, f"seed must be from 0 to 2**63 - 1, not {self.seed}")
+        generation, longest = self.generation, self.sampling.max_new_tokens
+        if generation.engine == "vllm" and generation.engine_length <= longest:
+            raise ConfigError(f"engine_length must leave room for prompts: more than {longest} tokens")
+        if generation.engine in ("vllm", "vllm-server") and self.sampling.temperature > 2:
+            raise ConfigError(f"vLLM takes temperatures up to 2, not {self.sampling.temperature}")
+
+    def located(self) -> Self:
+        """The options with absolute paths, so that they hold from any folder.
+
+        These are the names that may be paths; what is always a path is written absolute in any case.
+        """
+        clip = self.scorers.clip_model
+        scorers = replace(self.scorers, clip_model=None if clip is None else located_model(clip))
+        return replace(self, model=located_model(self.model), data=self.data.located(), scorers=scorers)
+
+
+def located_model(name: str) -> str:
+    """The name of a model, with an absolute path if it is a folder; the shipped model keeps its name."""
+    return name if name == BUILTIN else located_name(name)

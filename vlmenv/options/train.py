@@ -1,0 +1,185 @@
+"""Options of `vlmenv train`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final, Generic, Literal, Self, TypeVar
+
+from vlmenv.algos import AlgorithmConfig, GRPOConfig, TrainerConfig, find_algorithm
+from vlmenv.core.errors import ConfigError, require
+from vlmenv.options.task import TaskConfig, located_names
+
+AlgorithmT = TypeVar("AlgorithmT", bound=AlgorithmConfig)
+
+
+@dataclass(frozen=True)
+class AdaptationOptions:
+    """Which weights are trained, and how gradients are computed."""
+
+    lora_rank: int | None = None
+    """Rank of low-rank adapters (LoRA, arXiv 2106.09685), which are then all that is trained. None: no adapters."""
+    lora_alpha: int | None = None
+    """Scale of the adapters times their rank. None: twice the rank."""
+    lora_dropout: float = 0.0
+    """Share of an adapter's inputs that is dropped in training."""
+    lora_vision: bool = False
+    """Adapt the vision tower too."""
+    freeze_vision: bool = False
+    """Freeze the vision tower."""
+    freeze_projector: bool = False
+    """Freeze the projector between vision tower and language model."""
+    share_prefixes: bool = True
+    """Run image and prompt through the model once per group, not once per completion. Exact, and much faster."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+
+    def __post_init__(self) -> None:
+        lora = self.lora_alpha is not None or self.lora_dropout or self.lora_vision
+        if self.lora_rank is None and lora:
+            raise ConfigError("lora_alpha, lora_dropout and lora_vision go with lora_rank")
+        if self.lora_rank is not None and (self.freeze_vision or self.freeze_projector):
+            raise ConfigError("with lora_rank all but the adapters is frozen: leave out the options to freeze")
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """Batches of prompts, and how many."""
+
+    prompts_per_step: int = 16
+    """Samples in a batch over all ranks together, each answered `group_size` times."""
+    revisit: float = 1.0
+    """Probability of showing a sample again whose answers all got the same reward last time."""
+    epochs: float | None = None
+    """Passes over the data set, instead of `steps`. A step counts one batch, also if `most_rounds` takes several."""
+    warmup_share: float | None = None
+    """Share of the steps over which the learning rate rises, instead of `warmup_steps`."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of forward and backward passes. Weights are kept in fp32."""
+
+    def __post_init__(self) -> None:
+        require(self.prompts_per_step >= 1, f"prompts_per_step must be at least 1, not {self.prompts_per_step}")
+        require(0 <= self.revisit <= 1, f"revisit is a probability from 0 to 1, not {self.revisit}")
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise ConfigError(f"epochs must be above 0, not {self.epochs}")
+        if self.warmup_share is not None and not 0 <= self.warmup_share < 1:
+            raise ConfigError(f"warmup_share is a share from 0 to below 1, not {self.warmup_share}")
+
+
+@dataclass(frozen=True)
+class MeasuringOptions:
+    """Evaluation before, during and after training."""
+
+    eval_dataset: tuple[str, ...] | None = None
+    """Data set to measure on, in the forms of `dataset`. None: the training data."""
+    eval_split: str | None = None
+    """Split of a Hugging Face data set to measure on. None: that of the training data."""
+    eval_image_root: tuple[Path, ...] | None = None
+    """Folder of the images of `eval_dataset`. None: `image_root`."""
+    eval_limit: int = 512
+    """Largest number of samples to measure on. 0: no measuring."""
+    eval_every: int | None = None
+    """Steps between two evaluations during training. The best model by the first metric is kept, and a warning tells if
+    answers drift (in length, repetition, boxes, format) while that metric falls. None: before and after only."""
+
+    def __post_init__(self) -> None:
+        require(self.eval_limit >= 0, f"eval_limit must not be negative, not {self.eval_limit}")
+        require(
+            self.eval_every is None or self.eval_every >= 1, f"eval_every must be at least 1, not {self.eval_every}"
+        )
+        if self.eval_every is not None and self.eval_limit == 0:
+            raise ConfigError("eval_every needs samples to measure on: leave out eval_limit 0")
+        if self.eval_image_root is not None and self.eval_dataset is None:
+            raise ConfigError("eval_image_root goes with eval_dataset")
+
+
+@dataclass(frozen=True)
+class LoggingOptions:
+    """What a run writes, and where."""
+
+    output: Path | None = None
+    """Folder of the run. None: runs/DATE-TIME-ENV-ALGO."""
+    checkpoint_every: int | None = None
+    """Steps between two checkpoints. None: one checkpoint, at the end."""
+    keep: int | None = None
+    """Number of checkpoints to keep, the newest. None: all."""
+    tracker: str = "tensorboard"
+    """Where metrics and example completions are logged: tensorboard (in the run's folder), wandb, none, or a class of
+    your own, as in `my_tracker:MyTracker`."""
+    log_samples: int = 50
+    """Steps between two logs of example completions with their pictures; also at the first and last step. 0: none."""
+
+    def __post_init__(self) -> None:
+        for name in ("checkpoint_every", "keep"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name} must be at least 1, not {value}")
+        require(self.log_samples >= 0, f"log_samples must not be negative, not {self.log_samples}")
+
+
+@dataclass(frozen=True)
+class TrainConfig(TaskConfig, Generic[AlgorithmT]):
+    """Train a model by reinforcement learning; with no options, the built-in model on the built-in scenes."""
+
+    recipe: str | None = None
+    """Published recipe to take options from; `vlmenv recipes` lists them. `--config` and the command line win."""
+    config: Path | None = None
+    """YAML file of options, such as a run's config.yaml or resolved.yaml. The command line wins."""
+    resume: Path | None = None
+    """Run's folder to continue from its newest checkpoint, with its own options. `--steps N` beside it prolongs it."""
+    dry_run: bool = False
+    """Print the resolved options, the files to be read and the folder to be written, and stop."""
+    algo: str = "grpo"
+    """Algorithm: grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce++, ppo, sft, or a class of your own, as in
+    `my_algorithm:MyAlgorithm`. `vlmenv train --algo NAME --help` shows its options."""
+    batches: BatchOptions = field(default_factory=BatchOptions)
+    measuring: MeasuringOptions = field(default_factory=MeasuringOptions)
+    logging: LoggingOptions = field(default_factory=LoggingOptions)
+    adaptation: AdaptationOptions = field(default_factory=AdaptationOptions)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    algorithm: AlgorithmT = field(default_factory=GRPOConfig)  # type: ignore[assignment]
+
+    def located(self) -> Self:
+        measuring = replace(self.measuring, eval_dataset=located_names(self.measuring.eval_dataset))
+        return replace(super().located(), measuring=measuring)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batches.revisit < 1 and self.algorithm.group_size == 1:
+            raise ConfigError("revisit compares the answers to a sample: it needs a group_size above 1")
+        if self.sampling.temperature == 0:
+            raise ConfigError("temperature must be above 0: training needs varied answers")
+        self._check_sampler()
+        data, measuring = self.data, self.measuring
+        given = not (measuring.eval_dataset is None and measuring.eval_split is None and data.split is None)
+        if data.dataset is None and given:
+            raise ConfigError(
+                "split, eval_dataset and eval_split go with dataset: the built-in samples have splits of their own"
+            )
+
+    def _check_sampler(self) -> None:
+        """Raises ConfigError if options for a sampler with other weights have no use."""
+        names = ("correction", "correction_cap", "max_staleness")
+        given = [name for name in names if getattr(self.trainer, name) != getattr(TrainerConfig, name)]
+        engine = self.generation.engine
+        if given and self.algo == "sft":
+            raise ConfigError(f"{' and '.join(given)} are of no use to sft, which learns from true answers")
+        if getattr(self.algorithm, "replay", 0):  # of answers by earlier weights
+            given = [name for name in given if name == "max_staleness"]
+        if given and engine == "hf":
+            raise ConfigError(f"{' and '.join(given)} go with an engine: the model itself samples from what it learns")
+        if self.trainer.max_staleness and engine != "vllm-server":
+            raise ConfigError("max_staleness 1 needs a server that answers meanwhile: engine vllm-server")
+
+
+RIVALS: Final = (("steps", "epochs"), ("warmup_steps", "warmup_share"))
+"""Pairs of options that replace each other."""
+
+
+def default_config(algo: str = "grpo") -> TrainConfig[Any]:
+    """The defaults of all options for an algorithm.
+
+    Raises:
+        ConfigError: There is no such algorithm.
+    """
+    return TrainConfig(algo=algo, algorithm=find_algorithm(algo).preset)
