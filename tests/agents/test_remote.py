@@ -22,7 +22,7 @@ opened, model, good, bad = stand_in_server.opened, stand_in_server.model, stand_
 
 @pytest.mark.parametrize("address", ["127.0.0.1:8000", "http://", "http://a:8000/v1", "ftp://a", "http://a:port", ""])
 def test_what_is_no_address_is_refused(address: str) -> None:
-    with pytest.raises(ConfigError, match="no address of a server"):
+    with pytest.raises(ConfigError, match="not the address of a server"):
         check_address(address)
 
 

@@ -1,4 +1,4 @@
-"""Whether the task can do something with the model's answers."""
+"""Checks that the task can use the model's answers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from vlmenv.doctor.overlap import Overlap, clearly_better, overlap
 from vlmenv.doctor.patient import GROUP, Patient, Seen, Unchecked
 
 _PARSED, _TRUNCATED, _INSIDE = 0.25, 0.5, 0.5
-"""The least share of answers that can be read, the greatest that may be cut off, the least of boxes in the image."""
+"""Minimum share of parsed answers, maximum share of truncated ones, minimum share of boxes within the image."""
 
 
 def coordinates(patient: Patient) -> Seen:
-    """Under which convention of coordinates the answers' boxes lie where they should."""
+    """Finds the convention of coordinates under which the answers' boxes overlap most with the true ones."""
     taught, used = coordinate_space(patient.agent.folder), patient.task.coordinates.space
     found = {space: _overlap(patient, way) for space, way in _conventions(patient).items()}
     if not any(one.boxes and one.samples for one in found.values()):
@@ -34,7 +34,7 @@ def coordinates(patient: Patient) -> Seen:
 
 
 def read(patient: Patient) -> Seen:
-    """Share of answers that the task can read."""
+    """Counts the answers that the task can parse."""
     greedy, sampled = ([one is not None for one in _parsed(patient, i)] for i in (0, 1))
     figure = f"greedy {sum(greedy)} of {len(greedy)}, sampled {sum(sampled)} of {len(sampled)}"
     if _can_be_read(patient):
@@ -46,7 +46,7 @@ def read(patient: Patient) -> Seen:
 
 
 def rewards(patient: Patient) -> Seen:
-    """What sampled answers are worth, and whether that differs."""
+    """Compares the rewards of sampled answers."""
     if not _can_be_read(patient):
         raise Unchecked("hardly an answer can be read")
     values, infos = patient.scored
@@ -64,7 +64,7 @@ def rewards(patient: Patient) -> Seen:
 
 
 def cut_off(patient: Patient) -> Seen:
-    """Share of sampled answers that the limit cuts off."""
+    """Counts the sampled answers that the length limit cuts off."""
     cut = [one.finish_reason == "length" for one in patient.answers[1].completions]
     limit = patient.config.sampling.max_new_tokens
     figure = f"{sum(cut)} of {len(cut)} sampled, at {limit} tokens"
@@ -81,7 +81,7 @@ def _can_be_read(patient: Patient) -> bool:
 
 
 def _conventions(patient: Patient) -> dict[CoordinateSpace, Coordinates]:
-    """Those that the answers may be in; not "resized" where no image is."""
+    """Conventions that the answers may have; "resized" only if an image is resized."""
     found = {space: Coordinates(space) for space in (CoordinateSpace.ORIGINAL, CoordinateSpace.NORM1000)}
     with suppress(ModelError):
         way = Coordinates(CoordinateSpace.RESIZED, resize_rule(patient.agent.folder))

@@ -1,4 +1,4 @@
-"""All checks, one after the other, and the table of what they find."""
+"""All checks in order, and the table of their findings."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from vlmenv.options.doctor import DoctorConfig
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A line of the examination."""
+    """A check, one line of the table."""
 
     name: str
     look: Callable[[Patient], Seen]
     remedy: str
-    """what to do where it ends in an error"""
+    """advice if the check raises an error"""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a check found."""
+    """The result of a check."""
 
     check: str
     figure: str
-    """what was seen; or why it could not be looked at"""
+    """what the check measured, or why it could not"""
     passed: bool | None
-    """None where it could not be looked at: another check has failed, or there is nothing to see"""
+    """None if it was not checked: an earlier check failed, or there is nothing to check"""
     remedy: str = ""
-    """what to do where it failed"""
+    """advice if it failed"""
 
 
 def model(patient: Patient) -> Seen:
-    """Loads the model, with the engine if that can be had."""
+    """Loads the model, with the engine if that starts."""
     patient.load_model()
     agent = patient.agent
     every, trained = (sum(p.numel() for p in part) for part in (agent.policy.parameters(), agent.parameters()))
@@ -62,7 +62,7 @@ def samples(patient: Patient) -> Seen:
 
 
 def engine(patient: Patient) -> Seen:
-    """Whether what generates has started, and answers; how it reads prompts is told in other lines."""
+    """Checks that the engine started and answers. Other checks compare how it encodes prompts."""
     agent, name = patient.agent, patient.config.generation.engine
     if patient.engine_fault:
         return patient.engine_fault, "docs/vllm.md says what it needs. Until then what asks it is left out."
@@ -108,11 +108,11 @@ CHECKS = (
     Check("rewards", answers.rewards, "A reward term fails on an answer of the model: its message says which."),
     Check("memory", machine.memory, "A few answers have no room already: take a smaller model, or --lora-rank."),
 )
-"""In the order in which they are made: later ones need what earlier ones have loaded."""
+"""In order: later checks need what earlier ones loaded."""
 
 
 def examine(config: DoctorConfig[Any], device: torch.device, console: Console | None = None) -> list[Finding]:
-    """What all checks find; an error in one fails that one alone."""
+    """Runs all checks. An error in a check fails only that check."""
     console = console or Console(quiet=True)
     with closing(Patient(config, device)) as patient, console.status("") as status:
         found = []
@@ -134,7 +134,7 @@ def _looked(check: Check, patient: Patient) -> Finding:
 
 
 def findings_table(config: DoctorConfig[Any], findings: Sequence[Finding]) -> Table:
-    """A line for each check."""
+    """A table with a line per check."""
     table = Table(title=f"{config.model}, {config.env}, engine {config.generation.engine}", title_justify="left")
     table.add_column("check", no_wrap=True)
     table.add_column("found", ratio=1, overflow="fold")

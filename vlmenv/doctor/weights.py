@@ -1,4 +1,4 @@
-"""Whether what generates is the model that is trained: before an update, after one, and when it is taken back."""
+"""Checks that the engine has the trainer's weights: before an update, after it, and after its reversal."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from vlmenv.core.rollout import Rollout
 from vlmenv.doctor.patient import Numbers, Patient, Seen, Unchecked
 
 _TOLERANCES = {"fp32": (1e-4, 1e-3), "bf16": (0.05, 1.0), "fp16": (0.01, 0.2)}
-"""Differences between log-probabilities that rounding explains: in the mean, and of a single token."""
+"""Tolerated differences of log-probabilities: of their mean, and of a single token."""
 _BITS, _SMALL = (18, 19, 20, 21, 22), 0.01
-"""Of a float32's fraction, to be flipped in every weight: from a 32nd part to a half; and what zeros become."""
+"""Bits of a float32's fraction to flip in every weight, from a 32nd to a half; and what zeros become."""
 _MOVED, _POWER = 0.5, 10
-"""How far an update is to move log-probabilities in the mean; at the least, so many times as rounding does."""
+"""Mean change of log-probabilities to aim for; and the least accepted one, as a multiple of the tolerance."""
 
 
 def names(patient: Patient) -> Seen:
-    """Whether the trainer's weights have the names that the model's folder has."""
+    """Compares the names of the trainer's weights with those of the model's folder."""
     agent = patient.agent
     state, model = agent.family.model.state_dict(), agent.family.model
     merged = state if agent.lora is None else agent.lora.merged(state)
@@ -41,7 +41,7 @@ def names(patient: Patient) -> Seen:
 
 
 def logprobs(patient: Patient) -> Seen:
-    """What is sampled, against the trainer's own scoring of it."""
+    """Compares the sampler's log-probabilities with the trainer's."""
     patient.need_engine()
     patient.baseline = patient.ask_at_length()
     return _judged(
@@ -53,7 +53,7 @@ def logprobs(patient: Patient) -> Seen:
 
 
 def greedy(patient: Patient) -> Seen:
-    """Whether each token of a greedy answer is the trainer's likeliest."""
+    """Checks that each token of a greedy completion is the trainer's most likely one."""
     patient.need_engine()
     rollout = patient.ask_at_length(greedy=True)
     behind = [_behind_likeliest(patient, rollout[np.array([i])]) for i in range(len(rollout))]
@@ -68,7 +68,7 @@ def greedy(patient: Patient) -> Seen:
 
 
 def update(patient: Patient) -> Seen:
-    """Whether what generates follows an update: the same prompts are asked again after it."""
+    """Checks that the engine takes an update: it samples the same prompts again after it."""
     rollout = _baseline(patient)
     undo, moved = _disturb(patient, rollout)
     try:
@@ -87,7 +87,7 @@ def update(patient: Patient) -> Seen:
 
 
 def put_back(patient: Patient) -> Seen:
-    """The same with the first weights again."""
+    """Checks that the engine takes the first weights again."""
     _baseline(patient)
     if not patient.in_step:
         raise Unchecked("the update was not taken over")
@@ -96,10 +96,10 @@ def put_back(patient: Patient) -> Seen:
 
 
 def checksums(patient: Patient) -> Seen:
-    """Whether every weight follows an update to the bit, however little it bears on what is generated.
+    """Checks that every weight takes an update bit for bit, however little it affects completions.
 
-    All weights are changed. What the trainer hands over must have changed then; what the engine holds too, and be the
-    same again where it takes the update over after all of its weights were set to 0.
+    All weights are changed. Then all weights that the trainer sends must have changed, and all of the engine's too. The
+    engine's must be the same again if it takes the update after all of its weights were set to 0.
     """
     patient.need_engine()
     agent = patient.able
@@ -128,13 +128,13 @@ def checksums(patient: Patient) -> Seen:
 
 
 def _digests(agent: VLMAgent) -> dict[str, int]:
-    """Of the weights as they are handed over."""
+    """Fingerprints of the weights that the trainer sends."""
     weights = agent._published_weights()
     return dict(zip(weights, fingerprint(weights.values()), strict=True))
 
 
 def _stale(patient: Patient, before: Mapping[str, str]) -> list[str]:
-    """Weights of the engine that an update leaves as they were, or takes over in part."""
+    """Weights of the engine that an update does not change, or changes in part."""
     if not before:
         return []
     patient.sync()
@@ -151,7 +151,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _told_of(held: Mapping[str, str]) -> str:
-    """What is said of an engine's weights where all is well."""
+    """The figure about an engine's weights if all of them changed."""
     if not held:
         return ""
     packed = sum(digest == UNREADABLE for digest in held.values())
@@ -167,7 +167,7 @@ def _baseline(patient: Patient) -> Rollout:
 
 
 def _judged(patient: Patient, rollout: Rollout, remedy: str) -> Seen:
-    """Log-probabilities of what was sampled; wrong where they differ from the trainer's by more than rounding."""
+    """Compares the sampler's log-probabilities with the trainer's, within the tolerance."""
     sampled = np.concatenate([one.logprobs for one in rollout.completions])
     gaps = np.abs(sampled - patient.scores(rollout))
     mean, most = float(gaps.mean()), float(gaps.max())
@@ -178,7 +178,7 @@ def _judged(patient: Patient, rollout: Rollout, remedy: str) -> Seen:
 
 @torch.no_grad()
 def _behind_likeliest(patient: Patient, rollout: Rollout) -> Numbers:
-    """By how much each token's log-probability is below the likeliest one's, as the trainer has it."""
+    """The difference of the trainer's largest log-probability and each token's."""
     policy = patient.agent.family_policy
     with patient.autocast():
         logprobs = torch.log_softmax(policy.logits(policy.hidden_states(rollout)[0]), dim=-1)
@@ -187,10 +187,10 @@ def _behind_likeliest(patient: Patient, rollout: Rollout) -> Numbers:
 
 
 def _disturb(patient: Patient, rollout: Rollout) -> tuple[Callable[[], None], float]:
-    """Changes every trained weight, enough to be seen.
+    """Changes every trained weight enough to see an effect.
 
     Returns:
-        What undoes it, to the bit; and by how much the log-probabilities of a rollout have moved in the mean.
+        A function that reverses the change bit for bit; and the mean change of a rollout's log-probabilities.
     """
     before, parameters = patient.scores(rollout), patient.agent.parameters()
     for bit in _BITS:
@@ -208,9 +208,9 @@ def _disturb(patient: Patient, rollout: Rollout) -> tuple[Callable[[], None], fl
 
 
 def _flip(parameters: Sequence[Tensor], bit: int) -> Callable[[], None]:
-    """Flips a bit of each weight, which changes it by a share of it, without a copy; gives what flips it back.
+    """Flips a bit of each weight in place, which changes it by a share of it. Returns a function that flips it back.
 
-    Where all of a tensor is 0, as in new adapters, it becomes a small number.
+    Tensors of zeros, as in new adapters, become a small number.
     """
     number = int(np.float32(_SMALL * 2 ** (bit - _BITS[0])).view(np.int32))
     masks = [1 << bit if parameter.any() else number for parameter in parameters]
