@@ -29,7 +29,7 @@ def coordinates(patient: Patient) -> Seen:
     if clearly_better(found[best], found[used]):
         return figure, f"The answers are in coordinates '{best}': give --coordinates {best}."
     if found[used].inside < _INSIDE:
-        return figure, f"Most boxes lie outside the image: leave out --coordinates, or give --coordinates {taught}."
+        return figure, f"Most boxes lie outside the image: remove --coordinates, or give --coordinates {taught}."
     return figure, ""
 
 
@@ -39,8 +39,8 @@ def read(patient: Patient) -> Seen:
     figure = f"greedy {sum(greedy)} of {len(greedy)}, sampled {sum(sampled)} of {len(sampled)}"
     if _can_be_read(patient):
         return figure, ""
-    return f"{figure}; one is {patient.answers[0].texts[0][:80]!r}", (
-        "Nearly all rewards will be 0. Give a --prompt-template or --answer-format that the model follows, or train "
+    return f"{figure}; for example {patient.answers[0].texts[0][:80]!r}", (
+        "Nearly all rewards will be 0. Use a --prompt-template or --answer-format that the model follows, or train "
         "it with --algo sft first."
     )
 
@@ -58,8 +58,8 @@ def rewards(patient: Patient) -> Seen:
     if (values != values[0]).any():
         return figure, ""
     return figure, (
-        "All answers are worth the same, which teaches nothing. Take other --rewards, harder or easier samples, or a "
-        "higher --temperature."
+        "All answers have the same reward, which gives no gradient. Use other --rewards, harder or easier samples, or "
+        "a higher --temperature."
     )
 
 

@@ -65,7 +65,7 @@ def engine(patient: Patient) -> Seen:
     """Checks that the engine started and answers. Other checks compare how it encodes prompts."""
     agent, name = patient.agent, patient.config.generation.engine
     if patient.engine_fault:
-        return patient.engine_fault, "docs/vllm.md says what it needs. Until then what asks it is left out."
+        return patient.engine_fault, "docs/vllm.md tells what it needs. Without it, checks of the engine are skipped."
     if agent.engine is None:
         return "the model itself", ""
     room = agent.engine.max_length
@@ -74,17 +74,17 @@ def engine(patient: Patient) -> Seen:
 
 
 _FILES = "Copy the processor's files from the published model into the model's folder."
-_FAILS = "What generates fails on plain requests: its message says why."
+_FAILS = "The engine fails on plain requests: its message tells why."
 CHECKS = (
-    Check("versions", machine.versions, "Install vlmenv with pip, so that what it wants is known."),
-    Check("device", machine.device, "See whether the GPU works at all, with nvidia-smi; or give --device cpu."),
+    Check("versions", machine.versions, "Install vlmenv with pip, so that its requirements are known."),
+    Check("device", machine.device, "Check the GPU with nvidia-smi, or give --device cpu."),
     Check(
         "model", model, "Give a folder in the published layout, or a name on the hub, of a family in docs/families.md."
     ),
-    Check("samples", samples, "`vlmenv data check` tells all that is wrong with a data set."),
+    Check("samples", samples, "`vlmenv data check` lists all faults of a data set."),
     Check("weight names", weights.names, "Take a checkpoint in the published layout."),
     Check("image features", prompts.image_features, _FILES),
-    Check("engine", engine, "It fails on plain requests: its message says why. What asks it is left out."),
+    Check("engine", engine, "It fails on plain requests: its message tells why. Checks of the engine are skipped."),
     Check("prompt text", prompts.prompt_text, _FILES),
     Check("prompt images", prompts.prompt_images, _FILES),
     Check("log-probs", weights.logprobs, _FAILS),
@@ -92,21 +92,21 @@ CHECKS = (
     Check(
         "after an update",
         weights.update,
-        "What generates cannot take over new weights, and would go on with old ones. Let it hold the same model in "
-        "the same layout, and empty its caches.",
+        "The engine cannot load new weights, and would generate with old ones. Serve the same model in the same "
+        "layout.",
     ),
     Check("weights put back", weights.put_back, "As for the line before."),
     Check(
         "weight checksums",
         weights.checksums,
-        "What generates does not tell which weights it holds: its message says why. Take vLLM in a version that "
-        "docs/vllm.md names.",
+        "The engine gives no checksums of its weights: its message tells why. Use a version of vLLM that docs/vllm.md "
+        "names.",
     ),
     Check("coordinates", answers.coordinates, "Leave out --coordinates."),
-    Check("answers read", answers.read, "The task fails on an answer of the model: mend its parse()."),
+    Check("answers read", answers.read, "The task fails on an answer of the model: fix its parse()."),
     Check("answers cut off", answers.cut_off, _FAILS),
-    Check("rewards", answers.rewards, "A reward term fails on an answer of the model: its message says which."),
-    Check("memory", machine.memory, "A few answers have no room already: take a smaller model, or --lora-rank."),
+    Check("rewards", answers.rewards, "A reward term fails on an answer of the model: its message names the term."),
+    Check("memory", machine.memory, "Memory is too small for a few completions: use a smaller model, or --lora-rank."),
 )
 """In order: later checks need what earlier ones loaded."""
 

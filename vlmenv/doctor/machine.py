@@ -53,8 +53,9 @@ def memory(patient: Patient) -> Seen:
     if needed <= total:
         return figure, ""
     return figure, (
-        "Too much. A lower --micro-batch-size, or --gradient-checkpointing, lowers activations; --lora-rank lowers "
-        "gradients and Adam; a lower --prompts-per-step lowers keys and values, a lower --engine-memory an engine."
+        "Memory is too small. To lower activations, lower --micro-batch-size or give --gradient-checkpointing. To "
+        "lower gradients and Adam, give --lora-rank. To lower keys and values, lower --prompts-per-step; to lower the "
+        "engine, lower --engine-memory."
     )
 
 

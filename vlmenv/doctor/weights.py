@@ -35,8 +35,8 @@ def names(patient: Patient) -> Seen:
         return f"{len(ours)} weights" + (f"; {len(missing)} more in the folder are not used" if missing else ""), ""
     instead = f", which has {missing[0]}" if missing else ""
     return f"{len(unknown)} are not in the model's folder, {unknown[0]} among them{instead}", (
-        "Engines and checkpoints would get weights by names that the published model has not. Take a checkpoint in "
-        "the published layout, or the version of transformers that it is for."
+        "Engines and checkpoints would get weights with names that the published model does not have. Use a checkpoint "
+        "in the published layout, or the version of transformers that it is for."
     )
 
 
@@ -47,8 +47,8 @@ def logprobs(patient: Patient) -> Seen:
     return _judged(
         patient,
         patient.baseline,
-        "The trainer would learn from answers of another distribution. Give both the same weights and precision; "
-        "under bf16, try --precision fp32, in which they must agree.",
+        "The trainer would learn from completions of another distribution. Give both the same weights and precision; "
+        "with bf16, try --precision fp32, where they must agree.",
     )
 
 
@@ -64,7 +64,7 @@ def greedy(patient: Patient) -> Seen:
         figure += f"; a token is less likely than its likeliest by {most:.2g} (allowed {allowed:g})"
     if most <= allowed:
         return figure, ""
-    return figure, "What generates is not the model that is trained, or not at its precision: see the line before."
+    return figure, "The engine's model or precision differs from the trainer's: see the line before."
 
 
 def update(patient: Patient) -> Seen:
@@ -76,9 +76,8 @@ def update(patient: Patient) -> Seen:
         figure, remedy = _judged(
             patient,
             patient.ask_at_length(),
-            "What generates goes on with old weights, or with what it kept of them: a weight that it does not take "
-            "over, or a cache (of prompts, of image features) that is not emptied. Take vLLM in a version that "
-            "docs/vllm.md names, or leave out --engine.",
+            "The engine generates with old weights, or with a cache of old weights (of prompts or image features). Use "
+            "a version of vLLM that docs/vllm.md names, or remove --engine.",
         )
         patient.in_step = True
     finally:
@@ -113,13 +112,13 @@ def checksums(patient: Patient) -> Seen:
     if fixed:
         patient.give_up("it is not given all weights")
         return f"{_listed(fixed)} of {len(published)} weights are handed over as they were before an update", (
-            "What generates would go on with old weights, and checkpoints hold them. Take the version of transformers "
-            "that the model is for."
+            "The engine would generate with old weights, and checkpoints would hold them. Use the version of "
+            "transformers that the model is for."
         )
     if stale:
         patient.give_up("it does not take over all weights")
         return f"{_listed(stale)} of the engine's {len(held)} weights are not those of the update, or not all of it", (
-            "What generates would go on with old weights. Take vLLM in a version that docs/vllm.md names, or leave out "
+            "The engine would generate with old weights. Use a version of vLLM that docs/vllm.md names, or remove "
             "--engine."
         )
     if held:
