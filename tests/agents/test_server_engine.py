@@ -217,7 +217,7 @@ def test_a_folder_that_cannot_be_written_is_named(good: Answering, opened: ExitS
 
 def test_a_worker_tells_what_is_wrong_with_a_file(tmp_path: Path) -> None:
     receiver = WeightReceiver()
-    assert "FileNotFoundError" in receiver.vlmenv_overwrite(str(tmp_path / "none"), 1)["fault"]
+    assert "FileNotFoundError" in receiver.vlmenv_overwrite(str(tmp_path / "none"), "")["fault"]
     file = tmp_path / "weights.safetensors"
     file.write_bytes(b"half of it")
     assert "has the SHA-256" in receiver.vlmenv_overwrite(str(file), "0" * 64)["fault"]
