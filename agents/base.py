@@ -41,16 +41,16 @@ class Agent(ABC):
         policy: The module that is trained. Its `forward` maps a `Rollout` to `LogProbs`, so that it can be wrapped for
             distributed training.
         max_new_tokens: Length limit of completions in tokens, end token included.
-        in_step: If true, every call of `logprobs` runs every submodule, also the vision tower without images. With
-            sharded gradients a rank that skips one would deadlock the collective.
-        divided: If true, moreover every call runs every submodule equally often, also frozen ones. Set for sharded
+        runs_every_module: If true, every call of `logprobs` runs every submodule, also the vision tower without images.
+            With sharded gradients a rank that skips one would deadlock the collective.
+        sharded: If true, moreover every call runs every submodule equally often, also frozen ones. Set for sharded
             weights, before `reference` is called and the policy is sharded.
     """
 
     policy: nn.Module
     max_new_tokens: int
-    in_step: bool = False
-    divided: bool = False
+    runs_every_module: bool = False
+    sharded: bool = False
 
     @abstractmethod
     def act(self, observations: Observations) -> list[str]:

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 from vlmenv.agents.attention import Attention, Continuations, Prefixes, enable_packing, no_mask
 from vlmenv.agents.base import LogProbs
 from vlmenv.agents.families.base import Family, join_images
-from vlmenv.agents.lean import keeping_little, make_lean
 from vlmenv.agents.linear_logprobs import linear_logprobs
 from vlmenv.agents.packing import Packing
-from vlmenv.agents.patches import multiply_patches
+from vlmenv.agents.patch_embedding import embed_patches_by_matmul
+from vlmenv.agents.saved_activations import dropping_recomputable, save_fewer_activations
 from vlmenv.agents.vision_attention import attend_by_segments
 from vlmenv.core.rollout import Prompt, Rollout
 
@@ -56,7 +56,7 @@ class Policy(nn.Module):
     Attributes:
         share_prefixes: If true, the prompt of a group runs through the model once. This is exact, in value and in
             gradient. If false, each completion repeats images and prompt with padding: slow, for comparison.
-        divided: True if ranks hold shards of the weights. Then each pass runs the vision tower once and the language
+        sharded: True if ranks hold shards of the weights. Then each pass runs the vision tower once and the language
             model twice, on prompts and on completions, so that the collectives of all ranks match.
         value_head: The critic's head; None without a critic.
     """
@@ -66,19 +66,19 @@ class Policy(nn.Module):
         self.family = family
         self.model = family.model
         self.share_prefixes = True
-        self.divided = False
+        self.sharded = False
         self.value_head: ValueHead | None = None
         banned = torch.from_numpy(family.banned_tokens).to(family.model.device)
         self.register_buffer("banned", banned, persistent=False)
         enable_packing(cast(PreTrainedModel, family.language_model()))
-        multiply_patches(family.vision_tower())
+        embed_patches_by_matmul(family.vision_tower())
         if family.packs_images:
             attend_by_segments(cast(PreTrainedModel, family.vision_tower()))
-        make_lean(family.model)
+        save_fewer_activations(family.model)
 
     def forward(self, rollout: Rollout) -> LogProbs:
         """Computes log-probabilities and entropies of a rollout's completions, and values if there is a value head."""
-        with keeping_little():
+        with dropping_recomputable():
             hidden, packing = self.hidden_states(rollout)
         targets = self._tokens([completion.token_ids for completion in rollout.completions])
         head, temperature = self._head(), rollout.temperature or 1.0
@@ -150,7 +150,7 @@ class Policy(nn.Module):
         on_device = index.to(self.device)[packing.rows]
         lengths = packing.lengths - 1  # the last token predicts nothing
         if not lengths.any():
-            if not self.divided:
+            if not self.sharded:
                 return firsts[on_device]
             lengths = packing.lengths  # the results are not used, but all ranks must run this pass
         inputs = Packing(lengths, self.device)
@@ -189,7 +189,7 @@ class Policy(nn.Module):
         shown = [prompt for prompt in prompts if prompt.images]
         if not shown:
             return None
-        if self.divided or self.family.sees_by_trained_weights():
+        if self.sharded or self.family.sees_by_trained_weights():
             return self._look(shown)
         tower = self.family.vision_tower()
         for prompt in shown:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlmenv.agents.families import Family
-from vlmenv.agents.lean import keeping_all
+from vlmenv.agents.saved_activations import keeping_activations
 
 
 def recompute_activations(family: Family) -> None:
@@ -29,7 +29,7 @@ def holding_activations(family: Family) -> Iterator[None]:
     """Makes blocks keep all activations within the context, as much as a recomputed block holds."""
     taken = [(block, block.__dict__.pop("forward")) for block in _blocks(family) if "forward" in block.__dict__]
     try:
-        with keeping_all() if taken else nullcontext():
+        with keeping_activations() if taken else nullcontext():
             yield
     finally:
         for block, forward in taken:

@@ -27,11 +27,11 @@ class FrozenPolicy:
 
     def __init__(self, policy: Policy, prepare: Callable[[Rollout], Rollout]) -> None:
         family = policy.family
-        parted = policy.divided or family.sees_by_trained_weights()
+        parted = policy.sharded or family.sees_by_trained_weights()
         shared = [] if parted else [family.vision_tower(), *family.projectors()]
         model = copy.deepcopy(family.model, {id(module): module for module in shared}).requires_grad_(False)
         self.policy = Policy(type(family)(model, family.processor))
-        self.policy.share_prefixes, self.policy.divided = policy.share_prefixes, policy.divided
+        self.policy.share_prefixes, self.policy.sharded = policy.share_prefixes, policy.sharded
         self._prepare = prepare
 
     @torch.no_grad()

@@ -158,21 +158,21 @@ class VLMAgent(Agent):
         return super().logprobs(self._with_image(rollout))
 
     def _with_image(self, rollout: Rollout) -> Rollout:
-        """Adds a blank prompt without completions to a rollout without images, if `in_step`.
+        """Adds a blank prompt without completions to a rollout without images, if `runs_every_module`.
 
         Its gradient is 0, but it runs the vision tower, so that the collectives of all ranks match.
         """
-        if not self.in_step or any(prompt.images for prompt in rollout.prompts):
+        if not self.runs_every_module or any(prompt.images for prompt in rollout.prompts):
             return rollout
         return replace(rollout, prompts=[*rollout.prompts, self._blank])
 
     @property
-    def divided(self) -> bool:
-        return self.family_policy.divided
+    def sharded(self) -> bool:
+        return self.family_policy.sharded
 
-    @divided.setter
-    def divided(self, divided: bool) -> None:
-        self.family_policy.divided = divided
+    @sharded.setter
+    def sharded(self, sharded: bool) -> None:
+        self.family_policy.sharded = sharded
 
     @functools.cached_property
     def _blank(self) -> Prompt:
@@ -369,8 +369,8 @@ class VLMAgent(Agent):
             seed = int(torch.randint(2**62, (), generator=self._generator, device=self.device)) if draws else 0
             sampled = self.engine.generate(requests, index, sampling, np.random.default_rng(seed))
         completions = [Completion(self._text(one), one.token_ids, one.logprobs, one.finish_reason) for one in sampled]
-        whole, own = not sampling.cuts_tail, self.engine is None
-        return Rollout(prompts, index, completions, sampling.temperature, whole, own)
+        full, from_trainer = not sampling.cuts_tail, self.engine is None
+        return Rollout(prompts, index, completions, sampling.temperature, full, from_trainer)
 
     def _text(self, sampled: Sampled) -> str:
         """A completion's text, up to the end of its first stop text."""

@@ -103,7 +103,7 @@ class Rollouts:
                 for one in rollout.completions
             ],
             "prompt_index": torch.from_numpy(rollout.prompt_index),
-            "sampling": (rollout.temperature, rollout.whole, rollout.own),
+            "sampling": (rollout.temperature, rollout.full_distribution, rollout.from_trainer),
             "rewards": self.rewards,
             "records": self.records,
             "images": [tuple(known[id(image)] for image in images) for images in self.images],

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from vlmenv.algos.batch import Batch, Rollouts
 from vlmenv.core.errors import TrainingError
-from vlmenv.processes.together import STOPPED_TOGETHER
+from vlmenv.processes.failures import FAILED_ON_ALL_RANKS
 
 
 class NonFiniteError(TrainingError):
@@ -34,7 +34,7 @@ class NonFiniteError(TrainingError):
         super().__init__(message)
         self.step, self.rollouts, self.batch, self.logprobs = step, rollouts, batch, logprobs
         self.gradients, self.weights = gradients, weights
-        self.add_note(STOPPED_TOGETHER)
+        self.add_note(FAILED_ON_ALL_RANKS)
 
 
 def nonfinite_weights(policy: nn.Module) -> list[str]:

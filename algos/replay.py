@@ -56,7 +56,7 @@ class Replay:
             left = iter(drawn)
             groups = [next(left) if again else rollouts[self._rows(i)] for i, again in enumerate(replayed)]
             rollouts = Rollouts.joined(groups)
-        return replace(rollouts, rollout=replace(rollouts.rollout, own=False)), replayed
+        return replace(rollouts, rollout=replace(rollouts.rollout, from_trainer=False)), replayed
 
     def keep(self, rollouts: Rollouts, advantages: Tensor, mask: Tensor, replayed: NDArray[np.bool_]) -> None:
         """Keeps the groups with nonzero advantages; the oldest groups beyond the capacity go.

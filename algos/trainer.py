@@ -33,7 +33,7 @@ from vlmenv.algos.replay import Replay
 from vlmenv.core.errors import ConfigError, DataError, PromptError, require, require_at_least, require_weight
 from vlmenv.core.rollout import Rollout, Rows
 from vlmenv.processes import processes_of
-from vlmenv.processes.together import together
+from vlmenv.processes.failures import shared_failure
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class Trainer:
         self.is_between_steps = True
         """False during an update: then the weights belong to no finished step."""
         self.processes = processes_of(accelerator)
-        self.processes.announce(agent)
+        self.processes.configure(agent)
         self.reference = agent.reference() if algorithm.wants_reference else None
         self.optimizer = self.processes.prepare(agent, self.reference, self._new_optimizer)
         self.scheduler = LambdaLR(self.optimizer, config.lr_factor)
@@ -226,7 +226,7 @@ class Trainer:
         """
         if not self._is_synced:
             self.agent.wake()
-            with nullcontext() if self.agent.generates_itself else self.processes.whole():
+            with nullcontext() if self.agent.generates_itself else self.processes.gathered():
                 self.agent.sync()
             self._is_synced = True
 
@@ -308,7 +308,7 @@ class Trainer:
         made = {"ahead": ahead.state_dict()} if isinstance(ahead, Collected) else {}
         if self._own_replay is not None:
             made["replay"] = Replay.state_dict(self._own_replay)
-        return self._own | made | self.processes.own_state()
+        return self._own | made | self.processes.rank_state()
 
     def load(self, folder: Path, state: dict[str, Any], own: dict[str, Any]) -> None:
         """Restores a checkpoint.
@@ -362,10 +362,10 @@ class Trainer:
     def _round(self, clock: dict[str, float]) -> Rollouts:
         """Generates and scores completions of the next batch of samples."""
         how, self._reset_with = self._reset_with, {}
-        with together(self.accelerator):
+        with shared_failure(self.accelerator):
             observations, infos = self.envs.reset(**how)
         self._shown += 1
-        with self._weights_for_rollout(), together(self.accelerator), self.agent.generating(1):
+        with self._weights_for_rollout(), shared_failure(self.accelerator), self.agent.generating(1):
             with timed(clock, "rollout"), self.processes.autocast(), names_sample(infos):
                 if self.algorithm.imitates:
                     rollout = self.agent.imitate(observations, list(infos["answer"]))
@@ -377,7 +377,7 @@ class Trainer:
 
     def _weights_for_rollout(self) -> AbstractContextManager[None]:
         needed = self.agent.generates_itself and not self.algorithm.imitates
-        return self.processes.whole() if needed else nullcontext()
+        return self.processes.gathered() if needed else nullcontext()
 
     def _learn(self, rollouts: Rollouts) -> dict[str, float]:
         """Runs the algorithm's optimizer steps on scored rollouts, and gives the means of their metrics."""
@@ -463,7 +463,7 @@ class Trainer:
 
     def _correct(self, batch: Batch, rollout: Rollout) -> dict[str, float]:
         """Sets importance weights of a batch that an engine sampled, and gives metrics of the mismatch."""
-        if rollout.own:
+        if rollout.from_trainer:
             return {}
         sampled = Batch.of(rollout, self.agent.device)
         logratio = batch.old_logprobs - sampled.old_logprobs
@@ -513,7 +513,7 @@ class Trainer:
         parts = self._passes(batch.rollout)
         sums: dict[str, Tensor] = {}
         for rows in parts:
-            with self.processes.passing(last=rows is parts[-1]):
+            with self.processes.accumulating(last=rows is parts[-1]):
                 logged = self._backward_part(batch[rows], num_tokens, num_sequences)
             for name, value in logged.items():
                 sums[name] = sums.get(name, 0) + value * processes / max(1, num_tokens)
@@ -522,7 +522,7 @@ class Trainer:
     def _passes(self, rollout: Rollout) -> list[Rows]:
         """The micro-batches of a rollout."""
         parts = micro_batches(rollout, self.config.micro_batch_size, self.config.micro_batch_tokens)
-        return self.processes.cut_alike(parts)
+        return self.processes.split_evenly(parts)
 
     def _backward_part(self, batch: Batch, num_tokens: int, num_sequences: int) -> dict[str, Tensor]:
         """Runs forward and backward pass of a micro-batch, and gives sums over its tokens of the metrics."""
@@ -564,7 +564,7 @@ class Trainer:
 
 def _is_the_learners(rollout: Rollout) -> bool:
     """True if a rollout's log-probabilities are of the trainer's distribution."""
-    return rollout.whole and rollout.own
+    return rollout.full_distribution and rollout.from_trainer
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.metrics.intervals import Interval, ratio_interval
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.processes import Processes
-from vlmenv.processes.together import together
+from vlmenv.processes.failures import shared_failure
 
 DEFAULT_LIMIT = 512
 PROGRESS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -86,8 +86,8 @@ def evaluate(
     starts = range(0, count, envs.num_groups)
     own = starts if processes is None else processes.share(starts)
     answers: list[dict[str, Any]] = []
-    held = nullcontext() if processes is None or not agent.generates_itself else processes.whole()
-    stops = nullcontext() if processes is None else together(processes.accelerator)
+    held = nullcontext() if processes is None or not agent.generates_itself else processes.gathered()
+    stops = nullcontext() if processes is None else shared_failure(processes.accelerator)
     precision = nullcontext() if processes is None else processes.autocast()
     most = len(own) if processes is None else max(processes.collect([len(own)]))
     with (

@@ -83,7 +83,7 @@ class Engine(ABC):
         """Frees all resources."""
 
 
-def dealt(index: NDArray[np.int64], written: Sequence[Sequence[Sampled]]) -> list[Sampled]:
+def assign_completions(index: NDArray[np.int64], written: Sequence[Sequence[Sampled]]) -> list[Sampled]:
     """Assigns completions to rows.
 
     Args:

@@ -21,7 +21,7 @@ from vlmenv.agents.engines.replies import (
 from vlmenv.core.errors import ConfigError
 
 SLOWER = "; if the server only needs longer, raise --server-timeout"
-"""advice if the time limit `Patience.answer` was too short"""
+"""advice if the time limit `RetryPolicy.answer` was too short"""
 _MAX_MESSAGE = 200  # characters of an unexpected answer
 _IDLE = 2.0
 """Seconds after which an idle connection is closed. vLLM closes it after 5, perhaps during the next request."""
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """Time limits and retries of requests to a server."""
 
     answer: float = 300.0
@@ -58,30 +58,30 @@ class Server:
 
     Args:
         url: Address, as http://HOST:PORT.
-        patience: Time limits and retries.
+        retry_policy: Time limits and retries.
 
     Attributes:
         fault: Reason why the server is excluded; None while it is in use.
         due: Number of the update that is next offered to an excluded server.
     """
 
-    def __init__(self, url: str, patience: Patience) -> None:
+    def __init__(self, url: str, retry_policy: RetryPolicy) -> None:
         check_address(url)
         self.url = url
         self.fault: str | None = None
         self.due, self._misses = 0, 0
-        self._patience = patience
+        self._retry_policy = retry_policy
         self._http = httpx2.AsyncClient(
             base_url=url,
             trust_env=False,  # no proxy: servers are in the local network
-            timeout=httpx2.Timeout(None, connect=patience.greeting),  # `_ask` limits requests as a whole
+            timeout=httpx2.Timeout(None, connect=retry_policy.greeting),  # `_ask` limits requests as a whole
             limits=httpx2.Limits(max_connections=None, keepalive_expiry=_IDLE),
         )
 
     @property
     def limit(self) -> float:
         """Time limit of an update, in seconds."""
-        return self._patience.answer
+        return self._retry_policy.answer
 
     def use(self) -> None:
         """Records a successful update."""
@@ -101,7 +101,7 @@ class Server:
         Raises:
             ServerFault: It does not answer, or is not a server of `vlmenv serve`.
         """
-        limit, attempts = self._patience.greeting, 1 if briefly else self._patience.attempts
+        limit, attempts = self._retry_policy.greeting, 1 if briefly else self._retry_policy.attempts
         first = min(limit, _BRIEF) if briefly else limit
         models = await self.again(lambda: self._ask("GET", "/v1/models", first), attempts)
         try:
@@ -121,7 +121,7 @@ class Server:
         Raises:
             ServerFault: The request failed, or the answer is invalid.
         """
-        path, limit, asked = "/inference/v1/generate", self._patience.answer, request["sampling_params"]
+        path, limit, asked = "/inference/v1/generate", self._retry_policy.answer, request["sampling_params"]
         reply = await self.again(lambda: self._ask("POST", path, limit, request))
         return read_answer(
             _json(reply), count=asked["n"], longest=asked["max_tokens"], vocabulary=vocabulary, version=version
@@ -162,18 +162,18 @@ class Server:
         Raises:
             ServerFault: A request failed.
         """
-        limit = self._patience.greeting
+        limit = self._retry_policy.greeting
         await self.again(self._forget_prompts)
         await self.again(lambda: self._ask("POST", "/reset_encoder_cache", limit))
         await self.again(lambda: self._ask("POST", "/update_weight_version", limit, {"new_version": version}))
 
     async def again(self, ask: Callable[[], Awaitable[T]], attempts: int | None = None) -> T:
         """Calls `ask` until it succeeds or raises a permanent fault, at most `attempts` times."""
-        for attempt in range((attempts or self._patience.attempts) - 1):
+        for attempt in range((attempts or self._retry_policy.attempts) - 1):
             try:
                 return await ask()
             except PassingFault:
-                await asyncio.sleep(self._patience.pause * 2**attempt)
+                await asyncio.sleep(self._retry_policy.pause * 2**attempt)
         return await ask()
 
     async def close(self) -> None:
@@ -181,14 +181,14 @@ class Server:
 
     async def _ask_what_it_serves(self) -> httpx2.Response:
         try:
-            return await self._ask("POST", "/collective_rpc", self._patience.greeting, {"method": _GREETING})
+            return await self._ask("POST", "/collective_rpc", self._retry_policy.greeting, {"method": _GREETING})
         except PassingFault as fault:
             if _GREETING in str(fault):  # vLLM's status 500 names an unknown method
                 raise _RefusedFault(str(fault)) from fault
             raise
 
     async def _forget_prompts(self) -> None:
-        reply = _json(await self._ask("POST", "/reset_prefix_cache", self._patience.greeting))
+        reply = _json(await self._ask("POST", "/reset_prefix_cache", self._retry_policy.greeting))
         if not (isinstance(reply, dict) and reply.get("success") is True):
             raise PassingFault("it has running requests, and keeps keys and values of the old weights for them")
 

@@ -31,14 +31,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlmenv.agents.engines.background import BackgroundLoop
-from vlmenv.agents.engines.base import Engine, Request, dealt
+from vlmenv.agents.engines.base import Engine, Request, assign_completions
 from vlmenv.agents.engines.checks import check_names, check_prompt, untied
 from vlmenv.agents.engines.direct import DirectTransfer
 from vlmenv.agents.engines.fingerprints import file_digest
-from vlmenv.agents.engines.remote import Patience, Server
+from vlmenv.agents.engines.ranks import broadcast_from_main
+from vlmenv.agents.engines.remote import RetryPolicy, Server
 from vlmenv.agents.engines.replies import Answer, OtherModelFault, Served, ServerFault
 from vlmenv.agents.engines.settings import sampling_settings
-from vlmenv.agents.engines.together import from_main
 from vlmenv.agents.engines.worker import weight_shapes
 from vlmenv.agents.families import Family
 from vlmenv.agents.sampling import Sampled
@@ -84,7 +84,7 @@ class VLLMServerEngine(Engine):
         transfer: Transfer of weights: "file" (servers read a file) or "direct" (from process to process).
         weights_folder: Folder for the files of weights. Servers on other machines need a shared one. Default: a folder
             in memory, or the one for temporary files if memory is short. "direct" does not use it.
-        patience: Time limits and retries.
+        retry_policy: Time limits and retries.
 
     Raises:
         ConfigError: An address is invalid.
@@ -99,13 +99,13 @@ class VLLMServerEngine(Engine):
         *,
         transfer: Literal["file", "direct"] = "file",
         weights_folder: Path | None = None,
-        patience: Patience | None = None,
+        retry_policy: RetryPolicy | None = None,
     ) -> None:
         head = family.model.get_output_embeddings()
         assert head is not None
         self._family, self._vocabulary = family, int(head.weight.shape[0])
         self._shapes = untied(weight_shapes(folder), family)
-        self._servers = [Server(url, patience or Patience()) for url in servers]
+        self._servers = [Server(url, retry_policy or RetryPolicy()) for url in servers]
         self._news: list[str] = []
         self._version: str | None = None
         """version of the weights of the servers in use; None before the first `sync`"""
@@ -130,13 +130,13 @@ class VLLMServerEngine(Engine):
         for job, answer in zip(jobs, answers, strict=True):
             check_prompt(requests[job.request], answer.prompt_ids)
             written[job.request] += answer.completions
-        return dealt(index, written)
+        return assign_completions(index, written)
 
     def sync(self, weights: Mapping[str, Tensor], *, vision: tuple[int, ...] | None = None) -> None:
         # Features are never kept, because another run may have used a server in between, with another vision tower.
         check_names(weights, set(self._shapes))
         self._version = None
-        self._version, faults = from_main(lambda: self._hand_over(weights))
+        self._version, faults = broadcast_from_main(lambda: self._hand_over(weights))
         for server, fault in zip(self._servers, faults, strict=True):
             server.fault = fault
 

@@ -75,7 +75,7 @@ def environment(device: torch.device) -> dict[str, str]:
     return _ENVIRONMENT | (_ON_CPU if device.type == "cpu" else {})
 
 
-def look_in_process() -> None:
+def inspect_in_process() -> None:
     """Makes vLLM inspect a model's class in this process if torchvision had to be mended.
 
     By default vLLM inspects it in another process, so as not to start CUDA here. Such a torch has no CUDA.

@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, distributed
 
-from vlmenv.agents.engines.base import Engine, Request, dealt
+from vlmenv.agents.engines.base import Engine, Request, assign_completions
 from vlmenv.agents.engines.checks import check_names, check_prompt, untied
-from vlmenv.agents.engines.settings import engine_settings, environment, look_in_process, sampling_settings
-from vlmenv.agents.engines.together import num_processes
+from vlmenv.agents.engines.ranks import num_processes
+from vlmenv.agents.engines.settings import engine_settings, environment, inspect_in_process, sampling_settings
 from vlmenv.agents.engines.worker import overwrite, weight_shapes
 from vlmenv.agents.families import Family
 from vlmenv.agents.sampling import Sampled
@@ -107,7 +107,7 @@ class VLLMEngine(Engine):
         for request, output in zip(requests, outputs, strict=True):
             check_prompt(request, output.prompt_token_ids)
         written = [[_sampled(one) for one in sorted(output.outputs, key=lambda one: one.index)] for output in outputs]
-        return dealt(index, written)
+        return assign_completions(index, written)
 
     def _generate(self, jobs: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[Any]:
         """Runs vLLM on prompts with their sampling parameters."""
@@ -146,13 +146,13 @@ class VLLMEngine(Engine):
 
     def sync(self, weights: Mapping[str, Tensor], *, vision: tuple[int, ...] | None = None) -> None:
         check_names(weights, self._names)
-        sees_alike, self._vision = vision is not None and vision == self._vision, None
+        same_vision, self._vision = vision is not None and vision == self._vision, None
         self.wake()
         with _explained("take over the weights"):
-            missing = self._llm.collective_rpc(overwrite, args=(list(weights.items()), sees_alike))
+            missing = self._llm.collective_rpc(overwrite, args=(list(weights.items()), same_vision))
             # A third cache stays valid: it holds preprocessed images, which do not depend on weights.
             forgotten = self._llm.reset_prefix_cache()
-            if not sees_alike:
+            if not same_vision:
                 self._llm.llm_engine.reset_encoder_cache()
         if any(missing):
             raise EngineError(f"vLLM did not update all weights: {missing[0][:5]}")
@@ -231,7 +231,7 @@ def import_vllm(device: torch.device) -> Any:
         vllm = importlib.import_module("vllm")
     except ImportError as error:
         raise ConfigError(f"{_MISSING} ({error})") from error
-    look_in_process()
+    inspect_in_process()
     return vllm
 
 

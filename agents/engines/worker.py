@@ -89,13 +89,13 @@ def weight_shapes(folder: Path) -> dict[str, list[int]]:
     return shapes
 
 
-def overwrite(worker: Any, weights: Iterable[tuple[str, Tensor]], sees_alike: bool = False) -> list[str]:
+def overwrite(worker: Any, weights: Iterable[tuple[str, Tensor]], same_vision: bool = False) -> list[str]:
     """Loads weights into a worker.
 
     Args:
         worker: The worker.
         weights: Published names and tensors.
-        sees_alike: If true, features of images are unchanged, and the worker keeps its cached ones.
+        same_vision: If true, features of images are unchanged, and the worker keeps its cached ones.
 
     Returns:
         Names of the worker's parameters that were not updated.
@@ -103,7 +103,7 @@ def overwrite(worker: Any, weights: Iterable[tuple[str, Tensor]], sees_alike: bo
     model, taken = worker.model_runner.get_model(), set()
     cache = worker.model_runner.encoder_cache
     cache = getattr(cache, "encoder_outputs", cache)  # vLLM's second kind of runner
-    features = dict(cache) if sees_alike else {}
+    features = dict(cache) if same_vision else {}
     load, tied = model.load_weights, _tied_heads(model)
 
     def noting(given: Any) -> set[str]:

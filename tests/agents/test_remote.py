@@ -13,7 +13,7 @@ import stand_in_server
 from servers import free_port
 from stand_in_server import ASKED, Answering, Fault, Reply, agent_of, assert_answered, hang, lose_patience
 
-from vlmenv.agents.engines.remote import Patience, check_address
+from vlmenv.agents.engines.remote import RetryPolicy, check_address
 from vlmenv.core.errors import ConfigError, EngineError
 
 opened, model, good, bad = stand_in_server.opened, stand_in_server.model, stand_in_server.good, stand_in_server.bad
@@ -43,7 +43,7 @@ def test_workers_that_are_not_ours_are_told_at_once(bad: Answering, opened: Exit
 
 def test_a_slow_server_is_told_from_one_that_is_gone(good: Answering, opened: ExitStack) -> None:
     agent, good.fault = agent_of(opened, good.url), hang
-    agent.engine._servers[0]._patience = Patience(answer=0.2)
+    agent.engine._servers[0]._retry_policy = RetryPolicy(answer=0.2)
     with pytest.raises(EngineError, match=r"no answer from .* within 0\.2 s; .* raise --server-timeout"):
         agent.rollout(ASKED)
 
@@ -62,7 +62,7 @@ def test_a_fault_that_passes_is_not_told(good: Answering, opened: ExitStack, rec
         return (503, b"busy") if left.acquire(blocking=False) else (200, json.dumps(usual).encode())
 
     good.fault = fault
-    agent.engine._servers[0]._patience = Patience(attempts=5, pause=0.01)
+    agent.engine._servers[0]._retry_policy = RetryPolicy(attempts=5, pause=0.01)
     assert_answered(agent)
     assert not [one for one in recwarn if one.category is RuntimeWarning]
 

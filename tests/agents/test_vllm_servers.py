@@ -17,7 +17,7 @@ from servers import Served, free_port, serve
 
 from vlmenv.agents.engines.channel import buckets
 from vlmenv.agents.engines.checksums import UNREADABLE, checksums, clear
-from vlmenv.agents.engines.remote import Patience, Server
+from vlmenv.agents.engines.remote import RetryPolicy, Server
 from vlmenv.agents.engines.server import VLLMServerEngine
 from vlmenv.agents.sampling import Sampling
 from vlmenv.agents.vlm import VLMAgent
@@ -26,7 +26,7 @@ from vlmenv.core.rollout import Observation
 
 pytestmark = pytest.mark.vllm
 LENGTH = ["--engine-length", "512"]
-HASTY = Patience(answer=30, greeting=10, attempts=2, pause=0.05)
+HASTY = RetryPolicy(answer=30, greeting=10, attempts=2, pause=0.05)
 LONG: list[Observation] = [{"images": (), "prompt": f"How many is {i} and 3?"} for i in range(64) for _ in range(8)]
 """more than a server does in a moment"""
 
@@ -47,7 +47,7 @@ def opened() -> Iterator[ExitStack]:
 
 def agent_of(opened: ExitStack, *urls: str, transfer: Literal["file", "direct"] = "file") -> VLMAgent:
     agent = VLMAgent.from_pretrained("builtin", sampling=Sampling(max_new_tokens=160, top_k=400))
-    agent.engine = VLLMServerEngine(urls, agent.folder, agent.family, transfer=transfer, patience=HASTY)
+    agent.engine = VLLMServerEngine(urls, agent.folder, agent.family, transfer=transfer, retry_policy=HASTY)
     opened.callback(agent.close)
     change(agent)  # so that the folder's weights are not those of the policy
     agent.sync()
@@ -111,7 +111,7 @@ def test_a_server_that_hangs_is_left_out(lasting: Served, opened: ExitStack) -> 
     with serve("builtin", *LENGTH) as hanging:
         agent = agent_of(opened, hanging.url, lasting.url)
         for stopped in (hanging.family(), [one for one in hanging.family() if "Engine" in one.name()]):
-            agent.engine._servers[0]._patience = Patience(answer=4, greeting=4, attempts=1)
+            agent.engine._servers[0]._retry_policy = RetryPolicy(answer=4, greeting=4, attempts=1)
             assert stopped
             for process in stopped:
                 process.suspend()
@@ -121,7 +121,7 @@ def test_a_server_that_hangs_is_left_out(lasting: Served, opened: ExitStack) -> 
             assert_in_step(agent)
             for process in stopped:
                 process.resume()
-            agent.engine._servers[0]._patience = HASTY
+            agent.engine._servers[0]._retry_policy = HASTY
             with pytest.warns(RuntimeWarning, match=f"{hanging.url} took the update and is in use again"):
                 agent.sync()
             assert_in_step(agent)

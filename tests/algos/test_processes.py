@@ -13,7 +13,7 @@ from conftest import ROOT, launch
 
 from vlmenv.core.errors import ConfigError
 from vlmenv.processes import processes_of
-from vlmenv.processes.base import Shares
+from vlmenv.processes.base import Sharded
 from vlmenv.processes.launch import check_deepspeed, check_fsdp
 
 sys.path.append(str(ROOT / "tests" / "agents"))
@@ -42,16 +42,16 @@ def test_two_processes_learn_as_one(kind: str, tmp_path: Path, internvl: Path) -
 
 @pytest.mark.parametrize("as_slices", [True, False])
 def test_micro_batches_are_cut_until_all_have_as_many(as_slices: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    shares = Shares(Accelerator(cpu=True))
+    shares = Sharded(Accelerator(cpu=True))
     parts: list[Any] = [slice(0, 2), slice(2, 7)] if as_slices else [np.arange(2), np.arange(2, 7)]
     monkeypatch.setattr(shares, "collect", lambda own: [*own, 5])
-    cut = [np.arange(7)[part].tolist() for part in shares.cut_alike(parts)]
+    cut = [np.arange(7)[part].tolist() for part in shares.split_evenly(parts)]
     assert len(cut) == 5
     assert sorted(row for part in cut for row in part) == list(range(7))
     assert max(map(len, cut)) == 2
     monkeypatch.setattr(shares, "collect", lambda own: [*own, 8])
     with pytest.raises(ConfigError, match="batches of the same size"):
-        shares.cut_alike(parts)
+        shares.split_evenly(parts)
 
 
 @pytest.mark.parametrize(

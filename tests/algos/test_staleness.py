@@ -144,7 +144,7 @@ def test_an_engine_in_step_learns_what_the_model_would(builtin: VLMAgent) -> Non
     trainer._correct(batch, rollouts.rollout)
     corrected = gradient(trainer, batch)
     own = copy.copy(rollouts)
-    own.rollout = replace(rollouts.rollout, own=True)
+    own.rollout = replace(rollouts.rollout, from_trainer=True)
     batch = trainer._credited(own)
     assert trainer._correct(batch, own.rollout) == {}
     torch.testing.assert_close(gradient(trainer, batch), corrected, atol=1e-6, rtol=1e-4)

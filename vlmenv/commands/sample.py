@@ -26,7 +26,7 @@ from vlmenv.evaluation import PROGRESS, answer_samples, sample_count
 from vlmenv.options.command_line import Asked, parse_with_files
 from vlmenv.options.evaluate import SampleConfig
 from vlmenv.processes import Processes
-from vlmenv.processes.together import together
+from vlmenv.processes.failures import shared_failure
 from vlmenv.runs.claim import claim
 from vlmenv.runs.models import with_checkpoint
 from vlmenv.tasks import make_envs
@@ -52,15 +52,15 @@ def run(asked: Asked) -> Path:
     data = config.data.arguments()
     envs = make_envs(config.env, groups * config.n, group_size=config.n, **data, **task_arguments(config))
     report_broken_rows(envs, console)
-    with together(accelerator):
+    with shared_failure(accelerator):
         if accelerator.is_main_process:
             claim(config.output, config, begun=any(parts.glob("[0-9]*.jsonl")))
             parts.mkdir(exist_ok=True)
     count = sample_count(envs, config.eval_limit)
-    with closing(load_agent(config, accelerator.device, DTYPES[config.weights])) as agent, together(accelerator):
+    with closing(load_agent(config, accelerator.device, DTYPES[config.weights])) as agent, shared_failure(accelerator):
         _sample_parts(agent, envs, count, config, processes, console)
     envs.close()
-    with together(accelerator):
+    with shared_failure(accelerator):
         if accelerator.is_main_process:
             rates = _read_parts(config.output, _parts(count, config.part_size))
             _write_levels(envs, rates, config)

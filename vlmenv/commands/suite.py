@@ -35,7 +35,7 @@ from vlmenv.evaluation import (
 from vlmenv.options.evaluate import EvalConfig
 from vlmenv.options.fields import flatten
 from vlmenv.processes import Processes
-from vlmenv.processes.together import together
+from vlmenv.processes.failures import shared_failure
 from vlmenv.runs.claim import claim
 from vlmenv.runs.models import with_checkpoint
 from vlmenv.tasks import make_envs
@@ -196,7 +196,7 @@ def run_suite(config: EvalConfig, notes: Sequence[str] = ()) -> dict[str, dict[s
     found = find(suite, config, console)
     assert config.output is not None
     todo = [one for one in found if not (config.output / one.entry.name / "metrics.json").is_file()]
-    with together(accelerator):
+    with shared_failure(accelerator):
         if accelerator.is_main_process:
             claim(config.output, config, begun=any(config.output.glob("*/metrics.json")))
     if todo:
@@ -288,7 +288,7 @@ def _dataset(one: Found, output: Path, processes: Processes) -> tuple[list[Any],
     root = image_root(one)
     if one.entry.few_boxes:
         kept = output / "instances.json"
-        with together(processes.accelerator):
+        with shared_failure(processes.accelerator):
             if processes.accelerator.is_main_process:
                 output.mkdir(parents=True, exist_ok=True)
                 write_atomic(kept, json.dumps(filtered_instances(one.files[0])))

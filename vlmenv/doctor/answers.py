@@ -10,16 +10,16 @@ from vlmenv.agents.families import coordinate_space, resize_rule
 from vlmenv.core.coordinates import Coordinates, CoordinateSpace
 from vlmenv.core.errors import ModelError
 from vlmenv.doctor.overlap import Overlap, clearly_better, overlap
-from vlmenv.doctor.patient import GROUP, Patient, Seen, Unchecked
+from vlmenv.doctor.subject import GROUP, Seen, Subject, Unchecked
 
 _PARSED, _TRUNCATED, _INSIDE = 0.25, 0.5, 0.5
 """Minimum share of parsed answers, maximum share of truncated ones, minimum share of boxes within the image."""
 
 
-def coordinates(patient: Patient) -> Seen:
+def coordinates(subject: Subject) -> Seen:
     """Finds the convention of coordinates under which the answers' boxes overlap most with the true ones."""
-    taught, used = coordinate_space(patient.agent.folder), patient.task.coordinates.space
-    found = {space: _overlap(patient, way) for space, way in _conventions(patient).items()}
+    taught, used = coordinate_space(subject.agent.folder), subject.task.coordinates.space
+    found = {space: _overlap(subject, way) for space, way in _conventions(subject).items()}
     if not any(one.boxes and one.samples for one in found.values()):
         raise Unchecked("no true answer, or none of the model's, holds a box")
     asked = f"asked for {used}" + (f", taught {taught}" if used is not taught else "")
@@ -33,23 +33,23 @@ def coordinates(patient: Patient) -> Seen:
     return figure, ""
 
 
-def read(patient: Patient) -> Seen:
+def read(subject: Subject) -> Seen:
     """Counts the answers that the task can parse."""
-    greedy, sampled = ([one is not None for one in _parsed(patient, i)] for i in (0, 1))
+    greedy, sampled = ([one is not None for one in _parsed(subject, i)] for i in (0, 1))
     figure = f"greedy {sum(greedy)} of {len(greedy)}, sampled {sum(sampled)} of {len(sampled)}"
-    if _can_be_read(patient):
+    if _can_be_read(subject):
         return figure, ""
-    return f"{figure}; for example {patient.answers[0].texts[0][:80]!r}", (
+    return f"{figure}; for example {subject.answers[0].texts[0][:80]!r}", (
         "Nearly all rewards will be 0. Use a --prompt-template or --answer-format that the model follows, or train "
         "it with --algo sft first."
     )
 
 
-def rewards(patient: Patient) -> Seen:
+def rewards(subject: Subject) -> Seen:
     """Compares the rewards of sampled answers."""
-    if not _can_be_read(patient):
+    if not _can_be_read(subject):
         raise Unchecked("hardly an answer can be read")
-    values, infos = patient.scored
+    values, infos = subject.scored
     terms = {name: infos["rewards"][name] for name in infos["rewards"] if not name.startswith("_")}
     means = ", ".join(f"{name} {one[infos['rewards'][f'_{name}']].mean():.2f}" for name, one in terms.items())
     groups = values.reshape(-1, GROUP)
@@ -63,35 +63,35 @@ def rewards(patient: Patient) -> Seen:
     )
 
 
-def cut_off(patient: Patient) -> Seen:
+def cut_off(subject: Subject) -> Seen:
     """Counts the sampled answers that the length limit cuts off."""
-    cut = [one.finish_reason == "length" for one in patient.answers[1].completions]
-    limit = patient.config.sampling.max_new_tokens
+    cut = [one.finish_reason == "length" for one in subject.answers[1].completions]
+    limit = subject.config.sampling.max_new_tokens
     figure = f"{sum(cut)} of {len(cut)} sampled, at {limit} tokens"
     return figure, f"Give more room: --max-new-tokens {2 * limit}." if np.mean(cut) > _TRUNCATED else ""
 
 
-def _parsed(patient: Patient, which: int) -> list[object]:
-    return [patient.task.parse(text) for text in patient.answers[which].texts]
+def _parsed(subject: Subject, which: int) -> list[object]:
+    return [subject.task.parse(text) for text in subject.answers[which].texts]
 
 
-def _can_be_read(patient: Patient) -> bool:
-    answers = _parsed(patient, 0) + _parsed(patient, 1)
+def _can_be_read(subject: Subject) -> bool:
+    answers = _parsed(subject, 0) + _parsed(subject, 1)
     return sum(one is not None for one in answers) >= _PARSED * len(answers)
 
 
-def _conventions(patient: Patient) -> dict[CoordinateSpace, Coordinates]:
+def _conventions(subject: Subject) -> dict[CoordinateSpace, Coordinates]:
     """Conventions that the answers may have; "resized" only if an image is resized."""
     found = {space: Coordinates(space) for space in (CoordinateSpace.ORIGINAL, CoordinateSpace.NORM1000)}
     with suppress(ModelError):
-        way = Coordinates(CoordinateSpace.RESIZED, resize_rule(patient.agent.folder))
-        sizes = [image.shape[1::-1] for sample in patient.samples for image in sample.images]
-        if patient.task.coordinates == way or any(way.shown_size(*size) != size for size in sizes):
+        way = Coordinates(CoordinateSpace.RESIZED, resize_rule(subject.agent.folder))
+        sizes = [image.shape[1::-1] for sample in subject.samples for image in sample.images]
+        if subject.task.coordinates == way or any(way.shown_size(*size) != size for size in sizes):
             found[CoordinateSpace.RESIZED] = way
     return found
 
 
-def _overlap(patient: Patient, way: Coordinates) -> Overlap:
-    greedy, sampled = _parsed(patient, 0), _parsed(patient, 1)
-    answers = [(one, [greedy[i], *sampled[i * GROUP : (i + 1) * GROUP]]) for i, one in enumerate(patient.samples)]
+def _overlap(subject: Subject, way: Coordinates) -> Overlap:
+    greedy, sampled = _parsed(subject, 0), _parsed(subject, 1)
+    answers = [(one, [greedy[i], *sampled[i * GROUP : (i + 1) * GROUP]]) for i, one in enumerate(subject.samples)]
     return overlap(way, answers)

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from vlmenv.core.errors import VLMEnvError
 from vlmenv.doctor import answers, machine, prompts, weights
-from vlmenv.doctor.patient import GROUP, SAMPLES, Patient, Seen, Unchecked
+from vlmenv.doctor.subject import GROUP, SAMPLES, Seen, Subject, Unchecked
 from vlmenv.options.doctor import DoctorConfig
 
 
@@ -23,7 +23,7 @@ class Check:
     """A check, one line of the table."""
 
     name: str
-    look: Callable[[Patient], Seen]
+    look: Callable[[Subject], Seen]
     remedy: str
     """advice if the check raises an error"""
 
@@ -41,35 +41,35 @@ class Finding:
     """advice if it failed"""
 
 
-def model(patient: Patient) -> Seen:
+def model(subject: Subject) -> Seen:
     """Loads the model, with the engine if that starts."""
-    patient.load_model()
-    agent = patient.agent
+    subject.load_model()
+    agent = subject.agent
     every, trained = (sum(p.numel() for p in part) for part in (agent.policy.parameters(), agent.parameters()))
     share = "all" if trained == every else f"{trained / 1e6:.4g} million"
     return f"{agent.family.model_type}, {every / 1e6:.4g} million parameters, {share} trained", ""
 
 
-def samples(patient: Patient) -> Seen:
+def samples(subject: Subject) -> Seen:
     """Loads the samples."""
-    patient.load_samples()
-    sizes = sorted({image.shape[1::-1] for one in patient.shown for image in one["images"]}, key=lambda s: s[0] * s[1])
-    images = sum(len(one["images"]) for one in patient.shown[::GROUP])
+    subject.load_samples()
+    sizes = sorted({image.shape[1::-1] for one in subject.shown for image in one["images"]}, key=lambda s: s[0] * s[1])
+    images = sum(len(one["images"]) for one in subject.shown[::GROUP])
     if not images:
         return f"{SAMPLES}, without images", ""
     shown = " to ".join(f"{width} x {height}" for width, height in dict.fromkeys((sizes[0], sizes[-1])))
     return f"{SAMPLES}, with {images} images of {shown} pixels", ""
 
 
-def engine(patient: Patient) -> Seen:
+def engine(subject: Subject) -> Seen:
     """Checks that the engine started and answers. Other checks compare how it encodes prompts."""
-    agent, name = patient.agent, patient.config.generation.engine
-    if patient.engine_fault:
-        return patient.engine_fault, "docs/vllm.md tells what it needs. Without it, checks of the engine are skipped."
+    agent, name = subject.agent, subject.config.generation.engine
+    if subject.engine_fault:
+        return subject.engine_fault, "docs/vllm.md tells what it needs. Without it, checks of the engine are skipped."
     if agent.engine is None:
         return "the model itself", ""
     room = agent.engine.max_length
-    patient.try_engine()
+    subject.try_engine()
     return f"{name}, with room for {room} tokens", ""
 
 
@@ -114,17 +114,17 @@ CHECKS = (
 def examine(config: DoctorConfig[Any], device: torch.device, console: Console | None = None) -> list[Finding]:
     """Runs all checks. An error in a check fails only that check."""
     console = console or Console(quiet=True)
-    with closing(Patient(config, device)) as patient, console.status("") as status:
+    with closing(Subject(config, device)) as subject, console.status("") as status:
         found = []
         for check in CHECKS:
             status.update(f"checking: {check.name}")
-            found.append(_looked(check, patient))
+            found.append(_looked(check, subject))
         return found
 
 
-def _looked(check: Check, patient: Patient) -> Finding:
+def _looked(check: Check, subject: Subject) -> Finding:
     try:
-        figure, remedy = check.look(patient)
+        figure, remedy = check.look(subject)
     except Unchecked as reason:
         return Finding(check.name, str(reason), None)
     except Exception as error:

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmenv.agents.lean import noting_kept
 from vlmenv.agents.recomputation import holding_activations
+from vlmenv.agents.saved_activations import recording_saved
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.core.rollout import Prompt, Rollout
 from vlmenv.options.doctor import DoctorConfig
@@ -137,7 +137,7 @@ def _kept(agent: VLMAgent, rollout: Rollout) -> int:
         storage = tensor.untyped_storage()
         sizes[storage.data_ptr()] = storage.nbytes()
 
-    with torch.enable_grad(), noting_kept(note):
+    with torch.enable_grad(), recording_saved(note):
         result = agent.logprobs(rollout)
     del result  # until here it kept the saved tensors alive
     return sum(size for place, size in sizes.items() if place not in own)

@@ -13,7 +13,7 @@ from vlmenv.agents.engines.checksums import UNREADABLE
 from vlmenv.agents.engines.fingerprints import fingerprint
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.core.rollout import Rollout
-from vlmenv.doctor.patient import Numbers, Patient, Seen, Unchecked
+from vlmenv.doctor.subject import Numbers, Seen, Subject, Unchecked
 
 _TOLERANCES = {"fp32": (1e-4, 1e-3), "bf16": (0.05, 1.0), "fp16": (0.01, 0.2)}
 """Tolerated differences of log-probabilities: of their mean, and of a single token."""
@@ -23,9 +23,9 @@ _MOVED, _POWER = 0.5, 10
 """Mean change of log-probabilities to aim for; and the least accepted one, as a multiple of the tolerance."""
 
 
-def names(patient: Patient) -> Seen:
+def names(subject: Subject) -> Seen:
     """Compares the names of the trainer's weights with those of the model's folder."""
-    agent = patient.agent
+    agent = subject.agent
     state, model = agent.family.model.state_dict(), agent.family.model
     merged = state if agent.lora is None else agent.lora.merged(state)
     tied = set(getattr(model, "all_tied_weights_keys", {}))
@@ -40,25 +40,25 @@ def names(patient: Patient) -> Seen:
     )
 
 
-def logprobs(patient: Patient) -> Seen:
+def logprobs(subject: Subject) -> Seen:
     """Compares the sampler's log-probabilities with the trainer's."""
-    patient.need_engine()
-    patient.baseline = patient.ask_at_length()
+    subject.need_engine()
+    subject.baseline = subject.ask_at_length()
     return _judged(
-        patient,
-        patient.baseline,
+        subject,
+        subject.baseline,
         "The trainer would learn from completions of another distribution. Give both the same weights and precision; "
         "with bf16, try --precision fp32, where they must agree.",
     )
 
 
-def greedy(patient: Patient) -> Seen:
+def greedy(subject: Subject) -> Seen:
     """Checks that each token of a greedy completion is the trainer's most likely one."""
-    patient.need_engine()
-    rollout = patient.ask_at_length(greedy=True)
-    behind = [_behind_likeliest(patient, rollout[np.array([i])]) for i in range(len(rollout))]
+    subject.need_engine()
+    rollout = subject.ask_at_length(greedy=True)
+    behind = [_behind_likeliest(subject, rollout[np.array([i])]) for i in range(len(rollout))]
     alike, most = sum(not one.any() for one in behind), float(np.concatenate(behind).max())
-    allowed = _TOLERANCES[patient.config.batches.precision][1]
+    allowed = _TOLERANCES[subject.config.batches.precision][1]
     figure = f"{alike} of {len(rollout)} are the trainer's"
     if alike < len(rollout):
         figure += f"; a token is less likely than its likeliest by {most:.2g} (allowed {allowed:g})"
@@ -67,62 +67,62 @@ def greedy(patient: Patient) -> Seen:
     return figure, "The engine's model or precision differs from the trainer's: see the line before."
 
 
-def update(patient: Patient) -> Seen:
+def update(subject: Subject) -> Seen:
     """Checks that the engine takes an update: it samples the same prompts again after it."""
-    rollout = _baseline(patient)
-    undo, moved = _disturb(patient, rollout)
+    rollout = _baseline(subject)
+    undo, moved = _disturb(subject, rollout)
     try:
-        patient.sync()
+        subject.sync()
         figure, remedy = _judged(
-            patient,
-            patient.ask_at_length(),
+            subject,
+            subject.ask_at_length(),
             "The engine generates with old weights, or with a cache of old weights (of prompts or image features). Use "
             "a version of vLLM that docs/vllm.md names, or remove --engine.",
         )
-        patient.in_step = True
+        subject.took_update = True
     finally:
         undo()
     return f"{figure}; the update moved them by {moved:.2g}", remedy
 
 
-def put_back(patient: Patient) -> Seen:
+def put_back(subject: Subject) -> Seen:
     """Checks that the engine takes the first weights again."""
-    _baseline(patient)
-    if not patient.in_step:
+    _baseline(subject)
+    if not subject.took_update:
         raise Unchecked("the update was not taken over")
-    patient.sync()
-    return _judged(patient, patient.ask_at_length(), "As for the line before.")
+    subject.sync()
+    return _judged(subject, subject.ask_at_length(), "As for the line before.")
 
 
-def checksums(patient: Patient) -> Seen:
+def checksums(subject: Subject) -> Seen:
     """Checks that every weight takes an update bit for bit, however little it affects completions.
 
     All weights are changed. Then all weights that the trainer sends must have changed, and all of the engine's too. The
     engine's must be the same again if it takes the update after all of its weights were set to 0.
     """
-    patient.need_engine()
-    agent = patient.able
-    published, held = _digests(agent), patient.checksums()
+    subject.need_engine()
+    agent = subject.able
+    published, held = _digests(agent), subject.checksums()
     undo = _flip(list(agent.policy.parameters()), _BITS[-1])
     try:
         fixed = [name for name, digest in _digests(agent).items() if digest == published[name]]
-        stale = _stale(patient, held)
+        stale = _stale(subject, held)
     finally:
         undo()
     if fixed:
-        patient.give_up("it is not given all weights")
+        subject.give_up("it is not given all weights")
         return f"{_listed(fixed)} of {len(published)} weights are handed over as they were before an update", (
             "The engine would generate with old weights, and checkpoints would hold them. Use the version of "
             "transformers that the model is for."
         )
     if stale:
-        patient.give_up("it does not take over all weights")
+        subject.give_up("it does not take over all weights")
         return f"{_listed(stale)} of the engine's {len(held)} weights are not those of the update, or not all of it", (
             "The engine would generate with old weights. Use a version of vLLM that docs/vllm.md names, or remove "
             "--engine."
         )
     if held:
-        patient.sync()
+        subject.sync()
     return f"{len(published)} weights change with the trainer's{_told_of(held)}", ""
 
 
@@ -132,15 +132,15 @@ def _digests(agent: VLMAgent) -> dict[str, int]:
     return dict(zip(weights, fingerprint(weights.values()), strict=True))
 
 
-def _stale(patient: Patient, before: Mapping[str, str]) -> list[str]:
+def _stale(subject: Subject, before: Mapping[str, str]) -> list[str]:
     """Weights of the engine that an update does not change, or changes in part."""
     if not before:
         return []
-    patient.sync()
-    after = patient.checksums()
-    patient.clear_engine()
-    patient.sync()
-    anew = patient.checksums()
+    subject.sync()
+    after = subject.checksums()
+    subject.clear_engine()
+    subject.sync()
+    anew = subject.checksums()
     readable = [name for name, digest in before.items() if digest != UNREADABLE]
     return [name for name in readable if after.get(name) == before[name] or after.get(name) != anew.get(name)]
 
@@ -158,48 +158,48 @@ def _told_of(held: Mapping[str, str]) -> str:
     return f", and {len(held) - packed} of the engine's with them{rest}"
 
 
-def _baseline(patient: Patient) -> Rollout:
-    patient.need_engine()
-    if patient.baseline is None:
+def _baseline(subject: Subject) -> Rollout:
+    subject.need_engine()
+    if subject.baseline is None:
         raise Unchecked("nothing could be sampled before an update")
-    return patient.baseline
+    return subject.baseline
 
 
-def _judged(patient: Patient, rollout: Rollout, remedy: str) -> Seen:
+def _judged(subject: Subject, rollout: Rollout, remedy: str) -> Seen:
     """Compares the sampler's log-probabilities with the trainer's, within the tolerance."""
     sampled = np.concatenate([one.logprobs for one in rollout.completions])
-    gaps = np.abs(sampled - patient.scores(rollout))
+    gaps = np.abs(sampled - subject.scores(rollout))
     mean, most = float(gaps.mean()), float(gaps.max())
-    allowed = _TOLERANCES[patient.config.batches.precision]
+    allowed = _TOLERANCES[subject.config.batches.precision]
     figure = f"off by {mean:.1e} in the mean, {most:.1e} at most (allowed {allowed[0]:g} and {allowed[1]:g})"
     return figure, "" if mean <= allowed[0] and most <= allowed[1] else remedy
 
 
 @torch.no_grad()
-def _behind_likeliest(patient: Patient, rollout: Rollout) -> Numbers:
+def _behind_likeliest(subject: Subject, rollout: Rollout) -> Numbers:
     """The difference of the trainer's largest log-probability and each token's."""
-    policy = patient.agent.family_policy
-    with patient.autocast():
+    policy = subject.agent.family_policy
+    with subject.autocast():
         logprobs = torch.log_softmax(policy.logits(policy.hidden_states(rollout)[0]), dim=-1)
     tokens = torch.from_numpy(np.concatenate([one.token_ids for one in rollout.completions])).to(logprobs.device)
     return np.asarray((logprobs.amax(dim=-1) - logprobs.gather(-1, tokens[:, None])[:, 0]).cpu())
 
 
-def _disturb(patient: Patient, rollout: Rollout) -> tuple[Callable[[], None], float]:
+def _disturb(subject: Subject, rollout: Rollout) -> tuple[Callable[[], None], float]:
     """Changes every trained weight enough to see an effect.
 
     Returns:
         A function that reverses the change bit for bit; and the mean change of a rollout's log-probabilities.
     """
-    before, parameters = patient.scores(rollout), patient.agent.parameters()
+    before, parameters = subject.scores(rollout), subject.agent.parameters()
     for bit in _BITS:
         undo = _flip(parameters, bit)
         try:
-            moved = float(np.abs(patient.scores(rollout) - before).mean())
+            moved = float(np.abs(subject.scores(rollout) - before).mean())
         except BaseException:
             undo()
             raise
-        strongest = bit == _BITS[-1] and moved > _POWER * _TOLERANCES[patient.config.batches.precision][0]
+        strongest = bit == _BITS[-1] and moved > _POWER * _TOLERANCES[subject.config.batches.precision][0]
         if moved > _MOVED or strongest:
             return undo, moved
         undo()

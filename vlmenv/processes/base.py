@@ -39,7 +39,7 @@ class Processes:
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
 
-    def announce(self, agent: Agent) -> None:
+    def configure(self, agent: Agent) -> None:
         """Configures an agent for these ranks, before its reference is made."""
 
     def prepare(
@@ -49,7 +49,7 @@ class Processes:
 
         Args:
             agent: The agent. Its policy gets wrapped.
-            reference: The agent's reference, made after `announce` and before this call.
+            reference: The agent's reference, made after `configure` and before this call.
             optimizer: Makes the optimizer from the agent's parameters.
 
         Returns:
@@ -63,16 +63,16 @@ class Processes:
         """The precision of forward passes, as a context."""
         return cast(AbstractContextManager[None], self.accelerator.autocast())
 
-    def whole(self) -> AbstractContextManager[None]:
+    def gathered(self) -> AbstractContextManager[None]:
         """Gathers all weights for the block. Within it, ranks run the model independently, without gradients."""
         return nullcontext()
 
-    def cut_alike(self, parts: list[Rows]) -> list[Rows]:
+    def split_evenly(self, parts: list[Rows]) -> list[Rows]:
         """Splits micro-batches so that every rank has the same number."""
         return parts
 
     @contextmanager
-    def passing(self, last: bool) -> Iterator[None]:
+    def accumulating(self, last: bool) -> Iterator[None]:
         """The forward and backward pass of a micro-batch. Gradients are reduced over ranks in the last one only."""
         if last:
             yield
@@ -113,7 +113,7 @@ class Processes:
         scaler = self.accelerator.scaler
         return {"optimizer": self._optimizer.state_dict()} | ({} if scaler is None else {"scaler": scaler.state_dict()})
 
-    def own_state(self) -> dict[str, Any]:
+    def rank_state(self) -> dict[str, Any]:
         """This rank's shard of the optimizer's state, if it is sharded."""
         return {}
 
@@ -132,35 +132,35 @@ class Processes:
         """Gathers and concatenates the lists of all ranks."""
         return items if self.accelerator.num_processes == 1 else cast(list[T], gather_object(items))
 
-    def agree(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Broadcasts the main rank's value."""
         return self.collect([value])[0]
 
 
-class Shares(Processes):
+class Sharded(Processes):
     """Ranks that hold a shard of the model each. Their forward and backward passes are collectives.
 
     Attributes:
-        divides_weights: True if the weights are sharded, and not only gradients and optimizer state.
+        shards_weights: True if the weights are sharded, and not only gradients and optimizer state.
     """
 
-    divides_weights: bool = True
+    shards_weights: bool = True
 
-    def announce(self, agent: Agent) -> None:
-        agent.in_step, agent.divided = True, self.divides_weights
+    def configure(self, agent: Agent) -> None:
+        agent.runs_every_module, agent.sharded = True, self.shards_weights
 
     def prepare(
         self, agent: Agent, reference: Reference | None, optimizer: Callable[[], torch.optim.Optimizer]
     ) -> torch.optim.Optimizer:
         self.agent = agent
-        return self._divide(agent, reference, optimizer)
+        return self._prepare_shards(agent, reference, optimizer)
 
-    def _divide(
+    def _prepare_shards(
         self, agent: Agent, reference: Reference | None, optimizer: Callable[[], torch.optim.Optimizer]
     ) -> torch.optim.Optimizer:
         raise NotImplementedError
 
-    def cut_alike(self, parts: list[Rows]) -> list[Rows]:
+    def split_evenly(self, parts: list[Rows]) -> list[Rows]:
         most = max(self.collect([len(parts)]))
         parts = list(parts)
         while len(parts) < most:
@@ -171,7 +171,7 @@ class Shares(Processes):
         return parts
 
     @contextmanager
-    def passing(self, last: bool) -> Iterator[None]:
+    def accumulating(self, last: bool) -> Iterator[None]:
         # Each pass reduces its gradient. To keep whole gradients until the last pass would take the memory that shards
         # save.
         yield

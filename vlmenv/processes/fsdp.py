@@ -19,10 +19,10 @@ from torch.distributed.tensor import DTensor
 
 from vlmenv.agents.base import Agent, Reference
 from vlmenv.agents.references import FrozenPolicy
-from vlmenv.processes.base import Shares
+from vlmenv.processes.base import Sharded
 
 
-class FSDP(Shares):
+class FSDP(Sharded):
     """Ranks with shards by FSDP2.
 
     Each block of the model is gathered for its pass and freed after it. The rest of the model is one unit. With bf16
@@ -39,7 +39,7 @@ class FSDP(Shares):
         super().__init__(accelerator)
         self._reshard = reshard
 
-    def _divide(
+    def _prepare_shards(
         self, agent: Agent, reference: Reference | None, optimizer: Callable[[], torch.optim.Optimizer]
     ) -> torch.optim.Optimizer:
         mesh = init_device_mesh(self.accelerator.device.type, (self.accelerator.num_processes,))
@@ -67,7 +67,7 @@ class FSDP(Shares):
             cast(FSDPModule, part).set_modules_to_backward_prefetch([cast(FSDPModule, before)])
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def gathered(self) -> Iterator[None]:
         """Gathers all weights for the block. All modules then run in the precision of the gathered blocks."""
         modules = [module for module in self.agent.policy.modules() if isinstance(module, FSDPModule)]
         for module in modules:
@@ -99,7 +99,7 @@ class FSDP(Shares):
     def shared_state(self) -> dict[str, Any]:
         return {}
 
-    def own_state(self) -> dict[str, Any]:
+    def rank_state(self) -> dict[str, Any]:
         state = self._optimizer.state_dict()
         own = {i: {name: _local(value) for name, value in kept.items()} for i, kept in state["state"].items()}
         return {"optimizer": state | {"state": own}}

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from vlmenv.agents.base import Agent, Reference
 from vlmenv.core.errors import TrainingError
-from vlmenv.processes.base import Shares
+from vlmenv.processes.base import Sharded
 
 
-class ZeRO(Shares):
+class ZeRO(Sharded):
     """Ranks with shards by ZeRO. As with the other strategies, weights are float32 and passes run under autocast.
 
     Args:
@@ -34,10 +34,10 @@ class ZeRO(Shares):
     def __init__(self, accelerator: Accelerator, options: Mapping[str, Any]) -> None:
         super().__init__(accelerator)
         self._options, self._stage = options, options["stage"]
-        self.divides_weights = self._stage == 3
+        self.shards_weights = self._stage == 3
         self._bf16 = accelerator.mixed_precision == "bf16"
 
-    def _divide(
+    def _prepare_shards(
         self, agent: Agent, reference: Reference | None, optimizer: Callable[[], torch.optim.Optimizer]
     ) -> torch.optim.Optimizer:
         if self.accelerator.device.type == "cpu":
@@ -62,7 +62,7 @@ class ZeRO(Shares):
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self._bf16)
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def gathered(self) -> Iterator[None]:
         if self._stage < 3:
             yield
             return
@@ -88,7 +88,7 @@ class ZeRO(Shares):
             gatherer._register_deepspeed_module(gatherer.module)
 
     @contextmanager
-    def passing(self, last: bool) -> Iterator[None]:
+    def accumulating(self, last: bool) -> Iterator[None]:
         self._engine.set_gradient_accumulation_boundary(last)
         yield
 
@@ -116,7 +116,7 @@ class ZeRO(Shares):
     def shared_state(self) -> dict[str, Any]:
         return {}
 
-    def own_state(self) -> dict[str, Any]:
+    def rank_state(self) -> dict[str, Any]:
         plain = self._engine.optimizer.optimizer
         rates = [group["lr"] for group in plain.param_groups]
         return {"optimizer": {"lr": rates, "state": [dict(plain.state[share]) for share in self._parts()]}}

@@ -16,7 +16,7 @@ from vlmenv.algos import Trainer
 from vlmenv.algos.faults import nonfinite_weights
 from vlmenv.core.errors import CheckpointError, ModelError
 from vlmenv.core.files import replace_folder
-from vlmenv.processes.together import together
+from vlmenv.processes.failures import shared_failure
 from vlmenv.runs.run_folder import RunFolder
 
 
@@ -29,7 +29,7 @@ def save_checkpoint(trainer: Trainer, run: RunFolder) -> None:
     """
     accelerator, folder = trainer.accelerator, run.checkpoint(trainer.step)
     partial, weights = folder.with_name(f".{folder.name}"), trainer.processes.weights()
-    with together(accelerator), _written(folder, partial):
+    with shared_failure(accelerator), _written(folder, partial):
         if broken := nonfinite_weights(trainer.agent.policy):
             raise CheckpointError(
                 f"{folder} is not written, because the weights {', '.join(broken[:3])} are not finite"
@@ -38,9 +38,9 @@ def save_checkpoint(trainer: Trainer, run: RunFolder) -> None:
             shutil.rmtree(partial, ignore_errors=True)
             trainer.agent.save(partial, weights)
             _save(trainer.state_dict(), partial / "trainer.pt")
-    with together(accelerator), _written(folder, partial):
+    with shared_failure(accelerator), _written(folder, partial):
         _save(trainer.process_state(), partial / f"process-{accelerator.process_index}.pt")
-    with together(accelerator), _written(folder, partial):
+    with shared_failure(accelerator), _written(folder, partial):
         if accelerator.is_main_process:
             replace_folder(partial, folder)
 
@@ -52,7 +52,7 @@ def save_best(trainer: Trainer, run: RunFolder) -> None:
         CheckpointError: It cannot be written. The former best model stays unchanged.
     """
     folder, weights = run.path / "best", trainer.processes.weights()
-    with together(trainer.accelerator), _written(folder, folder.with_name("best.partial")):
+    with shared_failure(trainer.accelerator), _written(folder, folder.with_name("best.partial")):
         if trainer.accelerator.is_main_process:
             trainer.agent.save(folder, weights)
 

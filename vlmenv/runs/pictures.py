@@ -16,7 +16,7 @@ from vlmenv.algos.batch import NO_TERMS
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.evaluation import Evaluation
 
-_SHOWN = 8
+_NUM_COLUMNS = 8
 _DRIFTING = ("completion/length", "completion/repetition", "completion/box_ratio")
 
 
@@ -68,7 +68,7 @@ def _draw_lines(axes: Axes, history: Sequence[dict[str, float]], names: Sequence
 def draw_samples(path: Path, envs: VisualTaskVectorEnv, before: Evaluation, after: Evaluation) -> None:
     """Draws the first evaluation samples with true and predicted boxes, before and after training."""
     rows: list[tuple[str, Sequence[dict[str, Any]]]] = [("before", before.answers), ("after", after.answers)]
-    columns = min(_SHOWN, len(after.answers))
+    columns = min(_NUM_COLUMNS, len(after.answers))
     figure = Figure(figsize=(2 * columns, 4.6), layout="constrained")
     grid = figure.subplots(2, columns, squeeze=False)
     for row, (name, answers) in enumerate(rows):

@@ -19,7 +19,7 @@ from vlmenv.core.spaces import Image
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.runs.run_folder import RunFolder
 
-_SHOWN = 4  # samples, one answer to each
+_NUM_SAMPLES = 4  # samples, one answer to each
 _LONGEST_SIDE = 768  # pixels of a picture
 
 
@@ -137,7 +137,7 @@ class Tracking:
 def shown_samples(result: StepResult, task: VisualTaskEnv) -> list[tuple[dict[str, Any], Image]]:
     """Records of the first completion of each of the first samples, with the task's picture of sample and answer."""
     firsts = {record["index"]: record for record in reversed(result.rollouts.records)}
-    records = list(reversed(firsts.values()))[:_SHOWN]
+    records = list(reversed(firsts.values()))[:_NUM_SAMPLES]
     return [(record, _picture(task, record)) for record in records]
 
 

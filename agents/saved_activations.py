@@ -157,12 +157,12 @@ _keeps_all = ContextVar("keeps_all", default=False)
 
 
 def _make_anew(tensor: Tensor, make: Callable[[], Tensor]) -> None:
-    """Registers `make` as the recomputation of a tensor that the backward pass needs, within `keeping_little`."""
+    """Registers `make` as the recomputation of a tensor in the backward pass, within `dropping_recomputable`."""
     _made[tensor.data_ptr()] = _Made(tensor, make)
 
 
 @contextmanager
-def keeping_little() -> Iterator[None]:
+def dropping_recomputable() -> Iterator[None]:
     """Within the context, tensors that the layers here can recompute are not saved for the backward pass.
 
     Blocks under gradient checkpointing gain nothing from it, and save all their tensors.
@@ -172,8 +172,8 @@ def keeping_little() -> Iterator[None]:
 
 
 @contextmanager
-def keeping_all() -> Iterator[None]:
-    """Within the context, `keeping_little` has no effect, as in blocks under gradient checkpointing."""
+def keeping_activations() -> Iterator[None]:
+    """Within the context, `dropping_recomputable` has no effect, as in blocks under gradient checkpointing."""
     token = _keeps_all.set(True)
     try:
         yield
@@ -182,7 +182,7 @@ def keeping_all() -> Iterator[None]:
 
 
 @contextmanager
-def noting_kept(note: Callable[[Tensor], object]) -> Iterator[None]:
+def recording_saved(note: Callable[[Tensor], object]) -> Iterator[None]:
     """Within the context, calls `note` with each tensor that is saved for the backward pass."""
 
     def pack(tensor: Tensor) -> Tensor:
@@ -211,7 +211,7 @@ def _unpack(kept: Tensor | tuple[_Made, torch.Size]) -> Tensor:
     return kept if isinstance(kept, Tensor) else kept[0].take().view(kept[1])
 
 
-def make_lean(model: nn.Module) -> None:
+def save_fewer_activations(model: nn.Module) -> None:
     """Replaces the MLPs and norms of a model whose forward passes are known. Weights keep their names."""
     for module in model.modules():
         if _is_written(module, _MLP) and isinstance(module.act_fn, SiLUActivation | nn.SiLU):

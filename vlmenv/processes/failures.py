@@ -13,12 +13,12 @@ from torch import Tensor
 
 from vlmenv.core.errors import TrainingError
 
-STOPPED_TOGETHER: Final = "all processes stopped here"
+FAILED_ON_ALL_RANKS: Final = "all processes stopped here"
 """Note on an error that all ranks raised at the same place."""
 
 
 @contextmanager
-def together(accelerator: Accelerator) -> Iterator[None]:
+def shared_failure(accelerator: Accelerator) -> Iterator[None]:
     """Makes a block that fails on one rank fail on all ranks, so that none waits in a later collective.
 
     A collective: all ranks must enter it. The block itself must contain no collective.
@@ -35,13 +35,13 @@ def together(accelerator: Accelerator) -> Iterator[None]:
     if failure is None and others:
         failure = TrainingError(others[0])
     if failure is not None:
-        failure.add_note(STOPPED_TOGETHER)
+        failure.add_note(FAILED_ON_ALL_RANKS)
         raise failure
 
 
-def stopped_together(error: BaseException, accelerator: Accelerator) -> bool:
+def failed_on_all_ranks(error: BaseException, accelerator: Accelerator) -> bool:
     """True if all ranks raised the error at the same place, so that collectives still work."""
-    return accelerator.num_processes == 1 or STOPPED_TOGETHER in getattr(error, "__notes__", ())
+    return accelerator.num_processes == 1 or FAILED_ON_ALL_RANKS in getattr(error, "__notes__", ())
 
 
 def _failures(accelerator: Accelerator, failure: Exception | None) -> list[str]:

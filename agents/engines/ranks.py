@@ -17,7 +17,7 @@ def num_processes() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
-def from_main(work: Callable[[], T]) -> T:
+def broadcast_from_main(work: Callable[[], T]) -> T:
     """Runs a function on the main rank, after all ranks have arrived, and broadcasts its result.
 
     Raises:

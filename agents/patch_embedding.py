@@ -19,7 +19,7 @@ class PatchProjection(nn.Conv3d):
         return embedded[..., None, None, None]
 
 
-def multiply_patches(tower: nn.Module) -> None:
+def embed_patches_by_matmul(tower: nn.Module) -> None:
     """Makes a vision tower embed patches by matrix products. Weights keep their names and shapes."""
     for module in tower.modules():
         if type(module) is nn.Conv3d and module.groups == 1 and not any(module.padding) and set(module.dilation) == {1}:

@@ -43,7 +43,7 @@ class Unchecked(Exception):
     """There is nothing to check; the message tells why."""
 
 
-class Patient:
+class Subject:
     """A model, its samples and its engine, after they are loaded.
 
     Args:
@@ -58,7 +58,7 @@ class Patient:
         engine_reading: The engine's different encoding of a prompt; None if it has none.
         engine_memory: Bytes of a GPU that the engine took at its start.
         baseline: Completions before the weights are changed.
-        in_step: True if the engine took an update.
+        took_update: True if the engine took an update.
     """
 
     def __init__(self, config: DoctorConfig[Any], device: torch.device) -> None:
@@ -68,7 +68,7 @@ class Patient:
         self.engine_reading: ReadingError | None = None
         self.engine_memory = 0.0
         self.baseline: Rollout | None = None
-        self.in_step = False
+        self.took_update = False
         self.ids: list[str] = []
         self.samples: list[Sample] = []
         self._agent: VLMAgent | None = None
