@@ -1,4 +1,4 @@
-"""Markers by use: what a test and its fixtures refer to decides whether it starts processes or runs commands."""
+"""Markers by use: the objects that a test and its fixtures refer to decide which markers it gets."""
 
 from __future__ import annotations
 
@@ -20,8 +20,15 @@ _COMMANDS = (vlmenv.cli, vlmenv.cli.main)
 
 
 def mark_by_use(item: pytest.Function) -> None:
-    """Marks a test `processes` if it starts processes, and `commands` if it runs commands of vlmenv in this one."""
+    """Marks a test.
+
+    - `processes`: it starts processes.
+    - `commands`: it runs commands of vlmenv in this process.
+    - `slow`: its parameters name a published processor, whose prompts have hundreds of image tokens.
+    """
     used = list(_uses(item))
+    if hasattr(item, "callspec") and item.callspec.id.startswith("published"):
+        item.add_marker("slow")
     if any(_is_one_of(one, _PROCESSES) for one in used):
         item.add_marker("processes")
     if any(_is_one_of(one, _COMMANDS) for one in used):

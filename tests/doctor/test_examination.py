@@ -25,6 +25,8 @@ from vlmenv.options.fields import flatten
 from vlmenv.options.files import to_yaml
 from vlmenv.options.train import default_config
 
+pytestmark = pytest.mark.slow
+
 NUMBERS = {"log-probs", "greedy answers", "after an update", "weights put back"}
 """checks that compare log-probabilities"""
 NEEDS_ENGINE = NUMBERS | {"weight checksums"}
