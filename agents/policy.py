@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -68,6 +69,7 @@ class Policy(nn.Module):
         self.share_prefixes = True
         self.sharded = False
         self.value_head: ValueHead | None = None
+        self._axes: int | None = None
         banned = torch.from_numpy(family.banned_tokens).to(family.model.device)
         self.register_buffer("banned", banned, persistent=False)
         enable_packing(cast(PreTrainedModel, family.language_model()))
@@ -127,6 +129,9 @@ class Policy(nn.Module):
 
         Returns:
             Final hidden states [M, H].
+
+        Raises:
+            RuntimeError: `prefill` has not run any prompt.
         """
         output = self.family.language_model()(
             input_ids=tokens[None],
@@ -185,17 +190,21 @@ class Policy(nn.Module):
         return hidden[packing.rows, starts[packing.rows] + packing.places]
 
     def _features(self, prompts: Sequence[Prompt]) -> Any:
-        """Computes features of the prompts' images, joined. Those of a frozen tower are cached in the prompts."""
+        """Computes features of the prompts' images, joined. Those of a frozen tower are cached per prompt."""
         shown = [prompt for prompt in prompts if prompt.images]
         if not shown:
             return None
         if self.sharded or self.family.sees_by_trained_weights():
             return self._look(shown)
+        return self.family.join_features([self._frozen_features(prompt) for prompt in shown])
+
+    def _frozen_features(self, prompt: Prompt) -> Any:
+        """Features of a prompt's images by the frozen vision tower, which a reference may share."""
         tower = self.family.vision_tower()
-        for prompt in shown:
-            if prompt.features is None or prompt.features[0] is not tower:
-                prompt.features = tower, self._look([prompt])
-        return self.family.join_features([prompt.features[1] for prompt in shown])  # type: ignore[index]
+        known = _FEATURES.get(prompt)
+        if known is None or known[0] is not tower:
+            known = _FEATURES[prompt] = tower, self._look([prompt])
+        return known[1]
 
     def _look(self, prompts: Sequence[Prompt]) -> Any:
         """Runs images through the vision tower."""
@@ -213,6 +222,8 @@ class Policy(nn.Module):
 
     def _on_axes(self, positions: Tensor) -> Tensor:
         """Positions [M] or [axes, M] in the shape that the model takes."""
+        if self._axes is None:
+            raise RuntimeError("extend() continues prompts: call prefill() first")
         return positions.expand(self._axes, -1)[:, None] if self._axes > 1 else positions.view(1, -1)
 
     def _head(self) -> nn.Linear:
@@ -222,6 +233,10 @@ class Policy(nn.Module):
 
     def _banned(self) -> Tensor:
         return self.get_buffer("banned")
+
+
+_FEATURES: WeakKeyDictionary[Prompt, tuple[nn.Module, Any]] = WeakKeyDictionary()
+"""Cache by prompt of a frozen vision tower and its features; an entry is dropped with the prompt."""
 
 
 def next_position(prompt: Prompt) -> int:

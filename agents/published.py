@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,25 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils.import_utils import is_torchvision_available
 
+from vlmenv.agents.families.chat import ChatTemplate, Message
 from vlmenv.core.errors import ConfigError, ModelError
 from vlmenv.core.rollout import Observation
 
 
 class PublishedProcessor:
-    """A processor that transformers loads from a folder, for prompts of one turn.
+    """A processor that transformers loads from a folder.
 
     Args:
         folder: Folder of a model, or of the processor's files with a `config.json`.
+        chat_template_kwargs: Values of the chat template's own variables.
 
     Raises:
         ConfigError: The processor needs a package that is not installed.
         ModelError: The processor cannot be loaded.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, chat_template_kwargs: Mapping[str, Any] | None = None) -> None:
+        self._switches = dict(chat_template_kwargs or {})
         try:
             self._processor = AutoProcessor.from_pretrained(folder) if _whole() else _without_videos(folder)
         except ImportError as error:
@@ -38,20 +42,36 @@ class PublishedProcessor:
             raise ModelError(f"{folder}: transformers cannot load the published processor: {error}") from error
 
     def read(self, observation: Observation) -> tuple[NDArray[np.int64], dict[str, torch.Tensor]]:
-        """The tokens [T] of an observation as the user's turn, ready for the answer, and its vision inputs."""
-        images = [{"type": "image", "image": Image.fromarray(image)} for image in observation["images"]]
-        turn: Any = {"role": "user", "content": [*images, {"type": "text", "text": observation["prompt"]}]}
+        """The tokens [T] of an observation, ready for the answer, and its vision inputs.
+
+        Raises:
+            ValueError: The processor's chat template has no place for a turn or an image.
+        """
+        processor: Any = self._processor
+        template = ChatTemplate(
+            processor.tokenizer, processor.chat_template, str(processor.image_token), self._switches
+        )
+        images = (Image.fromarray(image) for image in observation["images"])
         # Of the common class: SmolVLM's own wants a video processor.
         inputs: Any = ProcessorMixin.apply_chat_template(
-            self._processor,
-            [turn],
+            processor,
+            [_with_images(message, images) for message in template.conversation(observation)],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
+            **self._switches,
         )
         read = dict(inputs)
         return read.pop("input_ids")[0].numpy(), read
+
+
+def _with_images(message: Message, images: Iterator[Image.Image]) -> Message:
+    """A message whose image parts hold the next images."""
+    if isinstance(message["content"], str):
+        return message
+    parts = [part | ({"image": next(images)} if part["type"] == "image" else {}) for part in message["content"]]
+    return {**message, "content": parts}
 
 
 def _whole() -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,6 +80,7 @@ class VLMAgent(Agent):
         share_prefixes: bool = True,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> VLMAgent:
         """Loads a checkpoint in the published layout.
 
@@ -88,8 +90,11 @@ class VLMAgent(Agent):
             share_prefixes: See `Policy`.
             device: Device of the model.
             dtype: Type of the weights.
+            chat_template_kwargs: Values of the chat template's own variables, as `{"enable_thinking": False}`.
+                Default: none.
 
         Raises:
+            ConfigError: The chat template never reads one of `chat_template_kwargs`.
             ModelError: The model does not exist, its family is unknown, or its processor is missing.
         """
         folder = find_model(name_or_path)
@@ -98,7 +103,7 @@ class VLMAgent(Agent):
         except (OSError, ValueError) as error:
             raise ModelError(f"{folder}: the model's configuration cannot be read: {error}") from error
         family = family_of(config.model_type)
-        processor = Processor.from_pretrained(folder)
+        processor = Processor.from_pretrained(folder, chat_template_kwargs)
         model = load_model(folder, dtype).to(device).eval()  # type: ignore[arg-type]
         return cls(family(model, processor), folder, sampling=sampling, share_prefixes=share_prefixes)
 
@@ -344,16 +349,10 @@ class VLMAgent(Agent):
         for i in firsts:
             try:
                 prompts.append(self.family.encode(listed[i]))
+                holder = "engine" if most < self.max_length else "model"
+                check_length(len(prompts[-1].input_ids), self.max_new_tokens, most, holder)
             except ValueError as error:
                 raise PromptError(i, str(error)) from error
-            length = len(prompts[-1].input_ids)
-            if length + self.max_new_tokens > most:
-                raise PromptError(
-                    i,
-                    f"the prompt has {length} tokens, which leaves no room for max_new_tokens={self.max_new_tokens} "
-                    f"in the {'engine' if most < self.max_length else 'model'}'s {most}; use smaller images or a "
-                    "shorter prompt",
-                )
         return prompts, index
 
     def _generate(self, observations: Observations, sampling: Sampling) -> Rollout:
@@ -399,6 +398,15 @@ class VLMAgent(Agent):
         if np.isin(ids, self.family.banned_tokens).any():
             raise PromptError(i, "its true answer holds control tokens, which are never sampled")
         return Completion(text, ids, np.zeros(len(ids), np.float32), "stop")
+
+
+def check_length(prompt: int, max_new_tokens: int, most: int, holder: str = "model") -> None:
+    """Raises ValueError where a prompt of some tokens leaves no room for an answer."""
+    if prompt + max_new_tokens > most:
+        raise ValueError(
+            f"the prompt has {prompt} tokens, which leaves no room for max_new_tokens={max_new_tokens} "
+            f"in the {holder}'s {most}; use smaller images or a shorter prompt"
+        )
 
 
 def _parameters(modules: Iterable[nn.Module]) -> set[nn.Parameter]:

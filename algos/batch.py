@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vlmenv.core.errors import RewardError
-from vlmenv.core.rollout import Completion, Prompt, Rollout, Rows, unbatch
+from vlmenv.core.rollout import Completion, Prompt, Rollout, Rows, told_turns, unbatch
 from vlmenv.core.spaces import Image
 
 NO_TERMS: Final = ("reward/std", "reward/zero_std_groups")
@@ -27,8 +27,8 @@ class Rollouts:
     rewards: Tensor
     """float32 [N]"""
     records: list[dict[str, Any]]
-    """[N], one dictionary per completion: the sample's `id` and `index`, `prompt`, `completion`, `finish_reason`,
-    `reward`, `rewards` (the terms by name) and `traits` (other numbers of the environment)"""
+    """[N], one dictionary per completion: the sample's `id` and `index`, earlier `turns` if any, `prompt`,
+    `completion`, `finish_reason`, `reward`, `rewards` (the terms by name) and `traits` (other numbers of the environment)"""
     images: list[tuple[Image, ...]] = field(default_factory=list)
     """[N], the images of each prompt, by reference; empty if unknown"""
 
@@ -51,6 +51,7 @@ class Rollouts:
             {
                 "id": str(ids[i]),
                 "index": None if indices[i] is None else int(indices[i]),
+                **told_turns(shown[i]),
                 "prompt": shown[i]["prompt"],
                 "completion": completion.text,
                 "finish_reason": completion.finish_reason,

@@ -13,7 +13,7 @@ from vlmenv.algos.reinforce_plus_plus import ReinforcePlusPlus, ReinforcePlusPlu
 from vlmenv.algos.rloo import RLOO, RLOOConfig
 from vlmenv.algos.sft import SFT, SFTConfig
 from vlmenv.core.errors import ConfigError, unknown_name
-from vlmenv.core.imports import find_object
+from vlmenv.core.loading import load_name
 
 
 class Registered(NamedTuple):
@@ -61,7 +61,7 @@ def find_algorithm(name: str) -> Registered:
         ConfigError: There is none, or the class is no algorithm.
     """
     if name not in ALGORITHMS and ":" in name:
-        found = find_object(name, "algorithm")
+        found = load_name(name, "option algo")
         if not (isinstance(found, type) and issubclass(found, Algorithm)):
             raise ConfigError(f"{name} is no algorithm: derive the class from vlmenv.algos.Algorithm")
         register_algorithm(name, found)

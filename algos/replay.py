@@ -100,6 +100,6 @@ class Replay:
 
 
 def _afresh(rollouts: Rollouts) -> Rollouts:
-    """A copy without the cached features of a frozen vision tower, which take memory."""
-    prompts = [replace(prompt, features=None) for prompt in rollouts.rollout.prompts]
+    """A copy with new prompts, so that no features of a frozen vision tower stay cached."""
+    prompts = [replace(prompt) for prompt in rollouts.rollout.prompts]
     return replace(rollouts, rollout=replace(rollouts.rollout, prompts=prompts))

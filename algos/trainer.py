@@ -181,6 +181,7 @@ class Trainer:
         self.reference = agent.reference() if algorithm.wants_reference else None
         self.optimizer = self.processes.prepare(agent, self.reference, self._new_optimizer)
         self.scheduler = LambdaLR(self.optimizer, config.lr_factor)
+        self._remember()
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
@@ -244,6 +245,8 @@ class Trainer:
         metrics |= collected.rollouts.metrics() | collected.metrics
         metrics |= {f"time/{name}": seconds for name, seconds in clock.items()}
         metrics = self._over_processes(metrics)
+        if (skipped := self.skipped()) is not None:
+            metrics["data/skipped"] = float(len(skipped))
         tokens = sum(len(completion.token_ids) for completion in collected.rollouts.rollout.completions)
         seconds = time.perf_counter() - started
         metrics["tokens_per_second"] = tokens * self.accelerator.num_processes / seconds
@@ -366,14 +369,32 @@ class Trainer:
             observations, infos = self.envs.reset(**how)
         self._shown += 1
         with self._weights_for_rollout(), shared_failure(self.accelerator), self.agent.generating(1):
-            with timed(clock, "rollout"), self.processes.autocast(), names_sample(infos):
-                if self.algorithm.imitates:
-                    rollout = self.agent.imitate(observations, list(infos["answer"]))
-                else:
-                    rollout = self.agent.rollout(observations)
+            with timed(clock, "rollout"), self.processes.autocast():
+                observations, rollout = self._answered(observations, infos)
             with timed(clock, "score"):
                 _, rewards, _, _, infos = self.envs.step(rollout.texts)
             return Rollouts.scored(observations, rollout, rewards, infos)
+
+    def _answered(self, observations: Any, infos: dict[str, Any]) -> tuple[Any, Rollout]:
+        """Generates completions. A sample that the agent cannot take is replaced by the next, or refused."""
+        while True:
+            try:
+                if self.algorithm.imitates:
+                    return observations, self.agent.imitate(observations, list(infos["answer"]))
+                return observations, self.agent.rollout(observations)
+            except PromptError as error:
+                if not hasattr(self.envs.unwrapped, "skips_broken"):  # environments of another kind
+                    raise DataError(f"sample {infos['id'][error.index]}: {error.reason}") from error
+                observations, infos = self.envs.reset(options={"replace": {error.index: error.reason}})
+
+    def skipped(self) -> dict[int, str] | None:
+        """Samples of all ranks that were skipped so far, by index, with place and reason. A collective.
+
+        None: such samples are refused.
+        """
+        if not getattr(self.envs.unwrapped, "skips_broken", False):
+            return None
+        return dict(sorted(self.processes.collect(list(self.envs.unwrapped.skipped.items()))))  # type: ignore[attr-defined]
 
     def _weights_for_rollout(self) -> AbstractContextManager[None]:
         needed = self.agent.generates_itself and not self.algorithm.imitates
@@ -573,16 +594,3 @@ def timed(clock: dict[str, float], name: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
     clock[name] = clock.get(name, 0.0) + time.perf_counter() - started
-
-
-@contextmanager
-def names_sample(infos: dict[str, Any]) -> Iterator[None]:
-    """Names the sample whose prompt does not fit the model.
-
-    Raises:
-        DataError: Replaces `PromptError`, with the sample's id.
-    """
-    try:
-        yield
-    except PromptError as error:
-        raise DataError(f"sample {infos['id'][error.index]}: {error.reason}") from error

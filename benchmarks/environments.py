@@ -19,7 +19,7 @@ import gymnasium
 import tyro
 
 import vlmenv  # noqa: F401 (registers the environments)
-from vlmenv.tasks import visual_tasks
+from vlmenv.envs.making import visual_tasks
 
 NUM_ENVS = 64
 

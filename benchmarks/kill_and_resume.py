@@ -2,10 +2,10 @@
 
     python benchmarks/kill_and_resume.py --output benchmarks/kill_and_resume.md
 
-A fifth of the moments are spread over the whole run. The others are, in turn, in a step, in the writing of a checkpoint, in
-the evaluation before training, and in the one after it. Half of the runs are killed a second time after they were resumed.
-In the end all files of a run must be the same bit for bit, except times, pictures and TensorBoard's files. Ends with status
-1 if anything differs.
+A fifth of the moments are spread over the whole run. The others are, in turn, in a step, in the writing of a
+checkpoint, in the evaluation before training, and in the one after it. Half of the runs are killed again after they
+were resumed. In the end all files of a run must be the same bit for bit, except times, pictures and TensorBoard
+files. Ends with status 1 if anything differs.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC
+from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, ClassVar, SupportsIndex, TypeVar
 
@@ -12,18 +12,22 @@ import gymnasium
 from gymnasium import spaces
 
 from vlmenv.core.answers import NONE
-from vlmenv.core.coordinates import Coordinates, CoordinateSpace, ResizeRule
-from vlmenv.core.errors import ConfigError, DataError, unknown_name
+from vlmenv.core.coordinates import Box, Coordinates, CoordinateSpace, ResizeRule
+from vlmenv.core.errors import ConfigError, DataError, SampleError, unknown_name
 from vlmenv.core.formats import AnswerFormat
-from vlmenv.core.rollout import Observation
-from vlmenv.core.spaces import FreeText, Image, RGBImage
-from vlmenv.envs.data.dataset import Dataset, Reading, open_dataset
+from vlmenv.core.rollout import IMAGE_MARK, ROLES, Observation, Turn, split_marks
+from vlmenv.core.spaces import FreeText, Image, OneOfTexts, RGBImage
+from vlmenv.envs.data.boxes import BoxForm, BoxOrientation, BoxReading
+from vlmenv.envs.data.dataset import Concatenated, Dataset, Reading, TableSource, open_dataset
 from vlmenv.envs.data.images import resized
-from vlmenv.envs.data.rows import Row, places
+from vlmenv.envs.data.rows import Row, missing
+from vlmenv.envs.data.rows import places as columns_of
 from vlmenv.envs.data.scenes import Split
 from vlmenv.envs.data.source import Sample, SampleOrder, Source
+from vlmenv.envs.geometry import Geometry, changed_place, convert, places
 from vlmenv.envs.metrics.intervals import Interval
-from vlmenv.envs.rendering import picture_of
+from vlmenv.envs.rendering import ANSWERED, TRUE, draw_places, picture_of
+from vlmenv.envs.rewards.registry import registered_rewards
 from vlmenv.envs.rewards.terms import RewardTerm
 from vlmenv.envs.rewards.text import count_words
 from vlmenv.envs.scoring import Rewards, Score, Scorer
@@ -37,27 +41,37 @@ Name = TypeVar("Name", bound=StrEnum)
 class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
     """A visual task with rule-based rewards.
 
-    The observation is `{"images": tuple of uint8 [H, W, 3] arrays, "prompt": str}`, the action any
-    text; an episode is one step. `reset` gives the sample's `id` and `index` in `info`, and
-    `reset(options={"index": i})` shows a given sample. `step` adds `rewards` (every term by name,
-    unweighted), `prediction` (the parsed answer, None if unparsable) and `target`, both in the
-    coordinates that the prompt asks for, and `traits` where the task tells any.
+    The observation is `{"images": tuple of uint8 [H, W, 3] arrays, "prompt": str, "turns": tuple of earlier turns}`,
+    see `Observation`; the action is any text; an episode is one step. `reset` gives the sample's `id` and `index` in
+    `info`, and `reset(options={"index": i})` shows a given sample. `step` adds `rewards` (every term by name,
+    unweighted), `prediction` (the parsed answer, None if unparsable) and `target`, both in the coordinates that the
+    prompt asks for, and `traits` where the task tells any.
 
-    A subclass is a task: it sets the class attributes and the methods below them.
+    A subclass is a task. It sets `terms`, `default_rewards` and `prompt_template`, and overrides those of the other
+    class attributes and hooks that it needs; docs/own_task.md shows each with an example.
 
     Args:
         dataset: What `open_dataset` takes: a file in VLM-R1's, PeBR-R1's or (for detection) COCO's layout, several
-            files, a parquet file, a Hugging Face data set; the built-in samples where left out.
+            files, a parquet file, a Hugging Face data set; or a `Source`. Default: the built-in samples.
         image_root: Folder that image paths are relative to, or one for each file; the file's own where left out.
         split: Of the built-in samples, `"train"` (default) or `"eval"`; of a Hugging Face data set, its name.
         columns: For parts of a row, the columns that hold them, as in `{"question": "query", "answer": "label"}`.
-        skip_broken: Leave broken rows out (`env.source.faults` tells of them) instead of refusing the data set.
+        skip_broken: Leave broken rows out (`env.source.faults` tells of them) instead of refusing the data set. A row
+            whose fault shows only when it is to be shown, such as half an image, gives way to the next one.
         min_image_side: Leave rows out with an image of fewer pixels than this in width or height.
         without_text: Leave rows out whose answer, reasoning included, contains one of these texts.
-        rewards: Terms and weights; the task's defaults where left out.
+        boxes_in: What the numbers of the data set's boxes are: `"xyxy"` (edges in pixels), `"xywh"` (left, top, width,
+            height in pixels), `"fractions"` or `"norm1000"` (edges in parts of the image). Not to be confused with
+            `coordinates`, which the prompt asks for. Default: xyxy; COCO's are xywh by definition.
+        box_orientation: Orientation of the image that the data set's boxes refer to, where EXIF turns it: as it is
+            `"shown"`, or as it is `"stored"`. A width and height that a COCO file tells decide, where they can.
+        rewards: Terms with weights. A term is the name of one of the task's own or of a registered one, a
+            `"module:function"`, or a function. Default: the task's `default_rewards`.
         extra_terms: Reward terms by name, beside the task's own or in the place of one of the same name.
         prompt_template: Text with `{question}` and, where they matter, `{answer}` for an example of the answer
             in its format, `{none}` for the answer "None", and `{coordinates}`.
+        system_prompt: Text of the system turn before each prompt; a row's own system turn replaces it. It takes the
+            placeholders of `prompt_template` but `{question}`. Default: no system turn.
         answer_format: How the answer is set apart: `"tags"` or `"sections"`; the task's own where left out.
         coordinates: How boxes are written in prompt, answer and `info`: `"original"`, `"resized"` or `"norm1000"`.
         resize: For `"resized"`, how the model sizes images: the observation then shows them at that size.
@@ -84,8 +98,13 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
     """Metrics that are the sum of one of `measure`'s numbers over the sum of another."""
     prompt_template: ClassVar[str]
     """The prompt, see the argument of the same name."""
-    answer_example: ClassVar[str] = "answer"
-    """What the prompt shows as the form of an answer."""
+    geometry: ClassVar[Geometry | None] = None
+    """The places in the image that answers name: `POINT`, `POINTS`, `BOX`, `BOXES`, `DETECTIONS`, or one of your own.
+    The truth is in pixels of the stored image, the first where there are several; the base class converts it."""
+    answer_example: ClassVar[str | None] = None
+    """The form of an answer that the prompt shows. Default: that of `geometry`, or "answer"."""
+    best: ClassVar[Mapping[str, float | None]] = {}
+    """Values of terms for a right answer where that is not 1; None for one that cannot be known beforehand."""
     default_format: ClassVar[AnswerFormat] = AnswerFormat.TAGS
     """The answer format unless told otherwise."""
     needs_image: ClassVar[bool] = True
@@ -94,6 +113,8 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
     """Whether every row must have an answer."""
     takes_coco: ClassVar[bool] = False
     """Whether COCO's instances make rows of this task."""
+    unread: ClassVar[Collection[str]] = ()
+    """Parts of a row, by their names in `COLUMNS`, that the task makes nothing of; that they are there is told."""
 
     def __init__(
         self,
@@ -104,9 +125,12 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         skip_broken: bool = False,
         min_image_side: int | None = None,
         without_text: Sequence[str] = (),
+        boxes_in: str | None = None,
+        box_orientation: str = BoxOrientation.SHOWN,
         rewards: Rewards | None = None,
         extra_terms: Mapping[str, RewardTerm] | None = None,
         prompt_template: str | None = None,
+        system_prompt: str | None = None,
         answer_format: str | None = None,
         coordinates: str = CoordinateSpace.ORIGINAL,
         resize: ResizeRule | None = None,
@@ -116,23 +140,25 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
     ) -> None:
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ConfigError(unknown_name("render_mode", str(render_mode), self.metadata["render_modes"]))
-        self.observation_space = spaces.Dict({"images": spaces.Sequence(RGBImage()), "prompt": FreeText()})  # type: ignore[assignment]
+        turn = spaces.Dict({"role": OneOfTexts(ROLES), "text": FreeText()})
+        self.observation_space = spaces.Dict(  # type: ignore[assignment]
+            {"images": spaces.Sequence(RGBImage()), "prompt": FreeText(), "turns": spaces.Sequence(turn)}
+        )
         self.action_space = FreeText()
         self.render_mode = render_mode
         self.timing = timing
+        self.skip_broken = skip_broken
         self.coordinates = Coordinates(_one_of(CoordinateSpace, "coordinate space", coordinates), resize)
         self.answer_format = _one_of(AnswerFormat, "answer format", answer_format or self.default_format)
-        self.template = _checked_template(self.prompt_template if prompt_template is None else prompt_template)
-        self._scorer = Scorer(
-            {**self.terms, **(extra_terms or {})},
-            self.default_rewards if rewards is None else rewards,
-            self.answer_format,
-            count_tokens,
-            exchangeable=self.row_terms.values(),
-        )
+        self._check_class()
+        self.template = self._checked_template(self.prompt_template if prompt_template is None else prompt_template)
+        self.system_prompt = self._checked_system_prompt(system_prompt)
+        self.count_tokens = count_tokens
+        self._terms = {**self.terms, **(extra_terms or {})}
+        self._scorer = self.scorer(self.default_rewards if rewards is None else rewards)
         if unused := set(extra_terms or {}) - set(self._scorer.weights):
             raise ConfigError(f"nothing uses the reward term {', '.join(sorted(unused))}: give it a weight in rewards")
-        reading = self.reading(columns, skip_broken, min_image_side, without_text)
+        reading = self.reading(columns, skip_broken, min_image_side, without_text, boxes_in, box_orientation)
         self.source = self._open(dataset, image_root, split, reading)
         self._order: SampleOrder | None = None
         self._position = 0
@@ -146,24 +172,56 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         """The reward terms in use, with their weights."""
         return dict(self._scorer.weights)
 
-    @abstractmethod
     def builtin_source(self, split: Split) -> Source:
-        """The task's built-in samples."""
+        """The task's built-in samples. Default: there are none, and the task needs a data set.
+
+        Example::
+
+            def builtin_source(self, split):
+                return CountScenes(split)
+
+        Raises:
+            ConfigError: The task has none.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} has no built-in samples: give a dataset, as in --dataset rows.jsonl or, from "
+            'Python, dataset="rows.jsonl"'
+        )
 
     def read_target(self, row: Row) -> Any:
-        """The truth of a data set's row; the text of its answer unless a task says otherwise.
+        """The truth of a data set's row. Default: the places that `geometry` reads in its answer, or the answer's text.
+
+        Example::
+
+            def read_target(self, row):
+                return int(row.answer)
 
         Raises:
             ValueError: The row holds no truth; the message says why.
         """
-        return row.answer
+        return row.answer if self.geometry is None else self.geometry.truth(row.answer)
 
     def parse(self, text: str) -> Any:
-        """The answer in a completion, or None; takes any text."""
-        return self.answer_format.extract(text)
+        """The answer in a completion, or None. It takes any text, and never raises.
+
+        Default: the places that `geometry` reads in the answer, or the answer's text.
+
+        Example::
+
+            def parse(self, text):
+                answer = super().parse(text) or ""
+                return int(answer) if answer.isdecimal() and len(answer) < 10 else None
+        """
+        content = self.answer_format.extract(text)
+        return content if content is None or self.geometry is None else self.geometry.read(content)
 
     def measure(self, text: str, target: Any, terms: Mapping[str, float]) -> dict[str, float]:
         """The task's evaluation metrics for one answer, of which means and `ratios` are reported.
+
+        Example::
+
+            def measure(self, text, target, terms):
+                return super().measure(text, target, terms) | {"exact": float(self.parse(text) == target)}
 
         Args:
             text: A completion.
@@ -173,7 +231,12 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         return {**terms, "unparsable": float(self.parse(text) is None)}
 
     def traits(self, prediction: Any, target: Any) -> dict[str, float]:
-        """Numbers about an answer that are no rewards, for training to log; none unless a task has some.
+        """Numbers about an answer that are no rewards, for training to log. Default: none.
+
+        Example::
+
+            def traits(self, prediction, target):
+                return {"too_many": float(prediction is not None and prediction > target)}
 
         Args:
             prediction: The parsed answer, None where unparsable.
@@ -182,7 +245,13 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         return {}
 
     def summarise(self, predictions: Sequence[Any], targets: Sequence[Any], clusters: Sequence[int]) -> Intervals:
-        """Metrics that belong to a data set as a whole, and are no means over answers; none unless a task has some.
+        """Metrics that belong to a data set as a whole, and are no means over answers. Default: none.
+
+        Example::
+
+            def summarise(self, predictions, targets, clusters):
+                errors = [9 if p is None else abs(p - t) for p, t in zip(predictions, targets)]
+                return {"mean error": ratio_interval(errors, clusters=clusters)}
 
         Args:
             predictions: Parsed answers, None where unparsable.
@@ -192,16 +261,39 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         return {}
 
     def write_answer(self, sample: Sample) -> str:
-        """The completion that answers a sample rightly, in the format and coordinates asked for."""
-        return self.answer_format.write(str(self.target(sample)), sample.rationale)
+        """The completion that answers a sample rightly, in the format and coordinates asked for.
+
+        `sft` imitates it, and the self-check lets the task score it. Default: what `geometry` writes, or the truth as
+        text.
+
+        Example::
+
+            def write_answer(self, sample):
+                return self.answer_format.write(f"{self.target(sample)} shapes", sample.rationale)
+        """
+        write = str if self.geometry is None else self.geometry.write
+        return self.answer_format.write(write(self.target(sample)), sample.rationale)
 
     def target(self, sample: Sample) -> Any:
-        """A sample's truth in the coordinates that the prompt asks for."""
-        return sample.target
+        """A sample's truth in the coordinates that the prompt asks for: what terms are given, and `info` shows."""
+        if self.geometry is None:
+            return sample.target
+        width, height = _image_size(sample)
+        return convert(sample.target, lambda place: self.coordinates.from_pixels(place, width, height))
 
     def draw(self, sample: Sample, prediction: Any) -> Image:
-        """A picture of a sample and an answer to it; `prediction` is None before there is one."""
-        return picture_of(sample.images)
+        """A picture of a sample and an answer to it: the places of `geometry`, or the images as they are.
+
+        Args:
+            sample: The sample.
+            prediction: The parsed answer; None before there is one, and where it is unparsable.
+        """
+        if self.geometry is None:
+            return picture_of(sample.images)
+        width, height = _image_size(sample)
+        true = [(place, TRUE) for place in places(sample.target)]
+        answered = [(self.coordinates.to_pixels(place, width, height), ANSWERED) for place in places(prediction)]
+        return draw_places(sample.asked_images[0], true + answered)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -210,7 +302,9 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
 
         Raises:
             ConfigError: An option that is not known, or a sample that does not exist.
-            DataError: The sample, or one of its images, cannot be read.
+            SampleError: The sample, or one of its images, cannot be read; with `skip_broken` the next one is shown,
+                unless this one was asked for by its index.
+            DataError: With `skip_broken`, every sample of the data set in turn cannot be read.
         """
         super().reset(seed=seed)
         if seed is not None or self._order is None:
@@ -220,12 +314,25 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
             raise ConfigError(f"reset knows no option {', '.join(sorted(unknown))}; it knows 'index'")
         if options:
             self._index = check_index(options["index"], self.source.size)
+            self._sample, observation = self.show(self._index)
         else:
-            self._index = self._order[self._position]
-            self._position += 1
-        self._sample = self.source.get(self._index)
+            self._sample, observation = self._show_next(self._order)
         self._prediction, self._answered = None, False
-        return self.observe(self._sample), self.identify(self._sample, self._index)
+        return observation, self.identify(self._sample, self._index)
+
+    def _show_next(self, order: SampleOrder) -> tuple[Sample, Observation]:
+        """The next sample of the order; with `skip_broken`, the next one that can be shown."""
+        broken: list[SampleError] = []
+        while not broken or len(broken) < 2 * (self.source.size or 0):  # an order may end and begin with one sample
+            self._index = order[self._position]
+            self._position += 1
+            try:
+                return self.show(self._index)
+            except SampleError as error:
+                if not self.skip_broken:
+                    raise
+                broken.append(error)
+        raise DataError(f"none of the data set's {self.source.size} samples can be shown; the first: {broken[0]}")
 
     def step(self, action: str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         if self._sample is None or self._answered:
@@ -236,20 +343,53 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         return self.observe(self._sample), score.reward, True, False, info
 
     def render(self) -> Image | None:
-        """In `rgb_array` mode a picture, uint8 [H, W, 3]: true boxes in green, answered ones in red."""
+        """In `rgb_array` mode a picture, uint8 [H, W, 3]: true places in green, answered ones in red."""
         if self.render_mode is None or self._sample is None:
             return None
         return self.draw(self._sample, self._prediction)
 
+    def show(self, index: int) -> tuple[Sample, Observation]:
+        """Loads a sample, and gives it with what an agent sees of it.
+
+        Raises:
+            SampleError: It cannot be read.
+        """
+        try:
+            sample = self.source.get(index)
+        except DataError as error:
+            raise SampleError(index, str(error)) from error
+        return sample, self.observe(sample)
+
     def observe(self, sample: Sample) -> Observation:
         """What an agent sees of a sample; the images are copies, at the size that `coordinates` shows them."""
-        return {"images": tuple(map(self._shown, sample.images)), "prompt": self.prompt(sample.question)}
+        return {
+            "images": tuple(map(self._shown, sample.images)),
+            "prompt": self._placed_prompt(sample),
+            "turns": self.turns(sample),
+        }
 
     def prompt(self, question: str) -> str:
         """The prompt that asks a question."""
-        prompt = self.template.replace("{answer}", self.answer_format.example(self.answer_example))
-        prompt = prompt.replace("{none}", self.answer_format.answer_only(NONE))
-        return prompt.replace("{coordinates}", self.coordinates.description).replace("{question}", question)
+        return self._filled(self.template).replace("{question}", question)
+
+    def turns(self, sample: Sample) -> tuple[Turn, ...]:
+        """The turns before a sample's prompt: the system turn, the row's own or the task's, and the row's others."""
+        if self.system_prompt is None or (sample.turns and sample.turns[0]["role"] == "system"):
+            return sample.turns
+        return ({"role": "system", "text": self._filled(self.system_prompt)}, *sample.turns)
+
+    def _filled(self, template: str) -> str:
+        """A template with all its placeholders filled but `{question}`."""
+        text = template.replace("{answer}", self.answer_format.example(self._example))
+        text = text.replace("{none}", self.answer_format.answer_only(NONE))
+        return text.replace("{coordinates}", self.coordinates.description)
+
+    def _placed_prompt(self, sample: Sample) -> str:
+        """The prompt; marks that only begin the question precede its template too, as images without marks do."""
+        marks, rest = split_marks(sample.question) if sample.images else (0, "")
+        if not marks or IMAGE_MARK in rest:
+            return self.prompt(sample.question)
+        return IMAGE_MARK * marks + self.prompt(rest)
 
     def score(self, text: str, sample: Sample) -> Score:
         """Scores an answer to a sample. Any text will do; a text that is no answer scores 0.
@@ -268,6 +408,25 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         targets = [self.target(sample) for sample in samples]
         return self._scorer(texts, targets, samples, [self.parse(text) for text in texts])
 
+    def scorer(self, rewards: Rewards) -> Scorer:
+        """What scores this task's answers by terms of one's choice.
+
+        Args:
+            rewards: Terms with weights, as in the argument of the same name.
+
+        Raises:
+            ConfigError: A term is not known, or its name or weight cannot be used.
+            ModelError: A term's model cannot be loaded.
+        """
+        return Scorer(
+            self._terms,
+            rewards,
+            self.answer_format,
+            self.count_tokens,
+            exchangeable=self.row_terms.values(),
+            registered=registered_rewards(type(self)),
+        )
+
     def explain(self, score: Score, sample: Sample) -> dict[str, Any]:
         """What `info` tells of a scored answer."""
         info = {"rewards": dict(score.terms), "prediction": score.prediction, "target": self.target(sample)}
@@ -285,8 +444,15 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         skip_broken: bool = False,
         min_image_side: int | None = None,
         without_text: Sequence[str] = (),
+        boxes_in: str | None = None,
+        box_orientation: str = BoxOrientation.SHOWN,
     ) -> Reading:
         """How this task reads the rows of a data set."""
+        has_boxes = self.geometry is not None or type(self).map_boxes is not VisualTaskEnv.map_boxes
+        if not has_boxes and (boxes_in is not None or box_orientation != BoxOrientation.SHOWN):
+            raise ConfigError("boxes_in and box_orientation are for tasks whose truths are boxes")
+        form = None if boxes_in is None else _one_of(BoxForm, "form of boxes", boxes_in)
+        boxes = BoxReading(self.map_boxes, form, _one_of(BoxOrientation, "orientation", box_orientation))
         return Reading(
             self._understand,
             self.needs_image,
@@ -294,8 +460,18 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
             columns or {},
             skip_broken,
             min_image_side,
-            without_text or (),
+            unread=self.unread,
+            without_text=without_text or (),
+            boxes=boxes if has_boxes else None,
         )
+
+    def map_boxes(self, target: Any, change: Callable[[Box], Box]) -> Any:
+        """A truth, as in `Sample.target`, with each of its boxes changed. Default: those of the task's `geometry`.
+
+        By it, data sets are read whose boxes are not in pixels of the image as it is shown. Other places are changed
+        corner by corner.
+        """
+        return target if self.geometry is None else convert(target, lambda place: changed_place(place, change))
 
     def row_term(self, row: Row) -> str | None:
         """The reward term that a row asks for in place of the one in use; None for none.
@@ -309,11 +485,61 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
             raise ValueError(f"accu_reward_method: {unknown_name('reward', row.method, self.row_terms)}")
         return self.row_terms[row.method]
 
+    @property
+    def _example(self) -> str:
+        if self.answer_example is not None:
+            return self.answer_example
+        return "answer" if self.geometry is None else self.geometry.example
+
+    def _check_class(self) -> None:
+        """Raises ConfigError unless the task says what every task must."""
+        name = type(self).__name__
+        for attribute in ("terms", "default_rewards", "prompt_template"):
+            if not hasattr(self, attribute):
+                raise ConfigError(f"{name} sets no {attribute}: see docs/own_task.md for what a task must say")
+        if self.geometry is not None and not self.needs_image:
+            raise ConfigError(f"{name} has a geometry, whose places are in an image: leave needs_image True")
+
+    def _checked_template(self, template: str) -> str:
+        if "{question}" not in template:
+            raise ConfigError("prompt_template must contain {question}, where the sample's question goes")
+        self._check_coordinates(template)
+        return template
+
+    def _checked_system_prompt(self, text: str | None) -> str | None:
+        if text is not None and IMAGE_MARK in text:
+            raise ConfigError(f"system_prompt must not contain {IMAGE_MARK}: no image belongs to it")
+        if text is not None and "{question}" in text:
+            raise ConfigError(
+                "system_prompt must not contain {question}: the question has its place in prompt_template"
+            )
+        self._check_coordinates(text or "")
+        return text
+
+    def _check_coordinates(self, template: str) -> None:
+        if "{coordinates}" in template and self.geometry is None:
+            raise ConfigError(
+                f"the prompt says {{coordinates}}, but {type(self).__name__} declares no geometry, so nothing would "
+                "convert its answers: set geometry = POINT (or POINTS, BOX, BOXES, DETECTIONS) in the class, or leave "
+                "{coordinates} out"
+            )
+
     def _understand(self, row: Row) -> Sample:
         if self.needs_answer and not row.answer and row.detections is None:
-            raise ValueError(f"the row has no answer: nothing in 'conversations', {places('answer')}")
+            hint = missing("answer", row.unused)
+            told = f"no turn of the assistant, nothing in {columns_of('answer')}"
+            raise ValueError(f"the row has no answer: {told}; {hint}")
         target, term = self.read_target(row), self.row_term(row)
-        return Sample(row.id, (), row.question, target, subject=row.subject, term=term, response=row.response)
+        return Sample(
+            row.id,
+            (),
+            row.question,
+            target,
+            subject=row.subject,
+            term=term,
+            response=row.response,
+            turns=row.turns,
+        )
 
     def _shown(self, image: Image) -> Image:
         height, width = image.shape[:2]
@@ -326,22 +552,37 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         split: str | None,
         reading: Reading,
     ) -> Source:
-        if dataset is None:
+        if dataset is None or isinstance(dataset, Source):
             if image_root is not None or reading != self.reading():
                 raise ConfigError(
-                    "image_root, columns, skip_broken, min_image_side and without_text are for a data set: "
-                    "give dataset too"
+                    "image_root, columns, skip_broken, min_image_side, without_text, boxes_in and box_orientation are "
+                    "for a data set of rows: give dataset too"
                 )
+            if isinstance(dataset, Source):
+                return dataset
             if split not in (None, "train", "eval"):
                 raise ConfigError(unknown_name("split", split, ("train", "eval")))
             return self.builtin_source("eval" if split == "eval" else "train")
         source = open_dataset(dataset, reading, image_root, split)
         if not source.size and source.unwanted:
             told = ", ".join(f"in {count} {reason}" for reason, count in source.unwanted.items())
-            raise DataError(f"no row is left: {len(source.faults)} are broken; {told}")
+            raise NoRowsError(f"no row is left: {len(source.faults)} are broken; {told}", source)
         if not source.size:
-            raise DataError(f"every one of {len(source.faults)} rows is broken; the first: {source.faults[0]}")
+            first = source.faults[0]
+            raise NoRowsError(f"every one of {len(source.faults)} rows is broken; the first: {first}", source)
         return source
+
+
+class NoRowsError(DataError):
+    """A data set none of whose rows is left.
+
+    Attributes:
+        source: It, with all that is wrong.
+    """
+
+    def __init__(self, message: str, source: TableSource | Concatenated) -> None:
+        super().__init__(message)
+        self.source = source
 
 
 def check_index(index: SupportsIndex, size: int | None) -> int:
@@ -365,7 +606,9 @@ def _one_of(options: type[Name], kind: str, name: str) -> Name:
     return options(name)
 
 
-def _checked_template(template: str) -> str:
-    if "{question}" not in template:
-        raise ConfigError("prompt_template must contain {question}, where the sample's question goes")
-    return template
+def _image_size(sample: Sample) -> tuple[int, int]:
+    """Width and height of the image that a sample's places are in."""
+    if not sample.asked_images:
+        raise DataError(f"sample {sample.id} has no image for its answer to name places in")
+    height, width = sample.asked_images[0].shape[:2]
+    return width, height

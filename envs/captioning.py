@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import ClassVar
 
 from vlmenv.core.answers import Caption
@@ -12,10 +12,11 @@ from vlmenv.envs.data.captions import CaptionScenes
 from vlmenv.envs.data.rows import Row
 from vlmenv.envs.data.scenes import Split
 from vlmenv.envs.data.source import Sample, Source
-from vlmenv.envs.rewards.answers import accuracy_reward, read_answer
+from vlmenv.envs.rewards.answers import accuracy_reward, read_answers
 from vlmenv.envs.rewards.clip import ClipScore
 from vlmenv.envs.rewards.terms import RewardTerm
 from vlmenv.envs.rewards.text import count_words, format_reward, keywords_reward, length_reward
+from vlmenv.envs.vqa import accepted_texts
 
 
 def answer_reward(text: str, target: Caption, answer_format: AnswerFormat = AnswerFormat.TAGS) -> float:
@@ -24,8 +25,8 @@ def answer_reward(text: str, target: Caption, answer_format: AnswerFormat = Answ
 
 
 def described_keywords_reward(text: str, target: Caption, answer_format: AnswerFormat = AnswerFormat.TAGS) -> float:
-    """`keywords_reward`, but 0 for a completion that does not describe the image."""
-    return keywords_reward(text, target) if answer_format.description(text) else 0.0
+    """`keywords_reward` of a completion's description alone; key words in its reasoning and answer do not count."""
+    return keywords_reward(answer_format.description(text), target)
 
 
 def described_length_reward(
@@ -49,9 +50,11 @@ class CaptionEnv(VisualTaskEnv):
         "accuracy": answer_reward,
     }
     default_rewards: ClassVar[Mapping[str, float]] = {"clip": 0.4, "keywords": 0.4, "format": 0.1, "length": 0.1}
+    best: ClassVar[Mapping[str, float | None]] = {"clip": None}
     prompt_template: ClassVar[str] = "Answer as {answer}\n{question}"
     default_format: ClassVar[AnswerFormat] = AnswerFormat.SECTIONS
     needs_answer: ClassVar[bool] = False
+    unread: ClassVar[Collection[str]] = ("choices", "tolerance")
 
     def builtin_source(self, split: Split) -> Source:
         return CaptionScenes(split)
@@ -59,7 +62,8 @@ class CaptionEnv(VisualTaskEnv):
     def read_target(self, row: Row) -> Caption:
         if not row.keywords:
             raise ValueError("the row has no key words: none in 'key_word' or 'keywords'")
-        return Caption(row.keywords, read_answer(row.answer) if row.answer else None)
+        answer = read_answers(accepted_texts(row), choices=row.choices) if row.answer else None
+        return Caption(row.keywords, answer)
 
     def measure(self, text: str, target: Caption, terms: Mapping[str, float]) -> dict[str, float]:
         clip = {"clip": terms["clip"]} if "clip" in terms else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar
 
 from vlmenv.core.answers import Answer
@@ -13,7 +14,7 @@ from vlmenv.envs.data.source import Source
 from vlmenv.envs.rewards.answers import AnswerAccuracy, read_answer
 from vlmenv.envs.rewards.math import start_math
 from vlmenv.envs.rewards.terms import RewardTerm
-from vlmenv.envs.vqa import VQAEnv
+from vlmenv.envs.vqa import VQAEnv, accepted_texts
 
 
 class MathAccuracy(AnswerAccuracy):
@@ -21,6 +22,17 @@ class MathAccuracy(AnswerAccuracy):
 
     def load(self) -> None:
         start_math()
+
+
+def _only_answer(row: Row) -> str:
+    """A row's answer; of several in a list it could not be told whether one of them is enough."""
+    texts = dict.fromkeys(accepted_texts(row))
+    if len(texts) > 1:
+        raise ValueError(
+            f"the answer is the list {row.answer[:100]}, of which all or one may be meant: "
+            f"write one text, as {', '.join(texts)!r} where all are; VLM-VQA-v0 takes lists of which one is enough"
+        )
+    return next(iter(texts))
 
 
 class MathEnv(VQAEnv):
@@ -34,6 +46,7 @@ class MathEnv(VQAEnv):
 
     def read_target(self, row: Row) -> Answer:
         """As a row asks for; else a choice where it is a letter, a number with a tolerance, and else mathematics."""
+        row = replace(row, answer=_only_answer(row), accepted=())
         answer = super().read_target(row)
         chosen = row.method not in ("", "default")
         if row.tolerance and not chosen:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
-from vlmenv.core.answers import Detection, parse_detections, write_detections
-from vlmenv.core.spaces import Image
+from vlmenv.core.answers import Detection
 from vlmenv.envs.base import Intervals, VisualTaskEnv
 from vlmenv.envs.data.rows import Row
 from vlmenv.envs.data.scenes import DetectionScenes, Split
-from vlmenv.envs.data.source import Sample, Source
+from vlmenv.envs.data.source import Source
+from vlmenv.envs.geometry import DETECTIONS, Geometry
 from vlmenv.envs.metrics.detection import coco_metrics, nms_ap
-from vlmenv.envs.rendering import ANSWERED, TRUE, draw_boxes
 from vlmenv.envs.rewards import detection as rewards
 from vlmenv.envs.rewards.terms import RewardTerm
 
@@ -32,27 +31,16 @@ class OVDEnv(VisualTaskEnv):
         "boxes/ratio": ("boxes/answered", "boxes/true"),
     }
     prompt_template: ClassVar[str] = "Answer as {answer} in {coordinates}, or {none}.\n{question}"
-    answer_example: ClassVar[str] = '```json\n[{"bbox_2d": [x1, y1, x2, y2], "label": "category"}]\n```'
+    geometry: ClassVar[Geometry | None] = DETECTIONS
     takes_coco: ClassVar[bool] = True
+    unread: ClassVar[Collection[str]] = ("keywords", "choices", "tolerance")
 
     def builtin_source(self, split: Split) -> Source:
         return DetectionScenes(split)
 
     def read_target(self, row: Row) -> Detections:
-        target = row.detections if row.detections is not None else parse_detections(row.answer)
-        if target is None:
-            raise ValueError(f'the answer {row.answer[:80]!r} is neither a list of {{"bbox_2d", "label"}} nor None')
+        target: Detections = row.detections if row.detections is not None else super().read_target(row)
         return target
-
-    def parse(self, text: str) -> Detections | None:
-        return rewards.parse_detected_answer(text, self.answer_format)
-
-    def target(self, sample: Sample) -> Detections:
-        height, width = sample.images[0].shape[:2]
-        return tuple(
-            Detection(one.label, self.coordinates.from_pixels(one.box, width, height), one.crowd, one.area)
-            for one in sample.target
-        )
 
     def measure(self, text: str, target: Detections, terms: Mapping[str, float]) -> dict[str, float]:
         answered = self.parse(text)
@@ -73,13 +61,3 @@ class OVDEnv(VisualTaskEnv):
         answered = [prediction or () for prediction in predictions]
         nms = {"NMS-AP": nms_ap(answered, targets, clusters=clusters)}
         return coco_metrics(answered, targets, clusters=clusters) | nms
-
-    def write_answer(self, sample: Sample) -> str:
-        answer = write_detections([one for one in self.target(sample) if not one.crowd])
-        return self.answer_format.write(answer, sample.rationale)
-
-    def draw(self, sample: Sample, prediction: Detections | None) -> Image:
-        height, width = sample.images[0].shape[:2]
-        boxes = [(one.box, TRUE) for one in sample.target]
-        boxes += [(self.coordinates.to_pixels(one.box, width, height), ANSWERED) for one in prediction or ()]
-        return draw_boxes(sample.images[0], boxes)

@@ -1,4 +1,4 @@
-"""Pictures of answers: true boxes in green, answered ones in red."""
+"""Pictures of answers: true places in green, answered ones in red."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import numpy as np
 from PIL import Image as PILImage
 from PIL import ImageDraw
 
-from vlmenv.core.coordinates import Box
 from vlmenv.core.spaces import Image
 
 TRUE, ANSWERED = (20, 150, 40), (220, 20, 30)
 _LEAST_SIDE = 320
 _GAP = 8
+_DOT = 7
 
 
-def draw_boxes(image: Image, boxes: Sequence[tuple[Box, tuple[int, int, int]]]) -> Image:
-    """Draws boxes, in pixels of the image, on an enlarged copy of it.
+def draw_places(image: Image, found: Sequence[tuple[tuple[float, ...], tuple[int, int, int]]]) -> Image:
+    """Draws points, boxes and polygons, in pixels of the image, on an enlarged copy of it.
 
     Args:
         image: uint8 [H, W, 3].
-        boxes: Each with its colour.
+        found: Places of 2 numbers (a point), 4 (a box) or more (corners of a polygon), each with its colour.
 
     Returns:
         uint8 [S·H, S·W, 3], with the least whole S that makes the shorter side at least 320.
@@ -29,9 +29,15 @@ def draw_boxes(image: Image, boxes: Sequence[tuple[Box, tuple[int, int, int]]]) 
     picture, scale = _enlarged(image)
     width, height = picture.size
     draw = ImageDraw.Draw(picture)
-    for box, colour in boxes:
-        x1, y1, x2, y2 = np.clip(np.array(box) * scale, -1, (width, height, width, height)).tolist()
-        draw.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour, width=3)
+    for place, colour in found:
+        corners = np.clip(np.array(place).reshape(-1, 2) * scale, -1, (width, height))
+        (x1, y1), (x2, y2) = corners.min(0).tolist(), corners.max(0).tolist()
+        if len(corners) == 1:
+            draw.ellipse((x1 - _DOT, y1 - _DOT, x1 + _DOT, y1 + _DOT), outline=colour, width=3)
+        elif len(corners) == 2:
+            draw.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour, width=3)
+        else:
+            draw.polygon([(x, y) for x, y in corners.tolist()], outline=colour, width=3)
     return np.asarray(picture)
 
 

@@ -8,18 +8,21 @@ import math
 import time
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final
 
 from vlmenv.core.errors import ConfigError, RewardError, VLMEnvError, unknown_name
 from vlmenv.core.formats import AnswerFormat
+from vlmenv.core.rollout import named_images
 from vlmenv.envs.data.source import Sample
+from vlmenv.envs.rewards.registry import load_reward
 from vlmenv.envs.rewards.terms import BatchTerm, RewardTerm
 
 Rewards = Mapping[str | RewardTerm, float] | Mapping[str, float]
-"""Reward terms with their weights: names of the task's own terms, or callables."""
+"""Reward terms with their weights: names of the task's own or of registered terms, "module:function", or callables."""
 
-Evaluate = Callable[[Sequence[str], Sequence[Any], Sequence[Sample]], Iterable[float]]
-"""Of N texts, targets and samples: N numbers."""
+Evaluate = Callable[[Sequence[str], Sequence[Any], Sequence[Sample], Sequence[Any]], Iterable[float]]
+"""Of N texts, targets, samples and parsed answers: N numbers."""
 
 _TAKEN: Final = ("mean", "std", "zero_std_groups")  # "reward/…" metrics of the trainer
 
@@ -47,6 +50,7 @@ class Scorer:
         answer_format: Given to the terms that ask for it.
         count_tokens: Likewise.
         exchangeable: Names of terms that rows may ask for; the first of them in use gives way to a row's choice.
+        registered: Terms by the names that `register_reward` gave them for this task.
 
     Raises:
         ConfigError: A term is not known, or its name or weight cannot be used.
@@ -60,6 +64,7 @@ class Scorer:
         answer_format: AnswerFormat,
         count_tokens: Callable[[str], int],
         exchangeable: Collection[str] = (),
+        registered: Mapping[str, RewardTerm] = MappingProxyType({}),
     ) -> None:
         if not isinstance(rewards, Mapping):
             raise ConfigError(f"rewards is a {type(rewards).__name__}: give terms with weights, as {{'accuracy': 1.0}}")
@@ -68,12 +73,13 @@ class Scorer:
         self._known = known
         self._answer_format = answer_format
         self._given: dict[str, Any] = {"answer_format": answer_format, "count_tokens": count_tokens}
-        self.weights = {_name(key, known): _weight(key, value) for key, value in rewards.items()}
-        if len(self.weights) < len(rewards):
-            raise ConfigError(f"two reward terms have the same name: {', '.join(_name(key, known) for key in rewards)}")
-        self._evaluate = {
-            _name(key, known): self._evaluator(known[key] if isinstance(key, str) else key) for key in rewards
-        }
+        self.weights: dict[str, float] = {}
+        self._evaluate: dict[str, Evaluate] = {}
+        for key, weight in rewards.items():
+            name, term = _named_term(key, known, registered)
+            if name in self.weights:
+                raise ConfigError(f"two reward terms have the same name, {name}: rename one of the functions")
+            self.weights[name], self._evaluate[name] = _weight(name, weight), self._evaluator(term)
         self._exchangeable = next((name for name in self.weights if name in exchangeable), None)
 
     def __call__(
@@ -87,7 +93,7 @@ class Scorer:
         scores = [Score(0.0, {}, prediction, {}) for prediction in predictions]
         for name, weight, evaluate, rows in self._plan(samples):
             started = time.perf_counter()
-            arguments = [texts[i] for i in rows], [targets[i] for i in rows], [samples[i] for i in rows]
+            arguments = tuple([column[i] for i in rows] for column in (texts, targets, samples, predictions))
             values = _evaluated(name, evaluate, arguments, [samples[i].id for i in rows])
             share = (time.perf_counter() - started) / len(rows)
             for i, value in zip(rows, values, strict=True):
@@ -113,7 +119,8 @@ class Scorer:
             return functools.partial(_together, term, self._answer_format)
         wanted = _parameters(term)
         given = {name: value for name, value in self._given.items() if name in wanted}
-        return functools.partial(_each, functools.partial(term, **given))
+        each = _each_prediction if "prediction" in wanted else _each
+        return functools.partial(each, functools.partial(term, **given))
 
 
 def _together(
@@ -122,23 +129,41 @@ def _together(
     texts: Sequence[str],
     targets: Sequence[Any],
     samples: Sequence[Sample],
+    predictions: Sequence[Any],
 ) -> Sequence[float]:
     """A term that scores N answers at once; it is told their questions if it asks for them."""
-    asked = {"questions": [sample.question for sample in samples]} if "questions" in _parameters(term.batch) else {}
-    return term.batch(texts, targets, [sample.images for sample in samples], answer_format, **asked)
+    named = [named_images(sample.question) if sample.images else sample.question for sample in samples]
+    asked = {"questions": named} if "questions" in _parameters(term.batch) else {}
+    return term.batch(texts, targets, [sample.asked_images for sample in samples], answer_format, **asked)
 
 
 def _each(
-    term: Callable[..., float], texts: Sequence[str], targets: Sequence[Any], samples: Sequence[Sample]
+    term: Callable[..., float],
+    texts: Sequence[str],
+    targets: Sequence[Any],
+    samples: Sequence[Sample],
+    predictions: Sequence[Any],
 ) -> Iterator[float]:
     """A term of single answers over N of them, one by one."""
     return (term(text, target) for text, target in zip(texts, targets, strict=True))
 
 
+def _each_prediction(
+    term: Callable[..., float],
+    texts: Sequence[str],
+    targets: Sequence[Any],
+    samples: Sequence[Sample],
+    predictions: Sequence[Any],
+) -> Iterator[float]:
+    """The same of a term that asks for the parsed answer."""
+    rows = zip(texts, targets, predictions, strict=True)
+    return (term(text, target, prediction=prediction) for text, target, prediction in rows)
+
+
 def _evaluated(
     name: str,
     evaluate: Evaluate,
-    arguments: tuple[Sequence[str], Sequence[Any], Sequence[Sample]],
+    arguments: tuple[Sequence[Any], ...],
     ids: Sequence[str],
 ) -> list[float]:
     """The values of a term, all of which are numbers.
@@ -163,22 +188,41 @@ def _evaluated(
     return values
 
 
-def _name(key: str | RewardTerm, known: Mapping[str, RewardTerm]) -> str:
-    if not isinstance(key, (str, BatchTerm)) and not callable(key):
+def _named_term(
+    key: str | RewardTerm, known: Mapping[str, RewardTerm], registered: Mapping[str, RewardTerm]
+) -> tuple[str, RewardTerm]:
+    """The term that a key of `rewards` means, and the name that it is shown by.
+
+    Raises:
+        ConfigError: There is none, or its name cannot be used.
+    """
+    if isinstance(key, str) and ":" in key:
+        term = load_reward(key)
+        name = _name_of(term)
+    elif isinstance(key, str):
+        name, term = key, _known_term(key, known, registered)
+    elif isinstance(key, BatchTerm) or callable(key):
+        name, term = _name_of(key), key
+    else:
         raise ConfigError(f"reward term {key!r} is neither a name nor a function")
-    name = key if isinstance(key, str) else _name_of(key)
-    if isinstance(key, str) and key not in known:
-        raise ConfigError(unknown_name("reward term", key, known))
     if name in _TAKEN:
         raise ConfigError(f"reward term {name}: the name is that of a metric; call it something else")
     if name.startswith("_"):
         raise ConfigError(f"reward term {name}: a leading underscore is taken for a mask in vector infos")
-    return name
+    return name, term
 
 
-def _weight(key: str | RewardTerm, weight: float) -> float:
+def _known_term(name: str, known: Mapping[str, RewardTerm], registered: Mapping[str, RewardTerm]) -> RewardTerm:
+    if name in known and name in registered:
+        raise ConfigError(f"the task has a reward term '{name}' of its own: register yours by another name")
+    if name in known or name in registered:
+        return known[name] if name in known else registered[name]
+    hint = "A function of your own is named as module:function."
+    raise ConfigError(f"{unknown_name('reward term', name, [*known, *registered])} {hint}")
+
+
+def _weight(name: str, weight: float) -> float:
     if not isinstance(weight, (int, float)) or not math.isfinite(weight):
-        name = key if isinstance(key, str) else _name_of(key)
         raise ConfigError(f"the weight of reward term '{name}' is {weight}; it must be finite")
     return float(weight)
 

@@ -5,21 +5,29 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from vlmenv.core.errors import ConfigError
+from vlmenv.core.errors import ConfigError, DataError, SampleError
 from vlmenv.core.rollout import Observation
 from vlmenv.core.spaces import Image
 from vlmenv.envs.base import VisualTaskEnv, check_index
 from vlmenv.envs.data.source import Sample, SampleOrder
 
 BatchedObservations = dict[str, tuple[Any, ...]]
-"""`{"images": N tuples of arrays, "prompt": N strings}`"""
+"""`{"images": N tuples of arrays, "prompt": N strings, "turns": N tuples of turns}`"""
+
+
+class Shown(NamedTuple):
+    """A sample that a group of environments shows."""
+
+    index: int
+    sample: Sample
+    observation: Observation
 
 
 class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[Any]]):
@@ -29,6 +37,13 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
     Every step ends all episodes and nothing resets by itself, so call `reset` before each `step`.
     `reset(options={"index": [...]})` shows given samples, one a group. Infos have the layout of
     Gymnasium's own vector environments.
+
+    With the task's `skip_broken`, a sample that cannot be shown gives way to the next one, for all of its group, as if
+    it had never been in the data set. `reset(options={"replace": {i: reason}})` says the same of the sample that
+    environment i shows, where an agent cannot take it: the other samples stay.
+
+    Attributes:
+        skipped: By the indices of the samples that were left out so far, where each stands and what is wrong with it.
 
     Args:
         task: Builds the task's environment from `kwargs`.
@@ -87,11 +102,16 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         self._taken = 0  # places in this shard's part of the order
         self._settled: set[int] = set()
         """Samples all of whose answers earned the same when they were last shown."""
-        self._indices: list[int] = []
-        self._samples: list[Sample] = []
+        self.skipped: dict[int, str] = {}
+        self._shown: list[Shown] = []
         self._observations: BatchedObservations = {}
         self._predictions: list[Any] | None = None
         self._pool = ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1)), thread_name_prefix="vlmenv-images")
+
+    @property
+    def skips_broken(self) -> bool:
+        """Whether samples that cannot be shown are left out, and not refused."""
+        return self.task.skip_broken
 
     @property
     def num_groups(self) -> int:
@@ -103,27 +123,31 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
     ) -> tuple[BatchedObservations, dict[str, Any]]:
         """Shows P new samples, or those of `options={"index": [P indices]}`, G times each.
 
-        With a seed, `options={"skip": k}` goes on after k batches of its order, as if there had been k resets, and
-        `options={"state": s}` from a `state_dict`.
+        With a seed, `options={"skip": k}` goes on after k batches of its order, as if there had been k resets that
+        left nothing out, and `options={"state": s}` from a `state_dict`. For `replace` see the class.
 
         Raises:
             ConfigError: An option that is not known, or indices that do not fit.
-            DataError: A sample, or one of its images, cannot be read.
+            SampleError: A sample, or one of its images, cannot be read, or one that is to be replaced is not to be
+                left out.
+            DataError: No sample is left.
         """
         super().reset(seed=seed)
+        options = self._checked(options or {})
         if seed is not None or self._order is None:
             self._order = SampleOrder(self.task.source.size, key=int(self.np_random.integers(2**62)))
             self._taken, self._settled = 0, set()
-        if options and "skip" in options:
+        if "skip" in options:
             self._taken += int(options["skip"]) * self.num_groups
-        if options and "state" in options:
-            self._taken, self._settled = options["state"]["taken"], set(options["state"]["settled"])
-        self._indices = self._next_indices(self._order, options)
-        loaded = list(self._pool.map(self._load, self._indices))
-        self._samples, shown = [sample for sample, _ in loaded], [observation for _, observation in loaded]
-        rows = [observation for observation in shown for _ in range(self.group_size)]
-        images, prompts = tuple(row["images"] for row in rows), tuple(row["prompt"] for row in rows)
-        self._observations = {"images": images, "prompt": prompts}
+        if "state" in options:
+            self._go_on(options["state"])
+        if "index" in options:
+            self._shown = self._given(options["index"])
+        else:
+            self._shown = self._kept(options["replace"]) if "replace" in options else []
+            self._fill(self._order)
+        rows = [one.observation for one in self._shown for _ in range(self.group_size)]
+        self._observations = {name: tuple(row[name] for row in rows) for name in self.single_observation_space}
         self._predictions = None
         return self._observations, self._infos() | (self._true_answers() if self._answers else {})
 
@@ -136,11 +160,11 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
             RuntimeError: There was no `reset` since the last step.
             ValueError: There are not N texts.
         """
-        if not self._samples or self._predictions is not None:
+        if not self._shown or self._predictions is not None:
             raise RuntimeError("an episode is one step: call reset() before each step()")
         if isinstance(actions, str) or len(actions) != self.num_envs:
             raise ValueError(f"step wants {self.num_envs} texts, one per environment")
-        samples = [sample for sample in self._samples for _ in range(self.group_size)]
+        samples = [one.sample for one in self._shown for _ in range(self.group_size)]
         scores = self.task.score_batch(actions, samples)
         self._predictions = [score.prediction for score in scores]
         infos = self._infos([self.task.explain(score, sample) for score, sample in zip(scores, samples, strict=True)])
@@ -151,64 +175,120 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
 
     def render(self) -> tuple[Image, ...] | None:
         """In `rgb_array` mode a picture for each environment."""
-        if self.render_mode is None or not self._samples:
+        if self.render_mode is None or not self._shown:
             return None
         predictions = self._predictions or [None] * self.num_envs
         return tuple(
-            self.task.draw(self._samples[i // self.group_size], prediction) for i, prediction in enumerate(predictions)
+            self.task.draw(self._shown[i // self.group_size].sample, prediction)
+            for i, prediction in enumerate(predictions)
         )
 
     def close_extras(self, **kwargs: Any) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _true_answers(self) -> dict[str, Any]:
-        each = [sample.response or self.task.write_answer(sample) for sample in self._samples]
+        each = [one.sample.response or self.task.write_answer(one.sample) for one in self._shown]
         written = [answer for answer in each for _ in range(self.group_size)]
         return {"answer": np.array(written, dtype=object), "_answer": np.ones(self.num_envs, dtype=np.bool_)}
 
     def state_dict(self) -> dict[str, Any]:
         """Where in the order of samples this is, and what is known of them."""
-        return {"taken": self._taken, "settled": sorted(self._settled)}
+        return {"taken": self._taken, "settled": sorted(self._settled), "skipped": dict(self.skipped)}
+
+    def _go_on(self, state: dict[str, Any]) -> None:
+        self._taken, self._settled = state["taken"], set(state["settled"])
+        self.skipped = dict(state.get("skipped", {}))  # which older checkpoints do not have
+
+    def fault(self, env: int, reason: str) -> SampleError:
+        """The error that says what is wrong with the sample which an environment shows, and where it stands."""
+        index, sample, _ = self._shown[env // self.group_size]
+        return SampleError(index, f"{self.task.source.place(index, sample.id)}: {reason}")
+
+    def skip(self, error: SampleError) -> None:
+        """Leaves a sample out from now on.
+
+        Raises:
+            SampleError: The same, where broken rows are not to be left out.
+            DataError: No sample is left.
+        """
+        if not self.skips_broken:
+            raise error
+        self.skipped[error.index] = str(error)
+        if len(self.skipped) == self.task.source.size:
+            raise DataError(f"none of the data set's {len(self.skipped)} samples can be shown; the last: {error}")
 
     def _settle(self, rewards: NDArray[Any]) -> None:
         if self._revisit == 1:
             return
-        for index, group in zip(self._indices, rewards.reshape(-1, self.group_size), strict=True):
-            (self._settled.add if np.ptp(group) == 0 else self._settled.discard)(index)
+        for one, group in zip(self._shown, rewards.reshape(-1, self.group_size), strict=True):
+            (self._settled.add if np.ptp(group) == 0 else self._settled.discard)(one.index)
 
-    def _load(self, index: int) -> tuple[Sample, Observation]:
-        sample = self.task.source.get(index)
-        return sample, self.task.observe(sample)
+    def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options of a reset but for the mask, which says nothing.
 
-    def _next_indices(self, order: SampleOrder, options: dict[str, Any] | None) -> list[int]:
-        options = {name: value for name, value in (options or {}).items() if name not in ("skip", "state")}
+        Raises:
+            ConfigError: One is not known, or the mask leaves environments out.
+        """
+        options = dict(options)
         mask = np.asarray(options.pop("reset_mask", np.ones(self.num_envs, dtype=np.bool_)))
         if mask.shape != (self.num_envs,) or not mask.all():
             raise ConfigError(
                 f"episodes of one step end together: reset_mask must be True for all {self.num_envs} environments"
             )
-        if unknown := set(options) - {"index"}:
+        if unknown := set(options) - _OPTIONS:
             raise ConfigError(
-                f"reset knows no option {', '.join(sorted(unknown))}; it knows 'index', 'skip' and 'state'"
+                f"reset knows no option {', '.join(sorted(unknown))}; it knows {', '.join(sorted(_OPTIONS))}"
             )
-        if options:
-            indices = [check_index(index, self.task.source.size) for index in options["index"]]
-            if len(indices) != self.num_groups:
-                raise ConfigError(f"reset wants {self.num_groups} indices, one per group, not {len(indices)}")
-            return indices
-        return self._take(order)
+        return options
 
-    def _take(self, order: SampleOrder) -> list[int]:
-        """The next samples of this shard's part of the order, settled ones passed over but for a chance."""
+    def _given(self, wanted: Sequence[Any]) -> list[Shown]:
+        """The samples of some indices."""
+        indices = [check_index(index, self.task.source.size) for index in wanted]
+        if len(indices) != self.num_groups:
+            raise ConfigError(f"reset wants {self.num_groups} indices, one per group, not {len(indices)}")
+        loaded = list(self._pool.map(self._load, indices))
+        for one in loaded:
+            if isinstance(one, SampleError):
+                raise one
+        return [one for one in loaded if not isinstance(one, SampleError)]
+
+    def _kept(self, replace: dict[int, str]) -> list[Shown]:
+        """The samples shown but for those of some environments, which are left out for the reasons given."""
+        for error in [self.fault(env, reason) for env, reason in replace.items()]:
+            self.skip(error)
+        return [one for one in self._shown if one.index not in self.skipped]
+
+    def _fill(self, order: SampleOrder) -> None:
+        """Shows the next samples besides, until there are P."""
+        while (missing := self.num_groups - len(self._shown)) > 0:
+            for one in self._pool.map(self._load, self._take(order, missing)):
+                if isinstance(one, SampleError):
+                    self.skip(one)
+                else:
+                    self._shown.append(one)
+
+    def _load(self, index: int) -> Shown | SampleError:
+        try:
+            return Shown(index, *self.task.show(index))
+        except SampleError as error:
+            return error
+
+    def _take(self, order: SampleOrder, count: int) -> list[int]:
+        """The next samples of this shard's part of the order.
+
+        Skipped ones are passed over, settled ones but for a chance.
+        """
         indices: list[int] = []
         most = (
             0 if self._revisit == 1 else self.task.source.size or 0
         )  # to be passed over, lest all of them are settled
-        while len(indices) < self.num_groups:
+        while len(indices) < count:
             batch, place = divmod(self._taken, self.num_groups)
             position = (batch * self._num_shards + self._shard) * self.num_groups + place
             self._taken += 1
             index = order[position]
+            if index in self.skipped:
+                continue
             if most and index in self._settled and order.chance(position) >= self._revisit:
                 most -= 1
             else:
@@ -219,8 +299,8 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         """Which sample each environment shows and, after a step, what became of its answer."""
         infos: dict[str, Any] = {}
         for i in range(self.num_envs):
-            group = i // self.group_size
-            infos = self._add_info(infos, self.task.identify(self._samples[group], self._indices[group]), i)
+            one = self._shown[i // self.group_size]
+            infos = self._add_info(infos, self.task.identify(one.sample, one.index), i)
         for i, detail in enumerate(details):
             infos = self._add_info(infos, {k: v for k, v in detail.items() if k not in _ANY_TYPE}, i)
         for name in _ANY_TYPE if details else ():
@@ -231,5 +311,6 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         return infos
 
 
+_OPTIONS = {"index", "skip", "state", "replace"}
 _ANY_TYPE = ("prediction", "target")
 """Infos whose type may differ from row to row, and is the task's own affair."""

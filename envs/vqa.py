@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Collection, Mapping
 from typing import ClassVar
 
 from vlmenv.core.answers import Answer, AnswerKind
@@ -12,7 +14,7 @@ from vlmenv.envs.data.questions import VisualQuestions
 from vlmenv.envs.data.rows import Row
 from vlmenv.envs.data.scenes import Split
 from vlmenv.envs.data.source import Sample, Source
-from vlmenv.envs.rewards.answers import accuracy_reward, accuracy_term, parse_reply, read_answer
+from vlmenv.envs.rewards.answers import accuracy_reward, accuracy_term, parse_reply, read_answers
 from vlmenv.envs.rewards.terms import RewardTerm
 from vlmenv.envs.rewards.text import format_reward, length_reward
 
@@ -29,6 +31,26 @@ KINDS: Mapping[str, AnswerKind] = {
 """What a row's `accu_reward_method` may be."""
 
 
+def accepted_texts(row: Row) -> list[str]:
+    """The answers that a row accepts: the items of a list of texts, or its answer.
+
+    Raises:
+        ValueError: The list may as well name what has to be given together.
+    """
+    if not row.accepted:
+        return [row.answer]
+    texts = [item if isinstance(item, str) else json.dumps(item) for item in row.accepted]
+    numbers = not any(isinstance(item, str) for item in row.accepted)
+    letters = all(re.fullmatch(r"\W*[A-Za-z]\W*", text) for text in texts)
+    if len({*texts}) > 1 and (numbers or letters):
+        any_of = f", and the list of texts {json.dumps(texts)} where one is enough" if numbers else ""
+        raise ValueError(
+            f"the answer is the list {row.answer[:100]}, of which all or one may be meant: "
+            f"write the text {', '.join(texts)!r} where all are{any_of}"
+        )
+    return texts
+
+
 class VQAEnv(VisualTaskEnv):
     """`VLM-VQA-v0`: the answer is a letter, yes or no, a number or words, as the row's truth is."""
 
@@ -40,6 +62,7 @@ class VQAEnv(VisualTaskEnv):
     default_rewards: ClassVar[Mapping[str, float]] = {"accuracy": 1.0, "format": 0.1}
     prompt_template: ClassVar[str] = "Answer as {answer}\n{question}"
     needs_image: ClassVar[bool] = False
+    unread: ClassVar[Collection[str]] = ("keywords",)
 
     def builtin_source(self, split: Split) -> Source:
         return VisualQuestions(split)
@@ -47,7 +70,7 @@ class VQAEnv(VisualTaskEnv):
     def read_target(self, row: Row) -> Answer:
         if row.method not in ("", "default", *KINDS):
             raise ValueError(f"accu_reward_method: {unknown_name('kind of answer', row.method, KINDS)}")
-        return read_answer(row.answer, KINDS.get(row.method), row.tolerance, row.choices)
+        return read_answers(accepted_texts(row), KINDS.get(row.method), row.tolerance, row.choices)
 
     def row_term(self, row: Row) -> None:
         """None: what a row asks for is the kind of its answer."""

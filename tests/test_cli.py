@@ -251,6 +251,8 @@ def test_detection_is_trained_and_measured_by_the_same_commands(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["train", "--env", "VLM-Point-v0"], "is named with the module that registers it, as in my_task:VLM-Point-v0"),
+        (["train", "--env", "json:VLM-Point-v0"], "module 'json' registers no environment 'VLM-Point-v0'"),
         (["train", "--env", "VLM-RCE-v0"], "unknown environment 'VLM-RCE-v0'. Did you mean 'VLM-REC-v0'?"),
         (["train", "--env", "VLM-REC"], "Did you mean 'VLM-REC-v0'?"),
         (["eval", "--env", "CartPole-v1"], "no visual task"),
@@ -263,10 +265,10 @@ def test_detection_is_trained_and_measured_by_the_same_commands(tmp_path: Path) 
         (["train", "--group-size", "1"], "group_size must be at least 2"),
         (["train", "--steps", "0"], "steps must be at least 1"),
         (["train", "--rewards", "iuo", "1"], "Did you mean 'iou'"),
-        (["train", "--stepz", "3"], "--steps"),
-        (["train", "--algo", "gropo"], "grpo"),
-        (["train", "--algo", "ppo", "--scale", "none"], "--scale"),
-        (["train", "--algo", "rloo", "--epsilon-high", "1"], "--epsilon-high"),
+        (["train", "--stepz", "3"], "unknown option 'stepz'. Did you mean 'steps'?"),
+        (["train", "--algo", "gropo"], "unknown algorithm 'gropo'. Did you mean 'grpo'?"),
+        (["train", "--algo", "ppo", "--scale", "none"], "ppo has no option 'scale', which grpo"),
+        (["train", "--algo", "rloo", "--epsilon-high", "1"], "rloo has no option 'epsilon_high'"),
         (["train", "--lora-alpha", "4"], "go with lora_rank"),
         (["train", "--lora-rank", "4", "--freeze-vision"], "leave out the options to freeze"),
         (["train", "--vision-lr", "0"], "vision_lr must be above 0"),
@@ -275,19 +277,19 @@ def test_detection_is_trained_and_measured_by_the_same_commands(tmp_path: Path) 
         (["train", "--eval-every", "2", "--eval-limit", "0"], "eval_every needs samples"),
         (["train", "--algo", "sft", "--group-size", "2"], "group_size must be 1"),
         (["train", "--keep", "0"], "keep must be at least 1"),
-        (["train", "--tracker", "tensorbord"], "tensorboard"),
+        (["train", "--tracker", "tensorbord"], "unknown tracker 'tensorbord'. Did you mean 'tensorboard'?"),
         (["train", "--log-samples", "-1"], "log_samples must not be negative"),
         (["train", "--tracker", "none", "--log-samples", "5"], "log_samples is for a tracker"),
-        (["trian"], "train"),
+        (["trian"], "unknown command 'trian'. Did you mean 'train'?"),
         (["doctor", "--group-size", "0"], "group_size must be at least 1"),
-        (["doctor", "--beta", "-1"], "beta must not be negative"),
+        (["doctor", "--beta", "-1"], "beta must be a number from 0 up"),
         (["doctor", "--temperature", "0"], "training needs varied answers"),
-        (["doctor", "--env", "VLM-RCE-v0", "--device", "cpu"], "1 of 19 checks failed: samples"),
+        (["doctor", "--env", "VLM-RCE-v0", "--device", "cpu"], "1 of 20 checks failed: samples"),
         (["eval", "--eval-limit", "0"], "eval_limit must be at least 1"),
         (["eval", "--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
         (["eval", "--temperature", "0", "--samples", "4"], "temperature must be above 0"),
         (["train", "--temperature", "0"], "temperature must be above 0"),
-        (["train", "--seed", "-1"], "must not be negative"),
+        (["train", "--seed", "-1"], "seed must be from 0"),
         (["train", "--temperature", "nan"], "temperature must be a number"),
         (["train", "--lr", "nan"], "lr and max_grad_norm must be above 0"),
         (["train", "--rewards", "iou", "nan"], "weight of reward term 'iou' is nan"),
@@ -295,7 +297,7 @@ def test_detection_is_trained_and_measured_by_the_same_commands(tmp_path: Path) 
         (["train", "--env", ".mod:Id"], "cannot be imported"),
         (["train", "--lr", "0"], "lr and max_grad_norm must be above 0"),
         (["train", "--eval-limit", "-1"], "eval_limit must not be negative"),
-        (["train", "--env", "nowhere:VLM-X-v0"], "'nowhere' of the environment cannot be imported"),
+        (["train", "--env", "nowhere:VLM-X-v0"], "environment nowhere:VLM-X-v0: there is no module 'nowhere'"),
         (["train", "--eval-dataset", "x"], "go with dataset"),
         (["train", "--config", "none.yaml"], "none.yaml"),
     ],
@@ -331,7 +333,7 @@ def test_an_engine_that_is_not_installed_is_told_before_anything_is_loaded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
-    for name in ("vlmenv.commands.train", "vlmenv.evaluation"):
+    for name in ("vlmenv.commands.train", "vlmenv.commands.suite"):
         monkeypatch.setattr(f"{name}.make_envs", lambda *_, **__: pytest.fail("data were read"))
     run = tmp_path / "run"
     for args in (["train", "--output", str(run)], ["eval"]):
@@ -358,12 +360,12 @@ def test_an_engine_that_cannot_be_had_like_this_is_refused_early(monkeypatch: py
     [
         (["--engine-length", "512"], "go with engine vllm"),
         (["--engine-memory", "0.5"], "go with engine vllm"),
-        (["--tensor-parallel", "2"], "goes with engine vllm"),
+        (["--tensor-parallel", "2"], "tensor_parallel go with engine vllm"),
         (["--engine", "vllm", "--engine-memory", "1.5"], "share between 0 and 1"),
         (["--engine", "vllm", "--engine-length", "160"], "more than 160 tokens"),
         (["--engine", "vllm", "--temperature", "2.5"], "temperatures up to 2"),
         (["--engine", "vllm-server"], "needs servers"),
-        (["--algo", "sft", "--engine", "vllm", "--correction", "token"], "correction are of no use to sft"),
+        (["--algo", "sft", "--engine", "vllm", "--correction", "sequence"], "correction are of no use to sft"),
         (["--server", "http://a:1"], "go with engine vllm-server"),
         (["--engine", "vllm", "--server-timeout", "3"], "go with engine vllm-server"),
         (["--engine", "vllm", "--weights-folder", "a"], "go with engine vllm-server"),
@@ -399,7 +401,7 @@ def test_servers_are_named_in_either_way(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each by a `--server` of its own, several behind one, or in a file, which the command line overrides."""
-    monkeypatch.setattr("vlmenv.building.RetryPolicy", lambda: RetryPolicy(attempts=1))
+    monkeypatch.setattr("vlmenv.building.RetryPolicy", lambda **_: RetryPolicy(attempts=1))
     urls = [f"http://127.0.0.1:{port}" for port in (1, 2, 3)]
     file = tmp_path / "options.yaml"
     file.write_text(yaml.safe_dump({"engine": "vllm-server", "server": urls[:2], "device": "cpu"}))

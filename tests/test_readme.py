@@ -6,7 +6,6 @@ import importlib
 import json
 import re
 import shlex
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -32,6 +31,21 @@ SMALL = {
     "data": [],
     "envs": [],
 }
+
+
+FILE = re.compile(r"# (\w+)\.py\n")
+"""How a block begins that is a file."""
+
+
+def lay_out_modules(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writes the modules that the pages show into a folder to work in, as if none had been imported yet."""
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    for page in DOCS.values():
+        for block in blocks("python", page):
+            if name := FILE.match(block):
+                (folder / f"{name[1]}.py").write_text(block, encoding="utf-8")
+                monkeypatch.delitem(sys.modules, name[1], raising=False)
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -85,15 +99,11 @@ def place(request: pytest.FixtureRequest) -> Callable[[str], str]:
 def test_the_python_runs(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Callable[[str], str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "new_task", raising=False)
+    lay_out_modules(tmp_path, monkeypatch)
     snippets = [block.replace("range(20)", "range(2)") for block in blocks("python", DOCS[page])]
     assert len(snippets) >= 2
     for snippet in snippets:
-        name = re.match(r"# (\w+)\.py", snippet)
-        if name:
-            (tmp_path / f"{name[1]}.py").write_text(snippet)
+        if name := FILE.match(snippet):
             importlib.import_module(name[1])
         else:
             exec(compile(place(snippet), page, "exec"), {})
@@ -122,10 +132,7 @@ def test_the_commands_run(
     capsys: pytest.CaptureFixture[str],
     place: Callable[[str], str],
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "new_task", raising=False)
-    shutil.copyfile(ROOT / "examples" / "new_task.py", tmp_path / "new_task.py")
+    lay_out_modules(tmp_path, monkeypatch)
     Path("images").mkdir()
     Image.new("RGB", (64, 64), "red").save("images/1.png")
     turns = [{"from": "human", "value": "<image>Where is it?"}, {"from": "gpt", "value": "[1, 2, 30, 40]"}]
@@ -134,6 +141,7 @@ def test_the_commands_run(
     Path("data/refcoco_val.jsonl").write_text(json.dumps({"id": 1, "image": "images/1.png", "conversations": turns}))
     Path("images").rename("data/images")
     Path("images").symlink_to("data/images")
+    Path("points.jsonl").write_text('{"image": "images/1.png", "question": "Point at it.", "answer": [8, 8, 24, 24]}')
     args = small(shlex.split(place(command))[1:])
     if "--resume" in args:
         main(["train", *SMALL["train"], "--output", "runs/first"])

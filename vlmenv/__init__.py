@@ -1,13 +1,56 @@
 """Reinforcement learning for vision-language models, in Gymnasium's style.
 
-Importing this package registers the environments, `gymnasium.make("VLM-REC-v0")`, and nothing heavy:
-no torch, no transformers.
+Importing this package registers the environments, `gymnasium.make("VLM-REC-v0")`, and nothing heavy: no torch, no
+transformers. What needs them, such as `vlmenv.train`, is imported when it is first used.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, Final
 
 from vlmenv.envs.registration import register_task
 
+if TYPE_CHECKING:
+    from vlmenv.agents.families import register_family
+    from vlmenv.algos import register_algorithm
+    from vlmenv.api import Run, evaluate, train
+    from vlmenv.building import register_engine
+    from vlmenv.runs.tracking import register_tracker
+
 __version__ = "0.1.0"
-__all__ = ["__version__", "register_task"]
+__all__ = [
+    "Run",
+    "__version__",
+    "evaluate",
+    "register_algorithm",
+    "register_engine",
+    "register_family",
+    "register_task",
+    "register_tracker",
+    "train",
+]
+
+_PLACES: Final = {
+    "Run": "vlmenv.api",
+    "evaluate": "vlmenv.api",
+    "train": "vlmenv.api",
+    "register_algorithm": "vlmenv.algos",
+    "register_engine": "vlmenv.building",
+    "register_family": "vlmenv.agents.families",
+    "register_tracker": "vlmenv.runs.tracking",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PLACES:
+        return getattr(importlib.import_module(_PLACES[name]), name)
+    raise AttributeError(f"module 'vlmenv' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
 
 register_task("VLM-REC-v0", "vlmenv.envs.rec:RECEnv")
 register_task("VLM-OVD-v0", "vlmenv.envs.ovd:OVDEnv")

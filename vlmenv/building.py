@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,7 +21,8 @@ from vlmenv.agents.families import coordinate_space, resize_rule
 from vlmenv.agents.vlm import VLMAgent, find_model
 from vlmenv.core.coordinates import CoordinateSpace
 from vlmenv.core.errors import ConfigError, unknown_name
-from vlmenv.core.imports import find_object
+from vlmenv.core.loading import load_name
+from vlmenv.core.text import printable
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.options.task import Device, TaskConfig
 from vlmenv.options.train import AdaptationOptions
@@ -43,6 +44,7 @@ def task_arguments(config: TaskConfig) -> dict[str, Any]:
         "rewards": prompts.rewards,
         "extra_terms": config.scorers.terms(),
         "prompt_template": prompts.prompt_template,
+        "system_prompt": prompts.system_prompt,
         "answer_format": prompts.answer_format,
         "count_tokens": TokenCount(folder),
         "coordinates": space.value,
@@ -73,10 +75,29 @@ def report_broken_rows(envs: VisualTaskVectorEnv, console: Console) -> None:
     source = envs.task.source
     total = len(source.faults) + sum(source.unwanted.values()) + (source.size or 0)
     for reason, count in source.unwanted.items():
-        console.print(f"{count} of {total} rows are left out: {reason}", highlight=False, markup=False)
+        say(f"{count} of {total} rows are left out: {reason}", console)
     if source.faults:
-        first = f"{len(source.faults)} of {total} rows are broken and left out, the first at {source.faults[0]}"
-        console.print(first, highlight=False, markup=False)
+        say(f"{len(source.faults)} of {total} rows are broken and left out, the first at {source.faults[0]}", console)
+
+
+def report_skipped(skipped: Mapping[int, str], total: int | None, console: Console) -> None:
+    """Prints how many samples were left out because they could not be shown, and the first few of them."""
+    if not skipped:
+        return
+    told = list(skipped.values())
+    say(f"{len(told)} of {total} samples could not be shown and were left out:", console)
+    for reason in told[:_TOLD]:
+        say(f"  {reason}", console)
+    if len(told) > _TOLD:
+        say(f"  … and {len(told) - _TOLD} more; `vlmenv data check --decode --model …` tells of all", console)
+
+
+_TOLD = 5
+
+
+def say(message: str, console: Console) -> None:
+    """Prints a line that may hold text from data, which changes nothing on the terminal."""
+    console.print(printable(message), highlight=False, emoji=False, soft_wrap=True)
 
 
 def check_device(device: Device) -> None:
@@ -100,7 +121,7 @@ def prepared(config: TaskConfig, notes: Sequence[str] = ()) -> tuple[Processes, 
     check_engine(config, accelerator.device, accelerator.num_processes)
     console = Console(quiet=not accelerator.is_main_process)
     for note in notes:
-        console.print(note, highlight=False, markup=False, soft_wrap=True)
+        say(note, console)
     return Processes(accelerator), console
 
 
@@ -160,7 +181,7 @@ def find_engine(name: str) -> MakeEngine | None:
         ConfigError: There is none.
     """
     if name not in ENGINES and ":" in name:
-        register_engine(name, find_object(name, "engine"))
+        register_engine(name, load_name(name, "option engine"))
     if name not in ENGINES:
         raise ConfigError(unknown_name("engine", name, ENGINES))
     return ENGINES[name]
@@ -193,9 +214,21 @@ def load_agent(
         device: Device of the model.
         dtype: Data type of its weights.
         engine_dtype: Data type of the copy in an engine. Default: `dtype`.
+
+    Raises:
+        ConfigError: The chat template never reads one of `chat_template_kwargs`.
+        ModelError: The model cannot be loaded, or its chat template has no place for the `system_prompt`.
     """
     transformers.utils.logging.disable_progress_bar()
-    agent = VLMAgent.from_pretrained(config.model, device=device, dtype=dtype, sampling=config.sampling)
+    agent = VLMAgent.from_pretrained(
+        config.model,
+        device=device,
+        dtype=dtype,
+        sampling=config.sampling,
+        chat_template_kwargs=config.prompts.template_switches(),
+    )
+    if config.prompts.system_prompt is not None:
+        agent.family.require_system_turns()
     if (make := find_engine(config.generation.engine)) is not None:
         agent.engine = make(config, agent, engine_dtype or dtype)
     if config.generation.engine == "vllm-server":

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from vlmenv.agents.base import Agent
-from vlmenv.algos.trainer import names_sample
+from vlmenv.core.errors import DataError, PromptError, SampleError
 from vlmenv.core.files import write_atomic
-from vlmenv.core.rollout import unbatch
+from vlmenv.core.rollout import Observation, told_turns, unbatch
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.metrics.intervals import Interval, ratio_interval
 from vlmenv.envs.vector import VisualTaskVectorEnv
@@ -39,6 +39,8 @@ class Evaluation:
     answers: list[dict[str, Any]]
     """one each, with `id`, `index`, `prompt`, `completion`, `prediction`, `target`, `rewards` and `measures`, and
     `subject` where a sample has one"""
+    skipped: dict[int, str] = field(default_factory=dict)
+    """by index, where each sample stands that could not be shown and was left out, and what is wrong with it"""
 
     def as_json(self) -> dict[str, Any]:
         """The metrics as JSON can hold them; None for what is not a number."""
@@ -82,6 +84,10 @@ def evaluate(
         title: What the progress bar says.
         console: Where it is shown.
         processes: Divide the samples between them, and have the answers of all; one does everything where left out.
+
+    Raises:
+        SampleError: A sample cannot be shown, and is not to be left out.
+        DataError: None of the samples can be shown.
     """
     starts = range(0, count, envs.num_groups)
     own = starts if processes is None else processes.share(starts)
@@ -102,9 +108,18 @@ def evaluate(
             stop = min(start + envs.num_groups, count)
             answers += answer_samples(agent, envs, range(start, stop), greedy)
             progress.advance(bar, stop - start)
+    skipped = skipped_samples(envs, count, processes)
     if processes is not None:
         answers = sorted(processes.collect(answers), key=lambda answer: answer["index"])
-    return Evaluation(summarise(envs.task, answers), answers)
+    if not answers:
+        raise DataError(f"none of the {count} samples can be shown; the first: {next(iter(skipped.values()))}")
+    return Evaluation(summarise(envs.task, answers), answers, skipped)
+
+
+def skipped_samples(envs: VisualTaskVectorEnv, count: int, processes: Processes | None) -> dict[int, str]:
+    """What was left out of the first `count` samples, by index, with place and reason; of all processes together."""
+    own = [(index, reason) for index, reason in envs.skipped.items() if index < count]
+    return dict(sorted(own if processes is None else processes.collect(own)))
 
 
 def summarise(task: VisualTaskEnv, answers: Sequence[Mapping[str, Any]]) -> dict[str, Interval]:
@@ -129,13 +144,19 @@ def summarise(task: VisualTaskEnv, answers: Sequence[Mapping[str, Any]]) -> dict
 def answer_samples(agent: Agent, envs: VisualTaskVectorEnv, indices: range, greedy: bool) -> Iterator[dict[str, Any]]:
     """Answers some samples, no more than the environments have groups; see `Evaluation.answers`.
 
-    Environments beyond them are left with empty answers.
+    Samples that cannot be shown are left out, if the task leaves broken rows out. Environments beyond the samples are
+    left with empty answers.
     """
-    filled = [indices[min(i, len(indices) - 1)] for i in range(envs.num_groups)]
-    batch, infos = envs.reset(options={"index": filled})
-    observations = unbatch(batch)[: len(indices) * envs.group_size]
-    with names_sample(infos):
-        texts = agent.act(observations) if greedy else agent.rollout(observations).texts
+    observations: list[Observation] = []
+    texts: list[str] = []
+    while not texts:
+        shown = [index for index in indices if index not in envs.skipped]
+        if not shown:
+            return
+        try:
+            observations, texts = _answered(agent, envs, shown, greedy)
+        except SampleError as error:
+            envs.skip(error)
     _, _, _, _, infos = envs.step(texts + [""] * (envs.num_envs - len(texts)))
     for i, text in enumerate(texts):
         target, rewards = infos["target"][i], infos["rewards"]
@@ -145,6 +166,7 @@ def answer_samples(agent: Agent, envs: VisualTaskVectorEnv, indices: range, gree
             "id": infos["id"][i],
             "index": int(infos["index"][i]),
             **subject,
+            **told_turns(observations[i]),
             "prompt": observations[i]["prompt"],
             "completion": text,
             "prediction": infos["prediction"][i],
@@ -152,6 +174,23 @@ def answer_samples(agent: Agent, envs: VisualTaskVectorEnv, indices: range, gree
             "rewards": terms,
             "measures": envs.task.measure(text, target, terms),
         }
+
+
+def _answered(
+    agent: Agent, envs: VisualTaskVectorEnv, indices: Sequence[int], greedy: bool
+) -> tuple[list[Observation], list[str]]:
+    """Shows some samples, and gives what each environment shows with its answer.
+
+    Raises:
+        SampleError: One cannot be shown.
+    """
+    filled = [indices[min(i, len(indices) - 1)] for i in range(envs.num_groups)]
+    batch, _ = envs.reset(options={"index": filled})
+    observations = unbatch(batch)[: len(indices) * envs.group_size]
+    try:
+        return observations, agent.act(observations) if greedy else agent.rollout(observations).texts
+    except PromptError as error:
+        raise envs.fault(error.index, error.reason) from error
 
 
 def sample_count(envs: VisualTaskVectorEnv, limit: int | None) -> int:
@@ -182,9 +221,17 @@ def written(metric: Interval) -> str:
     return f"{metric.value:.3f} ({metric.low:.3f} to {metric.high:.3f})"
 
 
+_SKIPPED = "skipped.json"
+
+
 def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
-    """Writes answers.jsonl and then metrics.json, so that where the latter is there all is."""
+    """Writes answers.jsonl and then metrics.json, so that where the latter is there all is.
+
+    Samples that were left out stand in skipped.json, with place and reason by index.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    if evaluation.skipped:
+        write_atomic(folder / _SKIPPED, json.dumps(evaluation.skipped, indent=2) + "\n")
     write_atomic(folder / "answers.jsonl", "".join(json.dumps(answer) + "\n" for answer in evaluation.answers))
     write_atomic(folder / "metrics.json", json.dumps(evaluation.as_json(), indent=2) + "\n")
 
@@ -195,7 +242,9 @@ def read_evaluation(folder: Path, task: VisualTaskEnv) -> Evaluation:
     answers = [json.loads(line) for line in lines]
     for answer in answers:
         answer["prediction"] = task.parse(answer["completion"])
-    return Evaluation(read_metrics(folder), answers)
+    file = folder / _SKIPPED
+    skipped = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return Evaluation(read_metrics(folder), answers, {int(index): reason for index, reason in skipped.items()})
 
 
 def read_metrics(folder: Path) -> dict[str, Interval]:

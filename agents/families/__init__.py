@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from vlmenv.agents.families.base import Family, Processor, read_json
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
+
+from vlmenv.agents.families.base import Family, Processor, PromptReading, read_json
 from vlmenv.agents.families.glm4v import Glm4v
 from vlmenv.agents.families.idefics3 import Idefics3, SmolVLM
 from vlmenv.agents.families.internvl import InternVL
@@ -13,11 +18,22 @@ from vlmenv.agents.families.qwen2_5_vl import Qwen25VL
 from vlmenv.agents.families.qwen2_vl import Qwen2VL
 from vlmenv.agents.families.qwen3_vl import Qwen3VL, Qwen3VLMoe
 from vlmenv.core.coordinates import CoordinateSpace, ResizeRule
-from vlmenv.core.errors import ModelError, unknown_name
+from vlmenv.core.errors import ConfigError, ModelError, unknown_name
 
 FAMILIES: Final[dict[str, type[Family]]] = {
     family.model_type: family for family in (Qwen2VL, Qwen25VL, Qwen3VL, Qwen3VLMoe, InternVL, Idefics3, SmolVLM, Glm4v)
 }
+
+
+def register_family(family: type[Family]) -> None:
+    """Makes a family of models known, by the `model_type` of its class.
+
+    Raises:
+        ConfigError: That type is known already.
+    """
+    if family.model_type in FAMILIES:
+        raise ConfigError(f"a family of type '{family.model_type}' is registered already")
+    FAMILIES[family.model_type] = family
 
 
 def family_of(model_type: str) -> type[Family]:
@@ -29,6 +45,26 @@ def family_of(model_type: str) -> type[Family]:
     if model_type not in FAMILIES:
         raise ModelError(unknown_name("model family", model_type, FAMILIES))
     return FAMILIES[model_type]
+
+
+def weightless_family(folder: Path, chat_template_kwargs: Mapping[str, Any] | None = None) -> Family:
+    """A folder's model with its processor, of which no weight is read: it encodes prompts, and computes nothing.
+
+    Raises:
+        ConfigError: The chat template never reads one of `chat_template_kwargs`.
+        ModelError: The model's configuration cannot be read, its family is not known, or its processor is missing.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: the model's configuration cannot be read: {error}") from error
+    family, processor = family_of(config.model_type), Processor.from_pretrained(folder, chat_template_kwargs)
+    with torch.device("meta"):
+        model: Any = AutoModelForImageTextToText.from_config(config)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return family(model, processor)
 
 
 def coordinate_space(folder: Path) -> CoordinateSpace:
@@ -71,4 +107,14 @@ def resize_rule(folder: Path) -> ResizeRule:
         raise ModelError(f"{folder}: how images are resized cannot be read: {error!r}") from error
 
 
-__all__ = ["FAMILIES", "Family", "Processor", "coordinate_space", "family_of", "resize_rule"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Processor",
+    "PromptReading",
+    "coordinate_space",
+    "family_of",
+    "register_family",
+    "resize_rule",
+    "weightless_family",
+]

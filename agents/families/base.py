@@ -6,7 +6,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,9 +18,10 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.import_utils import is_torchvision_available
 
+from vlmenv.agents.families.chat import ChatTemplate, check_switches
 from vlmenv.core.coordinates import CoordinateSpace
 from vlmenv.core.errors import ModelError
-from vlmenv.core.rollout import Observation, Prompt
+from vlmenv.core.rollout import IMAGE_MARK, Observation, Prompt
 from vlmenv.core.spaces import Image
 
 
@@ -31,15 +32,18 @@ class Processor:
     tokenizer: PreTrainedTokenizerBase
     image_processor: Any
     chat_template: str
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """values of the template's own variables, as `enable_thinking`"""
 
     @classmethod
-    def from_pretrained(cls, folder: Path) -> Processor:
+    def from_pretrained(cls, folder: Path, chat_template_kwargs: Mapping[str, Any] | None = None) -> Processor:
         """Loads the parts of a processor, without torchvision where it is not installed.
 
         A whole one insists on its video processor, which needs torchvision, and for some families on yet
         other packages.
 
         Raises:
+            ConfigError: The chat template never reads one of `chat_template_kwargs`.
             ModelError: The folder lacks the tokenizer, the image processor or the chat template.
         """
         _require_files(folder)
@@ -49,7 +53,9 @@ class Processor:
             image_processor = AutoImageProcessor.from_pretrained(folder, backend=backend)
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise ModelError(f"{folder}: the processor cannot be loaded: {error}") from error
-        return cls(tokenizer, image_processor, _chat_template(folder, tokenizer))
+        template, switches = _chat_template(folder, tokenizer), dict(chat_template_kwargs or {})
+        check_switches(switches, template, tokenizer)
+        return cls(tokenizer, image_processor, template, switches)
 
 
 def _require_files(folder: Path) -> None:
@@ -88,6 +94,18 @@ def _chat_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
     raise ModelError(
         f"{folder}: the model folder has no chat template for images (chat_template.jinja or chat_template.json)"
     )
+
+
+@dataclass(frozen=True)
+class PromptReading:
+    """What a family makes of an observation, for people to look at."""
+
+    text: str
+    """the chat-formatted prompt, with one image token in the place of each image"""
+    tokens: int
+    """of the whole prompt, those of images included"""
+    image_tokens: tuple[int, ...]
+    """[images], image tokens of each image in reading order"""
 
 
 _CONTROL = re.compile(r"<\|.*\|>")
@@ -170,16 +188,24 @@ class Family(ABC):
         """Turns an observation into model inputs.
 
         Raises:
-            ValueError: The prompt's own text holds a control token, an image cannot be taken, or the chat template
-                leaves images out.
+            ValueError: As `chat` does; or an image cannot be taken.
         """
         first, *rest = self.chat(observation).split(self.image_token)
-        if len(rest) != len(observation["images"]):
-            raise ValueError(f"the chat template puts {len(rest)} marks for {len(observation['images'])} images")
         images, expanded = self.process_images(observation["images"]) if rest else ({}, [])
         text = first + "".join(mark + text for mark, text in zip(expanded, rest, strict=True))
         ids = np.array(self.processor.tokenizer.encode(text, add_special_tokens=False), dtype=np.int64)
         return Prompt(ids, self.positions(ids, images), images)
+
+    def read(self, observation: Observation) -> PromptReading:
+        """What a model is shown of an observation, in text and numbers.
+
+        Raises:
+            ValueError: As `encode` does.
+        """
+        text, images = self.chat(observation), observation["images"]
+        expanded = self.process_images(images)[1] if images else []
+        counts = tuple(mark.count(self.image_token) for mark in expanded)
+        return PromptReading(text, len(self.encode(observation).input_ids), counts)
 
     @cached_property
     def image_token(self) -> str:
@@ -250,24 +276,39 @@ class Family(ABC):
         """The chat-formatted prompt, with one unexpanded mark per image, ready for the answer.
 
         Raises:
-            ValueError: The prompt's own text holds a control token.
+            ValueError: A turn's own text holds a control token, marks and images differ in number, or the chat
+                template leaves out a turn or an image.
         """
-        tokenizer = self.processor.tokenizer
-        control = self.control_tokens | self.modality_tokens()
-        forbidden = control.intersection(tokenizer.encode(observation["prompt"], add_special_tokens=False))
-        if forbidden:
-            names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(sorted(forbidden))))
-            raise ValueError(f"the prompt's own text must not contain control tokens: {names}")
-        content: Any = [{"type": "image"} for _ in observation["images"]]
-        content.append({"type": "text", "text": observation["prompt"]})
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
-            chat_template=self.processor.chat_template,
-            tokenize=False,
-            add_generation_prompt=True,
+        turns = observation.get("turns", ())
+        for number, turn in enumerate(turns, 1):
+            marked = bool(observation["images"]) and turn["role"] != "assistant"
+            self._refuse_control_tokens(turn["text"], marked, f"the text of turn {number} ({turn['role']})")
+        self._refuse_control_tokens(observation["prompt"], bool(observation["images"]), "the prompt's own text")
+        return self.chat_template.render(observation)
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """What writes observations in the model's chat format."""
+        processor = self.processor
+        return ChatTemplate(
+            processor.tokenizer, processor.chat_template, self.image_token, processor.chat_template_kwargs
         )
-        assert isinstance(text, str)
-        return text
+
+    def require_system_turns(self) -> None:
+        """Raises ModelError where the chat template leaves system turns out."""
+        if "system" not in self.chat_template.forms:
+            raise ModelError(
+                "the model's chat template has no system turn: leave out system_prompt, and put its text into "
+                "prompt_template"
+            )
+
+    def _refuse_control_tokens(self, text: str, marked: bool, name: str) -> None:
+        tokenizer, control = self.processor.tokenizer, self.control_tokens | self.modality_tokens()
+        pieces = text.split(IMAGE_MARK) if marked else [text]
+        found = {token for piece in pieces for token in tokenizer.encode(piece, add_special_tokens=False)}
+        if forbidden := control & found:
+            names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(sorted(forbidden))))
+            raise ValueError(f"{name} must not contain control tokens: {names}")
 
 
 def join_images(prompts: Sequence[Prompt], device: torch.device) -> dict[str, torch.Tensor]:

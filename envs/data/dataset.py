@@ -2,32 +2,46 @@
 
 from __future__ import annotations
 
+import gzip
+import operator
 import os
+import shutil
+import tempfile
+import weakref
+import zlib
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from functools import reduce
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vlmenv.core.errors import ConfigError, DataError
+from vlmenv.envs.data.boxes import BoxReading
 from vlmenv.envs.data.coco import CocoInstances
+from vlmenv.envs.data.convert import find_layout
+from vlmenv.envs.data.delimited import Delimited
 from vlmenv.envs.data.images import image_size, load_image
-from vlmenv.envs.data.rows import ImageRef, Row, check_columns, read_row
+from vlmenv.envs.data.media import ImageRef
+from vlmenv.envs.data.rows import Row, check_columns, missing, read_row
 from vlmenv.envs.data.source import Sample, Source
 from vlmenv.envs.data.tables import (
     HuggingFace,
+    JSONById,
     JSONLines,
     JSONList,
-    JSONStream,
     Rewritten,
     Rows,
     Table,
+    json_layout,
     require_datasets,
 )
+from vlmenv.envs.data.usage import Usage
 
 Dataset = Any
 """A path or hub id, several paths, a data set of the library `datasets`, or a list of rows."""
@@ -62,8 +76,12 @@ class Reading:
     """leave broken rows out, instead of refusing the data set"""
     min_image_side: int | None = None
     """leave rows out with an image that has fewer pixels than this in width or height"""
+    unread: Collection[str] = ()
+    """parts of a row that the task makes nothing of"""
     without_text: Sequence[str] = ()
     """leave rows out whose answer, reasoning included, contains one of these, in small letters or capitals"""
+    boxes: BoxReading | None = None
+    """how true boxes are read; None where the task has none"""
 
     def __post_init__(self) -> None:
         check_columns(self.columns)
@@ -79,20 +97,48 @@ class Reading:
             ValueError: The row is broken.
             UnwantedError: It is one of those to be left out.
         """
+        row = self.row(raw, number)
+        return self.sample_of(row), row.images
+
+    def row(self, raw: Any, number: int) -> Row:
+        """Reads a stored row.
+
+        Raises:
+            ValueError: It is broken.
+        """
         if isinstance(raw, ValueError):
             raise raw
-        row = raw if isinstance(raw, Row) else read_row(raw, number, self.columns)
+        return raw if isinstance(raw, Row) else read_row(raw, number, self.columns)
+
+    def sample_of(self, row: Row) -> Sample:
+        """What the task makes of a row; raises as `sample` does."""
         said = (row.response or row.answer).casefold() if self.without_text else ""
         for text in self.without_text:
             if text.casefold() in said:
                 raise UnwantedError(f"the answer says {text!r}")
         if self.needs_image and not row.images:
-            raise ValueError("the task needs an image, but the row has none")
-        return self.understand(row), row.images
+            raise ValueError(f"the task needs an image, but the row has none; {missing('images', row.unused)}")
+        return self.understand(row if self.boxes is None else self.boxes.as_corners(row))
 
 
 class UnwantedError(Exception):
     """A row that is to be left out; the message says by which rule."""
+
+
+_MadeOf = tuple[int, tuple[tuple[str, str], ...], tuple[str, ...], tuple[str, ...]]
+"""Of a row, its number of images, the columns that it is made of, those left over, and what was decided."""
+_ROWS = 1024  # looked at together
+_THREADS = 16  # that ask the disk for images
+
+
+def _usage(made_of: Mapping[_MadeOf, int], unread: Collection[str]) -> Usage:
+    """The sum over the rows; parts that the task makes nothing of are columns that are not read."""
+    usage = Usage()
+    for (images, used, unused, notes), rows in made_of.items():
+        read = [(part, column) for part, column in used if part not in unread]
+        left = [column for part, column in used if part in unread]
+        usage.add(images, read, [*unused, *left], notes, rows)
+    return usage
 
 
 class TableSource(Source):
@@ -106,6 +152,7 @@ class TableSource(Source):
     Attributes:
         faults: Of each row that is broken and left out, where it is and what is wrong.
         unwanted: How many rows were left out on request, by the reason.
+        usage: Which columns the rows are made of.
 
     Raises:
         DataError: A row is broken, unless such rows are to be left out; the message names its place.
@@ -113,10 +160,14 @@ class TableSource(Source):
 
     def __init__(self, table: Table, image_root: str, reading: Reading) -> None:
         self.table, self.root, self._reading = table, image_root, reading
+        self.faults: list[str] = []
         self.unwanted: Counter[str] = Counter()
-        kept = np.fromiter(self._check(), dtype=np.int64)
+        made_of: Counter[_MadeOf] = Counter()
+        kept = np.fromiter(self._check(made_of), dtype=np.int64)
         self._kept = kept if self.faults or self.unwanted else None
         self.size = len(kept)
+        self.usage: Usage = _usage(made_of, reading.unread)
+        self.usage.notes.update(dict.fromkeys(table.notes, 0))
 
     def row(self, index: int) -> Any:
         """The row of a sample as it is stored."""
@@ -126,35 +177,98 @@ class TableSource(Source):
         """The number of a sample's row in the table."""
         return index if self._kept is None else int(self._kept[index])
 
+    @property
+    def total(self) -> int:
+        """Number of rows in the table, with broken and unwanted ones."""
+        return (self.size or 0) + len(self.faults) + self.unwanted.total()
+
+    @property
+    def boxes(self) -> BoxReading | None:
+        """How true boxes are read."""
+        return self._reading.boxes
+
+    def stored(self, number: int) -> tuple[Row, list[Any]]:
+        """A row of the table, whatever the task makes of it, and where its images are.
+
+        Raises:
+            ValueError: It cannot be read.
+        """
+        row = self._reading.row(self.table.read(number), number)
+        return row, [self._located(ref) for ref in row.images if ref is not None]
+
     def get(self, index: int) -> Sample:
         number = self.number(index)
-        place = self.table.place(number)
         try:
-            sample, refs = self._reading.sample(self.table.read(number), number)
+            row = self._reading.row(self.table.read(number), number)
+            sample = self._reading.sample_of(row)
         except ValueError as error:
+            place = self.table.place(number)
             raise DataError(f"{place}: {error}; the file has changed since it was opened") from None
-        return replace(sample, images=tuple(load_image(self._located(ref), place) for ref in refs if ref is not None))
+        place = self.place(index, sample.id)
+        refs = [self._located(ref) for ref in row.images if ref is not None]
+        images = tuple(load_image(ref, place) for ref in refs)
+        boxes = self._reading.boxes
+        if boxes is None or not images:
+            return replace(sample, images=images)
+        return replace(sample, images=images, target=boxes.in_pixels(sample.target, row, refs[0], images[0]))
 
-    def _check(self) -> Iterator[int]:
-        """Numbers of the rows that are whole."""
-        self.faults = []
-        for number, raw in enumerate(self.table.scan()):
+    def place(self, index: int, id: str) -> str:
+        return f"{self.table.place(self.number(index))} (id {id})"
+
+    def _check(self, made_of: Counter[_MadeOf]) -> Iterator[int]:
+        """Numbers of the rows that are whole, which are counted by what they are made of."""
+        rows = enumerate(self.table.scan())
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="vlmenv-data") as pool:
+            while some := list(islice(rows, _ROWS)):
+                for number, row in self._look_at(some, pool):
+                    try:
+                        if isinstance(row, Exception):
+                            raise row
+                    except UnwantedError as reason:
+                        self.unwanted[str(reason)] += 1
+                    except ValueError as error:
+                        self._note_fault(f"{self.table.place(number)}: {error}")
+                    else:
+                        made_of[row] += 1
+                        yield number
+
+    def _note_fault(self, fault: str) -> None:
+        if not self._reading.skip_broken:
+            raise DataError(fault)
+        self.faults.append(fault)
+
+    def _look_at(
+        self, rows: list[tuple[int, Any]], pool: ThreadPoolExecutor
+    ) -> Iterable[tuple[int, _MadeOf | ValueError | UnwantedError]]:
+        """What each of some rows is made of, or what is wrong with it."""
+        read = [(number, *self._read(raw, number)) for number, raw in rows]
+        shares = [read[i::_THREADS] for i in range(_THREADS)]
+        missing = dict(pair for found in pool.map(self._missing, shares) for pair in found)
+        return [(number, missing.get(number, made)) for number, made, _ in read]
+
+    def _read(self, raw: Any, number: int) -> tuple[_MadeOf | ValueError | UnwantedError, tuple[ImageRef, ...]]:
+        try:
+            row = self._reading.row(raw, number)
+            self._reading.sample_of(row)
+        except (ValueError, UnwantedError) as error:
+            return error, ()
+        return (len(row.images), row.used, row.unused, row.notes), row.images
+
+    def _missing(
+        self, rows: Sequence[tuple[int, Any, tuple[ImageRef, ...]]]
+    ) -> list[tuple[int, ValueError | UnwantedError]]:
+        """Rows whose images are not there or too small, with what is wrong; the disk may be slow to tell."""
+        found: list[tuple[int, ValueError | UnwantedError]] = []
+        for number, _, refs in rows:
             try:
-                _, refs = self._reading.sample(raw, number)
                 for ref in refs:
                     if isinstance(ref, str) and not os.path.isfile(self._located(ref)):  # noqa: PTH113 (a million rows ask, and Path is slow)
                         raise ValueError(f"there is no image {self._located(ref)[:200]}")
                 if self._reading.min_image_side is not None:
                     self._check_sizes(number, refs, self._reading.min_image_side)
-            except UnwantedError as reason:
-                self.unwanted[str(reason)] += 1
-            except ValueError as error:
-                fault = f"{self.table.place(number)}: {error}"
-                if not self._reading.skip_broken:
-                    raise DataError(fault) from None
-                self.faults.append(fault)
-            else:
-                yield number
+            except (ValueError, UnwantedError) as error:
+                found.append((number, error))
+        return found
 
     def _check_sizes(self, number: int, refs: Sequence[ImageRef], least: int) -> None:
         """Raises UnwantedError where an image is too small."""
@@ -176,10 +290,20 @@ class Concatenated(Source):
         self.size = self._ends[-1]
         self.faults = [fault for source in sources for fault in source.faults]
         self.unwanted = sum((Counter(source.unwanted) for source in sources), Counter[str]())
+        self.usage: Usage = reduce(operator.add, (source.usage for source in sources))
 
     def get(self, index: int) -> Sample:
+        source, own = self._part(index)
+        return source.get(own)
+
+    def place(self, index: int, id: str) -> str:
+        source, own = self._part(index)
+        return source.place(own, id)
+
+    def _part(self, index: int) -> tuple[TableSource, int]:
+        """The source that a sample is of, and its index there."""
         which = bisect_right(self._ends, index)
-        return self.sources[which].get(index - (self._ends[which - 1] if which else 0))
+        return self.sources[which], index - (self._ends[which - 1] if which else 0)
 
 
 def open_dataset(
@@ -188,8 +312,9 @@ def open_dataset(
     """Opens a data set and checks every row.
 
     Args:
-        dataset: A `.jsonl`, `.json` or `.parquet` file, a folder that `datasets` has saved, the id of a data set
-            on the Hugging Face hub; a list of such; a data set of the library `datasets`; a list of rows.
+        dataset: A `.jsonl`, `.json`, `.csv`, `.tsv` (also `.gz` of these) or `.parquet` file, a folder that `datasets`
+            has saved, the id of a data set on the Hugging Face hub; a list of such; a data set of the library
+            `datasets`; a list of rows.
         reading: How the task reads rows.
         image_root: Folder that image paths are relative to, or one for each of several files; the file's own
             where left out, or the working directory where there is no file.
@@ -236,31 +361,56 @@ def _open(dataset: Any, image_root: Any, split: str | None, reading: Reading) ->
 def _open_file(file: Path, split: str | None, reading: Reading) -> Table:
     if split is not None:
         raise ConfigError(f"split '{split}' is for the built-in samples and for named data sets: a file has no splits")
-    if file.suffix == ".jsonl":
-        return JSONLines(file)
-    if file.suffix == ".json":
-        return _open_json(file, reading)
-    if file.suffix == ".parquet":
+    plain = file.with_suffix("") if file.suffix == ".gz" else file
+    if plain.suffix not in _SUFFIXES or (plain != file and plain.suffix == ".parquet"):
+        raise DataError(
+            f"{file}: a data set file is {', '.join(_SUFFIXES)}, all but parquet also with .gz, not '{plain.suffix}'; "
+            "annotations of VOC, YOLO and LabelMe become one by `vlmenv data convert SOURCE TARGET.jsonl`"
+        )
+    if plain.suffix == ".parquet":
         library = _library()
         try:
             return HuggingFace(library.Dataset.from_parquet(str(file)), str(file))
         except (OSError, ValueError, LookupError, RuntimeError, library.exceptions.DatasetsError) as error:
             raise DataError(f"{file}: the parquet file cannot be read: {error}") from error
-    raise DataError(f"{file}: a data set file is .jsonl, .json or .parquet, not '{file.suffix}'")
+    unpacked = file if plain == file else _unpacked(file)
+    table = _open_text(unpacked, file, plain.suffix, reading)
+    if unpacked != file:
+        weakref.finalize(table, unpacked.unlink, missing_ok=True)
+    return table
 
 
-def _open_json(file: Path, reading: Reading) -> Table:
-    with file.open("rb") as stream:
-        if JSONStream(stream, file).is_list():
-            return JSONList(file)
+_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+
+
+def _unpacked(file: Path) -> Path:
+    """A copy of a packed file that rows can be read from by their places."""
+    try:
+        with gzip.open(file) as packed, tempfile.NamedTemporaryFile(prefix="vlmenv-", delete=False) as plain:
+            shutil.copyfileobj(packed, plain, 1 << 20)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{file}: cannot be unpacked: {error}") from error
+    return Path(plain.name)
+
+
+def _open_text(file: Path, name: Path, suffix: str, reading: Reading) -> Table:
+    if suffix in (".csv", ".tsv"):
+        return Delimited(file, name, "\t" if suffix == ".tsv" else None)
+    layout, key = json_layout(file, name)
+    match layout:
+        case "list":
+            return JSONList(file, name, key)
+        case "lines":
+            return JSONLines(file, name)
+        case "by id":
+            return JSONById(file, name)
     if not reading.takes_coco:
-        raise DataError(
-            f"{file}: a JSON object and not a list of rows. If it holds a row a line, name it .jsonl; "
-            "COCO's instances are for detection, VLM-OVD-v0"
-        )
+        raise DataError(f"{name}: looks like COCO's instances, which are for detection, VLM-OVD-v0")
     if reading.columns:
-        raise ConfigError(f"{file}: COCO's instances have no columns to map")
-    return CocoInstances(file)
+        raise ConfigError(f"{name}: COCO's instances have no columns to map")
+    if reading.boxes is not None and reading.boxes.form is not None:
+        raise ConfigError(f"{name}: boxes_in is for rows; COCO's boxes are x, y, width and height by definition")
+    return CocoInstances(file, name)
 
 
 def _load(name: str, split: str | None) -> Table:
@@ -270,15 +420,15 @@ def _load(name: str, split: str | None) -> Table:
         raise DataError(f"{name}: no such file")
     library = _library()
     saved = any((folder / file).is_file() for file in ("state.json", "dataset_dict.json"))
+    layout = find_layout(folder) if folder.is_dir() and not saved else None
+    if layout not in (None, "folder"):
+        raise DataError(f"{name}: a folder of {layout}: `vlmenv data convert {name} TARGET.jsonl` makes rows of it")
     try:
         if saved:
             return _wrap(library.load_from_disk(name), split, name)
         return HuggingFace(library.load_dataset(name, split=split or "train"), name)
     except (OSError, ValueError, LookupError, RuntimeError, library.exceptions.DatasetsError) as error:
         raise DataError(f"{name}: the data set cannot be loaded: {error}") from error
-
-
-_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 def _wrap(dataset: Any, split: str | None, name: str | None = None) -> Table:

@@ -1,35 +1,56 @@
-"""Rows of a data set, whatever its layout: conversations, or columns as PeBR-R1 and EasyR1 have them."""
+"""Rows of a data set, whatever its layout: conversations, or columns with a question and its answer."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
-
-from PIL.Image import Image as PILImage
+from typing import Any, Final
 
 from vlmenv.core.answers import Detection
 from vlmenv.core.errors import ConfigError, unknown_name
 from vlmenv.core.formats import SECTIONS, TAGS, AnswerFormat
-
-IMAGE_MARK: Final = "<image>"
-
-ImageRef = str | bytes | PILImage | None
-"""A path, an encoded file's bytes or a picture; None for one that is there but was not read."""
+from vlmenv.core.rollout import IMAGE_MARK, Turn, count_marks, split_marks
+from vlmenv.envs.data.choices import LETTERS, read_choices
+from vlmenv.envs.data.media import (
+    IMAGE_COLUMNS,
+    ImageRef,
+    check_text,
+    holds_image,
+    image_columns,
+    is_filled,
+    literal,
+    place_numbered,
+    read_image,
+    read_images,
+    refuse_other_marks,
+    refuse_other_media,
+)
+from vlmenv.envs.data.objects import (
+    Objects,
+    ask_for,
+    detection_question,
+    fill_marks,
+    has_marks,
+    labelled_boxes,
+    read_objects,
+)
+from vlmenv.envs.data.turns import Conversation, read_turns
 
 COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
-    "id": ("qid", "id"),
-    "images": ("images", "image"),
-    "question": ("problem", "question", "query"),
-    "answer": ("answer", "solution"),
+    "id": ("qid", "id", "question_id", "pid", "uid", "index"),
+    "images": IMAGE_COLUMNS,
+    "question": ("conversations", "messages", "problem", "question", "query", "prompt"),
+    "answer": ("answer", "solution", "response", "ground_truth", "gt_answer", "answers", "completion", "reward_model"),
+    "system": ("system", "system_prompt"),
+    "history": ("history",),
+    "objects": ("objects",),
     "keywords": ("key_word", "keywords"),
     "subject": ("subject",),
     "method": ("accu_reward_method",),
     "tolerance": ("tolerance",),
-    "choices": ("choices",),
+    "choices": ("choices", "options"),
 }
 """What a row is made of, and the columns that it is looked for in."""
 
@@ -53,8 +74,20 @@ class Row:
     """by which a number may be off"""
     choices: tuple[str, ...] = ()
     """what the letters from A on stand for"""
+    accepted: tuple[str | float, ...] = ()
+    """the items of an answer that is a list of texts and numbers"""
     detections: tuple[Detection, ...] | None = None
     """true boxes, where the data set has them as such"""
+    size: tuple[int, int] | None = None
+    """width and height of the image that the boxes refer to, where the data set tells them"""
+    turns: tuple[Turn, ...] = ()
+    """the turns before the question, as in `Sample`"""
+    used: tuple[tuple[str, str], ...] = ()
+    """parts of the row, with the columns that they were taken from"""
+    unused: tuple[str, ...] = ()
+    """columns that hold something, but make no part of the row"""
+    notes: tuple[str, ...] = ()
+    """what was decided for the row, to be told once for the data set"""
 
 
 def check_columns(columns: Mapping[str, str]) -> None:
@@ -65,134 +98,253 @@ def check_columns(columns: Mapping[str, str]) -> None:
 
 
 def read_row(raw: Any, number: int, columns: Mapping[str, str]) -> Row:
-    """Reads a row of either layout.
+    """Reads a row of any layout.
 
     Args:
         raw: The row as a mapping of columns.
         number: Its number, which is its id where it has none.
-        columns: For parts of the row, the columns that hold them, where they differ from `COLUMNS`.
+        columns: For parts of the row, the columns that hold them, where they differ from `COLUMNS`; an empty name
+            leaves the part out.
 
     Raises:
         ValueError: A part is missing or of the wrong type; the message names it.
     """
     if not isinstance(raw, Mapping):
         raise ValueError("the row is not a JSON object")
-    part = {name: _part(raw, name, columns) for name in COLUMNS}
-    for layout in _CONVERSATIONS:
-        if raw.get(layout.column) is not None:
-            for name, said in zip(("question", "answer"), _turns(raw[layout.column], layout), strict=True):
-                part[name] = part[name] if name in columns else said
-    images = _images(part["images"])
-    for name in ("id", "question", "answer", "subject"):
-        _check_text(name, part[name])
-    answer, response = _divided(part["answer"])
+    refuse_other_media(raw)
+    cells = _Cells(raw, columns)
+    asked = _conversation(cells)
+    texts, answer = [*(turn["text"] for turn in asked.turns), asked.question], asked.answer
+    images = tuple(map(read_image, asked.images))
+    row_id = cells.take("id")
+    for name, value in (("id", row_id), ("question", asked.question), ("answer", answer)):
+        check_text(name, value)
+    objects, detections = _objects(cells, [*texts, answer]), None
+    if objects is not None and isinstance(answer, str):
+        *texts, answer = fill_marks([*texts, answer], objects)
+    elif objects is not None:
+        detections = labelled_boxes(objects)
+    key = str(number if row_id is None else row_id)
+    if detections is not None and not texts[-1]:
+        texts[-1] = _ask_for(detections, objects, key)
+    _check_question(texts[-1], cells)
+    for text in texts:
+        refuse_other_marks(text)
+    texts, refs = place_numbered(texts, images or _images(cells))
+    turns = _with_texts(asked.turns, texts, len(refs))
+    answer, response = _divided(answer)
+    choices = read_choices(_choices(cells), places("choices"))
+    question = _with_choices(placed(texts[-1], len(refs), turns), choices, cells)
     return Row(
-        id=str(number if part["id"] is None else part["id"]),
-        images=images,
-        question=_question(part["question"], len(images)),
+        id=key,
+        images=refs,
+        question=question,
         answer=_answer(answer),
+        accepted=_accepted(answer),
         response=response,
-        keywords=_keywords(part["keywords"]),
-        subject=_text(part["subject"], "subject"),
-        method=_text(part["method"], "accu_reward_method"),
-        tolerance=_tolerance(part["tolerance"]),
-        choices=_choices(part["choices"]),
+        keywords=_keywords(cells.take("keywords")),
+        subject=_text(cells.take("subject"), "subject"),
+        method=_text(cells.take("method"), "accu_reward_method"),
+        tolerance=_tolerance(cells.take("tolerance")),
+        choices=choices,
+        detections=detections,
+        turns=turns,
+        used=tuple(cells.used),
+        unused=cells.unused(bool(refs)),
+        notes=tuple(cells.notes),
     )
 
 
-def _part(raw: Mapping[str, Any], name: str, columns: Mapping[str, str]) -> Any:
-    if name in columns:
-        if columns[name] not in raw:
-            raise ValueError(f"the row has no column '{columns[name]}', which the column map names for '{name}'")
-        return raw[columns[name]]
-    for column in COLUMNS[name]:
-        found = raw.get(column)
-        if found is not None and not (isinstance(found, list) and not found):
-            return found
-    return None
+class _Cells:
+    """The cells of a row, with a record of which were taken as parts of it."""
+
+    def __init__(self, raw: Mapping[str, Any], named: Mapping[str, str]) -> None:
+        self.raw, self.named = raw, named
+        self.used: list[tuple[str, str]] = []
+        self.notes: list[str] = []
+
+    def take(self, part: str) -> Any:
+        """What the row has as a part; None where it has nothing."""
+        column = self.find(part)
+        return None if column is None else self.take_column(part, column)
+
+    def find(self, part: str) -> str | None:
+        """The column that holds a part."""
+        if part in self.named:
+            return self._named_column(part)
+        return next((column for column in COLUMNS[part] if column in self.raw and is_filled(self.raw[column])), None)
+
+    def take_column(self, part: str, column: str) -> Any:
+        self.used.append((part, column))
+        return self.raw[column]
+
+    def unused(self, shows_image: bool) -> tuple[str, ...]:
+        """The columns that hold something and were not taken.
+
+        Raises:
+            ValueError: The row shows no image, but such a column holds one.
+        """
+        taken = {column for _, column in self.used}
+        left = tuple(column for column in self.raw if column not in taken and is_filled(self.raw[column]))
+        if not shows_image and "images" not in self.named:
+            for column in left:
+                if holds_image(self.raw[column]):
+                    raise ValueError(
+                        f"the column '{column}' holds an image, but no image would be shown: name it, as in "
+                        f"--columns images {column}, or say that there is none by --columns images ''"
+                    )
+        return left
+
+    def _named_column(self, part: str) -> str | None:
+        column = self.named[part]
+        if column and column not in self.raw:
+            found = ", ".join(f"'{name}'" for name in self.raw)
+            raise ValueError(
+                f"the row has no column '{column}', which the column map names for '{part}'; it has {found}"
+            )
+        return column or None
 
 
-def _check_text(name: str, value: Any) -> None:
-    if isinstance(value, str) and not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"the {name} holds half a surrogate pair, which is no character") from None
+def missing(part: str, columns: Iterable[str]) -> str:
+    """Names the columns that a row has instead of a part, and the option that helps, for messages."""
+    found = ", ".join(f"'{column}'" for column in columns)
+    return (
+        f"its columns are {found}: name the right one, as in --columns {part} COLUMN" if found else "it has no others"
+    )
 
 
-class _Conversation(NamedTuple):
-    """A layout of a question with its answer."""
-
-    column: str
-    asks: str
-    answers: str
-    who: str
-    """the key of a turn's role"""
-    what: str
-    """the key of its text"""
-
-
-_CONVERSATIONS: Final = (
-    _Conversation("conversations", "human", "gpt", "from", "value"),
-    _Conversation("messages", "user", "assistant", "role", "content"),
-)
+def _conversation(cells: _Cells) -> Conversation:
+    """What is asked and answered, from turns or from columns; columns that are named go first."""
+    named = cells.find("question") if "question" in cells.named else None
+    columns = COLUMNS["question"] if named is None else (named, *COLUMNS["question"])
+    column = next((one for one in columns if _is_conversation(cells.raw.get(one))), None)
+    asked = Conversation((), "", None, ())
+    if column is not None:
+        asked = read_turns(cells.take_column("question", column), column)
+    if column is None or named not in (None, column):
+        asked = asked._replace(question=_question(cells))
+    if asked.answer is None or "answer" in cells.named:
+        asked = asked._replace(answer=_stored_answer(cells))
+    told = bool(asked.turns) and asked.turns[0]["role"] == "system"
+    return asked._replace(turns=_earlier(cells, told) + asked.turns)
 
 
-def _turns(turns: Any, layout: _Conversation) -> tuple[str, Any]:
-    column, asks, answers, who, what = layout
-    if not isinstance(turns, list) or len(turns) != 2 or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError(f"'{column}' is not a list of one {asks} and one {answers} turn")
-    if turns[0].get(who) != asks or turns[1].get(who) != answers:
-        raise ValueError(f"'{column}' must begin with a turn from '{asks}' and one from '{answers}'")
-    question, answer = turns[0].get(what), turns[1].get(what)
-    if not isinstance(question, str) or answer is None:
-        raise ValueError(f"a turn of '{column}' has no text as its '{what}'")
-    return question, answer
+def _is_conversation(stored: Any) -> bool:
+    return isinstance(stored, list) or (isinstance(stored, str) and stored.lstrip()[:2] == "[{")
 
 
-def _images(found: Any) -> tuple[ImageRef, ...]:
-    refs = found if isinstance(found, (list, tuple)) else [] if found is None else [found]
-    return tuple(_image(ref) for ref in refs)
+def _question(cells: _Cells) -> str:
+    column = cells.find("question")
+    if column in ("conversations", "messages") and isinstance(cells.raw[column], str):
+        raise ValueError(f"'{column}' is not a list of turns, each with a role and a text")
+    found = cells.take("question")
+    return found if isinstance(found, str) else ""
 
 
-def _image(ref: Any) -> ImageRef:
-    if isinstance(ref, Mapping) and (ref.get("bytes") or ref.get("path")):
-        ref = ref.get("bytes") or ref["path"]
-    if ref is Unread:
+def _stored_answer(cells: _Cells) -> Any:
+    """The answer of a column; within verl's `reward_model` and TRL's conversational `completion` where it is one."""
+    column = cells.find("answer")
+    found = None if column is None else cells.take_column("answer", column)
+    if column == "reward_model":
+        return found.get("ground_truth") if isinstance(found, Mapping) else None
+    if isinstance(found, list) and len(found) == 1 and isinstance(found[0], Mapping) and "role" in found[0]:
+        return read_turns([{"role": "user", "content": ""}, *found], "completion").answer
+    return found
+
+
+def _earlier(cells: _Cells, told: bool) -> tuple[Turn, ...]:
+    """A column with a system prompt, unless one is told, and ms-swift's `history` of questions with their answers."""
+    system, history = None if told else cells.take("system"), cells.take("history") or ()
+    turns: list[Turn] = [] if system is None else [{"role": "system", "text": _text(system, "system")}]
+    for pair in history:
+        if not isinstance(pair, (list, tuple)) or [type(text) for text in pair] != [str, str]:
+            raise ValueError("'history' is no list of questions with their answers")
+        turns += [{"role": "user", "text": pair[0]}, {"role": "assistant", "text": pair[1]}]
+    return tuple(turns)
+
+
+def _objects(cells: _Cells, texts: Sequence[Any]) -> Objects | None:
+    """The boxes of a column, where texts have marks for them or there is no answer, which comes last."""
+    column = cells.find("objects")
+    if column is None or not (texts[-1] is None or has_marks([text for text in texts if isinstance(text, str)])):
         return None
-    if isinstance(ref, os.PathLike):
-        ref = os.fspath(ref)
-    if isinstance(ref, str):
-        _check_text("image's path", ref)
-    if isinstance(ref, PILImage) and 0 in ref.size:
-        raise ValueError("an image has no pixels")
-    if isinstance(ref, (str, bytes, PILImage)):
-        return ref
-    raise ValueError("an image is neither a path, nor bytes, nor a picture")
+    objects = read_objects(cells.raw[column])
+    if objects is not None:
+        cells.take_column("objects", column)
+    return objects
 
 
-class Unread:
-    """Stands in a raw row for an image that is there, but need not be read yet."""
+def _choices(cells: _Cells) -> Any:
+    """The choices of one column, or of the columns A, B, C … of VLMEvalKit's tables."""
+    if cells.find("choices") is not None or not (is_filled(cells.raw.get("A")) and is_filled(cells.raw.get("B"))):
+        return cells.take("choices")
+    letters = [letter for letter in LETTERS if is_filled(cells.raw.get(letter))]
+    return {letter: cells.take_column("choices", letter) for letter in letters}
 
 
-def _question(question: Any, images: int) -> str:
-    if not isinstance(question, str) or not question.strip():
-        raise ValueError(f"the row has no question: no text in 'conversations', {places('question')}")
-    marks = question.count(IMAGE_MARK)
+def _with_choices(question: str, choices: Sequence[str], cells: _Cells) -> str:
+    """A question with its choices, which are added where it does not list them; bare letters say nothing."""
+    words = " ".join(question.split())
+    listed = all(" ".join(choice.split()) in words for choice in choices)
+    if listed or all(choice.upper() == letter for letter, choice in zip(LETTERS, choices, strict=False)):
+        return question
+    cells.notes.append("the choices are added to the question, which does not list them")
+    return "\n".join([question, *(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False))])
+
+
+def _ask_for(detections: Sequence[Detection], objects: Objects | None, key: str) -> str:
+    present = {one.label for one in detections}
+    if objects is not None and objects.categories:
+        return detection_question(present, objects.categories, key)
+    return ask_for(sorted(present)) if present else ""
+
+
+def _images(cells: _Cells) -> tuple[Any, ...]:
+    """The images of the row's columns."""
+    if "images" in cells.named:
+        return read_images(cells.take("images"))
+    found = image_columns(cells.raw)
+    if not found:
+        return ()
+    chosen, *others = found
+    if others:
+        left = ", ".join(f"'{column}'" for columns in others for column in columns)
+        cells.notes.append(f"the images of '{chosen[0]}' are shown, and not those of {left}: --columns images COLUMN")
+    return tuple(ref for column in chosen for ref in read_images(cells.take_column("images", column)))
+
+
+def _with_texts(turns: Sequence[Turn], texts: Sequence[str], images: int) -> tuple[Turn, ...]:
+    """Turns with their texts, the question's left over; images without marks go to the first turn of the user."""
+    told: list[Turn] = [{**turn, "text": text} for turn, text in zip(turns, texts, strict=False)]
+    first = next((turn for turn in told if turn["role"] == "user"), None)
+    if first is not None and not count_marks(texts[-1], told):
+        first["text"] = IMAGE_MARK * images + first["text"]
+    return tuple(told)
+
+
+def _check_question(question: str, cells: _Cells) -> None:
+    if not question.strip():
+        raise ValueError(
+            f"the row has no question: nothing in {places('question')}; {missing('question', cells.unused(True))}"
+        )
+
+
+def placed(question: str, images: int, turns: tuple[Turn, ...] = ()) -> str:
+    """A question whose marks are checked; without them where they say nothing, being all at its beginning.
+
+    Args:
+        question: It may hold `<image>` marks.
+        images: Number of the row's images.
+        turns: The turns before it, which may hold marks too.
+
+    Raises:
+        ValueError: Question and turns hold some marks, but not as many as there are images.
+    """
+    marks, (leading, rest) = count_marks(question, turns), split_marks(question)
     if marks not in (0, images):
-        raise ValueError(f"the question has {marks} {IMAGE_MARK} marks for {images} images")
-    return _without_marks(question)
-
-
-def _without_marks(question: str) -> str:
-    """Drops the marks at the beginning, where the images go anyhow; one within a sentence becomes its number."""
-    number = 1
-    question = question.strip()
-    while question.startswith(IMAGE_MARK):
-        question, number = question.removeprefix(IMAGE_MARK).strip(), number + 1
-    while IMAGE_MARK in question:
-        question, number = question.replace(IMAGE_MARK, f"image {number}", 1), number + 1
-    return question
+        whole = "the question has" if not turns else "the question and the turns before it have"
+        raise ValueError(f"{whole} {marks} {IMAGE_MARK} marks for {images} images")
+    return rest if leading == marks else question.strip()
 
 
 def _divided(answer: Any) -> tuple[Any, str]:
@@ -217,15 +369,18 @@ def _answer(answer: Any) -> str:
 
 
 def _keywords(found: Any) -> tuple[str, ...]:
+    if isinstance(found, str) and found.startswith("["):
+        found = literal(found)
     words = [] if found is None else [found] if isinstance(found, str) else found
     if not isinstance(words, (list, tuple)) or not all(isinstance(word, str) for word in words):
         raise ValueError("the key words are no list of texts")
     return tuple(word.strip() for word in words if word.strip())
 
 
-def _choices(found: Any) -> tuple[str, ...]:
-    """A list of what the letters stand for; data sets have other things too in a column of this name."""
-    return tuple(map(str.strip, map(str, found))) if isinstance(found, (list, tuple)) else ()
+def _accepted(answer: Any) -> tuple[str | float, ...]:
+    items = answer if isinstance(answer, (list, tuple)) else []
+    is_flat = all(isinstance(item, (str, int, float)) and item != "" for item in items)
+    return tuple(items) if is_flat else ()
 
 
 def _text(found: Any, name: str) -> str:
@@ -237,6 +392,8 @@ def _text(found: Any, name: str) -> str:
 def _tolerance(found: Any) -> float:
     if found is None:
         return 0.0
+    if isinstance(found, str):
+        found = literal(found)
     if type(found) not in (int, float) or not 0 <= found < float("inf"):
         raise ValueError(f"'tolerance' is {found!r}, which is no number from 0 up")
     return float(found)

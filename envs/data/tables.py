@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, TextIO
+from typing import Any, BinaryIO, ClassVar, Literal, TextIO
 
 from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.core.files import atomic_file
-from vlmenv.envs.data.rows import Unread
+from vlmenv.envs.data.media import Unread
 
 _CHUNK = 1 << 20  # bytes read at a time
 _LARGEST_VALUE = 1 << 26  # characters of one JSON value; beyond it a quote is missing, and not data
@@ -25,6 +26,8 @@ class Table(ABC):
 
     suffix: ClassVar[str] = ".jsonl"
     """Of the files that `write` makes."""
+    notes: Sequence[str] = ()
+    """What was decided for the table as a whole, to be told once; complete after `scan`."""
 
     @abstractmethod
     def scan(self) -> Iterator[Any]:
@@ -55,20 +58,25 @@ class Table(ABC):
         stream.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-class JSONFile(Table):
-    """A file of rows in JSON, of which only the places are held in memory."""
+class TextFile(Table):
+    """A file of rows, of which only the places are held in memory.
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
+    Args:
+        file: The file, unpacked.
+        name: What messages call it.
+    """
+
+    def __init__(self, file: Path, name: Path | None = None) -> None:
+        self._file, self._name = file, name or file
         self._offsets, self._lengths, self._lines = array("q"), array("q"), array("q")
 
-    def read(self, number: int) -> Any:
+    def place(self, number: int) -> str:
+        return f"{self._name}:{self._lines[number]}"
+
+    def _stored(self, number: int) -> bytes:
         with self._file.open("rb") as stream:
             stream.seek(self._offsets[number])
-            return json.loads(stream.read(self._lengths[number]))
-
-    def place(self, number: int) -> str:
-        return f"{self._file}:{self._lines[number]}"
+            return stream.read(self._lengths[number])
 
     def _add(self, offset: int, length: int, line: int) -> None:
         self._offsets.append(offset)
@@ -76,7 +84,7 @@ class JSONFile(Table):
         self._lines.append(line)
 
 
-class JSONLines(JSONFile):
+class JSONLines(TextFile):
     """A file with a JSON object a line; blank lines do not count."""
 
     def scan(self) -> Iterator[Any]:
@@ -88,24 +96,66 @@ class JSONLines(JSONFile):
                     yield _loaded(line)
                 offset += len(line)
 
+    def read(self, number: int) -> Any:
+        return json.loads(self._stored(number))
 
-class JSONList(JSONFile):
-    """A file with one JSON list of objects."""
+
+class JSONList(TextFile):
+    """A file with one JSON list of objects, or an object that holds such a list.
+
+    Args:
+        file: The file, unpacked.
+        name: What messages call it.
+        key: Of the object, where the list is. Default: the document is the list.
+    """
 
     suffix = ".json"
 
+    def __init__(self, file: Path, name: Path | None = None, key: str | None = None) -> None:
+        super().__init__(file, name)
+        self._key = key
+
     def scan(self) -> Iterator[Any]:
         with self._file.open("rb") as stream:
-            document = JSONStream(stream, self._file)
-            for value in document.elements():
-                self._add(value.offset, value.length, value.line)
-                yield value.content
+            document = JSONStream(stream, self._name)
+            if self._key is None:
+                yield from self._listed(document)
+            else:
+                for key in document.members():
+                    if key == self._key:
+                        yield from self._listed(document)
+                    else:
+                        document.skip_value()
             document.expect_end()
+
+    def read(self, number: int) -> Any:
+        return json.loads(self._stored(number))
+
+    def _listed(self, document: JSONStream) -> Iterator[Any]:
+        for value in document.elements():
+            self._add(value.offset, value.length, value.line)
+            yield value.content
 
     def _dump(self, rows: Iterator[dict[str, Any]], stream: TextIO) -> None:
         stream.write("[")
         stream.writelines(f"{',' * (i > 0)}\n{json.dumps(row)}" for i, row in enumerate(rows))
         stream.write("\n]\n")
+
+
+class JSONById(TextFile):
+    """A file with one JSON object that holds the rows by their ids."""
+
+    def scan(self) -> Iterator[Any]:
+        with self._file.open("rb") as stream:
+            document = JSONStream(stream, self._name)
+            for key, value in document.entries():
+                self._add(key.offset, value.offset + value.length - key.offset, key.line)
+                yield _with_id(str(key.content), value.content)
+            document.expect_end()
+
+    def read(self, number: int) -> Any:
+        ((key, row),) = json.loads(b"{" + self._stored(number) + b"}").items()
+        return _with_id(key, row)
 
 
 class Rows(Table):
@@ -144,6 +194,10 @@ class Rewritten(Table):
     def place(self, number: int) -> str:
         return self._table.place(number)
 
+    @property
+    def notes(self) -> Sequence[str]:  # type: ignore[override]
+        return self._table.notes
+
     def _rewritten(self, row: Any) -> Any:
         if not isinstance(row, Mapping):
             return row
@@ -165,10 +219,11 @@ class HuggingFace(Table):
         self._name = name
         features = (dataset.features or {}).items()
         self._classes = {column: feature.names for column, feature in features if hasattr(feature, "int2str")}
+        self._labels = _names_of_objects(dict(features).get("objects"))
 
     def scan(self) -> Iterator[Any]:
         for table in self._arrow.iter(batch_size=1000):
-            stored = [field.name for field in table.schema if "binary" in str(field.type)]
+            stored = [field.name for field in table.schema if _IMAGE_TYPE.fullmatch(str(field.type))]
             rows = table.drop_columns(stored).to_pylist()
             for name in stored:
                 for row, images in zip(rows, table.column(name), strict=True):
@@ -183,6 +238,8 @@ class HuggingFace(Table):
         for column, names in self._classes.items():
             if row.get(column) is not None:
                 row[column] = names[row[column]]
+        if self._labels and row.get("objects"):
+            row["objects"] = _with_names(row["objects"], *self._labels)
         return row
 
     def place(self, number: int) -> str:
@@ -234,11 +291,20 @@ class JSONStream:
 
     def members(self) -> Iterator[str]:
         """The keys of the object that stands here; each value is to be taken before the next key is asked for."""
+        for key in self._keys():
+            yield str(key.content)
+
+    def entries(self) -> Iterator[tuple[JSONValue, JSONValue]]:
+        """The keys and values of the object that stands here."""
+        for key in self._keys():
+            yield key, self._value()
+
+    def _keys(self) -> Iterator[JSONValue]:
         self._expect("{")
         while self._peek() != "}":
-            key = self._value().content
+            key = self._value()
             self._expect(":")
-            yield str(key)
+            yield key
             if self._peek() != "}":
                 self._expect(",")
         self._expect("}")
@@ -250,8 +316,9 @@ class JSONStream:
     def skip_value(self) -> None:
         self._value()
 
-    def is_list(self) -> bool:
-        return self._peek() == "["
+    def next_mark(self) -> str:
+        """The character with which the next value begins; empty at the end."""
+        return self._peek()
 
     def _value(self) -> JSONValue:
         self._peek()
@@ -313,6 +380,56 @@ class JSONStream:
             raise DataError(f"{self._file}: not UTF-8, after line {self._line}: {error.reason}") from None
 
 
+_LISTS = ("data", "rows", "samples", "examples", "items", "questions")
+_COCO = ("images", "annotations", "categories")
+_ABOUT = ("info", "licenses", "license", "meta", "metadata", "version", "config", "features", "dataset")
+
+
+def json_layout(file: Path, name: Path) -> tuple[Literal["lines", "list", "by id", "coco"], str | None]:
+    """How a file of JSON holds its rows, and for a list within an object, its key there.
+
+    Raises:
+        DataError: It is no layout that is read; the message names what is in it.
+    """
+    with file.open("rb") as stream:
+        if name.name.removesuffix(".gz").endswith(".jsonl") and not _begins_list(stream):
+            return "lines", None
+        stream.seek(0)
+        if _has_lines(stream):
+            return "lines", None
+        stream.seek(0)
+        document = JSONStream(stream, name)
+        if document.next_mark() == "[":
+            return "list", None
+        keys = []
+        for key in document.members():
+            keys.append(key)
+            mark = document.next_mark()
+            if mark == "[" and key in (*_LISTS, *_COCO):
+                return ("list", key) if key in _LISTS else ("coco", None)
+            if mark == "{" and key not in _ABOUT:
+                return "by id", None
+            document.skip_value()
+    found = ", ".join(f"'{key}'" for key in keys[:10]) or "nothing"
+    convert = "; LabelMe's become rows by `vlmenv data convert FOLDER TARGET.jsonl`" if "shapes" in keys else ""
+    lists = " or ".join(map(repr, _LISTS))
+    raise DataError(
+        f"{name}: a JSON object with {found}, and no list of rows, in {lists}, and no rows by their ids{convert}"
+    )
+
+
+def _begins_list(stream: BinaryIO) -> bool:
+    return stream.read(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+
+
+def _has_lines(stream: BinaryIO) -> bool:
+    """Whether a file has an object on its first line, and another after it."""
+    first = stream.readline(_CHUNK)
+    if not first.lstrip().startswith(b"{") or not first.endswith(b"\n") or isinstance(_loaded(first), ValueError):
+        return False
+    return any(line.strip() for line in stream)
+
+
 def require_datasets() -> None:
     """Raises ConfigError where the library `datasets` is not installed."""
     if find_spec("datasets") is None:
@@ -324,6 +441,36 @@ def _loaded(line: bytes) -> Any:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
         return ValueError(f"the line is not JSON: {error}")
+
+
+_IMAGE_TYPE = re.compile(r"(?:(?:large_)?list<[a-z]+: )?(?:(?:large_)?binary|struct<bytes: .*binary, path: \w+>)>?")
+"""How Arrow writes the type of an image, or of a list of them."""
+
+
+def _names_of_objects(feature: Any) -> tuple[str, list[str]] | None:
+    """Of a column of objects, the part that holds a number for the category, and the names of the numbers."""
+    inner = getattr(feature, "feature", feature)
+    for part, kind in inner.items() if isinstance(inner, Mapping) else ():
+        kind = getattr(kind, "feature", kind)
+        if hasattr(kind, "int2str"):
+            return str(part), list(kind.names)
+    return None
+
+
+def _with_names(objects: Any, part: str, names: list[str]) -> dict[str, Any]:
+    """Objects with the names of their categories in place of the numbers, and all names beside them."""
+    if isinstance(objects, list):
+        objects = {key: [one.get(key) for one in objects] for key in objects[0]}
+    named = [names[number] if isinstance(number, int) else number for number in objects[part] or ()]
+    return {**objects, part: named, "names_of_all": names}
+
+
+def _with_id(key: str, row: Any) -> Any:
+    return (
+        {**row, "id": row.get("id") or key}
+        if isinstance(row, Mapping)
+        else ValueError(f"what stands at {key[:80]!r} is no object")
+    )
 
 
 def _unread(images: Any) -> Any:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from vlmenv.core.answers import Detection
 from vlmenv.core.coordinates import Box
 from vlmenv.envs.metrics.intervals import Interval, bootstrap_draws, number_clusters, percentile_interval
-from vlmenv.envs.rewards.detection import IOU_THRESHOLDS, pairwise_iou
+from vlmenv.envs.rewards.detection import IOU_THRESHOLDS, folded, pairwise_iou
 
 STATISTICS: Final = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 """In pycocotools' order; s, m and l are objects of up to 32², of up to 96² and of more squared pixels."""
@@ -247,6 +247,7 @@ def _coco_form(
     answered: Sequence[Sequence[Detection]], truth: Sequence[Sequence[Detection]]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Truth and answers in COCO's form, without answers whose label no image has."""
+    answered, truth = [folded(row) for row in answered], [folded(row) for row in truth]
     numbers = {label: i for i, label in enumerate(sorted({true.label for row in truth for true in row}), 1)}
     annotations, results = [], []
     for image, (found, trues) in enumerate(zip(answered, truth, strict=True)):

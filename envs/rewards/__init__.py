@@ -3,3 +3,7 @@
 They take any text, never raise, and run in time linear in its length, so that they also serve as
 reward functions of another trainer.
 """
+
+from vlmenv.envs.rewards.registry import register_reward
+
+__all__ = ["register_reward"]

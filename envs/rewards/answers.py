@@ -6,29 +6,33 @@ answer that names two things is none. `\boxed{…}`, `$…$`, Markdown and full-
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import unicodedata
 from collections.abc import Sequence
-from typing import Final, get_args
+from typing import Final, NamedTuple, get_args
 
 from vlmenv.core.answers import Answer, AnswerKind
 from vlmenv.core.errors import unknown_name
 from vlmenv.core.formats import SECTIONS, TAGS, AnswerFormat
 from vlmenv.core.spaces import Image
-from vlmenv.envs.rewards.math import LONGEST_MATH, SPACED_UNIT, UNIT, check_installed, math_equal
+from vlmenv.envs.rewards.evidence import conclusions, sentence, tidy
+from vlmenv.envs.rewards.formulas import Form, read_form
+from vlmenv.envs.rewards.letters import LETTERS, read_letters, truth_letters
+from vlmenv.envs.rewards.math import LONGEST_MATH, SPACED_UNIT, UNIT, check_installed, compare, math_equal
+from vlmenv.envs.rewards.numbers import same_number
 from vlmenv.envs.rewards.terms import BatchTerm
+from vlmenv.envs.rewards.units import conversion
 
 LONGEST_ANSWER: Final = 10_000
 """Characters of an answer; longer ones are none."""
 
-_PLAIN: Final = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x2212: "-", 0x3002: ".", 0x3000: " "}
-
-
 class AnswerAccuracy(BatchTerm):
     """Whether answers are right, each by its target's kind: 1 or 0, and for `edit` the share that is.
 
-    Mathematical answers are spread over processes. What cannot be read as the kind asked for scores 0.
+    Of several accepted answers the one that fits best counts. Mathematical answers are spread over processes. What
+    cannot be read as the kind asked for scores 0.
     """
 
     name = "accuracy"
@@ -47,12 +51,20 @@ class AnswerAccuracy(BatchTerm):
             ConfigError: There is mathematics to compare, and math-verify is not installed.
         """
         contents = [answer_format.extract(text) for text in texts]
-        scores = [_compare(content, target) for content, target in zip(contents, targets, strict=True)]
-        asked = [i for i, score in enumerate(scores) if score is None]
-        equal = math_equal([(contents[i] or "", targets[i].text) for i in asked]) if asked else []
+        pairs = [
+            (i, content, accepted)
+            for i, (content, target) in enumerate(zip(contents, targets, strict=True))
+            for accepted in (target, *target.others)
+        ]
+        found = [_compare(content, accepted) for _, content, accepted in pairs]
+        asked = [i for i, score in enumerate(found) if score is None]
+        equal = math_equal([(pairs[i][1] or "", pairs[i][2].text) for i in asked]) if asked else []
         for i, is_equal in zip(asked, equal, strict=True):
-            scores[i] = float(is_equal)
-        return [score or 0.0 for score in scores]
+            found[i] = float(is_equal)
+        scores = [0.0] * len(texts)
+        for (i, _, _), score in zip(pairs, found, strict=True):
+            scores[i] = max(scores[i], score or 0.0)
+        return scores
 
 
 accuracy_term: Final = AnswerAccuracy()
@@ -65,15 +77,18 @@ def accuracy_reward(text: str, target: Answer, answer_format: AnswerFormat = Ans
 
 def _compare(content: str | None, target: Answer) -> float | None:
     """The score of an answer; None where only computer algebra can tell."""
-    answer, truth = parse_reply(content, target), parse_answer(target.text, target.kind)
+    truth = parse_reply(target.text, target)
     if truth is None:
         raise ValueError(f"the true answer {target.text[:100]!r} is none of kind '{target.kind}'")
+    answer = parse_reply(content, target)
     if answer is None:
         return 0.0
-    if isinstance(answer, float) and isinstance(truth, float):
-        return float(abs(answer - truth) <= target.tolerance + 1e-12 * abs(truth))
+    if target.kind == "numeric":
+        return float(_same_quantity(content or "", target))
     if target.kind == "edit":
         return edit_ratio(str(answer), str(truth))
+    if target.kind == "exact":
+        return float(any(_same_words(said, target.text) for said in (content or "", str(answer))))
     if target.kind == "math" and answer != truth:
         return 1.0 if _same_number(str(answer), str(truth)) else None
     return float(answer == truth)
@@ -94,10 +109,12 @@ def read_answer(
 
     Args:
         text: The truth as written there.
-        kind: How answers are compared with it. Where left out, a single letter is a choice, "yes" and "no" are
-            what they are, a number, also with a unit, is numeric, and all else is exact.
+        kind: How answers are compared with it. Default: `choice` where there are choices, of a single capital letter
+            and of several as in "A, C"; "yes", "no", "true" and "false" are `yes_no`; a number, also with a unit, is
+            `numeric`; all else is `exact`.
         tolerance: Of numbers: the greatest difference that still counts as equal.
-        choices: Of a letter: what the letters from A on stand for, if that is known.
+        choices: What the letters from A on stand for, if that is known. The truth is then one of these letters, or
+            several, or the text of one of the choices.
 
     Raises:
         ValueError: The text is no truth of this kind; the message says why.
@@ -110,26 +127,53 @@ def read_answer(
         raise ValueError(f"the answer holds {marks[0]!r}, by which completions are divided")
     if not (math.isfinite(tolerance) and tolerance >= 0):
         raise ValueError(f"the tolerance is {tolerance}; it must be 0 or more")
-    kind = _kind_of(text) if kind is None else kind
+    kind = ("choice" if choices else _kind_of(text)) if kind is None else kind
     if kind not in get_args(AnswerKind):
         raise ValueError(unknown_name("kind of answer", kind, get_args(AnswerKind)))
+    if kind == "choice":
+        return _read_choice(text, tuple(choices))
+    if choices:
+        raise ValueError(f"the row has choices, which answers of kind '{kind}' do not have: leave out one of the two")
     if kind == "math":
         check_installed()
     longest = LONGEST_MATH if kind == "math" else LONGEST_ANSWER
     if len(text) > longest:
         raise ValueError(f"the answer has {len(text)} characters; one of kind '{kind}' may have {longest}")
-    read = parse_answer(text, kind)
-    if read is None or (kind == "choice" and not _CHOICE.fullmatch(text)):
+    if parse_answer(text, kind) is None:
         raise ValueError(f"the answer is {text[:100]!r}, which is no {_NAMES[kind]}")
-    if kind != "choice":
-        return Answer(str(read) if kind == "yes_no" else text, kind, tolerance if kind == "numeric" else 0.0)
-    if choices and str(read) not in _LETTERS[: len(choices)]:
-        raise ValueError(f"the answer is {read}, but there are {len(choices)} choices")
-    return Answer(str(read), kind, choices=tuple(choices))
+    return Answer(text.casefold() if kind == "yes_no" else text, kind, tolerance if kind == "numeric" else 0.0)
+
+
+def read_answers(
+    texts: Sequence[str], kind: AnswerKind | None = None, tolerance: float = 0.0, choices: Sequence[str] = ()
+) -> Answer:
+    """A true answer of which any of several texts may be given; each is read as `read_answer` does.
+
+    Raises:
+        ValueError: There is no text, or one is no truth of this kind.
+        ConfigError: The kind is mathematics, and math-verify is not installed.
+    """
+    if not texts:
+        raise ValueError("the answer is empty")
+    first, *others = dict.fromkeys(read_answer(text, kind, tolerance, choices) for text in texts)
+    return first._replace(others=tuple(others))
+
+
+def _read_choice(text: str, choices: tuple[str, ...]) -> Answer:
+    letters = truth_letters(text, choices)
+    if letters is not None:
+        return Answer(", ".join(letters), "choice", choices=choices)
+    if not choices:
+        raise ValueError(f"the answer is {text[:100]!r}, which is no {_NAMES['choice']}")
+    listed = ", ".join(f"{letter}: {choice[:40]!r}" for letter, choice in zip(LETTERS, choices, strict=False))
+    raise ValueError(
+        f"the answer is {text[:100]!r}, which is neither one of the letters {LETTERS[0]} to {LETTERS[len(choices) - 1]}"
+        f" nor one of the choices: {listed}"
+    )
 
 
 _NAMES: Final[dict[AnswerKind, str]] = {
-    "choice": "single letter",
+    "choice": "single letter, or several as in 'A, C'",
     "yes_no": "yes or no",
     "numeric": "single finite number",
     "exact": "text",
@@ -139,105 +183,98 @@ _NAMES: Final[dict[AnswerKind, str]] = {
 
 
 def _kind_of(text: str) -> AnswerKind:
-    if _CHOICE.fullmatch(text) and text.upper() == text:
+    if _CAPITALS.fullmatch(text):
         return "choice"
-    if normalise(text) in ("yes", "no"):
+    if normalise(text) in ("yes", "no", "true", "false"):
         return "yes_no"
     return "numeric" if _MEASUREMENT.fullmatch(text) and parse_number(text) is not None else "exact"
 
 
+_CAPITALS = re.compile(r"[(\[]?[A-Z][)\]]?(?:(?: ?[,;/&、，] ?| and )[(\[]?[A-Z][)\]]?)*[.:]?")
+
+
 def parse_reply(content: str | None, target: Answer) -> str | float | None:
     """`parse_answer` by a target's kind; what a letter stands for is read as that letter."""
-    parsed = parse_answer(content, target.kind)
-    if parsed is not None or content is None or not target.choices or len(content) > LONGEST_ANSWER:
-        return parsed
-    for read in (normalise, parse_number):
-        value = read(content)
-        fitting = [letter for letter, choice in zip(_LETTERS, target.choices, strict=False) if read(choice) == value]
-        if value not in (None, "") and fitting:
-            return fitting[0] if len(fitting) == 1 else None
-    return None
+    if content is None or target.kind != "choice":
+        return parse_answer(content, target.kind)
+    several = "," in target.text
+    return read_letters(content, target.choices, several, _says_choice) if len(content) <= LONGEST_ANSWER else None
+
+
+_LONGEST_CHOICE: Final = 300
+
+
+def _says_choice(said: str, choice: str) -> bool:
+    """Whether a text says what a choice says, as far as can be told without algebra."""
+    if max(len(said), len(choice)) > _LONGEST_CHOICE or not _VALUE.search(choice):
+        return False
+    return compare(said, choice, lambda *_: False)
+
+
+_VALUE = re.compile(r"[\d\\π½¼¾]")
 
 
 def parse_answer(content: str | None, kind: AnswerKind) -> str | float | None:
-    """An answer's content as its kind reads it; None where that is not possible, or there is none.
+    r"""An answer's content as its kind reads it; None where that is not possible, or there is none.
 
     A capital letter for `choice`, "yes" or "no", a number for `numeric`, a normalised string for `exact`, and
-    the text itself, with single spaces, for `math` and `edit`.
+    the text itself, with single spaces, for `math` and `edit`. All but these two read the last `\boxed` first, and
+    then what follows the last "the answer is".
     """
     if content is None or len(content) > (LONGEST_MATH if kind == "math" else LONGEST_ANSWER):
         return None
     match kind:
         case "choice":
-            return parse_choice(content)
+            return read_letters(content)
         case "yes_no":
             return parse_yes_no(content)
         case "numeric":
             return parse_number(content)
         case "exact":
-            return normalise(content) or None
+            return normalise(next((sentence(said) for said, _ in conclusions(tidy(content))), content)) or None
         case _:
             return " ".join(content.split()) or None
 
 
-_LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-# Letters. All patterns run on text with single spaces, and none repeats over what another part of it may match.
-_MARKUP = re.compile(r"\\(?:boxed|fbox|text(?:bf|rm|it)?|math(?:rm|bf)|left|right)(?![A-Za-z])|[*_`${}\"“”\\]")
-_CHOICE = re.compile(r"[(\[]? ?([A-Za-z]) ?[)\]]? ?[.:,;!]?")
-_LETTER: Final = r"(?<![\w'’.-])[(\[]?([A-Z])(?!['’.-]?\w)[)\]]?"
-_NEGATED = re.compile(
-    rf"(?:\b(?:not|[Nn]either|nor|except)|n['’]t) (?:option |choice |answer )?{_LETTER}(?:,? (?:or|nor|and) {_LETTER})*"
-)
-_LABEL_AT_START = re.compile(r"[(\[]?([A-Za-z]) ?(?:[)\]:]|\.(?![A-Za-z](?![A-Za-z])))")
-_LABEL = re.compile(  # (b), b), and B. before a word
-    r"(?<![\w(\[])(?:[(\[]([A-Za-z])[)\]]|([A-Za-z])[)\]]|([A-Z])[.:](?: (?=\w)|(?=\w\w)))"
-)
-_NAMED = re.compile(
-    r"(?i:\b(?:answer|option|choice|letter|choose|select|pick)(?: (?:is|would be|must be|should be))?:?) "
-    r"[(\[]?(?:([A-Z])(?!['’-]?\w)|([a-z])(?=[)\].,;:!?]|$))"
-)
-_JOINED = re.compile(rf"{_LETTER}\.?(?:, |,? (?:or|and|&) | ?[/,&+] ?)(?:(?:or|and|option|choice) )?{_LETTER}")
-_AFTER_A_LETTER: Final = r"(?:or|and|is|are|was|because|since|as|but|for|with|seems|looks|matches)\b"
-_ARTICLE_OR_PRONOUN = re.compile(
-    rf"(?<![\w'’.-])(?:A(?= (?!{_AFTER_A_LETTER})\w\w)|I(?!['’.-]?\w)(?! (?:or|and|is)\b|[.!)\]]*$))"
-)
-
-
-def parse_choice(content: str) -> str | None:
-    """The letter A to Z that an answer chooses, as a capital; None where it chooses none, or several.
-
-    "b", "(B)", "B) cat", "Option B" and "It is B, not C" choose B; "A or B" does not choose. The article "A" and
-    the pronoun "I" are not taken for letters, and small letters only where they stand as a label does.
-    """
-    if len(content) > LONGEST_ANSWER:
-        return None
-    text = " ".join(_MARKUP.sub(" ", content.translate(_PLAIN)).split()).strip("'‘’ ")
-    if whole := _CHOICE.fullmatch(text):
-        return whole[1].upper()
-    text = _NEGATED.sub(" ", text)
-    label = _LABEL_AT_START.match(text)
-    # After a label comes what it stands for, in which letters mean little: "B. Vitamin C".
-    joined = [match.groups() for match in _JOINED.finditer(text) if label is None or match.start() < label.end()]
-    if any(first != second for first, second in joined):
-        return None
-    marked = [match for pattern in (_LABEL, _NAMED) for match in pattern.finditer(text)]
-    letters = {match[match.lastindex or 0].upper() for match in ([label] if label else []) + marked}
-    if not letters:
-        letters = {match[1] for match in re.finditer(_LETTER, _ARTICLE_OR_PRONOUN.sub(" ", text))}
-    return letters.pop() if len(letters) == 1 else None
-
-
+_YES: Final = r"yes|true|是的?|对的?|正确|有"
+_NO: Final = r"no|false|不是的?|否|不对|错误?|没有|不正确"
+_YES_OR_NO: Final = rf"(?P<yes>{_YES})|(?P<no>{_NO})"
+_WHOLE_YES_NO = re.compile(rf"(?:{_YES_OR_NO})")
+_YES_NO_AT_START = re.compile(rf"(?:{_YES_OR_NO})(?=\s*[.,;:!\n–—-](?!\w))")
 _YES_NO = re.compile(r"(?<![^\W_])(?:yes|no)(?![^\W_]|['’-]\w)")
+_NO_OF_SOMETHING = re.compile(r"\bno (?=[a-z])")
+_NOT_SO = re.compile(r"(?:\bnot|n't)(?: (?:a|an|the|simply|just|really))? (?:\"?)(?:yes|no)\b")
 
 
 def parse_yes_no(content: str) -> str | None:
-    """ "yes" or "no", whichever occurs in an answer as a word; None where both or neither does."""
+    r""" "yes" or "no", as an answer says: in its last `\boxed`, after the last "the answer is", as its first word, or
+    as the only one of both; None where it says neither or both. "true" and "是" are yes, "false" and "否" no.
+    """
     if len(content) > LONGEST_ANSWER:
         return None
-    words = set(_YES_NO.findall(content.translate(_PLAIN).casefold()))
-    return str(words.pop()) if len(words) == 1 else None
+    text = tidy(content)
+    for piece in (*(said for said, _ in conclusions(text)), text):
+        said = _yes_no_of(" ".join(piece.casefold().split()))
+        if said:
+            return said if said in ("yes", "no") else None
+    return None
 
+
+def _yes_no_of(text: str) -> str:
+    """What a text says; "both" where that cannot be told, and nothing where it says neither."""
+    text = _unquoted(_MARKUP.sub(" ", text).strip())
+    if whole := _WHOLE_YES_NO.fullmatch(text):
+        return str(whole.lastgroup)
+    words = set(_YES_NO.findall(_NO_OF_SOMETHING.sub(" ", text)))
+    if start := _YES_NO_AT_START.match(text):
+        return str(start.lastgroup) if words <= {start.lastgroup} else "both"
+    if _NOT_SO.search(text):
+        return "both"
+    words |= set(_YES_NO.findall(text))
+    return str(words.pop()) if len(words) == 1 else "both" if words else ""
+
+
+_MARKUP = re.compile(r"\\(?:boxed|fbox|text(?:bf|rm|it)?|math(?:rm|bf)|left|right)(?![A-Za-z])|[*_`${}\"“”\\]")
 
 # Numbers. Possessive quantifiers: what has been taken for digits is not given back, so that 3.5.2 is not 3.5.
 _DIGITS: Final = r"(?:(?:[0-9]{1,3}+(?:,[0-9]{3})++|[0-9]++)(?:\.[0-9]++)?+|\.[0-9]++)(?:[eE][+-]?[0-9]++)?+"
@@ -277,21 +314,83 @@ _NO_LONE_NUMBER = re.compile(
 def parse_number(content: str) -> float | None:
     r"""The number in an answer; None where there is none, or several that differ, or one that is not finite.
 
-    "about 12", "12 cm", "$1,234.5$", "-3", "1/2", "\frac{1}{2}", "1e3" and "x = 12" are numbers. A percent sign is
-    read like a unit: "50%" is 50. Arithmetic, "2\pi" and number words are not read.
+    The last `\boxed` decides where there is one, then what follows the last "the answer is", else the whole answer.
+    "about 12", "12 cm", "$1,234.5$", "-3", "1/2", "\frac{1}{2}", "1e3", "1.5 million" and "x = 12" are numbers. A
+    percent sign is read like a unit: "50%" is 50. Expressions such as "2\pi" and number words are not read.
     """
+    if bare := _BARE_NUMBER.fullmatch(content[: LONGEST_ANSWER + 1]):
+        return _value(bare[1], bare[2], None)  # the same result, sooner: data sets have many
+    quantity = _quantity(content)
+    return None if quantity is None else quantity.value
+
+
+class _Quantity(NamedTuple):
+    value: float
+    form: Form | None
+    """how it is written, with its unit; None where it was picked out of a sentence without one that can be read"""
+
+
+@functools.lru_cache(maxsize=4096)
+def _quantity(content: str) -> _Quantity | None:
+    """The number that an answer states, with its unit."""
     if len(content) > LONGEST_ANSWER:
         return None
-    if bare := _BARE_NUMBER.fullmatch(content):
-        return _value(bare[1], bare[2], None)  # the same result, sooner: data sets have many
-    text = content.translate(_PLAIN)
+    text = tidy(content)
+    concluded = (sentence(said) for said, _ in conclusions(text))
+    text = next((said for said in concluded if any(map(str.isdigit, said))), text)
+    return _stated_quantity(text) or _lone_quantity(text)
+
+
+_LONGEST_QUANTITY: Final = 200
+_QUALIFIED = re.compile(r"(?i:\b(?:more|less|fewer|greater|smaller|at least|at most|over|under|up to|not|never|squared|cubed|dozen|half|halves|thirds)\b|n['’]t\b)|[±≠不非]")
+
+
+def _stated_quantity(text: str) -> _Quantity | None:
+    """The number that a text is, as a whole or set equal to something."""
+    if len(text) > _LONGEST_QUANTITY or _QUALIFIED.search(text):
+        return None
+    form = read_form(text)
+    if form.number is None or form.kind != "number" or (form.equation and not form.name and _LETTER_IN.search(text)):
+        return None
+    try:
+        return _Quantity(float(form.number.value), form)
+    except OverflowError:
+        return None
+
+
+_LETTER_IN = re.compile(r"(?<!\\)(?<![A-Za-z])[A-Za-z](?![A-Za-z])")
+
+
+def _lone_quantity(text: str) -> _Quantity | None:
+    """The only number that a sentence names."""
     for pattern, by in _REWRITTEN:
         text = pattern.sub(by, text)
     text = text.strip("*_ ")
-    values = {_value(*match.groups()) for match in _NUMBER.finditer(text)}
-    if len(values) != 1 or _NO_LONE_NUMBER.search(_NUMBER.sub("#", text)):
+    found = [*_NUMBER.finditer(text)]
+    values = {_value(*match.groups()) for match in found}
+    value = values.pop() if len(values) == 1 else None
+    if value is None or _NO_LONE_NUMBER.search(_NUMBER.sub("#", text)):
         return None
-    return values.pop()
+    words = sentence(text[found[-1].start() :][:_LONGEST_QUANTITY]).split()
+    tries = (_stated_quantity(" ".join(words[:count]).rstrip(",;:")) for count in (4, 3, 2, 1))
+    return next(filter(None, tries), None) or _Quantity(value, None)
+
+
+def _same_quantity(content: str, target: Answer) -> bool:
+    """Whether an answer is the true number, with units converted, within the tolerance."""
+    answer, truth = _quantity(content), _quantity(target.text)
+    if answer is None or truth is None:
+        return False
+    if answer.form and truth.form and answer.form.number and truth.form.number:
+        factor = conversion(answer.form.unit, truth.form.unit)
+        if factor is None:
+            return False
+        number = answer.form.number
+        number = number._replace(value=number.value * factor, step=number.step and number.step * factor)
+        if same_number(number, truth.form.number):
+            return True
+        answer = answer._replace(value=answer.value * float(factor))
+    return abs(answer.value - truth.value) <= target.tolerance + 1e-12 * abs(truth.value)
 
 
 def _value(sign: str, over: str, under: str | None) -> float | None:
@@ -303,6 +402,7 @@ def _value(sign: str, over: str, under: str | None) -> float | None:
 
 _WRAPPED = re.compile(r"\\(?:boxed|fbox|text(?:bf|rm|it)?|mathrm) ?\{(.*)\}|\$(.*)\$")
 _ARTICLE = re.compile(r"(?:an?|the) (?=.)")
+_QUOTES: Final = str.maketrans(dict.fromkeys("‘’‛′`´", "'") | dict.fromkeys("“”„«»「」『』《》", '"') | {"、": ",", "。": "."})
 
 
 def normalise(content: str) -> str:
@@ -310,7 +410,8 @@ def normalise(content: str) -> str:
 
     Signs that may mean something stay: "-3" is not "3", nor "c++" "c". At most 10,000 characters are looked at.
     """
-    text = " ".join(unicodedata.normalize("NFKC", content[:LONGEST_ANSWER]).casefold().split())
+    text = unicodedata.normalize("NFKC", content[:LONGEST_ANSWER]).translate(_QUOTES)
+    text = " ".join(text.casefold().split())
     for _ in range(2):  # \boxed{\text{…}}
         if wrapped := _WRAPPED.fullmatch(text):
             text = (wrapped[1] or wrapped[2] or "").strip()
@@ -321,7 +422,22 @@ def normalise(content: str) -> str:
 
 
 def _unquoted(text: str) -> str:
-    return text.lstrip("\"'`*_“”‘’ ").rstrip("\"'`*_“”‘’.,;:!? ")
+    return text.lstrip("\"'*_ ").rstrip("\"'*_.,;:!? ")
+
+
+_COMMA = re.compile(r" ?, ?")
+_BRACKETS: Final = ("[]", "()", "{}")
+
+
+def _same_words(answer: str, truth: str) -> bool:
+    """Whether two texts are the same but for what `normalise` leaves out; a list may be without its brackets."""
+    a, b = (_COMMA.sub(", ", normalise(text)) for text in (answer, truth))
+    return a == b or (bool(a) and (_unbracketed(a) == b or a == _unbracketed(b)))
+
+
+def _unbracketed(text: str) -> str:
+    is_list = len(text) > 2 and text[0] + text[-1] in _BRACKETS and "," in text
+    return text[1:-1].strip() if is_list and not any(bracket in text[1:-1] for bracket in "[](){}") else text
 
 
 def edit_ratio(a: str, b: str) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlmenv.core.answers import NONE, Target, parse_box
+from vlmenv.core.answers import NONE, Target, is_exact_box, parse_box
 from vlmenv.core.coordinates import iou
 from vlmenv.core.formats import AnswerFormat
 
@@ -37,5 +37,5 @@ def iou50_reward(text: str, target: Target, answer_format: AnswerFormat = Answer
 
 
 def box_format_reward(text: str, target: Target, answer_format: AnswerFormat = AnswerFormat.TAGS) -> float:
-    """1 for a text in the answer format and nothing else, whose answer is a box or "None"; else 0."""
-    return float(answer_format.is_followed(text) and parse_boxed_answer(text, answer_format) is not None)
+    """1 for a text in the answer format and nothing else, whose answer is exactly a box or "None"; else 0."""
+    return float(answer_format.is_followed(text) and is_exact_box(answer_format.extract(text) or ""))

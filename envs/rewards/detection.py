@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmenv.core.answers import Detection, parse_detections
+from vlmenv.core.answers import Detection, fold_label, is_exact_detections, parse_detections
 from vlmenv.core.coordinates import Box
 from vlmenv.core.formats import AnswerFormat
 from vlmenv.envs.rewards.terms import RewardTerm
@@ -68,12 +68,24 @@ def od_length_reward(text: str, target: Sequence[Detection], answer_format: Answ
 def countable(
     answered: Sequence[Detection], target: Sequence[Detection]
 ) -> tuple[Sequence[Detection], Sequence[Detection]]:
-    """The answers and true boxes that count: without crowds, and without what lies within one alone."""
+    """The answers and true boxes that count: without crowds, and without what lies within one alone.
+
+    Their labels are folded, as they are compared.
+    """
+    answered, target = folded(answered), folded(target)
     crowds = [one for one in target if one.crowd]
     if not crowds:
         return answered, target
     wanted = [one for one in target if not one.crowd]
     return [one for one in answered if not _excused(one, crowds, wanted)], wanted
+
+
+def folded(detections: Sequence[Detection]) -> Sequence[Detection]:
+    """Detections with labels as they are compared."""
+    labels = [fold_label(one.label) for one in detections]
+    return [
+        one if one.label == label else one._replace(label=label) for one, label in zip(detections, labels, strict=True)
+    ]
 
 
 def _excused(one: Detection, crowds: Sequence[Detection], wanted: Sequence[Detection]) -> bool:
@@ -104,8 +116,8 @@ def repetition_reward(text: str, target: Sequence[Detection], answer_format: Ans
 def detection_format_reward(
     text: str, target: Sequence[Detection], answer_format: AnswerFormat = AnswerFormat.TAGS
 ) -> float:
-    """1 for one think block and one answer block with a list of detections or "None", and nothing else; else 0."""
-    return float(answer_format.is_followed(text) and parse_detected_answer(text, answer_format) is not None)
+    """1 for a text in the answer format and nothing else, whose answer is exactly a list or "None"; else 0."""
+    return float(answer_format.is_followed(text) and is_exact_detections(answer_format.extract(text) or ""))
 
 
 def weighted_sum_reward(
@@ -138,6 +150,7 @@ def count_boxes(answered: Sequence[Detection], target: Sequence[Detection]) -> d
 
 def match_greedily(answered: Sequence[Detection], target: Sequence[Detection]) -> int:
     """Number of answered boxes that can be paired with a true one of their label at IoU 0.5, best overlaps first."""
+    answered, target = folded(answered), folded(target)
     labels = {one.label for one in target}
     return sum(len(greedy_pairs(pairwise_iou(_boxes(answered, label), _boxes(target, label)))) for label in labels)
 
@@ -249,6 +262,7 @@ def _mean_ap(
     given, wanted = countable(answered, target)
     if not wanted:
         return float(not given)
+    answered, target = folded(answered), folded(target)
     labels = {one.label for one in wanted}
     extra = {one.label for one in given} - labels
     scores = [_label_ap(answered, target, label, thresholds) for label in labels]

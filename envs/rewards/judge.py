@@ -230,12 +230,17 @@ def parse_verdict(reply: str) -> float | None:
 def truth_as_text(target: Any) -> str:
     """A target as a judge reads it."""
     if isinstance(target, Answer):
-        letter = f"{target.text}: {target.choices[ord(target.text) - ord('A')]}" if target.choices else target.text
-        return letter if target.kind == "choice" else target.text
+        return " or ".join(map(_answer_as_text, (target, *target.others)))
     if isinstance(target, Caption):
         known = [f"mentions {', '.join(target.keywords)}"] if target.keywords else []
         return "; ".join([*([truth_as_text(target.answer)] if target.answer else []), *known])
     return str(target)
+
+
+def _answer_as_text(answer: Answer) -> str:
+    if answer.kind != "choice" or not answer.choices:
+        return answer.text
+    return ", ".join(f"{letter}: {answer.choices[ord(letter) - ord('A')]}" for letter in answer.text.split(", "))
 
 
 def _headers() -> dict[str, str]:

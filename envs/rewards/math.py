@@ -1,6 +1,7 @@
-"""Equality of mathematical answers through math-verify, within bounded time.
+"""Equality of mathematical answers, within bounded time.
 
-Some expressions take for ever to work out, such as `9^{9^{9^9}}`, so this is done in child processes.
+Numbers, words, and lists of them are compared here at once. What needs algebra goes to math-verify's parser and
+comparison, in child processes: some expressions take for ever to work out, such as `9^{9^{9^9}}`.
 """
 
 from __future__ import annotations
@@ -9,9 +10,13 @@ import functools
 import importlib.util
 import re
 from collections.abc import Callable, Sequence
-from typing import Final
+from fractions import Fraction
+from typing import Any, Final
 
 from vlmenv.core.errors import ConfigError
+from vlmenv.envs.rewards.formulas import Form, read_form, written_key
+from vlmenv.envs.rewards.numbers import is_rounded, is_rounding, same_number
+from vlmenv.envs.rewards.units import conversion
 from vlmenv.envs.rewards.workers import Workers
 
 TIME_LIMIT: Final = 0.5
@@ -27,9 +32,9 @@ SPACED_UNIT: Final = r"[gshLNVWJA](?![A-Za-z])"
 """One that must be set apart."""
 
 _CACHED = 10_000
-# Long numbers, huge powers, towers of powers, many brackets.
+# Long numbers, huge powers, towers of powers, factorials of thousands.
 _BOMB = re.compile(
-    r"\d{60}|\^\s*\{?\s*\d{5}|(?:\d\s*\^\s*\{?\s*){3}|[(\[{]{20}|[)}\]]\s*\^\s*\{?\s*\d{3}|\d{5}\s*!", re.ASCII
+    r"\d{60}|\^\s*\{?\s*\d{5}|(?:\d\s*\^\s*\{?\s*){3}|[)}\]]\s*\^\s*\{?\s*\d{3}|\d{5}\s*!", re.ASCII
 )
 
 _cache: dict[tuple[str, str], bool] = {}
@@ -37,11 +42,10 @@ _workers = Workers(f"{__name__}:make_comparison", TIME_LIMIT)
 
 
 def math_equal(pairs: Sequence[tuple[str, str]]) -> list[bool]:
-    """Whether answers are mathematically equal to the truth, by math-verify.
+    """Whether answers are mathematically equal to the truth.
 
-    A comparison that is not done after half a second, and an answer of more than 1,000 characters or with
-    a number too large to work out, is no. Units at the end are not compared, percent signs may be left out,
-    `x = 3` equals `3`, and decimals are compared to six places.
+    `docs/answers.md` says what is compared how. An answer of more than 1,000 characters, one with a number too large to
+    work out, and one whose comparison takes over half a second of computing, is equal to no truth.
 
     Args:
         pairs: N times an answer and the truth, either as LaTeX with or without delimiters, or as plain text.
@@ -53,13 +57,31 @@ def math_equal(pairs: Sequence[tuple[str, str]]) -> list[bool]:
         ConfigError: math-verify is not installed.
     """
     check_installed()
-    results = {pair: False if _is_hopeless(pair[0]) else _cache.get(pair) for pair in pairs}
+    results = {pair: _at_once(*pair) for pair in dict.fromkeys(pairs)}
     unknown = [pair for pair, result in results.items() if result is None]
-    found = dict(zip(unknown, _workers.map(unknown), strict=True))
+    found = dict(zip(unknown, _workers.map(unknown), strict=True)) if unknown else {}
     # Not those that were given up by the clock: a machine that stood still is no reason to call an answer wrong again.
-    _remember({pair: result is True for pair, result in found.items() if not isinstance(result, TimeoutError)})
+    _remember({pair: result is True for pair, result in found.items() if not isinstance(result, Exception)})
     results |= {pair: result is True for pair, result in found.items()}
     return [results[pair] is True for pair in pairs]
+
+
+def _at_once(answer: str, truth: str) -> bool | None:
+    """The verdict, where no algebra is needed for it or it is remembered."""
+    if len(answer) > LONGEST_MATH or not answer.strip():
+        return False
+    if (known := _cache.get((answer, truth))) is not None:
+        return known
+    if _BOMB.search(answer) and not _BOMB.search(truth):
+        return False
+    try:
+        return compare(answer, truth, _needs_algebra)
+    except NotImplementedError:
+        return None
+
+
+def _needs_algebra(answer: Form, truth: Form, factor: Fraction) -> bool:
+    raise NotImplementedError
 
 
 def check_installed() -> None:
@@ -87,10 +109,6 @@ def _is_installed() -> bool:
     return importlib.util.find_spec("math_verify") is not None
 
 
-def _is_hopeless(answer: str) -> bool:
-    return len(answer) > LONGEST_MATH or not answer.strip() or _BOMB.search(answer) is not None
-
-
 def _remember(found: dict[tuple[str, str], bool]) -> None:
     """Keeps the last results, failures too: a policy gives the same answers again and again."""
     _cache.update(found)
@@ -98,54 +116,245 @@ def _remember(found: dict[tuple[str, str], bool]) -> None:
         _cache.pop(pair, None)  # without a lock, which a fork might copy while it is held
 
 
+Algebra = Callable[[Form, Form, Fraction], bool]
+"""Whether two expressions or relations are equal, the first one's value multiplied by a factor."""
+
+
+def compare(answer: str, truth: str, algebra: Algebra) -> bool:
+    """Whether an answer says what the truth says.
+
+    Args:
+        answer: What a model has written.
+        truth: The true answer.
+        algebra: Decides what cannot be told without it.
+    """
+    return written_key(answer) == written_key(truth) or _same(read_form(answer), read_form(truth), algebra)
+
+
+def _same(answer: Form, truth: Form, algebra: Algebra) -> bool:
+    if answer.name and truth.name and answer.name != truth.name:
+        return _same_equation(answer, truth, algebra)
+    is_line, is_other_line = (bool(form.equation) and not form.name for form in (answer, truth))
+    if is_other_line or (is_line and truth.name and re.search("[A-Za-z]", answer.equation)):
+        return bool(answer.equation) and _same_equation(answer, truth, algebra)
+    factor = conversion(answer.unit, truth.unit)
+    if factor is None:
+        return False
+    match answer.kind, truth.kind:
+        case "number", "number":
+            return _same_numbers(answer, truth, factor)
+        case "words", _:
+            return truth.kind == "words" and answer.latex == truth.latex
+        case _, "words":
+            return False
+        case "sequence", "sequence":
+            return _same_sequence(answer, truth, algebra)
+        case ("ratio", _) | (_, "ratio"):
+            return _same_ratio(answer, truth, algebra)
+        case ("number" | "expression", "sequence" | "relation") | ("sequence" | "relation", "number" | "expression"):
+            return False
+    return algebra(answer, truth, factor)
+
+
+def _same_equation(answer: Form, truth: Form, algebra: Algebra) -> bool:
+    """Of two equations, which may be one line in two forms; "x = 3" is not "y = 3"."""
+    if answer.name and truth.name and {answer.kind, truth.kind} != {"expression"}:
+        return False
+    whole = (form._replace(kind="relation", latex=form.equation, unit=None) for form in (answer, truth))
+    return algebra(*whole, Fraction(1))
+
+
+def _same_numbers(answer: Form, truth: Form, factor: Fraction) -> bool:
+    number, true = answer.number, truth.number
+    if number is None or true is None:
+        return False
+    return same_number(number._replace(value=number.value * factor, step=number.step and number.step * factor), true)
+
+
+def _same_sequence(answer: Form, truth: Form, algebra: Algebra) -> bool:
+    """Lists and sets in any order, tuples and intervals in theirs; a list without brackets may stand for either."""
+    if len(answer.items) != len(truth.items) or not _same_brackets(answer.brackets, truth.brackets, len(truth.items)):
+        return False
+    if "(" in answer.brackets + truth.brackets or "[" in answer.brackets + truth.brackets:
+        return all(_same(a, t, algebra) for a, t in zip(answer.items, truth.items, strict=True))
+    left = list(answer.items)
+    for true in truth.items:
+        fitting = [item for item in left if _same(item, true, algebra)]
+        if not fitting:
+            return False
+        left.remove(fitting[0])
+    return True
+
+
+def _same_brackets(answer: str, truth: str, count: int) -> bool:
+    if answer == truth:
+        return True
+    if "" in (answer, truth):
+        return answer + truth in ("()", "{}") or (answer + truth == "[]" and count > 2)
+    return count > 2 and {answer, truth} == {"()", "[]"}
+
+
+def _same_ratio(answer: Form, truth: Form, algebra: Algebra) -> bool:
+    """Ratios are equal if they are the same but for a factor; one of two may be written as a fraction."""
+    if answer.kind == truth.kind:
+        if len(answer.items) != len(truth.items):
+            return False
+        first, true_first = answer.items[0], truth.items[0]
+        return all(
+            _same(_product(item, true_first), _product(true, first), algebra)
+            for item, true in zip(answer.items[1:], truth.items[1:], strict=True)
+        )
+    if any(form.kind == "ratio" and len(form.items) != 2 for form in (answer, truth)):
+        return False
+    return _same(_quotient(answer), _quotient(truth), algebra)
+
+
+def _product(a: Form, b: Form) -> Form:
+    if a.number is not None and b.number is not None:
+        return Form("number", "", a.number._replace(value=a.number.value * b.number.value, step=None))
+    return Form("expression", f"({a.latex}) \\cdot ({b.latex})")
+
+
+def _quotient(form: Form) -> Form:
+    if form.kind != "ratio":
+        return form
+    over, under = form.items
+    if over.number is not None and under.number is not None and under.number.value:
+        return Form("number", "", over.number._replace(value=over.number.value / under.number.value, step=None))
+    return Form("expression", f"\\frac{{{over.latex}}}{{{under.latex}}}")
+
+
+# In the child processes
+
+
 def make_comparison() -> Callable[[str, str], bool]:
     """What the child processes do; loads math-verify, which takes a while."""
-    from math_verify import (  # type: ignore[import-untyped]
-        LatexExtractionConfig,
-        LatexNormalizationConfig,
-        parse,
-        verify,
-    )
+    algebra = _algebra()
 
-    # Its own list of units holds t, h and c, so that 5t would be 5.
-    normalisation = LatexNormalizationConfig(units=False, malformed_operators=True, nits=True)
-    # LaTeX alone: its search for numbers in plain text takes "9\pi)" for 9.
-    wanted = [LatexExtractionConfig(normalization_config=normalisation)]
+    def decide(answer: str, truth: str) -> bool:
+        return compare(answer, truth, algebra)
 
-    def compare(answer: str, truth: str) -> bool:
-        gold, found = (parse(_as_latex(text), wanted, parsing_timeout=None) for text in (truth, answer))
-        return bool(verify(gold, found, timeout_seconds=None))
-
-    for answer, truth in (("9\\pi", "9"), ("(x+1)^2", "x^2+1"), ("\\frac{1}{2}x", "x\\sqrt{2}"), ("(1,2)", "x=3")):
-        compare(answer, truth)  # loads the rest, and fills the parser's tables
-    return compare
+    for answer, truth in (
+        ("(x+1)^2", "x^2+1"), ("\\frac{1}{2}x", "x\\sqrt{2}"), ("2\\pi", "\\sin 30^\\circ"), ("0<x<1", "(0,1)"),
+        ("x+y=5", "2x+2y=10"), ("\\log_2 8", "\\binom{4}{2}"),
+    ):  # fmt: skip
+        decide(answer, truth)  # loads the rest, and fills the parser's tables
+    return decide
 
 
-_SIGNS: Final = str.maketrans({"²": "^{2}", "³": "^{3}", "°": "^\\circ ", "−": "-"})
-_SEGMENT = re.compile(r"\$[^$]*\$|\\\(.*?\\\)|\\\[.*?\\\]|\\boxed.*")
-_DELIMITER = re.compile(r"\$|\\[()\[\]]")
-_LEAD_IN = re.compile(r"^.*(?:\b(?:is|are|be|equals)\b:?|:) (?=\S)", re.IGNORECASE)
-_GAP: Final = r"(?:\\[,;: ]|[ ~])"
-_MEASURE = re.compile(
-    rf"(?<=[\dA-Za-z}})]){_GAP}*"
-    rf"(?:\\(?:text|mathrm|mbox) ?\{{[A-Za-z°/ .]*\}}|(?<![A-Za-z\\]){UNIT})(?:\^\{{?[23]\}}?)?$"
-    rf"|(?<=\d){_GAP}{SPACED_UNIT}$"
-)
-_WORDS = re.compile(r"(?=.*[A-Za-z]{3})[A-Za-z][A-Za-z' -]*")
-_PI = re.compile(r"(?<![\\A-Za-z])pi(?![A-Za-z])")
-_ROOT = re.compile(r"√ ?(\d+|[A-Za-z])")
-_FUNCTION = re.compile(r"(?<![\\A-Za-z])(cos|sin|tan|log|ln|exp)(?![A-Za-z])")  # or else cos 0 would be c·o·s·0
-_MIXED = re.compile(r"(?<![\d.])(\d+) (\d+)/(\d+)(?![\d.])", re.ASCII)
+_DECIMAL = re.compile(r"(?<![\d.])(\d+)\.(\d+)")
 
 
-def _as_latex(text: str) -> str:
-    """A text with delimiters around what counts in it, and in the signs that math-verify knows."""
-    text = " ".join(text.split()).strip("`* ").rstrip(".").translate(_SIGNS).replace("\\$", "").replace(".$", "$")
-    outside, segments = _SEGMENT.subn("", text)
-    if segments and not any(character.isdigit() for character in outside):
-        return text
-    text = _MEASURE.sub("", _LEAD_IN.sub("", _DELIMITER.sub("", text)))
-    if _WORDS.fullmatch(text):
-        return f"$\\text{{{text}}}$"  # or else "act" would be "cat": a·c·t, either of them
-    text = _MIXED.sub(r"\1\\frac{\2}{\3}", _ROOT.sub(r"\\sqrt{\1}", _PI.sub(r"\\pi", _FUNCTION.sub(r"\\\1", text))))
-    return f"${text}$"
+def _exact(match: re.Match[str]) -> str:
+    return rf"(\frac{{{int(match[1] + match[2])}}}{{1{'0' * len(match[2])}}})"
+
+
+def _algebra() -> Algebra:
+    from latex2sympy2_extended import latex2sympy  # type: ignore[import-untyped]
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig  # type: ignore[import-untyped]
+    from math_verify import verify  # type: ignore[import-untyped]
+    from math_verify.grader import should_treat_as_complex  # type: ignore[import-untyped]
+    from sympy import Expr, MatrixBase, MatrixExpr  # type: ignore[import-untyped]
+
+    # Or else two numbers side by side are a mixed number, and are added.
+    no_sums = ConversionConfig(interpret_as_mixed_fractions=False)
+
+    @functools.lru_cache(100)
+    def parsed(latex: str) -> Any:
+        is_real = not should_treat_as_complex(latex)
+        exact = _DECIMAL.sub(_exact, latex)
+        return latex2sympy(
+            exact, is_real=is_real, convert_degrees=False, normalization_config=None, conversion_config=no_sums
+        )
+
+    def same(found: Any, gold: Any, answer: Form, truth: Form) -> bool:
+        if isinstance(found, MatrixExpr | MatrixBase) and isinstance(gold, MatrixExpr | MatrixBase):
+            found, gold = found.doit(), gold.doit()
+            if isinstance(found, MatrixBase) and isinstance(gold, MatrixBase):
+                pairs = zip(found.flat(), gold.flat(), strict=False)
+                return found.shape == gold.shape and all(same(f, g, _PLAIN, _PLAIN) for f, g in pairs)
+        if isinstance(found, Expr) and isinstance(gold, Expr):
+            verdict = _same_values(found, gold, answer, truth)
+            if verdict is not None:
+                return verdict
+        return bool(verify(gold, found, float_rounding=12, allow_set_relation_comp=True, timeout_seconds=None))
+
+    def read(form: Form) -> Any:
+        if form.kind == "sequence" and form.items and all(item.kind == "relation" for item in form.items):
+            return _joined([parsed(item.latex) for item in form.items], form.latex)
+        return parsed(form.latex)
+
+    def algebra(answer: Form, truth: Form, factor: Fraction) -> bool:
+        found, gold = read(answer), read(truth)
+        if factor != 1:
+            found = found * factor.numerator / factor.denominator
+        return same(found, gold, answer, truth)
+
+    return algebra
+
+
+def _joined(relations: list[Any], latex: str) -> Any:
+    """The numbers for which one of some relations holds ("x < 1 or x > 2"), or all of them ("and")."""
+    from sympy import Intersection, Union
+
+    sets = [relation.as_set() for relation in relations]
+    return Intersection(*sets) if re.search(r"\band\b|[和且]", latex) else Union(*sets)
+
+
+_PLAIN: Final = Form("expression", "")
+_DIGITS: Final = 40
+_POINTS: Final = ((7, 5), (13, 4), (-11, 7), (2, 9), (-5, 13), (29, 3), (-17, 2), (1, 37), (41, 11), (-3, 19))
+_LEAST_POINTS: Final = 3
+
+
+def _same_values(found: Any, gold: Any, answer: Form, truth: Form) -> bool | None:
+    """Whether two expressions have the same real values wherever they have any; None where this cannot be told."""
+    from sympy import Rational
+    from sympy.core.function import AppliedUndef  # type: ignore[import-untyped]
+
+    symbols = sorted(found.free_symbols | gold.free_symbols, key=str)
+    if found.has(AppliedUndef) or gold.has(AppliedUndef):
+        return None
+    if not symbols:
+        a, b = _value(found, {}), _value(gold, {})
+        return None if a is None or b is None else _close(a, b) or _rounds(a, b, answer, truth)
+    agreeing = 0
+    for i in range(len(_POINTS)):
+        place = {s: Rational(*_POINTS[(i + 3 * k) % len(_POINTS)]) * (k + 2) / 2 for k, s in enumerate(symbols)}
+        a, b = _value(found, place), _value(gold, place)
+        if a is None or b is None:
+            continue
+        is_real, other_is_real = (abs(value.imag) <= abs(value) * _TOLERANCE for value in (a, b))
+        if is_real != other_is_real or (is_real and not _close(a, b)):
+            return False
+        agreeing += is_real
+    return True if agreeing >= _LEAST_POINTS else None
+
+
+_TOLERANCE: Final = 1e-25
+
+
+def _value(expression: Any, place: dict[Any, Any]) -> Any:
+    """The value of an expression as mpmath's complex number; None where it has none."""
+    from mpmath import mpc  # type: ignore[import-untyped]
+
+    value = expression.evalf(_DIGITS, subs=place) if place else expression.evalf(_DIGITS)
+    if not value.is_number or value.is_finite is False or not (value.is_Add or value.is_Mul or value.is_Atom):
+        return None
+    real, imaginary = value.as_real_imag()
+    if not (real.is_Number and imaginary.is_Number and real.is_finite and imaginary.is_finite):
+        return None
+    return mpc(*(0 if getattr(part, "_prec", 100) <= 4 else part._to_mpmath(140) for part in (real, imaginary)))
+
+
+def _close(a: Any, b: Any) -> bool:
+    return bool(abs(a - b) <= _TOLERANCE * max(abs(a), abs(b)))
+
+
+def _rounds(a: Any, b: Any, answer: Form, truth: Form) -> bool:
+    """Whether one value is the other, rounded to as many digits as count."""
+    if truth.number is not None:
+        step = truth.number.step if is_rounded(truth.number) else None
+    else:
+        step = answer.number.step if answer.number is not None and is_rounding(answer.number) else None
+    return step is not None and bool(abs(a - b) * 2 * step.denominator <= step.numerator * (1 + 1e-12))

@@ -14,7 +14,8 @@ class BatchTerm(ABC):
     """A reward term that scores many answers in one call, and may look at the images.
 
     For terms that run a model, or that spread their work over processes. Like every term it takes
-    any text and never raises on it. One whose `batch` has a parameter `questions` is given them too.
+    any text and never raises on it. One whose `batch` has a parameter `questions` is given them too,
+    with "image 2" in the place of a second image.
     """
 
     name: str
@@ -51,4 +52,4 @@ class BatchTerm(ABC):
 
 RewardTerm = Callable[..., float] | BatchTerm
 """`term(text, target) -> float`; the target is what `info["target"]` shows. A term that has a parameter
-`answer_format` or `count_tokens` is given the environment's."""
+`answer_format` or `count_tokens` is given the environment's, and one with `prediction` the parsed answer."""

@@ -38,7 +38,7 @@ from vlmenv.agents.families.base import Family
 from vlmenv.agents.published import PublishedProcessor
 from vlmenv.agents.vlm import Sampling, VLMAgent
 from vlmenv.core.errors import ModelError, PromptError
-from vlmenv.core.rollout import Observation, Rollout
+from vlmenv.core.rollout import IMAGE_MARK, Observation, Rollout, Turn
 
 Shape = tuple[int, int]
 
@@ -196,12 +196,45 @@ def image(shape: Shape) -> np.ndarray:
 
 
 def prompts(case: Case) -> list[Observation]:
-    """Groups of a prompt with one image, of a longer one with two, and of a text."""
+    """Groups of a prompt with one image, of a longer one with two between its texts, and of a text."""
     first, *others = map(image, case.shapes)
     a: Observation = {"images": (first,), "prompt": "Locate the red circle."}
-    b: Observation = {"images": tuple(others), "prompt": "Which of the two is larger, and how much?"}
+    b: Observation = {"images": tuple(others), "prompt": "Which is larger, <image> or <image>, and how much?"}
     c: Observation = {"images": (), "prompt": "How many is 2 and 3?"}
     return [a, a, b, b, c]
+
+
+def conversations(case: Case) -> list[tuple[Observation, list[dict[str, Any]]]]:
+    """Observations, each with the messages that it stands for, written out by hand."""
+    first, *others = map(image, case.shapes)
+    shown: dict[str, Any] = {"type": "image"}
+
+    def turn(role: str, *parts: str | dict[str, Any]) -> dict[str, Any]:
+        return {"role": role, "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]}
+
+    earlier: tuple[Turn, ...] = (
+        {"role": "system", "text": "Be brief."},
+        {"role": "user", "text": "<image>Is it larger than <image>?"},
+        {"role": "assistant", "text": "No."},
+    )
+    said = [
+        turn("system", "Be brief."),
+        turn("user", shown, "Is it larger than ", shown, "?"),
+        turn("assistant", "No."),
+    ]
+    return [
+        ({"images": (*others, first), "prompt": "Locate it."}, [turn("user", shown, shown, shown, "Locate it.")]),
+        ({"images": (first,), "prompt": "Locate it: <image>"}, [turn("user", "Locate it: ", shown)]),
+        (
+            {"images": (*others, first), "prompt": "<image> or <image><image>\n?"},
+            [turn("user", shown, " or ", shown, shown, "\n?")],
+        ),
+        (
+            {"images": (*others, first), "prompt": "And\n<image>?", "turns": earlier},
+            [*said, turn("user", "And\n", shown, "?")],
+        ),
+        ({"images": (first,), "prompt": "Why?", "turns": earlier[:1]}, [said[0], turn("user", shown, "Why?")]),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -504,10 +537,10 @@ def published(monkeypatch: pytest.MonkeyPatch, folder: Path, case: Case) -> Proc
     return published_processor(case.processor, **parts, **videos, **case.processor_arguments)
 
 
-def as_published(processor: ProcessorMixin, template: str, observation: Observation) -> dict[str, Any]:
-    """What a published processor makes of an observation."""
-    content: list[dict[str, Any]] = [{"type": "image"} for _ in observation["images"]]
-    conversation = [{"role": "user", "content": [*content, {"type": "text", "text": observation["prompt"]}]}]
+def as_published(
+    processor: ProcessorMixin, template: str, observation: Observation, conversation: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What a published processor makes of messages with an observation's images."""
     text = ProcessorMixin.apply_chat_template(
         processor, conversation, chat_template=template, add_generation_prompt=True
     )
@@ -517,10 +550,11 @@ def as_published(processor: ProcessorMixin, template: str, observation: Observat
 
 
 def test_prompts_are_those_of_the_published_processor(agent: VLMAgent, case: Case, published: ProcessorMixin) -> None:
-    """Tokens and pixels, for one image, several, and none."""
-    family = agent.family
-    for observation in prompts(case)[1::2] + prompts(case)[-1:]:
-        expected = as_published(published, family.processor.chat_template, observation)
+    """Tokens and pixels, for one image, several, and none; before texts, between them, and in earlier turns."""
+    family, text_alone = agent.family, prompts(case)[-1]
+    asked = [{"role": "user", "content": [{"type": "text", "text": text_alone["prompt"]}]}]
+    for observation, conversation in [*conversations(case), (text_alone, asked)]:
+        expected = as_published(published, family.processor.chat_template, observation, conversation)
         prompt = family.encode(observation)
         assert prompt.input_ids.tolist() == expected["input_ids"][0].tolist()
         assert prompt.position_ids.shape[1] == len(prompt.input_ids)
@@ -543,7 +577,7 @@ def test_the_published_processor_is_loaded_from_its_files(
         settings = {"processor_class": case.processor.__name__, **case.processor_arguments}
         (tmp_path / "processor_config.json").write_text(json.dumps(settings))
     processor = PublishedProcessor(tmp_path)
-    for observation in prompts(case)[1::2] + prompts(case)[-1:]:
+    for observation in [*prompts(case)[1::2], prompts(case)[-1], *(one for one, _ in conversations(case))]:
         ids, inputs = processor.read(observation)
         prompt = agent.family.encode(observation)
         assert ids.tolist() == prompt.input_ids.tolist()
@@ -579,9 +613,23 @@ def test_answers_are_read_back_as_they_were_written(agent: VLMAgent) -> None:
 
 
 def test_control_tokens_in_a_prompts_own_text_are_refused(agent: VLMAgent, case: Case) -> None:
-    for token in case.never[:3]:
-        with pytest.raises(PromptError, match=re.escape(f"must not contain control tokens: {token}")):
-            agent.encode([{"images": (image((64, 64)),), "prompt": f"Locate {token} it."}])
+    """A mark is none where it is the place of an image; in a text without images it is."""
+    shown, others = (image((64, 64)),), [token for token in case.never if token != IMAGE_MARK]
+    for token in others[:3]:
+        refused = re.escape(f"must not contain control tokens: {token}")
+        with pytest.raises(PromptError, match=f"the prompt's own text {refused}"):
+            agent.encode([{"images": shown, "prompt": f"Locate {token} it."}])
+        turns: tuple[Turn, ...] = ({"role": "system", "text": f"Be{token} brief."},)
+        with pytest.raises(PromptError, match=rf"turn 1 \(system\) {refused}"):
+            agent.encode([{"images": shown, "prompt": "Locate it: <image>", "turns": turns}])
+    text_alone: Observation = {"images": (), "prompt": f"What is {IMAGE_MARK}?"}
+    if IMAGE_MARK in case.never:
+        with pytest.raises(PromptError, match="must not contain control tokens: <image>"):
+            agent.encode([text_alone])
+    else:
+        assert f"What is {IMAGE_MARK}?" in agent.family.chat(text_alone)
+    with pytest.raises(PromptError, match="the prompt has 2 <image> marks for 1 images"):
+        agent.encode([{"images": shown, "prompt": "<image> or <image>"}])
 
 
 def test_the_convention_of_coordinates(folder: Path, case: Case) -> None:

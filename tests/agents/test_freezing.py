@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ from batches import loss_of, optimizer_of, rollout_of, weights_of
 from conftest import cut_vision
 from transformers import AutoModelForImageTextToText
 
+from vlmenv.agents import policy
 from vlmenv.agents.families.qwen3_vl import Qwen3VL
+from vlmenv.agents.policy import Policy
 from vlmenv.agents.vlm import Sampling, VLMAgent, find_model
 from vlmenv.core.errors import ConfigError
 
@@ -82,3 +85,28 @@ def test_freezing_and_adapters_exclude_each_other(builtin: VLMAgent) -> None:
         other.freeze(vision=True, projector=True)
     with pytest.raises(ConfigError, match="neither with frozen parts nor with other adapters"):
         other.add_lora(rank=2, alpha=4)
+
+
+def test_a_frozen_tower_sees_each_prompt_once(agent: VLMAgent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Policy and reference share what it saw, for as long as the prompts are there, and no longer."""
+    agent.freeze(vision=True, projector=True)
+    looks: list[int] = []
+    look = Policy._look
+    monkeypatch.setattr(Policy, "_look", lambda self, prompts: looks.append(len(prompts)) or look(self, prompts))
+    before, rollout = len(policy._FEATURES), rollout_of(agent)
+    first = agent.logprobs(rollout).values
+    shown = sum(bool(prompt.images) for prompt in rollout.prompts)
+    assert len(policy._FEATURES) - before == len(looks) == shown > 1
+    assert torch.equal(agent.logprobs(rollout).values, first)
+    agent.reference().logprobs(rollout)
+    assert len(looks) == shown
+    del rollout
+    gc.collect()
+    assert len(policy._FEATURES) == before
+
+
+def test_a_tower_that_learns_is_asked_each_time(agent: VLMAgent) -> None:
+    before = len(policy._FEATURES)
+    rollout = rollout_of(agent)
+    agent.logprobs(rollout)
+    assert len(policy._FEATURES) == before

@@ -35,7 +35,7 @@ from stand_in_server import (
 
 from vlmenv.agents.engines.worker import WeightReceiver
 from vlmenv.core.errors import EngineError
-from vlmenv.core.rollout import unbatch
+from vlmenv.core.rollout import Observation, Turn, unbatch
 
 opened, model, good, bad = stand_in_server.opened, stand_in_server.model, stand_in_server.good, stand_in_server.bad
 """fixtures"""
@@ -257,3 +257,24 @@ def test_images_go_as_they_are(good: Answering, opened: ExitStack) -> None:
     images = [np.asarray(Image.open(io.BytesIO(one))) for one in sent]
     expected = [one["images"][0] for one in unbatch(shown)]
     assert sorted(image.tobytes() for image in images) == sorted(image.tobytes() for image in expected)
+
+
+def test_images_between_texts_go_in_their_order(good: Answering, opened: ExitStack) -> None:
+    """Tokens with one mark for each image, where it stands, and the images in the same order."""
+    agent, (first, second) = agent_of(opened, good.url), observations(2, 1)["images"]
+    turns: tuple[Turn, ...] = ({"role": "system", "text": "Look."}, {"role": "user", "text": "Is <image> red?"})
+    shown: Observation = {"images": (*first, *second), "prompt": "Or <image>?", "turns": turns}
+    with pytest.raises(EngineError, match="reads a prompt otherwise"):  # it leaves one token for each image
+        agent.act([shown])
+    body = next(body for path, body in good.asked if path.endswith("generate"))
+    text = agent.family.processor.tokenizer.decode(body["token_ids"])
+    turns_of = text.replace("<|vision_start|><|image_pad|><|vision_end|>", "[IMG]").split("<|im_start|>")
+    assert [one.split("\n")[1] for one in turns_of[1:]] == [
+        "Look.<|im_end|>",
+        "Is [IMG] red?<|im_end|>",
+        "Or [IMG]?<|im_end|>",
+        "",
+    ]
+    sent = [base64.b64decode(part["url"].removeprefix("data:image/png;base64,")) for part in body["content_parts"]]
+    images = [np.asarray(Image.open(io.BytesIO(one))) for one in sent]
+    assert all(np.array_equal(a, b) for a, b in zip(images, shown["images"], strict=True))

@@ -24,7 +24,7 @@ from vlmenv.agents.engines.vllm import VLLMEngine
 from vlmenv.agents.sampling import Sampling, _without_tail
 from vlmenv.agents.vlm import VLMAgent, find_model
 from vlmenv.core.errors import EngineError, PromptError
-from vlmenv.core.rollout import Observation, Observations, Rollout
+from vlmenv.core.rollout import Observation, Observations, Rollout, Turn
 
 pytestmark = pytest.mark.vllm
 UPDATES = 20
@@ -34,9 +34,21 @@ NAMES = ("token_ids", "logprobs")
 
 
 def batch() -> list[Observation]:
-    """Prompts with one image, two and none; one fills a block of the prefix cache, of 128 tokens on CPUs."""
-    image = ragged()[0]["images"]
-    return [*ragged(), *[{"images": image, "prompt": "Locate the red circle, " * 30}] * 2]
+    """Prompts with one image, two and none, between texts and in turns; one fills a block of the prefix cache.
+
+    On CPUs that has 128 tokens.
+    """
+    image, two = ragged()[0]["images"], max((one["images"] for one in ragged()), key=len)
+    turns: tuple[Turn, ...] = (
+        {"role": "system", "text": "Be brief."},
+        {"role": "user", "text": "What is <image>?"},
+        {"role": "assistant", "text": "A circle."},
+    )
+    placed: list[Observation] = [
+        {"images": two, "prompt": "Is <image> larger than <image>?"},
+        {"images": two, "prompt": "And this? <image>", "turns": turns},
+    ]
+    return [*ragged(), *placed, *[{"images": image, "prompt": "Locate the red circle, " * 30}] * 2]
 
 
 def start(agent: VLMAgent, max_length: int = 1024) -> VLLMEngine:

@@ -285,3 +285,9 @@ def test_logits_that_are_not_finite_are_told(builtin: VLMAgent) -> None:
     for answer in (builtin.rollout, builtin.act):
         with pytest.raises(ModelError, match="logits are not finite"):
             answer(observations())
+
+
+def test_extending_what_was_not_begun_is_refused(builtin: VLMAgent) -> None:
+    tokens = torch.zeros(1, dtype=torch.long)
+    with pytest.raises(RuntimeError, match=r"call prefill\(\) first"):
+        builtin.family_policy.extend(tokens, tokens, None)  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
@@ -92,13 +93,15 @@ def test_what_was_not_learnt_from_is_not_kept() -> None:
 def test_what_a_frozen_tower_saw_is_not_kept() -> None:
     """It would take memory for as long as its group is kept."""
     replay, new = Replay(4, 2), rollouts((0.0, 1.0))
-    new.rollout.prompts[0].features = ("tower", "features")
+    seen = WeakKeyDictionary({new.rollout.prompts[0]: "features"})  # as a policy keeps them
     replay.keep(new, torch.tensor([[1.0], [-1.0]]), learnt(2), np.zeros(1, bool))
     for _ in range(2):
         filled, _ = replay.fill(rollouts((1.0, 1.0)), np.random.default_rng(0))
-        assert filled.rollout.prompts[0].features is None
-        filled.rollout.prompts[0].features = ("tower", "features")  # as the pass through it does
-    assert new.rollout.prompts[0].features is not None
+        assert filled.rollout.prompts[0] not in seen
+        seen[filled.rollout.prompts[0]] = "features"
+    assert len(seen) == 2
+    del new, filled
+    assert not seen
 
 
 def trainer(agent: TabularAgent, config: GRPOConfig, **options: Any) -> Trainer:

@@ -242,3 +242,17 @@ def test_the_scale_of_half_precision_is_part_of_a_checkpoint(builtin: VLMAgent, 
     made.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     made.load(tmp_path / "model", state, own)
     assert made.accelerator.scaler.get_scale() == 8
+
+
+def test_a_checkpoint_before_the_first_step_goes_on_as_from_the_beginning(builtin: VLMAgent, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"steps": 1, "lr": 1e-3}
+    made = make(builtin, **options)
+    state, own = made.state_dict(), made.process_state()
+    assert (state["step"], state["shown"]) == (0, 0)
+    builtin.save(tmp_path / "model")
+    expected = next(iter(made.train(seed=3)))
+    again = make(VLMAgent.from_pretrained("builtin", sampling=builtin.sampling), **options)
+    again.load(tmp_path / "model", state, own)
+    (result,) = again.train(seed=3)
+    assert result.rollouts.rollout.texts == expected.rollouts.rollout.texts
+    assert result.metrics["policy/grad_norm"] == pytest.approx(expected.metrics["policy/grad_norm"], rel=1e-6)

@@ -3,7 +3,24 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vlmenv.core.rollout import Completion, Observation, Prompt, Rollout, group_neighbours, unbatch
+from vlmenv.core.rollout import (
+    Completion,
+    Observation,
+    Prompt,
+    Rollout,
+    Turn,
+    count_marks,
+    group_neighbours,
+    named_images,
+    split_marks,
+    unbatch,
+)
+
+TURNS: tuple[Turn, ...] = (
+    {"role": "system", "text": "As in <image>."},
+    {"role": "user", "text": "Is <image> like <image>?"},
+    {"role": "assistant", "text": "No, <image> is none."},
+)
 
 
 def observation(prompt: str, shade: int) -> Observation:
@@ -34,3 +51,30 @@ def test_a_batched_observation_is_taken_apart() -> None:
     assert [row["prompt"] for row in unbatch([a, b])] == ["a", "b"]
     with pytest.raises(TypeError, match=r"pass \[observation\]"):
         unbatch(a)
+
+
+def test_turns_tell_observations_apart_and_are_kept_in_a_batch() -> None:
+    a: Observation = {**observation("a", 0), "turns": TURNS}
+    assert group_neighbours([a, {**a, "turns": TURNS[:1]}, observation("a", 0), {**a, "turns": ()}])[0] == [0, 1, 2]
+    batched = {"images": (a["images"], ()), "prompt": ("a", "b"), "turns": (TURNS, ())}
+    assert [row.get("turns") for row in unbatch(batched)] == [TURNS, ()]
+
+
+def test_a_mark_in_an_assistant_turn_is_no_place() -> None:
+    assert count_marks("And <image>?", TURNS) == 4
+    assert count_marks("None.", TURNS[2:]) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "leading", "rest", "named"),
+    [
+        (" <image>\n<image> What? ", 2, "What?", "What?"),
+        ("<image> Compare it with <image>", 1, "Compare it with <image>", "Compare it with image 2"),
+        ("Compare <image> with <image>", 0, "Compare <image> with <image>", "Compare image 1 with image 2"),
+        ("No < image >.", 0, "No < image >.", "No < image >."),
+        ("<image>", 1, "", ""),
+    ],
+)
+def test_marks_of_a_text(text: str, leading: int, rest: str, named: str) -> None:
+    assert split_marks(text) == (leading, rest)
+    assert named_images(text) == named

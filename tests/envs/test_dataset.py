@@ -44,15 +44,21 @@ def test_a_row_becomes_a_sample(tmp_path: Path) -> None:
     assert (second.id, second.target) == ("x", NONE)
 
 
-def test_marks_within_a_sentence_become_numbers(tmp_path: Path) -> None:
-    questions = {
-        "<image>\n<image> What differs?": "What differs?",
-        "In <image> and <image>?": "In image 1 and image 2?",
-    }
-    for question, expected in questions.items():
-        file = write(tmp_path, row(image=["a.png", "a.png"], conversations=turns(question, "None")))
-        sample = RECEnv(dataset=file).source.get(0)
-        assert (sample.question, len(sample.images)) == (expected, 2)
+@pytest.mark.parametrize(
+    ("question", "kept"),
+    [
+        ("<image>\n<image> What differs?", "What differs?"),
+        ("In <image> and <image>?", "In <image> and <image>?"),
+        ("<image> Compare it with <image>", "<image> Compare it with <image>"),
+        ("What do both show? <image><image>", "What do both show? <image><image>"),
+    ],
+)
+def test_marks_keep_their_places_and_leading_ones_say_nothing(tmp_path: Path, question: str, kept: str) -> None:
+    file = write(tmp_path, row(image=["a.png", "a.png"], conversations=turns(question, "None")))
+    env = RECEnv(dataset=file, prompt_template="Look. {question} Answer.")
+    sample = env.source.get(0)
+    assert (sample.question, len(sample.images)) == (kept, 2)
+    assert env.observe(sample)["prompt"] == f"Look. {kept} Answer."
 
 
 def test_images_may_lie_elsewhere(tmp_path: Path) -> None:
@@ -80,12 +86,12 @@ def test_answers_are_read_as_they_are_found_in_the_wild(tmp_path: Path, answer: 
         (row(conversations=turns("Find it.", None)), "no text"),  # type: ignore[arg-type]
         ("[1]", "not a JSON object"),
         (row(image="b.png"), "no image"),
-        (row(conversations=turns("Find it.", "[1, 2, 3, 4]") * 2), "one human and one gpt turn"),
+        (row(conversations=turns("Find it.", "[1, 2, 3, 4]")[:1] * 2), "user and assistant must take turns"),
         (row(image=7), "neither a path"),
         (row(image=[]), "1 <image> marks for 0 images"),
         (row(image=None, conversations=turns("Find it.", "[1, 2, 3, 4]")), "needs an image"),
         (row(conversations="hello"), "not a list"),
-        (row(conversations=turns("a", "b")[::-1]), "must begin with a turn from 'human'"),
+        (row(conversations=turns("a", "b")[::-1]), "user and assistant must take turns"),
         (row(conversations=[{"from": "human"}, {"from": "gpt", "value": "b"}]), "no text"),
         (row(conversations=turns("<image><image>Find it.", "[1, 2, 3, 4]")), "2 <image> marks for 1 images"),
         (row(conversations=turns("Find it.", "somewhere")), "neither one box"),
@@ -103,7 +109,7 @@ def test_a_file_that_is_no_image_is_named(tmp_path: Path) -> None:
     file = write(tmp_path, row())
     (tmp_path / "a.png").write_text("no image")
     env = RECEnv(dataset=file)
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: .*a\.png cannot be read as an image"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:1 \(id 5\): .*a\.png cannot be read as an image"):
         env.reset(seed=0)
 
 
@@ -221,5 +227,5 @@ def test_a_written_out_answer_is_divided(tmp_path: Path) -> None:
     assert infos["target"][1] == (5, 6, 7, 8)
     assert infos["rewards"]["iou"].tolist() == [0, 1, 0]
     wrong = [{"role": "user", "content": "Find it."}, {"role": "system", "content": "None"}]
-    with pytest.raises(DataError, match="'messages' must begin with a turn from 'user' and one from 'assistant'"):
+    with pytest.raises(DataError, match="'messages' has turns of user, system"):
         RECEnv(dataset=write(tmp_path, {"images": ["a.png"], "messages": wrong}))

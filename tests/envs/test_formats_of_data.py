@@ -137,7 +137,7 @@ def test_rows_in_memory_hold_pictures_or_bytes() -> None:
     with pytest.raises(DataError, match="row 0: an image is neither a path"):
         open_dataset([easy(images=5)], READING)
     broken = open_dataset([easy(images=b"no image")], READING)
-    with pytest.raises(DataError, match=r"row 0: an image within the row \(bytes\) cannot be read"):
+    with pytest.raises(DataError, match=r"row 0 \(id q\): an image within the row \(bytes\) cannot be read"):
         broken.get(0)
 
 
@@ -192,7 +192,10 @@ def test_names_of_classes_and_missing_images_in_a_hugging_face_data_set() -> Non
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"problem": None}, "no question: no text in 'conversations', 'problem' or 'question' or 'query'"),
+        (
+            {"problem": None},
+            "no question: nothing in 'conversations' or 'messages' or 'problem' or 'question' or 'query'",
+        ),
         ({"problem": " "}, "no question"),
         ({"images": [""]}, "no image"),
         ({"images": []}, "1 <image> marks for 0 images"),
@@ -218,8 +221,8 @@ def test_a_broken_part_is_named(folder: Path, changes: dict[str, Any], message: 
 
 def test_what_cannot_be_opened_is_named(folder: Path) -> None:
     for name, content, message in (
-        ("a.txt", "x", r"\.jsonl, \.json or \.parquet, not '\.txt'"),
-        ("a.json", "{}", "JSON object and not a list"),
+        ("a.txt", "x", r"\.jsonl, \.json, .*\.parquet, .* not '\.txt'; .* `vlmenv data convert SOURCE"),
+        ("a.json", "{}", "JSON object with nothing, and no list of rows"),
         ("b.json", "[]", "has no rows"),
         ("c.json", '[{"problem": "?", "answer": 1}, {"b" 2}]', r"c\.json:1: not JSON: Expecting ':'"),
         ("d.json", '[\n{"problem": "?", "answer": 1},\n{"b": "', r"d\.json:3: not JSON: Unterminated"),

@@ -256,9 +256,8 @@ def args(server: Server, *more: str) -> list[str]:
 
 def test_eval_measures_with_a_judge(server: Server, tmp_path: Path) -> None:
     server.reply = lambda turn, request: "0.5"
-    main(
-        args(server, "eval", "--eval-limit", "6", "--rewards", "accuracy", "1", "judge", "1", "--output", str(tmp_path))
-    )
+    rewards = ("--rewards", "accuracy", "1", "judge", "1")
+    main(args(server, "eval", "--eval-limit", "6", *rewards, "--output", str(tmp_path)))
     lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     answered = [TAGS.extract(line["completion"]) is not None for line in lines]
     assert [line["rewards"]["judge"] for line in lines] == [0.5 * one for one in answered]

@@ -63,6 +63,7 @@ def test_tricks_do_not_pay() -> None:
     env = OVDEnv()
     kinds = ("circle", "square", "triangle", "star")
     whole = (0.0, 0.0, 96.0, 96.0)
+    places = [8.0 * i for i in range(10)]
     rewards: dict[str, list[float]] = {}
     for index in range(100):
         sample, other = env.source.get(index), env.source.get(index + 1)
@@ -72,6 +73,9 @@ def test_tricks_do_not_pay() -> None:
             "every label on each box": [Detection(kind, one.box) for one in truth for kind in kinds],
             "box spam": [*truth, *truth * 19],
             "another scene's truth": list(env.target(other)),
+            "every label at every place": [
+                Detection(kind, (x, y, x + 24.0, y + 24.0)) for kind in kinds for x in places for y in places
+            ],
             "truth": list(truth),
         }
         for name, detections in answers.items():
@@ -81,6 +85,7 @@ def test_tricks_do_not_pay() -> None:
     means = {name: float(np.mean(values)) for name, values in rewards.items()}
     assert means["truth"] == 1
     assert means["whole image"] < 0.01
+    assert means["every label at every place"] < 0.01
     assert means["every label on each box"] < 0.3
     assert means["box spam"] == pytest.approx(1 / 20)
     assert means["another scene's truth"] < 0.05

@@ -15,8 +15,8 @@ from PIL import Image as PILImage
 from vlmenv.core.answers import NONE
 from vlmenv.core.coordinates import ResizeRule
 from vlmenv.core.errors import ConfigError, RewardError
-from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.rec import RECEnv
+from vlmenv.envs.rewards.boxes import iou50_reward
 from vlmenv.envs.rewards.terms import BatchTerm
 
 
@@ -181,14 +181,6 @@ def test_the_number_of_boxes_is_told() -> None:
     assert infos["traits"]["box_ratio"].tolist() == [0, 1]
 
 
-def test_a_task_must_say_where_its_samples_come_from() -> None:
-    class Half(RECEnv):
-        builtin_source = VisualTaskEnv.builtin_source
-
-    with pytest.raises(TypeError, match="builtin_source"):
-        Half()  # type: ignore[abstract]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -228,6 +220,38 @@ def test_any_text_is_an_action(text: str) -> None:
     assert 0 <= reward <= 1.1
     assert terminated
     assert set(info["rewards"]) == {"iou", "format"}
+
+
+WIN, LOSE = "[10,10,50,50]", "[60,60,90,90]"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        f"{WIN} {LOSE}",
+        f"{WIN} or {LOSE}",
+        f"[{WIN}, {LOSE}]",
+        f'[{{"bbox_2d": {WIN}}}, {{"bbox_2d": {LOSE}}}]',
+        f'{{"bbox_2d": {LOSE}, "label": "a"}}\n{{"bbox_2d": {WIN}, "label": "b"}}',
+        f'{{"bbox_2d": [{WIN}, {LOSE}]}}',
+        f"{WIN}</answer><answer>{LOSE}",
+        f"{LOSE}</answer><answer>{WIN}",
+        f"{WIN}</answer></think><answer>{LOSE}",
+        " ".join(f"[{x},{y},{x + 40},{y + 40}]" for x in range(0, 60, 10) for y in range(0, 60, 10)),
+        "(10,10),(50,50),(60,60),(90,90)",
+        f"None</answer><answer>{WIN}",
+        "{" + ", ".join(f'"bbox{i}": [{i},{i},{i + 40},{i + 40}]' for i in range(40)) + "}",
+    ],
+)
+def test_answers_that_list_several_boxes_are_not_right(answer: str) -> None:
+    env = RECEnv(rewards={"iou": 1.0, "iou@0.5": 1.0, "format": 1.0})
+    target = (10.0, 10.0, 50.0, 50.0)
+    measured = env.measure(f"<think>t</think><answer>{answer}</answer>", target, {})
+    assert measured["iou/mean"] == measured["accuracy@0.5"] == measured["format"] == 0
+
+
+def test_a_box_over_everything_is_worth_its_overlap() -> None:
+    assert iou50_reward("<think>t</think><answer>[0,0,96,96]</answer>", (10.0, 10.0, 50.0, 50.0)) == 0
 
 
 def test_what_is_no_text_is_refused() -> None:

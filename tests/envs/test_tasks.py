@@ -21,9 +21,9 @@ from vlmenv.core.answers import Caption
 from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.core.formats import AnswerFormat
 from vlmenv.envs.base import VisualTaskEnv
+from vlmenv.envs.making import visual_tasks
 from vlmenv.envs.rewards.answers import accuracy_reward, read_answer
 from vlmenv.envs.rewards.text import keywords_reward
-from vlmenv.tasks import visual_tasks
 
 TASKS = ["VLM-Caption-v0", "VLM-Math-v0", "VLM-OVD-v0", "VLM-REC-v0", "VLM-VQA-v0"]
 ROWS: dict[str, list[tuple[str, Any]]] = {
@@ -182,6 +182,7 @@ def ceilings(env: VisualTaskEnv, index: int) -> dict[str, tuple[str, float]]:
     write = env.answer_format.write
     tags = env.answer_format is AnswerFormat.TAGS
     caption = env.answer_format is AnswerFormat.SECTIONS  # says "reasoning" where the description goes
+    lists = env.answer_example.startswith("```")  # whose objects are whole, though the fence is not
     low = form + 0.25 if caption else form
     return {
         "empty": ("", 0),
@@ -191,7 +192,7 @@ def ceilings(env: VisualTaskEnv, index: int) -> dict[str, tuple[str, float]]:
         "the answer block twice": (right + right, 0.9 if caption else 0),
         "nested tags": (f"<think><think></think><answer><answer>{answer}</answer></answer>", low if caption else 0),
         "answer only inside think": (f"<think><answer>{answer}</answer></think>" if tags else answer, low),
-        "answer cut off": (right.removesuffix("</answer>")[:-1], 1.0 if caption else 0),
+        "answer cut off": (right.removesuffix("</answer>")[:-1], 1.0 if caption or lists else 0),
         "surrogates": (write("\ud800\udfff" * 50), low),
         "null bytes": (write("\0" * 50), low),
         "NaN": (write("[NaN, NaN, NaN, NaN]"), low),

@@ -7,10 +7,11 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
+from broken_rows import write_rows
 from gymnasium.vector import AutoresetMode
 from test_dataset import row, write
 
-from vlmenv.core.errors import ConfigError
+from vlmenv.core.errors import ConfigError, DataError, SampleError
 from vlmenv.envs.data.scenes import ReferringScenes, Split
 from vlmenv.envs.data.source import Sample, Source
 from vlmenv.envs.rec import RECEnv
@@ -236,3 +237,73 @@ def test_a_chance_of_revisiting_is_a_chance(revisit: float, tmp_path: Path) -> N
         make(2, dataset=write(tmp_path, row()), revisit=revisit)
     with pytest.raises(ConfigError, match="of the built-in samples none is seen twice"):
         make(2, revisit=0.5)
+
+
+def test_a_sample_that_cannot_be_shown_gives_way_to_the_next(tmp_path: Path) -> None:
+    """As if it had not been there: found out at once or later, and by whichever group."""
+    envs = make(6, group_size=2, dataset=write_rows(tmp_path), skip_broken=True)
+    shown = [envs.reset(seed=seed)[1]["id"] for seed in (3, *[None] * 6)]
+    assert list(envs.skipped) == [2]
+    assert envs.skipped[2].startswith(f"{tmp_path / 'rows.jsonl'}:4 (id 2): {tmp_path / 'half.jpg'} cannot be read")
+    ids = np.concatenate([one[::2] for one in shown])
+    np.testing.assert_array_equal(ids, np.concatenate([one[1::2] for one in shown]))  # all of a group show the same
+    assert sorted(ids[:11], key=int) == [str(i) for i in range(12) if i != 2]
+    again = [envs.reset(seed=seed)[1]["id"] for seed in (3, *[None] * 6)]  # now that it is known
+    np.testing.assert_array_equal(shown, again)
+
+
+def test_a_sample_that_an_agent_cannot_take_is_replaced(tmp_path: Path) -> None:
+    envs, other = (make(6, group_size=2, dataset=write_rows(tmp_path), skip_broken=True) for _ in range(2))
+    first = envs.reset(seed=3)[1]["id"][::2]
+    infos = envs.reset(options={"replace": {3: "too long"}})[1]
+    left = infos["id"][::2]
+    assert list(left[:2]) == [first[0], first[2]]
+    assert left[2] not in first
+    assert envs.skipped[int(first[1])].endswith(f"(id {first[1]}): too long")
+    after = [envs.reset()[1]["id"] for _ in range(7)]
+    assert not any(first[1] in ids for ids in after)
+    other.reset(seed=3)
+    other.reset(options={"replace": {2: "too long"}})
+    np.testing.assert_array_equal([other.reset()[1]["id"] for _ in range(7)], after)
+    rewards = envs.step(["<answer>[1, 2, 30, 40]</answer>"] * 6)[1]
+    assert (rewards >= 1).all()
+
+
+def test_what_was_skipped_can_be_taken_up(tmp_path: Path) -> None:
+    envs, again = (make(3, dataset=write_rows(tmp_path), skip_broken=True) for _ in range(2))
+    for seed in (1, None, None, None):
+        envs.reset(seed=seed)
+    envs.reset(options={"replace": {1: "too long"}})
+    state = envs.state_dict()
+    assert len(state["skipped"]) == 2
+    expected = [list(envs.reset()[1]["id"]) for _ in range(6)]
+    found = [again.reset(seed=1, options={"state": state})[1]["id"], *(again.reset()[1]["id"] for _ in range(5))]
+    np.testing.assert_array_equal(found, expected)
+    assert again.state_dict() == envs.state_dict()
+
+
+def test_a_sample_that_cannot_be_shown_is_refused(tmp_path: Path) -> None:
+    """Unless such are to be left out; and where none is left it is an error too."""
+    envs = make(12, dataset=write_rows(tmp_path))
+    with pytest.raises(SampleError, match=r"rows\.jsonl:4 \(id 2\): .*half\.jpg cannot be read") as caught:
+        envs.reset(seed=0)
+    assert caught.value.index == 2
+    envs.reset(options={"index": [0] * 12})
+    with pytest.raises(SampleError, match=r"rows\.jsonl:2 \(id 0\): too long"):
+        envs.reset(options={"replace": {0: "too long"}})
+    for image in ("whole.png", "long.png"):
+        (tmp_path / image).write_bytes(b"")
+    envs = make(4, dataset=tmp_path / "rows.jsonl", skip_broken=True)
+    with pytest.raises(DataError, match="none of the data set's 12 samples can be shown"):
+        envs.reset(seed=0)
+    env = RECEnv(dataset=tmp_path / "rows.jsonl", skip_broken=True)
+    with pytest.raises(DataError, match="none of the data set's 12 samples can be shown"):
+        env.reset(seed=0)
+
+
+def test_a_single_environment_passes_over_what_cannot_be_shown(tmp_path: Path) -> None:
+    env = RECEnv(dataset=write_rows(tmp_path), skip_broken=True)
+    ids = [env.reset(seed=seed)[1]["id"] for seed in (0, *[None] * 10)]
+    assert sorted(map(int, ids)) == [i for i in range(12) if i != 2]
+    with pytest.raises(SampleError, match=r"\(id 2\)"):
+        env.reset(options={"index": 2})

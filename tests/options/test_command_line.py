@@ -54,10 +54,13 @@ def test_an_option_of_several_values_may_be_given_several_times() -> None:
     assert parsed(*args).config.generation.server == ("http://a:1", "http://b:1", "http://c:1")
 
 
+def test_of_an_option_of_one_value_the_last_counts() -> None:
+    assert parsed("--lr", "1", "--seed", "1", "--lr=2").config.trainer.lr == 2
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--lr", "1", "--lr=2"], "--lr was given more than once"),
         (["--config=b", "--config", "a"], "--config was given 2 times: b, a"),
         (["--config", "none.yaml"], "none.yaml"),
         (["--recipe", "vlm_r1"], "unknown recipe 'vlm_r1'"),

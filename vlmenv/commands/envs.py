@@ -13,9 +13,9 @@ from gymnasium.envs.registration import load_env_creator
 from rich.console import Console
 from rich.table import Table
 
-from vlmenv.core.imports import import_modules
+from vlmenv.core.loading import import_modules
+from vlmenv.envs.making import visual_tasks
 from vlmenv.options.parsing import parse_plain
-from vlmenv.tasks import visual_tasks
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
-from vlmenv.building import DTYPES, load_agent, prepared, report_broken_rows, task_arguments
+from vlmenv.building import DTYPES, load_agent, prepared, report_broken_rows, report_skipped, task_arguments
 from vlmenv.commands.suite import make_eval_envs, run_suite
 from vlmenv.evaluation import Evaluation, evaluate, metrics_table, sample_count, write_evaluation
 from vlmenv.options.command_line import Asked, parse_with_files
@@ -45,6 +45,8 @@ def run_evaluation(config: EvalConfig, notes: Sequence[str] = ()) -> Evaluation:
     if config.output is not None and accelerator.is_main_process:
         write_evaluation(evaluation, config.output)
     how = "greedy" if greedy else f"{config.samples} sampled answers each"
-    console.print(metrics_table(f"{config.env}, {count} samples, {how}", {config.model: evaluation}))
+    report_skipped(evaluation.skipped, count, console)
+    shown = count - len(evaluation.skipped)
+    console.print(metrics_table(f"{config.env}, {shown} samples, {how}", {config.model: evaluation}))
     accelerator.state.destroy_process_group()
     return evaluation

@@ -15,12 +15,13 @@ from rich.progress import Progress
 from rich.table import Table
 
 from vlmenv.agents.base import Agent
-from vlmenv.building import DTYPES, load_agent, prepared, report_broken_rows, task_arguments
-from vlmenv.core.errors import ConfigError
+from vlmenv.building import DTYPES, load_agent, prepared, report_broken_rows, report_skipped, task_arguments
+from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.core.files import write_atomic
 from vlmenv.envs.data.dataset import Concatenated, TableSource
 from vlmenv.envs.data.tables import Rows
 from vlmenv.envs.export import export_sample
+from vlmenv.envs.making import make_envs
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.evaluation import PROGRESS, answer_samples, sample_count
 from vlmenv.options.command_line import Asked, parse_with_files
@@ -29,7 +30,6 @@ from vlmenv.processes import Processes
 from vlmenv.processes.failures import shared_failure
 from vlmenv.runs.claim import claim
 from vlmenv.runs.models import with_checkpoint
-from vlmenv.tasks import make_envs
 
 LEVELS: Final = ("easy", "medium", "hard")
 
@@ -62,7 +62,10 @@ def run(asked: Asked) -> Path:
     envs.close()
     with shared_failure(accelerator):
         if accelerator.is_main_process:
-            rates = _read_parts(config.output, _parts(count, config.part_size))
+            rates, skipped = _read_parts(config.output, _parts(count, config.part_size))
+            report_skipped(skipped, count, console)
+            if not rates:
+                raise DataError(f"none of the {count} samples can be shown; the first: {next(iter(skipped.values()))}")
             _write_levels(envs, rates, config)
             counts = Counter(dict.fromkeys(LEVELS, 0) | Counter(map(level_of, rates.values())))
             write_atomic(config.output / "summary.json", json.dumps(counts) + "\n")
@@ -105,6 +108,7 @@ def _sample_parts(
                 indices = range(start, min(start + envs.num_groups, part.stop))
                 rows += _rated(list(answer_samples(agent, envs, indices, greedy=False)), envs, config)
                 progress.advance(bar, len(indices))
+            rows += [{"index": index, "skipped": envs.skipped[index]} for index in part if index in envs.skipped]
             write_atomic(_part_file(config.output, part), "".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -129,10 +133,12 @@ def _right(envs: VisualTaskVectorEnv, config: SampleConfig) -> tuple[str, float]
     return config.measure or name, threshold if config.threshold is None else config.threshold
 
 
-def _read_parts(folder: Path, parts: Sequence[range]) -> dict[int, float]:
-    """The pass rate of every sample, by its index."""
+def _read_parts(folder: Path, parts: Sequence[range]) -> tuple[dict[int, float], dict[int, str]]:
+    """By the samples' indices, the pass rates, and why samples were left out that could not be shown."""
     lines = [line for part in parts for line in _part_file(folder, part).read_text(encoding="utf-8").splitlines()]
-    return {row["index"]: row["pass_rate"] for row in map(json.loads, lines)}
+    rows = [json.loads(line) for line in lines]
+    skipped = {row["index"]: row["skipped"] for row in rows if "skipped" in row}
+    return {row["index"]: row["pass_rate"] for row in rows if "pass_rate" in row}, skipped
 
 
 def level_of(rate: float) -> str:

@@ -11,23 +11,20 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import httpx2
 import torch
-import transformers
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForImageTextToText
 
 from vlmenv.agents.engines.settings import engine_settings, environment
 from vlmenv.agents.engines.vllm import require_vllm
-from vlmenv.agents.families import Family, Processor, family_of
+from vlmenv.agents.families import weightless_family
 from vlmenv.agents.vlm import BUILTIN
 from vlmenv.building import DTYPES
 from vlmenv.core.errors import ConfigError, EngineError
-from vlmenv.core.imports import import_modules
+from vlmenv.core.loading import import_modules
 from vlmenv.options.parsing import parse_plain
 from vlmenv.options.serve import ServeConfig
 from vlmenv.runs.models import model_folder
@@ -68,7 +65,7 @@ def run(config: ServeConfig) -> None:
 def _arguments(config: ServeConfig, device: torch.device) -> dict[str, Any]:
     """What vLLM's server is told."""
     folder = model_folder(config.model)
-    family = _weightless(folder)
+    family = weightless_family(folder)
     alone = device.type == "cpu" and config.vllm.tensor_parallel == 1
     longest = int(family.model.config.get_text_config().max_position_embeddings)
     return engine_settings(
@@ -88,15 +85,6 @@ def _arguments(config: ServeConfig, device: torch.device) -> dict[str, Any]:
         "enable_scale_out": True,  # tokens in, tokens out
         "uvicorn_log_level": "error",
     }
-
-
-def _weightless(folder: Path) -> Family:
-    """A folder's model with its processor, of which no weight is read."""
-    transformers.utils.logging.disable_progress_bar()
-    family = family_of(AutoConfig.from_pretrained(folder).model_type)
-    return family(
-        AutoModelForImageTextToText.from_pretrained(folder, device_map="meta"), Processor.from_pretrained(folder)
-    )
 
 
 def _flags(arguments: Mapping[str, Any]) -> Iterator[str]:

@@ -16,12 +16,13 @@ from rich.console import Console
 from rich.table import Table
 
 from vlmenv.agents.vlm import VLMAgent
-from vlmenv.building import DTYPES, load_agent, prepared, report_broken_rows, task_arguments
+from vlmenv.building import DTYPES, load_agent, prepared, report_broken_rows, report_skipped, task_arguments
 from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.core.files import write_atomic
 from vlmenv.envs.data.benchmarks import hallusion_bench, math_vision, mathverse, mathvista, mmstar
 from vlmenv.envs.data.coco import filtered_instances
 from vlmenv.envs.data.dataset import Published
+from vlmenv.envs.making import make_envs
 from vlmenv.envs.metrics.intervals import Interval, ratio_interval
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.evaluation import (
@@ -33,12 +34,12 @@ from vlmenv.evaluation import (
     written,
 )
 from vlmenv.options.evaluate import EvalConfig
-from vlmenv.options.fields import flatten
+from vlmenv.options.fields import flatten, options_of
+from vlmenv.options.task import ReadingOptions
 from vlmenv.processes import Processes
 from vlmenv.processes.failures import shared_failure
 from vlmenv.runs.claim import claim
 from vlmenv.runs.models import with_checkpoint
-from vlmenv.tasks import make_envs
 
 Rewrite = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 Answers = Sequence[Mapping[str, Any]]
@@ -221,8 +222,8 @@ def _checked(config: EvalConfig) -> Suite:
             "a suite needs --suite-data, the folders of its data sets, and --output, a folder for what comes out"
         )
     given, own = flatten(config), flatten(EvalConfig())
-    taken = ("env", "dataset", "image_root", "split", "columns", "rewards", "min_image_side", "without_text")
-    for name in taken:
+    reading = (*options_of(ReadingOptions()), "dataset", "rewards", "env")
+    for name in reading:
         if given[name] != own[name]:
             raise ConfigError(f"{name} does not go with a suite, which has its own")
     if config.scorers.clip_model is not None:
@@ -277,6 +278,7 @@ def _measure(one: Found, config: EvalConfig, agent: VLMAgent, console: Console, 
     title = f"{one.entry.name}, {count} samples"
     evaluation = evaluate(agent, envs, count, greedy=greedy, title=title, console=console, processes=processes)
     envs.close()
+    report_skipped(evaluation.skipped, count, console)
     for name, parts in one.entry.all_right.items():
         evaluation.metrics[name] = all_right(evaluation.answers, parts)
     if processes.accelerator.is_main_process:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
-from vlmenv.algos import Trainer, find_algorithm
+from vlmenv.agents.vlm import VLMAgent
+from vlmenv.algos import ALGORITHMS, Algorithm, Trainer, find_algorithm
 from vlmenv.algos.trainer import check_staleness
 from vlmenv.building import DTYPES, adapt, check_device, check_engine, load_agent, report_broken_rows, task_arguments
 from vlmenv.core.errors import ConfigError
+from vlmenv.envs.making import make_envs
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.options.command_line import Asked, parse_with_files
 from vlmenv.options.fields import flatten
@@ -28,8 +30,7 @@ from vlmenv.runs.loop import TrainingLoop, compare, evaluate_now, measured_befor
 from vlmenv.runs.models import with_checkpoint
 from vlmenv.runs.record import asked_yaml, print_dry_run, resolved_yaml
 from vlmenv.runs.run_folder import RunFolder
-from vlmenv.runs.tracking import Tracking, require_tracker
-from vlmenv.tasks import make_envs
+from vlmenv.runs.tracking import THROUGH_ACCELERATE, Tracking, find_tracker
 
 
 def parse(args: Sequence[str], program: str) -> Asked:
@@ -37,33 +38,79 @@ def parse(args: Sequence[str], program: str) -> Asked:
     return parse_with_files(args, default_config, program)
 
 
-def run(asked: Asked) -> Path:
-    """Trains, and returns the run's folder."""
+@dataclass(frozen=True)
+class Parts:
+    """Parts of a run that the caller has made; the others are made from the options."""
+
+    envs: VisualTaskVectorEnv | None = None
+    """environments to train in"""
+    held_out: VisualTaskVectorEnv | None = None
+    """environments to measure in"""
+    agent: VLMAgent | None = None
+    """trained in place, and left open"""
+    algorithm: Algorithm | None = None
+
+
+def run(asked: Asked, parts: Parts | None = None) -> Path:
+    """Trains, and returns the run's folder.
+
+    Args:
+        asked: The options.
+        parts: What is used in place of what the options say.
+    """
     with ExitStack() as opened:
-        return _run(asked, opened)
+        return _run(_with_parts(asked, parts or Parts()), parts or Parts(), opened)
 
 
-def _run(asked: Asked, opened: ExitStack) -> Path:
+def _with_parts(asked: Asked, parts: Parts) -> Asked:
+    """The options as they would be for the parts that are given, so that the record tells of those.
+
+    Raises:
+        ConfigError: The parts do not go together.
+    """
+    config: TrainConfig[Any] = asked.config
+    if (algorithm := parts.algorithm) is not None:
+        names = [name for name, one in ALGORITHMS.items() if one.make is type(algorithm)]
+        name = next(iter(names), f"{type(algorithm).__module__}:{type(algorithm).__qualname__}")
+        config = replace(config, algo=name, algorithm=algorithm.config)
+    if parts.agent is not None:
+        config = replace(config, model=str(parts.agent.folder))
+    if (envs := parts.envs) is not None:
+        groups = envs.num_envs // envs.group_size
+        if envs.group_size != config.algorithm.group_size:
+            raise ConfigError(
+                f"the environments show each sample {envs.group_size} times, but group_size is "
+                f"{config.algorithm.group_size}: make them with group_size={config.algorithm.group_size}"
+            )
+        name = envs.spec.id if envs.spec is not None else type(envs.task).__name__
+        config = replace(config, env=name, batches=replace(config.batches, prompts_per_step=groups))
+    return replace(asked, config=config)
+
+
+def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
     """Sets a run up and goes through it; `opened` closes what it leaves open."""
     config: TrainConfig[Any] = asked.config
     check_device(config.device)
     if config.batches.precision == "fp16" and (config.device == "cpu" or not torch.cuda.is_available()):
         raise ConfigError("precision fp16 needs a CUDA GPU: take fp32 or bf16")
-    require_tracker(config.logging.tracker)
+    find_tracker(config.logging.tracker)
     run = _run_folder(config)
     accelerator = _accelerator(config, run)
     console = Console(quiet=not accelerator.is_main_process)
     for note in asked.notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
-    config = with_checkpoint(config, console)
+    if parts.agent is None:
+        config = with_checkpoint(config, console)
     processes_of(accelerator)  # raises now what is wrong with them, and not when the model has been loaded
     check_engine(config, accelerator.device, accelerator.num_processes)
     check_staleness(config.trainer, accelerator)
     if accelerator.is_main_process and config.resume is None:
         run.check_new()
     with console.status("reading the data"):
-        envs = _training_envs(config, accelerator)
-        held_out = None if config.measuring.eval_limit == 0 else _evaluation_envs(config)
+        envs = parts.envs or _training_envs(config, accelerator)
+        held_out = None if config.measuring.eval_limit == 0 else parts.held_out
+        if config.measuring.eval_limit > 0 and held_out is None and parts.envs is None:
+            held_out = _evaluation_envs(config)
     report_broken_rows(envs, console)
     if held_out is not None and not (config.measuring.eval_dataset is None and config.measuring.eval_split is None):
         report_broken_rows(held_out, console)
@@ -71,9 +118,10 @@ def _run(asked: Asked, opened: ExitStack) -> Path:
     if config.dry_run:
         print_dry_run(config, envs, run, accelerator, console)
         return run.path
-    agent = load_agent(config, accelerator.device, engine_dtype=DTYPES[config.batches.precision])
-    opened.callback(agent.close)
-    algorithm = find_algorithm(config.algo).make(config.algorithm)
+    agent = parts.agent or load_agent(config, accelerator.device, engine_dtype=DTYPES[config.batches.precision])
+    if parts.agent is None:
+        opened.callback(agent.close)
+    algorithm = parts.algorithm or find_algorithm(config.algo).make(config.algorithm)
     torch.manual_seed(config.seed)  # which new adapters are drawn from
     adapt(agent, config.adaptation)
     if algorithm.wants_values:
@@ -95,7 +143,8 @@ def _run(asked: Asked, opened: ExitStack) -> Path:
     if accelerator.is_main_process and held_out is not None and before is not None and after is not None:
         compare(config, run, held_out, before, after, console)
     console.print(f"model, metrics and pictures are in {run.path}", highlight=False)
-    agent.close()  # before the processes part: vLLM has a group of its own among them
+    if parts.agent is None:
+        agent.close()  # before the processes part: vLLM has a group of its own among them
     accelerator.state.destroy_process_group()
     return run.path
 
@@ -112,7 +161,7 @@ def _accelerator(config: TrainConfig[Any], run: RunFolder) -> Accelerator:
     return Accelerator(
         cpu=config.device == "cpu",
         mixed_precision="no" if precision == "fp32" else precision,
-        log_with=None if tracker == "none" else tracker,
+        log_with=tracker if tracker in THROUGH_ACCELERATE else None,
         project_dir=run.path,
         # A rank whose rows happen to hold no image gives the vision tower no gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],

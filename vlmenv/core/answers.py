@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Sequence
-from typing import Final, Literal, NamedTuple
+import string
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final, Literal, NamedTuple
 
-from vlmenv.core.coordinates import Box, iou, is_box
+from vlmenv.core.coordinates import Box, Point, iou, is_box, is_point
+from vlmenv.core.literals import OPEN, Cut, Found, find_values
 
 NONE: Final = "None"
 """What is answered, and written in data sets, when nothing in the image fits."""
@@ -28,7 +31,7 @@ class Detection(NamedTuple):
 
 
 AnswerKind = Literal["choice", "yes_no", "numeric", "exact", "math", "edit"]
-"""How an answer is compared with the true one: `choice` by the letter, `yes_no` by the word, `numeric` within a
+"""How an answer is compared with the true one: `choice` by the letter, or the set of letters, `yes_no` by the word, `numeric` within a
 tolerance, `exact` as a normalised string, `math` symbolically, `edit` by the share of characters that are right."""
 
 
@@ -40,7 +43,9 @@ class Answer(NamedTuple):
     tolerance: float = 0.0
     """of numbers: the greatest difference that still counts as equal"""
     choices: tuple[str, ...] = ()
-    """of a letter: what the letters from A on stand for, if that is known; it may be written out in its place"""
+    """of letters: what those from A on stand for, if that is known; it may be written out in their place"""
+    others: tuple[Answer, ...] = ()
+    """other answers that are as right"""
 
 
 class Caption(NamedTuple):
@@ -52,21 +57,58 @@ class Caption(NamedTuple):
     """of the question that the row asks besides, if any"""
 
 
-# Bounded quantifiers only: no input makes these backtrack beyond a number's own length.
-_INNERMOST_LIST = re.compile(r"\[([^\[\]]*)\]")
-_NUMBER = re.compile(r"[+-]?\d{1,9}(?:\.\d{0,17})?", re.ASCII)
-_TRAILING_COMMA = re.compile(r",\s*([\]}])")
+class _Mention(NamedTuple):
+    """A place in an answer that gives a box, or means to."""
+
+    label: str | None
+    box: Box | None
+    """None where the numbers are no box"""
+    by_key: bool = False
+    """whether a key says that it is a box"""
+    whole: bool = True
+    """whether the object around it is complete"""
+
+
+_LONGEST_BOX = 10_000  # characters; a box needs 30, a wordy answer some hundreds
 _LONGEST_DETECTIONS = 100_000
-_LONGEST_ANSWER = 10_000  # characters; a box needs 30, a wordy answer some hundreds
-_NONE_FORMS: Final = frozenset({"none", '"none"', "'none'", "none.", "[]"})
+_LONGEST_LOOSE = 20_000  # of what is no JSON, which takes longer to read
+_DEEPEST = 50
+_LONGEST_NONE = 200
+
+_BOX_KEYS: Final = (
+    *("bbox2d", "bbox", "box2d", "box", "boundingbox", "bndbox"),
+    *("bboxes2d", "bboxes", "boxes2d", "boxes", "boundingboxes", "coordinates"),
+)
+_LABEL_KEYS: Final = (
+    *("label", "labels", "category", "categoryname", "class", "classname"),
+    *("name", "object", "text", "description"),
+)
+_EDGES: Final = tuple(
+    tuple(names.split())
+    for names in ("xmin ymin xmax ymax", "x1 y1 x2 y2", "left top right bottom", "x0 y0 x1 y1", "minx miny maxx maxy")
+)
+_SIDES: Final = tuple(
+    tuple(names.split()) for names in ("x y width height", "x y w h", "left top width height", "xmin ymin width height")
+)
+_CORNERS: Final = (("topleft", "bottomright"), ("tl", "br"))
+
+_NUMBER = re.compile(r"[+-]?[0-9]{1,9}(?:\.[0-9]{0,17})?")
+_NOT_IN_NUMBERS = re.compile(r"[^0-9.+\-,;\s()\[\]]")
+_TAG = re.compile(r"<[^<>]{1,40}>")
+_WRAPPING = re.compile(r"```\w*|<[^<>]{1,40}>|\\(?:boxed|text)|[\s*_`\"'“”{}$.。]")
+_NONE_FORMS: Final = frozenset({"none", "null", "[]", "[none]", "[null]"})
+_BULLET = re.compile(r"\s*(?:[-*•]|\d{1,4}[.)])\s")
+_NAMED_LABEL = re.compile(r"(?:label|category|class|name|object)\s?[:=]", re.IGNORECASE)
+_BETWEEN_CORNERS: Final = frozenset(
+    {"to", "and", "at", "is", "the", "bottom", "lower", "right", "corner", "x2", "y2", "max"}
+)
 
 
 def parse_box(content: str) -> Target | None:
-    """Reads one box, or "None", from the content of an answer.
+    """Reads one box, or "None", from the content of an answer, with the leniency of `parse_detections`.
 
-    A bare list, a fenced one, a JSON object with `bbox_2d`, floats and trailing commas all parse.
-    What holds no box, more than one, or one with swapped edges, another count of numbers, or numbers
-    that are no finite coordinates does not, nor does an answer of more than 10,000 characters.
+    What holds no box, or several that differ, is no answer. Neither is one with a box of swapped edges or of numbers
+    that are no plausible coordinates, or of more than 10,000 characters.
 
     Args:
         content: Any text.
@@ -74,73 +116,297 @@ def parse_box(content: str) -> Target | None:
     Returns:
         The box in the coordinates that the text uses, `"None"`, or None if there is no single answer.
     """
-    if len(content) > _LONGEST_ANSWER:
+    mentions = _mentions(content) if len(content) <= _LONGEST_BOX else None
+    if mentions is None:
         return None
-    if _unfenced(content).lower() in _NONE_FORMS:
-        return NONE
-    found: Box | None = None
-    for match in _INNERMOST_LIST.finditer(content):
-        values = _numbers(match[1])
-        if values is None:
-            continue
-        if found is not None or not is_box(values):
-            return None
-        found = (values[0], values[1], values[2], values[3])
-    return found
-
-
-def _unfenced(content: str) -> str:
-    """`content` without white space and a Markdown code fence around it."""
-    content = content.strip().removeprefix("```json").removeprefix("```").removesuffix("```")
-    return content.strip()
-
-
-def _numbers(items: str) -> tuple[float, ...] | None:
-    """The numbers of a comma-separated list; None where it is no list of numbers."""
-    parts = [part.strip() for part in items.rstrip().removesuffix(",").split(",")]
-    if not all(_NUMBER.fullmatch(part) for part in parts):
-        return None
-    return tuple(float(part) for part in parts)
+    boxes = {mention.box for mention in mentions}
+    return NONE if not boxes else boxes.pop() if len(boxes) == 1 else None
 
 
 def parse_detections(content: str) -> tuple[Detection, ...] | None:
-    """Reads a list of labelled boxes from the content of an answer; "None" is the empty list.
+    """Reads labelled boxes from the content of an answer; "None" and the empty list are none.
 
-    A JSON list of `{"bbox_2d": [x1, y1, x2, y2], "label": str}`, fenced or not, a single such object,
-    floats and trailing commas all parse. One entry that is no labelled box spoils the list.
+    Objects are read that have a box under `bbox_2d`, `bbox`, `box` or the like, or edges by name, such as `x_min` or
+    `left`; wherever they stand: in a fence or none, beside sentences, one a line, nested, in JSON or Python, with
+    trailing commas or comments. Only where there is none, four numbers in brackets, or two corners as
+    `(x1,y1),(x2,y2)`, are boxes; what stands before them is the label, as in `<ref>cat</ref><box>[[1,2,3,4]]</box>`.
+    One box without a label, or with numbers that are no box, spoils the answer; an object that is cut off does not.
 
     Args:
         content: Any text.
 
     Returns:
-        The detections in the coordinates that the text uses, or None if there is no such list, or
-        more than 100,000 characters of it.
+        The detections in the coordinates that the text uses, or None if there is no such list, or more than 100,000
+        characters of it, or 20,000 where it is no JSON.
     """
-    if len(content) > _LONGEST_DETECTIONS:
+    mentions = _mentions(content) if len(content) <= _LONGEST_DETECTIONS else None
+    if mentions is None:
         return None
-    content = _unfenced(content)
-    if content.lower() in _NONE_FORMS:
-        return ()
+    kept = [mention for mention in mentions if mention.whole or mention.label is not None]
+    found = [Detection(label.strip(), box) for label, box, *_ in kept if label is not None and box is not None]
+    return tuple(found) if len(found) == len(kept) and bool(kept) == bool(mentions) else None
+
+
+def is_exact_box(content: str) -> bool:
+    """Whether the content of an answer is a box as prompts ask for it, or "None".
+
+    That is a JSON list of four numbers, or an object with `bbox_2d`, alone in a list or not; in a fence or none.
+    """
+    if len(content) > _LONGEST_BOX:
+        return False
+    value = _json(content)
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    numbers = _four_as_asked(value.get("bbox_2d") if isinstance(value, dict) else value)
+    return _unfenced(content) == NONE or (numbers is not None and _box(numbers) is not None)
+
+
+def is_exact_detections(content: str) -> bool:
+    """Whether the content of an answer is a JSON list of `{"bbox_2d", "label"}`, in a fence or none, or "None"."""
+    if len(content) > _LONGEST_DETECTIONS:
+        return False
+    value = _json(content)
+    return _unfenced(content) == NONE or (isinstance(value, list) and all(map(_is_exact_detection, value)))
+
+
+def _is_exact_detection(row: object) -> bool:
+    if not isinstance(row, dict) or not isinstance(row.get("label"), str):
+        return False
+    numbers = _four_as_asked(row.get("bbox_2d"))
+    return numbers is not None and _box(numbers) is not None
+
+
+def fold_label(label: str) -> str:
+    """A label as it is compared: whatever its case and white space."""
+    return " ".join(label.casefold().split())
+
+
+def _mentions(content: str) -> list[_Mention] | None:
+    """The boxes that an answer gives: those by key, or else all; none where it says so, None where it says nothing."""
+    value = _json(content)
+    if not isinstance(value, list | dict) and len(content) > _LONGEST_LOOSE:
+        return None
+    values = [Found(0, len(content), value)] if isinstance(value, list | dict) else _values_in(content)
+    mentions = _placed_mentions(content, values)
+    if not values and not OPEN.search(content):  # x1: 1, y1: 2, … or 1, 2, 3, 4
+        whole = find_values("{" + _TAG.sub(" ", content) + "}")
+        mentions = [one for found in whole for one in _boxes_in(found.value)]
+    if mentions:
+        return [mention for mention in mentions if mention.by_key] or mentions
+    empty = bool(values) and all(_is_empty(found.value) for found in values)
+    return [] if empty or _says_none(content) else None
+
+
+def _values_in(content: str) -> list[Found]:
+    """The lists and objects in a text; a list of objects that is said again at once counts once."""
+    kept: list[Found] = []
+    for found in find_values(content):
+        objects = isinstance(found.value, list) and bool(found.value) and isinstance(found.value[0], dict)
+        if not (objects and kept and kept[-1].value == found.value):
+            kept.append(found)
+    return kept
+
+
+def _json(content: str) -> object:
+    """The JSON value that a text is, in a fence or not; None where it is none."""
     try:
-        found = json.loads(_TRAILING_COMMA.sub(r"\1", content))
+        return json.loads(_unfenced(content))
     except (ValueError, RecursionError):
         return None
-    entries = [_detection(entry) for entry in (found if isinstance(found, list) else [found])]
-    return None if None in entries else tuple(entry for entry in entries if entry is not None)
 
 
-def _detection(entry: object) -> Detection | None:
-    """A JSON object as a detection; None where it is none."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("label"), str):
+def _unfenced(content: str) -> str:
+    """`content` without white space and a Markdown code fence around it."""
+    content = content.strip()
+    if len(content) > 5 and content.startswith("```") and content.endswith("```"):
+        content = content[3:-3].lstrip(string.ascii_letters)
+    return content.strip()
+
+
+def _is_empty(value: object) -> bool:
+    """Whether a JSON value lists nothing, as `[]`, `{"objects": []}` or `{"bbox_2d": null}`."""
+    values = list(value.values()) if isinstance(value, dict) else [value]
+    return (bool(values) and all(one == [] for one in values)) or _names_no_box(value)
+
+
+def _names_no_box(value: object) -> bool:
+    rows = value if isinstance(value, list) else [value]
+    return bool(rows) and all(isinstance(row, dict) and _says_no_box(row) for row in rows)
+
+
+def _says_no_box(row: dict[str, object]) -> bool:
+    return any(_plain(key) in _BOX_KEYS and value in (None, [], NONE, "none") for key, value in row.items())
+
+
+def _says_none(content: str) -> bool:
+    """Whether a text, or its first or last line, is "None"."""
+    lines = content.strip().splitlines()
+    return any(_is_none(text) for text in (content, *lines[:1], *lines[-1:]))
+
+
+def _is_none(text: str) -> bool:
+    return len(text) <= _LONGEST_NONE and _WRAPPING.sub("", text).lower() in _NONE_FORMS
+
+
+def _placed_mentions(content: str, values: Sequence[Found]) -> list[_Mention]:
+    """The boxes in the values that stand in a text; the text before a list says what is in it."""
+    mentions: list[_Mention] = []
+    place, label, corner = 0, None, None
+    for start, end, value in values:
+        before, place = content[place:start], end
+        if isinstance(value, list):
+            label = _label_before(before) or label
+        if _is_pair(value):
+            if corner is None or not _joins_corners(before):
+                corner = value
+                continue
+            value = [*corner, *value]
+        corner = None
+        mentions += _boxes_in(value, label if isinstance(value, list) else None)
+    return mentions
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(_number(one) is not None for one in value)
+
+
+def _joins_corners(between: str) -> bool:
+    words = re.findall(r"[^\W_]+", between[:60].lower())
+    return len(between) <= 60 and _BETWEEN_CORNERS.issuperset(words)
+
+
+def _label_before(text: str) -> str | None:
+    """The label that precedes a box: the last line of a text, without markup, bullets and "label:"."""
+    for line in reversed(_TAG.sub(" ", text[-1000:]).splitlines()):
+        line = _BULLET.sub("", line, count=1).strip(" \t*_`:=-–—,;.>\"'“”")
+        line = _NAMED_LABEL.sub("", line, count=1) if _NAMED_LABEL.match(line) else line
+        if line and _plain(line) not in _BOX_KEYS:
+            return line.strip(" *_`\"'")
+    return None
+
+
+def _boxes_in(value: object, label: str | None = None, depth: int = 0) -> Iterator[_Mention]:
+    """The boxes within a value, with their labels."""
+    if depth > _DEEPEST:
+        return
+    if isinstance(value, dict):
+        yield from _boxes_of_object(value, label, depth)
+    elif isinstance(value, list):
+        numbers = _four(value)
+        if numbers is not None:
+            yield _Mention(label, _box(numbers))
+            return
+        words = [one for one in value if isinstance(one, str)]
+        if len(words) == 1:  # ["cat", 1, 2, 3, 4] or ["cat", [1, 2, 3, 4]]
+            value, label = [one for one in value if one is not words[0]], words[0]
+        rows = [value] if len(value) == 4 and _four(value) is not None else value
+        for one in rows:
+            yield from _boxes_in(one, label, depth + 1)
+
+
+def _boxes_of_object(value: dict[str, Any], label: str | None, depth: int) -> Iterator[_Mention]:
+    if (numbers := _four_as_asked(value.get("bbox_2d"))) is not None and isinstance(value.get("label"), str):
+        yield _Mention(value["label"], _box(numbers), True, not isinstance(value, Cut))
+        return
+    named = {_plain(key): one for key, one in value.items()}
+    own = next((named[key] for key in _LABEL_KEYS if isinstance(named.get(key), str | list)), None)
+    whole = not isinstance(value, Cut)
+    numbers = _named_numbers(named)
+    key = next((key for key in _BOX_KEYS if key in named), None)
+    if key is not None:
+        for found in _boxes_by_key(named[key], own if own is not None else label, depth):
+            yield found._replace(by_key=True, whole=whole and found.whole)
+    elif numbers is not None:
+        yield _Mention(own if isinstance(own, str) else label, _box(numbers), by_key=True, whole=whole)
+    else:
+        for name, one in value.items():
+            yield from _boxes_in(one, own if isinstance(own, str) else name, depth + 1)
+
+
+def _boxes_by_key(value: object, label: str | list[Any] | None, depth: int) -> Iterator[_Mention]:
+    """The boxes of a value of which a key says that it is one, or several; they may have a label each."""
+    numbers = _four(value)
+    single = label if isinstance(label, str) else label[0] if label and len(label) == 1 else None
+    single = single if isinstance(single, str) else None
+    if numbers is not None:
+        yield _Mention(single, _box(numbers))
+    elif value in (None, [], NONE, "none"):
+        return
+    elif isinstance(value, list) and all(isinstance(one, list | dict) for one in value):
+        labels = label if isinstance(label, list) and len(label) == len(value) else [single] * len(value)
+        for one, own in zip(value, labels, strict=True):
+            yield from _boxes_in(one, own if isinstance(own, str) else None, depth + 1)
+    elif isinstance(value, dict):
+        yield from _boxes_in(value, single, depth + 1)
+    else:
+        yield _Mention(single, None)
+
+
+def _four_as_asked(value: object) -> list[Any] | None:
+    """A JSON list of four numbers as it is; None for all else, to which `_four` is kinder."""
+    exact = type(value) is list and len(value) == 4 and all(type(one) in (int, float) for one in value)
+    return value if exact else None  # type: ignore[return-value]
+
+
+def _four(value: object) -> list[float] | None:
+    """The four numbers of a list of them, of two corners, of an object of edges, or of a text; else None."""
+    if isinstance(value, dict):
+        return _named_numbers({_plain(key): one for key, one in value.items()})
+    if isinstance(value, str):
+        numbers: list[Any] = _NUMBER.findall(value) if not _NOT_IN_NUMBERS.search(value) else []
+    elif isinstance(value, list) and len(value) == 2 and all(isinstance(one, list) and len(one) == 2 for one in value):
+        numbers = [*value[0], *value[1]]
+    else:
+        numbers = value if isinstance(value, list) else []
+    read = [_number(one) for one in numbers] if len(numbers) == 4 else []
+    found = [one for one in read if one is not None]
+    return found if len(found) == 4 else None
+
+
+def _named_numbers(named: Mapping[str, Any]) -> list[float] | None:
+    """The edges of an object that names them, or its corner, width and height; None where it does not."""
+    if len(named) < 2:
         return None
-    values = entry.get("bbox_2d")
-    if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
+    for names in _EDGES:
+        if all(name in named for name in names):
+            return _four([named[name] for name in names])
+    for names in _CORNERS:
+        if all(name in named for name in names):
+            return _four([_pair(named[name]) for name in names])
+    for names in _SIDES:
+        if all(name in named for name in names):
+            sides = _four([named[name] for name in names])
+            return None if sides is None else [*sides[:2], sides[0] + sides[2], sides[1] + sides[3]]
+    return None
+
+
+def _pair(value: object) -> object:
+    return [value.get("x"), value.get("y")] if isinstance(value, dict) else value
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, str):
+        return float(value) if _NUMBER.fullmatch(value.strip()) else None
+    if type(value) not in (int, float):
         return None
     try:
-        box = tuple(float(value) for value in values)
+        return float(value)  # type: ignore[arg-type]
+    except OverflowError:
+        return math.inf
+
+
+def _box(numbers: Sequence[float]) -> Box | None:
+    """Four numbers as a box; None where they are none."""
+    try:
+        x1, y1, x2, y2 = map(float, numbers)
     except OverflowError:
         return None
-    return Detection(entry["label"].strip(), (box[0], box[1], box[2], box[3])) if is_box(box) else None
+    return (x1, y1, x2, y2) if is_box((x1, y1, x2, y2)) else None
+
+
+def _plain(key: object) -> str:
+    """A key in small letters and digits alone, so that `x_min`, `xMin` and `x-min` are one."""
+    return re.sub(r"[\W_]+", "", key).lower() if isinstance(key, str) else ""
 
 
 def write_detections(detections: Sequence[Detection]) -> str:
@@ -160,7 +426,76 @@ def _rounded(box: Box) -> list[float]:
 
 
 def write_box(target: Target) -> str:
-    """A box as models are asked to write it, rounded to whole numbers; "None" stays "None"."""
-    if target == NONE:
+    """A box as models are asked to write it, or "None".
+
+    Coordinates are whole numbers, but for boxes so small that rounding would cost COCO's highest threshold.
+    """
+    return NONE if target == NONE else f"[{','.join(map(str, _rounded(target)))}]"
+
+
+def parse_places(content: str, size: int) -> tuple[tuple[float, ...], ...] | None:
+    """Reads any number of points or boxes from the content of an answer; "None" is no place at all.
+
+    Each place is a list of numbers of its own, bare, fenced, beside sentences or within JSON. One list of numbers that
+    is no such place spoils the answer.
+
+    Args:
+        content: Any text.
+        size: 2 for points, 4 for boxes.
+
+    Returns:
+        The places in the coordinates that the text uses; None if there are none, or more than 20,000 characters.
+    """
+    if len(content) > _LONGEST_LOOSE:
+        return None
+    value = _json(content)
+    values = [value] if isinstance(value, list | dict) else [found.value for found in find_values(content)]
+    found = tuple(_number_lists(values))
+    if not found:
+        return () if _says_none(content) else None
+    fits = is_point if size == 2 else is_box
+    return found if all(map(fits, found)) else None
+
+
+def _number_lists(value: object, depth: int = 0) -> Iterator[tuple[float, ...]]:
+    """The lists of numbers within a value."""
+    if depth > _DEEPEST:
+        return
+    parts = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+    numbers = [_number(one) for one in parts if type(one) in (int, float)]
+    if isinstance(value, list) and numbers and len(numbers) == len(parts):
+        yield tuple(one for one in numbers if one is not None)
+        return
+    for part in parts:
+        yield from _number_lists(part, depth + 1)
+
+
+def parse_point(content: str) -> Point | Literal["None"] | None:
+    """Reads one point `[x, y]`, or "None", from the content of an answer.
+
+    Args:
+        content: Any text.
+
+    Returns:
+        The point in the coordinates that the text uses, `"None"`, or None if there is no single point.
+    """
+    found = parse_places(content, 2)
+    if not found:
+        return None if found is None else NONE
+    return (found[0][0], found[0][1]) if len(found) == 1 else None
+
+
+def write_point(place: Sequence[float] | Literal["None"]) -> str:
+    """A point as models are asked to write it, rounded to whole numbers; "None" stays "None".
+
+    Args:
+        place: A point, or a box, whose centre is written: with two decimals where a rounded one would miss the box.
+    """
+    if isinstance(place, str):
         return NONE
-    return "[" + ",".join(f"{value:.0f}" for value in target) + "]"
+    if len(place) == 2:
+        return f"[{place[0]:.0f},{place[1]:.0f}]"
+    x1, y1, x2, y2 = place
+    x, y = (x1 + x2) / 2, (y1 + y2) / 2
+    digits = 0 if x1 <= round(x) <= x2 and y1 <= round(y) <= y2 else 2
+    return f"[{x:.{digits}f},{y:.{digits}f}]"

@@ -5,12 +5,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TypeVar, cast
 
 from vlmenv.core.errors import ConfigError
 
 Box = tuple[float, float, float, float]
 """`(x1, y1, x2, y2)`, real-valued edges with the origin at the top left; a box covers
 `(x2 - x1) * (y2 - y1)`, without the `+ 1` of pixel-index conventions."""
+
+Point = tuple[float, float]
+"""`(x, y)`, real-valued, with the origin at the top left."""
+
+Place = TypeVar("Place", bound=tuple[float, ...])
+"""Numbers of which x and y take turns: a point, a box, the corners of a polygon."""
 
 MAX_COORDINATE = 5e4
 """Coordinates beyond this are taken for garbage: no image is that large, and COCO leaves larger boxes uncounted."""
@@ -80,24 +87,33 @@ class Coordinates:
         """The width and height at which an image is shown."""
         return (width, height) if self.resize is None else self.resize.size(width, height)
 
-    def from_pixels(self, box: Box, width: int, height: int) -> Box:
-        """Writes a box given in pixels of the original `width` x `height` image in this convention."""
-        return _scale(box, self._extent(width, height), (width, height))
+    def from_pixels(self, place: Place, width: int, height: int) -> Place:
+        """Writes a point, box or polygon, given in pixels of the original `width` x `height` image, in this convention.
 
-    def to_pixels(self, box: Box, width: int, height: int) -> Box:
+        Example:
+            >>> Coordinates(CoordinateSpace.NORM1000).from_pixels((32.0, 24.0), width=64, height=48)
+            (500.0, 500.0)
+        """
+        return _scale(place, self._extent(width, height), (width, height))
+
+    def to_pixels(self, place: Place, width: int, height: int) -> Place:
         """The inverse of `from_pixels`."""
-        return _scale(box, (width, height), self._extent(width, height))
+        return _scale(place, (width, height), self._extent(width, height))
 
     def _extent(self, width: int, height: int) -> tuple[int, int]:
         """The coordinates of the image's lower right corner."""
         return (1000, 1000) if self.space is CoordinateSpace.NORM1000 else self.shown_size(width, height)
 
 
-def _scale(box: Box, to: tuple[int, int], of: tuple[int, int]) -> Box:
+def _scale(place: Place, to: tuple[int, int], of: tuple[int, int]) -> Place:
     if to == of:
-        return box
-    (to_x, to_y), (of_x, of_y) = to, of
-    return box[0] * to_x / of_x, box[1] * to_y / of_y, box[2] * to_x / of_x, box[3] * to_y / of_y
+        return place
+    return cast(Place, tuple(value * to[i % 2] / of[i % 2] for i, value in enumerate(place)))
+
+
+def is_point(values: tuple[float, ...]) -> bool:
+    """Whether `values` are two finite, plausible coordinates."""
+    return len(values) == 2 and all(math.isfinite(v) and abs(v) <= MAX_COORDINATE for v in values)
 
 
 def is_box(values: tuple[float, ...]) -> bool:

@@ -19,6 +19,18 @@ class DataError(VLMEnvError):
     """A row or an image that cannot be read. The message names file and line."""
 
 
+class SampleError(DataError):
+    """A sample that cannot be shown, or that a model cannot take; the message names its file, line and id.
+
+    Attributes:
+        index: Of the sample, within its source.
+    """
+
+    def __init__(self, index: int, message: str) -> None:
+        super().__init__(message)
+        self.index = index
+
+
 class RewardError(VLMEnvError):
     """A reward term that failed or gave an invalid value."""
 
@@ -75,7 +87,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
 
 def nearest_name(name: str, known: Iterable[str]) -> str | None:
     """The known name that was probably meant; None if none is near."""
-    found = difflib.get_close_matches(name.casefold(), sorted(known), n=1, cutoff=0.7)
+    found = difflib.get_close_matches(name.casefold(), sorted(known), n=1, cutoff=0.65)
     return found[0] if found else None
 
 

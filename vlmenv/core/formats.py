@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from typing import Final
 
@@ -15,6 +16,7 @@ SECTIONS: Final = (
 """The headings of PeBR-R1 (arXiv 2509.13031)."""
 
 _FENCE: Final = "```"
+_ANEW = re.compile(r"</answer>\s*+<think>")
 
 
 class AnswerFormat(StrEnum):
@@ -23,10 +25,10 @@ class AnswerFormat(StrEnum):
     TAGS = "tags"
     """`<think>…</think><answer>…</answer>`, as in VLM-R1."""
     SECTIONS = "sections"
-    """Four headings, the answer on the line of the last, as in PeBR-R1."""
+    """Four headings, the answer after the last, as in PeBR-R1."""
 
     def extract(self, text: str) -> str | None:
-        """The answer in a completion; None where there is none, or more than one."""
+        """The answer in a completion; None where there is none, or several."""
         return extract_answer(text) if self is AnswerFormat.TAGS else _final_answer(text)
 
     def is_followed(self, text: str) -> bool:
@@ -52,9 +54,13 @@ class AnswerFormat(StrEnum):
         return f"<answer>{answer}</answer>" if self is AnswerFormat.TAGS else f"{SECTIONS[-1]} {answer}"
 
     def description(self, text: str) -> str:
-        """What a completion says about the image: its think block, or its section "Image Description"."""
-        opening, closing = TAGS[:2] if self is AnswerFormat.TAGS else SECTIONS[:2]
-        return text.partition(opening)[2].partition(closing)[0].strip()
+        """What a completion says about the image: its think block, or its section "Image Description".
+
+        It ends at the next tag or heading, whichever that is: an answer is no description.
+        """
+        marks = TAGS if self is AnswerFormat.TAGS else SECTIONS
+        described = text.partition(marks[0])[2]
+        return min((described.partition(mark)[0] for mark in marks), key=len).strip()
 
 
 def is_think_answer(text: str) -> bool:
@@ -72,38 +78,45 @@ def is_think_answer(text: str) -> bool:
 
 
 def extract_answer(text: str) -> str | None:
-    """The content of the only answer block after the thinking, or None.
+    """The answer in a text with tags, or None.
 
-    An answer inside the think block, in a second answer block, or cut off before its closing tag is
-    no answer.
+    Only what follows the last `</think>` counts, and nothing in thinking that is never closed. There, the only answer
+    block counts, closed or not, or without one all of it; what thinks anew after an answer is none. A text that does
+    not set its thinking apart may quote the tags before its answer: its last block counts.
     """
-    opened, closed = text.count("<think>"), text.count("</think>")
-    if closed > 1 or opened > closed or text.count("<answer>") != 1:
+    thinking, thought, spoken = text.rpartition("</think>")
+    if _ANEW.search(thinking):
         return None
-    spoken = text.rpartition("</think>")[2]
-    if "<think>" in spoken or spoken.count("</answer>") != 1:
+    spoken = spoken.partition("<think>")[0]
+    before, answered, content = spoken.rpartition("<answer>")
+    if thought and "<answer>" in before:
         return None
-    _, answered, rest = spoken.partition("<answer>")
-    content, ended, _ = rest.partition("</answer>")
-    return content if answered and ended else None
+    content = content.partition("</answer>")[0]
+    return content if (thought or answered) and content.strip() else None
 
 
 def _final_answer(text: str) -> str | None:
-    """What stands on the line of the only final heading, or the first after it; a fence or JSON is taken whole.
+    """All that follows the final heading; None where it occurs twice, or another follows.
 
-    A final heading that another follows is not the final one.
+    A heading within a line is quoted, unless none stands at the beginning of a line.
     """
-    if text.count(SECTIONS[-1]) != 1:
+    parts = text.split(SECTIONS[-1])
+    begun = [i for i in range(1, len(parts)) if not parts[i - 1].rpartition("\n")[2].strip()]
+    if len(parts) == 1 or len(begun) > 1:
         return None
+    answer = SECTIONS[-1].join(parts[begun[0] if begun else -1 :]).strip()
+    return None if not answer or any(heading in answer for heading in SECTIONS) else answer
+
+
+def _final_line(text: str) -> str:
+    """What stands on the line of the final heading, or the first after it; a fence or JSON is taken whole."""
     content = text.partition(SECTIONS[-1])[2].strip()
-    if any(heading in content for heading in SECTIONS):
-        return None
     if content.startswith(("[", "{")):
         return content
     if content.startswith(_FENCE):
         fenced, ended, _ = content.removeprefix(_FENCE).partition(_FENCE)
-        return f"{_FENCE}{fenced}{_FENCE}" if ended else None
-    return content.partition("\n")[0].strip() or None
+        return f"{_FENCE}{fenced}{_FENCE}" if ended else ""
+    return content.partition("\n")[0].strip()
 
 
 def _has_sections(text: str) -> bool:
@@ -113,5 +126,5 @@ def _has_sections(text: str) -> bool:
     lines = "\n" + text.strip()
     places = [lines.find("\n" + heading) for heading in SECTIONS]
     ordered = places[0] == 0 and -1 not in places and places == sorted(places)
-    answer = _final_answer(text)
-    return ordered and answer is not None and lines.endswith(answer)
+    answer = _final_line(text)
+    return ordered and bool(answer) and lines.endswith(answer)

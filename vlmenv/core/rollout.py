@@ -5,22 +5,85 @@ Shapes: P distinct prompts, N completions, T tokens of a prompt, L tokens of a c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, Final, Literal, NotRequired, TypedDict, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlmenv.core.spaces import Image
 
+IMAGE_MARK: Final = "<image>"
+"""Marks the place of an image in a prompt."""
+
+Role = Literal["system", "user", "assistant"]
+ROLES: Final[tuple[Role, ...]] = get_args(Role)
+
+
+class Turn(TypedDict):
+    """One turn of a conversation that precedes the prompt.
+
+    Each `IMAGE_MARK` in a system or user turn is the place of an image. An assistant turn holds no image: a mark
+    in it is plain text, so that no completion moves an image.
+    """
+
+    role: Role
+    text: str
+
 
 class Observation(TypedDict):
-    """What one environment shows."""
+    """What one environment shows: a prompt, its images, and the turns before it.
+
+    Each `IMAGE_MARK` in the prompt, or in a system or user turn, is the place of an image, in reading order.
+    Without any mark the images precede the text of the prompt. There are as many marks as images, or none; an
+    observation without images has no marks, and `<image>` in it is plain text.
+    """
 
     images: tuple[Image, ...]
-    """uint8 arrays [H, W, 3]; empty for a text-only prompt."""
+    """uint8 arrays [H, W, 3], of all turns in reading order; empty for text alone"""
     prompt: str
+    """the last user turn, which the agent answers"""
+    turns: NotRequired[tuple[Turn, ...]]
+    """the turns before the prompt, the system turn first; Default: none"""
+
+
+def count_marks(prompt: str, turns: Sequence[Turn] = ()) -> int:
+    """Number of places of images in a prompt and the turns before it."""
+    texts = [prompt, *(turn["text"] for turn in turns if turn["role"] != "assistant")]
+    return sum(text.count(IMAGE_MARK) for text in texts)
+
+
+def split_marks(text: str) -> tuple[int, str]:
+    """Number of marks at the beginning of a text, and the stripped rest of it."""
+    marks, rest = 0, text.strip()
+    while rest.startswith(IMAGE_MARK):
+        marks, rest = marks + 1, rest.removeprefix(IMAGE_MARK).strip()
+    return marks, rest
+
+
+def named_images(text: str, numbers: Iterator[int] | None = None) -> str:
+    """A text with `image 2` in the place of a second image; images at its beginning are counted and left out.
+
+    Args:
+        text: Any; without marks it stays as it is.
+        numbers: Those of the images, which are taken from it in turn. Default: from 1.
+    """
+    if IMAGE_MARK not in text:
+        return text
+    numbers = itertools.count(1) if numbers is None else numbers
+    leading, rest = split_marks(text)
+    for _ in range(leading):
+        next(numbers)
+    first, *others = rest.split(IMAGE_MARK)
+    return first + "".join(f"image {next(numbers)}{other}" for other in others)
+
+
+def told_turns(observation: Observation) -> dict[str, Any]:
+    """The turns before the prompt, for a record of it; nothing where there are none."""
+    turns = observation.get("turns", ())
+    return {"turns": list(turns)} if turns else {}
 
 
 Observations = Sequence[Observation] | Mapping[str, Any]
@@ -32,9 +95,9 @@ Rows = slice | NDArray[np.int64]
 """Which rows of a batch."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Prompt:
-    """An observation as a model takes it in."""
+    """An observation as a model takes it in. Prompts compare by identity, so that caches can hold them weakly."""
 
     input_ids: NDArray[np.int64]
     """[T], with one pad token per image feature"""
@@ -42,8 +105,6 @@ class Prompt:
     """[axes, T]; three axes (time, height, width) under M-RoPE, else one"""
     images: Mapping[str, Any]
     """what the vision tower wants, by the model's own argument names; first axis joins over prompts"""
-    features: tuple[Any, Any] | None = None
-    """a frozen vision tower, and what it saw in the images; filled in by whoever runs it first"""
 
 
 @dataclass(slots=True)
@@ -114,8 +175,9 @@ def unbatch(observations: Observations) -> list[Observation]:
         return list(observations)
     if isinstance(observations["prompt"], str):
         raise TypeError("a single observation was given where a batch is wanted: pass [observation]")
-    pairs = zip(observations["images"], observations["prompt"], strict=True)
-    return [cast(Observation, {"images": tuple(images), "prompt": prompt}) for images, prompt in pairs]
+    prompts = observations["prompt"]
+    rows = zip(observations["images"], prompts, observations.get("turns", [()] * len(prompts)), strict=True)
+    return [{"images": tuple(images), "prompt": prompt, "turns": tuple(turns)} for images, prompt, turns in rows]
 
 
 def group_neighbours(observations: Sequence[Observation]) -> tuple[list[int], NDArray[np.int64]]:
@@ -136,6 +198,7 @@ def group_neighbours(observations: Sequence[Observation]) -> tuple[list[int], ND
 def _same(a: Observation, b: Observation) -> bool:
     return (
         a["prompt"] == b["prompt"]
+        and a.get("turns", ()) == b.get("turns", ())
         and len(a["images"]) == len(b["images"])
         and all(x is y or np.array_equal(x, y) for x, y in zip(a["images"], b["images"], strict=True))
     )

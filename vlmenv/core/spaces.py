@@ -50,6 +50,39 @@ class FreeText(Space[str]):
         return "FreeText()"
 
 
+class OneOfTexts(Space[str]):
+    """Some given strings. (`gymnasium.spaces.Discrete` has numbers alone.)"""
+
+    def __init__(self, texts: Iterable[str], seed: int | np.random.Generator | None = None) -> None:
+        self.texts = tuple(texts)
+        super().__init__(shape=None, dtype=str, seed=seed)
+
+    @property
+    def is_np_flattenable(self) -> bool:
+        return False
+
+    def sample(self, mask: None = None, probability: None = None) -> str:
+        """One of them, each as likely as the others."""
+        if mask is not None or probability is not None:
+            raise ValueError("OneOfTexts samples without mask or probability")
+        return self.texts[self.np_random.integers(len(self.texts))]
+
+    def contains(self, x: Any) -> bool:
+        return isinstance(x, str) and x in self.texts
+
+    def to_jsonable(self, sample_n: Iterable[str]) -> list[str]:
+        return list(sample_n)
+
+    def from_jsonable(self, sample_n: list[Any]) -> list[str]:
+        return [str(text) for text in sample_n]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, OneOfTexts) and other.texts == self.texts
+
+    def __repr__(self) -> str:
+        return f"OneOfTexts({self.texts})"
+
+
 class RGBImage(Space[Image]):
     """RGB images of any size: uint8 arrays of shape [H, W, 3] with H, W >= 1."""
 

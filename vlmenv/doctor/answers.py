@@ -11,6 +11,7 @@ from vlmenv.core.coordinates import Coordinates, CoordinateSpace
 from vlmenv.core.errors import ModelError
 from vlmenv.doctor.overlap import Overlap, clearly_better, overlap
 from vlmenv.doctor.subject import GROUP, Seen, Subject, Unchecked
+from vlmenv.envs.selfcheck import check_answers, describe
 
 _PARSED, _TRUNCATED, _INSIDE = 0.25, 0.5, 0.5
 """Minimum share of parsed answers, maximum share of truncated ones, minimum share of boxes within the image."""
@@ -31,6 +32,19 @@ def coordinates(subject: Subject) -> Seen:
     if found[used].inside < _INSIDE:
         return figure, f"Most boxes lie outside the image: remove --coordinates, or give --coordinates {taught}."
     return figure, ""
+
+
+def right_answers(subject: Subject) -> Seen:
+    """Checks that the task gives its own true answers the best rewards."""
+    if not subject.samples:
+        raise Unchecked("there are no samples")
+    misjudged = check_answers(subject.task, subject.samples)
+    if not misjudged:
+        return f"all {len(subject.samples)} are at their best", ""
+    return describe(misjudged, len(subject.samples)), (
+        "Mend the task's write_answer(), parse(), target() or reward terms, so that they mean the same; or say in its "
+        "`best` what a right answer earns."
+    )
 
 
 def read(subject: Subject) -> Seen:

@@ -102,6 +102,7 @@ CHECKS = (
         "The engine gives no checksums of its weights: its message tells why. Use a version of vLLM that docs/vllm.md "
         "names.",
     ),
+    Check("right answers", answers.right_answers, "A method of the task fails on its own samples: mend it."),
     Check("coordinates", answers.coordinates, "Leave out --coordinates."),
     Check("answers read", answers.read, "The task fails on an answer of the model: fix its parse()."),
     Check("answers cut off", answers.cut_off, _FAILS),

@@ -151,8 +151,5 @@ def _keys_and_values(agent: VLMAgent, rollout: Rollout, config: DoctorConfig[Any
     prefixes, _ = agent.family_policy.prefill(rollout.prompts)
     found = _bytes([*prefixes.keys.values(), *prefixes.values.values()])
     each = found / (len(rollout.prompts) * max(len(prompt.input_ids) for prompt in rollout.prompts))
-    return (
-        each
-        * config.batches.prompts_per_step
-        * (_mean_length(rollout.prompts) + config.algorithm.group_size * config.sampling.max_new_tokens)
-    )
+    tokens = _mean_length(rollout.prompts) + config.algorithm.group_size * config.sampling.max_new_tokens
+    return float(each * config.batches.prompts_per_step * tokens)

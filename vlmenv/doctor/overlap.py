@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmenv.core.answers import Detection
+from vlmenv.core.answers import Detection, fold_label
 from vlmenv.core.coordinates import Box, Coordinates, iou, is_box
 from vlmenv.envs.data.source import Sample
 
@@ -67,7 +67,7 @@ def _boxes(value: Any) -> list[tuple[str, Box]]:
         return []
     if len(value) == 4 and all(isinstance(edge, int | float) for edge in value):
         return [("", (value[0], value[1], value[2], value[3]))] if is_box(tuple(value)) else []
-    return [(one.label, one.box) for one in value if isinstance(one, Detection) and not one.crowd]
+    return [(fold_label(one.label), one.box) for one in value if isinstance(one, Detection) and not one.crowd]
 
 
 def _in_pixels(

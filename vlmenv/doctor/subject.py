@@ -18,14 +18,14 @@ from vlmenv.agents.published import PublishedProcessor
 from vlmenv.agents.vlm import Sampling, VLMAgent
 from vlmenv.building import DTYPES, adapt, check_engine, load_agent, task_arguments
 from vlmenv.core.errors import ConfigError, PromptError, ReadingError
-from vlmenv.core.rollout import Observation, Prompt, Rollout, unbatch
+from vlmenv.core.rollout import IMAGE_MARK, Observation, Prompt, Rollout, unbatch
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.data.source import Sample
+from vlmenv.envs.making import make_envs
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.options.doctor import DoctorConfig
 from vlmenv.options.task import EngineOptions
 from vlmenv.runs.models import model_folder
-from vlmenv.tasks import make_envs
 
 SAMPLES, GROUP = 8, 2
 """number of samples, and of completions per sample"""
@@ -210,7 +210,7 @@ class Subject:
         """The samples' prompts as the published processor encodes them: tokens and vision inputs."""
         folder = self.agent.folder if self.config.published is None else model_folder(self.config.published)
         try:
-            processor = PublishedProcessor(folder)
+            processor = PublishedProcessor(folder, self.config.prompts.template_switches())
         except ConfigError as error:
             raise Unchecked(str(error)) from error
         return [processor.read(one) for one in self.shown[::GROUP]]
@@ -243,7 +243,7 @@ class Subject:
         for one, prompt in zip(self.shown[::GROUP], self.prompts, strict=True):
             own = len(agent.family.processor.tokenizer.encode(one["prompt"], add_special_tokens=False)) + 1
             times = 1 + max(0, room - len(prompt.input_ids)) // own
-            longer: Observation = {"images": one["images"], "prompt": "\n".join([one["prompt"]] * times)}
+            longer: Observation = {**one, "prompt": _repeated(one["prompt"], times)}
             found += [longer] * GROUP
         return found
 
@@ -262,6 +262,11 @@ class Subject:
             own = sum(one.numel() * one.element_size() for one in agent.policy.parameters())
             self.engine_memory = max(0.0, used_memory(self.device) - before - own)
         return agent
+
+
+def _repeated(prompt: str, times: int) -> str:
+    """A prompt with its text repeated, and its images once."""
+    return "\n".join([prompt, *[prompt.replace(IMAGE_MARK, "")] * (times - 1)])
 
 
 def used_memory(device: torch.device) -> float:

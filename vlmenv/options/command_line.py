@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from vlmenv.core.errors import ConfigError
-from vlmenv.core.imports import import_modules
+from vlmenv.core.loading import import_modules
 from vlmenv.options.fields import options_of
 from vlmenv.options.files import as_arguments, packaged_file, read_options
 from vlmenv.options.parsing import names_of, parse, renamed, single_value, values_of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -13,7 +14,10 @@ from vlmenv.options.task import ReadingOptions
 
 @dataclass(frozen=True)
 class DataCheckConfig:
-    """Check a data set: every broken row with its place, and a summary. Ends with status 1 if a row is broken."""
+    """Check a data set: broken rows with their places, a summary, and the task's verdict on its own right answers.
+
+    Ends with status 1 if something is wrong.
+    """
 
     dataset: tyro.conf.Positional[tuple[str, ...]]
     """Files, folders saved by `datasets`, or ids on the Hugging Face hub."""
@@ -22,9 +26,23 @@ class DataCheckConfig:
     imports: Annotated[tuple[str, ...], tyro.conf.arg(name="import")] = ()
     """Modules of your own to import first, which register tasks."""
     decode: bool = False
-    """Read every image too."""
+    """Read every image too, and compare boxes with its size."""
+    model: str | None = None
+    """Model whose processor is to take every row: "builtin", a folder, or a name on the Hugging Face hub. No weights
+    are loaded. Implies `decode`. None: no processor is tried."""
+    max_new_tokens: int = 160
+    """Length of answers that prompts must leave room for, in tokens; goes with `model`."""
+    prompt_template: str | None = None
+    """Prompt template as for `vlmenv train`."""
+    system_prompt: str | None = None
+    """System prompt as for `vlmenv train`."""
+    chat_template_kwargs: dict[str, str] | None = None
+    """Values of the chat template's variables, as for `vlmenv train`; goes with `model`."""
+    write: Path | None = None
+    """File for the rows that are good, in their own format: .jsonl for rows of JSON, or as the data set's."""
     data: ReadingOptions = field(default_factory=ReadingOptions)
 
     def __post_init__(self) -> None:
-        if not self.dataset:
-            raise ConfigError("name the data set to check, as in `vlmenv data check rec.jsonl --env VLM-REC-v0`")
+        given = self.max_new_tokens != type(self).max_new_tokens or self.chat_template_kwargs is not None
+        if self.model is None and given:
+            raise ConfigError("max_new_tokens and chat_template_kwargs go with model, whose processor they concern")

@@ -54,7 +54,7 @@ def renamed(
         unknown: Gives the message about a flag that is no option.
 
     Raises:
-        ConfigError: A flag is no option, or one of a single value is given twice.
+        ConfigError: A flag is no option.
     """
     words: list[str] = []
     flags: dict[str, list[str]] = {}
@@ -69,8 +69,8 @@ def renamed(
             tell(f"--{flag} is --{name.replace('_', '-')} here")
         if name not in known and name != "help" and name.removeprefix("no_") not in known:
             raise ConfigError(unknown(name, known))
-        if name in flags and name in known and not takes_several(known[name].type):
-            raise ConfigError(f"--{name.replace('_', '-')} was given more than once")
+        if name in known and not takes_several(known[name].type):
+            flags.pop(name, None)  # the last one counts
         into = flags.setdefault(name, [])
         into += [value] if equals else []
     joined = (_as_arguments(name, values) for name, values in flags.items())

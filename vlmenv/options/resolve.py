@@ -76,8 +76,9 @@ def _chosen(layer: Layer, algo: str, known: Mapping[str, Option], notes: list[st
     own = str(layer.values.get("algo") or algo)  # whose options stand outside of groups
     of_own = {name: values.pop(name) for name in list(values) if name not in known or _is_algorithms(known[name])}
     _check_known(layer.place, of_own, own, known)
-    carried = of_own if own == algo else _carried(of_own, own, algo)
-    _pass_over(notes, layer.place, own, algo, [name for name in of_own if name not in carried and name not in SHARED])
+    asked = _asked(of_own, own) if own != algo else of_own
+    carried = {name: value for name, value in asked.items() if own == algo or name in _shared(own, algo)}
+    _pass_over(notes, layer.place, own, algo, [name for name in asked if name not in carried])
     group = groups.pop(algo, {})
     for other, content in groups.items():
         _pass_over(notes, layer.place, other, algo, content)
@@ -123,14 +124,15 @@ def _is_algorithms(option: Option) -> bool:
     return option.path[0] == "algorithm"
 
 
-def _carried(values: Mapping[str, Any], own: str, algo: str) -> dict[str, Any]:
-    """Of options of one algorithm, those that hold for another.
+def _asked(values: Mapping[str, Any], algo: str) -> dict[str, Any]:
+    """Options of an algorithm without those that have its defaults: a run's file holds all, asked for or not."""
+    preset = find_algorithm(algo).preset
+    return {name: value for name, value in values.items() if plain(getattr(preset, name)) != value}
 
-    A value that is the first one's default was not asked for: a run's file holds all its options.
-    """
-    before, after = find_algorithm(own).preset, find_algorithm(algo).preset
-    shared = set(before.shared()) & set(after.shared())
-    return {name: value for name, value in values.items() if name in shared and plain(getattr(before, name)) != value}
+
+def _shared(own: str, algo: str) -> set[str]:
+    """The options with one meaning that two algorithms both have."""
+    return set(find_algorithm(own).preset.shared()) & set(find_algorithm(algo).preset.shared())
 
 
 def _pass_over(notes: list[str], place: str, own: str, algo: str, names: Iterable[str]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tyro
+import yaml
 
 from vlmenv.core.errors import ConfigError, require
 from vlmenv.core.names import BUILTIN
@@ -30,6 +31,25 @@ class ReadingOptions:
     """Width and height in pixels below which an image's row is left out."""
     without_text: tuple[str, ...] = ()
     """Texts that leave a row out if its answer, reasoning included, contains one."""
+    boxes_in: Literal["xyxy", "xywh", "fractions", "norm1000"] | None = None
+    """Numbers of the data set's true boxes: edges in pixels, x, y, width and height in pixels, or edges in fractions or
+    thousandths of the image. None: xyxy; COCO's are xywh by definition."""
+    box_orientation: Literal["shown", "stored"] = "shown"
+    """Orientation of the image that the data set's boxes refer to, if EXIF turns it. A COCO file's width and height
+    decide, where they can."""
+
+    def reading_arguments(self) -> dict[str, Any]:
+        """Arguments of the environment about the reading of rows."""
+        roots = self.image_root
+        return {
+            "image_root": roots if roots is None or len(roots) > 1 else roots[0],
+            "split": self.split,
+            "columns": self.columns,
+            "min_image_side": self.min_image_side,
+            "without_text": self.without_text,
+            "boxes_in": self.boxes_in,
+            "box_orientation": self.box_orientation,
+        }
 
 
 @dataclass(frozen=True)
@@ -48,20 +68,8 @@ class DataOptions(ReadingOptions):
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of the environment."""
-        return {
-            "dataset": None if self.dataset is None else list(self.dataset),
-            "image_root": root_argument(self.image_root),
-            "split": self.split,
-            "columns": self.columns,
-            "skip_broken": self.skip_broken,
-            "min_image_side": self.min_image_side,
-            "without_text": self.without_text,
-        }
-
-
-def root_argument(roots: tuple[Path, ...] | None) -> Path | tuple[Path, ...] | None:
-    """The folders of images as environments take them: one for all files, or one for each."""
-    return roots if roots is None or len(roots) > 1 else roots[0]
+        dataset = None if self.dataset is None else list(self.dataset)
+        return {"dataset": dataset, "skip_broken": self.skip_broken, **self.reading_arguments()}
 
 
 def located_names(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
@@ -82,14 +90,37 @@ class PromptOptions:
     `my_rewards:brevity`. None: the task's own terms."""
     prompt_template: str | None = None
     """Prompt template with {question}, and {answer}, {none} and {coordinates} as needed. None: the task's own."""
+    system_prompt: str | None = None
+    """Text of the system turn before each prompt, with {answer}, {none} and {coordinates} as needed. A row's own system
+    turn replaces it. None: no system turn."""
+    chat_template_kwargs: dict[str, str] | None = None
+    """Values of the chat template's variables, read as YAML, as in `--chat-template-kwargs enable_thinking false`."""
     answer_format: Literal["tags", "sections"] | None = None
     """Format of a completion: think/answer tags, or PeBR-R1's sections. None: the task's own."""
     coordinates: Literal["auto", "original", "resized", "norm1000"] = "auto"
     """Convention of coordinates in prompts and answers: pixels of the stored image, pixels of the resized image that
     the model sees, or thousandths. "auto": the convention that the model was trained with."""
 
+    def __post_init__(self) -> None:
+        self.template_switches()
 
-EngineName = str
+    def template_switches(self) -> dict[str, Any]:
+        """The values of the chat template's own variables.
+
+        Raises:
+            ConfigError: A value is no YAML scalar.
+        """
+        return {name: _scalar(name, text) for name, text in (self.chat_template_kwargs or {}).items()}
+
+
+def _scalar(name: str, text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"chat_template_kwargs: the value of '{name}' is no YAML: {text!r}") from error
+    if isinstance(value, dict | list):
+        raise ConfigError(f"chat_template_kwargs: the value of '{name}' is no single value: {text!r}")
+    return value
 
 
 @dataclass(frozen=True)
@@ -113,7 +144,7 @@ class VLLMOptions:
 class EngineOptions(VLLMOptions):
     """What generates completions."""
 
-    engine: EngineName = "hf"
+    engine: str = "hf"
     """Engine that generates: hf (the trained model itself), vllm (a copy in the same process), vllm-server (copies on
     servers), or one of your own, as in `my_engine:MyEngine`."""
     server: tuple[str, ...] = ()

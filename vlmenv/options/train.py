@@ -115,6 +115,8 @@ class LoggingOptions:
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} must be at least 1, not {value}")
         require(self.log_samples >= 0, f"log_samples must not be negative, not {self.log_samples}")
+        if self.tracker == "none" and self.log_samples not in (0, type(self).log_samples):
+            raise ConfigError("log_samples is for a tracker, but tracker is none")
 
 
 @dataclass(frozen=True)

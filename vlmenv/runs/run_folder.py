@@ -101,9 +101,9 @@ class RunFolder:
         """The step of a checkpoint."""
         return int(checkpoint.name.removeprefix("step-"))
 
-    def history(self, steps: int) -> list[dict[str, float]]:
-        """The metrics of the first `steps` steps."""
-        rows = self._rows("metrics.jsonl") if steps else []
+    def history(self, steps: int | None = None) -> list[dict[str, float]]:
+        """The metrics of the first `steps` steps. Default: of all."""
+        rows = self._rows("metrics.jsonl") if steps != 0 else []
         return [{name: value for name, value in row.items() if name != "step"} for row in rows[:steps]]
 
     def cut(self, step: int) -> None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import secrets
 import threading
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from accelerate import Accelerator
 from PIL import Image as PILImage
 
 from vlmenv.algos.trainer import StepResult
-from vlmenv.core.errors import ConfigError, TrainingError
+from vlmenv.core.errors import ConfigError, TrainingError, unknown_name
+from vlmenv.core.loading import load_name
 from vlmenv.core.spaces import Image
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.runs.run_folder import RunFolder
@@ -23,103 +25,103 @@ _NUM_SAMPLES = 4  # samples, one answer to each
 _LONGEST_SIDE = 768  # pixels of a picture
 
 
-def require_tracker(name: str) -> None:
-    """Raises ConfigError if a tracker is not installed."""
-    try:
-        if name == "wandb":
-            version(name)  # an import would also find a folder `wandb` of earlier runs
-    except PackageNotFoundError:
-        raise ConfigError('tracker wandb needs the extra "tracking": pip install "vlmenv[tracking]"') from None
+class Tracker(ABC):
+    """Where a run's metrics and example completions are logged. Called on the main rank, but for `start`."""
 
-
-class Tracking:
-    """Logs a run to a tracker, through accelerate.
-
-    TensorBoard's files are in the run's folder. Weights & Biases gets a run with the folder's name, in the project
-    WANDB_PROJECT. Default: `vlmenv`. The folder keeps its id, so that a resumed run continues there.
-
-    Args:
-        accelerator: Accelerator made with `log_with` the same tracker.
-        name: The tracker.
-        run: The run's folder.
-        options: The run's options.
-        step: Step that a resumed run continues after; 0 for a new run. TensorBoard hides its records of later steps.
-            Weights & Biases keeps them, and ignores new records of the same steps.
-
-    Raises:
-        ConfigError: The tracker cannot be started.
-    """
-
-    def __init__(
-        self, accelerator: Accelerator, name: str, run: RunFolder, options: Mapping[str, Any], step: int
-    ) -> None:
-        self._accelerator, self._name, self._run = accelerator, name, run
-        if name == "none":
-            return
-        told = None if step else {option: str(value) for option, value in options.items()}
-        if name == "wandb":
-            self._start_wandb(told)
-        else:
-            threading.excepthook = _tell_of_a_thread
-            # TensorBoard hides what is beyond the start of a session, but not beyond that of the first one.
-            accelerator.init_trackers("tensorboard", told, {"tensorboard": {"purge_step": step + 1}})
-
-    def log(self, result: StepResult, task: VisualTaskEnv, *, samples: bool) -> None:
-        """Logs a step's metrics.
+    @abstractmethod
+    def start(self, run: RunFolder, options: Mapping[str, str], step: int) -> None:
+        """Begins, or continues after a step.
 
         Args:
-            result: The step.
-            task: The environment that draws samples.
-            samples: If true, also logs the first completions of a few samples.
+            run: The run's folder.
+            options: The run's options as texts.
+            step: Step after which a resumed run continues; 0 for a new one.
 
         Raises:
-            TrainingError: TensorBoard's files cannot be written.
+            ConfigError: The tracker cannot be started.
         """
-        if self._name == "none" or not self._accelerator.is_main_process:
-            return
-        try:
-            self._accelerator.log(result.metrics, step=result.step)
-            if samples:
-                show = self._show_in_wandb if self._name == "wandb" else self._show_in_tensorboard
-                show(shown_samples(result, task), result.step)
-        except OSError as error:
-            raise TrainingError(f"{self._run.path}: the tracker {self._name} cannot write: {error}") from error
 
-    def close(self, *, failed: bool = False) -> None:
-        """Ends the tracker's run. Weights & Biases marks it as failed if `failed`."""
-        if failed and self._name == "wandb" and self._accelerator.is_main_process:
-            self._accelerator.get_tracker("wandb", unwrap=True).finish(exit_code=1)
-        for tracker in self._accelerator.trackers:
-            tracker.finish()
-        threading.excepthook = threading.__excepthook__
+    @abstractmethod
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Logs a step's metrics."""
 
-    def _start_wandb(self, options: dict[str, str] | None) -> None:
-        from wandb.errors import Error
+    @abstractmethod
+    def show(self, samples: Sequence[tuple[dict[str, Any], Image]], step: int) -> None:
+        """Logs example completions.
 
-        how = {"dir": str(self._run.path), "name": self._run.path.name, "id": self._wandb_id(), "resume": "allow"}
-        try:
-            self._accelerator.init_trackers(os.environ.get("WANDB_PROJECT", "vlmenv"), options, {"wandb": how})
-        except Error as error:
-            raise ConfigError(f"tracker wandb cannot start, and WANDB_MODE=offline is not set: {error}") from error
+        Args:
+            samples: Records with `id`, `prompt`, `completion`, `reward` and `rewards` by term, each with a picture,
+                uint8 [H, W, 3].
+            step: Their step.
+        """
 
-    def _wandb_id(self) -> str:
-        known = self._run.read_json("wandb.json").get("id")
-        if known is None and self._accelerator.is_main_process:
-            known = secrets.token_hex(4)
-            self._run.write_json("wandb.json", {"id": known})
-        return str(known)
+    @abstractmethod
+    def close(self, failed: bool) -> None:
+        """Ends; `failed` tells if the run did."""
 
-    def _show_in_tensorboard(self, shown: Sequence[tuple[dict[str, Any], Image]], step: int) -> None:
+
+class TensorBoard(Tracker):
+    """TensorBoard, through accelerate. Its files are in the run's folder."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+
+    def start(self, run: RunFolder, options: Mapping[str, str], step: int) -> None:
+        threading.excepthook = _tell_of_a_thread
+        # TensorBoard hides what is beyond the start of a session, but not beyond that of the first one.
+        told = None if step else dict(options)
+        self._accelerator.init_trackers("tensorboard", told, {"tensorboard": {"purge_step": step + 1}})
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self._accelerator.log(dict(metrics), step=step)
+
+    def show(self, samples: Sequence[tuple[dict[str, Any], Image]], step: int) -> None:
         writer = self._accelerator.get_tracker("tensorboard", unwrap=True)
-        for i, (record, picture) in enumerate(shown, 1):
+        for i, (record, picture) in enumerate(samples, 1):
             writer.add_image(f"samples/{i}", picture, step, dataformats="HWC")
             writer.add_text(f"samples/{i}", _as_markdown(record), step)
         writer.flush()
 
-    def _show_in_wandb(self, shown: Sequence[tuple[dict[str, Any], Image]], step: int) -> None:
+    def close(self, failed: bool) -> None:
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
+        threading.excepthook = threading.__excepthook__
+
+
+class WandB(Tracker):
+    """Weights & Biases, through accelerate.
+
+    Its run has the folder's name, in the project that WANDB_PROJECT names or else in `vlmenv`. Its id is kept in the
+    folder, so that a resumed run continues it.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+
+    def start(self, run: RunFolder, options: Mapping[str, str], step: int) -> None:
+        from wandb.errors import Error
+
+        how = {"dir": str(run.path), "name": run.path.name, "id": self._id(run), "resume": "allow"}
+        project, told = os.environ.get("WANDB_PROJECT", "vlmenv"), None if step else dict(options)
+        try:
+            self._accelerator.init_trackers(project, told, {"wandb": how})
+        except Error as error:
+            raise ConfigError(f"tracker wandb cannot start, and WANDB_MODE=offline is not set: {error}") from error
+
+    def _id(self, run: RunFolder) -> str:
+        known = run.read_json("wandb.json").get("id")
+        if known is None and self._accelerator.is_main_process:
+            known = secrets.token_hex(4)
+            run.write_json("wandb.json", {"id": known})
+        return str(known)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self._accelerator.log(dict(metrics), step=step)
+
+    def show(self, samples: Sequence[tuple[dict[str, Any], Image]], step: int) -> None:
         import wandb
 
-        terms = list(dict.fromkeys(name for record, _ in shown for name in record["rewards"]))
+        terms = list(dict.fromkeys(name for record, _ in samples for name in record["rewards"]))
         columns = ["step", "id", "picture", "prompt", "completion", "reward", *(f"reward/{name}" for name in terms)]
         rows = [
             [
@@ -129,9 +131,101 @@ class Tracking:
                 *(record[name] for name in ("prompt", "completion", "reward")),
                 *(record["rewards"].get(name) for name in terms),
             ]
-            for record, picture in shown
+            for record, picture in samples
         ]
         self._accelerator.get_tracker("wandb").log_table("samples", columns, rows, step=step)
+
+    def close(self, failed: bool) -> None:
+        if failed and self._accelerator.is_main_process:
+            self._accelerator.get_tracker("wandb", unwrap=True).finish(exit_code=1)
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
+
+
+MakeTracker = Callable[[Accelerator], Tracker]
+
+TRACKERS: Final[dict[str, MakeTracker | None]] = {"tensorboard": TensorBoard, "wandb": WandB, "none": None}
+"""By the name that `--tracker` takes. None: nothing is logged."""
+THROUGH_ACCELERATE: Final = ("tensorboard", "wandb")
+"""Trackers that an Accelerator has to be made with."""
+
+
+def register_tracker(name: str, make: MakeTracker) -> None:
+    """Makes a tracker known to `--tracker`.
+
+    Args:
+        name: Its name.
+        make: Its class, or a function that makes it; gets the run's Accelerator.
+
+    Raises:
+        ConfigError: The name is taken.
+    """
+    if name in TRACKERS:
+        raise ConfigError(f"a tracker '{name}' is registered already: choose another name")
+    TRACKERS[name] = make
+
+
+def find_tracker(name: str) -> MakeTracker | None:
+    """What makes the tracker of a name; `module:Class` imports the module and takes its class.
+
+    Raises:
+        ConfigError: There is none, or it is not installed.
+    """
+    if name not in TRACKERS and ":" in name:
+        register_tracker(name, load_name(name, "option tracker"))
+    if name not in TRACKERS:
+        raise ConfigError(unknown_name("tracker", name, TRACKERS))
+    try:
+        if name == "wandb":
+            version(name)  # an import would also find a folder `wandb` of earlier runs
+    except PackageNotFoundError:
+        raise ConfigError('tracker wandb needs the extra "tracking": pip install "vlmenv[tracking]"') from None
+    return TRACKERS[name]
+
+
+class Tracking:
+    """Keeps a tracker informed of a run.
+
+    Args:
+        accelerator: The run's.
+        name: The tracker's name. TensorBoard and Weights & Biases need an accelerator made with `log_with`.
+        run: The run's folder.
+        options: The run's options.
+        step: Step after which a resumed run continues; 0 for a new one. TensorBoard hides what it has of later steps.
+            Weights & Biases keeps it, and takes those steps no second time.
+
+    Raises:
+        ConfigError: The tracker cannot be started.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, name: str, run: RunFolder, options: Mapping[str, Any], step: int
+    ) -> None:
+        self._accelerator, self._name, self._run = accelerator, name, run
+        make = find_tracker(name)
+        self._tracker = None if make is None else make(accelerator)
+        if self._tracker is not None and (name in THROUGH_ACCELERATE or accelerator.is_main_process):
+            self._tracker.start(run, {option: str(value) for option, value in options.items()}, step)
+
+    def log(self, result: StepResult, task: VisualTaskEnv, *, samples: bool) -> None:
+        """Logs a step's metrics and, with `samples`, the first answers to a few of its samples.
+
+        Raises:
+            TrainingError: The tracker's files cannot be written.
+        """
+        if self._tracker is None or not self._accelerator.is_main_process:
+            return
+        try:
+            self._tracker.log(result.metrics, result.step)
+            if samples:
+                self._tracker.show(shown_samples(result, task), result.step)
+        except OSError as error:
+            raise TrainingError(f"{self._run.path}: the tracker {self._name} cannot write: {error}") from error
+
+    def close(self, *, failed: bool = False) -> None:
+        """Ends the tracker's run; `failed` marks it."""
+        if self._tracker is not None and (self._name in THROUGH_ACCELERATE or self._accelerator.is_main_process):
+            self._tracker.close(failed)
 
 
 def shown_samples(result: StepResult, task: VisualTaskEnv) -> list[tuple[dict[str, Any], Image]]:

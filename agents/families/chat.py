@@ -1,0 +1,171 @@
+"""How a chat template writes an observation: turns, image places and template switches."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import itertools
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, Final, Literal, get_args
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from vlmenv.core.errors import ConfigError
+from vlmenv.core.rollout import IMAGE_MARK, ROLES, Observation, Role, Turn, count_marks, named_images
+
+Message = dict[str, Any]
+"""A turn as chat templates take it: `role`, and `content` in parts or as a text."""
+Form = Literal["parts", "text"]
+_FORMS: Final[tuple[Form, ...]] = get_args(Form)
+
+_WORDS: Final = ("first-probe-text", "second-probe-text", "third-probe-text")
+"""Texts that no template holds, by which a rendering tells what became of its turns."""
+
+
+class ChatTemplate:
+    """A chat template in Jinja, as published checkpoints hold one.
+
+    Args:
+        tokenizer: It renders the template, and lends it its special tokens.
+        source: The template's text.
+        image_token: What the template writes for an image.
+        switches: Values of the template's own variables, as `enable_thinking`.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, source: str, image_token: str, switches: Mapping[str, Any]
+    ) -> None:
+        self._tokenizer, self._source, self._image_token, self._switches = tokenizer, source, image_token, switches
+
+    def render(self, observation: Observation) -> str:
+        """The chat-formatted prompt, with one `image_token` for each image, ready for the answer.
+
+        Raises:
+            ValueError: Marks and images differ in number, or the template has no place for a turn or an image.
+        """
+        text = self._render(self.conversation(observation))
+        if (written := text.count(self._image_token)) != len(observation["images"]):
+            raise ValueError(f"the chat template puts {written} marks for {len(observation['images'])} images")
+        return text
+
+    def conversation(self, observation: Observation) -> list[Message]:
+        """An observation as messages whose image parts are in their places.
+
+        Raises:
+            ValueError: Marks and images differ in number, or the template has no place for a turn.
+        """
+        turns, images = observation.get("turns", ()), len(observation["images"])
+        marks = count_marks(observation["prompt"], turns) if images else 0
+        if marks not in (0, images):
+            raise ValueError(f"the prompt has {marks} {IMAGE_MARK} marks for {images} images")
+        self._check_roles(turns)
+        numbers = itertools.count(1)
+        asked: Turn = {"role": "user", "text": observation["prompt"]}
+        messages = [self._message(turn, marks > 0, numbers) for turn in (*turns, asked)]
+        if not marks:
+            messages[-1]["content"] = [*[{"type": "image"}] * images, _text(observation["prompt"])]
+        return messages
+
+    @cached_property
+    def forms(self) -> dict[Role, Form]:
+        """The form in which the template takes earlier turns of each role; a role that it leaves out is missing.
+
+        Published templates differ: some write the text parts of a system turn, some its content as it is, and some
+        raise an error.
+        """
+        other, probe = _WORDS[:2]
+        conversations: dict[Role, list[Turn]] = {
+            "system": [{"role": "system", "text": probe}],
+            "user": [{"role": "user", "text": probe}, {"role": "assistant", "text": other}],
+            "assistant": [{"role": "user", "text": other}, {"role": "assistant", "text": probe}],
+        }
+        found: dict[Role, Form] = {}
+        for role, turns in conversations.items():
+            if form := next((form for form in _FORMS if self._shows(turns, form)), None):
+                found[role] = "parts" if role == "user" else form
+        return found
+
+    @cached_property
+    def keeps_places(self) -> bool:
+        """Whether an image between two texts stays between them; some templates write all images first."""
+        content = [_text(_WORDS[0]), {"type": "image"}, _text(_WORDS[1])]
+        text = self._render([{"role": "user", "content": content}])
+        kept = self._image_token in text.partition(_WORDS[0])[2].partition(_WORDS[1])[0]
+        if not kept:
+            warnings.warn(
+                f"the chat template moves images to the front of their turn: {IMAGE_MARK} marks between texts become "
+                "'image 1', 'image 2' and so on",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return kept
+
+    def _message(self, turn: Turn, marked: bool, numbers: itertools.count[int]) -> Message:
+        role, text = turn["role"], turn["text"]
+        if not marked or role == "assistant" or IMAGE_MARK not in text:
+            return {"role": role, "content": text if self.forms.get(role) == "text" else [_text(text)]}
+        if self.forms.get(role) == "text":
+            raise ValueError(f"the chat template takes no image in a {role} turn")
+        first, *rest = text.split(IMAGE_MARK)
+        if self.keeps_places:
+            parts = [_text(first), *(part for text in rest for part in ({"type": "image"}, _text(text)))]
+            return {"role": role, "content": [part for part in parts if part.get("text") != ""]}
+        return {"role": role, "content": [*[{"type": "image"}] * len(rest), _text(named_images(text, numbers))]}
+
+    def _check_roles(self, turns: Sequence[Turn]) -> None:
+        for place, turn in enumerate(turns):
+            if turn["role"] not in ROLES:
+                raise ValueError(f"turn {place + 1} has the role {turn['role']!r}; known: {', '.join(ROLES)}")
+            if turn["role"] == "system" and place:
+                raise ValueError(f"turn {place + 1} is a system turn, which only the first can be")
+            if turn["role"] not in self.forms:
+                raise ValueError(f"the chat template leaves {turn['role']} turns before the prompt out")
+
+    def _shows(self, turns: Sequence[Turn], form: Form) -> bool:
+        """Whether a rendering has the second probe's text once, and no list of parts as it is.
+
+        User turns have parts in either form: they may hold images.
+        """
+        messages: list[Message] = [{"role": turn["role"], "content": [_text(turn["text"])]} for turn in turns]
+        for message in messages:
+            if message["role"] != "user" and form == "text":
+                message["content"] = message["content"][0]["text"]
+        try:
+            text = self._render([*messages, {"role": "user", "content": [_text(_WORDS[2])]}])
+        except (ValueError, TypeError):
+            return False
+        return text.count(_WORDS[1]) == 1 and "'text'" not in text and _WORDS[2] in text
+
+    def _render(self, messages: list[Message]) -> str:
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages,
+                chat_template=self._source,
+                tokenize=False,
+                add_generation_prompt=True,
+                **self._switches,
+            )
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template cannot write the prompt: {error}") from error
+        assert isinstance(text, str)
+        return text
+
+
+def check_switches(switches: Mapping[str, Any], source: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ConfigError where a switch is none of the template's own variables, and would change nothing."""
+    names = {value for _, kind, value in jinja2.Environment().lex(source) if kind == "name"}
+    ours = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}
+    for name in switches:
+        if name in ours:
+            raise ConfigError(f"chat_template_kwargs must not contain '{name}', which vlmenv sets itself")
+        if name not in names:
+            nearest = difflib.get_close_matches(name, names, n=1)
+            hint = f". Did you mean '{nearest[0]}'?" if nearest else ": leave it out"
+            raise ConfigError(f"the model's chat template never reads '{name}' of chat_template_kwargs{hint}")
+
+
+def _text(text: str) -> Message:
+    return {"type": "text", "text": text}

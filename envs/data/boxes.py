@@ -1,0 +1,173 @@
+"""How true boxes are stored in a data set: which numbers they are, and of which orientation of the image."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+from vlmenv.core.coordinates import Box, is_box
+from vlmenv.core.spaces import Image
+from vlmenv.envs.data.images import exif_orientation
+from vlmenv.envs.data.media import ImageRef
+from vlmenv.envs.data.rows import Row
+
+Change = Callable[[Box], Box]
+MapBoxes = Callable[[Any, Change], Any]
+"""Gives a truth with each of its boxes changed."""
+
+_LIST = re.compile(r"\[([^\[\]]*)\]")
+_NUMBER = re.compile(r"[+-]?\d{1,17}(?:\.\d{0,40})?(?:[eE][+-]?\d{1,3})?", re.ASCII)
+
+
+class BoxForm(StrEnum):
+    """What the four numbers of a box are in a data set."""
+
+    XYXY = "xyxy"
+    """Left, top, right and bottom edge, in pixels."""
+    XYWH = "xywh"
+    """Left and top edge, width and height, in pixels, as COCO has them."""
+    FRACTIONS = "fractions"
+    """The edges as fractions of the image's width and height."""
+    NORM1000 = "norm1000"
+    """The edges in thousandths of the image's width and height."""
+
+
+class BoxOrientation(StrEnum):
+    """Which orientation of an image its boxes refer to, where EXIF turns it."""
+
+    SHOWN = "shown"
+    """The turned one, which is shown: browsers and most tools for labelling turn images too."""
+    STORED = "stored"
+    """That of the stored pixels, as libraries read them that leave EXIF alone."""
+
+
+@dataclass(frozen=True)
+class BoxReading:
+    """How the boxes of a data set are read."""
+
+    map_boxes: MapBoxes
+    """of the task"""
+    form: BoxForm | None = None
+    """None for xyxy in answers, and for what a layout of its own has by definition"""
+    orientation: BoxOrientation = BoxOrientation.SHOWN
+
+    def as_corners(self, row: Row) -> Row:
+        """A row whose boxes have four edges, as tasks read them, and may yet need to be scaled.
+
+        Raises:
+            ValueError: What the data set has as boxes are none in this form.
+        """
+        if self.form is None or (row.detections is None and self.form is not BoxForm.XYWH):
+            return row
+        if row.detections is None:
+            return replace(row, answer=change_numbers(row.answer, corners))
+        found = [one._replace(box=self._edges(lengths(one.box))) for one in row.detections]
+        for one in found:
+            if not is_box(one.box):
+                raise ValueError(f"the box {list(one.box)} covers nothing, if boxes are in {self.form}")
+        return replace(row, detections=tuple(found))
+
+    def _edges(self, numbers: Box) -> Box:
+        return corners(numbers) if self.form is BoxForm.XYWH else numbers
+
+    def in_pixels(self, target: Any, row: Row, ref: ImageRef, image: Image) -> Any:
+        """The truth in pixels of the image as it is shown.
+
+        Args:
+            target: What the task has read of `as_corners`.
+            row: The row.
+            ref: Where its first image is.
+            image: The first image, turned as EXIF says.
+        """
+        height, width = image.shape[:2]
+        turn = self._turn(row, ref, (width, height))
+        if turn == 1 and self.form not in (BoxForm.FRACTIONS, BoxForm.NORM1000):
+            return target
+        size = (height, width) if turn in SIDEWAYS else (width, height)
+        return self.map_boxes(target, lambda box: turned(scaled(box, self.form, size), turn, size))
+
+    def told(self, row: Row, shown: tuple[int, int]) -> BoxOrientation | None:
+        """The orientation that the width and height tell which a row has of its image; None where they cannot."""
+        if shown[0] == shown[1] or row.size not in (shown, shown[::-1]):
+            return None
+        return BoxOrientation.SHOWN if row.size == shown else BoxOrientation.STORED
+
+    def _turn(self, row: Row, ref: ImageRef, shown: tuple[int, int]) -> int:
+        """The EXIF orientation by which the row's boxes are to be turned; 1 for not at all."""
+        told = self.told(row, shown)
+        if BoxOrientation.STORED not in (told, self.orientation):
+            return 1
+        turn = exif_orientation(ref)
+        orientation = told if told is not None and turn in SIDEWAYS else self.orientation
+        return turn if orientation is BoxOrientation.STORED else 1
+
+
+SIDEWAYS = (5, 6, 7, 8)
+"""The EXIF orientations that exchange width and height."""
+
+
+def corners(numbers: Box) -> Box:
+    """The edges of a box of which left and top edge, width and height are given."""
+    x, y, width, height = numbers
+    return (x, y, x + width, y + height)
+
+
+def lengths(box: Box) -> Box:
+    """The inverse of `corners`."""
+    x1, y1, x2, y2 = box
+    return (x1, y1, x2 - x1, y2 - y1)
+
+
+def scaled(box: Box, form: BoxForm | None, size: tuple[int, int]) -> Box:
+    """A box in pixels, of edges in a form, and the image's width and height."""
+    whole = {BoxForm.FRACTIONS: 1, BoxForm.NORM1000: 1000}
+    if form not in whole:
+        return box
+    across, down = size[0] / whole[form], size[1] / whole[form]
+    return (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
+
+
+def turned(box: Box, orientation: int, size: tuple[int, int]) -> Box:
+    """A box of a stored image, on the image as it is shown.
+
+    Args:
+        box: In pixels of the stored image.
+        orientation: As EXIF has it, from 1 to 8.
+        size: Width and height of the stored image.
+    """
+    (x1, y1, x2, y2), (width, height) = box, size
+    if orientation in (2, 3, 7, 8):  # left and right are exchanged
+        x1, x2 = width - x2, width - x1
+    if orientation in (3, 4, 6, 7):  # top and bottom
+        y1, y2 = height - y2, height - y1
+    return (y1, x1, y2, x2) if orientation in SIDEWAYS else (x1, y1, x2, y2)
+
+
+def numbers_in(text: str) -> list[Box]:
+    """The lists of four numbers in a text."""
+    found: list[Box] = []
+
+    def keep(box: Box) -> Box:
+        found.append(box)
+        return box
+
+    change_numbers(text, keep)
+    return found
+
+
+def change_numbers(text: str, change: Change) -> str:
+    """A text with each list of four numbers in it changed."""
+
+    def changed(match: re.Match[str]) -> str:
+        parts = [part.strip() for part in match[1].rstrip().removesuffix(",").split(",")]
+        if len(parts) != 4 or not all(map(_NUMBER.fullmatch, parts)):
+            return match[0]
+        values = [float(part) for part in parts]
+        box = change((values[0], values[1], values[2], values[3]))
+        return json.dumps([int(value) if value.is_integer() else value for value in box])
+
+    return _LIST.sub(changed, text)

@@ -1,0 +1,243 @@
+"""Looks at the rows of a data set as training meets them, and finds out in which convention its boxes are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+from vlmenv.core.coordinates import Box, is_box
+from vlmenv.core.errors import DataError
+from vlmenv.envs.data.boxes import (
+    SIDEWAYS,
+    BoxForm,
+    BoxOrientation,
+    BoxReading,
+    corners,
+    lengths,
+    numbers_in,
+    scaled,
+)
+from vlmenv.envs.data.dataset import TableSource
+from vlmenv.envs.data.images import exif_orientation, image_size
+from vlmenv.envs.data.rows import Row
+from vlmenv.envs.data.source import Sample
+
+_SLACK: Final = (2, 0.01)
+"""By how many pixels, or what share of a side, a box may go beyond its image; many data sets round or count so."""
+_MOST: Final = 0.9
+"""Share of the rows that a convention must fit to be taken for that of the data."""
+_GAIN: Final = 0.1
+"""Share of the rows by which it must fit more than the given one, so that some odd rows decide nothing."""
+_CHANCE: Final = 1e-4
+"""Below this chance, boxes that all stay within a limit are no coincidence."""
+
+
+class BoxedRow(NamedTuple):
+    """The boxes of a row, with the size of its image."""
+
+    place: str
+    numbers: tuple[Box, ...]
+    """as they are stored"""
+    shown: tuple[int, int]
+    """width and height of the image, turned as EXIF says"""
+    turn: int
+    """the EXIF orientation of the image"""
+    told: BoxOrientation | None
+    """which orientation the boxes are of, where the data set tells"""
+    form: BoxForm
+    """of the numbers, unless told otherwise"""
+
+
+class Convention(NamedTuple):
+    """How boxes are read."""
+
+    form: BoxForm | None
+    """None for the one of each row's layout"""
+    orientation: BoxOrientation
+
+    def size(self, row: BoxedRow) -> tuple[int, int]:
+        """Width and height of the image that a row's boxes refer to."""
+        stored = (row.told or self.orientation) is BoxOrientation.STORED and row.turn in SIDEWAYS
+        return row.shown[::-1] if stored else row.shown
+
+    def edges(self, row: BoxedRow) -> list[Box]:
+        """The row's boxes in pixels of that image."""
+        form, size = self.form or row.form, self.size(row)
+        return [corners(box) if form is BoxForm.XYWH else scaled(box, form, size) for box in row.numbers]
+
+    def misfit(self, row: BoxedRow) -> str | None:
+        """What is wrong with the first of the row's boxes that does not lie within the image; None if all do."""
+        width, height = self.size(row)
+        for stored, edges in zip(row.numbers, self.edges(row), strict=True):
+            if not is_box(edges):
+                return f"the box {_written(stored)} covers nothing, or is not finite"
+            if not _is_within(edges, width, height):
+                return f"the box {_written(stored)} goes beyond the image of {width} x {height}"
+        return None
+
+
+def _written(box: Box) -> str:
+    return "[" + ", ".join(f"{value:.10g}" for value in box) + "]"
+
+
+def _is_within(edges: Box, width: int, height: int) -> bool:
+    across, down = (max(_SLACK[0], _SLACK[1] * side) for side in (width, height))
+    x1, y1, x2, y2 = edges
+    return x1 >= -across and y1 >= -down and x2 <= width + across and y2 <= height + down
+
+
+@dataclass
+class LookedAt:
+    """What was found in one row."""
+
+    number: int
+    """of the row in its table"""
+    row: Row | None = None
+    """None where it cannot be read"""
+    sample: Sample | None = None
+    """with its images; None where it is broken, or images were not asked for"""
+    boxed: BoxedRow | None = None
+    """its boxes, where they and the image's size can be read"""
+    faults: list[str] = field(default_factory=list)
+    """what was wrong besides what opening the data set has told"""
+
+
+def look_at(source: TableSource, number: int, index: int | None, *, decode: bool) -> LookedAt:
+    """Looks at a row, its images and its boxes.
+
+    Args:
+        source: Of the row.
+        number: Of the row in the table.
+        index: Of its sample in the source; None for a row that is broken or unwanted.
+        decode: Whether to read images.
+    """
+    found = LookedAt(number)
+    try:
+        found.row, refs = source.stored(number)
+    except (ValueError, LookupError):  # of which opening the data set has told
+        return found
+    if not decode:
+        return found
+    if index is not None:
+        try:
+            found.sample = source.get(index)
+        except DataError as error:
+            found.faults.append(str(error))
+            return found
+    if refs and source.boxes is not None:
+        place = source.table.place(number) if index is None else source.place(index, found.row.id)
+        found.boxed = _boxed(found, refs[0], source.boxes, place)
+        if found.boxed is not None and (fault := _size_fault(found.row, found.boxed)):
+            found.faults.append(f"{place}: {fault}")
+    return found
+
+
+def _boxed(found: LookedAt, ref: str, reading: BoxReading, place: str) -> BoxedRow | None:
+    assert found.row is not None
+    try:
+        turn = exif_orientation(ref)
+        width, height = image_size(ref)
+    except ValueError:
+        return None
+    shown = (height, width) if turn in SIDEWAYS else (width, height)
+    row = found.row
+    if row.detections is not None:
+        numbers, form = [lengths(one.box) for one in row.detections], BoxForm.XYWH
+    else:
+        numbers, form = numbers_in(row.answer), BoxForm.XYXY
+        if not numbers and found.sample is not None and reading.form in (None, BoxForm.XYXY):  # written otherwise
+            reading.map_boxes(found.sample.target, lambda box: numbers.append(box) or box)
+            numbers = [box for box in numbers if box[:2] != box[2:]]  # a point is no box
+    return BoxedRow(place, tuple(numbers), shown, turn, reading.told(row, shown), form)
+
+
+def _size_fault(row: Row, boxed: BoxedRow) -> str | None:
+    """What is wrong with the size that the data set tells of an image."""
+    stored = boxed.shown[::-1] if boxed.turn in SIDEWAYS else boxed.shown
+    if row.size in (None, boxed.shown, stored):
+        return None
+    told, real = (f"{width} x {height}" for width, height in (row.size or (0, 0), stored))
+    return f"the data set says that the image has {told} pixels, but it has {real}: its boxes may not fit"
+
+
+def likely_convention(rows: Sequence[BoxedRow], given: Convention) -> Convention | None:
+    """The convention that boxes are in, if it is most likely another than the given one.
+
+    It is judged by all rows together: some odd ones decide nothing. Thousandths in images of about 1000 pixels cannot
+    be told from pixels, nor can the orientation of fractions.
+    """
+    rows = [row for row in rows if row.numbers]
+    if not rows:
+        return None
+    form = _likely_form(rows, given)
+    found = Convention(form, _likely_orientation(rows, Convention(form, given.orientation)))
+    return None if found == given else found
+
+
+def share(rows: Sequence[BoxedRow], holds: Callable[[BoxedRow], bool]) -> float:
+    """The share of rows for which something holds; 0 of none."""
+    return sum(map(holds, rows)) / max(1, len(rows))
+
+
+def _likely_form(rows: Sequence[BoxedRow], given: Convention) -> BoxForm | None:
+    if given.form is not BoxForm.FRACTIONS and share(rows, _is_in_fractions) >= _MOST:
+        return BoxForm.FRACTIONS
+    straight = [row for row in rows if row.turn not in SIDEWAYS] or rows
+    fits = {form: share(straight, _fits(form)) for form in (given.form, *BoxForm)}
+    for form in sorted(BoxForm, key=lambda form: -fits[form]):
+        gains = fits[form] >= _MOST and fits[form] - fits[given.form] >= _GAIN
+        if gains and (form is not BoxForm.NORM1000 or _is_scattered(straight, given.form)):
+            return form
+    pixels = given.form in (None, BoxForm.XYXY)
+    if pixels and fits[BoxForm.NORM1000] >= _MOST and _stay_within_1000(straight):
+        return BoxForm.NORM1000
+    if given.form is BoxForm.NORM1000 and fits[BoxForm.XYXY] >= _MOST and _stay_within_images(straight):
+        return BoxForm.XYXY
+    return given.form
+
+
+def _fits(form: BoxForm | None) -> Callable[[BoxedRow], bool]:
+    """Whether a row's boxes lie within the image, be it turned or not."""
+    return lambda row: any(Convention(form, orientation).misfit(row) is None for orientation in BoxOrientation)
+
+
+def _is_in_fractions(row: BoxedRow) -> bool:
+    """In pixels, such boxes would cover less than one."""
+    return all(0 <= value <= 1.001 for box in row.numbers for value in box)
+
+
+def _is_scattered(rows: Sequence[BoxedRow], form: BoxForm | None) -> bool:
+    """Whether about as many rows go beyond their images as edges would that lie anywhere up to 1000."""
+    expected = sum(1 - math.exp(_log_chance(row.shown, (1000, 1000))) for row in rows)
+    return share(rows, lambda row: not _fits(form)(row)) * len(rows) >= expected / 2
+
+
+def _stay_within_1000(rows: Sequence[BoxedRow]) -> bool:
+    """Whether edges reach up to 1000 and never beyond, though images are larger."""
+    stored = Convention(None, BoxOrientation.SHOWN)
+    furthest = max(max(edges[2:]) for row in rows for edges in stored.edges(row))
+    chance = sum(_log_chance((1000, 1000), row.shown) for row in rows)
+    return 900 < furthest <= 1010 and chance < math.log(_CHANCE)
+
+
+def _stay_within_images(rows: Sequence[BoxedRow]) -> bool:
+    """Whether edges reach up to the images' own and never beyond, though these have less than 1000 pixels."""
+    furthest = max(box[2 + i] / row.shown[i] for row in rows for box in row.numbers for i in (0, 1))
+    return furthest > 0.9 and sum(_log_chance(row.shown, (1000, 1000)) for row in rows) < math.log(_CHANCE)
+
+
+def _log_chance(limits: tuple[int, int], sides: tuple[int, int]) -> float:
+    """Of the chance that right and bottom edge, lying anywhere within sides, are within limits."""
+    return sum(math.log(min(1.0, limit / side)) for limit, side in zip(limits, sides, strict=True))
+
+
+def _likely_orientation(rows: Sequence[BoxedRow], given: Convention) -> BoxOrientation:
+    if given.form in (BoxForm.FRACTIONS, BoxForm.NORM1000):
+        return given.orientation
+    turned = [row for row in rows if row.turn in SIDEWAYS and row.told is None]
+    other = next(one for one in BoxOrientation if one is not given.orientation)
+    now = share(turned, lambda row: given.misfit(row) is None)
+    then = share(turned, lambda row: given._replace(orientation=other).misfit(row) is None)
+    return other if then >= _MOST and then - now >= _GAIN else given.orientation

@@ -1,0 +1,97 @@
+"""The choices that a row offers: a list, a mapping from letters, or either written as text."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+_LABELLED = re.compile(r"[(\[]?([A-Za-z])[)\].:、：．）]\s*(.*\S)", re.DOTALL)
+_LABELLED_LINES = re.compile(r"\s*\n\s*")
+
+
+def read_choices(found: Any, name: str = "choices") -> tuple[str, ...]:
+    """What the letters from A on stand for.
+
+    Args:
+        found: A list of texts or numbers; a mapping from the letters A, B, C … to them; `{"label": [...],
+            "text": [...]}`; any of these as JSON or as Python writes it; or lines "A. …", "B. …". Labels that stand
+            within the texts themselves, as in "A. cat", are taken off.
+        name: The field, for messages.
+
+    Returns:
+        The choices; none where there is nothing, or an empty list.
+
+    Raises:
+        ValueError: It is none of these, or there are more than 26; the message says what to do.
+    """
+    found = _parsed(found) if isinstance(found, str) else found
+    if found is None or (isinstance(found, (str, Sequence, Mapping)) and not len(found)):
+        return ()
+    if isinstance(found, Mapping):
+        found = _by_letter(found, name)
+    if isinstance(found, str) or not isinstance(found, Sequence):
+        raise ValueError(f"{name} is {_shown(found)}, which is neither a list nor a mapping: {_ADVICE}")
+    texts = [_text(choice, name) for choice in found]
+    if len(texts) > len(LETTERS):
+        raise ValueError(f"{name} has {len(texts)} choices; there are letters for {len(LETTERS)}")
+    return tuple(_unlabelled(texts))
+
+
+_ADVICE: Final = (
+    'give a list of texts, {"A": …, "B": …}, or either as JSON text; where it holds no choices, leave it out or rename it'
+)
+
+
+def _parsed(text: str) -> Any:
+    """A text as JSON, as Python's literal, or as labelled lines; itself where it is none of these."""
+    text = text.strip()
+    if text[:1] in ("[", "{", "("):
+        for parse in (json.loads, ast.literal_eval):
+            try:
+                return parse(text)
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+    lines = _LABELLED_LINES.split(text)
+    return lines if len(lines) > 1 and _labels(lines) == LETTERS[: len(lines)] else text
+
+
+def _by_letter(found: Mapping[Any, Any], name: str) -> list[Any]:
+    if {*found} == {"label", "text"} and isinstance(found["label"], Sequence) and isinstance(found["text"], Sequence):
+        if len(found["label"]) != len(found["text"]):
+            raise ValueError(f"{name} has {len(found['label'])} labels for {len(found['text'])} texts")
+        found = dict(zip(found["label"], found["text"], strict=True))
+    by_letter = {str(label).strip().upper(): choice for label, choice in found.items()}
+    letters = [letter for letter in sorted(by_letter) if by_letter[letter] not in (None, "")]  # tables pad with these
+    if "".join(letters) != LETTERS[: len(letters)] or len(by_letter) != len(found):
+        raise ValueError(f"{name} has the keys {_shown([*found])}, which are not the letters from A on: {_ADVICE}")
+    return [by_letter[letter] for letter in letters]
+
+
+def _text(choice: Any, name: str) -> str:
+    if isinstance(choice, bool) or not isinstance(choice, (str, int, float)):
+        raise ValueError(f"{name} holds {_shown(choice)}, which is neither text nor number: {_ADVICE}")
+    if not str(choice).strip():
+        raise ValueError(f"{name} holds an empty choice: {_ADVICE}")
+    return str(choice).strip()
+
+
+def _unlabelled(texts: list[str]) -> list[str]:
+    if len(texts) < 2 or _labels(texts) != LETTERS[: len(texts)]:
+        return texts
+    return [match[2] for text in texts if (match := _LABELLED.fullmatch(text))]
+
+
+def _labels(texts: Sequence[str]) -> str:
+    """The letters by which texts are labelled; "?" stands for one that is not."""
+    matches = [_LABELLED.fullmatch(text) for text in texts]
+    return "".join(match[1].upper() if match else "?" for match in matches)
+
+
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:77]}…"

@@ -1,0 +1,191 @@
+"""Finds the images of a row, in the columns and forms that data sets have them in; refuses videos and sound."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import binascii
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+from urllib.parse import unquote, urlsplit
+
+from PIL.Image import Image as PILImage
+
+from vlmenv.core.rollout import IMAGE_MARK
+
+ImageRef = str | bytes | PILImage | None
+"""A path, an encoded file's bytes or a picture; None for one that is there but was not read."""
+
+IMAGE_COLUMNS: Final = (
+    *("images", "image", "image_path", "image_paths", "img", "imgs", "img_path", "img_paths"),
+    *("picture", "pictures", "photo", "photos", "decoded_image", "pil_image", "image_file", "image_files"),
+    *("image_url", "image_urls", "file_name", "file_names"),
+)
+"""Columns that may hold the images of a row; `image_1`, `image_2` … do too."""
+
+_NUMBERED_COLUMN = re.compile(r"(?:image|img)_?(\d{1,3})")
+_NUMBERED_MARK = re.compile(r"<\|?image[ _]?(\d{1,3})\|?>")
+_OTHER_COLUMN = re.compile(r"(video|audio)(?:s|_path|_paths|_file|_url|_bytes)?")
+_OTHER_MARK = re.compile(r"<(video|audio)>")
+_IMAGE_NAME = re.compile(r"[^\n]{1,1000}\.(?:png|jpe?g|webp|gif|bmp|tiff?)(?:\?[^\n]*)?", re.IGNORECASE)
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
+_MAGIC: Final = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
+"""How the files of usual image formats begin."""
+
+
+class Unread:
+    """Stands in a raw row for an image that is there, but need not be read yet."""
+
+
+def is_filled(value: Any) -> bool:
+    """Whether a cell holds something; Hugging Face data sets fill structures up with None."""
+    if value is None or value == "":
+        return False
+    if isinstance(value, Mapping):
+        return any(map(is_filled, value.values()))
+    return not isinstance(value, (list, tuple)) or len(value) > 0
+
+
+def refuse_other_media(row: Mapping[str, Any]) -> None:
+    """Raises ValueError where a row holds a video or a sound, which no task shows."""
+    for column, value in row.items():
+        if (found := _OTHER_COLUMN.fullmatch(str(column).lower())) and is_filled(value):
+            raise ValueError(
+                f"the row has a {found[1]} in '{column}', and the tasks show images only: store frames as 'images', "
+                f"or take the column '{column}' out of the data"
+            )
+
+
+def refuse_other_marks(text: str) -> None:
+    """Raises ValueError where a text has a mark for a video or a sound."""
+    if "<" in text and (found := _OTHER_MARK.search(text)):
+        raise ValueError(f"the text has a {found[0]} mark, and the tasks show images only: store frames as images")
+
+
+def image_columns(row: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The columns that hold the images of a row, those to be shown first; several that are numbered go together.
+
+    Pictures that are stored within the row come before paths, which may lead nowhere.
+    """
+    found = [(column,) for column in IMAGE_COLUMNS if column in row and is_filled(row[column])]
+    numbered = [(int(match[1]), column) for column in row if (match := _NUMBERED_COLUMN.fullmatch(str(column)))]
+    if numbered and (filled := tuple(column for _, column in sorted(numbered) if is_filled(row[column]))):
+        found.append(filled)
+    if len(found) > 1:
+        found.sort(key=lambda columns: isinstance(_first(row[columns[0]]), (str, os.PathLike)))
+    return found
+
+
+def holds_image(value: Any) -> bool:
+    """Whether a cell plainly holds an image, or a path or URL of one."""
+    value = _first(value)
+    if isinstance(value, Mapping):
+        return isinstance(value.get("bytes"), bytes) or holds_image(value.get("path"))
+    if isinstance(value, str):
+        return value.startswith("data:image/") or _IMAGE_NAME.fullmatch(value) is not None
+    return value is Unread or isinstance(value, PILImage) or (isinstance(value, bytes) and value.startswith(_MAGIC))
+
+
+def _first(value: Any) -> Any:
+    return value[0] if isinstance(value, (list, tuple)) and value else value
+
+
+def read_images(found: Any) -> tuple[ImageRef, ...]:
+    """The images of a cell: one or a list of them.
+
+    Raises:
+        ValueError: Something in it is no image, or lies on the web.
+    """
+    if isinstance(found, str) and found.startswith("[") and found.endswith("]"):
+        found = literal(found)
+    refs = found if isinstance(found, (list, tuple)) else [] if found is None else [found]
+    return tuple(map(read_image, refs))
+
+
+def literal(text: str) -> Any:
+    """A list or a number that is written out, as CSV and TSV files have them; else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def read_image(ref: Any) -> ImageRef:
+    """One image: a path, bytes, a picture, `{"bytes", "path"}`, a data URI, a `file://` URL or base64.
+
+    Raises:
+        ValueError: It is none of these, or lies on the web.
+    """
+    if isinstance(ref, Mapping):
+        ref = next((ref[key] for key in ("bytes", "path", "url", "image", "base64") if ref.get(key)), ref)
+    if ref is Unread:
+        return None
+    if isinstance(ref, os.PathLike):
+        ref = os.fspath(ref)
+    if isinstance(ref, str):
+        return _read_text(ref)
+    if isinstance(ref, PILImage) and 0 in ref.size:
+        raise ValueError("an image has no pixels")
+    if isinstance(ref, (bytes, PILImage)):
+        return ref
+    raise ValueError("an image is neither a path, nor bytes, nor a picture")
+
+
+def _read_text(ref: str) -> str | bytes:
+    check_text("image's path", ref)
+    if ref.startswith("data:"):
+        return _decoded(ref.partition(",")[2])
+    if ref.startswith(("http://", "https://")):
+        raise ValueError(f"the image {ref[:200]} lies on the web: download it first, and give its path")
+    if ref.startswith("file://"):
+        return unquote(urlsplit(ref).path)
+    head = ref[:64]
+    if len(head) == 64 and _BASE64.fullmatch(head) and base64.b64decode(head).startswith(_MAGIC):
+        return _decoded(ref)
+    return ref
+
+
+def _decoded(text: str) -> bytes:
+    try:
+        return base64.b64decode(text)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"an image within the row is not base64: {error}") from None
+
+
+def check_text(name: str, value: Any) -> None:
+    """Raises ValueError for half a surrogate pair, which no tokenizer and no file system takes."""
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"the {name} holds half a surrogate pair, which is no character") from None
+
+
+def place_numbered(texts: Sequence[str], images: tuple[ImageRef, ...]) -> tuple[tuple[str, ...], tuple[ImageRef, ...]]:
+    """Texts with plain marks for numbered ones (`<image 1>`), and the images in the order of these marks.
+
+    A mark after the first of an image becomes its number, such as "image 2"; so do all, where some image has none.
+
+    Raises:
+        ValueError: A mark is of an image that the row does not have.
+    """
+    if not any("image" in text and _NUMBERED_MARK.search(text) for text in texts):
+        return tuple(texts), images
+    numbers = [int(found) for text in texts for found in _NUMBERED_MARK.findall(text)]
+    if wrong := [number for number in numbers if not 1 <= number <= len(images)]:
+        raise ValueError(f"the text has a mark of image {wrong[0]}, but the row has {len(images)} images")
+    order = list(dict.fromkeys(numbers))
+    unmarked = set() if len(order) == len(images) else set(order)
+    order = order if not unmarked else list(range(1, len(images) + 1))
+    shown = set(unmarked)
+
+    def rewrite(found: re.Match[str]) -> str:
+        number = int(found[1])
+        if number in shown:
+            return f"image {order.index(number) + 1}"
+        shown.add(number)
+        return IMAGE_MARK
+
+    return tuple(_NUMBERED_MARK.sub(rewrite, text) for text in texts), tuple(images[i - 1] for i in order)

@@ -1,0 +1,50 @@
+"""Makes batched environments by name."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import gymnasium
+
+from vlmenv.core.errors import ConfigError
+from vlmenv.core.loading import import_module
+from vlmenv.envs.registration import VectorEntryPoint
+from vlmenv.envs.vector import VisualTaskVectorEnv
+
+
+def make_envs(env: str, num_envs: int, **arguments: Any) -> VisualTaskVectorEnv:
+    """The batched environment of a registered task; `module:Id` imports the module that registers it.
+
+    Raises:
+        ConfigError: There is no such environment, or it is no visual task.
+    """
+    module, _, name = env.rpartition(":")
+    if module:
+        import_module(module, f"environment {env}")
+    if name not in gymnasium.registry:
+        raise ConfigError(_unknown(name, module))
+    if name not in visual_tasks():
+        raise ConfigError(f"{env} is no visual task: register it with vlmenv.register_task")
+    envs = gymnasium.make_vec(name, num_envs=num_envs, **arguments)
+    assert isinstance(envs, VisualTaskVectorEnv)
+    return envs
+
+
+def visual_tasks() -> list[str]:
+    """The ids of the registered visual tasks."""
+    return sorted(i for i, spec in gymnasium.registry.items() if isinstance(spec.vector_entry_point, VectorEntryPoint))
+
+
+def _unknown(name: str, module: str) -> str:
+    """What to do about an id that is not registered: a near one is most likely meant, or else one of one's own."""
+    if module:
+        return f"module '{module}' registers no environment '{name}': call register_task({name!r}, …) in it"
+    parts = {known.removeprefix("VLM-").rpartition("-v")[0]: known for known in visual_tasks()}
+    nearest = difflib.get_close_matches(name.removeprefix("VLM-").rpartition("-v")[0] or name, parts, n=1, cutoff=0.6)
+    if nearest:
+        return f"unknown environment '{name}'. Did you mean '{parts[nearest[0]]}'?"
+    return (
+        f"unknown environment '{name}'. Known: {', '.join(visual_tasks())}. One of your own is named with the module "
+        f"that registers it, as in my_task:{name}"
+    )

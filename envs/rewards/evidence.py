@@ -1,0 +1,171 @@
+r"""Where an answer says what it holds to be right: the last `\boxed`, then what follows the last "the answer is"."""
+
+from __future__ import annotations
+
+import re
+from typing import Final, NamedTuple
+
+MARK: Final = "\ue0ff"
+"""A private character that stands for a thing named, where only its surroundings matter."""
+
+_FIRST, _LAST = "\ue000", MARK
+MARKS: Final = rf"[{_FIRST}-{_LAST}]"
+"""A pattern of the characters that stand for things named."""
+
+_PLAIN: Final[dict[int, int | str]] = {
+    **{code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)},  # full-width forms
+    **{code: code - 0x24B6 + ord("A") for code in range(0x24B6, 0x24D0)},  # letters in circles
+    **{code: code - 0x24D0 + ord("a") for code in range(0x24D0, 0x24EA)},
+    **dict.fromkeys(range(0xE000, 0xE100), " "),  # what stands for things named, here
+    **{0x2212: "-", 0x3000: " ", 0xA0: " ", 0x3001: ",", 0x3002: ".", 0x3010: "[", 0x3011: "]", 0x2019: "'"},
+    **dict.fromkeys((0x200B, 0x200C, 0x200D, 0xFEFF), None),  # type: ignore[arg-type]
+}
+_HAN: Final = "\u2e80-\u2fff\u3005-\u9fff\uf900-\ufaff"
+_SEAM = re.compile(rf"(?<=[{_HAN}])(?=[A-Za-z0-9$\\(])|(?<=[A-Za-z0-9$)}}])(?=[{_HAN}])")
+_TAG = re.compile(
+    r"</?(?:b|i|u|s|p|em|strong|span|div|br|hr|font|center|code|pre|mark|small|big|h[1-6]|li|ul|ol)(?: [^<>]{0,100})?/?>",
+    re.IGNORECASE,
+)
+_EMPHASIS = re.compile(r"(?<![\w)])\*\*|\*\*(?![\w(])|__|`|#{2,}")
+_SPACE = re.compile(r"[^\S\n]+")
+_LINES = re.compile(r" ?\n[\s]*")
+
+
+def tidy(content: str) -> str:
+    """A text in plain signs, without tags of HTML and Markdown's emphasis; spaces are single, lines are kept.
+
+    Between Chinese characters and letters or digits a space is put.
+    """
+    text = _EMPHASIS.sub(" ", _TAG.sub(" ", content.translate(_PLAIN)))
+    return _LINES.sub("\n", _SPACE.sub(" ", _SEAM.sub(" ", text))).strip()
+
+
+class Conclusion(NamedTuple):
+    """What a text concludes."""
+
+    text: str
+    is_boxed: bool
+
+
+def conclusions(text: str) -> list[Conclusion]:
+    r"""What a tidy text concludes, the strongest first: the last `\boxed`, what follows the last "the answer is".
+
+    A box goes before an "answer is" that comes before it. What is denied, as in "not \boxed{A}" or "\boxed{A} is
+    wrong", is left out. Boxes that stand side by side, as in "\boxed{A} or \boxed{B}", come as one.
+    """
+    boxes = find_boxes(text)
+    boxed = _boxed(text, boxes)
+    led_in = _led_in(text, boxes[-1].end if boxed else 0)
+    return [Conclusion(*found) for found in ((boxed, True), (led_in, False)) if found[0]]
+
+
+def sentence(text: str) -> str:
+    """The first sentence of a text, on one line."""
+    return _SENTENCE_END.split(text, maxsplit=1)[0].strip()
+
+
+_SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n")
+
+
+class _Box(NamedTuple):
+    start: int
+    end: int
+    content: str
+
+
+_BRACE = re.compile(r"(?P<box>(?:\\(?:boxed|fbox)|\x08oxed) ?\{)|\\[{}]|(?P<open>\{)|(?P<close>\})")
+_BETWEEN = re.compile(r"[\s$,;/&.]*(?:(?:or|and|或|和|与)[\s$]*)?")
+_ALSO_AFTER = re.compile(r"[\s$]*(?:(?:or|或|/) ?[^.;!?\n]{1,80}|(?:,|and|&|和|与) ?\(?[A-Za-z0-9.]{1,9}\)?(?=[\s.,;!?]|$))")
+_ALSO_BEFORE = re.compile(r"(?<![^\s(])\(?(?:[A-Za-z]|[0-9.]{1,20})\)?[\s$]*(?:or|and|或|和|,|/)[\s$]*$")
+
+
+def find_boxes(text: str) -> list[_Box]:
+    r"""The outermost `\boxed{…}` in a text; one that is not closed ends with its line."""
+    boxes: list[_Box] = []
+    opened: list[re.Match[str]] = []
+    outer: re.Match[str] | None = None
+    for brace in _BRACE.finditer(text):
+        if brace["box"] or brace["open"]:
+            opened.append(brace)
+            outer = brace if outer is None and brace["box"] else outer
+        elif brace["close"] and opened and opened.pop() is outer and outer is not None:
+            boxes.append(_Box(outer.start(), brace.end(), text[outer.end() : brace.start()]))
+            outer = None
+    if outer is not None:
+        end = (text + "\n").index("\n", outer.end())
+        boxes.append(_Box(outer.start(), end, text[outer.end() : end]))
+    return boxes
+
+
+def _boxed(text: str, boxes: list[_Box]) -> str:
+    if not boxes:
+        return ""
+    first = len(boxes) - 1
+    while first and _BETWEEN.fullmatch(text, boxes[first - 1].end, boxes[first].start):
+        first -= 1
+    parts = [box.content.strip() for box in boxes[first:]]
+    before, after = text[: boxes[first].start], text[boxes[-1].end :]
+    if denied(before.rstrip("$ "), after.lstrip("$ ")):
+        return ""
+    also_before, also_after = _ALSO_BEFORE.search(before[-30:]), _ALSO_AFTER.match(after)
+    around = [match[0] if match else "" for match in (also_before, also_after)]
+    return f"{around[0]}{', '.join(dict.fromkeys(parts))}{around[1]}".strip()
+
+
+_LEAD_IN = re.compile(
+    r"\b(?i:answers?|ans\.?)(?: (?i:to|of|for|here)\b[^.,:;\n]{0,60}?)?"
+    r"(?: ?(?:(?i:is|are|would be|should be|must be|will be)\b(?: (?i:that|thus|therefore)\b)? ?:?|[:=])|(?=\n))"
+    r"|(?:答案|结果|答)(?:应该|应当|应|就)?(?:是|为|选|:)+"
+    r"|(?:故|应|应该|本题|因此|所以|我|正确)选(?!项)择?(?:项)?(?:是|为)?:?"
+)
+_AGAINST_LEAD_IN = re.compile(r"(?i:\b(?:not|wrong|incorrect|false|never|cannot)\b|n['’]t\b|错误|不)[^.,;:!?\n]*$")
+
+
+def _led_in(text: str, start: int) -> str:
+    last = ""
+    for match in _LEAD_IN.finditer(text, start):
+        if not _AGAINST_LEAD_IN.search(text[max(0, match.start() - 60) : match.start()]):
+            last = text[match.end() :].lstrip().partition("\n")[0] or last
+    return last
+
+
+# What is denied. The patterns are tried on texts in which marks stand for what is named.
+_ALIKE: Final = rf"{MARKS}(?:[\s,]*(?:\b(?:or|nor|and)\b|或|和|与)?\s*{MARKS})*"
+_BREAK: Final = rf"{MARKS}|\b(?:but|so|therefore|hence|because|since)\b|但|所以|因此|而是"
+_CLAUSE: Final = rf"(?:(?!{_BREAK})[^.,;:!?\n]){{0,80}}?"
+# "could not have been used is A" names A, other than "I do not think it is A".
+_PHRASE: Final = rf"(?:(?!{_BREAK}|\b(?:is|are|was|were)\b|是)[^.,;:!?\n]){{0,60}}?"
+_DENIED_BEFORE = re.compile(
+    r"(?i:(?:(?:\bnot|n['’]t) (?:think|believe|say|mean|feel|agree|claim|see how|true|the case|likely|possible|correct|right)\b"
+    rf"|\b(?:doubt|unlikely|impossible)\b){_CLAUSE}{_ALIKE}"
+    r"|(?:\b(?:not|never|neither|nor|cannot|except|excluding|excludes?|rejects?|eliminates?|dismiss|unlike"
+    r"|rather than|instead of|other than|as opposed to|rul(?:e|es|ed|ing) out)\b|n['’]t\b"
+    r"|不是|不选|不能|不可能|不应|不为|并非|排除|除了|而不)"
+    rf"{_PHRASE}{_ALIKE}"
+    rf"|(?:\b(?:wrong|incorrect)\b|错误)[^.,;!?\n]{{0,30}}?{_ALIKE})"
+)
+_DENIED_AFTER = re.compile(
+    rf"{_ALIKE}[\s$)\]}}'\"]*"
+    r"(?i:(?:\((?:is )?|, ?|[-–—] ?)?(?:(?:is|are|was|were|seems?|looks?|must be|would be|has to be|clearly|definitely"
+    r"|certainly|obviously|simply|just|also|both|all)\s){0,3}(?:wrong|incorrect|false|impossible|invalid|excluded|eliminated"
+    r"|rejected|ruled out|out of the question|untrue)\b"
+    r"|(?:is|are|was|were)(?: (?:definitely|clearly|certainly|obviously|simply))?(?:n['’]t| not| never)"
+    r"(?: (?:the|a|an))?(?: (?:definitely|necessarily|quite))?"
+    r"(?: (?:right|correct|true|it|possible|valid|acceptable|what|answers?|choices?|options?|best|one)\b|[.,;!]|$)"
+    r"|(?:cannot|can not|can['’]t|could not|couldn['’]t|won['’]t|must not|mustn['’]t|should not|shouldn['’]t|would not"
+    r"|wouldn['’]t)\b"
+    r"|(?:does|do|did)(?: not|n['’]t) (?:fit|match|work|hold|apply|satisfy|make sense|qualify|seem right|look right)"
+    r"|(?:can|must|should|could|may|has to|is to) be (?:ruled out|excluded|eliminated|rejected|discarded|dismissed)"
+    r"|\? ?(?:no\b|not\b|wrong\b|nope\b))"
+    rf"|{_ALIKE}\s*(?:选项|项|答案)?\s*(?:是|为)?(?:不对|不正确|错|不符|排除|不成立|不可能|不是|不选|不合)"
+)
+
+
+def without_denied(text: str) -> str:
+    """A text with marks, without those that it denies on either side: "not A", "A is wrong"."""
+    return _DENIED_AFTER.sub(" ", _DENIED_BEFORE.sub(" ", text))
+
+
+def denied(before: str, after: str) -> bool:
+    """Whether what stands between two texts is denied by them."""
+    return MARK not in without_denied(f"{before[-100:]} {MARK} {after[:100]}")

@@ -1,0 +1,201 @@
+r"""Reads what an answer says out of how it is written; the same for true answers and for a model's.
+
+`fold` writes Unicode forms in plain characters, `boxed` finds the last `\boxed`, `undelimited` removes what marks
+mathematics, and `stated` goes through all of this and the lead-ins: "So the answer is $５$." states "5".
+No text raises, and every function takes time linear in the text's length.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from typing import Final
+
+from vlmenv.envs.rewards.units import is_unit
+
+_SUPERSCRIPTS: Final = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ⁿⁱ", "0123456789+-=()ni", strict=True))
+_SUBSCRIPTS: Final = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋", "0123456789+-", strict=True))
+_SUPERSCRIPT = re.compile(f"[{''.join(_SUPERSCRIPTS)}]+")
+_SUBSCRIPT = re.compile(f"[{''.join(_SUBSCRIPTS)}]+")
+_FRACTION = re.compile(r"(\d?)[ ]*([¼-¾⅐-⅞])", re.ASCII)
+# Before NFKC, which would make º an o.
+_SIGNS: Final = str.maketrans(
+    dict.fromkeys("−–‐‑‒﹣－", "-")
+    | dict.fromkeys("º˚", "°")
+    | dict.fromkeys("’‘′ʹ`´", "'")
+    | dict.fromkeys("“”„«»", '"')
+    | dict.fromkeys("∶꞉", ":")
+    | dict.fromkeys("⋅∙•・", "·")
+    | dict.fromkeys("∕⁄", "/")
+    | dict.fromkeys("、，", ",")
+    | dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", "")
+    | {"。": ".", "￥": "¥", "〔": "(", "〕": ")", "【": "[", "】": "]", "⩽": "≤", "⩾": "≥", "≦": "≤", "≧": "≥"}
+)
+
+
+def fold(text: str) -> str:
+    """A text in plain characters: full-width and mathematical letters, digits of all scripts, signs and quotes.
+
+    Superscripts become `^{…}` and subscripts `_{…}`, fractions of one sign `a/b`, with a space after a whole number.
+    """
+    if text.isascii():
+        return text
+    text = _SUPERSCRIPT.sub(lambda match: f"^{{{''.join(map(_SUPERSCRIPTS.__getitem__, match[0]))}}}", text)
+    text = _SUBSCRIPT.sub(lambda match: f"_{{{''.join(map(_SUBSCRIPTS.__getitem__, match[0]))}}}", text)
+    text = unicodedata.normalize("NFKC", _FRACTION.sub(_written_out, text.translate(_SIGNS)))
+    return "".join(map(_digit, text.translate(_SIGNS)))
+
+
+def _written_out(match: re.Match[str]) -> str:
+    parts = unicodedata.normalize("NFKC", match[2]).replace("⁄", "/")
+    return f"{match[1]} {parts}" if match[1] else parts
+
+
+def _digit(character: str) -> str:
+    if character.isascii() or not character.isdecimal():
+        return character
+    return str(unicodedata.decimal(character))
+
+
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+_JOINS: Final = r"(?:[,;/|&+]|\\text\s*\{\s*(?:or|and)\s*\}|\bor\b|\band\b|或|和|与)"
+_BETWEEN = re.compile(rf"(?:[ $.]|\\[()\[\]]|{_JOINS})*+")
+_MORE = re.compile(rf"(?:[ $]|\\[)\]])*+{_JOINS}(?:[ $]|{_JOINS})*+(?=[\\\d(\[{{+-])")
+_DEEPEST: Final = 4
+"""Boxes within boxes that are opened."""
+
+
+def boxed(text: str) -> str | None:
+    r"""The content of the last `\boxed` or `\fbox`; None where there is none.
+
+    Boxes that are joined ("\boxed{3} or \boxed{4}", also without a word between), and what follows the last box by
+    "or", "and" or a comma, are one list: "3, 4". A unit after the last box belongs to it. A box without an end reaches to
+    the end of the text.
+    """
+    whole = _outermost(" ".join(text.split()))
+    for _ in range(_DEEPEST):
+        if whole is None or (inner := _outermost(whole)) is None:
+            break
+        whole = inner
+    return whole
+
+
+def _outermost(text: str) -> str | None:
+    parts: list[str] = []
+    end = 0
+    while match := _BOX.search(text, end):
+        start = match.end()
+        joined = bool(parts) and _BETWEEN.fullmatch(text[end : match.start()]) is not None
+        content, end = _argument(text, start)
+        parts = [*parts, content] if joined else [content]
+    if not parts:
+        return None
+    if more := _MORE.match(text, end):
+        parts.append(undelimited(text[more.end() :]))
+    elif is_unit(tail := _bare(undelimited(text[end:]))):
+        parts[-1] += f" {tail}"
+    return ", ".join(dict.fromkeys(part.strip() for part in parts))
+
+
+def _argument(text: str, start: int) -> tuple[str, int]:
+    """What stands in the braces at a place, and where they end."""
+    if start >= len(text) or text[start] != "{":
+        bare = re.compile(r"[^\s$,;]*").match(text, start)
+        return (bare[0], bare.end()) if bare else ("", start)
+    depth = 0
+    for brace in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return text[start + 1 : brace.start()], brace.end()
+    return text[start + 1 :], len(text)
+
+
+_CURRENCY = re.compile(r"(?<![\\$])\$(?= ?[\d.])")
+_DELIMITER = re.compile(r"(?<!\\)\$|\\[()\[\]]|\\(?:begin|end)\{(?:equation|align|displaymath|math|gather)\*?\}")
+_SPACING = re.compile(
+    r"\\(?:displaystyle|textstyle|limits|quad|qquad|enspace|thinspace|!|,|;|:|>| |left(?![A-Za-z])|right(?![A-Za-z])"
+    r"|[bB]ig+[lr]?(?![A-Za-z]))|~"
+)
+
+
+def undelimited(text: str) -> str:
+    r"""A text without `$`, `\(`, `\[` and other marks of mathematics, and with single spaces; `\$` stays.
+
+    A single `$` before a number is a currency's, and becomes `\$`.
+    """
+    if len(re.findall(r"(?<!\\)\$", text)) % 2:
+        text = _CURRENCY.sub(r"\\$", text, count=1)
+    return " ".join(_SPACING.sub(" ", _DELIMITER.sub(" ", text)).split())
+
+
+_AFTER_ALL: Final = re.compile(
+    r"(?<![ ,])[ ,]*+\b(?:is|are|as) (?:the|my|our) (?:\w+ )?(?:answer|result|solution|value|choice)s?[ .!]*$", re.IGNORECASE
+)
+_LEAD_IN = re.compile(
+    r"^.*(?:\b(?:is|are|was|be|equals?|equal to|gives?|gets?|have|has|obtain|finds?|yields?|becomes|approximately|about"
+    r"|roughly|around|therefore|thus|hence|so|then|exactly|answer|there are|there is|total of)\b[:,]?|(?<=[a-z)][a-z)])\*{0,2}:\*{0,2})"
+    r" *(?=\S)",
+    re.IGNORECASE,
+)
+_CHINESE_LEAD_IN = re.compile(
+    r"^.*(?:(?<![不非])(?:是|为|為)|等于|等於|答案|答|得到?|共有?|总共|一共|有|约|大约|所以|因此|故选?|则|即|选择?|选项|:)[:,]?"
+    r" *(?=[-+$\\\d(\[{√π∠A-Za-z.≈=])"
+)
+_HAS_CHINESE = re.compile(r"[\u4e00-\u9fff]")
+_NEGATION = re.compile(r"\b(?:not|never|neither|nor|cannot|wrong|incorrect|except|unlikely)\b|n't\b|[不非没]", re.IGNORECASE)
+_ALTERNATIVE = re.compile(r"[\d})]\W{0,5}\bor\b|\beither\b|[\d})]\W{0,5}或", re.IGNORECASE)
+_CLAUSE = re.compile(r"[.;!?,]+(?:\s|$)")
+_MARKUP: Final = "*_`'\" "
+
+
+def without_lead_in(text: str) -> str:
+    """What follows the last "is", "answer:", "so", "答案是" or the like; all of a text without one.
+
+    A text stays as it is where what comes before denies it ("is not", "it cannot be that …") or names another answer
+    by "or": it then states nothing that can be told apart.
+    """
+    text = _AFTER_ALL.sub("", text)
+    pattern = _CHINESE_LEAD_IN if _HAS_CHINESE.search(text) else _LEAD_IN
+    match = pattern.match(text)
+    if match is None:
+        return text
+    clause = _CLAUSE.split(match[0].rstrip(" :,"))[-1]
+    if _NEGATION.search(clause) or _ALTERNATIVE.search(match[0]):
+        return text
+    return text[match.end() :]
+
+
+def stated(text: str) -> str:
+    r"""What an answer states, in plain characters and without what surrounds it.
+
+    The last `\boxed` where there is one, and else what follows the last lead-in ("the answer is", "答案是"); without
+    delimiters, Markdown, quotes, and punctuation at the end.
+    """
+    text = in_plain_words(fold(text))
+    box = boxed(text)
+    if box is not None:
+        return _bare(undelimited(box))
+    if _EXCLAMATION.search(text):
+        text = text.rstrip("! ")
+    return _bare(without_lead_in(_bare(undelimited(text))))
+
+
+_EXCLAMATION = re.compile(r"[A-Za-z]{2} .*! *$", re.DOTALL)  # and no factorial
+_MARKED = re.compile(r"</?[bi]>|(?<![\w)}])\*\*(?=[^*]*\*\*)|(?<=[^* ])\*\*(?![\w({])")
+
+
+def _bare(text: str) -> str:
+    text = _MARKED.sub("", text).strip(_MARKUP)
+    return text.rstrip(".,;? ").strip(_MARKUP) if not text.endswith("...") else text
+
+
+_IN_WORDS = re.compile(
+    r"\\(?:text(?:normal|rm|bf|it)?|math(?:rm|bf|it|sf)|mbox|operatorname|hbox|unit|si)(?![A-Za-z]) *\{([^{}]*)\}"
+)
+
+
+def in_plain_words(text: str) -> str:
+    r"""A text with what stands in `\text{…}`, `\mathrm{…}` and their kind as it is."""
+    for _ in range(2):
+        text = _IN_WORDS.sub(r" \1 ", text)
+    return text
