@@ -17,7 +17,7 @@ from transformers.utils.import_utils import is_torchvision_available
 
 from vlmenv.agents.families.chat import ChatTemplate, Message
 from vlmenv.core.errors import ConfigError, ModelError
-from vlmenv.core.rollout import Observation
+from vlmenv.core.rollout import IMAGE_MARK, Observation
 
 
 class PublishedProcessor:
@@ -49,7 +49,10 @@ class PublishedProcessor:
         """
         processor: Any = self._processor
         template = ChatTemplate(
-            processor.tokenizer, processor.chat_template, str(processor.image_token), self._switches
+            processor.tokenizer,
+            processor.chat_template,
+            str(getattr(processor, "image_token", IMAGE_MARK)),
+            self._switches,
         )
         images = (Image.fromarray(image) for image in observation["images"])
         # Of the common class: SmolVLM's own wants a video processor.

@@ -28,7 +28,7 @@ class Rollouts:
     """float32 [N]"""
     records: list[dict[str, Any]]
     """[N], one dictionary per completion: the sample's `id` and `index`, earlier `turns` if any, `prompt`,
-    `completion`, `finish_reason`, `reward`, `rewards` (the terms by name) and `traits` (other numbers of the environment)"""
+    `completion`, `finish_reason`, `reward`, `rewards` (terms by name) and `traits` (the environment's other numbers)"""
     images: list[tuple[Image, ...]] = field(default_factory=list)
     """[N], the images of each prompt, by reference; empty if unknown"""
 

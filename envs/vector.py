@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
@@ -22,7 +23,8 @@ BatchedObservations = dict[str, tuple[Any, ...]]
 """`{"images": N tuples of arrays, "prompt": N strings, "turns": N tuples of turns}`"""
 
 
-class Shown(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Shown:
     """A sample that a group of environments shows."""
 
     index: int
@@ -147,7 +149,11 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
             self._shown = self._kept(options["replace"]) if "replace" in options else []
             self._fill(self._order)
         rows = [one.observation for one in self._shown for _ in range(self.group_size)]
-        self._observations = {name: tuple(row[name] for row in rows) for name in self.single_observation_space}
+        self._observations = {
+            "images": tuple(row["images"] for row in rows),
+            "prompt": tuple(row["prompt"] for row in rows),
+            "turns": tuple(row.get("turns", ()) for row in rows),
+        }
         self._predictions = None
         return self._observations, self._infos() | (self._true_answers() if self._answers else {})
 
@@ -201,8 +207,8 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
 
     def fault(self, env: int, reason: str) -> SampleError:
         """The error that says what is wrong with the sample which an environment shows, and where it stands."""
-        index, sample, _ = self._shown[env // self.group_size]
-        return SampleError(index, f"{self.task.source.place(index, sample.id)}: {reason}")
+        one = self._shown[env // self.group_size]
+        return SampleError(one.index, f"{self.task.source.place(one.index, one.sample.id)}: {reason}")
 
     def skip(self, error: SampleError) -> None:
         """Leaves a sample out from now on.

@@ -14,11 +14,14 @@ from PIL import Image
 
 from vlmenv.agents.families import weightless_family
 from vlmenv.agents.vlm import find_model
-from vlmenv.building import TaskConfig, make_envs
 from vlmenv.cli import main
 from vlmenv.core.errors import ConfigError, DataError
-from vlmenv.doctor import DoctorConfig, examine
+from vlmenv.core.sampling import Sampling
+from vlmenv.doctor import examine
+from vlmenv.options.doctor import DoctorConfig
+from vlmenv.options.task import DataOptions, PromptOptions
 from vlmenv.showing import show_sample
+from vlmenv.tasks import make_envs
 
 SWITCH = "{%- if hint is defined -%}Hint {{ hint }}{%- endif -%}\n"
 SYSTEM = "Answer in one word."
@@ -84,10 +87,9 @@ def test_the_doctor_reads_them_as_the_published_processor_does(dataset: Path, mo
         device="cpu",
         env="VLM-VQA-v0",
         model=str(model),
-        dataset=(str(dataset),),
-        system_prompt=SYSTEM,
-        chat_template_kwargs={"hint": "7"},
-        max_new_tokens=8,
+        data=DataOptions(dataset=(str(dataset),)),
+        prompts=PromptOptions(system_prompt=SYSTEM, chat_template_kwargs={"hint": "7"}),
+        sampling=Sampling(max_new_tokens=8),
     )
     findings = {one.check: one for one in examine(config, torch.device("cpu"))}
     assert findings["prompt text"].passed
@@ -109,13 +111,13 @@ def test_a_model_without_system_turns_is_refused_at_the_start(
     ("text", "value"), [("false", False), ("3", 3), ("low", "low"), ("'false'", "false"), ("null", None)]
 )
 def test_switches_are_read_as_yaml(text: str, value: Any) -> None:
-    assert TaskConfig(chat_template_kwargs={"a": text}).template_switches() == {"a": value}
+    assert PromptOptions(chat_template_kwargs={"a": text}).template_switches() == {"a": value}
 
 
 @pytest.mark.parametrize("text", ["[1]", "{a: 1}", "'", "a: 1"])
 def test_switches_of_other_kinds_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="chat_template_kwargs: the value of 'a' is no"):
-        TaskConfig(chat_template_kwargs={"a": text})
+        PromptOptions(chat_template_kwargs={"a": text})
 
 
 def test_a_sample_is_shown_as_the_model_takes_it_in(dataset: Path, model: Path) -> None:

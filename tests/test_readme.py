@@ -160,7 +160,7 @@ def test_the_commands_run(
         "doctor": "everything adds up",
         "sample": "medium",
         "pipeline": "the stages and this table are in",
-        "data": "broken",
+        "data": "good",
         "envs": "VLM-REC-v0",
     }
     assert expected[args[0]] in capsys.readouterr().out

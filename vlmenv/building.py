@@ -40,12 +40,8 @@ def task_arguments(config: TaskConfig) -> dict[str, Any]:
     """
     folder, prompts = find_model(config.model), config.prompts
     space = coordinate_space(folder) if prompts.coordinates == "auto" else CoordinateSpace(prompts.coordinates)
-    return {
-        "rewards": prompts.rewards,
+    return prompts.task_arguments() | {
         "extra_terms": config.scorers.terms(),
-        "prompt_template": prompts.prompt_template,
-        "system_prompt": prompts.system_prompt,
-        "answer_format": prompts.answer_format,
         "count_tokens": TokenCount(folder),
         "coordinates": space.value,
         "resize": resize_rule(folder) if space is CoordinateSpace.RESIZED else None,
@@ -71,8 +67,10 @@ _COUNTED = 100_000  # characters; a longer answer counts as this long
 
 
 def report_broken_rows(envs: VisualTaskVectorEnv, console: Console) -> None:
-    """Prints how many rows of a data set are left out."""
+    """Prints how many rows of a data set are left out, and what is not read of the others."""
     source = envs.task.source
+    for warning in source.usage.warnings() if source.usage is not None else ():
+        say(warning, console)
     total = len(source.faults) + sum(source.unwanted.values()) + (source.size or 0)
     for reason, count in source.unwanted.items():
         say(f"{count} of {total} rows are left out: {reason}", console)
@@ -220,6 +218,7 @@ def load_agent(
         ModelError: The model cannot be loaded, or its chat template has no place for the `system_prompt`.
     """
     transformers.utils.logging.disable_progress_bar()
+    prompts = config.prompts
     agent = VLMAgent.from_pretrained(
         config.model,
         device=device,

@@ -33,7 +33,10 @@ COMMANDS: Final = {
     "pipeline": Command("pipeline", "run stages of training and sampling, one after the other"),
     "serve": Command("serve", "serve a model with vLLM, to generate for training"),
     "doctor": Command("doctor", "check that model, processor, engine and data fit together"),
+    "score": Command("score", "score answers that exist already, with every reward term"),
     "data check": Command("data", "find everything that is wrong with a data set"),
+    "data convert": Command("convert", "write a data set of another layout as rows that the tasks read"),
+    "data show": Command("show", "show what a model is shown of one sample"),
     "envs": Command("envs", "list the registered environments"),
     "recipes": Command("recipes", "list the published recipes"),
 }

@@ -308,7 +308,9 @@ class Family(ABC):
         found = {token for piece in pieces for token in tokenizer.encode(piece, add_special_tokens=False)}
         if forbidden := control & found:
             names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(sorted(forbidden))))
-            raise ValueError(f"{name} must not contain control tokens: {names}")
+            raise ValueError(
+                f"{name} must not contain control tokens: {names}; take them out of the row, or of the prompt template"
+            )
 
 
 def join_images(prompts: Sequence[Prompt], device: torch.device) -> dict[str, torch.Tensor]:

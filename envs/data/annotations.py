@@ -424,12 +424,12 @@ def _table_picture(
 
 
 def _one_split(source: Path, splits: Sequence[str], split: str | None) -> str:
+    if split is not None and split in splits:
+        return split
     if split is None and len(splits) == 1:
         return splits[0]
-    if split not in splits:
-        asked = "name one" if split is None else f"there is no '{split}'"
-        raise ConfigError(f"{source}: has the splits {', '.join(splits)}: {asked}")
-    return split
+    asked = "name one" if split is None else f"there is no '{split}'"
+    raise ConfigError(f"{source}: has the splits {', '.join(splits)}: {asked}")
 
 
 def _refuse_split(source: Path, split: str | None) -> None:

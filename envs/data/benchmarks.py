@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from vlmenv.core.rollout import IMAGE_MARK
+
 Raw = Mapping[str, Any]
 
 _LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -52,7 +54,8 @@ def mathverse(row: Raw) -> dict[str, Any]:
 def math_vision(row: Raw) -> dict[str, Any]:
     """MATH-Vision (arXiv 2402.14804): JSONL or parquet with `question`, `options`, `answer`, `subject`.
 
-    Rules decide there too: a letter or the value that it stands for, else the value of an expression.
+    Rules decide there too: a letter or the value that it stands for, else the value of an expression. The question of
+    some rows is the image alone.
     """
     options, question = list(row.get("options") or ()), _IMAGE_MARK.sub(" ", row["question"]).strip()
     read = {
@@ -63,7 +66,7 @@ def math_vision(row: Raw) -> dict[str, Any]:
         "subject": row["subject"],
     }
     if not options:
-        return read | {"accu_reward_method": "math"}
+        return read | {"question": question or IMAGE_MARK, "accu_reward_method": "math"}
     written = "\n".join(f"({letter}) {option}" for letter, option in zip(_LETTERS, options, strict=False))
     return read | {"question": f"{question}\nChoices:\n{written}", "choices": options, "accu_reward_method": "choice"}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -61,10 +60,10 @@ class BoxReading:
         Raises:
             ValueError: What the data set has as boxes are none in this form.
         """
-        if self.form is None or (row.detections is None and self.form is not BoxForm.XYWH):
+        if self.form is None:
             return row
         if row.detections is None:
-            return replace(row, answer=change_numbers(row.answer, corners))
+            return replace(row, answer=change_numbers(row.answer, self._edges))
         found = [one._replace(box=self._edges(lengths(one.box))) for one in row.detections]
         for one in found:
             if not is_box(one.box):
@@ -147,15 +146,25 @@ def turned(box: Box, orientation: int, size: tuple[int, int]) -> Box:
     return (y1, x1, y2, x2) if orientation in SIDEWAYS else (x1, y1, x2, y2)
 
 
+def _plain(value: float) -> str:
+    """A number without an exponent, and with no more digits than readers of boxes take."""
+    return f"{value:.12f}".rstrip("0").rstrip(".")
+
+
 def numbers_in(text: str) -> list[Box]:
     """The lists of four numbers in a text."""
+    return boxes_of(text, change_numbers)
+
+
+def boxes_of(target: Any, map_boxes: MapBoxes) -> list[Box]:
+    """The boxes of a truth."""
     found: list[Box] = []
 
     def keep(box: Box) -> Box:
         found.append(box)
         return box
 
-    change_numbers(text, keep)
+    map_boxes(target, keep)
     return found
 
 
@@ -168,6 +177,6 @@ def change_numbers(text: str, change: Change) -> str:
             return match[0]
         values = [float(part) for part in parts]
         box = change((values[0], values[1], values[2], values[3]))
-        return json.dumps([int(value) if value.is_integer() else value for value in box])
+        return "[" + ", ".join(map(_plain, box)) + "]"
 
     return _LIST.sub(changed, text)

@@ -14,6 +14,7 @@ from vlmenv.envs.data.boxes import (
     BoxForm,
     BoxOrientation,
     BoxReading,
+    boxes_of,
     corners,
     lengths,
     numbers_in,
@@ -148,8 +149,8 @@ def _boxed(found: LookedAt, ref: str, reading: BoxReading, place: str) -> BoxedR
     else:
         numbers, form = numbers_in(row.answer), BoxForm.XYXY
         if not numbers and found.sample is not None and reading.form in (None, BoxForm.XYXY):  # written otherwise
-            reading.map_boxes(found.sample.target, lambda box: numbers.append(box) or box)
-            numbers = [box for box in numbers if box[:2] != box[2:]]  # a point is no box
+            read = boxes_of(found.sample.target, reading.map_boxes)
+            numbers = [box for box in read if box[:2] != box[2:]]  # a point is no box
     return BoxedRow(place, tuple(numbers), shown, turn, reading.told(row, shown), form)
 
 
@@ -215,17 +216,17 @@ def _is_scattered(rows: Sequence[BoxedRow], form: BoxForm | None) -> bool:
 
 
 def _stay_within_1000(rows: Sequence[BoxedRow]) -> bool:
-    """Whether edges reach up to 1000 and never beyond, though images are larger."""
+    """Whether right and bottom edges reach up to 1000 and never beyond, though images are larger."""
     stored = Convention(None, BoxOrientation.SHOWN)
-    furthest = max(max(edges[2:]) for row in rows for edges in stored.edges(row))
-    chance = sum(_log_chance((1000, 1000), row.shown) for row in rows)
-    return 900 < furthest <= 1010 and chance < math.log(_CHANCE)
+    edges = [box for row in rows for box in stored.edges(row)]
+    reach = all(900 < max(box[i] for box in edges) <= 1010 for i in (2, 3))
+    return reach and sum(_log_chance((1000, 1000), row.shown) for row in rows) < math.log(_CHANCE)
 
 
 def _stay_within_images(rows: Sequence[BoxedRow]) -> bool:
     """Whether edges reach up to the images' own and never beyond, though these have less than 1000 pixels."""
-    furthest = max(box[2 + i] / row.shown[i] for row in rows for box in row.numbers for i in (0, 1))
-    return furthest > 0.9 and sum(_log_chance(row.shown, (1000, 1000)) for row in rows) < math.log(_CHANCE)
+    reach = all(max(box[2 + i] / row.shown[i] for row in rows for box in row.numbers) > 0.9 for i in (0, 1))
+    return reach and sum(_log_chance(row.shown, (1000, 1000)) for row in rows) < math.log(_CHANCE)
 
 
 def _log_chance(limits: tuple[int, int], sides: tuple[int, int]) -> float:

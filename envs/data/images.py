@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import BinaryIO, Final
 
 import numpy as np
-from PIL import ExifTags, ImageOps
+from PIL import ExifTags, ImageOps, UnidentifiedImageError
 from PIL import Image as PILImage
 
 from vlmenv.core.errors import DataError
@@ -119,7 +119,7 @@ def _opened(ref: str | bytes) -> Iterator[PILImage.Image]:
     with io.BytesIO(ref) if isinstance(ref, bytes) else _regular_file(ref) as stream:
         try:
             picture = PILImage.open(stream, formats=_known_formats())
-        except PILImage.UnidentifiedImageError:
+        except UnidentifiedImageError:
             raise ValueError(f"it is none of {', '.join(FORMATS)}") from None
         with picture:
             _check(picture)

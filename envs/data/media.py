@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import base64
 import binascii
+import functools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ IMAGE_COLUMNS: Final = (
 _NUMBERED_COLUMN = re.compile(r"(?:image|img)_?(\d{1,3})")
 _NUMBERED_MARK = re.compile(r"<\|?image[ _]?(\d{1,3})\|?>")
 _OTHER_COLUMN = re.compile(r"(video|audio)(?:s|_path|_paths|_file|_url|_bytes)?")
+_NAMES: Final = {"video": "a video", "audio": "sound"}
 _OTHER_MARK = re.compile(r"<(video|audio)>")
 _IMAGE_NAME = re.compile(r"[^\n]{1,1000}\.(?:png|jpe?g|webp|gif|bmp|tiff?)(?:\?[^\n]*)?", re.IGNORECASE)
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
@@ -43,17 +45,26 @@ def is_filled(value: Any) -> bool:
     """Whether a cell holds something; Hugging Face data sets fill structures up with None."""
     if value is None or value == "":
         return False
+    if isinstance(value, (str, int)):  # as most are
+        return True
     if isinstance(value, Mapping):
         return any(map(is_filled, value.values()))
     return not isinstance(value, (list, tuple)) or len(value) > 0
 
 
+@functools.lru_cache(maxsize=1024)
+def other_media_columns(columns: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """Those of some columns whose names are of videos or sounds, with which."""
+    found = ((column, _OTHER_COLUMN.fullmatch(str(column).lower())) for column in columns)
+    return tuple((column, match[1]) for column, match in found if match)
+
+
 def refuse_other_media(row: Mapping[str, Any]) -> None:
     """Raises ValueError where a row holds a video or a sound, which no task shows."""
-    for column, value in row.items():
-        if (found := _OTHER_COLUMN.fullmatch(str(column).lower())) and is_filled(value):
+    for column, kind in other_media_columns(tuple(row)):
+        if is_filled(row[column]):
             raise ValueError(
-                f"the row has a {found[1]} in '{column}', and the tasks show images only: store frames as 'images', "
+                f"the row has {_NAMES[kind]} in '{column}', and the tasks show images only: store frames as 'images', "
                 f"or take the column '{column}' out of the data"
             )
 
@@ -64,15 +75,22 @@ def refuse_other_marks(text: str) -> None:
         raise ValueError(f"the text has a {found[0]} mark, and the tasks show images only: store frames as images")
 
 
+@functools.lru_cache(maxsize=1024)
+def _places_of_images(columns: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    """Those of some columns whose names are of images; several that are numbered go together."""
+    found = [(column,) for column in IMAGE_COLUMNS if column in columns]
+    numbered = [(int(match[1]), column) for column in columns if (match := _NUMBERED_COLUMN.fullmatch(str(column)))]
+    return (*found, tuple(column for _, column in sorted(numbered))) if numbered else tuple(found)
+
+
 def image_columns(row: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The columns that hold the images of a row, those to be shown first; several that are numbered go together.
 
     Pictures that are stored within the row come before paths, which may lead nowhere.
     """
-    found = [(column,) for column in IMAGE_COLUMNS if column in row and is_filled(row[column])]
-    numbered = [(int(match[1]), column) for column in row if (match := _NUMBERED_COLUMN.fullmatch(str(column)))]
-    if numbered and (filled := tuple(column for _, column in sorted(numbered) if is_filled(row[column]))):
-        found.append(filled)
+    places = _places_of_images(tuple(row))
+    filled = [tuple(column for column in columns if is_filled(row[column])) for columns in places]
+    found = [columns for columns in filled if columns]
     if len(found) > 1:
         found.sort(key=lambda columns: isinstance(_first(row[columns[0]]), (str, os.PathLike)))
     return found

@@ -50,7 +50,10 @@ def read_objects(stored: Any) -> Objects | None:
         return None
     kinds = stored.get("bbox_type") or "real"
     if unlike := {kinds} - {"real"} if isinstance(kinds, str) else set(kinds) - {"real", None}:
-        raise ValueError(f"the boxes of 'objects' are of type {unlike.pop()!r}: write them in pixels, or use columns")
+        raise ValueError(
+            f"the boxes of 'objects' are of type {unlike.pop()!r}: write them in pixels, or leave 'bbox_type' out and "
+            "say what they are, as in --boxes-in fractions (norm1) or --boxes-in norm1000"
+        )
     labels = next((stored[key] for key in _LABELS if stored.get(key)), ())
     refs = stored.get("ref") or stored.get("caption") or ()
     boxes = tuple(_numbers(box) for box in stored["bbox"])

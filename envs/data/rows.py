@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -113,32 +114,17 @@ def read_row(raw: Any, number: int, columns: Mapping[str, str]) -> Row:
         raise ValueError("the row is not a JSON object")
     refuse_other_media(raw)
     cells = _Cells(raw, columns)
-    asked = _conversation(cells)
-    texts, answer = [*(turn["text"] for turn in asked.turns), asked.question], asked.answer
-    images = tuple(map(read_image, asked.images))
     row_id = cells.take("id")
-    for name, value in (("id", row_id), ("question", asked.question), ("answer", answer)):
-        check_text(name, value)
-    objects, detections = _objects(cells, [*texts, answer]), None
-    if objects is not None and isinstance(answer, str):
-        *texts, answer = fill_marks([*texts, answer], objects)
-    elif objects is not None:
-        detections = labelled_boxes(objects)
+    check_text("id", row_id)
     key = str(number if row_id is None else row_id)
-    if detections is not None and not texts[-1]:
-        texts[-1] = _ask_for(detections, objects, key)
-    _check_question(texts[-1], cells)
-    for text in texts:
-        refuse_other_marks(text)
-    texts, refs = place_numbered(texts, images or _images(cells))
-    turns = _with_texts(asked.turns, texts, len(refs))
-    answer, response = _divided(answer)
+    asked, detections = _with_objects(_conversation(cells), cells, key)
+    question, turns, images = _shown(asked, cells)
+    answer, response = _divided(asked.answer)
     choices = read_choices(_choices(cells), places("choices"))
-    question = _with_choices(placed(texts[-1], len(refs), turns), choices, cells)
     return Row(
         id=key,
-        images=refs,
-        question=question,
+        images=images,
+        question=_with_choices(question, choices, cells),
         answer=_answer(answer),
         accepted=_accepted(answer),
         response=response,
@@ -150,7 +136,7 @@ def read_row(raw: Any, number: int, columns: Mapping[str, str]) -> Row:
         detections=detections,
         turns=turns,
         used=tuple(cells.used),
-        unused=cells.unused(bool(refs)),
+        unused=cells.unused(bool(images)),
         notes=tuple(cells.notes),
     )
 
@@ -160,6 +146,7 @@ class _Cells:
 
     def __init__(self, raw: Mapping[str, Any], named: Mapping[str, str]) -> None:
         self.raw, self.named = raw, named
+        self.places = _places_of_parts(tuple(raw))
         self.used: list[tuple[str, str]] = []
         self.notes: list[str] = []
 
@@ -172,7 +159,10 @@ class _Cells:
         """The column that holds a part."""
         if part in self.named:
             return self._named_column(part)
-        return next((column for column in COLUMNS[part] if column in self.raw and is_filled(self.raw[column])), None)
+        for column in self.places[part]:
+            if is_filled(self.raw[column]):
+                return column
+        return None
 
     def take_column(self, part: str, column: str) -> Any:
         self.used.append((part, column))
@@ -205,6 +195,12 @@ class _Cells:
         return column or None
 
 
+@functools.lru_cache(maxsize=1024)
+def _places_of_parts(columns: tuple[str, ...]) -> Mapping[str, tuple[str, ...]]:
+    """Those of a row's columns in which its parts are looked for."""
+    return {part: tuple(column for column in names if column in columns) for part, names in COLUMNS.items()}
+
+
 def missing(part: str, columns: Iterable[str]) -> str:
     """Names the columns that a row has instead of a part, and the option that helps, for messages."""
     found = ", ".join(f"'{column}'" for column in columns)
@@ -216,11 +212,15 @@ def missing(part: str, columns: Iterable[str]) -> str:
 def _conversation(cells: _Cells) -> Conversation:
     """What is asked and answered, from turns or from columns; columns that are named go first."""
     named = cells.find("question") if "question" in cells.named else None
-    columns = COLUMNS["question"] if named is None else (named, *COLUMNS["question"])
-    column = next((one for one in columns if _is_conversation(cells.raw.get(one))), None)
+    columns = cells.places["question"] if named is None else (named, *cells.places["question"])
+    column = next((one for one in columns if _is_conversation(cells.raw[one])), None)
     asked = Conversation((), "", None, ())
     if column is not None:
         asked = read_turns(cells.take_column("question", column), column)
+        if asked.answer is not None and "answer" not in cells.named:
+            cells.take_column("answer", column)
+        if asked.images:
+            cells.take_column("images", column)
     if column is None or named not in (None, column):
         asked = asked._replace(question=_question(cells))
     if asked.answer is None or "answer" in cells.named:
@@ -254,7 +254,9 @@ def _stored_answer(cells: _Cells) -> Any:
 
 def _earlier(cells: _Cells, told: bool) -> tuple[Turn, ...]:
     """A column with a system prompt, unless one is told, and ms-swift's `history` of questions with their answers."""
-    system, history = None if told else cells.take("system"), cells.take("history") or ()
+    system, column = None if told else cells.take("system"), cells.find("history")
+    listed = column is not None and isinstance(cells.raw[column], list)
+    history = cells.take("history") if listed else ()
     turns: list[Turn] = [] if system is None else [{"role": "system", "text": _text(system, "system")}]
     for pair in history:
         if not isinstance(pair, (list, tuple)) or [type(text) for text in pair] != [str, str]:
@@ -263,15 +265,37 @@ def _earlier(cells: _Cells, told: bool) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-def _objects(cells: _Cells, texts: Sequence[Any]) -> Objects | None:
-    """The boxes of a column, where texts have marks for them or there is no answer, which comes last."""
+def _with_objects(asked: Conversation, cells: _Cells, key: str) -> tuple[Conversation, tuple[Detection, ...] | None]:
+    """A conversation with boxes in the place of their marks; the labelled boxes, where they are all of the answer."""
     column = cells.find("objects")
-    if column is None or not (texts[-1] is None or has_marks([text for text in texts if isinstance(text, str)])):
-        return None
-    objects = read_objects(cells.raw[column])
-    if objects is not None:
-        cells.take_column("objects", column)
-    return objects
+    texts = [*(turn["text"] for turn in asked.turns), asked.question]
+    marked = isinstance(asked.answer, str) and has_marks([*texts, asked.answer])
+    objects = read_objects(cells.raw[column]) if column is not None and (marked or asked.answer is None) else None
+    if column is None or objects is None:
+        return asked, None
+    cells.take_column("objects", column)
+    if marked:
+        *earlier, question, answer = fill_marks([*texts, asked.answer], objects)
+        return asked._replace(turns=_with_texts(asked.turns, earlier), question=question, answer=answer), None
+    detections = labelled_boxes(objects)
+    return asked._replace(question=asked.question or _ask_for(detections, objects, key)), detections
+
+
+def _shown(asked: Conversation, cells: _Cells) -> tuple[str, tuple[Turn, ...], tuple[ImageRef, ...]]:
+    """The question and the turns before it, with a mark for each image or none, and the images."""
+    _check_question(asked.question, cells)
+    for name, text in (("question", asked.question), ("answer", asked.answer)):
+        check_text(name, text)
+    texts = [*(turn["text"] for turn in asked.turns), asked.question]
+    for text in texts:
+        refuse_other_marks(text)
+    inline = tuple(map(read_image, asked.images))
+    (*earlier, question), images = place_numbered(texts, inline or _images(cells))
+    turns = _with_texts(asked.turns, earlier)
+    first = next((turn for turn in turns if turn["role"] == "user"), None)
+    if first is not None and not count_marks(question, turns):  # the images belong to the first turn
+        first["text"] = IMAGE_MARK * len(images) + first["text"]
+    return placed(question, len(images), turns), turns, images
 
 
 def _choices(cells: _Cells) -> Any:
@@ -313,13 +337,9 @@ def _images(cells: _Cells) -> tuple[Any, ...]:
     return tuple(ref for column in chosen for ref in read_images(cells.take_column("images", column)))
 
 
-def _with_texts(turns: Sequence[Turn], texts: Sequence[str], images: int) -> tuple[Turn, ...]:
-    """Turns with their texts, the question's left over; images without marks go to the first turn of the user."""
-    told: list[Turn] = [{**turn, "text": text} for turn, text in zip(turns, texts, strict=False)]
-    first = next((turn for turn in told if turn["role"] == "user"), None)
-    if first is not None and not count_marks(texts[-1], told):
-        first["text"] = IMAGE_MARK * images + first["text"]
-    return tuple(told)
+def _with_texts(turns: Sequence[Turn], texts: Sequence[str]) -> tuple[Turn, ...]:
+    """Copies of turns with other texts."""
+    return tuple(Turn(role=turn["role"], text=text) for turn, text in zip(turns, texts, strict=True))
 
 
 def _check_question(question: str, cells: _Cells) -> None:
@@ -394,7 +414,7 @@ def _tolerance(found: Any) -> float:
         return 0.0
     if isinstance(found, str):
         found = literal(found)
-    if type(found) not in (int, float) or not 0 <= found < float("inf"):
+    if type(found) not in (int, float) or not 0 <= found <= 1e300:
         raise ValueError(f"'tolerance' is {found!r}, which is no number from 0 up")
     return float(found)
 

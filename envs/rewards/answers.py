@@ -58,7 +58,7 @@ class AnswerAccuracy(BatchTerm):
         ]
         found = [_compare(content, accepted) for _, content, accepted in pairs]
         asked = [i for i, score in enumerate(found) if score is None]
-        equal = math_equal([(pairs[i][1] or "", pairs[i][2].text) for i in asked]) if asked else []
+        equal = math_equal([_formulas(pairs[i][1] or "", pairs[i][2]) for i in asked]) if asked else []
         for i, is_equal in zip(asked, equal, strict=True):
             found[i] = float(is_equal)
         scores = [0.0] * len(texts)
@@ -82,7 +82,7 @@ def _compare(content: str | None, target: Answer) -> float | None:
         raise ValueError(f"the true answer {target.text[:100]!r} is none of kind '{target.kind}'")
     answer = parse_reply(content, target)
     if answer is None:
-        return 0.0
+        return None if target.kind == "choice" and _may_be_formula(content, target) else 0.0
     if target.kind == "numeric":
         return float(_same_quantity(content or "", target))
     if target.kind == "edit":
@@ -199,6 +199,23 @@ def parse_reply(content: str | None, target: Answer) -> str | float | None:
         return parse_answer(content, target.kind)
     several = "," in target.text
     return read_letters(content, target.choices, several, _says_choice) if len(content) <= LONGEST_ANSWER else None
+
+
+def _may_be_formula(content: str | None, target: Answer) -> bool:
+    """Whether an answer may be the true choice, and none of the others, written as another formula."""
+    if content is None or not target.choices or "," in target.text:
+        return False
+    said, choice = _formulas(content, target)
+    is_formula = all(0 < len(text) <= _LONGEST_CHOICE and _VALUE.search(text) for text in (said, choice))
+    return is_formula and not any(_says_choice(said, other) for other in target.choices)
+
+
+def _formulas(content: str, target: Answer) -> tuple[str, str]:
+    """What computer algebra compares: an answer and the truth, or what is concluded and what the true letter stands for."""
+    if target.kind != "choice":
+        return content, target.text
+    text = tidy(content)
+    return next((said for said, _ in conclusions(text)), text), target.choices[LETTERS.index(target.text)]
 
 
 _LONGEST_CHOICE: Final = 300

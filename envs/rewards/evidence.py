@@ -2,6 +2,7 @@ r"""Where an answer says what it holds to be right: the last `\boxed`, then what
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Final, NamedTuple
 
@@ -60,11 +61,11 @@ def conclusions(text: str) -> list[Conclusion]:
 
 
 def sentence(text: str) -> str:
-    """The first sentence of a text, on one line."""
+    """The first sentence of a text."""
     return _SENTENCE_END.split(text, maxsplit=1)[0].strip()
 
 
-_SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n")
+_SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
 
 
 class _Box(NamedTuple):
@@ -75,6 +76,7 @@ class _Box(NamedTuple):
 
 _BRACE = re.compile(r"(?P<box>(?:\\(?:boxed|fbox)|\x08oxed) ?\{)|\\[{}]|(?P<open>\{)|(?P<close>\})")
 _BETWEEN = re.compile(r"[\s$,;/&.]*(?:(?:or|and|或|和|与)[\s$]*)?")
+_OR = re.compile(r"\bor\b|或")
 _ALSO_AFTER = re.compile(r"[\s$]*(?:(?:or|或|/) ?[^.;!?\n]{1,80}|(?:,|and|&|和|与) ?\(?[A-Za-z0-9.]{1,9}\)?(?=[\s.,;!?]|$))")
 _ALSO_BEFORE = re.compile(r"(?<![^\s(])\(?(?:[A-Za-z]|[0-9.]{1,20})\)?[\s$]*(?:or|and|或|和|,|/)[\s$]*$")
 
@@ -103,19 +105,20 @@ def _boxed(text: str, boxes: list[_Box]) -> str:
     first = len(boxes) - 1
     while first and _BETWEEN.fullmatch(text, boxes[first - 1].end, boxes[first].start):
         first -= 1
-    parts = [box.content.strip() for box in boxes[first:]]
+    parts = dict.fromkeys(box.content.strip() for box in boxes[first:])
+    is_or = _OR.search(text[boxes[first].end : boxes[-1].start]) if len(parts) > 1 else None
     before, after = text[: boxes[first].start], text[boxes[-1].end :]
     if denied(before.rstrip("$ "), after.lstrip("$ ")):
         return ""
     also_before, also_after = _ALSO_BEFORE.search(before[-30:]), _ALSO_AFTER.match(after)
     around = [match[0] if match else "" for match in (also_before, also_after)]
-    return f"{around[0]}{', '.join(dict.fromkeys(parts))}{around[1]}".strip()
+    return f"{around[0]}{(' or ' if is_or else ', ').join(parts)}{around[1]}".strip()
 
 
 _LEAD_IN = re.compile(
     r"\b(?i:answers?|ans\.?)(?: (?i:to|of|for|here)\b[^.,:;\n]{0,60}?)?"
     r"(?: ?(?:(?i:is|are|would be|should be|must be|will be)\b(?: (?i:that|thus|therefore)\b)? ?:?|[:=])|(?=\n))"
-    r"|(?:答案|结果|答)(?:应该|应当|应|就)?(?:是|为|选|:)+"
+    r"|(?:答案|结果|答)(?:应该|应当|应|就)?(?:(?:是|为|选)? ?:|(?:是|为|选)(?=\s*[^\s.]))"
     r"|(?:故|应|应该|本题|因此|所以|我|正确)选(?!项)择?(?:项)?(?:是|为)?:?"
 )
 _AGAINST_LEAD_IN = re.compile(r"(?i:\b(?:not|wrong|incorrect|false|never|cannot)\b|n['’]t\b|错误|不)[^.,;:!?\n]*$")
@@ -125,12 +128,22 @@ def _led_in(text: str, start: int) -> str:
     last = ""
     for match in _LEAD_IN.finditer(text, start):
         if not _AGAINST_LEAD_IN.search(text[max(0, match.start() - 60) : match.start()]):
-            last = text[match.end() :].lstrip().partition("\n")[0] or last
+            last = _first_lines(text[match.end() :].lstrip()) or last
     return last
 
 
+_LISTED_LINE = re.compile(r"[^\n]{1,12}|[(\[]?[A-Za-z0-9][)\].:] ?[^\n]*")
+
+
+def _first_lines(text: str) -> str:
+    """The first line of a text, and those after it that may be of a list with it."""
+    first, *rest = text.split("\n")
+    listed = itertools.takewhile(_LISTED_LINE.fullmatch, rest)
+    return "\n".join([first, *listed])
+
+
 # What is denied. The patterns are tried on texts in which marks stand for what is named.
-_ALIKE: Final = rf"{MARKS}(?:[\s,]*(?:\b(?:or|nor|and)\b|或|和|与)?\s*{MARKS})*"
+_ALIKE: Final = rf"{MARKS}(?:(?:\s*,\s*{MARKS})*\s*,?\s*(?:\b(?:or|nor|and)\b|或|和|与)\s*{MARKS})?"
 _BREAK: Final = rf"{MARKS}|\b(?:but|so|therefore|hence|because|since)\b|但|所以|因此|而是"
 _CLAUSE: Final = rf"(?:(?!{_BREAK})[^.,;:!?\n]){{0,80}}?"
 # "could not have been used is A" names A, other than "I do not think it is A".
@@ -140,7 +153,7 @@ _DENIED_BEFORE = re.compile(
     rf"|\b(?:doubt|unlikely|impossible)\b){_CLAUSE}{_ALIKE}"
     r"|(?:\b(?:not|never|neither|nor|cannot|except|excluding|excludes?|rejects?|eliminates?|dismiss|unlike"
     r"|rather than|instead of|other than|as opposed to|rul(?:e|es|ed|ing) out)\b|n['’]t\b"
-    r"|不是|不选|不能|不可能|不应|不为|并非|排除|除了|而不)"
+    r"|不(?:是|选|为|能|会|可能|应该?)(?:是|选)?|并非|排除|除了)"
     rf"{_PHRASE}{_ALIKE}"
     rf"|(?:\b(?:wrong|incorrect)\b|错误)[^.,;!?\n]{{0,30}}?{_ALIKE})"
 )

@@ -1,12 +1,13 @@
 r"""Reads a stated answer as a mathematical object, or finds that it is none.
 
-An object is a number, an expression, a list, tuple, set or interval of them, a ratio, a relation, or words. What has two
-numbers side by side ("7 3", "(9)(1)", but a mixed number), several relations without a comma between ("x=1 x=2"), or
+An object is a number, an expression, a list, tuple, set or interval of them, a ratio, a relation, or words. What has
+two numbers side by side ("7 3", "(9)(1)", but a mixed number), several relations without a comma between, or
 words within a formula is no object: it equals only what is written the same way.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from typing import Final, Literal, NamedTuple
@@ -39,8 +40,10 @@ class Form(NamedTuple):
 DEEPEST: Final = 8
 """Brackets within brackets; the time that parsing takes grows exponentially with them."""
 MOST_ITEMS: Final = 50
+_CACHED: Final = 2_000
 
 
+@functools.lru_cache(_CACHED)
 def read_form(text: str) -> Form:
     """An answer as it is compared, units and names split off."""
     written = plain_signs(stated(text))
@@ -49,6 +52,7 @@ def read_form(text: str) -> Form:
     return _read(written)
 
 
+@functools.lru_cache(_CACHED)
 def written_key(text: str) -> str:
     """What is left of a text where neither spaces, case nor styles count: texts with one key say the same."""
     return _key(_latex(plain_signs(stated(text))))
@@ -182,7 +186,9 @@ _SECOND_OF: Final = ("\\frac", "\\binom", "\\begin", "\\sqrt")
 
 def _groups_in_brackets(text: str) -> str:
     """Braces that hold no argument become brackets, so that "7{3}" is seen to be two numbers; `{1,2}` becomes a set."""
-    result, stack, seconds = [], [], 0
+    result: list[str] = []
+    stack: list[tuple[bool, int]] = []
+    seconds = 0
     for piece in re.findall(r"\\[A-Za-z]+|\\.|[^\\]|\\", text):
         if piece == "{":
             before = "".join(result[-3:]).rstrip()
@@ -329,7 +335,7 @@ def _bracketed(latex: str) -> Form | None:
     point = _POINT.match(body)
     inner = body[point.end() :].strip() if point else body
     opened = _BRACKET.match(inner)
-    closed = [match for match in _BRACKET.finditer(inner)][-1:]
+    closed = list(_BRACKET.finditer(inner))[-1:]
     if opened is None or not closed or closed[0].end() != len(inner) or not _is_one_group(inner):
         return None
     content = inner[opened.end() : closed[0].start()].strip()
@@ -396,16 +402,17 @@ def _expression(latex: str) -> Form | None:
 
 # What is a formula
 
-_WORDS = re.compile(r"[A-Za-z][A-Za-z' -]*")
-_KNOWN: Final = frozenset(
-    "frac sqrt pi sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp min max gcd lcm det infty le ge"
-    " ne in cup cap times cdot div pm mp binom overline vec overrightarrow angle triangle mathbb mathbf emptyset setminus"
-    " lfloor rfloor lceil rceil sum prod int lim to begin end alpha beta gamma delta epsilon varepsilon theta lambda mu nu"
-    " xi rho sigma tau phi varphi omega Delta Omega Gamma Sigma Phi hat bar widehat approx imath bmod mod ell prime".split()
+_WORDS = re.compile(r"[A-Za-z](?:[A-Za-z' ]|(?<=[A-Za-z]{3})-(?=[A-Za-z]{3}))*")
+_COMMANDS_OF_FORMULAS: Final = (
+    "frac sqrt pi sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp min max gcd lcm det infty"
+    " le ge ne in cup cap times cdot div pm mp binom overline vec overrightarrow angle triangle mathbb mathbf emptyset"
+    " setminus lfloor rfloor lceil rceil sum prod int lim to begin"
+    " end alpha beta gamma delta epsilon varepsilon theta lambda mu"
+    " nu xi rho sigma tau phi varphi omega Delta Omega Gamma Sigma Phi hat bar widehat approx imath bmod mod ell"
+    " prime"
 )
-_TOKEN = re.compile(
-    r"\\([A-Za-z]+)|\\[{}%\\|]|\d+(?:\.\d+)?(?!\.)|([A-Za-z]+)|[()\[\]{}^_+/<>=,;!|&-]| ", re.ASCII
-)
+_KNOWN: Final = frozenset(_COMMANDS_OF_FORMULAS.split())
+_TOKEN = re.compile(r"\\([A-Za-z]+)|\\[{}%\\|]|\d+(?:\.\d+)?(?!\.)|([A-Za-z]+)|[()\[\]{}^_+/<>=,;!|&-]| ", re.ASCII)
 _NUMBER: Final = r"(?<![_.\d])\d+(?:\.\d+)?"
 _SINGLE: Final = r"(?:\(|\\\{)(?: ?\()? ?[+-]? ?\d+(?:\.\d+)? ?(?:\) ?)?(?:\)|\\\})"
 _FRAC: Final = r"\\frac ?\{ ?-?\d+(?:\.\d+)? ?\} ?\{ ?-?\d+(?:\.\d+)? ?\}"
@@ -431,7 +438,7 @@ def _is_formula(latex: str) -> bool:
         if not is_matrix and (token[0] in ("\\\\", "&") or (letters and not _are_variables(letters))):
             return False
         depth += {"{": 1, "}": -1}.get(token[0], 0)
-    bare = _FUNCTION_NAME.sub("+", latex).translate(_ONE_KIND_OF_BRACKETS)
+    bare = _FUNCTION_NAME.sub("#", latex).translate(_ONE_KIND_OF_BRACKETS)
     return end > 0 and depth == 0 and (is_matrix or _NEIGHBOURS.search(bare) is None)
 
 
@@ -449,5 +456,5 @@ def _tokens(text: str) -> Iterator[re.Match[str] | None]:
 
 
 def _are_variables(letters: str) -> bool:
-    """Whether letters in a row multiply: two at most, or neighbours in the alphabet ("abc", "xyz"), or capital points."""
+    """Whether letters in a row multiply: two at most, or neighbours in the alphabet, such as "abc" and "XYZ"."""
     return len(letters) <= 2 or any(letters in alphabet for alphabet in _IN_ORDER)

@@ -34,7 +34,7 @@ class Offer:
         self._first = {letter: LETTERS[keys.index(written)] for letter, written in zip(LETTERS, keys, strict=False)}
         self.letters = LETTERS[: len(choices)] or LETTERS
         self._written = {written: LETTERS[i] for i, written in reversed([*enumerate(keys)])}
-        self._pattern = _pattern_of(choices)
+        self._pattern = _pattern_of(choices, self.letters)
         upper = f"[A-{self.letters[-1]}]"
         either = f"[A-{self.letters[-1]}a-{self.letters[-1].lower()}]"
         pronoun = "I" if "I" in self.letters else "(?!)"
@@ -51,11 +51,11 @@ class Offer:
         """As `read_letters`."""
         text = tidy(content)
         concluded = conclusions(text)
-        for piece, is_boxed in concluded:
+        for piece, _ in concluded:
             if named := self._named(bare(piece), several):
                 return _decided(named, several)
-            if self._texts and (is_boxed or _IS_VALUE.search(piece)):
-                return None  # the answer is none of the choices, whatever was named on the way
+        if self._texts and any(is_boxed or _IS_VALUE.search(piece) for piece, is_boxed in concluded):
+            return None  # the answer is none of the choices, whatever was named on the way
         return _decided(self._named(bare(text), several), several)
 
     def _named(self, piece: str, several: bool) -> set[str]:
@@ -188,14 +188,14 @@ def _tokens(text: str) -> list[str]:
     text = bare(tidy(text))
     text = _ARTICLE.sub("", text.rstrip(".,;:!? ") or text, count=1)
     tokens = [token for token in _TOKEN.findall(text.replace(":", "/")) if token not in ("{", "}")]
-    words = [token for token in tokens if token.isalnum()]
+    words = [token for token in tokens if any(map(str.isalnum, token))]
     return words if len(words) == 1 and len(words[0]) == 1 and words[0].isalpha() else tokens  # "(A)", of a picture
 
 
-def _pattern_of(choices: tuple[str, ...]) -> re.Pattern[str] | None:
-    """A pattern of what is written as a choice, with groups by their numbers; single letters are looked for elsewhere."""
-    forms = {i: tokens for i, choice in enumerate(choices) if (tokens := _tokens(choice)) and len("".join(tokens)) > 1}
-    forms |= {i: tokens for i, choice in enumerate(choices) if (tokens := _tokens(choice)) and not tokens[0].isalpha()}
+def _pattern_of(choices: tuple[str, ...], letters: str) -> re.Pattern[str] | None:
+    """A pattern of what is written as a choice, with groups by their numbers; the letters offered are none."""
+    forms = {i: tokens for i, choice in enumerate(choices) if (tokens := _tokens(choice))}
+    forms = {i: tokens for i, tokens in forms.items() if "".join(tokens).upper() not in letters or len(tokens) > 1}
     longest = sorted(forms, key=lambda i: -len("".join(forms[i])))
     parts = [f"(?P<c{i}>{_form(forms[i])})" for i in longest]
     return re.compile("|".join(parts), re.IGNORECASE) if parts else None
@@ -211,6 +211,8 @@ def _form(tokens: list[str]) -> str:
     if last[-1].isdigit() or last[-1] in ")}°":
         after = rf"(?!{_INNER}|[.,]?\d|[\^%/]|:\d| ?[+*/×·^] ?[\w\\({{]| - \d|-\d| ?\\(?:times|cdot|pi|sqrt))"
     after += r"(?! [a-z])" if last.casefold() == "no" and len(tokens) == 1 else ""  # "no cat" is not "No"
+    if len(tokens) == 1 and len(first) == 1 and first.isalpha() and first.isascii():
+        return rf"(?<![\w'.\\-])(?-i:{first.upper()})(?!['.-]?{_INNER})"
     written = [_OVER if token == "/" else re.escape(token) for token in tokens]
     return before + "[ {}]*".join(written) + after
 
@@ -259,7 +261,7 @@ _LABEL_AT_START = re.compile(
     rf"[(\[]?({_LETTER})(?:(?P<strong>\s?[)\]][.:,]?|[.:]| ?[-–—](?= )| ?\n)|,| (?=because|since|as|for|so|with|due|\()|(?=[.!?]?$))"
 )
 _LABEL = re.compile(rf"(?<!\w)(?:[(\[]({_LETTER})[)\]]|(?<![(\[])({_LETTER})(?:[)\]:]|\.(?= ?(?:{_INNER}|{_MARK})))|(?:^|\n)({_LETTER})(?=\n|$))")
-_REASON = re.compile(rf"({_MARK}[^.;!?\n]{{0,80}}?)(?:\b(?:because|since|given that|due to|as (?:it|the|there)\b)|因为)[^.;!?\n]*")
+_REASON = re.compile(rf"({_MARK}[^.;!?\n]{{0,80}}?)(?:\b(?:because|since|given that|due to|as (?:(?:it|the|there)\b|{_MARK}))|因为)[^.;!?\n]*")
 _HEDGED = re.compile(rf"{_MARK}[\s)\]]*(?:,? ?\bor\b|或)[\s(\[]*(?:option |choice )?{_MARK}")
 
 

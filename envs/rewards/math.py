@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, Final
@@ -33,8 +34,11 @@ SPACED_UNIT: Final = r"[gshLNVWJA](?![A-Za-z])"
 
 _CACHED = 10_000
 # Long numbers, huge powers, towers of powers, factorials of thousands.
-_BOMB = re.compile(
-    r"\d{60}|\^\s*\{?\s*\d{5}|(?:\d\s*\^\s*\{?\s*){3}|[)}\]]\s*\^\s*\{?\s*\d{3}|\d{5}\s*!", re.ASCII
+_BOMB = re.compile(r"\d{60}|\^\s*\{?\s*\d{5}|(?:\d\s*\^\s*\{?\s*){3}|[)}\]]\s*\^\s*\{?\s*\d{3}|\d{5}\s*!", re.ASCII)
+
+_LOST: Final = (
+    "{lost} of {of} mathematical answers score 0 without having been compared: their processes were ended by "
+    "the system, which may want memory, or got no computing time. They are compared anew when they come again."
 )
 
 _cache: dict[tuple[str, str], bool] = {}
@@ -44,8 +48,8 @@ _workers = Workers(f"{__name__}:make_comparison", TIME_LIMIT)
 def math_equal(pairs: Sequence[tuple[str, str]]) -> list[bool]:
     """Whether answers are mathematically equal to the truth.
 
-    `docs/answers.md` says what is compared how. An answer of more than 1,000 characters, one with a number too large to
-    work out, and one whose comparison takes over half a second of computing, is equal to no truth.
+    `docs/math_answers.md` says what is compared how. An answer of more than 1,000 characters, one with a number too
+    large to work out, and one whose comparison takes over half a second of computing, is equal to no truth.
 
     Args:
         pairs: N times an answer and the truth, either as LaTeX with or without delimiters, or as plain text.
@@ -62,6 +66,8 @@ def math_equal(pairs: Sequence[tuple[str, str]]) -> list[bool]:
     found = dict(zip(unknown, _workers.map(unknown), strict=True)) if unknown else {}
     # Not those that were given up by the clock: a machine that stood still is no reason to call an answer wrong again.
     _remember({pair: result is True for pair, result in found.items() if not isinstance(result, Exception)})
+    if lost := sum(isinstance(result, Exception) for result in found.values()):
+        warnings.warn(_LOST.format(lost=lost, of=len(pairs)), RuntimeWarning, stacklevel=2)
     results |= {pair: result is True for pair, result in found.items()}
     return [results[pair] is True for pair in pairs]
 
@@ -160,8 +166,8 @@ def _same_equation(answer: Form, truth: Form, algebra: Algebra) -> bool:
     """Of two equations, which may be one line in two forms; "x = 3" is not "y = 3"."""
     if answer.name and truth.name and {answer.kind, truth.kind} != {"expression"}:
         return False
-    whole = (form._replace(kind="relation", latex=form.equation, unit=None) for form in (answer, truth))
-    return algebra(*whole, Fraction(1))
+    line, other = (form._replace(kind="relation", latex=form.equation, unit=None) for form in (answer, truth))
+    return algebra(line, other, Fraction(1))
 
 
 def _same_numbers(answer: Form, truth: Form, factor: Fraction) -> bool:
@@ -298,7 +304,10 @@ def _joined(relations: list[Any], latex: str) -> Any:
     from sympy import Intersection, Union
 
     sets = [relation.as_set() for relation in relations]
-    return Intersection(*sets) if re.search(r"\band\b|[和且]", latex) else Union(*sets)
+    words = set(re.findall(r"\b(?:and|or)\b", latex))
+    if words not in ({"and"}, {"or"}):
+        raise ValueError("a comma joins inequalities in either way")
+    return Intersection(*sets) if words == {"and"} else Union(*sets)
 
 
 _PLAIN: Final = Form("expression", "")

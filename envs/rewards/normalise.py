@@ -69,8 +69,8 @@ def boxed(text: str) -> str | None:
     r"""The content of the last `\boxed` or `\fbox`; None where there is none.
 
     Boxes that are joined ("\boxed{3} or \boxed{4}", also without a word between), and what follows the last box by
-    "or", "and" or a comma, are one list: "3, 4". A unit after the last box belongs to it. A box without an end reaches to
-    the end of the text.
+    "or", "and" or a comma, are one list: "3, 4". A unit after the last box belongs to it. A box without an end
+    reaches to the end of the text.
     """
     whole = _outermost(" ".join(text.split()))
     for _ in range(_DEEPEST):
@@ -129,20 +129,24 @@ def undelimited(text: str) -> str:
 
 
 _AFTER_ALL: Final = re.compile(
-    r"(?<![ ,])[ ,]*+\b(?:is|are|as) (?:the|my|our) (?:\w+ )?(?:answer|result|solution|value|choice)s?[ .!]*$", re.IGNORECASE
+    r"(?<![ ,])[ ,]*+\b(?:is|are|as) (?:the|my|our) (?:\w+ )?(?:answer|result|solution|value|choice)s?[ .!]*$",
+    re.IGNORECASE,
 )
 _LEAD_IN = re.compile(
     r"^.*(?:\b(?:is|are|was|be|equals?|equal to|gives?|gets?|have|has|obtain|finds?|yields?|becomes|approximately|about"
-    r"|roughly|around|therefore|thus|hence|so|then|exactly|answer|there are|there is|total of)\b[:,]?|(?<=[a-z)][a-z)])\*{0,2}:\*{0,2})"
+    r"|roughly|around|therefore|thus|hence|so|then|exactly|answer|there are|there is|total of)\b[:,]?"
+    r"|(?<=[a-z)][a-z)])\*{0,2}:\*{0,2})"
     r" *(?=\S)",
     re.IGNORECASE,
 )
 _CHINESE_LEAD_IN = re.compile(
-    r"^.*(?:(?<![不非])(?:是|为|為)|等于|等於|答案|答|得到?|共有?|总共|一共|有|约|大约|所以|因此|故选?|则|即|选择?|选项|:)[:,]?"
+    r"^.*(?:(?<![不非])(?:是|为|為)|等于|等於|答案|答|得到?|共有?|总共|一共|有|约|大约|所以|因此|故选?|则|即|选择?|选项|(?<=[\u4e00-\u9fff]):)[:,]?"
     r" *(?=[-+$\\\d(\[{√π∠A-Za-z.≈=])"
 )
 _HAS_CHINESE = re.compile(r"[\u4e00-\u9fff]")
-_NEGATION = re.compile(r"\b(?:not|never|neither|nor|cannot|wrong|incorrect|except|unlikely)\b|n't\b|[不非没]", re.IGNORECASE)
+_NEGATION = re.compile(
+    r"\b(?:not|never|neither|nor|cannot|wrong|incorrect|except|unlikely)\b|n't\b|[不非没]", re.IGNORECASE
+)
 _ALTERNATIVE = re.compile(r"[\d})]\W{0,5}\bor\b|\beither\b|[\d})]\W{0,5}或", re.IGNORECASE)
 _CLAUSE = re.compile(r"[.;!?,]+(?:\s|$)")
 _MARKUP: Final = "*_`'\" "
@@ -155,8 +159,13 @@ def without_lead_in(text: str) -> str:
     by "or": it then states nothing that can be told apart.
     """
     text = _AFTER_ALL.sub("", text)
-    pattern = _CHINESE_LEAD_IN if _HAS_CHINESE.search(text) else _LEAD_IN
-    match = pattern.match(text)
+    for pattern in (_CHINESE_LEAD_IN, _LEAD_IN) if _HAS_CHINESE.search(text) else (_LEAD_IN,):
+        text = _after(pattern, text)
+    return text
+
+
+def _after(lead_in: re.Pattern[str], text: str) -> str:
+    match = lead_in.match(text)
     if match is None:
         return text
     clause = _CLAUSE.split(match[0].rstrip(" :,"))[-1]
@@ -173,11 +182,9 @@ def stated(text: str) -> str:
     """
     text = in_plain_words(fold(text))
     box = boxed(text)
-    if box is not None:
-        return _bare(undelimited(box))
-    if _EXCLAMATION.search(text):
+    if box is None and _EXCLAMATION.search(text):
         text = text.rstrip("! ")
-    return _bare(without_lead_in(_bare(undelimited(text))))
+    return _bare(without_lead_in(_bare(undelimited(text if box is None else box))))
 
 
 _EXCLAMATION = re.compile(r"[A-Za-z]{2} .*! *$", re.DOTALL)  # and no factorial

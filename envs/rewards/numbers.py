@@ -22,7 +22,8 @@ class Number(NamedTuple):
 
 _LARGEST_POWER: Final = 400
 _SCALES: Final = {
-    "hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12, "百": 2, "千": 3, "万": 4, "百万": 6, "亿": 8,
+    "hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12,
+    "百": 2, "千": 3, "万": 4, "百万": 6, "亿": 8,
 }  # fmt: skip
 _WHOLE: Final = r"\d{1,3}+(?:(?:,|\{,\}|\{ ,\}| |')\d{3})++|\d++"
 _DECIMAL: Final = rf"(?:(?P<whole>{_WHOLE})(?:\.(?P<places>\d*+))?+|\.(?P<alone>\d++))"
@@ -31,8 +32,9 @@ _POWER_OF_TEN: Final = (
     r"(?:\{ ?(?P<braced>[+-]?\d{1,3}) ?\}|\(? ?(?P<bare>[+-]?\d{1,3}) ?\)?))"
 )
 _PERCENT: Final = r"(?: ?(?P<percent>\\?%|[Pp]er ?cent(?:age)?(?: points?)?|pct))"
+_SCALE: Final = rf"(?: ?(?P<scale>{'|'.join(sorted(_SCALES, key=len, reverse=True))})s?)"
 _NUMBER = re.compile(
-    rf"(?P<sign>[+-]?) ?{_DECIMAL}{_POWER_OF_TEN}?(?: ?(?P<scale>{'|'.join(sorted(_SCALES, key=len, reverse=True))})s?)?"
+    rf"(?P<sign>[+-]?) ?{_DECIMAL}{_POWER_OF_TEN}?{_SCALE}?"
     rf"{_PERCENT}?",
     re.ASCII,
 )
@@ -44,7 +46,8 @@ _PARTS: Final = (
 )
 _FRACTION = re.compile(rf"(?P<sign>[+-]?) ?(?:(?P<mixed>\d+) ?(?=\\|(?<= )))?{_PARTS}{_PERCENT}?", re.ASCII)
 _POWER = re.compile(
-    r"(?P<sign>[+-]?) ?(?P<base>\d+(?:\.\d+)?) ?(?:\^|\*\*) ?(?:\{ ?(?P<braced>[+-]? ?\d{1,3}) ?\}|(?P<bare>[+-]?\d{1,3}))",
+    r"(?P<sign>[+-]?) ?(?P<base>\d+(?:\.\d+)?) ?(?:\^|\*\*) ?"
+    r"(?:\{ ?(?P<braced>[+-]? ?\d{1,3}) ?\}|(?P<bare>[+-]?\d{1,3}))",
     re.ASCII,
 )
 _LONGEST: Final = 100

@@ -1,4 +1,4 @@
-r"""Units of measurement: reads "cm^2", "km/h", "square metres", "平方厘米" and what is counted ("people"), and converts.
+r"""Units of measurement: reads "cm^2", "km/h", "square metres", "平方厘米" and what is counted, and converts.
 
 A unit is a scale and powers of what it measures, so that N·m and J, or 1 h and 60 min, agree.
 """
@@ -165,12 +165,13 @@ _TOKEN = re.compile(
     r"| *(?:(?P<word>°[CF]?|[A-Za-zμΩ]+|[$€£¥₹¢]|[\u4e00-\u9fff]+)"
     r"|(?P<times>\\cdot(?![A-Za-z])|\\times(?![A-Za-z])|[·*.-])|(?P<over>/)|(?P<bracket>[()]))"
 )
-_NO_WORD_OF_A_UNIT: Final = frozenset(
-    "and or not no nor plus minus divided over under less more fewer than greater at most least if when where for to"
-    " from between by with without of is are was be equals equal then so but pi sqrt root sin cos tan cot sec csc log ln exp"
-    " lim max min mod hundred thousand million billion trillion dozen half third quarter percent factorial choose infinity"
-    " either neither both only maybe possibly perhaps instead wrong incorrect false am pm".split()
-) - {"min", "sec"}
+_THAT_CALCULATE: Final = (
+    "and or not no nor plus minus divided over under less more fewer than greater at most least if when where for"
+    " to from between by with without of is are was be equals equal then so but pi sqrt root sin cos tan cot csc log ln"
+    " exp lim max mod hundred thousand million billion trillion dozen half third quarter percent factorial choose"
+    " infinity either neither both only maybe possibly perhaps instead wrong incorrect false am pm"
+)
+_NO_WORD_OF_A_UNIT: Final = frozenset(_THAT_CALCULATE.split())
 
 
 def is_unit(text: str) -> bool:
@@ -255,7 +256,9 @@ _BEFORE = re.compile(r"(?<=[\d)}\]%πA-Za-z])(?=[ A-Za-zμΩ°$€£¥₹¢\u4e0
 _HAS_NUMBER = re.compile(r"\d|\\pi|π|\\frac|\\sqrt|\\infty")
 _VARIABLE = re.compile(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])|(?<=\d)[A-Za-z](?![A-Za-z])")
 _CURRENCY = re.compile(r"([+-]?) ?(?:\\?\$|US\$|[€£¥₹])(?: |\\ )*(?=[\d.+-])")
-_DEGREES = re.compile(r" ?\^ ?(?:\{ ?(?:\\circ|\\degree|∘|°) ?\}|\\circ(?![A-Za-z])|∘|°)|\\(?:degree|textdegree)(?![A-Za-z])|∘")
+_DEGREES = re.compile(
+    r" ?\^ ?(?:\{ ?(?:\\circ|\\degree|∘|°) ?\}|\\circ(?![A-Za-z])|∘|°)|\\(?:degree|textdegree)(?![A-Za-z])|∘"
+)
 
 
 _MICRO = re.compile(r"(?:\\mu(?![A-Za-z])|μ) *(?=[A-Za-zΩ])")
@@ -291,13 +294,13 @@ def split_unit(text: str) -> tuple[str, Unit | None]:
 def _unit_after(body: str, rest: str) -> Unit | None:
     name = _HOW.sub("", rest.strip())
     unit = _measured(name) if len(name) <= _LONGEST else None
-    is_spaced = rest.startswith(" ") or not (body[-1:].isalpha() and body[-1:].isascii())
+    is_spaced = not rest[:1].isascii() or rest.startswith(" ") or re.search(r"(?:[^A-Za-z]|\\pi)$", body)
     if unit is not None and is_spaced:
         letter = re.match(r"[A-Za-z](?![A-Za-z])", name)
         if letter and _VARIABLE.search(body):
             return None  # 2x m
         is_doubtful = letter is not None and letter[0] in _SYMBOLS_THAT_MAY_BE_VARIABLES and not rest.startswith(" ")
-        return unit._replace(is_doubtful=is_doubtful and name == letter[0])
+        return unit._replace(is_doubtful=is_doubtful and len(name) == 1)
     if not (rest.startswith(" ") or name[:1] >= "\u4e00") or not re.search(r"[\d}]$", body) or _VARIABLE.search(body):
         return None
     return read_unit(name)

@@ -11,10 +11,13 @@ import atexit
 import contextlib
 import functools
 import importlib
+import mmap
 import os
+import pickle
 import signal
 import subprocess
 import sys
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -31,7 +34,11 @@ MEMORY_LIMIT: Final = 2 * 2**30
 MOST_PROCESSES: Final = 8
 """There may be several training processes on a machine, each with workers of its own."""
 
-_PATIENCE: Final = 4  # by the clock; results must not hang on how busy the machine is
+PATIENCE: Final = 60.0
+"""Seconds by the clock after which a call is given up that has not computed for as long as it may; a busy machine needs
+some, and results must not hang on how busy it is."""
+TRIES: Final = 3
+"""How often a call is made in all whose process others end, such as the system for want of memory."""
 _MAIN: Final = (
     "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "  # Ctrl-C is the parent's to answer
     "import sys; from vlmenv.envs.rewards.workers import _serve; _serve(sys.argv[1], float(sys.argv[2]))"
@@ -39,26 +46,34 @@ _MAIN: Final = (
 _ONE_THREAD: Final = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
+class WorkerLostError(RuntimeError):
+    """A process was ended by somebody else, each time that a call was made."""
+
+
 class Workers:
     """Child processes that all run one function: as many as there is work for, at most one per usable CPU and eight.
 
-    May be used from several threads at once, and after a fork. A copy starts processes of its own.
+    Each process stands by loaded while a fork of its works, and forks anew when a call ends the fork: nothing is loaded
+    twice. May be used from several threads at once, and after a fork. A copy starts processes of its own.
 
     Args:
         factory: `"module:name"` of a function without parameters that returns the function to run. It is called
             once in each process, and may take its time over imports.
-        time_limit: Seconds of computing that a call may take, start-up not counted. One that lasts four times as
-            long by the clock, because it waits or the machine is busy, is ended too.
+        time_limit: Seconds of computing that a call may take, start-up not counted.
+        patience: Seconds by the clock that a call may take, whatever it waits for. Default: 60.
     """
 
-    def __init__(self, factory: str, time_limit: float) -> None:
+    def __init__(self, factory: str, time_limit: float, patience: float = PATIENCE) -> None:
         self._factory = factory
         self._time_limit = time_limit
+        self._patience = patience
+        self.lost = 0
+        """how many processes others have ended so far, at work or while they started"""
         self._renew()
         _OPEN.add(self)
 
-    def __reduce__(self) -> tuple[type[Workers], tuple[str, float]]:
-        return Workers, (self._factory, self._time_limit)
+    def __reduce__(self) -> tuple[type[Workers], tuple[str, float, float]]:
+        return Workers, (self._factory, self._time_limit, self._patience)
 
     def _renew(self) -> None:
         self._all: set[_Worker] = set()
@@ -73,9 +88,12 @@ class Workers:
     def map(self, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Calls the function with each of the argument tuples.
 
+        A call whose process is ended by somebody else is made again, three times in all.
+
         Returns:
             The results in order; None for a call that raised, ran out of computing time or memory, or ended its
-            process, and a TimeoutError for one that was given up by the clock.
+            process, a TimeoutError for one that was given up by the clock, and a WorkerLostError for one whose process
+            others have ended three times.
 
         Raises:
             RuntimeError: A process could not be started.
@@ -83,17 +101,23 @@ class Workers:
         return list(self._threads.map(self._call, arguments))
 
     def _call(self, arguments: tuple[Any, ...]) -> Any:
-        worker = self._take()
-        try:
-            result = worker.call(arguments, _PATIENCE * self._time_limit)
-        except (OSError, EOFError) as error:  # time is up, or the process has ended
-            self._end(worker)
-            return error if isinstance(error, TimeoutError) else None
-        except BaseException:
-            self._end(worker)
-            raise
-        self._idle.append(worker)
-        return result
+        for _ in range(TRIES):
+            worker = self._take()
+            try:
+                result = worker.call(arguments, self._patience)
+            except _EndedByOthersError as error:
+                self._end(worker)
+                self.lost += 1
+                lost = error
+                continue
+            except BaseException:
+                self._end(worker)
+                raise
+            self._idle.append(worker)
+            return result
+        if not lost.has_started:
+            raise RuntimeError(f"a worker process for {self._factory} could not start: {lost}, {TRIES} times")
+        return WorkerLostError(f"{lost}, {TRIES} times")
 
     def _take(self) -> _Worker:
         """The idle process that worked last, or a new one."""
@@ -124,6 +148,14 @@ class Workers:
         self.close()
 
 
+class _EndedByOthersError(Exception):
+    """A process has ended, and not by what it was asked to do."""
+
+    def __init__(self, what: str, has_started: bool = True) -> None:
+        super().__init__(what)
+        self.has_started = has_started
+
+
 class _Worker:
     """The parent's end of one process."""
 
@@ -131,6 +163,7 @@ class _Worker:
         self._connection, theirs = Pipe()
         self._factory = factory
         self._ready = False
+        self._calls = 0
         paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)  # the child finds what the parent finds
         with theirs:
             self.process = subprocess.Popen(
@@ -142,24 +175,59 @@ class _Worker:
                 start_new_session=True,  # so that it can be ended with what it has forked
             )
 
-    def call(self, arguments: tuple[Any, ...], time_limit: float) -> Any:
+    def call(self, arguments: tuple[Any, ...], patience: float) -> Any:
+        """The function's result, or what stands for it; see `Workers.map`."""
         if not self._ready:
             self._await_start()
-        while self._connection.poll(0):
-            self._connection.recv()  # what is said when somebody ends a process that has nothing to do
-        self._connection.send(arguments)
-        if not self._connection.poll(time_limit):
-            raise TimeoutError
-        return self._connection.recv()
+        self._calls += 1
+        request = pickle.dumps((self._calls, arguments))
+        try:
+            self._connection.send_bytes(request)
+            return self._reply(time.monotonic() + patience)
+        except (OSError, EOFError):
+            raise _EndedByOthersError(f"ended with exit status {self._status()}") from None
+
+    def _reply(self, until: float) -> Any:
+        is_given_up = False
+        while True:
+            if not self._connection.poll(max(0.0, until - time.monotonic())):
+                if is_given_up:
+                    raise EOFError  # it does not even hear that it shall stop
+                self._interrupt()
+                is_given_up, until = True, time.monotonic() + _GRACE
+                continue
+            call, ending, value = self._connection.recv()
+            if call != self._calls:
+                continue  # of a fork that had nothing to do when somebody ended it
+            if is_given_up and ending != _DONE:
+                return TimeoutError("given up by the clock")
+            if ending == _BY_OTHERS:
+                raise _EndedByOthersError(f"ended by signal {value}")
+            return value
+
+    def _interrupt(self) -> None:
+        """Has the process end its fork, and go on with a new one."""
+        if hasattr(signal, "SIGUSR1"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.process.pid, signal.SIGUSR1)
 
     def _await_start(self) -> None:
         try:
             fault = self._connection.recv() if self._connection.poll(START_LIMIT) else f"took over {START_LIMIT:g} s"
         except (OSError, EOFError):
-            fault = f"ended with exit status {self.process.wait()}"
+            status = self._status()
+            if isinstance(status, int) and status < 0:
+                raise _EndedByOthersError(f"ended with exit status {status}", has_started=False) from None
+            fault = f"ended with exit status {status}"
         if fault is not None:
             raise RuntimeError(f"a worker process for {self._factory} could not start: {fault}")
         self._ready = True
+
+    def _status(self) -> int | str:
+        try:
+            return self.process.wait(_GRACE)
+        except subprocess.TimeoutExpired:
+            return "unknown"
 
     def end(self) -> None:
         self._connection.close()
@@ -200,6 +268,10 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_all)
 
 
+_DONE, _FAILED, _BY_OTHERS = "done", "failed", "by others"
+_GRACE: Final = 10.0
+
+
 def _serve(factory: str, time_limit: float) -> None:
     """The child's whole life: says that it is ready, or why not, and then has calls answered until the parent is gone.
 
@@ -213,31 +285,59 @@ def _serve(factory: str, time_limit: float) -> None:
             connection.send(f"{type(error).__name__}: {error}")
             return
         _limit_memory()
+        current = mmap.mmap(-1, 8)  # the number of the call that is at work, 0 for none; shared with the fork
         connection.send(None)
         if not hasattr(os, "fork"):
-            _answer(connection, function, time_limit)
+            _answer(connection, function, time_limit, current)
         while True:
-            _in_a_fork(functools.partial(_answer, connection, function, time_limit))
-            connection.send(None)  # a call has ended badly; raises if the parent is gone
+            status = _in_a_fork(functools.partial(_answer, connection, function, time_limit, current))
+            call = int.from_bytes(current[:], "little")
+            is_by_others = os.WIFSIGNALED(status) and os.WTERMSIG(status) in _SIGNALS_OF_OTHERS
+            ending, value = (_BY_OTHERS, os.WTERMSIG(status)) if is_by_others else (_FAILED, None)
+            connection.send((call, ending, value))  # raises if the parent is gone
 
 
-def _in_a_fork(work: Callable[[], None]) -> None:
+_SIGNALS_OF_OTHERS: Final = {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGKILL", signal.SIGTERM)}
+"""A time-out ends a fork by SIGPROF, and its own faults by SIGSEGV or the like. By SIGKILL the system ends it for want
+of memory, and this process at its parent's word, which may come too late and meet the next call."""
+
+
+def _in_a_fork(work: Callable[[], None]) -> int:
+    """Does work in a fork, which SIGUSR1 ends; returns how it ended."""
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     fork = os.fork()
     if fork == 0:
         try:
             work()
         finally:
             os._exit(1)
-    os.waitpid(fork, 0)
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, lambda *_: _abort(fork))
+    return os.waitpid(fork, 0)[1]
 
 
-def _answer(connection: Connection, function: Callable[..., Any], time_limit: float) -> None:
+def _abort(fork: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it may have ended just now
+        os.kill(fork, signal.SIGKILL)
+
+
+def _answer(connection: Connection, function: Callable[..., Any], time_limit: float, current: mmap.mmap) -> None:
     while True:
-        arguments = connection.recv()
+        call, arguments = connection.recv()
+        current[:] = call.to_bytes(8, "little")
         _limit_computing(time_limit)
-        result = _result(function, arguments)
+        reply = (call, *_result(function, arguments))
         _limit_computing(0)
-        connection.send(result)
+        current[:] = bytes(8)
+        _send(connection, reply)
+
+
+def _send(connection: Connection, reply: tuple[int, str, Any]) -> None:
+    try:
+        connection.send(reply)
+    except (TypeError, AttributeError, pickle.PicklingError):  # no result that can be sent
+        connection.send((reply[0], _FAILED, None))
 
 
 def _made(factory: str) -> Callable[..., Any]:
@@ -246,13 +346,13 @@ def _made(factory: str) -> Callable[..., Any]:
     return function
 
 
-def _result(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+def _result(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[str, Any]:
     try:
-        return function(*arguments)
+        return _DONE, function(*arguments)
     except MemoryError:
         os._exit(1)  # what is left of the memory may not do for the next call
     except Exception:
-        return None
+        return _FAILED, None
 
 
 def _limit_memory() -> None:

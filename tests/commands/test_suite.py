@@ -330,6 +330,19 @@ def test_math_vision_takes_a_letter_or_what_it_stands_for(tmp_path: Path, script
     assert "number 0?\nChoices:\n(A) 3\n(B) 5\n(C) 7" in scripted.asked[0]
 
 
+def test_a_question_of_math_vision_may_be_the_image_alone(tmp_path: Path, scripted: Scripted) -> None:
+    rows = [{"options": options, "answer": answer} for options, answer in (([], "5"), (["3", "5"], "B"))]
+    for i, row in enumerate(rows):
+        picture(tmp_path / "MathVision" / "images" / f"{i}.jpg")
+        row |= {"id": str(i), "question": "<image1>", "image": f"images/{i}.jpg", "subject": "algebra", "level": 1}
+    folder = tmp_path / "MathVision" / "data"
+    folder.mkdir()
+    (folder / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    scripted.script({"": SECTIONS("5")})
+    assert run_suite(options("pebr_r1", tmp_path, tmp_path / "out"))["math_vision"]["accuracy"].value == 1
+    assert "<image1>" not in "".join(scripted.asked)
+
+
 def test_mmstar(tmp_path: Path, scripted: Scripted) -> None:
     rows = [
         {

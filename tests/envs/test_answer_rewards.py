@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.growth import growth
 from vlmenv.core.answers import Answer, AnswerKind
 from vlmenv.core.errors import ConfigError
 from vlmenv.core.formats import AnswerFormat
@@ -19,11 +20,11 @@ from vlmenv.envs.rewards.answers import (
     edit_ratio,
     normalise,
     parse_answer,
-    parse_choice,
     parse_number,
     parse_yes_no,
     read_answer,
 )
+from vlmenv.envs.rewards.letters import read_letters
 
 KINDS: list[AnswerKind] = ["choice", "yes_no", "numeric", "exact", "math", "edit"]
 TRUTHS: dict[AnswerKind, Answer] = {
@@ -51,7 +52,7 @@ Final answer: (B) 12 cm | ans. B | The correct answer is option B: a cat | The c
 option b | option_B | Choice (B) | I choose B | **B** | *B* | `B` | "B" | 'B' | “B” | ‘B’ | $B$ | \boxed{B}
 $\boxed{B}$ | \boxed{\text{B}} | \text{(B)} | \textbf{B) cat} | \mathbf{B} | B. Vitamin C | B) Vitamin C.
 B) between C and D | B. A cat | B) f(x) = 3 | It is B, not C | The answer is B, not C. | It isn't A, it is B
-Neither A nor C but B | not A but B | I think it is B | I'd say B | I'm sure: B | Therefore, B | B is correct
+Neither A nor C but B | not A but B | I think it is B | A is wrong, B is right | B because A is too small | I'd say B | I'm sure: B | Therefore, B | B is correct
 B, B, B | B and only B | （B） | Ｂ | Ｂ． | 1) B | Plan B | B, because I see a cat | B? Yes, B.
 """
 
@@ -59,8 +60,7 @@ NO_CHOICE = r"""
 12 | none | A cat | A Cat | a cat | A cat and a dog | The answer is a cat | I think a dog | I see a cat
 I am not sure | AB | ABC | BB | A or B | A and B | A, B | A/B | A & B | A B | A; B | (A) or (B) | A. or B.
 A) cat B) dog | A. cat B. dog | Option A or B | options A and B | A, B, or C | Both A and C
-choose between A and B: B | Answer is B or C | not B | It is not B. | It's not A or B | A is wrong, B is right
-B because A is too small | A: cat, B: dog | U.S. | B.C. | X-ray | T-shirt | D'Artagnan | B2 | 2B | é | ß | É | Я
+choose between A and B: B | Answer is B or C | not B | It is not B. | It's not A or B | A: cat, B: dog | U.S. | B.C. | X-ray | T-shirt | D'Artagnan | B2 | 2B | é | ß | É | Я
 the cat (a mammal)
 """
 
@@ -81,11 +81,11 @@ MINUS_THREE = r"""
 """
 
 NO_NUMBER = r"""
-twelve | nan | inf | -inf | NaN | 1e400 | -1e999 | 1/0 | 0/0 | 12 or 13 | 12, 13 | 12,13 | 12 13 | 1 000 | 1.2.3
-1,2345 | 1,23 | 12:30 | 12/05/2020 | 3-4 | 3 - 4 | - 3 | --3 | 2x | 2 x | 2y | 2i | 12a | a12 | 5th | 3D | 0x10
-1_000 | 2\pi | 2π | 2 pi | \pi | 2\sqrt{3} | \sqrt{2} | √2 | 10^3 | 2^{10} | 10² | ½ | 1½ | 1 1/2 | 1\frac{1}{2}
-2*3 | 2+3 | 2 + 3 = 5 | x+3 | 3+x | 3(x+1) | 4 million | 3 dozen | minus 3 | negative 3 | 2 and a half | 5 squared
-square root of 16 | (3, 4) | ±3 | x > 3 | x^2=9 | - | . | , | 1/2/3 | 3 dogs and 4 cats | ١٢ | e5 | 1e | 12 a day
+twelve | nan | inf | -inf | NaN | 1e400 | -1e999 | 1/0 | 0/0 | 12 or 13 | 12, 13 | 12,13 | 12 13 | 1.2.3
+1,2345 | 1,23 | 12:30 | 12/05/2020 | 3-4 | 3 - 4 | --3 | 2x | 2 x | 2y | 2i | 12a | a12 | 5th | 3D | 0x10
+1_000 | 2\pi | 2π | 2 pi | \pi | 2\sqrt{3} | \sqrt{2} | √2
+2*3 | 2+3 | x+3 | 3+x | 3(x+1) | 3 dozen | minus 3 | negative 3 | 2 and a half | 5 squared
+square root of 16 | (3, 4) | ±3 | x > 3 | x^2=9 | - | . | , | 1/2/3 | 3 dogs and 4 cats | e5 | 1e | 12 a day
 $ | \frac{1}{x}
 """
 
@@ -94,14 +94,14 @@ ODD = ["", "\ud800", "\x00"]
 
 @pytest.mark.parametrize("content", [*cases(B), " B ", "B\n", "```\nB\n```"])
 def test_these_choose_b(content: str) -> None:
-    assert parse_choice(content) == "B"
+    assert read_letters(content) == "B"
     assert accuracy_reward(answered(content), Answer("B", "choice")) == 1
     assert accuracy_reward(answered(content), Answer("C", "choice")) == 0
 
 
 @pytest.mark.parametrize("content", [*cases(NO_CHOICE), *ODD, "A) cat\nB) dog", "A\nB", "A\n\nB"])
 def test_these_choose_nothing(content: str) -> None:
-    assert parse_choice(content) is None
+    assert read_letters(content) is None
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_these_choose_nothing(content: str) -> None:
     ],
 )
 def test_articles_and_pronouns_may_be_letters_after_all(content: str, letter: str) -> None:
-    assert parse_choice(content) == letter
+    assert read_letters(content) == letter
 
 
 @pytest.mark.parametrize(
@@ -150,6 +150,18 @@ def test_articles_and_pronouns_may_be_letters_after_all(content: str, letter: st
         ("1e308", 1e308),
         ("0/5", 0),
         ("-0", 0),
+        ("½", 0.5),
+        ("1½", 1.5),
+        ("1 1/2", 1.5),
+        ("1\\frac{1}{2}", 1.5),
+        ("1 000", 1000),
+        ("10^3", 1000),
+        ("2^{10}", 1024),
+        ("10²", 100),
+        ("1.5 million", 1.5e6),
+        ("2 + 3 = 5", 5),
+        ("- 3", -3),
+        ("١٢", 12),
     ],
 )
 def test_numbers_by_hand(content: str, number: float) -> None:
@@ -177,7 +189,7 @@ def test_these_are_no_number(content: str) -> None:
         ("Ｙｅｓ", "yes"),
         ("yes, yes", "yes"),
         ("yes: no-one is there", "yes"),
-        ("Yes, there is no dog", None),
+        ("Yes, there is no dog", "yes"),
         ("yes/no", None),
         ("yes or no", None),
         ("I don't know", None),
@@ -186,7 +198,7 @@ def test_these_are_no_number(content: str) -> None:
         ("noes", None),
         ("yes2", None),
         ("", None),
-        ("true", None),
+        ("true", "yes"),
         ("\ud800", None),
     ],
 )
@@ -454,7 +466,7 @@ def test_any_text_is_read(content: str) -> None:
         parse_answer(content, kind)
         if kind != "math":
             assert 0 <= accuracy_reward(answered(content), TRUTHS[kind]) <= 1
-    letter, number = parse_choice(content), parse_number(content)
+    letter, number = read_letters(content), parse_number(content)
     assert letter is None or letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     assert number is None or abs(number) < float("inf")
     normalise(content)
@@ -472,19 +484,28 @@ def test_two_numbers_are_one_only_if_equal(a: int, b: int) -> None:
     assert parse_number(f"{a} or {b}") == (a if a == b else None)
 
 
-@pytest.mark.parametrize("unit", ["{", "\\frac{", "(", "B ", "A or ", "not A or ", "12,", "1.", "1/", "yes ", " ", "$"])
-def test_reading_is_quick_whatever_the_text(unit: str) -> None:
-    started = time.perf_counter()
+UNITS = ["{", "\\frac{", "(", "B ", "A or ", "not A or ", "12,", "1.", "1/", "yes ", " ", "$", "\\boxed{", "answer is "]
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_reading_takes_time_in_proportion_to_the_text(unit: str) -> None:
     assert accuracy_reward(answered(unit * (10**7 // len(unit))), TRUTHS["choice"]) == 0
-    for kind in KINDS:
-        parse_answer(unit * (10_000 // len(unit)), kind)
-    normalise(unit * 10**6)
-    assert time.perf_counter() - started < 2
+
+    def read(length: int) -> None:
+        answers._quantity.cache_clear()
+        for kind in KINDS:
+            parse_answer(unit * (length // len(unit)), kind)
+
+    assert growth(read, 1_200) < 32
 
 
-def test_the_distance_of_long_texts_is_quick() -> None:
+def test_the_distance_of_long_texts_is_counted_in_whole_numbers() -> None:
+    """Many times faster than cell by cell."""
     rng = random.Random(0)
-    a, b = ("".join(rng.choices("abcdefgh ", k=10_000)) for _ in range(2))
-    started = time.perf_counter()
-    assert 0 < edit_ratio(a, b) < 1
-    assert time.perf_counter() - started < 1
+    a, b = ("".join(rng.choices("abcdefgh ", k=800)) for _ in range(2))
+    started = time.thread_time()
+    assert edit_ratio(a, b) == pytest.approx(1 - naive_distance(a, b) / 800)
+    slow = time.thread_time() - started
+    started = time.thread_time()
+    edit_ratio(a, b)
+    assert time.thread_time() - started < slow / 10

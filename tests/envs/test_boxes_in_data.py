@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from vlmenv.core.answers import Detection
-from vlmenv.core.errors import ConfigError
+from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.envs.data.boxes import change_numbers, corners, numbers_in, turned
 from vlmenv.envs.ovd import OVDEnv
 from vlmenv.envs.rec import RECEnv
@@ -87,7 +87,15 @@ def test_numbers_are_changed_and_no_text(numbers: list[float], text: str) -> Non
     assert changed.startswith(text)
     assert changed.endswith(text)
     x, y, width, height = numbers
-    assert numbers_in(changed) == [pytest.approx((x, y, x + width, y + height))]
+    assert numbers_in(changed) == [pytest.approx((x, y, x + width, y + height), abs=1e-11)]
+
+
+def test_all_digits_of_a_fraction_are_read(tmp_path: Path) -> None:
+    numbers = [0.00020833333333333334, 1e-05, 0.014583333333333334, 0.9999999999999999]
+    file = write(tmp_path, {"answer": numbers}, {"answer": json.dumps({"bbox_2d": numbers})})
+    for index in range(2):
+        target = RECEnv(dataset=file, boxes_in="fractions").source.get(index).target
+        assert target == pytest.approx([value * SIZE[i % 2] for i, value in enumerate(numbers)])
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -156,3 +164,17 @@ def test_what_coco_cannot_tell_is_as_the_option_says(tmp_path: Path) -> None:
     for option in ("shown", "stored"):
         env = OVDEnv(dataset=write_coco(tmp_path, SIZE, 3), box_orientation=option)
         assert is_on_the_square(env) == (option == "stored")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_boxes_of_a_column_with_objects(form: str, tmp_path: Path) -> None:
+    """By definition of the layout they are x, y, width and height; an option says otherwise."""
+    Image.new("RGB", SIZE).save(tmp_path / "a.png")
+    rows = [{"image": str(tmp_path / "a.png"), "objects": {"bbox": [FORMS[form]], "category": ["dog"]}}]
+    (found,) = OVDEnv(dataset=rows, boxes_in=form).source.get(0).target
+    assert found.box == pytest.approx(BOX)
+    (found,) = OVDEnv(dataset=rows).source.get(0).target
+    assert (found.box == pytest.approx(BOX)) == (form == "xywh")
+    if form == "xywh":
+        with pytest.raises(DataError, match="covers nothing, if boxes are in xyxy"):
+            OVDEnv(dataset=rows, boxes_in="xyxy")

@@ -6,7 +6,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vlmenv.core.answers import Answer
+from vlmenv.core.answers import Answer, Caption
+from vlmenv.core.formats import SECTIONS, AnswerFormat
+from vlmenv.envs.captioning import described_keywords_reward
 from vlmenv.envs.data.captions import CaptionScenes, describe, keywords, place, questions
 from vlmenv.envs.data.scenes import COLOURS, SHAPES, Scene, Shape, sample_scene
 
@@ -90,3 +92,29 @@ def test_samples_are_scenes_with_varied_questions(split: str) -> None:
     assert len({sample.question for sample in samples}) > 10
     assert {sample.target.answer.kind for sample in samples} == {"numeric", "exact"}
     assert source.get(7).question == samples[7].question
+
+
+TEN = ("cat", "dog", "car", "bus", "tree", "lamp", "bench", "bird", "boat", "sign")
+
+
+def test_key_words_count_in_the_description_alone() -> None:
+    words, written = " ".join(TEN), AnswerFormat.SECTIONS.write
+    cases = {
+        written("1", words): 1.0,
+        written("1", "a cat and a dog"): 0.2,
+        written(words, "."): 0.0,
+        written("1", ".").replace(SECTIONS[1], f"{SECTIONS[1]} {words}"): 0.0,
+        written("1", ".").replace("### Step 1:", f"### Step 1: {words}"): 0.0,
+        f"{SECTIONS[0]} .\n{SECTIONS[3]} {words}": 0.0,  # no heading closes the description but the answer's
+        f"{SECTIONS[3]} {words}": 0.0,
+        words: 0.0,
+    }
+    for text, share in cases.items():
+        assert described_keywords_reward(text, Caption(TEN), AnswerFormat.SECTIONS) == share, text
+    tags = {
+        f"<think>{words}</think><answer>1</answer>": 1.0,
+        f"<think>.</think><answer>{words}</answer>": 0.0,
+        f"<think>.<answer>{words}</answer>": 0.0,
+    }
+    for text, share in tags.items():
+        assert described_keywords_reward(text, Caption(TEN), AnswerFormat.TAGS) == share, text

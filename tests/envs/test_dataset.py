@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from PIL import Image
 from vlmenv.core.answers import NONE
 from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.core.formats import AnswerFormat
+from vlmenv.envs.data.images import load_image
 from vlmenv.envs.rec import RECEnv
 from vlmenv.envs.vector import VisualTaskVectorEnv
+from vlmenv.envs.vqa import VQAEnv
 
 
 def row(**changes: Any) -> dict[str, Any]:
@@ -205,6 +208,30 @@ def test_rows_are_left_out_by_what_they_say_and_show(tmp_path: Path) -> None:
         RECEnv(without_text=["x"])
     with pytest.raises(ConfigError, match="a list of texts"):
         RECEnv(dataset=file, without_text="x")
+
+
+def test_images_are_of_usual_formats_regular_files_and_of_bounded_size(tmp_path: Path) -> None:
+    """EPS would call an external program, a pipe would be waited for, a small file may unpack to gigabytes."""
+    Image.new("RGB", (8, 6)).save(tmp_path / "a.eps")
+    Image.new("1", (9500, 9500)).save(tmp_path / "large.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    for name, message in (
+        ("a.eps", r"a\.eps cannot be read as an image: it is none of PNG, JPEG"),
+        ("large.png", r"large\.png cannot be read as an image: it has 9500 x 9500 pixels, more than 89,478,485"),
+    ):
+        env = RECEnv(dataset=write(tmp_path, row(image=name)))
+        with pytest.raises(DataError, match=rf"rows\.jsonl:1.*{message}"):
+            env.source.get(0)
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: there is no image .*pipe\.png"):
+        RECEnv(dataset=write(tmp_path, row(image="pipe.png")))
+    with pytest.raises(DataError, match="it is no regular file"):
+        load_image(str(tmp_path / "pipe.png"), "here")
+    for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "ICO"):
+        Image.new("RGB", (8, 6), "red").save(tmp_path / f"a.{kind}", kind)
+        assert load_image(str(tmp_path / f"a.{kind}"), "here").shape == (6, 8, 3)
+    env = VQAEnv(dataset=[{"image": Image.open(tmp_path / "a.eps"), "question": "?", "answer": "a"}])
+    with pytest.raises(DataError, match="it is EPS, and none of"):
+        env.source.get(0)
 
 
 def test_an_image_that_is_no_image_is_a_fault_where_its_size_matters(tmp_path: Path) -> None:

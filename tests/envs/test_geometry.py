@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlmenv.cli import main
 from vlmenv.core.answers import NONE, Detection, parse_places, parse_point, write_point
-from vlmenv.core.coordinates import ResizeRule
+from vlmenv.core.coordinates import Box, ResizeRule
 from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.envs import (
     BOX,
@@ -23,9 +25,11 @@ from vlmenv.envs import (
     Source,
     VisualTaskEnv,
     format_reward,
+    register_task,
     self_check,
 )
-from vlmenv.envs.geometry import convert, places
+from vlmenv.envs.data.boxes import turned
+from vlmenv.envs.geometry import changed_place, convert, places
 
 WIDTH, HEIGHT = 100, 50
 
@@ -221,3 +225,38 @@ def test_the_point_that_is_written_for_a_box_is_in_it(edges: tuple[float, float,
 def test_no_text_raises(text: str) -> None:
     for geometry in (POINT, POINTS, BOX, BOXES, DETECTIONS):
         geometry.read(text)
+
+
+def test_points_of_a_data_set_are_scaled_as_boxes_are() -> None:
+    rows = [{"image": np_image(), "question": "?", "answer": answer} for answer in ([500, 200], [0, 0, 500, 500])]
+    env = PointEnv(dataset=rows, boxes_in="norm1000")
+    assert [env.source.get(i).target for i in range(2)] == [(50, 10), (0, 0, 50, 25)]
+
+
+def test_points_turn_with_their_image() -> None:
+    """The box between two turned points is the turned box."""
+    box = (10.0, 20.0, 30.0, 45.0)
+    for orientation in range(1, 9):
+
+        def change(edges: Box, orientation: int = orientation) -> Box:
+            return turned(edges, orientation, (WIDTH, HEIGHT))
+
+        x1, y1, x2, y2, x3, y3 = changed_place((*box, 10.0, 45.0), change)
+        assert (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)) == changed_place(box, change) == change(box)
+        assert {x3} < {x1, x2}
+        assert {y3} < {y1, y2}
+
+
+class NearEnv(PointEnv):
+    """The truth is a point."""
+
+    terms = {"near": lambda text, target, prediction: float(prediction == target)}  # noqa: RUF012
+    default_rewards = {"near": 1.0}  # noqa: RUF012
+
+
+def test_data_check_takes_points(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np_image().save(tmp_path / "a.png")
+    (tmp_path / "rows.jsonl").write_text('{"image": "a.png", "question": "?", "answer": [10, 10]}')
+    register_task("Test-Point-v0", "test_geometry:NearEnv")
+    main(["data", "check", str(tmp_path / "rows.jsonl"), "--env", "Test-Point-v0", "--decode"])
+    assert "good" in capsys.readouterr().out

@@ -6,17 +6,24 @@ import base64
 import csv
 import gzip
 import io
+import itertools
 import json
+import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from vlmenv.core.errors import DataError
 from vlmenv.envs.base import VisualTaskEnv
+from vlmenv.envs.data.rows import COLUMNS
 from vlmenv.envs.math_reasoning import MathEnv
 from vlmenv.envs.ovd import OVDEnv
 from vlmenv.envs.rec import RECEnv
@@ -134,6 +141,20 @@ def test_a_row_is_read_and_its_truth_scores(folder: Path, layout: str) -> None:
     observation = check(env, "Which colour?")
     assert observation["images"][0][0, 0].tolist() == [255, 0, 0]
     assert "<image>" not in observation["prompt"]
+    assert env.source.usage is not None
+    assert {"question", "answer", "images"} <= env.source.usage.used.keys()
+    assert set(env.source.usage.unused) <= {"data_source", "extra_info"}
+
+
+def test_the_rows_of_the_page_are_read(folder: Path) -> None:
+    page = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```json\n(.*?)```", page, flags=re.DOTALL)
+    (folder / "a.png").rename(folder / "1.png")
+    rows = [json.loads(line) for line in block.splitlines()]
+    assert len(rows) >= 12
+    for row in rows:
+        task = VQAEnv if "objects" not in row else RECEnv if "ref" in row["objects"] else OVDEnv
+        check(task(dataset=dump(folder, row)), "Which?" if task is VQAEnv else "")
 
 
 @pytest.mark.parametrize(
@@ -371,10 +392,31 @@ def test_tables_of_vlmevalkit(folder: Path) -> None:
     assert env.source.get(1).target.text == "B"
 
 
+WORDS = st.sampled_from(["", "a.png", "<image>", "<image 2>", "<bbox>", "[1, 2, 30, 40]", "[{}]", "user", "gpt", "A"])
+KEYS = st.sampled_from(
+    ["role", "from", "content", "value", "type", "text", "image", "bbox", "category", "ref", "bytes"]
+)
+CELLS = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | WORDS | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300)
+@given(
+    st.dictionaries(st.sampled_from([*itertools.chain(*COLUMNS.values()), "image_1", "B", "video"]), CELLS, max_size=6)
+)
+def test_any_row_is_read_or_named_as_broken(row: dict[str, Any]) -> None:
+    for task in (VQAEnv, RECEnv, OVDEnv):
+        with suppress(ValueError):
+            task().reading().sample(row, 0)
+
+
 REFUSED = {
     "a video": ({"videos": ["a.mp4"]}, "a video in 'videos'.* store frames as 'images'"),
     "a video's path": ({"video_path": "a.mp4"}, "a video in 'video_path'"),
-    "a sound": ({"audio": "a.wav"}, "an? audio in 'audio'"),
+    "a sound": ({"audio": "a.wav"}, "sound in 'audio'"),
     "a video's mark": ({"question": "<video>Why?"}, "a <video> mark"),
     "an image elsewhere": (
         {"screen": "a.png"},

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Sequence
 from typing import Any
 
+import gymnasium
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -174,8 +174,8 @@ def test_bombs_are_not_even_tried(recorder: Recorder) -> None:
     assert math_equal([(bomb, "12") for bomb in BOMBS]) == [False] * len(BOMBS)
     assert recorder.asked == []
     assert not module._cache  # which would be a lot to keep
-    assert math_equal([("2^{2^3}", "256"), ("x^2+x^3", "x^3+x^2"), ("1" * 50, "1")]) == [True] * 3
-    assert len(recorder.asked) == 3
+    assert math_equal([("2^{2^3}", "256"), ("x^2+x^3", "x^3+x^2+0")]) == [True] * 2
+    assert len(recorder.asked) == 2
 
 
 def test_accuracy_takes_any_text() -> None:
@@ -184,18 +184,32 @@ def test_accuracy_takes_any_text() -> None:
 
 
 def test_each_pair_is_asked_once(recorder: Recorder) -> None:
-    assert math_equal([("a", "b"), ("c", "d"), ("a", "b")]) == [True] * 3
-    assert math_equal([("c", "d"), ("e", "f"), ("d", "c")]) == [True] * 3
-    assert recorder.asked == [("a", "b"), ("c", "d"), ("e", "f"), ("d", "c")]
+    a, b, c = "x+1", "2x", "x-y"
+    assert math_equal([(a, b), (a, c), (a, b)]) == [True] * 3
+    assert math_equal([(a, c), (b, c), (c, a)]) == [True] * 3
+    assert recorder.asked == [(a, b), (a, c), (b, c), (c, a)]
     assert math_equal([]) == []
+
+
+def test_numbers_and_words_are_compared_without_a_process(recorder: Recorder) -> None:
+    pairs = [
+        ("5.0", "5"),
+        ("6", "5"),
+        ("\\boxed{50\\text{ mm}}", "5 cm"),
+        ("7 3", "10"),
+        ("west", "east"),
+        ("1,2", "(1,2)"),
+    ]
+    assert math_equal(pairs) == [True, False, True, False, False, True]
+    assert recorder.asked == []
 
 
 def test_no_more_than_so_many_results_are_kept(
     recorder: Recorder, no_cache: dict[tuple[str, str], bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_CACHED", 3)
-    assert math_equal([(str(i), "1") for i in range(10)]) == [True] * 10
-    assert list(no_cache) == [(str(i), "1") for i in range(7, 10)]
+    assert math_equal([(f"x+{i}", "y") for i in range(10)]) == [True] * 10
+    assert list(no_cache) == [(f"x+{i}", "y") for i in range(7, 10)]
 
 
 def test_it_works_beside_the_main_thread() -> None:
@@ -235,12 +249,8 @@ def test_any_texts_are_compared(pairs: list[tuple[str, str]]) -> None:
 
 def test_bombs_that_are_tried_take_bounded_time(no_cache: dict[tuple[str, str], bool]) -> None:
     pairs = [(bomb, "12") for bomb in SLOW_BOMBS]
-    started = time.perf_counter()
     assert math_equal([*pairs, ("\\frac{24}{2}", "12")]) == [False, False, True]
-    assert time.perf_counter() - started < 4 * module.TIME_LIMIT * len(pairs) + 5
-    started = time.perf_counter()
-    assert math_equal(pairs) == [False] * len(pairs)  # remembered
-    assert time.perf_counter() - started < 0.1
+    assert {pair: no_cache.get(pair) for pair in pairs} == dict.fromkeys(pairs, False)  # remembered
 
 
 def test_a_comparison_that_was_given_up_by_the_clock_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,5 +263,151 @@ def test_a_comparison_that_was_given_up_by_the_clock_is_made_again(monkeypatch: 
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "_workers", Stalled())
-        assert math_equal([pair]) == [False]
+        with pytest.warns(RuntimeWarning, match="1 of 1 mathematical answers score 0 without having been compared"):
+            assert math_equal([pair]) == [False]
     assert math_equal([pair]) == [True]
+
+
+def test_a_comparison_whose_process_the_system_ends_is_made_again(no_cache: dict[tuple[str, str], bool]) -> None:
+    math_equal([("x+y+18", "y+x+18")])  # starts a process
+    before = module._workers.lost
+    for worker in list(module._workers._all):
+        worker.process.kill()
+        worker.process.wait()
+    assert math_equal([("x+y+19", "y+x+19")]) == [True]
+    assert module._workers.lost == before  # it was idle, and has been replaced
+
+
+def nested(opening: str, closing: str, inner: str = "1") -> str:
+    return opening * 18 + inner + closing * 18
+
+
+def test_nesting_is_bounded_before_parsing(recorder: Recorder) -> None:
+    pairs = [
+        ("(", ")"),
+        ("[", "]"),
+        ("{", "}"),
+        ("\\{", "\\}"),
+        ("\\sqrt{", "}"),
+        ("x^{", "}"),
+        ("\\left(", "\\right)"),
+    ]
+    assert not any(math_equal([(nested(*pair, "1+x"), "x+1") for pair in pairs]))
+    assert recorder.asked == []
+
+
+TRUE_NUMBERS = st.integers(2, 400)
+SEPARATORS = st.sampled_from(
+    [" ", "\n", "\t", "\\ ", "\\,", "\\quad ", "~", "\\\\", "$ $", ", ", "; ", " and ", " or ", "|", "｜", "、"]
+)
+WRAPS = st.sampled_from(
+    ["{}", "({})", "[{}]", "{{{}}}", "\\{{{}\\}}", "${}$", "\\boxed{{{}}}", "\\text{{{}}}", "|{}|", "\\left({}\\right)"]
+)
+
+
+@given(TRUE_NUMBERS, st.lists(TRUE_NUMBERS, min_size=1, max_size=3), SEPARATORS, WRAPS, WRAPS, WRAPS)
+@settings(max_examples=150, deadline=None)
+def test_numbers_side_by_side_are_no_sum_and_no_product(
+    truth: int, addends: list[int], separator: str, first: str, second: str, whole: str
+) -> None:
+    """Any numbers that add up to the truth, or multiply to it, however they are set beside each other."""
+    rest = truth - sum(addends)
+    factors = [k for k in range(2, truth) if truth % k == 0]
+    for parts in ([*addends, rest], *([k, truth // k] for k in factors[:2])):
+        if any(part == truth or part <= 0 for part in parts) or int("".join(map(str, parts))) == truth:
+            continue
+        wraps = [first, second, first, second]
+        answer = separator.join(wrap.format(part) for wrap, part in zip(wraps, parts, strict=False))
+        if "boxed" in first + second and "\\boxed{" in answer and str(truth) in (str(part) for part in parts):
+            continue
+        assert math_equal([(answer, str(truth)), (whole.format(answer), str(truth))]) == [False, False]
+
+
+PIECES = [
+    "(",
+    ")",
+    "[",
+    "]",
+    "{",
+    "}",
+    "\\frac",
+    "\\sqrt",
+    "^",
+    "_",
+    "/",
+    "=",
+    "<",
+    ",",
+    ";",
+    ":",
+    " ",
+    "$",
+    "\\boxed{",
+    "x",
+    "y",
+]
+PIECES += [
+    "\\pi",
+    "\\sin",
+    "°",
+    "cm",
+    "\\text{",
+    "3",
+    "8",
+    "1e9",
+    "!",
+    "|",
+    "or",
+    "is",
+    "答案是",
+    "\\pm",
+    "\\infty",
+    "%",
+    "²",
+    "√",
+    "\n",
+]
+
+
+@given(
+    st.lists(st.sampled_from(PIECES), max_size=40).map("".join),
+    st.sampled_from(["7142", "(571,2)", "5171 kg", "x>7151"]),
+)
+@settings(max_examples=150, deadline=None)
+def test_no_text_without_the_truth_scores(answer: str, truth: str) -> None:
+    assert math_equal([(answer, truth)]) == [False]
+
+
+@pytest.mark.parametrize("truth", ["10", "12", "17", "30", "144"])
+def test_no_hack_of_the_built_in_task_scores(truth: str) -> None:
+    n = int(truth)
+    hacks = [f"{a}\n{b}\n{n - a - b}" for a in (1, 2, 3) for b in (1, 2)]
+    hacks += [
+        f"{n - 1} 1",
+        f"({n - 1})(1)",
+        f"{n - 1}(1)",
+        f"{n},{n + 1}",
+        f"{n} or {n + 1}",
+        f"{{{n}, {n + 1}}}",
+        f"({n}, {n})",
+    ]
+    hacks += [
+        f"\\pm {n}",
+        f"x={n - 1} x={n}",
+        f"[0,{2 * n}]",
+        f"{n}\\cup {n + 1}",
+        "0<x<1000",
+        f"\\boxed{{{n}}} or \\boxed{{1}}",
+    ]
+    hacks += [
+        ", ".join(map(str, range(200))),
+        " ".join(map(str, range(200))),
+        f"{n} {n}",
+        f"either {n} or 1",
+        f"not {n}",
+    ]
+    env = gymnasium.make("VLM-Math-v0", dataset=[{"question": "q", "answer": truth, "images": []}])
+    for hack in hacks:
+        env.reset(seed=0)
+        info = env.step(f"<think>t</think><answer>{hack}</answer>")[4]
+        assert info["rewards"]["accuracy"] == 0, hack

@@ -121,6 +121,7 @@ def test_the_built_in_tasks_show_prompts_of_one_turn() -> None:
         ("<image>Where?", 2, EXAMPLE, [11]),
         ("As <image> or <image>?", 3, EXAMPLE, [11, 12]),
         ("And now?", 1, EXAMPLE, [10]),
+        ("And now?", 2, (*EXAMPLE, EXAMPLE[0], {"role": "assistant", "text": "<image><image>"}), [11]),
         ("Where?", 0, (), []),
     ],
 )

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from vlmenv.envs.rewards import workers as module
-from vlmenv.envs.rewards.workers import Workers
+from vlmenv.envs.rewards.workers import WorkerLostError, Workers
 
 JOBS = """
 import mmap, os, sys, threading, time
@@ -38,7 +38,20 @@ def overflow():
 def raising(error):
     raise error
 
+def killing(targets, marker, times):
+    # as the system does for want of memory, so many times
+    with open(marker, "a+") as file:
+        file.write("x")
+        file.flush()
+        file.seek(0)
+        if len(file.read()) <= times:
+            for target in targets:
+                os.kill(target, 9)
+    return "survived"
+
 FUNCTIONS = {
+    "kill the fork": lambda *arguments: killing([os.getpid()], *arguments),
+    "kill both": lambda *arguments: killing([os.getppid(), os.getpid()], *arguments),
     "double": lambda x: 2 * x,
     "sleep": lambda seconds: time.sleep(seconds) or "slept",
     "power": lambda exponent: 9**exponent % 7,  # one C call that gives way to no other thread
@@ -63,6 +76,10 @@ def make_slowly():
         pass
     return make()
 
+def make_or_die():
+    killing([os.getpid()], os.environ["MARKER"], int(os.environ["TIMES"]))
+    return make()
+
 def fail():
     raise ImportError("no such thing")
 
@@ -85,7 +102,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def workers(jobs: Path) -> Iterator[Workers]:
-    workers = Workers("worker_jobs:make", 0.2)
+    workers = Workers("worker_jobs:make", 0.2, patience=1)
     yield workers
     workers.close()
 
@@ -208,7 +225,7 @@ def test_a_call_that_ends_badly_costs_no_new_start(workers: Workers) -> None:
     ((first, fork),) = run(workers, ("pids",))
     assert run(workers, ("power", 10**9)) == [None]
     ((same, other),) = run(workers, ("pids",))
-    assert same == first
+    assert (same, workers.lost) == (first, 0)
     assert other != fork
 
 
@@ -221,6 +238,48 @@ def test_a_process_that_others_end_is_replaced(workers: Workers, which: int) -> 
     assert workers.map([("double", i) for i in range(4)]) == [0, 2, 4, 6]
     assert run(workers, ("pids",)) != [pids]
     assert wait_until(lambda: not is_running(pids[1]))
+
+
+@pytest.mark.parametrize("job", ["kill the fork", "kill both"])
+def test_a_call_whose_process_others_end_is_made_again(jobs: Path, tmp_path: Path, job: str) -> None:
+    workers = Workers("worker_jobs:make", 1)
+    assert run(workers, (job, str(tmp_path / "once"), 1)) == ["survived"]
+    assert workers.lost == 1
+    (lost,) = run(workers, (job, str(tmp_path / "always"), 99))
+    assert isinstance(lost, WorkerLostError)
+    assert workers.lost == 4
+    assert (tmp_path / "always").read_text() == "xxx"
+    assert run(workers, ("double", 1)) == [2]
+    workers.close()
+
+
+def test_a_process_that_others_end_while_it_starts_is_started_again(
+    jobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MARKER", str(tmp_path / "once"))
+    monkeypatch.setenv("TIMES", "1")
+    workers = Workers("worker_jobs:make_or_die", 1)
+    assert run(workers, ("double", 1)) == [2]
+    assert workers.lost == 1
+    workers.close()
+    monkeypatch.setenv("TIMES", "99")
+    with pytest.raises(RuntimeError, match="could not start: ended with exit status -9, 3 times"):
+        run(workers, ("double", 1))
+    assert not workers._all
+
+
+def test_an_order_to_end_a_call_that_comes_late_costs_the_next_one_nothing(jobs: Path) -> None:
+    workers = Workers("worker_jobs:make", 5)
+    ((first, fork),) = run(workers, ("pids",))
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.extend(run(workers, ("sleep", 0.3))))
+    thread.start()
+    time.sleep(0.1)
+    os.kill(first, signal.SIGUSR1)
+    thread.join(20)
+    assert results == ["slept"]
+    assert not is_running(fork)
+    workers.close()
 
 
 def test_an_interrupt_from_the_keyboard_is_the_parents(workers: Workers) -> None:
@@ -236,7 +295,8 @@ def test_a_call_that_waits_too_long_is_ended(workers: Workers) -> None:
     (pids,) = run(workers, ("pids",))
     (lost,) = run(workers, ("sleep", 60))
     assert isinstance(lost, TimeoutError)
-    assert wait_until(lambda: not any(map(is_running, pids)))
+    assert wait_until(lambda: not is_running(pids[1]))
+    assert run(workers, ("pids",))[0][0] == pids[0]  # what has been loaded stays
 
 
 def test_several_threads_at_once(workers: Workers) -> None:
@@ -333,7 +393,7 @@ def test_a_child_at_work_does_not_outlive_its_parent_for_long(jobs: Path) -> Non
     script = """
         import threading, time
         from vlmenv.envs.rewards.workers import Workers
-        workers = Workers("worker_jobs:make", 0.2)
+        workers = Workers("worker_jobs:make", 0.2, patience=1)
         print(*workers.map([("pids",)])[0], flush=True)
         workers.map([("power", 10**9)])
     """

@@ -56,8 +56,6 @@ class Findings:
 
     faults: dict[str, list[str]] = field(default_factory=dict)
     """by their kind, with the places of the rows"""
-    broken: set[tuple[int, int]] = field(default_factory=set)
-    """rows that are not good, by the numbers of their source and within it"""
     good: list[list[int]] = field(default_factory=list)
     """of each source, the numbers of the rows that are good"""
     ids: Counter[str] = field(default_factory=Counter)
@@ -207,9 +205,9 @@ def _count(one: LookedAt, found: Findings) -> None:
 
 _KINDS: Final = {
     "broken": "cannot be read",
-    "image": "have images that cannot be used",
-    "box": "have boxes that do not fit their image",
-    "prompt": "cannot be taken by the model",
+    "image": "image unusable",
+    "box": "boxes beyond the image",
+    "prompt": "refused by the model",
 }
 
 
@@ -218,7 +216,7 @@ def _tell_faults(found: Findings, console: Console) -> None:
         for fault in faults[:_TOLD]:
             console.print(printable(fault), style="red", highlight=False, emoji=False)
         if len(faults) > _TOLD:
-            console.print(f"… and {len(faults) - _TOLD} more rows that {_KINDS[kind]}", style="red", highlight=False)
+            console.print(f"… and {len(faults) - _TOLD} more rows: {_KINDS[kind]}", style="red", highlight=False)
 
 
 def _tell_boxes(found: Findings, given: Convention, likely: Convention | None, is_coco: bool, console: Console) -> None:

@@ -34,7 +34,7 @@ from vlmenv.runs.run_folder import RunFolder
 _REFERENCE = re.compile(r"\{(\w+)\}(/model$|/|$)")
 _NAME = re.compile(r"\w+")
 _BASE: Final = "base"
-_TEMPLATES: Final = ("prompt_template",)
+_TEMPLATES: Final = ("prompt_template", "system_prompt")
 """Options in which braces mean something else."""
 
 

@@ -17,9 +17,19 @@ from rich.console import Console
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.algos import ALGORITHMS, Algorithm, Trainer, find_algorithm
 from vlmenv.algos.trainer import check_staleness
-from vlmenv.building import DTYPES, adapt, check_device, check_engine, load_agent, report_broken_rows, task_arguments
+from vlmenv.building import (
+    DTYPES,
+    adapt,
+    check_device,
+    check_engine,
+    load_agent,
+    report_broken_rows,
+    say,
+    task_arguments,
+)
 from vlmenv.core.errors import ConfigError
 from vlmenv.envs.making import make_envs
+from vlmenv.envs.selfcheck import CHECKED, describe, self_check
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.options.command_line import Asked, parse_with_files
 from vlmenv.options.fields import flatten
@@ -98,7 +108,7 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
     accelerator = _accelerator(config, run)
     console = Console(quiet=not accelerator.is_main_process)
     for note in asked.notes:
-        console.print(note, highlight=False, markup=False, soft_wrap=True)
+        say(note, console)
     if parts.agent is None:
         config = with_checkpoint(config, console)
     processes_of(accelerator)  # raises now what is wrong with them, and not when the model has been loaded
@@ -115,6 +125,8 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
     if held_out is not None and not (config.measuring.eval_dataset is None and config.measuring.eval_split is None):
         report_broken_rows(held_out, console)
     config = _in_steps(config, envs.task.source.size)
+    if accelerator.is_main_process and (misjudged := self_check(envs.task, imitated=_imitates(config))):
+        say(f"warning: {describe(misjudged, CHECKED)}", console)
     if config.dry_run:
         print_dry_run(config, envs, run, accelerator, console)
         return run.path
@@ -149,6 +161,11 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
     return run.path
 
 
+def _imitates(config: TrainConfig[Any]) -> bool:
+    """True if completions are the true answers, and not the policy's own."""
+    return find_algorithm(config.algo).make(config.algorithm).imitates
+
+
 def _run_folder(config: TrainConfig[Any]) -> RunFolder:
     """The run's folder. A name by the time is that of the main rank."""
     PartialState(cpu=config.device == "cpu")  # finds the other ranks
@@ -178,7 +195,7 @@ def _training_envs(config: TrainConfig[Any], accelerator: Accelerator) -> Visual
         group_size=group_size,
         shard=accelerator.process_index,
         num_shards=ranks,
-        answers=find_algorithm(config.algo).make(config.algorithm).imitates,
+        answers=_imitates(config),
         revisit=config.batches.revisit,
         **config.data.arguments(),
         **task_arguments(config),

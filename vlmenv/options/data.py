@@ -9,7 +9,8 @@ from typing import Annotated
 import tyro
 
 from vlmenv.core.errors import ConfigError
-from vlmenv.options.task import ReadingOptions
+from vlmenv.core.names import BUILTIN
+from vlmenv.options.task import PromptOptions, ReadingOptions
 
 
 @dataclass(frozen=True)
@@ -46,3 +47,41 @@ class DataCheckConfig:
         given = self.max_new_tokens != type(self).max_new_tokens or self.chat_template_kwargs is not None
         if self.model is None and given:
             raise ConfigError("max_new_tokens and chat_template_kwargs go with model, whose processor they concern")
+
+
+@dataclass(frozen=True)
+class DataConvertConfig:
+    """Convert a data set of another layout into rows that the tasks read. Images stay where they are."""
+
+    source: tyro.conf.Positional[Path]
+    """Folder or file of annotations: VOC, YOLO, LabelMe, refer-style, CSV or TSV, or a folder with metadata."""
+    target: tyro.conf.Positional[Path]
+    """File to write (.jsonl). Its image paths are relative to its folder."""
+    layout: str | None = None
+    """Layout of the source: voc, yolo, labelme, refer, folder, csv or tsv. None: what it looks like."""
+    images: Path | None = None
+    """Folder of the images. None: searched for beside the annotations."""
+    split: str | None = None
+    """Split to convert, if the source has several."""
+    skip_broken: bool = False
+    """Leave broken rows out instead of ending with the first one."""
+
+
+@dataclass(frozen=True)
+class DataShowConfig:
+    """Show what a model is shown of one sample: the prompt after its chat template, and the picture with the truth."""
+
+    dataset: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Files, folders saved by `datasets`, or ids on the Hugging Face hub. None given: the built-in samples."""
+    index: int = 0
+    """Number of the sample, from 0."""
+    env: str = "VLM-REC-v0"
+    """Environment that reads the data set."""
+    model: str = BUILTIN
+    """Model whose processor renders the prompt. No weights are loaded."""
+    imports: Annotated[tuple[str, ...], tyro.conf.arg(name="import")] = ()
+    """Modules of your own to import first, which register tasks and model families."""
+    output: Path = Path("sample.png")
+    """File for the picture with the true boxes (.png)."""
+    data: ReadingOptions = field(default_factory=ReadingOptions)
+    prompts: PromptOptions = field(default_factory=PromptOptions)

@@ -104,6 +104,16 @@ class PromptOptions:
     def __post_init__(self) -> None:
         self.template_switches()
 
+    def task_arguments(self) -> dict[str, Any]:
+        """Arguments of the environment, as far as they do not depend on a model."""
+        return {
+            "rewards": self.rewards,
+            "prompt_template": self.prompt_template,
+            "system_prompt": self.system_prompt,
+            "answer_format": self.answer_format,
+            "coordinates": self.coordinates,
+        }
+
     def template_switches(self) -> dict[str, Any]:
         """The values of the chat template's own variables.
 

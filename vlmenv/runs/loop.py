@@ -1,0 +1,243 @@
+"""The loop around the trainer: measures, logs, saves, and rescues what an early end leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from vlmenv.algos import NonFiniteError, StepResult, Trainer
+from vlmenv.building import report_skipped
+from vlmenv.core.errors import TrainingError, VLMEnvError
+from vlmenv.envs.vector import VisualTaskVectorEnv
+from vlmenv.evaluation import Evaluation, evaluate, metrics_table, read_evaluation, sample_count, write_evaluation
+from vlmenv.options.train import TrainConfig
+from vlmenv.processes.failures import failed_on_all_ranks, shared_failure
+from vlmenv.processes.stopping import Stopping
+from vlmenv.runs.checkpoints import prune, save_best, save_checkpoint
+from vlmenv.runs.nonfinite import write_nonfinite
+from vlmenv.runs.pictures import draw_curve, draw_samples
+from vlmenv.runs.progress import TrainingProgress
+from vlmenv.runs.run_folder import RunFolder
+from vlmenv.runs.tracking import Tracking
+from vlmenv.runs.watch import drift
+
+
+def measured_before(
+    trainer: Trainer,
+    envs: VisualTaskVectorEnv | None,
+    config: TrainConfig[Any],
+    run: RunFolder,
+    console: Console,
+) -> Evaluation | None:
+    """What the model can do before training; a resumed run has it in its folder."""
+    if envs is not None and config.resume is not None and (run.path / "before" / "metrics.json").is_file():
+        return read_evaluation(run.path / "before", envs.task)
+    before = evaluate_now(trainer, envs, config, "before training", console)
+    if before is not None and trainer.accelerator.is_main_process:
+        write_evaluation(before, run.path / "before")
+    return before
+
+
+def evaluate_now(
+    trainer: Trainer, envs: VisualTaskVectorEnv | None, config: TrainConfig[Any], title: str, console: Console
+) -> Evaluation | None:
+    if envs is None:
+        return None
+    trainer.sync()
+    count = sample_count(envs, config.measuring.eval_limit)
+    return evaluate(trainer.agent, envs, count, greedy=True, title=title, console=console, processes=trainer.processes)
+
+
+@dataclass
+class TrainingLoop:
+    """A trainer on its way, each step of which is written as it is done."""
+
+    trainer: Trainer
+    envs: VisualTaskVectorEnv
+    held_out: VisualTaskVectorEnv | None
+    config: TrainConfig[Any]
+    run: RunFolder
+    tracking: Tracking
+    console: Console
+    before: Evaluation | None
+    """what the model could do before training, where that was measured"""
+    last: StepResult | None = None
+    """the last step that was finished"""
+    saved: int = 0
+    """the last step after which a checkpoint was written, or could not be"""
+    measured: dict[int, Evaluation] = field(default_factory=dict)
+    """what the model could do after the last step after which that was measured on the way"""
+
+    def __post_init__(self) -> None:
+        self.history = self.run.history(self.trainer.step)
+        self.saved = self.trainer.step
+
+    def __call__(self) -> None:
+        """Runs the trainer to its end.
+
+        Where an error or a signal ends this early, the state after the last finished step is saved all the same.
+        """
+        accelerator = self.trainer.accelerator
+        try:
+            with Stopping(accelerator) as stopping, TrainingProgress(self.console, self.config.trainer.steps) as bar:
+                for result in self.trainer.train(self.config.seed):
+                    self._take(result)
+                    bar.show(result.step, result.metrics)
+                    if stopping.requested():
+                        break
+            self._finish()
+        except BaseException as error:
+            self._rescue(error)
+            if isinstance(error, NonFiniteError):
+                raise self._explained(error) from error
+            raise
+        stopping.end_process()
+
+    def _take(self, result: StepResult) -> None:
+        """Writes a step down, and saves what is due after it."""
+        config, step, steps = self.config, result.step, self.config.trainer.steps
+        every = config.logging.log_samples
+        self.last = result
+        result.rollouts.records = self.trainer.processes.collect(result.rollouts.records)
+        if config.measuring.eval_every and step % config.measuring.eval_every == 0:
+            result.metrics |= self._keep_best()
+        with shared_failure(self.trainer.accelerator):
+            self.history.append(result.metrics)
+            if self.trainer.accelerator.is_main_process:
+                self.run.write_step(result)
+                self._watch(result)
+            samples = every > 0 and (step % every == 0 or step in (1, steps))
+            self.tracking.log(result, self.envs.task, samples=samples)
+        if config.logging.checkpoint_every and step % config.logging.checkpoint_every == 0:
+            self._save()
+            self._prune()
+
+    def _watch(self, result: StepResult) -> None:
+        """Warns where answers drift while the first held-out metric falls."""
+        metric = next((name.removeprefix("eval/") for name in result.metrics if name.startswith("eval/")), None)
+        if metric is None:
+            return
+        before = None if self.before is None else self.before.metrics[metric].value
+        if (message := drift(self.history, before, metric)) is not None:
+            self.run.write_warning(result.step, message)
+            self.console.print(f"[bold yellow]warning:[/] step {result.step}: {message}", soft_wrap=True)
+
+    def _save(self) -> None:
+        self.saved = self.trainer.step  # once is enough, whatever becomes of it
+        save_checkpoint(self.trainer, self.run)
+
+    def _prune(self) -> None:
+        if self.trainer.accelerator.is_main_process:
+            prune(self.run, self.config.logging.keep)
+
+    def _keep_best(self) -> dict[str, float]:
+        """Measures the model, and saves it where it is better than any before by the first of the metrics."""
+        trainer, run = self.trainer, self.run
+        evaluation = evaluate_now(trainer, self.held_out, self.config, f"step {trainer.step}", self.console)
+        assert evaluation is not None
+        self.measured = {trainer.step: evaluation}
+        name, interval = next(iter(evaluation.metrics.items()))
+        if trainer.processes.broadcast(interval.value > run.best().get("value", float("-inf"))):
+            save_best(trainer, run)
+            with shared_failure(trainer.accelerator):
+                if trainer.accelerator.is_main_process:
+                    run.write_json("best.json", {"step": trainer.step, "metric": name, "value": interval.value})
+        return {f"eval/{metric}": found.value for metric, found in evaluation.metrics.items()}
+
+    def _finish(self) -> None:
+        """Saves the state after the last step, and draws the curve so far."""
+        if self.saved < self.trainer.step:
+            self._save()
+        self._prune()
+        self._draw()
+        self.tracking.close()
+        report_skipped(self.trainer.skipped() or {}, self.envs.task.source.size, self.console)
+        if self.trainer.step < self.config.trainer.steps:
+            self._say_how_to_go_on()
+
+    def _rescue(self, error: BaseException) -> None:
+        """Saves what can be saved of training that an error ends. What fails in this is told, and hides nothing."""
+        work: dict[str, Callable[[], None]] = {"the curve": self._draw, "the tracker's log": self._fail_tracking}
+        if self.trainer.is_between_steps and failed_on_all_ranks(error, self.trainer.accelerator):
+            work = {f"the state after step {self.trainer.step}": self._save_last} | work
+        if isinstance(error, NonFiniteError):
+            work["the batch"] = lambda: write_nonfinite(self._nonfinite(error), error)
+        for name, do in work.items():
+            try:
+                do()
+            except Exception as second:
+                told = str(second) if isinstance(second, VLMEnvError) else f"{type(second).__name__}: {second}"
+                self._say(f"{name} could not be written either: {told}")
+        if self.trainer.step:
+            self._say_how_to_go_on()
+
+    def _save_last(self) -> None:
+        """Saves the state after the last finished step, with its lines."""
+        if self.saved == self.trainer.step:
+            return
+        with shared_failure(self.trainer.accelerator):
+            if self.trainer.accelerator.is_main_process and self.last is not None:
+                self.run.write_step(self.last)
+        self._save()
+
+    def _draw(self) -> None:
+        if self.trainer.accelerator.is_main_process and self.history:
+            draw_curve(self.run.path / "curve.png", self.history, self.run.warned())
+
+    def _fail_tracking(self) -> None:
+        self.tracking.close(failed=True)
+
+    def _nonfinite(self, error: NonFiniteError) -> Path:
+        """The folder for this process's part of what could not be learnt from."""
+        accelerator, folder = self.trainer.accelerator, self.run.nonfinite(error.step)
+        return folder if accelerator.num_processes == 1 else folder / f"process-{accelerator.process_index}"
+
+    def _explained(self, error: NonFiniteError) -> TrainingError:
+        """The error with what to look at and how to go on."""
+        saved = self.run.checkpoints()
+        begin = f"go on from {saved[-1]}" if saved else "start over"
+        start = f"{begin} with: vlmenv train --resume {self.run.path}"
+        return TrainingError(
+            f"step {error.step}: {error}. What it could not learn from is in {self._nonfinite(error)}. "
+            f"Once the cause is gone, {start}. What may help, such as a lower lr, another precision or a larger "
+            f"max_skipped, can be set in {self.run.path / 'config.yaml'}"
+        )
+
+    def _say_how_to_go_on(self) -> None:
+        if not (saved := self.run.checkpoints()):
+            self._say(f"ended early, without a checkpoint. Start over with: vlmenv train --resume {self.run.path}")
+            return
+        self._say(
+            f"ended early; {saved[-1]} holds the state after step {self.run.step_of(saved[-1])}. "
+            f"Go on with: vlmenv train --resume {self.run.path}{self._alike()}"
+        )
+
+    def _alike(self) -> str:
+        return ", launched as this run was" if self.trainer.accelerator.num_processes > 1 else ""
+
+    def _say(self, message: str) -> None:
+        with suppress(OSError):  # what is printed may go to the disk that is full
+            self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+
+def compare(
+    config: TrainConfig[Any],
+    run: RunFolder,
+    envs: VisualTaskVectorEnv,
+    before: Evaluation,
+    after: Evaluation,
+    console: Console,
+) -> None:
+    """Shows and writes what changed."""
+    draw_samples(run.path / "samples.png", envs, before, after)
+    write_evaluation(after, run.path / "after")
+    run.write_json("evaluation.json", {"before": before.as_json(), "after": after.as_json()})
+    measuring = config.measuring
+    held_out = config.data.dataset is None or measuring.eval_dataset is not None or measuring.eval_split is not None
+    what = f"{len(after.answers)} {'held-out' if held_out else 'training'} samples, greedy answers"
+    console.print(metrics_table(what, {"before": before, "after": after}))

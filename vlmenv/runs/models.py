@@ -1,0 +1,62 @@
+"""Models by name: a run's folder serves wherever a model does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+
+from vlmenv.agents.checkpoints import find_model
+from vlmenv.core.errors import ModelError
+from vlmenv.options.task import TaskConfig
+from vlmenv.runs.run_folder import RunFolder
+
+ConfigT = TypeVar("ConfigT", bound=TaskConfig)
+
+
+def with_checkpoint(config: ConfigT, console: Console) -> ConfigT:
+    """The options with a checkpoint as the model if a run's folder is given, which is printed.
+
+    Raises:
+        ModelError: The run has no checkpoint yet.
+    """
+    if (found := checkpoint_of(config.model)) is None:
+        return config
+    folder, which = found
+    console.print(
+        f"the model is {folder}, the {which} of {config.model}", highlight=False, markup=False, soft_wrap=True
+    )
+    changed: Any = replace(config, model=str(folder))
+    return changed  # type: ignore[no-any-return]
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a model; of a run, that of its best or newest checkpoint.
+
+    Raises:
+        ModelError: There is no such model.
+    """
+    found = checkpoint_of(name)
+    return find_model(name if found is None else found[0])
+
+
+def checkpoint_of(name: str) -> tuple[Path, str] | None:
+    """The best checkpoint of a run's folder if one was measured, else the newest, and which; None for other names.
+
+    Raises:
+        ModelError: The run has no checkpoint yet.
+    """
+    run = RunFolder(Path(name))
+    if (run.path / "config.json").is_file() or not (run.path / "config.yaml").is_file():
+        return None
+    if (run.path / "best" / "config.json").is_file():
+        best = run.best()
+        return (
+            run.path / "best",
+            f"best checkpoint ({best.get('metric')} {best.get('value')} at step {best.get('step')})",
+        )
+    if saved := run.checkpoints():
+        return saved[-1], f"newest checkpoint (step {run.step_of(saved[-1])})"
+    raise ModelError(f"{name}: the run has no checkpoint yet")

@@ -1,0 +1,175 @@
+"""The record of a run: what was asked, and everything that was used."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from accelerate import Accelerator
+from packaging.requirements import Requirement
+from rich.console import Console
+
+import vlmenv
+from vlmenv.agents.checkpoints import find_model
+from vlmenv.envs.vector import VisualTaskVectorEnv
+from vlmenv.options.fields import options_of
+from vlmenv.options.files import to_yaml
+from vlmenv.options.resolve import NAMING, RECORD, grouped
+from vlmenv.options.train import TrainConfig
+from vlmenv.runs.run_folder import RunFolder
+
+_PLACES: Final = (*NAMING, "output")
+"""Options that say where a run is, not what it is."""
+_LARGE: Final = 1 << 30  # bytes; of larger files the ends are summed, and the record says so
+_END: Final = 1 << 24
+
+
+def asked_yaml(config: TrainConfig[Any], names: Collection[str]) -> str:
+    """The content of config.yaml: the options that were asked for, the algorithm's own in a group.
+
+    Args:
+        config: All options.
+        names: Those that files, flags or keyword arguments gave.
+    """
+    kept = [name for name in options_of(config) if name in {*names, "env", "algo", "model"} and name not in _PLACES]
+    return to_yaml(grouped(config.located(), kept))
+
+
+def resolved_yaml(config: TrainConfig[Any], envs: VisualTaskVectorEnv, accelerator: Accelerator) -> str:
+    """The content of resolved.yaml: all options with the values that are used, and how the run is made.
+
+    `vlmenv train --config RUN/resolved.yaml` repeats the run, also if defaults have changed since.
+    """
+    config = _used(config, envs)
+    names = [name for name in options_of(config) if name not in _PLACES]
+    return to_yaml(grouped(config, names) | {RECORD: _record(config, accelerator)})
+
+
+def _used(config: TrainConfig[Any], envs: VisualTaskVectorEnv) -> TrainConfig[Any]:
+    """The options with what the task uses where they leave the choice to it."""
+    task = envs.task
+    prompts = replace(
+        config.prompts,
+        rewards=task.rewards,
+        prompt_template=task.template,
+        answer_format=task.answer_format.value,
+        coordinates=task.coordinates.space.value,
+    )
+    return replace(config.located(), prompts=prompts)
+
+
+def _record(config: TrainConfig[Any], accelerator: Accelerator) -> dict[str, Any]:
+    """How the run is made: programs, devices, files."""
+    record: dict[str, Any] = {
+        "versions": {"vlmenv": vlmenv.__version__, "python": platform.python_version(), **_versions()},
+        "git": _revision(),
+        "device": _device(accelerator),
+        "ranks": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "model": dict(_files([find_model(config.model) / "config.json"])) | _weights(find_model(config.model)),
+        "data": {name: _described(name) for name in _datasets(config)},
+    }
+    return record
+
+
+def _versions() -> dict[str, str]:
+    """The versions of all packages that this one may use, as far as they are installed."""
+    names = dict.fromkeys(Requirement(line).name for line in requires("vlmenv") or ())
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _revision() -> str | None:
+    """The git revision of this package's source, and whether it has been changed; None outside a repository."""
+    folder = Path(vlmenv.__file__).parent
+    if not (folder.parent / ".git").exists():
+        return None
+    commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+    try:
+        head, changes = (
+            subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True, timeout=10, check=True)
+            for command in commands
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.stdout.strip() + (", with changes" if changes.stdout.strip() else "")
+
+
+def _device(accelerator: Accelerator) -> str:
+    if accelerator.device.type == "cuda":
+        return torch.cuda.get_device_name(accelerator.device)
+    return f"{accelerator.device.type}: {_processor()}"
+
+
+def _processor() -> str:
+    """The processor's name as Linux tells it, else as Python does."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _datasets(config: TrainConfig[Any]) -> list[str]:
+    return [*(config.data.dataset or ()), *(config.measuring.eval_dataset or ())]
+
+
+def _described(name: str) -> Any:
+    """The size and checksum of a data set's files; of one on the hub, its name alone."""
+    path = Path(name)
+    if path.is_file():
+        return dict(_files([path]))[str(path)]
+    if path.is_dir():
+        return dict(_files(sorted(file for file in path.rglob("*") if file.is_file())))
+    return "on the Hugging Face hub"
+
+
+def _weights(folder: Path) -> dict[str, Any]:
+    """The sizes of a model's weights; their names in the hub's cache are checksums already."""
+    return {str(file): {"bytes": file.stat().st_size} for file in sorted(folder.glob("*.safetensors"))}
+
+
+def _files(files: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for file in files:
+        yield str(file), {"bytes": file.stat().st_size, **_checksum(file)}
+
+
+def _checksum(file: Path) -> dict[str, str]:
+    """The SHA-256 of a file; of one above 1 GiB, that of its first and last 16 MiB."""
+    with file.open("rb") as stream:
+        if file.stat().st_size <= _LARGE:
+            return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+        digest = hashlib.sha256(stream.read(_END))
+        stream.seek(-_END, os.SEEK_END)
+        digest.update(stream.read(_END))
+        return {"sha256_of_ends": digest.hexdigest()}
+
+
+def print_dry_run(
+    config: TrainConfig[Any], envs: VisualTaskVectorEnv, run: RunFolder, accelerator: Accelerator, console: Console
+) -> None:
+    """Prints the resolved options, the files to be read and the folder to be written."""
+    console.print(resolved_yaml(config, envs, accelerator), highlight=False, markup=False, soft_wrap=True)
+    samples = "built-in samples" if envs.task.source.size is None else f"{envs.task.source.size} samples"
+    lines = [
+        f"reads the model {find_model(config.model)}",
+        *(f"reads the data set {name}" for name in _datasets(config)),
+        f"trains on {samples}, {config.trainer.steps} steps of {config.batches.prompts_per_step} prompts",
+        f"writes to {run.path}",
+        "nothing has been written: leave out --dry-run to train",
+    ]
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
