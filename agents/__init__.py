@@ -1,4 +1,4 @@
-"""Agents: policies that look at observations and write answers."""
+"""Agents: policies that generate completions for observations."""
 
 from vlmenv.agents.torchvision import mend_torchvision
 

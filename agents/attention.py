@@ -1,12 +1,11 @@
-"""Attention among packed sequences that share prefixes.
+"""Attention among packed sequences that share prompts.
 
-Sequences lie one after the other in a single row [1, M], without padding, so that everything outside attention is
-computed for real tokens alone. A prompt's keys and values are held once, however many completions go on from it: a
-completion's queries meet those of its prompt in one product with the queries of its siblings, then its own, and the
-two parts are put together exactly. (Prefix Grouper, arXiv 2506.05433, and Hydragen, arXiv 2402.05099, do so for
-training and for inference of language models; here it is one function for both, with images.)
+Sequences are concatenated to a single row [1, M] without padding, so that all layers but attention compute real tokens
+only. A prompt's keys and values are stored once for its whole group. The queries of all its completions attend to them
+in one product, then each completion attends to itself, and the two parts are joined exactly. Prefix Grouper (arXiv
+2506.05433) does so for training, Hydragen (arXiv 2402.05099) for inference. Here one function does both, with images.
 
-Shapes: P prompts of up to T tokens, N completions of up to L tokens, H heads of queries and K of keys, D their size.
+Shapes: P prompts of up to T tokens; N completions of up to L tokens; H query heads and K key heads of size D.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ _NAME = "vlmenv_packed"
 
 
 class Siblings:
-    """Which completions go on from the same prompt.
+    """The completions of each prompt.
 
     Args:
-        index: [N], the prompt of each completion, on the CPU.
+        index: int64 [N] on the CPU, the prompt of each completion.
         prompts: P.
-        device: Of the tensors that will be folded.
+        device: Device of the tensors to fold.
     """
 
     def __init__(self, index: Tensor, prompts: int, device: torch.device) -> None:
@@ -48,7 +47,7 @@ class Siblings:
         self._places = places.to(device)
 
     def fold(self, rows: Tensor, key_heads: int) -> Tensor:
-        """[N, H, L, D] as [P, K, H / K * most siblings * L, D]: all that one prompt's keys of a head are met by."""
+        """Converts [N, H, L, D] to [P, K, H / K * largest group * L, D]: the queries of each prompt's key heads."""
         if not self._is_even:
             spread = rows.new_zeros(self._prompts * self._most, *rows.shape[1:])
             rows = spread.index_copy(0, self._places, rows)
@@ -57,7 +56,7 @@ class Siblings:
         return split.permute(0, 2, 3, 1, 4, 5).reshape(self._prompts, key_heads, -1, size)
 
     def unfold(self, folded: Tensor, heads: int) -> Tensor:
-        """What `fold` did, undone."""
+        """The inverse of `fold`."""
         key_heads, size = folded.shape[1], folded.shape[-1]
         split = folded.view(self._prompts, key_heads, heads // key_heads, self._most, -1, size)
         rows = split.permute(0, 3, 1, 2, 4, 5).reshape(self._prompts * self._most, heads, -1, size)
@@ -65,18 +64,18 @@ class Siblings:
 
 
 class Attention(ABC):
-    """What one pass of the language model attends to; the blocks call it in place of their own attention."""
+    """Attention of one pass of the language model, which replaces the blocks' own."""
 
     @abstractmethod
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Attention of packed tokens.
+        """Computes attention of packed tokens.
 
         Args:
-            block: Which block of the model asks.
-            query: [M, H, D], rotary positions applied.
-            key: [M, K, D], likewise.
+            block: Index of the block.
+            query: [M, H, D], with rotary positions applied.
+            key: [M, K, D], with rotary positions applied.
             value: [M, K, D].
-            scale: Of the scores.
+            scale: Factor of the scores.
 
         Returns:
             [M, H, D].
@@ -84,10 +83,10 @@ class Attention(ABC):
 
 
 class Prefixes(Attention):
-    """Prompts' own attention, which keeps their keys and values.
+    """Causal attention of prompts (prefill), which stores their keys and values.
 
     Args:
-        packing: Of the prompts.
+        packing: Packing of the prompts.
     """
 
     def __init__(self, packing: Packing) -> None:
@@ -98,7 +97,7 @@ class Prefixes(Attention):
         """[P, K, T, D] per block"""
 
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        # Padding lies to the right, where no token looks.
+        # Padding is at the right, where causal attention does not look.
         query, key, value = (self.packing.pad(one).transpose(1, 2) for one in (query, key, value))
         self.keys[block], self.values[block] = key, value
         out = nn.functional.scaled_dot_product_attention(
@@ -108,11 +107,11 @@ class Prefixes(Attention):
 
     @property
     def padding(self) -> Packing | None:
-        """Which of the keys are tokens; None where all are."""
+        """The packing that tells which keys are tokens; None if all are."""
         return None if self.packing.is_even else self.packing
 
     def select(self, rows: Tensor) -> None:
-        """Keeps the prefixes of some prompts [p] alone, given on the CPU."""
+        """Keeps only some prompts [p], indices on the CPU."""
         if len(rows) == len(self.packing.lengths):
             return
         self.packing = self.packing.select(rows)
@@ -122,12 +121,12 @@ class Prefixes(Attention):
 
 
 class Continuations(Attention):
-    """Attention of whole completions to their prompts and to themselves, with gradients of both.
+    """Attention of complete completions to their prompts and to themselves, with gradients.
 
     Args:
-        prefixes: Of the prompts.
-        packing: Of the completions.
-        index: [N], the prompt of each.
+        prefixes: Keys and values of the prompts.
+        packing: Packing of the completions.
+        index: int64 [N], the prompt of each completion.
     """
 
     def __init__(self, prefixes: Prefixes, packing: Packing, index: Tensor) -> None:
@@ -142,9 +141,9 @@ class Continuations(Attention):
 
 
 class _Joined(torch.autograd.Function):
-    """Attention to a shared prefix, and causally to one's own keys.
+    """Attention to a shared prompt, and causally to a completion's own keys.
 
-    Shapes: query [N, H, L, D], own keys and values [N, K, L, D], the prefixes' [P, K, T, D].
+    Shapes: queries [N, H, L, D]; own keys and values [N, K, L, D]; the prompts' keys and values [P, K, T, D].
     """
 
     @staticmethod
@@ -186,12 +185,12 @@ _joined: Callable[..., Tensor] = _Joined.apply
 
 
 class Steps(Attention):
-    """Attention of completions that grow by one token a pass, without gradients.
+    """Attention of completions that grow by one token per pass, without gradients.
 
     Args:
-        prefixes: Of the prompts.
-        index: [N], the prompt of each completion.
-        capacity: The most tokens that a completion will have.
+        prefixes: Keys and values of the prompts.
+        index: int64 [N] on the CPU, the prompt of each completion.
+        capacity: Length limit of completions in tokens.
     """
 
     def __init__(self, prefixes: Prefixes, index: Tensor, capacity: int) -> None:
@@ -220,7 +219,7 @@ class Steps(Attention):
         return torch.lerp(prefix[0], out.reshape(query.shape), share)
 
     def select(self, rows: Tensor) -> None:
-        """Keeps some completions [n] alone, given on the CPU, and the prompts that these need."""
+        """Keeps only some completions [n], indices on the CPU, and their prompts."""
         used, self._index = torch.unique(self._index[rows], return_inverse=True)
         self._prefixes.select(used)
         self._siblings = Siblings(self._index, len(used), self._device)
@@ -230,14 +229,14 @@ class Steps(Attention):
 
 
 def _join(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over the keys of two parts, from that over each: outputs [N, H, L, D], log-normalisers [N, H, L]."""
+    """Joins attention over two parts of the keys: outputs [N, H, L, D] and log-normalisers [N, H, L]."""
     both = torch.logaddexp(lse, other_lse)
     share, other_share = ((one - both).exp()[..., None].to(out.dtype) for one in (lse, other_lse))
     return out * share + other_out * other_share, both
 
 
 def _for_each_query(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values [N, K, ...] repeated for each head of the queries that shares them, [N, H, ...]."""
+    """Repeats keys and values [N, K, ...] for all query heads, [N, H, ...]."""
     shared = query.shape[1] // key.shape[1]
     if shared == 1:
         return key, value
@@ -245,7 +244,7 @@ def _for_each_query(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, 
 
 
 def _summed(grad: Tensor, key_heads: int) -> Tensor:
-    """The gradient [N, H, ...] of repeated keys, added up to that of the keys themselves [N, K, ...]."""
+    """Sums the gradient [N, H, ...] of repeated keys to that of the keys [N, K, ...]."""
     return grad if grad.shape[1] == key_heads else grad.view(len(grad), key_heads, -1, *grad.shape[2:]).sum(2)
 
 
@@ -261,7 +260,7 @@ def _attend(
     dropout: float = 0.0,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in a block: queries [1, H, M, D], keys and values [1, K, M, D]; gives [1, M, H, D]."""
+    """Transformers' attention function: queries [1, H, M, D], keys and values [1, K, M, D]; returns [1, M, H, D]."""
     if packed is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **arguments
@@ -278,10 +277,10 @@ AttentionMaskInterface.register(_NAME, sdpa_mask)
 
 
 def enable_packing(language_model: PreTrainedModel) -> None:
-    """Lets a language model attend by the `Attention` that a pass is given as `packed`, and else as it always did."""
+    """Makes a language model use the `Attention` in a pass's argument `packed`. Without it the model is unchanged."""
     language_model.config._attn_implementation = _NAME
 
 
 def no_mask(device: torch.device) -> Tensor:
-    """What to pass as the attention mask of packed tokens, so that transformers makes none, of [M, M]."""
+    """A placeholder attention mask for packed tokens. With it transformers makes no mask [M, M]."""
     return torch.empty(1, 1, 1, 1, device=device)

@@ -1,4 +1,4 @@
-"""What the algorithms know of an agent."""
+"""The base class of agents."""
 
 from __future__ import annotations
 
@@ -18,55 +18,66 @@ class LogProbs(NamedTuple):
     """Log-probabilities of the tokens of N completions, padded to the longest, L."""
 
     values: Tensor
-    """[N, L], of the distribution that is sampled from; 0 where padded"""
+    """[N, L], of the sampling distribution; 0 at padding"""
     entropy: Tensor
-    """[N, L], in nats, without gradient; 0 where padded"""
+    """[N, L], in nats, without gradient; 0 at padding"""
     mask: Tensor
-    """[N, L] bool, True at the completions' tokens"""
+    """bool [N, L], True at the completions' tokens"""
     state_values: Tensor | None = None
-    """[N, L] float32, what the value head expects before each token is chosen; 0 where padded; None without a head"""
+    """float32 [N, L], values of the states in which the tokens are chosen; 0 at padding; None without a value head"""
 
 
 class Reference(Protocol):
-    """What the KL penalty compares the policy with."""
+    """The frozen policy that the KL penalty compares with."""
 
     def logprobs(self, rollout: Rollout) -> LogProbs:
-        """Log-probabilities of a rollout's completions, without gradient."""
+        """Computes log-probabilities of a rollout's completions, without gradient."""
 
 
 class Agent(ABC):
-    """A policy over free-text answers.
+    """A policy over free-text completions.
 
     Attributes:
-        policy: The module that is trained. Its `forward` takes a `Rollout` and gives its `LogProbs`,
-            so that it may be wrapped for distributed training and put back.
-        max_new_tokens: The longest completion, its end token included.
-        in_step: Whether each call of `logprobs` has to run every part of the model, whatever the rollout holds.
-            Set where processes hold the gradients in shares: then one that left a part out would be waited for.
-        divided: Whether moreover each call has to run every part as often as any other does, frozen parts too.
-            Set where processes hold the weights in shares, before `reference` is called and the policy is divided.
+        policy: The module that is trained. Its `forward` maps a `Rollout` to `LogProbs`, so that it can be wrapped for
+            distributed training.
+        max_new_tokens: Length limit of completions in tokens, end token included.
+        runs_every_module: If true, every call of `logprobs` runs every submodule, also the vision tower without images.
+            With sharded gradients a rank that skips one would deadlock the collective.
+        sharded: If true, moreover every call runs every submodule equally often, also frozen ones. Set for sharded
+            weights, before `reference` is called and the policy is sharded.
     """
 
     policy: nn.Module
     max_new_tokens: int
-    in_step: bool = False
-    divided: bool = False
+    runs_every_module: bool = False
+    sharded: bool = False
 
     @abstractmethod
     def act(self, observations: Observations) -> list[str]:
-        """Answers each observation greedily."""
+        """Generates a greedy completion for each observation.
+
+        Returns:
+            [N], the texts.
+
+        Raises:
+            PromptError: As in `rollout`.
+        """
 
     @abstractmethod
     def rollout(self, observations: Observations) -> Rollout:
-        """Samples an answer to each observation. Neighbouring copies of one observation share its prompt.
+        """Samples a completion for each observation. Neighbouring copies of an observation share one prompt.
 
         Raises:
-            PromptError: A prompt leaves no room for the answer, or cannot be encoded.
+            PromptError: A prompt leaves no room for the completion, or cannot be encoded.
         """
 
     @abstractmethod
     def imitate(self, observations: Observations, texts: Sequence[str]) -> Rollout:
-        """A rollout of given answers, one to each observation, as if they had been sampled with certainty.
+        """Makes a rollout of given answers, with log-probabilities 0.
+
+        Args:
+            observations: [N].
+            texts: [N], an answer for each observation.
 
         Raises:
             PromptError: As in `rollout`; or an answer is too long, or holds a token that is never sampled.
@@ -74,82 +85,81 @@ class Agent(ABC):
 
     @abstractmethod
     def reference(self) -> Reference:
-        """The policy as it is before it is trained, which training will not change."""
+        """Freezes the present policy as the reference of the KL penalty."""
 
     @abstractmethod
     def seed(self, seed: int) -> None:
-        """Makes sampling repeatable."""
+        """Seeds sampling."""
 
     @abstractmethod
     def rng_state(self) -> Tensor:
-        """Where the sampling has got to, as bytes on the CPU, for `set_rng_state`."""
+        """State of the sampling generator, uint8 on the CPU, for `set_rng_state`."""
 
     @abstractmethod
     def set_rng_state(self, state: Tensor) -> None:
-        """Lets the sampling go on from where it was."""
+        """Restores a state of `rng_state`."""
 
     @abstractmethod
     def save(self, folder: Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
-        """Writes a checkpoint in the published layout.
+        """Writes a checkpoint in the published layout, atomically.
 
         Args:
-            folder: Appears only when it is whole.
-            state_dict: The policy's, gathered where it is spread over processes; its own where left out.
+            folder: Folder to write.
+            state_dict: The policy's gathered state. Default: the policy's own state.
         """
 
     @abstractmethod
     def load(self, folder: Path) -> None:
-        """Puts a checkpoint's weights back, bit for bit; all processes that hold shares of them call this together.
+        """Restores a checkpoint's weights bit for bit. With sharded weights this is a collective.
 
         Raises:
-            ModelError: The checkpoint was written by an agent of another build; nothing has changed then.
+            ModelError: The checkpoint does not fit this agent. The weights stay unchanged.
         """
 
     def logprobs(self, rollout: Rollout) -> LogProbs:
-        """Log-probabilities of a rollout's completions under the present weights, with gradient."""
+        """Computes log-probabilities of a rollout's completions under the present weights, with gradient."""
         result = self.policy(rollout)
         assert isinstance(result, LogProbs)
         return result
 
-    def sync(self) -> None:  # noqa: B027 (most agents have nobody to tell)
-        """Hands the present weights to whatever else generates from them; to be called when they have changed."""
+    def sync(self) -> None:  # noqa: B027 (agents without an engine)
+        """Sends the present weights to the engine. Call it after each update."""
 
     def sleep(self) -> None:  # noqa: B027
-        """Lets what else generates give up memory while the policy is trained; after it `wake`, then `sync`."""
+        """Lets the engine free memory during the update. Call `wake`, then `sync`, before the next rollout."""
 
     def wake(self) -> None:  # noqa: B027
-        """Ends the `sleep`."""
+        """Ends `sleep`."""
 
     @property
     def generates_itself(self) -> bool:
-        """Whether answers come of the policy's own weights, and not of a copy that `sync` renews."""
+        """True if the policy itself generates completions, and no engine does."""
         return True
 
     def generating(self, times: int) -> AbstractContextManager[None]:
-        """Within, this process has answers generated at most so many times, and all others that train as many times.
+        """Announces at most `times` calls of `rollout` or `act` within the block, the same number on all ranks.
 
-        Where processes share what generates, all of them have to ask it together: it does so to the end, also when the
-        block fails.
+        Ranks that share an engine call it together. At the end of the block, also after an error, this rank takes part
+        in the remaining calls of the others.
         """
         return nullcontext()
 
-    def close(self) -> None:  # noqa: B027 (most agents hold nothing)
-        """Lets go of what else generates from the weights."""
+    def close(self) -> None:  # noqa: B027 (agents without an engine)
+        """Closes the engine."""
 
     def parameters(self) -> list[nn.Parameter]:
-        """The parameters that are trained."""
+        """The trained parameters."""
         return [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The same by part of the model, so that each part may have a learning rate of its own."""
+        """The trained parameters by part of the model, each of which can have its own learning rate."""
         return {"language": self.parameters()}
 
     def blocks(self) -> list[nn.Module]:
-        """Parts of the policy, in the order in which they run, that may be gathered by themselves where processes hold
-        shares of the weights."""
+        """Submodules that are gathered one at a time if weights are sharded, in the order in which they run."""
         return []
 
     @property
     def device(self) -> torch.device:
-        """Where the policy's weights are."""
+        """Device of the policy's weights."""
         return next(self.policy.parameters()).device

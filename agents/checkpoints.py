@@ -1,12 +1,11 @@
-"""Model folders: found, read, and written whole or not at all."""
+"""Model folders: finding, reading and writing them."""
 
 from __future__ import annotations
 
 import functools
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,10 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 
 def find_model(name_or_path: str | Path) -> Path:
-    """The folder of a model; one on the hub is downloaded.
+    """Finds the folder of a model. A model on the Hugging Face hub is downloaded.
+
+    Args:
+        name_or_path: `"builtin"`, a folder, or a name on the hub.
 
     Raises:
         ModelError: There is neither such a folder nor such a name on the hub.
@@ -50,13 +52,13 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.txt", "*.safetensors"]))
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{name}: no such model folder, and it cannot be had from the Hugging Face hub "
+            f"{name}: no such model folder, and the download from the Hugging Face hub failed "
             f"({type(error).__name__}); check the name and the connection"
         ) from error
 
 
 def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a folder, with every one of its weights.
+    """Loads the model of a folder.
 
     Raises:
         ModelError: Weights cannot be read, or some are missing.
@@ -73,25 +75,10 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """Gives a folder to write in, which takes its name only when all is written; else it is removed."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-
-
 def write_model(folder: Path, family: Family, state: dict[str, Tensor]) -> None:
-    """Writes a model's configuration and the given weights, large ones in several files."""
+    """Writes a model's configuration and weights, large models in several files."""
     model, generation = family.model, family.model.generation_config
-    # Published generation settings may be ones that transformers loads but refuses to save.
+    # Transformers loads some published generation settings that it refuses to save.
     model.generation_config = GenerationConfig(eos_token_id=list(family.end_tokens))
     try:
         model.save_pretrained(folder, state_dict=state)
@@ -100,7 +87,7 @@ def write_model(folder: Path, family: Family, state: dict[str, Tensor]) -> None:
 
 
 def published_weights(family: Family, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A model's weights by the names, and in the shapes, that `write_model` gives them; those of two names once."""
+    """Converts a model's weights to the names and shapes that `write_model` writes. Tied weights appear once."""
     tied = getattr(family.model, "all_tied_weights_keys", {})
     own = {name: tensor.detach() for name, tensor in state.items() if name not in tied}
     published: dict[str, Tensor] = revert_weight_conversion(family.model, own)
@@ -108,7 +95,7 @@ def published_weights(family: Family, state: Mapping[str, Tensor]) -> dict[str, 
 
 
 def copy_processor(source: Path, folder: Path) -> None:
-    """Copies all that belongs to a model but its configuration and its weights."""
+    """Copies the files of a model folder without its configuration and weights."""
     for file in source.iterdir():
         kept = file.suffix in {".json", ".jinja", ".txt"} and not file.name.endswith(".index.json")
         if kept and file.name != "config.json":
@@ -125,10 +112,10 @@ def weight_names(folder: Path) -> set[str]:
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file.
+    """Reads tensors and metadata of a safetensors file.
 
     Raises:
-        ModelError: It cannot be read.
+        ModelError: The file cannot be read.
     """
     try:
         with safe_open(file, "pt") as opened:
@@ -139,25 +126,30 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 @torch.no_grad()
 def put_back(folder: Path, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Copies the weights of a folder over those of the same names, of which this process may hold a share.
+    """Copies weights into a state of the same names, which may be sharded.
+
+    Args:
+        folder: Folder of the weights, for the error message.
+        weights: The complete weights.
+        state: Tensors to overwrite, or this rank's shards of them.
 
     Raises:
-        ModelError: Names or shapes differ; nothing has been copied then.
+        ModelError: Names or shapes differ. Nothing is copied then.
     """
     unlike = sorted(weights.keys() ^ state.keys())
     unlike += [name for name in weights.keys() & state.keys() if weights[name].shape != state[name].shape]
     if unlike:
         raise ModelError(
-            f"{folder}: not a checkpoint of this model as it is built: {len(unlike)} weights are in one of the two "
-            f"alone or of another shape, {unlike[0]} among them"
+            f"{folder}: the checkpoint does not fit this agent: {len(unlike)} weights are in only one of the two or "
+            f"have another shape, {unlike[0]} among them"
         )
     for name, tensor in state.items():
         tensor.copy_(_shared_like(weights[name], tensor))
 
 
 def _shared_like(weight: Tensor, tensor: Tensor) -> Tensor:
-    """A weight, or this process's share of it where the tensor is held in shares."""
+    """A weight, or this rank's shard of it if the tensor is sharded."""
     if not isinstance(tensor, DTensor):
         return weight
-    whole = weight.to(tensor.device)  # every process has read it: nothing is sent
+    whole = weight.to(tensor.device)  # every rank has read it: nothing is sent
     return distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)

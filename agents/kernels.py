@@ -1,8 +1,8 @@
-"""Attention over a part of the keys, such that the parts can be put together exactly, in value and in gradient.
+"""Kernels that compute attention over a part of the keys. Parts can be joined exactly, in value and in gradient.
 
-Softmax over a union of keys is a mean of the softmaxes over its parts, weighted by their normalisers. A kernel gives
-the log of its part's normaliser too. Backwards, a part needs only the *whole* attention's output and normaliser
-(FlashAttention-2, arXiv 2307.08691, algorithm 2), so that no part's probabilities are ever kept.
+Softmax over all keys is a mean of the softmaxes over the parts, weighted by their normalisers. So a kernel also gives
+the log of its normaliser. The backward pass of a part needs only output and normaliser of the attention over all keys
+(FlashAttention-2, arXiv 2307.08691, algorithm 2). No part keeps its probabilities.
 
 Shapes: B rows, H heads, S queries, T keys, D the size of a head.
 """
@@ -21,7 +21,7 @@ from vlmenv.agents.packing import Packing
 
 
 class Part(NamedTuple):
-    """Queries with a part of the keys that they attend to."""
+    """Queries, and a part of the keys that they attend to."""
 
     query: Tensor
     """[B, H, S, D]"""
@@ -30,28 +30,35 @@ class Part(NamedTuple):
     value: Tensor
     """[B, H, T, D]"""
     padding: Packing | None
-    """which of the keys are there, the first ones of each row; None where all are"""
+    """packing that tells how many keys of each row are tokens; None if all are"""
     causal: bool
-    """whether a query sees only the keys up to its own place; then S = T and all are there"""
+    """True if a query sees only keys up to its own place; requires S = T and no padding"""
     scale: float
-    """of the scores"""
+    """factor of the scores"""
 
 
 class Kernel(Protocol):
-    """Computes attention over a part."""
+    """A function that computes attention over a part."""
 
     def forward(self, part: Part) -> tuple[Tensor, Tensor]:
-        """Output [B, H, S, D], and the log of the normaliser [B, H, S] in float32 or finer."""
+        """Computes the output [B, H, S, D] and the log-normaliser [B, H, S], in float32 or finer."""
 
     def backward(self, part: Part, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of query, key and value, from the gradient, output and log-normaliser of the whole attention."""
+        """Computes gradients of query, key and value.
+
+        Args:
+            part: Queries and keys of the part.
+            grad: [B, H, S, D], gradient of the output over all keys.
+            out: [B, H, S, D], output over all keys.
+            lse: [B, H, S], log-normaliser over all keys.
+        """
 
 
 class ExplicitKernel:
-    """By matrix products alone, so on any device. It holds the scores of as many rows as there is room for."""
+    """A kernel of matrix products, for any device. It computes the scores of some rows at a time."""
 
     _ROOM = 1 << 22
-    """Scores at a time, or those of one row where they are more."""
+    """Largest number of scores in memory, unless a single row has more."""
 
     def forward(self, part: Part) -> tuple[Tensor, Tensor]:
         outs, normalisers = [], []
@@ -82,7 +89,7 @@ class ExplicitKernel:
         return (slice(start, start + size) for start in range(0, rows, size))
 
     def _scores(self, part: Part, rows: slice) -> Tensor:
-        """[b, H, S, T] in float32, or finer where the inputs are."""
+        """Scores [b, H, S, T] in float32 or finer."""
         dtype = torch.promote_types(part.query.dtype, torch.float32)
         scores = (part.query[rows] @ part.key[rows].mT).to(dtype).mul_(part.scale)
         if part.padding is not None:
@@ -98,9 +105,9 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 class CPUKernel:
-    """PyTorch's flash attention for CPUs, and matrix products where heads are so small that they take less time.
+    """PyTorch's flash attention for CPUs, and matrix products for few keys, for which these are faster.
 
-    With several threads, flash attention takes longer to begin with a head than these take for a few queries and keys.
+    With several threads, flash attention has a start-up time per head.
     """
 
     def __init__(self) -> None:
@@ -125,14 +132,14 @@ class CPUKernel:
         return grads
 
     def _is_small(self, part: Part) -> bool:
-        """As measured on two cores; in half precision products are slow."""
+        """True if matrix products are faster, as measured on two cores. In half precision they are slow."""
         queries, keys = part.query.shape[2], part.key.shape[2]
         few = 32 if part.causal else 64 if queries > 16 else 128
         return keys <= few and part.query.dtype.itemsize >= torch.float32.itemsize
 
 
 class FlashKernel:
-    """PyTorch's flash attention for CUDA, in half precision. It takes no bias, but is told how many keys a row has."""
+    """PyTorch's flash attention for CUDA, in half precision. It takes the number of keys per row instead of a bias."""
 
     def forward(self, part: Part) -> tuple[Tensor, Tensor]:
         if part.padding is None:
@@ -154,7 +161,7 @@ class FlashKernel:
                 grad, *part[:3], out, lse.contiguous(), *rest, scale=part.scale
             )
             return grads
-        # Backwards it is not told how many, and wants the keys packed.
+        # The backward pass takes no number of keys, but packed keys.
         packing, rows = part.padding, len(part.query)
         key, value = (packing.unpad(one.transpose(1, 2)) for one in (part.key, part.value))
         queries = Segments(_even(part.query), part.query.shape[2])
@@ -166,18 +173,18 @@ class FlashKernel:
 
 
 class Segments(NamedTuple):
-    """Where sequences lie that are packed, for flash attention."""
+    """Places of packed sequences, for flash attention."""
 
     starts: Tensor
-    """[N + 1] int32, where each starts, and where the last ends"""
+    """int32 [N + 1], the index of each sequence's first token, and the end of the last sequence"""
     longest: int
 
 
 def flash_forward(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float) -> tuple[Tensor, Tensor]:
-    """Flash attention of packed queries to the keys [M, H, D] of their own segments, on CUDA.
+    """Computes flash attention of packed queries to the keys [M, H, D] of their own segments, on CUDA.
 
     Returns:
-        [M, H, D], and the logs of the normalisers [H, M] in float32.
+        The output [M, H, D], and float32 log-normalisers [H, M].
     """
     places = (segments.starts, segments.starts, segments.longest, segments.longest)
     out, lse, *_ = torch.ops.aten._flash_attention_forward(query, key, value, *places, 0.0, False, False, scale=scale)
@@ -195,9 +202,9 @@ def flash_backward(
     keys: Segments,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of packed queries [M, H, D], and of the keys and values [M', H, D] of their segments."""
+    """Computes gradients of packed queries [M, H, D], and of the keys and values [M', H, D] of their segments."""
     places = (queries.starts, keys.starts, queries.longest, keys.longest)
-    lse = lse.contiguous()  # its strides are not heeded
+    lse = lse.contiguous()  # the operator ignores strides
     grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
         grad, query, key, value, out, lse, *places, 0.0, False, *_no_dropout(grad), scale=scale
     )
@@ -205,23 +212,23 @@ def flash_backward(
 
 
 def _even(rows: Tensor) -> Tensor:
-    """Where each row of [B, H, S, D] starts as tokens, and where the last ends: [B + 1] int32."""
+    """int32 [B + 1], the start of each row of [B, H, S, D] as packed tokens, and the end of the last."""
     count, _, length, _ = rows.shape
     return torch.arange(0, count * length + 1, length, dtype=torch.int32, device=rows.device)
 
 
 def _as_tokens(rows: Tensor) -> Tensor:
-    """[B, H, S, D] as [B * S, H, D]."""
+    """Converts [B, H, S, D] to [B * S, H, D]."""
     return rows.transpose(1, 2).flatten(0, 1)
 
 
 def _as_rows(tokens: Tensor, rows: int) -> Tensor:
-    """[B * S, H, D] as [B, H, S, D]."""
+    """Converts [B * S, H, D] to [B, H, S, D]."""
     return tokens.view(rows, -1, *tokens.shape[1:]).transpose(1, 2)
 
 
 def _no_dropout(like: Tensor) -> tuple[Tensor, Tensor]:
-    """The state of a dropout that there is not."""
+    """Placeholder for the random state of dropout, which is not used."""
     return torch.zeros(2, dtype=torch.uint64, device=like.device), torch.empty(0, device=like.device)
 
 
@@ -229,7 +236,7 @@ class EfficientKernel:
     """PyTorch's memory-efficient attention for CUDA, in any precision."""
 
     _ALIGNED = 32
-    """Queries to whose multiples its log-normalisers are padded; keys in whose multiples a bias must be laid out."""
+    """Multiple to which the kernel pads its log-normalisers, and in which a bias must be laid out."""
 
     def forward(self, part: Part) -> tuple[Tensor, Tensor]:
         query, key, value, _, causal, scale = part
@@ -241,8 +248,8 @@ class EfficientKernel:
     def backward(self, part: Part, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value, _, causal, scale = part
         padded = nn.functional.pad(lse, (0, -lse.shape[-1] % self._ALIGNED), value=torch.inf)
-        out = out.transpose(1, 2).contiguous().transpose(1, 2)  # as its own would lie: strides are not heeded
-        unused = torch.zeros((), dtype=torch.int64, device=query.device)  # state of a dropout that there is not
+        out = out.transpose(1, 2).contiguous().transpose(1, 2)  # the kernel's own layout: it ignores strides
+        unused = torch.zeros((), dtype=torch.int64, device=query.device)  # random state of dropout
         wanted = [True, True, True, False]
         grads = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
             grad, query, key, value, self._bias(part), out, padded, unused, unused, 0.0, wanted, causal, scale=scale
@@ -250,7 +257,7 @@ class EfficientKernel:
         return grads[0], grads[1], grads[2]
 
     def _bias(self, part: Part) -> Tensor | None:
-        """[B, H, S, T], its rows of keys padded in memory."""
+        """Bias [B, H, S, T], with rows of keys padded in memory."""
         bias, keys = _bias(part), part.key.shape[2]
         if bias is None:
             return None
@@ -258,18 +265,18 @@ class EfficientKernel:
 
 
 def _bias(part: Part) -> Tensor | None:
-    """[B, 1, 1, T], added to the scores."""
+    """Bias [B, 1, 1, T] of the scores."""
     return None if part.padding is None else part.padding.bias.to(part.query.dtype)
 
 
 def kernel_for(query: Tensor) -> Kernel:
-    """The fastest kernel that computes attention rightly for such queries [..., D]."""
+    """The fastest kernel that passes `is_right` for queries [..., D] of this device and dtype."""
     return _kernel_for(query.device.type, query.dtype, query.shape[-1])
 
 
 @functools.cache
 def _kernel_for(device: str, dtype: torch.dtype, size: int) -> Kernel:
-    """On GPUs each is tried once, on a small case."""
+    """On GPUs each kernel is checked once, on small cases."""
     if device == "cpu":
         return CPUKernel()
     kernels: list[Kernel] = [FlashKernel(), EfficientKernel()] if device == "cuda" else []
@@ -277,12 +284,12 @@ def _kernel_for(device: str, dtype: torch.dtype, size: int) -> Kernel:
 
 
 def is_right(kernel: Kernel, device: str, dtype: torch.dtype, size: int) -> bool:
-    """Whether a kernel agrees with the explicit one on heads of this size, in value and gradient."""
+    """True if a kernel agrees with the explicit one for heads of this size, in value and gradient."""
     cases = torch.randn(4, 2, 3, 70, size, generator=torch.Generator().manual_seed(0))
     query, key, value, grad = cases.to(device, dtype)
     ragged = Packing(torch.tensor([70, 50]), query.device)
     tolerance = 1e-3 if dtype == torch.float32 else 5e-2
-    for part in (  # of each kind there is one that no other stands for
+    for part in (  # one part of each kind
         Part(query, key, value, ragged, False, 0.1),
         Part(query[:, :, :9], key, value, None, False, 0.1),
         Part(query, key, value, None, True, 0.1),
@@ -294,7 +301,7 @@ def is_right(kernel: Kernel, device: str, dtype: torch.dtype, size: int) -> bool
             found = (*kernel.forward(part), *kernel.backward(part, push, *right))
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, AttributeError, TypeError, ValueError):  # PyTorch's operators are not the same for ever
+        except (RuntimeError, AttributeError, TypeError, ValueError):  # PyTorch's private operators may change
             return False
         if not all(
             math.isfinite(float(a.sum())) and torch.allclose(a.float(), b.float(), rtol=tolerance, atol=tolerance)

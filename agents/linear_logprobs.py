@@ -1,4 +1,4 @@
-"""Log-probabilities of chosen tokens from hidden states, without ever holding the logits of all of them.
+"""Log-probabilities of tokens from hidden states, with the logits of a chunk at a time.
 
 Shapes: M hidden states of size H, a vocabulary of V tokens.
 """
@@ -12,28 +12,28 @@ import torch
 from torch import Tensor
 
 _CHUNK = 2**24
-"""Logits that are held at a time."""
+"""Largest number of logits in memory."""
 
 
 def linear_logprobs(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, banned: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies under `softmax((hidden @ weight.T + bias) / temperature)`.
+    """Computes log-probabilities and entropies under `softmax((hidden @ weight.T + bias) / temperature)`.
 
-    Only a chunk's logits are in memory at any time, in both passes: the backward pass computes them anew, and adds
-    up the weight's gradient in place.
+    Only the logits of a chunk are in memory at a time. The backward pass recomputes them, and accumulates the weight's
+    gradient in place.
 
     Args:
         hidden: [M, H].
-        weight: [V, H], of the head.
+        weight: [V, H], of the output head.
         bias: [V], or None.
-        targets: [M], the chosen tokens.
-        banned: Tokens of probability 0.
-        temperature: Above 0.
+        targets: int64 [M], the sampled tokens.
+        banned: int64 [B], tokens with probability 0.
+        temperature: Sampling temperature, above 0.
 
     Returns:
-        Log-probabilities [M] of the targets, and entropies [M] in nats, which have no gradient; both in float32, or
-        float64 where the inputs are.
+        Log-probabilities [M] of the targets; and entropies [M] in nats, without gradient. Both are float32, or float64
+        for float64 inputs.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -99,7 +99,7 @@ def _chunks(rows: int, vocabulary: int) -> list[slice]:
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, banned: Tensor, temperature: float) -> Tensor:
-    """[m, V]; of banned tokens the lowest finite number, whose probability is 0 and has no entropy."""
+    """Logits [m, V]. Banned tokens get the lowest finite number: probability and entropy 0, but no NaN."""
     logits = torch.nn.functional.linear(hidden, weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature != 1:
@@ -108,7 +108,7 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, banned: Tensor,
 
 
 def _add_product(total: Tensor, errors: Tensor, hidden: Tensor) -> None:
-    """Adds errors.T @ hidden to a sum [V, H], in place where both are of its type."""
+    """Adds errors.T @ hidden to a sum [V, H]."""
     if total.dtype == errors.dtype:
         total.addmm_(errors.mT, hidden)
     else:

@@ -1,4 +1,4 @@
-"""Low-rank adapters (arXiv 2106.09685), by peft: the model's own weights stay as they are."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685), by peft. The model's own weights stay unchanged."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from vlmenv.agents.families.base import read_json
 from vlmenv.core.errors import ConfigError, ModelError
 
 _PUBLISHED = "base_model.model."
-"""What peft puts before the names of a model's adapters in a file."""
+"""Peft's prefix of names in adapter files."""
 
 
 class LoRA:
-    """The adapters of a model, in float32, and all else frozen.
+    """The float32 adapters of a model, whose own weights are frozen.
 
-    Dropout acts only where there is gradient. So it is off in rollouts and in reference log-probabilities, but
-    importance ratios then compare a policy with dropout to one without: leave it at 0 where they matter.
+    Dropout acts only in passes with gradient. So it is off in rollouts and in reference log-probabilities, and
+    importance ratios compare a policy with dropout to one without. Keep it at 0 where ratios matter.
 
     Args:
-        model: Gets the adapters in place; the first of each pair is drawn from torch's global random state.
+        model: The model, which is changed in place. Torch's global random state initialises the adapters.
         targets: Names of the linear layers to adapt.
-        rank: Of the adapters.
-        alpha: What they add is scaled by alpha / rank.
-        dropout: Share of their inputs that is zeroed.
+        rank: Rank of the adapters, at least 1.
+        alpha: Scale of the adapters, at least 1: their output is multiplied by alpha / rank.
+        dropout: Share of the adapters' inputs that is set to 0, from 0 to below 1.
 
     Raises:
         ConfigError: A number is out of range, or peft is not installed.
@@ -42,7 +42,7 @@ class LoRA:
     def __init__(self, model: PreTrainedModel, targets: list[str], rank: int, alpha: int, dropout: float) -> None:
         if rank < 1 or alpha < 1 or not 0 <= dropout < 1:
             raise ConfigError(
-                "LoRA wants a rank and an alpha of at least 1, and a dropout from 0 up to 1, "
+                "LoRA needs rank and alpha of at least 1, and dropout from 0 to below 1, "
                 f"not rank={rank}, alpha={alpha}, dropout={dropout}"
             )
         try:
@@ -61,7 +61,7 @@ class LoRA:
 
     @contextmanager
     def switched_off(self) -> Iterator[None]:
-        """Within, the model is the one that the adapters were added to."""
+        """Switches the adapters off within the context."""
         for layer in self._layers:
             layer.enable_adapters(False)
         try:
@@ -71,9 +71,9 @@ class LoRA:
                 layer.enable_adapters(True)
 
     def merged(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Weights of the model that acts without adapters as this one does with them.
+        """Merges the adapters into the model's weights.
 
-        Layer by layer, onto the CPU: the accelerator never holds more than one merged layer.
+        It merges layer by layer, onto the CPU: the accelerator never holds more than one merged layer.
 
         Args:
             state: The model's state, adapters included.
@@ -93,7 +93,7 @@ class LoRA:
         """Writes the adapters in peft's format.
 
         Args:
-            folder: Is made.
+            folder: Folder to make.
             state: The model's state, adapters included.
             base: Folder of the model that was adapted.
         """
@@ -103,14 +103,17 @@ class LoRA:
         save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt", "base": _fingerprint(state)})
 
     def read(self, folder: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Reads adapters from peft's format, by their names in the model's state.
+        """Reads adapters from peft's format.
 
         Args:
-            folder: As written by `save`.
+            folder: Folder that `save` wrote.
             state: The model's state, adapters included.
 
+        Returns:
+            The adapters by their names in the model's state.
+
         Raises:
-            ModelError: They cannot be read, are of another rank or alpha, or were trained on other weights.
+            ModelError: They cannot be read, have another rank or alpha, or were trained on other weights.
         """
         try:
             theirs = read_json(folder / "adapter_config.json")
@@ -122,21 +125,21 @@ class LoRA:
         tensors, metadata = read_tensors(folder / "adapter_model.safetensors")
         if metadata.get("base") != _fingerprint(state):
             raise ModelError(
-                f"{folder}: the adapter was trained on other weights or in another precision; it goes with "
-                f"{theirs.get('base_model_name_or_path')}, and not with weights that it is merged into already"
+                f"{folder}: the adapter was trained on other weights or in another precision: load it onto "
+                f"{theirs.get('base_model_name_or_path')}, not onto weights that it is merged into already"
             )
         return {_own_name(name): tensor for name, tensor in tensors.items()}
 
 
 class GradientDropout(nn.Dropout):
-    """Dropout where there is gradient, and nowhere else, whatever mode the model is in."""
+    """Dropout in passes with gradient, in both modes of the model."""
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.dropout(input, self.p, training=torch.is_grad_enabled())
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a weight belongs to an adapter."""
+    """True if a weight belongs to an adapter."""
     return ".lora_" in name
 
 
@@ -149,9 +152,9 @@ def _own_name(published: str) -> str:
 
 
 def _fingerprint(state: Mapping[str, Tensor]) -> str:
-    """Tells the weights beneath the adapters from others, such as those that the adapters are merged into.
+    """Identifies the weights beneath the adapters: SHA-256 of the first row of each matrix.
 
-    The first row of each matrix does: whole models would take too long.
+    All rows would take too long.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted((name.replace(".base_layer.", "."), tensor) for name, tensor in state.items()):

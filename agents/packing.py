@@ -1,4 +1,4 @@
-"""Where tokens lie that are packed, one sequence after the other."""
+"""Packing: sequences concatenated without padding."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 
 class Packing:
-    """Where the tokens of sequences lie, one sequence after the other.
+    """The places of tokens of N sequences that are concatenated without padding.
 
     Args:
-        lengths: [N], of the sequences, on the CPU.
-        device: Of the tensors that will be packed.
-        longest: L, what sequences are padded to; that of the longest where left out.
+        lengths: int64 [N] on the CPU, lengths of the sequences.
+        device: Device of the packed tensors.
+        longest: Padded length L. Default: that of the longest sequence.
     """
 
     def __init__(self, lengths: Tensor, device: torch.device, longest: int | None = None) -> None:
@@ -28,43 +28,43 @@ class Packing:
         self.rows = rows.to(device)
         """[M], the sequence of each token"""
         self.places = (torch.arange(self.total) - (ends - lengths)[rows]).to(device)
-        """[M], its place there"""
+        """[M], the place of each token in its sequence"""
         self.ends = (ends - 1).to(device)
-        """[N], where each sequence's last token lies"""
+        """[N], the index of each sequence's last token"""
 
     def pad(self, packed: Tensor) -> Tensor:
-        """[M, ...] as [N, L, ...], with zeros after the end of each sequence."""
+        """Converts [M, ...] to [N, L, ...], padded with zeros at the right."""
         shape = (len(self.lengths), self.longest, *packed.shape[1:])
         if self.is_even:
             return packed.reshape(shape)
         return packed.new_zeros(shape).index_put((self.rows, self.places), packed)
 
     def unpad(self, padded: Tensor) -> Tensor:
-        """[N, L, ...] as [M, ...]."""
+        """Converts [N, L, ...] to [M, ...]."""
         if self.is_even:
             return padded.reshape(-1, *padded.shape[2:])
         return padded[self.rows, self.places]
 
     def mask(self) -> Tensor:
-        """[N, L] bool, True at tokens."""
+        """Bool [N, L], True at tokens."""
         return torch.arange(self.longest, device=self._on_device.device) < self._on_device[:, None]
 
     @cached_property
     def bias(self) -> Tensor:
-        """[N, 1, 1, L], what is added to scores: 0 at tokens, -inf where padded."""
+        """[N, 1, 1, L], mask to add to attention scores: 0 at tokens, -inf at padding."""
         padded = ~self.mask()[:, None, None]
         return torch.zeros(padded.shape, device=padded.device).masked_fill(padded, -torch.inf)
 
     @cached_property
     def starts(self) -> Tensor:
-        """[N + 1] int32, where each sequence starts, and where the last ends."""
+        """int32 [N + 1], the index of each sequence's first token, and the end of the last sequence."""
         return nn.functional.pad(self.ends + 1, (1, 0)).int()
 
     @cached_property
     def counts(self) -> Tensor:
-        """[N] int32, how many tokens each sequence has."""
+        """int32 [N], lengths of the sequences."""
         return self._on_device.int()
 
     def select(self, rows: Tensor) -> Packing:
-        """Of some of the sequences [n], given on the CPU, padded as before."""
+        """The packing of some sequences [n], indices on the CPU, with the same padded length."""
         return Packing(self.lengths[rows], self.rows.device, self.longest)

@@ -1,4 +1,4 @@
-"""The distribution over completions: a group's image and prompt run through the model once, in every pass."""
+"""The policy module. A group's images and prompt run through the model once, in rollouts and in updates."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from transformers import PreTrainedModel
 from vlmenv.agents.attention import Attention, Continuations, Prefixes, enable_packing, no_mask
 from vlmenv.agents.base import LogProbs
 from vlmenv.agents.families.base import Family, join_images
-from vlmenv.agents.lean import keeping_little, make_lean
 from vlmenv.agents.linear_logprobs import linear_logprobs
 from vlmenv.agents.packing import Packing
-from vlmenv.agents.patches import multiply_patches
+from vlmenv.agents.patch_embedding import embed_patches_by_matmul
+from vlmenv.agents.saved_activations import dropping_recomputable, save_fewer_activations
 from vlmenv.agents.vision_attention import attend_by_segments
 from vlmenv.core.rollout import Prompt, Rollout
 
 
 class ValueHead(nn.Linear):
-    """Reads the expected return off final hidden states, in float32 under any precision.
+    """A linear value head on the final hidden states, in float32 under any precision.
 
-    It starts at zero, so that at first neither values nor their gradient disturb a trained model.
+    Its weights start at 0, so that neither values nor their gradient disturb a trained model at first.
 
     Args:
         hidden_size: H.
-        detach: Whether the values' loss trains the head alone, and not the model beneath it.
-        device: Where the weights go.
+        detach: If true, the critic's loss trains only the head, not the model.
+        device: Device of the weights.
     """
 
     def __init__(self, hidden_size: int, *, detach: bool, device: torch.device) -> None:
@@ -41,7 +41,7 @@ class ValueHead(nn.Linear):
             nn.init.zeros_(parameter)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Values [...] of hidden states [..., H]."""
+        """Computes values [...] of hidden states [..., H]."""
         with torch.autocast(input.device.type, enabled=False):
             return super().forward((input.detach() if self.detach else input).float())[..., 0]
 
@@ -49,14 +49,17 @@ class ValueHead(nn.Linear):
 class Policy(nn.Module):
     """The distribution over completions under a model's present weights.
 
-    Shapes: P prompts, N completions, M tokens of completions in all, the longest of L tokens; hidden states of size H.
+    Shapes: P prompts; N completions with M tokens in all, up to L tokens each; hidden states of size H.
+
+    Args:
+        family: The model with its processor.
 
     Attributes:
-        share_prefixes: Whether what a group has in common is computed once. That is exact, in value and in gradient;
-            without it each completion repeats its image and prompt, padded to the longest: slow, and a reference.
-        divided: Whether processes hold the weights in shares. Each pass then runs the vision tower once, on all images
-            together, and the language model twice, on prompts and on completions, whatever else could be left out.
-        value_head: The critic's, where there is one.
+        share_prefixes: If true, the prompt of a group runs through the model once. This is exact, in value and in
+            gradient. If false, each completion repeats images and prompt with padding: slow, for comparison.
+        sharded: True if ranks hold shards of the weights. Then each pass runs the vision tower once and the language
+            model twice, on prompts and on completions, so that the collectives of all ranks match.
+        value_head: The critic's head; None without a critic.
     """
 
     def __init__(self, family: Family) -> None:
@@ -64,20 +67,20 @@ class Policy(nn.Module):
         self.family = family
         self.model = family.model
         self.share_prefixes = True
-        self.divided = False
+        self.sharded = False
         self.value_head: ValueHead | None = None
         self._axes: int | None = None
         banned = torch.from_numpy(family.banned_tokens).to(family.model.device)
         self.register_buffer("banned", banned, persistent=False)
         enable_packing(cast(PreTrainedModel, family.language_model()))
-        multiply_patches(family.vision_tower())
+        embed_patches_by_matmul(family.vision_tower())
         if family.packs_images:
             attend_by_segments(cast(PreTrainedModel, family.vision_tower()))
-        make_lean(family.model)
+        save_fewer_activations(family.model)
 
     def forward(self, rollout: Rollout) -> LogProbs:
-        """Log-probabilities and entropies of the completions of a rollout, and values where there is a head."""
-        with keeping_little():
+        """Computes log-probabilities and entropies of a rollout's completions, and values if there is a value head."""
+        with dropping_recomputable():
             hidden, packing = self.hidden_states(rollout)
         targets = self._tokens([completion.token_ids for completion in rollout.completions])
         head, temperature = self._head(), rollout.temperature or 1.0
@@ -86,14 +89,14 @@ class Policy(nn.Module):
         return LogProbs(packing.pad(logprobs), packing.pad(entropy), packing.mask(), values)
 
     def hidden_states(self, rollout: Rollout) -> tuple[Tensor, Packing]:
-        """Final hidden states [M, H] that predict the tokens of the completions, and where these lie."""
+        """Computes the final hidden states [M, H] that predict the completions' tokens, and their packing."""
         packing = Packing(torch.tensor([len(one.token_ids) for one in rollout.completions]), self.device)
         if self.share_prefixes:
             return self._sharing(rollout, packing), packing
         return self._repeating(rollout, packing), packing
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits of hidden states [..., H] over the vocabulary, in float32, banned tokens at -inf."""
+        """Computes float32 logits of hidden states [..., H]. Banned tokens have -inf."""
         logits: Tensor = self._head()(hidden).float()
         return logits.index_fill_(-1, self._banned(), -torch.inf)
 
@@ -101,7 +104,8 @@ class Policy(nn.Module):
         """Runs prompts through the model.
 
         Returns:
-            What completions attend to, and the final hidden states [P, H] that predict their first tokens.
+            The prompts' keys and values, and the final hidden states [P, H] that predict the first tokens of
+            completions.
         """
         packing = Packing(torch.tensor([len(prompt.input_ids) for prompt in prompts]), self.device)
         prefixes, features = Prefixes(packing), self._features(prompts)
@@ -116,10 +120,18 @@ class Policy(nn.Module):
         return prefixes, output.last_hidden_state[0, packing.ends]
 
     def extend(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """Final hidden states [M, H] of packed tokens [M] at positions [M] after what `attention` holds.
+        """Runs tokens of completions through the language model.
+
+        Args:
+            tokens: int64 [M], packed.
+            positions: int64 [M].
+            attention: Attention to prompts and to earlier tokens.
+
+        Returns:
+            Final hidden states [M, H].
 
         Raises:
-            RuntimeError: No prompt has been run by `prefill`.
+            RuntimeError: `prefill` has not run any prompt.
         """
         output = self.family.language_model()(
             input_ids=tokens[None],
@@ -133,19 +145,19 @@ class Policy(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self._banned().device
 
     def _sharing(self, rollout: Rollout, packing: Packing) -> Tensor:
-        """`hidden_states` with each prompt computed once."""
+        """Computes `hidden_states` with one pass per prompt."""
         prefixes, firsts = self.prefill(rollout.prompts)
         index = torch.from_numpy(rollout.prompt_index)
         on_device = index.to(self.device)[packing.rows]
         lengths = packing.lengths - 1  # the last token predicts nothing
         if not lengths.any():
-            if not self.divided:
+            if not self.sharded:
                 return firsts[on_device]
-            lengths = packing.lengths  # nobody reads what follows these tokens, but all processes compute it together
+            lengths = packing.lengths  # the results are not used, but all ranks must run this pass
         inputs = Packing(lengths, self.device)
         fed = zip(rollout.completions, lengths.tolist(), strict=True)
         tokens = self._tokens([completion.token_ids[:length] for completion, length in fed])
@@ -156,7 +168,7 @@ class Policy(nn.Module):
         return torch.cat([firsts, later])[torch.where(packing.places == 0, on_device, before + len(firsts))]
 
     def _repeating(self, rollout: Rollout, packing: Packing) -> Tensor:
-        """`hidden_states` with each prompt computed for each of its completions, in one padded batch."""
+        """Computes `hidden_states` with the prompt repeated for each completion, in one padded batch."""
         bare = np.setdiff1d(np.arange(len(rollout.prompts)), rollout.prompt_index)  # without any completion
         prompts = [rollout.prompts[i] for i in (*rollout.prompt_index, *bare)]
         answers = [completion.token_ids for completion in rollout.completions]
@@ -178,11 +190,11 @@ class Policy(nn.Module):
         return hidden[packing.rows, starts[packing.rows] + packing.places]
 
     def _features(self, prompts: Sequence[Prompt]) -> Any:
-        """Features of the prompts' images, joined; of a frozen tower they are kept as long as the prompt is."""
+        """Computes features of the prompts' images, joined. Those of a frozen tower are cached per prompt."""
         shown = [prompt for prompt in prompts if prompt.images]
         if not shown:
             return None
-        if self.divided or self.family.sees_by_trained_weights():
+        if self.sharded or self.family.sees_by_trained_weights():
             return self._look(shown)
         return self.family.join_features([self._frozen_features(prompt) for prompt in shown])
 
@@ -199,17 +211,17 @@ class Policy(nn.Module):
         return self.model.model.get_image_features(**join_images(prompts, self.device), return_dict=True)
 
     def _tokens(self, rows: Sequence[NDArray[np.int64]]) -> Tensor:
-        """Rows of ids, one after the other, [M]."""
+        """Concatenates rows of token ids to [M]."""
         return torch.from_numpy(np.concatenate(rows)).to(self.device)
 
     def _positions(self, prompts: Sequence[Prompt]) -> Tensor:
-        """Positions of packed prompts, [axes, 1, M], or [1, M] where there is one axis."""
+        """Positions of packed prompts, [axes, 1, M], or [1, M] for a single axis."""
         positions = torch.from_numpy(np.concatenate([prompt.position_ids for prompt in prompts], axis=1))
         self._axes = len(positions)
         return self._on_axes(positions.to(self.device))
 
     def _on_axes(self, positions: Tensor) -> Tensor:
-        """Positions [M] or [axes, M] as the model takes them."""
+        """Positions [M] or [axes, M] in the shape that the model takes."""
         if self._axes is None:
             raise RuntimeError("extend() continues prompts: call prefill() first")
         return positions.expand(self._axes, -1)[:, None] if self._axes > 1 else positions.view(1, -1)
@@ -224,15 +236,15 @@ class Policy(nn.Module):
 
 
 _FEATURES: WeakKeyDictionary[Prompt, tuple[nn.Module, Any]] = WeakKeyDictionary()
-"""Of prompts with images: a frozen vision tower, and the features that it found; dropped with the prompt."""
+"""Cache by prompt of a frozen vision tower and its features; an entry is dropped with the prompt."""
 
 
 def next_position(prompt: Prompt) -> int:
-    """The position of the first token after a prompt, the same on all axes."""
+    """Position of the first token after a prompt, the same on all axes."""
     return int(prompt.position_ids[0, -1]) + 1
 
 
 def _all_positions(prompt: Prompt, length: int) -> NDArray[np.int64]:
-    """Positions [axes, T + length] of a prompt and of what follows it."""
+    """Positions [axes, T + length] of a prompt and its completion."""
     after = np.tile(next_position(prompt) + np.arange(length), (len(prompt.position_ids), 1))
     return np.concatenate([prompt.position_ids, after], axis=1)

@@ -1,4 +1,4 @@
-"""What other programs make of a prompt: the published processor, with which a family's own reading is compared."""
+"""The published processor, which the doctor compares with a family's own encoding of prompts."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from vlmenv.core.rollout import IMAGE_MARK, Observation
 
 
 class PublishedProcessor:
-    """A processor as transformers loads it from a folder.
+    """A processor that transformers loads from a folder.
 
     Args:
-        folder: Of a model, or of the processor's files alone with a `config.json`.
+        folder: Folder of a model, or of the processor's files with a `config.json`.
         chat_template_kwargs: Values of the chat template's own variables.
 
     Raises:
-        ConfigError: It wants a package that is not installed.
-        ModelError: It cannot be loaded.
+        ConfigError: The processor needs a package that is not installed.
+        ModelError: The processor cannot be loaded.
     """
 
     def __init__(self, folder: Path, chat_template_kwargs: Mapping[str, Any] | None = None) -> None:

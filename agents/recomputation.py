@@ -1,4 +1,4 @@
-"""Gradient checkpointing of blocks."""
+"""Gradient checkpointing of a model's blocks."""
 
 from __future__ import annotations
 
@@ -11,26 +11,25 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlmenv.agents.families import Family
-from vlmenv.agents.lean import keeping_all
+from vlmenv.agents.saved_activations import keeping_activations
 
 
 def recompute_activations(family: Family) -> None:
-    """Makes each block of the language model and of the vision tower keep only its inputs for the backward pass.
+    """Makes each block of language model and vision tower keep only its inputs for the backward pass.
 
-    What a block needs beyond them is computed anew, exactly as it was, dropout included. Nothing changes
-    where there is no gradient.
+    The backward pass recomputes the other activations exactly, dropout included. Without gradient nothing changes.
     """
     for block in _blocks(family):
-        # On the instance: names of weights stay as they are, and whatever wraps the block's call stays outside.
+        # On the instance, so that names of weights and wrappers around the block's call stay unchanged.
         block.__dict__["forward"] = functools.partial(_recomputing, block.forward)
 
 
 @contextmanager
 def holding_activations(family: Family) -> Iterator[None]:
-    """Within, blocks keep all that they need; those that were made to recompute it, as much as while they do."""
+    """Makes blocks keep all activations within the context, as much as a recomputed block holds."""
     taken = [(block, block.__dict__.pop("forward")) for block in _blocks(family) if "forward" in block.__dict__]
     try:
-        with keeping_all() if taken else nullcontext():
+        with keeping_activations() if taken else nullcontext():
             yield
     finally:
         for block, forward in taken:
@@ -43,5 +42,5 @@ def _blocks(family: Family) -> list[nn.Module]:
 
 
 def _recomputing(forward: Callable[..., Tensor], hidden: Tensor, *more: Any, **arguments: Any) -> Tensor:
-    """A block's forward pass, which is run again in the backward pass."""
+    """A block's forward pass, which the backward pass runs again."""
     return cast(Tensor, checkpoint(forward, hidden, *more, use_reentrant=False, **arguments))

@@ -1,4 +1,4 @@
-"""What the KL penalty compares a policy with."""
+"""Reference policies of the KL penalty."""
 
 from __future__ import annotations
 
@@ -14,25 +14,24 @@ from vlmenv.core.rollout import Rollout
 
 
 class FrozenPolicy:
-    """A policy as it is now, whatever becomes of it.
+    """A frozen copy of a policy.
 
     Args:
-        policy: Is copied.
-        prepare: What is done to rollouts first.
+        policy: The policy to copy.
+        prepare: Function that is applied to rollouts first.
 
     Attributes:
-        policy: A copy, without gradients and without a value head. It shares the vision tower where that is frozen,
-            and with it the features that it found; but none that processes hold in shares, which only the policy's own
-            passes gather.
+        policy: The copy, without gradients and value head. It shares a frozen vision tower and its cached features. A
+            sharded tower is copied, because only passes of the original policy gather it.
     """
 
     def __init__(self, policy: Policy, prepare: Callable[[Rollout], Rollout]) -> None:
         family = policy.family
-        parted = policy.divided or family.sees_by_trained_weights()
+        parted = policy.sharded or family.sees_by_trained_weights()
         shared = [] if parted else [family.vision_tower(), *family.projectors()]
         model = copy.deepcopy(family.model, {id(module): module for module in shared}).requires_grad_(False)
         self.policy = Policy(type(family)(model, family.processor))
-        self.policy.share_prefixes, self.policy.divided = policy.share_prefixes, policy.divided
+        self.policy.share_prefixes, self.policy.sharded = policy.share_prefixes, policy.sharded
         self._prepare = prepare
 
     @torch.no_grad()
@@ -43,7 +42,7 @@ class FrozenPolicy:
 
 
 class UnadaptedPolicy:
-    """An agent's policy without its adapters: no weights are held twice."""
+    """An agent's policy with its adapters switched off. It needs no copy of the weights."""
 
     def __init__(self, agent: Agent, lora: LoRA) -> None:
         self._agent, self._lora = agent, lora

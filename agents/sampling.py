@@ -24,12 +24,12 @@ _LOOK_EVERY = 8
 
 @dataclass(slots=True)
 class Sampled:
-    """A completion in tokens."""
+    """A completion as tokens."""
 
     token_ids: NDArray[np.int64]
-    """[L], the end token included where one was sampled"""
+    """[L], with the end token if one was sampled"""
     logprobs: NDArray[np.float32]
-    """[L], of the distribution that was sampled from"""
+    """[L], of the sampling distribution"""
     finish_reason: FinishReason
 
 
@@ -41,7 +41,17 @@ def sample(
     sampling: Sampling,
     generator: torch.Generator,
 ) -> list[Sampled]:
-    """Samples a completion for each entry of `index` [N], the prompt of each.
+    """Samples completions.
+
+    Args:
+        policy: The policy.
+        prompts: P prompts.
+        index: int64 [N], the prompt of each completion.
+        sampling: Sampling options.
+        generator: Random generator on the policy's device.
+
+    Returns:
+        [N].
 
     Raises:
         ModelError: The model's logits are not finite.
@@ -67,12 +77,12 @@ def sample(
 
 
 class _Growing:
-    """Completions that are being sampled, some of which have ended.
+    """Completions during sampling, some of which have ended.
 
     Args:
         count: N.
-        sampling: How they are.
-        policy: From which they are.
+        sampling: Sampling options.
+        policy: The policy that samples them.
     """
 
     def __init__(self, count: int, sampling: Sampling, policy: Policy) -> None:
@@ -81,12 +91,12 @@ class _Growing:
         self._tokens = torch.zeros(count, sampling.max_new_tokens, dtype=torch.int64, device=device)
         self._logprobs = torch.zeros(self._tokens.shape, device=device)
         self._lengths = torch.zeros(count, dtype=torch.int64, device=device)  # 0 before the end
-        self._rows = torch.arange(count, device=device)  # of those in the batch
+        self._rows = torch.arange(count, device=device)  # of the completions in the batch
         self._step = 0
         self._look_every = 1 if device.type == "cpu" or sampling.stop else _LOOK_EVERY
 
     def add(self, token: Tensor, logprob: Tensor) -> None:
-        """Takes the next token of each completion of the batch, [n]."""
+        """Appends the next token [n] of each completion in the batch."""
         self._tokens[self._rows, self._step], self._logprobs[self._rows, self._step] = token, logprob
         self._step += 1
         ends = torch.isin(token, self._ends) | self._stopped()
@@ -94,7 +104,7 @@ class _Growing:
         self._lengths[self._rows] = torch.where(ends & (lengths == 0), self._step, lengths)
 
     def still_going(self) -> Tensor:
-        """Which of the batch go on, on the CPU: those that have not ended, once that makes it much smaller."""
+        """Indices to continue, on the CPU. Ended completions leave once that makes the batch much smaller."""
         if self._step == self._sampling.max_new_tokens:
             return torch.empty(0, dtype=torch.int64)
         if self._step % self._look_every:
@@ -106,7 +116,7 @@ class _Growing:
         return going.cpu()
 
     def sampled(self) -> list[Sampled]:
-        """[N]. Raises ModelError where the logits were not finite: asked earlier, a GPU would wait at every token."""
+        """[N]. Raises ModelError for non-finite logits: an earlier check would make a GPU wait at every token."""
         tokens, logprobs = self._tokens.cpu().numpy(), self._logprobs.cpu().numpy()
         found = [
             Sampled(tokens[i, : n or None].copy(), logprobs[i, : n or None].copy(), "stop" if n else "length")
@@ -114,12 +124,12 @@ class _Growing:
         ]
         if any(np.isnan(one.logprobs).any() for one in found):
             raise ModelError(
-                "the model's logits are not finite: its weights are not, or they overflow at this precision"
+                "the model's logits are not finite: its weights are not finite, or they overflow at this precision"
             )
         return found
 
     def _stopped(self) -> Tensor:
-        """Which completions of the batch end with a stop text now, bool [n]."""
+        """Bool [n], True for completions of the batch that end with a stop text now."""
         if not self._sampling.stop:
             return torch.zeros_like(self._rows, dtype=torch.bool)
         most = max(len(text.encode()) for text in self._sampling.stop)  # tokens that one may take
@@ -130,7 +140,7 @@ class _Growing:
 
 
 def _draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draws a token from each row of logits [n, V]; also its log-probability [n]."""
+    """Draws a token [n] from each row of logits [n, V], and gives its log-probability [n]."""
     if sampling.temperature not in (0, 1):
         logits = logits / sampling.temperature
     logprobs = torch.log_softmax(logits, dim=-1)
@@ -141,19 +151,19 @@ def _draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tup
 
 
 def _choose(probs: Tensor, generator: torch.Generator) -> Tensor:
-    """Draws from each row of probabilities [n, V] by a single random number, [n, 1].
+    """Draws a token [n, 1] from each row of probabilities [n, V] by a single random number.
 
-    `torch.multinomial` takes one for every token of the vocabulary. The sums are in float64: in float32 the
-    unlikeliest tokens would add nothing to them, and never be drawn.
+    `torch.multinomial` draws one number per token of the vocabulary. The sums are float64: in float32 the least likely
+    tokens would add nothing to them, and would never be drawn.
     """
     sums = probs.double().cumsum(dim=-1)
     places = torch.rand(len(probs), 1, dtype=sums.dtype, device=sums.device, generator=generator)
     found = torch.searchsorted(sums, places * sums[:, -1:], right=True)  # right: none of probability 0
-    return found.clamp_(max=probs.shape[-1] - 1)  # what is no number has no place; see `_Growing.sampled`
+    return found.clamp_(max=probs.shape[-1] - 1)  # NaN has no place; see `_Growing.sampled`
 
 
 def _without_tail(logprobs: Tensor, sampling: Sampling) -> Tensor:
-    """Log-probabilities [n, V] of the distribution over the likeliest tokens alone: first top-k, of these top-p."""
+    """Log-probabilities [n, V] after top-k, then top-p."""
     ordered, order = logprobs.sort(dim=-1, descending=True, stable=True)
     if sampling.top_k is not None:
         ordered[:, sampling.top_k :] = -torch.inf

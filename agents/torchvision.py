@@ -1,7 +1,7 @@
-"""torchvision beside a torch that its C++ part was not built for.
+"""A mend for torchvision whose C++ part was built for another torch.
 
-The package index has torchvision for CUDA alone, also where torch has been installed for the CPU, as vLLM does there.
-What prepares images is its Python part, which runs all the same once the operators that it builds on are declared.
+The package index has torchvision for CUDA only, but vLLM for CPUs installs torch for the CPU. Image processors need
+only torchvision's Python part. It works after its operators are declared.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ _OPERATORS = (
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
 _declared: list[Any] = []
-"""keeps them from being withdrawn"""
+"""keeps the declarations alive"""
 
 
 def mend_torchvision() -> None:
-    """Lets torchvision be imported where torch has no CUDA; does nothing where it can be, or is not installed.
+    """Makes torchvision importable with a torch without CUDA. Does nothing if it is importable or not installed.
 
-    What its C++ part would compute, such as non-maximum suppression, still fails.
+    Operators of its C++ part, such as non-maximum suppression, still fail.
     """
     if torch.version.cuda is not None or importlib.util.find_spec("torchvision") is None:
         return
@@ -38,13 +38,13 @@ def mend_torchvision() -> None:
 
 
 def is_mended() -> bool:
-    """Whether `mend_torchvision` had something to do, as it will in other processes."""
+    """True if `mend_torchvision` declared operators, as it will in other processes."""
     return bool(_declared)
 
 
 def _declare() -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-        del sys.modules[name]  # the half of it that was imported
+        del sys.modules[name]  # partly imported
     library: Any = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
     for schema in _OPERATORS:
         library.define(schema)

@@ -1,8 +1,8 @@
-"""Attention of vision towers in which images lie one after the other, and each segment attends to itself alone.
+"""Attention of vision towers with concatenated images, where each segment attends to itself.
 
-A segment is an image, or a window of one, of which Qwen2.5-VL's towers have dozens. transformers calls attention once
-for each, and asks the device for their lengths in every block, unless it is flash attention's. Here neighbours of one
-length are met in one call; on GPUs in half precision, all of them are, by flash attention of packed sequences.
+A segment is an image, or a window of one; Qwen2.5-VL's towers have dozens of windows. Transformers calls attention once
+per segment, and waits for the device to tell the lengths in every block. Here one call computes all neighbouring
+segments of the same length. On GPUs in half precision one call of flash attention computes all segments.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from vlmenv.agents.kernels import FlashKernel, Segments, flash_backward, flash_forward, kernel_for
 
-_NAME = "vlmenv_flash_segments"  # having "flash" in it, it is told where segments lie
+_NAME = "vlmenv_flash_segments"  # transformers passes the segments' places to names with "flash"
 
 
 class _Flash(torch.autograd.Function):
-    """Flash attention among packed segments."""
+    """Flash attention within packed segments."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float) -> Tensor:
@@ -41,7 +41,7 @@ _flash: Callable[..., Tensor] = _Flash.apply
 
 
 def _by_runs(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float) -> Tensor:
-    """The same for packed states [M, H, D] on any device: a call for each run of segments of one length."""
+    """Attention within segments of packed states [M, H, D] on any device: one call per run of equal lengths."""
     outs, start = [], 0
     for length, run in groupby(lengths):
         size = len(list(run)) * length
@@ -66,7 +66,7 @@ def _attend(
     dropout: float = 0.0,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in a block: states [1, H, M, D], and where segments start; gives [1, M, H, D]."""
+    """Transformers' attention function: states [1, H, M, D] and starts of segments; returns [1, M, H, D]."""
     assert dropout == 0, "attention dropout would not be the same in two passes"
     query, key, value = (one[0].transpose(0, 1) for one in (query, key, value))
     if isinstance(kernel_for(query), FlashKernel):
@@ -78,9 +78,9 @@ AttentionInterface.register(_NAME, _attend)
 
 
 def attend_by_segments(tower: PreTrainedModel) -> None:
-    """Lets a vision tower whose blocks are told by `cu_seqlens` where segments lie attend to all in one call."""
+    """Makes a vision tower, whose blocks take `cu_seqlens`, attend to all segments in one call."""
     known = tower.config
-    config = copy.copy(known)  # the model's own makes models to which transformers would bring flash-attn
+    config = copy.copy(known)  # a copy: new models of the shared configuration would need flash-attn
     config._attn_implementation = _NAME
     for module in tower.modules():
         if getattr(module, "config", None) is known:

@@ -1,4 +1,4 @@
-"""A vision-language model as an agent: prompts are computed once per group, answers token by token."""
+"""An agent on a transformers vision-language model."""
 
 from __future__ import annotations
 
@@ -23,11 +23,10 @@ from vlmenv.agents.checkpoints import (
     published_weights,
     put_back,
     read_tensors,
-    whole_folder,
     write_model,
 )
 from vlmenv.agents.engines.base import Engine, Request
-from vlmenv.agents.engines.checks import fingerprint
+from vlmenv.agents.engines.fingerprints import fingerprint
 from vlmenv.agents.families import Family, Processor, family_of
 from vlmenv.agents.lora import LoRA, is_adapter
 from vlmenv.agents.policy import Policy, ValueHead
@@ -35,6 +34,7 @@ from vlmenv.agents.recomputation import recompute_activations
 from vlmenv.agents.references import FrozenPolicy, UnadaptedPolicy
 from vlmenv.agents.sampling import Sampled, sample
 from vlmenv.core.errors import ConfigError, ModelError, PromptError
+from vlmenv.core.files import atomic_folder
 from vlmenv.core.names import BUILTIN
 from vlmenv.core.rollout import Completion, Observations, Prompt, Rollout, group_neighbours, unbatch
 from vlmenv.core.sampling import Sampling
@@ -49,9 +49,12 @@ class VLMAgent(Agent):
 
     Args:
         family: The model with its processor.
-        folder: Where the processor's files are, to be copied into checkpoints.
-        sampling: How `rollout` chooses tokens, and when completions end.
+        folder: Folder of the processor's files, which checkpoints copy.
+        sampling: Sampling of `rollout`. Default: `Sampling()`.
         share_prefixes: See `Policy`.
+
+    Attributes:
+        lora: The adapters; None without.
     """
 
     def __init__(
@@ -65,7 +68,7 @@ class VLMAgent(Agent):
         self.policy: nn.Module = policy
         self.lora: LoRA | None = None
         self.engine: Engine | None = None
-        """what generates; the policy itself where there is none"""
+        """the engine that generates completions; None: the policy itself"""
         self._generator = torch.Generator(self.device)
 
     @classmethod
@@ -85,14 +88,14 @@ class VLMAgent(Agent):
             name_or_path: `"builtin"`, a folder, or a name on the Hugging Face hub.
             sampling: See the class.
             share_prefixes: See `Policy`.
-            device: Where the model goes.
-            dtype: Of the weights.
+            device: Device of the model.
+            dtype: Type of the weights.
             chat_template_kwargs: Values of the chat template's own variables, as `{"enable_thinking": False}`.
                 Default: none.
 
         Raises:
             ConfigError: The chat template never reads one of `chat_template_kwargs`.
-            ModelError: There is no such model, its family is not known, or its processor is missing.
+            ModelError: The model does not exist, its family is unknown, or its processor is missing.
         """
         folder = find_model(name_or_path)
         try:
@@ -117,7 +120,9 @@ class VLMAgent(Agent):
     def imitate(self, observations: Observations, texts: Sequence[str]) -> Rollout:
         prompts, index = self.encode(observations)
         completions = [self._written(i, text) for i, text in enumerate(texts)]
-        return Rollout(prompts, index, completions, temperature=1.0)  # as the model has them, however it samples
+        return Rollout(
+            prompts, index, completions, temperature=1.0
+        )  # log-probabilities are the model's, whatever the sampling temperature
 
     def sync(self) -> None:
         if self.engine is not None:
@@ -150,7 +155,7 @@ class VLMAgent(Agent):
         return None if trained else fingerprint(weight for part in parts for weight in part.parameters())
 
     def _published_weights(self) -> dict[str, Tensor]:
-        """The model's weights as `save` writes them, adapters merged in; in processes with shares, gathered before."""
+        """The model's weights as `save` writes them, adapters merged. Sharded weights must be gathered before."""
         model = _under("model.", dict(self.family_policy.named_parameters(remove_duplicate=False)))
         return published_weights(self.family, model if self.lora is None else self.lora.merged(model))
 
@@ -158,21 +163,21 @@ class VLMAgent(Agent):
         return super().logprobs(self._with_image(rollout))
 
     def _with_image(self, rollout: Rollout) -> Rollout:
-        """A rollout that runs the vision tower: `in_step`, one without images gets a prompt that none completes.
+        """Adds a blank prompt without completions to a rollout without images, if `runs_every_module`.
 
-        Its gradient is 0, but the processes whose rollouts have images find this one beside them in the tower.
+        Its gradient is 0, but it runs the vision tower, so that the collectives of all ranks match.
         """
-        if not self.in_step or any(prompt.images for prompt in rollout.prompts):
+        if not self.runs_every_module or any(prompt.images for prompt in rollout.prompts):
             return rollout
         return replace(rollout, prompts=[*rollout.prompts, self._blank])
 
     @property
-    def divided(self) -> bool:
-        return self.family_policy.divided
+    def sharded(self) -> bool:
+        return self.family_policy.sharded
 
-    @divided.setter
-    def divided(self, divided: bool) -> None:
-        self.family_policy.divided = divided
+    @sharded.setter
+    def sharded(self, sharded: bool) -> None:
+        self.family_policy.sharded = sharded
 
     @functools.cached_property
     def _blank(self) -> Prompt:
@@ -188,53 +193,55 @@ class VLMAgent(Agent):
         self._generator.set_state(state.cpu())
 
     def freeze(self, *, vision: bool, projector: bool) -> None:
-        """Leaves parts of the model as they are: they get no gradient, and are none of `parameters()`.
+        """Freezes parts of the model: they get no gradient, and are not in `parameters()`.
 
         Args:
-            vision: The vision tower, its projectors not included.
-            projector: What maps its features into the language model.
+            vision: If true, freezes the vision tower without its projectors.
+            projector: If true, freezes the projectors into the language model.
 
         Raises:
-            ConfigError: There are adapters, beside which all is frozen already.
+            ConfigError: There are adapters, which freeze the model already.
         """
         if self.lora is not None:
-            raise ConfigError("LoRA freezes the whole model already: leave out to freeze parts of it")
+            raise ConfigError("LoRA freezes the whole model already: remove freeze_vision and freeze_projector")
         projectors = _parameters(self.family.projectors())
         tower = _parameters([self.family.vision_tower()]) - projectors
         for parameter in (tower if vision else set()) | (projectors if projector else set()):
             parameter.requires_grad_(False)
 
     def add_lora(self, *, rank: int, alpha: int, dropout: float = 0.0, vision: bool = False) -> None:
-        """Freezes the model and adds adapters to the linear layers of the language model's blocks.
+        """Freezes the model and adds adapters to the linear layers of the language model.
 
-        Fused weights of experts, where a model is a mixture of such, get none.
+        Fused weights of a mixture of experts get no adapters.
 
         Args:
-            rank: Of the adapters.
-            alpha: What they add is scaled by alpha / rank.
+            rank: Rank of the adapters, at least 1.
+            alpha: Scale of the adapters, at least 1: their output is multiplied by alpha / rank.
             dropout: See `LoRA`.
-            vision: Whether the vision tower and its projectors get adapters too.
+            vision: If true, also adds adapters to the vision tower and its projectors.
 
         Raises:
             ConfigError: A number is out of range, parts are frozen, there are adapters already, or peft is missing.
         """
         model = self.family.model
         if not all(parameter.requires_grad for parameter in model.parameters()):
-            raise ConfigError("LoRA freezes the whole model: it goes neither with frozen parts nor with other adapters")
+            raise ConfigError(
+                "LoRA freezes the whole model: it works neither with frozen parts nor with other adapters"
+            )
         parts = [self.family.language_model(), *[self.family.vision_tower(), *self.family.projectors()] * vision]
         inside = {module for part in parts for module in part.modules() if isinstance(module, nn.Linear)}
         targets = [name for name, module in model.named_modules() if module in inside]
         self.lora = LoRA(model, targets, rank, alpha, dropout)
 
     def add_value_head(self, *, detach: bool = False) -> None:
-        """Adds a critic: `LogProbs.state_values`, a linear reading of the policy's own final hidden states.
+        """Adds a value head on the final hidden states, for `LogProbs.state_values`.
 
         Args:
-            detach: Whether the values' loss trains the head alone. By default it trains the model with it,
-                as in PPO's paper (1707.06347, eq. 9) where policy and critic share their parameters.
+            detach: If true, the critic's loss trains only the head. Default: it trains the model too, as in PPO's paper
+                (1707.06347, equation 9), where policy and critic share parameters.
 
         Raises:
-            ConfigError: There is one already.
+            ConfigError: The agent has a value head already.
         """
         policy = self.family_policy
         if policy.value_head is not None:
@@ -243,16 +250,16 @@ class VLMAgent(Agent):
         policy.value_head = ValueHead(size, detach=detach, device=self.device)
 
     def enable_gradient_checkpointing(self) -> None:
-        """Trades time for memory: activations are computed anew in the backward pass. Gradients stay the same."""
+        """Saves memory: the backward pass recomputes activations. Gradients stay the same."""
         recompute_activations(self.family)
 
     def blocks(self) -> list[nn.Module]:
-        """The blocks of the vision tower and of the language model."""
+        """The blocks of vision tower and language model."""
         layers = self.family.language_model().get_submodule("layers")
         return [*self.family.vision_blocks().children(), *layers.children()]
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The trained parameters as "language", value head included, and "vision", projectors included; none empty."""
+        """The trained parameters as "language", with the value head, and "vision", with projectors; none is empty."""
         vision = _parameters([self.family.vision_tower(), *self.family.projectors()])
         groups: dict[str, list[nn.Parameter]] = {}
         for parameter in self.parameters():
@@ -260,27 +267,27 @@ class VLMAgent(Agent):
         return groups
 
     def reference(self) -> Reference:
-        """A frozen copy; under LoRA the model without its adapters, of which no copy is held."""
+        """A frozen copy of the policy; with LoRA, the model without its adapters, which needs no copy."""
         if self.lora is None:
             return FrozenPolicy(self.family_policy, self._with_image)
         return UnadaptedPolicy(self, self.lora)
 
     def save(self, folder: Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
-        """Writes weights and processor in the published layout, adapters merged in.
+        """Writes weights and processor in the published layout, adapters merged, atomically.
 
-        Beside them go what `load` needs: `adapter/` in peft's format, and `value_head/`. (Not beside the weights
-        themselves: programs that serve a model read every safetensors file of its folder.)
+        The subfolders `adapter/`, in peft's format, and `value_head/` hold what `load` needs. (They are subfolders
+        because programs that serve a model read every safetensors file of its folder.)
 
         Args:
-            folder: Appears only when it is whole.
-            state_dict: The policy's, gathered where it is spread over processes; its own where left out.
+            folder: Folder to write.
+            state_dict: The policy's gathered state. Default: the policy's own state.
 
         Raises:
-            OSError: It cannot be written.
+            OSError: The folder cannot be written.
         """
         state = self.family_policy.state_dict() if state_dict is None else state_dict
         model, head = _under("model.", state), _under("value_head.", state)
-        with whole_folder(folder) as partial:
+        with atomic_folder(folder) as partial:
             if self.lora is not None:
                 self.lora.save(partial / "adapter", model, self.folder)
                 model = self.lora.merged(model)
@@ -291,13 +298,13 @@ class VLMAgent(Agent):
             copy_processor(self.folder, partial)
 
     def load(self, folder: Path) -> None:
-        """Puts a checkpoint's weights back, bit for bit: under LoRA the adapters alone, onto the unmerged base.
+        """Restores a checkpoint's weights bit for bit. With LoRA it restores the adapters, onto the unmerged model.
 
         Args:
-            folder: Written by an agent from the same base, with the same calls of `add_lora` and `add_value_head`.
+            folder: Checkpoint of an agent with the same base model, adapters and value head.
 
         Raises:
-            ModelError: It was not; nothing has changed then.
+            ModelError: The checkpoint does not fit this agent. The weights stay unchanged.
         """
         policy = self.family_policy
         for name, part in (("adapter", self.lora), ("value_head", policy.value_head)):
@@ -310,7 +317,7 @@ class VLMAgent(Agent):
         put_back(folder, self._read(folder), state)
 
     def _read(self, folder: Path) -> dict[str, Tensor]:
-        """What `load` puts back from a checkpoint, by the names in the policy's state."""
+        """The weights that `load` restores, by their names in the policy's state."""
         if self.lora is None:
             weights = load_model(folder, self.family.model.dtype).state_dict()
         else:
@@ -323,17 +330,17 @@ class VLMAgent(Agent):
 
     @functools.cached_property
     def max_length(self) -> int:
-        """Tokens of prompt and completion together that the model can take."""
+        """Length limit of prompt and completion together, in tokens."""
         return int(self.family.model.config.get_text_config().max_position_embeddings)
 
     def encode(self, observations: Observations) -> tuple[list[Prompt], np.ndarray]:
-        """Encodes observations, each run of neighbouring copies once.
+        """Encodes observations. Neighbouring copies of an observation share one prompt.
 
         Returns:
-            P prompts, and for each of the N observations the index of its prompt.
+            P prompts; and int64 [N], the prompt of each observation.
 
         Raises:
-            PromptError: A prompt leaves no room for the answer, or cannot be encoded.
+            PromptError: A prompt leaves no room for the completion, or cannot be encoded.
         """
         listed = unbatch(observations)
         firsts, index = group_neighbours(listed)
@@ -357,22 +364,22 @@ class VLMAgent(Agent):
             firsts = np.unique(index, return_index=True)[1]
             shown = [(listed[i], prompt) for i, prompt in zip(firsts, prompts, strict=True)]
             requests = [Request(one, self.family.chat(one), prompt) for one, prompt in shown]
-            draws = sampling.temperature > 0  # greedy answers, as in measuring, leave the random state as it is
+            draws = sampling.temperature > 0  # greedy completions do not change the random state
             seed = int(torch.randint(2**62, (), generator=self._generator, device=self.device)) if draws else 0
             sampled = self.engine.generate(requests, index, sampling, np.random.default_rng(seed))
         completions = [Completion(self._text(one), one.token_ids, one.logprobs, one.finish_reason) for one in sampled]
-        whole, own = not sampling.cuts_tail, self.engine is None
-        return Rollout(prompts, index, completions, sampling.temperature, whole, own)
+        full, from_trainer = not sampling.cuts_tail, self.engine is None
+        return Rollout(prompts, index, completions, sampling.temperature, full, from_trainer)
 
     def _text(self, sampled: Sampled) -> str:
-        """A completion's text, up to and with the stop text that ended it."""
+        """A completion's text, up to the end of its first stop text."""
         text, start = self.family.decode(sampled.token_ids), len(self.family.opening)
         ends = [place + len(stop) for stop in self.sampling.stop if (place := text.find(stop, start)) >= 0]
         return text[: min(ends, default=len(text))]
 
     @property
     def family_policy(self) -> Policy:
-        """The policy without what may be wrapped around it for distributed training."""
+        """The policy without the wrappers of distributed training."""
         module = self.policy
         while not isinstance(module, Policy):
             inner = module.module
@@ -381,7 +388,7 @@ class VLMAgent(Agent):
         return module
 
     def _written(self, i: int, text: str) -> Completion:
-        """An answer in tokens, with the end token that the family closes a turn with."""
+        """An answer as tokens, with the family's end token."""
         tokenizer = self.family.processor.tokenizer
         written = tokenizer.encode(text.removeprefix(self.family.opening), add_special_tokens=False)
         end = tokenizer.eos_token_id if tokenizer.eos_token_id in self.family.end_tokens else self.family.end_tokens[0]
@@ -407,5 +414,5 @@ def _parameters(modules: Iterable[nn.Module]) -> set[nn.Parameter]:
 
 
 def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights whose names start with a prefix, by the rest of their names."""
+    """The weights with a prefix, by the rest of their names."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

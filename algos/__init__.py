@@ -1,4 +1,4 @@
-"""Algorithms, and the training loop that they share."""
+"""Reinforcement-learning algorithms and the trainer."""
 
 from vlmenv.algos.advantages import gae, group_relative, leave_one_out, whiten
 from vlmenv.algos.base import Algorithm, AlgorithmConfig, Credit, LossInputs, LossOutput, Scored, ratio_sums

@@ -1,11 +1,11 @@
-"""From rewards to advantages.
+"""Advantages from rewards.
 
-A batch is N completions of up to L tokens: rewards are [N], the G members of a group next to one another, and what
-belongs to tokens is [N, L] beside a bool mask [N, L], True at the completions' tokens. What a tensor holds outside
-the mask never matters; results are 0 there.
+A batch is N completions of up to L tokens. Rewards are [N], the G members of a group are neighbours. Per-token tensors
+are [N, L], with a bool mask [N, L] that is True at the completions' tokens. Values outside the mask have no effect;
+results are 0 there.
 
-Some statistics are of the whole batch, over all processes: `group_relative` then takes everyone's rewards besides its
-own, and `whiten` takes `moments` that were summed over processes. Nothing here is differentiated.
+Some statistics are those of all ranks: `group_relative` takes the rewards of all ranks, and `whiten` takes `moments`
+summed over ranks. Nothing here has a gradient.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ Scale = Literal["group", "batch", "none"]
 def group_relative(
     rewards: Tensor, group_size: int, scale: Scale = "group", batch: Tensor | None = None, epsilon: float = 1e-4
 ) -> Tensor:
-    """Rewards against their group: `A_i = (r_i - mean(group)) / (std + epsilon)`, with the sample standard deviation.
+    """Computes `A_i = (r_i - mean(group)) / (std + epsilon)`, with the sample standard deviation.
 
     Args:
         rewards: [N].
         group_size: G, at least 2.
-        scale: What the standard deviation is of. "group" is GRPO's (arXiv 2402.03300, section 4.1.2), "batch" takes
-            it over all rewards of the batch (arXiv 2508.08221), and "none" does not divide: Dr. GRPO (arXiv
-            2503.20783, section 3.2), for whom the division favours questions that are too easy or too hard.
-        batch: Everyone's rewards, for the scale "batch"; `rewards` alone where left out.
-        epsilon: Keeps groups of equal rewards at zero.
+        scale: Standard deviation that divides. "group": GRPO (arXiv 2402.03300, section 4.1.2). "batch": that of all
+            rewards of the batch (arXiv 2508.08221). "none": no division, as in Dr. GRPO (arXiv 2503.20783, section
+            3.2), because division favours questions that are too easy or too hard.
+        batch: Rewards of all ranks, for the scale "batch". Default: `rewards`.
+        epsilon: Keeps the advantages of equal rewards at 0.
 
     Returns:
         [N].
@@ -44,13 +44,13 @@ def group_relative(
 
 
 def leave_one_out(rewards: Tensor, group_size: int) -> Tensor:
-    """Rewards against the mean of the group's others, `A_i = r_i - sum(r_j, j != i) / (G - 1)`.
+    """Computes `A_i = r_i - sum(r_j, j != i) / (G - 1)`: the baseline is the mean of the group's other members.
 
-    RLOO, arXiv 2402.14740, section 2.3. The baseline does not depend on the completion it is subtracted from, so the
-    gradient is unbiased.
+    RLOO, arXiv 2402.14740, section 2.3. The baseline does not depend on the completion itself, so the gradient is
+    unbiased.
 
     Args:
-        rewards: [N]; RLOO's include the KL penalty of the whole completion.
+        rewards: [N]. RLOO's include the KL penalty of the whole completion.
         group_size: G, at least 2.
 
     Returns:
@@ -60,34 +60,34 @@ def leave_one_out(rewards: Tensor, group_size: int) -> Tensor:
 
 
 def zero_variance_share(rewards: Tensor, group_size: int) -> float:
-    """Share of groups in which all rewards are equal: such groups teach nothing."""
+    """Share of groups with equal rewards, which have no advantage."""
     groups = rewards.view(-1, group_size)
     return (groups == groups[:, :1]).all(dim=1).float().mean().item()
 
 
 def overlong_penalty(lengths: Tensor, max_tokens: int, buffer: int) -> Tensor:
-    """DAPO's soft overlong punishment, to be added to the rewards (arXiv 2503.14476, equation 13).
+    """Computes DAPO's soft overlong punishment, a term of the reward (arXiv 2503.14476, equation 13).
 
     Args:
-        lengths: Tokens of each completion, of any shape.
+        lengths: Lengths of the completions in tokens, of any shape.
         max_tokens: L_max. Longer completions get -1.
-        buffer: L_cache, at least 1: over this many tokens before `max_tokens` the penalty falls from 0 to -1.
+        buffer: L_cache, at least 1: the number of tokens before `max_tokens` over which the penalty falls from 0 to -1.
 
     Returns:
-        -1 to 0, of the shape of `lengths`.
+        -1 to 0, in the shape of `lengths`.
     """
     return ((max_tokens - buffer - lengths) / buffer).clamp(-1, 0)
 
 
 def token_rewards(rewards: Tensor, mask: Tensor, kl: Tensor | None = None, beta: float = 0.0) -> Tensor:
-    """Rewards of single tokens: `-beta * kl` at each, and the completion's own reward at its last one.
+    """Computes per-token rewards: `-beta * kl` at each token, plus the completion's reward at its last token.
 
-    What PPO and REINFORCE++ (arXiv 2501.03262, equation 4) learn from; a row's sum is the reward of RLOO.
+    PPO and REINFORCE++ (arXiv 2501.03262, equation 4) learn from these. The sum of a row is RLOO's reward.
 
     Args:
-        rewards: [N]. That of a completion without tokens is lost.
+        rewards: [N]. The reward of a completion without tokens is lost.
         mask: [N, L].
-        kl: [N, L], without gradient; k1 between the policy that sampled and the reference, in those papers.
+        kl: [N, L], without gradient. In those papers: k1 between the sampling policy and the reference.
         beta: Weight of `kl`.
 
     Returns:
@@ -100,20 +100,20 @@ def token_rewards(rewards: Tensor, mask: Tensor, kl: Tensor | None = None, beta:
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation: `A_t = delta_t + gamma * lam * A_{t+1}` (arXiv 1506.02438, equation 16).
+    """Computes generalised advantages, `A_t = delta_t + gamma * lam * A_{t+1}` (arXiv 1506.02438, equation 16).
 
-    `delta_t = r_t + gamma * V_{t+1} - V_t`. Each completion is an episode that ends at its last token, truncated ones
-    too: the value after it is 0.
+    `delta_t = r_t + gamma * V_{t+1} - V_t`. Each completion is an episode that ends at its last token, also if it is
+    truncated: the value after it is 0.
 
     Args:
-        rewards: [N, L], of single tokens.
-        values: [N, L]: V_t, of the state in which token t is chosen.
+        rewards: [N, L], per token.
+        values: [N, L], V_t of the state in which token t is chosen.
         mask: [N, L].
-        gamma: Discount of later rewards, 0 to 1.
-        lam: 0 to 1: from little variance, biased by the values, to the unbiased returns.
+        gamma: Discount factor, 0 to 1.
+        lam: 0 to 1. At 0: low variance, biased by the values. At 1: unbiased returns.
 
     Returns:
-        The advantages, and the returns that the values are to predict, `A_t + V_t`; [N, L] each.
+        Advantages [N, L], and returns `A_t + V_t` [N, L], the targets of the critic.
     """
     advantages = torch.zeros_like(values)
     advantage = next_value = values.new_zeros(len(values))
@@ -126,14 +126,14 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
 
 
 def returns_to_go(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
-    """Rewards of a token and, discounted, of all that follow: `R_t = r_t + gamma * R_{t+1}`.
+    """Computes discounted returns, `R_t = r_t + gamma * R_{t+1}`.
 
-    REINFORCE++'s advantages before they are whitened, arXiv 2501.03262, equation 4 (with gamma = 1).
+    These are REINFORCE++'s advantages before whitening (arXiv 2501.03262, equation 4, with gamma = 1).
 
     Args:
-        rewards: [N, L], of single tokens.
+        rewards: [N, L], per token.
         mask: [N, L].
-        gamma: 0 to 1.
+        gamma: Discount factor, 0 to 1.
 
     Returns:
         [N, L].
@@ -149,16 +149,16 @@ def reinforce_plus_plus(
     gamma: float = 1.0,
     group_size: int | None = None,
 ) -> Tensor:
-    """REINFORCE++'s advantages, still to be whitened over the whole batch: `whiten` is equations 5 and 7.
+    """Computes REINFORCE++'s advantages before whitening. Equations 5 and 7 are `whiten`.
 
     Args:
         rewards: [N].
         mask: [N, L].
-        kl: [N, L], without gradient. The variant with a baseline has none: its penalty, k2, is in the loss.
+        kl: [N, L], without gradient. None for the baseline variant, whose penalty (k2) is in the loss.
         beta: Weight of `kl`.
-        gamma: 0 to 1.
-        group_size: G of the variant with a baseline, which subtracts the group's mean reward first (equation 6); None
-            for the plain algorithm.
+        gamma: Discount factor, 0 to 1.
+        group_size: G for the baseline variant, which subtracts the group's mean reward (equation 6). None: no
+            baseline.
 
     Returns:
         [N, L].
@@ -168,27 +168,27 @@ def reinforce_plus_plus(
 
 
 def moments(values: Tensor, mask: Tensor) -> Tensor:
-    """Number, sum and sum of squares of the values at the mask: added up over processes, those of their union.
+    """Computes number, sum and sum of squares of the values at the mask. They can be summed over ranks.
 
     Args:
         values: [N, L].
         mask: [N, L].
 
     Returns:
-        [3], in float64, in which a variance survives the subtraction of two large numbers.
+        float64 [3]. In float32 the variance would be lost in the difference of two large numbers.
     """
     chosen = values[mask].double()
     return torch.stack([chosen.new_tensor(len(chosen)), chosen.sum(), chosen.square().sum()])
 
 
 def whiten(values: Tensor, mask: Tensor, stats: Tensor | None = None, epsilon: float = 1e-8) -> Tensor:
-    """Values brought to mean 0 and variance 1: `(x - mean) / (std + epsilon)` (arXiv 2501.03262, equations 5 and 7).
+    """Normalises values to mean 0 and variance 1: `(x - mean) / (std + epsilon)` (arXiv 2501.03262, equations 5 and 7).
 
     Args:
         values: [N, L].
         mask: [N, L].
-        stats: `moments` of a larger batch that these values are part of; their own where left out.
-        epsilon: Keeps equal values at zero.
+        stats: `moments` summed over ranks. Default: those of `values`.
+        epsilon: Keeps equal values at 0.
 
     Returns:
         [N, L].

@@ -1,4 +1,4 @@
-"""Work beside the main thread's."""
+"""Work in a background thread."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ T = TypeVar("T")
 
 
 class Background(Generic[T]):
-    """Runs a function in a thread of its own, which does not keep the program from ending.
+    """A function that runs in a daemon thread, which does not keep the program alive.
 
     Args:
-        work: What is run, from now on.
+        work: The function. It starts at once.
     """
 
     def __init__(self, work: Callable[[], T]) -> None:
@@ -23,7 +23,7 @@ class Background(Generic[T]):
         self._thread.start()
 
     def wait(self) -> T | Exception:
-        """What the function returned, or the error that it raised, once it is done."""
+        """Waits for the function, and gives its result or the exception that it raised."""
         self._thread.join()
         return self._result[0]
 

@@ -1,4 +1,4 @@
-"""What an algorithm is to the trainer: credit assignment and a loss."""
+"""The base class of algorithms: credit assignment and a loss."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 from vlmenv.algos.losses import Aggregation
-from vlmenv.core.errors import require
+from vlmenv.core.errors import require_at_least
 
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
-    """Options of every algorithm."""
+    """Hyperparameters of every algorithm."""
 
     group_size: int = 8
-    """G: completions of each prompt."""
+    """Completions per prompt, G."""
     mu: int = 1
     """Passes over each batch of completions."""
     minibatches: int = 1
-    """Parts of a batch, each an optimiser step; every pass divides the groups anew."""
+    """Minibatches per pass, each an optimizer step. Every pass divides the groups at random."""
 
     @classmethod
     def shared(cls) -> tuple[str, ...]:
@@ -31,45 +31,43 @@ class AlgorithmConfig:
         return (*(field.name for field in fields(AlgorithmConfig)), *(["beta"] if hasattr(cls, "beta") else []))
 
     def __post_init__(self) -> None:
-        require(self.group_size >= 1, f"group_size must be at least 1, not {self.group_size}")
-        require(self.mu >= 1, f"mu must be at least 1, not {self.mu}")
-        require(self.minibatches >= 1, f"minibatches must be at least 1, not {self.minibatches}")
+        require_at_least(1, group_size=self.group_size, mu=self.mu, minibatches=self.minibatches)
 
 
 @dataclass(slots=True)
 class Scored:
-    """A batch of N completions of up to L tokens in this process, before any update."""
+    """N scored completions of up to L tokens on this rank, before any update."""
 
     rewards: Tensor
-    """[N], the members of a group next to one another"""
+    """float32 [N]; the members of a group are neighbours"""
     mask: Tensor
     """[N, L] bool, True at the completions' tokens"""
     old_logprobs: Tensor
     """[N, L], of the policy before the update"""
     ref_logprobs: Tensor | None
-    """[N, L], of the reference policy; None where the algorithm wants none"""
+    """[N, L], of the reference policy; None unless `wants_reference`"""
     values: Tensor | None
-    """[N, L], of the critic; None where the algorithm has none"""
+    """[N, L], of the critic; None unless `wants_values`"""
     truncated: Tensor
-    """[N] bool, whether the limit cut the completion off"""
+    """bool [N], True if the length limit cut the completion off"""
     max_tokens: int
-    """the most tokens that a completion may have"""
+    """length limit of completions, in tokens"""
     gather: Callable[[Tensor], Tensor]
-    """concatenates a tensor's rows over all processes"""
+    """concatenates a tensor's rows over all ranks"""
     total: Callable[[Tensor], Tensor]
-    """adds a tensor up over all processes"""
+    """sums a tensor over all ranks"""
 
 
 @dataclass(slots=True)
 class Credit:
-    """What each token is to be pushed by."""
+    """Per-token advantages."""
 
     advantages: Tensor
     """[N, L] or [N, 1]"""
     mask: Tensor
-    """[N, L] bool, the tokens to learn from"""
+    """bool [N, L], True at the tokens to learn from"""
     returns: Tensor | None = None
-    """[N, L], what the critic is to predict"""
+    """[N, L], targets of the critic"""
 
 
 @dataclass(slots=True)
@@ -83,37 +81,40 @@ class LossInputs:
     advantages: Tensor
     """[N, L] or [N, 1]"""
     mask: Tensor
-    """[N, L] bool, the tokens to learn from"""
+    """bool [N, L], True at the tokens to learn from"""
     weights: Tensor
-    """[N, L], by which the loss of the whole batch is the sum of per-token losses; 0 outside the mask"""
+    """[N, L], weights with which per-token losses sum to the loss of the whole minibatch; 0 outside the mask"""
     ref_logprobs: Tensor | None = None
     """[N, L], of the reference policy"""
     values: Tensor | None = None
     """[N, L], of the critic, with gradient"""
     old_values: Tensor | None = None
-    """[N, L], of the policy before the update"""
+    """[N, L], of the critic before the update"""
     returns: Tensor | None = None
-    """[N, L], what the critic is to predict"""
+    """[N, L], targets of the critic"""
 
 
 @dataclass(slots=True)
 class LossOutput:
-    """A loss, and sums over tokens of what is to be logged."""
+    """A loss, and sums over tokens of the metrics to log."""
 
     loss: Tensor
     """scalar"""
     sums: dict[str, Tensor]
-    """scalars without gradient; divided by the tokens of the whole batch they are means per token"""
+    """scalars without gradient; the trainer divides them by the tokens of the whole minibatch"""
 
 
 @torch.no_grad()
 def ratio_sums(logratio: Tensor, clipped: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """What is logged of importance ratios: the divergence of the old policy from the new (k3), and how much is clipped.
+    """Metrics of the importance ratios: the KL divergence from the old to the new policy (k3), and the share clipped.
 
     Args:
         logratio: log pi - log pi_old, [N, L].
-        clipped: Where the objective is clipped, bool [N, L].
-        mask: [N, L].
+        clipped: bool [N, L], True where the objective is clipped.
+        mask: bool [N, L].
+
+    Returns:
+        Sums over the tokens at the mask.
     """
     divergence = torch.expm1(logratio) - logratio
     return {
@@ -123,27 +124,35 @@ def ratio_sums(logratio: Tensor, clipped: Tensor, mask: Tensor) -> dict[str, Ten
 
 
 class Algorithm(ABC):
-    """One way to learn from scored completions."""
+    """An algorithm: how scored completions become a gradient.
+
+    Attributes:
+        name: Name in messages.
+        config: Hyperparameters.
+    """
 
     name: ClassVar[str]
     config: AlgorithmConfig
     aggregation: Aggregation = "token"
-    """How per-token losses are averaged."""
+    """Average over per-token losses."""
     wants_reference: bool = False
-    """Whether log-probabilities of the reference policy are needed."""
+    """True if `credit` or `loss` needs log-probabilities of the reference policy."""
     wants_values: ClassVar[bool] = False
-    """Whether the policy needs a value head."""
+    """True if the policy needs a value head."""
     imitates: ClassVar[bool] = False
-    """Whether the completions are the true answers, and not the policy's own."""
+    """True if the completions are the true answers instead of samples of the policy."""
     most_rounds: int = 1
-    """Batches that may be rolled out to find groups whose rewards differ; 1 takes the first as it is."""
+    """Maximum rounds of rollouts per step to find groups with differing rewards."""
     replay: int = 0
-    """Groups that are kept to take the place of ones whose rewards do not differ."""
+    """Earlier groups to keep, which take the places of groups with equal rewards."""
 
     @abstractmethod
     def credit(self, scored: Scored) -> Credit:
-        """Advantages of scored completions."""
+        """Computes advantages of scored completions, without gradient."""
 
     @abstractmethod
     def loss(self, inputs: LossInputs) -> LossOutput:
-        """The loss of a micro-batch, such that those of all micro-batches and processes add up to the whole."""
+        """Computes the loss of a micro-batch.
+
+        The losses of all micro-batches and ranks must sum to the loss of the minibatch: use `inputs.weights`.
+        """

@@ -1,4 +1,4 @@
-"""What a step learns from: scored rollouts, and the tensors that are made of them."""
+"""The data of a step: scored rollouts, and their tensors."""
 
 from __future__ import annotations
 
@@ -16,25 +16,31 @@ from vlmenv.core.rollout import Completion, Prompt, Rollout, Rows, told_turns, u
 from vlmenv.core.spaces import Image
 
 NO_TERMS: Final = ("reward/std", "reward/zero_std_groups")
-"""Metrics that are named like a reward term, or the mean of all, and are on another scale."""
+"""Metrics with names like reward terms that are not means of rewards."""
 
 
 @dataclass(slots=True)
 class Rollouts:
-    """N scored completions, the members of a group next to one another."""
+    """N scored completions; the members of a group are neighbours."""
 
     rollout: Rollout
     rewards: Tensor
     """float32 [N]"""
     records: list[dict[str, Any]]
-    """[N], of each its sample's `id` and `index`, earlier `turns` if any, its `prompt`, `completion`, `finish_reason`,
-    `reward`, `rewards`, the terms, and `traits`, what else its environment tells in numbers"""
+    """[N], one dictionary per completion: the sample's `id` and `index`, earlier `turns` if any, `prompt`,
+    `completion`, `finish_reason`, `reward`, `rewards` (terms by name) and `traits` (the environment's other numbers)"""
     images: list[tuple[Image, ...]] = field(default_factory=list)
-    """[N], what each was shown, by reference; empty where that is not told"""
+    """[N], the images of each prompt, by reference; empty if unknown"""
 
     @classmethod
     def scored(cls, observations: Any, rollout: Rollout, rewards: NDArray[Any], infos: dict[str, Any]) -> Rollouts:
-        """What became of a rollout when the environments scored it.
+        """Joins a rollout with its rewards.
+
+        Args:
+            observations: [N], as the environments gave them.
+            rollout: N completions.
+            rewards: [N].
+            infos: The environments' infos of the step, one array [N] per key.
 
         Raises:
             RewardError: A reward is not finite in float32.
@@ -65,7 +71,7 @@ class Rollouts:
 
     @classmethod
     def joined(cls, parts: Sequence[Rollouts]) -> Rollouts:
-        """The completions of several, one after the other."""
+        """Concatenates the completions of several batches."""
         return cls(
             Rollout.joined([part.rollout for part in parts]),
             torch.cat([part.rewards for part in parts]),
@@ -75,7 +81,7 @@ class Rollouts:
 
     @classmethod
     def most_informative(cls, rounds: Sequence[Rollouts], group_size: int) -> Rollouts:
-        """As many groups as one round has, those whose rewards differ first, in the order in which they came."""
+        """Selects as many groups as one round has: first those with differing rewards, in their order."""
         if len(rounds) == 1:
             return rounds[0]
         informative = torch.cat([rollouts.informative_groups(group_size) for rollouts in rounds])
@@ -84,7 +90,7 @@ class Rollouts:
         return cls.joined(rounds)[(first[:, None] * group_size + torch.arange(group_size)).flatten().numpy()]
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it in plain containers and tensors, so that a checkpoint may hold it."""
+        """Converts to plain containers and tensors for a checkpoint."""
         rollout, known = self.rollout, dict[int, Tensor]()
         for image in (image for images in self.images for image in images):
             known.setdefault(id(image), torch.tensor(image))
@@ -98,7 +104,7 @@ class Rollouts:
                 for one in rollout.completions
             ],
             "prompt_index": torch.from_numpy(rollout.prompt_index),
-            "sampling": (rollout.temperature, rollout.whole, rollout.own),
+            "sampling": (rollout.temperature, rollout.full_distribution, rollout.from_trainer),
             "rewards": self.rewards,
             "records": self.records,
             "images": [tuple(known[id(image)] for image in images) for images in self.images],
@@ -106,7 +112,7 @@ class Rollouts:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Rollouts:
-        """The inverse of `state_dict`."""
+        """Restores what `state_dict` returned."""
         prompts = [Prompt(ids.numpy(), places.numpy(), images) for ids, places, images in state["prompts"]]
         completions = [Completion(text, ids.numpy(), p.numpy(), end) for text, ids, p, end in state["completions"]]
         rollout = Rollout(prompts, state["prompt_index"].numpy(), completions, *state["sampling"])
@@ -114,19 +120,19 @@ class Rollouts:
         return cls(rollout, state["rewards"], state["records"], images)
 
     def __getitem__(self, rows: Rows) -> Rollouts:
-        """The completions of `rows`."""
+        """Selects completions."""
         numbers = range(len(self.records))[rows] if isinstance(rows, slice) else rows
         images = [self.images[i] for i in numbers] if self.images else []
         rewards = self.rewards[rows if isinstance(rows, slice) else torch.from_numpy(rows)]
         return Rollouts(self.rollout[rows], rewards, [self.records[i] for i in numbers], images)
 
     def informative_groups(self, group_size: int) -> Tensor:
-        """Which groups have rewards that differ, bool [N / G]."""
+        """Bool [N / G], True for groups with differing rewards."""
         groups = self.rewards.view(-1, group_size)
         return (groups != groups[:, :1]).any(dim=1)
 
     def metrics(self) -> dict[str, float]:
-        """Means over the completions, by their logged names; of a term or a trait, over those that have it."""
+        """Means by their logged names. The mean of a term or trait is over the completions that have it."""
         lengths = [len(completion.token_ids) for completion in self.rollout.completions]
         return {
             "reward/mean": float(self.rewards.mean()),
@@ -151,11 +157,11 @@ class Batch:
 
     rollout: Rollout
     mask: Tensor
-    """[N, L] bool, the tokens to learn from"""
+    """bool [N, L], True at the tokens to learn from"""
     old_logprobs: Tensor
     """[N, L], of the policy before the update"""
     truncated: Tensor
-    """[N] bool, whether the limit cut the completion off"""
+    """bool [N], True if the length limit cut the completion off"""
     advantages: Tensor
     """[N, L] or [N, 1]"""
     ref_logprobs: Tensor | None = None
@@ -165,13 +171,19 @@ class Batch:
     returns: Tensor | None = None
     """[N, L]"""
     correction: Tensor | None = None
-    """[N, L], by which each token's loss is multiplied because another policy sampled it"""
+    """[N, L], importance weights of the tokens' losses; None if the trainer's own policy sampled them"""
     is_fresh: bool = False
-    """whether the policy before the update is that of the pass with gradients, whose values then are the old ones"""
+    """True if the first pass with gradients runs the policy before the update, so that it gives `old_logprobs` too"""
 
     @classmethod
     def of(cls, rollout: Rollout, device: torch.device, advantages: Tensor | None = None) -> Batch:
-        """The tensors of a rollout, with advantages [N] of whole completions, 0 where left out."""
+        """Makes the tensors of a rollout.
+
+        Args:
+            rollout: N completions.
+            device: Device of the tensors.
+            advantages: [N], one per completion. Default: 0.
+        """
         completions = rollout.completions
         mask = _padded([torch.ones(len(c.token_ids), dtype=torch.bool) for c in completions])
         old = _padded([torch.from_numpy(c.logprobs) for c in completions])
@@ -183,7 +195,7 @@ class Batch:
         return len(self.rollout)
 
     def __getitem__(self, rows: Rows) -> Batch:
-        """The completions of `rows`, padded to the longest of them."""
+        """Selects completions, padded to the longest of them."""
         rollout = self.rollout[rows]
         width = max(len(completion.token_ids) for completion in rollout.completions)
         index = rows if isinstance(rows, slice) else torch.from_numpy(rows).to(self.mask.device)
@@ -195,14 +207,14 @@ class Batch:
         return replace(self, rollout=rollout, **tensors)
 
     def put(self, name: str, rows: Rows, values: Tensor) -> None:
-        """Writes the values [n, l] of some rows into the tensor of this name [N, L]."""
+        """Writes the values [n, l] of some rows into the tensor `name` [N, L]."""
         if getattr(self, name) is None:
             setattr(self, name, torch.zeros_like(self.old_logprobs))
         getattr(self, name)[rows, : values.shape[1]] = values
 
 
 def repetition(token_ids: NDArray[np.int64], n: int = 4) -> float:
-    """Share of a completion's runs of n tokens that have occurred in it before; 0 where it has none."""
+    """Share of a completion's n-grams of tokens that repeat an earlier one; 0 for completions shorter than n."""
     if len(token_ids) < n:
         return 0.0
     runs = np.lib.stride_tricks.sliding_window_view(token_ids, n)
@@ -210,7 +222,7 @@ def repetition(token_ids: NDArray[np.int64], n: int = 4) -> float:
 
 
 def minibatches(size: int, group_size: int, count: int, rng: np.random.Generator) -> Iterator[Rows]:
-    """Divides a batch into parts of nearly equal numbers of groups, drawn at random; one part is the batch itself."""
+    """Divides a batch at random into `count` minibatches of nearly equal numbers of groups."""
     if count == 1:
         yield slice(0, size)
         return
@@ -220,10 +232,15 @@ def minibatches(size: int, group_size: int, count: int, rng: np.random.Generator
 
 
 def micro_batches(rollout: Rollout, size: int | None, tokens: int | None) -> list[Rows]:
-    """Divides a rollout into passes of at most so many completions, and so many tokens.
+    """Divides a rollout into micro-batches.
 
-    A pass holds each prompt once, and completions of like lengths. One that is too long by itself has a pass of its
-    own. Without limits there is one pass.
+    A micro-batch holds each of its prompts once, and completions of similar length. A completion beyond `tokens` has a
+    micro-batch of its own.
+
+    Args:
+        rollout: N completions.
+        size: Maximum number of completions. None: no limit.
+        tokens: Maximum number of tokens, prompts included. None: no limit.
     """
     if size is None and tokens is None:
         return [slice(0, len(rollout))]
@@ -247,7 +264,7 @@ def micro_batches(rollout: Rollout, size: int | None, tokens: int | None) -> lis
 
 
 def padding_share(rollout: Rollout, passes: Sequence[Rows]) -> float:
-    """Share of the places in the passes' tensors of prompts and completions that hold no token."""
+    """Share of padding in the micro-batches' tensors of prompts and completions."""
     places = tokens = 0
     for rows in passes:
         own = rollout[rows]
@@ -258,11 +275,11 @@ def padding_share(rollout: Rollout, passes: Sequence[Rows]) -> float:
 
 
 def _padded(rows: list[Tensor]) -> Tensor:
-    """Rows of unequal length as a tensor [N, L], zero where padded."""
+    """Pads rows of unequal length with zeros to a tensor [N, L]."""
     return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 def _told(infos: dict[str, Any], kind: str, i: int) -> dict[str, float]:
-    """The numbers of a kind that the environments' infos tell of row i, by name."""
+    """Numbers of row i by name, from the environments' infos `rewards` or `traits`."""
     told = infos.get(kind, {})
     return {name: float(told[name][i]) for name in told if not name.startswith("_") and told[f"_{name}"][i]}

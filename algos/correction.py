@@ -1,11 +1,10 @@
-"""Corrects for completions that another policy sampled than the one that learns.
+"""Importance-sampling correction for the mismatch between engine and trainer.
 
-An engine with weights a step old, or of another precision, samples from a policy `mu` that is not quite `pi_old`, the
-policy before the update. Each token's loss is then weighted by pi_old / mu, which makes its expectation that under
-pi_old again. To bound the variance, weights are truncated at a cap, as in IMPALA (arXiv 1802.01561, section 4.1), or
-left out beyond it.
+An engine with older weights or another precision samples from a policy `mu`. It differs from `pi_old`, the trainer's
+policy before the update. The weight pi_old / mu of each token's loss restores the expectation under pi_old. To bound
+the variance, weights are truncated at a cap, as in IMPALA (arXiv 1802.01561, section 4.1), or set to 0 beyond it.
 
-All tensors are [N, L] with a bool mask, True at the completions' tokens.
+All tensors are [N, L], with a bool mask that is True at the completions' tokens.
 """
 
 from __future__ import annotations
@@ -20,15 +19,18 @@ Correction = Literal["none", "token", "sequence", "token-mask", "sequence-mask"]
 
 @torch.no_grad()
 def importance_weights(logratio: Tensor, mask: Tensor, how: Correction, cap: float) -> Tensor:
-    """What the loss of each token is multiplied by.
+    """Computes the weight of each token's loss.
 
     Args:
         logratio: log pi_old - log mu.
         mask: The completions' tokens.
-        how: "token", `min(ratio, cap)` of each token by itself; "sequence", the same of the ratio of whole
-            completions, the product over their tokens, which alone makes the expectation exact but varies more the
-            longer they are. The masks take ratios as they are, and 0 outside 1 / cap .. cap. "none" is 1.
-        cap: Above 1.
+        how: "token": `min(ratio, cap)` of each token. "sequence": the same of a completion's ratio, the product over
+            its tokens. Only this makes the expectation exact, but its variance grows with the length. "token-mask"
+            and "sequence-mask": the ratio, or 0 outside 1 / cap to cap. "none": 1.
+        cap: Largest weight, above 1.
+
+    Returns:
+        [N, L].
     """
     if how == "none":
         return torch.ones_like(logratio)
@@ -40,7 +42,7 @@ def importance_weights(logratio: Tensor, mask: Tensor, how: Correction, cap: flo
 
 @torch.no_grad()
 def mismatch(logratio: Tensor, mask: Tensor, how: Correction, cap: float) -> dict[str, float]:
-    """How far the sampler is from the policy, by logged names.
+    """Measures how far the sampler is from the policy.
 
     Args:
         logratio: log pi_old - log mu.
@@ -49,10 +51,10 @@ def mismatch(logratio: Tensor, mask: Tensor, how: Correction, cap: float) -> dic
         cap: See there.
 
     Returns:
-        `policy/sampler_kl`: KL(mu || pi_old) a token, in nats, estimated from what mu sampled by `exp(d) - 1 - d`
-        (k3), which is never negative. `policy/correction_clipped`: share of tokens whose ratio is outside the cap.
-        `policy/effective_samples`: Kish's effective sample size of the ratios as they are, `sum(w)^2 / sum(w^2)`, as a
-        share of the tokens.
+        Metrics by their logged names. `policy/sampler_kl`: KL(mu || pi_old) per token, in nats, by the estimator k3,
+        `exp(d) - 1 - d`. `policy/correction_clipped`: share of tokens with a ratio outside the cap.
+        `policy/effective_samples`: Kish's effective sample size of the untruncated ratios, `sum(w)^2 / sum(w^2)`, as
+        a share of the tokens.
     """
     logs = _logs(logratio, mask, how)[mask].double()
     ratio, weights = logs.exp(), (logs - logs.max()).exp()  # whose scale does not matter

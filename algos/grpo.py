@@ -27,41 +27,41 @@ from vlmenv.algos.losses import (
     is_weight_clipped,
     sequence_ratio,
 )
-from vlmenv.core.errors import require, require_weight
+from vlmenv.core.errors import require, require_at_least, require_weight
 
 
 @dataclass(frozen=True)
 class GRPOConfig(AlgorithmConfig):
-    """Options of GRPO, in the papers' letters."""
+    """Hyperparameters of GRPO, named as in the papers."""
 
     epsilon: float = 0.2
-    """The policy ratio is clipped to 1 - epsilon .. 1 + epsilon."""
+    """Clip range of the importance ratio: 1 - epsilon to 1 + epsilon."""
     epsilon_high: float | None = None
-    """Another upper bound, 1 + epsilon_high, for the ratio ("clip higher", DAPO)."""
+    """Upper clip range, 1 + epsilon_high ("clip higher", DAPO). Default: epsilon."""
     dual_clip: float | None = None
-    """Bound, above 1, on the ratio where the advantage is negative (arXiv 1912.09729)."""
+    """Bound, above 1, on the ratio of tokens with a negative advantage (arXiv 1912.09729). Default: no bound."""
     beta: float = 0.0
-    """Weight of the KL penalty against the model at the start; no copy of it is held at 0."""
+    """Weight of the KL penalty in the loss. With 0 no reference model is held in memory."""
     kl_estimator: Estimator = "k3"
-    """Of the penalty."""
+    """KL estimator of the penalty."""
     scale: Scale = "group"
-    """Standard deviation that advantages are divided by: the group's, the batch's, or none (Dr. GRPO)."""
+    """Standard deviation that divides the advantages: the group's, the batch's, or none (Dr. GRPO)."""
     aggregation: Aggregation = "token"
-    """Mean of the losses: over tokens (DAPO), over completions of means over tokens (the paper), or by a constant."""
+    """Average of the loss: over tokens (DAPO), over completions of their means (the paper), or by a constant."""
     ratio: Literal["token", "sequence"] = "token"
-    """Importance ratios of tokens, or of whole completions (GSPO)."""
+    """Importance ratio: per token, or per sequence (GSPO)."""
     objective: Literal["clip", "cispo"] = "clip"
-    """PPO's clipped objective, or REINFORCE with clipped importance weights (CISPO)."""
+    """Objective: PPO's clipped one, or REINFORCE with clipped importance weights (CISPO)."""
     mask_truncated: bool = False
-    """Learn nothing from completions that the limit cut off."""
+    """Mask of truncated completions: if true, they give no gradient."""
     overlong_share: float = 0.0
-    """Share of the limit, at its end, over which the reward falls by up to 1 (DAPO's soft punishment)."""
+    """Share of the length limit, at its end, over which the reward falls by up to 1 (DAPO's soft punishment)."""
     most_rounds: int = 1
-    """Batches rolled out, at most, to fill one with groups whose rewards differ (DAPO's dynamic sampling)."""
+    """Maximum rounds of rollouts to fill a batch with groups of differing rewards (DAPO's dynamic sampling)."""
 
     replay: int = 0
-    """Groups whose rewards differed to keep, the newest; where a group teaches nothing one of these takes its place,
-    drawn by the size of its advantages and weighted by importance (selective sample replay, arXiv 2504.08837)."""
+    """Groups kept for selective sample replay (arXiv 2504.08837). They replace groups with equal rewards, and are drawn
+    by the size of their advantages."""
 
     def __post_init__(self) -> None:
         AlgorithmConfig.__post_init__(self)
@@ -73,8 +73,8 @@ class GRPOConfig(AlgorithmConfig):
         plain = self.dual_clip is None and self.ratio == "token"
         require(self.objective == "clip" or plain, "cispo has neither dual_clip nor a ratio of sequences")
         require(0 <= self.overlong_share < 1, "overlong_share must be a share of the limit, from 0 to below 1")
-        require(self.most_rounds >= 1, f"most_rounds must be at least 1, not {self.most_rounds}")
-        require(self.replay >= 0, f"replay must not be negative, not {self.replay}")
+        require_at_least(1, most_rounds=self.most_rounds)
+        require_at_least(0, replay=self.replay)
         require_weight("beta", self.beta)
 
 
@@ -89,11 +89,11 @@ PRESETS: Final[dict[str, GRPOConfig]] = {
     # arXiv 2506.13585: no lower bound; weights of up to 5, as in arXiv 2510.13786.
     "cispo": GRPOConfig(objective="cispo", epsilon=1.0, epsilon_high=4.0),
 }
-"""The options of each published variant."""
+"""Hyperparameters of each published variant."""
 
 
 class GRPO(Algorithm):
-    """Advantages are rewards against those of the same prompt's other completions; there is no critic."""
+    """GRPO: advantages compare a completion's reward with its group. There is no critic."""
 
     name: ClassVar[str] = "grpo"
 
@@ -104,7 +104,7 @@ class GRPO(Algorithm):
         self.most_rounds, self.replay = config.most_rounds, config.replay
 
     def credit(self, scored: Scored) -> Credit:
-        """Rewards, less the soft punishment of length, against the group's; one advantage a completion, [N, 1]."""
+        """Computes one advantage per completion, [N, 1], from the rewards and the soft punishment of length."""
         config, rewards = self.config, scored.rewards
         if config.overlong_share:
             buffer = max(1, round(config.overlong_share * scored.max_tokens))
@@ -115,7 +115,7 @@ class GRPO(Algorithm):
         return Credit(advantages[:, None], mask)
 
     def loss(self, inputs: LossInputs) -> LossOutput:
-        """Equation 3 of the paper, with `aggregation` as its mean over tokens."""
+        """Computes equation 3 of the paper, averaged by `aggregation`."""
         config, mask = self.config, inputs.mask
         logratio = inputs.logprobs - inputs.old_logprobs
         ratio = logratio.exp() if config.ratio == "token" else sequence_ratio(logratio, mask)

@@ -28,27 +28,27 @@ from vlmenv.core.errors import require, require_weight
 
 @dataclass(frozen=True)
 class PPOConfig(AlgorithmConfig):
-    """Options of PPO, in the papers' letters."""
+    """Hyperparameters of PPO, named as in the papers."""
 
     minibatches: int = 2
-    """Parts of a batch, each an optimiser step; every pass divides the groups anew."""
+    """Minibatches per pass, each an optimizer step. Every pass divides the groups at random."""
     epsilon: float = 0.2
-    """The policy ratio is clipped to 1 - epsilon .. 1 + epsilon."""
+    """Clip range of the importance ratio: 1 - epsilon to 1 + epsilon."""
     dual_clip: float | None = None
-    """Bound, above 1, on the ratio where the advantage is negative (arXiv 1912.09729)."""
+    """Bound, above 1, on the ratio of tokens with a negative advantage (arXiv 1912.09729). Default: no bound."""
     value_epsilon: float = 0.2
-    """A value may move this far from what it was before its error counts no more."""
+    """Clip range of the values around those before the update."""
     value_weight: float = 0.5
-    """c1: weight of the critic's loss."""
+    """Weight of the critic's loss, c1."""
     gamma: float = 1.0
-    """Discount of later rewards."""
+    """Discount factor, 0 to 1."""
     lam: float = 1.0
-    """Of the generalised advantage estimation (arXiv 1506.02438): below 1, a reward at the end fades towards the first
-    tokens until the critic has learnt to foretell it (arXiv 2503.01491, section 3)."""
+    """Lambda of generalised advantage estimation (arXiv 1506.02438), 0 to 1. Below 1 the first tokens learn little from
+    a reward at the end until the critic predicts it (arXiv 2503.01491, section 3)."""
     beta: float = 0.0
-    """Weight of the KL divergence, in the reward, from the model at the start; no copy of it is held at 0."""
+    """Weight of the KL penalty in the reward. With 0 no reference model is held in memory."""
     kl_estimator: Estimator = "k1"
-    """Of that divergence."""
+    """KL estimator of the penalty."""
 
     def __post_init__(self) -> None:
         AlgorithmConfig.__post_init__(self)
@@ -61,7 +61,7 @@ class PPOConfig(AlgorithmConfig):
 
 
 class PPO(Algorithm):
-    """A critic on the policy's own hidden states foretells the reward at every token."""
+    """PPO with a critic that shares the policy's hidden states."""
 
     name: ClassVar[str] = "ppo"
     wants_values: ClassVar[bool] = True
@@ -71,7 +71,7 @@ class PPO(Algorithm):
         self.wants_reference = config.beta > 0
 
     def credit(self, scored: Scored) -> Credit:
-        """Generalised advantages, whitened over the whole batch, and the returns for the critic."""
+        """Computes generalised advantages, whitened over the batches of all ranks, and the returns for the critic."""
         config, kl = self.config, None
         assert scored.values is not None
         if scored.ref_logprobs is not None:
@@ -82,7 +82,7 @@ class PPO(Algorithm):
         return Credit(whiten(advantages, scored.mask, stats), scored.mask, returns)
 
     def loss(self, inputs: LossInputs) -> LossOutput:
-        """Equations 7 and 9, without the entropy bonus."""
+        """Computes equations 7 and 9, without the entropy bonus."""
         config, mask = self.config, inputs.mask
         assert inputs.values is not None
         assert inputs.old_values is not None

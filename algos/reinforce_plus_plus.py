@@ -21,27 +21,27 @@ from vlmenv.core.errors import require, require_weight
 
 @dataclass(frozen=True)
 class ReinforcePlusPlusConfig(AlgorithmConfig):
-    """Options of REINFORCE++."""
+    """Hyperparameters of REINFORCE++."""
 
     baseline: bool = False
-    """Subtract the group's mean reward first, and have the divergence (k2) in the loss: the baseline variant."""
+    """Baseline variant: subtracts the group's mean reward, and puts the KL penalty (k2) into the loss."""
     epsilon: float = 0.2
-    """The policy ratio is clipped to 1 - epsilon .. 1 + epsilon."""
+    """Clip range of the importance ratio: 1 - epsilon to 1 + epsilon."""
     gamma: float = 1.0
-    """Discount of later rewards."""
+    """Discount factor, 0 to 1."""
     beta: float = 0.0
-    """Weight of the KL divergence from the model at the start; no copy of it is held at 0."""
+    """Weight of the KL penalty. With 0 no reference model is held in memory."""
 
     def __post_init__(self) -> None:
         AlgorithmConfig.__post_init__(self)
-        require(self.group_size >= 1 + self.baseline, "with a baseline, group_size must be at least 2")
+        require(self.group_size >= 1 + self.baseline, "group_size must be at least 2 with baseline")
         require(0 < self.epsilon < 1, f"epsilon must lie between 0 and 1, not {self.epsilon}")
         require(0 <= self.gamma <= 1, f"gamma must lie between 0 and 1, not {self.gamma}")
         require_weight("beta", self.beta)
 
 
 class ReinforcePlusPlus(Algorithm):
-    """The return of each token, whitened over all tokens of the batch; there is no critic."""
+    """REINFORCE++: per-token returns, whitened over all tokens of the batch. There is no critic."""
 
     name: ClassVar[str] = "reinforce++"
 
@@ -50,7 +50,7 @@ class ReinforcePlusPlus(Algorithm):
         self.wants_reference = config.beta > 0
 
     def credit(self, scored: Scored) -> Credit:
-        """Equations 4 and 5; with a baseline, 6 and 7."""
+        """Computes equations 4 and 5; with a baseline, 6 and 7."""
         config, kl = self.config, None
         if scored.ref_logprobs is not None and not config.baseline:
             kl = divergence(scored.old_logprobs, scored.ref_logprobs, "k1")
@@ -60,7 +60,7 @@ class ReinforcePlusPlus(Algorithm):
         return Credit(advantages, scored.mask)
 
     def loss(self, inputs: LossInputs) -> LossOutput:
-        """PPO's clipped objective; with a baseline, plus `beta` times the divergence (equation 8)."""
+        """Computes PPO's clipped objective; with a baseline, plus `beta` times the KL divergence (equation 8)."""
         config, mask = self.config, inputs.mask
         logratio = inputs.logprobs - inputs.old_logprobs
         ratio = logratio.exp()

@@ -1,7 +1,7 @@
-"""Selective sample replay: groups that taught something, again in the place of groups that teach nothing.
+"""Selective sample replay (SSR, VL-Rethinker, arXiv 2504.08837).
 
-SSR (VL-Rethinker, arXiv 2504.08837). A group whose rewards are all alike has no advantage; the more a model can do, the
-more of its batches are such groups. Here they give way to groups of earlier steps.
+A group with equal rewards has no advantage. The better a model gets, the more of its groups have equal rewards. Replay
+replaces them by groups of earlier steps.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from vlmenv.algos.batch import Rollouts
 
 
 class Replay:
-    """The newest groups whose rewards differed, in this process.
+    """The newest groups with differing rewards, on this rank.
 
-    What is learnt from again was sampled by earlier weights. So batches are marked as another policy's, and the trainer
-    weighs each of their tokens by how likely the present policy is to sample it (`vlmenv.algos.correction`).
+    Earlier weights sampled the replayed groups. So `fill` marks its batch as another policy's, and the trainer applies
+    importance weights (`vlmenv.algos.correction`).
 
     Args:
-        capacity: Groups to keep.
+        capacity: Number of groups to keep.
         group_size: G.
     """
 
@@ -37,16 +37,16 @@ class Replay:
         return len(self._kept)
 
     def fill(self, rollouts: Rollouts, rng: np.random.Generator) -> tuple[Rollouts, NDArray[np.bool_]]:
-        """Puts kept groups in the place of those that teach nothing, as far as there are any.
+        """Replaces groups with equal rewards by kept groups.
 
-        No group is drawn twice. The chance of each is in proportion to its mean advantage, as to size.
+        No group is drawn twice. A group's probability is proportional to its mean absolute advantage.
 
         Args:
-            rollouts: Of P groups.
-            rng: To draw from.
+            rollouts: Completions of P groups.
+            rng: Random generator of the draws.
 
         Returns:
-            P groups, and which of them are replayed, [P].
+            Completions of P groups; and bool [P], True for replayed groups.
         """
         uniform = (~rollouts.informative_groups(self._size)).numpy()
         drawn = self._draw(int(uniform.sum()), rng)
@@ -56,16 +56,16 @@ class Replay:
             left = iter(drawn)
             groups = [next(left) if again else rollouts[self._rows(i)] for i, again in enumerate(replayed)]
             rollouts = Rollouts.joined(groups)
-        return replace(rollouts, rollout=replace(rollouts.rollout, own=False)), replayed
+        return replace(rollouts, rollout=replace(rollouts.rollout, from_trainer=False)), replayed
 
     def keep(self, rollouts: Rollouts, advantages: Tensor, mask: Tensor, replayed: NDArray[np.bool_]) -> None:
-        """Keeps the groups that taught something; the oldest kept ones go.
+        """Keeps the groups with nonzero advantages; the oldest groups beyond the capacity go.
 
         Args:
-            rollouts: Of P groups, as `fill` gave them.
-            advantages: Their completions', [N, L] or [N, 1].
-            mask: Tokens that were learnt from, [N, L].
-            replayed: Those that are kept already, [P].
+            rollouts: Completions of P groups, as `fill` returned them.
+            advantages: [N, L] or [N, 1].
+            mask: bool [N, L], True at the tokens to learn from.
+            replayed: bool [P], True for groups that are kept already.
         """
         means = (advantages.abs() * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
         sizes = means.view(-1, self._size).mean(dim=1).tolist()
@@ -85,21 +85,21 @@ class Replay:
         return [_afresh(self._kept[i][0]) for i in chosen]
 
     def snapshot(self) -> list[tuple[Rollouts, float]]:
-        """What is kept now; cheap, for groups do not change."""
+        """The groups that are kept now. No group is copied, because groups do not change."""
         return list(self._kept)
 
     @staticmethod
     def state_dict(snapshot: list[tuple[Rollouts, float]]) -> dict[str, Any]:
-        """A snapshot in plain containers and tensors."""
+        """Converts a snapshot to plain containers and tensors."""
         return {"groups": [(rollouts.state_dict(), size) for rollouts, size in snapshot]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`."""
+        """Restores what `state_dict` returned."""
         self._kept.clear()
         self._kept.extend((Rollouts.from_state(rollouts), size) for rollouts, size in state["groups"])
 
 
 def _afresh(rollouts: Rollouts) -> Rollouts:
-    """A copy with prompts of its own, for which no features of a frozen vision tower are kept in memory."""
+    """A copy with new prompts, so that no features of a frozen vision tower stay cached."""
     prompts = [replace(prompt) for prompt in rollouts.rollout.prompts]
     return replace(rollouts, rollout=replace(rollouts.rollout, prompts=prompts))

@@ -21,12 +21,12 @@ from vlmenv.core.errors import require, require_weight
 
 @dataclass(frozen=True)
 class RLOOConfig(AlgorithmConfig):
-    """Options of RLOO."""
+    """Hyperparameters of RLOO."""
 
     epsilon: float = 0.2
-    """The ratio of completions is clipped to 1 - epsilon .. 1 + epsilon; it is 1 in the first step on a batch."""
+    """Clip range of a completion's importance ratio: 1 - epsilon to 1 + epsilon."""
     beta: float = 0.0
-    """Weight of the KL divergence, in the reward, from the model at the start; no copy of it is held at 0."""
+    """Weight of the KL penalty in the reward. With 0 no reference model is held in memory."""
 
     def __post_init__(self) -> None:
         AlgorithmConfig.__post_init__(self)
@@ -36,7 +36,7 @@ class RLOOConfig(AlgorithmConfig):
 
 
 class RLOO(Algorithm):
-    """A completion is one action; its baseline is the mean reward of the group's others."""
+    """RLOO: a completion is one action, and its baseline is the mean reward of the other members of its group."""
 
     name: ClassVar[str] = "rloo"
     aggregation: Aggregation = "sequence"
@@ -46,7 +46,7 @@ class RLOO(Algorithm):
         self.wants_reference = config.beta > 0
 
     def credit(self, scored: Scored) -> Credit:
-        """Rewards less `beta` times the divergence of the whole completion (section 2.1), against the others'."""
+        """Computes leave-one-out advantages of the rewards minus `beta` times the KL divergence (section 2.1)."""
         rewards = scored.rewards
         if scored.ref_logprobs is not None:
             kl = divergence(scored.old_logprobs, scored.ref_logprobs, "k1").masked_fill(~scored.mask, 0)
@@ -54,7 +54,7 @@ class RLOO(Algorithm):
         return Credit(leave_one_out(rewards, self.config.group_size)[:, None], scored.mask)
 
     def loss(self, inputs: LossInputs) -> LossOutput:
-        """Section 2.2 with the ratio of a completion's probabilities; its gradient is REINFORCE's where that is 1."""
+        """Computes section 2.2 with a completion's importance ratio. At ratio 1 the gradient is REINFORCE's."""
         epsilon, mask = self.config.epsilon, inputs.mask
         logratio = inputs.logprobs - inputs.old_logprobs
         ratio = sequence_ratio(logratio, mask, length_normalised=False)

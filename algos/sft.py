@@ -1,4 +1,4 @@
-"""SFT: imitation of the environments' true answers, for a warm-up and as a control."""
+"""SFT: supervised fine-tuning on the true answers, as a warm-up or a control."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from vlmenv.core.errors import require
 
 @dataclass(frozen=True)
 class SFTConfig(AlgorithmConfig):
-    """Options of supervised fine-tuning."""
+    """Hyperparameters of supervised fine-tuning."""
 
     group_size: int = 1
-    """Answers to each prompt; there is one true one."""
+    """Completions per prompt: always 1, the true answer."""
 
     @classmethod
     def shared(cls) -> tuple[str, ...]:
@@ -22,11 +22,13 @@ class SFTConfig(AlgorithmConfig):
 
     def __post_init__(self) -> None:
         AlgorithmConfig.__post_init__(self)
-        require(self.group_size == 1, f"sft imitates the one true answer: group_size must be 1, not {self.group_size}")
+        require(
+            self.group_size == 1, f"sft has one true answer per prompt: group_size must be 1, not {self.group_size}"
+        )
 
 
 class SFT(Algorithm):
-    """The mean negative log-likelihood of the tokens of the true answers."""
+    """SFT: the mean negative log-likelihood of the true answers' tokens."""
 
     name: ClassVar[str] = "sft"
     imitates: ClassVar[bool] = True

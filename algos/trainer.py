@@ -30,65 +30,63 @@ from vlmenv.algos.correction import Correction, importance_weights, mismatch
 from vlmenv.algos.faults import NonFiniteError, nonfinite_gradients, nonfinite_weights
 from vlmenv.algos.losses import token_weights
 from vlmenv.algos.replay import Replay
-from vlmenv.core.errors import ConfigError, DataError, PromptError
+from vlmenv.core.errors import ConfigError, DataError, PromptError, require, require_at_least, require_weight
 from vlmenv.core.rollout import Rollout, Rows
 from vlmenv.processes import processes_of
-from vlmenv.processes.together import together
+from vlmenv.processes.failures import shared_failure
 
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """How long and how fast to learn."""
+    """Options of the trainer."""
 
     steps: int = 300
-    """Batches of completions to learn from."""
+    """Training steps. Each learns from one batch of completions."""
     lr: float = 3e-4
-    """Peak learning rate. 3e-4 suits the built-in model; models of billions of parameters want about 1e-6."""
+    """Peak learning rate. 3e-4 suits the built-in model; models with billions of parameters need about 1e-6."""
     vision_lr: float | None = None
-    """That of the vision tower and its projector; the same where left out."""
+    """Peak learning rate of the vision tower and its projector. Default: lr."""
     warmup_steps: int = 10
     """Steps over which the learning rate rises to its peak."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """What the learning rate does after the warm-up."""
+    """Learning-rate schedule after the warm-up."""
     weight_decay: float = 0.0
-    """Of AdamW."""
+    """AdamW weight decay."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """Maximum gradient norm. Larger gradients are scaled down to it."""
     micro_batch_size: int | None = None
-    """Completions in one forward and backward pass; all of them where left out. Does not change the result."""
+    """Completions per micro-batch. It does not change the result. Default: all."""
     micro_batch_tokens: int | None = None
-    """Tokens in one forward and backward pass, but at least one completion; a prompt counts once."""
+    """Tokens per micro-batch, which has at least one completion. A prompt counts once. Default: no limit."""
     max_skipped: int = 3
-    """Optimiser steps that may be left out, one after the other, because gradient or loss is not finite."""
+    """Maximum optimizer steps in a row that may be skipped because gradient or loss is not finite."""
     correction: Correction = "token"
-    """Importance-sampling correction for the mismatch between engine and trainer, per token or per sequence: weights
-    cut off at the cap, or 0 beyond it (mask)."""
+    """Importance-sampling correction for the mismatch between engine and trainer, per token or per sequence. Weights
+    beyond the cap are truncated, or set to 0 (mask)."""
     correction_cap: float = 2.0
     """Largest importance weight. A mask leaves out weights below its inverse too."""
     max_staleness: int = 0
-    """Steps that the weights which sample may be behind those that learn. With 1, a server writes the next step's
-    answers while this step is learnt from."""
+    """Maximum staleness in steps, 0 or 1. With 1, a server generates the next step's completions during the update."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "micro_batch_size", "micro_batch_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, not {value}")
-        if not (0 < self.lr < math.inf and self.max_grad_norm > 0):
-            raise ConfigError("lr and max_grad_norm must be above 0")
-        if self.vision_lr is not None and not 0 < self.vision_lr < math.inf:
-            raise ConfigError("vision_lr must be above 0; to leave the vision tower as it is, freeze it")
-        if not (0 <= self.weight_decay < math.inf and self.warmup_steps >= 0 and self.max_skipped >= 0):
-            raise ConfigError("weight_decay, warmup_steps and max_skipped must not be negative")
-        if not 1 < self.correction_cap < math.inf:
-            raise ConfigError(f"correction_cap must be above 1, not {self.correction_cap}")
-        if self.correction_cap != type(self).correction_cap and self.correction == "none":
-            raise ConfigError("correction_cap goes with a correction")
-        if self.max_staleness not in (0, 1):
-            raise ConfigError(f"max_staleness must be 0 or 1, not {self.max_staleness}")
+        sizes = {"micro_batch_size": self.micro_batch_size, "micro_batch_tokens": self.micro_batch_tokens}
+        require_at_least(1, steps=self.steps, **sizes)
+        require_at_least(0, warmup_steps=self.warmup_steps, max_skipped=self.max_skipped)
+        require_weight("weight_decay", self.weight_decay)
+        require(0 < self.lr < math.inf, f"lr must be finite and above 0, not {self.lr}")
+        require(self.max_grad_norm > 0, f"max_grad_norm must be above 0, not {self.max_grad_norm}")
+        vision_lr, cap = self.vision_lr, self.correction_cap
+        require(
+            vision_lr is None or 0 < vision_lr < math.inf,
+            f"vision_lr must be finite and above 0, not {vision_lr}; use freeze_vision to train no vision weights",
+        )
+        require(1 < cap < math.inf, f"correction_cap must be finite and above 1, not {cap}")
+        unused = self.correction == "none" and cap != type(self).correction_cap
+        require(not unused, "correction_cap has no effect with correction=none")
+        require(self.max_staleness in (0, 1), f"max_staleness must be 0 or 1, not {self.max_staleness}")
 
     def lr_factor(self, step: int) -> float:
-        """What the peak learning rate is multiplied by in a step, counted from 0."""
+        """Factor of the peak learning rate in a step, counted from 0."""
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
         left = 1 - (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
@@ -97,38 +95,38 @@ class TrainerConfig:
 
 
 def check_staleness(config: TrainerConfig, accelerator: Accelerator) -> None:
-    """Raises ConfigError where several processes are to roll out ahead of learning."""
+    """Raises ConfigError if several ranks are to train with `max_staleness` 1."""
     if config.max_staleness and accelerator.num_processes > 1:
-        raise ConfigError(f"max_staleness 1 works in one process, not in {accelerator.num_processes}")
+        raise ConfigError(f"max_staleness 1 works with one rank, not with {accelerator.num_processes}")
 
 
 @dataclass(slots=True)
 class StepResult:
-    """What one step saw and did, in this process."""
+    """The result of one step on this rank."""
 
     step: int
     """counted from 1"""
     metrics: dict[str, float]
-    """means over all processes, by their logged names; of least and greatest values, the least and the greatest"""
+    """means over all ranks by their logged names; minima and maxima are those over all ranks"""
     rollouts: Rollouts
-    """what was sampled for it; under `replay` some groups of it gave way to earlier ones"""
+    """the completions that were sampled; under `replay` the update replaced some of their groups"""
 
 
 @dataclass(slots=True)
 class Collected:
-    """What a step learns from, in this process."""
+    """A batch of completions on this rank, ready for an update."""
 
     rollouts: Rollouts
     metrics: dict[str, float]
-    """of how it was found"""
+    """metrics of the collection"""
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it in plain containers and tensors."""
+        """Converts to plain containers and tensors for a checkpoint."""
         return {"rollouts": self.rollouts.state_dict(), "metrics": self.metrics}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Collected:
-        """The inverse of `state_dict`."""
+        """Restores what `state_dict` returned."""
         return cls(Rollouts.from_state(state["rollouts"]), state["metrics"])
 
 
@@ -136,15 +134,18 @@ class Trainer:
     """Trains an agent on vectorised environments.
 
     Args:
-        agent: Its policy is wrapped for the accelerator's processes and precision.
-        envs: Groups of `algorithm.config.group_size` neighbours that show the same observation.
-        algorithm: What to learn by.
-        config: How long and how fast.
-        accelerator: Device, precision and processes.
+        agent: The agent. Its policy gets wrapped for the accelerator's ranks and precision.
+        envs: Environments in groups of `algorithm.config.group_size` neighbours with the same observation.
+        algorithm: The algorithm.
+        config: Options.
+        accelerator: Device, precision and ranks.
+
+    Attributes:
+        step: Number of finished steps.
 
     Raises:
-        ConfigError: The environments do not come in groups of the algorithm's size, `vision_lr` has no use, or
-            several processes are to roll out ahead of learning.
+        ConfigError: The environments have another group size than the algorithm, `vision_lr` is given for a frozen
+            vision tower, or `max_staleness` is 1 with several ranks.
     """
 
     def __init__(
@@ -158,25 +159,25 @@ class Trainer:
         group_size = getattr(envs.unwrapped, "group_size", 1)
         if group_size != algorithm.config.group_size:
             raise ConfigError(
-                f"the environments come in groups of {group_size}, "
-                f"but {algorithm.name} compares groups of {algorithm.config.group_size}"
+                f"the environments have group_size={group_size}, "
+                f"but {algorithm.name} has group_size={algorithm.config.group_size}"
             )
         check_staleness(config, accelerator)
         self.agent, self.envs, self.algorithm = agent, envs, algorithm
         self.config, self.accelerator = config, accelerator
         self.step = 0
-        self._shown = 0  # batches of samples, some of which dynamic sampling may have passed over
-        self._skipped = 0  # optimiser steps in a row
+        self._shown = 0  # batches of samples so far, also those that dynamic sampling did not use
+        self._skipped = 0  # optimizer steps in a row
         self._seed = 0
         self._reset_with: dict[str, Any] = {}  # the arguments of the next reset
-        self._ahead: Collected | Exception | None = None  # what the next step learns from, if that is there already
+        self._ahead: Collected | Exception | None = None  # the next step's batch, once it is collected
         self._is_synced = False
-        self._seen: dict[str, Any] | None = None  # what the environments know of their samples, as of `_shown`
+        self._seen: dict[str, Any] | None = None  # the environments' state of their samples, as of `_shown`
         self.replay = Replay(algorithm.replay, group_size) if algorithm.replay else None
         self.is_between_steps = True
-        """False once weights have been updated, which then are of no step until it is finished."""
+        """False during an update: then the weights belong to no finished step."""
         self.processes = processes_of(accelerator)
-        self.processes.announce(agent)
+        self.processes.configure(agent)
         self.reference = agent.reference() if algorithm.wants_reference else None
         self.optimizer = self.processes.prepare(agent, self.reference, self._new_optimizer)
         self.scheduler = LambdaLR(self.optimizer, config.lr_factor)
@@ -187,25 +188,28 @@ class Trainer:
         return torch.optim.AdamW(self._parameter_groups(), lr=config.lr, weight_decay=config.weight_decay)
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        """The trained parameters, each part of the model with its learning rate."""
+        """The trained parameters, with the learning rate of each part of the model."""
         groups, lr, vision_lr = self.agent.parameter_groups(), self.config.lr, self.config.vision_lr
         if vision_lr is not None and "vision" not in groups:
-            raise ConfigError("vision_lr is for a vision tower that is trained, but it is frozen")
+            raise ConfigError("vision_lr has no effect, because the vision tower is frozen")
         rates = {name: vision_lr if name == "vision" and vision_lr is not None else lr for name in groups}
         return [{"params": own, "lr": rates[name]} for name, own in groups.items()]
 
     def train(self, seed: int) -> Iterator[StepResult]:
-        """Trains, handing over each step's result as it is done; goes on after the steps already taken.
+        """Trains until `config.steps`, from the steps already taken.
 
         Args:
-            seed: Fixes the order of samples and the sampling; processes sample differently.
+            seed: Seed of the order of samples and of sampling. Ranks sample differently.
+
+        Yields:
+            The result of each step.
 
         Raises:
             DataError: A sample cannot be read, or its prompt does not fit the model.
             RewardError: A reward term failed, or a reward is not finite.
-            NonFiniteError: Gradients or losses were not finite for more than `max_skipped` optimiser steps.
-            TrainingError: Another process failed.
-            EngineError: What generates failed, or cannot take the weights.
+            NonFiniteError: Gradients or losses were not finite in more than `max_skipped` optimizer steps in a row.
+            TrainingError: Another rank failed.
+            EngineError: The engine failed, or cannot take the weights.
         """
         self._seed = seed
         if self.step == 0:
@@ -216,14 +220,14 @@ class Trainer:
             yield self._step()
 
     def sync(self) -> None:
-        """Hands the present weights to what generates, unless it has them.
+        """Sends the present weights to the engine, unless it has them.
 
         Raises:
-            EngineError: It failed, or cannot take them.
+            EngineError: The engine failed, or cannot take them.
         """
         if not self._is_synced:
             self.agent.wake()
-            with nullcontext() if self.agent.generates_itself else self.processes.whole():
+            with nullcontext() if self.agent.generates_itself else self.processes.gathered():
                 self.agent.sync()
             self._is_synced = True
 
@@ -231,7 +235,7 @@ class Trainer:
         clock: dict[str, float] = {}
         started = time.perf_counter()
         with timed(clock, "sync"):
-            if not self.algorithm.imitates:  # which asks nothing of an engine
+            if not self.algorithm.imitates:  # imitation uses no engine
                 self.sync()
         collected = self._collected(clock)
         if not self.config.max_staleness:
@@ -251,7 +255,7 @@ class Trainer:
         return StepResult(self.step, metrics, collected.rollouts)
 
     def _collected(self, clock: dict[str, float]) -> Collected:
-        """What this step learns from, made now or ahead of it."""
+        """This step's batch, collected now or during the step before."""
         ahead, self._ahead = self._ahead, None
         if ahead is None:
             return self._collect(clock)
@@ -262,9 +266,9 @@ class Trainer:
 
     @contextmanager
     def _collecting_ahead(self, clock: dict[str, float]) -> Iterator[None]:
-        """Makes what the next step learns from while the block runs, with the weights as they are at its beginning.
+        """Collects the next step's batch while the block runs, with the weights of its beginning.
 
-        What the step then still waits for counts as its rollout.
+        The time that the step then still waits counts as its rollout time.
         """
         if not self.config.max_staleness or self.step + 1 == self.config.steps:
             yield
@@ -278,12 +282,12 @@ class Trainer:
             raise
         with timed(clock, "rollout"):
             self._ahead = ahead.wait()
-        if isinstance(self._ahead, Exception):  # a checkpoint has not got that far then
+        if isinstance(self._ahead, Exception):  # a checkpoint must not count this batch
             self._shown, self._seen = shown, seen
             self.agent.set_rng_state(random)
 
     def _remember(self) -> None:
-        """Notes what a checkpoint of this moment needs, and that it may be taken."""
+        """Stores the state that a checkpoint of this moment needs."""
         self._finished = {"step": self.step, "shown": self._shown, "skipped": self._skipped}
         self._own: dict[str, Any] = {"agent": self.agent.rng_state(), "torch": torch.get_rng_state()}
         if self.agent.device.type == "cuda":
@@ -295,27 +299,27 @@ class Trainer:
         self.is_between_steps = True
 
     def state_dict(self) -> dict[str, Any]:
-        """What all processes have in common after the last finished step, but for the weights."""
+        """State that all ranks share after the last finished step, without the weights."""
         return self._finished | self.processes.shared_state() | {"processes": self.processes.name}
 
     def process_state(self) -> dict[str, Any]:
-        """What this process has of its own after the last finished step.
+        """State of this rank after the last finished step.
 
-        Random states, its share of the optimizer, and what has been rolled out ahead.
+        Random states, its shard of the optimizer, and a batch that was collected ahead.
         """
         ahead = self._own_ahead
         made = {"ahead": ahead.state_dict()} if isinstance(ahead, Collected) else {}
         if self._own_replay is not None:
             made["replay"] = Replay.state_dict(self._own_replay)
-        return self._own | made | self.processes.own_state()
+        return self._own | made | self.processes.rank_state()
 
     def load(self, folder: Path, state: dict[str, Any], own: dict[str, Any]) -> None:
-        """Goes back to a checkpoint.
+        """Restores a checkpoint.
 
         Args:
-            folder: Holds the weights.
-            state: A `state_dict`.
-            own: This process's `process_state`.
+            folder: Folder with the weights.
+            state: Result of `state_dict`.
+            own: Result of this rank's `process_state`.
         """
         self.step, self._shown, self._skipped = state["step"], state["shown"], state["skipped"]
         given = [
@@ -323,7 +327,7 @@ class Trainer:
         ]
         self.processes.load(folder, state, own)
         for group, options in zip(self.optimizer.param_groups, given, strict=True):
-            group |= options  # the run's own, which may have been changed since
+            group |= options  # options may have changed since the checkpoint
         self.scheduler = LambdaLR(self.optimizer, self.config.lr_factor, self.step - 1)
         self.agent.set_rng_state(own["agent"])
         torch.set_rng_state(own["torch"])
@@ -331,13 +335,13 @@ class Trainer:
             torch.cuda.set_rng_state(own["cuda"])
         self._ahead = Collected.from_state(own["ahead"]) if "ahead" in own else None
         self._seen = own.get("seen")
-        if self.replay is not None and "replay" in own:  # it may have been asked for since
+        if self.replay is not None and "replay" in own:  # replay may have been switched on since the checkpoint
             self.replay.load_state_dict(own["replay"])
         self._is_synced = False
         self._remember()
 
     def _collect(self, clock: dict[str, float]) -> Collected:
-        """A batch to learn from, of several rounds if need be; with the share of groups that teach nothing."""
+        """Collects a batch, in several rounds with dynamic sampling, and the share of groups with equal rewards."""
         size = self.algorithm.config.group_size
         rounds: list[Rollouts] = []
         uniform: list[float] = []
@@ -352,19 +356,19 @@ class Trainer:
         return Collected(Rollouts.most_informative(rounds, size), metrics)
 
     def _lacks_groups(self, rounds: list[Rollouts]) -> bool:
-        """Whether any process has fewer informative groups than fill a batch."""
+        """True if any rank has too few informative groups to fill a batch."""
         size = self.algorithm.config.group_size
         found = sum(rollouts.informative_groups(size).sum() for rollouts in rounds)
         lacks = torch.tensor([float(found < len(rounds[0].rewards) // size)], device=self.agent.device)
         return bool(cast(Tensor, self.accelerator.reduce(lacks)).item() > 0)
 
     def _round(self, clock: dict[str, float]) -> Rollouts:
-        """Rolls out and scores the next batch of samples."""
+        """Generates and scores completions of the next batch of samples."""
         how, self._reset_with = self._reset_with, {}
-        with together(self.accelerator):
+        with shared_failure(self.accelerator):
             observations, infos = self.envs.reset(**how)
         self._shown += 1
-        with self._weights_for_rollout(), together(self.accelerator), self.agent.generating(1):
+        with self._weights_for_rollout(), shared_failure(self.accelerator), self.agent.generating(1):
             with timed(clock, "rollout"), self.processes.autocast():
                 observations, rollout = self._answered(observations, infos)
             with timed(clock, "score"):
@@ -372,7 +376,7 @@ class Trainer:
             return Rollouts.scored(observations, rollout, rewards, infos)
 
     def _answered(self, observations: Any, infos: dict[str, Any]) -> tuple[Any, Rollout]:
-        """The samples with their answers; one that the agent cannot take gives way to the next, or is refused."""
+        """Generates completions. A sample that the agent cannot take is replaced by the next, or refused."""
         while True:
             try:
                 if self.algorithm.imitates:
@@ -384,9 +388,9 @@ class Trainer:
                 observations, infos = self.envs.reset(options={"replace": {error.index: error.reason}})
 
     def skipped(self) -> dict[int, str] | None:
-        """Samples left out so far since they could not be shown, by index, with place and reason.
+        """Samples of all ranks that were skipped so far, by index, with place and reason. A collective.
 
-        None where such samples are refused. All processes call this together, and have the samples of all.
+        None: such samples are refused.
         """
         if not getattr(self.envs.unwrapped, "skips_broken", False):
             return None
@@ -394,10 +398,10 @@ class Trainer:
 
     def _weights_for_rollout(self) -> AbstractContextManager[None]:
         needed = self.agent.generates_itself and not self.algorithm.imitates
-        return self.processes.whole() if needed else nullcontext()
+        return self.processes.gathered() if needed else nullcontext()
 
     def _learn(self, rollouts: Rollouts) -> dict[str, float]:
-        """Takes the algorithm's optimiser steps on scored rollouts; means of what they log."""
+        """Runs the algorithm's optimizer steps on scored rollouts, and gives the means of their metrics."""
         rng = np.random.default_rng([self._seed, self.accelerator.process_index, self.step])
         told: dict[str, float] = {}
         if self.replay is None:
@@ -413,7 +417,7 @@ class Trainer:
             for rows in minibatches(len(batch), config.group_size, config.minibatches, rng):
                 logged.append(self._update(batch[rows], rollouts[rows]))
         self.is_between_steps = self._is_synced = False
-        with warnings.catch_warnings():  # of a schedule that is ahead of an optimiser whose steps were left out
+        with warnings.catch_warnings():  # torch warns if the first optimizer step was skipped
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             self.scheduler.step()
         means = {name: float(np.mean([metrics[name] for metrics in logged])) for name in logged[-1]}
@@ -421,7 +425,7 @@ class Trainer:
 
     @torch.no_grad()
     def _credited(self, rollouts: Rollouts) -> Batch:
-        """The batch to learn from, with advantages, before any update."""
+        """The batch with advantages, before any update."""
         batch = Batch.of(rollouts.rollout, self.agent.device)
         batch.is_fresh = _is_the_learners(rollouts.rollout) and not self._samples_exactly and self._updates_once
         if self.reference is not None or self.algorithm.wants_values or self._lacks_old(batch):
@@ -443,9 +447,9 @@ class Trainer:
         return batch
 
     def _add_estimates(self, batch: Batch) -> None:
-        """The reference's log-probabilities and the critic's values of all tokens.
+        """Adds the reference's log-probabilities and the critic's values.
 
-        And the policy's own, where the sampler's are of another distribution.
+        Also recomputes the policy's log-probabilities if the sampler's are of another distribution.
         """
         lacks_old = self._lacks_old(batch)
         for rows in self._passes(batch.rollout):
@@ -461,26 +465,26 @@ class Trainer:
                     batch.put("values", rows, now.state_values)
 
     def _lacks_old(self, batch: Batch) -> bool:
-        """Whether the sampler's log-probabilities are not those of the policy before the update."""
+        """True if the trainer must recompute `old_logprobs`."""
         return not (_is_the_learners(batch.rollout) and (self._samples_exactly or batch.is_fresh))
 
     @property
     def _samples_exactly(self) -> bool:
-        """Whether sampling and learning give a token one log-probability.
+        """True if sampling and training compute the same log-probabilities.
 
-        In half precision they differ by some hundredths, since their sums run in another order. What is shown again
-        keeps the log-probabilities that it was sampled with; what is imitated needs none.
+        In half precision they differ by some hundredths, because sums run in another order. Replayed groups keep the
+        log-probabilities of their sampling; imitation needs none.
         """
         return self.accelerator.mixed_precision == "no" or self.replay is not None or self.algorithm.imitates
 
     @property
     def _updates_once(self) -> bool:
-        """Whether a rollout makes a single optimiser step."""
+        """True if a step has a single optimizer step."""
         return self.algorithm.config.mu * self.algorithm.config.minibatches == 1
 
     def _correct(self, batch: Batch, rollout: Rollout) -> dict[str, float]:
-        """Weighs a batch that an engine sampled by how likely the policy was to; tells how far the two are apart."""
-        if rollout.own:
+        """Sets importance weights of a batch that an engine sampled, and gives metrics of the mismatch."""
+        if rollout.from_trainer:
             return {}
         sampled = Batch.of(rollout, self.agent.device)
         logratio = batch.old_logprobs - sampled.old_logprobs
@@ -489,7 +493,7 @@ class Trainer:
         return mismatch(logratio, sampled.mask, how, cap)
 
     def _update(self, batch: Batch, rollouts: Rollouts) -> dict[str, float]:
-        """One optimiser step, in micro-batches; none where gradient or loss is not finite."""
+        """Runs one optimizer step, in micro-batches. It is skipped if gradient or loss is not finite."""
         sums = self.backward(batch)
         loss = float(cast(Tensor, self.accelerator.reduce(sums["loss"], "mean")))
         lr = self.config.lr * self.config.lr_factor(self.step)
@@ -501,13 +505,13 @@ class Trainer:
             self.is_between_steps = were_between
         if self._skipped > self.config.max_skipped:
             what = f"the gradient's norm was {norm} and the loss {loss}"
-            raise self._nonfinite(f"{what} after {self._skipped} optimiser steps without a finite one", batch, rollouts)
+            raise self._nonfinite(f"{what} in {self._skipped} optimizer steps in a row", batch, rollouts)
         metrics = {name: value.item() for name, value in sums.items()}
         return metrics | {"policy/grad_norm": norm, "policy/skipped": float(not finite), "lr": lr}
 
     def _nonfinite(self, message: str, batch: Batch, rollouts: Rollouts) -> NonFiniteError:
-        """The error that tells what could not be learnt from, and where in the model that shows."""
-        self.optimizer.zero_grad()  # clipping has spread what was not finite over all gradients
+        """The error with the batch, and the names of the parameters that are not finite."""
+        self.optimizer.zero_grad()  # clipping has spread non-finite numbers over all gradients
         self.backward(batch)
         gradients, weights = nonfinite_gradients(self.agent.policy), nonfinite_weights(self.agent.policy)
         self.optimizer.zero_grad()
@@ -519,10 +523,10 @@ class Trainer:
         return NonFiniteError(message, self.step + 1, rollouts, batch, logprobs, gradients, weights)
 
     def backward(self, batch: Batch) -> dict[str, Tensor]:
-        """Adds up the gradient of the algorithm's loss over a batch, without an optimiser step.
+        """Accumulates the gradient of the algorithm's loss over a batch, without an optimizer step.
 
         Returns:
-            What the algorithm logs, as means over the tokens of all processes times their number.
+            The algorithm's metrics: this rank's part of the means over the tokens of all ranks, times their number.
         """
         processes = self.accelerator.num_processes
         counts = torch.tensor([float(batch.mask.sum()), float(len(batch))], device=self.agent.device)
@@ -530,19 +534,19 @@ class Trainer:
         parts = self._passes(batch.rollout)
         sums: dict[str, Tensor] = {}
         for rows in parts:
-            with self.processes.passing(last=rows is parts[-1]):
+            with self.processes.accumulating(last=rows is parts[-1]):
                 logged = self._backward_part(batch[rows], num_tokens, num_sequences)
             for name, value in logged.items():
                 sums[name] = sums.get(name, 0) + value * processes / max(1, num_tokens)
         return sums
 
     def _passes(self, rollout: Rollout) -> list[Rows]:
-        """Which completions go through the model together."""
+        """The micro-batches of a rollout."""
         parts = micro_batches(rollout, self.config.micro_batch_size, self.config.micro_batch_tokens)
-        return self.processes.cut_alike(parts)
+        return self.processes.split_evenly(parts)
 
     def _backward_part(self, batch: Batch, num_tokens: int, num_sequences: int) -> dict[str, Tensor]:
-        """Forward and backward pass of a micro-batch; sums over its tokens of what is logged."""
+        """Runs forward and backward pass of a micro-batch, and gives sums over its tokens of the metrics."""
         with self.processes.autocast():
             now = self.agent.logprobs(batch.rollout)
         mask = batch.mask
@@ -572,21 +576,21 @@ class Trainer:
         return output.sums | {"policy/entropy": entropy, "loss": output.loss.detach() * num_tokens}
 
     def _over_processes(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Means over all processes; of least and greatest values, the least and the greatest."""
+        """Means over all ranks; minima and maxima are those over all ranks."""
         gathered = self.processes.collect([metrics])
-        names = dict.fromkeys(name for own in gathered for name in own)  # a term may be in one process's rows alone
+        names = dict.fromkeys(name for own in gathered for name in own)  # a term may be in the rows of one rank only
         kinds = {"completion/min_length": min, "completion/max_length": max}
         return {name: float(kinds.get(name, np.mean)([own[name] for own in gathered if name in own])) for name in names}
 
 
 def _is_the_learners(rollout: Rollout) -> bool:
-    """Whether a rollout's log-probabilities are of the learner's own distribution."""
-    return rollout.whole and rollout.own
+    """True if a rollout's log-probabilities are of the trainer's distribution."""
+    return rollout.full_distribution and rollout.from_trainer
 
 
 @contextmanager
 def timed(clock: dict[str, float], name: str) -> Iterator[None]:
-    """Adds the seconds that the block took to `clock[name]`."""
+    """Adds the seconds of the block to `clock[name]`."""
     started = time.perf_counter()
     yield
     clock[name] = clock.get(name, 0.0) + time.perf_counter() - started

@@ -1,7 +1,7 @@
-"""What the benchmarks of learning have in common: models of a size, prompts of a length, how time and memory are taken.
+"""Shared parts of the benchmarks of training: models and prompts of given sizes, measurement of time and memory.
 
-Every contestant learns from the same prompts, answers them with the same number of tokens, and is stepped in turn
-with the others in one process, so that what else the machine does falls on all of them alike.
+Every contestant learns from the same prompts, with completions of the same number of tokens. Contestants take steps in
+turn in one process, so that other work of the machine affects all of them alike.
 """
 
 from __future__ import annotations
@@ -321,12 +321,12 @@ def _await_gpu() -> None:
 
 
 def peak_memory(call: Callable[[], Any], device: str = "cpu") -> int:
-    """The most bytes of tensors that a call holds at a time, above what was there before it.
+    """Measures the peak of a call's tensors in bytes, above the memory before it.
 
-    On the CPU it is the sum over the allocations and frees that PyTorch's own allocator reports to its profiler: all
-    of them, those inside of kernels and of the backward pass too, to the byte and whatever else the process does. (The
-    process's resident memory would show what the C library keeps for later; a mode over dispatched operations would
-    miss what kernels take for themselves.) On a GPU it is the allocator's own count.
+    On the CPU it sums the allocations and frees that PyTorch's allocator reports to its profiler. These include kernels
+    and the backward pass, to the byte, and nothing else of the process. (The process's resident memory would include
+    memory that the C library keeps; a dispatch mode would miss memory within kernels.) On a GPU it is the allocator's
+    own count.
     """
     if device == "cuda":
         gc.collect()

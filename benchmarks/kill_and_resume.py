@@ -1,11 +1,11 @@
-"""Runs killed by SIGKILL at random moments and gone on with, against runs that nothing disturbed.
+"""Compares runs that were killed by SIGKILL at random moments and resumed with undisturbed runs.
 
     python benchmarks/kill_and_resume.py --output benchmarks/kill_and_resume.md
 
-A fifth of the moments are spread over the whole run; the others lie, in turn, in one of its steps, in the writing of a
-checkpoint, in the measuring before and in that after. Half of the runs are killed a second time after they have gone
-on, at a moment of any sort. In the end all that a run leaves must be the same bit for bit, but for times, pictures and
-TensorBoard's files. Ends with status 1 where anything differs.
+A fifth of the moments are spread over the whole run. The others are, in turn, in a step, in the writing of a
+checkpoint, in the evaluation before training, and in the one after it. Half of the runs are killed again after they
+were resumed. In the end all files of a run must be the same bit for bit, except times, pictures and TensorBoard
+files. Ends with status 1 if anything differs.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from hypothesis import HealthCheck, settings
+from markers import mark_by_use
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import vlmenv  # noqa: F401 (registers the environments)
@@ -58,6 +59,12 @@ def launch(kind: str, *args: str, cwd: Path | None = None) -> subprocess.Complet
         finally:
             process.terminate()  # and not kill, which would leave the two behind
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if isinstance(item, pytest.Function):
+            mark_by_use(item)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -15,7 +15,7 @@ from conftest import ROOT, shared
 from PIL import Image
 from safetensors.torch import load_file
 
-from vlmenv.agents.engines.remote import Patience
+from vlmenv.agents.engines.remote import RetryPolicy
 from vlmenv.agents.vlm import find_model
 from vlmenv.building import check_engine
 from vlmenv.cli import main
@@ -401,7 +401,7 @@ def test_servers_are_named_in_either_way(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each by a `--server` of its own, several behind one, or in a file, which the command line overrides."""
-    monkeypatch.setattr("vlmenv.building.Patience", lambda **_: Patience(attempts=1))
+    monkeypatch.setattr("vlmenv.building.RetryPolicy", lambda **_: RetryPolicy(attempts=1))
     urls = [f"http://127.0.0.1:{port}" for port in (1, 2, 3)]
     file = tmp_path / "options.yaml"
     file.write_text(yaml.safe_dump({"engine": "vllm-server", "server": urls[:2], "device": "cpu"}))

@@ -175,7 +175,7 @@ def test_a_run_is_resumed_by_processes_of_its_kind(tmp_path: Path, capsys: pytes
     torch.save(torch.load(file) | {"processes": "FSDP2"}, file)
     with pytest.raises(SystemExit):
         main(["train", "--resume", str(run)])
-    assert "saved by processes with FSDP2, not whole copies" in " ".join(capsys.readouterr().err.split())
+    assert "saved with FSDP2, not with whole copies" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_rate_that_was_changed_since_holds_from_there_on(tmp_path: Path) -> None:

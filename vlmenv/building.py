@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from vlmenv.agents.engines.base import Engine
-from vlmenv.agents.engines.remote import Patience, check_address
+from vlmenv.agents.engines.remote import RetryPolicy, check_address
 from vlmenv.agents.engines.server import VLLMServerEngine
 from vlmenv.agents.engines.vllm import VLLMEngine, check_sharing, require_vllm
 from vlmenv.agents.families import coordinate_space, resize_rule
@@ -149,7 +149,7 @@ def _vllm_server(config: TaskConfig, agent: VLMAgent, dtype: torch.dtype) -> Eng
         agent.family,
         transfer=options.weight_transfer,
         weights_folder=options.weights_folder,
-        patience=Patience(answer=options.server_timeout),
+        retry_policy=RetryPolicy(answer=options.server_timeout),
     )
 
 

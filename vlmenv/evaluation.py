@@ -17,13 +17,13 @@ from rich.table import Table
 
 from vlmenv.agents.base import Agent
 from vlmenv.core.errors import DataError, PromptError, SampleError
-from vlmenv.core.files import write_whole
+from vlmenv.core.files import write_atomic
 from vlmenv.core.rollout import Observation, told_turns, unbatch
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.metrics.intervals import Interval, ratio_interval
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.processes import Processes
-from vlmenv.processes.together import together
+from vlmenv.processes.failures import shared_failure
 
 DEFAULT_LIMIT = 512
 PROGRESS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -92,8 +92,8 @@ def evaluate(
     starts = range(0, count, envs.num_groups)
     own = starts if processes is None else processes.share(starts)
     answers: list[dict[str, Any]] = []
-    held = nullcontext() if processes is None or not agent.generates_itself else processes.whole()
-    stops = nullcontext() if processes is None else together(processes.accelerator)
+    held = nullcontext() if processes is None or not agent.generates_itself else processes.gathered()
+    stops = nullcontext() if processes is None else shared_failure(processes.accelerator)
     precision = nullcontext() if processes is None else processes.autocast()
     most = len(own) if processes is None else max(processes.collect([len(own)]))
     with (
@@ -231,9 +231,9 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     if evaluation.skipped:
-        write_whole(folder / _SKIPPED, json.dumps(evaluation.skipped, indent=2) + "\n")
-    write_whole(folder / "answers.jsonl", "".join(json.dumps(answer) + "\n" for answer in evaluation.answers))
-    write_whole(folder / "metrics.json", json.dumps(evaluation.as_json(), indent=2) + "\n")
+        write_atomic(folder / _SKIPPED, json.dumps(evaluation.skipped, indent=2) + "\n")
+    write_atomic(folder / "answers.jsonl", "".join(json.dumps(answer) + "\n" for answer in evaluation.answers))
+    write_atomic(folder / "metrics.json", json.dumps(evaluation.as_json(), indent=2) + "\n")
 
 
 def read_evaluation(folder: Path, task: VisualTaskEnv) -> Evaluation:

@@ -1,1 +1,1 @@
-"""What generates completions, apart from the policy's own module."""
+"""Engines: other copies of the policy, which generate completions faster."""

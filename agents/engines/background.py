@@ -1,4 +1,4 @@
-"""Work in threads of its own: an event loop, for callers that may have one running as notebooks do; what blocks."""
+"""Background threads: an event loop of its own, which also works in notebooks, and blocking calls with a limit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class BackgroundLoop:
-    """Runs coroutines one after another; what they leave open, such as connections, stays for the next."""
+    """An event loop in a thread, which runs coroutines one at a time. Their connections stay open for the next."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -21,7 +21,7 @@ class BackgroundLoop:
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """What a coroutine gives; it is cancelled where the caller is interrupted."""
+        """Runs a coroutine and gives its result. It is cancelled if the caller is interrupted."""
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
@@ -36,7 +36,7 @@ class BackgroundLoop:
 
 
 async def in_thread(work: Callable[[], T]) -> T:
-    """What some work gives that blocks; nobody waits for it once the caller is cancelled, or the process ends."""
+    """Runs a blocking function in a daemon thread and gives its result. Cancelling the caller does not stop it."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 
@@ -55,10 +55,14 @@ async def in_thread(work: Callable[[], T]) -> T:
 
 
 def within(seconds: float, work: Callable[[], T]) -> T:
-    """What some work gives that blocks, and has no limit of its own or one that does not always hold.
+    """Runs a blocking function with a time limit, for functions without a reliable limit of their own.
+
+    Args:
+        seconds: Time limit.
+        work: The function.
 
     Raises:
-        TimeoutError: Time was up first. The work goes on in its thread; what it comes to is dropped.
+        TimeoutError: Time is up. The function continues in its thread, and its result is dropped.
     """
     given: Future[T] = Future()
 

@@ -1,4 +1,4 @@
-"""Run within vLLM: tokens that are never sampled."""
+"""A logits processor within vLLM, for tokens that are never sampled."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as Second
 class BannedTokens(LogitsProcessor, SecondLogitsProcessor):  # type: ignore[misc]
     """Sets the logits of the tokens in `additional_config["vlmenv_banned"]` to -inf, in every request.
 
-    vLLM has two kinds of runner, of which GPUs use the second, and each takes processors of its own class alone.
+    vLLM has two kinds of runners, and GPUs use the second. Each takes only processors of its own class.
 
     Args:
-        vllm_config: Of the engine.
-        where: The device, or the states of requests, which the second kind of runner hands over and which name it.
-        is_pin_memory: Given by the first kind alone, and of no use here.
+        vllm_config: The engine's configuration.
+        where: The device; or, from the second kind of runner, the requests' states, which name the device.
+        is_pin_memory: Argument of the first kind of runner, not used.
     """
 
     def __init__(self, vllm_config: Any, where: Any, is_pin_memory: bool = False) -> None:
@@ -26,7 +26,7 @@ class BannedTokens(LogitsProcessor, SecondLogitsProcessor):  # type: ignore[misc
         self._banned = torch.tensor(banned, dtype=torch.int64, device=getattr(where, "device", where))
 
     def apply(self, logits: Tensor, context: Any = None) -> Tensor:
-        """Changes logits [N, vocabulary] in place; the second kind of runner also tells of the batch's layout."""
+        """Changes logits [N, vocabulary] in place. The second kind of runner also passes the batch's layout."""
         return logits.index_fill_(-1, self._banned, -torch.inf)
 
     def is_argmax_invariant(self) -> bool:

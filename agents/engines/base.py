@@ -1,4 +1,4 @@
-"""What an engine is to an agent."""
+"""The base class of engines."""
 
 from __future__ import annotations
 
@@ -18,64 +18,81 @@ from vlmenv.core.sampling import Sampling
 
 @dataclass(slots=True)
 class Request:
-    """A prompt to be completed."""
+    """A prompt to complete."""
 
     observation: Observation
     chat: str
-    """the observation in the model's chat format, one mark for each image"""
+    """the observation in the model's chat format, with one placeholder per image"""
     prompt: Prompt
-    """the same as the trainer's own model takes it in"""
+    """the observation as the trainer encodes it"""
 
 
 class Engine(ABC):
-    """Another program's copy of the policy, which samples faster and has to be told of each update."""
+    """A copy of the policy in another program, which samples faster and needs each update."""
 
     max_length: int
-    """tokens of prompt and completion together that it can take"""
+    """length limit of prompt and completion together, in tokens"""
 
     @abstractmethod
     def generate(
         self, requests: Sequence[Request], index: NDArray[np.int64], sampling: Sampling, rng: np.random.Generator
     ) -> list[Sampled]:
-        """Samples a completion for each entry of `index` [N], the request of each.
+        """Samples completions.
+
+        Args:
+            requests: P prompts.
+            index: int64 [N], the request of each completion.
+            sampling: Sampling options.
+            rng: Random generator of the requests' seeds.
+
+        Returns:
+            [N].
 
         Raises:
-            EngineError: The engine failed, or takes prompts in otherwise than the trainer does.
+            EngineError: The engine failed, or encodes a prompt differently from the trainer.
         """
 
     def generating(self, times: int) -> AbstractContextManager[None]:
-        """Within, this process asks for completions at most so many times; those that share an engine, as many times.
+        """Announces at most `times` calls of `generate` in the block, the same number on ranks that share an engine.
 
-        It takes part in what the others ask to the end, also where it has nothing to ask, or fails.
+        At the end of the block, also after an error, this rank takes part in the remaining calls of the others.
         """
         return nullcontext()
 
     @abstractmethod
     def sync(self, weights: Mapping[str, Tensor], *, vision: tuple[int, ...] | None = None) -> None:
-        """Takes over weights, by their names in the published checkpoint, and forgets all that came of the old ones.
+        """Loads new weights, and empties all caches of the old weights.
 
         Args:
-            weights: All of them.
-            vision: A fingerprint of those that turn images into features, where they are frozen: features may be kept
-                while it stays the same.
+            weights: All weights, by their names in the published checkpoint.
+            vision: Fingerprint of the weights between images and features. Cached features stay valid while it is
+                unchanged. None: these weights are trained, so features must be recomputed.
 
         Raises:
             EngineError: Names are missing or unknown; or the engine failed.
         """
 
-    def sleep(self) -> None:  # noqa: B027 (most hold nothing that another needs)
-        """Gives up what memory it can of the trainer's GPU; not to be asked for anything but to `wake`."""
+    def sleep(self) -> None:  # noqa: B027 (engines without memory on the trainer's GPU)
+        """Frees memory of the trainer's GPU. Until `wake` the engine must not be used."""
 
     def wake(self) -> None:  # noqa: B027
-        """Takes that memory back, before weights are handed over."""
+        """Allocates that memory again. Call it before `sync`."""
 
     @abstractmethod
     def close(self) -> None:
-        """Lets go of what the engine holds."""
+        """Frees all resources."""
 
 
-def dealt(index: NDArray[np.int64], written: Sequence[Sequence[Sampled]]) -> list[Sampled]:
-    """Deals out the completions of each request [P] to the entries of `index` [N]; fewer than asked for repeat."""
+def assign_completions(index: NDArray[np.int64], written: Sequence[Sequence[Sampled]]) -> list[Sampled]:
+    """Assigns completions to rows.
+
+    Args:
+        index: int64 [N], the request of each row.
+        written: [P], the completions of each request. If there are too few, they repeat.
+
+    Returns:
+        [N].
+    """
     taken = np.zeros(len(written), dtype=np.int64)
     result = []
     for i in index:

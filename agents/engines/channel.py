@@ -1,8 +1,7 @@
-"""What weights go through from the trainer straight to the workers of a server, from process to process.
+"""Channels that send weights from the trainer directly to the workers of a server.
 
-A channel is a process group of its own, which neither the trainer's nor vLLM's knows of, and each server has another:
-one that dies takes nobody with it. If each end has a GPU of its own it goes by NCCL, else by gloo, and all else is the
-same.
+A channel is a separate process group, one per server, unknown to the trainer's and vLLM's groups. So a dead server does
+not end the others. A channel uses NCCL if each end has its own GPU, else gloo.
 """
 
 from __future__ import annotations
@@ -24,55 +23,56 @@ import torch
 from torch import Tensor, distributed
 
 from vlmenv.agents.engines.background import within
+from vlmenv.agents.engines.fingerprints import Fingerprint
 
 _c10d: Any = distributed  # hands on names that it does not declare to be its own
 BUCKET = 256 << 20
-"""Bytes of weights that go as one message, so that small ones do not cost one each."""
+"""Bytes of weights per message, so that small weights share one."""
 _WORD = torch.int64
 _ENVIRONMENT = threading.Lock()
 _EARLY = 0.05
-"""Seconds by which torch may give up before its limit, of which it counts whole milliseconds."""
-_SHOWN = 200  # characters of what torch says
+"""Seconds by which torch may give up before its limit, which it rounds to milliseconds."""
+_MAX_MESSAGE = 200  # characters of torch's error message
 
 Bucket = Sequence[tuple[str, Sequence[int]]]
-"""Names and shapes of weights that go as one message, in order."""
+"""Names and shapes of the weights of one message, in order."""
 
 
 class ChannelFault(Exception):
-    """What kept weights from getting through."""
+    """A failed transfer of weights."""
 
 
 class LateFault(ChannelFault):
-    """Time was up."""
+    """A transfer that ran out of time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Meeting:
-    """Where the ends of a channel find each other."""
+    """The rendezvous of a channel."""
 
     address: str
-    """of the trainer, as the server reaches it"""
+    """the trainer's address, as the server reaches it"""
     port: int
     name: str
-    """no other channel's"""
+    """unique name of the channel"""
     size: int
-    """the trainer, and the server's workers"""
+    """number of ends: the trainer and the server's workers"""
     backend: str
     """nccl or gloo"""
 
 
 class Channel:
-    """One end of a channel. Making it waits for all others to come.
+    """One end of a channel. The constructor waits for all other ends.
 
     Args:
-        meeting: Where the others are found.
-        rank: The trainer has 0.
-        device: Of this end's model.
-        seconds: That the others are waited for.
-        store: What all ends meet by, where it is in this process.
+        meeting: The rendezvous.
+        rank: Number of this end; 0 is the trainer.
+        device: Device of this end's model.
+        seconds: Time limit of the rendezvous.
+        store: The rendezvous store if this process hosts it.
 
     Raises:
-        ChannelFault: They have not come.
+        ChannelFault: The rendezvous failed.
     """
 
     def __init__(
@@ -87,16 +87,16 @@ class Channel:
         self._device = device if meeting.backend == "nccl" else torch.device("cpu")
         deadline = time.monotonic() + seconds
         with _faults(deadline):
-            # torch's limits do not hold for all of it: ncclCommInitRank has none and waits for ever for an end that has
-            # died on its way. It can be made not to block (config.blocking), but torch reads the limit for that,
-            # TORCH_NCCL_NONBLOCKING_TIMEOUT, once for all groups of a process, so also vLLM's and accelerate's, and
-            # NCCL 2.26 hung in that mode (pytorch's issue 153960). A thread bounds every backend alike.
+            # torch's limits do not cover everything: ncclCommInitRank has no limit, and waits forever for an end that
+            # died. Its non-blocking mode (config.blocking) has a limit, TORCH_NCCL_NONBLOCKING_TIMEOUT. But torch reads
+            # it once for all groups of a process, also vLLM's and accelerate's, and NCCL 2.26 hung in that mode
+            # (pytorch's issue 153960). A thread limits every backend.
             within(seconds, lambda: self._meet(meeting, rank, deadline, store))
 
     def _meet(self, meeting: Meeting, rank: int, deadline: float, store: Any) -> None:
-        """Makes the group, in a thread that may be given up."""
+        """Makes the group, in a thread that may be abandoned."""
         if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)  # each thread has a current one, and a new thread the first GPU
+            torch.cuda.set_device(self._device)  # the current GPU of a new thread is the first one
         limit = _left(deadline)
         store = store or _c10d.TCPStore(
             meeting.address, meeting.port, is_master=False, timeout=limit, wait_for_workers=False
@@ -107,54 +107,54 @@ class Channel:
         else:
             own = meeting.address if rank == 0 else local_address(meeting.address)
             self._group = _gloo_group(named, rank, meeting.size, limit, own)
-        self._pass(_room(1, self._device), deadline)  # NCCL's ends meet at the first message
+        self._pass(_room(1, self._device), deadline)  # NCCL connects at the first message
 
     @torch.no_grad()
     def send(self, weights: Mapping[str, Tensor], plan: Sequence[Bucket], dtype: torch.dtype, seconds: float) -> None:
-        """Sends weights, converted bucket by bucket, and a checksum after them.
+        """Sends weights, converted bucket by bucket, and then their fingerprint.
 
         Args:
-            weights: By name.
-            plan: Which go together, as `buckets` says.
-            dtype: That they are converted to.
-            seconds: That it may take.
+            weights: Weights by name.
+            plan: Buckets, from `buckets`.
+            dtype: Type to convert to.
+            seconds: Time limit.
 
         Raises:
-            ChannelFault: An end is gone or does not take them.
+            ChannelFault: An end is gone, or does not receive.
         """
-        deadline, checksum = time.monotonic() + seconds, Checksum(self._device)
+        deadline, fingerprint = time.monotonic() + seconds, Fingerprint(self._device)
         room = _room(max((_words(bucket, dtype) for bucket in plan), default=0), self._device)
         for bucket in plan:
             message = room[: _words(bucket, dtype)]
             for name, part in _parts(message, bucket, dtype):
                 part.copy_(weights[name])
-            checksum.add(message)
+            fingerprint.add(message)
             self._pass(message, deadline)
-        self._pass(checksum.total, deadline)
+        self._pass(fingerprint.total, deadline)
 
     def receive(self, plan: Iterable[Bucket], dtype: torch.dtype, seconds: float) -> Incoming:
-        """The weights that `send` sends with the same plan and dtype."""
+        """Receives the weights that `send` sends with the same plan and dtype."""
         return Incoming(self, plan, dtype, time.monotonic() + seconds)
 
     def _pass(self, message: Tensor, deadline: float) -> None:
-        """Hands a message from the trainer on to all others; returns when it is here, or has been taken."""
+        """Broadcasts a message from the trainer. Returns when it has arrived."""
         limit = _left(deadline)
         with _faults(deadline):
-            # Waiting with a limit blocks this thread with NCCL too, which else lets the GPU alone wait.
+            # With a limit, NCCL's wait blocks this thread too, and not only the GPU.
             self._group.broadcast(message, 0, limit).wait(limit)
 
 
 class Incoming(Iterator[tuple[str, Tensor]]):
-    """Weights on their way in, received bucket by bucket as they are asked for.
+    """An iterator over weights, which receives them bucket by bucket.
 
-    Each bucket has memory of its own: vLLM keeps a layer's weights until it has all of them.
+    Each bucket has its own memory, because vLLM keeps a layer's weights until it has all of them.
     """
 
     def __init__(self, channel: Channel, plan: Iterable[Bucket], dtype: torch.dtype, deadline: float) -> None:
         self._channel, self._dtype, self._deadline = channel, dtype, deadline
         self._left = deque(plan)
         self._here: deque[tuple[str, Tensor]] = deque()
-        self._checksum = Checksum(channel._device)
+        self._fingerprint = Fingerprint(channel._device)
 
     def __next__(self) -> tuple[str, Tensor]:
         while not self._here:
@@ -164,41 +164,31 @@ class Incoming(Iterator[tuple[str, Tensor]]):
         return self._here.popleft()
 
     def finish(self) -> None:
-        """Takes what has not been asked for, so that the trainer is not left waiting, and checks that all has come.
+        """Receives the remaining buckets, so that the trainer does not wait, and checks the fingerprint.
 
         Raises:
-            ChannelFault: It has not, or not as it was sent.
+            ChannelFault: The weights did not arrive, or differ from those that were sent.
         """
         self._here.clear()
         while self._left:
             self._bucket()
-        sent = torch.empty_like(self._checksum.total)
+        sent = torch.empty_like(self._fingerprint.total)
         self._channel._pass(sent, self._deadline)
-        if int(sent) != int(self._checksum.total):
-            raise ChannelFault(f"weights came with the checksum {int(self._checksum.total)}, and went with {int(sent)}")
+        if int(sent) != int(self._fingerprint.total):
+            raise ChannelFault(
+                f"weights arrived with the fingerprint {int(self._fingerprint.total)}, but were sent with {int(sent)}"
+            )
 
     def _bucket(self) -> Iterable[tuple[str, Tensor]]:
         bucket = self._left.popleft()
         message = _room(_words(bucket, self._dtype), self._channel._device)
         self._channel._pass(message, self._deadline)
-        self._checksum.add(message)
+        self._fingerprint.add(message)
         return _parts(message, bucket, self._dtype)
 
 
-class Checksum:
-    """Of messages: sums of their words, each message weighed by another odd number, modulo 2**64."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.total = torch.zeros(1, dtype=_WORD, device=device)
-        self._weight = 1
-
-    def add(self, message: Tensor) -> None:
-        self.total += self._weight * message.sum()
-        self._weight += 2
-
-
 def buckets(weights: Mapping[str, Tensor], dtype: torch.dtype, limit: int = BUCKET) -> list[Bucket]:
-    """Which weights go together: in order, as many as `limit` bytes hold, and at least one."""
+    """Divides weights, in order, into buckets of at most `limit` bytes; a larger weight has its own bucket."""
     plan: list[list[tuple[str, list[int]]]] = [[]]
     room = limit
     for name, weight in weights.items():
@@ -212,10 +202,10 @@ def buckets(weights: Mapping[str, Tensor], dtype: torch.dtype, limit: int = BUCK
 
 
 def hosted(address: str) -> Any:
-    """What the ends of a channel meet by, listening at a free port of one address alone.
+    """Starts a rendezvous store at a free port of one address.
 
     Raises:
-        ChannelFault: It is no address of this machine.
+        ChannelFault: The address is not one of this machine.
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with _faults(math.inf):
@@ -227,12 +217,12 @@ def hosted(address: str) -> Any:
 
 
 def gpu_of(device: torch.device) -> str | None:
-    """Which GPU a device is, by a name that no other has on any machine; None where it is no CUDA GPU."""
+    """The unique id of a CUDA GPU; None for other devices."""
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
 
 
 def local_address(host: str) -> str:
-    """This machine's address on the way to another; nothing is sent there."""
+    """This machine's address in the network of `host`. Nothing is sent."""
     family, kind, _, _, place = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as asked:
         asked.connect(place)
@@ -240,7 +230,7 @@ def local_address(host: str) -> str:
 
 
 def _gloo_group(store: Any, rank: int, size: int, limit: timedelta, address: str) -> Any:
-    """Listens at `address` alone, where gloo would look for one that fits this machine's name."""
+    """Makes a gloo group that listens only at `address`, instead of the address of this machine's name."""
     gloo = _c10d.ProcessGroupGloo
     options = gloo._Options()
     options._timeout, options._devices = limit, [gloo.create_device(hostname=address)]
@@ -248,12 +238,11 @@ def _gloo_group(store: Any, rank: int, size: int, limit: timedelta, address: str
 
 
 def _nccl_group(store: Any, rank: int, size: int, limit: timedelta) -> Any:
-    """Errors are found by the thread that waits, and by no watchdog.
+    """Makes an NCCL group with blocking waits and without a watchdog.
 
-    With one, which groups have by default, torch ends the process when another end has died or hangs
-    (TORCH_NCCL_ASYNC_ERROR_HANDLING), and so a server's death would be the trainer's. With blocking waits there is
-    none: `Work.wait` looks for errors and at the time, aborts NCCL's communicator and raises. Each group reads the
-    variable when it is made. The device is that of the first message.
+    By default torch's watchdog ends the process when another end dies or hangs (TORCH_NCCL_ASYNC_ERROR_HANDLING). Then
+    a dead server would end the trainer. With blocking waits, `Work.wait` finds errors and timeouts, aborts NCCL's
+    communicator and raises. Each group reads the variable when it is made. Its device is that of the first message.
     """
     nccl = _c10d.ProcessGroupNCCL
     options = nccl.Options()
@@ -264,7 +253,7 @@ def _nccl_group(store: Any, rank: int, size: int, limit: timedelta) -> Any:
 
 @contextmanager
 def _variable(name: str, value: str) -> Iterator[None]:
-    """An environment variable with another value, for one thread after the other."""
+    """Sets an environment variable within the context, for one thread at a time."""
     with _ENVIRONMENT:
         former = os.environ.get(name)
         os.environ[name] = value
@@ -278,14 +267,14 @@ def _variable(name: str, value: str) -> Iterator[None]:
 
 @contextmanager
 def _faults(deadline: float) -> Iterator[None]:
-    """Turns torch's errors into ours."""
+    """Converts torch's errors to ChannelFault."""
     try:
         yield
     except (OSError, RuntimeError) as error:
         if time.monotonic() >= deadline - _EARLY:
             raise LateFault("time was up before all had got through") from error
-        told = re.sub(r"^\[/\S+\] ", "", str(error))  # where in gloo's source it was said
-        raise ChannelFault(f"{type(error).__name__}: {told[:_SHOWN]}") from error
+        message = re.sub(r"^\[/\S+\] ", "", str(error))  # without gloo's source file
+        raise ChannelFault(f"{type(error).__name__}: {message[:_MAX_MESSAGE]}") from error
 
 
 def _left(deadline: float) -> timedelta:
@@ -293,7 +282,7 @@ def _left(deadline: float) -> timedelta:
 
 
 def _words(bucket: Bucket, dtype: torch.dtype) -> int:
-    """Of 8 bytes, which a bucket's weights take; the sum of such is quick on every device."""
+    """Number of 8-byte words of a bucket."""
     return math.ceil(sum(math.prod(shape) for _, shape in bucket) * dtype.itemsize / _WORD.itemsize)
 
 
@@ -302,7 +291,7 @@ def _room(words: int, device: torch.device) -> Tensor:
 
 
 def _parts(message: Tensor, bucket: Bucket, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """A message's weights, as views of it."""
+    """The weights of a message, as views of it."""
     sizes = [math.prod(shape) for _, shape in bucket]
     parts = torch.split(message.view(dtype)[: sum(sizes)], sizes)
     for (name, shape), part in zip(bucket, parts, strict=True):

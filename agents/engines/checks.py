@@ -1,31 +1,25 @@
-"""What an engine has to have in common with the trainer's own model."""
+"""Checks that an engine has the trainer's model and encodes prompts as the trainer does."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from vlmenv.agents.engines.base import Request
 from vlmenv.agents.families import Family
 from vlmenv.core.errors import EngineError, ReadingError
 
-_BITS = {2: torch.int16, 4: torch.int32}
-_CHUNK = 1 << 24
-"""numbers that are summed up at a time: as 64-bit integers they take more memory than the weights"""
-_ODD = -7046029254386353131  # 2**64 over the golden ratio, which spreads neighbours
-
 
 def check_prompt(request: Request, token_ids: Sequence[int]) -> None:
-    """Raises ReadingError unless the engine reads a prompt as the trainer does, image tokens included."""
+    """Raises ReadingError unless the engine encodes a prompt as the trainer does, image tokens included."""
     ours = request.prompt.input_ids.tolist()
     if list(token_ids) == ours:
         return
     place = next((i for i, pair in enumerate(zip(ours, token_ids, strict=False)) if pair[0] != pair[1]), len(ours))
     raise ReadingError(
-        f"the engine reads a prompt otherwise than the trainer: {len(token_ids)} tokens against {len(ours)}, and from "
-        f"token {place} on {list(token_ids)[place : place + 8]} against {ours[place : place + 8]}. "
+        f"the engine encodes a prompt differently from the trainer: {len(token_ids)} tokens against {len(ours)}, and "
+        f"from token {place} on {list(token_ids)[place : place + 8]} against {ours[place : place + 8]}. "
         "Their processors or chat templates differ",
         ours,
         token_ids,
@@ -33,31 +27,16 @@ def check_prompt(request: Request, token_ids: Sequence[int]) -> None:
 
 
 def check_names(weights: Mapping[str, Tensor], names: set[str]) -> None:
-    """Raises EngineError unless the weights are those that a model folder holds."""
+    """Raises EngineError unless the weights have the names of a model folder's."""
     missing, unknown = sorted(names - weights.keys()), sorted(weights.keys() - names)
     if missing or unknown:
         raise EngineError(
-            f"the trainer's weights are not those of the engine's model: {len(missing)} are missing {missing[:3]}, "
+            f"the trainer and the engine have different weights: {len(missing)} are missing {missing[:3]}, "
             f"{len(unknown)} are unknown {unknown[:3]}"
         )
 
 
-@torch.no_grad()
-def fingerprint(weights: Iterable[Tensor]) -> tuple[int, ...]:
-    """Tells weights from others: of each tensor, a sum of its bits that weighs every place otherwise."""
-    return tuple(_digest(weight.detach()) for weight in weights)
-
-
-def _digest(weight: Tensor) -> int:
-    every, total = weight.contiguous().view(_BITS[weight.element_size()]).flatten(), 0
-    for start in range(0, len(every), _CHUNK):
-        bits = every[start : start + _CHUNK].long()
-        places = torch.arange(2 * start + 1, 2 * (start + len(bits)), 2, device=bits.device) * _ODD  # modulo 2**64
-        total += int((bits * places).sum())
-    return total
-
-
 def untied(shapes: Mapping[str, list[int]], family: Family) -> dict[str, list[int]]:
-    """A folder's weights, those of two names once: some publishers write a head out that is an embedding's."""
+    """A folder's weights without tied ones: some publishers also write an output head that is tied to the embedding."""
     tied = getattr(family.model, "all_tied_weights_keys", {})
     return {name: shape for name, shape in shapes.items() if name not in tied}

@@ -1,4 +1,4 @@
-"""What vLLM's workers tell of the weights that they hold, in this process or in servers."""
+"""Checksums of the weights in vLLM's workers, in this process or in servers."""
 
 from __future__ import annotations
 
@@ -10,22 +10,29 @@ from vlmenv.agents.engines.base import Engine
 from vlmenv.core.errors import EngineError
 
 UNREADABLE = sha256(b"").hexdigest()
-"""Of a weight that a worker holds otherwise than as a tensor: on CPUs vLLM packs those of linear layers."""
+"""Checksum of a weight that a worker does not hold as a tensor: on CPUs vLLM packs weights of linear layers."""
 
 
 @runtime_checkable
 class HasWorkers(Protocol):
-    """An engine that has vLLM's workers."""
+    """An engine with vLLM's workers."""
 
     def ask_workers(self, method: str) -> Mapping[str, list[Any]]:
-        """What each worker answers to a method of vLLM's own: by the server's address, or "" in this process."""
+        """Calls a method of vLLM on each worker.
+
+        Returns:
+            The workers' results by the server's address, "" for this process.
+        """
 
 
 def checksums(engine: Engine) -> dict[str, str]:
-    """SHA-256 of every weight that an engine's workers hold, by where it is and the engine's own name for it.
+    """SHA-256 of every weight of an engine's workers.
+
+    Returns:
+        Checksums by the server's address and vLLM's name of the weight.
 
     Raises:
-        EngineError: The engine tells none, or failed.
+        EngineError: The engine has no workers of vLLM, or failed.
     """
     found: dict[str, str] = {}
     for place, results in _workers_of(engine).ask_workers("compute_weight_checksums").items():
@@ -38,12 +45,12 @@ def clear(engine: Engine) -> None:
     """Sets every weight of an engine to 0, until the next update.
 
     Raises:
-        EngineError: The engine cannot, or failed.
+        EngineError: The engine has no workers of vLLM, or failed.
     """
     _workers_of(engine).ask_workers("reset_weights")
 
 
 def _workers_of(engine: Engine) -> HasWorkers:
     if not isinstance(engine, HasWorkers):
-        raise EngineError(f"{type(engine).__name__} has no workers of vLLM's, which tell what weights they hold")
+        raise EngineError(f"{type(engine).__name__} has no workers of vLLM, which give checksums of weights")
     return engine

@@ -1,4 +1,4 @@
-"""Weights that go from the trainer straight to servers' workers: what the trainer does about it."""
+"""The trainer's side of direct transfers: weights go from the trainer to servers' workers without files."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ T = TypeVar("T")
 
 
 class DirectTransfer:
-    """Sends weights to servers, each over a channel of its own.
+    """Sends weights to servers, with one channel per server.
 
-    A channel stays for the next updates. It is made anew where something went wrong, or the server knows it no more.
+    A channel stays open for the next updates. It is replaced after an error, or if the server has lost it.
     """
 
     def __init__(self) -> None:
         self._channels: dict[Server, Channel] = {}
 
     async def deliver(self, server: Server, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        """Has a server take over weights.
+        """Updates a server's weights.
 
         Args:
-            server: Which one.
-            weights: By name.
-            dtype: That the server works in.
+            server: The server.
+            weights: Weights by name.
+            dtype: The server's type of weights.
 
         Raises:
-            ServerFault: It has not, or not wholly.
+            ServerFault: The update failed, or is incomplete.
         """
         await server.again(lambda: self._deliver(server, weights, dtype))
 
     def close(self) -> None:
-        """Lets go of all channels."""
+        """Closes all channels."""
         self._channels.clear()
 
     async def _deliver(self, server: Server, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
@@ -70,25 +70,25 @@ class DirectTransfer:
             raise
 
     async def _channel_to(self, server: Server, device: torch.device) -> Channel:
-        """That which there is, if all of the server's workers are still at it, or a new one."""
+        """The open channel if all workers of the server still have it, else a new one."""
         known = self._channels.pop(server, None)
         workers = await server.order("vlmenv_channel", {})
         try:
             names, gpus = [one["name"] for one in workers], [one["gpu"] for one in workers]
         except (KeyError, TypeError) as error:
-            raise ServerFault(f"an answer of another form came: {workers} ({type(error).__name__})") from error
+            raise ServerFault(f"unexpected answer: {workers} ({type(error).__name__})") from error
         if known is None or set(names) != {known.name}:
             known = await self._join(server, device, 1 + len(workers), backend_between([gpu_of(device), *gpus]))
         self._channels[server] = known
         return known
 
     async def _join(self, server: Server, device: torch.device, size: int, backend: str) -> Channel:
-        """A new channel to a server, which is asked to come to it."""
+        """Opens a channel to a server."""
         limit = server.limit
         try:
             store = hosted(local_address(httpx2.URL(server.url).host))
         except (ChannelFault, OSError) as error:
-            raise ServerFault(f"there is no address at which it could reach the trainer: {error}") from error
+            raise ServerFault(f"the trainer has no address that it could reach: {error}") from error
         meeting = Meeting(store.host, store.port, uuid.uuid4().hex, size, backend)
         return await _both(
             lambda: Channel(meeting, 0, device, limit, store),
@@ -98,17 +98,17 @@ class DirectTransfer:
 
 
 def backend_between(gpus: Sequence[str | None]) -> str:
-    """What weights go by between ends on these GPUs, or on none: NCCL if each has one of its own, else gloo.
+    """The backend between ends on these GPUs (None: a CPU): NCCL if each end has its own GPU, else gloo.
 
-    NCCL refuses two ends on one GPU. By gloo weights go by way of CPUs, which works everywhere.
+    NCCL refuses two ends on one GPU. With gloo weights go through the CPUs, which works everywhere.
     """
     return "nccl" if None not in gpus and len(set(gpus)) == len(gpus) else "gloo"
 
 
 async def _both(work: Callable[[], T], order: Coroutine[Any, Any, Any], what: str) -> T:
-    """What some work at this end gives, which a server does its part of on order at the same time.
+    """Runs the trainer's side and the server's side of a transfer at the same time, and gives the trainer's result.
 
-    When one of the two fails the other is not waited for. What this thread still does has a limit of its own.
+    If one side fails, the other is not waited for. The thread of the trainer's side has its own time limit.
     """
     try:
         async with asyncio.TaskGroup() as group:

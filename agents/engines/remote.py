@@ -1,4 +1,4 @@
-"""One server of vLLM, over HTTP. Nothing that it is asked is waited for without a limit."""
+"""A client of one vLLM server, over HTTP. Every request has a time limit."""
 
 from __future__ import annotations
 
@@ -20,118 +20,121 @@ from vlmenv.agents.engines.replies import (
 )
 from vlmenv.core.errors import ConfigError
 
-SLOWER = "; a server that only needs longer wants a higher --server-timeout"
-"""what to do where the time that `Patience.answer` gives was too short"""
-_SHOWN = 200  # characters of an answer that is none
+SLOWER = "; if the server only needs longer, raise --server-timeout"
+"""advice if the time limit `RetryPolicy.answer` was too short"""
+_MAX_MESSAGE = 200  # characters of an unexpected answer
 _IDLE = 2.0
-"""Seconds after which an idle connection is given up: vLLM does so after 5, and may while the next request is sent."""
+"""Seconds after which an idle connection is closed. vLLM closes it after 5, perhaps during the next request."""
 _BRIEF = 2.0
-"""Seconds in which a server that was left out has to answer, since all others wait for it."""
+"""Time limit, in seconds, of an excluded server's first answer, for which all other servers wait."""
 _RAREST = 8
-"""Updates after which a server that was left out is asked again, at the latest."""
+"""Largest number of updates between two attempts to use an excluded server again."""
 _GREETING = "vlmenv_model"
-"""what workers are asked that `vlmenv serve` started, and others do not know"""
+"""a method that only workers of `vlmenv serve` have"""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Patience:
-    """How long a server is waited for."""
+class RetryPolicy:
+    """Time limits and retries of requests to a server."""
 
     answer: float = 300.0
-    """seconds, for completions, and until it has taken over weights"""
+    """seconds, for completions and for an update of weights"""
     greeting: float = 10.0
-    """seconds, for a connection, and for what a server answers at once"""
+    """seconds, for a connection, and for requests without work"""
     attempts: int = 4
-    """before a fault that may pass counts"""
+    """attempts per request, if a fault may be temporary"""
     pause: float = 0.5
-    """seconds before the second attempt; each pause after it is twice as long"""
+    """seconds before the second attempt; each later pause is twice as long"""
 
     def __post_init__(self) -> None:
         if self.answer <= 0 or self.greeting <= 0 or self.pause <= 0 or self.attempts < 1:
-            raise ConfigError(f"a server must be given some time and one attempt, not {self}")
+            raise ConfigError(f"time limits of servers must be above 0 and attempts at least 1, not {self}")
 
 
 class Server:
-    """One server.
+    """A client of one server.
 
     Args:
-        url: As http://HOST:PORT.
-        patience: How long it is waited for.
+        url: Address, as http://HOST:PORT.
+        retry_policy: Time limits and retries.
 
     Attributes:
-        fault: Why it is left out; None where it is in use.
-        due: Number of the update that it is offered again, where it is left out.
+        fault: Reason why the server is excluded; None while it is in use.
+        due: Number of the update that is next offered to an excluded server.
     """
 
-    def __init__(self, url: str, patience: Patience) -> None:
+    def __init__(self, url: str, retry_policy: RetryPolicy) -> None:
         check_address(url)
         self.url = url
         self.fault: str | None = None
         self.due, self._misses = 0, 0
-        self._patience = patience
+        self._retry_policy = retry_policy
         self._http = httpx2.AsyncClient(
             base_url=url,
-            trust_env=False,  # a proxy is for the world outside, and for none of these
-            timeout=httpx2.Timeout(None, connect=patience.greeting),  # all else is limited as a whole
+            trust_env=False,  # no proxy: servers are in the local network
+            timeout=httpx2.Timeout(None, connect=retry_policy.greeting),  # `_ask` limits requests as a whole
             limits=httpx2.Limits(max_connections=None, keepalive_expiry=_IDLE),
         )
 
     @property
     def limit(self) -> float:
-        """Seconds that it has to take over weights."""
-        return self._patience.answer
+        """Time limit of an update, in seconds."""
+        return self._retry_policy.answer
 
     def use(self) -> None:
-        """Notes that it has taken an update."""
+        """Records a successful update."""
         self.fault, self._misses = None, 0
 
     def miss(self, update: int) -> None:
-        """Notes that it was left out and has not taken an update either: the more of them, the longer it is let be."""
+        """Records a failed update of an excluded server. The pause until the next attempt doubles."""
         self._misses += 1
         self.due = update + min(2 ** (self._misses - 1), _RAREST)
 
     async def meet(self, *, briefly: bool = False) -> Served:
-        """What it serves.
+        """Asks what the server serves.
 
         Args:
-            briefly: It may well be gone: it is asked once, and has to answer soon whether it is there at all.
+            briefly: If true, makes one attempt with a short limit, for a server that is probably gone.
 
         Raises:
-            ServerFault: It does not answer, or not as a server of `vlmenv serve` does.
+            ServerFault: It does not answer, or is not a server of `vlmenv serve`.
         """
-        limit, attempts = self._patience.greeting, 1 if briefly else self._patience.attempts
+        limit, attempts = self._retry_policy.greeting, 1 if briefly else self._retry_policy.attempts
         first = min(limit, _BRIEF) if briefly else limit
         models = await self.again(lambda: self._ask("GET", "/v1/models", first), attempts)
         try:
             told = await self.again(self._ask_what_it_serves, attempts)
         except _RefusedFault as fault:
-            raise OtherModelFault(f"it was not started by `vlmenv serve`, as it has to be ({fault})") from fault
+            raise OtherModelFault(f"it was not started by `vlmenv serve` ({fault})") from fault
         return read_served(_json(models), _json(told))
 
     async def complete(self, request: Mapping[str, Any], *, vocabulary: int, version: str) -> Answer:
-        """Completions of a prompt.
+        """Requests completions of a prompt.
 
         Args:
-            request: In the words of vLLM's `/inference/v1/generate`.
-            vocabulary: Number of tokens.
-            version: The weights that are to sample them.
+            request: Body for vLLM's `/inference/v1/generate`.
+            vocabulary: Size of the vocabulary.
+            version: Version of the weights that must sample them.
 
         Raises:
-            ServerFault: There are none.
+            ServerFault: The request failed, or the answer is invalid.
         """
-        path, limit, asked = "/inference/v1/generate", self._patience.answer, request["sampling_params"]
+        path, limit, asked = "/inference/v1/generate", self._retry_policy.answer, request["sampling_params"]
         reply = await self.again(lambda: self._ask("POST", path, limit, request))
         return read_answer(
             _json(reply), count=asked["n"], longest=asked["max_tokens"], vocabulary=vocabulary, version=version
         )
 
     async def order(self, method: str, arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """What each of its workers answers when it is told to do something about its weights.
+        """Calls a method of `WeightReceiver` on each worker.
+
+        Returns:
+            The workers' results.
 
         Raises:
-            ServerFault: One of them cannot.
+            ServerFault: A worker reports a fault.
         """
         body = {"method": method, "kwargs": arguments}
         told = _json(await self._ask("POST", "/collective_rpc", self.limit, body))
@@ -140,34 +143,37 @@ class Server:
         return list(told["results"])
 
     async def ask_workers(self, method: str) -> list[Any]:
-        """What each of its workers answers to a method of vLLM's own.
+        """Calls a method of vLLM on each worker.
+
+        Returns:
+            The workers' results.
 
         Raises:
-            ServerFault: There is no such answer.
+            ServerFault: The request failed.
         """
         told = _json(await self._ask("POST", "/collective_rpc", self.limit, {"method": method}))
         if not isinstance(told, dict) or not isinstance(told.get("results"), list):
-            raise ServerFault(f"an answer of another form came to {method}: {str(told)[:_SHOWN]}")
+            raise ServerFault(f"unexpected answer to {method}: {str(told)[:_MAX_MESSAGE]}")
         return list(told["results"])
 
     async def renew(self, version: str) -> None:
-        """Has it forget all that came of its old weights, and name the new ones in what it generates from then on.
+        """Empties the caches of the old weights, and sets the version that completions name.
 
         Raises:
-            ServerFault: It has not.
+            ServerFault: A request failed.
         """
-        limit = self._patience.greeting
+        limit = self._retry_policy.greeting
         await self.again(self._forget_prompts)
         await self.again(lambda: self._ask("POST", "/reset_encoder_cache", limit))
         await self.again(lambda: self._ask("POST", "/update_weight_version", limit, {"new_version": version}))
 
     async def again(self, ask: Callable[[], Awaitable[T]], attempts: int | None = None) -> T:
-        """What comes of asking until there is an answer, or a fault that does not pass; `attempts` times at most."""
-        for attempt in range((attempts or self._patience.attempts) - 1):
+        """Calls `ask` until it succeeds or raises a permanent fault, at most `attempts` times."""
+        for attempt in range((attempts or self._retry_policy.attempts) - 1):
             try:
                 return await ask()
             except PassingFault:
-                await asyncio.sleep(self._patience.pause * 2**attempt)
+                await asyncio.sleep(self._retry_policy.pause * 2**attempt)
         return await ask()
 
     async def close(self) -> None:
@@ -175,16 +181,16 @@ class Server:
 
     async def _ask_what_it_serves(self) -> httpx2.Response:
         try:
-            return await self._ask("POST", "/collective_rpc", self._patience.greeting, {"method": _GREETING})
+            return await self._ask("POST", "/collective_rpc", self._retry_policy.greeting, {"method": _GREETING})
         except PassingFault as fault:
-            if _GREETING in str(fault):  # vLLM names a method that its workers do not have, by status 500
+            if _GREETING in str(fault):  # vLLM's status 500 names an unknown method
                 raise _RefusedFault(str(fault)) from fault
             raise
 
     async def _forget_prompts(self) -> None:
-        reply = _json(await self._ask("POST", "/reset_prefix_cache", self._patience.greeting))
+        reply = _json(await self._ask("POST", "/reset_prefix_cache", self._retry_policy.greeting))
         if not (isinstance(reply, dict) and reply.get("success") is True):
-            raise PassingFault("it still works at requests, and keeps keys and values of the old weights for them")
+            raise PassingFault("it has running requests, and keeps keys and values of the old weights for them")
 
     async def _ask(self, method: str, path: str, limit: float, body: Any = None) -> httpx2.Response:
         try:
@@ -204,34 +210,34 @@ class Server:
 
 
 class _RefusedFault(ServerFault):
-    """A question that a server does not take."""
+    """A request that the server refuses."""
 
 
 def check_address(url: str) -> None:
-    """Raises ConfigError unless an address is one of a server."""
+    """Raises ConfigError unless `url` is the address of a server."""
     try:
         parsed = httpx2.URL(url)
     except httpx2.InvalidURL as error:
-        raise ConfigError(f"{url!r} is no address of a server: {error}") from error
+        raise ConfigError(f"{url!r} is not the address of a server: {error}") from error
     if parsed.scheme not in ("http", "https") or not parsed.host or parsed.path not in ("", "/") or parsed.query:
-        raise ConfigError(f"{url!r} is no address of a server: give it as http://HOST:PORT")
+        raise ConfigError(f"{url!r} is not the address of a server: give http://HOST:PORT")
 
 
 def _json(reply: httpx2.Response) -> Any:
     try:
         return reply.json()
     except ValueError as error:
-        raise ServerFault(f"not JSON: {reply.text[:_SHOWN]!r}") from error
+        raise ServerFault(f"not JSON: {reply.text[:_MAX_MESSAGE]!r}") from error
 
 
 def _told(path: str, reply: httpx2.Response) -> str:
-    return f"status {reply.status_code} from {path}: {reply.text[:_SHOWN]!r}"
+    return f"status {reply.status_code} from {path}: {reply.text[:_MAX_MESSAGE]!r}"
 
 
 def _first_fault(reply: Any) -> str | None:
-    """Of what the workers say about new weights."""
+    """The first fault that the workers report."""
     try:
         faults = [one["fault"] for one in reply["results"]]
     except (KeyError, TypeError) as error:
-        return f"an answer of another form: {str(reply)[:_SHOWN]} ({type(error).__name__})"
+        return f"unexpected answer: {str(reply)[:_MAX_MESSAGE]} ({type(error).__name__})"
     return next((str(fault) for fault in faults if fault is not None), None if faults else "no worker answers")

@@ -1,4 +1,4 @@
-"""What a server of vLLM answers, looked at before it is used."""
+"""Answers of a vLLM server, validated before use."""
 
 from __future__ import annotations
 
@@ -10,51 +10,55 @@ import numpy as np
 from vlmenv.agents.sampling import Sampled
 
 _NO_NUMBER = -9999.0
-"""What vLLM writes in place of log-probabilities that are not finite."""
+"""vLLM's placeholder for log-probabilities that are not finite."""
 _ROUNDING = 1e-3
-"""A log-probability may exceed 0 by so much."""
+"""Tolerance by which a log-probability may exceed 0."""
 
 
 class ServerFault(Exception):
-    """What a server did wrong."""
+    """A fault of a server."""
 
 
 class PassingFault(ServerFault):
-    """One that may be gone when it is asked again."""
+    """A fault that may be temporary."""
 
 
 class OtherModelFault(ServerFault):
-    """It serves something else than is trained, and will go on doing so."""
+    """A permanent fault: the server serves another model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What a server serves."""
+    """The model that a server serves."""
 
     weights: dict[str, list[int]]
-    """names and shapes"""
+    """shapes by name"""
     banned: list[int]
-    """ids of tokens that it never samples"""
+    """ids of tokens that are never sampled"""
     dtype: str
     max_length: int
-    """tokens of prompt and completion together"""
+    """length limit of prompt and completion together, in tokens"""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """To one request."""
+    """The answer to one request."""
 
     prompt_ids: list[int]
-    """the prompt as the server reads it"""
+    """the prompt as the server encodes it"""
     completions: list[Sampled]
 
 
 def read_served(models: Any, results: Any) -> Served:
-    """Reads the answers to `/v1/models`, and of each worker to `vlmenv_model`.
+    """Reads the answers to `/v1/models` and to `vlmenv_model`.
+
+    Args:
+        models: Answer to `/v1/models`.
+        results: The workers' answers to `vlmenv_model`.
 
     Raises:
-        ServerFault: They are of another form.
-        OtherModelFault: Its log-probabilities are not those of the distribution that is sampled from.
+        ServerFault: The answers are not of vLLM's form.
+        OtherModelFault: The log-probabilities are not those of the sampling distribution.
     """
     try:
         told = results["results"][0]
@@ -72,15 +76,15 @@ def read_answer(reply: Any, *, count: int, longest: int, vocabulary: int, versio
     """Reads the answer to a request for completions.
 
     Args:
-        reply: As it came.
-        count: Completions that were asked for.
-        longest: Tokens of a completion at most.
-        vocabulary: Number of tokens.
-        version: The weights that are to have sampled them.
+        reply: The answer.
+        count: Number of requested completions.
+        longest: Length limit of completions in tokens.
+        vocabulary: Size of the vocabulary.
+        version: Version of the weights that must have sampled them.
 
     Raises:
-        ServerFault: It is of another form, has other numbers of tokens or completions, or ones that are no numbers; or
-            other weights sampled them.
+        ServerFault: The answer is not of vLLM's form, has another number of completions, or invalid tokens or
+            log-probabilities; or other weights sampled it.
     """
     try:
         choices = sorted(reply["choices"], key=lambda choice: int(choice["index"]))
@@ -92,11 +96,9 @@ def read_answer(reply: Any, *, count: int, longest: int, vocabulary: int, versio
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise _other_form(error) from error
     if indices != list(range(count)):
-        raise ServerFault(f"{len(indices)} completions came where {count} were asked for")
+        raise ServerFault(f"it gave completions {indices}, not the {count} requested")
     if versions != {version}:
-        raise ServerFault(
-            "its weights are not those that it was last given: it has been started anew, or another trainer uses it"
-        )
+        raise ServerFault("its weights are not those of the last update: it was restarted, or another trainer uses it")
     return answer
 
 
@@ -104,15 +106,17 @@ def _completion(choice: Any, longest: int, vocabulary: int) -> Sampled:
     ids, steps, reason = _integers(choice["token_ids"]), choice["logprobs"]["content"], choice["finish_reason"]
     logprobs = np.array([float(step["logprob"]) for step in steps])
     if [step["token_id"] for step in steps] != ids:
-        raise ServerFault(f"{len(ids)} tokens came with the log-probabilities of {len(steps)}, or of other ones")
+        raise ServerFault(f"its {len(ids)} tokens do not match their {len(steps)} log-probabilities")
     if not all(_NO_NUMBER < logprob <= _ROUNDING for logprob in logprobs):
-        raise ServerFault("log-probabilities came that are none, as from weights that are not finite")
+        raise ServerFault("its log-probabilities are invalid, as from weights that are not finite")
     if not all(0 <= token < vocabulary for token in ids):
-        raise ServerFault(f"tokens came that the model does not have: {vocabulary} are known")
+        raise ServerFault(f"its tokens are outside the vocabulary of {vocabulary}")
     if reason not in ("stop", "length"):
-        raise ServerFault(f"a completion ended by {reason!r}")
+        raise ServerFault(f"a completion has the finish reason {reason!r}")
     if not 0 < len(ids) <= longest or (reason == "length" and len(ids) < longest):
-        raise ServerFault(f"a completion of {len(ids)} tokens came, ended by {reason!r}, where {longest} are the most")
+        raise ServerFault(
+            f"a completion has {len(ids)} tokens and the finish reason {reason!r}, with a limit of {longest}"
+        )
     return Sampled(np.array(ids, dtype=np.int64), logprobs.astype(np.float32), reason)
 
 
@@ -123,4 +127,4 @@ def _integers(values: Any) -> list[int]:
 
 
 def _other_form(error: Exception) -> ServerFault:
-    return ServerFault(f"an answer came that is not of vLLM's form ({type(error).__name__}: {error})")
+    return ServerFault(f"its answer is not of vLLM's form ({type(error).__name__}: {error})")

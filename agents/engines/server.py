@@ -1,9 +1,8 @@
-"""Servers of vLLM, each with a copy of the model, in other processes or on other machines.
+"""An engine of vLLM servers, in other processes or on other machines.
 
-Prompts are spread over them. A server that fails is left out, and what it was at is given to the others. Updates go to
-all of them, if less often to one that stays away: one that takes an update is in use from then on, whatever has been
-before. Completions name the weights that they were sampled from, so that none of a server that has been started anew
-are taken for the policy's.
+Prompts are divided over the servers. A server that fails is excluded, and the others take its prompts. Updates go to
+all servers, but less often to excluded ones. A server that takes an update is in use again. Completions name the
+version of their weights, so that those of a restarted server are not taken for the policy's.
 """
 
 from __future__ import annotations
@@ -32,21 +31,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlmenv.agents.engines.background import BackgroundLoop
-from vlmenv.agents.engines.base import Engine, Request, dealt
+from vlmenv.agents.engines.base import Engine, Request, assign_completions
 from vlmenv.agents.engines.checks import check_names, check_prompt, untied
 from vlmenv.agents.engines.direct import DirectTransfer
-from vlmenv.agents.engines.remote import Patience, Server
+from vlmenv.agents.engines.fingerprints import file_digest
+from vlmenv.agents.engines.ranks import broadcast_from_main
+from vlmenv.agents.engines.remote import RetryPolicy, Server
 from vlmenv.agents.engines.replies import Answer, OtherModelFault, Served, ServerFault
 from vlmenv.agents.engines.settings import sampling_settings
-from vlmenv.agents.engines.together import from_main
-from vlmenv.agents.engines.worker import checksum_of, weight_shapes
+from vlmenv.agents.engines.worker import weight_shapes
 from vlmenv.agents.families import Family
 from vlmenv.agents.sampling import Sampled
 from vlmenv.core.errors import EngineError
 from vlmenv.core.sampling import Sampling
 
 _AT_ONCE = 64
-"""Completions of one request, and requests that a server is given at a time."""
+"""Maximum number of completions per request, and of requests to a server at a time."""
 _IN_MEMORY = Path("/dev/shm")
 
 T = TypeVar("T")
@@ -55,7 +55,7 @@ _Give = Callable[[Server], Awaitable[object]]
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """Some of the completions that a prompt is to have."""
+    """A request for some of a prompt's completions."""
 
     request: int
     body: dict[str, Any]
@@ -63,33 +63,32 @@ class _Job:
 
 @dataclass(slots=True)
 class _Batch:
-    """Jobs that are to be done together."""
+    """The jobs of one call of `generate`."""
 
     jobs: Sequence[_Job]
     version: str
-    """the weights that are to do them"""
+    """version of the weights that must sample them"""
     waiting: deque[int]
-    """jobs that no server is at"""
+    """jobs that no server works at"""
     answers: dict[int, Answer]
-    """to jobs"""
+    """answers by job"""
 
 
 class VLLMServerEngine(Engine):
-    """An engine made of servers that `vlmenv serve` started. It knows no weights before the first `sync`.
+    """An engine of servers that `vlmenv serve` started. It has no weights before the first `sync`.
 
     Args:
-        servers: Their addresses, as http://HOST:PORT.
-        folder: Of the model that is trained, in the published layout.
-        family: How the trainer takes prompts in, and which tokens are never sampled.
-        transfer: How they come by updates: "file", which they read, or "direct", from process to process.
-        weights_folder: Where updates are written for the servers to read; in memory, or where there is no room in the
-            folder for temporary files, where left out. Servers on other machines need one that they share. "direct" has
-            no use for it.
-        patience: How long a server is waited for.
+        servers: Addresses, as http://HOST:PORT.
+        folder: Folder of the trained model, in the published layout.
+        family: The trainer's model and processor, with the tokens that are never sampled.
+        transfer: Transfer of weights: "file" (servers read a file) or "direct" (from process to process).
+        weights_folder: Folder for the files of weights. Servers on other machines need a shared one. Default: a folder
+            in memory, or the one for temporary files if memory is short. "direct" does not use it.
+        retry_policy: Time limits and retries.
 
     Raises:
-        ConfigError: An address is none.
-        EngineError: A server serves another model; or none answers.
+        ConfigError: An address is invalid.
+        EngineError: A server serves another model; or no server answers.
     """
 
     def __init__(
@@ -100,16 +99,16 @@ class VLLMServerEngine(Engine):
         *,
         transfer: Literal["file", "direct"] = "file",
         weights_folder: Path | None = None,
-        patience: Patience | None = None,
+        retry_policy: RetryPolicy | None = None,
     ) -> None:
         head = family.model.get_output_embeddings()
         assert head is not None
         self._family, self._vocabulary = family, int(head.weight.shape[0])
         self._shapes = untied(weight_shapes(folder), family)
-        self._servers = [Server(url, patience or Patience()) for url in servers]
+        self._servers = [Server(url, retry_policy or RetryPolicy()) for url in servers]
         self._news: list[str] = []
         self._version: str | None = None
-        """the weights that the servers in use have; None where none has any"""
+        """version of the weights of the servers in use; None before the first `sync`"""
         self._given, self._run_id, self._weights_folder = 0, uuid.uuid4().hex, weights_folder
         self._direct = DirectTransfer() if transfer == "direct" else None
         self._dtype, self.max_length = "", 0
@@ -124,25 +123,28 @@ class VLLMServerEngine(Engine):
         self, requests: Sequence[Request], index: NDArray[np.int64], sampling: Sampling, rng: np.random.Generator
     ) -> list[Sampled]:
         if self._version is None:
-            raise EngineError("the servers have not been given the policy's weights: call sync first")
+            raise EngineError("the servers do not have the policy's weights: call sync first")
         jobs = self._jobs(requests, np.bincount(index, minlength=len(requests)), sampling, rng)
         answers = self._run(self._answer_all(jobs, self._version))
         written: list[list[Sampled]] = [[] for _ in requests]
         for job, answer in zip(jobs, answers, strict=True):
             check_prompt(requests[job.request], answer.prompt_ids)
             written[job.request] += answer.completions
-        return dealt(index, written)
+        return assign_completions(index, written)
 
     def sync(self, weights: Mapping[str, Tensor], *, vision: tuple[int, ...] | None = None) -> None:
-        # Features are never kept: another run may have used a server in between, with another vision tower.
+        # Features are never kept, because another run may have used a server in between, with another vision tower.
         check_names(weights, set(self._shapes))
         self._version = None
-        self._version, faults = from_main(lambda: self._hand_over(weights))
+        self._version, faults = broadcast_from_main(lambda: self._hand_over(weights))
         for server, fault in zip(self._servers, faults, strict=True):
             server.fault = fault
 
     def ask_workers(self, method: str) -> dict[str, list[Any]]:
-        """What the workers of each server in use answer to a method of vLLM's own.
+        """Calls a method of vLLM on the workers of each server in use.
+
+        Returns:
+            The workers' results by the server's address.
 
         Raises:
             EngineError: A server does not answer.
@@ -163,7 +165,7 @@ class VLLMServerEngine(Engine):
         self._loop.close()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        """What a coroutine gives; warns of what has become of servers on the way."""
+        """Runs a coroutine and gives its result. Warns about servers that were excluded or used again."""
         try:
             result = self._loop.run(work)
             for message in self._news:
@@ -172,7 +174,7 @@ class VLLMServerEngine(Engine):
         finally:
             self._news.clear()
 
-    # What the servers serve.
+    # The servers' models.
 
     async def _meet_all(self) -> list[Served]:
         met = await asyncio.gather(*[server.meet() for server in self._servers], return_exceptions=True)
@@ -188,29 +190,29 @@ class VLLMServerEngine(Engine):
         return [served for served in met if isinstance(served, Served)]
 
     def _agree(self, met: Sequence[Served]) -> None:
-        """Settles what all servers have in common, or raises EngineError."""
+        """Sets dtype and length limit, or raises EngineError if servers differ."""
         self._dtype, self.max_length = met[0].dtype, min(served.max_length for served in met)
         for server, served in zip([one for one in self._servers if one.fault is None], met, strict=True):
             if unlike := self._difference(served):
                 raise EngineError(f"{server.url}: {unlike}")
 
     def _difference(self, served: Served) -> str | None:
-        """What a server has otherwise than the trainer or the other servers."""
+        """The difference of a server from the trainer or from the other servers; None without."""
         shapes = untied(served.weights, self._family)
         if unlike := sorted(
             name for name in shapes.keys() | self._shapes if shapes.get(name) != self._shapes.get(name)
         ):
             name = unlike[0]
             return (
-                f"it serves another model than the one that is trained: {len(unlike)} weights have other names or "
-                f"shapes, such as {name}, {shapes.get(name, 'none')} there and {self._shapes.get(name, 'none')} here"
+                f"it serves another model than the one in training: {len(unlike)} weights have other names or shapes, "
+                f"such as {name}, {shapes.get(name, 'none')} there and {self._shapes.get(name, 'none')} here"
             )
         if served.banned != self._family.banned_tokens.tolist():
-            return "it bans other tokens from being sampled than the trainer's model: their tokenizers differ"
+            return "it bans other tokens than the trainer: their tokenizers differ"
         if served.dtype != self._dtype:
-            return f"it works in {served.dtype}, and another server in {self._dtype}: give both the same --dtype"
+            return f"it has dtype {served.dtype}, but another server has {self._dtype}: give both the same --dtype"
         if served.max_length < self.max_length:
-            return f"it takes {served.max_length} tokens, and the others {self.max_length}: raise its --engine-length"
+            return f"it takes {served.max_length} tokens, but the others {self.max_length}: raise its --engine-length"
         return None
 
     # Completions.
@@ -218,7 +220,7 @@ class VLLMServerEngine(Engine):
     def _jobs(
         self, requests: Sequence[Request], counts: NDArray[np.int64], sampling: Sampling, rng: np.random.Generator
     ) -> list[_Job]:
-        """The requests' completions in parts, each with a seed of its own, whichever server it will go to."""
+        """Divides the requests' completions into jobs. Each job has its own seed, whichever server does it."""
         jobs = []
         for i, (request, count) in enumerate(zip(requests, counts.tolist(), strict=True)):
             prompt = self._prompt(request)
@@ -229,7 +231,7 @@ class VLLMServerEngine(Engine):
         return jobs
 
     def _prompt(self, request: Request) -> dict[str, Any]:
-        """The tokens of a prompt's chat, one for each image, and the images."""
+        """The tokens of a prompt, with one per image, and the images."""
         ids = self._family.processor.tokenizer.encode(request.chat, add_special_tokens=False)
         images = [{"type": "image_url", "url": _as_url(image)} for image in request.observation["images"]]
         return {"token_ids": ids, "content_parts": images or None, "return_token_ids": True}
@@ -244,7 +246,7 @@ class VLLMServerEngine(Engine):
         return [batch.answers[i] for i in range(len(jobs))]
 
     async def _work(self, server: Server, batch: _Batch, at_once: int) -> None:
-        """Gives a server jobs until none is waiting; those that it is at when it fails wait again."""
+        """Gives a server jobs until none is waiting. Unfinished jobs of a server that fails wait again."""
 
         async def take() -> None:
             while batch.waiting:
@@ -266,7 +268,7 @@ class VLLMServerEngine(Engine):
     # Updates.
 
     def _hand_over(self, weights: Mapping[str, Tensor]) -> tuple[str, list[str | None]]:
-        """Updates the servers; gives the version that those in use have from now on, and why others are not."""
+        """Updates the servers. Gives the new version, and the fault of each server (None: in use)."""
         self._given += 1
         version = f"{self._run_id}-{self._given}"
         with self._offered(weights) as give:
@@ -275,18 +277,18 @@ class VLLMServerEngine(Engine):
 
     @contextmanager
     def _offered(self, weights: Mapping[str, Tensor]) -> Iterator[_Give]:
-        """What gives weights to a server, for as long as the context lasts."""
+        """A function that updates a server, valid within the context."""
         if (direct := self._direct) is not None:
             dtype: torch.dtype = getattr(torch, self._dtype)
             yield lambda server: direct.deliver(server, weights, dtype)
             return
-        with self._written(weights) as (file, checksum):
-            order = {"path": str(file), "checksum": checksum}
+        with self._written(weights) as (file, digest):
+            order = {"path": str(file), "digest": digest}
             yield lambda server: server.again(lambda: server.order("vlmenv_overwrite", order))
 
     @contextmanager
-    def _written(self, weights: Mapping[str, Tensor]) -> Iterator[tuple[Path, int]]:
-        """A file of weights for as long as the context lasts, and its checksum."""
+    def _written(self, weights: Mapping[str, Tensor]) -> Iterator[tuple[Path, str]]:
+        """A file of weights that exists within the context, and its SHA-256."""
         dtype: torch.dtype = getattr(torch, self._dtype)
         size = sum(math.prod(shape) for shape in self._shapes.values()) * dtype.itemsize
         try:
@@ -295,9 +297,9 @@ class VLLMServerEngine(Engine):
             ) as folder:
                 file = Path(folder) / f"weights-{self._given}.safetensors"
                 save_file({name: tensor.to("cpu", dtype).contiguous() for name, tensor in weights.items()}, file)
-                yield file, checksum_of(file)
+                yield file, file_digest(file)
         except (OSError, SafetensorError) as error:
-            raise EngineError(f"the servers' updates cannot be written: {error}") from error
+            raise EngineError(f"the file of weights for the servers cannot be written: {error}") from error
 
     async def _update_all(self, give: _Give, version: str) -> None:
         later = [server for server in self._servers if server.fault is not None and server.due > self._given]
@@ -319,31 +321,31 @@ class VLLMServerEngine(Engine):
             self._leave_out(server, fault)
             return
         if server.fault is not None:
-            self._news.append(f"the server {server.url} has taken the update and is in use again")
+            self._news.append(f"the server {server.url} took the update and is in use again")
         server.use()
 
     # Servers that fail.
 
     def _leave_out(self, server: Server, fault: BaseException) -> None:
         if server.fault is None:
-            self._news.append(f"the server {server.url} is left out until it takes a later update: {fault}")
+            self._news.append(f"the server {server.url} is excluded until it takes a later update: {fault}")
         server.fault = str(fault)
 
     def _none_left(self) -> EngineError:
         told = "; ".join(f"{server.url}: {server.fault}" for server in self._servers)
-        return EngineError(f"no server is left to generate. {told}. `vlmenv serve` starts one")
+        return EngineError(f"no server is left. {told}. Start one with `vlmenv serve`")
 
     async def _close_all(self) -> None:
         await asyncio.gather(*[server.close() for server in self._servers])
 
 
 def _roomy(size: int) -> Path | None:
-    """A folder in memory if it has room for twice as many bytes; None, which is that of temporary files, if not."""
+    """A folder in memory if it has room for twice `size` bytes; else None, the folder for temporary files."""
     return _IN_MEMORY if _IN_MEMORY.is_dir() and shutil.disk_usage(_IN_MEMORY).free > 2 * size else None
 
 
 def _as_url(image: NDArray[np.uint8]) -> str:
-    """An image as PNG, which loses nothing."""
+    """An image as a URL with PNG data, which is lossless."""
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, "PNG", compress_level=1)
     return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"

@@ -1,6 +1,6 @@
-"""`python -m vlmenv.agents.engines.serving ARGUMENTS`: vLLM's own server, as a process that ends with its parent.
+"""`python -m vlmenv.agents.engines.serving ARGUMENTS`: vLLM's own server, in a process that ends with its parent.
 
-The processes that vLLM starts import this module again, and with it the package, which mends torchvision for them too.
+The processes that vLLM starts import this module, and so the package, which mends torchvision for them too.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import signal
 import threading
 import time
 
-from vlmenv.agents.engines.settings import look_in_process
+from vlmenv.agents.engines.settings import inspect_in_process
 
 GRACE = 20.0
-"""Seconds that the server has to end by itself."""
+"""Seconds for the server to end after SIGTERM."""
 
-look_in_process()
+inspect_in_process()
 
 
 def _end_with_parent() -> None:
-    """Waits until nobody holds the other end of the standard input, then ends the process and those it started."""
-    os.read(0, 1)  # sys.stdin would be locked when this process ends first
+    """Waits until the parent closes the standard input, then ends this process and those that it started."""
+    os.read(0, 1)  # not sys.stdin, which would be locked at the end of this process
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE)
     os.killpg(0, signal.SIGKILL)

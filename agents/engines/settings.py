@@ -1,4 +1,4 @@
-"""What vLLM is told, the same in this process and as a server."""
+"""Settings of vLLM, the same in this process and as a server."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from vlmenv.agents.torchvision import is_mended
 from vlmenv.core.sampling import Sampling
 
 _ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-_ON_CPU = {"TORCHDYNAMO_DISABLE": "1"}  # to compile takes longer than most runs there
+_ON_CPU = {"TORCHDYNAMO_DISABLE": "1"}  # compiling takes longer there than most runs
 _CPU_CACHE = 256 << 20
-"""Bytes for keys and values on a CPU, or more where a few of the longest completions would not fit."""
+"""Bytes of the cache of keys and values on a CPU. It is larger if four of the longest completions need more."""
 
 
 def engine_settings(
@@ -29,13 +29,13 @@ def engine_settings(
     memory_share: float,
     tensor_parallel: int,
 ) -> dict[str, Any]:
-    """What vLLM is started with, in this process or as a server; see `VLLMEngine`."""
+    """Arguments to start vLLM with, in this process or as a server; see `VLLMEngine`."""
     cache = max(_CPU_CACHE, 4 * max_length * _bytes_per_token(family, dtype))
     on_cpu: dict[str, Any] = {
         "enforce_eager": True,
         "kv_cache_memory_bytes": cache,
         "max_num_seqs": 128,
-        # Of a prompt that is computed in parts it would turn a seeded generator back, which torch's of CPUs cannot be.
+        # For chunked prompts vLLM would rewind a seeded generator, which torch's CPU generators do not support.
         "enable_chunked_prefill": False,
     }
     return {
@@ -54,7 +54,7 @@ def engine_settings(
 
 
 def sampling_settings(family: Family, sampling: Sampling, count: int, seed: int) -> dict[str, Any]:
-    """vLLM's parameters of one request for `count` completions; greedy ones are alike, and written once."""
+    """vLLM's parameters of one request for `count` completions, or for one if greedy, because all would be equal."""
     return {
         "n": count if sampling.temperature > 0 else 1,
         "temperature": sampling.temperature,
@@ -71,14 +71,14 @@ def sampling_settings(family: Family, sampling: Sampling, count: int, seed: int)
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Environment variables that vLLM is to find when it is imported, where they have no value yet."""
+    """Defaults of environment variables to set before vLLM is imported."""
     return _ENVIRONMENT | (_ON_CPU if device.type == "cpu" else {})
 
 
-def look_in_process() -> None:
-    """Lets vLLM look at a model's class in this process, where torchvision had to be mended for this one.
+def inspect_in_process() -> None:
+    """Makes vLLM inspect a model's class in this process if torchvision had to be mended.
 
-    vLLM would do so in another process, which spares CUDA from being started here; of that such a torch has none.
+    By default vLLM inspects it in another process, so as not to start CUDA here. Such a torch has no CUDA.
     """
     if is_mended():
         registry = importlib.import_module("vllm.model_executor.models.registry")
@@ -86,7 +86,7 @@ def look_in_process() -> None:
 
 
 def _bytes_per_token(family: Family, dtype: torch.dtype) -> int:
-    """What the keys and values of a token take."""
+    """Bytes of a token's keys and values."""
     config = family.model.config.get_text_config()
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(2 * config.num_hidden_layers * config.num_key_value_heads * size * dtype.itemsize)

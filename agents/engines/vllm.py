@@ -1,10 +1,10 @@
-"""vLLM in this process, beside the model that is trained.
+"""An engine of vLLM in this process, beside the model in training.
 
-The engine holds weights of its own, which `sync` overwrites in place. All that it keeps of earlier requests (keys and
-values of prompts, features of images) is forgotten then: it came of the old weights.
+The engine has its own weights, which `sync` overwrites in place. `sync` also empties vLLM's caches of keys, values and
+image features, which came from the old weights.
 
-Where several processes train, each has an engine, or neighbours share one by tensor parallelism: each then holds a part
-of its weights, and all of them run the requests of all.
+With several ranks, each has an engine, or neighbours share one by tensor parallelism. Then each holds a shard of its
+weights, and all run the requests of all.
 """
 
 from __future__ import annotations
@@ -23,41 +23,41 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, distributed
 
-from vlmenv.agents.engines.base import Engine, Request, dealt
+from vlmenv.agents.engines.base import Engine, Request, assign_completions
 from vlmenv.agents.engines.checks import check_names, check_prompt, untied
-from vlmenv.agents.engines.settings import engine_settings, environment, look_in_process, sampling_settings
-from vlmenv.agents.engines.together import num_processes
+from vlmenv.agents.engines.ranks import num_processes
+from vlmenv.agents.engines.settings import engine_settings, environment, inspect_in_process, sampling_settings
 from vlmenv.agents.engines.worker import overwrite, weight_shapes
 from vlmenv.agents.families import Family
 from vlmenv.agents.sampling import Sampled
 from vlmenv.core.errors import ConfigError, EngineError
 from vlmenv.core.sampling import Sampling
 
-_IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # tensors are handed over as they are
-_MEMORY = {"weights", "kv_cache"}  # as vLLM names the parts that it can go without
+_IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # one process, so that `sync` can pass tensors
+_MEMORY = {"weights", "kv_cache"}  # vLLM's names of the memory that `sleep` frees
 _MISSING = (
     'the engine vllm needs the extra "vllm": pip install "vlmenv[vllm]" on a machine with a CUDA GPU; '
-    "docs/vllm.md says how to go without one"
+    "docs/vllm.md tells how to use it without a GPU"
 )
 
 
 class VLLMEngine(Engine):
-    """An engine in this process.
+    """An engine of vLLM in this process.
 
     Args:
-        folder: The model's, in the published layout.
-        family: How the trainer takes prompts in, and which tokens are never sampled.
-        device: Where it runs.
-        dtype: Of its weights.
-        max_length: Tokens of prompt and completion together.
-        max_images: Of a prompt.
-        memory_share: Of a GPU's memory, for weights, keys and values.
-        tensor_parallel: Processes that share an engine, neighbours by their ranks.
-        seed: Of what it draws itself; completions have seeds of their own.
+        folder: Folder of the model, in the published layout.
+        family: The trainer's model and processor, with the tokens that are never sampled.
+        device: Device of the engine.
+        dtype: Type of its weights.
+        max_length: Length limit of prompt and completion together, in tokens.
+        max_images: Maximum number of images of a prompt.
+        memory_share: Share of the GPU's memory for weights, keys and values, 0 to 1.
+        tensor_parallel: Number of neighbouring ranks that share an engine.
+        seed: Seed of vLLM's own random numbers. Completions have their own seeds.
 
     Raises:
-        ConfigError: vLLM is not installed, or the processes cannot share engines like this.
-        EngineError: It cannot be started.
+        ConfigError: vLLM is not installed, or the number of ranks is not a multiple of `tensor_parallel`.
+        EngineError: vLLM does not start.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class VLLMEngine(Engine):
             memory_share=memory_share,
             tensor_parallel=tensor_parallel,
         )
-        if num_processes() > 1:  # which vLLM takes as they are, and starts none
+        if num_processes() > 1:  # vLLM uses the training processes, and starts none
             settings["distributed_executor_backend"] = "external_launcher"
         try:
             self._llm = vllm.LLM(**settings, seed=seed, enable_sleep_mode=self._sleeps)
@@ -107,20 +107,20 @@ class VLLMEngine(Engine):
         for request, output in zip(requests, outputs, strict=True):
             check_prompt(request, output.prompt_token_ids)
         written = [[_sampled(one) for one in sorted(output.outputs, key=lambda one: one.index)] for output in outputs]
-        return dealt(index, written)
+        return assign_completions(index, written)
 
     def _generate(self, jobs: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[Any]:
-        """vLLM's outputs for prompts with their sampling settings."""
+        """Runs vLLM on prompts with their sampling parameters."""
         self._take_back(_MEMORY)
         shared, start = self._gathered(jobs)
         with _explained("generate"):
             params = [self._vllm.SamplingParams(**settings) for _, settings in shared]
-            with torch.autocast(self._device.type, enabled=False):  # the trainer's precision is none of the engine's
+            with torch.autocast(self._device.type, enabled=False):  # the engine has its own precision
                 outputs = self._llm.generate([prompt for prompt, _ in shared], params, use_tqdm=False)
         return list(outputs[start : start + len(jobs)])
 
     def _gathered(self, jobs: list[Any]) -> tuple[list[Any], int]:
-        """The jobs of all processes that share the engine, and where this one's begin."""
+        """The jobs of all ranks that share the engine, and the index of this rank's first job."""
         self._asked += 1
         if self._sharing == 1:
             return jobs, 0
@@ -140,42 +140,43 @@ class VLLMEngine(Engine):
         self._keep_up(last)
 
     def _keep_up(self, last: int) -> None:
-        """Runs what the others that share the engine still ask."""
+        """Takes part in the remaining calls of the ranks that share the engine."""
         while self._sharing > 1 and self._asked < last:
             self._generate([])
 
     def sync(self, weights: Mapping[str, Tensor], *, vision: tuple[int, ...] | None = None) -> None:
         check_names(weights, self._names)
-        sees_alike, self._vision = vision is not None and vision == self._vision, None
+        same_vision, self._vision = vision is not None and vision == self._vision, None
         self.wake()
         with _explained("take over the weights"):
-            missing = self._llm.collective_rpc(overwrite, args=(list(weights.items()), sees_alike))
-            # A third cache stays: it holds images as they go into the model, on which no weight has any bearing.
+            missing = self._llm.collective_rpc(overwrite, args=(list(weights.items()), same_vision))
+            # A third cache stays valid: it holds preprocessed images, which do not depend on weights.
             forgotten = self._llm.reset_prefix_cache()
-            if not sees_alike:
+            if not same_vision:
                 self._llm.llm_engine.reset_encoder_cache()
         if any(missing):
-            raise EngineError(f"vLLM left weights as they were: {missing[0][:5]}")
+            raise EngineError(f"vLLM did not update all weights: {missing[0][:5]}")
         if not forgotten:
-            raise EngineError(
-                "vLLM keeps keys and values of the old weights: it is not done with all that it was asked"
-            )
+            raise EngineError("vLLM keeps keys and values of the old weights, because it has unfinished requests")
         self._vision = vision
 
     def ask_workers(self, method: str) -> dict[str, list[Any]]:
-        """What its workers answer to a method of vLLM's own, under the address "".
+        """Calls a method of vLLM on its workers.
+
+        Returns:
+            The workers' results, under the address "".
 
         Raises:
-            EngineError: They do not.
+            EngineError: The call failed.
         """
         with _explained(method):
             return {"": self._llm.collective_rpc(method)}
 
     def sleep(self) -> None:
-        """Sends the weights to the CPU's memory and forgets keys, values and features.
+        """Moves the weights to the CPU's memory, and drops keys, values and features.
 
-        Weights could be dropped (vLLM's level 2), as those of the next step overwrite them; but with them would go what
-        is no parameter or buffer of the model, as the banned tokens and Qwen3-VL's features of its deeper layers.
+        vLLM's level 2 would drop the weights, which `sync` overwrites anyway. But it would also drop tensors that are
+        neither parameters nor buffers, such as the banned tokens and Qwen3-VL's features of deeper layers.
         """
         if self._sleeps and self._asleep != _MEMORY:
             with _explained("sleep"):
@@ -183,9 +184,9 @@ class VLLMEngine(Engine):
             self._asleep = set(_MEMORY)
 
     def wake(self) -> None:
-        """Takes the memory for weights back; that for keys and values when it is to generate, after the hand-over.
+        """Allocates memory for weights. Memory for keys and values follows at the next `generate`.
 
-        By then the weights that the processes have gathered for it, or merged with adapters, are gone again.
+        By then the gathered or merged weights of `sync` are freed.
         """
         self._take_back({"weights"})
 
@@ -196,33 +197,33 @@ class VLLMEngine(Engine):
             self._asleep -= parts
 
     def close(self) -> None:
-        with suppress(EngineError):  # else vLLM frees what is not there, an error that would stay with the next engine
+        with suppress(EngineError):  # otherwise vLLM frees unallocated memory, an error that the next engine would meet
             self._take_back(_MEMORY)
         with _keeping_processes() if num_processes() > 1 else nullcontext():
             self._llm.llm_engine.engine_core.shutdown()
 
 
 def check_sharing(tensor_parallel: int, processes: int) -> None:
-    """Raises ConfigError unless so many processes can share engines in groups of this size."""
+    """Raises ConfigError unless the number of ranks is a multiple of `tensor_parallel`."""
     if tensor_parallel < 1 or processes % tensor_parallel:
         raise ConfigError(
-            f"tensor_parallel={tensor_parallel} divides an engine between as many processes, but there "
-            f"{'is one' if processes == 1 else f'are {processes}'}: launch a multiple of it, by accelerate launch "
+            f"tensor_parallel={tensor_parallel} divides an engine over as many ranks, but there "
+            f"{'is one' if processes == 1 else f'are {processes}'}: launch a multiple of it with accelerate launch "
             "--num_processes"
         )
 
 
 def require_vllm() -> None:
-    """Raises ConfigError where vLLM is not installed; takes no time."""
+    """Raises ConfigError if vLLM is not installed, without importing it."""
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(_MISSING)
 
 
 def import_vllm(device: torch.device) -> Any:
-    """The module, with the environment that it is to find.
+    """Sets vLLM's environment variables and imports it.
 
     Raises:
-        ConfigError: It is not installed.
+        ConfigError: vLLM is not installed.
     """
     for name, value in (_IN_PROCESS | environment(device)).items():
         os.environ.setdefault(name, value)
@@ -230,13 +231,13 @@ def import_vllm(device: torch.device) -> Any:
         vllm = importlib.import_module("vllm")
     except ImportError as error:
         raise ConfigError(f"{_MISSING} ({error})") from error
-    look_in_process()
+    inspect_in_process()
     return vllm
 
 
 @contextmanager
 def _explained(work: str) -> Iterator[None]:
-    """Makes an EngineError of what vLLM raises when it cannot do some work."""
+    """Converts vLLM's errors to EngineError."""
     try:
         yield
     except (RuntimeError, ValueError, AssertionError) as error:
@@ -246,7 +247,7 @@ def _explained(work: str) -> Iterator[None]:
 
 @contextmanager
 def _keeping_processes() -> Iterator[None]:
-    """Keeps vLLM from parting the processes that train, which it would as if it had joined them itself."""
+    """Stops vLLM's shutdown from destroying the training process group."""
     destroy = distributed.destroy_process_group
 
     def destroy_own(group: Any = None) -> None:

@@ -1,8 +1,7 @@
-"""Run within vLLM, where its model is: what one of its workers does with new weights."""
+"""Code of vLLM's workers that updates their weights."""
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,22 +11,22 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vlmenv.agents.engines.channel import Bucket, Channel, ChannelFault, Meeting, gpu_of
+from vlmenv.agents.engines.fingerprints import file_digest
 
-_CHUNK = 1 << 24  # bytes
-_SHOWN = 500  # characters of what vLLM says, which may name all of a model's weights
+_MAX_MESSAGE = 500  # characters of vLLM's error message, which may name all of a model's weights
 
 
 class WeightReceiver:
-    """What the workers of a server can be asked beside vLLM's own methods; answers are such as JSON can hold."""
+    """Methods of a server's workers beside vLLM's own. Their results can be written as JSON."""
 
     vllm_config: Any
     rank: int
     device: torch.device
     vlmenv_line: Channel | None = None
-    """to the trainer, where it has asked for one"""
+    """channel to the trainer, if it has opened one"""
 
     def vlmenv_model(self) -> dict[str, Any]:
-        """What is served, for a trainer to compare with its own model."""
+        """Describes the served model, for the trainer to compare with its own."""
         config = self.vllm_config.model_config
         return {
             "weights": weight_shapes(Path(config.model)),
@@ -36,23 +35,23 @@ class WeightReceiver:
             "logprobs": config.logprobs_mode,
         }
 
-    def vlmenv_overwrite(self, path: str, checksum: int) -> dict[str, Any]:
-        """Takes over the weights of a safetensors file; `fault` says why not all of them, and is None otherwise."""
+    def vlmenv_overwrite(self, path: str, digest: str) -> dict[str, Any]:
+        """Loads the weights of a safetensors file. `fault` is the reason of a failure, or None."""
         try:
-            if (found := checksum_of(Path(path))) != checksum:
-                return {"fault": f"{path} has the checksum {found} here and {checksum} where it was written"}
+            if (found := file_digest(Path(path))) != digest:
+                return {"fault": f"{path} has the SHA-256 {found} here, but {digest} where it was written"}
             left = overwrite(self, _tensors(Path(path)))
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             return {"fault": f"{type(error).__name__}: {error}"}
         return {"fault": _unchanged(left)}
 
     def vlmenv_channel(self) -> dict[str, Any]:
-        """Which channel this worker is at, and on which GPU it works."""
+        """The name of this worker's channel, and the id of its GPU."""
         line = self.vlmenv_line
         return {"fault": None, "name": None if line is None else line.name, "gpu": gpu_of(self.device)}
 
     def vlmenv_join(self, seconds: float, **meeting: Any) -> dict[str, Any]:
-        """Comes to a channel, from any other that it was at; `fault` says why not."""
+        """Joins a channel and leaves any former one. `fault` is the reason of a failure, or None."""
         self.vlmenv_line = None
         try:
             self.vlmenv_line = Channel(Meeting(**meeting), 1 + self.rank, self.device, seconds)
@@ -61,14 +60,14 @@ class WeightReceiver:
         return {"fault": None}
 
     def vlmenv_receive(self, name: str, plan: list[Bucket], dtype: str, seconds: float) -> dict[str, Any]:
-        """Takes over weights that come by a channel; `fault` says why not all of them."""
+        """Loads weights from a channel. `fault` is the reason of a failure, or None."""
         if self.vlmenv_line is None or self.vlmenv_line.name != name:
-            return {"fault": "it is no longer at the trainer's channel: another trainer uses it"}
+            return {"fault": "it has left the trainer's channel: another trainer uses it"}
         incoming, fault = self.vlmenv_line.receive(plan, getattr(torch, dtype), seconds), None
         try:
             fault = _unchanged(overwrite(self, incoming))
-        except Exception as error:  # whatever it is, the trainer goes on sending
-            fault = f"{type(error).__name__}: {error}"[:_SHOWN]
+        except Exception as error:  # any: the trainer still sends, so `finish` must receive
+            fault = f"{type(error).__name__}: {error}"[:_MAX_MESSAGE]
         try:
             incoming.finish()
         except ChannelFault as error:
@@ -77,12 +76,12 @@ class WeightReceiver:
 
 
 def _unchanged(left: list[str]) -> str | None:
-    """What is wrong where weights have stayed the old ones."""
-    return f"weights were left as they were: {left[:5]}" if left else None
+    """The fault if weights were not updated."""
+    return f"weights were not updated: {left[:5]}" if left else None
 
 
 def weight_shapes(folder: Path) -> dict[str, list[int]]:
-    """The weights in a folder's safetensors files."""
+    """Shapes of the weights in a folder's safetensors files, by name."""
     shapes: dict[str, list[int]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as stream:
@@ -90,24 +89,21 @@ def weight_shapes(folder: Path) -> dict[str, list[int]]:
     return shapes
 
 
-def checksum_of(file: Path) -> int:
-    """CRC-32 of a file's bytes."""
-    checksum = 0
-    with file.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            checksum = zlib.crc32(chunk, checksum)
-    return checksum
+def overwrite(worker: Any, weights: Iterable[tuple[str, Tensor]], same_vision: bool = False) -> list[str]:
+    """Loads weights into a worker.
 
+    Args:
+        worker: The worker.
+        weights: Published names and tensors.
+        same_vision: If true, features of images are unchanged, and the worker keeps its cached ones.
 
-def overwrite(worker: Any, weights: Iterable[tuple[str, Tensor]], sees_alike: bool = False) -> list[str]:
-    """Lets a worker take over weights, by their published names, and names those of its own that are still the old.
-
-    Where images turn into the same features as before, it keeps those that it has, which vLLM would have it forget.
+    Returns:
+        Names of the worker's parameters that were not updated.
     """
     model, taken = worker.model_runner.get_model(), set()
     cache = worker.model_runner.encoder_cache
-    cache = getattr(cache, "encoder_outputs", cache)  # as vLLM's second kind of runner has them
-    features = dict(cache) if sees_alike else {}
+    cache = getattr(cache, "encoder_outputs", cache)  # vLLM's second kind of runner
+    features = dict(cache) if same_vision else {}
     load, tied = model.load_weights, _tied_heads(model)
 
     def noting(given: Any) -> set[str]:
@@ -122,14 +118,14 @@ def overwrite(worker: Any, weights: Iterable[tuple[str, Tensor]], sees_alike: bo
         del model.load_weights
     cache.update(features)
     for head, embedding in tied:
-        # On CPUs the head multiplies by a copy of its own layout, which vLLM makes anew for untied heads alone.
+        # On CPUs the head multiplies by a packed copy, which vLLM renews for untied heads only.
         head.weight = embedding.weight
         head.quant_method.process_weights_after_loading(head)
     return sorted({name for name, _ in model.named_parameters()} - taken)
 
 
 def _tied_heads(model: Any) -> list[tuple[Any, Any]]:
-    """Output heads whose weights are those of an embedding, with it."""
+    """Pairs of an output head and the embedding that it is tied to."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
     found = [module for module in model.modules() if isinstance(module, VocabParallelEmbedding)]

@@ -2,8 +2,8 @@
 
     python benchmarks/findings/hacking.py --output benchmarks/findings/hacking.md
 
-VLM-R1 (arXiv 2504.07615, section 5) finds that with AP as the reward answers grow and boxes pile up, and that
-`od_length`, which multiplies it by a penalty for boxes beyond the true number, stops that.
+VLM-R1 (arXiv 2504.07615, section 5) finds that with AP as the reward answers grow longer and have more and more boxes.
+`od_length` multiplies AP by a penalty for boxes beyond the true number, which stops that.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import numpy as np
 from vlmenv.core.answers import Detection
 from vlmenv.core.coordinates import is_box
 from vlmenv.core.errors import DataError
-from vlmenv.core.files import write_whole
+from vlmenv.core.files import write_atomic
 from vlmenv.envs.data.objects import ask_for, detection_question
 from vlmenv.envs.data.rows import Row
 from vlmenv.envs.data.tables import JSONStream, Table
@@ -122,7 +122,7 @@ class CocoInstances(Table):
             one | dict(wanted[str(one["id"])]) for one in content["images"] if str(one["id"]) in wanted
         ]
         content["annotations"] = [one for one in content["annotations"] if str(one["image_id"]) in wanted]
-        write_whole(file, json.dumps(content))
+        write_atomic(file, json.dumps(content))
 
     def _detection(self, annotation: int) -> Detection:
         x1, y1, x2, y2, area = self._boxes[5 * annotation : 5 * annotation + 5]

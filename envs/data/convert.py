@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from vlmenv.core.answers import NONE
 from vlmenv.core.errors import ConfigError, DataError, unknown_name
-from vlmenv.core.files import whole_file
+from vlmenv.core.files import atomic_file
 from vlmenv.envs.data.annotations import (
     BOX_COLUMNS,
     IMAGE_SUFFIXES,
@@ -92,7 +92,7 @@ def convert(
     summary = Summary(layout, target, _ENVS.get(layout, ""))
     rows = _READERS[layout](source, target, images, split, summary)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(target) as partial, partial.open("w", encoding="utf-8") as stream:
+    with atomic_file(target) as partial, partial.open("w", encoding="utf-8") as stream:
         for row in rows:
             if isinstance(row, DataError):
                 if not skip_broken:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, TextIO
 
 from vlmenv.core.errors import ConfigError, DataError
-from vlmenv.core.files import whole_file
+from vlmenv.core.files import atomic_file
 from vlmenv.envs.data.media import Unread
 
 _CHUNK = 1 << 20  # bytes read at a time
@@ -51,7 +51,7 @@ class Table(ABC):
             file: Its name ends in `suffix`; an older one is overwritten.
             added: By the numbers of the rows, in their order, columns that each is given besides its own.
         """
-        with whole_file(file) as partial, partial.open("w", encoding="utf-8") as stream:
+        with atomic_file(file) as partial, partial.open("w", encoding="utf-8") as stream:
             self._dump((dict(self.read(number)) | dict(more) for number, more in added.items()), stream)
 
     def _dump(self, rows: Iterator[dict[str, Any]], stream: TextIO) -> None:
@@ -250,7 +250,7 @@ class HuggingFace(Table):
         for column in dict.fromkeys(name for more in added.values() for name in more):
             kept = chosen.remove_columns([column]) if column in chosen.column_names else chosen
             chosen = kept.add_column(column, [more.get(column) for more in added.values()])
-        with whole_file(file) as partial:
+        with atomic_file(file) as partial:
             chosen.to_parquet(str(partial))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from vlmenv.agents.engines.together import from_main, num_processes
+from vlmenv.agents.engines.ranks import broadcast_from_main, num_processes
 from vlmenv.core.errors import EngineError
 
 folder = Path(sys.argv[1])
@@ -24,10 +24,10 @@ def fail() -> None:
 
 
 assert num_processes() == 2
-assert from_main(work) == [0, 7]
+assert broadcast_from_main(work) == [0, 7]
 try:
-    from_main(fail)
+    broadcast_from_main(fail)
 except EngineError as error:
     (folder / f"told-{state.process_index}").write_text(str(error))
-assert from_main(lambda: "after it") == "after it"
+assert broadcast_from_main(lambda: "after it") == "after it"
 state.destroy_process_group()

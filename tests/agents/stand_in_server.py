@@ -17,15 +17,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vlmenv.agents.engines.remote import Patience
+from vlmenv.agents.engines.fingerprints import file_digest
+from vlmenv.agents.engines.remote import RetryPolicy
 from vlmenv.agents.engines.server import VLLMServerEngine
-from vlmenv.agents.engines.worker import WeightReceiver, checksum_of, weight_shapes
+from vlmenv.agents.engines.worker import WeightReceiver, weight_shapes
 from vlmenv.agents.sampling import Sampling
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.core.rollout import Observation
 
-PATIENT = Patience(answer=60, greeting=60, attempts=2, pause=0.01)
-HASTY = Patience(answer=3, greeting=3, attempts=2, pause=0.01)
+PATIENT = RetryPolicy(answer=60, greeting=60, attempts=2, pause=0.01)
+HASTY = RetryPolicy(answer=3, greeting=3, attempts=2, pause=0.01)
 """with servers that are about to hang"""
 TOKENS = 3
 """of each completion"""
@@ -82,7 +83,7 @@ class Answering:
                 orders = [pool.submit(getattr(worker, method), **arguments) for worker in self.workers]
                 return {"results": [order.result() for order in orders]}
         path = Path(body["kwargs"]["path"])
-        assert checksum_of(path) == body["kwargs"]["checksum"]
+        assert file_digest(path) == body["kwargs"]["digest"]
         self.weights = load_file(path)
         return {"results": [{"fault": None}]}
 
@@ -183,7 +184,7 @@ def bad(model: dict[str, Any], opened: ExitStack) -> Answering:
 def agent_of(opened: ExitStack, *urls: str, **how: Any) -> VLMAgent:
     """An agent whose answers come from servers that have been given its weights."""
     agent = VLMAgent.from_pretrained("builtin", sampling=Sampling(max_new_tokens=TOKENS))
-    agent.engine = VLLMServerEngine(urls, agent.folder, agent.family, patience=PATIENT, **how)
+    agent.engine = VLLMServerEngine(urls, agent.folder, agent.family, retry_policy=PATIENT, **how)
     opened.callback(agent.close)
     agent.sync()
     return agent
@@ -200,7 +201,7 @@ def lose_patience(agent: VLMAgent, *servers: Answering) -> None:
     """With some servers."""
     for server in agent.engine._servers:
         if server.url in [one.url for one in servers]:
-            server._patience = HASTY
+            server._retry_policy = HASTY
 
 
 def asked_later(agent: VLMAgent, server: Answering) -> int:

@@ -396,7 +396,7 @@ def test_where_weights_are_divided_every_pass_runs_every_block_as_often(
     short = replace(text, completions=[replace(first, token_ids=first.token_ids[:1], logprobs=first.logprobs[:1])])
     parts, ran = (rollout, text, short), []
     expected = [agent.logprobs(part).values for part in parts]
-    agent.in_step, agent.divided, agent.family_policy.share_prefixes = True, True, share_prefixes
+    agent.runs_every_module, agent.sharded, agent.family_policy.share_prefixes = True, True, share_prefixes
     assert agent.reference().policy.family.vision_tower() is not agent.family.vision_tower()
     for block in agent.blocks():
         block.register_forward_pre_hook(lambda block, _: ran.append(block))

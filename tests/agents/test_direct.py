@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -107,7 +106,7 @@ def test_updates_arrive_whole_by_channels(
 def test_a_server_that_is_at_the_channel_no_more_comes_to_a_new_one(
     good: Answering, opened: ExitStack, loading: Callable[[Load], None], recwarn: pytest.WarningsRecorder
 ) -> None:
-    """It was started anew, or has come to another trainer's."""
+    """It was restarted, or has come to another trainer's."""
     agent = agent_of(opened, good.url, transfer="direct")
     good.workers = [Worker(0)]
     agent.sync()
@@ -146,7 +145,7 @@ def hang_midway(worker: Worker, incoming: Incoming) -> list[str]:
 
 
 def come_otherwise(worker: Worker, incoming: Incoming) -> list[str]:
-    incoming._checksum.total += 1
+    incoming._fingerprint.total += 1
     return load(worker, incoming)
 
 
@@ -163,14 +162,18 @@ def no_channel(server: Answering, path: str, usual: Any) -> Reply:
 
 DIRECT_FAULTS: dict[str, tuple[Load, Fault | None, str]] = {
     "a load that fails": (fail_midway, None, "cannot take over weights: LookupError: no such weight"),
-    "a load that leaves weights": (stop_midway, None, r"weights were left as they were: \['model.norm'\]"),
-    "weights that come otherwise": (come_otherwise, None, r"cannot take over weights: weights came with the checksum"),
+    "a load that leaves weights": (stop_midway, None, r"weights were not updated: \['model.norm'\]"),
+    "weights that come otherwise": (
+        come_otherwise,
+        None,
+        r"cannot take over weights: weights arrived with the fingerprint",
+    ),
     "a worker that dies": (die_midway, None, "its weights cannot be sent: .*by peer"),
     "a worker that hangs": (hang_midway, None, "no answer from /collective_rpc within 3 s|time was up"),
     "all hang": (load, hang, "no answer from /collective_rpc within 3 s"),
     "no answer": (load, cut_after_it, "RemoteProtocolError at /collective_rpc"),
     "no channel": (load, no_channel, "cannot take over weights: no way there"),
-    "another form": (load, changed(lambda reply: reply["results"][0].pop("gpu", 0)), "another form"),
+    "another form": (load, changed(lambda reply: reply["results"][0].pop("gpu", 0)), "unexpected answer"),
 }
 
 
@@ -188,16 +191,14 @@ def test_a_server_to_which_weights_do_not_get_is_left_out_until_they_do(
     if bad.fault is no_channel:
         bad.workers = [Worker(0)]
     change(agent)
-    began = time.monotonic()
-    with pytest.warns(RuntimeWarning, match=f"{bad.url} is left out .*({told})"):
+    with pytest.warns(RuntimeWarning, match=f"{bad.url} is excluded .*({told})"):
         agent.sync()
-    assert time.monotonic() - began < 20
     assert_has_weights(good, agent)
     assert_answered(agent)
     assert "/inference/v1/generate" not in bad.paths()
     loading(load)
     bad.fault = None
-    with pytest.warns(RuntimeWarning, match=f"{bad.url} has taken the update and is in use again"):
+    with pytest.warns(RuntimeWarning, match=f"{bad.url} took the update and is in use again"):
         agent.sync()
     assert_has_weights(bad, agent)
     assert orders(bad)[-2:] == ["vlmenv_join", "vlmenv_receive"]

@@ -19,6 +19,8 @@ from vlmenv.agents.kernels import EfficientKernel, FlashKernel
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.core.rollout import Rollout
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3", "smolvlm", "glm4v"]
 
 

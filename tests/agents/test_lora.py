@@ -130,7 +130,7 @@ def test_adapters_do_not_go_onto_weights_that_have_them_already(builtin: VLMAgen
     agent = build("builtin")
     train(agent, rollout_of(builtin))
     agent.save(tmp_path / "model")
-    with pytest.raises(ModelError, match=r"trained on other weights .* goes with .*builtin, and not with .* merged"):
+    with pytest.raises(ModelError, match=r"trained on other weights .* load it onto .*builtin, not onto .* merged"):
         build(tmp_path / "model").load(tmp_path / "model")
 
 
@@ -139,7 +139,7 @@ def test_adapters_do_not_go_onto_weights_that_have_them_already(builtin: VLMAgen
     [
         ({"rank": 2}, r"adapter has r=4, the agent's r=2"),
         ({"alpha": 16}, r"adapter has lora_alpha=8, the agent's lora_alpha=16"),
-        ({"vision": False}, r"not a checkpoint of this model as it is built: \d+ weights .*visual"),
+        ({"vision": False}, r"the checkpoint does not fit this agent: \d+ weights .*visual"),
     ],
 )
 def test_adapters_of_another_make_are_refused(tmp_path: Path, other: dict[str, int], message: str) -> None:
@@ -207,7 +207,7 @@ def test_dropout_acts_only_where_there_is_gradient(builtin: VLMAgent) -> None:
 
 @pytest.mark.parametrize("wrong", [{"rank": 0}, {"alpha": 0}, {"dropout": 1.0}, {"dropout": -0.1}])
 def test_numbers_out_of_range_are_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(ConfigError, match=f"LoRA wants .*{next(iter(wrong))}="):
+    with pytest.raises(ConfigError, match=f"LoRA needs .*{next(iter(wrong))}="):
         build("builtin", **wrong)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from batches import logprobs_of, loss_of, rollout_of, train
 
-from vlmenv.agents.lean import noting_kept
+from vlmenv.agents.saved_activations import recording_saved
 from vlmenv.agents.vlm import Sampling, VLMAgent, find_model
 from vlmenv.core.rollout import Rollout
 
@@ -27,7 +27,7 @@ def gradients(agent: VLMAgent, rollout: Rollout) -> tuple[dict[str, torch.Tensor
             storages[storage.data_ptr()] = storage
 
     agent.policy.zero_grad()
-    with noting_kept(note):
+    with recording_saved(note):
         loss = loss_of(agent, rollout)
     loss.backward()
     result = {name: p.grad for name, p in agent.policy.named_parameters()}

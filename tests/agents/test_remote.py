@@ -13,7 +13,7 @@ import stand_in_server
 from servers import free_port
 from stand_in_server import ASKED, Answering, Fault, Reply, agent_of, assert_answered, hang, lose_patience
 
-from vlmenv.agents.engines.remote import Patience, check_address
+from vlmenv.agents.engines.remote import RetryPolicy, check_address
 from vlmenv.core.errors import ConfigError, EngineError
 
 opened, model, good, bad = stand_in_server.opened, stand_in_server.model, stand_in_server.good, stand_in_server.bad
@@ -22,13 +22,13 @@ opened, model, good, bad = stand_in_server.opened, stand_in_server.model, stand_
 
 @pytest.mark.parametrize("address", ["127.0.0.1:8000", "http://", "http://a:8000/v1", "ftp://a", "http://a:port", ""])
 def test_what_is_no_address_is_refused(address: str) -> None:
-    with pytest.raises(ConfigError, match="no address of a server"):
+    with pytest.raises(ConfigError, match="not the address of a server"):
         check_address(address)
 
 
 def test_what_is_no_server_of_ours_is_told(bad: Answering, opened: ExitStack) -> None:
     bad.at, bad.fault = "/collective_rpc", lambda *_: (404, b'{"detail": "Not Found"}')
-    with pytest.raises(EngineError, match=f"{bad.url}: it was not started by `vlmenv serve`, .*status 404"):
+    with pytest.raises(EngineError, match=f"{bad.url}: it was not started by `vlmenv serve` .*status 404"):
         agent_of(opened, bad.url)
 
 
@@ -36,15 +36,15 @@ def test_workers_that_are_not_ours_are_told_at_once(bad: Answering, opened: Exit
     """vLLM in development mode, which takes the question, and whose workers do not know it."""
     told = b"Call to collective_rpc method failed: Worker failed with error ''CPUWorker' object has no attribute "
     bad.at, bad.fault = "/collective_rpc", lambda *_: (500, told + b"'vlmenv_model''")
-    with pytest.raises(EngineError, match=f"{bad.url}: it was not started by `vlmenv serve`, .*no attribute"):
+    with pytest.raises(EngineError, match=f"{bad.url}: it was not started by `vlmenv serve` .*no attribute"):
         agent_of(opened, bad.url)
     assert bad.paths() == ["/v1/models", "/collective_rpc"]
 
 
 def test_a_slow_server_is_told_from_one_that_is_gone(good: Answering, opened: ExitStack) -> None:
     agent, good.fault = agent_of(opened, good.url), hang
-    agent.engine._servers[0]._patience = Patience(answer=0.2)
-    with pytest.raises(EngineError, match=r"no answer from .* within 0\.2 s; .* a higher --server-timeout"):
+    agent.engine._servers[0]._retry_policy = RetryPolicy(answer=0.2)
+    with pytest.raises(EngineError, match=r"no answer from .* within 0\.2 s; .* raise --server-timeout"):
         agent.rollout(ASKED)
 
 
@@ -62,7 +62,7 @@ def test_a_fault_that_passes_is_not_told(good: Answering, opened: ExitStack, rec
         return (503, b"busy") if left.acquire(blocking=False) else (200, json.dumps(usual).encode())
 
     good.fault = fault
-    agent.engine._servers[0]._patience = Patience(attempts=5, pause=0.01)
+    agent.engine._servers[0]._retry_policy = RetryPolicy(attempts=5, pause=0.01)
     assert_answered(agent)
     assert not [one for one in recwarn if one.category is RuntimeWarning]
 
@@ -74,11 +74,11 @@ UPDATE_FAULTS: dict[str, tuple[str, Fault, str]] = {
         "cannot take over weights: FileNotFoundError: gone",
     ),
     "no worker": ("/collective_rpc", lambda *_: (200, b'{"results": []}'), "no worker answers"),
-    "another form": ("/collective_rpc", lambda *_: (200, b'{"results": 1}'), "an answer of another form"),
+    "another form": ("/collective_rpc", lambda *_: (200, b'{"results": 1}'), "unexpected answer"),
     "prompts that it goes on with": (
         "/reset_prefix_cache",
         lambda *_: (200, b'{"success": false}'),
-        "it still works at requests",
+        "it has running requests",
     ),
     "features that stay": ("/reset_encoder_cache", lambda *_: (500, b"no"), "status 500 from /reset_encoder_cache"),
     "no version": ("/update_weight_version", hang, "no answer from /update_weight_version within 3 s"),
@@ -93,14 +93,14 @@ def test_a_server_that_does_not_take_an_update_is_left_out(
     bad.at, bad.fault, told = UPDATE_FAULTS[fault]
     if bad.fault is hang:
         lose_patience(agent, bad)
-    with pytest.warns(RuntimeWarning, match=f"{bad.url} is left out .*{told}"):
+    with pytest.warns(RuntimeWarning, match=f"{bad.url} is excluded .*{told}"):
         agent.sync()
     assert_answered(agent)
     assert "/inference/v1/generate" not in bad.paths()
     good.at, good.fault = bad.at, bad.fault
     if good.fault is hang:
         lose_patience(agent, good)
-    with pytest.raises(EngineError, match=f"no server is left .*{good.url}: .*{told}"):
+    with pytest.raises(EngineError, match=f"no server is left.*{good.url}: .*{told}"):
         agent.sync()
-    with pytest.raises(EngineError, match="have not been given the policy's weights"):
+    with pytest.raises(EngineError, match="do not have the policy's weights"):
         agent.rollout(ASKED)

@@ -60,24 +60,27 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "not even text": (lambda *_: (200, bytes(range(128, 256))), "not JSON"),
     "a list": (lambda *_: (200, b"[1, 2]"), "not of vLLM's form"),
     "no completions": (changed(lambda reply: reply.pop("choices")), "not of vLLM's form .KeyError: 'choices'"),
-    "too few completions": (changed(lambda reply: reply["choices"].pop()), "1 completions came where 2 were asked"),
-    "one twice": (first(lambda choice: choice.update(index=1)), "2 completions came where 2 were asked"),
+    "too few completions": (changed(lambda reply: reply["choices"].pop()), r"completions \[0\], not the 2 requested"),
+    "one twice": (first(lambda choice: choice.update(index=1)), r"completions \[1, 1\], not the 2 requested"),
     "text for tokens": (first(lambda choice: choice.update(token_ids=["a"])), "no list of integers"),
     "fractions of tokens": (first(lambda choice: choice.update(token_ids=[1.5])), "no list of integers"),
     "no log-probabilities": (first(lambda choice: choice.update(logprobs=None)), "not of vLLM's form"),
-    "no number": (logprob(float("nan")), "log-probabilities came that are none"),
-    "vLLM's word for no number": (logprob(-9999.0), "log-probabilities came that are none"),
-    "a probability above 1": (logprob(0.5), "log-probabilities came that are none"),
+    "no number": (logprob(float("nan")), "its log-probabilities are invalid"),
+    "vLLM's word for no number": (logprob(-9999.0), "its log-probabilities are invalid"),
+    "a probability above 1": (logprob(0.5), "its log-probabilities are invalid"),
     "null": (logprob(None), "not of vLLM's form"),
     "other tokens": (first(lambda choice: choice["token_ids"].reverse()), "with the log-probabilities of 3, or of"),
-    "unknown tokens": (changed(lambda reply: lift(reply["choices"][0])), "tokens came that the model does not have"),
-    "too few tokens": (first(shorten), "a completion of 2 tokens came, ended by 'length'"),
-    "too many tokens": (first(lengthen), "a completion of 4 tokens came"),
-    "aborted": (first(lambda choice: choice.update(finish_reason="abort")), "a completion ended by 'abort'"),
+    "unknown tokens": (changed(lambda reply: lift(reply["choices"][0])), "outside the vocabulary"),
+    "too few tokens": (first(shorten), "a completion has 2 tokens and the finish reason 'length'"),
+    "too many tokens": (first(lengthen), "a completion has 4 tokens"),
+    "aborted": (
+        first(lambda choice: choice.update(finish_reason="abort")),
+        "a completion has the finish reason 'abort'",
+    ),
     "no word of the weights": (first(lambda choice: choice.update(weight_versions=None)), "not of vLLM's form"),
     "other weights": (
         first(lambda choice: choice["weight_versions"][0].update(version="default")),
-        "its weights are not those that it was last given",
+        "its weights are not those of the last update",
     ),
 }
 
@@ -91,10 +94,10 @@ def test_a_server_that_fails_is_left_out(fault: str, good: Answering, bad: Answe
     if bad.fault is hang:
         lose_patience(agent, bad)
         lose_patience(alone, bad)
-    with pytest.warns(RuntimeWarning, match=f"the server {bad.url} is left out until .*: .*{told}"):
+    with pytest.warns(RuntimeWarning, match=f"the server {bad.url} is excluded until .*: .*{told}"):
         assert_answered(agent)
     assert_answered(agent, LATER)
     assert not asked_later(agent, bad)
     alone.engine._version = bad.version
-    with pytest.raises(EngineError, match=f"no server is left to generate. {bad.url}: .*{told}"):
+    with pytest.raises(EngineError, match=f"no server is left. {bad.url}: .*{told}"):
         alone.rollout(ASKED)

@@ -43,8 +43,8 @@ def test_the_distribution_that_is_sampled_from(sampling: Sampling, kept: list[fl
 def test_rollouts_with_a_cut_tail_say_so_and_stay_within_it(builtin: VLMAgent) -> None:
     builtin.sampling = Sampling(temperature=3.0, top_k=3, max_new_tokens=12)
     rollout = builtin.rollout(observations(16, 4))
-    assert not rollout.whole
-    assert not rollout[:2].whole
+    assert not rollout.full_distribution
+    assert not rollout[:2].full_distribution
     policy = builtin.family_policy
     hidden, packing = policy.hidden_states(rollout)
     logits = policy.logits(hidden).detach() / 3.0

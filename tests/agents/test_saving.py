@@ -127,7 +127,7 @@ def test_checkpoints_of_another_build_are_refused(builtin: VLMAgent, qwen2_5_vl_
         builtin.load(tmp_path / "critic")
     with pytest.raises(ModelError, match="the agent has value head weights, which the checkpoint lacks"):
         critic.load(tmp_path / "plain")
-    with pytest.raises(ModelError, match="not a checkpoint of this model as it is built"):
+    with pytest.raises(ModelError, match="the checkpoint does not fit this agent"):
         builtin.load(qwen2_5_vl_folder)
     with pytest.raises(ModelError, match="weights cannot be read"):
         builtin.load(tmp_path / "none")

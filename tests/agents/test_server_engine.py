@@ -33,7 +33,7 @@ from stand_in_server import (
     hang,
 )
 
-from vlmenv.agents.engines.worker import WeightReceiver, checksum_of
+from vlmenv.agents.engines.worker import WeightReceiver
 from vlmenv.core.errors import EngineError
 from vlmenv.core.rollout import Observation, Turn, unbatch
 
@@ -67,9 +67,9 @@ def test_a_server_that_was_started_anew_waits_for_the_next_update(
     """It has the weights of its folder until then, and answers as if nothing had been."""
     agent = agent_of(opened, bad.url, good.url)
     bad.version = "default"
-    with pytest.warns(RuntimeWarning, match=f"{bad.url} is left out .*started anew"):
+    with pytest.warns(RuntimeWarning, match=f"{bad.url} is excluded .*restarted"):
         assert_answered(agent)
-    with pytest.warns(RuntimeWarning, match=f"{bad.url} has taken the update and is in use again"):
+    with pytest.warns(RuntimeWarning, match=f"{bad.url} took the update and is in use again"):
         agent.sync()
     assert_answered(agent, LATER)
     assert asked_later(agent, bad) == 4
@@ -78,7 +78,7 @@ def test_a_server_that_was_started_anew_waits_for_the_next_update(
 def test_a_server_that_is_away_at_first_joins_later(model: dict[str, Any], good: Answering, opened: ExitStack) -> None:
     port = free_port()
     late = f"http://127.0.0.1:{port}"
-    with pytest.warns(RuntimeWarning, match=f"{late} is left out .*ConnectError"):
+    with pytest.warns(RuntimeWarning, match=f"{late} is excluded .*ConnectError"):
         agent = agent_of(opened, late, good.url)
     assert_answered(agent)
     server = opened.enter_context(answering(Answering(dict(model)), port))
@@ -103,7 +103,7 @@ def test_a_server_that_stays_away_is_asked_less_and_less(good: Answering, bad: A
     bad.fault = None
     for _ in range(6):
         agent.sync()
-    with pytest.warns(RuntimeWarning, match=f"{bad.url} has taken the update and is in use again"):
+    with pytest.warns(RuntimeWarning, match=f"{bad.url} took the update and is in use again"):
         agent.sync()
     assert_answered(agent, LATER)
     assert asked_later(agent, bad) == 4
@@ -118,7 +118,7 @@ def test_a_server_that_is_away_is_asked_at_once_where_no_other_is_left(
     agent.sync()
     assert server.fault == "gone"
     good.at, good.fault = "/reset_encoder_cache", lambda *_: (404, b"no")
-    with pytest.warns(RuntimeWarning, match=f"({good.url} is left out|{bad.url} has taken the update)"):
+    with pytest.warns(RuntimeWarning, match=f"({good.url} is excluded|{bad.url} took the update)"):
         agent.sync()
     assert_answered(agent, LATER)
     assert asked_later(agent, bad) == 8
@@ -166,7 +166,7 @@ def test_a_server_with_weights_of_other_shapes_is_refused(bad: Answering, opened
 
 def test_servers_of_unlike_precision_are_refused(good: Answering, bad: Answering, opened: ExitStack) -> None:
     bad.model["dtype"] = "bfloat16"
-    with pytest.raises(EngineError, match=f"{bad.url}: it works in bfloat16, and another server in float32"):
+    with pytest.raises(EngineError, match=f"{bad.url}: it has dtype bfloat16, but another server has float32"):
         agent_of(opened, good.url, bad.url)
 
 
@@ -211,16 +211,16 @@ def test_updates_arrive_whole_and_their_files_go(
 
 
 def test_a_folder_that_cannot_be_written_is_named(good: Answering, opened: ExitStack, tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=f"updates cannot be written: .*{tmp_path}/none"):
+    with pytest.raises(EngineError, match=f"the file of weights for the servers cannot be written: .*{tmp_path}/none"):
         agent_of(opened, good.url, weights_folder=tmp_path / "none")
 
 
 def test_a_worker_tells_what_is_wrong_with_a_file(tmp_path: Path) -> None:
     receiver = WeightReceiver()
-    assert "FileNotFoundError" in receiver.vlmenv_overwrite(str(tmp_path / "none"), 1)["fault"]
+    assert "FileNotFoundError" in receiver.vlmenv_overwrite(str(tmp_path / "none"), "")["fault"]
     file = tmp_path / "weights.safetensors"
     file.write_bytes(b"half of it")
-    assert "has the checksum" in receiver.vlmenv_overwrite(str(file), checksum_of(file) + 1)["fault"]
+    assert "has the SHA-256" in receiver.vlmenv_overwrite(str(file), "0" * 64)["fault"]
 
 
 # Callers.

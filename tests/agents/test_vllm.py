@@ -154,7 +154,7 @@ def test_what_is_sampled_has_the_log_probabilities_of_the_models_sampler(agent: 
     logprobs = torch.log_softmax(agent.family_policy.logits(hidden) / sampling.temperature, dim=-1)
     expected = _without_tail(logprobs, sampling).gather(-1, torch.from_numpy(tokens)[:, None])[:, 0]
     np.testing.assert_allclose(found, expected.detach().numpy(), atol=TOLERANCE)
-    assert not rollout.whole
+    assert not rollout.full_distribution
 
 
 def test_samples_follow_the_distribution(agent: VLMAgent) -> None:

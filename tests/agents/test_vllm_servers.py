@@ -17,7 +17,7 @@ from servers import Served, free_port, serve
 
 from vlmenv.agents.engines.channel import buckets
 from vlmenv.agents.engines.checksums import UNREADABLE, checksums, clear
-from vlmenv.agents.engines.remote import Patience, Server
+from vlmenv.agents.engines.remote import RetryPolicy, Server
 from vlmenv.agents.engines.server import VLLMServerEngine
 from vlmenv.agents.sampling import Sampling
 from vlmenv.agents.vlm import VLMAgent
@@ -26,7 +26,7 @@ from vlmenv.core.rollout import Observation
 
 pytestmark = pytest.mark.vllm
 LENGTH = ["--engine-length", "512"]
-HASTY = Patience(answer=30, greeting=10, attempts=2, pause=0.05)
+HASTY = RetryPolicy(answer=30, greeting=10, attempts=2, pause=0.05)
 LONG: list[Observation] = [{"images": (), "prompt": f"How many is {i} and 3?"} for i in range(64) for _ in range(8)]
 """more than a server does in a moment"""
 
@@ -47,7 +47,7 @@ def opened() -> Iterator[ExitStack]:
 
 def agent_of(opened: ExitStack, *urls: str, transfer: Literal["file", "direct"] = "file") -> VLMAgent:
     agent = VLMAgent.from_pretrained("builtin", sampling=Sampling(max_new_tokens=160, top_k=400))
-    agent.engine = VLLMServerEngine(urls, agent.folder, agent.family, transfer=transfer, patience=HASTY)
+    agent.engine = VLLMServerEngine(urls, agent.folder, agent.family, transfer=transfer, retry_policy=HASTY)
     opened.callback(agent.close)
     change(agent)  # so that the folder's weights are not those of the policy
     agent.sync()
@@ -84,25 +84,25 @@ def test_a_server_that_dies_is_replaced_by_the_others_until_it_has_taken_an_upda
         agent = agent_of(opened, dying.url, lasting.url, transfer="direct")
         assert_in_step(agent)
         dies_meanwhile(dying)
-        with pytest.warns(RuntimeWarning, match=f"the server {dying.url} is left out"):
+        with pytest.warns(RuntimeWarning, match=f"the server {dying.url} is excluded"):
             assert len(agent.rollout(LONG)) == len(LONG)
         agent.sync()
         assert_in_step(agent)
     with serve("builtin", *LENGTH, port=port) as again:
         agent.engine._servers[0].fault = None  # as if nobody had asked it anything in the meantime
-        with pytest.warns(RuntimeWarning, match=f"{again.url} is left out .*started anew"):
+        with pytest.warns(RuntimeWarning, match=f"{again.url} is excluded .*restarted"):
             assert_in_step(agent)
-        with pytest.warns(RuntimeWarning, match=f"{again.url} has taken the update and is in use again"):
+        with pytest.warns(RuntimeWarning, match=f"{again.url} took the update and is in use again"):
             agent.sync()
         assert_in_step(agent)
         other = agent_of(opened, again.url)  # gives it other weights
         assert_in_step(other)
-        with pytest.warns(RuntimeWarning, match=f"{again.url} is left out .*another trainer uses it"):
+        with pytest.warns(RuntimeWarning, match=f"{again.url} is excluded .*another trainer uses it"):
             assert_in_step(agent)
         dies_meanwhile(again)
-        with pytest.raises(EngineError, match=f"no server is left to generate. {again.url}: .*Error"):
+        with pytest.raises(EngineError, match=f"no server is left. {again.url}: .*Error"):
             other.rollout(LONG)
-        with pytest.raises(EngineError, match=f"no server is left to generate. {again.url}"):
+        with pytest.raises(EngineError, match=f"no server is left. {again.url}"):
             other.sync()
 
 
@@ -111,18 +111,18 @@ def test_a_server_that_hangs_is_left_out(lasting: Served, opened: ExitStack) -> 
     with serve("builtin", *LENGTH) as hanging:
         agent = agent_of(opened, hanging.url, lasting.url)
         for stopped in (hanging.family(), [one for one in hanging.family() if "Engine" in one.name()]):
-            agent.engine._servers[0]._patience = Patience(answer=4, greeting=4, attempts=1)
+            agent.engine._servers[0]._retry_policy = RetryPolicy(answer=4, greeting=4, attempts=1)
             assert stopped
             for process in stopped:
                 process.suspend()
-            with pytest.warns(RuntimeWarning, match=f"{hanging.url} is left out .*no answer from .* within 4 s"):
+            with pytest.warns(RuntimeWarning, match=f"{hanging.url} is excluded .*no answer from .* within 4 s"):
                 assert_in_step(agent)
             agent.sync()
             assert_in_step(agent)
             for process in stopped:
                 process.resume()
-            agent.engine._servers[0]._patience = HASTY
-            with pytest.warns(RuntimeWarning, match=f"{hanging.url} has taken the update and is in use again"):
+            agent.engine._servers[0]._retry_policy = HASTY
+            with pytest.warns(RuntimeWarning, match=f"{hanging.url} took the update and is in use again"):
                 agent.sync()
             assert_in_step(agent)
         hanging.end(signal.SIGKILL)  # of the command alone
@@ -197,5 +197,5 @@ def test_half_an_update_is_refused_and_does_no_harm(
 
 def test_a_server_of_another_model_is_refused(lasting: Served, qwen2_5_vl_folder: Path) -> None:
     agent = VLMAgent.from_pretrained(qwen2_5_vl_folder)
-    with pytest.raises(EngineError, match=f"{lasting.url}: it serves another model than the one that is trained"):
+    with pytest.raises(EngineError, match=f"{lasting.url}: it serves another model than the one in training"):
         VLLMServerEngine([lasting.url], agent.folder, agent.family)

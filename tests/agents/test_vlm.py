@@ -270,7 +270,7 @@ def test_models_that_are_not_there_are_refused(tmp_path: Path) -> None:
         find_model(tmp_path / "none")
     with pytest.raises(ModelError, match=r"config\.json is missing"):
         find_model(tmp_path)
-    with pytest.raises(ModelError, match="cannot be had from the Hugging Face hub"):
+    with pytest.raises(ModelError, match="the download from the Hugging Face hub failed"):
         find_model("nobody/nothing")
 
 

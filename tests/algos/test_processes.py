@@ -13,7 +13,7 @@ from conftest import ROOT, launch
 
 from vlmenv.core.errors import ConfigError
 from vlmenv.processes import processes_of
-from vlmenv.processes.base import Shares
+from vlmenv.processes.base import Sharded
 from vlmenv.processes.launch import check_deepspeed, check_fsdp
 
 sys.path.append(str(ROOT / "tests" / "agents"))
@@ -42,22 +42,22 @@ def test_two_processes_learn_as_one(kind: str, tmp_path: Path, internvl: Path) -
 
 @pytest.mark.parametrize("as_slices", [True, False])
 def test_micro_batches_are_cut_until_all_have_as_many(as_slices: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    shares = Shares(Accelerator(cpu=True))
+    shares = Sharded(Accelerator(cpu=True))
     parts: list[Any] = [slice(0, 2), slice(2, 7)] if as_slices else [np.arange(2), np.arange(2, 7)]
     monkeypatch.setattr(shares, "collect", lambda own: [*own, 5])
-    cut = [np.arange(7)[part].tolist() for part in shares.cut_alike(parts)]
+    cut = [np.arange(7)[part].tolist() for part in shares.split_evenly(parts)]
     assert len(cut) == 5
     assert sorted(row for part in cut for row in part) == list(range(7))
     assert max(map(len, cut)) == 2
     monkeypatch.setattr(shares, "collect", lambda own: [*own, 8])
     with pytest.raises(ConfigError, match="batches of the same size"):
-        shares.cut_alike(parts)
+        shares.split_evenly(parts)
 
 
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "micro_batch_size divides batches"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "use --micro-batch-size"),
         ("ACCELERATE_MIXED_PRECISION", "bf16", "give --precision bf16"),
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "dynamo_backend"),
         ("ACCELERATE_USE_MEGATRON_LM", "true", "megatron_lm"),
@@ -82,7 +82,7 @@ def test_what_the_launch_asks_for_in_vain_is_refused(
         ({"fsdp_version": 1}, "set fsdp_version to 2"),
         ({"cpu_ram_efficient_loading": True}, "fsdp_cpu_ram_efficient_loading must be false"),
         ({"cpu_offload": True}, "fsdp_offload_params must be false"),
-        ({"activation_checkpointing": True}, "give --gradient-checkpointing"),
+        ({"activation_checkpointing": True}, "use --gradient-checkpointing"),
         ({"ignored_modules": "visual"}, "fsdp_ignored_modules"),
     ],
 )
@@ -103,8 +103,8 @@ def test_what_is_not_supported_of_fsdp_is_refused(
         ({"zero_stage": 3, "zero3_init_flag": True}, "zero3_init_flag must be false"),
         ({"offload_optimizer_device": "cpu"}, "offload_optimizer is not supported"),
         ({"offload_param_device": "cpu", "zero_stage": 3, "zero3_init_flag": False}, "offload_param is not supported"),
-        ({"gradient_clipping": 0.5}, "--max-grad-norm clips"),
-        ({"gradient_accumulation_steps": 4}, "micro_batch_size divides batches"),
+        ({"gradient_clipping": 0.5}, "use --max-grad-norm"),
+        ({"gradient_accumulation_steps": 4}, "use --micro-batch-size"),
         ({"hf_ds_config": {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}}, "DeepSpeed's bf16"),
     ],
 )

@@ -54,8 +54,8 @@ def test_groups_that_teach_nothing_give_way_and_no_others() -> None:
     assert texts[2:4] == ["new 1.0", "new 1.1"]
     assert texts[0][:-1] != texts[4][:-1]  # none is drawn twice
     assert filled.rewards.tolist() == [0, 1, 0, 1, 0, 1, 1, 0]
-    assert not filled.rollout.own
-    assert new.rollout.own  # what was given has not changed
+    assert not filled.rollout.from_trainer
+    assert new.rollout.from_trainer  # what was given has not changed
 
 
 def test_where_too_few_are_kept_the_rest_stays() -> None:
@@ -175,5 +175,5 @@ def test_what_is_kept_is_part_of_a_checkpoint() -> None:
 
 
 def test_the_store_is_not_negative() -> None:
-    with pytest.raises(ConfigError, match="replay must not be negative"):
+    with pytest.raises(ConfigError, match="replay must be at least 0"):
         GRPOConfig(replay=-1)

@@ -144,7 +144,7 @@ def test_an_engine_in_step_learns_what_the_model_would(builtin: VLMAgent) -> Non
     trainer._correct(batch, rollouts.rollout)
     corrected = gradient(trainer, batch)
     own = copy.copy(rollouts)
-    own.rollout = replace(rollouts.rollout, own=True)
+    own.rollout = replace(rollouts.rollout, from_trainer=True)
     batch = trainer._credited(own)
     assert trainer._correct(batch, own.rollout) == {}
     torch.testing.assert_close(gradient(trainer, batch), corrected, atol=1e-6, rtol=1e-4)
@@ -228,8 +228,8 @@ def test_a_thread_hands_over_a_result_or_an_error() -> None:
     ("options", "message"),
     [
         ({"max_staleness": 2}, "max_staleness must be 0 or 1"),
-        ({"correction_cap": 1.0}, "correction_cap must be above 1"),
-        ({"correction": "none", "correction_cap": 2.0}, "goes with a correction"),
+        ({"correction_cap": 1.0}, "correction_cap must be finite and above 1"),
+        ({"correction": "none", "correction_cap": 2.0}, "has no effect with correction=none"),
     ],
 )
 def test_options_out_of_range(builtin: VLMAgent, options: dict[str, Any], message: str) -> None:

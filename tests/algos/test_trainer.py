@@ -166,10 +166,10 @@ def test_the_learning_rate_of_several_updates_follows_steps(builtin: VLMAgent) -
 
 def test_groups_of_another_size_are_refused(builtin: VLMAgent) -> None:
     envs = gymnasium.make_vec("VLM-REC-v0", num_envs=8, group_size=2)
-    with pytest.raises(ConfigError, match="groups of 2, but grpo compares groups of 4"):
+    with pytest.raises(ConfigError, match="group_size=2, but grpo has group_size=4"):
         Trainer(builtin, envs, GRPO(GRPOConfig(group_size=4)), TrainerConfig(), Accelerator(cpu=True))
     singles = gymnasium.make_vec("VLM-REC-v0", num_envs=8, vectorization_mode="sync")
-    with pytest.raises(ConfigError, match="groups of 1"):
+    with pytest.raises(ConfigError, match="group_size=1"):
         Trainer(builtin, singles, GRPO(GRPOConfig(group_size=4)), TrainerConfig(), Accelerator(cpu=True))
 
 
@@ -193,7 +193,7 @@ def test_a_gradient_that_is_not_finite_is_told_with_its_batch(builtin: VLMAgent)
     builtin.policy.get_parameter(name).register_hook(lambda gradient: gradient + torch.nan)
     before = torch.cat([weight.detach().flatten() for weight in builtin.parameters()])
     trainer, done = make(builtin, steps=9, max_skipped=2), []
-    with pytest.raises(NonFiniteError, match="after 3 optimiser steps") as caught:
+    with pytest.raises(NonFiniteError, match="in 3 optimizer steps") as caught:
         done += trainer.train(seed=0)
     assert caught.value.step == 3
     assert caught.value.gradients == [name]

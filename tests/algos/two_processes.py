@@ -68,7 +68,7 @@ def check_gradient(accelerator: Accelerator, sort: str) -> None:
     trainer = trainer_of(agent, accelerator)
     half = slice(8 * rank, 8 * rank + 8)
     batch = Batch.of(rollout[half], agent.device, advantages[half])
-    with trainer.processes.whole():
+    with trainer.processes.gathered():
         if rank == 0:  # what one has done alone must not tell on what follows
             agent.act(observations()[:1])
     passes = trainer.processes.collect([len(micro_batches(batch.rollout, None, TOKENS))])
@@ -102,7 +102,7 @@ def check_uneven_passes(accelerator: Accelerator, sort: str) -> None:
     """
     alone, agent, rank = build(sort), build(sort), accelerator.process_index
     trainer = trainer_of(agent, accelerator, beta=0.1, micro_batch_tokens=None, micro_batch_size=8)
-    with trainer.processes.whole():
+    with trainer.processes.gathered():
         rollout = agent.rollout(uneven_observations())
     rollout.prompts[:2] = unseen(rollout).prompts[:2]
     rollout.completions[8:16] = [

@@ -9,12 +9,12 @@ from conftest import ROOT
 
 from vlmenv.doctor import DoctorConfig
 from vlmenv.doctor.machine import device, versions, written
-from vlmenv.doctor.patient import Patient
+from vlmenv.doctor.subject import Subject
 from vlmenv.options.fields import replaced
 
 
-def patient(**options: object) -> Patient:
-    return Patient(replaced(DoctorConfig(), options), torch.device("cpu"))
+def subject(**options: object) -> Subject:
+    return Subject(replaced(DoctorConfig(), options), torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def ranges(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_installed_versions_are_within_the_ranges() -> None:
-    figure, remedy = versions(patient())
+    figure, remedy = versions(subject())
     assert not remedy
     for name in ("torch", "transformers", "tokenizers"):
         assert f"{name} {metadata.version(name)}" in figure
@@ -58,7 +58,7 @@ def test_a_version_that_does_not_do_is_named(
         return installed(asked) if asked != name else str(version)
 
     monkeypatch.setattr(metadata, "version", other)
-    assert told in versions(patient())[1]
+    assert told in versions(subject())[1]
 
 
 def test_extras_need_not_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,12 +70,12 @@ def test_extras_need_not_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
         return installed(asked)
 
     monkeypatch.setattr(metadata, "version", without)
-    assert versions(patient())[1] == ""
+    assert versions(subject())[1] == ""
 
 
 def test_a_precision_that_the_device_lacks() -> None:
-    assert "fp16 needs a CUDA GPU" in device(patient(precision="fp16"))[1]
-    assert device(patient(precision="bf16"))[1] == ""
+    assert "fp16 needs a CUDA GPU" in device(subject(precision="fp16"))[1]
+    assert device(subject(precision="bf16"))[1] == ""
 
 
 def test_sizes_are_written_for_a_reader() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vlmenv.agents.lean import keeping_all, noting_kept
+from vlmenv.agents.saved_activations import keeping_activations, recording_saved
 from vlmenv.agents.vlm import Sampling, VLMAgent, find_model
 from vlmenv.core.rollout import Rollout
 from vlmenv.doctor import DoctorConfig
@@ -36,7 +36,7 @@ def kept(agent: VLMAgent, rollout: Rollout) -> int:
     """Bytes of all different tensors that a pass keeps, without the parameters."""
     own = {parameter.data_ptr() for parameter in agent.policy.parameters()}
     saved: dict[int, torch.Tensor] = {}
-    with noting_kept(lambda t: saved.setdefault(t.untyped_storage().data_ptr(), t)):
+    with recording_saved(lambda t: saved.setdefault(t.untyped_storage().data_ptr(), t)):
         agent.logprobs(rollout)
     return sum(t.untyped_storage().nbytes() for place, t in saved.items() if place not in own)
 
@@ -95,7 +95,7 @@ def test_activations_of_a_larger_batch_are_foreseen(how: str) -> None:
     assert found["activations"] == pytest.approx(kept(agent, large), rel=0.1)
     if how == "recomputed":
         holding, _ = agent_and_rollout(8, 2, 24)
-        with keeping_all():  # as a block that is computed anew does
+        with keeping_activations():  # as a block that is computed anew does
             held = estimate(holding, small, prompts_per_step=12, group_size=6, max_new_tokens=40)
         assert found["work space"] == pytest.approx(2 * held["work space"], rel=0.01)
         assert found["activations"] < held["activations"] / 5

@@ -13,6 +13,8 @@ from conftest import ROOT
 sys.path.append(str(ROOT / "tests" / "agents"))
 from small_models import invent
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {"qwen2_5_vl": {}, "internvl": {"image_seq_length": 4}, "glm4v": {}}
 PROCESSORS = {"qwen2_5_vl": "Qwen2_5_VLProcessor", "internvl": "InternVLProcessor", "glm4v": "Glm4vProcessor"}
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from vlmenv.doctor.answers import right_answers
-from vlmenv.doctor.patient import Unchecked
+from vlmenv.doctor.subject import Unchecked
 from vlmenv.envs import Sample
 from vlmenv.envs.rec import RECEnv
 
@@ -19,8 +19,8 @@ class Unread(RECEnv):
 
 
 def seen(task: RECEnv, count: int) -> tuple[str, str]:
-    patient: Any = SimpleNamespace(task=task, samples=[task.source.get(i) for i in range(count)])
-    return right_answers(patient)
+    subject: Any = SimpleNamespace(task=task, samples=[task.source.get(i) for i in range(count)])
+    return right_answers(subject)
 
 
 def test_a_task_that_agrees_with_itself_passes() -> None:

@@ -10,7 +10,7 @@ import pytest
 from cases import OTHER_ROLE, SMALLER, copied, examined, failed, unchecked
 from PIL import Image
 
-from vlmenv import tasks
+from vlmenv import building as tasks
 from vlmenv.agents import checkpoints
 from vlmenv.agents.engines import vllm as engines
 from vlmenv.agents.engines.base import Request
@@ -102,7 +102,7 @@ def test_a_weight_that_the_engine_does_not_take_over_is_found(monkeypatch: pytes
     monkeypatch.setattr(VLMAgent, "_published_weights", with_an_old_one)
     findings = examined_with_vllm()
     assert failed(findings) == {"after an update", "weight checksums"}
-    assert "goes on with old weights" in findings["after an update"].remedy
+    assert "generates with old weights" in findings["after an update"].remedy
 
 
 def test_a_weight_that_stays_old_and_that_bfloat16_hides_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,7 @@ def test_a_drift_is_told_while_the_metric_falls(last: dict[str, float], told: st
     message = drift(history([0.2, 0.3, 0.25, 0.2], **last), 0.1, "map")
     assert (message is None) == (told is None)
     if message is not None and told is not None:
-        assert f"answers drift while map falls, which was 0.300 after step 20 and is 0.200: {told}. " in message
+        assert f"completions drift while map falls: it was 0.300 after step 20 and is 0.200 now; {told}. " in message
     assert drift(history([0.2, 0.3, 0.25, 0.28], **last), 0.1, "map") is None
 
 
@@ -70,8 +70,8 @@ def test_a_run_whose_answers_fall_apart_is_warned_of(tmp_path: Path, capsys: pyt
     main(["train", *(f"--{name}={value}" for name, value in options.items())])
     warnings = [json.loads(line) for line in (run / "warnings.jsonl").read_text().splitlines()]
     assert {one["step"] for one in warnings} <= {2, 4}
-    assert all(one["message"].startswith("answers drift while iou/mean falls, which was 0.") for one in warnings)
-    assert "answers drift while iou/mean falls" in capsys.readouterr().out
+    assert all(one["message"].startswith("completions drift while iou/mean falls: it was 0.") for one in warnings)
+    assert "completions drift while iou/mean falls" in capsys.readouterr().out
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     draw_curve(tmp_path / "without.png", metrics)
     shown, without = (np.asarray(Image.open(path)) for path in (run / "curve.png", tmp_path / "without.png"))

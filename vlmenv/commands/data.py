@@ -19,7 +19,7 @@ from rich.table import Table
 
 from vlmenv.core.answers import Detection
 from vlmenv.core.errors import ConfigError
-from vlmenv.core.files import write_whole
+from vlmenv.core.files import write_atomic
 from vlmenv.core.loading import import_modules
 from vlmenv.core.rollout import Observation
 from vlmenv.core.text import printable
@@ -280,7 +280,7 @@ def _write(
         raise ConfigError(f"no row is good: {file} is not written")
     if file.suffix == ".jsonl" and all(isinstance(table, TextFile) for table in tables):
         rows = (table.read(number) for table, own in zip(tables, good, strict=True) for number in own)
-        write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
+        write_atomic(file, "".join(json.dumps(row) + "\n" for row in rows))
     elif len(tables) == 1 and file.suffix == tables[0].suffix:
         tables[0].write(file, {number: {} for number in good[0]})
     else:

@@ -24,7 +24,7 @@ from rich.table import Table
 from vlmenv.algos import ALGORITHMS
 from vlmenv.commands import evaluate, sample, train
 from vlmenv.core.errors import ConfigError, unknown_name
-from vlmenv.core.files import write_whole
+from vlmenv.core.files import write_atomic
 from vlmenv.options.command_line import Asked
 from vlmenv.options.files import as_arguments, packaged_file, read_options
 from vlmenv.options.parsing import parse_plain
@@ -267,7 +267,7 @@ def _do(step: Step, folder: Path, launch: str | None, console: Console) -> None:
         console.print("done before", highlight=False)
         return
     own.mkdir(parents=True, exist_ok=True)
-    write_whole(record, json.dumps({"arguments": args, "finished": False}) + "\n")
+    write_atomic(record, json.dumps({"arguments": args, "finished": False}) + "\n")
     begun = step.command == "train" and (own / "config.yaml").is_file()
     command = ["train", "--resume", str(own)] if begun else args
     if launch is None:
@@ -275,7 +275,7 @@ def _do(step: Step, folder: Path, launch: str | None, console: Console) -> None:
         _free()
     else:
         _launch([*shlex.split(launch), *command])
-    write_whole(record, json.dumps({"arguments": args, "finished": True}) + "\n")
+    write_atomic(record, json.dumps({"arguments": args, "finished": True}) + "\n")
 
 
 def _free() -> None:
@@ -318,14 +318,14 @@ def _report(pipeline: Pipeline, folder: Path, console: Console) -> None:
     """Shows and writes how each model measures, as report.md and report.json."""
     names = [_BASE, *pipeline.trained]
     columns = {name: _found(pipeline, folder / "evaluation" / name) for name in names}
-    write_whole(folder / "report.json", json.dumps(columns, indent=2) + "\n")
+    write_atomic(folder / "report.json", json.dumps(columns, indent=2) + "\n")
     rows = [[metric, *(_written(columns[name].get(metric)) for name in names)] for metric in columns[_BASE]]
     table = Table("", *names, title=f"{pipeline.file.stem}: the model after each stage", title_justify="left")
     for row in rows:
         table.add_row(*row)
     lines = [["", *names], ["---"] * (len(names) + 1), *rows]
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    write_whole(folder / "report.md", f"{text}\n95 % intervals by bootstrap over samples.\n")
+    write_atomic(folder / "report.md", f"{text}\n95 % intervals by bootstrap over samples.\n")
     console.print(table)
     console.print(f"the stages and this table are in {folder}", highlight=False)
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from vlmenv.agents.base import Agent
 from vlmenv.building import DTYPES, load_agent, prepared, report_broken_rows, report_skipped, task_arguments
 from vlmenv.core.errors import ConfigError, DataError
-from vlmenv.core.files import write_whole
+from vlmenv.core.files import write_atomic
 from vlmenv.envs.data.dataset import Concatenated, TableSource
 from vlmenv.envs.data.tables import Rows
 from vlmenv.envs.export import export_sample
@@ -27,7 +27,7 @@ from vlmenv.evaluation import PROGRESS, answer_samples, sample_count
 from vlmenv.options.command_line import Asked, parse_with_files
 from vlmenv.options.evaluate import SampleConfig
 from vlmenv.processes import Processes
-from vlmenv.processes.together import together
+from vlmenv.processes.failures import shared_failure
 from vlmenv.runs.claim import claim
 from vlmenv.runs.models import with_checkpoint
 
@@ -52,15 +52,15 @@ def run(asked: Asked) -> Path:
     data = config.data.arguments()
     envs = make_envs(config.env, groups * config.n, group_size=config.n, **data, **task_arguments(config))
     report_broken_rows(envs, console)
-    with together(accelerator):
+    with shared_failure(accelerator):
         if accelerator.is_main_process:
             claim(config.output, config, begun=any(parts.glob("[0-9]*.jsonl")))
             parts.mkdir(exist_ok=True)
     count = sample_count(envs, config.eval_limit)
-    with closing(load_agent(config, accelerator.device, DTYPES[config.weights])) as agent, together(accelerator):
+    with closing(load_agent(config, accelerator.device, DTYPES[config.weights])) as agent, shared_failure(accelerator):
         _sample_parts(agent, envs, count, config, processes, console)
     envs.close()
-    with together(accelerator):
+    with shared_failure(accelerator):
         if accelerator.is_main_process:
             rates, skipped = _read_parts(config.output, _parts(count, config.part_size))
             report_skipped(skipped, count, console)
@@ -68,7 +68,7 @@ def run(asked: Asked) -> Path:
                 raise DataError(f"none of the {count} samples can be shown; the first: {next(iter(skipped.values()))}")
             _write_levels(envs, rates, config)
             counts = Counter(dict.fromkeys(LEVELS, 0) | Counter(map(level_of, rates.values())))
-            write_whole(config.output / "summary.json", json.dumps(counts) + "\n")
+            write_atomic(config.output / "summary.json", json.dumps(counts) + "\n")
             console.print(_summary(config, envs, rates))
     accelerator.state.destroy_process_group()
     return config.output
@@ -109,7 +109,7 @@ def _sample_parts(
                 rows += _rated(list(answer_samples(agent, envs, indices, greedy=False)), envs, config)
                 progress.advance(bar, len(indices))
             rows += [{"index": index, "skipped": envs.skipped[index]} for index in part if index in envs.skipped]
-            write_whole(_part_file(config.output, part), "".join(json.dumps(row) + "\n" for row in rows))
+            write_atomic(_part_file(config.output, part), "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _rated(

@@ -15,7 +15,7 @@ from rich.progress import track
 from rich.table import Table
 
 from vlmenv.core.errors import ConfigError, DataError
-from vlmenv.core.files import write_whole
+from vlmenv.core.files import write_atomic
 from vlmenv.core.loading import import_modules
 from vlmenv.core.text import printable
 from vlmenv.envs.base import VisualTaskEnv
@@ -63,7 +63,7 @@ def run(config: ScoreConfig) -> list[dict[str, Any]]:
     if config.verdict is not None:
         _compare(records, config.verdict, console)
     if config.output is not None:
-        write_whole(config.output, "".join(json.dumps(record) + "\n" for record in records))
+        write_atomic(config.output, "".join(json.dumps(record) + "\n" for record in records))
         console.print(printable(f"each answer's terms are in {config.output}"), highlight=False)
     return records
 

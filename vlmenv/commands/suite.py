@@ -18,7 +18,7 @@ from rich.table import Table
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.building import DTYPES, load_agent, prepared, report_broken_rows, report_skipped, task_arguments
 from vlmenv.core.errors import ConfigError, DataError
-from vlmenv.core.files import write_whole
+from vlmenv.core.files import write_atomic
 from vlmenv.envs.data.benchmarks import hallusion_bench, math_vision, mathverse, mathvista, mmstar
 from vlmenv.envs.data.coco import filtered_instances
 from vlmenv.envs.data.dataset import Published
@@ -37,7 +37,7 @@ from vlmenv.options.evaluate import EvalConfig
 from vlmenv.options.fields import flatten, options_of
 from vlmenv.options.task import ReadingOptions
 from vlmenv.processes import Processes
-from vlmenv.processes.together import together
+from vlmenv.processes.failures import shared_failure
 from vlmenv.runs.claim import claim
 from vlmenv.runs.models import with_checkpoint
 
@@ -197,7 +197,7 @@ def run_suite(config: EvalConfig, notes: Sequence[str] = ()) -> dict[str, dict[s
     found = find(suite, config, console)
     assert config.output is not None
     todo = [one for one in found if not (config.output / one.entry.name / "metrics.json").is_file()]
-    with together(accelerator):
+    with shared_failure(accelerator):
         if accelerator.is_main_process:
             claim(config.output, config, begun=any(config.output.glob("*/metrics.json")))
     if todo:
@@ -290,10 +290,10 @@ def _dataset(one: Found, output: Path, processes: Processes) -> tuple[list[Any],
     root = image_root(one)
     if one.entry.few_boxes:
         kept = output / "instances.json"
-        with together(processes.accelerator):
+        with shared_failure(processes.accelerator):
             if processes.accelerator.is_main_process:
                 output.mkdir(parents=True, exist_ok=True)
-                write_whole(kept, json.dumps(filtered_instances(one.files[0])))
+                write_atomic(kept, json.dumps(filtered_instances(one.files[0])))
         return [kept], root
     if one.entry.rewrite is None:
         return list(one.files), root
@@ -393,4 +393,4 @@ def suite_table(
 
 def _write(file: Path, results: Mapping[str, Mapping[str, Interval]]) -> None:
     """Writes the metrics of a suite, by data set, as JSON can hold them."""
-    write_whole(file, json.dumps({name: as_json(one) for name, one in results.items()}, indent=2) + "\n")
+    write_atomic(file, json.dumps({name: as_json(one) for name, one in results.items()}, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Errors that a user can act on. The command line prints their message alone, without a traceback."""
+"""Errors that a user can act on. The command line prints their message without a traceback."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Iterable, Sequence
 
 
 class VLMEnvError(Exception):
-    """Wrong input, named so that the user can put it right."""
+    """Wrong input. The message names it and tells what to do."""
 
 
 class ConfigError(VLMEnvError):
-    """An option, or a combination of options, that cannot be run."""
+    """An invalid option or combination of options."""
 
 
 class DataError(VLMEnvError):
-    """A data set row or an image that cannot be read; the message names the file and the line."""
+    """A row or an image that cannot be read. The message names file and line."""
 
 
 class SampleError(DataError):
@@ -32,11 +32,11 @@ class SampleError(DataError):
 
 
 class RewardError(VLMEnvError):
-    """A reward term that failed, or whose value cannot be used."""
+    """A reward term that failed or gave an invalid value."""
 
 
 class TrainingError(VLMEnvError):
-    """Training that cannot go on."""
+    """Training that cannot continue."""
 
 
 class CheckpointError(VLMEnvError):
@@ -44,19 +44,19 @@ class CheckpointError(VLMEnvError):
 
 
 class ModelError(VLMEnvError):
-    """A model that is incomplete, of a family that is not known, or computes no numbers."""
+    """A model that is incomplete, of an unknown family, or with non-finite outputs."""
 
 
 class EngineError(VLMEnvError):
-    """An engine that failed, or that is not in step with the model that is trained."""
+    """An engine that failed, or that does not have the trainer's model."""
 
 
 class ReadingError(EngineError):
-    """An engine that takes a prompt in otherwise than the trainer.
+    """An engine that encodes a prompt differently from the trainer.
 
     Attributes:
         ours: The trainer's tokens.
-        theirs: The engine's.
+        theirs: The engine's tokens.
     """
 
     def __init__(self, message: str, ours: Sequence[int], theirs: Sequence[int]) -> None:
@@ -68,7 +68,8 @@ class PromptError(VLMEnvError):
     """A prompt that the model cannot take.
 
     Attributes:
-        index: Position of the observation in the batch that was given to the agent.
+        index: Index of the observation in the agent's batch.
+        reason: The reason, without the index.
     """
 
     def __init__(self, index: int, reason: str) -> None:
@@ -91,11 +92,17 @@ def nearest_name(name: str, known: Iterable[str]) -> str | None:
 
 
 def require(condition: bool, message: str) -> None:
-    """Raises ConfigError unless an option is as it must be."""
+    """Raises ConfigError with the message unless the condition holds."""
     if not condition:
         raise ConfigError(message)
 
 
+def require_at_least(least: int, **options: int | None) -> None:
+    """Raises ConfigError unless each of the named options is None or at least `least`."""
+    for name, value in options.items():
+        require(value is None or value >= least, f"{name} must be at least {least}, not {value}")
+
+
 def require_weight(name: str, value: float) -> None:
-    """Raises ConfigError unless an option is a finite number from 0 up."""
-    require(0 <= value < math.inf, f"{name} must be a number from 0 up, not {value}")
+    """Raises ConfigError unless an option is a finite number of at least 0."""
+    require(0 <= value < math.inf, f"{name} must be finite and at least 0, not {value}")

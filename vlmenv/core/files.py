@@ -1,21 +1,66 @@
-"""Files that are whole or not there at all, whenever the process is killed."""
+"""Atomic writes: a file or folder is complete, or not there at all, whenever the process is killed."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 @contextmanager
-def whole_file(file: Path) -> Iterator[Path]:
-    """A path to write to, which takes the file's name, and the place of an older one, only when all is written."""
+def atomic_file(file: Path) -> Iterator[Path]:
+    """Atomic file write: a temporary file, which replaces `file` when the block succeeds.
+
+    Yields:
+        The temporary file to write to.
+    """
     partial = file.with_name(f".{file.name}")
     yield partial
     partial.replace(file)
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Writes a text file, which takes its name, and the place of an older one, only when all is written."""
-    with whole_file(file) as partial:
+def write_atomic(file: Path, text: str) -> None:
+    """Writes a text file atomically, in UTF-8."""
+    with atomic_file(file) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Atomic folder write: a temporary folder, renamed on success, removed on failure.
+
+    Yields:
+        The temporary folder to write in.
+    """
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    replace_folder(partial, folder)
+
+
+def replace_folder(partial: Path, folder: Path) -> None:
+    """Renames a complete folder to its final name; an older folder of that name is removed.
+
+    The files are on the disk before the rename, so that a crash of the machine leaves no empty files behind.
+    """
+    _flush(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    _flush(folder.parent)
+
+
+def _flush(folder: Path) -> None:
+    """Writes a folder's entries and its files to the disk."""
+    for path in [folder, *(file for file in folder.iterdir() if file.is_file())]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

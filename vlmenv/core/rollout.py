@@ -133,11 +133,10 @@ class Rollout:
     """[N]"""
     temperature: float
     """at which the completions were sampled; 0 means greedy"""
-    whole: bool = True
-    """whether their `logprobs` are of the whole distribution at this temperature, as a learner's are; not so where
-    unlikely tokens were left out"""
-    own: bool = True
-    """whether the learner's own module sampled them, and not an engine, whose weights may be older or less precise"""
+    full_distribution: bool = True
+    """True if `logprobs` are of the full distribution at this temperature; false after top-k or top-p"""
+    from_trainer: bool = True
+    """True if the trainer's own module sampled them; false for an engine, with older or less precise weights"""
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -148,7 +147,9 @@ class Rollout:
         prompts = [self.prompts[i] for i in used]
         numbers = range(len(self))[rows] if isinstance(rows, slice) else rows
         completions = [self.completions[i] for i in numbers]
-        return Rollout(prompts, index.astype(np.int64), completions, self.temperature, self.whole, self.own)
+        return Rollout(
+            prompts, index.astype(np.int64), completions, self.temperature, self.full_distribution, self.from_trainer
+        )
 
     @classmethod
     def joined(cls, parts: Sequence[Rollout]) -> Rollout:
@@ -158,7 +159,9 @@ class Rollout:
         prompts = [prompt for part in parts for prompt in part.prompts]
         completions = [completion for part in parts for completion in part.completions]
         first = parts[0]
-        return cls(prompts, np.concatenate(index), completions, first.temperature, first.whole, first.own)
+        return cls(
+            prompts, np.concatenate(index), completions, first.temperature, first.full_distribution, first.from_trainer
+        )
 
     @property
     def texts(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Gymnasium spaces for any text and for images of any size, which Gymnasium's own do not cover."""
+"""Gymnasium spaces for any text and for images of any size, which Gymnasium itself does not have."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Image = NDArray[np.uint8]
 
 
 class FreeText(Space[str]):
-    """Every string. (`gymnasium.spaces.Text` wants a finite alphabet and a maximum length.)"""
+    """All strings. (`gymnasium.spaces.Text` needs a finite alphabet and a maximum length.)"""
 
     _PIECES = ("<think>", "</think>", "<answer>", "</answer>", "[", "]", "{", "}", ",", "None")
     _LETTERS = "abc XYZ 0123456789.-+\n\t\"'\\é中😀"
@@ -27,7 +27,7 @@ class FreeText(Space[str]):
         return False
 
     def sample(self, mask: None = None, probability: None = None) -> str:
-        """A random text of up to 64 pieces, answer tags and brackets among them."""
+        """Draws a text of up to 64 pieces, with answer tags and brackets."""
         if mask is not None or probability is not None:
             raise ValueError("FreeText samples without mask or probability")
         pieces = (*self._PIECES, *self._LETTERS)
@@ -94,7 +94,7 @@ class RGBImage(Space[Image]):
         return False
 
     def sample(self, mask: None = None, probability: None = None) -> Image:
-        """Noise of a random size of up to 64 x 64 pixels."""
+        """Draws noise of a random size, up to 64 x 64 pixels."""
         if mask is not None or probability is not None:
             raise ValueError("RGBImage samples without mask or probability")
         height, width = self.np_random.integers(1, 65, size=2)

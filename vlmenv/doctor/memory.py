@@ -1,7 +1,7 @@
-"""What training will want of a device's memory, from what a few answers want of it.
+"""Estimates the memory of a training step from a few completions.
 
-Weights, gradients and Adam's moments follow from the parameters. What a forward pass keeps for its backward pass, and
-the keys and values that sampling keeps, are counted on a rollout that is there, and scaled to the batch.
+Weights, gradients and Adam's moments follow from the parameters. Activations, and keys and values of sampling, are
+measured on a small rollout and scaled to the batch.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmenv.agents.lean import noting_kept
 from vlmenv.agents.recomputation import holding_activations
+from vlmenv.agents.saved_activations import recording_saved
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.core.rollout import Prompt, Rollout
 from vlmenv.options.doctor import DoctorConfig
@@ -32,14 +32,14 @@ def training_memory(
     autocast: AbstractContextManager[None],
     engine_memory: float = 0.0,
 ) -> dict[str, float]:
-    """Bytes by what takes them, at the moment of a step that takes most; rough for what is scaled.
+    """Estimates the bytes by use at a step's peak. Scaled parts are rough.
 
     Args:
-        agent: As it will be trained, adapters and frozen parts included.
-        rollout: Answers of it, several to each prompt, to the data that it will be trained on.
-        config: The step.
-        autocast: The precision of forward passes.
-        engine_memory: Bytes that an engine takes while it is awake, which it is not while the model learns.
+        agent: The agent, with adapters and frozen parts as in training.
+        rollout: Completions of the agent on training data, several per prompt.
+        config: Options of the step.
+        autocast: The precision of forward passes, as a context.
+        engine_memory: Bytes of an engine while it is awake. It sleeps during the update.
     """
     trained = _bytes(agent.parameters())
     held = {"weights": _bytes(agent.policy.parameters()), "Adam": 2 * trained}
@@ -50,13 +50,13 @@ def training_memory(
         sampling = {"keys and values": _keys_and_values(agent, rollout, config)}
     if engine_memory:
         sampling = {"engine": engine_memory}
-        if agent.lora is not None:  # else they are handed over where they are
+        if agent.lora is not None:  # without adapters the engine gets the weights without a copy
             sampling["merged weights"] = held["weights"]
     return held | max(update, sampling, key=lambda parts: sum(parts.values()))
 
 
 def device_memory(device: torch.device) -> int:
-    """Bytes that a device has; of a CPU those that this process may have."""
+    """Bytes of a device's memory; for a CPU, the limit of this process."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -69,7 +69,7 @@ def _bytes(tensors: Iterable[Tensor]) -> float:
 
 
 def _reference(agent: VLMAgent) -> float:
-    """A copy of the model, which shares a vision tower that is not trained."""
+    """Bytes of a reference model, which shares a frozen vision tower."""
     family = agent.family
     parts = [] if family.sees_by_trained_weights() else [family.vision_tower(), *family.projectors()]
     shared = {parameter for part in parts for parameter in part.parameters()}
@@ -77,10 +77,10 @@ def _reference(agent: VLMAgent) -> float:
 
 
 def _activations(agent: VLMAgent, rollout: Rollout, config: DoctorConfig[Any]) -> dict[str, float]:
-    """What a pass keeps; and what it needs while it goes backward through a block, where that is largest.
+    """Bytes of saved activations, and of the work space of a block's backward pass.
 
-    That is the gradients of what the block has kept, as large as this, and its activations too where they are
-    computed anew.
+    The work space holds the gradients of the block's activations, which are as large as these. With gradient
+    checkpointing it also holds the recomputed activations.
     """
     kept = _scaled(agent, rollout, config)
     with holding_activations(agent.family):
@@ -90,7 +90,7 @@ def _activations(agent: VLMAgent, rollout: Rollout, config: DoctorConfig[Any]) -
 
 
 def _scaled(agent: VLMAgent, rollout: Rollout, config: DoctorConfig[Any]) -> float:
-    """What a pass keeps: so much in any case, and so much for each token of the kinds that `_tokens` counts."""
+    """Bytes of saved activations: a constant, and a number per token of each kind in `_tokens`."""
     shares = agent.family_policy.share_prefixes
     firsts = np.unique(rollout.prompt_index, return_index=True)[1]
     parts = [rollout[firsts[: (len(firsts) + 1) // 2]], rollout[firsts], rollout]
@@ -101,7 +101,7 @@ def _scaled(agent: VLMAgent, rollout: Rollout, config: DoctorConfig[Any]) -> flo
 
 
 def _tokens(rollout: Rollout, shares: bool) -> list[float]:
-    """Tokens that go through the model, of prompts and of completions; where these repeat them, padded rows of both."""
+    """Tokens of prompts and of completions; if completions repeat their prompts, tokens of padded rows."""
     prompts = [len(prompt.input_ids) for prompt in rollout.prompts]
     completions = [len(completion.token_ids) for completion in rollout.completions]
     if shares:
@@ -111,7 +111,7 @@ def _tokens(rollout: Rollout, shares: bool) -> list[float]:
 
 
 def _pass_tokens(rollout: Rollout, config: DoctorConfig[Any], shares: bool) -> list[float]:
-    """The same of the largest pass of a step."""
+    """`_tokens` of the largest micro-batch of a step."""
     total = config.batches.prompts_per_step * config.algorithm.group_size
     completions = min(total, config.trainer.micro_batch_size or total)
     if shares:
@@ -129,7 +129,7 @@ def _mean_length(prompts: Sequence[Prompt]) -> float:
 
 
 def _kept(agent: VLMAgent, rollout: Rollout) -> int:
-    """Bytes that a forward pass keeps for its backward pass, without the parameters."""
+    """Bytes that a forward pass saves for its backward pass, without parameters."""
     own = {parameter.untyped_storage().data_ptr() for parameter in agent.policy.parameters()}
     sizes: dict[int, int] = {}
 
@@ -137,15 +137,15 @@ def _kept(agent: VLMAgent, rollout: Rollout) -> int:
         storage = tensor.untyped_storage()
         sizes[storage.data_ptr()] = storage.nbytes()
 
-    with torch.enable_grad(), noting_kept(note):
+    with torch.enable_grad(), recording_saved(note):
         result = agent.logprobs(rollout)
-    del result  # which kept them apart from one another until now
+    del result  # until here it kept the saved tensors alive
     return sum(size for place, size in sizes.items() if place not in own)
 
 
 @torch.no_grad()
 def _keys_and_values(agent: VLMAgent, rollout: Rollout, config: DoctorConfig[Any]) -> float:
-    """Of a batch's prompts and completions; 0 where an engine holds them, whose memory is its own."""
+    """Bytes of a batch's keys and values; 0 with an engine, which has its own memory."""
     if agent.engine is not None:
         return 0.0
     prefixes, _ = agent.family_policy.prefill(rollout.prompts)

@@ -1,4 +1,4 @@
-"""How well boxes in answers lie under several conventions of coordinates: what a model meant by its numbers."""
+"""The overlap of answered and true boxes under several conventions of coordinates."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from vlmenv.core.coordinates import Box, Coordinates, iou, is_box
 from vlmenv.envs.data.source import Sample
 
 _LEAST, _ERRORS, _SAMPLES = 0.1, 2.0, 3
-"""By how much one convention's overlap must exceed another's, by how many standard errors, on how many samples."""
+"""Minimum difference of two overlaps, also in standard errors, and minimum number of samples."""
 
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """Answers as a convention reads them."""
+    """The answers' boxes under a convention."""
 
     samples: tuple[float, ...]
-    """of each sample with true boxes, their mean overlap with the answers' nearest boxes of the same label"""
+    """per sample with true boxes, their mean overlap with the answers' nearest boxes of the same label"""
     inside: float
-    """share of the answered boxes that lie within their image"""
+    """share of the answered boxes within their image"""
     boxes: int
-    """how many were answered"""
+    """number of answered boxes"""
 
     @property
     def mean(self) -> float:
@@ -34,16 +34,16 @@ class Overlap:
 
 
 def overlap(coordinates: Coordinates, answers: Sequence[tuple[Sample, Sequence[Any]]]) -> Overlap:
-    """Reads answers by a convention.
+    """Measures answers under a convention.
 
     Args:
         coordinates: The convention.
-        answers: Samples, each with the parsed answers to it, whose numbers are as the model wrote them.
+        answers: Samples with their parsed answers, in the numbers that the model wrote.
     """
     samples, inside = [], []
     for sample, predictions in answers:
         if len(sample.images) != 1:
-            continue  # there is no telling which image a box is in
+            continue  # it is unknown which image a box is in
         height, width = sample.images[0].shape[:2]
         read = [_in_pixels(_boxes(one), coordinates, width, height) for one in predictions]
         inside += [_lies_within(box, width, height) for boxes in read for _, box in boxes]
@@ -53,7 +53,7 @@ def overlap(coordinates: Coordinates, answers: Sequence[tuple[Sample, Sequence[A
 
 
 def clearly_better(one: Overlap, other: Overlap) -> bool:
-    """Whether one reading of the same answers is better than another beyond what few samples leave open."""
+    """True if one convention's overlap is larger than another's, beyond the noise of few samples."""
     gains = np.array(one.samples) - np.array(other.samples)
     if len(gains) < _SAMPLES:
         return False
@@ -62,7 +62,7 @@ def clearly_better(one: Overlap, other: Overlap) -> bool:
 
 
 def _boxes(value: Any) -> list[tuple[str, Box]]:
-    """Boxes with their labels, of a task's answer or truth, whatever its form; none where it holds none."""
+    """Labels and boxes of an answer or truth; empty if it has no boxes."""
     if not isinstance(value, Sequence) or isinstance(value, str):
         return []
     if len(value) == 4 and all(isinstance(edge, int | float) for edge in value):
@@ -77,7 +77,7 @@ def _in_pixels(
 
 
 def _lies_within(box: Box, width: int, height: int) -> bool:
-    """Whether a box in pixels is in the image, give or take what rounding does."""
+    """True if a box in pixels is within the image, up to rounding."""
     return box[0] >= -1 and box[1] >= -1 and box[2] <= width + 1 and box[3] <= height + 1
 
 

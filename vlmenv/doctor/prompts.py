@@ -1,4 +1,4 @@
-"""Whether all read prompts alike: the trainer, the published processor, the engine and the vision tower."""
+"""Checks that trainer, published processor, engine and vision tower agree on prompts."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmenv.doctor.patient import GROUP, Patient, Seen, Unchecked
+from vlmenv.doctor.subject import GROUP, Seen, Subject, Unchecked
 
 Ids = list[int]
 
 
-def image_features(patient: Patient) -> Seen:
-    """Whether the vision tower gives a feature for each image token."""
-    family, total = patient.agent.family, 0
-    for name, observation in zip(patient.ids, patient.shown[::GROUP], strict=True):
+def image_features(subject: Subject) -> Seen:
+    """Checks that the vision tower gives one feature per image token."""
+    family, total = subject.agent.family, 0
+    for name, observation in zip(subject.ids, subject.shown[::GROUP], strict=True):
         if not observation["images"]:
             continue
         inputs, written = family.process_images(observation["images"])
         tokens = sum(text.count(family.image_token) for text in written)
-        features = _count_features(patient, inputs)
+        features = _count_features(subject, inputs)
         if features != tokens:
-            patient.blocked = "the image processor does not go with the vision tower"
+            subject.blocked = "the image processor does not go with the vision tower"
             wrong = "The image processor does not go with this vision tower (its patch_size and merge_size, for one)."
             told = f"{tokens} image tokens for {features} features, of sample {name}"
-            return told, _remedy(patient, wrong, "preprocessor_config.json")
+            return told, _remedy(subject, wrong, "preprocessor_config.json")
         total += tokens
     if not total:
         raise Unchecked("these samples have no images")
@@ -34,79 +34,79 @@ def image_features(patient: Patient) -> Seen:
 
 
 @torch.no_grad()
-def _count_features(patient: Patient, inputs: dict[str, Tensor]) -> int:
-    model: Any = patient.agent.family.model
-    on_device = {name: tensor.to(patient.device) for name, tensor in inputs.items()}
+def _count_features(subject: Subject, inputs: dict[str, Tensor]) -> int:
+    model: Any = subject.agent.family.model
+    on_device = {name: tensor.to(subject.device) for name, tensor in inputs.items()}
     found = model.get_image_features(**on_device, return_dict=True).pooler_output
     return sum(one.shape[:-1].numel() for one in found)
 
 
-def prompt_text(patient: Patient) -> Seen:
-    """Tokens of text in prompts."""
-    for whose, ours, theirs in _readings(patient):
-        if told := _difference(patient, _text(patient, ours), _text(patient, theirs)):
+def prompt_text(subject: Subject) -> Seen:
+    """Compares the text tokens of prompts."""
+    for whose, ours, theirs in _readings(subject):
+        if told := _difference(subject, _text(subject, ours), _text(subject, theirs)):
             return f"{told} {whose}", _remedy(
-                patient, "Chat template or tokenizer differ.", "chat_template.jinja and the tokenizer's files"
+                subject, "Chat template or tokenizer differ.", "chat_template.jinja and the tokenizer's files"
             )
-    count = sum(len(_text(patient, one.input_ids.tolist())) for one in patient.prompts)
-    return f"{count} tokens in {len(patient.prompts)} prompts", ""
+    count = sum(len(_text(subject, one.input_ids.tolist())) for one in subject.prompts)
+    return f"{count} tokens in {len(subject.prompts)} prompts", ""
 
 
-def prompt_images(patient: Patient) -> Seen:
-    """Tokens of images in prompts, and pixels."""
+def prompt_images(subject: Subject) -> Seen:
+    """Compares the image tokens of prompts, and their pixels."""
     remedy = _remedy(
-        patient, "Image processors differ (min_pixels and max_pixels, for one).", "preprocessor_config.json"
+        subject, "Image processors differ (min_pixels and max_pixels, for one).", "preprocessor_config.json"
     )
     total = 0
-    for whose, *readings in _readings(patient):
-        ours, theirs = (sum(token in _modality(patient) for token in ids) for ids in readings)
+    for whose, *readings in _readings(subject):
+        ours, theirs = (sum(token in _modality(subject) for token in ids) for ids in readings)
         if ours != theirs:
             return f"{ours} image tokens are the trainer's, {theirs} {whose}", remedy
         total += ours
-    for prompt, (_, inputs), name in zip(patient.prompts, patient.published, patient.ids, strict=True):
+    for prompt, (_, inputs), name in zip(subject.prompts, subject.published, subject.ids, strict=True):
         if gap := max((_gap(prompt.images[key], inputs[key]) for key in prompt.images), default=0.0):
             return f"pixels differ by {gap:.2g} from the published processor's, of sample {name}", remedy
-    return f"{total} tokens in {len(patient.prompts)} prompts, of the same pixels", ""
+    return f"{total} tokens in {len(subject.prompts)} prompts, of the same pixels", ""
 
 
-def _readings(patient: Patient) -> Iterator[tuple[str, Ids, Ids]]:
-    """Readings to be compared: whose, the trainer's tokens, and theirs."""
-    if (found := patient.engine_reading) is not None:
+def _readings(subject: Subject) -> Iterator[tuple[str, Ids, Ids]]:
+    """Encodings to compare: the owner's name, the trainer's tokens, and the owner's."""
+    if (found := subject.engine_reading) is not None:
         yield "the engine's", list(found.ours), list(found.theirs)
-    for prompt, (theirs, _), name in zip(patient.prompts, patient.published, patient.ids, strict=True):
+    for prompt, (theirs, _), name in zip(subject.prompts, subject.published, subject.ids, strict=True):
         yield f"the published processor's, of sample {name}", prompt.input_ids.tolist(), theirs.tolist()
 
 
-def _difference(patient: Patient, ours: Ids, theirs: Ids) -> str:
-    """Where two readings part, up to whose the second is; empty where they do not."""
+def _difference(subject: Subject, ours: Ids, theirs: Ids) -> str:
+    """The first difference of two encodings, to be followed by the owner's name; empty if there is none."""
     if ours == theirs:
         return ""
     pairs = zip(ours, theirs, strict=False)
     place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
-    decode = patient.agent.family.processor.tokenizer.decode
+    decode = subject.agent.family.processor.tokenizer.decode
     shown = [repr(decode(ids[max(0, place - 2) : place + 6])) for ids in (ours, theirs)]
     return f"from text token {place} on, {shown[0]} is the trainer's, {shown[1]}"
 
 
-def _modality(patient: Patient) -> set[int]:
-    return patient.agent.family.modality_tokens()
+def _modality(subject: Subject) -> set[int]:
+    return subject.agent.family.modality_tokens()
 
 
-def _text(patient: Patient, ids: Ids) -> list[int]:
-    """The tokens of a prompt with one in place of all those of an image."""
-    kinds, mark = _modality(patient), patient.agent.family.model.config.image_token_id
+def _text(subject: Subject, ids: Ids) -> list[int]:
+    """The tokens of a prompt, with one token per image."""
+    kinds, mark = _modality(subject), subject.agent.family.model.config.image_token_id
     firsts = [i for i, token in enumerate(ids) if token not in kinds or i == 0 or ids[i - 1] not in kinds]
     return [mark if ids[i] in kinds else ids[i] for i in firsts]
 
 
 def _gap(ours: Tensor, theirs: Tensor) -> float:
-    """The greatest difference between two tensors of the same numbers in whatever shape."""
+    """The largest difference of two tensors, which may have different shapes."""
     if ours.numel() != theirs.numel():
         return float("inf")
     return float((ours.reshape(theirs.shape).double() - theirs.double()).abs().max())
 
 
-def _remedy(patient: Patient, wrong: str, files: str) -> str:
-    source = patient.config.published or "the published model"
-    served = "" if patient.config.generation.engine == "hf" else ", and let the engine serve that folder"
-    return f"{wrong} Copy {files} from {source} into {patient.agent.folder}{served}."
+def _remedy(subject: Subject, wrong: str, files: str) -> str:
+    source = subject.config.published or "the published model"
+    served = "" if subject.config.generation.engine == "hf" else ", and let the engine serve that folder"
+    return f"{wrong} Copy {files} from {source} into {subject.agent.folder}{served}."

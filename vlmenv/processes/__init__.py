@@ -1,4 +1,4 @@
-"""Training by one process, or by several: what is otherwise then, and nowhere else."""
+"""Single- and multi-process training: all differences between the two live here."""
 
 from vlmenv.processes.base import Processes
 from vlmenv.processes.launch import processes_of

@@ -1,6 +1,6 @@
-"""One process, or several with a whole copy of the model each (DDP); and what those with shares of it have in common.
+"""One rank, or several with a replica of the model each (DDP); and the base class of ranks with shards.
 
-All methods but `share` are called by all processes together.
+All methods but `share` are collectives: all ranks must call them together.
 """
 
 from __future__ import annotations
@@ -25,10 +25,13 @@ T = TypeVar("T")
 
 
 class Processes:
-    """Processes that hold the whole model each.
+    """Ranks that hold a replica of the model each.
+
+    Args:
+        accelerator: Device, precision and ranks.
 
     Attributes:
-        name: What checkpoints are marked with.
+        name: Name of the strategy, which checkpoints record.
     """
 
     name: ClassVar[str] = "whole copies"
@@ -36,38 +39,41 @@ class Processes:
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
 
-    def announce(self, agent: Agent) -> None:
-        """Tells an agent what it must not leave out, before its reference is made."""
+    def configure(self, agent: Agent) -> None:
+        """Configures an agent for these ranks, before its reference is made."""
 
     def prepare(
         self, agent: Agent, reference: Reference | None, optimizer: Callable[[], torch.optim.Optimizer]
     ) -> torch.optim.Optimizer:
-        """Readies an agent for training, and gives the optimizer that is made of its parameters.
+        """Prepares an agent for training.
 
         Args:
-            agent: Its policy is wrapped.
-            reference: Of the agent, from before this, but after `announce`.
-            optimizer: Makes the optimizer.
+            agent: The agent. Its policy gets wrapped.
+            reference: The agent's reference, made after `configure` and before this call.
+            optimizer: Makes the optimizer from the agent's parameters.
+
+        Returns:
+            The optimizer.
         """
         self.agent, plain = agent, optimizer()
         agent.policy, self._optimizer = self.accelerator.prepare(agent.policy, plain)
         return plain
 
     def autocast(self) -> AbstractContextManager[None]:
-        """The precision of forward passes."""
+        """The precision of forward passes, as a context."""
         return cast(AbstractContextManager[None], self.accelerator.autocast())
 
-    def whole(self) -> AbstractContextManager[None]:
-        """Within, each process holds all weights, and runs the model at its own pace; without gradients."""
+    def gathered(self) -> AbstractContextManager[None]:
+        """Gathers all weights for the block. Within it, ranks run the model independently, without gradients."""
         return nullcontext()
 
-    def cut_alike(self, parts: list[Rows]) -> list[Rows]:
-        """The micro-batches of a batch, in a number that lets all processes pass through the model together."""
+    def split_evenly(self, parts: list[Rows]) -> list[Rows]:
+        """Splits micro-batches so that every rank has the same number."""
         return parts
 
     @contextmanager
-    def passing(self, last: bool) -> Iterator[None]:
-        """A micro-batch's forward and backward pass; copies exchange their gradients in the last one alone."""
+    def accumulating(self, last: bool) -> Iterator[None]:
+        """The forward and backward pass of a micro-batch. Gradients are reduced over ranks in the last one only."""
         if last:
             yield
         else:
@@ -75,18 +81,21 @@ class Processes:
                 yield
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradient of a loss, of which all processes' add up to the whole."""
-        self.accelerator.backward(loss * self.accelerator.num_processes)  # which are averaged over
+        """Accumulates the gradient of a loss. The losses of all ranks sum to the loss of the minibatch."""
+        self.accelerator.backward(loss * self.accelerator.num_processes)  # DDP averages over ranks
 
     def step(self, max_norm: float, *, learn: bool) -> float:
-        """An optimiser step, and the gradient's norm; none where that is not finite. Gradients are gone after it.
+        """Takes an optimizer step, unless the gradient's norm is not finite, and sets gradients to zero.
 
         Args:
-            max_norm: Gradients are scaled down to this norm.
-            learn: Whether the step may be taken at all.
+            max_norm: Maximum gradient norm.
+            learn: If false, no step is taken.
+
+        Returns:
+            The gradient norm before clipping.
         """
         norm = self._clip(max_norm)
-        scaled = self.accelerator.scaler is not None  # it leaves steps out by itself, and lowers its scale
+        scaled = self.accelerator.scaler is not None  # the scaler skips steps itself, and then lowers its scale
         if (learn and math.isfinite(norm)) or scaled:
             self._optimizer.step()
         self._optimizer.zero_grad()
@@ -96,75 +105,75 @@ class Processes:
         return float(self.accelerator.clip_grad_norm_(self.agent.parameters(), max_norm))
 
     def weights(self) -> Mapping[str, Tensor] | None:
-        """The policy's whole state for `Agent.save` by the main process; None where the agent has it."""
+        """The policy's gathered state on the main rank, for `Agent.save`. None: the agent's own state is complete."""
         return None
 
     def shared_state(self) -> dict[str, Any]:
-        """The state of the optimizer and of the scale of its gradients, where all processes have the same."""
+        """State of the optimizer and the gradient scaler, if it is the same on all ranks."""
         scaler = self.accelerator.scaler
         return {"optimizer": self._optimizer.state_dict()} | ({} if scaler is None else {"scaler": scaler.state_dict()})
 
-    def own_state(self) -> dict[str, Any]:
-        """This process's share of it."""
+    def rank_state(self) -> dict[str, Any]:
+        """This rank's shard of the optimizer's state, if it is sharded."""
         return {}
 
     def load(self, folder: Path, shared: dict[str, Any], own: dict[str, Any]) -> None:
-        """Puts weights and the optimizer's state back from a checkpoint."""
+        """Restores weights and optimizer state from a checkpoint."""
         self.agent.load(folder)
         self._optimizer.load_state_dict((shared | own)["optimizer"])
         if self.accelerator.scaler is not None and "scaler" in shared:
             self.accelerator.scaler.load_state_dict(shared["scaler"])
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This process's share of what is divided between them."""
+        """This rank's share of the items."""
         return items[self.accelerator.process_index :: self.accelerator.num_processes]
 
     def collect(self, items: list[T]) -> list[T]:
-        """The lists of all processes, one after the other."""
+        """Gathers and concatenates the lists of all ranks."""
         return items if self.accelerator.num_processes == 1 else cast(list[T], gather_object(items))
 
-    def agree(self, value: T) -> T:
-        """The main process's value."""
+    def broadcast(self, value: T) -> T:
+        """Broadcasts the main rank's value."""
         return self.collect([value])[0]
 
 
-class Shares(Processes):
-    """Processes that hold a share of the model each, and so have to pass through it together.
+class Sharded(Processes):
+    """Ranks that hold a shard of the model each. Their forward and backward passes are collectives.
 
     Attributes:
-        divides_weights: Whether of the weights too.
+        shards_weights: True if the weights are sharded, and not only gradients and optimizer state.
     """
 
-    divides_weights: bool = True
+    shards_weights: bool = True
 
-    def announce(self, agent: Agent) -> None:
-        agent.in_step, agent.divided = True, self.divides_weights
+    def configure(self, agent: Agent) -> None:
+        agent.runs_every_module, agent.sharded = True, self.shards_weights
 
     def prepare(
         self, agent: Agent, reference: Reference | None, optimizer: Callable[[], torch.optim.Optimizer]
     ) -> torch.optim.Optimizer:
         self.agent = agent
-        return self._divide(agent, reference, optimizer)
+        return self._prepare_shards(agent, reference, optimizer)
 
-    def _divide(
+    def _prepare_shards(
         self, agent: Agent, reference: Reference | None, optimizer: Callable[[], torch.optim.Optimizer]
     ) -> torch.optim.Optimizer:
         raise NotImplementedError
 
-    def cut_alike(self, parts: list[Rows]) -> list[Rows]:
+    def split_evenly(self, parts: list[Rows]) -> list[Rows]:
         most = max(self.collect([len(parts)]))
         parts = list(parts)
         while len(parts) < most:
             largest = max(range(len(parts)), key=lambda i: _size(parts[i]))
             if _size(parts[largest]) == 1:
-                raise ConfigError("processes with shares of a model need batches of the same size each")
+                raise ConfigError("ranks with shards of a model need batches of the same size")
             parts[largest : largest + 1] = _halves(parts[largest])
         return parts
 
     @contextmanager
-    def passing(self, last: bool) -> Iterator[None]:
-        # Each pass adds to the shares of the gradient: to hold it whole until the last would take the memory
-        # that sharing saves.
+    def accumulating(self, last: bool) -> Iterator[None]:
+        # Each pass reduces its gradient. To keep whole gradients until the last pass would take the memory that shards
+        # save.
         yield
 
 

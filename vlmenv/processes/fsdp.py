@@ -1,4 +1,4 @@
-"""Processes that hold shares of weights, gradients and optimizer by torch's FSDP2 (`fully_shard`)."""
+"""Ranks with shards of weights, gradients and optimizer state, by torch's FSDP2 (`fully_shard`)."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from torch.distributed.tensor import DTensor
 
 from vlmenv.agents.base import Agent, Reference
 from vlmenv.agents.references import FrozenPolicy
-from vlmenv.processes.base import Shares
+from vlmenv.processes.base import Sharded
 
 
-class FSDP(Shares):
-    """Shares by FSDP2.
+class FSDP(Sharded):
+    """Ranks with shards by FSDP2.
 
-    A block of the model is gathered when it is run, and let go after it; the rest of the model is one unit. Under
-    bfloat16 the blocks' weights travel as such, and gradients in float32.
+    Each block of the model is gathered for its pass and freed after it. The rest of the model is one unit. With bf16
+    the blocks' weights are sent in bfloat16, and gradients in float32.
 
     Args:
-        accelerator: Of the processes.
-        reshard: Whether blocks are let go after the forward pass, and gathered again for the backward pass.
+        accelerator: Device, precision and ranks.
+        reshard: If true, blocks are freed after the forward pass and gathered again for the backward pass.
     """
 
     name: ClassVar[str] = "FSDP2"
@@ -39,7 +39,7 @@ class FSDP(Shares):
         super().__init__(accelerator)
         self._reshard = reshard
 
-    def _divide(
+    def _prepare_shards(
         self, agent: Agent, reference: Reference | None, optimizer: Callable[[], torch.optim.Optimizer]
     ) -> torch.optim.Optimizer:
         mesh = init_device_mesh(self.accelerator.device.type, (self.accelerator.num_processes,))
@@ -61,14 +61,14 @@ class FSDP(Shares):
             fully_shard(part, mesh=mesh, reshard_after_forward=self._reshard, mp_policy=precision)
         fully_shard(policy, mesh=mesh)
         _make_root(policy)
-        # Left alone, a backward pass gathers in advance what this process ran before: in rollouts too, where another
-        # process may have run nothing. (What is named for the first is itself, since none is before it.)
+        # By default a backward pass prefetches the modules that this rank ran before, also in rollouts. There another
+        # rank may have run none. (The first part names itself, because no part is before it.)
         for before, part in itertools.pairwise([parts[0], *parts, policy]):
             cast(FSDPModule, part).set_modules_to_backward_prefetch([cast(FSDPModule, before)])
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
-        """As in `Processes`. What the blocks' weights are gathered in is then the precision of all else."""
+    def gathered(self) -> Iterator[None]:
+        """Gathers all weights for the block. All modules then run in the precision of the gathered blocks."""
         modules = [module for module in self.agent.policy.modules() if isinstance(module, FSDPModule)]
         for module in modules:
             module.set_reshard_after_forward(False, recurse=False)
@@ -87,19 +87,19 @@ class FSDP(Shares):
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def weights(self) -> Mapping[str, Tensor]:
-        """All of them in the main process, on the CPU; none in the others."""
+        """The gathered state on the main rank, on the CPU; empty on other ranks."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = cast(dict[str, Tensor], get_model_state_dict(self.agent.policy, options=options))
         first: dict[nn.Parameter, str] = {}
         for name, parameter in self.agent.policy.named_parameters(remove_duplicate=False):
-            if name in state:  # weights under two names are one tensor again, and are written once
+            if name in state:  # tied weights become one tensor again, and are written once
                 state[name] = state[first.setdefault(parameter, name)]
         return state
 
     def shared_state(self) -> dict[str, Any]:
         return {}
 
-    def own_state(self) -> dict[str, Any]:
+    def rank_state(self) -> dict[str, Any]:
         state = self._optimizer.state_dict()
         own = {i: {name: _local(value) for name, value in kept.items()} for i, kept in state["state"].items()}
         return {"optimizer": state | {"state": own}}
@@ -114,7 +114,7 @@ class FSDP(Shares):
 
 
 def _make_root(policy: nn.Module) -> None:
-    """The first module to run becomes the root of the others: an empty pass, before any block runs by itself."""
+    """Makes the policy the root of its FSDP modules by an empty pass: the first module to run becomes the root."""
     policy.__dict__["pass_through"] = MethodType(lambda _: None, policy)
     register_fsdp_forward_method(policy, "pass_through")
     policy.__dict__.pop("pass_through")()
@@ -126,7 +126,7 @@ def _local(value: Any) -> Any:
 
 
 def _like(value: Any, parameter: DTensor) -> Any:
-    """A share of an optimizer's state as a part of the whole, laid out as the parameter is."""
+    """Lays out a shard of the optimizer's state as the parameter is."""
     if not isinstance(value, Tensor) or value.shape != parameter.to_local().shape:
         return value
     return DTensor.from_local(

@@ -1,4 +1,4 @@
-"""Which way of training by several processes `accelerate launch` asks for, and what it may not ask for."""
+"""The strategy that `accelerate launch` asks for, and checks of its configuration."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from vlmenv.processes.zero import ZeRO
 
 
 def processes_of(accelerator: Accelerator) -> Processes:
-    """The processes of an accelerator.
+    """Chooses the strategy of an accelerator's configuration.
 
-    On the CPU accelerate passes over FSDP and DeepSpeed without a word; here its configuration holds there too.
+    On CPUs accelerate ignores FSDP and DeepSpeed silently. Here they are used on CPUs too.
 
     Raises:
-        ConfigError: Its configuration asks for something that is not supported, or would not be heeded.
+        ConfigError: The configuration asks for something that is not supported, or that would have no effect.
     """
     _check(accelerator)
     if accelerator.distributed_type != DistributedType.NO and _asks_for("FSDP"):
@@ -30,7 +30,7 @@ def processes_of(accelerator: Accelerator) -> Processes:
         check_fsdp(accelerator, plugin)
         return FSDP(accelerator, plugin.reshard_after_forward)
     if accelerator.distributed_type != DistributedType.NO and _asks_for("DEEPSPEED"):
-        plugin = DeepSpeedPlugin()  # as launched: accelerate's own has been filled in
+        plugin = DeepSpeedPlugin()  # as launched; accelerate has filled in its own copy
         check_deepspeed(accelerator, plugin)
         return ZeRO(accelerator, _without_auto(plugin.deepspeed_config["zero_optimization"]))
     return Processes(accelerator)
@@ -43,12 +43,12 @@ def _asks_for(name: str) -> bool:
 def _check(accelerator: Accelerator) -> None:
     require(
         accelerator.gradient_accumulation_steps == 1,
-        "gradient_accumulation_steps of accelerate must be 1: micro_batch_size divides batches, exactly",
+        "gradient_accumulation_steps of accelerate must be 1: use --micro-batch-size to save memory",
     )
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     require(
         asked in ("no", accelerator.mixed_precision),
-        f"mixed_precision {asked} of accelerate is not heeded: give --precision {asked}, or leave it out there",
+        f"mixed_precision {asked} of accelerate has no effect: give --precision {asked}, or remove it there",
     )
     compiles = accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
     require(not compiles, "dynamo_backend of accelerate is not supported: set it to no")
@@ -57,19 +57,19 @@ def _check(accelerator: Accelerator) -> None:
 
 
 def check_fsdp(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
-    """Raises ConfigError where a configuration of FSDP asks for what is not supported."""
+    """Raises ConfigError if a configuration of FSDP asks for something that is not supported."""
     require(plugin.fsdp_version == 2, f"FSDP {plugin.fsdp_version} is not supported: set fsdp_version to 2")
     require(
         not plugin.cpu_ram_efficient_loading,
-        "fsdp_cpu_ram_efficient_loading must be false: every process reads the model's weights by itself",
+        "fsdp_cpu_ram_efficient_loading must be false: every rank reads the model's weights itself",
     )
     require(not isinstance(plugin.cpu_offload, CPUOffloadPolicy), "fsdp_offload_params must be false")
     require(
         not plugin.activation_checkpointing,
-        "fsdp_activation_checkpointing does not go together with cached prompts: give --gradient-checkpointing",
+        "fsdp_activation_checkpointing does not work with shared prompts: use --gradient-checkpointing",
     )
-    require(plugin.ignored_modules is None, "fsdp_ignored_modules is not supported: all of the model is shared")
-    require(accelerator.mixed_precision != "fp16", "FSDP does not go with precision fp16: take bf16")
+    require(plugin.ignored_modules is None, "fsdp_ignored_modules is not supported: the whole model is sharded")
+    require(accelerator.mixed_precision != "fp16", "FSDP does not support precision fp16: use bf16")
 
 
 _DEEPSPEED = {
@@ -80,29 +80,29 @@ _DEEPSPEED = {
     "gradient_clipping",
     "steps_per_print",
 }
-"""What DeepSpeed's configuration may hold."""
+"""Supported keys of DeepSpeed's configuration."""
 
 
 def check_deepspeed(accelerator: Accelerator, plugin: DeepSpeedPlugin) -> None:
-    """Raises ConfigError where a configuration of DeepSpeed asks for what is not supported."""
-    require(accelerator.mixed_precision != "fp16", "DeepSpeed does not go with precision fp16 here: take bf16")
+    """Raises ConfigError if a configuration of DeepSpeed asks for something that is not supported."""
+    require(accelerator.mixed_precision != "fp16", "DeepSpeed does not support precision fp16 here: use bf16")
     config = plugin.deepspeed_config
     require(not (other := sorted(set(config) - _DEEPSPEED)), f"DeepSpeed's {', '.join(other)} is not supported here")
     zero = config["zero_optimization"]
     require(zero["stage"] in (1, 2, 3), f"DeepSpeed's ZeRO stage must be 1, 2 or 3, not {zero['stage']}")
     for name in ("offload_optimizer", "offload_param"):
         require(zero.get(name, {}).get("device", "none") == "none", f"DeepSpeed's {name} is not supported")
-    require(not plugin.zero3_init_flag, "zero3_init_flag must be false: every process reads the weights by itself")
+    require(not plugin.zero3_init_flag, "zero3_init_flag must be false: every rank reads the model's weights itself")
     require(
         config.get("gradient_clipping", "auto") == "auto",
-        "leave out DeepSpeed's gradient_clipping: --max-grad-norm clips",
+        "remove DeepSpeed's gradient_clipping: use --max-grad-norm",
     )
     require(
         config.get("gradient_accumulation_steps", 1) in ("auto", 1),
-        "gradient_accumulation_steps of DeepSpeed must be 1: micro_batch_size divides batches, exactly",
+        "gradient_accumulation_steps of DeepSpeed must be 1: use --micro-batch-size to save memory",
     )
 
 
 def _without_auto(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that are given; for those at "auto" DeepSpeed has defaults."""
+    """The options without those at "auto", for which DeepSpeed has defaults."""
     return {name: value for name, value in options.items() if value != "auto"}

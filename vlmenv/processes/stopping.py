@@ -1,4 +1,4 @@
-"""Signals that end training after the step that is under way."""
+"""Signals that end training after the present step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 
 class Stopping:
-    """Notes SIGINT and SIGTERM, for as long as the context lasts; a second one ends the process at once."""
+    """Records SIGINT and SIGTERM within the context. A second signal ends the process at once."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
@@ -38,14 +38,14 @@ class Stopping:
             signal.signal(*self._former.popitem())
 
     def requested(self) -> bool:
-        """Whether any process has been asked to stop; all processes call this together."""
+        """True if any rank got a signal. A collective: all ranks must call it."""
         if self._accelerator.num_processes == 1:
             return self._signal is not None
         asked = torch.tensor([float(self._signal is not None)], device=self._accelerator.device)
         return bool(self._accelerator.reduce(asked).item() > 0)
 
     def end_process(self) -> None:
-        """Ends the process as the signal would have, if there was one."""
+        """Ends the process with the signal's exit status, if there was a signal."""
         if self._signal == signal.SIGINT:
             raise KeyboardInterrupt
         if self._signal is not None:

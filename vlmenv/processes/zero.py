@@ -1,6 +1,6 @@
-"""Processes that hold shares of gradients, optimizer and, at stage 3, weights by DeepSpeed's ZeRO (arXiv 1910.02054).
+"""Ranks with shards of gradients, optimizer state and, at stage 3, weights, by DeepSpeed's ZeRO (arXiv 1910.02054).
 
-DeepSpeed is used through its engine alone; accelerate's wrapper would take an optimiser step with every backward pass.
+This uses DeepSpeed's engine directly, because accelerate's wrapper takes an optimizer step with every backward pass.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor
 
 from vlmenv.agents.base import Agent, Reference
 from vlmenv.core.errors import TrainingError
-from vlmenv.processes.base import Shares
+from vlmenv.processes.base import Sharded
 
 
-class ZeRO(Shares):
-    """Shares by ZeRO; weights are in float32, and passes under autocast, as with the other kinds of processes.
+class ZeRO(Sharded):
+    """Ranks with shards by ZeRO. As with the other strategies, weights are float32 and passes run under autocast.
 
     Args:
-        accelerator: Of the processes.
+        accelerator: Device, precision and ranks.
         options: DeepSpeed's options under `zero_optimization`.
     """
 
@@ -34,10 +34,10 @@ class ZeRO(Shares):
     def __init__(self, accelerator: Accelerator, options: Mapping[str, Any]) -> None:
         super().__init__(accelerator)
         self._options, self._stage = options, options["stage"]
-        self.divides_weights = self._stage == 3
+        self.shards_weights = self._stage == 3
         self._bf16 = accelerator.mixed_precision == "bf16"
 
-    def _divide(
+    def _prepare_shards(
         self, agent: Agent, reference: Reference | None, optimizer: Callable[[], torch.optim.Optimizer]
     ) -> torch.optim.Optimizer:
         if self.accelerator.device.type == "cpu":
@@ -45,7 +45,7 @@ class ZeRO(Shares):
         import deepspeed
 
         config = {
-            "train_micro_batch_size_per_gpu": 1,  # must be given, but counts for nothing here
+            "train_micro_batch_size_per_gpu": 1,  # required, but without effect here
             "gradient_accumulation_steps": 1,
             "zero_optimization": self._options,
             "zero_allow_untested_optimizer": True,
@@ -62,7 +62,7 @@ class ZeRO(Shares):
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self._bf16)
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def gathered(self) -> Iterator[None]:
         if self._stage < 3:
             yield
             return
@@ -77,7 +77,7 @@ class ZeRO(Shares):
 
     @contextmanager
     def _without_hooks(self) -> Iterator[None]:
-        """Keeps modules from gathering and letting go their weights."""
+        """Stops modules from gathering and freeing their weights."""
         gatherer = self._engine.optimizer.parameter_offload
         for handle in (*gatherer.forward_hooks, *gatherer.backward_hooks):
             handle.remove()
@@ -88,16 +88,16 @@ class ZeRO(Shares):
             gatherer._register_deepspeed_module(gatherer.module)
 
     @contextmanager
-    def passing(self, last: bool) -> Iterator[None]:
+    def accumulating(self, last: bool) -> Iterator[None]:
         self._engine.set_gradient_accumulation_boundary(last)
         yield
 
     def backward(self, loss: Tensor) -> None:
-        self._engine.backward(loss * self.accelerator.num_processes)  # which are averaged over
+        self._engine.backward(loss * self.accelerator.num_processes)  # DeepSpeed averages over ranks
 
     def step(self, max_norm: float, *, learn: bool) -> float:
         if not learn:
-            raise TrainingError("the loss is not finite, and DeepSpeed cannot leave a step out for that")
+            raise TrainingError("the loss is not finite, and DeepSpeed cannot skip a step for that")
         zero = self._engine.optimizer
         zero.clip_grad = max_norm
         self._engine.step()
@@ -109,14 +109,14 @@ class ZeRO(Shares):
         with self._gathered():
             if not self.accelerator.is_main_process:
                 return {}
-            copies: dict[int, Tensor] = {}  # weights under two names stay one tensor
+            copies: dict[int, Tensor] = {}  # tied weights stay one tensor
             state = self._policy.state_dict()
             return {name: copies.setdefault(t.data_ptr(), t.to("cpu", copy=True)) for name, t in state.items()}
 
     def shared_state(self) -> dict[str, Any]:
         return {}
 
-    def own_state(self) -> dict[str, Any]:
+    def rank_state(self) -> dict[str, Any]:
         plain = self._engine.optimizer.optimizer
         rates = [group["lr"] for group in plain.param_groups]
         return {"optimizer": {"lr": rates, "state": [dict(plain.state[share]) for share in self._parts()]}}
@@ -135,7 +135,7 @@ class ZeRO(Shares):
             zero.optimizer.state[share] = {name: value.to(share.device) for name, value in kept.items()}
 
     def _parts(self) -> list[Tensor]:
-        """The shares of the weights that this process's optimizer changes, flat."""
+        """Flat shards of the weights that this rank's optimizer updates."""
         zero = self._engine.optimizer
         parts: list[Tensor] = (
             zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups

@@ -1,1 +1,1 @@
-"""What a run leaves behind, and what it shows while it goes on."""
+"""A run on disk and on screen: its folder, checkpoints, trackers, pictures and progress."""

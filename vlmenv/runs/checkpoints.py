@@ -1,8 +1,7 @@
-"""Checkpoints of a run: the model in the published layout, with all that training needs to go on exactly."""
+"""Checkpoints of a run: the model in the published layout, and the state that training continues from exactly."""
 
 from __future__ import annotations
 
-import os
 import pickle
 import shutil
 from collections.abc import Iterator
@@ -16,64 +15,62 @@ from safetensors import SafetensorError
 from vlmenv.algos import Trainer
 from vlmenv.algos.faults import nonfinite_weights
 from vlmenv.core.errors import CheckpointError, ModelError
-from vlmenv.processes.together import together
+from vlmenv.core.files import replace_folder
+from vlmenv.processes.failures import shared_failure
 from vlmenv.runs.run_folder import RunFolder
 
 
 def save_checkpoint(trainer: Trainer, run: RunFolder) -> None:
-    """Writes a checkpoint after the trainer's last step; the folder appears only when it is whole.
-
-    Every process calls this.
+    """Writes a checkpoint after the trainer's last step, atomically. A collective: all ranks must call it.
 
     Raises:
-        CheckpointError: It cannot be written, or the weights are not finite; earlier checkpoints are as they were.
-        TrainingError: So it is in another process.
+        CheckpointError: It cannot be written, or the weights are not finite. Earlier checkpoints stay unchanged.
+        TrainingError: It failed on another rank.
     """
     accelerator, folder = trainer.accelerator, run.checkpoint(trainer.step)
     partial, weights = folder.with_name(f".{folder.name}"), trainer.processes.weights()
-    with together(accelerator), _whole(folder, partial):
+    with shared_failure(accelerator), _written(folder, partial):
         if broken := nonfinite_weights(trainer.agent.policy):
-            raise CheckpointError(f"{folder} is not written: the weights {', '.join(broken[:3])} are not finite")
+            raise CheckpointError(
+                f"{folder} is not written, because the weights {', '.join(broken[:3])} are not finite"
+            )
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
             trainer.agent.save(partial, weights)
             _save(trainer.state_dict(), partial / "trainer.pt")
-    with together(accelerator), _whole(folder, partial):
+    with shared_failure(accelerator), _written(folder, partial):
         _save(trainer.process_state(), partial / f"process-{accelerator.process_index}.pt")
-    with together(accelerator), _whole(folder, partial):
+    with shared_failure(accelerator), _written(folder, partial):
         if accelerator.is_main_process:
-            _flush(partial)
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
-            _flush(folder.parent)
+            replace_folder(partial, folder)
 
 
 def save_best(trainer: Trainer, run: RunFolder) -> None:
-    """Writes the model alone, as the best so far; all processes call this.
+    """Writes the model as the best so far, without the trainer's state. A collective: all ranks must call it.
 
     Raises:
-        CheckpointError: It cannot be written; the best model before is as it was.
+        CheckpointError: It cannot be written. The former best model stays unchanged.
     """
     folder, weights = run.path / "best", trainer.processes.weights()
-    with together(trainer.accelerator), _whole(folder, folder.with_name("best.partial")):
+    with shared_failure(trainer.accelerator), _written(folder, folder.with_name("best.partial")):
         if trainer.accelerator.is_main_process:
             trainer.agent.save(folder, weights)
 
 
 def load_checkpoint(trainer: Trainer, run: RunFolder) -> None:
-    """Puts a trainer into the state of a run's newest checkpoint, and cuts the run's files back to it.
+    """Restores a run's newest checkpoint, and removes later steps from the run's files.
 
-    Where there is none yet, the trainer stays as it is, at its beginning, and the run's steps are cut out.
+    Without a checkpoint the trainer stays at its beginning, and all steps are removed from the files.
 
     Raises:
-        ModelError: The checkpoint is of another number or kind of processes, or broken.
+        ModelError: The checkpoint has another number of ranks or another strategy, or cannot be read.
     """
     accelerator, found = trainer.accelerator, run.checkpoints()
     if found:
         _load(trainer, found[-1])
     if accelerator.is_main_process:
         run.cut(trainer.step)
-        for partial in run.checkpoint(0).parent.glob(".step-*"):  # whose writing was cut off
+        for partial in run.checkpoint(0).parent.glob(".step-*"):  # incomplete writes
             shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
 
@@ -82,7 +79,9 @@ def _load(trainer: Trainer, folder: Path) -> None:
     accelerator = trainer.accelerator
     own = folder / f"process-{accelerator.process_index}.pt"
     if len(list(folder.glob("process-*.pt"))) != accelerator.num_processes:
-        raise ModelError(f"{folder}: saved by another number of processes than {accelerator.num_processes}")
+        raise ModelError(
+            f"{folder}: saved by another number of ranks than {accelerator.num_processes}: launch as many as then"
+        )
     try:
         state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
         _check_kind(folder, state["processes"], trainer.processes.name)
@@ -93,11 +92,11 @@ def _load(trainer: Trainer, folder: Path) -> None:
 
 def _check_kind(folder: Path, saved: str, now: str) -> None:
     if saved != now:
-        raise ModelError(f"{folder}: saved by processes with {saved}, not {now}: launch them as the run was launched")
+        raise ModelError(f"{folder}: saved with {saved}, not with {now}: launch as the run was launched")
 
 
 def prune(run: RunFolder, keep: int | None) -> None:
-    """Removes all checkpoints but the newest `keep`, and the rests of ones before them; none where that is None."""
+    """Removes all but the newest `keep` checkpoints. None: removes nothing."""
     kept = run.checkpoints()[-keep:] if keep else []
     for folder in kept[0].parent.glob("step-*") if kept else []:
         if run.step_of(folder) < run.step_of(kept[0]):
@@ -105,8 +104,8 @@ def prune(run: RunFolder, keep: int | None) -> None:
 
 
 @contextmanager
-def _whole(folder: Path, partial: Path) -> Iterator[None]:
-    """Removes what was written of a folder where the block fails, so that a full disk is no fuller than before."""
+def _written(folder: Path, partial: Path) -> Iterator[None]:
+    """Removes the partial folder if the block fails, so that a full disk gets its space back."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -115,7 +114,7 @@ def _whole(folder: Path, partial: Path) -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The system's own error behind one of torch's, which tells of positions in a file; else the error itself."""
+    """The system's error behind torch's, which tells only positions in a file; else the error itself."""
     found: BaseException | None = error
     while found is not None and not isinstance(found, OSError):
         found = found.__context__
@@ -123,15 +122,5 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _save(state: dict[str, Any], file: Path) -> None:
-    with file.open("wb") as stream:  # torch's own would not tell why it cannot write
+    with file.open("wb") as stream:  # torch.save of a path hides the system's error
         torch.save(state, stream)
-
-
-def _flush(folder: Path) -> None:
-    """Has a folder's files and names on the disk before what follows: a crash of the machine may come any time."""
-    for path in [folder, *(file for file in folder.iterdir() if file.is_file())]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from vlmenv.core.errors import ConfigError
-from vlmenv.core.files import write_whole
+from vlmenv.core.files import write_atomic
 from vlmenv.options.evaluate import AnswerConfig
 from vlmenv.options.fields import flatten, options_of
 from vlmenv.options.files import read_options, to_yaml
@@ -38,4 +38,4 @@ def claim(folder: Path, config: AnswerConfig, begun: bool) -> None:
                 f"{folder} holds results with another {', '.join(other)}, see {file}: give another --output"
             )
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(file, to_yaml(new))
+    write_atomic(file, to_yaml(new))

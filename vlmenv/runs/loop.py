@@ -16,8 +16,8 @@ from vlmenv.core.errors import TrainingError, VLMEnvError
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.evaluation import Evaluation, evaluate, metrics_table, read_evaluation, sample_count, write_evaluation
 from vlmenv.options.train import TrainConfig
+from vlmenv.processes.failures import failed_on_all_ranks, shared_failure
 from vlmenv.processes.stopping import Stopping
-from vlmenv.processes.together import stopped_together, together
 from vlmenv.runs.checkpoints import prune, save_best, save_checkpoint
 from vlmenv.runs.nonfinite import write_nonfinite
 from vlmenv.runs.pictures import draw_curve, draw_samples
@@ -106,7 +106,7 @@ class TrainingLoop:
         result.rollouts.records = self.trainer.processes.collect(result.rollouts.records)
         if config.measuring.eval_every and step % config.measuring.eval_every == 0:
             result.metrics |= self._keep_best()
-        with together(self.trainer.accelerator):
+        with shared_failure(self.trainer.accelerator):
             self.history.append(result.metrics)
             if self.trainer.accelerator.is_main_process:
                 self.run.write_step(result)
@@ -142,9 +142,9 @@ class TrainingLoop:
         assert evaluation is not None
         self.measured = {trainer.step: evaluation}
         name, interval = next(iter(evaluation.metrics.items()))
-        if trainer.processes.agree(interval.value > run.best().get("value", float("-inf"))):
+        if trainer.processes.broadcast(interval.value > run.best().get("value", float("-inf"))):
             save_best(trainer, run)
-            with together(trainer.accelerator):
+            with shared_failure(trainer.accelerator):
                 if trainer.accelerator.is_main_process:
                     run.write_json("best.json", {"step": trainer.step, "metric": name, "value": interval.value})
         return {f"eval/{metric}": found.value for metric, found in evaluation.metrics.items()}
@@ -163,7 +163,7 @@ class TrainingLoop:
     def _rescue(self, error: BaseException) -> None:
         """Saves what can be saved of training that an error ends. What fails in this is told, and hides nothing."""
         work: dict[str, Callable[[], None]] = {"the curve": self._draw, "the tracker's log": self._fail_tracking}
-        if self.trainer.is_between_steps and stopped_together(error, self.trainer.accelerator):
+        if self.trainer.is_between_steps and failed_on_all_ranks(error, self.trainer.accelerator):
             work = {f"the state after step {self.trainer.step}": self._save_last} | work
         if isinstance(error, NonFiniteError):
             work["the batch"] = lambda: write_nonfinite(self._nonfinite(error), error)
@@ -180,7 +180,7 @@ class TrainingLoop:
         """Saves the state after the last finished step, with its lines."""
         if self.saved == self.trainer.step:
             return
-        with together(self.trainer.accelerator):
+        with shared_failure(self.trainer.accelerator):
             if self.trainer.accelerator.is_main_process and self.last is not None:
                 self.run.write_step(self.last)
         self._save()

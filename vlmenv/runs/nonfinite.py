@@ -1,4 +1,4 @@
-"""What could not be learnt from, in files that a person can open."""
+"""Files about a batch with non-finite gradients or losses."""
 
 from __future__ import annotations
 
@@ -16,15 +16,19 @@ from vlmenv.algos.faults import NonFiniteError
 
 
 def write_nonfinite(folder: Path, error: NonFiniteError) -> None:
-    """Writes summary.json, completions.jsonl and the images that the completions are about.
+    """Writes summary.json, completions.jsonl and the images of the prompts.
 
-    The summary names the parameters that are not finite, and those whose gradients are not. A line of
-    completions.jsonl is a record as in rollouts.jsonl, with `images`, files of the folder, with `token_ids`, and by
-    token with `logprobs` under the present weights and the tensors of `Batch`, `advantages` among them. Numbers that
-    are not finite are written as Python's json reads them, NaN and Infinity.
+    The summary names the parameters with non-finite values or gradients. A line of completions.jsonl is a record as in
+    rollouts.jsonl, with more fields: `images` (files of the folder), `token_ids`, and per token `logprobs` under the
+    present weights and the tensors of `Batch`, such as `advantages`. Non-finite numbers are written as NaN and
+    Infinity, which Python's json reads.
+
+    Args:
+        folder: Folder to write; an older one is replaced.
+        error: The error with the batch.
 
     Raises:
-        OSError: They cannot be written.
+        OSError: The files cannot be written.
     """
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "images").mkdir(parents=True)
@@ -35,7 +39,7 @@ def write_nonfinite(folder: Path, error: NonFiniteError) -> None:
 
 
 def _rows(folder: Path, error: NonFiniteError) -> Iterator[dict[str, Any]]:
-    """Each completion with its numbers; its images are written when they are first met."""
+    """Records of the completions. Each image is written once."""
     batch, known = error.batch, dict[int, str]()
     by_token = {field.name: getattr(batch, field.name) for field in fields(batch)} | {"logprobs": error.logprobs}
     tensors = {name: value for name, value in by_token.items() if isinstance(value, Tensor)}
@@ -53,5 +57,5 @@ def _rows(folder: Path, error: NonFiniteError) -> Iterator[dict[str, Any]]:
 
 
 def _row(tensor: Tensor, i: int, length: int) -> Any:
-    """Row i of a tensor [N], [N, 1] or [N, L], cut to the completion's length."""
+    """Row i of a tensor [N], [N, 1] or [N, L], without padding."""
     return tensor[i].tolist() if tensor.ndim == 1 else tensor[i, :length].tolist()

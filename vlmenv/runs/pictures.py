@@ -1,4 +1,4 @@
-"""The pictures of a run: how its rewards rose, and what it answers before and after."""
+"""Pictures of a run: its reward curves, and answers before and after training."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from vlmenv.algos.batch import NO_TERMS
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.evaluation import Evaluation
 
-_SHOWN = 8
+_NUM_COLUMNS = 8
 _DRIFTING = ("completion/length", "completion/repetition", "completion/box_ratio")
 
 
 def draw_curve(path: Path, history: Sequence[dict[str, float]], warned: Sequence[int] = ()) -> None:
     """Draws each reward term over the steps, smoothed over a twentieth of the run.
 
-    Where held-out samples were measured on the way, a second panel shows what became of the first of their metrics and
-    of the answers' lengths, repetitions and box ratios, as multiples of the first value of each.
+    If the run was evaluated in between, a second panel shows signs of reward hacking: the first held-out metric, and
+    lengths, repetitions and box ratios of the completions. Each curve is relative to its first value.
 
     Args:
-        path: Of the picture.
-        history: The metrics of each step.
-        warned: Steps, counted from 1, that have a warning; dashed lines.
+        path: Picture file to write.
+        history: Metrics of each step.
+        warned: Steps with a warning, counted from 1, drawn as dashed lines.
     """
     every = dict.fromkeys(name for metrics in history for name in metrics)
     terms = [name for name in every if name.startswith("reward/") and name not in NO_TERMS]
@@ -52,7 +52,7 @@ def draw_curve(path: Path, history: Sequence[dict[str, float]], warned: Sequence
 
 
 def _draw_lines(axes: Axes, history: Sequence[dict[str, float]], names: Sequence[str], relative: bool = False) -> None:
-    """Draws metrics over the steps that have them, and thicker their means over a twentieth of the run."""
+    """Draws metrics over the steps that have them, and their moving means as thicker lines."""
     width = max(1, len(history) // 20)
     for colour, name in zip(mpl.color_sequences["tab10"] * 9, names, strict=False):
         steps = np.array([step for step, metrics in enumerate(history, 1) if name in metrics])
@@ -66,9 +66,9 @@ def _draw_lines(axes: Axes, history: Sequence[dict[str, float]], names: Sequence
 
 
 def draw_samples(path: Path, envs: VisualTaskVectorEnv, before: Evaluation, after: Evaluation) -> None:
-    """Draws the first evaluation samples with the true and the answered boxes, before and after."""
+    """Draws the first evaluation samples with true and predicted boxes, before and after training."""
     rows: list[tuple[str, Sequence[dict[str, Any]]]] = [("before", before.answers), ("after", after.answers)]
-    columns = min(_SHOWN, len(after.answers))
+    columns = min(_NUM_COLUMNS, len(after.answers))
     figure = Figure(figsize=(2 * columns, 4.6), layout="constrained")
     grid = figure.subplots(2, columns, squeeze=False)
     for row, (name, answers) in enumerate(rows):
@@ -83,7 +83,7 @@ def draw_samples(path: Path, envs: VisualTaskVectorEnv, before: Evaluation, afte
                 axes.set_title(_wrapped(sample.question), fontsize=8, parse_math=False)
             if column == 0:
                 axes.set_ylabel(name)
-    figure.suptitle("before and after training; of boxes, true ones green and answered ones red", fontsize=9)
+    figure.suptitle("before and after training; true boxes are green, predicted boxes are red", fontsize=9)
     figure.savefig(path, dpi=100)
 
 

@@ -1,4 +1,4 @@
-"""The live line of a training run."""
+"""The progress line of a training run."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _EVERY = 10
 
 
 class TrainingProgress:
-    """Shows step, reward, tokens per second and the time left; every tenth step stays on the screen.
+    """Shows step, reward, tokens per second and remaining time. Every tenth step stays on the screen.
 
     Args:
-        console: Where to write.
-        steps: Of the whole run.
+        console: Console to write to.
+        steps: Number of steps of the run.
     """
 
     def __init__(self, console: Console, steps: int) -> None:
@@ -45,7 +45,7 @@ class TrainingProgress:
         self._progress.stop()
 
     def show(self, step: int, metrics: dict[str, float]) -> None:
-        """Brings the line up to date after a step."""
+        """Updates the line after a step."""
         reward, speed = metrics["reward/mean"], metrics["tokens_per_second"]
         self._progress.update(self._bar, completed=step, reward=reward, speed=speed)
         if step == 1 or step % _EVERY == 0 or step == self._steps:

@@ -1,4 +1,4 @@
-"""The folder of a run: options, metrics, completions, checkpoints."""
+"""The folder of a run: options, metrics, completions and checkpoints."""
 
 from __future__ import annotations
 
@@ -12,18 +12,24 @@ from typing import Any
 import vlmenv
 from vlmenv.algos.trainer import StepResult
 from vlmenv.core.errors import ConfigError
-from vlmenv.core.files import write_whole
+from vlmenv.core.files import write_atomic
 
 
 class RunFolder:
-    """Writes a run's files, each line as it happens.
+    """The files of a run.
 
-    `config.yaml` holds the options that were asked for, `resolved.yaml` all that are used. `metrics.jsonl` holds an
-    object per step, `rollouts.jsonl` every completion with its reward terms, `checkpoints/step-N/` the model.
-    `warnings.jsonl` tells of steps at which answers drifted while a held-out metric fell. `nonfinite/step-N/` holds the
-    batch that ended a run because it had no finite gradient.
+    - `config.yaml`: the options that were asked for.
+    - `resolved.yaml`: all options and values that are used.
+    - `metrics.jsonl`: one object per step.
+    - `rollouts.jsonl`: each completion with its reward terms.
+    - `checkpoints/step-N/`: the model and the trainer's state.
+    - `warnings.jsonl`: steps with a sign of reward hacking.
+    - `nonfinite/step-N/`: the batch whose non-finite gradients ended the run.
 
     Nothing is written before `create`.
+
+    Args:
+        path: The folder.
     """
 
     def __init__(self, path: Path) -> None:
@@ -31,17 +37,17 @@ class RunFolder:
         self._written = 0  # steps
 
     def check_new(self) -> None:
-        """Raises ConfigError where the folder already holds a run."""
+        """Raises ConfigError if the folder already holds a run."""
         if (self.path / "metrics.jsonl").exists():
             raise ConfigError(f"{self.path} already holds a run: choose another --output, or remove it")
 
     def create(self, asked: str, resolved: str) -> None:
-        """Makes the folder, with the options that were asked for and all that are used, both as YAML."""
+        """Makes the folder, and writes the options that were asked for and all that are used, both as YAML."""
         self.path.mkdir(parents=True, exist_ok=True)
-        told = f"# What was asked. What was used: resolved.yaml. Version {vlmenv.__version__}\n"
         repeat = f"# Repeat with: vlmenv train --config {self.path}/resolved.yaml\n"
-        write_whole(self.path / "resolved.yaml", repeat + resolved)
-        write_whole(self.path / "config.yaml", told + asked)
+        write_atomic(self.path / "resolved.yaml", repeat + resolved)
+        heading = f"# What was asked. What was used: resolved.yaml. Version {vlmenv.__version__}\n"
+        write_atomic(self.path / "config.yaml", heading + asked)
 
     @staticmethod
     def default_path(env: str, algo: str) -> Path:
@@ -49,18 +55,18 @@ class RunFolder:
         return Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{env.rpartition(':')[2]}-{algo.rpartition(':')[2]}"
 
     def checkpoint(self, step: int) -> Path:
-        """The folder of the model after a step."""
+        """The folder of the checkpoint after a step."""
         return self.path / "checkpoints" / f"step-{step}"
 
     def nonfinite(self, step: int) -> Path:
-        """The folder of what a step could not learn from."""
+        """The folder of a step's non-finite batch."""
         return self.path / "nonfinite" / f"step-{step}"
 
     def write_step(self, result: StepResult) -> None:
-        """Appends a step's metrics and completions, unless that has been done.
+        """Appends a step's metrics and completions, unless they are written already.
 
         Raises:
-            OSError: They cannot be written; the files are as they were.
+            OSError: They cannot be written. The files stay unchanged.
         """
         if result.step <= self._written:
             return
@@ -78,55 +84,55 @@ class RunFolder:
         self._written = result.step
 
     def write_warning(self, step: int, message: str) -> None:
-        """Appends a warning of a step."""
+        """Appends a warning about a step."""
         _append(self.path / "warnings.jsonl", [{"step": step, "message": message}])
 
     def warned(self) -> list[int]:
-        """The steps that have a warning."""
+        """The steps with a warning."""
         return [row["step"] for row in self._rows("warnings.jsonl")] if self._has("warnings.jsonl") else []
 
     def checkpoints(self) -> list[Path]:
-        """The folders of whole checkpoints, the newest last."""
+        """The folders of complete checkpoints, the newest last."""
         found = (self.path / "checkpoints").glob("step-*/trainer.pt")
         return sorted((file.parent for file in found), key=self.step_of)
 
     @staticmethod
     def step_of(checkpoint: Path) -> int:
-        """The step after which a checkpoint was saved."""
+        """The step of a checkpoint."""
         return int(checkpoint.name.removeprefix("step-"))
 
     def history(self, steps: int | None = None) -> list[dict[str, float]]:
-        """The metrics of the first steps, or of all."""
+        """The metrics of the first `steps` steps. Default: of all."""
         rows = self._rows("metrics.jsonl") if steps != 0 else []
         return [{name: value for name, value in row.items() if name != "step"} for row in rows[:steps]]
 
     def cut(self, step: int) -> None:
-        """Takes out what was written after a step: training goes on from there."""
+        """Removes the records of all steps after `step`, from which training continues."""
         for name in ("metrics.jsonl", "rollouts.jsonl", "warnings.jsonl"):
             if self._has(name):
                 kept = [row for row in self._rows(name) if row["step"] <= step]
-                write_whole(self.path / name, "".join(json.dumps(row) + "\n" for row in kept))
+                write_atomic(self.path / name, "".join(json.dumps(row) + "\n" for row in kept))
 
     def best(self) -> dict[str, Any]:
-        """What is known of the best model so far; empty where nothing is."""
+        """The record of the best model so far; empty if there is none."""
         return self.read_json("best.json")
 
     def _has(self, name: str) -> bool:
         return (self.path / name).exists()
 
     def _rows(self, name: str) -> list[dict[str, Any]]:
-        """The objects in a file of lines; a last line that was cut off does not count."""
+        """The objects of a file of JSON lines, without an incomplete last line."""
         lines = (self.path / name).read_text(encoding="utf-8").split("\n")
         return [json.loads(line) for line in lines[:-1]]
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """What a JSON file holds; empty where there is none."""
+        """The content of a JSON file; empty if there is none."""
         file = self.path / name
         return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Writes a JSON file."""
-        write_whole(self.path / name, json.dumps(content, indent=2) + "\n")
+        """Writes a JSON file atomically."""
+        write_atomic(self.path / name, json.dumps(content, indent=2) + "\n")
 
 
 def _append(file: Path, rows: Iterable[dict[str, Any]]) -> None:

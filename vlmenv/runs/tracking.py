@@ -1,4 +1,4 @@
-"""What a run tells a tracker, TensorBoard or Weights & Biases: metrics of every step and, now and then, samples."""
+"""Trackers, TensorBoard or Weights & Biases, where metrics and example completions are logged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vlmenv.core.spaces import Image
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.runs.run_folder import RunFolder
 
-_SHOWN = 4  # samples, one answer to each
+_NUM_SAMPLES = 4  # samples, one answer to each
 _LONGEST_SIDE = 768  # pixels of a picture
 
 
@@ -177,7 +177,7 @@ def find_tracker(name: str) -> MakeTracker | None:
         raise ConfigError(unknown_name("tracker", name, TRACKERS))
     try:
         if name == "wandb":
-            version(name)  # a folder `wandb` of earlier runs would pass for a module
+            version(name)  # an import would also find a folder `wandb` of earlier runs
     except PackageNotFoundError:
         raise ConfigError('tracker wandb needs the extra "tracking": pip install "vlmenv[tracking]"') from None
     return TRACKERS[name]
@@ -229,9 +229,9 @@ class Tracking:
 
 
 def shown_samples(result: StepResult, task: VisualTaskEnv) -> list[tuple[dict[str, Any], Image]]:
-    """The first answer to each of a step's first samples: its record, and the task's picture of sample and answer."""
+    """Records of the first completion of each of the first samples, with the task's picture of sample and answer."""
     firsts = {record["index"]: record for record in reversed(result.rollouts.records)}
-    records = list(reversed(firsts.values()))[:_SHOWN]
+    records = list(reversed(firsts.values()))[:_NUM_SAMPLES]
     return [(record, _picture(task, record)) for record in records]
 
 
@@ -242,7 +242,7 @@ def _picture(task: VisualTaskEnv, record: dict[str, Any]) -> Image:
 
 
 def _as_markdown(record: dict[str, Any]) -> str:
-    """What was asked and answered as blocks of code, which show any text as it is."""
+    """Prompt and completion as code blocks, which show any text unchanged."""
     terms = ", ".join(f"{name} {value:.3f}" for name, value in record["rewards"].items())
     blocks = [f"**{part}**\n\n{_indented(record[part])}" for part in ("prompt", "completion")]
     return "\n\n".join([f"sample {record['id']}: **reward {record['reward']:.3f}** ({terms})", *blocks])
@@ -253,6 +253,6 @@ def _indented(text: str) -> str:
 
 
 def _tell_of_a_thread(args: threading.ExceptHookArgs) -> None:
-    """As Python does, but not of TensorBoard's writing thread: what fails in it, the next call raises."""
+    """Reports errors of threads, except TensorBoard's writer, whose errors the next call raises."""
     if type(args.thread).__name__ != "_AsyncWriterThread":
         threading.__excepthook__(args)

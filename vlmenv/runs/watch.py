@@ -1,4 +1,4 @@
-"""Tells when answers drift while a held-out metric falls: the marks of a reward that is gamed."""
+"""Detects signs of reward hacking: completions drift while a held-out metric falls."""
 
 from __future__ import annotations
 
@@ -8,26 +8,28 @@ from typing import Final
 import numpy as np
 
 FALL: Final = 0.1
-"""Share of its best by which the held-out metric has to have fallen."""
+"""Least fall of the held-out metric, as a share of its best value."""
 FACTOR: Final = 1.5
-"""By which lengths and box ratios have to have grown or shrunk."""
+"""Least factor by which lengths or box ratios have grown or shrunk."""
 RISE: Final = 0.1
-"""By which the share of repetitions has to have risen, or that of well-formed answers fallen."""
+"""Least rise of the share of repetitions, or least fall of the share of well-formed answers."""
 
 History = Sequence[dict[str, float]]
-"""The metrics of each step from the first one on, those of evaluations, `eval/NAME`, in the steps that had one."""
+"""Metrics of each step from the first; `eval/NAME` in the steps with an evaluation."""
 
 
 def drift(history: History, before: float | None, metric: str) -> str | None:
-    """What has to be told after the last step of a history, which had an evaluation; None where all is well.
+    """Compares the completions of the last steps with those around the best step of the held-out metric.
 
-    The answers are those of the last steps, against those around the step at which the metric was at its best: their
-    length, the share of repeated tokens, the ratio of predicted to true boxes, and the share that is well-formed.
+    It compares length, share of repeated tokens, ratio of predicted to true boxes, and share of well-formed answers.
 
     Args:
-        history: At least one step.
-        before: The held-out metric before training; None where it was not measured.
-        metric: Its name; more is better.
+        history: Metrics of at least one step. The last step has an evaluation.
+        before: The held-out metric before training; None if it was not measured.
+        metric: Name of the metric. Larger is better.
+
+    Returns:
+        A warning; None without a sign of reward hacking.
     """
     name = f"eval/{metric}"
     measured = {step: metrics[name] for step, metrics in enumerate(history, 1) if name in metrics}
@@ -43,13 +45,13 @@ def drift(history: History, before: float | None, metric: str) -> str | None:
     if not changes:
         return None
     return (
-        f"answers drift while {metric} falls, which was {measured[best]:.3f} {_at(best)} and is {now:.3f}: "
-        f"{', '.join(changes)}. The reward may be gamed: look at rollouts.jsonl"
+        f"completions drift while {metric} falls: it was {measured[best]:.3f} {_at(best)} and is {now:.3f} now; "
+        f"{', '.join(changes)}. This may be reward hacking: look at rollouts.jsonl"
     )
 
 
 def _changes(then: History, now: History) -> list[str]:
-    """What of the answers is not what it was, in words."""
+    """The changes of the completions, in words."""
     found = []
     for name in ("completion/length", "completion/box_ratio", "completion/repetition", "reward/format"):
         old, new = _mean(then, name), _mean(now, name)
@@ -57,7 +59,7 @@ def _changes(then: History, now: History) -> list[str]:
             differs = min(old, new) * FACTOR < max(old, new)
         else:
             differs = (new - old if name == "completion/repetition" else old - new) > RISE
-        if differs:  # never where one is not a number
+        if differs:  # never if one is NaN
             found.append(f"{name.partition('/')[2]} {old:.3g} → {new:.3g}")
     return found
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from conftest import launch
 
-from vlmenv.agents.engines.together import from_main, num_processes
+from vlmenv.agents.engines.ranks import broadcast_from_main, num_processes
 from vlmenv.core.errors import EngineError
 
 
@@ -22,6 +22,6 @@ def test_one_process_works_for_itself() -> None:
         raise EngineError("no")
 
     assert num_processes() == 1
-    assert from_main(lambda: 5) == 5
+    assert broadcast_from_main(lambda: 5) == 5
     with pytest.raises(EngineError, match="no"):
-        from_main(fail)
+        broadcast_from_main(fail)

@@ -1,4 +1,4 @@
-"""Layers that keep less for the backward pass, and compute the same to the last digit, of float32 or narrower."""
+"""Layers that keep fewer activations for the backward pass, with bit-identical results in float32 or narrower."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _NORM = (
     "input_dtype = {0}.dtype {0} = {0}.to(torch.float32) variance = {0}.pow(2).mean(-1, keepdim=True) "
     "{0} = {0} * torch.rsqrt(variance + self.variance_epsilon) return self.weight * {0}.to(input_dtype)",
 )
-"""The forward passes that are known here, with the name of what goes in left out."""
+"""Source code of the known forward passes, with {0} for the name of the argument."""
 
 
 class GatedMLP(nn.Module):
-    """`down(silu(gate(x)) * up(x))`, which keeps two tensors of its inner width for a token.
+    """`down(silu(gate(x)) * up(x))`, which keeps two tensors of its inner width per token.
 
-    As transformers writes it it keeps four, most of what a block keeps. The other two come of these by elementwise
-    operations, and are computed anew.
+    Transformers' own keeps four, which are most of a block's activations. Here the backward pass recomputes two of them
+    by elementwise operations.
     """
 
     gate_proj: nn.Module
@@ -48,9 +48,9 @@ class GatedMLP(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """`weight * x / sqrt(mean(x²) + eps)`, which keeps its input, and a number for a token (arXiv 1910.07467, eq. 4).
+    """`weight * x / sqrt(mean(x²) + eps)`, which keeps its input and one number per token (arXiv 1910.07467, eq. 4).
 
-    As transformers writes it, it keeps `x / sqrt(…)` too, and whatever takes its output in keeps that.
+    Transformers' own also keeps `x / sqrt(…)`, and the next layer keeps the output.
     """
 
     weight: nn.Parameter
@@ -62,7 +62,7 @@ class RMSNorm(nn.Module):
         if not torch.is_grad_enabled():
             return _times(_scaled(hidden, inverse), self.weight)
         normed: Tensor = _Normed.apply(hidden, hidden, inverse, self.weight)  # type: ignore[no-untyped-call]
-        weight = self.weight.detach().clone()  # itself it may be elsewhere by then
+        weight = self.weight.detach().clone()  # a clone, because sharding may free the weight before the backward pass
         _make_anew(normed, lambda: _times(_scaled(kept, inverse), weight))
         return normed
 
@@ -81,7 +81,7 @@ class _Gated(torch.autograd.Function):
 
 
 class _Normed(torch.autograd.Function):
-    """Takes its input twice, so that autograd adds the parts of its gradient up in the order in which it always did."""
+    """Takes its input twice, so that autograd sums the two parts of its gradient in the same order as without it."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, again: Tensor, inverse: Tensor, weight: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ def _scaled(hidden: Tensor, inverse: Tensor) -> Tensor:
 
 
 def _times(own: Tensor, other: Tensor) -> Tensor:
-    """Their product, in place of the first where its type allows: on CPUs new memory costs more than multiplying."""
+    """The product, in place of the first factor if dtypes allow: on CPUs new memory costs more than multiplying."""
     return own.mul_(other) if torch.result_type(own, other) == own.dtype else own * other
 
 
@@ -124,7 +124,7 @@ def _wide(hidden: Tensor) -> Tensor:
 
 
 class _Made:
-    """A tensor that is not kept, but made anew when the backward pass first needs it, until it last needs it."""
+    """A tensor that the backward pass recomputes at its first use and frees after its last."""
 
     def __init__(self, tensor: Tensor, make: Callable[[], Tensor]) -> None:
         place = tensor.data_ptr()
@@ -134,7 +134,7 @@ class _Made:
         self._held: Tensor | None = None
 
     def makes(self, tensor: Tensor) -> bool:
-        """Whether one at the same address is all of it, as it was."""
+        """True if a tensor at the same address is this tensor, unchanged."""
         return (tensor.numel(), tensor._version) == (self._numel, self._version) and tensor.is_contiguous()
 
     def note(self) -> None:
@@ -150,30 +150,30 @@ class _Made:
 
 
 _made: dict[int, _Made] = {}
-"""by the address of the tensor, as long as that is there"""
+"""by the address of the tensor, while it exists"""
 _noting: list[Callable[[Tensor], object]] = []
-"""what is told of tensors that are kept"""
+"""callbacks for saved tensors"""
 _keeps_all = ContextVar("keeps_all", default=False)
 
 
 def _make_anew(tensor: Tensor, make: Callable[[], Tensor]) -> None:
-    """Has `make` called for what the backward pass needs of a tensor, within `keeping_little`."""
+    """Registers `make` as the recomputation of a tensor in the backward pass, within `dropping_recomputable`."""
     _made[tensor.data_ptr()] = _Made(tensor, make)
 
 
 @contextmanager
-def keeping_little() -> Iterator[None]:
-    """Within, what the layers here can make anew is not kept for the backward pass.
+def dropping_recomputable() -> Iterator[None]:
+    """Within the context, tensors that the layers here can recompute are not saved for the backward pass.
 
-    Blocks that are computed anew as a whole are none the leaner for it, and keep within themselves what they need.
+    Blocks under gradient checkpointing gain nothing from it, and save all their tensors.
     """
     with nullcontext() if _keeps_all.get() else saved_tensors_hooks(_pack, _unpack):
         yield
 
 
 @contextmanager
-def keeping_all() -> Iterator[None]:
-    """Within, `keeping_little` makes no difference, as it makes none to blocks while they are computed anew."""
+def keeping_activations() -> Iterator[None]:
+    """Within the context, `dropping_recomputable` has no effect, as in blocks under gradient checkpointing."""
     token = _keeps_all.set(True)
     try:
         yield
@@ -182,8 +182,8 @@ def keeping_all() -> Iterator[None]:
 
 
 @contextmanager
-def noting_kept(note: Callable[[Tensor], object]) -> Iterator[None]:
-    """Within, `note` is told of each tensor that is kept for the backward pass, also within `keeping_little`."""
+def recording_saved(note: Callable[[Tensor], object]) -> Iterator[None]:
+    """Within the context, calls `note` with each tensor that is saved for the backward pass."""
 
     def pack(tensor: Tensor) -> Tensor:
         note(tensor)
@@ -211,8 +211,8 @@ def _unpack(kept: Tensor | tuple[_Made, torch.Size]) -> Tensor:
     return kept if isinstance(kept, Tensor) else kept[0].take().view(kept[1])
 
 
-def make_lean(model: nn.Module) -> None:
-    """Replaces those MLPs and norms of a model that are known here; weights keep their names."""
+def save_fewer_activations(model: nn.Module) -> None:
+    """Replaces the MLPs and norms of a model whose forward passes are known. Weights keep their names."""
     for module in model.modules():
         if _is_written(module, _MLP) and isinstance(module.act_fn, SiLUActivation | nn.SiLU):
             module.__class__ = GatedMLP
@@ -221,7 +221,7 @@ def make_lean(model: nn.Module) -> None:
 
 
 def _is_written(module: nn.Module, ways: tuple[str, ...]) -> bool:
-    """Whether a module's class is of transformers, and its forward pass one of these and nothing else."""
+    """True if a module is of transformers, and the source of its forward pass is one of `ways`."""
     kind = type(module)
     if not kind.__module__.startswith("transformers.models."):
         return False

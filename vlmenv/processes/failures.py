@@ -13,18 +13,18 @@ from torch import Tensor
 
 from vlmenv.core.errors import TrainingError
 
-STOPPED_TOGETHER: Final = "all processes stopped here"
-"""Note on an error that was raised on all ranks at the same place."""
+FAILED_ON_ALL_RANKS: Final = "all processes stopped here"
+"""Note on an error that all ranks raised at the same place."""
 
 
 @contextmanager
-def together(accelerator: Accelerator) -> Iterator[None]:
-    """Where the block fails in one process, it fails in all: none waits for what another will never send.
+def shared_failure(accelerator: Accelerator) -> Iterator[None]:
+    """Makes a block that fails on one rank fail on all ranks, so that none waits in a later collective.
 
-    Every process calls this. Within the block none may wait for another.
+    A collective: all ranks must enter it. The block itself must contain no collective.
 
     Raises:
-        TrainingError: It failed in another process. What fails in this one is raised as it is.
+        TrainingError: The block failed on another rank. This rank's own error is raised as it is.
     """
     failure: Exception | None = None
     try:
@@ -35,21 +35,21 @@ def together(accelerator: Accelerator) -> Iterator[None]:
     if failure is None and others:
         failure = TrainingError(others[0])
     if failure is not None:
-        failure.add_note(STOPPED_TOGETHER)
+        failure.add_note(FAILED_ON_ALL_RANKS)
         raise failure
 
 
-def stopped_together(error: BaseException, accelerator: Accelerator) -> bool:
-    """Whether an error ends all processes at the same place, so that they may still work together."""
-    return accelerator.num_processes == 1 or STOPPED_TOGETHER in getattr(error, "__notes__", ())
+def failed_on_all_ranks(error: BaseException, accelerator: Accelerator) -> bool:
+    """True if all ranks raised the error at the same place, so that collectives still work."""
+    return accelerator.num_processes == 1 or FAILED_ON_ALL_RANKS in getattr(error, "__notes__", ())
 
 
 def _failures(accelerator: Accelerator, failure: Exception | None) -> list[str]:
-    """What failed in any of several processes."""
+    """The error messages of all ranks."""
     if accelerator.num_processes == 1:
         return []
     failed = torch.tensor([float(failure is not None)], device=accelerator.device)
     if not cast(Tensor, accelerator.reduce(failed)).item():
         return []
     messages = gather_object([None if failure is None else f"{type(failure).__name__}: {failure}"])
-    return [f"process {process}: {message}" for process, message in enumerate(messages) if message is not None]
+    return [f"rank {process}: {message}" for process, message in enumerate(messages) if message is not None]

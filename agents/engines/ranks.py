@@ -1,4 +1,4 @@
-"""What engines of several training processes do together."""
+"""Work of engines on several ranks."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ T = TypeVar("T")
 
 
 def num_processes() -> int:
-    """Processes that train together."""
+    """Number of ranks."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
-def from_main(work: Callable[[], T]) -> T:
-    """What comes of some work in the main process, given to all; it begins when all have come to it.
+def broadcast_from_main(work: Callable[[], T]) -> T:
+    """Runs a function on the main rank, after all ranks have arrived, and broadcasts its result.
 
     Raises:
-        EngineError: It failed, in all of them.
+        EngineError: The function failed; raised on all ranks.
     """
     if num_processes() == 1:
         return work()

@@ -1,4 +1,4 @@
-"""Embedding an image's patches as the matrix product that it is."""
+"""Patch embedding as a matrix product."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from torch import Tensor, nn
 
 
 class PatchProjection(nn.Conv3d):
-    """A convolution whose input is one patch of its kernel's size at a time, which it meets in a single place.
+    """A convolution over single patches of the kernel's size, computed as a matrix product.
 
-    As a convolution that is several times slower than as a matrix product, forwards and backwards.
+    The convolution itself is several times slower, forward and backward.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Embeddings [N, E, 1, 1, 1] of patches [N, C, T, H, W]; of anything larger, what a convolution gives."""
+        """Embeds patches [N, C, T, H, W] as [N, E, 1, 1, 1]. Larger inputs are convolved."""
         if input.shape[2:] != self.weight.shape[2:]:
             return super().forward(input)
         embedded = nn.functional.linear(input.flatten(1), self.weight.flatten(1), self.bias)
         return embedded[..., None, None, None]
 
 
-def multiply_patches(tower: nn.Module) -> None:
-    """Lets a vision tower embed patches by matrix products; its weights keep their names and shapes."""
+def embed_patches_by_matmul(tower: nn.Module) -> None:
+    """Makes a vision tower embed patches by matrix products. Weights keep their names and shapes."""
     for module in tower.modules():
         if type(module) is nn.Conv3d and module.groups == 1 and not any(module.padding) and set(module.dilation) == {1}:
             module.__class__ = PatchProjection

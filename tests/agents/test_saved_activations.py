@@ -11,8 +11,15 @@ from transformers.activations import GELUActivation
 from transformers.models.glm4v.modeling_glm4v import Glm4vVisionPatchMerger
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextMLP, Qwen3VLTextRMSNorm
 
-from vlmenv.agents import lean as lean_module
-from vlmenv.agents.lean import GatedMLP, RMSNorm, keeping_all, keeping_little, make_lean, noting_kept
+from vlmenv.agents import saved_activations as lean_module
+from vlmenv.agents.saved_activations import (
+    GatedMLP,
+    RMSNorm,
+    dropping_recomputable,
+    keeping_activations,
+    recording_saved,
+    save_fewer_activations,
+)
 from vlmenv.agents.vlm import VLMAgent
 
 PRECISIONS = ("float32", "bfloat16", "autocast", "autocast of bfloat16")
@@ -37,7 +44,7 @@ def norm(size: int) -> tuple[nn.Module, nn.Module]:
     plain = Qwen3VLTextRMSNorm(size)
     nn.init.normal_(plain.weight, generator=torch.Generator().manual_seed(2))
     lean = copy.deepcopy(plain)
-    make_lean(lean)
+    save_fewer_activations(lean)
     assert type(lean) is RMSNorm
     return lean, plain
 
@@ -62,7 +69,7 @@ class Block(nn.Module):
 def passes(module: nn.Module, hidden: Tensor) -> list[Tensor]:
     """Output and all gradients."""
     hidden = hidden.clone().requires_grad_()
-    with keeping_little():
+    with dropping_recomputable():
         out = module(hidden * 1)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
     return [out, *torch.autograd.grad(out, [hidden, *module.parameters()], grad)]
@@ -119,7 +126,7 @@ def kept_for(module: nn.Module, hidden: Tensor) -> int:
         if tensor.data_ptr() not in others:
             kept[tensor.data_ptr()] = tensor.numel()
 
-    with noting_kept(note), keeping_little():
+    with recording_saved(note), dropping_recomputable():
         out = module(hidden)
     del out
     return sum(kept.values())
@@ -133,7 +140,7 @@ def test_an_mlp_keeps_two_tensors_of_its_inner_width_and_not_four(
     inner = 15 * lean.intermediate_size
     assert kept_for(plain, hidden) == 4 * inner
     assert kept_for(lean, hidden) == 2 * inner
-    with keeping_all():
+    with keeping_activations():
         assert kept_for(lean, hidden) == 3 * inner
     with torch.no_grad():
         assert kept_for(lean, hidden) == 0
@@ -171,7 +178,7 @@ def test_what_several_need_is_computed_anew_once_and_let_go(monkeypatch: pytest.
 
     monkeypatch.setattr(lean_module._Made, "take", noting)
     block, hidden = Block(norm(16)[0]), torch.randn(5, 16, requires_grad=True)
-    with keeping_little():
+    with dropping_recomputable():
         out = block(hidden)
     for _ in range(2):  # two backward passes of one forward pass
         calls.clear()
@@ -191,7 +198,7 @@ def test_blocks_that_are_recomputed_keep_what_they_need(
     run: Callable[[Tensor], Tensor]
     for run, expected in ((mlp[0], 2), (lambda given: checkpoint(mlp[0], given, use_reentrant=False), 2)):
         calls.clear()
-        with keeping_little():
+        with dropping_recomputable():
             out = run(hidden)
         out.sum().backward()
         assert len(calls) == expected
@@ -201,7 +208,7 @@ def test_nothing_is_remembered_of_tensors_that_are_gone() -> None:
     before = len(lean_module._made)
     block = Block(norm(16)[0])
     for _ in range(3):
-        with keeping_little():
+        with dropping_recomputable():
             block(torch.randn(5, 16, requires_grad=True)).sum().backward()
     assert len(lean_module._made) == before
 
@@ -261,5 +268,5 @@ def test_what_is_not_known_stays_as_it_is(mlp: tuple[nn.Module, nn.Module]) -> N
     Shifted.__module__ = Qwen3VLTextRMSNorm.__module__
     for module in (plain, Glm4vVisionPatchMerger(8, 16, "silu"), Shifted(8)):
         kind = type(module)
-        make_lean(module)
+        save_fewer_activations(module)
         assert type(module) is kind

@@ -1,4 +1,4 @@
-"""What is examined: a model with its samples, and with what generates, each as far as it can be had."""
+"""The subject of the checks: a model with its samples and its engine, as far as they can be loaded."""
 
 from __future__ import annotations
 
@@ -28,37 +28,37 @@ from vlmenv.options.task import EngineOptions
 from vlmenv.runs.models import model_folder
 
 SAMPLES, GROUP = 8, 2
-"""samples that are looked at, and answers that are sampled to each"""
+"""number of samples, and of completions per sample"""
 _TOKENS = 32
-"""the longest answers whose log-probabilities are compared"""
+"""length limit of the completions whose log-probabilities are compared"""
 _LONG = 300
-"""Tokens of the prompts then, or nearly so many: vLLM keeps whole blocks of them alone, on CPUs of 128."""
+"""Approximate tokens of their prompts: vLLM caches only full blocks of tokens, of 128 on CPUs."""
 
 Seen = tuple[str, str]
-"""What a check has seen, and what to do about it: nothing where all is well."""
+"""The figure of a check, and its advice; empty if it passed."""
 Numbers = NDArray[np.float32]
 
 
 class Unchecked(Exception):
-    """There is nothing to look at; the message says why."""
+    """There is nothing to check; the message tells why."""
 
 
-class Patient:
-    """A model, its samples and its engine, once they are loaded.
+class Subject:
+    """A model, its samples and its engine, after they are loaded.
 
     Args:
-        config: Which they are.
-        device: Where the model runs.
+        config: Options.
+        device: Device of the model.
 
     Attributes:
-        ids: The samples' names.
-        samples: As their source gives them.
-        blocked: Why the model cannot be asked anything; empty where it can.
-        engine_fault: Why the engine cannot be asked; empty where it can.
-        engine_reading: How it reads a prompt otherwise than the trainer; None where it does not.
-        engine_memory: Bytes of a GPU that it took when it started.
-        baseline: What was sampled before the weights are changed.
-        in_step: Whether what generates has taken over changed weights.
+        ids: Ids of the samples.
+        samples: The samples of the task's source.
+        blocked: Reason why the model cannot generate; empty if it can.
+        engine_fault: Reason why the engine cannot generate; empty if it can.
+        engine_reading: The engine's different encoding of a prompt; None if it has none.
+        engine_memory: Bytes of a GPU that the engine took at its start.
+        baseline: Completions before the weights are changed.
+        took_update: True if the engine took an update.
     """
 
     def __init__(self, config: DoctorConfig[Any], device: torch.device) -> None:
@@ -68,7 +68,7 @@ class Patient:
         self.engine_reading: ReadingError | None = None
         self.engine_memory = 0.0
         self.baseline: Rollout | None = None
-        self.in_step = False
+        self.took_update = False
         self.ids: list[str] = []
         self.samples: list[Sample] = []
         self._agent: VLMAgent | None = None
@@ -76,7 +76,7 @@ class Patient:
         self._shown: list[Observation] = []
 
     def close(self) -> None:
-        """Lets go of engine and environments."""
+        """Closes engine and environments."""
         if self._agent is not None:
             self._agent.close()
         if self._envs is not None:
@@ -84,42 +84,42 @@ class Patient:
 
     @property
     def agent(self) -> VLMAgent:
-        """Raises Unchecked where it could not be loaded."""
+        """The agent. Raises Unchecked if it was not loaded."""
         if self._agent is None:
             raise Unchecked("there is no model")
         return self._agent
 
     @property
     def able(self) -> VLMAgent:
-        """The agent, if it can be asked anything. Raises Unchecked where not."""
+        """The agent. Raises Unchecked if it cannot generate."""
         if self.blocked:
             raise Unchecked(self.blocked)
         return self.agent
 
     @property
     def shown(self) -> list[Observation]:
-        """What each environment shows, `GROUP` copies of each sample. Raises Unchecked where there is nothing."""
+        """The environments' observations, `GROUP` copies per sample. Raises Unchecked if there are none."""
         if not self._shown:
             raise Unchecked("there are no samples")
         return self._shown
 
     @property
     def task(self) -> VisualTaskEnv:
-        """The environment that shows it. Raises Unchecked where there is none."""
+        """The environment. Raises Unchecked if there is none."""
         if self._envs is None:
             raise Unchecked("there are no samples")
         return self._envs.task
 
     def load_model(self) -> None:
-        """Loads the model, with its engine if that can be had, and prepares it for training."""
+        """Loads the model, with its engine if that starts, and prepares it for training."""
         agent = self._loaded()
-        torch.manual_seed(self.config.seed)  # which new adapters are drawn from
+        torch.manual_seed(self.config.seed)  # initialises new adapters
         adapt(agent, self.config.adaptation)
         agent.seed(self.config.seed)
         self._agent = agent
 
     def load_samples(self) -> None:
-        """Shows the first samples of the order that the seed fixes."""
+        """Loads the first samples, in the order of the seed."""
         config = self.config
         data = config.data.arguments() | task_arguments(config)
         envs = self._envs = make_envs(config.env, SAMPLES * GROUP, group_size=GROUP, **data)
@@ -129,24 +129,24 @@ class Patient:
         self._shown = unbatch(batch)
 
     def try_engine(self) -> None:
-        """Asks the engine for a token to each prompt. One that reads them otherwise is not asked any more."""
+        """Asks the engine for one token per prompt. Records a different encoding of a prompt."""
         try:
             self.ask(self.shown[::GROUP], Sampling(0.0, 1))
         except ReadingError as error:
             self.engine_reading = error
 
     def need_engine(self) -> None:
-        """Raises Unchecked where what is to generate cannot be asked."""
+        """Raises Unchecked if the engine cannot generate."""
         if self.engine_fault:
             raise Unchecked("the engine cannot be asked")
 
     def autocast(self) -> AbstractContextManager[None]:
-        """The precision of forward passes."""
+        """The precision of forward passes, as a context."""
         precision = self.config.batches.precision
         return torch.autocast(self.device.type, DTYPES[precision], enabled=precision != "fp32")
 
     def ask(self, observations: Sequence[Observation], sampling: Sampling) -> Rollout:
-        """Answers by what generates in training; by the model itself where that cannot be asked."""
+        """Generates completions with the engine; with the model itself if the engine cannot generate."""
         agent, former = self.able, self.able.sampling
         agent.sampling = sampling
         try:
@@ -156,12 +156,12 @@ class Patient:
             agent.sampling = former
 
     def sync(self) -> None:
-        """Hands the present weights to the engine."""
+        """Sends the present weights to the engine."""
         with self._giving_up():
             self.agent.sync()
 
     def checksums(self) -> dict[str, str]:
-        """Of the weights that the engine holds; none where there is no engine."""
+        """Checksums of the engine's weights; empty without an engine."""
         with self._giving_up():
             return {} if self.agent.engine is None else checksums(self.agent.engine)
 
@@ -172,7 +172,7 @@ class Patient:
                 clear(self.agent.engine)
 
     def ask_at_length(self, *, greedy: bool = False) -> Rollout:
-        """Short answers to long prompts, the same ones each time: `GROUP` sampled ones to each, or a greedy one."""
+        """Short completions of long prompts, always the same: `GROUP` sampled ones per prompt, or a greedy one."""
         tokens = min(_TOKENS, self.config.sampling.max_new_tokens)
         if greedy:
             return self.ask(self._long_prompts[::GROUP], Sampling(0.0, tokens))
@@ -180,21 +180,21 @@ class Patient:
 
     @torch.no_grad()
     def scores(self, rollout: Rollout) -> Numbers:
-        """The trainer's log-probabilities of all tokens of a rollout, one completion after the other."""
+        """The trainer's log-probabilities of a rollout's tokens, completions concatenated."""
         with self.autocast():
             found = self.agent.logprobs(rollout)
         return np.asarray(found.values[found.mask].float().cpu())
 
     @cached_property
     def answers(self) -> tuple[Rollout, Rollout]:
-        """A greedy answer to each sample, and `GROUP` sampled ones, as in training."""
+        """A greedy completion per sample, and `GROUP` sampled ones per sample, as in training."""
         sampling = self.config.sampling
         greedy = replace(sampling, temperature=0.0, top_k=None, top_p=1.0)
         return self.ask(self.shown[::GROUP], greedy), self.ask(self.shown, sampling)
 
     @cached_property
     def scored(self) -> tuple[NDArray[np.float64], dict[str, Any]]:
-        """Rewards of the sampled answers, and what else the environments tell of them."""
+        """Rewards of the sampled completions, and the environments' infos."""
         texts = self.answers[1].texts
         assert self._envs is not None
         _, rewards, _, _, infos = self._envs.step(texts)
@@ -202,12 +202,12 @@ class Patient:
 
     @cached_property
     def prompts(self) -> list[Prompt]:
-        """The samples' prompts as the trainer reads them."""
+        """The samples' prompts as the trainer encodes them."""
         return [self.able.family.encode(one) for one in self.shown[::GROUP]]
 
     @cached_property
     def published(self) -> list[tuple[NDArray[np.int64], dict[str, Tensor]]]:
-        """The same as the published processor reads them: tokens and vision inputs."""
+        """The samples' prompts as the published processor encodes them: tokens and vision inputs."""
         folder = self.agent.folder if self.config.published is None else model_folder(self.config.published)
         try:
             processor = PublishedProcessor(folder, self.config.prompts.template_switches())
@@ -216,16 +216,16 @@ class Patient:
         return [processor.read(one) for one in self.shown[::GROUP]]
 
     def give_up(self, reason: str) -> None:
-        """Asks the engine no more, if there is one: the model answers in its place."""
+        """Stops using the engine, if there is one. The model itself generates from then on."""
         engine, self.agent.engine = self.agent.engine, None
         if engine is not None:
             self.engine_fault = reason
-            with suppress(Exception):  # of what is there no longer
+            with suppress(Exception):  # the engine may be gone
                 engine.close()
 
     @contextmanager
     def _giving_up(self) -> Iterator[None]:
-        """Asks the engine no more after an error of its own, which may have ended it."""
+        """Stops using the engine after an error, which may have ended it."""
         try:
             yield
         except PromptError:
@@ -236,7 +236,7 @@ class Patient:
 
     @cached_property
     def _long_prompts(self) -> list[Observation]:
-        """The samples, with prompts that are repeated until they fill the blocks of an engine's cache."""
+        """The samples, with prompts repeated until they fill blocks of an engine's cache."""
         agent, found = self.agent, []
         most = agent.max_length if agent.engine is None else min(agent.max_length, agent.engine.max_length)
         room = min(_LONG, most - min(_TOKENS, self.config.sampling.max_new_tokens))
@@ -248,7 +248,7 @@ class Patient:
         return found
 
     def _loaded(self) -> VLMAgent:
-        """The agent, without its engine where that cannot be had."""
+        """The agent, without its engine if that does not start."""
         config, before = self.config, used_memory(self.device)
         try:
             check_engine(config, self.device)
@@ -270,7 +270,7 @@ def _repeated(prompt: str, times: int) -> str:
 
 
 def used_memory(device: torch.device) -> float:
-    """Bytes of a GPU that are in use; 0 of other devices, where that says little."""
+    """Used bytes of a GPU; 0 for other devices."""
     if device.type != "cuda":
         return 0.0
     free, total = torch.cuda.mem_get_info(device)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from vlmenv.agents.patches import PatchProjection, multiply_patches
+from vlmenv.agents.patch_embedding import PatchProjection, embed_patches_by_matmul
 from vlmenv.agents.vlm import VLMAgent, find_model
 
 
@@ -23,7 +23,7 @@ def convolution(**options: Any) -> nn.Conv3d:
 def test_values_and_gradients_are_the_convolutions(bias: bool) -> None:
     plain = convolution(bias=bias)
     fast = nn.Sequential(copy.deepcopy(plain))
-    multiply_patches(fast)
+    embed_patches_by_matmul(fast)
     assert isinstance(fast[0], PatchProjection)
     patches = torch.randn(7, 3, 2, 4, 4, dtype=torch.float64)
     push = torch.randn(7, 5, 1, 1, 1, dtype=torch.float64)
@@ -38,7 +38,7 @@ def test_values_and_gradients_are_the_convolutions(bias: bool) -> None:
 
 def test_it_is_a_matrix_product(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = nn.Sequential(convolution())
-    multiply_patches(fast)
+    embed_patches_by_matmul(fast)
     monkeypatch.setattr(nn.Conv3d, "forward", lambda *_: pytest.fail("convolved"))
     fast(torch.randn(7, 3, 2, 4, 4, dtype=torch.float64))
 
@@ -46,7 +46,7 @@ def test_it_is_a_matrix_product(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_larger_than_a_patch_is_convolved() -> None:
     plain = convolution()
     fast = nn.Sequential(copy.deepcopy(plain))
-    multiply_patches(fast)
+    embed_patches_by_matmul(fast)
     images = torch.randn(2, 3, 4, 12, 8, dtype=torch.float64)
     torch.testing.assert_close(fast(images), plain(images))
     assert fast(images).shape == (2, 5, 2, 3, 2)
@@ -55,7 +55,7 @@ def test_what_is_larger_than_a_patch_is_convolved() -> None:
 @pytest.mark.parametrize("options", [{"padding": 1}, {"padding": "same", "stride": 1}, {"dilation": 2}])
 def test_other_convolutions_stay_what_they_are(options: dict[str, Any]) -> None:
     other = nn.Sequential(convolution(**options))
-    multiply_patches(other)
+    embed_patches_by_matmul(other)
     assert type(other[0]) is nn.Conv3d
 
 
