@@ -151,36 +151,38 @@ def code(texts: Sequence[str]) -> str:
 HOW: Final = """\
 # How mathematical answers are compared
 
-Both the true answer and the model's are read by the same steps. The tables below are written and checked by
-[tests/envs/test_forms_of_answers.py](../tests/envs/test_forms_of_answers.py).
+The true answer and the model's are read by the same steps.
+[tests/envs/test_forms_of_answers.py](../tests/envs/test_forms_of_answers.py) writes and checks the tables below.
 
 1. **Characters.** Full-width and mathematical letters, digits of all scripts, superscripts, `½`, `−` and `º` become
    plain ones.
-2. **What is stated.** The last `\\boxed`, and else what follows the last "the answer is", "=", "答案是" or the like.
-   Boxes that follow each other are a list, and so is "\\boxed{3} or 4": neither states 3. A denial before it ("is not")
-   states nothing.
-3. **Units** are split off: SI units with their prefixes, common others, currencies, Chinese ones, and what is counted
+2. **Stated answer.** The last `\\boxed`, otherwise the text after the last "the answer is", "=", "答案是" or the like.
+   Boxes that follow each other are a list, and so is "\\boxed{3} or 4": neither states 3. A negation before it
+   ("is not") states nothing.
+3. **Units** are split off: SI units with their prefixes, common others, currencies, Chinese ones, and counted things
    ("people"). A unit that one side lacks is not compared. Two units are converted: `5000 g` is `5 kg`, `90 km/h` is
-   `25 m/s`. Units of different things are not equal. A percent sign on one side alone may be left out, or count as
+   `25 m/s`. Units of different quantities are not equal. A percent sign on one side alone may be left out, or count as
    1/100.
 4. **Numbers** are compared exactly, to the precision that the truth states. A truth of three or more significant digits
-   with decimals (two, in scientific notation) is equal to what rounds to it. A fraction, a root or a multiple of π is
-   equal to a decimal that rounds it to six or more significant digits.
-5. **Lists and sets** are equal in any order, tuples and intervals in theirs. A list without brackets may stand for a
-   set or a tuple; `{1,2}` is no `(1,2)`. `±2` is `2, -2`. A list that holds the truth beside others is wrong.
-6. **Relations.** `x = 3` is 3, but not `y = 3`. Equations and inequalities are compared as such, `0 ≤ x < 1` is
+   with decimals (two, in scientific notation) equals every number that rounds to it. A fraction, a root or a multiple of
+   π equals a decimal that rounds it to six or more significant digits.
+5. **Lists and sets** are equal in any order, tuples and intervals only in the same order. A list without brackets may
+   stand for a set or a tuple; `{1,2}` is not `(1,2)`. `±2` is `2, -2`. A list with the truth and other values is
+   wrong.
+6. **Relations.** `x = 3` is 3, but not `y = 3`. Equations and inequalities are compared as such: `0 ≤ x < 1` is
    `[0,1)`.
 7. **Algebra** for all else: math-verify's parser reads both sides. Two expressions are equal if they have the same real
-   values at ten fixed places, or by math-verify's own comparison where that does not tell.
+   values at ten fixed places. If these do not decide, math-verify's own comparison does.
 
-What has two numbers or brackets of numbers side by side without an operator (but `1 1/2`), words among the signs, or
-several relations without a comma between is no formula. So are letters that are no variables, such as `IV`. They equal
-only what is written the same way; nothing is ever added or multiplied that merely stands side by side.
+A text is not a formula if it has two numbers or brackets of numbers side by side without an operator (except `1 1/2`).
+Nor is a text with words among the signs, several relations without a comma between them, or letters that are not
+variables, such as `IV`. These texts equal only the same text. Numbers that merely stand side by side are never added or
+multiplied.
 
-A comparison may take half a second of computing, counted as the processor's time, so that a busy machine changes no
-verdict. An answer of over 1,000 characters, of brackets more than 8 deep, or with numbers too large to work out
-is equal to no truth. A process that the system ends is replaced, and its answer is compared again up to twice; if that
-fails too the answer scores 0, a warning counts it, and it is not remembered as wrong.
+A comparison may take half a second of processor time, so a busy machine changes no verdict. An answer of over 1,000
+characters, of brackets more than 8 deep, or with numbers too large to compute equals no truth. A process that the
+system ends is replaced, and its answer is compared again up to twice. If that fails too, the answer scores 0. A warning
+counts it, and it is not cached as wrong.
 """
 
 
@@ -201,8 +203,8 @@ def page() -> str:
             found.append(f"{sum(math_equal(answers))} / {theirs} of {len(truths)}")
         lines.append(row(f"`{name}`", *found))
     parts.append(
-        "## Forms\n\nRight answers in each form that are found right, here and by math-verify 0.9.0 called with its "
-        "defaults.\n\n" + "\n".join(lines) + "\n"
+        "## Forms\n\nNumbers of right answers in each form that are found right, here and by math-verify 0.9.0 with "
+        "its defaults.\n\n" + "\n".join(lines) + "\n"
     )
     truths = "\n".join(f"- {name}: {code(listed)}" for name, listed in TRUTHS.items())
     parts.append(f"The truths:\n\n{truths}\n")

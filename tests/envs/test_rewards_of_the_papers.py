@@ -27,23 +27,23 @@ from vlmenv.envs.rewards.text import format_reward
 PAGE = Path(__file__).parents[2] / "docs" / "rewards_of_the_papers.md"
 FAILS = "fails"
 REASONS = {
-    "1": "an answer that cannot be read scores 0, also where nothing is to be found",
-    "2": "boxes of labels that nobody asked for are false alarms",
-    "3": "boxes without a fence, in floats or texts, with a trailing comma or as a single object are read; a list with "
-    "a box that has no label scores 0",
-    "4": "a list with a box that is not of four finite numbers in order scores 0",
-    "5": "the length reward knows whether the answer is right, and does not climb again beyond its greatest length",
-    "6": "short answers are read as what they say, and not by letters within words or by likeness",
-    "7": "white space around an answer costs nothing; a second answer, one within the thinking, or a heading given "
-    "twice wins nothing",
+    "1": "an unreadable answer scores 0, also if nothing is to be found",
+    "2": "boxes with labels that the prompt does not name are false positives",
+    "3": "boxes without a fence, in floats or texts, with a trailing comma or as a single object are read. A list with "
+    "a box without a label scores 0",
+    "4": "a list scores 0 if one of its boxes is not four finite numbers in order",
+    "5": "the length reward depends on whether the answer is right, and is constant beyond its greatest length",
+    "6": "short answers are read for their meaning, not by letters within words or by similarity",
+    "7": "white space around an answer costs nothing. A second answer, an answer within the thinking, or a heading "
+    "given twice wins nothing",
     "8": "a box one pixel wide overlaps itself",
-    "absent": "where no object fits, only an answer that says so scores",
+    "absent": "if no object fits, only an answer that says so scores",
     "box": "an answer is a box, and need not be JSON",
-    "asked": "likeness of words (`edit`) is a reward only where a row asks for it",
-    "headings": "the four sections asked for are those that count, each once and in order, the last with an answer",
+    "asked": "the similarity of words (`edit`) is a reward only if a row asks for it",
+    "headings": "only the four requested sections count, each once and in order, the last with an answer",
     "words": "key words are whole words",
-    "negative": "no cosine is worth less than none",
-    "labels": "labels are compared whatever their case, by every term alike",
+    "negative": "a negative cosine earns 0",
+    "labels": "every term compares labels without case",
 }
 """Why values differ; numbers are those of the faults in the project's list of facts about both papers."""
 OWN = ("words", "negative", "labels", "headings", "box")
@@ -353,10 +353,10 @@ def test_the_weights_are_the_papers() -> None:
 def page() -> str:
     intro = (
         "# The papers' rewards\n\n"
-        "What the public code of VLM-R1 and PeBR-R1 gives for an answer, and what the terms here give. Where they "
-        "differ, the\nlast column says why. The answers in full are in\n"
-        "[tests/envs/test_rewards_of_the_papers.py](../tests/envs/test_rewards_of_the_papers.py), which writes and "
-        "checks this page.\n"
+        "The values that the public code of VLM-R1 and PeBR-R1 gives for an answer, and the values of the terms here. "
+        "If they\ndiffer, the last column says why.\n"
+        "[tests/envs/test_rewards_of_the_papers.py](../tests/envs/test_rewards_of_the_papers.py) has the answers in "
+        "full. It\nwrites and checks this page.\n"
     )
     parts = [intro]
     for title, cases in PAPERS.items():
@@ -368,7 +368,7 @@ def page() -> str:
         parts.append(f"## {title}\n\n" + "\n".join(lines) + "\n")
     faults = "\n".join(f"- **{name}**: {text}." for name, text in REASONS.items())
     parts.append(
-        f"## Why\n\nNumbers are faults of their code that are put right here; "
+        f"## Why\n\nNumbers are faults of their code that are repaired here; "
         f"{', '.join(OWN[:-1])} and {OWN[-1]} are choices.\n\n{faults}\n"
     )
     return "\n".join(parts)
