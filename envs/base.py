@@ -1,4 +1,4 @@
-"""The environment that every visual task is: one observation, one answer in free text, one reward."""
+"""The base environment of visual tasks: one observation, one answer in free text, one reward."""
 
 from __future__ import annotations
 
@@ -43,44 +43,45 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
 
     The observation is `{"images": tuple of uint8 [H, W, 3] arrays, "prompt": str, "turns": tuple of earlier turns}`,
     see `Observation`; the action is any text; an episode is one step. `reset` gives the sample's `id` and `index` in
-    `info`, and `reset(options={"index": i})` shows a given sample. `step` adds `rewards` (every term by name,
-    unweighted), `prediction` (the parsed answer, None if unparsable) and `target`, both in the coordinates that the
-    prompt asks for, and `traits` where the task tells any.
+    `info`, and `reset(options
 
-    A subclass is a task. It sets `terms`, `default_rewards` and `prompt_template`, and overrides those of the other
-    class attributes and hooks that it needs; docs/own_task.md shows each with an example.
+    A subclass is a task. It sets `terms`, `default_rewards` and `prompt_template`. It may override the other class
+    attributes and hooks. docs/own_task.md shows each with an example.
 
     Args:
-        dataset: What `open_dataset` takes: a file in VLM-R1's, PeBR-R1's or (for detection) COCO's layout, several
-            files, a parquet file, a Hugging Face data set; or a `Source`. Default: the built-in samples.
-        image_root: Folder that image paths are relative to, or one for each file; the file's own where left out.
-        split: Of the built-in samples, `"train"` (default) or `"eval"`; of a Hugging Face data set, its name.
-        columns: For parts of a row, the columns that hold them, as in `{"question": "query", "answer": "label"}`.
-        skip_broken: Leave broken rows out (`env.source.faults` tells of them) instead of refusing the data set. A row
-            whose fault shows only when it is to be shown, such as half an image, gives way to the next one.
-        min_image_side: Leave rows out with an image of fewer pixels than this in width or height.
-        without_text: Leave rows out whose answer, reasoning included, contains one of these texts.
-        boxes_in: What the numbers of the data set's boxes are: `"xyxy"` (edges in pixels), `"xywh"` (left, top, width,
-            height in pixels), `"fractions"` or `"norm1000"` (edges in parts of the image). Not to be confused with
-            `coordinates`, which the prompt asks for. Default: xyxy; COCO's are xywh by definition.
-        box_orientation: Orientation of the image that the data set's boxes refer to, where EXIF turns it: as it is
-            `"shown"`, or as it is `"stored"`. A width and height that a COCO file tells decide, where they can.
-        rewards: Terms with weights. A term is the name of one of the task's own or of a registered one, a
-            `"module:function"`, or a function. Default: the task's `default_rewards`.
-        extra_terms: Reward terms by name, beside the task's own or in the place of one of the same name.
-        prompt_template: Text with `{question}` and, where they matter, `{answer}` for an example of the answer
-            in its format, `{none}` for the answer "None", and `{coordinates}`.
-        system_prompt: Text of the system turn before each prompt; a row's own system turn replaces it. It takes the
-            placeholders of `prompt_template` but `{question}`. Default: no system turn.
-        answer_format: How the answer is set apart: `"tags"` or `"sections"`; the task's own where left out.
-        coordinates: How boxes are written in prompt, answer and `info`: `"original"`, `"resized"` or `"norm1000"`.
-        resize: For `"resized"`, how the model sizes images: the observation then shows them at that size.
-        count_tokens: Counts the tokens of a text, for the terms that ask for it; words and marks where left out.
-        timing: Tell the seconds that each reward term took, as `info["seconds"]`.
+        dataset: A file in VLM-R1's, PeBR-R1's or (for detection) COCO's layout, several files, a parquet file, a
+            Hugging Face data set, or a `Source`; see `open_dataset`. Default: the built-in samples.
+        image_root: Folder that image paths are relative to, or one per file. Default: the folder of the file.
+        split: `"train"` or `"eval"` of the built-in samples, or the name of a split of a Hugging Face data set.
+            Default: `"train"`.
+        columns: Columns of the parts of a row, as in `{"question": "query", "answer": "label"}`.
+        skip_broken: If true, broken rows are left out and listed in `env.source.faults`. The next row replaces a row
+            whose fault shows only later, such as half an image. If false, the data set is refused. Default: False.
+        min_image_side: Width and height in pixels below which an image's row is left out. Default: no limit.
+        without_text: Texts that leave a row out if its answer, reasoning included, contains one. Default: none.
+        boxes_in: Form of the data set's boxes: `"xyxy"` (edges in pixels), `"xywh"` (left, top, width, height in
+            pixels), `"fractions"` (edges as parts of the image) or `"norm1000"` (edges in thousandths). The prompt asks
+            for `coordinates`, a separate setting. Default: xyxy; COCO's files are xywh by definition.
+        box_orientation: Orientation of the image that the data set's boxes refer to, if EXIF turns it: as it is
+            `"shown"`, or as it is `"stored"`. The width and height in a COCO file decide if they fit only one. Default:
+            `"shown"`.
+        rewards: Terms with weights. A term is the name of a task's own or of a registered term, a `"module:function"`,
+            or a function. Default: the task's `default_rewards`.
+        extra_terms: Reward terms by name, added to the task's own. They replace terms of the same name. Default: none.
+        prompt_template: Text with `{question}`, and optionally `{answer}` for an example of the answer in its format,
+            `{none}` for the answer "None", and `{coordinates}`. Default: the task's own.
+        system_prompt: Text of the system turn before each prompt. A row's own system turn replaces it. It takes the
+            placeholders of `prompt_template` except `{question}`. Default: no system turn.
+        answer_format: Form that separates the answer from the reasoning: `"tags"` or `"sections"`. Default: the task's
+            own.
+        coordinates: Convention of boxes in prompt, answer and `info`: `"original"`, `"resized"` or `"norm1000"`.
+        resize: The model's rule for image sizes, needed for `"resized"`. The observation then has images of that size.
+        count_tokens: Function that counts the tokens of a text, for length terms. Default: words and marks are counted.
+        timing: If true, `info["seconds"]` has the seconds of each reward term. Default: False.
         render_mode: `"rgb_array"` or None.
 
     Raises:
-        ConfigError: An argument that does not fit the others, or an unknown name.
+        ConfigError: An argument does not fit the others, or a name is unknown.
         DataError: The data set cannot be read.
         ModelError: A reward term's model cannot be loaded.
     """
@@ -89,32 +90,32 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
     terms: ClassVar[Mapping[str, RewardTerm]]
     """The task's reward terms by name."""
     default_rewards: ClassVar[Mapping[str, float]]
-    """Weights of the terms that are used unless told otherwise."""
+    """Weights of the default terms."""
     row_terms: ClassVar[Mapping[str, str]] = {}
-    """Names by which rows ask for a term (`accu_reward_method`) in place of the first one."""
+    """Names in rows (`accu_reward_method`) that choose a term in place of the first one."""
     right: ClassVar[tuple[str, float]] = ("accuracy", 1.0)
-    """Which of `measure`'s numbers tells whether an answer is right, and from what value on it is."""
+    """The measure that decides whether an answer is right, and its least value."""
     ratios: ClassVar[Mapping[str, tuple[str, str]]] = {}
-    """Metrics that are the sum of one of `measure`'s numbers over the sum of another."""
+    """Metrics that divide the sum of one measure by the sum of another."""
     prompt_template: ClassVar[str]
     """The prompt, see the argument of the same name."""
     geometry: ClassVar[Geometry | None] = None
-    """The places in the image that answers name: `POINT`, `POINTS`, `BOX`, `BOXES`, `DETECTIONS`, or one of your own.
-    The truth is in pixels of the stored image, the first where there are several; the base class converts it."""
+    """The kind of place that answers name: `POINT`, `POINTS`, `BOX`, `BOXES`, `DETECTIONS`, or your own. The truth
+    is in pixels of the stored image, the first if there are several. The base class converts it."""
     answer_example: ClassVar[str | None] = None
     """The form of an answer that the prompt shows. Default: that of `geometry`, or "answer"."""
     best: ClassVar[Mapping[str, float | None]] = {}
-    """Values of terms for a right answer where that is not 1; None for one that cannot be known beforehand."""
+    """Values of terms for a right answer, if not 1. None: the value cannot be known beforehand."""
     default_format: ClassVar[AnswerFormat] = AnswerFormat.TAGS
-    """The answer format unless told otherwise."""
+    """The default answer format."""
     needs_image: ClassVar[bool] = True
     """Whether every sample must have an image."""
     needs_answer: ClassVar[bool] = True
     """Whether every row must have an answer."""
     takes_coco: ClassVar[bool] = False
-    """Whether COCO's instances make rows of this task."""
+    """Whether the task reads COCO's instances."""
     unread: ClassVar[Collection[str]] = ()
-    """Parts of a row, by their names in `COLUMNS`, that the task makes nothing of; that they are there is told."""
+    """Parts of a row, by their names in `COLUMNS`, that the task does not use. Their presence is reported."""
 
     def __init__(
         self,
@@ -173,7 +174,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         return dict(self._scorer.weights)
 
     def builtin_source(self, split: Split) -> Source:
-        """The task's built-in samples. Default: there are none, and the task needs a data set.
+        """The task's built-in samples. Default: none; the task needs a data set.
 
         Example::
 
@@ -197,12 +198,12 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
                 return int(row.answer)
 
         Raises:
-            ValueError: The row holds no truth; the message says why.
+            ValueError: The row has no truth; the message says why.
         """
         return row.answer if self.geometry is None else self.geometry.truth(row.answer)
 
     def parse(self, text: str) -> Any:
-        """The answer in a completion, or None. It takes any text, and never raises.
+        """The answer in a completion, or None if unreadable. It takes any text, and never raises.
 
         Default: the places that `geometry` reads in the answer, or the answer's text.
 
@@ -216,7 +217,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         return content if content is None or self.geometry is None else self.geometry.read(content)
 
     def measure(self, text: str, target: Any, terms: Mapping[str, float]) -> dict[str, float]:
-        """The task's evaluation metrics for one answer, of which means and `ratios` are reported.
+        """The task's evaluation metrics for one answer. Their means and the `ratios` are reported.
 
         Example::
 
@@ -231,7 +232,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         return {**terms, "unparsable": float(self.parse(text) is None)}
 
     def traits(self, prediction: Any, target: Any) -> dict[str, float]:
-        """Numbers about an answer that are no rewards, for training to log. Default: none.
+        """Numbers about an answer for the training log, apart from rewards. Default: none.
 
         Example::
 
@@ -245,7 +246,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         return {}
 
     def summarise(self, predictions: Sequence[Any], targets: Sequence[Any], clusters: Sequence[int]) -> Intervals:
-        """Metrics that belong to a data set as a whole, and are no means over answers. Default: none.
+        """Metrics of the whole data set that are not means over answers. Default: none.
 
         Example::
 
@@ -256,15 +257,14 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         Args:
             predictions: Parsed answers, None where unparsable.
             targets: The truth for each.
-            clusters: The sample that each is about.
+            clusters: The number of the sample that each answer belongs to.
         """
         return {}
 
     def write_answer(self, sample: Sample) -> str:
-        """The completion that answers a sample rightly, in the format and coordinates asked for.
+        """A right completion for a sample, in the requested format and coordinates.
 
-        `sft` imitates it, and the self-check lets the task score it. Default: what `geometry` writes, or the truth as
-        text.
+        `sft` imitates it, and the self-check scores it. Default: the text that `geometry` writes, or the truth as text.
 
         Example::
 
@@ -275,7 +275,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         return self.answer_format.write(write(self.target(sample)), sample.rationale)
 
     def target(self, sample: Sample) -> Any:
-        """A sample's truth in the coordinates that the prompt asks for: what terms are given, and `info` shows."""
+        """A sample's truth in the coordinates that the prompt asks for, as in `info` and for reward terms."""
         if self.geometry is None:
             return sample.target
         width, height = _image_size(sample)
@@ -286,7 +286,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
 
         Args:
             sample: The sample.
-            prediction: The parsed answer; None before there is one, and where it is unparsable.
+            prediction: The parsed answer. None: not answered yet, or unreadable.
         """
         if self.geometry is None:
             return picture_of(sample.images)
@@ -298,13 +298,13 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
-        """Shows the next sample of the order that `seed` fixes, or the one of `options={"index": i}`.
+        """Shows the next sample of the order of `seed`, or the one of `options={"index": i}`.
 
         Raises:
-            ConfigError: An option that is not known, or a sample that does not exist.
-            SampleError: The sample, or one of its images, cannot be read; with `skip_broken` the next one is shown,
-                unless this one was asked for by its index.
-            DataError: With `skip_broken`, every sample of the data set in turn cannot be read.
+            ConfigError: An option is unknown, or the sample does not exist.
+            SampleError: The sample or one of its images cannot be read. With `skip_broken` the next one is shown
+                instead, unless `index` chose this one.
+            DataError: With `skip_broken`, no sample of the data set can be read.
         """
         super().reset(seed=seed)
         if seed is not None or self._order is None:
@@ -321,7 +321,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         return observation, self.identify(self._sample, self._index)
 
     def _show_next(self, order: SampleOrder) -> tuple[Sample, Observation]:
-        """The next sample of the order; with `skip_broken`, the next one that can be shown."""
+        """The next sample of the order; with `skip_broken`, the next readable one."""
         broken: list[SampleError] = []
         while not broken or len(broken) < 2 * (self.source.size or 0):  # an order may end and begin with one sample
             self._index = order[self._position]
@@ -349,10 +349,10 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         return self.draw(self._sample, self._prediction)
 
     def show(self, index: int) -> tuple[Sample, Observation]:
-        """Loads a sample, and gives it with what an agent sees of it.
+        """Loads a sample, and returns it with its observation.
 
         Raises:
-            SampleError: It cannot be read.
+            SampleError: The sample cannot be read.
         """
         try:
             sample = self.source.get(index)
@@ -361,7 +361,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         return sample, self.observe(sample)
 
     def observe(self, sample: Sample) -> Observation:
-        """What an agent sees of a sample; the images are copies, at the size that `coordinates` shows them."""
+        """The observation of a sample. Images are copies, at the size that `coordinates` needs."""
         return {
             "images": tuple(map(self._shown, sample.images)),
             "prompt": self._placed_prompt(sample),
@@ -369,7 +369,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         }
 
     def prompt(self, question: str) -> str:
-        """The prompt that asks a question."""
+        """The prompt for a question."""
         return self._filled(self.template).replace("{question}", question)
 
     def turns(self, sample: Sample) -> tuple[Turn, ...]:
@@ -385,23 +385,23 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         return text.replace("{coordinates}", self.coordinates.description)
 
     def _placed_prompt(self, sample: Sample) -> str:
-        """The prompt; marks that only begin the question precede its template too, as images without marks do."""
+        """The prompt. Marks that only begin the question precede its template too, as images without marks do."""
         marks, rest = split_marks(sample.question) if sample.images else (0, "")
         if not marks or IMAGE_MARK in rest:
             return self.prompt(sample.question)
         return IMAGE_MARK * marks + self.prompt(rest)
 
     def score(self, text: str, sample: Sample) -> Score:
-        """Scores an answer to a sample. Any text will do; a text that is no answer scores 0.
+        """Scores an answer to a sample. Any text is valid; a text without a readable answer scores 0.
 
         Raises:
             TypeError: `text` is no string.
-            RewardError: A term failed, or is not finite.
+            RewardError: A term failed, or its value is not finite.
         """
         return self.score_batch([text], [sample])[0]
 
     def score_batch(self, texts: Sequence[str], samples: Sequence[Sample]) -> list[Score]:
-        """Scores N answers, each to its sample; as `score`, but terms that can do so work on all at once."""
+        """Scores N answers, each to its sample, as `score` does. Batch terms run once over all of them."""
         for text in texts:
             if not isinstance(text, str):
                 raise TypeError(f"an action is a string, not {type(text).__name__}")
@@ -409,13 +409,13 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         return self._scorer(texts, targets, samples, [self.parse(text) for text in texts])
 
     def scorer(self, rewards: Rewards) -> Scorer:
-        """What scores this task's answers by terms of one's choice.
+        """A scorer of this task's answers with the given terms.
 
         Args:
             rewards: Terms with weights, as in the argument of the same name.
 
         Raises:
-            ConfigError: A term is not known, or its name or weight cannot be used.
+            ConfigError: A term is unknown, or its name or weight is invalid.
             ModelError: A term's model cannot be loaded.
         """
         return Scorer(
@@ -428,14 +428,14 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         )
 
     def explain(self, score: Score, sample: Sample) -> dict[str, Any]:
-        """What `info` tells of a scored answer."""
+        """The entries of `info` for a scored answer."""
         info = {"rewards": dict(score.terms), "prediction": score.prediction, "target": self.target(sample)}
         if traits := self.traits(score.prediction, info["target"]):
             info["traits"] = traits
         return info | ({"seconds": dict(score.seconds)} if self.timing else {})
 
     def identify(self, sample: Sample, index: int) -> dict[str, Any]:
-        """What `info` tells of a sample."""
+        """The entries of `info` for a sample."""
         return {"id": sample.id, "index": index} | ({"subject": sample.subject} if sample.subject else {})
 
     def reading(
@@ -447,7 +447,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         boxes_in: str | None = None,
         box_orientation: str = BoxOrientation.SHOWN,
     ) -> Reading:
-        """How this task reads the rows of a data set."""
+        """This task's reader for rows of a data set."""
         has_boxes = self.geometry is not None or type(self).map_boxes is not VisualTaskEnv.map_boxes
         if not has_boxes and (boxes_in is not None or box_orientation != BoxOrientation.SHOWN):
             raise ConfigError("boxes_in and box_orientation are for tasks whose truths are boxes")
@@ -468,13 +468,13 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
     def map_boxes(self, target: Any, change: Callable[[Box], Box]) -> Any:
         """A truth, as in `Sample.target`, with each of its boxes changed. Default: those of the task's `geometry`.
 
-        By it, data sets are read whose boxes are not in pixels of the image as it is shown. Other places are changed
-        corner by corner.
+        It converts boxes that are not in pixels of the image as it is shown. Other places are converted corner by
+        corner.
         """
         return target if self.geometry is None else convert(target, lambda place: changed_place(place, change))
 
     def row_term(self, row: Row) -> str | None:
-        """The reward term that a row asks for in place of the one in use; None for none.
+        """The reward term that a row chooses in place of the one in use. None: the row chooses none.
 
         Raises:
             ValueError: The task has no such term.
@@ -492,7 +492,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         return "answer" if self.geometry is None else self.geometry.example
 
     def _check_class(self) -> None:
-        """Raises ConfigError unless the task says what every task must."""
+        """Raises ConfigError if the task lacks a required class attribute."""
         name = type(self).__name__
         for attribute in ("terms", "default_rewards", "prompt_template"):
             if not hasattr(self, attribute):
@@ -574,10 +574,10 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
 
 
 class NoRowsError(DataError):
-    """A data set none of whose rows is left.
+    """A data set without remaining rows.
 
     Attributes:
-        source: It, with all that is wrong.
+        source: The data set with its faults.
     """
 
     def __init__(self, message: str, source: TableSource | Concatenated) -> None:
@@ -589,7 +589,7 @@ def check_index(index: SupportsIndex, size: int | None) -> int:
     """A sample's index, as a whole number within the source.
 
     Raises:
-        ConfigError: It is negative or too large.
+        ConfigError: The index is negative or too large.
     """
     try:
         number = operator.index(index)
@@ -607,7 +607,7 @@ def _one_of(options: type[Name], kind: str, name: str) -> Name:
 
 
 def _image_size(sample: Sample) -> tuple[int, int]:
-    """Width and height of the image that a sample's places are in."""
+    """Width and height of the image that a sample's places refer to."""
     if not sample.asked_images:
         raise DataError(f"sample {sample.id} has no image for its answer to name places in")
     height, width = sample.asked_images[0].shape[:2]

@@ -1,4 +1,4 @@
-"""Perception captioning: describe the image so that nothing that matters is missed."""
+"""Perception captioning: describe everything in the image that matters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vlmenv.envs.vqa import accepted_texts
 
 
 def answer_reward(text: str, target: Caption, answer_format: AnswerFormat = AnswerFormat.TAGS) -> float:
-    """Whether the row's question is answered rightly, in [0, 1]; 0 where it asks none."""
+    """1 for a right answer to the row's question, less for a partly right one; 0 without a question."""
     return 0.0 if target.answer is None else accuracy_reward(text, target.answer, answer_format)
 
 
@@ -35,7 +35,7 @@ def described_length_reward(
     count_tokens: Callable[[str], int] = count_words,
     answer_format: AnswerFormat = AnswerFormat.TAGS,
 ) -> float:
-    """`length_reward`, but 0 for a completion that does not describe the image."""
+    """`length_reward`, or 0 for a completion that does not describe the image."""
     return length_reward(text, target, count_tokens) if answer_format.description(text) else 0.0
 
 

@@ -1,4 +1,4 @@
-"""Places in images that answers name: how they are read, written, and converted between conventions of coordinates."""
+"""Places in images: reading and writing them, and conversion between conventions of coordinates."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from vlmenv.core.errors import ConfigError
 
 @dataclass(frozen=True)
 class Geometry:
-    """The places that a task's answers name.
+    """The kind of place that a task's answers name.
 
-    A task declares it as `geometry = POINT`. The base class then reads and writes answers by it, and converts the truth
+    A task declares it as `geometry = POINT`. The base class uses it to read and write answers. It converts the truth
     from pixels of the stored image to the convention of the prompt.
 
     Example:
@@ -41,9 +41,9 @@ class Geometry:
 
     Args:
         example: The form of an answer, as the prompt shows it.
-        kind: What a row's answer must hold, for messages.
-        read: Reads the content of an answer; gives None for what is no such answer, and never raises.
-        write: Writes a truth, in the convention asked for, as the content of an answer.
+        kind: Required content of a row's answer, for messages.
+        read: Reads the content of an answer. It returns None for other content, and never raises.
+        write: Writes a truth, in the requested convention, as the content of an answer.
         read_truth: Reads the answer of a data set's row. Default: `read`.
     """
 
@@ -54,10 +54,10 @@ class Geometry:
     read_truth: Callable[[str], Any] | None = None
 
     def truth(self, answer: str) -> Any:
-        """The truth that a data set's row writes.
+        """The truth in the answer of a data set's row.
 
         Raises:
-            ValueError: It is none of this kind.
+            ValueError: The answer has no place of this kind.
         """
         found = (self.read_truth or self.read)(answer)
         if found is None:
@@ -66,17 +66,17 @@ class Geometry:
 
 
 def convert(value: Any, one: Callable[[tuple[float, ...]], tuple[float, ...]]) -> Any:
-    """A truth or an answer with every place in it converted.
+    """Converts every place in a truth or an answer.
 
-    A tuple or list that holds numbers alone is a place: x and y take turns in it. All other tuples, lists and mappings
-    are searched; texts, single numbers and None stay as they are.
+    A tuple or list of numbers is a place, in which x and y alternate. All other tuples, lists and mappings are
+    searched. Texts, single numbers and None stay as they are.
 
     Args:
         value: A place, or a container of places at any depth.
         one: Converts one place.
 
     Raises:
-        ConfigError: There is an odd number of coordinates in a place, or a type that cannot be searched.
+        ConfigError: A place has an odd number of coordinates, or a type cannot be searched.
     """
     if isinstance(value, (tuple, list)):
         parts = one(tuple(value)) if _is_place(value) else [convert(part, one) for part in value]
@@ -103,7 +103,7 @@ def places(value: Any) -> Iterator[tuple[float, ...]]:
 
 
 def changed_place(place: tuple[float, ...], change: Callable[[Box], Box]) -> tuple[float, ...]:
-    """A place changed as boxes are: a box by its edges, any other place corner by corner."""
+    """Converts a place by a function for boxes: a box by its edges, any other place corner by corner."""
     if len(place) == 4:
         return change((place[0], place[1], place[2], place[3]))
     corners = zip(place[::2], place[1::2], strict=True)
@@ -138,7 +138,7 @@ POINT: Final = Geometry(
     write_point,
     _read_target_of_point,
 )
-"""One point, or "None" where nothing fits. The truth is a point, or a box to hit, of which `write` gives the centre."""
+"""One point, or "None" if nothing fits. The truth is a point, or a box to hit; `write` gives its centre."""
 
 POINTS: Final = Geometry(
     "[[x,y],[x,y]]",
@@ -149,7 +149,7 @@ POINTS: Final = Geometry(
 """Any number of points; the empty tuple for "None"."""
 
 BOX: Final = Geometry("[x1,y1,x2,y2]", "one box [x1, y1, x2, y2]", parse_box, write_box)
-"""One box, or "None" where nothing fits."""
+"""One box, or "None" if nothing fits."""
 
 BOXES: Final = Geometry(
     "[[x1,y1,x2,y2],[x1,y1,x2,y2]]",

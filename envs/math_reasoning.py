@@ -1,4 +1,4 @@
-"""Visual mathematics: figures, charts and counts, with answers that are compared symbolically."""
+"""Visual mathematics: figures, charts and counts, with symbolic comparison of answers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from vlmenv.envs.vqa import VQAEnv, accepted_texts
 
 
 class MathAccuracy(AnswerAccuracy):
-    """`AnswerAccuracy` that has the computer algebra ready when the first answer comes."""
+    """`AnswerAccuracy` that starts the computer algebra before the first answer."""
 
     def load(self) -> None:
         start_math()
 
 
 def _only_answer(row: Row) -> str:
-    """A row's answer; of several in a list it could not be told whether one of them is enough."""
+    """A row's answer. A list is refused: it does not say whether one of its items is enough."""
     texts = dict.fromkeys(accepted_texts(row))
     if len(texts) > 1:
         raise ValueError(
@@ -45,7 +45,7 @@ class MathEnv(VQAEnv):
         return MathFigures(split)
 
     def read_target(self, row: Row) -> Answer:
-        """As a row asks for; else a choice where it is a letter, a number with a tolerance, and else mathematics."""
+        """The method that the row names. Otherwise `choice` for a letter, `numeric` with a tolerance, else `math`."""
         row = replace(row, answer=_only_answer(row), accepted=())
         answer = super().read_target(row)
         chosen = row.method not in ("", "default")

@@ -19,7 +19,7 @@ Detections = tuple[Detection, ...]
 
 
 class OVDEnv(VisualTaskEnv):
-    """`VLM-OVD-v0`: the answer is a fenced JSON list of labelled boxes, or "None" where there are none."""
+    """`VLM-OVD-v0`: the answer is a fenced JSON list of labelled boxes, or "None" if there are none."""
 
     terms: ClassVar[Mapping[str, RewardTerm]] = rewards.TERMS
     default_rewards: ClassVar[Mapping[str, float]] = {"od_length": 1.0, "format": 0.1}
@@ -53,7 +53,7 @@ class OVDEnv(VisualTaskEnv):
         }
 
     def traits(self, prediction: Detections | None, target: Detections) -> dict[str, float]:
-        """Boxes answered per true one, as far as they count; nothing where there are none to be found."""
+        """Counted answered boxes per true box; empty if there is no true box."""
         given, wanted = rewards.countable(prediction or (), target)
         return {"box_ratio": len(given) / len(wanted)} if wanted else {}
 

@@ -15,7 +15,7 @@ from vlmenv.envs.rewards.terms import RewardTerm
 
 
 class RECEnv(VisualTaskEnv):
-    """`VLM-REC-v0`: the answer is a box, or "None" where the image holds no such object."""
+    """`VLM-REC-v0`: the answer is a box, or "None" if the image has no such object."""
 
     terms: ClassVar[Mapping[str, RewardTerm]] = {
         "iou": iou_reward,
@@ -43,5 +43,5 @@ class RECEnv(VisualTaskEnv):
         }
 
     def traits(self, prediction: Target | None, target: Target) -> dict[str, float]:
-        """Boxes answered per true one, 0 or 1; nothing where there is none to be found."""
+        """Answered boxes per true box, 0 or 1; empty if there is no true box."""
         return {} if target == NONE else {"box_ratio": float(prediction not in (None, NONE))}

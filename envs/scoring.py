@@ -1,4 +1,4 @@
-"""From reward terms and weights to the scores of answers."""
+"""Scores answers by weighted reward terms."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ Rewards = Mapping[str | RewardTerm, float] | Mapping[str, float]
 """Reward terms with their weights: names of the task's own or of registered terms, "module:function", or callables."""
 
 Evaluate = Callable[[Sequence[str], Sequence[Any], Sequence[Sample], Sequence[Any]], Iterable[float]]
-"""Of N texts, targets, samples and parsed answers: N numbers."""
+"""A function from N texts, targets, samples and parsed answers to N numbers."""
 
 _TAKEN: Final = ("mean", "std", "zero_std_groups")  # "reward/…" metrics of the trainer
 
 
 @dataclass(slots=True)
 class Score:
-    """What an answer is worth."""
+    """The score of an answer."""
 
     reward: float
     """weighted sum of the terms"""
     terms: dict[str, float]
     """each term, unweighted"""
     prediction: Any
-    """the answer as parsed; None where it could not be"""
+    """the parsed answer; None if unreadable"""
     seconds: dict[str, float]
-    """time that each term took; of a term that scores batches, this answer's share"""
+    """seconds of each term; for a batch term, this answer's share"""
 
 
 class Scorer:
@@ -46,14 +46,14 @@ class Scorer:
 
     Args:
         known: The task's terms by name.
-        rewards: Which terms to use, with their weights.
-        answer_format: Given to the terms that ask for it.
-        count_tokens: Likewise.
-        exchangeable: Names of terms that rows may ask for; the first of them in use gives way to a row's choice.
-        registered: Terms by the names that `register_reward` gave them for this task.
+        rewards: The terms in use, with their weights.
+        answer_format: The argument of this name for the terms that have it.
+        count_tokens: The argument of this name for the terms that have it.
+        exchangeable: Names of terms that rows may choose. The chosen term replaces the first of them in use.
+        registered: Terms of this task by the names of `register_reward`.
 
     Raises:
-        ConfigError: A term is not known, or its name or weight cannot be used.
+        ConfigError: A term is unknown, or its name or weight is invalid.
         ModelError: A term's model cannot be loaded.
     """
 
@@ -88,7 +88,7 @@ class Scorer:
         """Scores N answers.
 
         Raises:
-            RewardError: A term failed, or is not finite.
+            RewardError: A term failed, or its value is not finite.
         """
         scores = [Score(0.0, {}, prediction, {}) for prediction in predictions]
         for name, weight, evaluate, rows in self._plan(samples):
@@ -106,7 +106,7 @@ class Scorer:
         return scores
 
     def _plan(self, samples: Sequence[Sample]) -> Iterator[tuple[str, float, Evaluate, list[int]]]:
-        """Which term scores which rows: its name, weight and function, and the rows."""
+        """The terms with their rows: name, weight, function, and rows."""
         for name, weight in self.weights.items():
             chosen = [(sample.term if name == self._exchangeable else None) or name for sample in samples]
             for own in dict.fromkeys(chosen):
@@ -131,7 +131,7 @@ def _together(
     samples: Sequence[Sample],
     predictions: Sequence[Any],
 ) -> Sequence[float]:
-    """A term that scores N answers at once; it is told their questions if it asks for them."""
+    """A term that scores N answers at once. It gets their questions if it has a parameter for them."""
     named = [named_images(sample.question) if sample.images else sample.question for sample in samples]
     asked = {"questions": named} if "questions" in _parameters(term.batch) else {}
     return term.batch(texts, targets, [sample.asked_images for sample in samples], answer_format, **asked)
@@ -144,7 +144,7 @@ def _each(
     samples: Sequence[Sample],
     predictions: Sequence[Any],
 ) -> Iterator[float]:
-    """A term of single answers over N of them, one by one."""
+    """Applies a term for single answers to N answers, one by one."""
     return (term(text, target) for text, target in zip(texts, targets, strict=True))
 
 
@@ -155,7 +155,7 @@ def _each_prediction(
     samples: Sequence[Sample],
     predictions: Sequence[Any],
 ) -> Iterator[float]:
-    """The same of a term that asks for the parsed answer."""
+    """Applies a term that has a parameter for the parsed answer."""
     rows = zip(texts, targets, predictions, strict=True)
     return (term(text, target, prediction=prediction) for text, target, prediction in rows)
 
@@ -166,10 +166,10 @@ def _evaluated(
     arguments: tuple[Sequence[Any], ...],
     ids: Sequence[str],
 ) -> list[float]:
-    """The values of a term, all of which are numbers.
+    """The values of a term, checked to be finite numbers.
 
     Raises:
-        RewardError: The term failed; with the sample's id, unless the term scores all answers at once.
+        RewardError: The term failed. The message has the sample's id, except for a batch term.
     """
     values: list[float] = []
     given: Iterable[float] | None = None
@@ -191,10 +191,10 @@ def _evaluated(
 def _named_term(
     key: str | RewardTerm, known: Mapping[str, RewardTerm], registered: Mapping[str, RewardTerm]
 ) -> tuple[str, RewardTerm]:
-    """The term that a key of `rewards` means, and the name that it is shown by.
+    """The term for a key of `rewards`, and its name in `info`.
 
     Raises:
-        ConfigError: There is none, or its name cannot be used.
+        ConfigError: There is none, or its name is invalid.
     """
     if isinstance(key, str) and ":" in key:
         term = load_reward(key)

@@ -1,4 +1,4 @@
-"""Lets a task score the answers that it calls right: where they are not at their best, something does not fit."""
+"""Scores a task's own right answers and reports those that do not reach the best values."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from vlmenv.envs.data.source import Sample, Source
 from vlmenv.envs.scoring import Scorer
 
 CHECKED: Final = 8
-"""samples that are checked unless told otherwise"""
+"""default number of checked samples"""
 _ROUNDING: Final = 0.1
-"""by which a term may miss its best value: coordinates are written as whole numbers"""
+"""tolerance of best values: coordinates are written as whole numbers"""
 
 
 @dataclass(frozen=True, slots=True)
 class Misjudged:
-    """A right answer that its own task does not take for right."""
+    """A right answer that its own task does not score as right."""
 
     sample: str
     """the sample's id"""
     term: str
-    """the reward term; "parse" where the answer cannot be read, "write_answer" where there is none"""
+    """the reward term; "parse" for an unreadable answer, "write_answer" for a missing one"""
     told: str
-    """the term's value and its best one, or what failed"""
+    """the term's value and its best one, or the failure"""
     answer: str
-    """what `write_answer` wrote, or the row's own completion"""
+    """the answer of `write_answer`, or the row's own completion"""
     prediction: Any
-    """how `parse` read it"""
+    """the reading of `parse`"""
 
     def __str__(self) -> str:
         wrote = f"; the answer is {_cut(self.answer)}, which parse() reads as {_cut(self.prediction)}"
@@ -48,17 +48,18 @@ def self_check(task: VisualTaskEnv, count: int = CHECKED, *, imitated: bool = Fa
 
     Args:
         task: The environment.
-        count: How many samples to check.
-        imitated: Whether to check what `sft` imitates: a row's own completion, where it has one.
+        count: Number of samples.
+        imitated: If true, a row's own completion is checked, which `sft` imitates. Rows without one are checked as
+            usual.
     """
     return check_answers(task, some_samples(task.source, count), imitated=imitated)
 
 
 def check_answers(task: VisualTaskEnv, samples: Iterable[Sample], *, imitated: bool = False) -> list[Misjudged]:
-    """Lets a task score the right answers to given samples by its default reward terms.
+    """Scores the right answers to given samples by the task's default reward terms.
 
-    Each term with a positive weight must reach 1, or the value in the task's `best`, but for what rounding coordinates
-    costs. Terms of which `best` says None are left out.
+    Each term with a positive weight must reach 1, or the value in the task's `best`, within the rounding of
+    coordinates. Terms with None in `best` are left out.
 
     Args:
         task: The environment.
@@ -72,7 +73,7 @@ def check_answers(task: VisualTaskEnv, samples: Iterable[Sample], *, imitated: b
 
 
 def describe(faults: Sequence[Misjudged], count: int) -> str:
-    """One paragraph for people: which terms, on how many of `count` samples, and the first case."""
+    """A summary for the user: the terms, the number of samples of `count`, and the first case."""
     samples = len({fault.sample for fault in faults})
     terms = ", ".join(f"{term} ({number})" for term, number in Counter(fault.term for fault in faults).items())
     return (
@@ -81,7 +82,7 @@ def describe(faults: Sequence[Misjudged], count: int) -> str:
 
 
 def some_samples(source: Source, count: int = CHECKED) -> list[Sample]:
-    """Up to `count` samples, spread evenly over a source; those that cannot be read are left out."""
+    """Up to `count` samples, spread evenly over a source; unreadable ones are left out."""
     size = count if source.size is None else source.size
     found = []
     for index in sorted({i * size // count for i in range(count)} if size else set()):

@@ -35,32 +35,32 @@ class Shown:
 class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[Any]]):
     """N environments in groups of G neighbours that show the same sample.
 
-    The images of a group are one array, handed out G times by reference: do not write to them.
-    Every step ends all episodes and nothing resets by itself, so call `reset` before each `step`.
-    `reset(options={"index": [...]})` shows given samples, one a group. Infos have the layout of
-    Gymnasium's own vector environments.
+    The images of a group are one array, shared by its G observations: do not write to it. Every step ends all episodes
+    and nothing resets by itself, so call `reset` before each `step`. `reset(options={"index": [...]})` shows given
+    samples, one per group. Infos have the layout of Gymnasium's own vector environments.
 
-    With the task's `skip_broken`, a sample that cannot be shown gives way to the next one, for all of its group, as if
-    it had never been in the data set. `reset(options={"replace": {i: reason}})` says the same of the sample that
-    environment i shows, where an agent cannot take it: the other samples stay.
+    With the task's `skip_broken`, the next sample replaces a sample that cannot be shown, for its whole group. The
+    order is then as if that sample had never been in the data set. `reset(options={"replace": {i: reason}})` replaces
+    the sample of environment i, if an agent cannot take it. The other samples stay.
 
     Attributes:
-        skipped: By the indices of the samples that were left out so far, where each stands and what is wrong with it.
+        skipped: Place and fault of each sample that has been left out, by index.
 
     Args:
         task: Builds the task's environment from `kwargs`.
         num_envs: N.
         group_size: G, which divides N.
-        shard: Which of `num_shards` equal parts of the sample order these environments show; for
-            training by several processes.
-        num_shards: See `shard`.
-        answers: Tell the true answer, as a completion in the format asked for, as `info["answer"]` of a reset.
-        revisit: Chance that a sample is shown again all of whose answers earned the same when it was last shown: to
-            training by comparison such a one is too easy or too hard.
+        shard: The part of the sample order, of `num_shards` equal parts, that these environments show. Ranks have
+            different shards.
+        num_shards: The number of shards.
+        answers: If true, `info["answer"]` of a reset has the true answer as a completion in the requested format.
+        revisit: Probability of showing a sample again whose answers all got the same reward last time. Such a sample is
+            too easy or too hard to learn from by comparison.
         kwargs: The task's own arguments.
 
     Raises:
-        ConfigError: `group_size` does not divide `num_envs`; `revisit` is no chance, or samples are never seen twice.
+        ConfigError: `group_size` does not divide `num_envs`, `revisit` is not a probability, or samples are never seen
+            twice.
     """
 
     metadata: dict[str, Any] = {  # noqa: RUF012 (Gymnasium's own type)
@@ -103,7 +103,7 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         self._order: SampleOrder | None = None
         self._taken = 0  # places in this shard's part of the order
         self._settled: set[int] = set()
-        """Samples all of whose answers earned the same when they were last shown."""
+        """Samples whose answers all got the same reward last time."""
         self.skipped: dict[int, str] = {}
         self._shown: list[Shown] = []
         self._observations: BatchedObservations = {}
@@ -112,12 +112,12 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
 
     @property
     def skips_broken(self) -> bool:
-        """Whether samples that cannot be shown are left out, and not refused."""
+        """Whether samples that cannot be shown are left out instead of refused."""
         return self.task.skip_broken
 
     @property
     def num_groups(self) -> int:
-        """P, the number of distinct samples shown at a time."""
+        """P, the number of distinct samples in a batch."""
         return self.num_envs // self.group_size
 
     def reset(
@@ -125,13 +125,13 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
     ) -> tuple[BatchedObservations, dict[str, Any]]:
         """Shows P new samples, or those of `options={"index": [P indices]}`, G times each.
 
-        With a seed, `options={"skip": k}` goes on after k batches of its order, as if there had been k resets that
-        left nothing out, and `options={"state": s}` from a `state_dict`. For `replace` see the class.
+        With a seed, `options={"skip": k}` continues after k batches of its order, as after k resets that left nothing
+        out. `options={"state": s}` continues from a `state_dict`. For `replace` see the class.
 
         Raises:
-            ConfigError: An option that is not known, or indices that do not fit.
-            SampleError: A sample, or one of its images, cannot be read, or one that is to be replaced is not to be
-                left out.
+            ConfigError: An option is unknown, or indices do not fit.
+            SampleError: A sample or one of its images cannot be read, or a sample is to be replaced without
+                `skip_broken`.
             DataError: No sample is left.
         """
         super().reset(seed=seed)
@@ -163,8 +163,8 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         """Scores N texts: rewards float64 [N], `terminated` all True, `truncated` all False.
 
         Raises:
-            RuntimeError: There was no `reset` since the last step.
-            ValueError: There are not N texts.
+            RuntimeError: `reset` has not been called since the last step.
+            ValueError: The number of texts is not N.
         """
         if not self._shown or self._predictions is not None:
             raise RuntimeError("an episode is one step: call reset() before each step()")
@@ -198,15 +198,15 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         return {"answer": np.array(written, dtype=object), "_answer": np.ones(self.num_envs, dtype=np.bool_)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Where in the order of samples this is, and what is known of them."""
+        """The position in the order of samples, and the state of the samples."""
         return {"taken": self._taken, "settled": sorted(self._settled), "skipped": dict(self.skipped)}
 
     def _go_on(self, state: dict[str, Any]) -> None:
         self._taken, self._settled = state["taken"], set(state["settled"])
-        self.skipped = dict(state.get("skipped", {}))  # which older checkpoints do not have
+        self.skipped = dict(state.get("skipped", {}))  # older checkpoints do not have it
 
     def fault(self, env: int, reason: str) -> SampleError:
-        """The error that says what is wrong with the sample which an environment shows, and where it stands."""
+        """The error for the sample of an environment, with its place and fault."""
         one = self._shown[env // self.group_size]
         return SampleError(one.index, f"{self.task.source.place(one.index, one.sample.id)}: {reason}")
 
@@ -214,7 +214,7 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         """Leaves a sample out from now on.
 
         Raises:
-            SampleError: The same, where broken rows are not to be left out.
+            SampleError: Broken rows are not left out here.
             DataError: No sample is left.
         """
         if not self.skips_broken:
@@ -230,10 +230,10 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
             (self._settled.add if np.ptp(group) == 0 else self._settled.discard)(one.index)
 
     def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
-        """The options of a reset but for the mask, which says nothing.
+        """The options of a reset without the mask, which must select all environments.
 
         Raises:
-            ConfigError: One is not known, or the mask leaves environments out.
+            ConfigError: An option is unknown, or the mask leaves environments out.
         """
         options = dict(options)
         mask = np.asarray(options.pop("reset_mask", np.ones(self.num_envs, dtype=np.bool_)))
@@ -248,7 +248,7 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         return options
 
     def _given(self, wanted: Sequence[Any]) -> list[Shown]:
-        """The samples of some indices."""
+        """The samples at these indices."""
         indices = [check_index(index, self.task.source.size) for index in wanted]
         if len(indices) != self.num_groups:
             raise ConfigError(f"reset wants {self.num_groups} indices, one per group, not {len(indices)}")
@@ -259,13 +259,13 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         return [one for one in loaded if not isinstance(one, SampleError)]
 
     def _kept(self, replace: dict[int, str]) -> list[Shown]:
-        """The samples shown but for those of some environments, which are left out for the reasons given."""
+        """The shown samples without those of some environments, which are left out for the given reasons."""
         for error in [self.fault(env, reason) for env, reason in replace.items()]:
             self.skip(error)
         return [one for one in self._shown if one.index not in self.skipped]
 
     def _fill(self, order: SampleOrder) -> None:
-        """Shows the next samples besides, until there are P."""
+        """Adds the next samples until there are P."""
         while (missing := self.num_groups - len(self._shown)) > 0:
             for one in self._pool.map(self._load, self._take(order, missing)):
                 if isinstance(one, SampleError):
@@ -282,12 +282,12 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
     def _take(self, order: SampleOrder, count: int) -> list[int]:
         """The next samples of this shard's part of the order.
 
-        Skipped ones are passed over, settled ones but for a chance.
+        Skipped samples are left out, and settled ones with probability 1 - `revisit`.
         """
         indices: list[int] = []
         most = (
             0 if self._revisit == 1 else self.task.source.size or 0
-        )  # to be passed over, lest all of them are settled
+        )  # limits how many are passed over: all of them may be settled
         while len(indices) < count:
             batch, place = divmod(self._taken, self.num_groups)
             position = (batch * self._num_shards + self._shard) * self.num_groups + place
@@ -302,7 +302,7 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         return indices
 
     def _infos(self, details: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-        """Which sample each environment shows and, after a step, what became of its answer."""
+        """The sample of each environment and, after a step, the result of its answer."""
         infos: dict[str, Any] = {}
         for i in range(self.num_envs):
             one = self._shown[i // self.group_size]
@@ -319,4 +319,4 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
 
 _OPTIONS = {"index", "skip", "state", "replace"}
 _ANY_TYPE = ("prediction", "target")
-"""Infos whose type may differ from row to row, and is the task's own affair."""
+"""Infos whose type the task decides, and which may differ from row to row."""

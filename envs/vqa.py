@@ -28,14 +28,14 @@ KINDS: Mapping[str, AnswerKind] = {
     "edit": "edit",
     "all_match": "exact",
 }
-"""What a row's `accu_reward_method` may be."""
+"""Values of a row's `accu_reward_method`."""
 
 
 def accepted_texts(row: Row) -> list[str]:
     """The answers that a row accepts: the items of a list of texts, or its answer.
 
     Raises:
-        ValueError: The list may as well name what has to be given together.
+        ValueError: The list may also mean that all of its items are required.
     """
     if not row.accepted:
         return [row.answer]
@@ -73,7 +73,7 @@ class VQAEnv(VisualTaskEnv):
         return read_answers(accepted_texts(row), KINDS.get(row.method), row.tolerance, row.choices)
 
     def row_term(self, row: Row) -> None:
-        """None: what a row asks for is the kind of its answer."""
+        """None: `accu_reward_method` of a row is the kind of its answer."""
 
     def measure(self, text: str, target: Answer, terms: Mapping[str, float]) -> dict[str, float]:
         answered = parse_reply(self.answer_format.extract(text), target)

@@ -164,8 +164,8 @@ The true answer and the model's are read by the same steps.
    `25 m/s`. Units of different quantities are not equal. A percent sign on one side alone may be left out, or count as
    1/100.
 4. **Numbers** are compared exactly, to the precision that the truth states. A truth of three or more significant digits
-   with decimals (two, in scientific notation) equals every number that rounds to it. A fraction, a root or a multiple of
-   π equals a decimal that rounds it to six or more significant digits.
+   with decimals (two, in scientific notation) equals every number that rounds to it. A fraction, a root or a multiple
+   of π equals a decimal that rounds it to six or more significant digits.
 5. **Lists and sets** are equal in any order, tuples and intervals only in the same order. A list without brackets may
    stand for a set or a tuple; `{1,2}` is not `(1,2)`. `±2` is `2, -2`. A list with the truth and other values is
    wrong.
