@@ -42,8 +42,10 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
     """A visual task with rule-based rewards.
 
     The observation is `{"images": tuple of uint8 [H, W, 3] arrays, "prompt": str, "turns": tuple of earlier turns}`,
-    see `Observation`; the action is any text; an episode is one step. `reset` gives the sample's `id` and `index` in
-    `info`, and `reset(options
+    see `Observation`. The action is any text, and an episode is one step. `reset` gives the sample's `id` and `index`
+    in `info`; `reset(options={"index": i})` shows a given sample. `step` adds to `info`: `rewards` (every term by name,
+    unweighted), `prediction` (the parsed answer, None if unreadable), `target`, and `traits` if the task has any.
+    Prediction and target are in the coordinates that the prompt asks for.
 
     A subclass is a task. It sets `terms`, `default_rewards` and `prompt_template`. It may override the other class
     attributes and hooks. docs/own_task.md shows each with an example.

@@ -26,10 +26,10 @@ FAMILIES: Final[dict[str, type[Family]]] = {
 
 
 def register_family(family: type[Family]) -> None:
-    """Makes a family of models known, by the `model_type` of its class.
+    """Registers a family of models under the `model_type` of its class.
 
     Raises:
-        ConfigError: That type is known already.
+        ConfigError: That type is registered already.
     """
     if family.model_type in FAMILIES:
         raise ConfigError(f"a family of type '{family.model_type}' is registered already")
@@ -48,7 +48,7 @@ def family_of(model_type: str) -> type[Family]:
 
 
 def weightless_family(folder: Path, chat_template_kwargs: Mapping[str, Any] | None = None) -> Family:
-    """A folder's model with its processor, of which no weight is read: it encodes prompts, and computes nothing.
+    """The family of a folder's model with its processor, without weights. It encodes prompts, and computes nothing.
 
     Raises:
         ConfigError: The chat template never reads one of `chat_template_kwargs`.
@@ -68,7 +68,7 @@ def weightless_family(folder: Path, chat_template_kwargs: Mapping[str, Any] | No
 
 
 def coordinate_space(folder: Path) -> CoordinateSpace:
-    """How the model in a folder writes boxes: its own `vlmenv.json` says so, or else its family.
+    """The convention of coordinates of the model in a folder: that of its `vlmenv.json`, otherwise its family's.
 
     Raises:
         ModelError: The configuration cannot be read, or its family is not known.
@@ -82,7 +82,7 @@ def coordinate_space(folder: Path) -> CoordinateSpace:
 
 
 def resize_rule(folder: Path) -> ResizeRule:
-    """How the image processor in a folder sizes images.
+    """The rule of the image processor in a folder for image sizes.
 
     Raises:
         ModelError: Its configuration cannot be read, or is not of the kind that Qwen's have.

@@ -1,4 +1,4 @@
-"""What differs between families of vision-language models, and how their processors are loaded."""
+"""Families of vision-language models: their differences, and the loading of their processors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from vlmenv.core.spaces import Image
 
 @dataclass(frozen=True)
 class Processor:
-    """The parts of a published processor that images and text need."""
+    """The parts of a published processor for images and text."""
 
     tokenizer: PreTrainedTokenizerBase
     image_processor: Any
@@ -37,10 +37,9 @@ class Processor:
 
     @classmethod
     def from_pretrained(cls, folder: Path, chat_template_kwargs: Mapping[str, Any] | None = None) -> Processor:
-        """Loads the parts of a processor, without torchvision where it is not installed.
+        """Loads the parts of a processor. Needs no torchvision.
 
-        A whole one insists on its video processor, which needs torchvision, and for some families on yet
-        other packages.
+        A whole processor needs its video processor, which needs torchvision, and for some families other packages too.
 
         Raises:
             ConfigError: The chat template never reads one of `chat_template_kwargs`.
@@ -72,7 +71,7 @@ def _require_files(folder: Path) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if it holds something else. Raises ModelError where it is not JSON."""
+    """The object in a JSON file; empty if it holds something else. Raises ModelError if it is not JSON."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -81,7 +80,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _chat_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The processor's template; where there is none the tokenizer's own, unless that is for text alone."""
+    """The processor's template. Without one, the tokenizer's own, unless that is for text alone."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     for name in ("chat_template.json", "processor_config.json"):
@@ -98,12 +97,12 @@ def _chat_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
 
 @dataclass(frozen=True)
 class PromptReading:
-    """What a family makes of an observation, for people to look at."""
+    """A family's encoding of an observation, for display."""
 
     text: str
     """the chat-formatted prompt, with one image token in the place of each image"""
     tokens: int
-    """of the whole prompt, those of images included"""
+    """number of tokens of the whole prompt, including those of images"""
     image_tokens: tuple[int, ...]
     """[images], image tokens of each image in reading order"""
 
@@ -112,11 +111,11 @@ _CONTROL = re.compile(r"<\|.*\|>")
 
 
 class Family(ABC):
-    """Encodes observations for one family of models, and says which tokens it must never sample.
+    """Encodes observations for one family of models, and lists the tokens that it must never sample.
 
     Raises:
-        ModelError: A layer of the model attends to a part of the past alone, of which nothing is known where
-            completions share the keys and values of their prompt.
+        ModelError: A layer of the model attends to only a part of the past, which sharing of the prompt's keys and
+            values does not support.
     """
 
     model_type: ClassVar[str]
@@ -124,7 +123,7 @@ class Family(ABC):
     coordinates: ClassVar[CoordinateSpace]
     """The convention in which the published models write boxes."""
     packs_images: ClassVar[bool] = False
-    """Whether the vision tower takes the patches of all images as one sequence, cut by `cu_seqlens`."""
+    """Whether the vision tower takes the patches of all images as one sequence, cut by `cu_seqlens`. Default: False."""
 
     def __init__(self, model: PreTrainedModel, processor: Processor) -> None:
         self.model = model
@@ -140,17 +139,16 @@ class Family(ABC):
         """Prepares one or more images.
 
         Returns:
-            The vision inputs, by the model's own argument names, such that those of several prompts can be joined
-            along their first axis; and for each image the text that its mark stands for, with one image token
-            per feature.
+            The vision inputs, by the model's own argument names. Those of several prompts can be joined along their
+            first axis. And for each image the text in the place of its mark, with one image token per feature.
 
         Raises:
-            ValueError: An image cannot be taken.
+            ValueError: The processor refuses an image.
         """
 
     @abstractmethod
     def modality_tokens(self) -> set[int]:
-        """Ids that stand for image or video features, and those that enclose them."""
+        """Ids of image and video features, and of the tokens that enclose them."""
 
     @abstractmethod
     def language_model(self) -> nn.Module:
@@ -158,7 +156,7 @@ class Family(ABC):
 
     @abstractmethod
     def vision_tower(self) -> nn.Module:
-        """What turns pixels into features; it may hold the projectors."""
+        """The vision tower; it may contain the projectors."""
 
     @abstractmethod
     def vision_blocks(self) -> nn.Module:
@@ -166,29 +164,30 @@ class Family(ABC):
 
     @abstractmethod
     def projectors(self) -> list[nn.Module]:
-        """What maps the vision tower's features into the language model."""
+        """The projectors from the vision tower's features to the language model."""
 
     def sees_by_trained_weights(self) -> bool:
-        """Whether training changes what images turn into."""
+        """Whether training changes the features of images."""
         parts = [self.vision_tower(), *self.projectors()]
         return any(parameter.requires_grad for part in parts for parameter in part.parameters())
 
     def join_features(self, parts: list[Any]) -> Any:
-        """Joins what `get_image_features` of the model gave for several prompts, as if it had been one call."""
+        """Joins results of the model's `get_image_features` for several prompts, as if it had been called once."""
         found = [part.pooler_output for part in parts]
         if isinstance(found[0], torch.Tensor):
             return type(parts[0])(pooler_output=torch.cat(found))
         return type(parts[0])(pooler_output=tuple(one for images in found for one in images))
 
     def positions(self, ids: NDArray[np.int64], images: Mapping[str, torch.Tensor]) -> NDArray[np.int64]:
-        """Positions [axes, T] of a prompt's tokens [T]: counted on, unless a family has others for image features."""
+        """Positions [axes, T] of a prompt's tokens [T]. Default: consecutive; families may have others for image
+        features."""
         return np.arange(len(ids))[None]
 
     def encode(self, observation: Observation) -> Prompt:
         """Turns an observation into model inputs.
 
         Raises:
-            ValueError: As `chat` does; or an image cannot be taken.
+            ValueError: As for `chat`, or the processor refuses an image.
         """
         first, *rest = self.chat(observation).split(self.image_token)
         images, expanded = self.process_images(observation["images"]) if rest else ({}, [])
@@ -197,10 +196,10 @@ class Family(ABC):
         return Prompt(ids, self.positions(ids, images), images)
 
     def read(self, observation: Observation) -> PromptReading:
-        """What a model is shown of an observation, in text and numbers.
+        """The input of a model for an observation, as text and numbers.
 
         Raises:
-            ValueError: As `encode` does.
+            ValueError: As for `encode`.
         """
         text, images = self.chat(observation), observation["images"]
         expanded = self.process_images(images)[1] if images else []
@@ -209,13 +208,13 @@ class Family(ABC):
 
     @cached_property
     def image_token(self) -> str:
-        """What stands for one image feature, and in a chat template's text for a whole image."""
+        """The token of one image feature, and in a chat template's text of a whole image."""
         token = self.processor.tokenizer.convert_ids_to_tokens(self.model.config.image_token_id)
         assert isinstance(token, str)
         return token
 
     def token_ids(self, *tokens: str) -> set[int]:
-        """Ids of tokens that the tokenizer has by name, beyond those of text.
+        """Ids of the tokenizer's added tokens with these names.
 
         Raises:
             ModelError: It lacks one.
@@ -238,7 +237,7 @@ class Family(ABC):
 
     @cached_property
     def control_tokens(self) -> set[int]:
-        """Ids that structure a chat: special tokens, and others that are written <|…|>, such as <|fim_prefix|>."""
+        """Ids of a chat's control tokens: special tokens, and others of the form <|…|>, such as <|fim_prefix|>."""
         added = self.processor.tokenizer.added_tokens_decoder
         return {i for i, token in added.items() if token.special or _CONTROL.fullmatch(token.content)}
 
@@ -259,7 +258,7 @@ class Family(ABC):
 
     @cached_property
     def opening(self) -> str:
-        """The open <think> that the chat template of a thinking model ends the prompt with; else nothing."""
+        """The open <think> at the end of a thinking model's prompt, written by its chat template; otherwise empty."""
         chat = self.chat({"images": (), "prompt": "?"})
         start = chat.rfind("<think>")
         return chat[start:] if start >= 0 and "</think>" not in chat[start:] else ""
@@ -288,14 +287,14 @@ class Family(ABC):
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
-        """What writes observations in the model's chat format."""
+        """The chat template that writes observations in the model's format."""
         processor = self.processor
         return ChatTemplate(
             processor.tokenizer, processor.chat_template, self.image_token, processor.chat_template_kwargs
         )
 
     def require_system_turns(self) -> None:
-        """Raises ModelError where the chat template leaves system turns out."""
+        """Raises ModelError if the chat template leaves system turns out."""
         if "system" not in self.chat_template.forms:
             raise ModelError(
                 "the model's chat template has no system turn: leave out system_prompt, and put its text into "

@@ -1,4 +1,4 @@
-"""How a chat template writes an observation: turns, image places and template switches."""
+"""Chat templates for observations: turns, image places and template switches."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from vlmenv.core.errors import ConfigError
 from vlmenv.core.rollout import IMAGE_MARK, ROLES, Observation, Role, Turn, count_marks, named_images
 
 Message = dict[str, Any]
-"""A turn as chat templates take it: `role`, and `content` in parts or as a text."""
+"""A turn in the form of chat templates: `role`, and `content` in parts or as a text."""
 Form = Literal["parts", "text"]
 _FORMS: Final[tuple[Form, ...]] = get_args(Form)
 
 _WORDS: Final = ("first-probe-text", "second-probe-text", "third-probe-text")
-"""Texts that no template holds, by which a rendering tells what became of its turns."""
+"""Texts that no template contains. They show in a rendering what the template did with its turns."""
 
 
 class ChatTemplate:
-    """A chat template in Jinja, as published checkpoints hold one.
+    """A chat template in Jinja, as in published checkpoints.
 
     Args:
-        tokenizer: It renders the template, and lends it its special tokens.
+        tokenizer: Renders the template, and provides its special tokens.
         source: The template's text.
-        image_token: What the template writes for an image.
+        image_token: The template's text for an image.
         switches: Values of the template's own variables, as `enable_thinking`.
     """
 
@@ -52,7 +52,7 @@ class ChatTemplate:
         return text
 
     def conversation(self, observation: Observation) -> list[Message]:
-        """An observation as messages whose image parts are in their places.
+        """An observation as messages with image parts in their places.
 
         Raises:
             ValueError: Marks and images differ in number, or the template has no place for a turn.
@@ -71,7 +71,7 @@ class ChatTemplate:
 
     @cached_property
     def forms(self) -> dict[Role, Form]:
-        """The form in which the template takes earlier turns of each role; a role that it leaves out is missing.
+        """The form of earlier turns that the template takes, by role. A role that it leaves out is missing.
 
         Published templates differ: some write the text parts of a system turn, some its content as it is, and some
         raise an error.
@@ -90,7 +90,7 @@ class ChatTemplate:
 
     @cached_property
     def keeps_places(self) -> bool:
-        """Whether an image between two texts stays between them; some templates write all images first."""
+        """Whether an image between two texts keeps its place; some templates write all images first."""
         content = [_text(_WORDS[0]), {"type": "image"}, _text(_WORDS[1])]
         text = self._render([{"role": "user", "content": content}])
         kept = self._image_token in text.partition(_WORDS[0])[2].partition(_WORDS[1])[0]
@@ -125,9 +125,9 @@ class ChatTemplate:
                 raise ValueError(f"the chat template leaves {turn['role']} turns before the prompt out")
 
     def _shows(self, turns: Sequence[Turn], form: Form) -> bool:
-        """Whether a rendering has the second probe's text once, and no list of parts as it is.
+        """Whether a rendering has the second probe's text once, and no list of parts as Python writes it.
 
-        User turns have parts in either form: they may hold images.
+        User turns have parts in either form: they may contain images.
         """
         messages: list[Message] = [{"role": turn["role"], "content": [_text(turn["text"])]} for turn in turns]
         for message in messages:
@@ -155,7 +155,7 @@ class ChatTemplate:
 
 
 def check_switches(switches: Mapping[str, Any], source: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ConfigError where a switch is none of the template's own variables, and would change nothing."""
+    """Raises ConfigError if the template does not read a switch, which would then change nothing."""
     names = {value for _, kind, value in jinja2.Environment().lex(source) if kind == "name"}
     ours = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}
     for name in switches:

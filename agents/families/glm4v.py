@@ -1,4 +1,4 @@
-"""GLM-4.1V: fed as Qwen2-VL is, with tokens of its own; thinks, and marks its answers."""
+"""GLM-4.1V: inputs as for Qwen2-VL, with other tokens. It thinks, and marks its answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vlmenv.agents.families.qwen2_vl import Qwen2VL
 from vlmenv.core.coordinates import CoordinateSpace
 
 _MARKS = ("<|begin_of_box|>", "<|end_of_box|>")
-"""What published models write around the part of an answer that counts, be it a box or a number."""
+"""Marks that published models write around the answer, be it a box or a number."""
 
 
 class Glm4v(Qwen2VL):
@@ -24,7 +24,7 @@ class Glm4v(Qwen2VL):
 
     @cached_property
     def control_tokens(self) -> set[int]:
-        """Without the marks of answers: models were taught to write them."""
+        """Without the marks of answers, because models were trained to write them."""
         return super().control_tokens - self._marks
 
     @cached_property
@@ -33,7 +33,7 @@ class Glm4v(Qwen2VL):
         return {known[mark] for mark in _MARKS if mark in known}
 
     def decode(self, token_ids: NDArray[np.int64]) -> str:
-        """As elsewhere; the marks of answers are left out, since they are no part of what is answered."""
+        """As in the base class, without the marks of answers, which are not part of the answer."""
         return super().decode(token_ids[~np.isin(token_ids, list(self._marks))])
 
     def modality_tokens(self) -> set[int]:
@@ -42,5 +42,6 @@ class Glm4v(Qwen2VL):
         return {config.image_token_id, config.video_token_id, *(getattr(config, side) for side in sides)}
 
     def projectors(self) -> list[nn.Module]:
-        """What joins neighbouring patches and widens them to the language model's size, and what follows it."""
+        """The module that joins neighbouring patches, widens them to the language model's size, and the layers after
+        it."""
         return [self.vision_tower().get_submodule(name) for name in ("downsample", "merger")]

@@ -18,8 +18,8 @@ _PLACE = re.compile(r"<row_\d+_col_\d+>")
 class Idefics3(Family):
     """Idefics3 (arXiv 2408.12637) and the first SmolVLM.
 
-    No convention of coordinates is published with them. Thousandths suit what they see: every image is brought to the
-    same longest side, so that its own size in pixels cannot be told.
+    No convention of coordinates is published. The models bring every image to the same longest side, so they cannot
+    know its size in pixels. Thousandths do not depend on it.
     """
 
     model_type: ClassVar[str] = "idefics3"
@@ -29,8 +29,8 @@ class Idefics3(Family):
         inputs = self.processor.image_processor(
             images=[list(images)], return_row_col_info=True, input_data_format="channels_last", return_tensors="pt"
         )
-        # As if each crop were an image of a prompt of its own: the model joins the two axes, prompts and their images,
-        # anyway, and no prompt needs to be filled up to the crops of another. Crops are all of one size, without
+        # Each crop is passed as the only image of its own prompt: the model joins the axes of prompts and images
+        # anyway, and no prompt needs padding to the number of crops of another. Crops have one size, without
         # padding, and so without a mask.
         crops = inputs["pixel_values"][0][:, None]
         features = self._features(crops.shape[3]) * self._features(crops.shape[4])
@@ -43,7 +43,7 @@ class Idefics3(Family):
         return int(pixels // config.vision_config.patch_size // config.scale_factor)
 
     def _expanded(self, features: int, rows: int, columns: int) -> str:
-        """The text of an image: its crops row by row, and then the whole; the whole alone where it is not cut."""
+        """The text of an image: its crops row by row, and then the whole image. An uncut image has only the latter."""
 
         def part(place: str) -> str:
             return f"<fake_token_around_image>{place}{self.image_token * features}"
@@ -71,6 +71,6 @@ class Idefics3(Family):
 
 
 class SmolVLM(Idefics3):
-    """The second SmolVLM (arXiv 2504.05299), which is fed alike."""
+    """The second SmolVLM (arXiv 2504.05299), with the same inputs."""
 
     model_type: ClassVar[str] = "smolvlm"

@@ -13,13 +13,14 @@ from vlmenv.core.spaces import Image
 
 
 class InternVL(Family):
-    """InternVL 3 (arXiv 2504.10479), and what else has its layout, which is that of the checkpoints named "-hf"."""
+    """InternVL 3 (arXiv 2504.10479), and other models with the layout of the checkpoints named "-hf"."""
 
     model_type: ClassVar[str] = "internvl"
     coordinates: ClassVar[CoordinateSpace] = CoordinateSpace.NORM1000
 
     def process_images(self, images: tuple[Image, ...]) -> tuple[dict[str, torch.Tensor], list[str]]:
-        """Cuts each image into up to `max_patches` square tiles, as many as fit its shape, and one of the whole."""
+        """Cuts each image into up to `max_patches` square tiles, chosen by its shape, and adds one of the whole
+        image."""
         # The published processor too sets `crop_to_patches` itself, whatever the image processor's configuration says.
         inputs = self.processor.image_processor(
             images=list(images), crop_to_patches=True, input_data_format="channels_last", return_tensors="pt"

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: fed as Qwen2-VL is, but writes coordinates in pixels of the resized image."""
+"""Qwen2.5-VL: inputs as for Qwen2-VL, but coordinates in pixels of the resized image."""
 
 from __future__ import annotations
 

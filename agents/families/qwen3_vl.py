@@ -1,4 +1,4 @@
-"""Qwen3-VL: for images it is fed as Qwen2-VL is, and features of several blocks enter the language model."""
+"""Qwen3-VL: image inputs as for Qwen2-VL; features of several blocks enter the language model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Qwen3VL(Qwen2VL):
     coordinates: ClassVar[CoordinateSpace] = CoordinateSpace.NORM1000
 
     def projectors(self) -> list[nn.Module]:
-        """Features of several blocks are merged, each by a projector of its own (DeepStack)."""
+        """Features of several blocks are merged, each by its own projector (DeepStack)."""
         return [*super().projectors(), self.vision_tower().get_submodule("deepstack_merger_list")]
 
     def join_features(self, parts: list[Any]) -> Any:
@@ -28,6 +28,6 @@ class Qwen3VL(Qwen2VL):
 
 
 class Qwen3VLMoe(Qwen3VL):
-    """The mixtures of experts among them."""
+    """Qwen3-VL with mixtures of experts."""
 
     model_type: ClassVar[str] = "qwen3_vl_moe"

@@ -13,10 +13,10 @@ from vlmenv.core.coordinates import Box, Point, iou, is_box, is_point
 from vlmenv.core.literals import OPEN, Cut, Found, find_values
 
 NONE: Final = "None"
-"""What is answered, and written in data sets, when nothing in the image fits."""
+"""The answer, also in data sets, if nothing in the image fits."""
 
 Target = Box | Literal["None"]
-"""A box, or `"None"` where nothing in the image fits."""
+"""A box, or `"None"` if nothing in the image fits."""
 
 
 class Detection(NamedTuple):
@@ -25,44 +25,44 @@ class Detection(NamedTuple):
     label: str
     box: Box
     crowd: bool = False
-    """of a true box: a region of many, in which answers count neither way, as in COCO"""
+    """for a true box: whether it is a region of many objects, in which answers count neither way, as in COCO"""
     area: float | None = None
-    """of a true box: the object's area where it is known better than the box's, in squared pixels"""
+    """for a true box: the object's area in squared pixels, if known more exactly than the box's"""
 
 
 AnswerKind = Literal["choice", "yes_no", "numeric", "exact", "math", "edit"]
-"""How an answer is compared with the true one: `choice` by the letter or the set of letters, `yes_no` by the word,
-`numeric` within a tolerance, `exact` as a normalised string, `math` symbolically, `edit` by how much is right."""
+"""The method of comparison: `choice` compares letters or sets of letters, `yes_no` words, `numeric` numbers within a
+tolerance, `exact` normalised strings, `math` symbolically, and `edit` by string similarity."""
 
 
 class Answer(NamedTuple):
-    """A true answer, and how others are compared with it."""
+    """A true answer, and its method of comparison."""
 
     text: str
     kind: AnswerKind
     tolerance: float = 0.0
-    """of numbers: the greatest difference that still counts as equal"""
+    """for numbers: the greatest difference that counts as equal"""
     choices: tuple[str, ...] = ()
-    """of letters: what those from A on stand for, if that is known; it may be written out in their place"""
+    """for letters: the meanings of those from A on, if known; an answer may write them out"""
     others: tuple[Answer, ...] = ()
-    """other answers that are as right"""
+    """other right answers"""
 
 
 class Caption(NamedTuple):
     """The truth of a captioning row."""
 
     keywords: tuple[str, ...]
-    """what a description should mention"""
+    """key words that a description should mention"""
     answer: Answer | None = None
-    """of the question that the row asks besides, if any"""
+    """the answer to the row's question, if it has one"""
 
 
 class _Mention(NamedTuple):
-    """A place in an answer that gives a box, or means to."""
+    """A possible box in an answer."""
 
     label: str | None
     box: Box | None
-    """None where the numbers are no box"""
+    """None if the numbers are no box"""
     by_key: bool = False
     """whether a key says that it is a box"""
     whole: bool = True
@@ -107,8 +107,8 @@ _BETWEEN_CORNERS: Final = frozenset(
 def parse_box(content: str) -> Target | None:
     """Reads one box, or "None", from the content of an answer, with the leniency of `parse_detections`.
 
-    What holds no box, or several that differ, is no answer. Neither is one with a box of swapped edges or of numbers
-    that are no plausible coordinates, or of more than 10,000 characters.
+    Content without a box, or with several different ones, is no answer. Neither is a box with swapped edges or
+    implausible coordinates, or content of more than 10,000 characters.
 
     Args:
         content: Any text.
@@ -126,18 +126,18 @@ def parse_box(content: str) -> Target | None:
 def parse_detections(content: str) -> tuple[Detection, ...] | None:
     """Reads labelled boxes from the content of an answer; "None" and the empty list are none.
 
-    Objects are read that have a box under `bbox_2d`, `bbox`, `box` or the like, or edges by name, such as `x_min` or
-    `left`; wherever they stand: in a fence or none, beside sentences, one a line, nested, in JSON or Python, with
-    trailing commas or comments. Only where there is none, four numbers in brackets, or two corners as
-    `(x1,y1),(x2,y2)`, are boxes; what stands before them is the label, as in `<ref>cat</ref><box>[[1,2,3,4]]</box>`.
-    One box without a label, or with numbers that are no box, spoils the answer; an object that is cut off does not.
+    Objects with a box under `bbox_2d`, `bbox`, `box` or the like, or with named edges, such as `x_min` or `left`, are
+    read. They may stand in a fence or not, beside sentences, one per line, or nested. They may be in JSON or Python,
+    with trailing commas or comments. Without such objects, four numbers in brackets, or two corners as
+    `(x1,y1),(x2,y2)`, are boxes. The text before them is the label, as in `<ref>cat</ref><box>[[1,2,3,4]]</box>`. A box
+    without a label, or with invalid numbers, makes the content unreadable. A truncated object does not.
 
     Args:
         content: Any text.
 
     Returns:
-        The detections in the coordinates that the text uses, or None if there is no such list, or more than 100,000
-        characters of it, or 20,000 where it is no JSON.
+        The detections in the coordinates that the text uses. None: there is no such list, or the content is too long
+        (100,000 characters, or 20,000 if it is not JSON).
     """
     mentions = _mentions(content) if len(content) <= _LONGEST_DETECTIONS else None
     if mentions is None:
@@ -148,9 +148,10 @@ def parse_detections(content: str) -> tuple[Detection, ...] | None:
 
 
 def is_exact_box(content: str) -> bool:
-    """Whether the content of an answer is a box as prompts ask for it, or "None".
+    """Whether the content of an answer is a box in the exact form, or "None".
 
-    That is a JSON list of four numbers, or an object with `bbox_2d`, alone in a list or not; in a fence or none.
+    The exact form is a JSON list of four numbers, or an object with `bbox_2d`, which may be alone in a list. It may be
+    in a fence.
     """
     if len(content) > _LONGEST_BOX:
         return False
@@ -177,12 +178,12 @@ def _is_exact_detection(row: object) -> bool:
 
 
 def fold_label(label: str) -> str:
-    """A label as it is compared: whatever its case and white space."""
+    """A label without case and extra white space, for comparison."""
     return " ".join(label.casefold().split())
 
 
 def _mentions(content: str) -> list[_Mention] | None:
-    """The boxes that an answer gives: those by key, or else all; none where it says so, None where it says nothing."""
+    """The boxes in an answer: those under keys, otherwise all. Empty if it says "None"; None if it has no box."""
     value = _json(content)
     if not isinstance(value, list | dict) and len(content) > _LONGEST_LOOSE:
         return None
@@ -198,7 +199,7 @@ def _mentions(content: str) -> list[_Mention] | None:
 
 
 def _values_in(content: str) -> list[Found]:
-    """The lists and objects in a text; a list of objects that is said again at once counts once."""
+    """The lists and objects in a text. A list of objects that is repeated at once counts once."""
     kept: list[Found] = []
     for found in find_values(content):
         objects = isinstance(found.value, list) and bool(found.value) and isinstance(found.value[0], dict)
@@ -208,7 +209,7 @@ def _values_in(content: str) -> list[Found]:
 
 
 def _json(content: str) -> object:
-    """The JSON value that a text is, in a fence or not; None where it is none."""
+    """The JSON value of a text, which may be in a fence. None: it is not JSON."""
     try:
         return json.loads(_unfenced(content))
     except (ValueError, RecursionError):
@@ -249,7 +250,7 @@ def _is_none(text: str) -> bool:
 
 
 def _placed_mentions(content: str, values: Sequence[Found]) -> list[_Mention]:
-    """The boxes in the values that stand in a text; the text before a list says what is in it."""
+    """The boxes in the values within a text. The text before a list is its label."""
     mentions: list[_Mention] = []
     place, label, corner = 0, None, None
     for start, end, value in values:
@@ -343,7 +344,7 @@ def _boxes_by_key(value: object, label: str | list[Any] | None, depth: int) -> I
 
 
 def _four_as_asked(value: object) -> list[Any] | None:
-    """A JSON list of four numbers as it is; None for all else, to which `_four` is kinder."""
+    """A JSON list of four numbers, unchanged. None for all else, which `_four` reads leniently."""
     exact = type(value) is list and len(value) == 4 and all(type(one) in (int, float) for one in value)
     return value if exact else None  # type: ignore[return-value]
 
@@ -364,7 +365,7 @@ def _four(value: object) -> list[float] | None:
 
 
 def _named_numbers(named: Mapping[str, Any]) -> list[float] | None:
-    """The edges of an object that names them, or its corner, width and height; None where it does not."""
+    """The edges of an object with named edges, or with corner, width and height. None: it has neither."""
     if len(named) < 2:
         return None
     for names in _EDGES:
@@ -396,7 +397,7 @@ def _number(value: object) -> float | None:
 
 
 def _box(numbers: Sequence[float]) -> Box | None:
-    """Four numbers as a box; None where they are none."""
+    """Four numbers as a box; None if they are none."""
     try:
         x1, y1, x2, y2 = map(float, numbers)
     except OverflowError:
@@ -410,7 +411,7 @@ def _plain(key: object) -> str:
 
 
 def write_detections(detections: Sequence[Detection]) -> str:
-    """Detections as models are asked to write them: fenced JSON, or "None".
+    """Detections in the form that prompts ask for: fenced JSON, or "None".
 
     Coordinates are whole numbers, but for boxes so small that rounding would cost COCO's highest threshold.
     """
@@ -426,7 +427,7 @@ def _rounded(box: Box) -> list[float]:
 
 
 def write_box(target: Target) -> str:
-    """A box as models are asked to write it, or "None".
+    """A box in the form that prompts ask for, or "None".
 
     Coordinates are whole numbers, but for boxes so small that rounding would cost COCO's highest threshold.
     """
@@ -434,10 +435,10 @@ def write_box(target: Target) -> str:
 
 
 def parse_places(content: str, size: int) -> tuple[tuple[float, ...], ...] | None:
-    """Reads any number of points or boxes from the content of an answer; "None" is no place at all.
+    """Reads any number of points or boxes from the content of an answer; "None" is the empty tuple.
 
-    Each place is a list of numbers of its own, bare, fenced, beside sentences or within JSON. One list of numbers that
-    is no such place spoils the answer.
+    Each place is its own list of numbers, bare, fenced, beside sentences or within JSON. Any other list of numbers
+    makes the content unreadable.
 
     Args:
         content: Any text.
@@ -486,10 +487,10 @@ def parse_point(content: str) -> Point | Literal["None"] | None:
 
 
 def write_point(place: Sequence[float] | Literal["None"]) -> str:
-    """A point as models are asked to write it, rounded to whole numbers; "None" stays "None".
+    """A point in the form that prompts ask for, rounded to whole numbers; "None" stays "None".
 
     Args:
-        place: A point, or a box, whose centre is written: with two decimals where a rounded one would miss the box.
+        place: A point, or a box, whose centre is written. If a rounded centre would miss the box, it has two decimals.
     """
     if isinstance(place, str):
         return NONE

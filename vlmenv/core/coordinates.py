@@ -17,26 +17,26 @@ Point = tuple[float, float]
 """`(x, y)`, real-valued, with the origin at the top left."""
 
 Place = TypeVar("Place", bound=tuple[float, ...])
-"""Numbers of which x and y take turns: a point, a box, the corners of a polygon."""
+"""Numbers in which x and y alternate: a point, a box, the corners of a polygon."""
 
 MAX_COORDINATE = 5e4
-"""Coordinates beyond this are taken for garbage: no image is that large, and COCO leaves larger boxes uncounted."""
+"""Greatest plausible coordinate: no image is that large, and COCO does not count larger boxes."""
 
 
 class CoordinateSpace(StrEnum):
-    """How coordinates are written in prompts, answers and `info`."""
+    """A convention of coordinates in prompts, answers and `info`."""
 
     ORIGINAL = "original"
-    """Pixels of the image as it is stored."""
+    """Pixels of the stored image."""
     RESIZED = "resized"
-    """Pixels of the image as the model sees it, as Qwen2.5-VL was taught."""
+    """Pixels of the resized image that the model sees. Qwen2.5-VL was trained with these."""
     NORM1000 = "norm1000"
-    """Thousandths of width and height, as Qwen3-VL, InternVL and GLM-4V were taught."""
+    """Thousandths of width and height. Qwen3-VL, InternVL and GLM-4V were trained with these."""
 
 
 @dataclass(frozen=True, slots=True)
 class ResizeRule:
-    """How Qwen's image processors choose an image's size: sides are whole multiples, the area has bounds."""
+    """The rule of Qwen's image processors for image sizes: sides are multiples of a factor, the area has bounds."""
 
     factor: int = 28
     """pixels of a merged patch's side, which divide both sides"""
@@ -61,11 +61,11 @@ class ResizeRule:
 
 @dataclass(frozen=True, slots=True)
 class Coordinates:
-    """A convention of coordinates, with what it needs.
+    """A convention of coordinates, with the rule for image sizes if it depends on one.
 
     Args:
         space: The convention.
-        resize: For `RESIZED`, how the model sizes images.
+        resize: The model's rule for image sizes, for `RESIZED` only.
 
     Raises:
         ConfigError: `resize` is missing for `RESIZED`, or given for another convention.
@@ -80,7 +80,7 @@ class Coordinates:
 
     @property
     def description(self) -> str:
-        """The words that tell a model of the convention."""
+        """The words that state the convention in a prompt."""
         return "coordinates from 0 to 1000" if self.space is CoordinateSpace.NORM1000 else "pixels"
 
     def shown_size(self, width: int, height: int) -> tuple[int, int]:
@@ -135,7 +135,7 @@ def area(box: Box) -> float:
 def iou(a: Box, b: Box) -> float:
     """Intersection over union of two boxes, in [0, 1].
 
-    It is the same in every convention of coordinates, since scaling an axis scales all areas alike.
+    It is the same in every convention of coordinates, because scaling an axis scales all areas alike.
     """
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])

@@ -1,4 +1,4 @@
-"""How a completion sets its answer apart from its reasoning. No text raises, and every function runs in linear time."""
+"""Forms that separate an answer from its reasoning. No text raises, and every function runs in linear time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ANEW = re.compile(r"</answer>\s*+<think>")
 
 
 class AnswerFormat(StrEnum):
-    """The shape of a completion."""
+    """The form of a completion."""
 
     TAGS = "tags"
     """`<think>…</think><answer>…</answer>`, as in VLM-R1."""
@@ -28,22 +28,22 @@ class AnswerFormat(StrEnum):
     """Four headings, the answer after the last, as in PeBR-R1."""
 
     def extract(self, text: str) -> str | None:
-        """The answer in a completion; None where there is none, or several."""
+        """The answer in a completion; None if there is none, or several."""
         return extract_answer(text) if self is AnswerFormat.TAGS else _final_answer(text)
 
     def is_followed(self, text: str) -> bool:
-        """Whether a completion has this shape and nothing else but white space."""
+        """Whether a completion has this form and nothing else but white space."""
         return is_think_answer(text) if self is AnswerFormat.TAGS else _has_sections(text)
 
     def write(self, answer: str, thought: str = "") -> str:
-        """The completion that says `answer` after `thought`, which may describe the image."""
+        """The completion with `answer` after `thought`, which may describe the image."""
         if self is AnswerFormat.TAGS:
             return f"<think>{thought}</think><answer>{answer}</answer>"
         described, rationales, steps, final = SECTIONS
         return f"{described} {thought}\n{rationales}\n{steps}\n### Step 1:\n{final} {answer}"
 
     def example(self, answer: str) -> str:
-        """What a prompt shows of the shape, with the form of the answer."""
+        """The example of the form in a prompt, with the form of the answer."""
         if self is AnswerFormat.TAGS:
             return self.write(answer, "reasoning")
         described, rationales, steps, final = SECTIONS
@@ -54,9 +54,9 @@ class AnswerFormat(StrEnum):
         return f"<answer>{answer}</answer>" if self is AnswerFormat.TAGS else f"{SECTIONS[-1]} {answer}"
 
     def description(self, text: str) -> str:
-        """What a completion says about the image: its think block, or its section "Image Description".
+        """A completion's description of the image: its think block, or its section "Image Description".
 
-        It ends at the next tag or heading, whichever that is: an answer is no description.
+        It ends at the next tag or heading of any kind: an answer is no description.
         """
         marks = TAGS if self is AnswerFormat.TAGS else SECTIONS
         described = text.partition(marks[0])[2]
@@ -80,9 +80,9 @@ def is_think_answer(text: str) -> bool:
 def extract_answer(text: str) -> str | None:
     """The answer in a text with tags, or None.
 
-    Only what follows the last `</think>` counts, and nothing in thinking that is never closed. There, the only answer
-    block counts, closed or not, or without one all of it; what thinks anew after an answer is none. A text that does
-    not set its thinking apart may quote the tags before its answer: its last block counts.
+    Only the text after the last `</think>` counts, and none if thinking is never closed. In it the only answer block is
+    the answer, closed or not. Without a block all of the text is the answer. A think block after an answer leaves no
+    answer. A text without thinking tags may quote the answer tags before its answer: its last block counts.
     """
     thinking, thought, spoken = text.rpartition("</think>")
     if _ANEW.search(thinking):
@@ -96,9 +96,9 @@ def extract_answer(text: str) -> str | None:
 
 
 def _final_answer(text: str) -> str | None:
-    """All that follows the final heading; None where it occurs twice, or another follows.
+    """The text after the final heading. None: it occurs twice, or another heading follows.
 
-    A heading within a line is quoted, unless none stands at the beginning of a line.
+    A heading within a line is a quotation, unless no heading begins a line.
     """
     parts = text.split(SECTIONS[-1])
     begun = [i for i in range(1, len(parts)) if not parts[i - 1].rpartition("\n")[2].strip()]
@@ -109,7 +109,7 @@ def _final_answer(text: str) -> str | None:
 
 
 def _final_line(text: str) -> str:
-    """What stands on the line of the final heading, or the first after it; a fence or JSON is taken whole."""
+    """The text on the line of the final heading, or the first line after it. A fence or JSON is taken whole."""
     content = text.partition(SECTIONS[-1])[2].strip()
     if content.startswith(("[", "{")):
         return content

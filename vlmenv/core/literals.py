@@ -1,7 +1,7 @@
-"""Finds lists and objects in any text, however loosely they are written. No text raises; time is linear in its length.
+"""Finds lists and objects in any text. No text raises; time is linear in its length.
 
-JSON, Python's literals and what models make of them are read alike: single, double, curly or no quotes, trailing or
-missing commas, comments, full-width punctuation, and lists that end before their last bracket.
+JSON, Python's literals and models' variants of them are read alike. Quotes may be single, double, curly or missing.
+Commas may trail or be missing. Comments, full-width punctuation, and lists without their last bracket are read too.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
 DEEPEST: Final = 50
-"""Levels of nesting that are read."""
+"""Greatest depth of nesting that is read."""
 
 
 class Cut(dict[str, Any]):
-    """An object whose closing bracket is missing; it holds what was complete."""
+    """An object without a closing bracket; it has the complete pairs."""
 
 
 class Found(NamedTuple):
@@ -25,7 +25,7 @@ class Found(NamedTuple):
 
     start: int
     end: int
-    """where it begins and ends, in characters"""
+    """start and end, in characters"""
     value: Any
 
 
@@ -69,9 +69,9 @@ _MARKUP = "*`$"
 def find_values(text: str) -> Iterator[Found]:
     """Yields the outermost lists and objects of a text, in order.
 
-    Round and square brackets are lists, as are curly ones without keys; any bracket with `key: value` or `key=value`
-    in it is an object, with texts as keys. Of a list that ends before its bracket the complete members are yielded,
-    of an object the complete pairs, as a `Cut`.
+    Round and square brackets are lists, as are curly ones without keys. Any bracket with `key: value` or `key=value` in
+    it is an object, with texts as keys. A list without its closing bracket yields its complete members. An object
+    without one yields its complete pairs, as a `Cut`.
     """
     return _Scanner(text).run()
 
@@ -110,7 +110,7 @@ class _Scanner:
         self._frames.append(_Frame(match.start(), match[0]))
 
     def _closed(self, frame: _Frame, end: int, *, whole: bool) -> Found | None:
-        """The value of a bracket, if it is an outermost one; else it goes to the one around it."""
+        """Yields the value of an outermost bracket; adds that of another one to the bracket around it."""
         value = _value(frame) if whole else _rest(frame)
         if not whole and not value:
             return None
@@ -120,7 +120,7 @@ class _Scanner:
         return None
 
     def _comment(self, match: re.Match[str]) -> int:
-        """Skips a comment, which only square and curly brackets hold; tells where the text goes on."""
+        """Skips a comment, which only square and curly brackets have. Returns the position after it."""
         if self._frames[-1].bracket in "(（":
             return match.end()
         closing = "*/" if match[0] == "/*" else "\n"
@@ -128,7 +128,7 @@ class _Scanner:
         return len(self._text) if end < 0 else end + len(closing)
 
     def _string(self, match: re.Match[str]) -> int:
-        """Reads a string, unless the mark is an apostrophe or has no end; tells where the text goes on."""
+        """Reads a string, unless the mark is an apostrophe or has no end. Returns the position after it."""
         end = None if self._text[match.start() - 1].isalnum() else self._closing(match)
         if end is None:
             return match.end()
@@ -184,7 +184,7 @@ def _flush(frame: _Frame) -> None:
 
 
 def _scalar(tokens: list[Any]) -> Any:
-    """What words, strings and numbers side by side say: a constant, a number of pixels, or a text."""
+    """The value of adjacent words, strings and numbers: a constant, a number of pixels, or a text."""
     if len(tokens) == 2 and isinstance(tokens[0], float) and tokens[1] in ("px", "pixels"):
         return tokens[0]
     text = " ".join(f"{token:g}" if isinstance(token, float) else token for token in tokens)
@@ -199,7 +199,7 @@ def _value(frame: _Frame) -> Any:
 
 
 def _rest(frame: _Frame) -> Any:
-    """What is complete of a bracket that nothing closes; numbers may go on, so those of a list are left out."""
+    """The complete members of an unclosed bracket. Its last number may be truncated, so it is left out."""
     if not frame.keyed:
         _flush(frame)
         return [value for _, value in frame.items if isinstance(value, list | dict)]

@@ -1,4 +1,4 @@
-"""What an agent sees and what it hands back: observations, prompts, completions, rollouts.
+"""Types that agents take and return: observations, prompts, completions, rollouts.
 
 Shapes: P distinct prompts, N completions, T tokens of a prompt, L tokens of a completion.
 """
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from vlmenv.core.spaces import Image
 
 IMAGE_MARK: Final = "<image>"
-"""Marks the place of an image in a prompt."""
+"""Mark for the place of an image in a prompt."""
 
 Role = Literal["system", "user", "assistant"]
 ROLES: Final[tuple[Role, ...]] = get_args(Role)
@@ -25,8 +25,8 @@ ROLES: Final[tuple[Role, ...]] = get_args(Role)
 class Turn(TypedDict):
     """One turn of a conversation that precedes the prompt.
 
-    Each `IMAGE_MARK` in a system or user turn is the place of an image. An assistant turn holds no image: a mark
-    in it is plain text, so that no completion moves an image.
+    Each `IMAGE_MARK` in a system or user turn is the place of an image. In an assistant turn it is plain text, so that
+    no completion moves an image.
     """
 
     role: Role
@@ -34,7 +34,7 @@ class Turn(TypedDict):
 
 
 class Observation(TypedDict):
-    """What one environment shows: a prompt, its images, and the turns before it.
+    """The observation of one environment: a prompt, its images, and the turns before it.
 
     Each `IMAGE_MARK` in the prompt, or in a system or user turn, is the place of an image, in reading order.
     Without any mark the images precede the text of the prompt. There are as many marks as images, or none; an
@@ -67,8 +67,8 @@ def named_images(text: str, numbers: Iterator[int] | None = None) -> str:
     """A text with `image 2` in the place of a second image; images at its beginning are counted and left out.
 
     Args:
-        text: Any; without marks it stays as it is.
-        numbers: Those of the images, which are taken from it in turn. Default: from 1.
+        text: Any text. Without marks it is returned unchanged.
+        numbers: The numbers of the images, taken in turn. Default: from 1.
     """
     if IMAGE_MARK not in text:
         return text
@@ -81,7 +81,7 @@ def named_images(text: str, numbers: Iterator[int] | None = None) -> str:
 
 
 def told_turns(observation: Observation) -> dict[str, Any]:
-    """The turns before the prompt, for a record of it; nothing where there are none."""
+    """The turns before the prompt, for a record of it; empty if there are none."""
     turns = observation.get("turns", ())
     return {"turns": list(turns)} if turns else {}
 
@@ -92,33 +92,33 @@ Observations = Sequence[Observation] | Mapping[str, Any]
 FinishReason = Literal["stop", "length"]
 
 Rows = slice | NDArray[np.int64]
-"""Which rows of a batch."""
+"""Rows of a batch."""
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Prompt:
-    """An observation as a model takes it in. Prompts compare by identity, so that caches can hold them weakly."""
+    """An encoded observation. Prompts compare by identity, so that caches can hold weak references to them."""
 
     input_ids: NDArray[np.int64]
     """[T], with one pad token per image feature"""
     position_ids: NDArray[np.int64]
     """[axes, T]; three axes (time, height, width) under M-RoPE, else one"""
     images: Mapping[str, Any]
-    """what the vision tower wants, by the model's own argument names; first axis joins over prompts"""
+    """inputs of the vision tower, by the model's own argument names; prompts are joined along the first axis"""
 
 
 @dataclass(slots=True)
 class Completion:
-    """What a policy wrote after a prompt."""
+    """Tokens that a policy generated after a prompt."""
 
     text: str
     """decoded, without control tokens"""
     token_ids: NDArray[np.int64]
-    """[L], the end token included where one was sampled"""
+    """[L], including the end token if one was sampled"""
     logprobs: NDArray[np.float32]
     """[L], of the distribution that was sampled from"""
     finish_reason: FinishReason
-    """`length` where the limit cut the completion off before an end token"""
+    """`length` if the limit cut the completion off before an end token"""
 
 
 @dataclass(slots=True)
@@ -132,7 +132,7 @@ class Rollout:
     completions: list[Completion]
     """[N]"""
     temperature: float
-    """at which the completions were sampled; 0 means greedy"""
+    """sampling temperature; 0 means greedy"""
     full_distribution: bool = True
     """True if `logprobs` are of the full distribution at this temperature; false after top-k or top-p"""
     from_trainer: bool = True
@@ -170,7 +170,7 @@ class Rollout:
 
 
 def unbatch(observations: Observations) -> list[Observation]:
-    """Lists the observations of a batch, whichever of the two forms it has."""
+    """Lists the observations of a batch, in either of its two forms."""
     if not isinstance(observations, Mapping):
         return list(observations)
     if isinstance(observations["prompt"], str):

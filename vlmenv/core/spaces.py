@@ -1,4 +1,4 @@
-"""Gymnasium spaces for any text and for images of any size, which Gymnasium itself does not have."""
+"""Gymnasium spaces for any text and for images of any size, which Gymnasium itself lacks."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class FreeText(Space[str]):
 
 
 class OneOfTexts(Space[str]):
-    """Some given strings. (`gymnasium.spaces.Discrete` has numbers alone.)"""
+    """A set of strings. (`gymnasium.spaces.Discrete` has only numbers.)"""
 
     def __init__(self, texts: Iterable[str], seed: int | np.random.Generator | None = None) -> None:
         self.texts = tuple(texts)
@@ -62,7 +62,7 @@ class OneOfTexts(Space[str]):
         return False
 
     def sample(self, mask: None = None, probability: None = None) -> str:
-        """One of them, each as likely as the others."""
+        """One of the strings, with equal probabilities."""
         if mask is not None or probability is not None:
             raise ValueError("OneOfTexts samples without mask or probability")
         return self.texts[self.np_random.integers(len(self.texts))]
