@@ -26,14 +26,14 @@ from vlmenv.envs.rewards.terms import BatchTerm
 from vlmenv.envs.rewards.units import conversion
 
 LONGEST_ANSWER: Final = 10_000
-"""Characters of an answer; longer ones are none."""
+"""Greatest length of an answer, in characters; longer ones score 0."""
 
 
 class AnswerAccuracy(BatchTerm):
-    """Whether answers are right, each by its target's kind: 1 or 0, and for `edit` the share that is.
+    """The rightness of answers, each by its target's kind: 1 or 0, and for `edit` the similarity.
 
-    Of several accepted answers the one that fits best counts. Mathematical answers are spread over processes. What
-    cannot be read as the kind asked for scores 0.
+    The best match of several accepted answers counts. Mathematical answers are compared in several processes. Answers
+    that cannot be read as their kind score 0.
     """
 
     name = "accuracy"
@@ -48,7 +48,7 @@ class AnswerAccuracy(BatchTerm):
         """As `BatchTerm.batch`.
 
         Raises:
-            ValueError: A target is no answer of its kind; `read_answer` finds this out beforehand.
+            ValueError: A target is no answer of its kind; `read_answer` checks this beforehand.
             ConfigError: There is mathematics to compare, and math-verify is not installed.
         """
         contents = [answer_format.extract(text) for text in texts]
@@ -77,7 +77,7 @@ def accuracy_reward(text: str, target: Answer, answer_format: AnswerFormat = Ans
 
 
 def _compare(content: str | None, target: Answer) -> float | None:
-    """The score of an answer; None where only computer algebra can tell."""
+    """The score of an answer; None if it needs computer algebra."""
     truth = parse_reply(target.text, target)
     if truth is None:
         raise ValueError(f"the true answer {target.text[:100]!r} is none of kind '{target.kind}'")
@@ -110,12 +110,12 @@ def read_answer(
 
     Args:
         text: The truth as written there.
-        kind: How answers are compared with it. Default: `choice` where there are choices, of a single capital letter
-            and of several as in "A, C"; "yes", "no", "true" and "false" are `yes_no`; a number, also with a unit, is
-            `numeric`; all else is `exact`.
-        tolerance: Of numbers: the greatest difference that still counts as equal.
-        choices: What the letters from A on stand for, if that is known. The truth is then one of these letters, or
-            several, or the text of one of the choices.
+        kind: The method of comparison. Default: `choice` if there are choices, for a single capital letter, and for
+            several as in "A, C". "yes", "no", "true" and "false" are `yes_no`. A number, also with a unit, is
+            `numeric`. All else is `exact`.
+        tolerance: For numbers: the greatest difference that counts as equal.
+        choices: The meanings of the letters from A on, if known. The truth is then one of these letters, several of
+            them, or the text of one of the choices.
 
     Raises:
         ValueError: The text is no truth of this kind; the message says why.
@@ -148,7 +148,7 @@ def read_answer(
 def read_answers(
     texts: Sequence[str], kind: AnswerKind | None = None, tolerance: float = 0.0, choices: Sequence[str] = ()
 ) -> Answer:
-    """A true answer of which any of several texts may be given; each is read as `read_answer` does.
+    """A true answer with several accepted texts; each is read as by `read_answer`.
 
     Raises:
         ValueError: There is no text, or one is no truth of this kind.
@@ -233,7 +233,7 @@ _VALUE = re.compile(r"[\d\\π½¼¾]")
 
 
 def parse_answer(content: str | None, kind: AnswerKind) -> str | float | None:
-    r"""An answer's content as its kind reads it; None where that is not possible, or there is none.
+    r"""An answer's content, read by its kind; None if that is not possible, or there is none.
 
     A capital letter for `choice`, "yes" or "no", a number for `numeric`, a normalised string for `exact`, and
     the text itself, with single spaces, for `math` and `edit`. All but these two read the last `\boxed` first, and
@@ -398,7 +398,7 @@ def _lone_quantity(text: str) -> _Quantity | None:
 
 
 def _same_quantity(content: str, target: Answer) -> bool:
-    """Whether an answer is the true number, with units converted, within the tolerance."""
+    """Whether an answer equals the true number within the tolerance, with units converted."""
     answer, truth = _quantity(content), _quantity(target.text)
     if answer is None or truth is None:
         return False

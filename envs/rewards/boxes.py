@@ -8,7 +8,7 @@ from vlmenv.core.formats import AnswerFormat
 
 
 def parse_boxed_answer(text: str, answer_format: AnswerFormat = AnswerFormat.TAGS) -> Target | None:
-    """The box, or "None", that a completion answers with; None if it does not answer."""
+    """The box, or "None", in a completion; None if unreadable."""
     content = answer_format.extract(text)
     return None if content is None else parse_box(content)
 
@@ -16,12 +16,12 @@ def parse_boxed_answer(text: str, answer_format: AnswerFormat = AnswerFormat.TAG
 def iou_reward(text: str, target: Target, answer_format: AnswerFormat = AnswerFormat.TAGS) -> float:
     """Overlap of the answered box with the true one, in [0, 1] (VLM-R1, arXiv 2504.07615, section 3.2).
 
-    Where nothing fits, only an answer that says so scores.
+    If nothing fits, only the answer "None" scores.
 
     Args:
         text: A completion.
         target: The true box in the coordinates that the prompt asks for, or "None".
-        answer_format: How the completion sets its answer apart.
+        answer_format: The form that separates the answer from the reasoning.
     """
     answer = parse_boxed_answer(text, answer_format)
     if answer is None:

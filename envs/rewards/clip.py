@@ -1,4 +1,4 @@
-"""Reward for descriptions: how near they are to the image, by a model of the CLIP kind."""
+"""Reward for descriptions: their similarity to the image, by a CLIP-like model."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from vlmenv.envs.rewards.fg_clip import is_fg_clip, load_fg_clip
 from vlmenv.envs.rewards.terms import BatchTerm
 
 BUILTIN: Final = "builtin"
-"""The name of the small model that is shipped with the package. It knows the built-in scenes alone, and of them colours
-and numbers well, kinds less so, and hardly any places."""
+"""The name of the small model that comes with the package. It knows only the built-in scenes: colours and numbers
+well, kinds less so, and hardly any places."""
 CEILING: Final = 0.4
 """The cosine that earns the whole reward."""
 
 _LONGEST = 10_000  # characters of a description that are read; no model takes as many
 _BATCH = 8
-"""Texts or images that go through a tower at once: always as many, since the last digits of a product of matrices
-depend on its shape, and a score must not depend on what else is scored or remembered."""
+"""Batch size of texts or images. It is constant, because the last digits of a matrix product depend on its shape. A
+score must not depend on the other inputs or the cache."""
 _REMEMBERED = 4096  # images whose embeddings are kept
 
 Vector = NDArray[np.float32]
@@ -39,21 +39,21 @@ ScoreName = Literal["cosine", "sigmoid"]
 class ClipScore(BatchTerm):
     """min(1, max(0, s) / 0.4), with s the cosine of the embeddings of description and image.
 
-    PeBR-R1 (arXiv 2509.13031). Only what a completion says about the image is scored; saying nothing
-    scores 0, and so does a sample without an image. Of several images, s is the mean of their cosines.
+    PeBR-R1 (arXiv 2509.13031). Only the description in a completion is scored. An empty one scores 0, and so does a
+    sample without an image. With several images, s is the mean of their cosines.
 
-    SigLIP's cosines stay far below 0.4, also where all fits. Its own score is the probability that both
-    belong together, the sigmoid of its scaled and shifted cosine (arXiv 2303.15343): score "sigmoid".
+    SigLIP's cosines stay far below 0.4, also for a good match. Its own score is the probability that image and text
+    belong together (arXiv 2303.15343): the sigmoid of the scaled and shifted cosine. That is score "sigmoid".
 
-    The model is loaded when it is first needed, once per process however many terms use it, and goes
-    on the GPU where there is one.
+    The model is loaded at its first use, once per process for all terms, on the GPU if there is one.
 
     Args:
-        model: `"builtin"`, a folder, or a name on the Hugging Face hub, of any model that transformers'
-            `AutoModel` gives both image and text features: CLIP, SigLIP, SigLIP 2, AltCLIP and others; or
-            FG-CLIP, with its embeddings of long texts.
+        model: `"builtin"`, a folder, or a name on the Hugging Face hub. Any model works for which transformers'
+            `AutoModel` gives image and text features: CLIP, SigLIP, SigLIP 2, AltCLIP and others. FG-CLIP runs with its
+            embeddings of long texts.
         score: "cosine", or "sigmoid" for models of SigLIP's kind.
-        remote_code: Run the code that a checkpoint brings, which may do anything. FG-CLIP's is not needed.
+        remote_code: Permission to run the checkpoint's own code, which may do anything. FG-CLIP does not need it.
+            Default: False.
 
     Raises:
         ConfigError: There is no such score.
@@ -67,7 +67,7 @@ class ClipScore(BatchTerm):
         self.model, self.score, self.remote_code = model, score, remote_code
 
     def load(self) -> None:
-        """Loads the model now, so that what is wrong with it shows early.
+        """Loads the model now, so that its errors are raised early.
 
         Raises:
             ModelError: There is no such model, it is not of the CLIP kind, or has no score of this name.
@@ -82,7 +82,7 @@ class ClipScore(BatchTerm):
         images: Sequence[tuple[Image, ...]],
         answer_format: AnswerFormat,
     ) -> list[float]:
-        """Scores N completions; the targets do not matter."""
+        """Scores N completions; targets are not used."""
         descriptions = [answer_format.description(text) for text in texts]
         cosines = self.cosines(descriptions, images)
         if self.score == "cosine":

@@ -1,8 +1,8 @@
 """Rewards for answers that are lists of labelled boxes.
 
-An answer that cannot be read scores 0. Where nothing is to be found, an answer that says so scores 1
-and any box 0. Boxes of labels that are not there count against an answer. What lies within a crowd of
-its label, as COCO marks regions of many, counts neither way.
+An unreadable answer scores 0. If nothing is to be found, the answer "None" scores 1 and any box 0. Boxes with absent
+labels count against an answer. Boxes within a crowd of their label, which COCO marks for regions of many objects, count
+neither way.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TINY: Final = float(np.spacing(1))
 
 
 def parse_detected_answer(text: str, answer_format: AnswerFormat = AnswerFormat.TAGS) -> tuple[Detection, ...] | None:
-    """The detections that a completion answers with; None if it does not answer."""
+    """The detections in a completion; None if unreadable."""
     content = answer_format.extract(text)
     return None if content is None else parse_detections(content)
 
@@ -39,7 +39,7 @@ def parse_detected_answer(text: str, answer_format: AnswerFormat = AnswerFormat.
 def map_reward(text: str, target: Sequence[Detection], answer_format: AnswerFormat = AnswerFormat.TAGS) -> float:
     """COCO's AP at IoU .50:.05:.95 over the labels of this image, all scores equal, in [0, 1].
 
-    A label that is answered but not there is one of AP 0; COCO itself leaves it out.
+    An answered label that is absent has AP 0; COCO itself leaves it out.
 
     Args:
         text: A completion.
@@ -55,9 +55,9 @@ def map50_reward(text: str, target: Sequence[Detection], answer_format: AnswerFo
 
 
 def od_length_reward(text: str, target: Sequence[Detection], answer_format: AnswerFormat = AnswerFormat.TAGS) -> float:
-    """`map_reward` times min(1, true boxes / answered boxes), which stops heaping up boxes.
+    """`map_reward` times min(1, true boxes / answered boxes), against surplus boxes.
 
-    VLM-R1 (arXiv 2504.07615, section 3.2). AP alone does not mind duplicates after the last true box.
+    VLM-R1 (arXiv 2504.07615, section 3.2). AP alone ignores duplicates after the last true box.
     """
     answered = parse_detected_answer(text, answer_format)
     ap = _mean_ap(answered, target, IOU_THRESHOLDS)
@@ -125,9 +125,9 @@ def weighted_sum_reward(
 ) -> float:
     """0.7 · (sum of overlaps of rightly labelled pairs / true boxes) + 0.3 · (1 - (misses + false alarms) / 2).
 
-    Pairs are formed greedily at IoU 0.5, whichever of the true labels they have; boxes of other labels are false
-    alarms. Misses and false alarms are shares of the true and of the answered boxes. An answer without boxes scores
-    0 where there are some to be found.
+    Pairs are formed greedily at IoU 0.5 among boxes with true labels. Boxes with other labels are false alarms. Misses
+    and false alarms are shares of the true and of the answered boxes. An answer without boxes scores 0 if there are
+    true ones.
     """
     answered = parse_detected_answer(text, answer_format)
     given, wanted = countable(answered or (), target)
@@ -142,7 +142,7 @@ def weighted_sum_reward(
 
 
 def count_boxes(answered: Sequence[Detection], target: Sequence[Detection]) -> dict[str, float]:
-    """How many boxes were answered, how many are true, and how many match by `match_greedily`."""
+    """The numbers of answered boxes, of true boxes, and of matches by `match_greedily`."""
     given, wanted = countable(answered, target)
     counts = {"matched": match_greedily(given, wanted), "answered": len(given), "true": len(wanted)}
     return {f"boxes/{name}": float(count) for name, count in counts.items()}
@@ -181,11 +181,11 @@ def average_precision(
         answered: Boxes [D, 4].
         target: True boxes [G, 4].
         thresholds: [T], ascending, at most ten.
-        scores: [D]; all equal where left out, so that the order decides.
-        crowd: [G], regions in which answers count neither way; none where left out.
+        scores: [D]. Default: all equal, so that the order decides.
+        crowd: [G], regions in which answers count neither way. Default: none.
 
     Returns:
-        A number in [0, 1], or NaN where there is no true box outside crowds.
+        A number in [0, 1], or NaN if there is no true box outside crowds.
     """
     count = len(target) if crowd is None else int((~crowd).sum())
     if count == 0:
@@ -224,7 +224,7 @@ def _match(
     """COCO's matching: in order, each answer takes the best free true box, or else a crowd.
 
     Returns:
-        Which answers are hits and which are misses, [T, D] each; what a crowd took is neither.
+        Hits and misses, [T, D] each; answers that a crowd took are neither.
     """
     fits = overlaps[:, None] >= np.minimum(thresholds, 1 - 1e-10)[:, None]  # [D, T, G]
     hits = np.zeros((len(thresholds), len(overlaps)), dtype=np.bool_)

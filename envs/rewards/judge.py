@@ -1,4 +1,4 @@
-"""A reward that a language model gives, over a server that speaks OpenAI's protocol, such as vLLM's."""
+"""Reward by a language model on a server with OpenAI's protocol, such as vLLM's."""
 
 from __future__ import annotations
 
@@ -36,28 +36,26 @@ _VERDICT = re.compile(r"[01](?:\.[0-9]{0,9})?|\.[0-9]{1,9}")
 
 
 class Judge(BatchTerm):
-    """What a model says of answers: "yes" or "no", or a number from 0 to 1.
+    """A model's verdict on answers: "yes" or "no", or a number from 0 to 1.
 
-    Only the answer is shown to it, and not the thinking before; a completion without an answer scores 0
-    unasked. A reply that is no such verdict, one that comes too late, and a server that fails or is
-    overloaded are asked again, after waits that double, and end in an error: no other reward takes the
-    place of the judge's. Equal answers to a question are judged once in a step.
+    The judge sees the answer without the thinking. A completion without an answer scores 0 without a request. Invalid
+    and late replies and failed requests are repeated after waits that double, and finally raise an error. No other
+    reward takes the place of the judge's. Equal answers to a question are judged once in a step.
 
     An answer may be written to please the judge rather than to be right; keep a rule beside it.
 
     Args:
-        url: Of the server, as in `http://localhost:8000/v1`. Its key is read from the environment variable
-            VLMENV_JUDGE_KEY.
-        model: Its name there.
-        prompt: Text with `{question}`, `{truth}` and `{answer}`.
+        url: URL of the server, as in `http://localhost:8000/v1`. The environment variable VLMENV_JUDGE_KEY has its key.
+        model: Name of the model at the server.
+        prompt: Prompt with `{question}`, `{truth}` and `{answer}`.
         time_limit: Seconds for one reply.
-        retries: How often a question is asked again.
-        concurrency: Questions that are under way at a time.
-        images: Show the images to the judge too.
+        retries: Number of repeated requests for a question.
+        concurrency: Number of concurrent requests.
+        images: If true, the judge also sees the images. Default: False.
         wait: Seconds before the first retry.
 
     Raises:
-        ConfigError: An argument is out of range, or the URL is none.
+        ConfigError: An argument is out of range, or the URL is invalid.
     """
 
     name = "judge"
@@ -84,10 +82,10 @@ class Judge(BatchTerm):
         self.images, self.wait = images, wait
 
     def load(self) -> None:
-        """Looks whether the server is there and has the model.
+        """Checks that the server answers and has the model.
 
         Raises:
-            ConfigError: It is not there, or has other models.
+            ConfigError: The server does not answer, or has other models.
         """
         try:
             reply = httpx2.get(f"{self.url}/models", headers=_headers(), timeout=min(self.time_limit, 10.0))
@@ -107,10 +105,10 @@ class Judge(BatchTerm):
         answer_format: AnswerFormat,
         questions: Sequence[str] = (),
     ) -> list[float]:
-        """As `BatchTerm.batch`, with the question of each answer where they are known.
+        """As `BatchTerm.batch`, with the question of each answer if known.
 
         Raises:
-            RewardError: The judge gave no verdict on an answer; with the server and what came back.
+            RewardError: The judge gave no verdict on an answer; the message has the server and its reply.
         """
         answers = [(answer_format.extract(text) or "").strip() for text in texts]
         asked = questions or [""] * len(texts)

@@ -48,14 +48,14 @@ _workers = Workers(f"{__name__}:make_comparison", TIME_LIMIT)
 def math_equal(pairs: Sequence[tuple[str, str]]) -> list[bool]:
     """Whether answers are mathematically equal to the truth.
 
-    `docs/math_answers.md` says what is compared how. An answer of more than 1,000 characters, one with a number too
-    large to work out, and one whose comparison takes over half a second of computing, is equal to no truth.
+    `docs/math_answers.md` describes the comparison. These equal no truth: answers of more than 1,000 characters,
+    answers with numbers too large to compute, and those whose comparison takes over half a second of processor time.
 
     Args:
-        pairs: N times an answer and the truth, either as LaTeX with or without delimiters, or as plain text.
+        pairs: N pairs of an answer and the truth, as LaTeX with or without delimiters, or as plain text.
 
     Returns:
-        N times yes or no.
+        N booleans.
 
     Raises:
         ConfigError: math-verify is not installed.
@@ -101,7 +101,7 @@ def check_installed() -> None:
 
 
 def start_math() -> None:
-    """Begins to load math-verify in another process, so that the first comparison need not wait for it.
+    """Starts to load math-verify in another process, so that the first comparison need not wait for it.
 
     Raises:
         ConfigError: math-verify is not installed.
@@ -127,12 +127,12 @@ Algebra = Callable[[Form, Form, Fraction], bool]
 
 
 def compare(answer: str, truth: str, algebra: Algebra) -> bool:
-    """Whether an answer says what the truth says.
+    """Whether an answer is equal to the truth.
 
     Args:
-        answer: What a model has written.
+        answer: A model's answer.
         truth: The true answer.
-        algebra: Decides what cannot be told without it.
+        algebra: Decides the comparisons that need algebra.
     """
     return written_key(answer) == written_key(truth) or _same(read_form(answer), read_form(truth), algebra)
 

@@ -1,4 +1,4 @@
-"""Reward terms of one's own, by name."""
+"""Registered reward terms, by name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _registered: dict[str, _Registered] = {}
 
 
 def register_reward(name: str, function_or_term: RewardTerm, tasks: Collection[str] | None = None) -> None:
-    """Gives a reward term a name, by which `rewards` and `--rewards` can ask for it.
+    """Registers a reward term under a name for `rewards` and `--rewards`.
 
     Example:
         >>> def brevity(text, target):
@@ -33,11 +33,12 @@ def register_reward(name: str, function_or_term: RewardTerm, tasks: Collection[s
     Args:
         name: Its name in `rewards`, in `info["rewards"]` and in the metrics.
         function_or_term: `term(text, target) -> float` or a `BatchTerm`; see `RewardTerm`.
-        tasks: Ids of the tasks that may use it, as in `["VLM-REC-v0"]`; tasks that derive from them may too.
+        tasks: Ids of the tasks that may use it, as in `["VLM-REC-v0"]`. Tasks that derive from them may use it too.
             Default: all tasks.
 
     Raises:
-        ConfigError: The name is taken by another function, or contains ":"; it is no term; `tasks` is no list of ids.
+        ConfigError: Another function has the name, it contains ":", the object is no term, or `tasks` is no list of
+            ids.
     """
     if not isinstance(name, str) or not name or ":" in name:
         raise ConfigError(f"a reward term is registered by a name without ':', not {name!r}")
@@ -57,7 +58,7 @@ def registered_rewards(task: type) -> dict[str, RewardTerm]:
 
 
 def load_reward(reference: str) -> RewardTerm:
-    """The term that a "module:function" names; the module may be in the working directory.
+    """The term of a "module:function"; the module may be in the working directory.
 
     Raises:
         ConfigError: There is no such module or function, or it is no reward term.

@@ -1,4 +1,4 @@
-"""What a reward term is."""
+"""Types of reward terms."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from vlmenv.core.spaces import Image
 class BatchTerm(ABC):
     """A reward term that scores many answers in one call, and may look at the images.
 
-    For terms that run a model, or that spread their work over processes. Like every term it takes
-    any text and never raises on it. One whose `batch` has a parameter `questions` is given them too,
-    with "image 2" in the place of a second image.
+    For terms that run a model, or divide their work over processes. Like every term it takes any text and never raises
+    on it. If `batch` has a parameter `questions`, it gets them too, with "image 2" in the place of a second image.
     """
 
     name: str
-    """what the term is called in `info["rewards"]`"""
+    """the term's name in `info["rewards"]`"""
 
     def load(self) -> None:  # noqa: B027 (few terms have anything to load)
-        """Makes sure that the term can be used; called when an environment is made.
+        """Checks that the term can be used. Making an environment calls it.
 
         Raises:
             ConfigError: An extra is not installed.
@@ -42,8 +41,8 @@ class BatchTerm(ABC):
         Args:
             texts: N completions.
             targets: The truth for each.
-            images: The images that each is about; equal samples may come as one and the same tuple.
-            answer_format: The format that the completions were asked for.
+            images: The images of each sample; equal samples may come as one and the same tuple.
+            answer_format: The format that the prompts ask for.
 
         Returns:
             N finite numbers.

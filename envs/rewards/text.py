@@ -12,16 +12,16 @@ from vlmenv.core.answers import Caption
 from vlmenv.core.formats import AnswerFormat
 
 FREE_TOKENS: Final = 512
-"""Tokens of a response that cost nothing."""
+"""Number of tokens without a penalty."""
 LONGEST_TEXT: Final = 300_000
-"""Characters of a response that are looked at."""
+"""Number of characters of a response that are read."""
 
 _PIECE: Final = 1000
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 
 
 def count_words(text: str) -> int:
-    """Words and punctuation marks in a text, which stand in for tokens where there is no tokenizer.
+    """Number of words and punctuation marks in a text, which replace tokens if there is no tokenizer.
 
     A word counts once for every eight characters begun. Only the first 300,000 characters count.
     """
@@ -36,24 +36,24 @@ def length_reward(text: str, target: Any, count_tokens: Callable[[str], int] = c
 def cosine_length(correct: float, tokens: int, max_tokens: int) -> float:
     """Favours short answers: right ones fall from 1 to 0.5 and wrong ones from 0 to -0.5, along half a cosine.
 
-    After arXiv 2502.03373; beyond `max_tokens` the reward stays where it is.
+    After arXiv 2502.03373; the reward is constant beyond `max_tokens`.
 
     Args:
-        correct: How right the answer is, in [0, 1].
+        correct: Correctness of the answer, in [0, 1].
         tokens: Length of the response.
-        max_tokens: Where the cosine ends; at least 1.
+        max_tokens: Length at which the cosine ends; at least 1.
     """
     share = min(max(tokens / max_tokens, 0.0), 1.0)
     return correct - (1 - math.cos(math.pi * share)) / 4
 
 
 def format_reward(text: str, target: Any, answer_format: AnswerFormat = AnswerFormat.TAGS) -> float:
-    """1 for a response in the format asked for and nothing else; else 0."""
+    """1 for a response in the requested format and nothing else; else 0."""
     return float(answer_format.is_followed(text))
 
 
 def keywords_reward(text: str, target: Caption) -> float:
-    """Share of the keywords that occur in the first 300,000 characters, in [0, 1]; 0 where there are none (PeBR-R1).
+    """Share of the keywords in the first 300,000 characters, in [0, 1]; 0 if there are none (PeBR-R1).
 
     Whole words, whatever their case: "cat" is not in "concatenate", nor in "cats". In scripts without
     spaces between words, such as Chinese and Thai, anything may stand beside a keyword.

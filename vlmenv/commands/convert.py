@@ -25,7 +25,7 @@ def parse(args: Sequence[str], program: str) -> DataConvertConfig:
 
 
 def run(config: DataConvertConfig) -> Summary:
-    """Converts a data set, and prints what was written and what was left out."""
+    """Converts a data set, and prints the numbers of rows that were written and left out."""
     summary = convert(
         config.source,
         config.target,

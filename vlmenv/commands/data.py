@@ -1,4 +1,4 @@
-"""`vlmenv data check`: reads a data set as training would, and tells everything that is wrong with it."""
+"""`vlmenv data check`: reads a data set as training would, and lists its faults."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from vlmenv.options.parsing import parse_plain
 from vlmenv.options.task import PromptOptions, TaskConfig
 
 _TOLD: Final = 20
-"""Rows that are named for each kind of fault."""
+"""Number of rows that are listed for each kind of fault."""
 _THREADS: Final = 8
 
 
@@ -52,12 +52,12 @@ def parse(args: Sequence[str], program: str) -> DataCheckConfig:
 
 @dataclass
 class Findings:
-    """What the rows of a data set have shown."""
+    """Findings from the rows of a data set."""
 
     faults: dict[str, list[str]] = field(default_factory=dict)
-    """by their kind, with the places of the rows"""
+    """faults by their kind, with the places of the rows"""
     good: list[list[int]] = field(default_factory=list)
-    """of each source, the numbers of the rows that are good"""
+    """for each source, the numbers of the good rows"""
     ids: Counter[str] = field(default_factory=Counter)
     """rows by their own id"""
     sizes: Counter[str] = field(default_factory=Counter)
@@ -71,7 +71,7 @@ class Findings:
 
 
 def run(config: DataCheckConfig) -> None:
-    """Checks a data set; ends the process with status 1 if something is wrong."""
+    """Checks a data set; ends the process with status 1 if it has a fault."""
     task, source, is_taken = _opened(config)
     found = Findings()
     for fault in source.faults:
@@ -99,9 +99,9 @@ def run(config: DataCheckConfig) -> None:
 def _opened(
     config: DataCheckConfig,
 ) -> tuple[VisualTaskEnv | None, TableSource | Concatenated, Callable[[Observation], str | None]]:
-    """The task with the data, its source, and what says why a model cannot take an observation.
+    """The task with the data, its source, and a function that says why a model cannot take an observation.
 
-    There is no task where no row is left, with which none can be made.
+    Without any good row there is no task, because none can be made.
     """
     arguments, is_taken = _of_model(config) if config.model is not None else ({}, _takes_all)
     try:
@@ -128,7 +128,8 @@ def _takes_all(_: Observation) -> str | None:
 
 
 def _of_model(config: DataCheckConfig) -> tuple[dict[str, Any], Callable[[Observation], str | None]]:
-    """What the environment is made with for a model, and what says why its processor cannot take an observation."""
+    """Arguments of the environment for a model, and a function that says why its processor cannot take an
+    observation."""
     from vlmenv.agents.families import weightless_family
     from vlmenv.agents.vlm import check_length
     from vlmenv.building import task_arguments
@@ -166,7 +167,7 @@ def _look_through(
     task: VisualTaskEnv | None,
     is_taken: Callable[[Observation], str | None],
 ) -> Iterator[int]:
-    """Looks at all rows of a source, and gives the numbers of the good ones."""
+    """Checks all rows of a source, and returns the numbers of the good ones."""
     indices = {source.number(index): index for index in range(source.size or 0)}
     decode = config.decode or config.model is not None
     for one in track(_looked_at(source, indices, decode), "reading rows", source.total, transient=True):
@@ -184,7 +185,7 @@ def _look_through(
 
 
 def _looked_at(source: TableSource, indices: dict[int, int], decode: bool) -> Iterator[LookedAt]:
-    """Rows in their order, some of which are read at a time."""
+    """Rows in their order, several read at a time."""
     numbers = iter(range(source.total))
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="vlmenv-check") as pool:
         while some := list(islice(numbers, 4 * _THREADS)):
@@ -220,7 +221,7 @@ def _tell_faults(found: Findings, console: Console) -> None:
 
 
 def _tell_boxes(found: Findings, given: Convention, likely: Convention | None, is_coco: bool, console: Console) -> None:
-    """Says in which convention the boxes are, if that is another than the given one."""
+    """Names the convention of the boxes, if it is not the given one."""
     rows = [row for row in found.boxed if row.numbers]
     if likely is None:
         return
@@ -273,7 +274,7 @@ def _frequent(counts: Counter[str]) -> str:
 def _write(
     file: Path, parts: Sequence[TableSource], good: Sequence[Sequence[int]], own_root: bool, console: Console
 ) -> None:
-    """Writes the good rows of all sources, in the format that they are stored in."""
+    """Writes the good rows of all sources, in the format of each source."""
     tables = [part.table for part in parts]
     total = sum(map(len, good))
     if total == 0:

@@ -28,7 +28,7 @@ def parse(args: Sequence[str], program: str) -> Asked:
 
 
 def run(asked: Asked) -> list[Finding]:
-    """Prints a table of findings; ends the process with status 1 if something does not fit."""
+    """Prints a table of findings; ends the process with status 1 if a check failed."""
     config: DoctorConfig[Any] = asked.config
     check_device(config.device)
     console = Console()

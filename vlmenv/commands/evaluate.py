@@ -1,4 +1,4 @@
-"""`vlmenv eval`: measures how well a model answers, on one data set or on a paper's."""
+"""`vlmenv eval`: measures a model on one data set or on a paper's."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def parse(args: Sequence[str], program: str) -> Asked:
 
 
 def run(asked: Asked) -> Any:
-    """Measures, and returns the evaluation; of a suite, the metrics of each data set."""
+    """Measures a model, and returns the evaluation; for a suite, the metrics of each data set."""
     measure = run_evaluation if asked.config.suite is None else run_suite
     return measure(asked.config, asked.notes)
 
 
 def run_evaluation(config: EvalConfig, notes: Sequence[str] = ()) -> Evaluation:
-    """Measures on one data set."""
+    """Measures a model on one data set."""
     processes, console = prepared(config, notes)
     config, accelerator = with_checkpoint(config, console), processes.accelerator
     data = config.data

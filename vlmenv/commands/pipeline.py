@@ -1,4 +1,4 @@
-"""`vlmenv pipeline`: stages of training and sampling, each of which goes on from what those before it made."""
+"""`vlmenv pipeline`: stages of training and sampling, each of which uses the results of earlier ones."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _REFERENCE = re.compile(r"\{(\w+)\}(/model$|/|$)")
 _NAME = re.compile(r"\w+")
 _BASE: Final = "base"
 _TEMPLATES: Final = ("prompt_template", "system_prompt")
-"""Options in which braces mean something else."""
+"""Options in which braces have another meaning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,28 +43,28 @@ class Step:
     """A command that is run once."""
 
     name: str
-    """also that of its folder within the pipeline's"""
+    """also the name of its folder within the pipeline's"""
     command: str
     """`train`, `sample` or `eval`"""
     options: Mapping[str, Any]
-    """in which `{NAME}` stands for the folder of an earlier stage, and `{NAME}/model` for its model"""
+    """options; `{NAME}` stands for the folder of an earlier stage, and `{NAME}/model` for its model"""
 
 
 @dataclass(frozen=True, slots=True)
 class Measuring:
-    """A set that the model is measured on after each stage that trains it."""
+    """A data set on which the model is measured, after each stage that trains it."""
 
     name: str
     folder: str
-    """of the evaluations; sets that differ in the metrics alone share it"""
+    """name of the evaluations; sets that differ only in the metrics share it"""
     options: Mapping[str, Any]
     metrics: Sequence[str] | None
-    """those to show; all where None"""
+    """metrics to show; None: all"""
 
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """What a file of stages holds."""
+    """The content of a file of stages."""
 
     file: Path
     stages: Sequence[Step]
@@ -127,7 +127,7 @@ def _measurings(file: Path, sets: Mapping[str, Any]) -> Iterator[Measuring]:
 
 
 def _checked(file: Path, name: str, options: Any) -> Mapping[str, Any]:
-    """The options of a stage, among which are none that the pipeline sets itself."""
+    """The options of a stage, without those that the pipeline sets itself."""
     if not isinstance(options, dict):
         raise ConfigError(f"{file}: the options of {name} are 'name: value' lines, not {options!r}")
     for taken in ("output", "resume"):
@@ -150,11 +150,11 @@ def run(config: PipelineConfig) -> Path:
     folder = config.output or Path("runs") / pipeline.file.stem
     steps = _steps(pipeline)
     for step in steps:
-        _parsed(step, pipeline.file, folder)  # raises now what is wrong with a stage to come
+        _parsed(step, pipeline.file, folder)  # raises errors of later stages now
     console = Console()
     for number, step in enumerate(steps, 1):
         if step is pipeline.stages[0]:
-            _found(pipeline, folder / "evaluation" / _BASE)  # raises now where a metric to be shown is none
+            _found(pipeline, folder / "evaluation" / _BASE)  # raises now if a metric does not exist
         console.rule(f"{step.name} ({number} of {len(steps)})", align="left")
         _do(step, folder, config.launch, console)
     _report(pipeline, folder, console)
@@ -162,7 +162,7 @@ def run(config: PipelineConfig) -> Path:
 
 
 def _steps(pipeline: Pipeline) -> list[Step]:
-    """All that is to be done: the stages, and after each that trains the measuring of its model."""
+    """All steps: the stages, and after each that trains the evaluation of its model."""
     first = next((stage for stage in pipeline.stages if stage.command == "train"), None)
     if first is None:
         raise ConfigError(f"{pipeline.file}: no stage trains a model")
@@ -181,10 +181,10 @@ def _measured(pipeline: Pipeline, stage: str, model: str) -> Iterator[Step]:
 
 
 def _parsed(step: Step, file: Path, folder: Path) -> Asked:
-    """What a step asks for, before it can be run.
+    """The options of a step, before it can be run.
 
     Raises:
-        ConfigError: Its options cannot be used.
+        ConfigError: Its options are invalid.
     """
     try:
         return _parse(_arguments(step, folder, finished=False))
@@ -199,9 +199,9 @@ def _arguments(step: Step, folder: Path, finished: bool = True) -> list[str]:
     """A step's command line.
 
     Args:
-        step: Which one.
-        folder: Of the pipeline.
-        finished: Whether earlier stages are there to be referred to.
+        step: The step.
+        folder: The pipeline's folder.
+        finished: Whether earlier stages exist, so that options can refer to them.
     """
     options = {
         name: value if name in _TEMPLATES else _filled(value, folder, finished)
@@ -224,7 +224,7 @@ def _without_group(step: Step) -> Mapping[str, Any]:
 
 
 def _filled(value: Any, folder: Path, finished: bool) -> Any:
-    """A value with the folder of the stage that it refers to, or that of its model."""
+    """A value with the folder of a stage, or that of its model, in the place of a reference."""
     if isinstance(value, list):
         return [_filled(one, folder, finished) for one in value]
     if not isinstance(value, str) or not (found := _REFERENCE.match(value)):
@@ -247,11 +247,11 @@ def _parse(arguments: Sequence[str]) -> Asked:
 
 
 def _do(step: Step, folder: Path, launch: str | None, console: Console) -> None:
-    """Runs a step unless that has been done, and goes on with it where it was cut off.
+    """Runs a step unless it is finished, and continues it after an interruption.
 
     Raises:
         ConfigError: It was begun with other options.
-        SystemExit: It failed in processes of its own, or was ended by a signal.
+        SystemExit: It failed in its own processes, or a signal ended it.
     """
     own, args = folder / step.name, _arguments(step, folder)
     record = own / "stage.json"
@@ -279,7 +279,7 @@ def _do(step: Step, folder: Path, launch: str | None, console: Console) -> None:
 
 
 def _free() -> None:
-    """Lets go what a stage held in this process, so that the next may choose device and precision anew."""
+    """Frees the resources of a stage in this process, so that the next may choose device and precision anew."""
     AcceleratorState._reset_state(reset_partial_state=True)
     if torch.cuda.is_available():
         gc.collect()
@@ -287,7 +287,7 @@ def _free() -> None:
 
 
 def _launch(command: list[str]) -> None:
-    """Runs a command in processes of its own, which signals to this one reach, and which end with it.
+    """Runs a command in its own processes. Signals to this process reach them, and they end with it.
 
     Raises:
         SystemExit: It failed.
@@ -315,7 +315,7 @@ def _end_with_parent() -> None:
 
 
 def _report(pipeline: Pipeline, folder: Path, console: Console) -> None:
-    """Shows and writes how each model measures, as report.md and report.json."""
+    """Shows and writes the metrics of each model, as report.md and report.json."""
     names = [_BASE, *pipeline.trained]
     columns = {name: _found(pipeline, folder / "evaluation" / name) for name in names}
     write_atomic(folder / "report.json", json.dumps(columns, indent=2) + "\n")

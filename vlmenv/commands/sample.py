@@ -1,4 +1,4 @@
-"""`vlmenv sample`: which samples of a data set a model finds easy, medium and hard."""
+"""`vlmenv sample`: sorts the samples of a data set into easy, medium and hard for a model."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def parse(args: Sequence[str], program: str) -> Asked:
 
 
 def run(asked: Asked) -> Path:
-    """Samples, and returns the folder with the files."""
+    """Samples completions, and returns the folder with the files."""
     config: SampleConfig = asked.config
     if config.output is None:
         raise ConfigError("output is missing: name the folder for the files")
@@ -90,9 +90,9 @@ def _sample_parts(
     processes: Processes,
     console: Console,
 ) -> None:
-    """Writes this process's share of the parts that are not there yet.
+    """Writes this process's share of the missing parts.
 
-    Each part draws from a seed of its own, so that neither processes nor interruptions change the results.
+    Each part has its own seed, so neither the number of processes nor interruptions change the results.
     """
     assert config.output is not None
     own = processes.share(_parts(count, config.part_size))
@@ -115,7 +115,7 @@ def _sample_parts(
 def _rated(
     answers: Sequence[Mapping[str, Any]], envs: VisualTaskVectorEnv, config: SampleConfig
 ) -> Iterator[dict[str, Any]]:
-    """The pass rate of each sample, of its `n` answers that stand next to one another."""
+    """The pass rate of each sample over its `n` neighbouring answers."""
     name, threshold = _right(envs, config)
     for start in range(0, len(answers), config.n):
         own = answers[start : start + config.n]
@@ -128,13 +128,13 @@ def _rated(
 
 
 def _right(envs: VisualTaskVectorEnv, config: SampleConfig) -> tuple[str, float]:
-    """Which measure tells whether an answer is right, and from what value on."""
+    """The measure that decides whether an answer is right, and its least value."""
     name, threshold = envs.task.right
     return config.measure or name, threshold if config.threshold is None else config.threshold
 
 
 def _read_parts(folder: Path, parts: Sequence[range]) -> tuple[dict[int, float], dict[int, str]]:
-    """By the samples' indices, the pass rates, and why samples were left out that could not be shown."""
+    """Pass rates by index of the sample, and the reasons why samples were left out."""
     lines = [line for part in parts for line in _part_file(folder, part).read_text(encoding="utf-8").splitlines()]
     rows = [json.loads(line) for line in lines]
     skipped = {row["index"]: row["skipped"] for row in rows if "skipped" in row}
@@ -142,7 +142,7 @@ def _read_parts(folder: Path, parts: Sequence[range]) -> tuple[dict[int, float],
 
 
 def level_of(rate: float) -> str:
-    """What a question is called of whose answers this share is right."""
+    """The level of a question with this share of right answers."""
     return "easy" if rate == 1 else "hard" if rate == 0 else "medium"
 
 

@@ -1,4 +1,4 @@
-"""`vlmenv score`: judges answers that exist already, with every reward term."""
+"""`vlmenv score`: scores existing answers with every reward term."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def _table(config: ScoreConfig, records: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _compare(records: Sequence[Mapping[str, Any]], verdict: str, console: Console) -> None:
-    """Prints how often a verdict agrees with the first reward term, and the first answers where it does not."""
+    """Prints the agreement of a verdict with the first reward term, and the first answers in which they differ."""
     term = next(iter(records[0]["rewards"])) if records else ""
     other = [record for record in records if (record["rewards"].get(term, 0) >= 0.5) != (float(record[verdict]) >= 0.5)]
     share = 1 - len(other) / max(1, len(records))

@@ -1,4 +1,4 @@
-"""`vlmenv data show`: what a model is shown of one sample, to the last token."""
+"""`vlmenv data show`: shows a sample as a model sees it, to the last token."""
 
 from __future__ import annotations
 

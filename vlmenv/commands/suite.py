@@ -47,10 +47,10 @@ Answers = Sequence[Mapping[str, Any]]
 
 
 def make_eval_envs(config: EvalConfig, env: str, **arguments: Any) -> VisualTaskVectorEnv:
-    """Environments in which `evaluate` answers as a configuration says.
+    """The environments of an evaluation.
 
     Raises:
-        ConfigError: There is no such environment, or not with these arguments.
+        ConfigError: There is no such environment, or it refuses these arguments.
         DataError: The data set cannot be read.
     """
     group_size = config.samples or 1
@@ -63,19 +63,19 @@ class Entry:
     """A data set of a suite."""
 
     name: str
-    """what it is called in the table, and its folder in the output"""
+    """its name in the table, and its folder in the output"""
     env: str
-    """which task it is for"""
+    """the environment id of its task"""
     files: tuple[str, ...]
-    """where it may be in a folder of data, as patterns; all files that fit the first that any fits"""
+    """patterns of its paths in a folder of data; all files of the first pattern with any are used"""
     shows: tuple[str, ...]
     """its metrics in the table"""
     source: str
     """where to get it"""
     rewrite: Rewrite | None = None
-    """what makes rows of it, where its layout is its own"""
+    """converter to rows, if its layout needs one"""
     few_boxes: bool = False
-    """whether it is COCO without the categories of many boxes"""
+    """whether categories with many boxes in an image are left out, as for COCO"""
     all_right: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """metrics that are the share of groups in which every answer is right, with the parts of an id that name a group"""
 
@@ -88,7 +88,7 @@ class Suite:
     means: Mapping[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
     """rows of the table that are the mean of a metric over data sets, with the metric and the data sets"""
     answer_format: str | None = None
-    """how answers are set apart; the task's own where left out"""
+    """answer format; None: the task's own"""
 
 
 _VLM_R1: Final = "https://huggingface.co/datasets/omlab/VLM-R1: rec_jsons_processed.zip"
@@ -106,7 +106,7 @@ def _ovdeval(name: str) -> Entry:
 
 
 _JUDGED: Final = ("VLM-Math-v0", "VLM-VQA-v0")
-"""Tasks whose answers a judge may compare besides."""
+"""Tasks whose answers a judge may also compare."""
 _INSTANCES: Final = "annotations/instances_val2017.json"
 
 VLM_R1: Final = Suite(
@@ -166,19 +166,19 @@ PEBR_R1: Final = Suite(
     ),
     answer_format="sections",
 )
-"""PeBR-R1 (arXiv 2509.13031): those of its benchmarks whose files are known here."""
+"""PeBR-R1 (arXiv 2509.13031): its benchmarks whose files can be read here."""
 
 SUITES: Final[Mapping[str, Suite]] = {"vlm_r1": VLM_R1, "pebr_r1": PEBR_R1}
 
 
 @dataclass(frozen=True)
 class Found:
-    """A data set of a suite that is there."""
+    """An existing data set of a suite."""
 
     entry: Entry
     files: tuple[Path, ...]
     folder: Path
-    """the folder of data that it is in"""
+    """its folder of data"""
 
     @property
     def title(self) -> str:
@@ -193,14 +193,14 @@ def _split(file: str) -> str:
 
 
 def run_suite(config: EvalConfig, notes: Sequence[str] = ()) -> dict[str, dict[str, Interval]]:
-    """`vlmenv eval --suite`: measures what has not been measured yet, and shows the paper's table.
+    """`vlmenv eval --suite`: measures the remaining data sets, and shows the paper's table.
 
     Returns:
-        The metrics of each data set that is there.
+        The metrics of each existing data set.
 
     Raises:
-        ConfigError: Options that do not go with a suite, or with what the output folder holds.
-        DataError: None of the data sets is there; or some cannot be measured, which is raised after the others are.
+        ConfigError: Options do not fit a suite, or the content of the output folder.
+        DataError: None of the data sets exists; or some cannot be measured, raised after the others are measured.
     """
     suite = _checked(config)
     processes, console = prepared(config, notes)
@@ -236,7 +236,7 @@ def run_suite(config: EvalConfig, notes: Sequence[str] = ()) -> dict[str, dict[s
 
 @contextmanager
 def _kept_apart(one: Found, faults: dict[str, str]) -> Iterator[None]:
-    """Notes what is wrong with a data set, so that the others are measured all the same."""
+    """Notes the fault of a data set, so that the others are still measured."""
     try:
         yield
     except (DataError, ConfigError, RewardError) as error:
@@ -282,10 +282,10 @@ def _checked(config: EvalConfig) -> Suite:
 
 
 def find(suite: Suite, config: EvalConfig, console: Console) -> list[Found]:
-    """The data sets of a suite that are there; tells of those that are not, and where to get them.
+    """The existing data sets of a suite. Prints the missing ones, and where to get them.
 
     Raises:
-        DataError: None is there.
+        DataError: None exists.
     """
     found: list[Found] = []
     missing: dict[str, list[str]] = {}
@@ -334,7 +334,7 @@ def _measure(
 
 
 def _dataset(one: Found, output: Path, processes: Processes) -> tuple[list[Any], Path | None]:
-    """What the environment is given: the files and the folder of their images."""
+    """Arguments of the environment: the files and the folder of their images."""
     root = image_root(one)
     if one.entry.few_boxes:
         kept = output / "instances.json"
@@ -349,10 +349,10 @@ def _dataset(one: Found, output: Path, processes: Processes) -> tuple[list[Any],
 
 
 def image_root(one: Found) -> Path | None:
-    """The folder that the paths of a data set's images are relative to; None where it holds them itself.
+    """The folder that image paths of a data set are relative to; None if it contains its images.
 
-    It is looked for beside the file and two folders down from there, and in the folder of data; a folder
-    with the file's own name comes first.
+    It is searched for beside the file and two folders down from there, and in the folder of data. A folder with the
+    file's own name goes first.
 
     Raises:
         DataError: There is no such folder, or the file cannot be read.
@@ -393,12 +393,12 @@ def _first_image(file: Path) -> str | None:
 
 
 def all_right(answers: Answers, parts: Sequence[int]) -> Interval:
-    """The share of groups of questions all of which are answered rightly.
+    """The share of groups of questions in which all answers are right.
 
     Args:
         answers: Each with `id`, `index` and `measures`. Of several answers to a question, all first ones
             make up groups, all second ones, and so on.
-        parts: Which parts of an id, set apart by slashes, name its group.
+        parts: The parts of an id, separated by slashes, that name its group.
     """
     seen: Counter[int] = Counter()
     groups: dict[tuple[str, ...], dict[int, bool]] = {}

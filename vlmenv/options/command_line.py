@@ -23,26 +23,26 @@ BESIDE_RESUME: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What is asked for."""
+    """Options from a command line."""
 
     config: Any
     names: tuple[str, ...]
-    """the options that files, flags or keyword arguments give; all others have their defaults"""
+    """the options given by files, flags or keyword arguments; all others have their defaults"""
     notes: tuple[str, ...] = ()
-    """what was renamed or not used, a line each"""
+    """renamed and unused options, a line each"""
 
 
 def parse_with_files(args: Sequence[str], default: Callable[[str], Any], program: str) -> Asked:
     """Parses a command line whose `--recipe`, `--config` or `--resume` name files of options.
 
     Args:
-        args: What follows the command's name.
-        default: Gives the defaults of all options for an algorithm.
+        args: The arguments after the command's name.
+        default: Returns the defaults of all options for an algorithm.
         program: Name in help and errors.
 
     Raises:
         ConfigError: A file cannot be read, an option is unknown, or options do not go together.
-        SystemExit: Help was asked for, or a value cannot be read.
+        SystemExit: Help was requested, or a value cannot be read.
     """
     layers = _file_layers(args)
     import_modules(dict.fromkeys([*(name for one in layers for name in listed(one)), *values_of(args, "import")]))
@@ -92,7 +92,7 @@ def _resumed(args: Sequence[str], folder: Path) -> list[Layer]:
 
 
 def run_layers(folder: Path) -> list[Layer]:
-    """The options of a run: all that it used, then what was asked, which may have been edited since.
+    """The options of a run: its resolved.yaml, then its config.yaml, which may have been edited since.
 
     Raises:
         ConfigError: The folder is not a run's, or its options are gone.

@@ -15,7 +15,7 @@ from vlmenv.options.task import PromptOptions, ReadingOptions
 
 @dataclass(frozen=True)
 class DataCheckConfig:
-    """Check a data set: broken rows with their places, a summary, and the task's verdict on its own right answers.
+    """Check a data set: broken rows with their places, a summary, and the task's scores of its own right answers.
 
     Ends with status 1 if something is wrong.
     """
@@ -23,13 +23,13 @@ class DataCheckConfig:
     dataset: tyro.conf.Positional[tuple[str, ...]]
     """Files, folders saved by `datasets`, or ids on the Hugging Face hub."""
     env: str = "VLM-REC-v0"
-    """Environment that is to read the data set."""
+    """Environment that reads the data set."""
     imports: Annotated[tuple[str, ...], tyro.conf.arg(name="import")] = ()
     """Modules of your own to import first, which register tasks."""
     decode: bool = False
     """Read every image too, and compare boxes with its size."""
     model: str | None = None
-    """Model whose processor is to take every row: "builtin", a folder, or a name on the Hugging Face hub. No weights
+    """Model whose processor encodes every row: "builtin", a folder, or a name on the Hugging Face hub. No weights
     are loaded. Implies `decode`. None: no processor is tried."""
     max_new_tokens: int = 160
     """Length of answers that prompts must leave room for, in tokens; goes with `model`."""
@@ -40,7 +40,7 @@ class DataCheckConfig:
     chat_template_kwargs: dict[str, str] | None = None
     """Values of the chat template's variables, as for `vlmenv train`; goes with `model`."""
     write: Path | None = None
-    """File for the rows that are good, in their own format: .jsonl for rows of JSON, or as the data set's."""
+    """File for the good rows, in their own format: .jsonl for rows of JSON, or as the data set's."""
     data: ReadingOptions = field(default_factory=ReadingOptions)
 
     def __post_init__(self) -> None:
@@ -58,7 +58,7 @@ class DataConvertConfig:
     target: tyro.conf.Positional[Path]
     """File to write (.jsonl). Its image paths are relative to its folder."""
     layout: str | None = None
-    """Layout of the source: voc, yolo, labelme, refer, folder, csv or tsv. None: what it looks like."""
+    """Layout of the source: voc, yolo, labelme, refer, folder, csv or tsv. None: found by its files."""
     images: Path | None = None
     """Folder of the images. None: searched for beside the annotations."""
     split: str | None = None
@@ -69,7 +69,7 @@ class DataConvertConfig:
 
 @dataclass(frozen=True)
 class DataShowConfig:
-    """Show what a model is shown of one sample: the prompt after its chat template, and the picture with the truth."""
+    """Show a sample as a model sees it: the prompt after its chat template, and the picture with the truth."""
 
     dataset: tyro.conf.Positional[tuple[str, ...]] = ()
     """Files, folders saved by `datasets`, or ids on the Hugging Face hub. None given: the built-in samples."""

@@ -12,12 +12,12 @@ from vlmenv.options.task import TaskConfig
 
 @dataclass(frozen=True)
 class AnswerConfig(TaskConfig):
-    """Have a data set answered by a model."""
+    """Answer a data set with a model."""
 
     config: Path | None = None
     """YAML file of options. The command line wins."""
     eval_limit: int | None = None
-    """Largest number of samples to answer, the first ones. None: all of a data set, 512 built-in ones."""
+    """Largest number of samples to answer, from the first one. None: all of a data set, 512 built-in ones."""
     batch_size: int = 64
     """Completions generated at a time."""
     weights: Literal["fp32", "bf16"] = "fp32"
@@ -40,9 +40,9 @@ class EvalConfig(AnswerConfig):
     output: Path | None = None
     """Folder for metrics.json and answers.jsonl. None: nothing is written."""
     suite: Literal["vlm_r1", "pebr_r1"] | None = None
-    """Paper whose data sets are measured, as far as they are in the folders of `suite_data`."""
+    """Paper whose data sets are measured, if they are in the folders of `suite_data`."""
     suite_data: tuple[Path, ...] | None = None
-    """Folders that hold the data sets of the suite; docs/suites.md lists their names."""
+    """Folders of the suite's data sets; docs/suites.md lists their names."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,7 +57,7 @@ class EvalConfig(AnswerConfig):
 
 @dataclass(frozen=True)
 class SampleConfig(AnswerConfig):
-    """Answer every question several times, and divide the data set by how many of the answers are right."""
+    """Answer every question several times, and divide the data set by the share of right answers."""
 
     recipe: str | None = None
     """Published recipe to take options from, such as pebr_r1_sampling."""
@@ -67,7 +67,7 @@ class SampleConfig(AnswerConfig):
     """Measure that tells if an answer is right, one of those in answers.jsonl of `vlmenv eval`. None: the task's own
     choice, which is accuracy, or the overlap of boxes."""
     threshold: float | None = None
-    """Value of the measure from which on an answer is right. None: the task's own, which is 1, and 0.5 for boxes."""
+    """Least value of the measure for a right answer. None: the task's own, which is 1, and 0.5 for boxes."""
     part_size: int = 64
     """Samples after which results are written. An interrupted run continues with the missing parts."""
     output: Path | None = None

@@ -1,7 +1,7 @@
 """Dataclasses of options: their fields by name, values of the right type, and how files write them.
 
-Options stand in groups, nested dataclasses such as `TrainConfig.data`. Each option's name is unique over all groups, so
-that files, flags and keyword arguments name it without its group.
+Options form groups, which are nested dataclasses such as `TrainConfig.data`. Each option's name is unique over all
+groups, so files, flags and keyword arguments need no group.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Option:
 
     name: str
     path: tuple[str, ...]
-    """names of the groups that hold it, from the outermost, and its own as a field"""
+    """names of its groups, from the outermost, and its own name as a field"""
     type: Any
     """as annotated"""
 
@@ -98,7 +98,7 @@ def _rebuilt(config: T, values: Mapping[tuple[str, ...], Any]) -> T:
 
 
 def convert(value: Any, kind: Any, name: str, place: str = "") -> Any:
-    """A value of YAML or Python as an option's type wants it: lists become tuples, texts paths, integers floats.
+    """Converts a value of YAML or Python to an option's type: lists to tuples, texts to paths, integers to floats.
 
     Raises:
         ConfigError: The value has another type; the message names `place` and the option.
@@ -129,7 +129,7 @@ def _converted(value: Any, kind: Any) -> Any:
 
 
 def _first(value: Any, kinds: Sequence[Any]) -> Any:
-    """The value as the first type that takes it, an exact one before others."""
+    """The value as the first type that accepts it; exact matches go first."""
     exact = [kind for kind in kinds if isinstance(kind, type) and type(value) is kind]
     for kind in [*exact, *(kind for kind in kinds if kind is not type(None))]:
         try:
@@ -158,7 +158,7 @@ def _scalar(value: Any, kind: Any) -> Any:
         return float(_a((int, float, str), value))  # YAML reads 1e-6 as a text
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
-    if isinstance(value, bool):  # which Python takes for an integer
+    if isinstance(value, bool):  # in Python bool is a subclass of int
         raise TypeError(value)
     if kind is Path:
         return Path(_a((str, Path), value))

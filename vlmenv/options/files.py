@@ -59,7 +59,7 @@ def packaged_file(kind: str, name: str) -> Path:
 
 
 def as_arguments(options: Mapping[str, Any]) -> Iterator[str]:
-    """Options as they are given on the command line."""
+    """Options in the form of a command line."""
     for name, value in options.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):

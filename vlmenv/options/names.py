@@ -1,4 +1,4 @@
-"""Names of options: those that other trainers use, and what to say about a name that is unknown."""
+"""Names of options: aliases from other trainers, and messages about unknown names."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ ALIASES: Final = {
     "precision": "weights",
     "dtype": "weights",
 }
-"""Other names of options that mean the same. An alias counts where its option exists and no option has its own name."""
+"""Aliases of options. An alias counts if its option exists and no option has that name."""
 
 HINTS: Final = {
     "per_device_train_batch_size": "prompts_per_step is the batch over all ranks, micro_batch_size one pass on one",
@@ -106,7 +106,7 @@ HINTS: Final = {
     "scale_rewards": "grpo has scale: group, batch or none",
     "importance_sampling_level": "gspo is an algorithm of its own: give algo gspo",
 }
-"""What to do about names that other trainers use for something that is set otherwise here."""
+"""Advice for names of other trainers whose setting is made otherwise here."""
 
 
 def own_name(name: str, known: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ def parse(args: Sequence[str], default: Any, program: str) -> Any:
     """Parses flags into a dataclass of options.
 
     Args:
-        args: What follows the command's name.
+        args: The arguments after the command's name.
         default: An instance with the defaults, of the type of the result.
         program: Name in help and errors.
 
@@ -45,13 +45,13 @@ def renamed(
     tell: Callable[[str], object],
     unknown: Callable[[str, Collection[str]], str] = unknown_option,
 ) -> list[str]:
-    """Arguments with aliases replaced, and the values of a flag that is given several times behind one.
+    """Arguments with aliases replaced. The values of a repeated flag are joined behind one flag.
 
     Args:
         args: The arguments.
         known: All options by name.
-        tell: Is given a line about each alias.
-        unknown: Gives the message about a flag that is no option.
+        tell: Takes a line about each alias.
+        unknown: Returns the message about an unknown flag.
 
     Raises:
         ConfigError: A flag is no option.
@@ -89,7 +89,7 @@ def names_of(args: Sequence[str]) -> set[str]:
 
 
 def values_of(args: Sequence[str], name: str) -> list[str]:
-    """The values behind all flags of a name."""
+    """The values after all flags of a name."""
     found: list[str] = []
     taking = False
     for arg in args:

@@ -1,6 +1,6 @@
-"""From files, flags and keyword arguments to one set of options.
+"""Merges files, flags and keyword arguments into one set of options.
 
-Values come from, each over the one before: the defaults; the preset of the algorithm asked for; the recipe; the file of
+Each source replaces values of those before it: the defaults; the preset of the algorithm; the recipe; the file of
 `--config`; the command line. docs/options.md describes the rules.
 """
 
@@ -17,9 +17,9 @@ from vlmenv.options.names import own_name, unknown_option
 from vlmenv.options.train import RIVALS, default_config
 
 RECORD: Final = "record"
-"""Part of a resolved.yaml that tells how a run was made. It holds no options."""
+"""Part of a resolved.yaml with the origin of a run. It has no options."""
 NAMING: Final = ("config", "recipe", "resume", "dry_run")
-"""Options that name files of options or a way to run, and so cannot stand in a file."""
+"""Options that name files of options or a mode of running, and so cannot be in a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,22 +34,22 @@ class Layer:
 
 @dataclass(slots=True)
 class Merged:
-    """Layers as one, for the algorithm asked for."""
+    """The merged layers, for one algorithm."""
 
     config: Any
     """the defaults, with the algorithm's preset"""
     values: dict[str, Any] = field(default_factory=dict)
-    """what the layers say, by option name, of the right types"""
+    """the values of the layers, by option name, converted to the right types"""
     notes: list[str] = field(default_factory=list)
-    """what was renamed or not used, a line each"""
+    """renamed and unused options, a line each"""
 
 
 def merge(layers: Sequence[Layer], default: Callable[[str], Any] = default_config) -> Merged:
-    """Merges layers of options for the algorithm that the strongest of them asks for.
+    """Merges layers of options for the algorithm that the strongest layer with `algo` names.
 
     Args:
         layers: From the weakest to the strongest.
-        default: Gives the defaults of all options for an algorithm.
+        default: Returns the defaults of all options for an algorithm.
 
     Raises:
         ConfigError: An option is unknown, has another type, or does not go with another of its layer.
@@ -61,13 +61,13 @@ def merge(layers: Sequence[Layer], default: Callable[[str], Any] = default_confi
         given = _chosen(layer, algo, known, merged.notes)
         displace(merged.values, {name for name, value in given.items() if value is not None}, layer.place)
         for name, value in given.items():
-            if value is not None or type(None) in get_args(known[name].type):  # else null stands for the default
+            if value is not None or type(None) in get_args(known[name].type):  # otherwise null stands for the default
                 merged.values[name] = convert(value, known[name].type, name, layer.place)
     return merged
 
 
 def _chosen(layer: Layer, algo: str, known: Mapping[str, Option], notes: list[str]) -> dict[str, Any]:
-    """The options of a layer that hold for an algorithm; notes get a line on the others.
+    """The options of a layer that apply to an algorithm; notes get a line on the others.
 
     Raises:
         ConfigError: An option is unknown, given twice, or has no place in a file.

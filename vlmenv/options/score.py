@@ -14,13 +14,13 @@ from vlmenv.options.task import DataOptions, PromptOptions
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """Score answers that exist already, with every reward term, and hold the scores against verdicts of your own."""
+    """Score existing answers with every reward term, and compare the scores with your own verdicts."""
 
     answers: tyro.conf.Positional[Path]
     """File of answers (.jsonl), one a line: a text, or an object with the answer and the `id` or `index` of its sample.
     Without those, lines answer the samples in their order. The answers.jsonl of `vlmenv eval` is such a file."""
     env: str = "VLM-REC-v0"
-    """Environment whose reward terms score."""
+    """Environment with the reward terms."""
     imports: Annotated[tuple[str, ...], tyro.conf.arg(name="import")] = ()
     """Modules of your own to import first, which register tasks and rewards."""
     column: str | None = None

@@ -16,26 +16,27 @@ class ScorerConfig:
     """Models that score answers."""
 
     clip_model: str | None = None
-    """For the reward term clip: a folder, or a name on the Hugging Face hub, of CLIP, SigLIP, FG-CLIP and others."""
+    """Model of the reward term clip: a folder, or a name on the Hugging Face hub, of CLIP, SigLIP, FG-CLIP and
+    others. None: the small model that comes with the package."""
     clip_score: ScoreName = "cosine"
-    """The term is min(1, cosine / 0.4), or SigLIP's probability."""
+    """Score of the term clip: "cosine" is min(1, cosine / 0.4), "sigmoid" is SigLIP's probability."""
     clip_remote_code: bool = False
-    """Run the code that the checkpoint brings; it may do anything. FG-CLIP does not need this."""
+    """Permission to run the checkpoint's own code, which may do anything. FG-CLIP does not need it."""
     judge_url: str | None = None
-    """For the reward term judge, as in `--rewards accuracy 1 judge 0.5`: a server that speaks OpenAI's protocol, as
-    http://localhost:8000/v1. Its key, if it wants one, stands in the environment variable VLMENV_JUDGE_KEY."""
+    """URL of the server of the reward term judge, as http://localhost:8000/v1, with OpenAI's protocol. Use the term
+    as in `--rewards accuracy 1 judge 0.5`. The environment variable VLMENV_JUDGE_KEY has its key, if it needs one."""
     judge_model: str | None = None
-    """The judge's name at the server."""
+    """Name of the judge's model at the server."""
     judge_prompt: str = PROMPT
-    """What it is asked, with {question}, {truth} and {answer}; it replies with yes, no, or a number from 0 to 1."""
+    """Prompt of the judge, with {question}, {truth} and {answer}. It must ask for yes, no, or a number from 0 to 1."""
     judge_time_limit: float = 60.0
-    """Seconds for one reply of the judge."""
+    """Time limit for one reply of the judge, in seconds."""
     judge_retries: int = 3
-    """How often it is asked again, before training or evaluation ends with an error."""
+    """Number of repeated requests after a failure, before training or evaluation ends with an error."""
     judge_concurrency: int = 16
-    """Questions to the judge that are under way at a time."""
+    """Number of concurrent requests to the judge."""
     judge_images: bool = False
-    """Show it the images too."""
+    """Images of the sample in the judge's prompt."""
 
     def __post_init__(self) -> None:
         if self.judge_url is not None and self.judge_model is None:

@@ -1,4 +1,4 @@
-"""Options that all commands with a model share: which task, data, prompts, sampling and engine."""
+"""Options that all commands with a model share: task, data, prompts, sampling and engine."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class ReadingOptions:
 
 @dataclass(frozen=True)
 class DataOptions(ReadingOptions):
-    """Where samples come from."""
+    """Source of samples."""
 
     dataset: tuple[str, ...] | None = None
     """Files (.jsonl, .json, .parquet), folders saved by `datasets`, or ids on the Hugging Face hub. None: the built-in
@@ -83,10 +83,10 @@ def located_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """What the model is asked, and how its answers are scored."""
+    """Prompts, and the scoring of answers."""
 
     rewards: dict[str, float] | None = None
-    """Reward terms with weights, as in `--rewards iou 1 format 0.5`; a function of one's own is named as in
+    """Reward terms with weights, as in `--rewards iou 1 format 0.5`. Name your own function as in
     `my_rewards:brevity`. None: the task's own terms."""
     prompt_template: str | None = None
     """Prompt template with {question}, and {answer}, {none} and {coordinates} as needed. None: the task's own."""
@@ -138,7 +138,7 @@ class VLLMOptions:
     """Resources of vLLM."""
 
     engine_length: int = 16384
-    """Prompt and completion tokens together that vLLM makes room for, at most what the model takes."""
+    """Length limit of prompt and completion together in vLLM, in tokens, at most what the model takes."""
     engine_memory: float = 0.4
     """Share of the GPU's memory that vLLM may take, its weights included."""
     tensor_parallel: int = 1
@@ -152,7 +152,7 @@ class VLLMOptions:
 
 @dataclass(frozen=True)
 class EngineOptions(VLLMOptions):
-    """What generates completions."""
+    """Engine that generates completions."""
 
     engine: str = "hf"
     """Engine that generates: hf (the trained model itself), vllm (a copy in the same process), vllm-server (copies on
@@ -160,10 +160,10 @@ class EngineOptions(VLLMOptions):
     server: tuple[str, ...] = ()
     """Addresses of servers that `vlmenv serve` started, as http://127.0.0.1:8000. Prompts are spread over them."""
     server_timeout: float = 300.0
-    """Seconds after which a server that has not answered is left out."""
+    """Seconds without an answer after which a server is left out."""
     weight_transfer: Literal["file", "direct"] = "file"
-    """Way of new weights to servers: "file", which each server reads, or "direct", from process to process, by NCCL
-    between GPUs and by gloo otherwise."""
+    """Transfer of new weights to servers: "file", which each server reads, or "direct", from process to process, by
+    NCCL between GPUs and by gloo otherwise."""
     weights_folder: Path | None = None
     """Folder that servers on other machines read new weights from. None: a folder in memory."""
 
@@ -177,7 +177,7 @@ class EngineOptions(VLLMOptions):
             raise ConfigError(f"{' and '.join(given)} go with engine vllm-server")
 
     def _changed(self, *names: str) -> list[str]:
-        """Those of the options that do not have their default."""
+        """The names of options that differ from their default."""
         return [name for name in names if getattr(self, name) != type(self).__dataclass_fields__[name].default]
 
     def _check_servers(self) -> None:
@@ -222,7 +222,7 @@ class TaskConfig:
     def located(self) -> Self:
         """The options with absolute paths, so that they hold from any folder.
 
-        These are the names that may be paths; what is always a path is written absolute in any case.
+        These names may be paths; options that are always paths are written absolute in any case.
         """
         clip = self.scorers.clip_model
         scorers = replace(self.scorers, clip_model=None if clip is None else located_model(clip))

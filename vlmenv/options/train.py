@@ -16,14 +16,15 @@ AlgorithmT = TypeVar("AlgorithmT", bound=AlgorithmConfig)
 
 @dataclass(frozen=True)
 class AdaptationOptions:
-    """Which weights are trained, and how gradients are computed."""
+    """Trained weights, and the computation of gradients."""
 
     lora_rank: int | None = None
-    """Rank of low-rank adapters (LoRA, arXiv 2106.09685), which are then all that is trained. None: no adapters."""
+    """Rank of low-rank adapters (LoRA, arXiv 2106.09685). With adapters no other weight is trained. None: no
+    adapters."""
     lora_alpha: int | None = None
     """Scale of the adapters times their rank. None: twice the rank."""
     lora_dropout: float = 0.0
-    """Share of an adapter's inputs that is dropped in training."""
+    """Dropout probability of an adapter's inputs in training."""
     lora_vision: bool = False
     """Adapt the vision tower too."""
     freeze_vision: bool = False
@@ -45,7 +46,7 @@ class AdaptationOptions:
 
 @dataclass(frozen=True)
 class BatchOptions:
-    """Batches of prompts, and how many."""
+    """Size and number of batches."""
 
     prompts_per_step: int = 16
     """Samples in a batch over all ranks together, each answered `group_size` times."""
@@ -96,7 +97,7 @@ class MeasuringOptions:
 
 @dataclass(frozen=True)
 class LoggingOptions:
-    """What a run writes, and where."""
+    """Files of a run."""
 
     output: Path | None = None
     """Folder of the run. None: runs/DATE-TIME-ENV-ALGO."""
@@ -105,8 +106,8 @@ class LoggingOptions:
     keep: int | None = None
     """Number of checkpoints to keep, the newest. None: all."""
     tracker: str = "tensorboard"
-    """Where metrics and example completions are logged: tensorboard (in the run's folder), wandb, none, or a class of
-    your own, as in `my_tracker:MyTracker`."""
+    """Tracker of metrics and example completions: tensorboard (in the run's folder), wandb, none, or a class of your
+    own, as in `my_tracker:MyTracker`."""
     log_samples: int = 50
     """Steps between two logs of example completions with their pictures; also at the first and last step. 0: none."""
 
