@@ -1,1 +1,1 @@
-"""Where samples come from: built-in scenes and files."""
+"""Sources of samples: built-in scenes and files."""

@@ -1,4 +1,4 @@
-"""Looks at the rows of a data set as training meets them, and finds out in which convention its boxes are."""
+"""Checks the rows of a data set as training reads them, and finds the convention of its boxes."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class LookedAt:
     number: int
     """of the row in its table"""
     row: Row | None = None
-    """None where it cannot be read"""
+    """None if unreadable"""
     sample: Sample | None = None
     """with its images; None where it is broken, or images were not asked for"""
     boxed: BoxedRow | None = None
@@ -106,12 +106,12 @@ class LookedAt:
 
 
 def look_at(source: TableSource, number: int, index: int | None, *, decode: bool) -> LookedAt:
-    """Looks at a row, its images and its boxes.
+    """Checks a row, its images and its boxes.
 
     Args:
-        source: Of the row.
-        number: Of the row in the table.
-        index: Of its sample in the source; None for a row that is broken or unwanted.
+        source: The source of the row.
+        number: The number of the row in the table.
+        index: The index of its sample in the source; None for a row that is broken or left out.
         decode: Whether to read images.
     """
     found = LookedAt(number)
@@ -166,8 +166,8 @@ def _size_fault(row: Row, boxed: BoxedRow) -> str | None:
 def likely_convention(rows: Sequence[BoxedRow], given: Convention) -> Convention | None:
     """The convention that boxes are in, if it is most likely another than the given one.
 
-    It is judged by all rows together: some odd ones decide nothing. Thousandths in images of about 1000 pixels cannot
-    be told from pixels, nor can the orientation of fractions.
+    All rows decide together, so a few odd ones decide nothing. Thousandths in images of about 1000 pixels cannot be
+    told from pixels, nor can the orientation of fractions.
     """
     rows = [row for row in rows if row.numbers]
     if not rows:

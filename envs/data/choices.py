@@ -1,4 +1,4 @@
-"""The choices that a row offers: a list, a mapping from letters, or either written as text."""
+"""The choices of a row: a list, a mapping from letters, or either written as text."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ _LABELLED_LINES = re.compile(r"\s*\n\s*")
 
 
 def read_choices(found: Any, name: str = "choices") -> tuple[str, ...]:
-    """What the letters from A on stand for.
+    """The meanings of the letters from A on.
 
     Args:
-        found: A list of texts or numbers; a mapping from the letters A, B, C … to them; `{"label": [...],
-            "text": [...]}`; any of these as JSON or as Python writes it; or lines "A. …", "B. …". Labels that stand
-            within the texts themselves, as in "A. cat", are taken off.
+        found: A list of texts or numbers; a mapping from the letters A, B, C … to them; `{"label": [...], "text":
+            [...]}`; any of these as JSON or Python text; or lines "A. …", "B. …". Labels within the texts, as in "A.
+            cat", are removed.
         name: The field, for messages.
 
     Returns:
-        The choices; none where there is nothing, or an empty list.
+        The choices; empty if there are none.
 
     Raises:
-        ValueError: It is none of these, or there are more than 26; the message says what to do.
+        ValueError: It has another form, or more than 26 choices; the message says what to do.
     """
     found = _parsed(found) if isinstance(found, str) else found
     if found is None or (isinstance(found, (str, Sequence, Mapping)) and not len(found)):

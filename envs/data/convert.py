@@ -1,4 +1,4 @@
-"""Writes data sets of other layouts as rows of JSONL that the tasks read; images stay where they are."""
+"""Converts data sets of other layouts to JSONL rows that the tasks read; images stay where they are."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ from vlmenv.envs.data.tables import JSONLines, Table
 
 @dataclass
 class Summary:
-    """What a conversion wrote.
+    """The result of a conversion.
 
     Attributes:
         layout: The layout of the source.
         target: The file that was written.
-        env: The task that reads it; empty where the rows may be for several.
+        env: The task that reads it; empty if several tasks can.
         rows: Number of rows written.
         boxes: Number of true boxes in them.
-        faults: What is wrong with images or rows that were left out.
-        notes: What was decided on the way, by how often.
+        faults: The faults of images and rows that were left out.
+        notes: Decisions on the way, with their numbers.
     """
 
     layout: str
@@ -69,14 +69,14 @@ def convert(
     Args:
         source: A folder, or a file, of annotations.
         target: The `.jsonl` file to write; an older one is replaced. Its image paths are relative to its folder.
-        layout: One of `LAYOUTS`. Default: what the source looks like.
-        images: Folder that holds the images. Default: searched for beside the annotations.
-        split: Which part to convert, where the source has several.
-        skip_broken: Leave out what cannot be read instead of ending with it.
+        layout: One of `LAYOUTS`. Default: found by the source's files.
+        images: Folder of the images. Default: searched for beside the annotations.
+        split: Split to convert, if the source has several.
+        skip_broken: If true, unreadable rows are left out instead of raising an error. Default: False.
 
     Raises:
         ConfigError: An argument does not fit the source.
-        DataError: The source is of no layout that is known, has nothing in it, or something in it is broken.
+        DataError: The layout of the source is unknown, or the source is empty or broken.
     """
     if target.suffix != ".jsonl":
         raise ConfigError(f"{target}: the target is a .jsonl file")

@@ -49,39 +49,39 @@ Dataset = Any
 
 @dataclass(frozen=True)
 class Published:
-    """A file in a layout of its own, with what makes rows of it; stands wherever a path may."""
+    """A file in its own layout, with a converter to rows. It can stand wherever a path may."""
 
     file: Path
     rewrite: Callable[[Mapping[str, Any]], Mapping[str, Any]]
-    """makes a row with the usual columns of a stored one, and raises ValueError or KeyError where it cannot"""
+    """converts a stored row to the usual columns; raises ValueError or KeyError if it cannot"""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How a task reads rows.
+    """A task's reading of rows.
 
     Raises:
-        ConfigError: `columns` names what no row has.
+        ConfigError: `columns` has the name of no part of a row.
     """
 
     understand: Callable[[Row], Sample]
-    """makes a sample without images of a row, and raises ValueError where it cannot"""
+    """makes a sample without images from a row; raises ValueError if it cannot"""
     needs_image: bool = True
     """whether a row without an image is broken"""
     takes_coco: bool = False
     """whether COCO's instances make rows of this task"""
     columns: Mapping[str, str] = field(default_factory=dict)
-    """for parts of a row, the columns that hold them"""
+    """the columns of parts of a row"""
     skip_broken: bool = False
     """leave broken rows out, instead of refusing the data set"""
     min_image_side: int | None = None
     """leave rows out with an image that has fewer pixels than this in width or height"""
     unread: Collection[str] = ()
-    """parts of a row that the task makes nothing of"""
+    """parts of a row that the task does not use"""
     without_text: Sequence[str] = ()
     """leave rows out whose answer, reasoning included, contains one of these, in small letters or capitals"""
     boxes: BoxReading | None = None
-    """how true boxes are read; None where the task has none"""
+    """form of true boxes; None if the task has none"""
 
     def __post_init__(self) -> None:
         check_columns(self.columns)
@@ -95,7 +95,7 @@ class Reading:
 
         Raises:
             ValueError: The row is broken.
-            UnwantedError: It is one of those to be left out.
+            UnwantedError: The row is to be left out.
         """
         row = self.row(raw, number)
         return self.sample_of(row), row.images
@@ -111,7 +111,7 @@ class Reading:
         return raw if isinstance(raw, Row) else read_row(raw, number, self.columns)
 
     def sample_of(self, row: Row) -> Sample:
-        """What the task makes of a row; raises as `sample` does."""
+        """The task's sample of a row; raises as `sample` does."""
         said = (row.response or row.answer).casefold() if self.without_text else ""
         for text in self.without_text:
             if text.casefold() in said:
@@ -122,7 +122,7 @@ class Reading:
 
 
 class UnwantedError(Exception):
-    """A row that is to be left out; the message says by which rule."""
+    """A row that is to be left out; the message has the rule."""
 
 
 _MadeOf = tuple[int, tuple[tuple[str, str], ...], tuple[str, ...], tuple[str, ...]]
@@ -142,17 +142,17 @@ def _usage(made_of: Mapping[_MadeOf, int], unread: Collection[str]) -> Usage:
 
 
 class TableSource(Source):
-    """The samples of a table, every row of which is checked when it is opened.
+    """The samples of a table. Every row is checked when it is opened.
 
     Args:
         table: The rows.
         image_root: Folder that image paths are relative to.
-        reading: How to read them.
+        reading: The task's reading of rows.
 
     Attributes:
-        faults: Of each row that is broken and left out, where it is and what is wrong.
-        unwanted: How many rows were left out on request, by the reason.
-        usage: Which columns the rows are made of.
+        faults: Place and fault of each broken row that is left out.
+        unwanted: Number of rows left out on request, by the reason.
+        usage: The columns that samples are made of.
 
     Raises:
         DataError: A row is broken, unless such rows are to be left out; the message names its place.
@@ -170,7 +170,7 @@ class TableSource(Source):
         self.usage.notes.update(dict.fromkeys(table.notes, 0))
 
     def row(self, index: int) -> Any:
-        """The row of a sample as it is stored."""
+        """The stored row of a sample."""
         return self.table.read(self.number(index))
 
     def number(self, index: int) -> int:
@@ -313,16 +313,16 @@ def open_dataset(
 
     Args:
         dataset: A `.jsonl`, `.json`, `.csv`, `.tsv` (also `.gz` of these) or `.parquet` file, a folder that `datasets`
-            has saved, the id of a data set on the Hugging Face hub; a list of such; a data set of the library
-            `datasets`; a list of rows.
-        reading: How the task reads rows.
+            has saved, or an id on the Hugging Face hub; a list of such; a data set of the library `datasets`; or a list
+            of rows.
+        reading: The task's reading of rows.
         image_root: Folder that image paths are relative to, or one for each of several files; the file's own
             where left out, or the working directory where there is no file.
-        split: Of a data set that has several; "train" where left out.
+        split: Split of a data set that has several. Default: "train".
 
     Raises:
-        ConfigError: Arguments that do not fit together; an extra is missing.
-        DataError: There is no such data set, it has no rows, or one is broken.
+        ConfigError: Arguments do not fit together, or an extra is missing.
+        DataError: There is no such data set, it has no rows, or a row is broken.
     """
     parts = _parts(dataset)
     roots = list(image_root) if isinstance(image_root, (list, tuple)) else [image_root] * len(parts)
@@ -384,7 +384,7 @@ _SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
 def _unpacked(file: Path) -> Path:
-    """A copy of a packed file that rows can be read from by their places."""
+    """An unpacked copy of a file, in which rows can be read by their positions."""
     try:
         with gzip.open(file) as packed, tempfile.NamedTemporaryFile(prefix="vlmenv-", delete=False) as plain:
             shutil.copyfileobj(packed, plain, 1 << 20)

@@ -1,4 +1,4 @@
-"""Rows of a data set, whatever its layout: conversations, or columns with a question and its answer."""
+"""Rows of data sets in any layout: conversations, or columns with a question and its answer."""
 
 from __future__ import annotations
 
@@ -53,46 +53,46 @@ COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
     "tolerance": ("tolerance",),
     "choices": ("choices", "options"),
 }
-"""What a row is made of, and the columns that it is looked for in."""
+"""The parts of a row, and the columns in which each is looked for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row as it is stored, before a task makes sense of its answer."""
+    """A stored row, before a task reads its answer."""
 
     id: str
     images: tuple[ImageRef, ...]
     question: str
     answer: str
-    """empty where there is none"""
+    """empty if there is none"""
     response: str = ""
-    """the whole completion that the answer was taken from, where the row has one with its reasoning"""
+    """the whole completion of the answer, if the row has one with its reasoning"""
     keywords: tuple[str, ...] = ()
     subject: str = ""
     method: str = ""
-    """the reward that the row asks for; empty for the task's own"""
+    """the reward that the row chooses; empty for the task's own"""
     tolerance: float = 0.0
-    """by which a number may be off"""
+    """tolerance of a number"""
     choices: tuple[str, ...] = ()
-    """what the letters from A on stand for"""
+    """meanings of the letters from A on"""
     accepted: tuple[str | float, ...] = ()
     """the items of an answer that is a list of texts and numbers"""
     detections: tuple[Detection, ...] | None = None
-    """true boxes, where the data set has them as such"""
+    """true boxes, if the data set has separate ones"""
     size: tuple[int, int] | None = None
-    """width and height of the image that the boxes refer to, where the data set tells them"""
+    """width and height of the image that the boxes refer to, if the data set states them"""
     turns: tuple[Turn, ...] = ()
     """the turns before the question, as in `Sample`"""
     used: tuple[tuple[str, str], ...] = ()
     """parts of the row, with the columns that they were taken from"""
     unused: tuple[str, ...] = ()
-    """columns that hold something, but make no part of the row"""
+    """columns with content that is no part of the row"""
     notes: tuple[str, ...] = ()
-    """what was decided for the row, to be told once for the data set"""
+    """decisions about the row, to be reported once for the data set"""
 
 
 def check_columns(columns: Mapping[str, str]) -> None:
-    """Raises ConfigError where a column map names what no row has."""
+    """Raises ConfigError if a column map has the name of no part of a row."""
     for name in columns:
         if name not in COLUMNS:
             raise ConfigError(unknown_name("part of a row", name, COLUMNS))
@@ -103,9 +103,8 @@ def read_row(raw: Any, number: int, columns: Mapping[str, str]) -> Row:
 
     Args:
         raw: The row as a mapping of columns.
-        number: Its number, which is its id where it has none.
-        columns: For parts of the row, the columns that hold them, where they differ from `COLUMNS`; an empty name
-            leaves the part out.
+        number: Its number, which is also its id if it has none.
+        columns: Columns of the parts of a row, if they differ from `COLUMNS`; an empty name leaves the part out.
 
     Raises:
         ValueError: A part is missing or of the wrong type; the message names it.
@@ -151,7 +150,7 @@ class _Cells:
         self.notes: list[str] = []
 
     def take(self, part: str) -> Any:
-        """What the row has as a part; None where it has nothing."""
+        """The content of a part; None if the row has none."""
         column = self.find(part)
         return None if column is None else self.take_column(part, column)
 
@@ -368,7 +367,7 @@ def placed(question: str, images: int, turns: tuple[Turn, ...] = ()) -> str:
 
 
 def _divided(answer: Any) -> tuple[Any, str]:
-    """The answer within a text that holds its reasoning too, and that text; else the answer itself."""
+    """The answer within a text with reasoning, and that text; otherwise the answer itself."""
     if isinstance(answer, str):
         for form, mark in ((AnswerFormat.TAGS, TAGS[0]), (AnswerFormat.SECTIONS, SECTIONS[0])):
             if mark in answer and (content := form.extract(answer)) is not None:

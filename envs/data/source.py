@@ -1,4 +1,4 @@
-"""Samples, where they come from, and the order in which they are shown."""
+"""Samples, sources of samples, and the order in which they are shown."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from vlmenv.envs.data.usage import Usage
 class Sample:
     """One row of a task, with its images loaded.
 
-    `<image>` marks in the question and in the system and user turns are the places of the images, in reading
-    order: as many marks as images, or none, and then the images precede the prompt. `rows.placed` checks this, and
-    drops marks that only begin a question, since such images precede the prompt anyway.
+    `<image>` marks in the question and in the system and user turns are the places of the images, in reading order.
+    There are as many marks as images, or none; then the images precede the prompt. `rows.placed` checks this. It drops
+    marks that only begin a question, because such images precede the prompt anyway.
     """
 
     id: str
@@ -32,20 +32,20 @@ class Sample:
     target: Any
     """the truth; coordinates are pixels of the original image"""
     rationale: str = ""
-    """what a reader might think on the way to the answer, where that is known"""
+    """reasoning that leads to the answer, if known"""
     subject: str = ""
-    """what the question is about, for accuracy by subject; empty where that is not told"""
+    """subject of the question, for accuracy by subject; empty if unknown"""
     term: str | None = None
-    """the reward term that this row asks for in place of the task's first; None for none"""
+    """the reward term that this row chooses in place of the task's first; None: none"""
     response: str = ""
-    """a completion to imitate, where the row has one with its reasoning"""
+    """a completion to imitate, if the row has one with its reasoning"""
     turns: tuple[Turn, ...] = ()
     """earlier turns, such as few-shot examples, as `{"role": "user", "text": "What is <image>?"}`; the row's own
     system turn is the first of them, and takes the place of the task's `system_prompt`"""
 
     @property
     def asked_images(self) -> tuple[Image, ...]:
-        """The images that the question is about: its own, or those of the last turn that has any."""
+        """The images of the question, or those of the last turn that has any."""
         texts = [turn["text"] for turn in self.turns if turn["role"] != "assistant"]
         marks = [text.count(IMAGE_MARK) for text in (*texts, self.question)]
         return self.images[-next((count for count in reversed(marks) if count), len(self.images)) :]
@@ -57,11 +57,11 @@ class Source(ABC):
     size: int | None
     """Number of samples; None for an endless stream."""
     faults: Sequence[str] = ()
-    """Of each row that is broken and left out, where it is and what is wrong."""
+    """Place and fault of each broken row that is left out."""
     unwanted: Mapping[str, int] = MappingProxyType({})
-    """How many rows were left out on request, by the reason."""
+    """Number of rows left out on request, by the reason."""
     usage: Usage | None = None
-    """Which columns the rows are made of; None for built-in samples."""
+    """The columns that samples are made of; None for built-in samples."""
 
     @abstractmethod
     def get(self, index: int) -> Sample:
@@ -72,15 +72,15 @@ class Source(ABC):
         """
 
     def place(self, index: int, id: str) -> str:
-        """Where a sample comes from, for messages: its file and line, if it has such, and its id."""
+        """The origin of a sample, for messages: its file and line, if it has such, and its id."""
         return f"sample {id}"
 
 
 class SampleOrder:
     """The order in which a source's samples are shown: a pure function of a key and a position.
 
-    Finite sources are shuffled anew each epoch, and every sample is shown once an epoch; of endless
-    ones, random samples are shown.
+    Finite sources are shuffled anew each epoch, and every sample is shown once per epoch. Endless sources show random
+    samples.
     """
 
     def __init__(self, size: int | None, key: int) -> None:
@@ -101,5 +101,5 @@ class SampleOrder:
         return int(self._shuffled[place])
 
     def chance(self, position: int) -> float:
-        """A number from 0 to below 1, drawn for a position."""
+        """A random number in [0, 1) for a position."""
         return float(np.random.default_rng([self._key, position, 1]).random())

@@ -22,14 +22,14 @@ _IMAGES: Final = ("image", "image_url", "input_image")
 
 
 class Conversation(NamedTuple):
-    """A conversation, divided into what is asked and what is answered."""
+    """A conversation, divided into question and answer."""
 
     turns: tuple[Turn, ...]
     """before the question"""
     question: str
     """the last turn of the user"""
     answer: Any
-    """the turn of the assistant after it; None where there is none"""
+    """the turn of the assistant after it; None if there is none"""
     images: tuple[Any, ...]
     """those that stand in parts of turns, as they are written there"""
 
@@ -39,10 +39,10 @@ def read_turns(stored: Any, column: str) -> Conversation:
 
     Args:
         stored: A list of turns, or one written as JSON.
-        column: Where it is stored, for messages.
+        column: The column that has it, for messages.
 
     Raises:
-        ValueError: It is no conversation with a question at its end.
+        ValueError: It is no conversation that ends with a question.
     """
     if isinstance(stored, str):
         stored = _parsed(stored)

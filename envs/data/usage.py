@@ -1,4 +1,4 @@
-"""Which columns of a data set its samples are made of, and which are left unread."""
+"""The columns of a data set that its samples are made of, and those that are not read."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _Key = TypeVar("_Key")
 
 @dataclass
 class Usage:
-    """What the whole rows of a data set are made of, counted in rows when it is opened.
+    """The columns of a data set's good rows, counted in rows when it is opened.
 
-    `str(usage)` is what a console shows: a line for each of the attributes that has something to say.
+    `str(usage)` is the text for the console: a line for each attribute with content.
 
     Attributes:
-        rows: Number of whole rows.
+        rows: Number of good rows.
         images: Rows by their number of images: `{1: 90, 2: 10}`.
         used: By part of a row (`"question"`, `"images"` …), rows by the column that it was taken from.
-        unused: Rows by the column that holds something, but is not read by the task.
-        notes: Rows by what was decided for them, such as which of two columns with images was shown; 0 for what
-            holds for the data set as a whole.
+        unused: Rows by the column that has content but is not read by the task.
+        notes: Rows by decision, such as which of two columns with images was shown; 0 for a decision about the whole
+            data set.
     """
 
     rows: int = 0

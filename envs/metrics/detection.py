@@ -26,10 +26,10 @@ _STDOUT: Final = threading.Lock()  # all threads have the same one, and swaps of
 
 
 class Matches(NamedTuple):
-    """What became of all answers: question by question, in each label by label, and then in COCO's order."""
+    """Matches of all answers: by question, then by label, then in COCO's order."""
 
     starts: NDArray[np.int64]
-    """[Q + 1], where the answers to each question begin"""
+    """[Q + 1], start of the answers to each question"""
     labels: NDArray[np.int64]
     """[D], the label of each answer"""
     hits: NDArray[np.bool_]
@@ -43,14 +43,14 @@ class Matches(NamedTuple):
 
 
 def coco_statistics(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The 12 COCO statistics of detected boxes, as pycocotools has them, under the names of `STATISTICS`.
+    """pycocotools' 12 COCO statistics of detected boxes, under the names of `STATISTICS`.
 
     Args:
         truth: COCO's `images`, `annotations` and `categories`.
         results: Rows of `image_id`, `category_id`, `bbox` (x, y, width, height) and `score`, maybe none.
 
     Returns:
-        Numbers in [0, 1], NaN where there is nothing to be found, such as no small object.
+        Numbers in [0, 1], NaN if there are no such true boxes, for example no small ones.
     """
     return _named(_evaluate(truth, results))
 
@@ -65,22 +65,22 @@ def detection_statistics(
 ) -> dict[str, Interval]:
     """COCO's AP (IoU .50:.95), AP50 and AP75 of answers without scores, with 95 % intervals.
 
-    All scores are equal, so that an answer's rank is its place: image after image, each as listed. The
-    labels are those of the true boxes; COCO leaves out answers with a label that no image has.
+    All scores are equal, so an answer's rank is its position: image after image, each as listed. The labels are those
+    of the true boxes. COCO leaves out answers with a label that no image has.
 
-    A resample ranks its images in the order in which they are drawn. As it repeats some, its labels are
-    spread over fewer different images, which raises AP, the more so the rarer they are; the interval is
-    moved back by the mean difference.
+    A resample ranks its images in the order in which they are drawn. It repeats some images, so its labels are in fewer
+    different images. This raises AP, the more so the rarer the labels are. The interval is shifted back by the mean
+    difference.
 
     Args:
         answered: Boxes of N images.
         truth: True boxes of these images, in the same coordinates.
-        clusters: [N], the question of each image, where several answers are to the same one.
-        resamples: How often the data set is resampled.
-        seed: Of the draws.
+        clusters: [N], the question of each image, if several answers belong to one question. Default: each has its own.
+        resamples: Number of resamples.
+        seed: Seed of the draws.
 
     Returns:
-        pycocotools' values with intervals, NaN where there is no true box outside crowds.
+        pycocotools' values with intervals, NaN if there is no true box outside crowds.
     """
     evaluation = _evaluate(*_coco_form(answered, truth), areas=1)
     matches = match_answers(evaluation, number_clusters(range(len(truth)) if clusters is None else clusters))
@@ -113,11 +113,11 @@ def nms_ap(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """NMS-AP (OVDEval, arXiv 2308.13177): AP of what is left of the answers by suppression across labels.
+    """NMS-AP (OVDEval, arXiv 2308.13177): AP of the answers after suppression across labels.
 
-    Of answered boxes that overlap by more than `iou` the first listed is kept, whatever the labels, so
-    that giving a box every label does not pay. OVDEval's own script suppresses only among answers that
-    overlap the same true box; here the truth has no say in what is kept. Else as `detection_statistics`.
+    If answered boxes overlap by more than `iou`, the first one is kept, whatever the labels. So it does not pay to give
+    a box every label. OVDEval's own script suppresses only among answers on the same true box. Here suppression ignores
+    the truth. Otherwise as `detection_statistics`.
     """
     kept = [suppress(row, iou) for row in answered]
     return detection_statistics(kept, truth, clusters=clusters, resamples=resamples, seed=seed)["AP"]
@@ -181,8 +181,8 @@ def match_answers(evaluation: Any, questions: NDArray[np.int64]) -> Matches:
     """pycocotools' matches over all areas, grouped by question.
 
     Args:
-        evaluation: A `COCOeval` that has evaluated N images.
-        questions: [N], to which question each image belongs, 0 to Q - 1.
+        evaluation: A `COCOeval` after the evaluation of N images.
+        questions: [N], the question of each image, 0 to Q - 1.
     """
     if len(questions) != len(evaluation.params.imgIds):
         raise ValueError(f"{len(questions)} clusters for {len(evaluation.params.imgIds)} images")
@@ -206,7 +206,7 @@ def match_answers(evaluation: Any, questions: NDArray[np.int64]) -> Matches:
 
 
 def _side_by_side(parts: Sequence[NDArray[np.bool_]]) -> NDArray[np.bool_]:
-    """Parts [T, d] as one [T, D], also where there are none."""
+    """Parts [T, d] as one [T, D], also if there are none."""
     return np.concatenate([np.zeros((len(IOU_THRESHOLDS), 0), dtype=np.bool_), *parts], axis=1)
 
 

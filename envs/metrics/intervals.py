@@ -1,9 +1,9 @@
 """95 % intervals of metrics over the rows of a data set, by the percentile bootstrap.
 
-Questions are drawn with replacement, as many as there are, and the metric is taken of each such
-resample; the interval holds the middle 95 % of these values (Efron and Tibshirani, An Introduction to
-the Bootstrap, 1993, chapter 13). It speaks of other questions of the same kind, and not of other seeds
-of a training run. Over few questions it is too narrow, and where all rows score alike it has no width.
+Each resample draws as many questions as there are, with replacement, and gives one value of the metric. The interval
+has the middle 95 % of these values (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13). It
+covers other questions of the same kind, not other seeds of a training run. With few questions it is too narrow. If all
+rows score alike it has no width.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LIMITS: Final = (0.025, 0.975)
 
 
 class Interval(NamedTuple):
-    """A metric's value and the ends of its 95 % interval; NaN where there is nothing to tell them from."""
+    """A metric's value and the ends of its 95 % interval; NaN if there are no data for them."""
 
     value: float
     low: float
@@ -40,14 +40,14 @@ def ratio_interval(
     Args:
         numerators: [N], one per answer.
         denominators: [N], not negative, or one number for all.
-        clusters: [N], the question of each answer. All answers to a question are drawn together;
-            where left out, each answer is to a question of its own.
-        resamples: How often the data set is resampled.
-        seed: Of the draws. Metrics over the same clusters are taken of the same resamples.
+        clusters: [N], the question of each answer. All answers to a question are drawn together. Default: each answer
+            has its own question.
+        resamples: Number of resamples.
+        seed: Seed of the draws. Metrics over the same clusters use the same resamples.
 
     Returns:
-        The ratio, NaN where the denominators add up to 0, with its interval. Resamples whose
-        denominators do so are left out. Of a single question there is no interval: its ends are NaN.
+        The ratio with its interval; NaN if the denominators add up to 0. Resamples whose denominators do so are left
+        out. With a single question the ends of the interval are NaN.
     """
     rows = np.stack(np.broadcast_arrays(np.asarray(numerators, dtype=np.float64), denominators))
     sums = rows if clusters is None else _sums(rows, number_clusters(clusters))
@@ -60,10 +60,10 @@ def percentile_interval(value: float, values: ArrayLike, *, centred: bool = Fals
     """A metric's value with the middle 95 % of its values in resamples.
 
     Args:
-        value: Over the data set itself; where it is NaN, so are the ends.
-        values: [B]; those that are NaN are left out.
-        centred: Move the values so that their mean is `value`, for a metric that is higher or lower in
-            resamples than in a data set of the same size without repetitions.
+        value: Value on the data set itself. If it is NaN, so are the ends.
+        values: [B], values on the resamples; NaN values are left out.
+        centred: If true, values are shifted so that their mean is `value`. This is for a metric whose repetitions in
+            resamples raise or lower it.
     """
     found = np.asarray(values, dtype=np.float64)
     found = found[~np.isnan(found)]
@@ -74,9 +74,9 @@ def percentile_interval(value: float, values: ArrayLike, *, centred: bool = Fals
 
 
 def bootstrap_draws(count: int, resamples: int = RESAMPLES, seed: int = 0) -> Iterator[NDArray[np.int64]]:
-    """Resamples of `count` questions: the numbers [count] of those drawn, in the order drawn.
+    """Resamples of `count` questions: the numbers [count] of the drawn ones, in their order.
 
-    There are none of fewer than two questions, which leave nothing to choose from.
+    With fewer than two questions there are none.
     """
     rng = np.random.default_rng(seed)
     for _ in range(resamples if count > 1 else 0):

@@ -19,8 +19,8 @@ def is_fg_clip(config: Mapping[str, Any]) -> bool:
 def load_fg_clip(source: str) -> tuple[Any, Mapping[str, Any]]:
     """A `CLIPModel` that computes what FG-CLIP does for long texts and for images, and the loader's report.
 
-    FG-CLIP is CLIP with tables of positions for long texts, 248 instead of 77: one for the first 20 and
-    one for the others; and with a projection of its own for long texts. Both take the places of CLIP's.
+    FG-CLIP is CLIP with two tables of 248 positions for long texts instead of 77. One is for the first 20 positions,
+    the other for the rest. It also has its own projection for long texts. All of these replace CLIP's.
 
     Args:
         source: A folder, or a name on the Hugging Face hub.

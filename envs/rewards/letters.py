@@ -100,9 +100,9 @@ def read_letters(
 ) -> str | None:
     r"""The letters that an answer chooses, as capitals in order; None where it chooses none, or cannot be told.
 
-    The order of evidence is that of human judges: the last `\boxed`; what follows the last "the answer is"; and of
-    each, and then of the whole answer, the text of a choice, a label at the start, and the only letter or choice that
-    is named. What is denied ("not A", "A is wrong") is not named. "A or B" does not choose.
+    The order of evidence is that of human judges. First comes the last `\boxed`, then the text after the last "the
+    answer is". Within each, and then within the whole answer, it is the text of a choice, a label at the start, and the
+    only named letter or choice.
 
     Args:
         content: The answer.

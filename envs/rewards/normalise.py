@@ -160,8 +160,8 @@ _MARKUP: Final = "*_`'\" "
 def without_lead_in(text: str) -> str:
     """What follows the last "is", "answer:", "so", "答案是" or the like; all of a text without one.
 
-    A text stays as it is where what comes before denies it ("is not", "it cannot be that …") or names another answer
-    by "or": it then states nothing that can be told apart.
+    A text is returned unchanged if it is negated ("is not", "it cannot be that …") or names an alternative by "or". It
+    then states nothing definite.
     """
     text = _AFTER_ALL.sub("", text)
     for pattern in (_CHINESE_LEAD_IN, _LEAD_IN) if _HAS_CHINESE.search(text) else (_LEAD_IN,):

@@ -35,8 +35,8 @@ MOST_PROCESSES: Final = 8
 """There may be several training processes on a machine, each with workers of its own."""
 
 PATIENCE: Final = 60.0
-"""Seconds by the clock after which a call is given up that has not computed for as long as it may; a busy machine needs
-some, and results must not hang on how busy it is."""
+"""Wall-clock limit of a call, in seconds, beside its limit of processor time. A busy machine needs some time, and
+results must not depend on how busy it is."""
 TRIES: Final = 3
 """How often a call is made in all whose process others end, such as the system for want of memory."""
 _MAIN: Final = (
