@@ -1,4 +1,4 @@
-"""Visual tasks as Gymnasium environments of one step: all that a task of one's own needs to import.
+"""Visual tasks as Gymnasium environments of one step, and everything that your own task needs to import.
 
 The public names, those of `vlmenv.envs.public`, are imported when the first one is used: `import vlmenv` stays light.
 """

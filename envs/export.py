@@ -13,12 +13,12 @@ from vlmenv.envs.data.source import Sample
 
 
 def export_sample(task: VisualTaskEnv, sample: Sample, folder: Path) -> dict[str, Any]:
-    """A row that the task reads the same sample from; its images are written beside it.
+    """A row from which the task reads the same sample; its images are written beside it.
 
     Args:
-        task: In the coordinates of the stored images, in which data sets have their boxes.
+        task: The task, in the coordinates of the stored images, as the boxes of data sets are.
         sample: One of its samples.
-        folder: Gets the images, as `images/ID-NUMBER.png`.
+        folder: Folder of the images, which become `images/ID-NUMBER.png`.
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     names = [f"images/{sample.id}-{number}.png" for number in range(len(sample.images))]
@@ -30,7 +30,7 @@ def export_sample(task: VisualTaskEnv, sample: Sample, folder: Path) -> dict[str
 
 
 def _truth(target: Any) -> dict[str, Any]:
-    """What a target holds beside the text of its answer."""
+    """The content of a target beside the text of its answer."""
     if isinstance(target, Answer):
         return {"accu_reward_method": target.kind, "tolerance": target.tolerance}
     if isinstance(target, Caption):

@@ -1,4 +1,4 @@
-"""Makes batched environments by name."""
+"""Makes vector environments by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vlmenv.envs.vector import VisualTaskVectorEnv
 
 
 def make_envs(env: str, num_envs: int, **arguments: Any) -> VisualTaskVectorEnv:
-    """The batched environment of a registered task; `module:Id` imports the module that registers it.
+    """The vector environment of a registered task; `module:Id` imports the module that registers it.
 
     Raises:
         ConfigError: There is no such environment, or it is no visual task.

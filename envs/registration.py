@@ -1,4 +1,4 @@
-"""Makes a task known to `gymnasium.make` and `gymnasium.make_vec`."""
+"""Registers tasks with `gymnasium.make` and `gymnasium.make_vec`."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 
 
 def register_task(id: str, entry_point: str) -> None:
-    """Registers a task, with its batched environment.
+    """Registers a task and its vector environment.
 
     Args:
-        id: As in `"VLM-REC-v0"`.
-        entry_point: Where the `VisualTaskEnv` subclass is, as in `"my_package.my_task:MyEnv"`.
+        id: Environment id, as in `"VLM-REC-v0"`.
+        entry_point: Path of the `VisualTaskEnv` subclass, as in `"my_package.my_task:MyEnv"`.
     """
     gymnasium.register(id, entry_point=entry_point, vector_entry_point=VectorEntryPoint(entry_point))
 
 
 @dataclass(frozen=True)
 class VectorEntryPoint:
-    """Builds the batched environment of a task that is imported only then."""
+    """Builds the vector environment of a task, which is imported only then."""
 
     entry_point: str
 

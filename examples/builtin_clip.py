@@ -2,9 +2,9 @@
 
     python examples/builtin_clip.py --output envs/rewards/builtin_clip
 
-It is a CLIP of 0.8 million parameters, taught by contrast on training scenes: each image with its
-description against those of other images, and against descriptions of its own with one fault. The
-table at the end tells how well it does on evaluation scenes.
+It is a CLIP of 0.8 million parameters, trained by contrast on training scenes. Each image with its description is
+compared with descriptions of other images, and with faulty ones of its own. The table at the end has its scores on
+evaluation scenes.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python examples/builtin_model.py --output agents/builtin
 
-It is a Qwen3-VL of 1.6 million parameters, taught all built-in tasks by supervision. Its teachers are
-*loose annotators*: they find the right objects, but draw every side of a box 5 to 30 % of the object's
-size too far out, and describe no more than two shapes of a scene. More of such labels cannot cure that;
-a reward on the exact overlap, or on all key words, can.
+It is a Qwen3-VL of 1.6 million parameters, trained on all built-in tasks by supervision. Its teachers are *loose
+annotators*. They find the right objects, but draw every side of a box 5 to 30 % of the object's size too far out. They
+describe no more than two shapes of a scene. More of such labels cannot cure that; a reward on the exact overlap, or on
+all key words, can.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ class Args:
     """Teaches a model on the built-in scenes by supervision."""
 
     output: Path
-    """Folder of the taught model."""
+    """Folder of the trained model."""
     init: str | None = None
-    """Model to start from; a new one where this is left out."""
+    """Model to start from. None: a new one."""
     labels: Literal["loose", "exact"] = "loose"
     """Whether the annotators draw their boxes too wide and describe too little."""
     steps: int = 3000

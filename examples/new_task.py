@@ -1,10 +1,10 @@
-"""A task of one's own: how many shapes are there? Train it with `vlmenv train --env new_task:VLM-Count-v0`."""
+"""Your own task: how many shapes are there? Train it with `vlmenv train --env new_task:VLM-Count-v0`."""
 
 from vlmenv.envs import Row, Sample, Scenes, Source, Split, VisualTaskEnv, format_reward, register_task, sample_scene
 
 
 class CountScenes(Scenes):
-    """Samples for when no data set is given: scenes that are drawn, without end."""
+    """Built-in samples: an endless stream of drawn scenes."""
 
     def get(self, index: int) -> Sample:
         scene, _ = sample_scene(self.split, index)
@@ -12,7 +12,7 @@ class CountScenes(Scenes):
 
 
 def closeness(text: str, target: int, prediction: int | None) -> float:
-    """1 for the right number, less the further off it is, 0 for what is no number."""
+    """1 for the right number, less for a number further off, 0 for other text."""
     return 0.0 if prediction is None else max(0.0, 1 - abs(prediction - target) / max(1, target))
 
 

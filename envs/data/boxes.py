@@ -36,7 +36,7 @@ class BoxForm(StrEnum):
 
 
 class BoxOrientation(StrEnum):
-    """Which orientation of an image its boxes refer to, where EXIF turns it."""
+    """The orientation of an image that its boxes refer to, if EXIF turns it."""
 
     SHOWN = "shown"
     """The turned one, which is shown: browsers and most tools for labelling turn images too."""

@@ -18,9 +18,9 @@ def read_choices(found: Any, name: str = "choices") -> tuple[str, ...]:
     """The meanings of the letters from A on.
 
     Args:
-        found: A list of texts or numbers; a mapping from the letters A, B, C … to them; `{"label": [...], "text":
-            [...]}`; any of these as JSON or Python text; or lines "A. …", "B. …". Labels within the texts, as in "A.
-            cat", are removed.
+        found: A list of texts or numbers; a mapping from the letters A, B, C … to them; or `{"label": [...], "text":
+            [...]}`. Any of these may be JSON or Python text. Lines "A. …", "B. …" are read too. Labels within the
+            texts, as in "A. cat", are removed.
         name: The field, for messages.
 
     Returns:

@@ -51,11 +51,8 @@ def filtered_instances(file: Path, most: int = MOST) -> dict[str, Any]:
 class CocoInstances(Table):
     """A file in COCO's instances layout.
 
-    Each image is a row that asks for all its categories and for one to three that it does not hold,
-    in an order that the image's id fixes. One with `text` or `neg_text`, as OVDEval has them (arXiv
-    2308.13177), asks for the former and then the latter. Ids are numbers or texts. An annotation without `bbox` has
-    the one of its segmentation. Categories that only head others, as Roboflow and labelme write them, are not asked
-    for. Only numbers, ids and names are held in memory.
+    Each image is a row. Its prompt names all its categories and one to three absent ones, in an order that the image's
+    id fixes.
 
     Args:
         file: The file, unpacked.

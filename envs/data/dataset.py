@@ -312,12 +312,12 @@ def open_dataset(
     """Opens a data set and checks every row.
 
     Args:
-        dataset: A `.jsonl`, `.json`, `.csv`, `.tsv` (also `.gz` of these) or `.parquet` file, a folder that `datasets`
-            has saved, or an id on the Hugging Face hub; a list of such; a data set of the library `datasets`; or a list
-            of rows.
+        dataset: A file (`.jsonl`, `.json`, `.csv`, `.tsv`, `.gz` of these, or `.parquet`), a folder that `datasets` has
+            saved, or an id on the Hugging Face hub. It may also be a list of these, a data set of the library
+            `datasets`, or a list of rows.
         reading: The task's reading of rows.
-        image_root: Folder that image paths are relative to, or one for each of several files; the file's own
-            where left out, or the working directory where there is no file.
+        image_root: Folder that image paths are relative to, or one per file. Default: the folder of the file, or the
+            working directory if there is no file.
         split: Split of a data set that has several. Default: "train".
 
     Raises:

@@ -1,7 +1,7 @@
 """Drawn mathematics with exact answers: bar charts, geometric figures, and shapes to count and price.
 
-The training and the evaluation stream are endless and disjoint: what is drawn and asked, through a
-hash, decides to which of the two it belongs; tints, places and the order of bars have no say.
+The training and the evaluation stream are endless and disjoint. A hash of figure and question decides which stream a
+sample belongs to. Tints, places and the order of bars do not enter it.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def other_media_columns(columns: tuple[str, ...]) -> tuple[tuple[str, str], ...]
 
 
 def refuse_other_media(row: Mapping[str, Any]) -> None:
-    """Raises ValueError where a row holds a video or a sound, which no task shows."""
+    """Raises ValueError if a row has a video or a sound, which no task shows."""
     for column, kind in other_media_columns(tuple(row)):
         if is_filled(row[column]):
             raise ValueError(
@@ -70,7 +70,7 @@ def refuse_other_media(row: Mapping[str, Any]) -> None:
 
 
 def refuse_other_marks(text: str) -> None:
-    """Raises ValueError where a text has a mark for a video or a sound."""
+    """Raises ValueError if a text has a mark for a video or a sound."""
     if "<" in text and (found := _OTHER_MARK.search(text)):
         raise ValueError(f"the text has a {found[0]} mark, and the tasks show images only: store frames as images")
 

@@ -34,7 +34,7 @@ class Objects(NamedTuple):
 
 
 def read_objects(stored: Any) -> Objects | None:
-    """Reads a structure of lists, or a list of structures, also as JSON; None where it holds no boxes.
+    """Reads a structure of lists, or a list of structures, also as JSON; None if it has no boxes.
 
     Raises:
         ValueError: A box is none, or its numbers are not pixels.

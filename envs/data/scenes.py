@@ -65,7 +65,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A picture and what is in it."""
+    """A picture and its shapes."""
 
     image: Image
     shapes: tuple[Shape, ...]

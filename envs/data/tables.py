@@ -179,7 +179,7 @@ class Rewritten(Table):
 
     Args:
         table: The rows as they are stored.
-        rewrite: Makes a row of a stored one. Raises ValueError or KeyError where that cannot be done.
+        rewrite: Converts a stored row. Raises ValueError or KeyError if it cannot.
     """
 
     def __init__(self, table: Table, rewrite: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
@@ -389,7 +389,7 @@ def json_layout(file: Path, name: Path) -> tuple[Literal["lines", "list", "by id
     """How a file of JSON holds its rows, and for a list within an object, its key there.
 
     Raises:
-        DataError: It is no layout that is read; the message names what is in it.
+        DataError: The layout is unknown; the message has the file's content.
     """
     with file.open("rb") as stream:
         if name.name.removesuffix(".gz").endswith(".jsonl") and not _begins_list(stream):
@@ -431,7 +431,7 @@ def _has_lines(stream: BinaryIO) -> bool:
 
 
 def require_datasets() -> None:
-    """Raises ConfigError where the library `datasets` is not installed."""
+    """Raises ConfigError if the library `datasets` is not installed."""
     if find_spec("datasets") is None:
         raise ConfigError('parquet files and Hugging Face data sets need an extra: pip install "vlmenv[data]"')
 

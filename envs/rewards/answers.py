@@ -1,7 +1,7 @@
 r"""Rewards for short answers: a letter, yes or no, a number, words, or mathematics.
 
-Answers are read leniently in form and strictly in substance: "**(b)**" and "The answer is B." are both B, but an
-answer that names two things is none. `\boxed{…}`, `$…$`, Markdown and full-width characters are read through.
+Answers are read leniently in form and strictly in substance. "**(b)**" and "The answer is B." are both B, but an answer
+that names two things is none. `\boxed{…}`, `$…$`, Markdown and full-width characters are read through.
 """
 
 from __future__ import annotations
@@ -235,9 +235,9 @@ _VALUE = re.compile(r"[\d\\π½¼¾]")
 def parse_answer(content: str | None, kind: AnswerKind) -> str | float | None:
     r"""An answer's content, read by its kind; None if that is not possible, or there is none.
 
-    A capital letter for `choice`, "yes" or "no", a number for `numeric`, a normalised string for `exact`, and
-    the text itself, with single spaces, for `math` and `edit`. All but these two read the last `\boxed` first, and
-    then what follows the last "the answer is".
+    A capital letter for `choice`, "yes" or "no", a number for `numeric`, a normalised string for `exact`. For `math`
+    and `edit` it is the text itself, with single spaces. All but these two read the last `\boxed` first, and then the
+    text after the last "the answer is".
     """
     if content is None or len(content) > (LONGEST_MATH if kind == "math" else LONGEST_ANSWER):
         return None

@@ -1,4 +1,4 @@
-r"""Where an answer says what it holds to be right: the last `\boxed`, then what follows the last "the answer is"."""
+r"""Finds the conclusion of an answer: the last `\boxed`, then the text after the last "the answer is"."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Conclusion(NamedTuple):
 
 
 def conclusions(text: str) -> list[Conclusion]:
-    r"""What a tidy text concludes, the strongest first: the last `\boxed`, what follows the last "the answer is".
+    r"""The conclusions of a tidy text, the strongest first: the last `\boxed`, the text after the last "the answer is".
 
     A box goes before an "answer is" that comes before it. What is denied, as in "not \boxed{A}" or "\boxed{A} is
     wrong", is left out. Boxes that stand side by side, as in "\boxed{A} or \boxed{B}", come as one.
@@ -85,7 +85,7 @@ _ALSO_BEFORE = re.compile(r"(?<![^\s(])\(?(?:[A-Za-z]|[0-9.]{1,20})\)?[\s$]*(?:o
 
 
 def find_boxes(text: str) -> list[_Box]:
-    r"""The outermost `\boxed{…}` in a text; one that is not closed ends with its line."""
+    r"""The outermost `\boxed{…}` in a text; an unclosed one ends with its line."""
     boxes: list[_Box] = []
     opened: list[re.Match[str]] = []
     outer: re.Match[str] | None = None
@@ -179,10 +179,10 @@ _DENIED_AFTER = re.compile(
 
 
 def without_denied(text: str) -> str:
-    """A text with marks, without those that it denies on either side: "not A", "A is wrong"."""
+    """A text with marks, without negated ones: "not A", "A is wrong"."""
     return _DENIED_AFTER.sub(" ", _DENIED_BEFORE.sub(" ", text))
 
 
 def denied(before: str, after: str) -> bool:
-    """Whether what stands between two texts is denied by them."""
+    """Whether the text between two others negates them."""
     return MARK not in without_denied(f"{before[-100:]} {MARK} {after[:100]}")

@@ -80,7 +80,7 @@ def _read(text: str) -> Form:
 
 
 def _structured(latex: str) -> Form | None:
-    """A list, a relation, a tuple, a ratio or an expression; None where it is none of these."""
+    """A list, a relation, a tuple, a ratio or an expression; None if it is none of these."""
     for read in (_listed, _related, _bracketed, _plus_minus, _ratio, _expression):
         form = read(latex)
         if form is not None:
@@ -331,7 +331,7 @@ _SUCH_THAT = re.compile(r"\|(?![^|]*\|)|:")
 
 
 def _bracketed(latex: str) -> Form | None:
-    """A tuple, interval, or set; what stands in brackets alone is read without them."""
+    """A tuple, interval, or set; brackets around a single value are dropped."""
     body, unit = split_unit(latex)
     point = _POINT.match(body)
     inner = body[point.end() :].strip() if point else body

@@ -1,4 +1,4 @@
-"""Which of the choices an answer names: by letter, or by what the letter stands for."""
+"""Reads the choices that an answer names, by letter or by their text."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Offer:
         return _decided(self._named(bare(text), several), several)
 
     def _named(self, piece: str, several: bool) -> set[str]:
-        """The letters that a text names, of which one that it hedges about makes several; empty where it names none."""
+        """The letters that a text names; several if it hedges about one; empty if it names none."""
         if whole := self._whole.fullmatch(piece):
             return {self.letter(whole[1].upper())}
         if self._row.fullmatch(piece):
@@ -70,7 +70,7 @@ class Offer:
         return {mark if mark == _HEDGE else self._of_mark(mark) for mark in _stated(without_denied(marked), several)}
 
     def said(self, piece: str) -> str:
-        """The letter of the choice that a text says as a whole; empty where it says none, or several."""
+        """The letter of the choice that equals the whole text; empty if there is none, or several."""
         if letter := self._written.get(key(piece)):
             return letter
         if self._same is None:
@@ -98,7 +98,7 @@ def read_letters(
     several: bool = False,
     same: Callable[[str, str], bool] | None = None,
 ) -> str | None:
-    r"""The letters that an answer chooses, as capitals in order; None where it chooses none, or cannot be told.
+    r"""The letters that an answer chooses, as capitals in order; None if it chooses none, or is ambiguous.
 
     The order of evidence is that of human judges. First comes the last `\boxed`, then the text after the last "the
     answer is". Within each, and then within the whole answer, it is the text of a choice, a label at the start, and the
@@ -120,7 +120,7 @@ _LABELLED_TRUTH = re.compile(r"[(\[]?([A-Za-z])[)\].:,]\s*(?=\S)")
 
 
 def truth_letters(text: str, choices: tuple[str, ...] = ()) -> str | None:
-    """The letters that a true answer is, as capitals in order; None where it is none.
+    """The letters of a true answer, as capitals in order; None if it is none.
 
     A letter, several as in "A, C" or "AC", the text of a choice, or a letter with that text, as in "B. cat". A single
     letter is one of those offered where it may be, and only else the text of a choice.
@@ -174,7 +174,7 @@ _INNER: Final = rf"[^\W{_HAN}]"
 
 
 def bare(text: str) -> str:
-    """A tidy text without what marks mathematics, fonts and quotation."""
+    """A tidy text without marks of mathematics, fonts and quotation."""
     for sign, command in _SIGNS:
         text = text.replace(sign, command)
     text = _ROOT.sub(lambda match: f"\\sqrt{{{match[1] or match[2]}}}", text)
@@ -290,7 +290,7 @@ _HEDGED = re.compile(rf"{_MARK}[\s)\]]*(?:,? ?\bor\b|或)[\s(\[]*(?:option |choi
 
 
 def _stated(text: str, several: bool) -> set[str]:
-    """The marks that count in a text without what it denies."""
+    """The marks in a text that are not negated."""
     text = _REASON.sub(r"\1", text.lstrip(" ,;:.\n"))
     hedge = {_HEDGE} if _HEDGED.search(text) else set()
     if listed := _LIST_AT_START.match(text):

@@ -48,8 +48,8 @@ _workers = Workers(f"{__name__}:make_comparison", TIME_LIMIT)
 def math_equal(pairs: Sequence[tuple[str, str]]) -> list[bool]:
     """Whether answers are mathematically equal to the truth.
 
-    `docs/math_answers.md` describes the comparison. These equal no truth: answers of more than 1,000 characters,
-    answers with numbers too large to compute, and those whose comparison takes over half a second of processor time.
+    `docs/math_answers.md` describes the comparison. Answers of more than 1,000 characters, or with numbers too large to
+    compute, equal no truth. A comparison of more than half a second of processor time gives False.
 
     Args:
         pairs: N pairs of an answer and the truth, as LaTeX with or without delimiters, or as plain text.

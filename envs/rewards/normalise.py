@@ -1,8 +1,7 @@
-r"""Reads what an answer says out of how it is written; the same for true answers and for a model's.
+r"""Normalises answers; the same for true answers and for a model's.
 
-`fold` writes Unicode forms in plain characters, `boxed` finds the last `\boxed`, `undelimited` removes what marks
-mathematics, and `stated` goes through all of this and the lead-ins: "So the answer is $５$." states "5".
-No text raises, and every function takes time linear in the text's length.
+`fold` writes Unicode forms in plain characters, `boxed` finds the last `\boxed`, and `undelimited` removes marks of
+mathematics. `stated` applies all of these and removes lead-ins: "So the answer is $５$." states "5".
 """
 
 from __future__ import annotations
@@ -71,11 +70,10 @@ _DEEPEST: Final = 4
 
 
 def boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed` or `\fbox`; None where there is none.
+    r"""The content of the last `\boxed` or `\fbox`; None if there is none.
 
-    Boxes that are joined ("\boxed{3} or \boxed{4}", also without a word between), and what follows the last box by
-    "or", "and" or a comma, are one list: "3, 4". A unit after the last box belongs to it. A box without an end
-    reaches to the end of the text.
+    Joined boxes ("\boxed{3} or \boxed{4}", also without a word between) are one list: "3, 4". So is a box with values
+    joined to it by "or", "and" or a comma.
     """
     whole = _outermost(" ".join(text.split()))
     for _ in range(_DEEPEST):
@@ -103,7 +101,7 @@ def _outermost(text: str) -> str | None:
 
 
 def _argument(text: str, start: int) -> tuple[str, int]:
-    """What stands in the braces at a place, and where they end."""
+    """The content of the braces at a position, and their end."""
     if start >= len(text) or text[start] != "{":
         bare = re.compile(r"[^\s$,;]*").match(text, start)
         return (bare[0], bare.end()) if bare else ("", start)

@@ -1,4 +1,4 @@
-r"""Units of measurement: reads "cm^2", "km/h", "square metres", "平方厘米" and what is counted, and converts.
+r"""Units of measurement: reads "cm^2", "km/h", "square metres", "平方厘米" and names of counted things, and converts.
 
 A unit is a scale and powers of what it measures, so that N·m and J, or 1 h and 60 min, agree.
 """
@@ -18,11 +18,11 @@ class Unit(NamedTuple):
     powers: tuple[tuple[str, int], ...]
     """by name, in order, none of them 0; a thing that is counted is a base unit of its own, such as `"people"`"""
     is_doubtful: bool = False
-    """whether it may as well be a variable, such as the s of "5s"; it is not left out then"""
+    """whether it may also be a variable, such as the s of "5s"; it is not left out then"""
 
 
 def conversion(unit: Unit | None, other: Unit | None) -> Fraction | None:
-    """What a number in `unit` is multiplied by to be one in `other`; None where they measure different things.
+    """The factor from `unit` to `other`; None if they measure different things.
 
     A unit may be left out on either side, if it is no doubtful one.
     """
@@ -181,9 +181,9 @@ def is_unit(text: str) -> bool:
 
 @functools.lru_cache(4096)
 def read_unit(text: str) -> Unit | None:
-    """A unit, such as "km/h", "m s^{-2}", "square feet", "平方米" or "5"'s "apples"; None where a text is none.
+    """A unit, such as "km/h", "m s^{-2}", "square feet", "平方米" or "5"'s "apples"; None if a text is none.
 
-    Words that are no unit count as what is counted, if none of them calculates or compares ("plus", "less than").
+    Words that are no unit name counted things, unless one of them calculates or compares ("plus", "less than").
     """
     text = text.strip()
     if not text or len(text) > _LONGEST:
@@ -272,7 +272,7 @@ def plain_signs(text: str) -> str:
 
 
 def split_unit(text: str) -> tuple[str, Unit | None]:
-    r"""What is measured or counted and its unit: ("5", cm) of "5 cm"; None where there is no unit.
+    r"""The quantity and its unit: ("5", cm) of "5 cm"; None if there is no unit.
 
     Args:
         text: As `plain_signs` writes it.

@@ -91,9 +91,9 @@ class Workers:
         A call whose process is ended by somebody else is made again, three times in all.
 
         Returns:
-            The results in order; None for a call that raised, ran out of computing time or memory, or ended its
-            process, a TimeoutError for one that was given up by the clock, and a WorkerLostError for one whose process
-            others have ended three times.
+            The results in order. None: the call raised, exceeded its computing time or memory, or ended its process. A
+            TimeoutError: it exceeded the wall-clock limit. A WorkerLostError: others have ended its process three
+            times.
 
         Raises:
             RuntimeError: A process could not be started.
@@ -176,7 +176,7 @@ class _Worker:
             )
 
     def call(self, arguments: tuple[Any, ...], patience: float) -> Any:
-        """The function's result, or what stands for it; see `Workers.map`."""
+        """The function's result, or its replacement; see `Workers.map`."""
         if not self._ready:
             self._await_start()
         self._calls += 1

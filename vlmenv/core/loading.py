@@ -1,4 +1,4 @@
-"""Finds what a user names as `module:name`."""
+"""Finds objects named as `module:name`."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def import_modules(names: Iterable[str]) -> None:
 
 
 def load_name(reference: str, what: str) -> Any:
-    """What a `module:name` names.
+    """The object of a `module:name`.
 
     Args:
-        reference: As in `"my_rewards:brevity"`; the module may be in the working directory.
+        reference: The name, as in `"my_rewards:brevity"`; the module may be in the working directory.
         what: What it is needed for, for messages.
 
     Raises:

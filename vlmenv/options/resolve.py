@@ -1,7 +1,7 @@
 """Merges files, flags and keyword arguments into one set of options.
 
-Each source replaces values of those before it: the defaults; the preset of the algorithm; the recipe; the file of
-`--config`; the command line. docs/options.md describes the rules.
+Each source replaces values of those before it: the defaults, the preset of the algorithm, the recipe, the file of
+`--config`, the command line. docs/options.md describes the rules.
 """
 
 from __future__ import annotations
