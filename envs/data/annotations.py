@@ -215,7 +215,7 @@ def _images_of(place: Path) -> list[Path]:
 
 
 def _yolo_labels(image: Path) -> Path:
-    """The file of labels: in `labels` where the image is in `images`, else beside it."""
+    """The file of labels: in `labels` if the image is in `images`, else beside it."""
     parts = list(image.parts)
     places = [i for i, part in enumerate(parts[:-1]) if part == "images"]
     if places:

@@ -1,4 +1,4 @@
-"""How true boxes are stored in a data set: which numbers they are, and of which orientation of the image."""
+"""The form of true boxes in a data set: the meaning of their numbers, and the orientation of the image."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class BoxReading:
     map_boxes: MapBoxes
     """of the task"""
     form: BoxForm | None = None
-    """None for xyxy in answers, and for what a layout of its own has by definition"""
+    """None: xyxy in answers, and the form of the layout if it has its own"""
     orientation: BoxOrientation = BoxOrientation.SHOWN
 
     def as_corners(self, row: Row) -> Row:
@@ -90,13 +90,13 @@ class BoxReading:
         return self.map_boxes(target, lambda box: turned(scaled(box, self.form, size), turn, size))
 
     def told(self, row: Row, shown: tuple[int, int]) -> BoxOrientation | None:
-        """The orientation that the width and height tell which a row has of its image; None where they cannot."""
+        """The orientation that fits the width and height in the row; None if they do not decide."""
         if shown[0] == shown[1] or row.size not in (shown, shown[::-1]):
             return None
         return BoxOrientation.SHOWN if row.size == shown else BoxOrientation.STORED
 
     def _turn(self, row: Row, ref: ImageRef, shown: tuple[int, int]) -> int:
-        """The EXIF orientation by which the row's boxes are to be turned; 1 for not at all."""
+        """The EXIF orientation to turn the row's boxes by; 1: none."""
         told = self.told(row, shown)
         if BoxOrientation.STORED not in (told, self.orientation):
             return 1
@@ -110,7 +110,7 @@ SIDEWAYS = (5, 6, 7, 8)
 
 
 def corners(numbers: Box) -> Box:
-    """The edges of a box of which left and top edge, width and height are given."""
+    """The edges of a box given by left and top edge, width and height."""
     x, y, width, height = numbers
     return (x, y, x + width, y + height)
 

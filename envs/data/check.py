@@ -26,11 +26,11 @@ from vlmenv.envs.data.rows import Row
 from vlmenv.envs.data.source import Sample
 
 _SLACK: Final = (2, 0.01)
-"""By how many pixels, or what share of a side, a box may go beyond its image; many data sets round or count so."""
+"""Pixels, or share of a side, by which a box may exceed its image; many data sets round or count so."""
 _MOST: Final = 0.9
-"""Share of the rows that a convention must fit to be taken for that of the data."""
+"""Least share of the rows that a convention must fit."""
 _GAIN: Final = 0.1
-"""Share of the rows by which it must fit more than the given one, so that some odd rows decide nothing."""
+"""Least difference in the share of rows from the given one, so that a few odd rows decide nothing."""
 _CHANCE: Final = 1e-4
 """Below this chance, boxes that all stay within a limit are no coincidence."""
 
@@ -46,7 +46,7 @@ class BoxedRow(NamedTuple):
     turn: int
     """the EXIF orientation of the image"""
     told: BoxOrientation | None
-    """which orientation the boxes are of, where the data set tells"""
+    """orientation of the boxes, if the data set states it"""
     form: BoxForm
     """of the numbers, unless told otherwise"""
 
@@ -98,11 +98,11 @@ class LookedAt:
     row: Row | None = None
     """None if unreadable"""
     sample: Sample | None = None
-    """with its images; None where it is broken, or images were not asked for"""
+    """the sample with its images; None if the row is broken, or images were not requested"""
     boxed: BoxedRow | None = None
-    """its boxes, where they and the image's size can be read"""
+    """its boxes, if they and the image's size can be read"""
     faults: list[str] = field(default_factory=list)
-    """what was wrong besides what opening the data set has told"""
+    """faults beyond those that opening the data set reported"""
 
 
 def look_at(source: TableSource, number: int, index: int | None, *, decode: bool) -> LookedAt:
@@ -155,7 +155,7 @@ def _boxed(found: LookedAt, ref: str, reading: BoxReading, place: str) -> BoxedR
 
 
 def _size_fault(row: Row, boxed: BoxedRow) -> str | None:
-    """What is wrong with the size that the data set tells of an image."""
+    """The fault of the image size in the data set."""
     stored = boxed.shown[::-1] if boxed.turn in SIDEWAYS else boxed.shown
     if row.size in (None, boxed.shown, stored):
         return None
@@ -178,7 +178,7 @@ def likely_convention(rows: Sequence[BoxedRow], given: Convention) -> Convention
 
 
 def share(rows: Sequence[BoxedRow], holds: Callable[[BoxedRow], bool]) -> float:
-    """The share of rows for which something holds; 0 of none."""
+    """The share of rows with a property; 0 if there are no rows."""
     return sum(map(holds, rows)) / max(1, len(rows))
 
 

@@ -148,7 +148,7 @@ class CocoInstances(Table):
             raise DataError(f"{self._name}: no '{missing[0]}' in it, as COCO's instances have them")
 
     def _add_fault(self, image: Any, line: int, fault: str) -> None:
-        """Notes what is wrong with an image's annotations, or with an entry that no image owns."""
+        """Notes the faults of an image's annotations, or of an entry without an image."""
         if image is None:
             self._lost.append((line, fault))
         else:
@@ -196,7 +196,7 @@ class CocoInstances(Table):
         return self._numbers.setdefault(key, len(self._numbers))
 
     def _arrange(self) -> None:
-        """Groups the annotations by image, and finds those of images or categories that are not there."""
+        """Groups the annotations by image, and finds those with missing images or categories."""
         if len(set(self._image_ids)) < len(self._image_ids):
             raise DataError(f"{self._name}: two images have the same id")
         facts = np.array(self._facts, dtype=np.int64).reshape(-1, 4)
@@ -259,7 +259,7 @@ def _outline(segmentation: Any) -> list[float]:
 
 
 def _pixels(told: Any) -> int:
-    """A side's length; 0 where it is none."""
+    """A side's length; 0 if it is none."""
     return int(told) if isinstance(told, (int, float)) and 0 < told < 1e6 else 0
 
 

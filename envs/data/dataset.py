@@ -91,7 +91,7 @@ class Reading:
             raise ConfigError("without_text is a list of texts, none of them empty")
 
     def sample(self, raw: Any, number: int) -> tuple[Sample, tuple[ImageRef, ...]]:
-        """A row's sample, without images, and where these are.
+        """A row's sample without images, and the places of its images.
 
         Raises:
             ValueError: The row is broken.
@@ -126,7 +126,7 @@ class UnwantedError(Exception):
 
 
 _MadeOf = tuple[int, tuple[tuple[str, str], ...], tuple[str, ...], tuple[str, ...]]
-"""Of a row, its number of images, the columns that it is made of, those left over, and what was decided."""
+"""The usage of a row: its number of images, its used and unused columns, and decisions."""
 _ROWS = 1024  # looked at together
 _THREADS = 16  # that ask the disk for images
 
@@ -188,7 +188,7 @@ class TableSource(Source):
         return self._reading.boxes
 
     def stored(self, number: int) -> tuple[Row, list[Any]]:
-        """A row of the table, whatever the task makes of it, and where its images are.
+        """A row of the table, before the task reads it, and the places of its images.
 
         Raises:
             ValueError: It cannot be read.
@@ -216,7 +216,7 @@ class TableSource(Source):
         return f"{self.table.place(self.number(index))} (id {id})"
 
     def _check(self, made_of: Counter[_MadeOf]) -> Iterator[int]:
-        """Numbers of the rows that are whole, which are counted by what they are made of."""
+        """Numbers of the good rows; counts their usage."""
         rows = enumerate(self.table.scan())
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="vlmenv-data") as pool:
             while some := list(islice(rows, _ROWS)):
@@ -240,7 +240,7 @@ class TableSource(Source):
     def _look_at(
         self, rows: list[tuple[int, Any]], pool: ThreadPoolExecutor
     ) -> Iterable[tuple[int, _MadeOf | ValueError | UnwantedError]]:
-        """What each of some rows is made of, or what is wrong with it."""
+        """The usage of each row, or its fault."""
         read = [(number, *self._read(raw, number)) for number, raw in rows]
         shares = [read[i::_THREADS] for i in range(_THREADS)]
         missing = dict(pair for found in pool.map(self._missing, shares) for pair in found)
@@ -257,7 +257,7 @@ class TableSource(Source):
     def _missing(
         self, rows: Sequence[tuple[int, Any, tuple[ImageRef, ...]]]
     ) -> list[tuple[int, ValueError | UnwantedError]]:
-        """Rows whose images are not there or too small, with what is wrong; the disk may be slow to tell."""
+        """Rows with missing or too small images, and their faults; the disk may be slow."""
         found: list[tuple[int, ValueError | UnwantedError]] = []
         for number, _, refs in rows:
             try:
@@ -271,7 +271,7 @@ class TableSource(Source):
         return found
 
     def _check_sizes(self, number: int, refs: Sequence[ImageRef], least: int) -> None:
-        """Raises UnwantedError where an image is too small."""
+        """Raises UnwantedError if an image is too small."""
         if None in refs:  # stored within the row, and not read yet
             _, refs = self._reading.sample(self.table.read(number), number)
         if any(min(image_size(self._located(ref))) < least for ref in refs if ref is not None):

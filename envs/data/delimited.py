@@ -93,7 +93,7 @@ class _Lines:
         self.offset = self.number = 0
 
     def first(self) -> str:
-        """The first line, which is not taken."""
+        """The first line, which stays unread."""
         line = self._stream.readline()
         self._stream.seek(0)
         return line.decode("utf-8", "replace")

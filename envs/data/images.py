@@ -23,7 +23,7 @@ from vlmenv.core.spaces import Image
 MOST_PIXELS: Final = 89_478_485
 """Of an image; Pillow warns of more, since a file of some kilobytes may unpack to gigabytes."""
 FORMATS: Final = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF", "ICO", "TGA")
-"""Formats that are read. Pillow knows some 40, of which EPS is drawn by an external program."""
+"""Supported formats. Pillow knows some 40, and draws EPS by an external program."""
 
 _LOADING = threading.Lock()
 _BROKEN = (
@@ -63,7 +63,7 @@ def load_image(ref: str | bytes | PILImage.Image, place: str) -> Image:
 
 
 def image_size(ref: str | bytes | PILImage.Image) -> tuple[int, int]:
-    """Width and height of an image, of which no more is read than that takes.
+    """Width and height of an image; reads no more of it than that takes.
 
     Raises:
         ValueError: It cannot be read.
@@ -92,7 +92,7 @@ def shown_size(ref: str | bytes) -> tuple[int, int]:
 
 
 def exif_orientation(ref: str | bytes | PILImage.Image | None) -> int:
-    """How an image is to be turned before it is shown, as EXIF has it, from 1 to 8; 1 where that is not told.
+    """The EXIF orientation of an image, from 1 to 8; 1 if there is none.
 
     Raises:
         ValueError: The image cannot be read.
@@ -127,7 +127,7 @@ def _opened(ref: str | bytes) -> Iterator[PILImage.Image]:
 
 
 def _regular_file(path: str) -> BinaryIO:
-    """Opens a file that is no pipe, device or folder, which might be waited for without end."""
+    """Opens a regular file; a pipe, device or folder might block for ever."""
     stream = open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb")  # noqa: PTH123, SIM115
     if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
         stream.close()

@@ -86,7 +86,7 @@ def _places_of_images(columns: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
 def image_columns(row: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The columns that hold the images of a row, those to be shown first; several that are numbered go together.
 
-    Pictures that are stored within the row come before paths, which may lead nowhere.
+    Pictures within the row go before paths, whose files may be missing.
     """
     places = _places_of_images(tuple(row))
     filled = [tuple(column for column in columns if is_filled(row[column])) for columns in places]

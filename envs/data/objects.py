@@ -26,11 +26,11 @@ class Objects(NamedTuple):
 
     boxes: tuple[tuple[float, ...], ...]
     labels: tuple[Any, ...]
-    """of the boxes: names, or numbers where the data set does not name them"""
+    """labels of the boxes: names, or numbers if the data set has no names"""
     refs: tuple[str, ...]
-    """what `<ref-object>` stands for, one after the other"""
+    """the texts for `<ref-object>`, one after the other"""
     categories: tuple[str, ...]
-    """of the whole data set, where it tells them"""
+    """categories of the whole data set, if it lists them"""
 
 
 def read_objects(stored: Any) -> Objects | None:
@@ -68,7 +68,7 @@ def _numbers(box: Any) -> tuple[float, ...]:
 
 
 def has_marks(texts: Sequence[str]) -> bool:
-    """Whether texts have marks that stand for boxes or for what these are of."""
+    """Whether texts have marks for boxes or for their labels."""
     return any(_BOX_MARK in text or _REF_MARK in text for text in texts)
 
 

@@ -141,7 +141,7 @@ def read_row(raw: Any, number: int, columns: Mapping[str, str]) -> Row:
 
 
 class _Cells:
-    """The cells of a row, with a record of which were taken as parts of it."""
+    """The cells of a row, with a record of those that were taken as parts."""
 
     def __init__(self, raw: Mapping[str, Any], named: Mapping[str, str]) -> None:
         self.raw, self.named = raw, named
@@ -196,7 +196,7 @@ class _Cells:
 
 @functools.lru_cache(maxsize=1024)
 def _places_of_parts(columns: tuple[str, ...]) -> Mapping[str, tuple[str, ...]]:
-    """Those of a row's columns in which its parts are looked for."""
+    """The columns of a row in which its parts are looked for."""
     return {part: tuple(column for column in names if column in columns) for part, names in COLUMNS.items()}
 
 
@@ -241,7 +241,7 @@ def _question(cells: _Cells) -> str:
 
 
 def _stored_answer(cells: _Cells) -> Any:
-    """The answer of a column; within verl's `reward_model` and TRL's conversational `completion` where it is one."""
+    """The answer of a column; for verl's `reward_model` and TRL's conversational `completion`, the answer within it."""
     column = cells.find("answer")
     found = None if column is None else cells.take_column("answer", column)
     if column == "reward_model":
@@ -265,7 +265,7 @@ def _earlier(cells: _Cells, told: bool) -> tuple[Turn, ...]:
 
 
 def _with_objects(asked: Conversation, cells: _Cells, key: str) -> tuple[Conversation, tuple[Detection, ...] | None]:
-    """A conversation with boxes in the place of their marks; the labelled boxes, where they are all of the answer."""
+    """A conversation with boxes in the places of their marks; the labelled boxes, if the answer has nothing else."""
     column = cells.find("objects")
     texts = [*(turn["text"] for turn in asked.turns), asked.question]
     marked = isinstance(asked.answer, str) and has_marks([*texts, asked.answer])
@@ -306,7 +306,7 @@ def _choices(cells: _Cells) -> Any:
 
 
 def _with_choices(question: str, choices: Sequence[str], cells: _Cells) -> str:
-    """A question with its choices, which are added where it does not list them; bare letters say nothing."""
+    """A question with its choices, added if it does not list them; bare letters do not list them."""
     words = " ".join(question.split())
     listed = all(" ".join(choice.split()) in words for choice in choices)
     if listed or all(choice.upper() == letter for letter, choice in zip(LETTERS, choices, strict=False)):
@@ -349,12 +349,12 @@ def _check_question(question: str, cells: _Cells) -> None:
 
 
 def placed(question: str, images: int, turns: tuple[Turn, ...] = ()) -> str:
-    """A question whose marks are checked; without them where they say nothing, being all at its beginning.
+    """A question with checked marks. Marks that only begin it are removed, because they change nothing.
 
     Args:
         question: It may hold `<image>` marks.
         images: Number of the row's images.
-        turns: The turns before it, which may hold marks too.
+        turns: The turns before it, which may have marks too.
 
     Raises:
         ValueError: Question and turns hold some marks, but not as many as there are images.

@@ -103,7 +103,7 @@ class ReferringScenes(Scenes):
 
 
 class DetectionScenes(Scenes):
-    """Built-in scenes with questions for several kinds of shapes, some of which are absent."""
+    """Built-in scenes with questions for several kinds of shapes; some kinds are absent."""
 
     def get(self, index: int) -> Sample:
         scene, rng = sample_scene(self.split, index)
@@ -165,7 +165,7 @@ def references(scene: Scene) -> list[Reference]:
 
 
 def choose_reference(scene: Scene, rng: np.random.Generator) -> Reference:
-    """Picks an expression: first what is to single the shape out, then one of that kind."""
+    """Picks an expression: first the kind of expression, then one of that kind."""
     by_kind: dict[str, list[Reference]] = {}
     for reference in references(scene):
         by_kind.setdefault(reference.kind, []).append(reference)
@@ -189,7 +189,7 @@ def sample_layout(rng: np.random.Generator, counts: tuple[int, int]) -> Layout:
 
 
 def find_place(rng: np.random.Generator, width: int, height: int, placed: Sequence[Placed]) -> tuple[int, int] | None:
-    """A random upper left corner for a shape that touches none of those placed; None where 20 tries find none."""
+    """A random upper left corner for a shape that touches no placed one; None if 20 tries find none."""
     for _ in range(20):
         x, y = int(rng.integers(1, SIDE - width)), int(rng.integers(1, SIDE - height))
         if all(_apart((x, y, width, height), other[3:]) for other in placed):

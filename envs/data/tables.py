@@ -59,7 +59,7 @@ class Table(ABC):
 
 
 class TextFile(Table):
-    """A file of rows, of which only the places are held in memory.
+    """A file of rows; only their positions are held in memory.
 
     Args:
         file: The file, unpacked.
@@ -106,7 +106,7 @@ class JSONList(TextFile):
     Args:
         file: The file, unpacked.
         name: What messages call it.
-        key: Of the object, where the list is. Default: the document is the list.
+        key: Key of the list in the object. Default: the document is the list.
     """
 
     suffix = ".json"
@@ -255,7 +255,7 @@ class HuggingFace(Table):
 
 
 class JSONValue:
-    """A value within a JSON document, and where it stands."""
+    """A value within a JSON document, and its position."""
 
     __slots__ = ("content", "length", "line", "offset")
 
@@ -317,7 +317,7 @@ class JSONStream:
         self._value()
 
     def next_mark(self) -> str:
-        """The character with which the next value begins; empty at the end."""
+        """The first character of the next value; empty at the end."""
         return self._peek()
 
     def _value(self) -> JSONValue:

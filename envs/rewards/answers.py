@@ -265,8 +265,9 @@ _NOT_SO = re.compile(r"(?:\bnot|n't)(?: (?:a|an|the|simply|just|really))? (?:\"?
 
 
 def parse_yes_no(content: str) -> str | None:
-    r""" "yes" or "no", as an answer says: in its last `\boxed`, after the last "the answer is", as its first word, or
-    as the only one of both; None where it says neither or both. "true" and "是" are yes, "false" and "否" no.
+    r"""The "yes" or "no" of an answer; None if it has neither or both. "true" and "是" are yes, "false" and "否" no.
+
+    It is read in the last `\boxed`, after the last "the answer is", as the first word, or as the only one of both.
     """
     if len(content) > LONGEST_ANSWER:
         return None

@@ -1,8 +1,8 @@
-r"""Reads a stated answer as a mathematical object, or finds that it is none.
+r"""Reads a stated answer as a mathematical object, if it is one.
 
-An object is a number, an expression, a list, tuple, set or interval of them, a ratio, a relation, or words. What has
-two numbers side by side ("7 3", "(9)(1)", but a mixed number), several relations without a comma between, or
-words within a formula is no object: it equals only what is written the same way.
+An object is a number, an expression, a list, tuple, set or interval of them, a ratio, a relation, or words. Two
+numbers side by side ("7 3", "(9)(1)", except a mixed number) are no object. Nor are several relations without a comma
+between them, or words within a formula. Such a text equals only the same text.
 """
 
 from __future__ import annotations

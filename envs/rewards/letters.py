@@ -24,7 +24,7 @@ class Offer:
     """Choices that are offered.
 
     Args:
-        choices: What the letters from A on stand for; any letter is offered where none are known.
+        choices: The meanings of the letters from A on. If unknown, every letter is offered.
         same: Whether a text says the same as a choice, beyond how both are written.
     """
 
@@ -106,9 +106,9 @@ def read_letters(
 
     Args:
         content: The answer.
-        choices: What the letters from A on stand for. Other letters than theirs are none, a letter within a choice's
-            text is none either, and of equal choices the first counts.
-        several: Whether several may be right; else an answer that names several has chosen none.
+        choices: The meanings of the letters from A on. Other letters do not count, nor do letters within a choice's
+            text. Of equal choices the first counts.
+        several: If true, several may be right. Otherwise an answer that names several has chosen none.
         same: Tells whether a text says the same as a choice that is written otherwise. Default: only as written.
     """
     return Offer(choices, same).letters_of(content, several)

@@ -1,8 +1,8 @@
 """Runs a function in child processes, with a hard time limit for each call.
 
-For work on untrusted text whose duration nobody can foretell, such as computer algebra. Works from any
-thread, and does without multiprocessing's own ways to start a process: `spawn` runs the user's script
-again, and `fork` copies locks that other threads hold.
+For work on untrusted text of unpredictable duration, such as computer algebra. Works from any thread. It does not use
+multiprocessing's own start methods: `spawn` runs the user's script again, and `fork` copies locks that other threads
+hold.
 """
 
 from __future__ import annotations

@@ -377,7 +377,7 @@ def _within(folder: Path, depth: int = 2) -> Iterator[Path]:
 
 
 def _first_image(file: Path) -> str | None:
-    """The path of the first row's image in a JSON file, None where it has none."""
+    """The path of the first row's image in a JSON file; None if it has none."""
     if file.suffix == ".parquet":
         return None
     try:
