@@ -30,6 +30,7 @@ from vlmenv.agents.engines.channel import (
 )
 
 SECONDS = 20.0
+TOKEN = "the-secret-of-all-ends"
 CPU = torch.device("cpu")
 SMALL = 400
 """bytes of a bucket"""
@@ -60,7 +61,7 @@ def ends(size: int, backend: str = "gloo", address: str = HERE) -> list[Channel]
     made: list[Channel | None] = [None] * size
 
     def come(rank: int) -> None:
-        made[rank] = Channel(meeting, rank, devices[rank], SECONDS, store if rank == 0 else None)
+        made[rank] = Channel(meeting, rank, devices[rank], SECONDS, TOKEN, store if rank == 0 else None)
 
     with at_once(*[lambda rank=rank: come(rank) for rank in range(size)]):
         pass
@@ -176,7 +177,7 @@ def test_what_came_otherwise_than_it_went_is_told() -> None:
 
 def _vanish(port: int, how: signal.Signals) -> None:
     """Comes to a channel, takes the first message, and is no more."""
-    end = Channel(Meeting(HERE, port, "test", 2, "gloo"), 1, CPU, SECONDS)
+    end = Channel(Meeting(HERE, port, "test", 2, "gloo"), 1, CPU, SECONDS, TOKEN)
     end._pass(torch.empty(1 << 19, dtype=torch.int64), time.monotonic() + SECONDS)
     os.kill(os.getpid(), how)
 
@@ -191,7 +192,7 @@ def test_an_end_that_vanishes_midway_is_told(how: signal.Signals, fault: type[Ch
     process = multiprocessing.get_context("fork").Process(target=_vanish, args=[store.port, how], daemon=True)
     process.start()
     try:
-        sender = Channel(Meeting(HERE, store.port, "test", 2, "gloo"), 0, CPU, SECONDS, store)
+        sender = Channel(Meeting(HERE, store.port, "test", 2, "gloo"), 0, CPU, SECONDS, TOKEN, store)
         given = {str(i): torch.zeros(1 << 20) for i in range(32)}
         limit = 1.0 if how == signal.SIGSTOP else SECONDS
         with pytest.raises(fault, match=told):
@@ -209,7 +210,7 @@ def test_others_are_waited_for_no_longer_than_given(rank: int) -> None:
         bound.bind((HERE, 0))
         port = store.port if store else bound.getsockname()[1]
         with pytest.raises(LateFault):  # else it waits for ever
-            Channel(Meeting(HERE, port, "test", 2, "gloo"), rank, CPU, 1.0, store)
+            Channel(Meeting(HERE, port, "test", 2, "gloo"), rank, CPU, 1.0, TOKEN, store)
 
 
 class Unanswering(distributed.Store):
@@ -229,7 +230,7 @@ def test_a_start_that_heeds_no_limit_is_given_up() -> None:
     store, before = Unanswering(), threading.active_count()
     meeting = Meeting(HERE, 1, "test", 2, "gloo")
     try:
-        with pytest.raises(LateFault, match="time was up"), at_once(lambda: Channel(meeting, 0, CPU, 1.0, store)):
+        with pytest.raises(LateFault, match="time was up"), at_once(lambda: Channel(meeting, 0, CPU, 1.0, TOKEN, store)):
             assert store.asked.wait(SECONDS)
     finally:
         store.over.set()
