@@ -97,15 +97,15 @@ def open_own(file: Path) -> BinaryIO:
         OSError: It cannot be opened.
     """
     try:
-        stream = open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
+        handle = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise PermissionError(f"{file} is a link") from error
         raise
-    found = os.fstat(stream.fileno())
+    found = os.fstat(handle)
     if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid():
-        return stream
-    stream.close()
+        return os.fdopen(handle, "rb")
+    os.close(handle)
     raise PermissionError(f"{file} is not a regular file of this account")
 
 

@@ -106,7 +106,8 @@ class Channel:
         store = store or _c10d.TCPStore(
             meeting.address, meeting.port, is_master=False, timeout=limit, wait_for_workers=False
         )
-        named = _SignedStore(_c10d.PrefixStore(meeting.name, store), self._key)
+        # The group keeps the C++ half of the store alone; its methods are in the Python half.
+        self._store = named = _SignedStore(_c10d.PrefixStore(meeting.name, store), self._key)
         if meeting.backend == "nccl":
             self._group = _nccl_group(named, rank, meeting.size, limit)
         else:
