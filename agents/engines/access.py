@@ -64,7 +64,7 @@ def _write(file: Path, token: str) -> None:
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     file.parent.chmod(0o700)
     partial = file.with_name(f".{secrets.token_hex(8)}")
-    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as stream:
+    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as stream:
         stream.write(f"{token}\n")
     try:
         os.link(partial, file)  # whole or not at all, and never over another's

@@ -81,7 +81,10 @@ class Guard:
     def _refusal(self, scope: Message) -> tuple[int, str] | None:
         """The status and the reason of a refusal, from the headers alone."""
         if not self._knows(_header(scope, b"host").decode("latin-1")):
-            return 403, "unknown Host: use an IP address, localhost, the machine's name, or the --host of `vlmenv serve`"
+            return (
+                403,
+                "unknown Host: use an IP address, localhost, the machine's name, or the --host of `vlmenv serve`",
+            )
         if not hmac.compare_digest(_header(scope, b"authorization"), self._token):
             return 401, "the token of `vlmenv serve` is needed"
         if (scope["method"], scope["path"]) not in ROUTES:

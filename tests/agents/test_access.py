@@ -52,7 +52,9 @@ def test_that_of_the_environment_goes_first_and_is_not_written(state: Path, monk
     assert not token_file().exists()
 
 
-@pytest.mark.parametrize("token", ["", "fifteen-letters", "one two three four", "öööööööööööööööö", "a" * 20 + "\r\nX-A: b"])
+@pytest.mark.parametrize(
+    "token", ["", "fifteen-letters", "one two three four", "öööööööööööööööö", "a" * 20 + "\r\nX-A: b"]
+)
 def test_what_is_no_token_is_refused(token: str, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, token)
     for ask in (server_token, server_token_or_new):

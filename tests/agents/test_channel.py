@@ -230,7 +230,10 @@ def test_a_start_that_heeds_no_limit_is_given_up() -> None:
     store, before = Unanswering(), threading.active_count()
     meeting = Meeting(HERE, 1, "test", 2, "gloo")
     try:
-        with pytest.raises(LateFault, match="time was up"), at_once(lambda: Channel(meeting, 0, CPU, 1.0, TOKEN, store)):
+        with (
+            pytest.raises(LateFault, match="time was up"),
+            at_once(lambda: Channel(meeting, 0, CPU, 1.0, TOKEN, store)),
+        ):
             assert store.asked.wait(SECONDS)
     finally:
         store.over.set()

@@ -90,8 +90,8 @@ def test_a_token_beside_another_is_none(app: Noting) -> None:
     assert asyncio.run(request()) == 401
 
 
-@pytest.mark.parametrize("path", ["/", "/docs", "/openapi.json", "/metrics", "/server_info", "/sleep", "/v1/completions",
-                                  "/collective_rpc/", "//collective_rpc", "/pause",
+@pytest.mark.parametrize("path", ["/", "/docs", "/openapi.json", "/metrics", "/server_info", "/sleep",
+                                  "/v1/completions", "/collective_rpc/", "//collective_rpc", "/pause",
                                   "/weight_checker", "/update_weights", "/tokenize", "/start_profile"])  # fmt: skip
 def test_other_routes_are_none(path: str, app: Noting) -> None:
     assert ask(app, "GET", path) == 404
@@ -103,12 +103,15 @@ def test_other_verbs_are_none(app: Noting) -> None:
         assert ask(app, verb, "/collective_rpc") == 404
 
 
-@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "", "text/json",
-                                  "text/plain; application/json"])  # fmt: skip
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "",
+                                  "text/json", "text/plain; application/json"])  # fmt: skip
 def test_what_a_web_page_may_post_is_refused(kind: str, app: Noting) -> None:
     assert call(app, {"method": "vlmenv_model"}, headers=RIGHT | {"Content-Type": kind}) == 415
     assert ask(app, "POST", "/reset_prefix_cache", content=b"{}", headers=RIGHT | {"Content-Type": kind}) == 415
-    assert call(app, {"method": "vlmenv_model"}, headers=RIGHT | {"Content-Type": "Application/JSON; charset=utf-8"}) == 200
+    assert (
+        call(app, {"method": "vlmenv_model"}, headers=RIGHT | {"Content-Type": "Application/JSON; charset=utf-8"})
+        == 200
+    )
 
 
 @pytest.mark.parametrize(
@@ -116,8 +119,9 @@ def test_what_a_web_page_may_post_is_refused(kind: str, app: Noting) -> None:
     [
         ("localhost", 200), ("LOCALHOST:8000", 200), ("127.0.0.1", 200), ("127.0.0.1:8000", 200), ("[::1]:8000", 200),
         ("[::1]", 200), ("192.0.2.7:80", 200), ("gpu-box.lan:8000", 200),
-        ("evil.example", 403), ("evil.example:8000", 403), ("localhost.evil.example", 403), ("127.0.0.1.evil.example", 403),
-        ("evil.example#@localhost", 403), ("gpu-box", 403), ("", 403), ("127.1", 403), (":8000", 403), ("[x]:8000", 403),
+        ("evil.example", 403), ("evil.example:8000", 403), ("localhost.evil.example", 403),
+        ("127.0.0.1.evil.example", 403), ("evil.example#@localhost", 403), ("gpu-box", 403), ("", 403), ("127.1", 403),
+        (":8000", 403), ("[x]:8000", 403),
     ],
 )  # fmt: skip
 def test_only_known_hosts_are_answered(host: str, status: int, app: Noting) -> None:
@@ -149,7 +153,9 @@ def test_other_methods_of_workers_are_refused(order: Any, app: Noting) -> None:
 
 def test_vllm_reads_what_was_checked(app: Noting) -> None:
     """Of names that are given twice, the last counts; arguments by position and others go."""
-    assert call(app, b'{"method": "save_sharded_state", "args": ["/"], "method": "vlmenv_model", "timeout": 1e9}') == 200
+    assert (
+        call(app, b'{"method": "save_sharded_state", "args": ["/"], "method": "vlmenv_model", "timeout": 1e9}') == 200
+    )
     assert app.taken[-1][1] == b'{"method": "vlmenv_model", "kwargs": {}}'
 
 
@@ -167,7 +173,9 @@ def test_a_call_in_parts_is_read_whole_and_a_huge_one_is_not(app: Noting) -> Non
 
     assert asyncio.run(request(b'{"method": ', b'"vlmenv_model"}')) == 200
     assert app.taken == [("/collective_rpc", b'{"method": "vlmenv_model", "kwargs": {}}')]
-    assert asyncio.run(request(b'{"method": "vlmenv_model", "kwargs": {"a": "', *[b"a" * (1 << 20)] * 17, b'"}}')) == 403
+    assert (
+        asyncio.run(request(b'{"method": "vlmenv_model", "kwargs": {"a": "', *[b"a" * (1 << 20)] * 17, b'"}}')) == 403
+    )
 
 
 def test_websockets_are_closed_and_the_start_goes_on(app: Noting) -> None:

@@ -239,7 +239,9 @@ def test_a_stranger_writes_reads_and_changes_nothing(lasting: Served, opened: Ex
     for order in orders:
         assert post(lasting, "/collective_rpc", order).status_code == 401
         assert post(lasting, "/collective_rpc", order, "not-the-token-of-it").status_code == 401
-        assert post(lasting, "/collective_rpc", order, server_token(), **{"Content-Type": "text/plain"}).status_code == 415
+        assert (
+            post(lasting, "/collective_rpc", order, server_token(), **{"Content-Type": "text/plain"}).status_code == 415
+        )
         assert post(lasting, "/collective_rpc", order, server_token(), Host="evil.example").status_code == 403
     for path in ("/health", "/v1/models", "/metrics", "/docs", "/server_info", "/load", "/ping", "/version"):
         assert httpx2.get(lasting.url + path).status_code == 401
@@ -268,7 +270,11 @@ def test_images_are_fetched_from_nowhere(lasting: Served, tmp_path: Path) -> Non
     Image.new("RGB", (64, 64)).save(file)
     with ThreadingHTTPServer(("127.0.0.1", 0), Hits) as there:
         threading.Thread(target=there.serve_forever, args=(0.01,), daemon=True).start()
-        for url in (f"http://127.0.0.1:{there.server_port}/x.png", f"http://none.invalid:{there.server_port}/", f"file://{file}"):
+        for url in (
+            f"http://127.0.0.1:{there.server_port}/x.png",
+            f"http://none.invalid:{there.server_port}/",
+            f"file://{file}",
+        ):
             body = {
                 "token_ids": [5],
                 "content_parts": [{"type": "image_url", "url": url}],

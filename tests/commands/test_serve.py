@@ -117,7 +117,10 @@ def test_where_the_token_is_is_told_and_not_the_token(monkeypatch: pytest.Monkey
 
 def test_the_guard_is_around_the_server_and_no_image_is_fetched() -> None:
     flags = list(_flags(_arguments(ServeConfig(), torch.device("cpu"))))
-    for flag, value in (("--middleware", f"{Guard.__module__}.{Guard.__name__}"), ("--allowed-media-domains", "none.invalid")):
+    for flag, value in (
+        ("--middleware", f"{Guard.__module__}.{Guard.__name__}"),
+        ("--allowed-media-domains", "none.invalid"),
+    ):
         assert flags[flags.index(flag) + 1] == value
 
 

@@ -9,7 +9,9 @@ from typing import Final
 from vlmenv.core.errors import ConfigError
 
 MASK: Final = "***"
-_PARTS: Final = re.compile(r"(?P<scheme>[^/?#]*://)?(?:(?P<user>[^/?#]*)@)?(?P<place>[^?#]*)(?:\?(?P<query>[^#]*))?(?s:.*)")
+_PARTS: Final = re.compile(
+    r"(?P<scheme>[^/?#]*://)?(?:(?P<user>[^/?#]*)@)?(?P<place>[^?#]*)(?:\?(?P<query>[^#]*))?(?s:.*)"
+)
 _whole: dict[str, str] = {}
 """URLs with credentials that this process was given, by their masked form"""
 

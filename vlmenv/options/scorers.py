@@ -24,8 +24,8 @@ class ScorerConfig:
     """Run the code that the checkpoint brings; it may do anything. FG-CLIP does not need this."""
     judge_url: str | None = None
     """For the reward term judge, as in `--rewards accuracy 1 judge 0.5`: a server that speaks OpenAI's protocol, as
-    http://localhost:8000/v1. Its key, if it wants one, stands in the environment variable VLMENV_JUDGE_KEY. Records have
-    *** in place of credentials in the URL; a resumed run reads the whole URL from VLMENV_JUDGE_URL."""
+    http://localhost:8000/v1. Its key, if it wants one, stands in the environment variable VLMENV_JUDGE_KEY. Records
+    have *** in place of credentials in the URL; a resumed run reads the whole URL from VLMENV_JUDGE_URL."""
     judge_model: str | None = None
     """The judge's name at the server."""
     judge_prompt: str = PROMPT
