@@ -11,8 +11,9 @@ import os
 import re
 import secrets
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
 from vlmenv.core.errors import ConfigError
 
@@ -89,7 +90,7 @@ def _checked(token: str, place: str) -> str:
     return token
 
 
-def open_own(file: Path) -> BinaryIO:
+def open_own(file: Path) -> BufferedReader:
     """Opens a regular file of this account for reading, without following a link, and without waiting for a pipe.
 
     Raises:

@@ -171,7 +171,7 @@ class Channel:
             self._group.broadcast(message, 0, limit).wait(limit)
 
 
-class _SignedStore(distributed.Store):
+class _SignedStore(distributed.Store):  # type: ignore[misc, name-defined]
     """A rendezvous store that takes only what an end with the token has put in: torch's store takes any connection."""
 
     def __init__(self, store: Any, key: bytes) -> None:
