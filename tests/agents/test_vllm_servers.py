@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -283,14 +284,20 @@ def test_images_are_fetched_from_nowhere(lasting: Served, tmp_path: Path) -> Non
             assert post(lasting, "/inference/v1/generate", body, server_token()).status_code >= 400
         there.shutdown()
     assert not Hits.seen
+    while "Cannot load local files" not in lasting.told("stderr"):  # vLLM logs it with a traceback
+        time.sleep(0.05)
+    lasting._told["stderr"].clear()
 
 
-def test_the_token_is_on_no_command_line_and_one_port_is_open(lasting: Served) -> None:
+def test_the_token_is_on_no_command_line_and_ports_are_those_of_this_machine(lasting: Served) -> None:
     family = [psutil.Process(lasting.process.pid), *lasting.family()]
     assert not any(server_token() in " ".join(one.cmdline()) for one in family)
     assert server_token() not in lasting.told() + lasting.told("stderr")
-    ports = [there.laddr for one in family for there in one.net_connections() if there.status == psutil.CONN_LISTEN]
-    assert ports == [("127.0.0.1", lasting.port)]
+    open_there = [
+        there.laddr for one in family for there in one.net_connections() if there.status == psutil.CONN_LISTEN
+    ]
+    assert ("127.0.0.1", lasting.port) in open_there
+    assert {address for address, _ in open_there} == {"127.0.0.1"}
 
 
 def test_a_trainer_with_another_token_has_no_channel(

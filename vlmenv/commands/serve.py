@@ -40,6 +40,8 @@ _EVERY = 30.0
 _QUIET = {"PYTHONWARNINGS": "ignore"}  # vLLM's are about its own ways
 _UNBOUND = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """Else vLLM wants a NUMA node of CPUs for each part of a model."""
+_INSIDE = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+"""vLLM's own groups, which have no password, listen to this machine alone."""
 _EVERYWHERE = ("0.0.0.0", "::")
 
 
@@ -113,7 +115,7 @@ def _started(arguments: Mapping[str, Any], device: torch.device, token: str) -> 
     with tempfile.TemporaryDirectory(prefix="vlmenv-serve-") as sockets:  # of vLLM's processes, private to this account
         process = subprocess.Popen(
             [sys.executable, "-m", "vlmenv.agents.engines.serving", *_flags(arguments)],
-            env=_QUIET | divided | environment(device) | os.environ | own | {"VLLM_RPC_BASE_PATH": sockets},
+            env=_QUIET | _INSIDE | divided | environment(device) | os.environ | own | {"VLLM_RPC_BASE_PATH": sockets},
             stdin=subprocess.PIPE,  # closed when this process ends, however that comes about
             start_new_session=True,  # signals of the terminal come here alone
         )
