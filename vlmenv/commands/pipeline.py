@@ -220,7 +220,8 @@ def _judges(step: Step) -> dict[str, str]:
 
 def _environment(step: Step) -> dict[str, str]:
     """The environment of a step in processes of its own: the judge's whole URL, if the file has it."""
-    return {**os.environ, **{JUDGE_URL: url for url in _judges(step).values() if MASK not in url}}
+    whole = [url for url in _judges(step).values() if MASK not in url]
+    return os.environ | ({JUDGE_URL: whole[0]} if whole else {})
 
 
 def _without_group(step: Step) -> Mapping[str, Any]:
