@@ -25,6 +25,8 @@ from vlmenv.algos import ALGORITHMS
 from vlmenv.commands import evaluate, sample, train
 from vlmenv.core.errors import ConfigError, unknown_name
 from vlmenv.core.files import write_atomic
+from vlmenv.core.urls import MASK, hidden
+from vlmenv.envs.rewards.judge import URL as JUDGE_URL
 from vlmenv.options.command_line import Asked
 from vlmenv.options.files import as_arguments, packaged_file, read_options
 from vlmenv.options.parsing import parse_plain
@@ -207,7 +209,18 @@ def _arguments(step: Step, folder: Path, finished: bool = True) -> list[str]:
         name: value if name in _TEMPLATES else _filled(value, folder, finished)
         for name, value in _without_group(step).items()
     }
+    options |= {name: hidden(url) for name, url in _judges(step).items()}  # command lines are public
     return [step.command, *as_arguments(options), f"--output={folder / step.name}"]
+
+
+def _judges(step: Step) -> dict[str, str]:
+    """A step's option `judge_url`, as it is spelt."""
+    return {name: str(step.options[name]) for name in ("judge_url", "judge-url") if name in step.options}
+
+
+def _environment(step: Step) -> dict[str, str]:
+    """The environment of a step in processes of its own: the judge's whole URL, if the file has it."""
+    return {**os.environ, **{JUDGE_URL: url for url in _judges(step).values() if MASK not in url}}
 
 
 def _without_group(step: Step) -> Mapping[str, Any]:
@@ -274,7 +287,7 @@ def _do(step: Step, folder: Path, launch: str | None, console: Console) -> None:
         _COMMANDS[command[0]].run(_parse(command))
         _free()
     else:
-        _launch([*shlex.split(launch), *command])
+        _launch([*shlex.split(launch), *command], _environment(step))
     write_atomic(record, json.dumps({"arguments": args, "finished": True}) + "\n")
 
 
@@ -286,13 +299,14 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def _launch(command: list[str]) -> None:
+def _launch(command: list[str], environment: Mapping[str, str]) -> None:
     """Runs a command in processes of its own, which signals to this one reach, and which end with it.
 
     Raises:
         SystemExit: It failed.
     """
-    with subprocess.Popen(command, preexec_fn=_end_with_parent if sys.platform == "linux" else None) as child:
+    ending = _end_with_parent if sys.platform == "linux" else None
+    with subprocess.Popen(command, env=environment, preexec_fn=ending) as child:
         former = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
         try:
             code = _awaited(child)

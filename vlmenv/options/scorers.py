@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from vlmenv.core.errors import ConfigError
+from vlmenv.core.urls import hidden
 from vlmenv.envs.rewards.clip import ClipScore, ScoreName
 from vlmenv.envs.rewards.judge import PROMPT, Judge
 from vlmenv.envs.rewards.terms import RewardTerm
@@ -23,7 +24,8 @@ class ScorerConfig:
     """Run the code that the checkpoint brings; it may do anything. FG-CLIP does not need this."""
     judge_url: str | None = None
     """For the reward term judge, as in `--rewards accuracy 1 judge 0.5`: a server that speaks OpenAI's protocol, as
-    http://localhost:8000/v1. Its key, if it wants one, stands in the environment variable VLMENV_JUDGE_KEY."""
+    http://localhost:8000/v1. Its key, if it wants one, stands in the environment variable VLMENV_JUDGE_KEY. Records
+    have *** in place of credentials in the URL; a resumed run reads the whole URL from VLMENV_JUDGE_URL."""
     judge_model: str | None = None
     """The judge's name at the server."""
     judge_prompt: str = PROMPT
@@ -38,6 +40,8 @@ class ScorerConfig:
     """Show it the images too."""
 
     def __post_init__(self) -> None:
+        if self.judge_url is not None:
+            object.__setattr__(self, "judge_url", hidden(self.judge_url))
         if self.judge_url is not None and self.judge_model is None:
             raise ConfigError("judge_url needs judge_model, the judge's name at the server")
         for first in ("clip_model", "judge_url"):
