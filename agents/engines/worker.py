@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vlmenv.agents.engines.channel import Bucket, Channel, ChannelFault, Meeting, gpu_of
-from vlmenv.agents.engines.fingerprints import file_digest
+from vlmenv.core.files import file_digest
 
 _MAX_MESSAGE = 500  # characters of vLLM's error message, which may name all of a model's weights
 

@@ -17,12 +17,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vlmenv.agents.engines.fingerprints import file_digest
 from vlmenv.agents.engines.remote import RetryPolicy
 from vlmenv.agents.engines.server import VLLMServerEngine
 from vlmenv.agents.engines.worker import WeightReceiver, weight_shapes
 from vlmenv.agents.sampling import Sampling
 from vlmenv.agents.vlm import VLMAgent
+from vlmenv.core.files import file_digest
 from vlmenv.core.rollout import Observation
 
 PATIENT = RetryPolicy(answer=60, greeting=60, attempts=2, pause=0.01)

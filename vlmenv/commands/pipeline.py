@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlmenv.algos import ALGORITHMS
+from vlmenv.building import say
 from vlmenv.commands import evaluate, sample, train
 from vlmenv.core.errors import ConfigError, unknown_name
 from vlmenv.core.files import write_atomic
@@ -29,6 +30,7 @@ from vlmenv.options.command_line import Asked
 from vlmenv.options.files import as_arguments, packaged_file, read_options
 from vlmenv.options.parsing import parse_plain
 from vlmenv.options.pipeline import PipelineConfig
+from vlmenv.runs.lock import locked
 from vlmenv.runs.run_folder import RunFolder
 
 _REFERENCE = re.compile(r"\{(\w+)\}(/model$|/|$)")
@@ -152,13 +154,18 @@ def run(config: PipelineConfig) -> Path:
     for step in steps:
         _parsed(step, pipeline.file, folder)  # raises now what is wrong with a stage to come
     console = Console()
+    with locked(folder, lambda line: say(f"warning: {line}", console)):
+        _go_through(steps, pipeline, folder, config.launch, console)
+    return folder
+
+
+def _go_through(steps: Sequence[Step], pipeline: Pipeline, folder: Path, launch: str | None, console: Console) -> None:
     for number, step in enumerate(steps, 1):
         if step is pipeline.stages[0]:
             _found(pipeline, folder / "evaluation" / _BASE)  # raises now where a metric to be shown is none
         console.rule(f"{step.name} ({number} of {len(steps)})", align="left")
-        _do(step, folder, config.launch, console)
+        _do(step, folder, launch, console)
     _report(pipeline, folder, console)
-    return folder
 
 
 def _steps(pipeline: Pipeline) -> list[Step]:

@@ -12,6 +12,7 @@ from vlmenv.agents.checkpoints import find_model
 from vlmenv.building import say
 from vlmenv.core.errors import ModelError
 from vlmenv.options.task import TaskConfig
+from vlmenv.runs.manifest import damage, read_manifest
 from vlmenv.runs.run_folder import RunFolder
 
 ConfigT = TypeVar("ConfigT", bound=TaskConfig)
@@ -54,6 +55,21 @@ def checkpoint_of(name: str) -> tuple[Path, str] | None:
         best = run.best()
         measured = f"{best.get('metric')} {best.get('value')} at step {best.get('step')}"
         return run.path / "best", f"best checkpoint ({measured})"
-    if saved := run.checkpoints():
-        return saved[-1], f"newest checkpoint (step {run.step_of(saved[-1])})"
-    raise ModelError(f"{name}: the run has no checkpoint yet")
+    if not (saved := run.checkpoints()):
+        raise ModelError(f"{name}: the run has no checkpoint yet")
+    faults = dict[Path, str]()
+    for folder in reversed(saved):
+        if (fault := model_damage(folder)) is None:
+            newest = "newest whole checkpoint" if faults else "newest checkpoint"
+            return folder, f"{newest} (step {run.step_of(folder)})"
+        faults[folder] = fault
+    raise ModelError(f"{name}: none of the run's checkpoints is whole; {saved[-1]}: {faults[saved[-1]]}")
+
+
+def model_damage(folder: Path) -> str | None:
+    """What is wrong with the model in a checkpoint; None if nothing is, or if it has no manifest."""
+    try:
+        manifest = read_manifest(folder)
+    except ValueError as error:
+        return str(error)
+    return None if manifest is None else damage(folder, manifest, model=True)
