@@ -210,7 +210,7 @@ def learn(algorithm: Algorithm, *, completions: int = 48, noisy: bool = True, se
     config, size = algorithm.config, algorithm.config.group_size
     agent = TabularAgent(START, critic=algorithm.wants_values)
     rate = 0.1 / (config.mu * config.minibatches)
-    settings = {"steps": 100, "lr": rate, "lr_schedule": "constant", "warmup_steps": 0} | options
+    settings: dict[str, Any] = {"steps": 100, "lr": rate, "lr_schedule": "constant", "warmup_steps": 0} | options
     envs = Bandit(completions // size, size, noisy)
     for _ in Trainer(agent, envs, algorithm, TrainerConfig(**settings), Accelerator(cpu=True)).train(seed=seed):
         pass

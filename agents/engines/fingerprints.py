@@ -40,7 +40,7 @@ class Fingerprint:
         Args:
             words: int64 [M].
         """
-        for chunk in words.split(_CHUNKS.get(words.device.type, _CHUNK)):
+        for chunk in torch.split(words, _CHUNKS.get(words.device.type, _CHUNK)):
             places = torch.arange(self._place, self._place + len(chunk), device=chunk.device)
             self.total += _mix(places.mul_(_GOLDEN).add_(chunk)).sum()
             self._place += len(chunk)

@@ -210,7 +210,7 @@ class VLLMServerEngine(Engine):
         if served.banned != self._family.banned_tokens.tolist():
             return "it bans other tokens than the trainer: their tokenizers differ"
         if served.dtype != self._dtype:
-            return f"it has dtype {served.dtype}, but another server has {self._dtype}: give both the same --dtype"
+            return f"it has dtype {served.dtype}, but another server has {self._dtype}: give both the same --weights"
         if served.max_length < self.max_length:
             return f"it takes {served.max_length} tokens, but the others {self.max_length}: raise its --engine-length"
         return None

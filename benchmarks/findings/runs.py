@@ -155,6 +155,7 @@ def _vlmenv(*args: str) -> None:
 def _check_options(folder: Path, options: Mapping[str, Any]) -> None:
     """Ends the program where a run has other options."""
     stored = yaml.safe_load((folder / "config.yaml").read_text())
+    stored |= stored.get(stored["algo"], {})  # the algorithm's own options are a group
     for name, value in options.items():
         if stored[name] != (dict(value) if isinstance(value, Mapping) else value):
             raise SystemExit(

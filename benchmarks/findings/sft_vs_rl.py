@@ -82,7 +82,7 @@ def run(algo: str, seed: int, args: Args) -> Path:
 
 
 def measure(folder: Path, model: str, file: Path, args: Args) -> dict[str, float]:
-    options = {"model": model, "dataset": file, "image_root": file.parent, "limit": args.limit, "device": "cpu"}
+    options = {"model": model, "dataset": file, "image_root": file.parent, "eval_limit": args.limit, "device": "cpu"}
     return measured(folder / "on" / file.parent.name, options)
 
 

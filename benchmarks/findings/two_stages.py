@@ -113,7 +113,7 @@ def table(found: Mapping[str, list[list[Path]]], args: Args) -> list[str]:
 
 
 def measure(folder: Path, model: str, args: Args) -> dict[str, float]:
-    options = {"env": "VLM-Caption-v0", "model": model, "rewards": BOTH, "limit": args.limit, "device": "cpu"}
+    options = {"env": "VLM-Caption-v0", "model": model, "rewards": BOTH, "eval_limit": args.limit, "device": "cpu"}
     return measured(folder / "held-out", options)
 
 

@@ -254,7 +254,7 @@ def _id(value: Any) -> str:
 def _outline(segmentation: Any) -> list[float]:
     """The box of a segmentation: polygons, or runs of pixels (RLE)."""
     if isinstance(segmentation, Mapping):
-        from pycocotools import mask  # type: ignore[import-untyped]
+        from pycocotools import mask
 
         runs = segmentation
         if isinstance(runs.get("counts"), list):

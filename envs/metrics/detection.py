@@ -212,7 +212,7 @@ def _side_by_side(parts: Sequence[NDArray[np.bool_]]) -> NDArray[np.bool_]:
 
 def _evaluate(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], *, areas: int = 4) -> Any:
     """pycocotools' evaluation, summarised, over the first of its ranges of area (all, small, medium, large)."""
-    from pycocotools.cocoeval import COCOeval  # type: ignore[import-untyped]
+    from pycocotools.cocoeval import COCOeval
 
     # It writes into what it is given, takes an annotation of id 0 for none, and cannot load results without any.
     annotations = [{**annotation, "id": i} for i, annotation in enumerate(truth["annotations"], 1)]
@@ -229,7 +229,7 @@ def _evaluate(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], *,
 
 
 def _indexed(dataset: dict[str, Any]) -> Any:
-    from pycocotools.coco import COCO  # type: ignore[import-untyped]
+    from pycocotools.coco import COCO
 
     coco = COCO()
     coco.dataset = dataset

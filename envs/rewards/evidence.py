@@ -13,13 +13,13 @@ _FIRST, _LAST = "\ue000", MARK
 MARKS: Final = rf"[{_FIRST}-{_LAST}]"
 """A pattern of the characters that stand for things named."""
 
-_PLAIN: Final[dict[int, int | str]] = {
+_PLAIN: Final[dict[int, int | str | None]] = {
     **{code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)},  # full-width forms
     **{code: code - 0x24B6 + ord("A") for code in range(0x24B6, 0x24D0)},  # letters in circles
     **{code: code - 0x24D0 + ord("a") for code in range(0x24D0, 0x24EA)},
     **dict.fromkeys(range(0xE000, 0xE100), " "),  # what stands for things named, here
     0x2212: "-", 0x3000: " ", 0xA0: " ", 0x3001: ",", 0x3002: ".", 0x3010: "[", 0x3011: "]", 0x2019: "'",
-    **dict.fromkeys((0x200B, 0x200C, 0x200D, 0xFEFF), None),  # type: ignore[arg-type]
+    **dict.fromkeys((0x200B, 0x200C, 0x200D, 0xFEFF), None),
 }
 _HAN: Final = "\u2e80-\u2fff\u3005-\u9fff\uf900-\ufaff"
 _SEAM = re.compile(rf"(?<=[{_HAN}])(?=[A-Za-z0-9$\\(])|(?<=[A-Za-z0-9$)}}])(?=[{_HAN}])")

@@ -69,7 +69,7 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "vLLM's word for no number": (logprob(-9999.0), "its log-probabilities are invalid"),
     "a probability above 1": (logprob(0.5), "its log-probabilities are invalid"),
     "null": (logprob(None), "not of vLLM's form"),
-    "other tokens": (first(lambda choice: choice["token_ids"].reverse()), "with the log-probabilities of 3, or of"),
+    "other tokens": (first(lambda choice: choice["token_ids"].reverse()), "its 3 tokens do not match their 3"),
     "unknown tokens": (changed(lambda reply: lift(reply["choices"][0])), "outside the vocabulary"),
     "too few tokens": (first(shorten), "a completion has 2 tokens and the finish reason 'length'"),
     "too many tokens": (first(lengthen), "a completion has 4 tokens"),

@@ -102,3 +102,12 @@ def test_both_are_found_at_once() -> None:
 def test_rows_without_boxes_say_nothing() -> None:
     assert likely_convention([], GIVEN) is None
     assert likely_convention([BoxedRow("row 0", (), (640, 480), 1, None, BoxForm.XYXY)], GIVEN) is None
+
+
+def test_rows_that_go_beyond_their_images_are_not_all_thousandths() -> None:
+    """Thousandths would go beyond images of 640 x 480 in most rows; a sixth of them is labelled on other images."""
+    beyond = [
+        one._replace(numbers=((10.0, 10.0, 900.0, 470.0),)) if i % 6 == 0 else one
+        for i, one in enumerate(rows("xyxy", "small"))
+    ]
+    assert likely_convention(beyond, GIVEN) is None

@@ -53,7 +53,7 @@ def test_the_metric_before_training_counts() -> None:
     assert drift(steps, None, "map") is None
     message = drift(steps, 0.4, "map")
     assert message is not None
-    assert "was 0.400 before training and is 0.200: length 100 → 300" in message
+    assert "was 0.400 before training and is 0.200 now; length 100 → 300" in message
 
 
 def test_what_is_not_measured_does_not_drift() -> None:

@@ -31,8 +31,8 @@ class Detection(NamedTuple):
 
 
 AnswerKind = Literal["choice", "yes_no", "numeric", "exact", "math", "edit"]
-"""How an answer is compared with the true one: `choice` by the letter, or the set of letters, `yes_no` by the word, `numeric` within a
-tolerance, `exact` as a normalised string, `math` symbolically, `edit` by the share of characters that are right."""
+"""How an answer is compared with the true one: `choice` by the letter or the set of letters, `yes_no` by the word,
+`numeric` within a tolerance, `exact` as a normalised string, `math` symbolically, `edit` by how much is right."""
 
 
 class Answer(NamedTuple):

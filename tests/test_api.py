@@ -1,0 +1,108 @@
+"""Training and evaluation from Python."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import pytest
+import torch
+import transformers
+from accelerate import PartialState
+
+import vlmenv
+from vlmenv.agents.vlm import VLMAgent
+from vlmenv.algos import RLOO, RLOOConfig
+from vlmenv.core.errors import ConfigError
+from vlmenv.options.evaluate import EvalConfig
+from vlmenv.options.fields import replaced
+from vlmenv.options.files import read_options
+from vlmenv.options.train import default_config
+
+SMALL: dict[str, Any] = {"steps": 1, "prompts_per_step": 2, "device": "cpu", "tracker": "none"}
+
+
+def state() -> tuple[Any, ...]:
+    """What a process shares: environment, search path, signals, hooks, random state, progress bars, accelerate."""
+    signals = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    bars, shared = transformers.utils.logging.is_progress_bar_enabled(), dict(PartialState._shared_state)
+    random = torch.get_rng_state().tolist()
+    return dict(os.environ), list(sys.path), signals, threading.excepthook, random, bars, shared
+
+
+def test_a_run_is_given_back_with_its_metrics_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    before = state()
+    run = vlmenv.train(output=tmp_path / "run", group_size=2, learning_rate=1e-4, eval_limit=2, **SMALL)
+    assert state() == before
+    assert [set(step) >= {"reward/mean", "reward/iou"} for step in run.history] == [True]
+    assert run.before is not None
+    assert run.after is not None
+    assert run.before.keys() == run.after.keys() >= {"iou/mean"}
+    assert run.model == tmp_path / "run" / "checkpoints" / "step-1"
+    asked = read_options(tmp_path / "run" / "config.yaml")
+    assert (asked["lr"], asked["group_size"], asked["steps"]) == (1e-4, 2, 1)
+    measured = vlmenv.evaluate(model=run.path, eval_limit=2, device="cpu", split="eval")
+    assert measured.metrics["iou/mean"].value == pytest.approx(run.after["iou/mean"].value)
+    assert state() == before
+
+
+def test_environments_an_agent_and_an_algorithm_of_ones_own(tmp_path: Path) -> None:
+    """The agent is trained in place, and the record tells of what was given."""
+    envs = gymnasium.make_vec("VLM-REC-v0", num_envs=4, group_size=2, rewards={"iou": 1.0})
+    agent = VLMAgent.from_pretrained("builtin", device="cpu")
+    weights = [weight.clone() for weight in agent.parameters()]
+    algorithm = RLOO(RLOOConfig(group_size=2, epsilon=0.3))
+    run = vlmenv.train(envs, agent, algorithm, output=tmp_path / "run", lr=1e-2, warmup_steps=0, **SMALL)
+    assert any(not torch.equal(*pair) for pair in zip(weights, agent.parameters(), strict=True))
+    assert agent.act([{"images": (), "prompt": "hello"}])  # it has not been closed
+    resolved = read_options(run.path / "resolved.yaml")
+    assert (resolved["algo"], resolved["rloo"]["epsilon"], resolved["rewards"]) == ("rloo", 0.3, {"iou": 1.0})
+    assert run.before is None
+    with pytest.raises(
+        ConfigError, match="show each sample 2 times, but group_size is 8: make them"
+    ):
+        vlmenv.train(envs, agent, output=tmp_path / "other", **SMALL)
+
+
+def test_a_config_object_or_a_file_takes_keyword_arguments_on_top(tmp_path: Path) -> None:
+    config = replaced(default_config("dapo"), {"group_size": 2, "eval_limit": 0, **SMALL})
+    run = vlmenv.train(config=config, output=tmp_path / "object", seed=3)
+    (tmp_path / "c.yaml").write_text("algo: dapo\ngroup_size: 2\neval_limit: 0\nsteps: 5\n")
+    same = vlmenv.train(config=tmp_path / "c.yaml", output=tmp_path / "file", seed=3, **SMALL)
+    assert [one["reward/mean"] for one in run.history] == [one["reward/mean"] for one in same.history]
+    assert read_options(run.path / "config.yaml")["seed"] == 3
+    config = replaced(EvalConfig(), {"eval_limit": 1, "device": "cpu"})
+    assert len(vlmenv.evaluate(config=config).answers) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stepz": 1}, "unknown option 'stepz'. Did you mean 'steps'?"),
+        ({"steps": "many"}, "steps must be a whole number, not 'many'"),
+        ({"algo": "ppo", "scale": "none"}, "ppo has no option 'scale'"),
+        ({"recipe": "x"}, "unknown recipe 'x'"),
+        ({"env": "VLM-X-v0"}, "unknown environment 'VLM-X-v0'"),
+    ],
+)
+def test_wrong_options_are_named(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        vlmenv.train(output=tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_suite_is_no_matter_of_evaluate() -> None:
+    with pytest.raises(ConfigError, match="vlmenv eval --suite"):
+        vlmenv.evaluate(suite="vlm_r1")
+
+
+def test_the_package_says_what_it_offers() -> None:
+    assert set(dir(vlmenv)) == set(vlmenv.__all__)
+    assert all(callable(getattr(vlmenv, name)) for name in vlmenv.__all__ if name != "__version__")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        vlmenv.nothing  # noqa: B018
