@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
@@ -224,10 +224,10 @@ def _begun(
                 run.check_new()
             elif not config.dry_run:
                 found = find_checkpoint(run)
-    found = broadcast_object_list([found])[0]
+    (found,) = broadcast_object_list([found])
     for note in found.notes:
         say(f"warning: {note}", console)
-    return found
+    return cast(Found, found)
 
 
 def _compared(

@@ -51,7 +51,7 @@ class Lasting:
 def lasting_output() -> Iterator[None]:
     """Keeps the block going when standard output or error can no longer be written."""
     former = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (Lasting(stream) for stream in former)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = (Lasting(stream) for stream in former)
     try:
         yield
     finally:
