@@ -48,7 +48,8 @@ def test_another_process_is_named_until_it_is_killed(tmp_path: Path) -> None:
 
 def test_a_second_run_in_one_process_is_refused(tmp_path: Path) -> None:
     with (
-        locked(tmp_path, print), pytest.raises(ConfigError, match="another run in this process"),
+        locked(tmp_path, print),
+        pytest.raises(ConfigError, match="another run in this process"),
         locked(tmp_path / ".." / tmp_path.name, print),
     ):
         pass

@@ -24,13 +24,14 @@ from rich.table import Table
 from vlmenv.algos import ALGORITHMS
 from vlmenv.building import say
 from vlmenv.commands import evaluate, sample, train
-from vlmenv.core.errors import ConfigError, unknown_name
+from vlmenv.core.errors import ConfigError, ModelError, unknown_name
 from vlmenv.core.files import write_atomic
 from vlmenv.options.command_line import Asked
 from vlmenv.options.files import as_arguments, packaged_file, read_options
 from vlmenv.options.parsing import parse_plain
 from vlmenv.options.pipeline import PipelineConfig
 from vlmenv.runs.lock import locked
+from vlmenv.runs.models import newest_model
 from vlmenv.runs.run_folder import RunFolder
 
 _REFERENCE = re.compile(r"\{(\w+)\}(/model$|/|$)")
@@ -239,9 +240,10 @@ def _filled(value: Any, folder: Path, finished: bool) -> Any:
     stage = folder / found[1]
     if found[2] != "/model" or not finished:
         return f"{stage}{value[found.end(1) + 1 :]}"
-    if not (saved := RunFolder(stage).checkpoints()):
-        raise ConfigError(f"'{value}': {stage} holds no model")
-    return str(saved[-1])
+    try:
+        return str(newest_model(RunFolder(stage))[0])
+    except ModelError as error:
+        raise ConfigError(f"'{value}': {error}") from error
 
 
 _COMMANDS: Final[dict[str, Any]] = {"train": train, "sample": sample, "eval": evaluate}

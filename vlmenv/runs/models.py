@@ -55,15 +55,27 @@ def checkpoint_of(name: str) -> tuple[Path, str] | None:
         best = run.best()
         measured = f"{best.get('metric')} {best.get('value')} at step {best.get('step')}"
         return run.path / "best", f"best checkpoint ({measured})"
-    if not (saved := run.checkpoints()):
-        raise ModelError(f"{name}: the run has no checkpoint yet")
-    faults = dict[Path, str]()
-    for folder in reversed(saved):
+    folder, is_newest = newest_model(run)
+    which = "newest checkpoint" if is_newest else "newest whole checkpoint"
+    return folder, f"{which} (step {run.step_of(folder)})"
+
+
+def newest_model(run: RunFolder) -> tuple[Path, bool]:
+    """The newest checkpoint of a run whose model is whole, and whether there is no newer one.
+
+    Raises:
+        ModelError: There is none.
+    """
+    faults: list[str] = []
+    for folder in reversed(run.checkpoints()):
         if (fault := model_damage(folder)) is None:
-            newest = "newest whole checkpoint" if faults else "newest checkpoint"
-            return folder, f"{newest} (step {run.step_of(folder)})"
-        faults[folder] = fault
-    raise ModelError(f"{name}: none of the run's checkpoints is whole; {saved[-1]}: {faults[saved[-1]]}")
+            return folder, not faults
+        faults.append(f"{folder}: {fault}")
+    raise ModelError(
+        f"{run.path}: the run has no whole checkpoint. {faults[0]}"
+        if faults
+        else f"{run.path}: the run has no checkpoint yet"
+    )
 
 
 def model_damage(folder: Path) -> str | None:
