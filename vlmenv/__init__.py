@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vlmenv.algos import register_algorithm
     from vlmenv.api import Run, evaluate, train
     from vlmenv.building import register_engine
+    from vlmenv.envs import register_reward
     from vlmenv.runs.tracking import register_tracker
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "register_algorithm",
     "register_engine",
     "register_family",
+    "register_reward",
     "register_task",
     "register_tracker",
     "train",
@@ -38,6 +40,7 @@ _PLACES: Final = {
     "register_algorithm": "vlmenv.algos",
     "register_engine": "vlmenv.building",
     "register_family": "vlmenv.agents.families",
+    "register_reward": "vlmenv.envs",
     "register_tracker": "vlmenv.runs.tracking",
 }
 

@@ -146,7 +146,7 @@ def _first_lines(text: str) -> str:
 
 
 # What is denied. The patterns are tried on texts in which marks stand for what is named.
-_ALIKE: Final = rf"{MARKS}(?:(?:\s*,\s*{MARKS})*\s*,?\s*(?:\b(?:or|nor|and)\b|或|和|与)\s*{MARKS})?"
+_ALIKE: Final = rf"{MARKS}(?:(?:\s?,\s?{MARKS}){{0,25}}\s?,?\s?(?:\b(?:or|nor|and)\b|或|和|与)\s?{MARKS})?"
 _BREAK: Final = rf"{MARKS}|\b(?:but|so|therefore|hence|because|since)\b|但|所以|因此|而是"
 _CLAUSE: Final = rf"(?:(?!{_BREAK})[^.,;:!?\n]){{0,80}}?"
 # "could not have been used is A" names A, other than "I do not think it is A".

@@ -240,9 +240,9 @@ _AFTER_A_LETTER: Final = (
     r"(?:or|and|is|isn|are|was|because|since|as|but|for|with|seems|looks|matches|fits|cannot|can|could|does|doesn|do|has"
     r"|would|should|must|will|not|rather|instead|over|which|that|only|works|so|to|though|while|if)\b"
 )
-_ITEM: Final = r"(?:{U}|{E}(?=[)\].,;:!?/&+\n]|$| (?:or|and)\b| ?[或和与]))"
+_ITEM: Final = r"(?:{U}|(?![A-Z]){E}(?=[)\].,;:!?/&+\n]|$| (?:or|and)\b| ?[或和与]))"
 _LETTER_FORMS: Final = (
-    rf"(?<![\w'.\\-])[(\[]?{_ITEM}(?:{_SEPARATED}{_ITEM})+(?!['-]?{_INNER})(?! [a-z]{{{{2}}}}|\()[)\]]?",  # a list
+    rf"(?<![\w'.\\-])[(\[]?{_ITEM}(?:{_SEPARATED}{_ITEM}){{{{1,40}}}}(?!['-]?{_INNER})(?! [a-z]{{{{2}}}}|\()[)\]]?",  # a list
     rf"(?<![\w(\[\\])(?:[(\[]{{E}}[)\]]|{{E}}[)\]]|{{U}}[.:](?= ?(?:{_INNER}|{_CHOICE}|[\\$(\[{{{{+-])))",  # labels
     r"(?<![A-Za-z])(?i:(?:answer|option|choice|letter|choose|select|pick)(?: (?:is|would be|must be|should be))?:?)"
     r" [(\[]?"

@@ -19,7 +19,7 @@ from pycocotools.coco import COCO
 import vlmenv.commands.suite
 from vlmenv.agents.vlm import VLMAgent, find_model
 from vlmenv.cli import main
-from vlmenv.commands.suite import VLM_R1, Found, all_right, image_root, run_suite
+from vlmenv.commands.suite import SUITES, VLM_R1, Found, all_right, image_root, run_suite
 from vlmenv.core.answers import Detection, parse_detections, write_detections
 from vlmenv.core.errors import ConfigError, DataError, ModelError
 from vlmenv.core.formats import AnswerFormat
@@ -442,8 +442,8 @@ def test_what_was_measured_is_not_measured_anew(tmp_path: Path, scripted: Script
     assert (first["refcocog_val"]["iou/mean"].value, again["refcocog_val"]["iou/mean"].value) == (0, 1)
     run_suite(config)
     assert len(scripted.asked) == 3
-    with pytest.raises(ConfigError, match=r"out holds results with another limit, see .*: give another --output"):
-        run_suite(options("vlm_r1", tmp_path / "data", tmp_path / "out", limit=2))
+    with pytest.raises(ConfigError, match=r"out holds results with another eval_limit, see .*: give another --output"):
+        run_suite(options("vlm_r1", tmp_path / "data", tmp_path / "out", eval_limit=2))
 
 
 def test_measuring_goes_on_with_other_servers_and_from_another_folder(
@@ -515,3 +515,22 @@ def test_the_command_with_the_builtin_model(tmp_path: Path, capsys: pytest.Captu
     main([*args, "--eval-limit", "2", "--max-new-tokens", "8", "--device", "cpu"])
     assert "refcocog_val" in capsys.readouterr().out
     assert set(stored(tmp_path / "out")) == {"refcoco_val", "refcocog_val"}
+
+
+def test_a_data_set_that_fails_does_not_take_the_others_with_it(
+    tmp_path: Path, scripted: Scripted, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One cannot be opened, which is told before anything is asked; the other's results are there."""
+    refcoco(tmp_path / "data")
+    (file,) = (tmp_path / "data").rglob("refcocog_val.json*")
+    file.write_text("{broken\n")
+    with pytest.raises(DataError, match=r"1 data sets could not be measured; .*refcocog_val: .*refcocog_val\.json"):
+        run_suite(options("vlm_r1", tmp_path / "data", tmp_path / "out"))
+    assert "refcocog_val cannot be measured" in " ".join(capsys.readouterr().out.split())
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()).keys() == {"refcoco_val"}
+
+
+def test_the_split_that_was_measured_is_named() -> None:
+    (entry,) = [one for one in SUITES["pebr_r1"].entries if one.name == "math_vision"]
+    titles = [Found(entry, (Path(name),), Path()).title for name in ("testmini.jsonl", "test-00000-of-00001.parquet")]
+    assert titles == ["math_vision (testmini)", "math_vision (test)"]

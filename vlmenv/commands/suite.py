@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -16,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from vlmenv.agents.vlm import VLMAgent
-from vlmenv.building import DTYPES, load_agent, prepared, report_broken_rows, report_skipped, task_arguments
-from vlmenv.core.errors import ConfigError, DataError
+from vlmenv.building import DTYPES, load_agent, prepared, report_broken_rows, report_skipped, say, task_arguments
+from vlmenv.core.errors import ConfigError, DataError, RewardError
 from vlmenv.core.files import write_atomic
 from vlmenv.envs.data.benchmarks import hallusion_bench, math_vision, mathverse, mathvista, mmstar
 from vlmenv.envs.data.coco import filtered_instances
@@ -179,6 +180,17 @@ class Found:
     folder: Path
     """the folder of data that it is in"""
 
+    @property
+    def title(self) -> str:
+        """Its name, with the split of its files if it may be measured on several."""
+        splits = {_split(pattern) for pattern in self.entry.files}
+        return f"{self.entry.name} ({_split(self.files[0].name)})" if len(splits) > 1 else self.entry.name
+
+
+def _split(file: str) -> str:
+    """The split that a file's name begins with: the letters before the first other character."""
+    return re.split(r"[^a-z]", file.rpartition("/")[2])[0]
+
 
 def run_suite(config: EvalConfig, notes: Sequence[str] = ()) -> dict[str, dict[str, Interval]]:
     """`vlmenv eval --suite`: measures what has not been measured yet, and shows the paper's table.
@@ -188,7 +200,7 @@ def run_suite(config: EvalConfig, notes: Sequence[str] = ()) -> dict[str, dict[s
 
     Raises:
         ConfigError: Options that do not go with a suite, or with what the output folder holds.
-        DataError: None of the data sets is there, or one cannot be read.
+        DataError: None of the data sets is there; or some cannot be measured, which is raised after the others are.
     """
     suite = _checked(config)
     processes, console = prepared(config, notes)
@@ -205,19 +217,52 @@ def _run(suite: Suite, config: EvalConfig, processes: Processes, console: Consol
     with shared_failure(accelerator):
         if accelerator.is_main_process:
             claim(config.output, config, begun=any(config.output.glob("*/metrics.json")))
-    if todo:
+    faults: dict[str, str] = {}
+    opened = _opened(todo, config, processes, console, faults)
+    if opened:
         with closing(load_agent(config, accelerator.device, DTYPES[config.weights])) as agent:
-            for one in todo:
+            for one, envs in opened:
                 agent.seed(config.seed + accelerator.process_index)
-                _measure(one, config, agent, console, processes)
+                with closing(envs), _kept_apart(one, faults):
+                    _measure(one, envs, config, agent, console, processes)
     processes.accelerator.wait_for_everyone()
+    found = [one for one in found if one.entry.name not in faults]
     results = {one.entry.name: read_metrics(config.output / one.entry.name) for one in found}
     means = dict(_means(suite, results))
     if accelerator.is_main_process:
         _write(config.output / "metrics.json", results | means)
     console.print(suite_table(config, suite, found, results | means))
     accelerator.state.destroy_process_group()
+    if faults:
+        told = "; ".join(f"{name}: {fault}" for name, fault in faults.items())
+        raise DataError(f"{len(faults)} data sets could not be measured; the others are in {config.output}. {told}")
     return results
+
+
+@contextmanager
+def _kept_apart(one: Found, faults: dict[str, str]) -> Iterator[None]:
+    """Notes what is wrong with a data set, so that the others are measured all the same."""
+    try:
+        yield
+    except (DataError, ConfigError, RewardError) as error:
+        faults[one.entry.name] = str(error)
+
+
+def _opened(
+    todo: Sequence[Found], config: EvalConfig, processes: Processes, console: Console, faults: dict[str, str]
+) -> list[tuple[Found, VisualTaskVectorEnv]]:
+    """Opens all data sets before the model is loaded, and prints which files are measured."""
+    opened = []
+    for one in todo:
+        with _kept_apart(one, faults):
+            envs = _open(one, config, processes)
+            files = ", ".join(str(file.relative_to(one.folder)) for file in one.files)
+            say(f"{one.title}: {files}, {sample_count(envs, config.eval_limit)} samples", console)
+            report_broken_rows(envs, console)
+            opened.append((one, envs))
+    for name, fault in faults.items():
+        say(f"{name} cannot be measured: {fault}", console)
+    return opened
 
 
 def _checked(config: EvalConfig) -> Suite:
@@ -264,30 +309,33 @@ def find(suite: Suite, config: EvalConfig, console: Console) -> list[Found]:
     return found
 
 
-def _measure(one: Found, config: EvalConfig, agent: VLMAgent, console: Console, processes: Processes) -> None:
-    """Answers a data set and writes what comes of it into its folder."""
+def _open(one: Found, config: EvalConfig, processes: Processes) -> VisualTaskVectorEnv:
+    """The environments of a data set."""
     assert config.output is not None
-    output, suite = config.output / one.entry.name, SUITES[config.suite or ""]
-    arguments = task_arguments(config)
+    suite, arguments = SUITES[config.suite or ""], task_arguments(config)
     arguments["answer_format"] = config.prompts.answer_format or suite.answer_format
     if config.scorers.judge_url is not None and one.entry.env in _JUDGED:
         arguments["rewards"] = {"accuracy": 1.0, "judge": 1.0}
     else:
         arguments["extra_terms"] = None
-    dataset, image_root = _dataset(one, output, processes)
-    envs = make_eval_envs(
-        config, one.entry.env, dataset=dataset, image_root=image_root, skip_broken=config.data.skip_broken, **arguments
-    )
-    report_broken_rows(envs, console)
+    dataset, root = _dataset(one, config.output / one.entry.name, processes)
+    data = {"dataset": dataset, "image_root": root, "skip_broken": config.data.skip_broken}
+    return make_eval_envs(config, one.entry.env, **data, **arguments)
+
+
+def _measure(
+    one: Found, envs: VisualTaskVectorEnv, config: EvalConfig, agent: VLMAgent, console: Console, processes: Processes
+) -> None:
+    """Answers a data set and writes metrics and answers into its folder."""
+    assert config.output is not None
     count, greedy = sample_count(envs, config.eval_limit), config.samples is None
     title = f"{one.entry.name}, {count} samples"
     evaluation = evaluate(agent, envs, count, greedy=greedy, title=title, console=console, processes=processes)
-    envs.close()
     report_skipped(evaluation.skipped, count, console)
     for name, parts in one.entry.all_right.items():
         evaluation.metrics[name] = all_right(evaluation.answers, parts)
     if processes.accelerator.is_main_process:
-        write_evaluation(evaluation, output)
+        write_evaluation(evaluation, config.output / one.entry.name)
 
 
 def _dataset(one: Found, output: Path, processes: Processes) -> tuple[list[Any], Path | None]:
@@ -386,13 +434,14 @@ def suite_table(
     caption = "95 % intervals by bootstrap over samples"
     columns = ("data set", "metric", "value", "unparsable")
     table = Table(*columns, title=title, title_justify="left", caption=caption, caption_justify="left")
+    titles = {one.entry.name: one.title for one in found}
     shown = {one.entry.name: (*one.entry.shows, "judge", *one.entry.all_right) for one in found}
     for name, metrics in results.items():
         wanted = shown.get(name, tuple(metrics))
         subjects = [metric for metric in metrics if metric.startswith("accuracy/") and metric not in wanted]
         unparsable = f"{metrics['unparsable'].value:.1%}" if "unparsable" in metrics else ""
         for metric in (metric for metric in (*wanted, *subjects) if metric in metrics):
-            table.add_row(name, metric, written(metrics[metric]), unparsable)
+            table.add_row(titles.get(name, name), metric, written(metrics[metric]), unparsable)
     return table
 
 

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from vlmenv.algos.batch import NO_TERMS
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.evaluation import Evaluation
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 _NUM_COLUMNS = 8
 _DRIFTING = ("completion/length", "completion/repetition", "completion/box_ratio")
+
+
+def _matplotlib() -> Any:
+    """Imports matplotlib. Pictures need no backend, so an MPLBACKEND that is absent here must not fail the import."""
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib.figure
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    return matplotlib
 
 
 def draw_curve(path: Path, history: Sequence[dict[str, float]], warned: Sequence[int] = ()) -> None:
@@ -35,7 +47,7 @@ def draw_curve(path: Path, history: Sequence[dict[str, float]], warned: Sequence
     terms = [name for name in every if name.startswith("reward/") and name not in NO_TERMS]
     held_out = [name for name in every if name.startswith("eval/")][:1]
     panels = 2 if held_out else 1
-    figure = Figure(figsize=(7, 1 + 3 * panels), layout="constrained")
+    figure = _matplotlib().figure.Figure(figsize=(7, 1 + 3 * panels), layout="constrained")
     grid = figure.subplots(panels, squeeze=False)[:, 0]
     _draw_lines(grid[0], history, terms)
     grid[0].set(ylabel="mean over completions")
@@ -54,7 +66,7 @@ def draw_curve(path: Path, history: Sequence[dict[str, float]], warned: Sequence
 def _draw_lines(axes: Axes, history: Sequence[dict[str, float]], names: Sequence[str], relative: bool = False) -> None:
     """Draws metrics over the steps that have them, and their moving means as thicker lines."""
     width = max(1, len(history) // 20)
-    for colour, name in zip(mpl.color_sequences["tab10"] * 9, names, strict=False):
+    for colour, name in zip(_matplotlib().color_sequences["tab10"] * 9, names, strict=False):
         steps = np.array([step for step, metrics in enumerate(history, 1) if name in metrics])
         values = np.array([metrics[name] for metrics in history if name in metrics])
         values = values / (values[0] or 1) if relative else values
@@ -69,7 +81,7 @@ def draw_samples(path: Path, envs: VisualTaskVectorEnv, before: Evaluation, afte
     """Draws the first evaluation samples with true and predicted boxes, before and after training."""
     rows: list[tuple[str, Sequence[dict[str, Any]]]] = [("before", before.answers), ("after", after.answers)]
     columns = min(_NUM_COLUMNS, len(after.answers))
-    figure = Figure(figsize=(2 * columns, 4.6), layout="constrained")
+    figure = _matplotlib().figure.Figure(figsize=(2 * columns, 4.6), layout="constrained")
     grid = figure.subplots(2, columns, squeeze=False)
     for row, (name, answers) in enumerate(rows):
         for column in range(columns):
