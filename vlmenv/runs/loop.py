@@ -169,8 +169,8 @@ class TrainingLoop:
         if metric is None:
             return
         before = None if self.before is None else self.before.metrics[metric].value
-        if (message := drift(self.history, before, metric)) is not None:
-            self._warn(result.step, message, "drift")
+        if (drifting := drift(self.history, before, metric)) is not None:
+            self._warn(result.step, drifting, "drift")
 
     def _warn(self, step: int, message: str, kind: str) -> None:
         self.run.write_warning(step, message, kind)
