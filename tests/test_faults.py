@@ -230,7 +230,7 @@ def test_weights_that_are_not_finite_are_not_saved(builtin: VLMAgent, tmp_path: 
     weight = builtin.policy.get_parameter("model.model.visual.patch_embed.proj.bias")
     good, weight.data[0] = weight.data[0].item(), torch.nan
     run = RunFolder(tmp_path)
-    with pytest.raises(CheckpointError, match=r"step-1 is not written, because the weights model\.model\.visual\.patch_embed"):
+    with pytest.raises(CheckpointError, match=r"step-1 is not written, because .*visual\.patch_embed"):
         save_checkpoint(trainer, run)
     assert not list(tmp_path.iterdir())
     weight.data[0] = good
@@ -266,11 +266,11 @@ def test_an_error_in_one_process_ends_all(data: Path, tmp_path: Path) -> None:
         [*command, "--eval-limit", "0"], capture_output=True, text=True, timeout=300, check=False, env=environment
     )
     assert done.returncode != 0
-    broken = "rows.jsonl:8: "
+    broken = "rows.jsonl:8"
     errors = [line for line in done.stderr.splitlines() if line.startswith("error in process ")]
     assert len(errors) == 2
-    assert all(broken in line for line in errors)
-    assert sum(": process " in line for line in errors) == 1
+    assert all(broken in line for line in errors), errors
+    assert sum(": rank " in line for line in errors) == 1
     taken = len(rows(run / "metrics.jsonl"))
     assert 0 < taken < 9
     assert {path.name for path in (run / "checkpoints" / f"step-{taken}").glob("*.pt")} == {
