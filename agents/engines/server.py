@@ -34,7 +34,6 @@ from vlmenv.agents.engines.base import Engine, Request, assign_completions
 from vlmenv.agents.engines.checks import check_names, check_prompt, untied
 from vlmenv.agents.engines.direct import DirectTransfer
 from vlmenv.agents.engines.files import NAME, private_folder, remove_stale, roomy
-from vlmenv.agents.engines.fingerprints import file_digest
 from vlmenv.agents.engines.ranks import broadcast_from_main
 from vlmenv.agents.engines.remote import RetryPolicy, Server
 from vlmenv.agents.engines.replies import Answer, OtherModelFault, RefusedTokenFault, Served, ServerFault
@@ -43,6 +42,7 @@ from vlmenv.agents.engines.worker import weight_shapes
 from vlmenv.agents.families import Family
 from vlmenv.agents.sampling import Sampled
 from vlmenv.core.errors import EngineError
+from vlmenv.core.files import file_digest
 from vlmenv.core.sampling import Sampling
 
 _AT_ONCE = 64

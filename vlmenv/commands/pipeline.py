@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from vlmenv.algos import ALGORITHMS
+from vlmenv.building import say
 from vlmenv.commands import evaluate, sample, train
-from vlmenv.core.errors import ConfigError, unknown_name
+from vlmenv.core.errors import ConfigError, ModelError, unknown_name
 from vlmenv.core.files import write_atomic
 from vlmenv.core.urls import MASK, hidden
 from vlmenv.envs.rewards.judge import URL as JUDGE_URL
@@ -31,6 +32,8 @@ from vlmenv.options.command_line import Asked
 from vlmenv.options.files import as_arguments, packaged_file, read_options
 from vlmenv.options.parsing import parse_plain
 from vlmenv.options.pipeline import PipelineConfig
+from vlmenv.runs.lock import locked
+from vlmenv.runs.models import newest_model
 from vlmenv.runs.run_folder import RunFolder
 
 _REFERENCE = re.compile(r"\{(\w+)\}(/model$|/|$)")
@@ -154,13 +157,18 @@ def run(config: PipelineConfig) -> Path:
     for step in steps:
         _parsed(step, pipeline.file, folder)  # raises now what is wrong with a stage to come
     console = Console()
+    with locked(folder, lambda line: say(f"warning: {line}", console)):
+        _go_through(steps, pipeline, folder, config.launch, console)
+    return folder
+
+
+def _go_through(steps: Sequence[Step], pipeline: Pipeline, folder: Path, launch: str | None, console: Console) -> None:
     for number, step in enumerate(steps, 1):
         if step is pipeline.stages[0]:
             _found(pipeline, folder / "evaluation" / _BASE)  # raises now where a metric to be shown is none
         console.rule(f"{step.name} ({number} of {len(steps)})", align="left")
-        _do(step, folder, config.launch, console)
+        _do(step, folder, launch, console)
     _report(pipeline, folder, console)
-    return folder
 
 
 def _steps(pipeline: Pipeline) -> list[Step]:
@@ -246,9 +254,10 @@ def _filled(value: Any, folder: Path, finished: bool) -> Any:
     stage = folder / found[1]
     if found[2] != "/model" or not finished:
         return f"{stage}{value[found.end(1) + 1 :]}"
-    if not (saved := RunFolder(stage).checkpoints()):
-        raise ConfigError(f"'{value}': {stage} holds no model")
-    return str(saved[-1])
+    try:
+        return str(newest_model(RunFolder(stage))[0])
+    except ModelError as error:
+        raise ConfigError(f"'{value}': {error}") from error
 
 
 _COMMANDS: Final[dict[str, Any]] = {"train": train, "sample": sample, "eval": evaluate}

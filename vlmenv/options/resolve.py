@@ -18,7 +18,7 @@ from vlmenv.options.train import RIVALS, default_config
 
 RECORD: Final = "record"
 """Part of a resolved.yaml that tells how a run was made. It holds no options."""
-NAMING: Final = ("config", "recipe", "resume", "dry_run")
+NAMING: Final = ("config", "recipe", "resume", "dry_run", "data_changed")
 """Options that name files of options or a way to run, and so cannot stand in a file."""
 
 
