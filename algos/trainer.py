@@ -172,6 +172,7 @@ class Trainer:
         self._reset_with: dict[str, Any] = {}  # the arguments of the next reset
         self._ahead: Collected | Exception | None = None  # the next step's batch, once it is collected
         self._is_synced = False
+        self._unseeded = False  # a rank that the checkpoint had no state of
         self._seen: dict[str, Any] | None = None  # the environments' state of their samples, as of `_shown`
         self.replay = Replay(algorithm.replay, group_size) if algorithm.replay else None
         self.is_between_steps = True
@@ -214,6 +215,10 @@ class Trainer:
         self._seed = seed
         if self.step == 0:
             self.agent.seed(seed + self.accelerator.process_index)
+        elif self._unseeded:
+            drawn = np.random.SeedSequence([seed, self.step, self.accelerator.process_index]).generate_state(1)[0]
+            self.agent.seed(int(drawn))
+            torch.manual_seed(int(drawn))
         seen = {"skip": self._shown} if self._seen is None else {"state": self._seen}
         self._reset_with = {"seed": seed, "options": seen if self._shown else None}
         while self.step < self.config.steps:
@@ -313,31 +318,45 @@ class Trainer:
             made["replay"] = Replay.state_dict(self._own_replay)
         return self._own | made | self.processes.rank_state()
 
-    def load(self, folder: Path, state: dict[str, Any], own: dict[str, Any]) -> None:
+    def load(self, folder: Path, state: dict[str, Any], own: dict[str, Any] | None, *, same_ranks: bool = True) -> None:
         """Restores a checkpoint.
 
         Args:
             folder: Folder with the weights.
             state: Result of `state_dict`.
-            own: Result of this rank's `process_state`.
+            own: Result of this rank's `process_state`. None: a rank that the checkpoint does not know; it seeds itself
+                when training goes on.
+            same_ranks: If false, another number of ranks saved it. What ranks know of samples and keep for replay is
+                then dropped.
         """
         self.step, self._shown, self._skipped = state["step"], state["shown"], state["skipped"]
         given = [
             {name: group[name] for name in ("initial_lr", "weight_decay")} for group in self.optimizer.param_groups
         ]
-        self.processes.load(folder, state, own)
+        self.processes.load(folder, state, own or {})
         for group, options in zip(self.optimizer.param_groups, given, strict=True):
             group |= options  # options may have changed since the checkpoint
         self.scheduler = LambdaLR(self.optimizer, self.config.lr_factor, self.step - 1)
+        self._unseeded = own is None
+        if own is not None:
+            self._restore_random(own)
+        kept = own if own is not None and same_ranks else {}
+        self._ahead = Collected.from_state(kept["ahead"]) if "ahead" in kept else None
+        self._seen = kept.get("seen")
+        if self.replay is not None and "replay" in kept:  # replay may have been switched on since the checkpoint
+            self.replay.load_state_dict(kept["replay"])
+        self._is_synced = False
+        self._remember()
+
+    def _restore_random(self, own: dict[str, Any]) -> None:
         self.agent.set_rng_state(own["agent"])
         torch.set_rng_state(own["torch"])
         if "cuda" in own:
             torch.cuda.set_rng_state(own["cuda"])
-        self._ahead = Collected.from_state(own["ahead"]) if "ahead" in own else None
-        self._seen = own.get("seen")
-        if self.replay is not None and "replay" in own:  # replay may have been switched on since the checkpoint
-            self.replay.load_state_dict(own["replay"])
-        self._is_synced = False
+
+    def forget_samples(self) -> None:
+        """Drops what is known of samples by their index, for a data set that has changed since the checkpoint."""
+        self._seen, self._ahead = None, None
         self._remember()
 
     def _collect(self, clock: dict[str, float]) -> Collected:

@@ -41,7 +41,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        assert self.path == "/v1/chat/completions"
+        assert self.path.partition("?")[0] == "/v1/chat/completions"
         with self.server.lock:
             turn = len(self.server.requests)
             self.server.requests.append(request)

@@ -63,9 +63,7 @@ def test_environments_an_agent_and_an_algorithm_of_ones_own(tmp_path: Path) -> N
     resolved = read_options(run.path / "resolved.yaml")
     assert (resolved["algo"], resolved["rloo"]["epsilon"], resolved["rewards"]) == ("rloo", 0.3, {"iou": 1.0})
     assert run.before is None
-    with pytest.raises(
-        ConfigError, match="show each sample 2 times, but group_size is 8: make them"
-    ):
+    with pytest.raises(ConfigError, match="show each sample 2 times, but group_size is 8: make them"):
         vlmenv.train(envs, agent, output=tmp_path / "other", **SMALL)
 
 

@@ -31,6 +31,8 @@ from vlmenv.runs.run_folder import RunFolder
 
 STEPS, ANSWERS = 5, 8
 """of a run, and in each of its steps"""
+TRIED = 8
+"""Answers that are scored before training, to see that the task takes its own right answers for right."""
 
 
 @pytest.fixture(autouse=True)
@@ -126,7 +128,7 @@ def test_a_run_goes_on_once_the_cause_is_gone(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     happens, last, told = FAULTS[fault]
-    run, due = tmp_path / "run", 3 * ANSWERS + 5
+    run, due = tmp_path / "run", TRIED + 3 * ANSWERS + 5
     monkeypatch.setattr(faulty_task, "happens", lambda count: happens(data) if count == due else 0.0)
     try:
         printed = fails(capsys, *options(data, run))
@@ -165,7 +167,7 @@ def test_what_cannot_be_measured_loses_no_step(
     shutil.copytree(data.parent, other)
 
     def happens(count: int) -> float:
-        if count == ANSWERS + 1:
+        if count == TRIED + ANSWERS + 1:
             shutil.rmtree(other / "images")
         return 0.0
 
@@ -181,7 +183,7 @@ def test_what_cannot_be_learnt_from_is_kept(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Rewards from 0 to 3e38, without any scaling, give a gradient that float32 cannot hold."""
-    run, due = tmp_path / "run", 2 * ANSWERS
+    run, due = tmp_path / "run", TRIED + 2 * ANSWERS
     monkeypatch.setattr(faulty_task, "happens", lambda count: 3e38 * (count % 2) * (count > due))
     message = " ".join(fails(capsys, *options(data, run), "--algo", "dr_grpo", "--max-skipped", "1").split())
     folder = run / "nonfinite" / "step-4"
@@ -228,7 +230,7 @@ def test_weights_that_are_not_finite_are_not_saved(builtin: VLMAgent, tmp_path: 
     weight = builtin.policy.get_parameter("model.model.visual.patch_embed.proj.bias")
     good, weight.data[0] = weight.data[0].item(), torch.nan
     run = RunFolder(tmp_path)
-    with pytest.raises(CheckpointError, match=r"step-1 is not written: the weights model\.model\.visual\.patch_embed"):
+    with pytest.raises(CheckpointError, match=r"step-1 is not written, because .*visual\.patch_embed"):
         save_checkpoint(trainer, run)
     assert not list(tmp_path.iterdir())
     weight.data[0] = good
@@ -264,11 +266,11 @@ def test_an_error_in_one_process_ends_all(data: Path, tmp_path: Path) -> None:
         [*command, "--eval-limit", "0"], capture_output=True, text=True, timeout=300, check=False, env=environment
     )
     assert done.returncode != 0
-    broken = "rows.jsonl:8: "
+    broken = "rows.jsonl:8"
     errors = [line for line in done.stderr.splitlines() if line.startswith("error in process ")]
     assert len(errors) == 2
-    assert all(broken in line for line in errors)
-    assert sum(": process " in line for line in errors) == 1
+    assert all(broken in line for line in errors), errors
+    assert sum(": rank " in line for line in errors) == 1
     taken = len(rows(run / "metrics.jsonl"))
     assert 0 < taken < 9
     assert {path.name for path in (run / "checkpoints" / f"step-{taken}").glob("*.pt")} == {

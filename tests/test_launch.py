@@ -6,9 +6,12 @@ import json
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import launch, start
 from PIL import Image
+
+from vlmenv.cli import main
 
 TINY = ["--prompts-per-step", "4", "--group-size", "2", "--eval-limit", "0", "--device", "cpu", "--output", "run"]
 
@@ -50,3 +53,31 @@ def test_a_signal_to_the_launcher_ends_the_run_after_its_step(tmp_path: Path) ->
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [folder.name for folder in (run / "checkpoints").iterdir()] == [f"step-{steps[-1]}"]
     assert f"holds the state after step {steps[-1]}" in out
+
+
+def test_all_ranks_are_told_at_once_and_another_number_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a scheduler ends a job, which the launcher then does again. One rank goes on, and then two."""
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    with start("ddp", "-m", "vlmenv", "train", "--steps", "400", *TINY, cwd=tmp_path) as process:
+        deadline = time.monotonic() + 300
+        while not (run / "metrics.jsonl").is_file():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        second = launch("ddp", "-m", "vlmenv", "train", "--resume", "run", cwd=tmp_path)
+        assert second.returncode == 1
+        assert second.stderr.count("run is written by process ") >= 1
+        for one in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+            one.terminate()
+        out, _ = process.communicate(timeout=300)
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert [folder.name for folder in (run / "checkpoints").iterdir()] == [f"step-{last}"]
+    assert f"holds the state after step {last}" in out
+    main(["train", "--resume", "run", "--steps", str(last + 1)])
+    done = launch("ddp", "-m", "vlmenv", "train", "--resume", "run", "--steps", str(last + 2), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "saved by 1 ranks, and 2 go on: the run is not the same bit for bit" in " ".join(done.stdout.split())
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, last + 3))
+    changes = [json.loads(line) for line in (run / "changes.jsonl").read_text().splitlines()]
+    assert [change["ranks"] for change in changes] == [[2, 1], [1, 2]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,6 +73,7 @@ def evaluate(
     title: str,
     console: Console | None = None,
     processes: Processes | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Answers the first `count` samples of an environment's source.
 
@@ -84,6 +85,7 @@ def evaluate(
         title: What the progress bar says.
         console: Where it is shown.
         processes: Divide the samples between them, and have the answers of all; one does everything where left out.
+        check: Called before each batch; an error that it raises ends the evaluation.
 
     Raises:
         SampleError: A sample cannot be shown, and is not to be left out.
@@ -105,6 +107,7 @@ def evaluate(
     ):
         bar = progress.add_task(title, total=sum(min(envs.num_groups, count - start) for start in own))
         for start in own:
+            check()
             stop = min(start + envs.num_groups, count)
             answers += answer_samples(agent, envs, range(start, stop), greedy)
             progress.advance(bar, stop - start)

@@ -6,6 +6,7 @@ not end the others. A channel uses NCCL if each end has its own GPU, else gloo.
 
 from __future__ import annotations
 
+import hmac
 import math
 import os
 import re
@@ -29,6 +30,7 @@ _c10d: Any = distributed  # hands on names that it does not declare to be its ow
 BUCKET = 256 << 20
 """Bytes of weights per message, so that small weights share one."""
 _WORD = torch.int64
+_DIGEST = 32  # bytes of SHA-256
 _ENVIRONMENT = threading.Lock()
 _EARLY = 0.05
 """Seconds by which torch may give up before its limit, which it rounds to milliseconds."""
@@ -69,10 +71,11 @@ class Channel:
         rank: Number of this end; 0 is the trainer.
         device: Device of this end's model.
         seconds: Time limit of the rendezvous.
+        token: Secret of all ends.
         store: The rendezvous store if this process hosts it.
 
     Raises:
-        ChannelFault: The rendezvous failed.
+        ChannelFault: The rendezvous failed, or an end does not have the token.
     """
 
     def __init__(
@@ -81,9 +84,11 @@ class Channel:
         rank: int,
         device: torch.device,
         seconds: float,
+        token: str,
         store: Any = None,
     ) -> None:
         self.name = meeting.name
+        self._key = hmac.digest(token.encode(), meeting.name.encode(), "sha256")  # for this channel alone
         self._device = device if meeting.backend == "nccl" else torch.device("cpu")
         deadline = time.monotonic() + seconds
         with _faults(deadline):
@@ -101,13 +106,35 @@ class Channel:
         store = store or _c10d.TCPStore(
             meeting.address, meeting.port, is_master=False, timeout=limit, wait_for_workers=False
         )
-        named = _c10d.PrefixStore(meeting.name, store)
+        # The group keeps the C++ half of the store alone; its methods are in the Python half.
+        self._store = named = _SignedStore(_c10d.PrefixStore(meeting.name, store), self._key)
         if meeting.backend == "nccl":
             self._group = _nccl_group(named, rank, meeting.size, limit)
         else:
             own = meeting.address if rank == 0 else local_address(meeting.address)
             self._group = _gloo_group(named, rank, meeting.size, limit, own)
-        self._pass(_room(1, self._device), deadline)  # NCCL connects at the first message
+        self._prove(rank, meeting.size, deadline)  # NCCL connects at the first message
+
+    def _prove(self, rank: int, size: int, deadline: float) -> None:
+        """Proves to all ends that this one has the token, and checks their proofs: gloo's ports take any connection."""
+        nonces = self._gather(os.urandom(_DIGEST), size, deadline)
+        challenge = b"".join(nonces)
+        proofs = self._gather(self._proof(rank, challenge), size, deadline)
+        for i, proof in enumerate(proofs):
+            if not hmac.compare_digest(proof, self._proof(i, challenge)):
+                raise ChannelFault(f"an end does not have the token of `vlmenv serve`: end {i} of {size}")
+
+    def _proof(self, rank: int, challenge: bytes) -> bytes:
+        return hmac.digest(self._key, rank.to_bytes(4) + challenge, "sha256")
+
+    def _gather(self, own: bytes, size: int, deadline: float) -> list[bytes]:
+        """What each end gives, of the length of a digest."""
+        limit = _left(deadline)
+        given = torch.frombuffer(bytearray(own), dtype=_WORD).to(self._device)
+        taken = [torch.empty_like(given) for _ in range(size)]
+        with _faults(deadline):
+            self._group.allgather(taken, given, limit).wait(limit)
+        return [one.cpu().numpy().tobytes() for one in taken]
 
     @torch.no_grad()
     def send(self, weights: Mapping[str, Tensor], plan: Sequence[Bucket], dtype: torch.dtype, seconds: float) -> None:
@@ -142,6 +169,33 @@ class Channel:
         with _faults(deadline):
             # With a limit, NCCL's wait blocks this thread too, and not only the GPU.
             self._group.broadcast(message, 0, limit).wait(limit)
+
+
+class _SignedStore(distributed.Store):  # type: ignore[misc, name-defined]
+    """A rendezvous store that takes only what an end with the token has put in: torch's store takes any connection."""
+
+    def __init__(self, store: Any, key: bytes) -> None:
+        super().__init__()
+        self._store, self._key = store, key
+
+    def set(self, key: str, value: bytes) -> None:
+        self._store.set(key, self._signature(key, value) + value)
+
+    def get(self, key: str) -> bytes:
+        told = bytes(self._store.get(key))
+        signature, value = told[:_DIGEST], told[_DIGEST:]
+        if not hmac.compare_digest(signature, self._signature(key, value)):
+            raise ConnectionError("the rendezvous has an entry that was not made with the token of `vlmenv serve`")
+        return value
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        self._store.wait(keys, *([] if timeout is None else [timeout]))
+
+    def check(self, keys: list[str]) -> bool:
+        return bool(self._store.check(keys))
+
+    def _signature(self, key: str, value: bytes) -> bytes:
+        return hmac.digest(self._key, len(key).to_bytes(4) + key.encode() + value, "sha256")
 
 
 class Incoming(Iterator[tuple[str, Tensor]]):

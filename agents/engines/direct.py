@@ -33,9 +33,13 @@ class DirectTransfer:
     """Sends weights to servers, with one channel per server.
 
     A channel stays open for the next updates. It is replaced after an error, or if the server has lost it.
+
+    Args:
+        token: Token of `vlmenv serve`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, token: str) -> None:
+        self._token = token
         self._channels: dict[Server, Channel] = {}
 
     async def deliver(self, server: Server, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
@@ -91,7 +95,7 @@ class DirectTransfer:
             raise ServerFault(f"the trainer has no address that it could reach: {error}") from error
         meeting = Meeting(store.host, store.port, uuid.uuid4().hex, size, backend)
         return await _both(
-            lambda: Channel(meeting, 0, device, limit, store),
+            lambda: Channel(meeting, 0, device, limit, self._token, store),
             server.order("vlmenv_join", asdict(meeting) | {"seconds": limit}),
             f"there is no {backend} channel to it",
         )

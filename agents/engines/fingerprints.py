@@ -1,10 +1,8 @@
-"""Fingerprints of weights: of tensors on their own device, and of files."""
+"""Fingerprints of weights, computed on the device that holds them."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -84,9 +82,3 @@ def _words(weight: Tensor) -> Tensor:
     elif data.storage_offset() % _WORD.itemsize:
         data = data.clone()
     return data.view(_WORD)
-
-
-def file_digest(file: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -9,16 +9,19 @@ from typing import Any, TypeVar
 
 import httpx2
 
+from vlmenv.agents.engines.access import VARIABLE
 from vlmenv.agents.engines.replies import (
     Answer,
     OtherModelFault,
     PassingFault,
+    RefusedTokenFault,
     Served,
     ServerFault,
     read_answer,
     read_served,
 )
 from vlmenv.core.errors import ConfigError
+from vlmenv.core.urls import masked
 
 SLOWER = "; if the server only needs longer, raise --server-timeout"
 """advice if the time limit `RetryPolicy.answer` was too short"""
@@ -58,6 +61,7 @@ class Server:
 
     Args:
         url: Address, as http://HOST:PORT.
+        token: Token of `vlmenv serve`.
         retry_policy: Time limits and retries.
 
     Attributes:
@@ -65,7 +69,7 @@ class Server:
         due: Number of the update that is next offered to an excluded server.
     """
 
-    def __init__(self, url: str, retry_policy: RetryPolicy) -> None:
+    def __init__(self, url: str, token: str, retry_policy: RetryPolicy) -> None:
         check_address(url)
         self.url = url
         self.fault: str | None = None
@@ -73,6 +77,7 @@ class Server:
         self._retry_policy = retry_policy
         self._http = httpx2.AsyncClient(
             base_url=url,
+            headers={"Authorization": f"Bearer {token}"},
             trust_env=False,  # no proxy: servers are in the local network
             timeout=httpx2.Timeout(None, connect=retry_policy.greeting),  # `_ask` limits requests as a whole
             limits=httpx2.Limits(max_connections=None, keepalive_expiry=_IDLE),
@@ -99,7 +104,7 @@ class Server:
             briefly: If true, makes one attempt with a short limit, for a server that is probably gone.
 
         Raises:
-            ServerFault: It does not answer, or is not a server of `vlmenv serve`.
+            ServerFault: It does not answer, refuses the token, or is not a server of `vlmenv serve`.
         """
         limit, attempts = self._retry_policy.greeting, 1 if briefly else self._retry_policy.attempts
         first = min(limit, _BRIEF) if briefly else limit
@@ -193,15 +198,18 @@ class Server:
             raise PassingFault("it has running requests, and keeps keys and values of the old weights for them")
 
     async def _ask(self, method: str, path: str, limit: float, body: Any = None) -> httpx2.Response:
+        content = {} if body is None and method == "POST" else body  # the server takes JSON alone
         try:
             async with asyncio.timeout(limit):
-                reply = await self._http.request(method, path, json=body)
+                reply = await self._http.request(method, path, json=content)
         except (TimeoutError, httpx2.TimeoutException) as error:
             raise ServerFault(
                 f"no answer from {path} within {limit:g} s{SLOWER if limit == self.limit else ''}"
             ) from error
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             raise PassingFault(f"{type(error).__name__} at {path}: {error or 'no reason given'}") from error
+        if reply.status_code == 401:
+            raise RefusedTokenFault(f"it has another token: set {VARIABLE} to that of `vlmenv serve`")
         if reply.status_code >= 500:
             raise PassingFault(_told(path, reply))
         if reply.status_code != 200:
@@ -218,9 +226,10 @@ def check_address(url: str) -> None:
     try:
         parsed = httpx2.URL(url)
     except httpx2.InvalidURL as error:
-        raise ConfigError(f"{url!r} is not the address of a server: {error}") from error
-    if parsed.scheme not in ("http", "https") or not parsed.host or parsed.path not in ("", "/") or parsed.query:
-        raise ConfigError(f"{url!r} is not the address of a server: give http://HOST:PORT")
+        raise ConfigError(f"{masked(url)!r} is not the address of a server: {error}") from error
+    more = parsed.path not in ("", "/") or parsed.query or parsed.userinfo
+    if parsed.scheme not in ("http", "https") or not parsed.host or more:
+        raise ConfigError(f"{masked(url)!r} is not the address of a server: give http://HOST:PORT")
 
 
 def _json(reply: httpx2.Response) -> Any:

@@ -27,6 +27,10 @@ class OtherModelFault(ServerFault):
     """A permanent fault: the server serves another model."""
 
 
+class RefusedTokenFault(ServerFault):
+    """A permanent fault: the server has another token."""
+
+
 @dataclass(frozen=True, slots=True)
 class Served:
     """The model that a server serves."""

@@ -11,8 +11,6 @@ import asyncio
 import base64
 import io
 import math
-import shutil
-import tempfile
 import uuid
 import warnings
 from collections import deque
@@ -30,24 +28,25 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vlmenv.agents.engines.access import server_token
 from vlmenv.agents.engines.background import BackgroundLoop
 from vlmenv.agents.engines.base import Engine, Request, assign_completions
 from vlmenv.agents.engines.checks import check_names, check_prompt, untied
 from vlmenv.agents.engines.direct import DirectTransfer
-from vlmenv.agents.engines.fingerprints import file_digest
+from vlmenv.agents.engines.files import NAME, private_folder, remove_stale, roomy
 from vlmenv.agents.engines.ranks import broadcast_from_main
 from vlmenv.agents.engines.remote import RetryPolicy, Server
-from vlmenv.agents.engines.replies import Answer, OtherModelFault, Served, ServerFault
+from vlmenv.agents.engines.replies import Answer, OtherModelFault, RefusedTokenFault, Served, ServerFault
 from vlmenv.agents.engines.settings import sampling_settings
 from vlmenv.agents.engines.worker import weight_shapes
 from vlmenv.agents.families import Family
 from vlmenv.agents.sampling import Sampled
 from vlmenv.core.errors import EngineError
+from vlmenv.core.files import file_digest
 from vlmenv.core.sampling import Sampling
 
 _AT_ONCE = 64
 """Maximum number of completions per request, and of requests to a server at a time."""
-_IN_MEMORY = Path("/dev/shm")
 
 T = TypeVar("T")
 _Give = Callable[[Server], Awaitable[object]]
@@ -87,8 +86,8 @@ class VLLMServerEngine(Engine):
         retry_policy: Time limits and retries.
 
     Raises:
-        ConfigError: An address is invalid.
-        EngineError: A server serves another model; or no server answers.
+        ConfigError: An address is invalid, or there is no token.
+        EngineError: A server serves another model or has another token; or no server answers.
     """
 
     def __init__(
@@ -105,12 +104,14 @@ class VLLMServerEngine(Engine):
         assert head is not None
         self._family, self._vocabulary = family, int(head.weight.shape[0])
         self._shapes = untied(weight_shapes(folder), family)
-        self._servers = [Server(url, retry_policy or RetryPolicy()) for url in servers]
+        token = server_token()
+        self._servers = [Server(url, token, retry_policy or RetryPolicy()) for url in servers]
         self._news: list[str] = []
         self._version: str | None = None
         """version of the weights of the servers in use; None before the first `sync`"""
         self._given, self._run_id, self._weights_folder = 0, uuid.uuid4().hex, weights_folder
-        self._direct = DirectTransfer() if transfer == "direct" else None
+        remove_stale(weights_folder)
+        self._direct = DirectTransfer(token) if transfer == "direct" else None
         self._dtype, self.max_length = "", 0
         self._loop = BackgroundLoop()
         try:
@@ -179,7 +180,7 @@ class VLLMServerEngine(Engine):
     async def _meet_all(self) -> list[Served]:
         met = await asyncio.gather(*[server.meet() for server in self._servers], return_exceptions=True)
         for server, served in zip(self._servers, met, strict=True):
-            if isinstance(served, OtherModelFault):
+            if isinstance(served, OtherModelFault | RefusedTokenFault):
                 raise EngineError(f"{server.url}: {served}")
             if isinstance(served, ServerFault):
                 self._leave_out(server, served)
@@ -292,10 +293,8 @@ class VLLMServerEngine(Engine):
         dtype: torch.dtype = getattr(torch, self._dtype)
         size = sum(math.prod(shape) for shape in self._shapes.values()) * dtype.itemsize
         try:
-            with tempfile.TemporaryDirectory(
-                prefix="vlmenv-weights-", dir=self._weights_folder or _roomy(size)
-            ) as folder:
-                file = Path(folder) / f"weights-{self._given}.safetensors"
+            with private_folder(self._weights_folder or roomy(size)) as folder:
+                file = folder / NAME
                 save_file({name: tensor.to("cpu", dtype).contiguous() for name, tensor in weights.items()}, file)
                 yield file, file_digest(file)
         except (OSError, SafetensorError) as error:
@@ -337,11 +336,6 @@ class VLLMServerEngine(Engine):
 
     async def _close_all(self) -> None:
         await asyncio.gather(*[server.close() for server in self._servers])
-
-
-def _roomy(size: int) -> Path | None:
-    """A folder in memory if it has room for twice `size` bytes; else None, the folder for temporary files."""
-    return _IN_MEMORY if _IN_MEMORY.is_dir() and shutil.disk_usage(_IN_MEMORY).free > 2 * size else None
 
 
 def _as_url(image: NDArray[np.uint8]) -> str:

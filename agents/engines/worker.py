@@ -10,8 +10,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from vlmenv.agents.engines.access import server_token
 from vlmenv.agents.engines.channel import Bucket, Channel, ChannelFault, Meeting, gpu_of
-from vlmenv.agents.engines.fingerprints import file_digest
+from vlmenv.agents.engines.files import weights_digest
+from vlmenv.core.errors import ConfigError
 
 _MAX_MESSAGE = 500  # characters of vLLM's error message, which may name all of a model's weights
 
@@ -36,10 +38,13 @@ class WeightReceiver:
         }
 
     def vlmenv_overwrite(self, path: str, digest: str) -> dict[str, Any]:
-        """Loads the weights of a safetensors file. `fault` is the reason of a failure, or None."""
+        """Loads the weights of a safetensors file. `fault` is the reason of a failure, or None.
+
+        The file must be one of `vlmenv.agents.engines.files`.
+        """
         try:
-            if (found := file_digest(Path(path))) != digest:
-                return {"fault": f"{path} has the SHA-256 {found} here, but {digest} where it was written"}
+            if weights_digest(Path(path)) != digest:
+                return {"fault": f"{path} is not the file that the trainer wrote: its SHA-256 differs"}
             left = overwrite(self, _tensors(Path(path)))
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             return {"fault": f"{type(error).__name__}: {error}"}
@@ -54,8 +59,8 @@ class WeightReceiver:
         """Joins a channel and leaves any former one. `fault` is the reason of a failure, or None."""
         self.vlmenv_line = None
         try:
-            self.vlmenv_line = Channel(Meeting(**meeting), 1 + self.rank, self.device, seconds)
-        except ChannelFault as error:
+            self.vlmenv_line = Channel(Meeting(**meeting), 1 + self.rank, self.device, seconds, server_token())
+        except (ChannelFault, ConfigError) as error:
             return {"fault": f"{error}, at {meeting['address']}, port {meeting['port']}"}
         return {"fault": None}
 

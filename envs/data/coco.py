@@ -103,6 +103,10 @@ class CocoInstances(Table):
         size = (width, height) if width > 0 and height > 0 else None
         return Row(image, (self._names[number],), question, "", detections=truth, size=size, used=_USED)
 
+    def stored(self) -> Iterator[bytes]:
+        for number, image in enumerate(self._image_ids):
+            yield b"" if image in self._faults else repr(self.read(number)).encode()
+
     def place(self, number: int) -> str:
         images = len(self._image_ids)
         return (

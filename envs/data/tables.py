@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
@@ -44,6 +45,10 @@ class Table(ABC):
     def place(self, number: int) -> str:
         """Where row `number` stands, for messages: file and line."""
 
+    def stored(self) -> Iterator[bytes]:
+        """Every row once, in order, as bytes that are others if its content is another; after `scan`."""
+        yield from map(_as_bytes, self.scan())
+
     def write(self, file: Path, added: Mapping[int, Mapping[str, Any]]) -> None:
         """Writes some rows to a file in the format that they are stored in.
 
@@ -72,6 +77,12 @@ class TextFile(Table):
 
     def place(self, number: int) -> str:
         return f"{self._name}:{self._lines[number]}"
+
+    def stored(self) -> Iterator[bytes]:
+        with self._file.open("rb") as stream:
+            for offset, length in zip(self._offsets, self._lengths, strict=True):
+                stream.seek(offset)
+                yield stream.read(length).strip()
 
     def _stored(self, number: int) -> bytes:
         with self._file.open("rb") as stream:
@@ -190,6 +201,9 @@ class Rewritten(Table):
 
     def read(self, number: int) -> Any:
         return self._rewritten(self._table.read(number))
+
+    def stored(self) -> Iterator[bytes]:
+        yield from self._table.stored()
 
     def place(self, number: int) -> str:
         return self._table.place(number)
@@ -434,6 +448,17 @@ def require_datasets() -> None:
     """Raises ConfigError if the library `datasets` is not installed."""
     if find_spec("datasets") is None:
         raise ConfigError('parquet files and Hugging Face data sets need an extra: pip install "vlmenv[data]"')
+
+
+def _as_bytes(row: Any) -> bytes:
+    return json.dumps(row, sort_keys=True, default=_content).encode()
+
+
+def _content(value: Any) -> str:
+    """A value that JSON does not know, such as an image in memory, by its checksum, or else by its type."""
+    data = value if isinstance(value, bytes) else value.tobytes() if hasattr(value, "tobytes") else b""
+    shape = getattr(value, "shape", None) or getattr(value, "size", "")
+    return f"{type(value).__name__} {shape} {hashlib.sha256(data).hexdigest()}"
 
 
 def _loaded(line: bytes) -> Any:

@@ -18,7 +18,14 @@ _PLAIN: Final[dict[int, int | str | None]] = {
     **{code: code - 0x24B6 + ord("A") for code in range(0x24B6, 0x24D0)},  # letters in circles
     **{code: code - 0x24D0 + ord("a") for code in range(0x24D0, 0x24EA)},
     **dict.fromkeys(range(0xE000, 0xE100), " "),  # what stands for things named, here
-    0x2212: "-", 0x3000: " ", 0xA0: " ", 0x3001: ",", 0x3002: ".", 0x3010: "[", 0x3011: "]", 0x2019: "'",
+    0x2212: "-",
+    0x3000: " ",
+    0xA0: " ",
+    0x3001: ",",
+    0x3002: ".",
+    0x3010: "[",
+    0x3011: "]",
+    0x2019: "'",
     **dict.fromkeys((0x200B, 0x200C, 0x200D, 0xFEFF), None),
 }
 _HAN: Final = "\u2e80-\u2fff\u3005-\u9fff\uf900-\ufaff"

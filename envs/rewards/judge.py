@@ -20,6 +20,7 @@ from vlmenv.core.answers import Answer, Caption
 from vlmenv.core.errors import ConfigError, RewardError
 from vlmenv.core.formats import AnswerFormat
 from vlmenv.core.spaces import Image
+from vlmenv.core.urls import masked, revealed
 from vlmenv.envs.rewards.answers import LONGEST_ANSWER
 from vlmenv.envs.rewards.terms import BatchTerm
 
@@ -30,6 +31,9 @@ PROMPT: Final = (
 )
 KEY: Final = "VLMENV_JUDGE_KEY"
 """Environment variable that holds the server's key, if it wants one."""
+
+URL: Final = "VLMENV_JUDGE_URL"
+"""Environment variable that holds the server's whole URL if options or a record have it without its credentials."""
 
 _LONGEST_REPLY = 1 << 20  # bytes
 _VERDICT = re.compile(r"[01](?:\.[0-9]{0,9})?|\.[0-9]{1,9}")
@@ -46,6 +50,7 @@ class Judge(BatchTerm):
 
     Args:
         url: URL of the server, as in `http://localhost:8000/v1`. The environment variable VLMENV_JUDGE_KEY has its key.
+            If user, password and values of the query are `***`, VLMENV_JUDGE_URL has the whole URL.
         model: Name of the model at the server.
         prompt: Prompt with `{question}`, `{truth}` and `{answer}`.
         time_limit: Seconds for one reply.
@@ -72,12 +77,14 @@ class Judge(BatchTerm):
         wait: float = 1.0,
     ) -> None:
         if not re.match(r"https?://[^/]", url):
-            raise ConfigError(f"the judge's URL is {url!r}: give one as http://localhost:8000/v1")
+            raise ConfigError(f"the judge's URL is {masked(url)!r}: give one as http://localhost:8000/v1")
         if missing := [name for name in ("{truth}", "{answer}") if name not in prompt]:
             raise ConfigError(f"the judge's prompt has no {missing[0]}, and needs {{truth}} and {{answer}}")
         if time_limit <= 0 or retries < 0 or concurrency < 1 or wait < 0:
             raise ConfigError("the judge's time limit and concurrency must be above 0, its retries not negative")
-        self.url, self.model, self.prompt = url.rstrip("/"), model, prompt
+        self.url, self.model, self.prompt = masked(url), model, prompt  # `url` is for messages
+        self._place, _, query = revealed(url, URL).partition("?")
+        self._query = f"?{query}" * bool(query)
         self.time_limit, self.retries, self.concurrency = time_limit, retries, concurrency
         self.images, self.wait = images, wait
 
@@ -88,7 +95,7 @@ class Judge(BatchTerm):
             ConfigError: The server does not answer, or has other models.
         """
         try:
-            reply = httpx2.get(f"{self.url}/models", headers=_headers(), timeout=min(self.time_limit, 10.0))
+            reply = httpx2.get(self._at("models"), headers=_headers(), timeout=min(self.time_limit, 10.0))
         except httpx2.HTTPError as error:
             raise ConfigError(f"no judge at {self.url}: {type(error).__name__}: {error}") from error
         if reply.status_code in (401, 403):
@@ -96,6 +103,9 @@ class Judge(BatchTerm):
         names = _names(reply) if reply.status_code == 200 else []
         if names and self.model not in names:
             raise ConfigError(f"the judge at {self.url} has no model {self.model}, but {', '.join(names)}")
+
+    def _at(self, route: str) -> str:
+        return f"{self._place.rstrip('/')}/{route}{self._query}"
 
     def batch(
         self,
@@ -173,7 +183,7 @@ class Judge(BatchTerm):
         messages = [{"role": "user", "content": content}]
         wanted = {"model": self.model, "messages": messages, "temperature": temperature, "max_tokens": 64}
         try:
-            with client.stream("POST", f"{self.url}/chat/completions", json=wanted) as reply:
+            with client.stream("POST", self._at("chat/completions"), json=wanted) as reply:
                 status, body = reply.status_code, self._read(reply)
         except httpx2.TimeoutException:
             raise _Failure(f"no reply within {self.time_limit:g} seconds") from None

@@ -242,7 +242,8 @@ _AFTER_A_LETTER: Final = (
 )
 _ITEM: Final = r"(?:{U}|(?![A-Z]){E}(?=[)\].,;:!?/&+\n]|$| (?:or|and)\b| ?[或和与]))"
 _LETTER_FORMS: Final = (
-    rf"(?<![\w'.\\-])[(\[]?{_ITEM}(?:{_SEPARATED}{_ITEM}){{{{1,40}}}}(?!['-]?{_INNER})(?! [a-z]{{{{2}}}}|\()[)\]]?",  # a list
+    rf"(?<![\w'.\\-])[(\[]?{_ITEM}(?:{_SEPARATED}{_ITEM}){{{{1,40}}}}(?!['-]?{_INNER})"  # a list
+    r"(?! [a-z]{{2}}|\()[)\]]?",
     rf"(?<![\w(\[\\])(?:[(\[]{{E}}[)\]]|{{E}}[)\]]|{{U}}[.:](?= ?(?:{_INNER}|{_CHOICE}|[\\$(\[{{{{+-])))",  # labels
     r"(?<![A-Za-z])(?i:(?:answer|option|choice|letter|choose|select|pick)(?: (?:is|would be|must be|should be))?:?)"
     r" [(\[]?"

@@ -17,7 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vlmenv.agents.engines.fingerprints import file_digest
+from vlmenv.agents.engines.access import server_token
+from vlmenv.agents.engines.files import weights_digest
 from vlmenv.agents.engines.remote import RetryPolicy
 from vlmenv.agents.engines.server import VLLMServerEngine
 from vlmenv.agents.engines.worker import WeightReceiver, weight_shapes
@@ -60,6 +61,7 @@ class Answering:
     workers: list[Worker] = field(default_factory=lambda: [Worker(0)])
     """to which weights go directly"""
     url: str = ""
+    token: str = field(default_factory=server_token)
 
     def reply(self, path: str, body: Any) -> Reply:
         self.asked.append((path, body))
@@ -83,7 +85,7 @@ class Answering:
                 orders = [pool.submit(getattr(worker, method), **arguments) for worker in self.workers]
                 return {"results": [order.result() for order in orders]}
         path = Path(body["kwargs"]["path"])
-        assert file_digest(path) == body["kwargs"]["digest"]
+        assert weights_digest(path) == body["kwargs"]["digest"]
         self.weights = load_file(path)
         return {"results": [{"fault": None}]}
 
@@ -121,7 +123,10 @@ def answering(served: Answering, port: int = 0) -> Iterator[Answering]:
 
         def answer(self) -> None:
             content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            status, told = served.reply(self.path, json.loads(content) if content else None)
+            if self.headers["Authorization"] == f"Bearer {served.token}":
+                status, told = served.reply(self.path, json.loads(content) if content else None)
+            else:
+                status, told = 401, b"no"
             self.send_response(status)
             self.send_header("Content-Length", str(len(told)))
             self.end_headers()

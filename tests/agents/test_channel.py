@@ -30,6 +30,7 @@ from vlmenv.agents.engines.channel import (
 )
 
 SECONDS = 20.0
+TOKEN = "the-secret-of-all-ends"
 CPU = torch.device("cpu")
 SMALL = 400
 """bytes of a bucket"""
@@ -60,7 +61,7 @@ def ends(size: int, backend: str = "gloo", address: str = HERE) -> list[Channel]
     made: list[Channel | None] = [None] * size
 
     def come(rank: int) -> None:
-        made[rank] = Channel(meeting, rank, devices[rank], SECONDS, store if rank == 0 else None)
+        made[rank] = Channel(meeting, rank, devices[rank], SECONDS, TOKEN, store if rank == 0 else None)
 
     with at_once(*[lambda rank=rank: come(rank) for rank in range(size)]):
         pass
@@ -176,7 +177,7 @@ def test_what_came_otherwise_than_it_went_is_told() -> None:
 
 def _vanish(port: int, how: signal.Signals) -> None:
     """Comes to a channel, takes the first message, and is no more."""
-    end = Channel(Meeting(HERE, port, "test", 2, "gloo"), 1, CPU, SECONDS)
+    end = Channel(Meeting(HERE, port, "test", 2, "gloo"), 1, CPU, SECONDS, TOKEN)
     end._pass(torch.empty(1 << 19, dtype=torch.int64), time.monotonic() + SECONDS)
     os.kill(os.getpid(), how)
 
@@ -191,7 +192,7 @@ def test_an_end_that_vanishes_midway_is_told(how: signal.Signals, fault: type[Ch
     process = multiprocessing.get_context("fork").Process(target=_vanish, args=[store.port, how], daemon=True)
     process.start()
     try:
-        sender = Channel(Meeting(HERE, store.port, "test", 2, "gloo"), 0, CPU, SECONDS, store)
+        sender = Channel(Meeting(HERE, store.port, "test", 2, "gloo"), 0, CPU, SECONDS, TOKEN, store)
         given = {str(i): torch.zeros(1 << 20) for i in range(32)}
         limit = 1.0 if how == signal.SIGSTOP else SECONDS
         with pytest.raises(fault, match=told):
@@ -209,7 +210,7 @@ def test_others_are_waited_for_no_longer_than_given(rank: int) -> None:
         bound.bind((HERE, 0))
         port = store.port if store else bound.getsockname()[1]
         with pytest.raises(LateFault):  # else it waits for ever
-            Channel(Meeting(HERE, port, "test", 2, "gloo"), rank, CPU, 1.0, store)
+            Channel(Meeting(HERE, port, "test", 2, "gloo"), rank, CPU, 1.0, TOKEN, store)
 
 
 class Unanswering(distributed.Store):
@@ -229,7 +230,10 @@ def test_a_start_that_heeds_no_limit_is_given_up() -> None:
     store, before = Unanswering(), threading.active_count()
     meeting = Meeting(HERE, 1, "test", 2, "gloo")
     try:
-        with pytest.raises(LateFault, match="time was up"), at_once(lambda: Channel(meeting, 0, CPU, 1.0, store)):
+        with (
+            pytest.raises(LateFault, match="time was up"),
+            at_once(lambda: Channel(meeting, 0, CPU, 1.0, TOKEN, store)),
+        ):
             assert store.asked.wait(SECONDS)
     finally:
         store.over.set()
@@ -273,3 +277,71 @@ def test_groups_of_nccl_start_no_watchdog(monkeypatch: pytest.MonkeyPatch) -> No
         channels._nccl_group(None, 1, 3, channels.timedelta(seconds=7))
         assert os.environ.get("TORCH_NCCL_BLOCKING_WAIT") == former
     assert seen == [(1, 3, 7.0, "1")] * 2
+
+
+# Ends without the token.
+
+
+def meet(*tokens: str, kinds: tuple[type[Channel], ...] = (Channel, Channel)) -> list[object]:
+    """What becomes of two ends: a channel, or a fault."""
+    store = hosted(HERE)
+    meeting = Meeting(HERE, store.port, "test", 2, "gloo")
+    made: list[object] = [None, None]
+
+    def come(rank: int) -> None:
+        try:
+            made[rank] = kinds[rank](meeting, rank, CPU, 5.0, tokens[rank], store if rank == 0 else None)
+        except ChannelFault as fault:
+            made[rank] = fault
+
+    with at_once(*[lambda rank=rank: come(rank) for rank in range(2)]):
+        pass
+    return made
+
+
+def test_ends_with_unlike_tokens_do_not_meet() -> None:
+    made = meet(TOKEN, "another-secret-of-one-end")
+    assert all(isinstance(one, ChannelFault) for one in made)
+    assert any("not made with the token of `vlmenv serve`" in str(one) for one in made)
+
+
+class Intruder(Channel):
+    """One that has come to a group past the rendezvous, and knows all of what is sent but the token."""
+
+    def _proof(self, rank: int, challenge: bytes) -> bytes:
+        return self._gathered[-1 - rank] if hasattr(self, "_gathered") else bytes(32)
+
+    def _gather(self, own: bytes, size: int, deadline: float) -> list[bytes]:
+        self._gathered = super()._gather(own, size, deadline)
+        return self._gathered
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_end_that_cannot_prove_the_token_is_refused(rank: int) -> None:
+    kinds = (Intruder, Channel) if rank == 0 else (Channel, Intruder)
+    fault = meet(TOKEN, TOKEN, kinds=kinds)[1 - rank]
+    assert isinstance(fault, ChannelFault)
+    assert f"does not have the token of `vlmenv serve`: end {rank} of 2" in str(fault)
+
+
+def test_proofs_are_of_one_meeting_and_one_end() -> None:
+    one, other = ends(2)
+    assert one._proof(0, b"a") == other._proof(0, b"a")
+    assert len({one._proof(0, b"a"), one._proof(1, b"a"), one._proof(0, b"b")}) == 3
+
+
+def test_entries_of_a_rendezvous_are_signed_for_their_place() -> None:
+    hosting = hosted(HERE)
+    ours = channels._SignedStore(distributed.PrefixStore("test", hosting), b"key")
+    stranger = distributed.TCPStore(HERE, hosting.port, is_master=False, wait_for_workers=False)
+    ours.set("a", b"address of a")
+    assert ours.get("a") == b"address of a"
+    (place,) = [key for key in stranger.list_keys() if key.endswith("/a")]
+    kept = stranger.get(place)
+    for forged in (b"address of another", bytes(32) + b"address of another", kept[:-1] + b"b", b""):
+        stranger.set(place, forged)
+        with pytest.raises(ConnectionError, match="not made with the token"):
+            ours.get("a")
+    stranger.set(place.removesuffix("a") + "b", kept)  # a true entry of another place
+    with pytest.raises(ConnectionError, match="not made with the token"):
+        ours.get("b")

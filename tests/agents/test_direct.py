@@ -30,6 +30,7 @@ from stand_in_server import (
     lose_patience,
 )
 
+from vlmenv.agents.engines.access import server_token
 from vlmenv.agents.engines.channel import Channel, Incoming, Meeting, buckets, hosted
 from vlmenv.agents.engines.direct import backend_between
 from vlmenv.agents.vlm import VLMAgent
@@ -226,7 +227,7 @@ def test_a_worker_whose_trainer_hangs_answers_and_comes_to_the_next() -> None:
     store = hosted("127.0.0.1")
     meeting = Meeting("127.0.0.1", store.port, "next", 2, "gloo")
     with ThreadPoolExecutor() as pool:
-        trainer = pool.submit(Channel, meeting, 0, torch.device("cpu"), 20.0, store)
+        trainer = pool.submit(Channel, meeting, 0, torch.device("cpu"), 20.0, server_token(), store)
         assert worker.vlmenv_join(20.0, **asdict(meeting)) == {"fault": None}
         trainer.result()
     assert worker.vlmenv_channel() == {"fault": None, "name": "next", "gpu": None}

@@ -6,6 +6,7 @@ import json
 import os
 import threading
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import stand_in_server
 from servers import free_port
 from stand_in_server import ASKED, Answering, Fault, Reply, agent_of, assert_answered, hang, lose_patience
 
+from vlmenv.agents.engines.access import VARIABLE
 from vlmenv.agents.engines.remote import RetryPolicy, check_address
 from vlmenv.core.errors import ConfigError, EngineError
 
@@ -20,10 +22,49 @@ opened, model, good, bad = stand_in_server.opened, stand_in_server.model, stand_
 """fixtures"""
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:8000", "http://", "http://a:8000/v1", "ftp://a", "http://a:port", ""])
+@pytest.mark.parametrize("address", ["127.0.0.1:8000", "http://", "http://a:8000/v1", "ftp://a", "http://a:port", "",
+                                     "http://u:secret@a:8000", "http://a:8000/?key=secret", "u:secret@a"])  # fmt: skip
 def test_what_is_no_address_is_refused(address: str) -> None:
-    with pytest.raises(ConfigError, match="not the address of a server"):
+    with pytest.raises(ConfigError, match="not the address of a server") as told:
         check_address(address)
+    assert "secret" not in str(told.value)
+
+
+def test_each_request_has_the_token_and_posts_are_json(bad: Answering, opened: ExitStack) -> None:
+    bad.at = "/reset_prefix_cache"
+    agent = agent_of(opened, bad.url)
+    assert_answered(agent)
+    assert all(body is not None for path, body in bad.asked if path != "/v1/models")
+
+
+def test_a_server_with_another_token_is_told_at_once(
+    good: Answering, bad: Answering, opened: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad.token = "another-token-of-a-server"
+    with pytest.raises(EngineError, match=f"{bad.url}: it has another token: set {VARIABLE} to that of `vlmenv serve`"):
+        agent_of(opened, good.url, bad.url)
+    monkeypatch.setenv(VARIABLE, bad.token)
+    assert_answered(agent_of(opened, bad.url))
+
+
+def test_a_server_that_comes_back_with_another_token_stays_out(
+    good: Answering, bad: Answering, opened: ExitStack
+) -> None:
+    agent = agent_of(opened, good.url, bad.url)
+    bad.token = "another-token-of-a-server"
+    with pytest.warns(RuntimeWarning, match=f"{bad.url} is excluded .*another token"):
+        agent.sync()
+    assert_answered(agent)
+
+
+def test_without_a_token_it_is_told_where_to_get_one(
+    good: Answering, opened: ExitStack, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv(VARIABLE)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match=f"set {VARIABLE} to the content of {tmp_path}"):
+        agent_of(opened, good.url)
+    assert not good.asked
 
 
 def test_what_is_no_server_of_ours_is_told(bad: Answering, opened: ExitStack) -> None:

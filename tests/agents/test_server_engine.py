@@ -33,6 +33,7 @@ from stand_in_server import (
     hang,
 )
 
+from vlmenv.agents.engines.files import NAME, private_folder
 from vlmenv.agents.engines.worker import WeightReceiver
 from vlmenv.core.errors import EngineError
 from vlmenv.core.rollout import Observation, Turn, unbatch
@@ -175,7 +176,7 @@ def test_a_server_that_comes_back_with_another_model_stays_out(
 ) -> None:
     agent = agent_of(opened, bad.url, good.url)
     bad.fault = cut
-    with pytest.warns(RuntimeWarning, match="left out"):
+    with pytest.warns(RuntimeWarning, match="is excluded"):
         agent.rollout(ASKED)
     bad.fault, bad.model = None, bad.model | {"weights": {"a": [1]}}
     agent.sync()
@@ -217,10 +218,11 @@ def test_a_folder_that_cannot_be_written_is_named(good: Answering, opened: ExitS
 
 def test_a_worker_tells_what_is_wrong_with_a_file(tmp_path: Path) -> None:
     receiver = WeightReceiver()
-    assert "FileNotFoundError" in receiver.vlmenv_overwrite(str(tmp_path / "none"), "")["fault"]
-    file = tmp_path / "weights.safetensors"
-    file.write_bytes(b"half of it")
-    assert "has the SHA-256" in receiver.vlmenv_overwrite(str(file), "0" * 64)["fault"]
+    with private_folder(tmp_path) as folder:
+        file = folder / NAME
+        assert "FileNotFoundError" in receiver.vlmenv_overwrite(str(file), "")["fault"]
+        file.write_bytes(b"half of it")
+        assert "its SHA-256 differs" in receiver.vlmenv_overwrite(str(file), "0" * 64)["fault"]
 
 
 # Callers.
@@ -250,7 +252,7 @@ def test_an_interrupt_ends_the_waiting(good: Answering, opened: ExitStack) -> No
 
 def test_images_go_as_they_are(good: Answering, opened: ExitStack) -> None:
     agent, shown = agent_of(opened, good.url), observations(2, 1)
-    with pytest.raises(EngineError, match="reads a prompt otherwise"):  # it leaves one token for each image
+    with pytest.raises(EngineError, match="encodes a prompt differently"):  # it leaves one token for each image
         agent.act(shown)
     bodies = [body for path, body in good.asked if path.endswith("generate")]
     sent = [base64.b64decode(body["content_parts"][0]["url"].removeprefix("data:image/png;base64,")) for body in bodies]
@@ -264,7 +266,7 @@ def test_images_between_texts_go_in_their_order(good: Answering, opened: ExitSta
     agent, (first, second) = agent_of(opened, good.url), observations(2, 1)["images"]
     turns: tuple[Turn, ...] = ({"role": "system", "text": "Look."}, {"role": "user", "text": "Is <image> red?"})
     shown: Observation = {"images": (*first, *second), "prompt": "Or <image>?", "turns": turns}
-    with pytest.raises(EngineError, match="reads a prompt otherwise"):  # it leaves one token for each image
+    with pytest.raises(EngineError, match="encodes a prompt differently"):  # it leaves one token for each image
         agent.act([shown])
     body = next(body for path, body in good.asked if path.endswith("generate"))
     text = agent.family.processor.tokenizer.decode(body["token_ids"])

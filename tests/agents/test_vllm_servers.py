@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+import httpx2
+import psutil
 import pytest
 import torch
 from batches import logprobs_of, ragged
+from PIL import Image
 from servers import Served, free_port, serve
 
+from vlmenv.agents.engines.access import server_token
 from vlmenv.agents.engines.channel import buckets
 from vlmenv.agents.engines.checksums import UNREADABLE, checksums, clear
 from vlmenv.agents.engines.remote import RetryPolicy, Server
@@ -199,3 +206,110 @@ def test_a_server_of_another_model_is_refused(lasting: Served, qwen2_5_vl_folder
     agent = VLMAgent.from_pretrained(qwen2_5_vl_folder)
     with pytest.raises(EngineError, match=f"{lasting.url}: it serves another model than the one in training"):
         VLLMServerEngine([lasting.url], agent.folder, agent.family)
+
+
+# Strangers. The guard alone is tested in test_guard.py.
+
+
+class Hits(BaseHTTPRequestHandler):
+    """Notes what is fetched from here."""
+
+    seen: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.seen.append(self.path)
+        self.send_error(404)
+
+
+def post(served: Served, path: str, body: dict[str, Any], token: str | None = None, **headers: str) -> httpx2.Response:
+    headers |= {"Authorization": f"Bearer {token}"} if token else {}
+    return httpx2.post(
+        served.url + path, content=json.dumps(body), headers={"Content-Type": "application/json"} | headers, timeout=30
+    )
+
+
+def test_a_stranger_writes_reads_and_changes_nothing(lasting: Served, opened: ExitStack, tmp_path: Path) -> None:
+    """A page or another account posts what vLLM's development mode does for anybody."""
+    agent = agent_of(opened, lasting.url)
+    held = checksums(agent.engine)
+    orders: list[dict[str, Any]] = [
+        {"method": "save_sharded_state", "kwargs": {"path": str(tmp_path), "pattern": "authorized_keys"}},
+        {"method": "reset_weights"},
+        {"method": "vlmenv_overwrite", "kwargs": {"path": "/dev/zero", "digest": ""}},
+    ]
+    for order in orders:
+        assert post(lasting, "/collective_rpc", order).status_code == 401
+        assert post(lasting, "/collective_rpc", order, "not-the-token-of-it").status_code == 401
+        assert (
+            post(lasting, "/collective_rpc", order, server_token(), **{"Content-Type": "text/plain"}).status_code == 415
+        )
+        assert post(lasting, "/collective_rpc", order, server_token(), Host="evil.example").status_code == 403
+    for path in ("/health", "/v1/models", "/metrics", "/docs", "/server_info", "/load", "/ping", "/version"):
+        assert httpx2.get(lasting.url + path).status_code == 401
+    assert not list(tmp_path.iterdir())
+    assert checksums(agent.engine) == held
+
+
+def test_nor_does_a_trainer_beyond_what_training_needs(lasting: Served, tmp_path: Path) -> None:
+    call, token = partial(post, lasting, "/collective_rpc"), server_token()
+    order = {"method": "save_sharded_state", "kwargs": {"path": str(tmp_path), "pattern": "authorized_keys"}}
+    assert call(order, token).status_code == 403
+    assert not list(tmp_path.iterdir())
+    for path in ("/sleep", "/pause", "/update_weights", "/weight_checker", "/v1/completions", "/v1/chat/completions"):
+        assert post(lasting, path, {}, token).status_code == 404
+    secret = tmp_path / "id_rsa"
+    secret.write_text("a key")
+    secret.chmod(0o600)
+    for file in ("/dev/zero", "/dev/stdin", str(secret), str(tmp_path), "/proc/self/environ"):
+        (told,) = call({"method": "vlmenv_overwrite", "kwargs": {"path": file, "digest": ""}}, token).json()["results"]
+        assert told == {"fault": f"PermissionError: {file} is not a trainer's file of weights"}
+    assert httpx2.get(f"{lasting.url}/health", headers={"Authorization": f"Bearer {token}"}).status_code == 200
+
+
+def test_images_are_fetched_from_nowhere(lasting: Served, tmp_path: Path) -> None:
+    file = tmp_path / "image.png"
+    Image.new("RGB", (64, 64)).save(file)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hits) as there:
+        threading.Thread(target=there.serve_forever, args=(0.01,), daemon=True).start()
+        for url in (
+            f"http://127.0.0.1:{there.server_port}/x.png",
+            f"http://none.invalid:{there.server_port}/",
+            f"file://{file}",
+        ):
+            body = {
+                "token_ids": [5],
+                "content_parts": [{"type": "image_url", "url": url}],
+                "sampling_params": {"max_tokens": 1},
+            }
+            assert post(lasting, "/inference/v1/generate", body, server_token()).status_code >= 400
+        there.shutdown()
+    assert not Hits.seen
+    while "Cannot load local files" not in lasting.told("stderr"):  # vLLM logs it with a traceback
+        time.sleep(0.05)
+    lasting._told["stderr"].clear()
+
+
+def test_the_token_is_on_no_command_line_and_ports_are_those_of_this_machine(lasting: Served) -> None:
+    family = [psutil.Process(lasting.process.pid), *lasting.family()]
+    assert not any(server_token() in " ".join(one.cmdline()) for one in family)
+    assert server_token() not in lasting.told() + lasting.told("stderr")
+    open_there = [
+        there.laddr for one in family for there in one.net_connections() if there.status == psutil.CONN_LISTEN
+    ]
+    assert ("127.0.0.1", lasting.port) in open_there
+    assert {address for address, _ in open_there} == {"127.0.0.1"}
+
+
+def test_a_trainer_with_another_token_has_no_channel(
+    lasting: Served, opened: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if its requests are let through."""
+    agent = agent_of(opened, lasting.url, transfer="direct")
+    held = checksums(agent.engine)
+    agent.engine._direct.close()
+    agent.engine._direct._token = "another-token-of-a-trainer"
+    change(agent)
+    with pytest.raises(EngineError, match="no server is left"):
+        agent.sync()
+    agent.engine._servers[0].fault = None
+    assert checksums(agent.engine) == held

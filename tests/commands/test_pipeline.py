@@ -19,6 +19,7 @@ from conftest import ROOT, shared
 from small_data import lay_out_pipeline, small_pipeline
 
 from vlmenv.cli import main
+from vlmenv.commands.pipeline import Step, _arguments, _environment, _launch
 
 TRAINED = ("warmup", "perception", "reasoning")
 
@@ -262,3 +263,15 @@ def test_the_published_pipelines_say_what_they_need() -> None:
     for name in ("pebr_r1", "pebr_r1_builtin"):
         head = (ROOT / "vlmenv" / "pipelines" / f"{name}.yaml").read_text().partition("\n\n")[0]
         assert all(f"\n# {what} " in head for what in ("Source", "Hardware", "Data", "Time"))
+
+
+@pytest.mark.parametrize("name", ["judge_url", "judge-url"])
+def test_credentials_of_a_judge_are_on_no_command_line(name: str, tmp_path: Path) -> None:
+    """Which a stage's record holds too. Launched processes have them in their environment."""
+    step = Step("first", "train", {name: "http://tester:sesame@judge/v1", "judge-model": "a"})
+    told = _arguments(step, tmp_path)
+    assert "--judge-url=http://***@judge/v1" in told
+    assert "sesame" not in " ".join(told)
+    code = "import os; assert os.environ['VLMENV_JUDGE_URL'] == 'http://tester:sesame@judge/v1'"
+    _launch([sys.executable, "-c", code], _environment(step))
+    assert "VLMENV_JUDGE_URL" not in _environment(Step("first", "train", {name: "http://***@judge/v1"}))

@@ -19,6 +19,7 @@ from PIL import Image
 from vlmenv.cli import main
 from vlmenv.envs.captioning import CaptionEnv
 from vlmenv.envs.export import export_sample
+from vlmenv.runs.lock import locked
 
 LEVELS = ("easy", "medium", "hard")
 TINY = ["--device", "cpu", "--n", "2", "--max-new-tokens", "24", "--batch-size", "8"]
@@ -218,3 +219,32 @@ def test_a_recipe_samples_published_rows(tmp_path: Path, monkeypatch: pytest.Mon
     assert "top_p: 0.99\n" in config
     rows = json.loads(Path("pebr_grpo_dataset.json").read_text())
     check_levels({level: json.loads(Path(f"sampled/{level}.json").read_text()) for level in LEVELS}, rows)
+
+
+def test_changed_rows_are_not_mixed_with_earlier_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are refused, or answered anew: what comes out is what the new rows alone would give."""
+    file, out, fresh = tmp_path / "rows.jsonl", tmp_path / "out", tmp_path / "fresh"
+    options = ["--env", "VLM-Caption-v0", "--dataset", str(file), "--part-size", "2", "--threshold", "0.1"]
+    rows = captions(tmp_path, 6)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sample(out, *options)
+    before = {part.name: part.read_bytes() for part in (out / "parts").glob("*.jsonl")}
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows[:2], *rows[4:1:-1], rows[5]]))
+    with pytest.raises(SystemExit):
+        sample(out, *options)
+    assert "the data set has changed" in " ".join(capsys.readouterr().err.split())
+    sample(out, *options, "--data-changed")
+    assert "the rows of 2-4 have changed: they are answered anew" in " ".join(capsys.readouterr().out.split())
+    after = {part.name: part.read_bytes() for part in (out / "parts").glob("*.jsonl")}
+    assert after["0-2.jsonl"] == before["0-2.jsonl"]
+    sample(fresh, *options)
+    assert after == {part.name: part.read_bytes() for part in (fresh / "parts").glob("*.jsonl")}
+    sample(out, *options)  # the checksums are those of the new rows
+
+
+def test_a_folder_that_is_being_written_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with locked(tmp_path, print):
+        for command in (["sample", *TINY], ["eval", "--device", "cpu", "--eval-limit", "1"]):
+            with pytest.raises(SystemExit):
+                main([*command, "--output", str(tmp_path)])
+            assert "is written by another run" in " ".join(capsys.readouterr().err.split())

@@ -14,6 +14,8 @@ from rich.console import Console
 from servers import free_port
 from test_cli import fails
 
+from vlmenv.agents.engines.access import VARIABLE, server_token, server_token_or_new
+from vlmenv.agents.engines.guard import Guard
 from vlmenv.agents.vlm import VLMAgent, find_model
 from vlmenv.commands.serve import _address, _arguments, _flags, _ready, _wait_until_ready
 from vlmenv.core.errors import EngineError
@@ -94,20 +96,39 @@ def test_on_a_gpu_it_takes_a_share_of_the_memory() -> None:
         ("192.0.2.1", "http://192.0.2.1:8000", True),
     ],
 )
-def test_what_to_type_is_told_and_who_may_change_the_weights(host: str, address: str, warned: bool) -> None:
+def test_what_to_type_is_told_and_what_is_not_encrypted(host: str, address: str, warned: bool) -> None:
     config = ServeConfig(model="a/b", host=host)
     assert _address(config) == address
     ready = _ready(config)
     shown = f"http://{socket.gethostname()}:8000" if host == "0.0.0.0" else address
     assert f"vlmenv train --engine vllm-server --server {shown} --model a/b" in ready
-    assert ("all who reach it" in ready) == warned
+    assert ("Nothing is encrypted" in ready) == warned
+
+
+def test_where_the_token_is_is_told_and_not_the_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert f"Trainers need the same {VARIABLE} as this command" in _ready(ServeConfig())
+    assert server_token() not in _ready(ServeConfig())
+    monkeypatch.delenv(VARIABLE)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    token = server_token_or_new()
+    assert f"read the token from {tmp_path}/vlmenv/server-token; others need it as {VARIABLE}" in _ready(ServeConfig())
+    assert token not in _ready(ServeConfig())
+
+
+def test_the_guard_is_around_the_server_and_no_image_is_fetched() -> None:
+    flags = list(_flags(_arguments(ServeConfig(), torch.device("cpu"))))
+    for flag, value in (
+        ("--middleware", f"{Guard.__module__}.{Guard.__name__}"),
+        ("--allowed-media-domains", "none.invalid"),
+    ):
+        assert flags[flags.index(flag) + 1] == value
 
 
 def test_a_start_that_takes_long_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("vlmenv.commands.serve._EVERY", 0.5)
     starting = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1.8)"])
     with pytest.raises(EngineError, match="did not start: it ended with status 0"):
-        _wait_until_ready(ServeConfig(port=free_port()), starting, Console(width=200))
+        _wait_until_ready(ServeConfig(port=free_port()), starting, Console(width=200), server_token())
     told = capsys.readouterr().out.splitlines()
     assert told
     assert all("starting for" in line and "VLLM_LOGGING_LEVEL=INFO" in line for line in told)

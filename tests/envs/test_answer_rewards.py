@@ -485,7 +485,24 @@ def test_two_numbers_are_one_only_if_equal(a: int, b: int) -> None:
     assert parse_number(f"{a} or {b}") == (a if a == b else None)
 
 
-UNITS = ["{", "\\frac{", "(", "B ", "A or ", "not A or ", "12,", "1.", "1/", "yes ", " ", "$", "\\boxed{", "answer is ", "A, ", "not A, A "]
+UNITS = [
+    "{",
+    "\\frac{",
+    "(",
+    "B ",
+    "A or ",
+    "not A or ",
+    "12,",
+    "1.",
+    "1/",
+    "yes ",
+    " ",
+    "$",
+    "\\boxed{",
+    "answer is ",
+    "A, ",
+    "not A, A ",
+]
 
 
 @pytest.mark.parametrize("unit", UNITS)

@@ -281,3 +281,49 @@ def test_a_judge_that_no_reward_names_is_an_error(server: Server, capsys: pytest
     with pytest.raises(SystemExit):
         main(args(server, "eval", "--eval-limit", "1"))
     assert "nothing uses the reward term judge" in " ".join(capsys.readouterr().err.split())
+
+
+# Credentials in its URL.
+
+
+def with_credentials(server: Server) -> tuple[str, str]:
+    """A URL with credentials, and as it may be shown."""
+    place = server.url.removeprefix("http://")
+    return f"http://tester:sesame@{place}?key=open", f"http://***@{place}?key=***"
+
+
+def test_credentials_in_the_url_go_to_the_judge_and_into_no_message(server: Server) -> None:
+    url, shown = with_credentials(server)
+    server.reply = lambda turn, request: (400, b"no")
+    term = Judge(url, "tester", wait=0.01)
+    term.load()
+    with pytest.raises(RewardError) as told:
+        verdicts(term, "a cat")
+    assert shown in str(told.value)
+    assert "sesame" not in str(told.value) + term.url
+    assert server.keys == ["Basic dGVzdGVyOnNlc2FtZQ=="]
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(ConfigError, match=r"no judge at http://\*\*\*@") as away:
+        term.load()
+    assert "sesame" not in str(away.value)
+    with pytest.raises(ConfigError) as malformed:
+        Judge("ftp://tester:sesame@host", "tester")
+    assert "sesame" not in str(malformed.value)
+
+
+def test_options_hold_none_and_a_resumed_run_reads_them_from_the_environment(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, shown = with_credentials(server)
+    options = ScorerConfig(judge_url=url, judge_model="tester")
+    assert options.judge_url == shown
+    assert "sesame" not in repr(options)
+    assert verdicts(options.terms()["judge"], "a cat") == [1]  # type: ignore[arg-type]
+    monkeypatch.setattr("vlmenv.core.urls._whole", {})  # as in another process
+    resumed = ScorerConfig(judge_url=shown, judge_model="tester")
+    with pytest.raises(ConfigError, match="set VLMENV_JUDGE_URL to the whole URL"):
+        resumed.terms()
+    monkeypatch.setenv("VLMENV_JUDGE_URL", url)
+    assert verdicts(resumed.terms()["judge"], "a cat") == [1]  # type: ignore[arg-type]
+    assert server.keys == ["Basic dGVzdGVyOnNlc2FtZQ=="] * 2

@@ -383,7 +383,24 @@ def test_both_yes_and_no_are_no_answer() -> None:
 
 HOSTILE = [
     *"()[]{}$^_%°#`|&~\n\ud800\x00\ue000\ue0ff🙂ﷺ２ß或，。：",
-    *[r"\frac{", r"\boxed{", r"\text{", r"answer is", r"The answer is", r"答案是", r"选", r"not", r"n't", r"or", r"and", r"because", r"wrong", r"B", r"C", r"b)"],
+    *[
+        r"\frac{",
+        r"\boxed{",
+        r"\text{",
+        r"answer is",
+        r"The answer is",
+        r"答案是",
+        r"选",
+        r"not",
+        r"n't",
+        r"or",
+        r"and",
+        r"because",
+        r"wrong",
+        r"B",
+        r"C",
+        r"b)",
+    ],
     *["12", "1e9", "9^{9^{9^9}}", "-/", "no", "false", "没有", "blue", "green", "<b>", "</b>", "**", "is", "cm"],
 ]
 

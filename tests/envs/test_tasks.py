@@ -21,6 +21,7 @@ from vlmenv.core.answers import Caption
 from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.core.formats import AnswerFormat
 from vlmenv.envs.base import VisualTaskEnv
+from vlmenv.envs.geometry import DETECTIONS
 from vlmenv.envs.making import visual_tasks
 from vlmenv.envs.rewards.answers import accuracy_reward, read_answer
 from vlmenv.envs.rewards.text import keywords_reward
@@ -182,7 +183,7 @@ def ceilings(env: VisualTaskEnv, index: int) -> dict[str, tuple[str, float]]:
     write = env.answer_format.write
     tags = env.answer_format is AnswerFormat.TAGS
     caption = env.answer_format is AnswerFormat.SECTIONS  # says "reasoning" where the description goes
-    lists = env.answer_example.startswith("```")  # whose objects are whole, though the fence is not
+    lists = env.geometry is DETECTIONS  # whose objects are whole, though the fence is not
     low = form + 0.25 if caption else form
     return {
         "empty": ("", 0),
@@ -224,10 +225,9 @@ def test_no_trick_pays(name: str) -> None:
     for index in range(2):
         sample = env.source.get(index)
         for trick, (text, share) in ceilings(env, index).items():
-            started = time.perf_counter()
+            started = time.process_time()
             score = env.score(text, sample)
-            seconds = time.perf_counter() - started
-            assert seconds < 1, (trick, seconds)
+            assert time.process_time() - started < 10, trick  # what grows with the square takes minutes
             assert score.reward <= share + 1e-9, (trick, score)
             assert score.reward < most
 
@@ -375,10 +375,10 @@ def test_no_mathematical_answer_is_two_numbers(answer: str, truth: str, expected
 
 
 def test_combining_marks_do_not_hold_up_a_step() -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     assert keywords_reward("a" + "\u0315\u0300" * 5_000_000 + " red", Caption(("red",))) == 0
     assert keywords_reward("a" + "\u0315\u0300" * 50_000 + " red", Caption(("red",))) == 1
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 20  # what grows with the square takes minutes
 
 
 def test_a_caption_without_a_description_earns_nothing_for_its_words() -> None:

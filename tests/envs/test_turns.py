@@ -83,7 +83,7 @@ def test_the_places_of_images_in_a_prompt(question: str, images: int, turns: tup
 def test_a_system_prompt_opens_each_conversation_unless_the_row_does() -> None:
     env = task(sample("Where?", 1), system_prompt="Answer as {answer}, or {none}, in {coordinates}; {x}.")
     observation, _ = env.reset(seed=0)
-    answer = AnswerFormat.TAGS.example(env.answer_example)
+    answer = AnswerFormat.TAGS.example(env.geometry.example)
     text = f"Answer as {answer}, or {AnswerFormat.TAGS.answer_only('None')}, in {env.coordinates.description}; {{x}}."
     assert observation["turns"] == ({"role": "system", "text": text},)
     few = sample("<image>Where?", 2, EXAMPLE)

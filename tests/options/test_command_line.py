@@ -89,7 +89,7 @@ def run_of(folder: Path, **files: dict[str, Any]) -> None:
 
 
 def test_a_resumed_run_takes_what_it_used_then_what_was_edited_then_the_command_line(tmp_path: Path) -> None:
-    run_of(tmp_path, resolved={"lr": 0.5, "seed": 3, "steps": 4}, config={"lr": 0.25})
+    run_of(tmp_path, resolved={"lr": 0.5, "seed": 3, "steps": 4, "record": {}}, config={"lr": 0.25})
     found = flatten(parsed("--resume", str(tmp_path), "--steps", "8").config)
     assert (found["lr"], found["seed"], found["steps"]) == (0.25, 3, 8)
 

@@ -56,17 +56,27 @@ def test_another_clip_scores_descriptions(tmp_path: Path) -> None:
     assert max(found["builtin"]) > 0 == max(found[str(other)])
 
 
-def test_a_run_with_a_judge_is_repeated_by_its_own_options(tmp_path: Path) -> None:
+def test_a_run_with_a_judge_is_repeated_by_its_own_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which have no credentials: those are in no file of the run, and come from the environment again."""
     with Server() as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         server.reply = lambda turn, request: "0.25"
-        judge = ["--judge-url", server.url, "--judge-model", "tester", "--judge-prompt", "{truth}\n{answer}: right?"]
+        url = server.url.replace("//", "//tester:sesame@") + "?key=sesame"
+        judge = ["--judge-url", url, "--judge-model", "tester", "--judge-prompt", "{truth}\n{answer}: right?"]
         rewards = ["--rewards", "judge", "1", "format", "0.5"]
         main(["train", "--env", "VLM-VQA-v0", *judge, *rewards, *SMALL, "--output", str(tmp_path / "a")])
         prompts = server.prompts()
-        main(["train", "--config", str(tmp_path / "a" / "config.yaml"), "--output", str(tmp_path / "b")])
+        again = ["train", "--config", str(tmp_path / "a" / "config.yaml"), "--output", str(tmp_path / "b")]
+        monkeypatch.setattr("vlmenv.core.urls._whole", {})  # as in another process
+        with pytest.raises(SystemExit):
+            main(again)
+        monkeypatch.setenv("VLMENV_JUDGE_URL", url)
+        main(again)
         assert sorted(server.prompts()) == sorted(prompts * 2)
         server.shutdown()
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert any("tfevents" in file.name for file in files)
+    assert not [file for file in files if b"sesame" in file.read_bytes()]
     options = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())
     assert (options["judge_model"], options["judge_prompt"]) == ("tester", "{truth}\n{answer}: right?")
     for run in ("a", "b"):

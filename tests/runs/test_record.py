@@ -74,7 +74,8 @@ def test_the_record_tells_of_files_versions_and_the_machine(tmp_path: Path) -> N
     assert "{question}" in resolved["prompt_template"]
     asked = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     names = {"env", "model", "algo", "dataset", "steps", "prompts_per_step", "group_size", "eval_limit", "device"}
-    assert asked.keys() == names | {"rewards"}
+    assert asked.keys() == names | {"rewards", "record"}
+    assert asked["record"] == {"run": record["run"]}
 
 
 def test_a_dry_run_prints_and_writes_nothing(

@@ -10,7 +10,7 @@ from PIL import Image
 
 from vlmenv.cli import main
 from vlmenv.runs.pictures import draw_curve
-from vlmenv.runs.watch import drift
+from vlmenv.runs.watch import collapse, concerns, drift
 
 START = {"completion/length": 100.0, "completion/box_ratio": 1.0, "completion/repetition": 0.1, "reward/format": 0.9}
 
@@ -76,3 +76,46 @@ def test_a_run_whose_answers_fall_apart_is_warned_of(tmp_path: Path, capsys: pyt
     draw_curve(tmp_path / "without.png", metrics)
     shown, without = (np.asarray(Image.open(path)) for path in (run / "curve.png", tmp_path / "without.png"))
     assert not np.array_equal(shown, without), "the warnings are not drawn"
+
+
+def steps(count: int, **metrics: float) -> list[dict[str, float]]:
+    usual = {"reward/mean": 0.5, "reward/zero_std_groups": 0.2, "policy/entropy": 1.0, "completion/truncated": 0.0}
+    usual["policy/kl"] = 0.01
+    return [usual | {name.replace("__", "/"): value for name, value in metrics.items()}] * count
+
+
+@pytest.mark.parametrize(
+    ("kind", "late", "enough"),
+    [
+        ("nothing to learn", {"reward__zero_std_groups": 1.0}, 20),
+        ("KL", {"policy__kl": 1.5}, 5),
+        ("entropy", {"policy__entropy": 0.04}, 5),
+        ("truncation", {"completion__truncated": 0.6}, 5),
+    ],
+)
+def test_each_sign_of_trouble_is_told_after_enough_steps(kind: str, late: dict[str, float], enough: int) -> None:
+    assert list(concerns(steps(30))) == []
+    assert kind not in dict(concerns(steps(30) + steps(enough // 2 - 1, **late)))
+    (found,) = concerns(steps(30) + steps(enough, **late))
+    assert found[0] == kind
+
+
+def test_low_entropy_with_rising_rewards_is_what_training_is_for() -> None:
+    assert list(concerns(steps(10) + steps(10, policy__entropy=0.001, reward__mean=0.9))) == []
+
+
+def test_imitation_has_nothing_to_compare() -> None:
+    assert list(concerns([{"policy/entropy": 1.0, "loss": 2.0}] * 40)) == []
+    assert collapse([{"loss": 2.0}] * 40) is None
+
+
+def test_collapse_is_a_lost_reward_or_a_lost_reference() -> None:
+    assert collapse(steps(40)) is None
+    assert collapse(steps(20) + steps(4, reward__mean=0.0)) is None
+    found = collapse(steps(20) + steps(5, reward__mean=0.01))
+    assert found == "the mean reward was 0.5 and is 0.01"
+    found = collapse(steps(20) + steps(5, policy__kl=11.0))
+    assert found is not None
+    assert "11 nats" in found
+    assert collapse(steps(40, reward__mean=-1.0)) is None
+    assert collapse(steps(40, reward__mean=0.0)) is None

@@ -7,11 +7,15 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
+from rich.console import Console
+
 from vlmenv.building import DTYPES, load_agent, prepared, report_broken_rows, report_skipped, task_arguments
 from vlmenv.commands.suite import make_eval_envs, run_suite
 from vlmenv.evaluation import Evaluation, evaluate, metrics_table, sample_count, write_evaluation
 from vlmenv.options.command_line import Asked, parse_with_files
 from vlmenv.options.evaluate import EvalConfig
+from vlmenv.processes import Processes
+from vlmenv.runs.claim import alone_in
 from vlmenv.runs.models import with_checkpoint
 
 
@@ -29,6 +33,11 @@ def run(asked: Asked) -> Any:
 def run_evaluation(config: EvalConfig, notes: Sequence[str] = ()) -> Evaluation:
     """Measures a model on one data set."""
     processes, console = prepared(config, notes)
+    with alone_in(config.output, processes.accelerator, console):
+        return _measured(config, processes, console)
+
+
+def _measured(config: EvalConfig, processes: Processes, console: Console) -> Evaluation:
     config, accelerator = with_checkpoint(config, console), processes.accelerator
     data = config.data
     if data.dataset is None and data.split is None:

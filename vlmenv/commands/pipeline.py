@@ -22,13 +22,18 @@ from rich.console import Console
 from rich.table import Table
 
 from vlmenv.algos import ALGORITHMS
+from vlmenv.building import say
 from vlmenv.commands import evaluate, sample, train
-from vlmenv.core.errors import ConfigError, unknown_name
+from vlmenv.core.errors import ConfigError, ModelError, unknown_name
 from vlmenv.core.files import write_atomic
+from vlmenv.core.urls import MASK, hidden
+from vlmenv.envs.rewards.judge import URL as JUDGE_URL
 from vlmenv.options.command_line import Asked
 from vlmenv.options.files import as_arguments, packaged_file, read_options
 from vlmenv.options.parsing import parse_plain
 from vlmenv.options.pipeline import PipelineConfig
+from vlmenv.runs.lock import locked
+from vlmenv.runs.models import newest_model
 from vlmenv.runs.run_folder import RunFolder
 
 _REFERENCE = re.compile(r"\{(\w+)\}(/model$|/|$)")
@@ -152,13 +157,18 @@ def run(config: PipelineConfig) -> Path:
     for step in steps:
         _parsed(step, pipeline.file, folder)  # raises errors of later stages now
     console = Console()
+    with locked(folder, lambda line: say(f"warning: {line}", console)):
+        _go_through(steps, pipeline, folder, config.launch, console)
+    return folder
+
+
+def _go_through(steps: Sequence[Step], pipeline: Pipeline, folder: Path, launch: str | None, console: Console) -> None:
     for number, step in enumerate(steps, 1):
         if step is pipeline.stages[0]:
             _found(pipeline, folder / "evaluation" / _BASE)  # raises now if a metric does not exist
         console.rule(f"{step.name} ({number} of {len(steps)})", align="left")
-        _do(step, folder, config.launch, console)
+        _do(step, folder, launch, console)
     _report(pipeline, folder, console)
-    return folder
 
 
 def _steps(pipeline: Pipeline) -> list[Step]:
@@ -207,7 +217,19 @@ def _arguments(step: Step, folder: Path, finished: bool = True) -> list[str]:
         name: value if name in _TEMPLATES else _filled(value, folder, finished)
         for name, value in _without_group(step).items()
     }
+    options |= {name: hidden(url) for name, url in _judges(step).items()}  # command lines are public
     return [step.command, *as_arguments(options), f"--output={folder / step.name}"]
+
+
+def _judges(step: Step) -> dict[str, str]:
+    """A step's option `judge_url`, as it is spelt."""
+    return {name: str(step.options[name]) for name in ("judge_url", "judge-url") if name in step.options}
+
+
+def _environment(step: Step) -> dict[str, str]:
+    """The environment of a step in processes of its own: the judge's whole URL, if the file has it."""
+    whole = [url for url in _judges(step).values() if MASK not in url]
+    return os.environ | ({JUDGE_URL: whole[0]} if whole else {})
 
 
 def _without_group(step: Step) -> Mapping[str, Any]:
@@ -232,9 +254,10 @@ def _filled(value: Any, folder: Path, finished: bool) -> Any:
     stage = folder / found[1]
     if found[2] != "/model" or not finished:
         return f"{stage}{value[found.end(1) + 1 :]}"
-    if not (saved := RunFolder(stage).checkpoints()):
-        raise ConfigError(f"'{value}': {stage} holds no model")
-    return str(saved[-1])
+    try:
+        return str(newest_model(RunFolder(stage))[0])
+    except ModelError as error:
+        raise ConfigError(f"'{value}': {error}") from error
 
 
 _COMMANDS: Final[dict[str, Any]] = {"train": train, "sample": sample, "eval": evaluate}
@@ -274,7 +297,7 @@ def _do(step: Step, folder: Path, launch: str | None, console: Console) -> None:
         _COMMANDS[command[0]].run(_parse(command))
         _free()
     else:
-        _launch([*shlex.split(launch), *command])
+        _launch([*shlex.split(launch), *command], _environment(step))
     write_atomic(record, json.dumps({"arguments": args, "finished": True}) + "\n")
 
 
@@ -286,13 +309,14 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def _launch(command: list[str]) -> None:
+def _launch(command: list[str], environment: Mapping[str, str]) -> None:
     """Runs a command in its own processes. Signals to this process reach them, and they end with it.
 
     Raises:
         SystemExit: It failed.
     """
-    with subprocess.Popen(command, preexec_fn=_end_with_parent if sys.platform == "linux" else None) as child:
+    ending = _end_with_parent if sys.platform == "linux" else None
+    with subprocess.Popen(command, env=environment, preexec_fn=ending) as child:
         former = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
         try:
             code = _awaited(child)

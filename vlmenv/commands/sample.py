@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,7 +17,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from vlmenv.agents.base import Agent
-from vlmenv.building import DTYPES, load_agent, prepared, report_broken_rows, report_skipped, task_arguments
+from vlmenv.building import DTYPES, load_agent, prepared, report_broken_rows, report_skipped, say, task_arguments
 from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.core.files import write_atomic
 from vlmenv.envs.data.dataset import Concatenated, TableSource
@@ -28,7 +30,8 @@ from vlmenv.options.command_line import Asked, parse_with_files
 from vlmenv.options.evaluate import SampleConfig
 from vlmenv.processes import Processes
 from vlmenv.processes.failures import shared_failure
-from vlmenv.runs.claim import claim
+from vlmenv.runs.claim import alone_in, claim
+from vlmenv.runs.data import row_digests
 from vlmenv.runs.models import with_checkpoint
 
 LEVELS: Final = ("easy", "medium", "hard")
@@ -45,6 +48,11 @@ def run(asked: Asked) -> Path:
     if config.output is None:
         raise ConfigError("output is missing: name the folder for the files")
     processes, console = prepared(config, asked.notes)
+    with alone_in(config.output, processes.accelerator, console):
+        return _sample(config, processes, console)
+
+
+def _sample(config: SampleConfig, processes: Processes, console: Console) -> Path:
     config = with_checkpoint(config, console)
     assert config.output is not None
     accelerator, parts = processes.accelerator, config.output / "parts"
@@ -52,11 +60,12 @@ def run(asked: Asked) -> Path:
     data = config.data.arguments()
     envs = make_envs(config.env, groups * config.n, group_size=config.n, **data, **task_arguments(config))
     report_broken_rows(envs, console)
+    count = sample_count(envs, config.eval_limit)
     with shared_failure(accelerator):
         if accelerator.is_main_process:
             claim(config.output, config, begun=any(parts.glob("[0-9]*.jsonl")))
             parts.mkdir(exist_ok=True)
-    count = sample_count(envs, config.eval_limit)
+            _check_data(envs, _parts(count, config.part_size), config, console)
     with closing(load_agent(config, accelerator.device, DTYPES[config.weights])) as agent, shared_failure(accelerator):
         _sample_parts(agent, envs, count, config, processes, console)
     envs.close()
@@ -80,6 +89,34 @@ def _parts(count: int, size: int) -> list[range]:
 
 def _part_file(folder: Path, part: range) -> Path:
     return folder / "parts" / f"{part.start}-{part.stop}.jsonl"
+
+
+def _check_data(envs: VisualTaskVectorEnv, parts: Sequence[range], config: SampleConfig, console: Console) -> None:
+    """Compares the rows of parts that are there with those that they were made of, and removes parts of others.
+
+    Raises:
+        DataError: Rows have changed, and `data_changed` is not given.
+    """
+    assert config.output is not None
+    digests = row_digests(envs.task.source)
+    changed, due = list[Path](), dict[Path, str]()
+    for part in parts:
+        file = _part_file(config.output, part)
+        kept, now = file.with_suffix(".rows"), hashlib.sha256(b"".join(islice(digests, len(part)))).hexdigest()
+        if file.is_file() and kept.is_file() and kept.read_text(encoding="utf-8") != now:
+            changed.append(file)
+        if not file.is_file() or file in changed:
+            due[kept] = now
+    if changed and not config.data_changed:
+        raise DataError(
+            f"the data set has changed: {changed[0]} and {len(changed) - 1} other parts were made of other rows. Put "
+            "it back, give another --output, or answer those samples anew with --data-changed"
+        )
+    for file in changed:
+        file.unlink()
+        say(f"the rows of {file.stem} have changed: they are answered anew", console)
+    for kept, now in due.items():
+        write_atomic(kept, now)
 
 
 def _sample_parts(

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -18,6 +19,8 @@ import httpx2
 import torch
 from rich.console import Console
 
+from vlmenv.agents.engines.access import VARIABLE, server_token_or_new, token_file
+from vlmenv.agents.engines.guard import HOST
 from vlmenv.agents.engines.settings import engine_settings, environment
 from vlmenv.agents.engines.vllm import require_vllm
 from vlmenv.agents.families import weightless_family
@@ -37,6 +40,8 @@ _EVERY = 30.0
 _QUIET = {"PYTHONWARNINGS": "ignore"}  # vLLM's are about its own ways
 _UNBOUND = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """Else vLLM wants a NUMA node of CPUs for each part of a model."""
+_INSIDE = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+"""vLLM's own groups, which have no password, listen to this machine alone."""
 _EVERYWHERE = ("0.0.0.0", "::")
 
 
@@ -54,10 +59,11 @@ def run(config: ServeConfig) -> None:
     if config.vllm.engine_memory != ServeConfig().vllm.engine_memory and device.type == "cpu":
         raise ConfigError("engine_memory is a share of a GPU's memory, but there is no CUDA GPU here")
     _check_free(config)
+    token = server_token_or_new()
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"starting vLLM with {config.model} on {device.type}")
-    with _ending_on_signals(), _started(_arguments(config, device), device) as process:
-        _wait_until_ready(config, process, console)
+    with _ending_on_signals(), _started(_arguments(config, device), device, token) as process:
+        _wait_until_ready(config, process, console, token)
         console.print(_ready(config), markup=False)
         raise EngineError(f"vLLM's server ended by itself, with status {process.wait()}; see above for what it said")
 
@@ -83,6 +89,8 @@ def _arguments(config: ServeConfig, device: torch.device) -> dict[str, Any]:
         "port": config.port,
         "worker_extension_cls": "vlmenv.agents.engines.worker.WeightReceiver",
         "enable_scale_out": True,  # tokens in, tokens out
+        "middleware": ["vlmenv.agents.engines.guard.Guard"],
+        "allowed_media_domains": ["none.invalid"],  # a name that cannot exist: images come within requests
         "uvicorn_log_level": "error",
     }
 
@@ -100,23 +108,25 @@ def _flags(arguments: Mapping[str, Any]) -> Iterator[str]:
 
 
 @contextmanager
-def _started(arguments: Mapping[str, Any], device: torch.device) -> Iterator[subprocess.Popen[bytes]]:
+def _started(arguments: Mapping[str, Any], device: torch.device, token: str) -> Iterator[subprocess.Popen[bytes]]:
     """The server's process, which ends with the context, and with it all those that it has started."""
     divided = _UNBOUND if arguments["tensor_parallel_size"] > 1 else {}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "vlmenv.agents.engines.serving", *_flags(arguments)],
-        env=_QUIET | divided | environment(device) | os.environ | {"VLLM_SERVER_DEV_MODE": "1"},
-        stdin=subprocess.PIPE,  # closed when this process ends, however that comes about
-        start_new_session=True,  # signals of the terminal come here alone
-    )
-    try:
-        yield process
-    finally:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(_GRACE)
-        _end_group(process.pid)
-        process.wait()
+    own = {"VLLM_SERVER_DEV_MODE": "1", VARIABLE: token, HOST: arguments["host"]}
+    with tempfile.TemporaryDirectory(prefix="vlmenv-serve-") as sockets:  # of vLLM's processes, private to this account
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vlmenv.agents.engines.serving", *_flags(arguments)],
+            env=_QUIET | _INSIDE | divided | environment(device) | os.environ | own | {"VLLM_RPC_BASE_PATH": sockets},
+            stdin=subprocess.PIPE,  # closed when this process ends, however that comes about
+            start_new_session=True,  # signals of the terminal come here alone
+        )
+        try:
+            yield process
+        finally:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_GRACE)
+            _end_group(process.pid)
+            process.wait()
 
 
 def _end_group(group: int) -> None:
@@ -143,11 +153,13 @@ def _ending_on_signals() -> Iterator[None]:
         signal.signal(signal.SIGTERM, former)
 
 
-def _wait_until_ready(config: ServeConfig, process: subprocess.Popen[bytes], console: Console) -> None:
+def _wait_until_ready(config: ServeConfig, process: subprocess.Popen[bytes], console: Console, token: str) -> None:
+    headers = {"Authorization": f"Bearer {token}"}
     start, lines = time.monotonic(), 0
     while process.poll() is None:
         with suppress(httpx2.HTTPError):
-            if httpx2.get(f"{_address(config)}/health", trust_env=False, timeout=5).status_code == 200:
+            reply = httpx2.get(f"{_address(config)}/health", headers=headers, trust_env=False, timeout=5)
+            if reply.status_code == 200:
                 return
         if (waited := time.monotonic() - start) >= (lines + 1) * _EVERY:
             lines = int(waited / _EVERY)
@@ -183,8 +195,15 @@ def _ready(config: ServeConfig) -> str:
     url = f"http://{socket.gethostname()}:{config.port}" if config.host in _EVERYWHERE else _address(config)
     model = "" if config.model == BUILTIN else f" --model {config.model}"
     local = config.host in ("127.0.0.1", "localhost", "::1")
-    risk = "" if local else " Its weights can be changed by all who reach it."
+    risk = "" if local else " Nothing is encrypted, the token included: use a network that nobody else is on."
     return (
-        f"ready: {config.model} is served at {url}.{risk} Train with:\n"
+        f"ready: {config.model} is served at {url}.{risk} {_whose_token()} Train with:\n"
         f"vlmenv train --engine vllm-server --server {url}{model}"
     )
+
+
+def _whose_token() -> str:
+    """What a trainer needs, without the token itself."""
+    if VARIABLE in os.environ:
+        return f"Trainers need the same {VARIABLE} as this command."
+    return f"Trainers of this account read the token from {token_file()}; others need it as {VARIABLE}."

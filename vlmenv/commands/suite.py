@@ -39,7 +39,7 @@ from vlmenv.options.fields import flatten, options_of
 from vlmenv.options.task import ReadingOptions
 from vlmenv.processes import Processes
 from vlmenv.processes.failures import shared_failure
-from vlmenv.runs.claim import claim
+from vlmenv.runs.claim import alone_in, claim
 from vlmenv.runs.models import with_checkpoint
 
 Rewrite = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -204,6 +204,11 @@ def run_suite(config: EvalConfig, notes: Sequence[str] = ()) -> dict[str, dict[s
     """
     suite = _checked(config)
     processes, console = prepared(config, notes)
+    with alone_in(config.output, processes.accelerator, console):
+        return _run(suite, config, processes, console)
+
+
+def _run(suite: Suite, config: EvalConfig, processes: Processes, console: Console) -> dict[str, dict[str, Interval]]:
     config = with_checkpoint(config, console)
     accelerator = processes.accelerator
     found = find(suite, config, console)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
@@ -35,10 +36,15 @@ from vlmenv.options.command_line import Asked, parse_with_files
 from vlmenv.options.fields import flatten, options_of
 from vlmenv.options.train import TrainConfig, default_config
 from vlmenv.processes import processes_of
-from vlmenv.runs.checkpoints import load_checkpoint
+from vlmenv.processes.failures import shared_failure
+from vlmenv.processes.stopping import StoppedError, Stopping
+from vlmenv.runs.checkpoints import Found, find_checkpoint, load_checkpoint
+from vlmenv.runs.lock import locked
 from vlmenv.runs.loop import TrainingLoop, compare, evaluate_now, measured_before
 from vlmenv.runs.models import with_checkpoint
+from vlmenv.runs.output import lasting_output
 from vlmenv.runs.record import asked_yaml, print_dry_run, resolved_yaml
+from vlmenv.runs.resuming import DataSets, changes, check_data_changed, facts
 from vlmenv.runs.run_folder import RunFolder
 from vlmenv.runs.tracking import THROUGH_ACCELERATE, Tracking, find_tracker
 
@@ -68,7 +74,7 @@ def run(asked: Asked, parts: Parts | None = None) -> Path:
         asked: The options.
         parts: What is used in place of what the options say.
     """
-    with ExitStack() as opened:
+    with lasting_output(), ExitStack() as opened:
         return _run(_with_parts(asked, parts or Parts()), parts or Parts(), opened)
 
 
@@ -107,9 +113,11 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
     if config.batches.precision == "fp16" and (config.device == "cpu" or not torch.cuda.is_available()):
         raise ConfigError("precision fp16 needs a CUDA GPU: take fp32 or bf16")
     find_tracker(config.logging.tracker)
-    run = _run_folder(config)
+    check_data_changed(config)
+    run = _run_folder(config, opened)
     accelerator = _accelerator(config, run)
     console = Console(quiet=not accelerator.is_main_process)
+    found = _begun(config, run, accelerator, opened, console)
     for note in asked.notes:
         say(note, console)
     if parts.agent is None:
@@ -117,8 +125,6 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
     processes_of(accelerator)  # raises now what is wrong with them, and not when the model has been loaded
     check_engine(config, accelerator.device, accelerator.num_processes)
     check_staleness(config.trainer, accelerator)
-    if accelerator.is_main_process and config.resume is None:
-        run.check_new()
     with console.status("reading the data"):
         envs = parts.envs or _training_envs(config, accelerator)
         held_out = None if config.measuring.eval_limit == 0 else parts.held_out
@@ -133,6 +139,8 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
     if config.dry_run:
         print_dry_run(config, envs, run, accelerator, console)
         return run.path
+    data = DataSets.of(envs, held_out)
+    changed = _compared(config, found, data, accelerator, console)
     agent = parts.agent or load_agent(config, accelerator.device, engine_dtype=DTYPES[config.batches.precision])
     if parts.agent is None:
         opened.callback(agent.close)
@@ -143,18 +151,24 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
         agent.add_value_head()
     trainer = Trainer(agent, envs, algorithm, config.trainer, accelerator)
     if accelerator.is_main_process and config.resume is None:
-        run.create(asked_yaml(config, asked.names), resolved_yaml(config, envs, accelerator))
+        identity = secrets.token_hex(8)
+        run.create(asked_yaml(config, asked.names, identity), resolved_yaml(config, envs, accelerator, identity))
+    kept = facts(config, data, run, accelerator.num_processes) if accelerator.is_main_process else {}
     console.print(f"{config.env}, {config.algo}, model {config.model}; writing to {run.path}", highlight=False)
-    last = run.checkpoints()[-1:] if config.resume is not None else []
-    step = run.step_of(last[0]) if last else 0
-    tracking = Tracking(accelerator, config.logging.tracker, run, flatten(config), step=step)
-    before = measured_before(trainer, held_out, config, run, console)
-    if config.resume is not None:
-        load_checkpoint(trainer, run)
-        console.print(f"going on after step {trainer.step}" if trainer.step else "no checkpoint yet: starting over")
-    training = TrainingLoop(trainer, envs, held_out, config, run, tracking, console, before)
-    training()
-    after = training.measured.get(trainer.step) or evaluate_now(trainer, held_out, config, "after training", console)
+    tracking = Tracking(accelerator, config.logging.tracker, run, flatten(config), step=found.step)
+    stopping = opened.enter_context(Stopping(accelerator))
+    try:
+        before = measured_before(trainer, held_out, config, run, console, stopping)
+        if config.resume is not None:
+            _go_on(trainer, run, found, changed, console)
+        training = TrainingLoop(trainer, envs, held_out, config, run, tracking, console, before, stopping, kept)
+        training()
+        after = training.measured.get(trainer.step)
+        after = after or evaluate_now(trainer, held_out, config, "after training", console, stopping)
+    except StoppedError:
+        say(f"stopped while measuring. Go on with: vlmenv train --resume {run.path}", console)
+        stopping.end_process()
+        raise
     if accelerator.is_main_process and held_out is not None and before is not None and after is not None:
         compare(config, run, held_out, before, after, console)
     console.print(f"model, metrics and pictures are in {run.path}", highlight=False)
@@ -169,11 +183,75 @@ def _imitates(config: TrainConfig[Any]) -> bool:
     return find_algorithm(config.algo).make(config.algorithm).imitates
 
 
-def _run_folder(config: TrainConfig[Any]) -> RunFolder:
-    """The run's folder. A name by the time is that of the main rank."""
-    PartialState(cpu=config.device == "cpu")  # finds the other ranks
-    path = config.resume or config.logging.output or RunFolder.default_path(config.env, config.algo)
-    return RunFolder(Path(broadcast_object_list([path])[0]))
+def _run_folder(config: TrainConfig[Any], opened: ExitStack) -> RunFolder:
+    """The run's folder. One that is named by the time is made by the main rank, so that no other run takes it."""
+    state = PartialState(cpu=config.device == "cpu")  # finds the other ranks
+    found: Path | OSError = config.resume or config.logging.output or RunFolder.default_path(config.env, config.algo)
+    if state.is_main_process and not (config.resume or config.logging.output or config.dry_run):
+        try:
+            found = RunFolder.make_default(config.env, config.algo)
+            opened.callback(_remove_empty, found)
+        except OSError as error:
+            found = error
+    (found,) = broadcast_object_list([found])
+    if isinstance(found, OSError):
+        raise found
+    return RunFolder(found)
+
+
+def _remove_empty(folder: Path) -> None:
+    """Removes a folder in which nothing has been written."""
+    with suppress(OSError):
+        folder.rmdir()
+        folder.parent.rmdir()
+
+
+def _begun(
+    config: TrainConfig[Any], run: RunFolder, accelerator: Accelerator, opened: ExitStack, console: Console
+) -> Found:
+    """Locks the run's folder until the end, and finds the checkpoint to go on from.
+
+    Raises:
+        ConfigError: Another run writes there, or the folder of a new run holds one already.
+        ModelError: The folder of a run to go on has no whole checkpoint among several.
+    """
+    found = Found(None, {}, [])
+    with shared_failure(accelerator):
+        if accelerator.is_main_process:
+            if not config.dry_run:
+                opened.enter_context(locked(run.path, lambda line: say(f"warning: {line}", console)))
+            if config.resume is None:
+                run.check_new()
+            elif not config.dry_run:
+                found = find_checkpoint(run)
+    (found,) = broadcast_object_list([found])
+    for note in found.notes:
+        say(f"warning: {note}", console)
+    return cast(Found, found)
+
+
+def _compared(
+    config: TrainConfig[Any], found: Found, data: DataSets, accelerator: Accelerator, console: Console
+) -> dict[str, Any]:
+    """What has changed since the checkpoint that the run goes on from, which is printed; of the main rank."""
+    changed: dict[str, Any] = {}
+    with shared_failure(accelerator):
+        if accelerator.is_main_process:
+            changed, told = changes(config, found, data, accelerator.num_processes)
+            for line in told:
+                say(f"changed since step {found.step}: {line}", console)
+    return dict(broadcast_object_list([changed])[0])
+
+
+def _go_on(trainer: Trainer, run: RunFolder, found: Found, changed: dict[str, Any], console: Console) -> None:
+    """Restores the checkpoint that the run goes on from, and records what has changed since."""
+    for note in load_checkpoint(trainer, run, found):
+        say(f"warning: {note}", console)
+    if "training" in changed.get("data", {}):
+        trainer.forget_samples()
+    if changed and trainer.accelerator.is_main_process:
+        run.write_change(trainer.step, changed)
+    console.print(f"going on after step {trainer.step}" if trainer.step else "no checkpoint yet: starting over")
 
 
 def _accelerator(config: TrainConfig[Any], run: RunFolder) -> Accelerator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -53,14 +54,25 @@ def replace_folder(partial: Path, folder: Path) -> None:
     _flush(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-    _flush(folder.parent)
+    flush_file(folder.parent)
+
+
+def flush_file(file: Path) -> None:
+    """Writes a file, or the entries of a folder, to the disk."""
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _flush(folder: Path) -> None:
-    """Writes a folder's entries and its files to the disk."""
-    for path in [folder, *(file for file in folder.iterdir() if file.is_file())]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    """Writes a folder with all that it holds to the disk."""
+    for path in [folder, *folder.rglob("*")]:
+        flush_file(path)

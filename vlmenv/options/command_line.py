@@ -12,11 +12,11 @@ from vlmenv.core.loading import import_modules
 from vlmenv.options.fields import options_of
 from vlmenv.options.files import as_arguments, packaged_file, read_options
 from vlmenv.options.parsing import names_of, parse, renamed, single_value, values_of
-from vlmenv.options.resolve import Layer, displace, merge, unknown_of
+from vlmenv.options.resolve import RECORD, Layer, displace, merge, unknown_of
 
 BESIDE_RESUME: Final = (
-    *("steps", "epochs", "eval_limit", "eval_every", "checkpoint_every", "keep", "tracker", "log_samples", "device"),
-    *("micro_batch_size", "micro_batch_tokens", "dry_run"),
+    *("steps", "epochs", "eval_limit", "eval_every", "checkpoint_every", "checkpoint_minutes", "keep", "tracker"),
+    *("log_samples", "device", "micro_batch_size", "micro_batch_tokens", "stop_on_collapse", "data_changed", "dry_run"),
 )
 """Options that may be given beside `--resume`."""
 
@@ -83,7 +83,7 @@ def file_layers(recipe: str | None, config: Path | None) -> list[Layer]:
 
 
 def _resumed(args: Sequence[str], folder: Path) -> list[Layer]:
-    if other := sorted(names_of(args) - {"resume", *BESIDE_RESUME}):
+    if other := sorted({one.removeprefix("no_") for one in names_of(args)} - {"resume", *BESIDE_RESUME}):
         raise ConfigError(
             f"a run is resumed with its own options, not with {', '.join(other)}. Beside --resume may stand "
             f"{', '.join(BESIDE_RESUME)}; others can be edited in {folder / 'config.yaml'}"
@@ -104,6 +104,11 @@ def run_layers(folder: Path) -> list[Layer]:
         )
     files = [file for name in ("resolved.yaml", "config.yaml") if (file := folder / name).is_file()]
     layers = [Layer(str(file), read_options(file)) for file in files]
+    if (resolved := next((one for one in layers[:-1]), None)) is not None and RECORD not in resolved.values:
+        raise ConfigError(
+            f"{resolved.place} is cut off: its last part, the {RECORD}, is missing. Put the file back, or remove it to "
+            "resume with what config.yaml says and the defaults of this version"
+        )
     if not any(layer.values for layer in layers):
         raise ConfigError(f"{folder / 'config.yaml'} is empty: put the run's options back, or start a new run")
     return layers

@@ -72,6 +72,8 @@ class SampleConfig(AnswerConfig):
     """Samples after which results are written. An interrupted run continues with the missing parts."""
     output: Path | None = None
     """Folder for the files. The same command with the same folder continues where it was interrupted."""
+    data_changed: bool = False
+    """Answer samples anew whose rows have changed since they were answered."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

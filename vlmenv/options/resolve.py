@@ -18,7 +18,7 @@ from vlmenv.options.train import RIVALS, default_config
 
 RECORD: Final = "record"
 """Part of a resolved.yaml with the origin of a run. It has no options."""
-NAMING: Final = ("config", "recipe", "resume", "dry_run")
+NAMING: Final = ("config", "recipe", "resume", "dry_run", "data_changed")
 """Options that name files of options or a mode of running, and so cannot be in a file."""
 
 

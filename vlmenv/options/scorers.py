@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from vlmenv.core.errors import ConfigError
+from vlmenv.core.urls import hidden
 from vlmenv.envs.rewards.clip import ClipScore, ScoreName
 from vlmenv.envs.rewards.judge import PROMPT, Judge
 from vlmenv.envs.rewards.terms import RewardTerm
@@ -21,10 +22,11 @@ class ScorerConfig:
     clip_score: ScoreName = "cosine"
     """Score of the term clip: "cosine" is min(1, cosine / 0.4), "sigmoid" is SigLIP's probability."""
     clip_remote_code: bool = False
-    """Permission to run the checkpoint's own code, which may do anything. FG-CLIP does not need it."""
+    """Run the checkpoint's own code, which may do anything. FG-CLIP does not need it."""
     judge_url: str | None = None
-    """URL of the server of the reward term judge, as http://localhost:8000/v1, with OpenAI's protocol. Use the term
-    as in `--rewards accuracy 1 judge 0.5`. The environment variable VLMENV_JUDGE_KEY has its key, if it needs one."""
+    """URL of the server of the reward term judge (`--rewards accuracy 1 judge 0.5`), as http://localhost:8000/v1,
+    with OpenAI's protocol. The environment variable VLMENV_JUDGE_KEY has its key, if it needs one. Records have ***
+    in place of credentials in the URL; a resumed run reads the whole URL from VLMENV_JUDGE_URL."""
     judge_model: str | None = None
     """Name of the judge's model at the server."""
     judge_prompt: str = PROMPT
@@ -36,9 +38,11 @@ class ScorerConfig:
     judge_concurrency: int = 16
     """Number of concurrent requests to the judge."""
     judge_images: bool = False
-    """Images of the sample in the judge's prompt."""
+    """Show the sample's images to the judge too."""
 
     def __post_init__(self) -> None:
+        if self.judge_url is not None:
+            object.__setattr__(self, "judge_url", hidden(self.judge_url))
         if self.judge_url is not None and self.judge_model is None:
             raise ConfigError("judge_url needs judge_model, the judge's name at the server")
         for first in ("clip_model", "judge_url"):

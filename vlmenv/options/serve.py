@@ -25,7 +25,7 @@ class ServeConfig:
     imports: Annotated[tuple[str, ...], tyro.conf.arg(name="import")] = ()
     """Modules of your own to import first, which register model families."""
     host: str = "127.0.0.1"
-    """Address to listen on. Whoever reaches it can change the weights and read the prompts."""
+    """Address to listen on. Beyond this machine, nothing is encrypted."""
     port: int = 8000
     """Port to listen on."""
     weights: Literal["fp32", "bf16", "fp16"] = "fp32"

@@ -84,6 +84,9 @@ class MeasuringOptions:
     """Steps between two evaluations during training. The best model by the first metric is kept, and a warning tells if
     answers drift (in length, repetition, boxes, format) while that metric falls. None: before and after only."""
 
+    stop_on_collapse: bool = False
+    """End training, with the state saved, when it collapses: the KL divergence runs away, or the reward is lost."""
+
     def __post_init__(self) -> None:
         require(self.eval_limit >= 0, f"eval_limit must not be negative, not {self.eval_limit}")
         require(
@@ -95,6 +98,10 @@ class MeasuringOptions:
             raise ConfigError("eval_image_root goes with eval_dataset")
 
 
+_MINUTES: Final = 30.0
+_KEPT: Final = 2
+
+
 @dataclass(frozen=True)
 class LoggingOptions:
     """Files of a run."""
@@ -102,9 +109,11 @@ class LoggingOptions:
     output: Path | None = None
     """Folder of the run. None: runs/DATE-TIME-ENV-ALGO."""
     checkpoint_every: int | None = None
-    """Steps between two checkpoints. None: one checkpoint, at the end."""
+    """Steps between two checkpoints; one is written at the end too. None: by time."""
+    checkpoint_minutes: float | None = None
+    """Minutes of training between two checkpoints. 0: none by time. None: 30, or none with checkpoint_every."""
     keep: int | None = None
-    """Number of checkpoints to keep, the newest. None: all."""
+    """Number of checkpoints to keep, the newest. None: all with checkpoint_every, else 2."""
     tracker: str = "tensorboard"
     """Tracker of metrics and example completions: tensorboard (in the run's folder), wandb, none, or a class of your
     own, as in `my_tracker:MyTracker`."""
@@ -115,9 +124,23 @@ class LoggingOptions:
         for name in ("checkpoint_every", "keep"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} must be at least 1, not {value}")
+        minutes = self.checkpoint_minutes
+        require(minutes is None or 0 <= minutes < math.inf, f"checkpoint_minutes must not be negative, not {minutes}")
         require(self.log_samples >= 0, f"log_samples must not be negative, not {self.log_samples}")
         if self.tracker == "none" and self.log_samples not in (0, type(self).log_samples):
             raise ConfigError("log_samples is for a tracker, but tracker is none")
+
+    @property
+    def minutes(self) -> float:
+        """Minutes between two checkpoints; 0 for none by time."""
+        if self.checkpoint_minutes is not None:
+            return self.checkpoint_minutes
+        return 0.0 if self.checkpoint_every is not None else _MINUTES
+
+    @property
+    def kept(self) -> int | None:
+        """Number of checkpoints to keep; None for all."""
+        return _KEPT if self.keep is None and self.checkpoint_every is None else self.keep
 
 
 @dataclass(frozen=True)
@@ -129,7 +152,10 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
     config: Path | None = None
     """YAML file of options, such as a run's config.yaml or resolved.yaml. The command line wins."""
     resume: Path | None = None
-    """Run's folder to continue from its newest checkpoint, with its own options. `--steps N` beside it prolongs it."""
+    """Run's folder to continue from its newest whole checkpoint, with its own options. `--steps N` beside it prolongs
+    it."""
+    data_changed: bool = False
+    """Go on, beside `resume`, though the data set is not the one that the run began with. changes.jsonl records it."""
     dry_run: bool = False
     """Print the resolved options, the files to be read and the folder to be written, and stop."""
     algo: str = "grpo"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,21 @@ from vlmenv.algos import Trainer
 from vlmenv.algos.faults import nonfinite_weights
 from vlmenv.core.errors import CheckpointError, ModelError
 from vlmenv.core.files import replace_folder
+from vlmenv.processes.base import Sharded
 from vlmenv.processes.failures import shared_failure
+from vlmenv.runs.manifest import damage, read_manifest, write_manifest
 from vlmenv.runs.run_folder import RunFolder
 
 
-def save_checkpoint(trainer: Trainer, run: RunFolder) -> None:
+def save_checkpoint(trainer: Trainer, run: RunFolder, facts: Mapping[str, Any] | None = None) -> None:
     """Writes a checkpoint after the trainer's last step, atomically. A collective: all ranks must call it.
+
+    Its manifest holds checksums of the files, the lengths of the run's logs, and `facts`, which resuming compares.
+
+    Args:
+        trainer: The trainer.
+        run: The run's folder.
+        facts: What to keep in the manifest, as JSON can hold it; of the main rank.
 
     Raises:
         CheckpointError: It cannot be written, or the weights are not finite. Earlier checkpoints stay unchanged.
@@ -42,6 +52,7 @@ def save_checkpoint(trainer: Trainer, run: RunFolder) -> None:
         _save(trainer.process_state(), partial / f"process-{accelerator.process_index}.pt")
     with shared_failure(accelerator), _written(folder, partial):
         if accelerator.is_main_process:
+            write_manifest(partial, {**(facts or {}), "step": trainer.step, "logs": run.flush_logs()})
             replace_folder(partial, folder)
 
 
@@ -57,37 +68,122 @@ def save_best(trainer: Trainer, run: RunFolder) -> None:
             trainer.agent.save(folder, weights)
 
 
-def load_checkpoint(trainer: Trainer, run: RunFolder) -> None:
-    """Restores a run's newest checkpoint, and removes later steps from the run's files.
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The checkpoint that a run goes on from."""
+
+    folder: Path | None
+    """None: there is none, and the run starts over"""
+    facts: dict[str, Any]
+    """of its manifest; empty for a checkpoint of an earlier version"""
+    notes: list[str]
+    """what is wrong with newer ones, a line each"""
+
+    @property
+    def step(self) -> int:
+        """The step after which it was written; 0 without one."""
+        return 0 if self.folder is None else RunFolder.step_of(self.folder)
+
+
+def find_checkpoint(run: RunFolder) -> Found:
+    """Finds a run's newest whole checkpoint of its own, and sets newer ones aside. For the main rank.
+
+    Raises:
+        ModelError: There are checkpoints, but none that is whole and of this run.
+    """
+    identity, notes = run.identity(), list[str]()
+    for folder in reversed(run.checkpoints()):
+        fault, facts = _examined(folder, identity)
+        if fault is None:
+            for newer in run.checkpoints():
+                if run.step_of(newer) > run.step_of(folder):
+                    _set_aside(newer)
+            if not facts:
+                notes.append(f"{folder} has no manifest, as earlier versions wrote none: its files are not verified")
+            return Found(folder, facts, notes)
+        notes.append(f"{folder} is passed over: {fault}")
+    if notes:
+        raise ModelError(
+            f"{run.path} has no checkpoint to go on from: {'; '.join(notes)}. Start over with the run's command and "
+            "another --output, or remove the folder checkpoints and resume"
+        )
+    return Found(None, {}, [])
+
+
+def _examined(folder: Path, identity: str | None) -> tuple[str | None, dict[str, Any]]:
+    """Why a checkpoint cannot be used by a run, None if it can, and the facts of its manifest."""
+    try:
+        manifest = read_manifest(folder)
+    except ValueError as error:
+        return str(error), {}
+    if manifest is None:
+        return ("manifest.json is missing" if identity else None), {}
+    if manifest.get("run") not in (None, identity) and identity is not None:
+        return f"it is of another run, {manifest['run']}", {}
+    return damage(folder, manifest), manifest
+
+
+def _set_aside(folder: Path) -> None:
+    """Renames a checkpoint, so that it is no longer taken for one."""
+    aside = folder.with_name(f"{folder.name}.unused")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+
+
+def load_checkpoint(trainer: Trainer, run: RunFolder, found: Found | None = None) -> list[str]:
+    """Restores a run's newest whole checkpoint, and removes later steps from the run's files. A collective.
 
     Without a checkpoint the trainer stays at its beginning, and all steps are removed from the files.
 
+    Args:
+        trainer: A new trainer.
+        run: The run's folder.
+        found: What `find_checkpoint` gave on the main rank. Default: found now.
+
+    Returns:
+        On the main rank, what is not as it was: other ranks, lost lines of logs.
+
     Raises:
-        ModelError: The checkpoint has another number of ranks or another strategy, or cannot be read.
+        ModelError: The checkpoint has another strategy or another number of shards, or cannot be read.
     """
-    accelerator, found = trainer.accelerator, run.checkpoints()
-    if found:
-        _load(trainer, found[-1])
-    if accelerator.is_main_process:
-        run.cut(trainer.step)
-        for partial in run.checkpoint(0).parent.glob(".step-*"):  # incomplete writes
-            shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
+    accelerator, notes = trainer.accelerator, list[str]()
+    with shared_failure(accelerator):
+        if found is None and accelerator.is_main_process:
+            found = find_checkpoint(run)
+    found = trainer.processes.broadcast(found)
+    assert found is not None
+    if found.folder is not None:
+        notes += _load(trainer, found.folder)
+    with shared_failure(accelerator):
+        if accelerator.is_main_process:
+            notes += run.cut(trainer.step, found.facts.get("logs") if found.folder else {})
+            for partial in run.rests():
+                shutil.rmtree(partial, ignore_errors=True)
+    return notes
 
 
-def _load(trainer: Trainer, folder: Path) -> None:
-    accelerator = trainer.accelerator
+def _load(trainer: Trainer, folder: Path) -> list[str]:
+    accelerator, saved = trainer.accelerator, len(list(folder.glob("process-*.pt")))
     own = folder / f"process-{accelerator.process_index}.pt"
-    if len(list(folder.glob("process-*.pt"))) != accelerator.num_processes:
+    changed = saved != accelerator.num_processes
+    if changed and isinstance(trainer.processes, Sharded):
         raise ModelError(
-            f"{folder}: saved by another number of ranks than {accelerator.num_processes}: launch as many as then"
+            f"{folder}: saved by {saved} ranks, not by {accelerator.num_processes}, with a shard of the optimizer's "
+            "state each: launch as many as then"
         )
     try:
         state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
         _check_kind(folder, state["processes"], trainer.processes.name)
-        trainer.load(folder, state, torch.load(own, map_location="cpu", weights_only=True))
+        kept = torch.load(own, map_location="cpu", weights_only=True) if own.is_file() else None
+        trainer.load(folder, state, kept, same_ranks=not changed)
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
         raise ModelError(f"{folder}: the checkpoint cannot be read: {error}") from error
+    if not changed:
+        return []
+    return [
+        f"{folder} was saved by {saved} ranks, and {accelerator.num_processes} go on: the run is not the same bit for "
+        "bit, as random states differ, and what ranks knew of samples or kept for replay is dropped"
+    ]
 
 
 def _check_kind(folder: Path, saved: str, now: str) -> None:
@@ -98,9 +194,8 @@ def _check_kind(folder: Path, saved: str, now: str) -> None:
 def prune(run: RunFolder, keep: int | None) -> None:
     """Removes all but the newest `keep` checkpoints. None: removes nothing."""
     kept = run.checkpoints()[-keep:] if keep else []
-    for folder in kept[0].parent.glob("step-*") if kept else []:
-        if run.step_of(folder) < run.step_of(kept[0]):
-            shutil.rmtree(folder, ignore_errors=True)
+    for folder in run.rests(before=run.step_of(kept[0])) if kept else []:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
+from accelerate import Accelerator
+from rich.console import Console
+
+from vlmenv.building import say
 from vlmenv.core.errors import ConfigError
 from vlmenv.core.files import write_atomic
 from vlmenv.options.evaluate import AnswerConfig
@@ -12,9 +18,34 @@ from vlmenv.options.fields import flatten, options_of
 from vlmenv.options.files import read_options, to_yaml
 from vlmenv.options.names import own_name
 from vlmenv.options.task import EngineOptions
+from vlmenv.processes.failures import shared_failure
+from vlmenv.runs.lock import locked
 
-_FREE: Final = ("recipe", "config", "output", "suite_data", "batch_size", "device", *options_of(EngineOptions()))
+_FREE: Final = (
+    "recipe",
+    "config",
+    "output",
+    "data_changed",
+    "suite_data",
+    "batch_size",
+    "device",
+    *options_of(EngineOptions()),
+)
 """Options that may change while the work goes on."""
+
+
+@contextmanager
+def alone_in(folder: Path | None, accelerator: Accelerator, console: Console) -> Iterator[None]:
+    """Locks an output folder for the block, on the main rank. A collective. None: there is nothing to lock.
+
+    Raises:
+        ConfigError: Another process writes into the folder.
+    """
+    with ExitStack() as opened:
+        with shared_failure(accelerator):
+            if accelerator.is_main_process and folder is not None:
+                opened.enter_context(locked(folder, lambda line: say(f"warning: {line}", console)))
+        yield
 
 
 def claim(folder: Path, config: AnswerConfig, begun: bool) -> None:

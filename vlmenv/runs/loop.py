@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from vlmenv.algos import NonFiniteError, StepResult, Trainer
 from vlmenv.building import report_skipped
@@ -16,7 +18,7 @@ from vlmenv.core.errors import TrainingError, VLMEnvError
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.evaluation import Evaluation, evaluate, metrics_table, read_evaluation, sample_count, write_evaluation
 from vlmenv.options.train import TrainConfig
-from vlmenv.processes.failures import failed_on_all_ranks, shared_failure
+from vlmenv.processes.failures import FAILED_ON_ALL_RANKS, failed_on_all_ranks, shared_failure
 from vlmenv.processes.stopping import Stopping
 from vlmenv.runs.checkpoints import prune, save_best, save_checkpoint
 from vlmenv.runs.nonfinite import write_nonfinite
@@ -24,7 +26,7 @@ from vlmenv.runs.pictures import draw_curve, draw_samples
 from vlmenv.runs.progress import TrainingProgress
 from vlmenv.runs.run_folder import RunFolder
 from vlmenv.runs.tracking import Tracking
-from vlmenv.runs.watch import drift
+from vlmenv.runs.watch import CONCERNS, collapse, concerns, drift
 
 
 def measured_before(
@@ -33,24 +35,44 @@ def measured_before(
     config: TrainConfig[Any],
     run: RunFolder,
     console: Console,
+    stopping: Stopping,
 ) -> Evaluation | None:
     """What the model can do before training; a resumed run has it in its folder."""
     if envs is not None and config.resume is not None and (run.path / "before" / "metrics.json").is_file():
         return read_evaluation(run.path / "before", envs.task)
-    before = evaluate_now(trainer, envs, config, "before training", console)
+    before = evaluate_now(trainer, envs, config, "before training", console, stopping)
     if before is not None and trainer.accelerator.is_main_process:
         write_evaluation(before, run.path / "before")
     return before
 
 
 def evaluate_now(
-    trainer: Trainer, envs: VisualTaskVectorEnv | None, config: TrainConfig[Any], title: str, console: Console
+    trainer: Trainer,
+    envs: VisualTaskVectorEnv | None,
+    config: TrainConfig[Any],
+    title: str,
+    console: Console,
+    stopping: Stopping,
 ) -> Evaluation | None:
+    """Measures the present weights; None without environments to measure in.
+
+    Raises:
+        StoppedError: A signal came meanwhile.
+    """
     if envs is None:
         return None
     trainer.sync()
     count = sample_count(envs, config.measuring.eval_limit)
-    return evaluate(trainer.agent, envs, count, greedy=True, title=title, console=console, processes=trainer.processes)
+    return evaluate(
+        trainer.agent,
+        envs,
+        count,
+        greedy=True,
+        title=title,
+        console=console,
+        processes=trainer.processes,
+        check=stopping.check,
+    )
 
 
 @dataclass
@@ -66,6 +88,9 @@ class TrainingLoop:
     console: Console
     before: Evaluation | None
     """what the model could do before training, where that was measured"""
+    stopping: Stopping
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """what checkpoints keep for resuming to compare"""
     last: StepResult | None = None
     """the last step that was finished"""
     saved: int = 0
@@ -76,19 +101,20 @@ class TrainingLoop:
     def __post_init__(self) -> None:
         self.history = self.run.history(self.trainer.step)
         self.saved = self.trainer.step
+        self.saved_at = time.monotonic()
+        self.warned = {kind for kind in CONCERNS if self.run.warned(kind)}
 
     def __call__(self) -> None:
         """Runs the trainer to its end.
 
         Where an error or a signal ends this early, the state after the last finished step is saved all the same.
         """
-        accelerator = self.trainer.accelerator
         try:
-            with Stopping(accelerator) as stopping, TrainingProgress(self.console, self.config.trainer.steps) as bar:
+            with TrainingProgress(self.console, self.config.trainer.steps) as bar:
                 for result in self.trainer.train(self.config.seed):
                     self._take(result)
                     bar.show(result.step, result.metrics)
-                    if stopping.requested():
+                    if self.stopping.requested():
                         break
             self._finish()
         except BaseException as error:
@@ -96,7 +122,7 @@ class TrainingLoop:
             if isinstance(error, NonFiniteError):
                 raise self._explained(error) from error
             raise
-        stopping.end_process()
+        self.stopping.end_process()
 
     def _take(self, result: StepResult) -> None:
         """Writes a step down, and saves what is due after it."""
@@ -113,32 +139,58 @@ class TrainingLoop:
                 self._watch(result)
             samples = every > 0 and (step % every == 0 or step in (1, steps))
             self.tracking.log(result, self.envs.task, samples=samples)
-        if config.logging.checkpoint_every and step % config.logging.checkpoint_every == 0:
+        if self._is_due(step):
             self._save()
             self._prune()
+        self._check_collapse()
+
+    def _is_due(self, step: int) -> bool:
+        """True if a checkpoint is to be written, by the number of steps or by the time since the last."""
+        logging, minutes = self.config.logging, self.config.logging.minutes
+        if logging.checkpoint_every and step % logging.checkpoint_every == 0:
+            return True
+        late = bool(minutes) and time.monotonic() - self.saved_at >= 60 * minutes
+        return minutes > 0 and step < self.config.trainer.steps and self.trainer.processes.broadcast(late)
+
+    def _check_collapse(self) -> None:
+        """Raises TrainingError if training has collapsed and is to end then."""
+        if self.config.measuring.stop_on_collapse and (what := collapse(self.history)) is not None:
+            error = TrainingError(f"step {len(self.history)}: training has collapsed: {what}")
+            error.add_note(FAILED_ON_ALL_RANKS)  # all ranks have the same history
+            raise error
 
     def _watch(self, result: StepResult) -> None:
-        """Warns where answers drift while the first held-out metric falls."""
+        """Warns of what goes wrong: of each kind once, but of a drift after every evaluation."""
+        for kind, message in concerns(self.history):
+            if kind not in self.warned:
+                self.warned.add(kind)
+                self._warn(result.step, message, kind)
         metric = next((name.removeprefix("eval/") for name in result.metrics if name.startswith("eval/")), None)
         if metric is None:
             return
         before = None if self.before is None else self.before.metrics[metric].value
-        if (message := drift(self.history, before, metric)) is not None:
-            self.run.write_warning(result.step, message)
-            self.console.print(f"[bold yellow]warning:[/] step {result.step}: {message}", soft_wrap=True)
+        if (drifting := drift(self.history, before, metric)) is not None:
+            self._warn(result.step, drifting, "drift")
+
+    def _warn(self, step: int, message: str, kind: str) -> None:
+        self.run.write_warning(step, message, kind)
+        self.console.print(f"[bold yellow]warning:[/] step {step}: {escape(message)}", soft_wrap=True)
 
     def _save(self) -> None:
         self.saved = self.trainer.step  # once is enough, whatever becomes of it
-        save_checkpoint(self.trainer, self.run)
+        save_checkpoint(self.trainer, self.run, self.facts)
+        self.saved_at = time.monotonic()
 
     def _prune(self) -> None:
         if self.trainer.accelerator.is_main_process:
-            prune(self.run, self.config.logging.keep)
+            prune(self.run, self.config.logging.kept)
 
     def _keep_best(self) -> dict[str, float]:
         """Measures the model, and saves it where it is better than any before by the first of the metrics."""
         trainer, run = self.trainer, self.run
-        evaluation = evaluate_now(trainer, self.held_out, self.config, f"step {trainer.step}", self.console)
+        evaluation = evaluate_now(
+            trainer, self.held_out, self.config, f"step {trainer.step}", self.console, self.stopping
+        )
         assert evaluation is not None
         self.measured = {trainer.step: evaluation}
         name, interval = next(iter(evaluation.metrics.items()))

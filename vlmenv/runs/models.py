@@ -12,6 +12,7 @@ from vlmenv.agents.checkpoints import find_model
 from vlmenv.building import say
 from vlmenv.core.errors import ModelError
 from vlmenv.options.task import TaskConfig
+from vlmenv.runs.manifest import damage, read_manifest
 from vlmenv.runs.run_folder import RunFolder
 
 ConfigT = TypeVar("ConfigT", bound=TaskConfig)
@@ -54,6 +55,33 @@ def checkpoint_of(name: str) -> tuple[Path, str] | None:
         best = run.best()
         measured = f"{best.get('metric')} {best.get('value')} at step {best.get('step')}"
         return run.path / "best", f"best checkpoint ({measured})"
-    if saved := run.checkpoints():
-        return saved[-1], f"newest checkpoint (step {run.step_of(saved[-1])})"
-    raise ModelError(f"{name}: the run has no checkpoint yet")
+    folder, is_newest = newest_model(run)
+    which = "newest checkpoint" if is_newest else "newest whole checkpoint"
+    return folder, f"{which} (step {run.step_of(folder)})"
+
+
+def newest_model(run: RunFolder) -> tuple[Path, bool]:
+    """The newest checkpoint of a run whose model is whole, and whether there is no newer one.
+
+    Raises:
+        ModelError: There is none.
+    """
+    faults: list[str] = []
+    for folder in reversed(run.checkpoints()):
+        if (fault := model_damage(folder)) is None:
+            return folder, not faults
+        faults.append(f"{folder}: {fault}")
+    raise ModelError(
+        f"{run.path}: the run has no whole checkpoint. {faults[0]}"
+        if faults
+        else f"{run.path}: the run has no checkpoint yet"
+    )
+
+
+def model_damage(folder: Path) -> str | None:
+    """What is wrong with the model in a checkpoint; None if nothing is, or if it has no manifest."""
+    try:
+        manifest = read_manifest(folder)
+    except ValueError as error:
+        return str(error)
+    return None if manifest is None else damage(folder, manifest, model=True)

@@ -19,6 +19,7 @@ from rich.console import Console
 
 import vlmenv
 from vlmenv.agents.checkpoints import find_model
+from vlmenv.core.files import file_digest
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.options.fields import options_of
 from vlmenv.options.files import to_yaml
@@ -32,28 +33,37 @@ _LARGE: Final = 1 << 30  # bytes; of larger files the ends are summed, and the r
 _END: Final = 1 << 24
 
 
-def asked_yaml(config: TrainConfig[Any], names: Collection[str]) -> str:
+def asked_yaml(config: TrainConfig[Any], names: Collection[str], identity: str) -> str:
     """The content of config.yaml: the options that were asked for, the algorithm's own in a group.
 
     Args:
         config: All options.
         names: Those that files, flags or keyword arguments gave.
+        identity: The run's id, which its checkpoints carry.
     """
     kept = [name for name in options_of(config) if name in {*names, "env", "algo", "model"} and name not in _PLACES]
-    return to_yaml(grouped(config.located(), kept))
+    return to_yaml(grouped(config.located(), kept) | {RECORD: {"run": identity}})
 
 
-def resolved_yaml(config: TrainConfig[Any], envs: VisualTaskVectorEnv, accelerator: Accelerator) -> str:
+def resolved_yaml(
+    config: TrainConfig[Any], envs: VisualTaskVectorEnv, accelerator: Accelerator, identity: str | None = None
+) -> str:
     """The content of resolved.yaml: all options with the values that are used, and how the run is made.
 
     `vlmenv train --config RUN/resolved.yaml` repeats the run, also if defaults have changed since.
+
+    Args:
+        config: All options.
+        envs: The environments of training.
+        accelerator: Device and ranks.
+        identity: The run's id. None: nothing is run.
     """
-    config = _used(config, envs)
+    config = used(config, envs)
     names = [name for name in options_of(config) if name not in _PLACES]
-    return to_yaml(grouped(config, names) | {RECORD: _record(config, accelerator)})
+    return to_yaml(grouped(config, names) | {RECORD: {"run": identity, **_record(config, accelerator)}})
 
 
-def _used(config: TrainConfig[Any], envs: VisualTaskVectorEnv) -> TrainConfig[Any]:
+def used(config: TrainConfig[Any], envs: VisualTaskVectorEnv) -> TrainConfig[Any]:
     """The options with what the task uses where they leave the choice to it."""
     task = envs.task
     prompts = replace(
@@ -151,7 +161,7 @@ def _checksum(file: Path) -> dict[str, str]:
     """The SHA-256 of a file; of one above 1 GiB, that of its first and last 16 MiB."""
     with file.open("rb") as stream:
         if file.stat().st_size <= _LARGE:
-            return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+            return {"sha256": file_digest(file)}
         digest = hashlib.sha256(stream.read(_END))
         stream.seek(-_END, os.SEEK_END)
         digest.update(stream.read(_END))

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import vlmenv
 from vlmenv.algos.trainer import StepResult
 from vlmenv.core.errors import ConfigError
-from vlmenv.core.files import write_atomic
+from vlmenv.core.files import flush_file, write_atomic
+from vlmenv.options.files import read_options
+from vlmenv.options.resolve import RECORD
+
+_STEP: Final = re.compile(r"step-(0|[1-9][0-9]*)", re.ASCII)
+LOGS: Final = ("metrics.jsonl", "rollouts.jsonl", "warnings.jsonl", "changes.jsonl")
+"""Files with an object per line, each with its `step`."""
 
 
 class RunFolder:
@@ -23,7 +31,8 @@ class RunFolder:
     - `metrics.jsonl`: one object per step.
     - `rollouts.jsonl`: each completion with its reward terms.
     - `checkpoints/step-N/`: the model and the trainer's state.
-    - `warnings.jsonl`: steps with a sign of reward hacking.
+    - `warnings.jsonl`: steps with a sign that training goes wrong.
+    - `changes.jsonl`: options, data and ranks that changed when the run was resumed.
     - `nonfinite/step-N/`: the batch whose non-finite gradients ended the run.
 
     Nothing is written before `create`.
@@ -38,7 +47,7 @@ class RunFolder:
 
     def check_new(self) -> None:
         """Raises ConfigError if the folder already holds a run."""
-        if (self.path / "metrics.jsonl").exists():
+        if (self.path / "metrics.jsonl").exists() or self.checkpoints():
             raise ConfigError(f"{self.path} already holds a run: choose another --output, or remove it")
 
     def create(self, asked: str, resolved: str) -> None:
@@ -49,10 +58,31 @@ class RunFolder:
         heading = f"# What was asked. What was used: resolved.yaml. Version {vlmenv.__version__}\n"
         write_atomic(self.path / "config.yaml", heading + asked)
 
+    def identity(self) -> str | None:
+        """The run's id, which its checkpoints carry; None for a run of an earlier version."""
+        for name in ("resolved.yaml", "config.yaml"):
+            record = read_options(self.path / name).get(RECORD) if self._has(name) else None
+            if isinstance(record, dict) and record.get("run"):
+                return str(record["run"])
+        return None
+
     @staticmethod
     def default_path(env: str, algo: str) -> Path:
         """`runs/<date>-<time>-<environment>-<algorithm>`."""
         return Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{env.rpartition(':')[2]}-{algo.rpartition(':')[2]}"
+
+    @classmethod
+    def make_default(cls, env: str, algo: str) -> Path:
+        """Makes the folder of `default_path`, with a number behind its name if another run has it already."""
+        path = cls.default_path(env, algo)
+        for number in count(1):
+            own = path if number == 1 else path.with_name(f"{path.name}-{number}")
+            try:
+                own.mkdir(parents=True)
+            except FileExistsError:
+                continue
+            return own
+        raise AssertionError  # a count has no end
 
     def checkpoint(self, step: int) -> Path:
         """The folder of the checkpoint after a step."""
@@ -83,47 +113,88 @@ class RunFolder:
             raise
         self._written = result.step
 
-    def write_warning(self, step: int, message: str) -> None:
+    def write_warning(self, step: int, message: str, kind: str = "drift") -> None:
         """Appends a warning about a step."""
-        _append(self.path / "warnings.jsonl", [{"step": step, "message": message}])
+        _append(self.path / "warnings.jsonl", [{"step": step, "kind": kind, "message": message}])
 
-    def warned(self) -> list[int]:
-        """The steps with a warning."""
-        return [row["step"] for row in self._rows("warnings.jsonl")] if self._has("warnings.jsonl") else []
+    def write_change(self, step: int, what: Mapping[str, Any]) -> None:
+        """Appends what is different from the step on that the run was resumed at."""
+        _append(self.path / "changes.jsonl", [{"step": step, "time": f"{datetime.now():%Y-%m-%d %H:%M:%S}", **what}])
+
+    def warned(self, kind: str | None = None) -> list[int]:
+        """The steps with a warning; of one kind, if one is given."""
+        rows = self._rows("warnings.jsonl") if self._has("warnings.jsonl") else []
+        return [row["step"] for row in rows if kind in (None, row.get("kind"))]
 
     def checkpoints(self) -> list[Path]:
-        """The folders of complete checkpoints, the newest last."""
+        """The folders of complete checkpoints, the newest last. Folders with other names are no checkpoints."""
         found = (self.path / "checkpoints").glob("step-*/trainer.pt")
-        return sorted((file.parent for file in found), key=self.step_of)
+        return sorted((file.parent for file in found if _STEP.fullmatch(file.parent.name)), key=self.step_of)
 
     @staticmethod
     def step_of(checkpoint: Path) -> int:
         """The step of a checkpoint."""
         return int(checkpoint.name.removeprefix("step-"))
 
-    def history(self, steps: int | None = None) -> list[dict[str, float]]:
-        """The metrics of the first `steps` steps. Default: of all."""
-        rows = self._rows("metrics.jsonl") if steps != 0 else []
-        return [{name: value for name, value in row.items() if name != "step"} for row in rows[:steps]]
+    def rests(self, before: int | None = None) -> list[Path]:
+        """Folders of checkpoints that were not written to their end, or are older than step `before`."""
+        folders = sorted((self.path / "checkpoints").glob("*"))
+        partial = [one for one in folders if _STEP.fullmatch(one.name.removeprefix(".").removesuffix(".partial"))]
+        if before is None:
+            return [one for one in partial if not _STEP.fullmatch(one.name)]
+        return [one for one in partial if _STEP.fullmatch(one.name) and self.step_of(one) < before]
 
-    def cut(self, step: int) -> None:
-        """Removes the records of all steps after `step`, from which training continues."""
-        for name in ("metrics.jsonl", "rollouts.jsonl", "warnings.jsonl"):
-            if self._has(name):
-                kept = [row for row in self._rows(name) if row["step"] <= step]
-                write_atomic(self.path / name, "".join(json.dumps(row) + "\n" for row in kept))
+    def history(self, steps: int | None = None) -> list[dict[str, float]]:
+        """The metrics of the first `steps` steps. Default: of all. A step whose line is lost has none."""
+        if steps == 0:
+            return []
+        rows = {row["step"]: row for row in self._rows("metrics.jsonl")}
+        last = max(rows, default=0) if steps is None else steps
+        return [{n: v for n, v in rows.get(step, {}).items() if n != "step"} for step in range(1, last + 1)]
+
+    def flush_logs(self) -> dict[str, int]:
+        """Writes the logs to the disk, and returns their lengths in bytes."""
+        files = [self.path / name for name in LOGS if self._has(name)]
+        for file in files:
+            flush_file(file)
+        return {file.name: file.stat().st_size for file in files}
+
+    def cut(self, step: int, lengths: Mapping[str, int] | None = None) -> list[str]:
+        """Removes the records of all steps after `step`, from which training continues.
+
+        Args:
+            step: The step.
+            lengths: Lengths of the logs after that step, in bytes. None: they are searched for.
+
+        Returns:
+            What is wrong with the logs: lines that are lost or cannot be read.
+        """
+        told: list[str] = []
+        for file in (self.path / name for name in LOGS):
+            if not file.is_file():
+                told += [f"{file} is gone"] if (lengths or {}).get(file.name) else []
+                continue
+            found = _end_of(file, step) if lengths is None else lengths.get(file.name, 0)
+            if file.stat().st_size < found:
+                told.append(f"{file} has lost lines: {file.stat().st_size} bytes are left of {found}")
+            _truncate(file, found)
+            told += [f"{file}:{line}: the line cannot be read and is passed over" for line in _broken(file)]
+        return told
 
     def best(self) -> dict[str, Any]:
         """The record of the best model so far; empty if there is none."""
         return self.read_json("best.json")
 
     def _has(self, name: str) -> bool:
-        return (self.path / name).exists()
+        return (self.path / name).is_file()
 
-    def _rows(self, name: str) -> list[dict[str, Any]]:
-        """The objects of a file of JSON lines, without an incomplete last line."""
-        lines = (self.path / name).read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1]]
+    def _rows(self, name: str) -> Sequence[dict[str, Any]]:
+        """The objects of a file of JSON lines, without lines that cannot be read."""
+        if not self._has(name):
+            return []
+        with (self.path / name).open("rb") as stream:
+            rows = (_row(line) for line in stream)
+            return [row for row in rows if row is not None]
 
     def read_json(self, name: str) -> dict[str, Any]:
         """The content of a JSON file; empty if there is none."""
@@ -138,3 +209,55 @@ class RunFolder:
 def _append(file: Path, rows: Iterable[dict[str, Any]]) -> None:
     with file.open("a", encoding="utf-8") as stream:
         stream.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The object of a line that was written to its end; None for any other line."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def _end_of(file: Path, step: int) -> int:
+    """The length in bytes of a log's lines up to a step."""
+    end = 0
+    with file.open("rb") as stream:
+        for line in stream:
+            row = _row(line)
+            if (row is None and not line.endswith(b"\n")) or (row is not None and row["step"] > step):
+                break
+            end += len(line)
+    return end
+
+
+def _truncate(file: Path, length: int) -> None:
+    """Cuts a file down to a length, and then to the end of its last whole line."""
+    if file.stat().st_size > length:
+        os.truncate(file, length)
+    with file.open("rb") as stream:
+        end = size = file.stat().st_size
+        while end:
+            start = max(0, end - _CHUNK)
+            stream.seek(start)
+            if (at := stream.read(end - start).rfind(b"\n")) >= 0:
+                end = start + at + 1
+                break
+            end = start
+    if end < size:
+        os.truncate(file, end)
+
+
+_CHUNK: Final = 1 << 16
+
+
+def _broken(file: Path) -> Iterator[int]:
+    """Numbers of the lines that are no objects with a step. Of the long rollouts.jsonl it looks at lines' ends only."""
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            whole = line.startswith(b'{"step": ') and line.endswith(b"}\n") and b"\0" not in line
+            if not (whole if file.name == "rollouts.jsonl" else _row(line)):
+                yield number

@@ -1,8 +1,8 @@
-"""Detects signs of reward hacking: completions drift while a held-out metric falls."""
+"""Detects signs that training goes wrong: reward hacking, nothing to learn, divergence, collapse."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import numpy as np
@@ -71,3 +71,82 @@ def _mean(history: History, name: str) -> float:
 
 def _at(step: int) -> str:
     return f"after step {step}" if step else "before training"
+
+
+CONCERNS: Final = ("nothing to learn", "KL", "entropy", "truncation")
+"""The kinds of `concerns`."""
+FLAT_STEPS: Final = 20
+"""Steps in a row without a group of differing rewards after which nothing is learned."""
+RECENT: Final = 5
+"""Steps over which other metrics are averaged."""
+KL_BOUND: Final = 1.0
+"""KL divergence from the reference, in nats per token, that is large; penalties usually keep it below 0.5."""
+KL_COLLAPSE: Final = 10.0
+"""KL divergence at which the policy has left the reference altogether."""
+ENTROPY_LEFT: Final = 0.05
+"""Least share of the entropy of the first steps that must be left where rewards have not risen."""
+REWARD_LEFT: Final = 0.1
+"""Least share of the best mean reward that must be left."""
+
+
+def concerns(history: History) -> Iterator[tuple[str, str]]:
+    """Signs in the last steps that training goes wrong, with what to look at.
+
+    Args:
+        history: Metrics of each step from the first.
+
+    Yields:
+        A kind, one of `CONCERNS`, and a message.
+    """
+    recent = history[-RECENT:]
+    flat = [metrics.get("reward/zero_std_groups", 0.0) for metrics in history[-FLAT_STEPS:]]
+    if len(flat) == FLAT_STEPS and min(flat) >= 1:
+        yield (
+            "nothing to learn",
+            f"in the last {FLAT_STEPS} steps all answers to a prompt got the same reward (mean "
+            f"{_mean(recent, 'reward/mean'):.3g}), so that there is nothing to learn: look at the completions in "
+            "rollouts.jsonl, at `vlmenv doctor`, and at easier or harder prompts or a higher temperature",
+        )
+    if len(history) < RECENT:
+        return
+    if (kl := _mean(recent, "policy/kl")) > KL_BOUND:
+        yield (
+            "KL",
+            f"the KL divergence from the reference is {kl:.3g} nats per token: lower lr, or raise beta, and compare "
+            "completions of first and last steps",
+        )
+    if len(history) >= 2 * RECENT and _has_lost_entropy(history):
+        yield (
+            "entropy",
+            f"the entropy has fallen from {_mean(history[:RECENT], 'policy/entropy'):.3g} to "
+            f"{_mean(recent, 'policy/entropy'):.3g} nats per token, and the reward has not risen: all answers become "
+            "alike. Raise temperature, or lower lr",
+        )
+    if (truncated := _mean(recent, "completion/truncated")) > 0.5:
+        yield (
+            "truncation",
+            f"{truncated:.0%} of the completions are truncated: raise max_new_tokens, or ask for shorter answers",
+        )
+
+
+def _has_lost_entropy(history: History) -> bool:
+    first, last = history[:RECENT], history[-RECENT:]
+    fallen = _mean(last, "policy/entropy") < ENTROPY_LEFT * _mean(first, "policy/entropy")
+    return fallen and not _mean(last, "reward/mean") > _mean(first, "reward/mean")
+
+
+def collapse(history: History) -> str | None:
+    """Why training has collapsed, in words; None if it has not.
+
+    Args:
+        history: Metrics of each step from the first.
+    """
+    if len(history) < 2 * RECENT:
+        return None
+    if (kl := _mean(history[-RECENT:], "policy/kl")) > KL_COLLAPSE:
+        return f"the KL divergence from the reference is {kl:.3g} nats per token"
+    rewards = np.array([metrics.get("reward/mean", np.nan) for metrics in history])
+    means = np.convolve(rewards, np.full(RECENT, 1 / RECENT), "valid")
+    if np.nanmax(means, initial=0.0) > 0 and means[-1] < REWARD_LEFT * np.nanmax(means):
+        return f"the mean reward was {np.nanmax(means):.3g} and is {means[-1]:.3g}"
+    return None
