@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import contextlib
 import io
-import time
 from typing import Any
 
 import numpy as np
 import pytest
+from growth import growth
 from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools.coco import COCO
@@ -211,11 +211,12 @@ def test_lists_of_many_boxes_do_not_hold_up_a_step(size: int) -> None:
     target = [Detection("cat", (float(i), 0.0, i + 10.0, 10.0)) for i in range(200)]
     rewards = (map_reward, od_length_reward, weighted_sum_reward, repetition_reward, detection_format_reward)
     for label in ("cat", "cat{}"):
-        rows = ",".join(
-            f'{{"bbox_2d":[{i % 200},0,{i % 200 + 10},10],"label":"{label.format(i)}"}}' for i in range(size)
-        )
-        text = f"<think>t</think><answer>[{rows}]</answer>"
-        started = time.process_time()
-        for reward in rewards:
-            reward(text, target)
-        assert time.process_time() - started < 1
+
+        def score(boxes: int, label: str = label) -> None:
+            rows = ",".join(
+                f'{{"bbox_2d":[{i % 200},0,{i % 200 + 10},10],"label":"{label.format(i)}"}}' for i in range(boxes)
+            )
+            for reward in rewards:
+                reward(f"<think>t</think><answer>[{rows}]</answer>", target)
+
+        assert growth(score, size // 8, tries=2) < 32

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import json
 import math
-import time
 
 import pytest
+from growth import growth
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -63,9 +63,11 @@ def test_boxes_overlap_as_boxes_do(a: tuple[int, int, int, int], b: tuple[int, i
     ],
 )
 def test_what_is_no_outline_scores_nothing(content: str) -> None:
-    started = time.perf_counter()
-    assert polygon_iou_reward(f"<think></think><answer>{content}</answer>", SQUARE) == 0
-    assert time.perf_counter() - started < 1
+    def score(size: int) -> float:
+        return polygon_iou_reward(f"<think></think><answer>{content[:size]}</answer>", SQUARE)
+
+    assert score(len(content)) == 0
+    assert growth(score, len(content) // 8) < 24
 
 
 def test_an_outline_is_read_in_either_format() -> None:
@@ -81,8 +83,11 @@ def test_no_text_raises(text: str) -> None:
 
 
 def test_a_tangle_of_500_corners_is_refused_in_time() -> None:
-    """The crossings of such an outline would take seconds to find."""
+    """The crossings of such an outline would take seconds to find, with the square of its corners."""
     tangle = [[i * 7919 % 1000, i * 104729 % 1000] for i in range(500)]
-    started = time.perf_counter()
-    assert polygon_iou_reward(AnswerFormat.TAGS.write(json.dumps(tangle)), SQUARE) == 0
-    assert time.perf_counter() - started < 1
+
+    def score(corners: int) -> float:
+        return polygon_iou_reward(AnswerFormat.TAGS.write(json.dumps(tangle[:corners])), SQUARE)
+
+    assert score(500) == 0
+    assert growth(score, 60) < 24
