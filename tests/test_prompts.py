@@ -18,10 +18,10 @@ from vlmenv.cli import main
 from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.core.sampling import Sampling
 from vlmenv.doctor import examine
+from vlmenv.envs.making import make_envs
 from vlmenv.options.doctor import DoctorConfig
 from vlmenv.options.task import DataOptions, PromptOptions
 from vlmenv.showing import show_sample
-from vlmenv.tasks import make_envs
 
 SWITCH = "{%- if hint is defined -%}Hint {{ hint }}{%- endif -%}\n"
 SYSTEM = "Answer in one word."

@@ -171,7 +171,7 @@ def _alone() -> Iterator[None]:
     shared = bool(PartialState._shared_state)  # a caller's own accelerator, which stays
     path, bars = list(sys.path), transformers.utils.logging.is_progress_bar_enabled()
     try:
-        with torch.random.fork_rng(enabled=True):
+        with torch.random.fork_rng(range(torch.cuda.device_count()), device_type="cuda"):
             yield
     finally:
         sys.path[:] = path
