@@ -31,7 +31,7 @@ def test_an_error_in_one_process_is_told_and_ends_the_other(kind: str, tmp_path:
     options = ["--steps", "8", "--checkpoint-every", "1", "--dataset", "rec.jsonl", "--image-root", "."]
     done = launch(kind, "-m", "vlmenv", "train", *options, *TINY, cwd=tmp_path)
     assert done.returncode == 1
-    assert "rec.jsonl:12: ./11.png cannot be read as an image" in done.stderr
+    assert "rec.jsonl:12 (id 11): ./11.png cannot be read as an image" in done.stderr
     messages = [line for line in done.stderr.splitlines() if line.startswith("error in process ")]
     assert sorted(line[17] for line in messages) == ["0", "1"]
     assert all("11.png cannot be read" in line for line in messages)

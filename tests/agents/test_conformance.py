@@ -378,7 +378,7 @@ def test_a_frozen_vision_tower_sees_each_prompt_once(agent: VLMAgent, case: Case
     rollout = agent.rollout(prompts(case))
     kept = agent.logprobs(rollout), reference.logprobs(rollout)
     assert len(runs) == 2  # of three prompts, one is a text
-    fresh = replace(rollout, prompts=[replace(prompt, features=None) for prompt in rollout.prompts])
+    fresh = replace(rollout, prompts=[replace(prompt) for prompt in rollout.prompts])
     for agent.family_policy.share_prefixes in (True, False):
         for result in kept:
             torch.testing.assert_close(result.values, agent.logprobs(fresh).values, atol=1e-5, rtol=0)

@@ -129,7 +129,7 @@ def uneven_observations() -> list[Observation]:
 
 def unseen(rollout: Rollout) -> Rollout:
     """With nothing of what a frozen tower saw."""
-    return replace(rollout, prompts=[replace(prompt, features=None) for prompt in rollout.prompts])
+    return replace(rollout, prompts=[replace(prompt) for prompt in rollout.prompts])
 
 
 def plain_gradient(agent: VLMAgent, rollout: Rollout, advantages: torch.Tensor) -> dict[str, torch.Tensor]:

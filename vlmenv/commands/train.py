@@ -109,11 +109,7 @@ def _with_parts(asked: Asked, parts: Parts) -> Asked:
 def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
     """Sets a run up and goes through it; `opened` closes what it leaves open."""
     config: TrainConfig[Any] = asked.config
-    check_device(config.device)
-    if config.batches.precision == "fp16" and (config.device == "cpu" or not torch.cuda.is_available()):
-        raise ConfigError("precision fp16 needs a CUDA GPU: take fp32 or bf16")
-    find_tracker(config.logging.tracker)
-    check_data_changed(config)
+    _check(config)
     run = _run_folder(config, opened)
     accelerator = _accelerator(config, run)
     console = Console(quiet=not accelerator.is_main_process)
@@ -125,31 +121,14 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
     processes_of(accelerator)  # raises now what is wrong with them, and not when the model has been loaded
     check_engine(config, accelerator.device, accelerator.num_processes)
     check_staleness(config.trainer, accelerator)
-    with console.status("reading the data"):
-        envs = parts.envs or _training_envs(config, accelerator)
-        held_out = None if config.measuring.eval_limit == 0 else parts.held_out
-        if config.measuring.eval_limit > 0 and held_out is None and parts.envs is None:
-            held_out = _evaluation_envs(config)
-    report_broken_rows(envs, console)
-    if held_out is not None and not (config.measuring.eval_dataset is None and config.measuring.eval_split is None):
-        report_broken_rows(held_out, console)
+    envs, held_out = _open_data(config, parts, accelerator, console)
     config = _in_steps(config, envs.task.source.size)
-    if accelerator.is_main_process and (misjudged := self_check(envs.task, imitated=_imitates(config))):
-        say(f"warning: {describe(misjudged, CHECKED)}", console)
     if config.dry_run:
         print_dry_run(config, envs, run, accelerator, console)
         return run.path
     data = DataSets.of(envs, held_out)
     changed = _compared(config, found, data, accelerator, console)
-    agent = parts.agent or load_agent(config, accelerator.device, engine_dtype=DTYPES[config.batches.precision])
-    if parts.agent is None:
-        opened.callback(agent.close)
-    algorithm = parts.algorithm or find_algorithm(config.algo).make(config.algorithm)
-    torch.manual_seed(config.seed)  # which new adapters are drawn from
-    adapt(agent, config.adaptation)
-    if algorithm.wants_values:
-        agent.add_value_head()
-    trainer = Trainer(agent, envs, algorithm, config.trainer, accelerator)
+    trainer = _make_trainer(config, parts, envs, accelerator, opened)
     if accelerator.is_main_process and config.resume is None:
         identity = secrets.token_hex(8)
         run.create(asked_yaml(config, asked.names, identity), resolved_yaml(config, envs, accelerator, identity))
@@ -173,9 +152,51 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
         compare(config, run, held_out, before, after, console)
     console.print(f"model, metrics and pictures are in {run.path}", highlight=False)
     if parts.agent is None:
-        agent.close()  # before the processes part: vLLM has a group of its own among them
+        trainer.agent.close()  # before the processes part: vLLM has a group of its own among them
     accelerator.state.destroy_process_group()
     return run.path
+
+
+def _check(config: TrainConfig[Any]) -> None:
+    """Raises ConfigError for what is wrong with the options, before anything is made."""
+    check_device(config.device)
+    if config.batches.precision == "fp16" and (config.device == "cpu" or not torch.cuda.is_available()):
+        raise ConfigError("precision fp16 needs a CUDA GPU: take fp32 or bf16")
+    find_tracker(config.logging.tracker)
+    check_data_changed(config)
+
+
+def _open_data(
+    config: TrainConfig[Any], parts: Parts, accelerator: Accelerator, console: Console
+) -> tuple[VisualTaskVectorEnv, VisualTaskVectorEnv | None]:
+    """The environments to train in and those to measure in; prints what is wrong with their rows and answers."""
+    measuring = config.measuring
+    with console.status("reading the data"):
+        envs = parts.envs or _training_envs(config, accelerator)
+        held_out = None if measuring.eval_limit == 0 else parts.held_out
+        if measuring.eval_limit > 0 and held_out is None and parts.envs is None:
+            held_out = _evaluation_envs(config)
+    report_broken_rows(envs, console)
+    if held_out is not None and not (measuring.eval_dataset is None and measuring.eval_split is None):
+        report_broken_rows(held_out, console)
+    if accelerator.is_main_process and (misjudged := self_check(envs.task, imitated=_imitates(config))):
+        say(f"warning: {describe(misjudged, CHECKED)}", console)
+    return envs, held_out
+
+
+def _make_trainer(
+    config: TrainConfig[Any], parts: Parts, envs: VisualTaskVectorEnv, accelerator: Accelerator, opened: ExitStack
+) -> Trainer:
+    """The trainer with its agent and algorithm. An agent that is loaded here is closed with `opened`."""
+    agent = parts.agent or load_agent(config, accelerator.device, engine_dtype=DTYPES[config.batches.precision])
+    if parts.agent is None:
+        opened.callback(agent.close)
+    algorithm = parts.algorithm or find_algorithm(config.algo).make(config.algorithm)
+    torch.manual_seed(config.seed)  # which new adapters are drawn from
+    adapt(agent, config.adaptation)
+    if algorithm.wants_values:
+        agent.add_value_head()
+    return Trainer(agent, envs, algorithm, config.trainer, accelerator)
 
 
 def _imitates(config: TrainConfig[Any]) -> bool:
