@@ -35,7 +35,7 @@ def test_an_error_in_one_process_is_told_and_ends_the_other(kind: str, tmp_path:
     messages = [line for line in done.stderr.splitlines() if line.startswith("error in process ")]
     assert sorted(line[17] for line in messages) == ["0", "1"]
     assert all("11.png cannot be read" in line for line in messages)
-    assert sum(": process " in line for line in messages) == 1
+    assert sum(": rank " in line for line in messages) == 1
     (newest,) = [line for line in done.stdout.splitlines() if line.startswith("ended early; run/checkpoints/step-")]
     assert (tmp_path / newest.split()[2] / "process-1.pt").is_file()
     assert "launched as this run was" in newest

@@ -69,7 +69,7 @@ def small(args: list[str]) -> list[str]:
     """A command's arguments with the built-in model in place of what would be downloaded or has to be trained first."""
     large = ("Qwen/", "runs/first")
     return [
-        "builtin" if arg.startswith(large) and before == "--model" else arg
+        "builtin" if arg.startswith(large) and before in ("--model", "--published") else arg
         for before, arg in zip(["", *args], args, strict=False)
     ]
 

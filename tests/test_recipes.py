@@ -39,7 +39,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "min_image_side": 28,
         "without_text": ["let me rethink it"],
     },
-    "pebr_r1_sampling": {"n": 8, "temperature": 1.2, "top_p": 0.99, "precision": "bf16"},
+    "pebr_r1_sampling": {"n": 8, "temperature": 1.2, "top_p": 0.99, "weights": "bf16"},
     "pebr_r1_stage1": STAGE
     | {
         "prompts_per_step": 560,
