@@ -131,7 +131,7 @@ def test_the_warm_up_leaves_rows_out_and_imitates_the_reasoning(
         (["--epochs", "0"], "epochs must be above 0"),
         (["--epochs", "2", "--steps", "3"], "steps and epochs were both given"),
         (["--warmup-share", "1"], "from 0 to below 1"),
-        (["--recipe", "vlm_r2_rec"], "unknown recipe 'vlm_r2_rec'. There are: pebr_r1_sampling,"),
+        (["--recipe", "vlm_r2_rec"], "unknown recipe 'vlm_r2_rec'. Did you mean 'vlm_r1_rec'?"),
         (["--recipe", "pebr_r1_sampling"], "unknown option 'n'"),
         (["--min-image-side", "28"], "are for a data set"),
     ],
