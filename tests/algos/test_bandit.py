@@ -173,5 +173,5 @@ def test_with_a_divergence_the_policy_is_the_known_one(name: str) -> None:
     """
     case = CASES[name]
     options = {"steps": 140, "lr": 0.08, "lr_schedule": "cosine", "max_grad_norm": 1e9}
-    found = learn(case.algorithm, case.completions, noisy=False, **options)
+    found = learn(case.algorithm, completions=case.completions, noisy=False, **options)
     assert ((found - case.policy).abs().sum(dim=1) / 2 < case.within).all(), found

@@ -180,7 +180,7 @@ def test_a_renamed_weight_in_the_files_is_found(tmp_path: Path) -> None:
     assert failed(findings) == {"model"}
     assert "model.visual.merger.norm.weight among them" in findings["model"].figure
     assert "published layout" in findings["model"].remedy
-    assert {name for name, one in findings.items() if one.passed} == {"versions", "device", "samples"}
+    assert {name for name, one in findings.items() if one.passed} == {"versions", "device", "samples", "right answers"}
 
 
 @pytest.mark.parametrize("weight", ["model.visual.blocks.1.attn.qkv.bias", "model.language_model.norm.weight"])
@@ -246,7 +246,7 @@ def test_a_stale_cache_is_found(with_engine: Callable[..., None]) -> None:
     with_engine(Caching)
     findings = examined(engine="vllm")
     assert failed(findings) == {"after an update"}
-    assert "a cache (of prompts, of image features) that is not emptied" in findings["after an update"].remedy
+    assert "a cache of old weights (of prompts or image features)" in findings["after an update"].remedy
 
 
 def test_another_convention_of_coordinates_is_found() -> None:
@@ -324,9 +324,9 @@ def test_an_error_in_one_check_fails_that_one_alone(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(RECEnv, "parse", parse)
     findings = examined()
-    assert failed(findings) == {"coordinates", "answers read", "rewards"}
+    assert failed(findings) == {"right answers", "coordinates", "answers read", "rewards"}
     assert findings["answers read"].figure == "no such answer"
-    assert "mend its parse()" in findings["answers read"].remedy
+    assert "fix its parse()" in findings["answers read"].remedy
 
 
 def test_without_a_model_or_samples_the_rest_is_told_apart() -> None:
