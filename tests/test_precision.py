@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import shared
 
+import vlmenv.commands.evaluate
 import vlmenv.commands.sample
 import vlmenv.commands.suite
-import vlmenv.evaluation
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.building import load_agent
 from vlmenv.cli import main
@@ -29,7 +29,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[VLMAgent]:
         agents.append(load_agent(*args, **options))
         return agents[-1]
 
-    for module in (vlmenv.evaluation, vlmenv.commands.suite, vlmenv.commands.sample):
+    for module in (vlmenv.commands.evaluate, vlmenv.commands.suite, vlmenv.commands.sample):
         monkeypatch.setattr(module, "load_agent", load)
     return agents
 
@@ -66,4 +66,4 @@ def test_suites_and_sampling_work_in_bfloat16_too(
     assert [dtypes(agent) for agent in loaded] == [{torch.bfloat16}]
     with pytest.raises(SystemExit):
         main(args)
-    assert "holds results with another precision" in " ".join(capsys.readouterr().err.split())
+    assert "holds results with another weights" in " ".join(capsys.readouterr().err.split())
