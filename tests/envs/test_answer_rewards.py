@@ -6,10 +6,10 @@ import time
 # ruff: noqa: E501 (tables of cases)
 import numpy as np
 import pytest
+from growth import growth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.growth import growth
 from vlmenv.core.answers import Answer, AnswerKind
 from vlmenv.core.errors import ConfigError
 from vlmenv.core.formats import AnswerFormat

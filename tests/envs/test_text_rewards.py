@@ -3,10 +3,10 @@ from __future__ import annotations
 import math
 
 import pytest
+from growth import growth
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.growth import growth
 from vlmenv.core.answers import Caption
 from vlmenv.core.formats import AnswerFormat
 from vlmenv.envs.rewards.text import cosine_length, count_words, format_reward, keywords_reward, length_reward
