@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import multiprocessing
 import subprocess
@@ -49,6 +50,12 @@ def _uses(item: pytest.Function) -> Iterator[Any]:
         queue += _references(used)
 
 
+@functools.cache
+def _references_of(function: FunctionType) -> list[Any]:
+    found = [function.__globals__.get(name) for name in _names(function.__code__)]
+    return [one for one in found if callable(one) or isinstance(one, ModuleType)]
+
+
 def _references(used: Any) -> list[Any]:
     """What a function or class of the tests refers to by global names."""
     if isinstance(used, type):
@@ -56,8 +63,7 @@ def _references(used: Any) -> list[Any]:
     function: Any = inspect.unwrap(used) if callable(used) else used
     if not isinstance(function, FunctionType) or not _is_of_tests(function):
         return []
-    found = [function.__globals__.get(name) for name in _names(function.__code__)]
-    return [one for one in found if callable(one) or isinstance(one, ModuleType)]
+    return _references_of(function)
 
 
 def _names(code: CodeType) -> set[str]:
@@ -65,6 +71,7 @@ def _names(code: CodeType) -> set[str]:
     return set(code.co_names).union(*nested)
 
 
+@functools.cache
 def _is_of_tests(one: Callable[..., Any]) -> bool:
     module = inspect.getmodule(one)
     return Path(getattr(module, "__file__", None) or "/").is_relative_to(TESTS)

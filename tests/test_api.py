@@ -35,6 +35,7 @@ def state() -> tuple[Any, ...]:
     return dict(os.environ), list(sys.path), signals, threading.excepthook, random, bars, shared
 
 
+@pytest.mark.slow
 def test_a_run_is_given_back_with_its_metrics_and_leaves_nothing_behind(tmp_path: Path) -> None:
     before = state()
     run = vlmenv.train(output=tmp_path / "run", group_size=2, learning_rate=1e-4, eval_limit=2, **SMALL)
@@ -51,6 +52,7 @@ def test_a_run_is_given_back_with_its_metrics_and_leaves_nothing_behind(tmp_path
     assert state() == before
 
 
+@pytest.mark.slow
 def test_environments_an_agent_and_an_algorithm_of_ones_own(tmp_path: Path) -> None:
     """The agent is trained in place, and the record tells of what was given."""
     envs = gymnasium.make_vec("VLM-REC-v0", num_envs=4, group_size=2, rewards={"iou": 1.0})
@@ -67,6 +69,7 @@ def test_environments_an_agent_and_an_algorithm_of_ones_own(tmp_path: Path) -> N
         vlmenv.train(envs, agent, output=tmp_path / "other", **SMALL)
 
 
+@pytest.mark.slow
 def test_a_config_object_or_a_file_takes_keyword_arguments_on_top(tmp_path: Path) -> None:
     config = replaced(default_config("dapo"), {"group_size": 2, "eval_limit": 0, **SMALL})
     run = vlmenv.train(config=config, output=tmp_path / "object", seed=3)

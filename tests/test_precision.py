@@ -38,6 +38,7 @@ def dtypes(agent: VLMAgent) -> set[torch.dtype]:
     return {weight.dtype for weight in agent.policy.parameters()}
 
 
+@pytest.mark.slow
 def test_bfloat16_measures_nearly_the_same(loaded: list[VLMAgent]) -> None:
     found = [run_evaluation(EvalConfig(device="cpu", eval_limit=64, weights=one)) for one in ("fp32", "bf16")]
     assert [dtypes(agent) for agent in loaded] == [{torch.float32}, {torch.bfloat16}]

@@ -82,6 +82,7 @@ def test_they_reach_training_measuring_and_sampling_and_are_recorded(
     assert sum(f"Compare {image} with {image}." in chat for chat in asked) == len(asked) / 3
 
 
+@pytest.mark.slow
 def test_the_doctor_reads_them_as_the_published_processor_does(dataset: Path, model: Path) -> None:
     config = DoctorConfig(
         device="cpu",

@@ -100,6 +100,7 @@ def place(request: pytest.FixtureRequest) -> Callable[[str], str]:
     return put
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [with_vllm(page) for page in DOCS if blocks("python", DOCS[page])])
 def test_the_python_runs(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Callable[[str], str]

@@ -147,6 +147,7 @@ def test_weights_are_received_as_they_are_asked_for() -> None:
     assert seen == [1, 1, 2, 2, 3, 3]
 
 
+@pytest.mark.slow
 def test_a_load_that_stops_midway_leaves_nobody_waiting() -> None:
     sender, receiver = ends(2)
     given = {str(i): torch.randn(1 << 20) for i in range(12)}
@@ -202,6 +203,7 @@ def test_an_end_that_vanishes_midway_is_told(how: signal.Signals, fault: type[Ch
         process.join()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_others_are_waited_for_no_longer_than_given(rank: int) -> None:
     """By the trainer, and by a worker, which may not find anybody."""
@@ -226,6 +228,7 @@ class Unanswering(distributed.Store):
         raise RuntimeError("nobody has come")
 
 
+@pytest.mark.slow
 def test_a_start_that_heeds_no_limit_is_given_up() -> None:
     store, before = Unanswering(), threading.active_count()
     meeting = Meeting(HERE, 1, "test", 2, "gloo")
@@ -324,6 +327,7 @@ def test_an_end_that_cannot_prove_the_token_is_refused(rank: int) -> None:
     assert f"does not have the token of `vlmenv serve`: end {rank} of 2" in str(fault)
 
 
+@pytest.mark.slow
 def test_proofs_are_of_one_meeting_and_one_end() -> None:
     one, other = ends(2)
     assert one._proof(0, b"a") == other._proof(0, b"a")

@@ -132,6 +132,7 @@ def folder_with(tmp_path: Path, template: str) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_switches_reach_the_template(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, SWITCHED)
     asked: Observation = {"images": (), "prompt": "?"}

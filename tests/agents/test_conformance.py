@@ -40,6 +40,8 @@ from vlmenv.agents.vlm import Sampling, VLMAgent
 from vlmenv.core.errors import ModelError, PromptError
 from vlmenv.core.rollout import IMAGE_MARK, Observation, Rollout, Turn
 
+pytestmark = pytest.mark.slow
+
 Shape = tuple[int, int]
 
 

@@ -76,6 +76,7 @@ def assert_has_weights(server: Answering, agent: VLMAgent) -> None:
             assert torch.equal(tensor, expected[name].to(dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_updates_arrive_whole_by_channels(
     dtype: str, good: Answering, bad: Answering, opened: ExitStack, loading: Callable[[Load], None]
@@ -104,6 +105,7 @@ def test_updates_arrive_whole_by_channels(
     assert listening() <= before
 
 
+@pytest.mark.slow
 def test_a_server_that_is_at_the_channel_no_more_comes_to_a_new_one(
     good: Answering, opened: ExitStack, loading: Callable[[Load], None], recwarn: pytest.WarningsRecorder
 ) -> None:
@@ -178,6 +180,7 @@ DIRECT_FAULTS: dict[str, tuple[Load, Fault | None, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", DIRECT_FAULTS)
 def test_a_server_to_which_weights_do_not_get_is_left_out_until_they_do(
     fault: str, good: Answering, bad: Answering, opened: ExitStack, loading: Callable[[Load], None]
@@ -205,6 +208,7 @@ def test_a_server_to_which_weights_do_not_get_is_left_out_until_they_do(
     assert orders(bad)[-2:] == ["vlmenv_join", "vlmenv_receive"]
 
 
+@pytest.mark.slow
 def test_a_transfer_that_breaks_once_is_tried_again(
     good: Answering, opened: ExitStack, loading: Callable[[Load], None], recwarn: pytest.WarningsRecorder
 ) -> None:
@@ -217,6 +221,7 @@ def test_a_transfer_that_breaks_once_is_tried_again(
     assert not [one for one in recwarn if one.category is RuntimeWarning]
 
 
+@pytest.mark.slow
 def test_a_worker_whose_trainer_hangs_answers_and_comes_to_the_next() -> None:
     """The first takes its connection, and is never heard of again."""
     worker = Worker(0)

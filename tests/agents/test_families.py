@@ -23,6 +23,7 @@ from vlmenv.core.errors import ModelError, PromptError
 from vlmenv.envs.data.images import resized
 
 
+@pytest.mark.slow
 def test_published_image_token_counts_are_met(published_folder: Path) -> None:
     agent = VLMAgent.from_pretrained(published_folder)
     family = agent.family
@@ -32,6 +33,7 @@ def test_published_image_token_counts_are_met(published_folder: Path) -> None:
     assert tuple(prompt.images["image_grid_thw"][0].tolist()) == expected[1]
 
 
+@pytest.mark.slow
 def test_prompts_equal_the_published_templates_expanded_as_text(published_folder: Path) -> None:
     family = VLMAgent.from_pretrained(published_folder).family
     observation = {"images": (np.zeros((112, 112, 3), np.uint8),), "prompt": "Where is <it>?"}
@@ -58,6 +60,7 @@ def test_positions_of_an_image_are_its_grid(builtin: VLMAgent) -> None:
     assert (after == after[0]).all()
 
 
+@pytest.mark.slow
 def test_end_tokens_are_the_generation_configurations(published_folder: Path) -> None:
     assert VLMAgent.from_pretrained(published_folder).family.end_tokens == (151643, 151645)
 
@@ -92,6 +95,7 @@ def test_how_a_model_writes_coordinates(tmp_path: Path) -> None:
         coordinate_space(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_model_sees_resized_images_as_they_are_shown(published_folder: Path) -> None:
     """The processor finds nothing left to resize, and the same pixels as if it had resized the image itself.
 

@@ -56,6 +56,7 @@ def test_places_messages_and_length_count() -> None:
     assert of(torch.zeros(3, dtype=torch.int64)) != of(torch.zeros(4, dtype=torch.int64))
 
 
+@pytest.mark.slow
 def test_one_flipped_bit_in_every_number_never_cancels() -> None:
     """With weighted sums of the bits, which are linear, it does in two of a thousand vectors of 32 numbers."""
     generator = torch.Generator().manual_seed(0)

@@ -87,6 +87,7 @@ def test_freezing_and_adapters_exclude_each_other(builtin: VLMAgent) -> None:
         other.add_lora(rank=2, alpha=4)
 
 
+@pytest.mark.slow
 def test_a_frozen_tower_sees_each_prompt_once(agent: VLMAgent, monkeypatch: pytest.MonkeyPatch) -> None:
     """Policy and reference share what it saw, for as long as the prompts are there, and no longer."""
     agent.freeze(vision=True, projector=True)

@@ -22,6 +22,7 @@ def results(agent: VLMAgent, rollout: Rollout) -> tuple[torch.Tensor, torch.Tens
     return values, torch.cat([one.grad.flatten().float() for one in agent.policy.parameters() if one.grad is not None])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["weights", "autocast"])
 def test_shared_is_as_near_to_float32_as_plain(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     agent = VLMAgent.from_pretrained("builtin")

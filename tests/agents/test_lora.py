@@ -55,6 +55,7 @@ def test_adapters_are_float32_over_bfloat16() -> None:
     train(agent, rollout_of(agent))
 
 
+@pytest.mark.slow
 def test_the_base_stays_as_it_is_and_is_the_reference(folder: Path) -> None:
     base = VLMAgent.from_pretrained(folder, sampling=Sampling(0.8))
     rollout = rollout_of(base)
@@ -72,6 +73,7 @@ def test_the_base_stays_as_it_is_and_is_the_reference(folder: Path) -> None:
     assert all(parameter.requires_grad for parameter in agent.parameters())
 
 
+@pytest.mark.slow
 def test_adapters_are_on_again_after_an_error_in_the_reference(builtin: VLMAgent) -> None:
     rollout = rollout_of(builtin)
     agent = build("builtin")
@@ -83,6 +85,7 @@ def test_adapters_are_on_again_after_an_error_in_the_reference(builtin: VLMAgent
     assert len(agent.parameters()) == trained
 
 
+@pytest.mark.slow
 def test_a_saved_model_has_the_adapters_merged_in(folder: Path, tmp_path: Path) -> None:
     agent = build(folder)
     rollout = rollout_of(agent)
@@ -97,6 +100,7 @@ def test_a_saved_model_has_the_adapters_merged_in(folder: Path, tmp_path: Path) 
     assert merged.family.model.state_dict().keys() == VLMAgent.from_pretrained(folder).family.model.state_dict().keys()
 
 
+@pytest.mark.slow
 def test_saved_adapters_are_loaded_by_peft(folder: Path, tmp_path: Path) -> None:
     agent = build(folder)
     rollout = rollout_of(agent)
@@ -109,6 +113,7 @@ def test_saved_adapters_are_loaded_by_peft(folder: Path, tmp_path: Path) -> None
     torch.testing.assert_close(logprobs_of(again, rollout), values, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_resuming_applies_adapters_once(folder: Path, tmp_path: Path) -> None:
     agent = build(folder)
     rollout, optimizer = rollout_of(agent), optimizer_of(agent)
@@ -126,6 +131,7 @@ def test_resuming_applies_adapters_once(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(logprobs_of(again, rollout), logprobs_of(agent, rollout))
 
 
+@pytest.mark.slow
 def test_adapters_do_not_go_onto_weights_that_have_them_already(builtin: VLMAgent, tmp_path: Path) -> None:
     agent = build("builtin")
     train(agent, rollout_of(builtin))
@@ -134,6 +140,7 @@ def test_adapters_do_not_go_onto_weights_that_have_them_already(builtin: VLMAgen
         build(tmp_path / "model").load(tmp_path / "model")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("other", "message"),
     [
@@ -184,6 +191,7 @@ def test_merging_rounds_once_in_bfloat16(tmp_path: Path) -> None:
     assert torch.equal(load_file(tmp_path / "model" / "model.safetensors")[f"{name}.weight"], exact.bfloat16())
 
 
+@pytest.mark.slow
 def test_dropout_acts_only_where_there_is_gradient(builtin: VLMAgent) -> None:
     rollout = rollout_of(builtin)
     sure, agent = build("builtin"), build("builtin", dropout=0.5)

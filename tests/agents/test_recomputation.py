@@ -34,6 +34,7 @@ def gradients(agent: VLMAgent, rollout: Rollout) -> tuple[dict[str, torch.Tensor
     return result, sum(storage.nbytes() for storage in storages.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["full", "frozen", "lora"])
 def test_gradients_are_the_same_from_less_memory(folder: Path, case: str) -> None:
     agent = VLMAgent.from_pretrained(folder, sampling=Sampling(0.8))
@@ -82,6 +83,7 @@ def test_blocks_are_run_again_in_the_backward_pass(builtin: VLMAgent) -> None:
     assert [runs.count(layer.mlp), runs.count(block.mlp)] == [4, 2]
 
 
+@pytest.mark.slow
 def test_other_passes_between_forward_and_backward_do_no_harm(builtin: VLMAgent) -> None:
     """As when the reference under LoRA is asked before the backward pass: adapters and dropout are as they were."""
     pytest.importorskip("peft")
@@ -107,6 +109,7 @@ def test_other_passes_between_forward_and_backward_do_no_harm(builtin: VLMAgent)
             torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_frozen_reference_keeps_its_own_weights(builtin: VLMAgent) -> None:
     """It was copied with its blocks' recomputation, which must not lead back to the policy."""
     rollout = rollout_of(builtin)

@@ -30,6 +30,7 @@ def test_what_is_no_address_is_refused(address: str) -> None:
     assert "secret" not in str(told.value)
 
 
+@pytest.mark.slow
 def test_each_request_has_the_token_and_posts_are_json(bad: Answering, opened: ExitStack) -> None:
     bad.at = "/reset_prefix_cache"
     agent = agent_of(opened, bad.url)
@@ -37,6 +38,7 @@ def test_each_request_has_the_token_and_posts_are_json(bad: Answering, opened: E
     assert all(body is not None for path, body in bad.asked if path != "/v1/models")
 
 
+@pytest.mark.slow
 def test_a_server_with_another_token_is_told_at_once(
     good: Answering, bad: Answering, opened: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -47,6 +49,7 @@ def test_a_server_with_another_token_is_told_at_once(
     assert_answered(agent_of(opened, bad.url))
 
 
+@pytest.mark.slow
 def test_a_server_that_comes_back_with_another_token_stays_out(
     good: Answering, bad: Answering, opened: ExitStack
 ) -> None:
@@ -82,6 +85,7 @@ def test_workers_that_are_not_ours_are_told_at_once(bad: Answering, opened: Exit
     assert bad.paths() == ["/v1/models", "/collective_rpc"]
 
 
+@pytest.mark.slow
 def test_a_slow_server_is_told_from_one_that_is_gone(good: Answering, opened: ExitStack) -> None:
     agent, good.fault = agent_of(opened, good.url), hang
     agent.engine._servers[0]._retry_policy = RetryPolicy(answer=0.2)
@@ -89,12 +93,14 @@ def test_a_slow_server_is_told_from_one_that_is_gone(good: Answering, opened: Ex
         agent.rollout(ASKED)
 
 
+@pytest.mark.slow
 def test_no_proxy_is_asked(good: Answering, opened: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
         monkeypatch.setitem(os.environ, name, f"http://127.0.0.1:{free_port()}")
     assert_answered(agent_of(opened, good.url))
 
 
+@pytest.mark.slow
 def test_a_fault_that_passes_is_not_told(good: Answering, opened: ExitStack, recwarn: pytest.WarningsRecorder) -> None:
     agent = agent_of(opened, good.url)
     left = threading.Semaphore(3)
@@ -126,6 +132,7 @@ UPDATE_FAULTS: dict[str, tuple[str, Fault, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", UPDATE_FAULTS)
 def test_a_server_that_does_not_take_an_update_is_left_out(
     fault: str, good: Answering, bad: Answering, opened: ExitStack

@@ -85,6 +85,7 @@ FAULTS: dict[str, tuple[Fault, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_server_that_fails_is_left_out(fault: str, good: Answering, bad: Answering, opened: ExitStack) -> None:
     """The others do its work. Alone it ends the rollout; nothing it says is taken for a completion."""

@@ -77,6 +77,7 @@ def test_a_stop_text_may_end_within_a_token(builtin: VLMAgent) -> None:
         assert builtin.family.decode(completion.token_ids).endswith("</think>")
 
 
+@pytest.mark.slow
 def test_what_has_ended_leaves_the_batch(builtin: VLMAgent, monkeypatch: pytest.MonkeyPatch) -> None:
     """The widths of the passes fall, and the log-probabilities stay those of a fresh forward pass."""
     policy, widths = builtin.family_policy, []

@@ -29,6 +29,7 @@ def build(folder: Path | str, lora: bool = False, value_head: bool = False) -> V
     return agent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("lora", "value_head"), [(False, False), (False, True), (True, True)])
 def test_training_goes_on_from_a_checkpoint_as_if_undisturbed(
     folder: Path, tmp_path: Path, lora: bool, value_head: bool
@@ -49,6 +50,7 @@ def test_training_goes_on_from_a_checkpoint_as_if_undisturbed(
         assert torch.equal(logprobs_of(again, rollout), logprobs_of(agent, rollout))
 
 
+@pytest.mark.slow
 def test_sampling_goes_on_from_a_state(builtin: VLMAgent) -> None:
     builtin.seed(1)
     builtin.rollout(observations())
@@ -80,6 +82,7 @@ def test_a_gathered_state_is_written_in_place_of_the_policys_own(builtin: VLMAge
         assert torch.equal(tensor, gathered[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
 def test_large_models_are_written_in_several_files(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: bool
@@ -98,6 +101,7 @@ def test_large_models_are_written_in_several_files(
     assert torch.equal(logprobs_of(again, rollout), logprobs_of(agent, rollout))
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_leaves_what_was_there(
     builtin: VLMAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,6 +42,7 @@ opened, model, good, bad = stand_in_server.opened, stand_in_server.model, stand_
 """fixtures"""
 
 
+@pytest.mark.slow
 def test_prompts_are_spread_over_the_servers(good: Answering, bad: Answering, opened: ExitStack) -> None:
     agent = agent_of(opened, good.url, bad.url)
     assert_answered(agent)
@@ -53,6 +54,7 @@ def test_prompts_are_spread_over_the_servers(good: Answering, bad: Answering, op
     assert {agent.family.processor.tokenizer.decode(body["token_ids"]) for body in bodies} == chats
 
 
+@pytest.mark.slow
 def test_many_completions_of_a_prompt_are_asked_for_in_parts(good: Answering, opened: ExitStack) -> None:
     agent = agent_of(opened, good.url)
     rollout = agent.rollout(ASKED[:1] * 150)
@@ -62,6 +64,7 @@ def test_many_completions_of_a_prompt_are_asked_for_in_parts(good: Answering, op
     assert first == [*range(64), *range(64), *range(22)]
 
 
+@pytest.mark.slow
 def test_a_server_that_was_started_anew_waits_for_the_next_update(
     good: Answering, bad: Answering, opened: ExitStack
 ) -> None:
@@ -76,6 +79,7 @@ def test_a_server_that_was_started_anew_waits_for_the_next_update(
     assert asked_later(agent, bad) == 4
 
 
+@pytest.mark.slow
 def test_a_server_that_is_away_at_first_joins_later(model: dict[str, Any], good: Answering, opened: ExitStack) -> None:
     port = free_port()
     late = f"http://127.0.0.1:{port}"
@@ -89,6 +93,7 @@ def test_a_server_that_is_away_at_first_joins_later(model: dict[str, Any], good:
     assert "/inference/v1/generate" in server.paths()
 
 
+@pytest.mark.slow
 def test_a_server_that_stays_away_is_asked_less_and_less(good: Answering, bad: Answering, opened: ExitStack) -> None:
     """A single question each time, after ever more updates, up to eight."""
     agent = agent_of(opened, bad.url, good.url)
@@ -110,6 +115,7 @@ def test_a_server_that_stays_away_is_asked_less_and_less(good: Answering, bad: A
     assert asked_later(agent, bad) == 4
 
 
+@pytest.mark.slow
 def test_a_server_that_is_away_is_asked_at_once_where_no_other_is_left(
     good: Answering, bad: Answering, opened: ExitStack
 ) -> None:
@@ -125,6 +131,7 @@ def test_a_server_that_is_away_is_asked_at_once_where_no_other_is_left(
     assert asked_later(agent, bad) == 8
 
 
+@pytest.mark.slow
 def test_a_server_that_hangs_is_not_waited_for_long(
     good: Answering, bad: Answering, opened: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,6 +157,7 @@ UNLIKE: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", UNLIKE)
 def test_a_server_of_another_model_is_refused(what: str, good: Answering, bad: Answering, opened: ExitStack) -> None:
     unlike, told = UNLIKE[what]
@@ -171,6 +179,7 @@ def test_servers_of_unlike_precision_are_refused(good: Answering, bad: Answering
         agent_of(opened, good.url, bad.url)
 
 
+@pytest.mark.slow
 def test_a_server_that_comes_back_with_another_model_stays_out(
     good: Answering, bad: Answering, opened: ExitStack
 ) -> None:
@@ -192,6 +201,7 @@ def test_the_shortest_server_bounds_the_length(good: Answering, bad: Answering, 
 # Updates.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_updates_arrive_whole_and_their_files_go(
     dtype: str, good: Answering, bad: Answering, opened: ExitStack, tmp_path: Path
@@ -228,6 +238,7 @@ def test_a_worker_tells_what_is_wrong_with_a_file(tmp_path: Path) -> None:
 # Callers.
 
 
+@pytest.mark.slow
 def test_it_works_where_an_event_loop_runs(good: Answering, opened: ExitStack) -> None:
     """As in a notebook."""
 
@@ -237,6 +248,7 @@ def test_it_works_where_an_event_loop_runs(good: Answering, opened: ExitStack) -
     asyncio.run(cell())
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_the_waiting(good: Answering, opened: ExitStack) -> None:
     agent, good.fault = agent_of(opened, good.url), hang
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
@@ -250,6 +262,7 @@ def test_an_interrupt_ends_the_waiting(good: Answering, opened: ExitStack) -> No
     assert_answered(agent)
 
 
+@pytest.mark.slow
 def test_images_go_as_they_are(good: Answering, opened: ExitStack) -> None:
     agent, shown = agent_of(opened, good.url), observations(2, 1)
     with pytest.raises(EngineError, match="encodes a prompt differently"):  # it leaves one token for each image

@@ -26,6 +26,7 @@ def test_values_start_at_zero_and_change_nothing_else(agent: VLMAgent) -> None:
     assert torch.equal(after.state_values, torch.zeros_like(after.values))
 
 
+@pytest.mark.slow
 def test_values_equal_a_direct_computation(agent: VLMAgent) -> None:
     """A value before each token, from the hidden state that the token is chosen by: not the one after it."""
     rollout = rollout_of(agent)

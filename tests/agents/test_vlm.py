@@ -85,6 +85,7 @@ def test_entropy_is_that_of_the_sampling_distribution(builtin: VLMAgent) -> None
     assert not result.entropy.requires_grad
 
 
+@pytest.mark.slow
 def test_sampling_follows_the_distribution(builtin: VLMAgent) -> None:
     """The frequencies of the first token at a high temperature, against the model's own probabilities."""
     builtin.sampling, count = Sampling(temperature=4.0, max_new_tokens=1), 8192
@@ -136,6 +137,7 @@ def test_finish_reasons(builtin: VLMAgent) -> None:
     assert all(len(completion.token_ids) == 5 for completion in cut.completions)
 
 
+@pytest.mark.slow
 def test_a_seed_fixes_the_samples(builtin: VLMAgent) -> None:
     def texts(seed: int) -> list[str]:
         builtin.seed(seed)
@@ -145,6 +147,7 @@ def test_a_seed_fixes_the_samples(builtin: VLMAgent) -> None:
     assert texts(1) != texts(2)
 
 
+@pytest.mark.slow
 def test_act_is_greedy_and_the_same_alone_or_in_a_batch(builtin: VLMAgent) -> None:
     batch = observations(6, 1)
     together = builtin.act(batch)
@@ -181,6 +184,7 @@ def test_the_builtin_model_answers_in_the_format_asked_for(builtin: VLMAgent) ->
     assert infos["rewards"]["iou"].mean() > 0.3
 
 
+@pytest.mark.slow
 def test_a_saved_model_is_loaded_by_plain_transformers(agent: VLMAgent, tmp_path: Path) -> None:
     with torch.no_grad():
         agent.family.model.get_input_embeddings().weight.mul_(1.5)

@@ -153,6 +153,7 @@ def minimax(logprobs: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
     return cispo(logprobs, (logprobs - old).exp(), advantages, epsilon_low=1.0, epsilon_high=0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 @pytest.mark.parametrize(
     ("options", "scale", "how", "per_token"),

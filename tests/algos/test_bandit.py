@@ -30,6 +30,7 @@ REFERENCE = Table(START, critic=False).tokens().detach().double()
 LENGTHS = MASK.sum(dim=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_the_best_answer_is_learnt_in_every_context(name: str) -> None:
     """Rewards are 0 or 1, and the best answer, at first a rare one, has the highest chance of 1.
@@ -162,6 +163,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_with_a_divergence_the_policy_is_the_known_one(name: str) -> None:
     """Rewards are without noise here, and gradients are not clipped, which would bend them.

@@ -88,6 +88,7 @@ def largest_difference(agent: VLMAgent, result: StepResult) -> float:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_the_sampler_is_as_many_steps_behind_as_allowed(builtin: VLMAgent, staleness: int) -> None:
     trainer = trainer_of(builtin, max_staleness=staleness)
@@ -106,6 +107,7 @@ def test_the_sampler_is_as_many_steps_behind_as_allowed(builtin: VLMAgent, stale
     assert ahead == [False, *[bool(staleness)] * 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_an_engine_sleeps_while_the_model_learns(
     builtin: VLMAgent, staleness: int, monkeypatch: pytest.MonkeyPatch
@@ -185,6 +187,7 @@ def gradient(trainer: Trainer, batch: Any) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in trainer.agent.parameters() if p.grad is not None])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_a_run_that_is_cut_off_goes_on_with_what_was_rolled_out_ahead(
     rounds: int, builtin: VLMAgent, tmp_path: Path
@@ -205,6 +208,7 @@ def test_a_run_that_is_cut_off_goes_on_with_what_was_rolled_out_ahead(
     assert [figures(result) for result in trainer.train(seed=3)] == expected[2:]
 
 
+@pytest.mark.slow
 def test_a_rollout_ahead_that_fails_leaves_the_step_before_it_whole(builtin: VLMAgent, tmp_path: Path) -> None:
     trainer = trainer_of(builtin, max_staleness=1)
     assert isinstance(builtin.engine, CopyOfTheModel)

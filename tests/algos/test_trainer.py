@@ -45,6 +45,7 @@ def gradient(trainer: Trainer, rollout: Any, advantages: torch.Tensor) -> tuple[
     return torch.cat([p.grad.flatten() for p in trainer.agent.parameters() if p.grad is not None]), sums
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 3, 4, 5, 12])
 def test_the_gradient_does_not_depend_on_the_micro_batches(builtin: VLMAgent, size: int) -> None:
     grpo = GRPOConfig(group_size=4, beta=0.1)
@@ -62,6 +63,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(builtin: VLMAgent, si
         torch.testing.assert_close(value, expected_sums[name], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize(("options", "passes"), [({}, 0), ({"mu": 2}, 1), ({"minibatches": 2}, 1)])
 def test_the_old_log_probabilities_are_the_learners(
@@ -87,6 +89,7 @@ def test_the_old_log_probabilities_are_the_learners(
         assert logratios[1].abs().max() > 1e-3  # the second pass is of other weights
 
 
+@pytest.mark.slow
 def test_a_reward_that_can_be_had_is_learnt(builtin: VLMAgent) -> None:
     """A callable reward for boxes that begin at the left edge: rare at first, common after 40 steps."""
 
@@ -138,12 +141,14 @@ def test_what_is_logged(builtin: VLMAgent) -> None:
     assert result.metrics["policy/kl"] == pytest.approx(0, abs=1e-8)
 
 
+@pytest.mark.slow
 def test_several_updates_of_a_rollout_move_away_from_the_sampler(builtin: VLMAgent) -> None:
     trainer = make(builtin, grpo=GRPOConfig(group_size=4, mu=3), steps=1, lr=1e-3, warmup_steps=0)
     (result,) = trainer.train(seed=0)
     assert result.metrics["policy/approx_kl"] > 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
@@ -158,6 +163,7 @@ def test_the_learning_rate_follows_its_schedule(builtin: VLMAgent, schedule: Any
     assert rates == pytest.approx([1e-3 * factor for factor in expected])
 
 
+@pytest.mark.slow
 def test_the_learning_rate_of_several_updates_follows_steps(builtin: VLMAgent) -> None:
     grpo = GRPOConfig(group_size=4, mu=2)
     trainer = make(builtin, num_envs=4, grpo=grpo, steps=3, lr=1e-3, warmup_steps=1, lr_schedule="constant")
@@ -173,6 +179,7 @@ def test_groups_of_another_size_are_refused(builtin: VLMAgent) -> None:
         Trainer(builtin, singles, GRPO(GRPOConfig(group_size=4)), TrainerConfig(), Accelerator(cpu=True))
 
 
+@pytest.mark.slow
 def test_wrapped_environments_are_taken(builtin: VLMAgent) -> None:
     envs = gymnasium.make_vec("VLM-REC-v0", num_envs=8, group_size=4)
     wrapped = gymnasium.wrappers.vector.RecordEpisodeStatistics(envs)
@@ -187,6 +194,7 @@ def test_a_prompt_that_does_not_fit_is_named_by_its_sample(builtin: VLMAgent) ->
         next(iter(trainer.train(seed=0)))
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_is_told_with_its_batch(builtin: VLMAgent) -> None:
     """Optimiser steps are left out, and then it is an error: with the parameter, and nothing has been learnt."""
     name = "model.model.visual.patch_embed.proj.bias"
@@ -244,6 +252,7 @@ def test_the_scale_of_half_precision_is_part_of_a_checkpoint(builtin: VLMAgent, 
     assert made.accelerator.scaler.get_scale() == 8
 
 
+@pytest.mark.slow
 def test_a_checkpoint_before_the_first_step_goes_on_as_from_the_beginning(builtin: VLMAgent, tmp_path: Path) -> None:
     options: dict[str, Any] = {"steps": 1, "lr": 1e-3}
     made = make(builtin, **options)

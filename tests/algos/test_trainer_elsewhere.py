@@ -45,6 +45,7 @@ def metrics(agent: VLMAgent, algorithm: Any, accelerator: Accelerator) -> dict[s
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_step(case: str, accelerator: Accelerator) -> None:
     with elsewhere():

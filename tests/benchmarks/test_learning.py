@@ -36,6 +36,7 @@ def differences(table: str) -> list[float]:
     return [float(number) for number in re.findall(r"at most (\d\.\de[-+]\d\d)", table.splitlines()[-1])]
 
 
+@pytest.mark.slow
 def test_against_trl(common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the same completions both have the same log-probabilities, gradients and loss."""
     script, case = trl_script("vs_trl"), common.Case("tiny", 34, 2, 2, 6)
@@ -64,6 +65,7 @@ def test_the_comparison_with_trl_tells_other_numbers(common: ModuleType, monkeyp
     assert gradients > 1e-3
 
 
+@pytest.mark.slow
 def test_against_the_reference(common: ModuleType, tmp_path: Path) -> None:
     script, case = importlib.import_module("vs_reference"), common.Case("tiny", 34, 2, 2, 6)
     script.main(script.Args(rounds=1, threads=1, sizes=("tiny",), cases=(case,), output=tmp_path / "table.md"))
@@ -75,6 +77,7 @@ def test_against_the_reference(common: ModuleType, tmp_path: Path) -> None:
     assert max(differences(table)) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_phases_of_a_step(tmp_path: Path) -> None:
     script = importlib.import_module("profile_step")
     args = script.Args(sizes=("tiny",), prompts=2, group_size=2, new_tokens=4, steps=1, output=tmp_path / "table.md")
@@ -110,6 +113,7 @@ def test_an_inner_phase_is_no_part_of_the_outer_one(monkeypatch: pytest.MonkeyPa
     assert clock.seconds["score"] == 0
 
 
+@pytest.mark.slow
 def test_gpu(common: ModuleType, qwen2_5_vl_folder: Path, tmp_path: Path) -> None:
     script = trl_script("gpu")
     case = common.Case("tiny", 100, 2, 1, 6, 0.9)

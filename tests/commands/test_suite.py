@@ -170,6 +170,7 @@ def test_coco_without_the_categories_of_many_boxes() -> None:
     assert len(filtered_instances(file, 3)["images"]) < len(filtered_instances(file)["images"])
 
 
+@pytest.mark.slow
 def test_filtered_coco_asks_for_what_is_there_and_counts_by_pycocotools(tmp_path: Path, scripted: Scripted) -> None:
     folder = shared("data/ovd/tinycoco")
     content = json.loads((folder / "instances.json").read_text())
@@ -216,6 +217,7 @@ def ovdeval(data: Path, task: str) -> None:
     dump(data / "OVDEval" / "annotations" / f"{task}.json", content)
 
 
+@pytest.mark.slow
 def test_ovdeval_by_nms_ap_and_its_mean(tmp_path: Path, scripted: Scripted) -> None:
     """A box that is given the hard negative label first is suppressed by it."""
     for task in ("color", "negation"):
@@ -429,6 +431,7 @@ def test_groups_of_several_answers_each() -> None:
 # What is there, and what was measured before
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_not_measured_anew(tmp_path: Path, scripted: Scripted) -> None:
     refcoco(tmp_path / "data")
     config = options("vlm_r1", tmp_path / "data", tmp_path / "out")

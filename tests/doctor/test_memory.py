@@ -41,6 +41,7 @@ def kept(agent: VLMAgent, rollout: Rollout) -> int:
     return sum(t.untyped_storage().nbytes() for place, t in saved.items() if place not in own)
 
 
+@pytest.mark.slow
 def test_what_follows_from_the_parameters() -> None:
     agent, rollout = agent_and_rollout(4, 2, 6)
     found = estimate(agent, rollout, beta=0.1)
@@ -54,6 +55,7 @@ def test_what_follows_from_the_parameters() -> None:
     assert found["reference"] == 4 * (PARAMETERS - vision)  # which shares the frozen tower
 
 
+@pytest.mark.slow
 def test_an_engine_sleeps_while_the_model_learns() -> None:
     """Of what it takes and what learning takes, the larger counts."""
     pytest.importorskip("peft")
@@ -70,6 +72,7 @@ def test_an_engine_sleeps_while_the_model_learns() -> None:
     assert (awake["engine"], awake["merged weights"]) == (100 * peak, weights)
 
 
+@pytest.mark.slow
 def test_adapters_need_no_reference_and_little_else() -> None:
     pytest.importorskip("peft")
     agent, rollout = agent_and_rollout(4, 2, 6)
@@ -80,6 +83,7 @@ def test_adapters_need_no_reference_and_little_else() -> None:
     assert found["Adam"] == 8 * trained < 4 * PARAMETERS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["shared prefixes", "repeated prompts", "recomputed"])
 def test_activations_of_a_larger_batch_are_foreseen(how: str) -> None:
     """Of 12 prompts with 6 answers of 40 tokens each, from 8 with 2 of up to 24."""
@@ -103,6 +107,7 @@ def test_activations_of_a_larger_batch_are_foreseen(how: str) -> None:
         assert found["work space"] == found["activations"] / 3  # the model has three blocks
 
 
+@pytest.mark.slow
 def test_micro_batches_need_less() -> None:
     agent, rollout = agent_and_rollout(8, 2, 24)
     options: dict[str, Any] = {"prompts_per_step": 8, "group_size": 8, "max_new_tokens": 40}
@@ -116,6 +121,7 @@ def test_micro_batches_need_less() -> None:
     assert tokens == pytest.approx(whole * 1500 / (prompts + 64 * 40), rel=0.01)
 
 
+@pytest.mark.slow
 def test_keys_and_values_are_those_of_the_configuration() -> None:
     """Where sampling takes more than learning does: with many answers, each of which goes through the model alone."""
     agent, rollout = agent_and_rollout(8, 2, 24)

@@ -460,6 +460,7 @@ PIECES = r"A | B | I | a | ( | ) | . | , | : | or | and | not | answer is | 12 |
 FRAGMENTS = st.sampled_from([*cases(PIECES), *"$%^2²'*_π \n\ud800\x00", "cm", "yes", "no", "the "])
 
 
+@pytest.mark.slow
 @given(st.text(st.characters()) | st.lists(FRAGMENTS).map("".join))
 @settings(max_examples=300)
 def test_any_text_is_read(content: str) -> None:

@@ -131,6 +131,7 @@ def test_of_several_images_the_mean_counts_and_without_any_nothing() -> None:
     assert term.cosines([], []) == []
 
 
+@pytest.mark.slow
 def test_scores_do_not_depend_on_what_else_is_scored() -> None:
     texts = [TRUE[0], "a star", TRUE[1], *(TRUE[i % 100] + " and a red star" * (i % 9) for i in range(150)), "a star"]
     images = [IMAGES[i % 100] for i in range(len(texts))]
@@ -146,6 +147,7 @@ def test_scores_do_not_depend_on_what_else_is_scored() -> None:
 # Texts that nobody expects
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.text(st.characters(), max_size=200))
 def test_no_text_raises(text: str) -> None:
@@ -155,6 +157,7 @@ def test_no_text_raises(text: str) -> None:
             assert 0 <= found <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     ["\ud800", "a red \udfff circle", "\0", "\0\0 a red circle", "<|endoftext|>", "\u202e", "e" + "\u0301" * 5000]
@@ -252,6 +255,7 @@ def test_a_term_travels_as_its_models_name() -> None:
     assert pickle.loads(packed).cosines(TRUE[:1], IMAGES[:1]) == before
 
 
+@pytest.mark.slow
 def test_threads_share_one_model(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = ClipScore().cosines(TRUE, IMAGES)
     made: list[str] = []
@@ -332,6 +336,7 @@ def save_tiny(kind: str, folder: Path) -> None:
         part.save_pretrained(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["clip", "altclip", "siglip", "siglip2"])
 def test_other_models_score_as_transformers_computes(kind: str, tmp_path: Path) -> None:
     save_tiny(kind, tmp_path)
@@ -358,6 +363,7 @@ def direct_cosine(kind: str, folder: Path, text: str, image: Image) -> float:
     return float((out.text_embeds * out.image_embeds).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["siglip", "siglip2"])
 def test_the_sigmoid_score_is_the_probability_that_transformers_computes(kind: str, tmp_path: Path) -> None:
     save_tiny(kind, tmp_path)
@@ -423,6 +429,7 @@ def test_fg_clip_reads_long_texts_without_its_own_code(tmp_path: Path) -> None:
     assert found == pytest.approx(float(torch.nn.functional.cosine_similarity(a, b, dim=0)), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_code_of_a_checkpoint_runs_only_where_it_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A CLIP of a kind of its own, whose class is named for another purpose, as FG-CLIP 2's is."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -448,6 +455,7 @@ def test_code_of_a_checkpoint_runs_only_where_it_is_allowed(tmp_path: Path, monk
     assert found == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_what_cannot_score_descriptions_is_refused(tmp_path: Path) -> None:
     def copy_without(name: str, *dropped: str) -> str:
         folder = tmp_path / name

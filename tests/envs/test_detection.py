@@ -60,6 +60,7 @@ def coco_aps(cases: list[dict[str, Any]]) -> np.ndarray:
     return np.where((precision == -1).any(axis=(0, 1)), np.nan, found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("equal_scores", [True, False])
 def test_average_precision_equals_pycocotools(equal_scores: bool) -> None:
     """On 3,000 random cases each, crowds, empty sets and more than 100 answers among them."""
@@ -205,6 +206,7 @@ def test_thresholds_are_cocos() -> None:
     np.testing.assert_allclose(IOU_THRESHOLDS, [0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1500, 100_000], ids=["as long as is read", "longer"])
 def test_lists_of_many_boxes_do_not_hold_up_a_step(size: int) -> None:
     """Many true boxes, and answers of up to 100,000 boxes on top of one another or each of its own label."""

@@ -94,6 +94,7 @@ def test_equals_pycocotools(seed: int) -> None:
     np.testing.assert_allclose(summary(own), evaluation.stats[:3], rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_a_resample_equals_the_data_set_of_the_images_drawn(seed: int) -> None:
     """Also where a label is drawn in none of its images, and where answers of several images belong together."""

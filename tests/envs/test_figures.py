@@ -114,6 +114,7 @@ def test_the_same_index_gives_the_same_figure() -> None:
     assert MathFigures("train").size is None
 
 
+@pytest.mark.slow
 def test_every_subject_and_form_occurs() -> None:
     seen = samples("train")
     counted = Counter(sample.subject for sample in seen)
@@ -145,6 +146,7 @@ def test_answers_are_plain_latex_and_follow_from_the_computation() -> None:
     assert written == {"", r"\frac{}{}", r"\pi", r"\frac{}{}\pi", r"\sqrt{}"}
 
 
+@pytest.mark.slow
 def test_charts_are_right() -> None:
     """The values are measured in the picture, and asked of it by reading the question."""
     for sample in asked("charts")[:150]:
@@ -171,6 +173,7 @@ def chart_answer(question: str, named: list[int], heights: dict[str, int]) -> Fr
     return Fraction(second, first)
 
 
+@pytest.mark.slow
 def test_charts_show_their_values() -> None:
     """As a legible number above each bar, or on a scale that the bars keep to."""
     scales = 0
@@ -189,6 +192,7 @@ def test_charts_show_their_values() -> None:
     assert 20 < scales < 60
 
 
+@pytest.mark.slow
 def test_figures_are_labelled_drawn_to_scale_and_answered_rightly() -> None:
     for sample in asked("geometry")[:150]:
         image = sample.images[0]
@@ -271,6 +275,7 @@ def priced(question: str, kinds: Counter[str]) -> float:
     return first - second
 
 
+@pytest.mark.slow
 def test_training_and_evaluation_figures_never_coincide() -> None:
     """There are so few geometric questions that some coincide within a stream."""
     train, held_out = ([(s.question, s.rationale) for s in asked("geometry", split)] for split in ("train", "eval"))

@@ -253,6 +253,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(st.lists(VALUES, max_size=6), st.sampled_from([None, 1]), st.booleans(), st.integers(1, 40))
 def test_a_json_list_is_walked_through_as_the_standard_library_reads_it(
     values: list[Any], indent: int | None, ascii_only: bool, chunk: int

@@ -119,6 +119,7 @@ def lost(found: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
     return [cell for cell, is_equal in zip(found, equal, strict=True) if not is_equal]
 
 
+@pytest.mark.slow
 def test_every_form_of_every_truth_is_right() -> None:
     assert lost(matrix()) == []
 
@@ -214,6 +215,7 @@ def page() -> str:
     return "\n".join(parts)
 
 
+@pytest.mark.slow
 def test_the_page_is_up_to_date() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), f"run python {Path(__file__).name} to write it anew"
 

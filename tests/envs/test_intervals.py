@@ -42,6 +42,7 @@ def test_of_many_rows_it_is_the_normal_interval(share: float) -> None:
     assert found == pytest.approx((share, share - half, share + half), abs=0.1 * half)
 
 
+@pytest.mark.slow
 def test_holds_the_true_share_of_most_data_sets() -> None:
     """300 data sets of 100 rows: 95 % of the intervals, within three standard errors of such a count."""
     rng = np.random.default_rng(0)

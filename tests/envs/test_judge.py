@@ -111,6 +111,7 @@ def test_what_lasts_is_an_error_with_the_server_and_what_came_back(
     assert len(server.requests) == asked
 
 
+@pytest.mark.slow
 def test_a_server_that_hangs_and_one_that_trickles_are_out_of_time(server: Server) -> None:
     gone = threading.Event()
     server.reply = lambda turn, request: str(gone.wait(5))

@@ -403,6 +403,7 @@ CELLS = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(
     st.dictionaries(st.sampled_from([*itertools.chain(*COLUMNS.values()), "image_1", "B", "video"]), CELLS, max_size=6)

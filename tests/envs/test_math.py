@@ -274,6 +274,7 @@ def test_a_comparison_that_was_given_up_by_the_clock_is_made_again(monkeypatch: 
     assert math_equal([pair]) == [True]
 
 
+@pytest.mark.slow
 def test_a_comparison_whose_process_the_system_ends_is_made_again(no_cache: dict[tuple[str, str], bool]) -> None:
     math_equal([("x+y+18", "y+x+18")])  # starts a process
     before = module._workers.lost
@@ -311,6 +312,7 @@ WRAPS = st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @given(TRUE_NUMBERS, st.lists(TRUE_NUMBERS, min_size=1, max_size=3), SEPARATORS, WRAPS, WRAPS, WRAPS)
 @settings(max_examples=150, deadline=None)
 def test_numbers_side_by_side_are_no_sum_and_no_product(

@@ -343,6 +343,7 @@ def test_any_accepted_answer_is_right() -> None:
 # What would earn a reward without an answer.
 
 
+@pytest.mark.slow
 @given(st.permutations("ABCD"), st.sampled_from([" ", ", ", "\n", ". ", " or ", "/", ""]), st.sampled_from("ABCD"))
 @settings(max_examples=200)
 def test_naming_all_letters_is_no_answer(letters: list[str], between: str, truth: str) -> None:
@@ -405,6 +406,7 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.slow
 @given(st.lists(st.sampled_from(HOSTILE), max_size=40).map(" ".join))
 @settings(max_examples=300)
 def test_no_hostile_answer_scores_without_the_right_content(content: str) -> None:

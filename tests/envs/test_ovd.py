@@ -58,6 +58,7 @@ def test_scenes_ask_for_what_is_there_and_what_is_not() -> None:
     assert 0 < absent < 30
 
 
+@pytest.mark.slow
 def test_tricks_do_not_pay() -> None:
     """Ceilings for answers that game a reward, averaged over scenes."""
     env = OVDEnv()

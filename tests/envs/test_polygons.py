@@ -41,6 +41,7 @@ def test_boxes_overlap_as_boxes_do(a: tuple[int, int, int, int], b: tuple[int, i
     assert polygon_iou(*corners) == pytest.approx(iou(a, b), abs=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "content",
     [

@@ -117,6 +117,7 @@ def test_the_same_index_gives_the_same_question() -> None:
     assert first.size is None
 
 
+@pytest.mark.slow
 def test_every_subject_occurs_with_its_images() -> None:
     counted = Counter(sample.subject for sample in samples())
     assert set(counted) == set(SUBJECTS)
@@ -191,6 +192,7 @@ def test_colours_are_right() -> None:
     assert len(expressions) > 15
 
 
+@pytest.mark.slow
 def test_changes_are_right_and_nothing_else_changes() -> None:
     for sample in asked("difference"):
         first, second = map(look, sample.images)

@@ -63,6 +63,7 @@ def test_rewards_of_any_text_are_within_their_range(text: str, target: Target) -
         assert box_format_reward(candidate, target) in (0, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "bomb",
     [

@@ -20,6 +20,7 @@ def test_the_same_index_gives_the_same_scene() -> None:
     assert choose_reference(first, rng) == choose_reference(second, again)
 
 
+@pytest.mark.slow
 def test_training_and_evaluation_scenes_never_coincide() -> None:
     """With one small shape a scene, so few are possible that some coincide within a stream."""
     train = [frozenset(scene.shapes) for scene in scenes("train", 20_000, (1, 1))]

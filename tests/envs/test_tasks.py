@@ -76,6 +76,7 @@ def test_gymnasiums_checker_is_content(
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_all_vectors_agree(name: str, tmp_path: Path) -> None:
     """Our vector environment, Gymnasium's two, and one environment after the other give the same rewards."""
@@ -101,6 +102,7 @@ def test_all_vectors_agree(name: str, tmp_path: Path) -> None:
         theirs.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 @pytest.mark.parametrize("answer_format", [None, "tags", "sections"])
 def test_the_truth_scores_the_maximum(name: str, answer_format: str | None) -> None:
@@ -119,6 +121,7 @@ def test_the_truth_scores_the_maximum(name: str, answer_format: str | None) -> N
         assert env.answer_format.is_followed(answer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "path", "count"),
     [
@@ -217,6 +220,7 @@ def other_answer(env: VisualTaskEnv, other: Any) -> str:
     return env.answer_format.extract(env.write_answer(other)) or ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_no_trick_pays(name: str) -> None:
     env = task_of(name)
@@ -232,6 +236,7 @@ def test_no_trick_pays(name: str) -> None:
                 assert growth(lambda size: env.score(text[:size], sample), len(text) // 8, tries=1) < 24, trick  # noqa: B023
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_no_text_raises_or_takes_long(name: str) -> None:
     env = task_of(name, rewards=dict.fromkeys(task_of(name).terms, 1.0))
@@ -374,6 +379,7 @@ def test_no_mathematical_answer_is_two_numbers(answer: str, truth: str, expected
     assert accuracy_reward(AnswerFormat.TAGS.write(answer), read_answer(truth, "math")) == expected
 
 
+@pytest.mark.slow
 def test_combining_marks_do_not_hold_up_a_step() -> None:
     def score(marks: int) -> float:
         return keywords_reward("a" + "\u0315\u0300" * marks + " red", Caption(("red",)))

@@ -198,6 +198,7 @@ def test_samples_that_teach_nothing_are_passed_over(tmp_path: Path) -> None:
     assert len(later) == 16  # though no more than three teach anything
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("revisit", [0.5, 1.0])
 def test_settled_samples_keep_a_chance(revisit: float, tmp_path: Path) -> None:
     file = write(tmp_path, *(row(id=i) for i in range(400)))

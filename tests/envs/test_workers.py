@@ -131,6 +131,7 @@ def test_results_come_in_order(workers: Workers) -> None:
     assert workers.map([]) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "call",
     [
@@ -159,6 +160,7 @@ def test_a_call_that_raises_ends_no_process(workers: Workers) -> None:
     assert run(workers, ("pid",)) == [pid]
 
 
+@pytest.mark.slow
 def test_it_is_computing_that_is_limited_first(jobs: Path) -> None:
     workers = Workers("worker_jobs:make", 0.5)
     assert run(workers, ("sleep", 0.7)) == ["slept"]
@@ -186,6 +188,7 @@ def test_what_cannot_be_sent_is_an_error_and_blocks_nothing(workers: Workers) ->
     assert run(workers, ("double", 1)) == [2]
 
 
+@pytest.mark.slow
 def test_processes_are_started_as_needed(jobs: Path) -> None:
     workers = Workers("worker_jobs:make", 1)
     assert not workers._all
@@ -202,6 +205,7 @@ def test_processes_are_started_as_needed(jobs: Path) -> None:
     assert all(process.returncode is not None for process in processes)  # waited for: no zombies
 
 
+@pytest.mark.slow
 def test_starting_up_is_not_timed(jobs: Path) -> None:
     workers = Workers("worker_jobs:make_slowly", 0.05)
     assert run(workers, ("double", 1)) == [2]
@@ -219,6 +223,7 @@ def test_a_process_that_cannot_start_is_an_error_and_no_result(jobs: Path, facto
     assert not workers._all
 
 
+@pytest.mark.slow
 def test_a_call_that_computes_too_long_costs_no_new_start(jobs: Path) -> None:
     workers = Workers("worker_jobs:make", 0.2)
     ((first, fork),) = run(workers, ("pids",))
@@ -229,6 +234,7 @@ def test_a_call_that_computes_too_long_costs_no_new_start(jobs: Path) -> None:
     workers.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_process_that_others_end_is_replaced(workers: Workers, which: int) -> None:
     (pids,) = run(workers, ("pids",))
@@ -240,6 +246,7 @@ def test_a_process_that_others_end_is_replaced(workers: Workers, which: int) -> 
     assert wait_until(lambda: not is_running(pids[1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", ["kill the fork", "kill both"])
 def test_a_call_whose_process_others_end_is_made_again(jobs: Path, tmp_path: Path, job: str) -> None:
     workers = Workers("worker_jobs:make", 1)
@@ -253,6 +260,7 @@ def test_a_call_whose_process_others_end_is_made_again(jobs: Path, tmp_path: Pat
     workers.close()
 
 
+@pytest.mark.slow
 def test_a_process_that_others_end_while_it_starts_is_started_again(
     jobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,6 +276,7 @@ def test_a_process_that_others_end_while_it_starts_is_started_again(
     assert not workers._all
 
 
+@pytest.mark.slow
 def test_an_order_to_end_a_call_that_comes_late_costs_the_next_one_nothing(jobs: Path) -> None:
     workers = Workers("worker_jobs:make", 5)
     ((first, fork),) = run(workers, ("pids",))
@@ -291,6 +300,7 @@ def test_an_interrupt_from_the_keyboard_is_the_parents(workers: Workers) -> None
     assert run(workers, ("pids",)) == [pids]
 
 
+@pytest.mark.slow
 def test_a_call_that_waits_too_long_is_ended(workers: Workers) -> None:
     (pids,) = run(workers, ("pids",))
     (lost,) = run(workers, ("sleep", 60))

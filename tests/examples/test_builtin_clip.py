@@ -32,6 +32,7 @@ def script() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_it_makes_a_model_that_scores_and_prints_how_well(
     script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -53,6 +54,7 @@ def test_the_shipped_model_is_small() -> None:
     assert sum(file.stat().st_size for file in SHIPPED.iterdir()) < 2 * 2**20
 
 
+@pytest.mark.slow
 def test_teaching_lowers_the_loss(script: ModuleType) -> None:
     """On the same scenes, from random weights."""
     torch.manual_seed(0)

@@ -26,6 +26,7 @@ def script() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_it_makes_a_model_that_can_be_taught_and_loaded(script: ModuleType, tmp_path: Path) -> None:
     script.main(script.Args(output=tmp_path / "new", steps=2, scenes=2))
     shipped, made = find_model("builtin"), tmp_path / "new"
@@ -36,6 +37,7 @@ def test_it_makes_a_model_that_can_be_taught_and_loaded(script: ModuleType, tmp_
     assert VLMAgent.from_pretrained(tmp_path / "more").family.model_type == "qwen3_vl"
 
 
+@pytest.mark.slow
 def test_teaching_lowers_the_loss(script: ModuleType, tmp_path: Path) -> None:
     """On the same lessons, from random weights."""
     script.new_model(tmp_path)

@@ -11,6 +11,7 @@ from vlmenv.agents.vlm import VLMAgent
 from vlmenv.algos import GRPO, GRPOConfig, Trainer, TrainerConfig
 
 
+@pytest.mark.slow
 def test_it_gives_the_trainers_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "examples")
     module = importlib.import_module("custom_loop")
