@@ -32,7 +32,7 @@ from vlmenv.agents.lora import LoRA, is_adapter
 from vlmenv.agents.policy import Policy, ValueHead
 from vlmenv.agents.recomputation import recompute_activations
 from vlmenv.agents.references import FrozenPolicy, UnadaptedPolicy
-from vlmenv.agents.sampling import Sampled, sample
+from vlmenv.agents.sampling import PassLimits, Sampled, sample
 from vlmenv.core.errors import ConfigError, ModelError, PromptError
 from vlmenv.core.files import atomic_folder
 from vlmenv.core.names import BUILTIN
@@ -67,6 +67,8 @@ class VLMAgent(Agent):
         policy.share_prefixes = share_prefixes
         self.policy: nn.Module = policy
         self.lora: LoRA | None = None
+        self.limits = PassLimits()
+        """limits of a pass when the policy itself generates; default: none"""
         self.engine: Engine | None = None
         """the engine that generates completions; None: the policy itself"""
         self._generator = torch.Generator(self.device)
@@ -358,7 +360,7 @@ class VLMAgent(Agent):
     def _generate(self, observations: Observations, sampling: Sampling) -> Rollout:
         prompts, index = self.encode(observations)
         if self.engine is None:
-            sampled = sample(self.family_policy, prompts, index, sampling, self._generator)
+            sampled = sample(self.family_policy, prompts, index, sampling, self._generator, self.limits)
         else:
             listed = unbatch(observations)
             firsts = np.unique(index, return_index=True)[1]

@@ -15,6 +15,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
+from vlmenv.agents.sampling import PassLimits
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.algos import ALGORITHMS, Algorithm, Trainer, find_algorithm
 from vlmenv.algos.trainer import check_staleness
@@ -194,6 +195,7 @@ def _make_trainer(
     algorithm = parts.algorithm or find_algorithm(config.algo).make(config.algorithm)
     torch.manual_seed(config.seed)  # which new adapters are drawn from
     adapt(agent, config.adaptation)
+    agent.limits = PassLimits(config.trainer.micro_batch_size, config.trainer.micro_batch_tokens)
     if algorithm.wants_values:
         agent.add_value_head()
     return Trainer(agent, envs, algorithm, config.trainer, accelerator)
