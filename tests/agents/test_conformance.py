@@ -332,7 +332,9 @@ def test_what_is_sampled_is_what_is_scored_and_what_transformers_computes(
     assert_alike(shared, expected, within=1e-5)
 
 
-@pytest.mark.parametrize("limits", [PassLimits(rows=1), PassLimits(rows=2), PassLimits(tokens=1), PassLimits(None, 10**9)])
+@pytest.mark.parametrize(
+    "limits", [PassLimits(rows=1), PassLimits(rows=2), PassLimits(tokens=1), PassLimits(None, 10**9)]
+)
 def test_prompts_that_run_in_several_passes_give_the_same_completions(
     agent: VLMAgent, case: Case, limits: PassLimits, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -165,6 +165,6 @@ def peak(work: Callable[[], object]) -> int:
 def test_the_prefill_of_many_prompts_may_be_the_peak() -> None:
     agent, rollout = agent_and_rollout(8, 2, 24)
     options: dict[str, Any] = {"prompts_per_step": 4000, "group_size": 2, "max_new_tokens": 1, "micro_batch_size": 2}
-    assert "prefill" in estimate(agent, rollout, **options)
+    whole = estimate(agent, rollout, **options)
     agent.limits = PassLimits(2)
-    assert "prefill" not in estimate(agent, rollout, **options)
+    assert estimate(agent, rollout, **options)["prefill"] < whole["prefill"] / 10

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlmenv.agents.recomputation import holding_activations
-from vlmenv.agents.saved_activations import recording_saved
 from vlmenv.agents.sampling import PassLimits, prefilled
+from vlmenv.agents.saved_activations import recording_saved
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.core.rollout import Prompt, Rollout
 from vlmenv.options.doctor import DoctorConfig
