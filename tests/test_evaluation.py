@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,17 @@ from vlmenv.agents import VLMAgent
 from vlmenv.cli import main
 from vlmenv.core.answers import Detection, write_detections
 from vlmenv.core.formats import AnswerFormat
+from vlmenv.envs.metrics.intervals import wilson_interval
 from vlmenv.envs.ovd import OVDEnv
 from vlmenv.envs.vqa import VQAEnv
-from vlmenv.evaluation import Evaluation, read_evaluation, summarise, write_evaluation
+from vlmenv.evaluation import (
+    Evaluation,
+    differences,
+    metrics_table,
+    read_evaluation,
+    summarise,
+    write_evaluation,
+)
 
 A, B = Detection("cat", (0.0, 0.0, 10.0, 10.0)), Detection("cat", (20.0, 20.0, 40.0, 40.0))
 
@@ -58,13 +65,32 @@ def test_accuracy_by_subject_and_what_is_written(tmp_path: Path) -> None:
     assert evaluation.metrics["accuracy"].value == pytest.approx(2 / 3)
     assert evaluation.metrics["accuracy/x"].value == pytest.approx(1 / 2)
     assert evaluation.metrics["accuracy/y"].value == 1
-    assert math.isnan(evaluation.metrics["accuracy/y"].low)  # of one question there is no interval
+    assert evaluation.metrics["accuracy/y"] == wilson_interval(1, 1)
     assert (evaluation.as_json()["unparsable"]["count"], evaluation.as_json()["unparsable"]["answers"]) == (1, 3)
-    assert evaluation.as_json()["accuracy/y"]["low"] is None
     write_evaluation(evaluation, tmp_path)
     again = read_evaluation(tmp_path, task)
     assert again.metrics["accuracy"] == evaluation.metrics["accuracy"]
     assert [one["prediction"] for one in again.answers] == [one["prediction"] for one in answers]
+
+
+def test_changes_are_of_the_samples_that_both_answered() -> None:
+    """Sample 2 was left out before, 3 after; precision is a ratio of sums."""
+    task, write = OVDEnv(), AnswerFormat.TAGS.write
+    good, half, bad = (write(write_detections(found)) for found in ([A, B], [A], [A, A]))
+    before = [answered(task, 0, bad, (A, B)), answered(task, 1, half, (A, B)), answered(task, 3, good, (A, B))]
+    after = [answered(task, 1, good, (A, B)), answered(task, 2, good, (A, B)), answered(task, 0, half, (A, B))]
+    found = differences(task.ratios, before, after)
+    assert found["recall@0.5"].value == pytest.approx(3 / 4 - 2 / 4)
+    assert found["precision@0.5"].value == pytest.approx(3 / 3 - 2 / 3)
+    assert "AP" not in found
+    columns = {
+        "before": Evaluation(summarise(task, before), before),
+        "after": Evaluation(summarise(task, after), after),
+    }
+    table = metrics_table("", columns, found)
+    cells = dict(zip(table.columns[0].cells, table.columns[-1].cells, strict=True))
+    assert cells["precision@0.5"].startswith("+0.333 (")
+    assert "(" not in cells["AP"]
 
 
 def test_the_metrics_are_written_last(tmp_path: Path) -> None:

@@ -16,7 +16,16 @@ from vlmenv.algos import NonFiniteError, StepResult, Trainer
 from vlmenv.building import report_skipped
 from vlmenv.core.errors import TrainingError, VLMEnvError
 from vlmenv.envs.vector import VisualTaskVectorEnv
-from vlmenv.evaluation import Evaluation, evaluate, metrics_table, read_evaluation, sample_count, write_evaluation
+from vlmenv.evaluation import (
+    Evaluation,
+    as_json,
+    differences,
+    evaluate,
+    metrics_table,
+    read_evaluation,
+    sample_count,
+    write_evaluation,
+)
 from vlmenv.options.train import TrainConfig
 from vlmenv.processes.failures import FAILED_ON_ALL_RANKS, failed_on_all_ranks, shared_failure
 from vlmenv.processes.stopping import Stopping
@@ -288,8 +297,10 @@ def compare(
     """Shows and writes what changed."""
     draw_samples(run.path / "samples.png", envs, before, after)
     write_evaluation(after, run.path / "after")
-    run.write_json("evaluation.json", {"before": before.as_json(), "after": after.as_json()})
+    changes = differences(envs.task.ratios, before.answers, after.answers)
+    told = {"before": before.as_json(), "after": after.as_json(), "change": as_json(changes)}
+    run.write_json("evaluation.json", told)
     measuring = config.measuring
     held_out = config.data.dataset is None or measuring.eval_dataset is not None or measuring.eval_split is not None
     what = f"{len(after.answers)} {'held-out' if held_out else 'training'} samples, greedy answers"
-    console.print(metrics_table(what, {"before": before, "after": after}))
+    console.print(metrics_table(what, {"before": before, "after": after}, changes))
