@@ -13,6 +13,9 @@ from vlmenv.core.answers import Detection, write_detections
 from vlmenv.core.formats import AnswerFormat
 from vlmenv.envs.metrics.intervals import wilson_interval
 from vlmenv.envs.ovd import OVDEnv
+from vlmenv.envs.rewards import math as math_terms
+from vlmenv.envs.rewards import workers
+from vlmenv.envs.rewards.workers import WorkerLostError
 from vlmenv.envs.vqa import VQAEnv
 from vlmenv.evaluation import (
     Evaluation,
@@ -99,6 +102,33 @@ def test_the_metrics_are_written_last(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError):
         write_evaluation(Evaluation({}, []), tmp_path)
     assert not (tmp_path / "metrics.json").exists()
+
+
+@pytest.mark.slow
+def test_answers_whose_processes_others_end_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the metrics of a step and in the result of an evaluation, and only there where there are any."""
+    run = tmp_path / "run"
+
+    class Killed:
+        def map(self, pairs: list[tuple[str, str]]) -> list[object]:
+            return [WorkerLostError()] * len(pairs)
+
+        def start(self) -> None: ...
+
+    monkeypatch.setattr(math_terms, "_workers", Killed())
+    monkeypatch.setattr(math_terms, "_at_once", lambda answer, truth: None)
+    monkeypatch.setattr(workers.LOSSES, "answers", 0)
+    options = ["--env", "VLM-Math-v0", "--steps", "2", "--eval-limit", "8", "--device", "cpu"]
+    main(["train", *options, "--prompts-per-step", "4", "--group-size", "4", "--output", str(run)])
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < step["score/unscored"] <= 16 for step in steps)
+    assert all(step["score/lost_processes"] == 0 for step in steps)
+    measured = json.loads((run / "evaluation.json").read_text())
+    for when in ("before", "after"):
+        assert 0 < measured[when]["unscored"]["value"] <= 1
+    counted = sum(step["score/unscored"] for step in steps)
+    counted += sum(8 * measured[when]["unscored"]["value"] for when in ("before", "after"))
+    assert workers.LOSSES.answers >= counted
 
 
 def test_the_end_of_a_run_is_measured_once_and_in_its_precision(

@@ -21,7 +21,8 @@ from vlmenv.core.errors import DataError, PromptError, SampleError
 from vlmenv.core.files import write_atomic
 from vlmenv.core.rollout import Observation, told_turns, unbatch
 from vlmenv.envs.base import VisualTaskEnv
-from vlmenv.envs.metrics.intervals import Interval, metric_interval, paired_interval
+from vlmenv.envs.metrics.intervals import Interval, metric_interval, paired_interval, wilson_interval
+from vlmenv.envs.rewards.workers import LOSSES
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.processes import Processes
 from vlmenv.processes.failures import shared_failure
@@ -99,6 +100,7 @@ def evaluate(
     stops = nullcontext() if processes is None else shared_failure(processes.accelerator)
     precision = nullcontext() if processes is None else processes.autocast()
     most = len(own) if processes is None else max(processes.collect([len(own)]))
+    former = LOSSES.snapshot()
     with (
         held,
         stops,
@@ -113,11 +115,21 @@ def evaluate(
             answers += answer_samples(agent, envs, range(start, stop), greedy)
             progress.advance(bar, stop - start)
     skipped = skipped_samples(envs, count, processes)
+    unscored = LOSSES.since(former).answers
     if processes is not None:
+        unscored = sum(processes.collect([unscored]))
         answers = sorted(processes.collect(answers), key=lambda answer: answer["index"])
     if not answers:
         raise DataError(f"none of the {count} samples can be shown; the first: {next(iter(skipped.values()))}")
-    return Evaluation(summarise(envs.task, answers), answers, skipped)
+    metrics = summarise(envs.task, answers)
+    if unscored:
+        metrics[UNSCORED] = wilson_interval(min(unscored, len(answers)), len(answers))
+    return Evaluation(metrics, answers, skipped)
+
+
+UNSCORED = "unscored"
+"""The share of answers that could not be compared with the truth, because others ended the processes that do so; a
+metric only if there are any."""
 
 
 def skipped_samples(envs: VisualTaskVectorEnv, count: int, processes: Processes | None) -> dict[int, str]:

@@ -24,6 +24,7 @@ from vlmenv.envs.data.dataset import Concatenated, TableSource
 from vlmenv.envs.data.tables import Rows
 from vlmenv.envs.export import export_sample
 from vlmenv.envs.making import make_envs
+from vlmenv.envs.rewards.workers import LOSSES, Losses
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.evaluation import PROGRESS, answer_samples, sample_count
 from vlmenv.options.command_line import Asked, parse_with_files
@@ -66,9 +67,12 @@ def _sample(config: SampleConfig, processes: Processes, console: Console) -> Pat
             claim(config.output, config, begun=any(parts.glob("[0-9]*.jsonl")))
             parts.mkdir(exist_ok=True)
             _check_data(envs, _parts(count, config.part_size), config, console)
+    former = LOSSES.snapshot()
     with closing(load_agent(config, accelerator.device, DTYPES[config.weights])) as agent, shared_failure(accelerator):
         _sample_parts(agent, envs, count, config, processes, console)
     envs.close()
+    if told := Losses(answers=sum(processes.collect([LOSSES.since(former).answers]))).told():
+        say(f"warning: {told}, into another folder", console)
     with shared_failure(accelerator):
         if accelerator.is_main_process:
             rates, skipped = _read_parts(config.output, _parts(count, config.part_size))

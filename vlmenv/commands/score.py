@@ -21,6 +21,7 @@ from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.data.source import Sample
 from vlmenv.envs.making import make_envs
 from vlmenv.envs.metrics.intervals import metric_interval
+from vlmenv.envs.rewards.workers import LOSSES
 from vlmenv.envs.scoring import Score
 from vlmenv.options.parsing import parse_plain
 from vlmenv.options.score import ScoreConfig
@@ -55,10 +56,13 @@ def run(config: ScoreConfig) -> list[dict[str, Any]]:
     arguments = config.data.arguments() | config.prompts.task_arguments()
     if config.prompts.coordinates == "auto":
         arguments["coordinates"] = "original"
+    former = LOSSES.snapshot()
     with closing(make_envs(config.env, 1, extra_terms=config.scorers.terms(), **arguments)) as envs:
         records = list(_scored(envs.task, lines, config))
     console = Console(soft_wrap=True)
     console.print(_table(config, records))
+    if told := LOSSES.since(former).told():
+        console.print(told, highlight=False)
     if config.verdict is not None:
         _compare(records, config.verdict, console)
     if config.output is not None:

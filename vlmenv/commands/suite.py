@@ -28,6 +28,7 @@ from vlmenv.envs.metrics.intervals import Interval, metric_interval
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.evaluation import (
     INTERVALS,
+    UNSCORED,
     as_json,
     evaluate,
     read_metrics,
@@ -435,7 +436,7 @@ def suite_table(
     columns = ("data set", "metric", "value", "unparsable")
     table = Table(*columns, title=title, title_justify="left", caption=INTERVALS, caption_justify="left")
     titles = {one.entry.name: one.title for one in found}
-    shown = {one.entry.name: (*one.entry.shows, "judge", *one.entry.all_right) for one in found}
+    shown = {one.entry.name: (*one.entry.shows, "judge", *one.entry.all_right, UNSCORED) for one in found}
     for name, metrics in results.items():
         wanted = shown.get(name, tuple(metrics))
         subjects = [metric for metric in metrics if metric.startswith("accuracy/") and metric not in wanted]

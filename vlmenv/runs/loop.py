@@ -15,6 +15,7 @@ from rich.markup import escape
 from vlmenv.algos import NonFiniteError, StepResult, Trainer
 from vlmenv.building import report_skipped
 from vlmenv.core.errors import TrainingError, VLMEnvError
+from vlmenv.envs.rewards.workers import LOSSES
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.evaluation import (
     Evaluation,
@@ -111,6 +112,7 @@ class TrainingLoop:
         self.history = self.run.history(self.trainer.step)
         self.saved = self.trainer.step
         self.saved_at = time.monotonic()
+        self.lost = LOSSES.snapshot()
         self.warned = {kind for kind in CONCERNS if self.run.warned(kind)}
 
     def __call__(self) -> None:
@@ -139,6 +141,7 @@ class TrainingLoop:
         every = config.logging.log_samples
         self.last = result
         result.rollouts.records = self.trainer.processes.collect(result.rollouts.records)
+        result.metrics |= self._losses()
         if config.measuring.eval_every and step % config.measuring.eval_every == 0:
             result.metrics |= self._keep_best()
         with shared_failure(self.trainer.accelerator):
@@ -152,6 +155,15 @@ class TrainingLoop:
             self._save()
             self._prune()
         self._check_collapse()
+
+    def _losses(self) -> dict[str, float]:
+        """Scoring processes that others have ended since the last step, and answers without a verdict; of all ranks."""
+        lost, self.lost = LOSSES.since(self.lost), LOSSES.snapshot()
+        if not any(self.trainer.processes.collect([bool(LOSSES.processes or LOSSES.answers)])):
+            return {}
+        rows = self.trainer.processes.collect([(lost.processes, lost.answers)])
+        processes, answers = (float(sum(counts)) for counts in zip(*rows, strict=True))
+        return {"score/lost_processes": processes, "score/unscored": answers}
 
     def _is_due(self, step: int) -> bool:
         """True if a checkpoint is to be written, by the number of steps or by the time since the last."""
