@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import os
@@ -34,6 +33,7 @@ from vlmenv.options.command_line import Asked
 from vlmenv.options.files import as_arguments, packaged_file, read_options
 from vlmenv.options.parsing import parse_plain
 from vlmenv.options.pipeline import PipelineConfig
+from vlmenv.processes import end_with_parent
 from vlmenv.runs.lock import locked
 from vlmenv.runs.models import newest_model
 from vlmenv.runs.run_folder import RunFolder
@@ -317,8 +317,7 @@ def _launch(command: list[str], environment: Mapping[str, str]) -> None:
     Raises:
         SystemExit: It failed.
     """
-    ending = _end_with_parent if sys.platform == "linux" else None
-    with subprocess.Popen(command, env=environment, preexec_fn=ending) as child:
+    with subprocess.Popen(command, env=environment, preexec_fn=end_with_parent) as child:
         former = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
         try:
             code = _awaited(child)
@@ -334,10 +333,6 @@ def _awaited(child: subprocess.Popen[bytes]) -> int:
             return child.wait()
         except KeyboardInterrupt:
             continue  # the terminal has told the child too, which may have something to save
-
-
-def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _report(pipeline: Pipeline, folder: Path, console: Console) -> None:

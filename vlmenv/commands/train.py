@@ -36,7 +36,7 @@ from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.options.command_line import Asked, parse_with_files
 from vlmenv.options.fields import flatten, options_of
 from vlmenv.options.train import TrainConfig, default_config
-from vlmenv.processes import processes_of
+from vlmenv.processes import end_with_parent, processes_of
 from vlmenv.processes.failures import shared_failure
 from vlmenv.processes.stopping import StoppedError, Stopping
 from vlmenv.runs.checkpoints import Found, find_checkpoint, load_checkpoint
@@ -209,6 +209,8 @@ def _imitates(config: TrainConfig[Any]) -> bool:
 def _run_folder(config: TrainConfig[Any], opened: ExitStack) -> RunFolder:
     """The run's folder. One that is named by the time is made by the main rank, so that no other run takes it."""
     state = PartialState(cpu=config.device == "cpu")  # finds the other ranks
+    if state.num_processes > 1:
+        end_with_parent()
     found: Path | OSError = config.resume or config.logging.output or RunFolder.default_path(config.env, config.algo)
     if state.is_main_process and not (config.resume or config.logging.output or config.dry_run):
         try:
