@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from vlmenv.agents import VLMAgent
 from vlmenv.cli import main
@@ -21,6 +23,7 @@ from vlmenv.evaluation import (
     Evaluation,
     differences,
     metrics_table,
+    progress,
     read_evaluation,
     summarise,
     write_evaluation,
@@ -150,3 +153,24 @@ def test_the_end_of_a_run_is_measured_once_and_in_its_precision(
     assert {name: metric["value"] for name, metric in after.items()} == {
         name.removeprefix("eval/"): value for name, value in last.items() if name.startswith("eval/")
     }
+
+
+def test_where_there_is_no_terminal_progress_is_told_in_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more often than every half minute; the end needs no line."""
+    clock = iter([0.0, 10.0, 31.0, 40.0, 62.0, 93.0])
+    monkeypatch.setattr("vlmenv.evaluation.time.monotonic", lambda: next(clock))
+    out = io.StringIO()
+    with progress("evaluating [x]", 100, Console(file=out), done=20) as advance:
+        for _ in range(5):
+            advance(16)
+    assert out.getvalue().splitlines() == [
+        "evaluating [x]: 52 of 100 samples, about 0:00:46 left",
+        "evaluating [x]: 84 of 100 samples, about 0:00:16 left",
+    ]
+
+
+def test_on_a_terminal_progress_is_a_bar_that_goes() -> None:
+    out = io.StringIO()
+    with progress("evaluating", 10, Console(file=out, force_terminal=True)) as advance:
+        advance(4)
+    assert "4/10" in out.getvalue()

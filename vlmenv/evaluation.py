@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from rich.console import Console
@@ -20,6 +22,7 @@ from vlmenv.agents.base import Agent
 from vlmenv.core.errors import DataError, PromptError, SampleError
 from vlmenv.core.files import write_atomic
 from vlmenv.core.rollout import Observation, told_turns, unbatch
+from vlmenv.core.text import printable
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.metrics.intervals import Interval, metric_interval, paired_interval, wilson_interval
 from vlmenv.envs.rewards.workers import LOSSES
@@ -28,8 +31,9 @@ from vlmenv.processes import Processes
 from vlmenv.processes.failures import shared_failure
 
 DEFAULT_LIMIT = 512
-PROGRESS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-"""What is shown while samples are answered, with an estimate of the time left."""
+_COLUMNS: Final = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+_LINE_EVERY: Final = 30.0
+"""Seconds between two lines about progress where the output is no terminal."""
 
 
 @dataclass(slots=True)
@@ -101,19 +105,13 @@ def evaluate(
     precision = nullcontext() if processes is None else processes.autocast()
     most = len(own) if processes is None else max(processes.collect([len(own)]))
     former = LOSSES.snapshot()
-    with (
-        held,
-        stops,
-        precision,
-        agent.generating(most),
-        Progress(*PROGRESS, transient=True, console=console) as progress,
-    ):
-        bar = progress.add_task(title, total=sum(min(envs.num_groups, count - start) for start in own))
+    total = sum(min(envs.num_groups, count - start) for start in own)
+    with held, stops, precision, agent.generating(most), progress(title, total, console) as advance:
         for start in own:
             check()
             stop = min(start + envs.num_groups, count)
             answers += answer_samples(agent, envs, range(start, stop), greedy)
-            progress.advance(bar, stop - start)
+            advance(stop - start)
     skipped = skipped_samples(envs, count, processes)
     unscored = LOSSES.since(former).answers
     if processes is not None:
@@ -130,6 +128,48 @@ def evaluate(
 UNSCORED = "unscored"
 """The share of answers that could not be compared with the truth, because others ended the processes that do so; a
 metric only if there are any."""
+
+
+@contextmanager
+def progress(title: str, total: int, console: Console | None = None, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Shows how many samples are answered: a bar on a terminal, and a line every half minute elsewhere.
+
+    Args:
+        title: What is done.
+        total: Number of samples.
+        console: Where it is shown. Default: a new one.
+        done: Samples that were answered before.
+
+    Yields:
+        A function that takes the number of samples answered since the last call.
+    """
+    console = console or Console()
+    if not console.is_terminal:
+        yield _Lines(title, total, console, done).advance
+        return
+    with Progress(*_COLUMNS, transient=True, console=console) as bars:
+        bar = bars.add_task(title, total=total, completed=done)
+        yield lambda count: bars.advance(bar, count)
+
+
+class _Lines:
+    """Prints a line about progress once some time has passed since the last."""
+
+    def __init__(self, title: str, total: int, console: Console, done: int) -> None:
+        self._title, self._total, self._console = title, total, console
+        self._first = self._done = done
+        self._began = self._told = time.monotonic()
+
+    def advance(self, count: int) -> None:
+        """Counts answered samples."""
+        self._done += count
+        now = time.monotonic()
+        if now - self._told < _LINE_EVERY or self._done >= self._total:
+            return
+        self._told = now
+        left = (now - self._began) * (self._total - self._done) / (self._done - self._first)
+        line = f"{self._title}: {self._done} of {self._total} samples, about {timedelta(seconds=round(left))} left"
+        self._console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
 
 
 def skipped_samples(envs: VisualTaskVectorEnv, count: int, processes: Processes | None) -> dict[int, str]:

@@ -13,7 +13,6 @@ from typing import Any, Final
 
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from vlmenv.agents.base import Agent
@@ -26,7 +25,7 @@ from vlmenv.envs.export import export_sample
 from vlmenv.envs.making import make_envs
 from vlmenv.envs.rewards.workers import LOSSES, Losses
 from vlmenv.envs.vector import VisualTaskVectorEnv
-from vlmenv.evaluation import PROGRESS, answer_samples, sample_count
+from vlmenv.evaluation import answer_samples, progress, sample_count
 from vlmenv.options.command_line import Asked, parse_with_files
 from vlmenv.options.evaluate import SampleConfig
 from vlmenv.processes import Processes
@@ -140,15 +139,15 @@ def _sample_parts(
     missing = [part for part in own if not _part_file(config.output, part).exists()]
     total = sum(map(len, own))
     most = max(processes.collect([sum(-(-len(part) // envs.num_groups) for part in missing)]))
-    with agent.generating(most), Progress(*PROGRESS, transient=True, console=console) as progress:
-        bar = progress.add_task("sampling", total=total, completed=total - sum(map(len, missing)))
+    done = total - sum(map(len, missing))
+    with agent.generating(most), progress("sampling", total, console, done) as advance:
         for part in missing:
             agent.seed(int(np.random.SeedSequence([config.seed, part.start]).generate_state(1)[0]))
             rows: list[dict[str, Any]] = []
             for start in range(part.start, part.stop, envs.num_groups):
                 indices = range(start, min(start + envs.num_groups, part.stop))
                 rows += _rated(list(answer_samples(agent, envs, indices, greedy=False)), envs, config)
-                progress.advance(bar, len(indices))
+                advance(len(indices))
             rows += [{"index": index, "skipped": envs.skipped[index]} for index in part if index in envs.skipped]
             write_atomic(_part_file(config.output, part), "".join(json.dumps(row) + "\n" for row in rows))
 

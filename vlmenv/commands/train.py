@@ -41,7 +41,7 @@ from vlmenv.processes.failures import shared_failure
 from vlmenv.processes.stopping import StoppedError, Stopping
 from vlmenv.runs.checkpoints import Found, find_checkpoint, load_checkpoint
 from vlmenv.runs.lock import locked
-from vlmenv.runs.loop import TrainingLoop, compare, evaluate_now, measured_before
+from vlmenv.runs.loop import TrainingLoop, compare, evaluate_now, look_first, measured_before
 from vlmenv.runs.models import with_checkpoint
 from vlmenv.runs.output import lasting_output
 from vlmenv.runs.record import asked_yaml, print_dry_run, resolved_yaml
@@ -138,6 +138,8 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
     tracking = Tracking(accelerator, config.logging.tracker, run, flatten(config), step=found.step)
     stopping = opened.enter_context(Stopping(accelerator))
     try:
+        if config.resume is None:
+            look_first(trainer, envs, config, run, console)
         before = measured_before(trainer, held_out, config, run, console, stopping)
         if config.resume is not None:
             _go_on(trainer, run, found, changed, console)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from rich.markup import escape
 
 from vlmenv.algos import NonFiniteError, StepResult, Trainer
 from vlmenv.building import report_skipped
-from vlmenv.core.errors import TrainingError, VLMEnvError
+from vlmenv.core.errors import PromptError, SampleError, TrainingError, VLMEnvError
+from vlmenv.core.text import printable
 from vlmenv.envs.rewards.workers import LOSSES
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.evaluation import (
@@ -36,7 +37,7 @@ from vlmenv.runs.pictures import draw_curve, draw_samples
 from vlmenv.runs.progress import TrainingProgress
 from vlmenv.runs.run_folder import RunFolder
 from vlmenv.runs.tracking import Tracking
-from vlmenv.runs.watch import CONCERNS, collapse, concerns, drift
+from vlmenv.runs.watch import CONCERNS, collapse, concerns, drift, first_concerns
 
 
 def measured_before(
@@ -54,6 +55,40 @@ def measured_before(
     if before is not None and trainer.accelerator.is_main_process:
         write_evaluation(before, run.path / "before")
     return before
+
+
+FIRST_SAMPLES, FIRST_GROUP = 8, 2
+"""Samples of the look at a model before training, and completions of each."""
+
+
+def look_first(
+    trainer: Trainer, envs: VisualTaskVectorEnv, config: TrainConfig[Any], run: RunFolder, console: Console
+) -> None:
+    """Warns if the model's answers to a few samples give nothing to learn from, before time is spent on them.
+
+    All ranks answer the same samples. Training is the same bit for bit as without.
+    """
+    if trainer.algorithm.imitates:
+        return
+    trainer.sync()
+    agent, state = trainer.agent, trainer.agent.rng_state()
+    looking = VisualTaskVectorEnv(lambda: envs.task, FIRST_SAMPLES * FIRST_GROUP, group_size=FIRST_GROUP)
+    held = trainer.processes.gathered() if agent.generates_itself else nullcontext()
+    with closing(looking), held, shared_failure(trainer.accelerator), agent.generating(1), trainer.processes.autocast():
+        try:
+            observations, _ = looking.reset(seed=config.seed)
+            rollout = agent.rollout(observations)
+        except (SampleError, PromptError):
+            return  # training refuses or replaces the sample when it comes to it
+        finally:
+            agent.set_rng_state(state)
+        _, rewards, _, _, infos = looking.step(rollout.texts)
+    readable = [prediction is not None for prediction in infos["prediction"]]
+    truncated = [one.finish_reason == "length" for one in rollout.completions]
+    if trainer.accelerator.is_main_process:
+        for kind, message in first_concerns(rollout.texts, readable, truncated, rewards.tolist()):
+            run.write_warning(0, message, f"first {kind}")
+            console.print(f"[bold yellow]warning:[/] {escape(printable(message))}", soft_wrap=True, emoji=False)
 
 
 def evaluate_now(
