@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 import torch
 import tyro
@@ -49,8 +50,10 @@ class Args:
     """Runs to stop by each signal, singly and doubled."""
     seed: int = 0
     """Of the moments and places."""
+    only: tuple[str, ...] = ()
+    """Kinds of faults to do. Default: all."""
     output: Path | None = None
-    """Markdown file for the table."""
+    """Markdown file for the table, which is written after each line."""
 
 
 @dataclass
@@ -355,17 +358,32 @@ def table(lines: list[Line], seconds: float) -> str:
     )
 
 
+KINDS: Final[dict[str, Callable[[Laboratory], Iterator[Line]]]] = {
+    "damaged": damaged,
+    "strange": strange,
+    "logged": logged,
+    "changed": changed,
+    "together": together,
+    "unheard": unheard,
+    "signalled": signalled,
+    "killed": killed,
+}
+"""By the names that `--only` takes."""
+
+
 def main(args: Args) -> None:
-    """Does all faults, and writes the table."""
+    """Does the faults, and writes the table."""
+    if unknown := set(args.only) - KINDS.keys():
+        sys.exit(f"no such kind: {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
     started, lines = time.monotonic(), list[Line]()
     with tempfile.TemporaryDirectory() as folder:
         lab = Laboratory(Path(folder), args)
-        for kind in (damaged, strange, logged, changed, together, unheard, signalled, killed):
-            for line in kind(lab):
+        for kind in args.only or KINDS:
+            for line in KINDS[kind](lab):
                 print(f"{line.right} of {line.done}  {line.fault}", *line.others, sep="\n    ", flush=True)
                 lines.append(line)
-    if args.output is not None:
-        args.output.write_text(table(lines, time.monotonic() - started), encoding="utf-8")
+                if args.output is not None:
+                    args.output.write_text(table(lines, time.monotonic() - started), encoding="utf-8")
     sys.exit(any(line.others for line in lines))
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -158,7 +159,7 @@ def test_the_end_of_a_run_is_measured_once_and_in_its_precision(
 def test_where_there_is_no_terminal_progress_is_told_in_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     """No more often than every half minute; the end needs no line."""
     clock = iter([0.0, 10.0, 31.0, 40.0, 62.0, 93.0])
-    monkeypatch.setattr("vlmenv.evaluation.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("vlmenv.evaluation.time", SimpleNamespace(monotonic=lambda: next(clock)))
     out = io.StringIO()
     with progress("evaluating [x]", 100, Console(file=out), done=20) as advance:
         for _ in range(5):
