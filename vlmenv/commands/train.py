@@ -24,6 +24,7 @@ from vlmenv.building import (
     check_device,
     check_engine,
     load_agent,
+    open_console,
     report_broken_rows,
     say,
     task_arguments,
@@ -112,7 +113,7 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
     _check(config)
     run = _run_folder(config, opened)
     accelerator = _accelerator(config, run)
-    console = Console(quiet=not accelerator.is_main_process)
+    console = open_console(quiet=not accelerator.is_main_process)
     found = _begun(config, run, accelerator, opened, console)
     for note in asked.notes:
         say(note, console)
