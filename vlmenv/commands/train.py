@@ -25,6 +25,7 @@ from vlmenv.building import (
     check_device,
     check_engine,
     load_agent,
+    open_console,
     report_broken_rows,
     say,
     task_arguments,
@@ -113,7 +114,7 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
     _check(config)
     run = _run_folder(config, opened)
     accelerator = _accelerator(config, run)
-    console = Console(quiet=not accelerator.is_main_process)
+    console = open_console(quiet=not accelerator.is_main_process)
     found = _begun(config, run, accelerator, opened, console)
     for note in asked.notes:
         say(note, console)
@@ -125,14 +126,15 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
     envs, held_out = _open_data(config, parts, accelerator, console)
     config = _in_steps(config, envs.task.source.size)
     if config.dry_run:
-        print_dry_run(config, envs, run, accelerator, console)
+        print_dry_run(config, envs, held_out, run, accelerator, console)
         return run.path
     data = DataSets.of(envs, held_out)
     changed = _compared(config, found, data, accelerator, console)
     trainer = _make_trainer(config, parts, envs, accelerator, opened)
     if accelerator.is_main_process and config.resume is None:
         identity = secrets.token_hex(8)
-        run.create(asked_yaml(config, asked.names, identity), resolved_yaml(config, envs, accelerator, identity))
+        resolved = resolved_yaml(config, envs, held_out, accelerator, identity)
+        run.create(asked_yaml(config, asked.names, identity), resolved)
     kept = facts(config, data, run, accelerator.num_processes) if accelerator.is_main_process else {}
     console.print(f"{config.env}, {config.algo}, model {config.model}; writing to {run.path}", highlight=False)
     tracking = Tracking(accelerator, config.logging.tracker, run, flatten(config), step=found.step)
