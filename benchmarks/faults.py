@@ -440,8 +440,9 @@ def ranked(lab: Laboratory) -> Iterator[Line]:
         "ranks 2 → 1 → 2, two steps each", "goes on, with a warning that it is not bit for bit; all steps are there"
     )
     run = lab.new()
-    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    two = [sys.executable, *launcher, "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
+    settings = Path(__file__).resolve().parents[1] / "examples" / "accelerate" / "ddp.yaml"
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(settings), "--main_process_port", "0"]
+    two = [sys.executable, *launcher, "--num_processes", "2"]
     printed = [_run([*two, "-m", "vlmenv", *lab.command(run), "--steps", "2"])]
     printed.append(lab.resume(run, "--steps", "4"))
     printed.append(_run([*two, "-m", "vlmenv", "train", "--resume", str(run), "--steps", "6"]))
