@@ -166,7 +166,7 @@ def _share(rows: NDArray[np.float64], clusters: Sequence[Hashable] | None) -> tu
         return None, 0
     if clusters is not None and len(clusters) != rows.shape[1]:
         raise ValueError(f"{len(clusters)} clusters for {rows.shape[1]} answers: the lengths differ")
-    questions = int(counted.sum()) if clusters is None else len({clusters[i] for i in np.flatnonzero(counted)})
+    questions = int(counted.sum()) if clusters is None else len({clusters[i] for i in np.flatnonzero(counted).tolist()})
     return float(rows[0].sum() / counted.sum()), questions
 
 
