@@ -231,14 +231,24 @@ class Family(ABC):
 
         Of images only the sizes are looked at.
         """
-        found: list[int | ValueError] = []
+        found, chats = list[int | ValueError](), list[str]()
         for observation in observations:
             try:
-                images = sum(self._image_length(*image.shape[1::-1]) - 1 for image in observation["images"])
-                found.append(images + len(self._encoded(self.chat(observation))))
+                chat, images = self.chat(observation), [image.shape[1::-1] for image in observation["images"]]
+                found.append(sum(self._image_length(*size) - 1 for size in images))
+                chats.append(chat)
             except ValueError as error:
                 found.append(error)
-        return found
+        texts = iter(self._text_lengths(chats))
+        return [one if isinstance(one, ValueError) else one + next(texts) for one in found]
+
+    def _text_lengths(self, texts: list[str]) -> list[int]:
+        """The tokens of several texts, by all of the tokenizer's threads where it has any."""
+        backend = getattr(self.processor.tokenizer, "backend_tokenizer", None)
+        self._encoded("")  # which takes stored truncation and padding out
+        if backend is None:
+            return [len(self._encoded(text)) for text in texts]
+        return [len(one.ids) for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _encoded(self, text: str) -> list[int]:
         ids: list[int] = self.processor.tokenizer.encode(text, add_special_tokens=False)
@@ -356,7 +366,9 @@ class Family(ABC):
             )
 
     def _refuse_control_tokens(self, text: str, marked: bool, name: str) -> None:
-        tokenizer, control = self.processor.tokenizer, self.control_tokens | self.modality_tokens()
+        tokenizer, control = self.processor.tokenizer, self._forbidden
+        if not self._forbidden_text.search(text):
+            return
         pieces = text.split(IMAGE_MARK) if marked else [text]
         found = {token for piece in pieces for token in tokenizer.encode(piece, add_special_tokens=False)}
         if forbidden := control & found:
@@ -364,6 +376,16 @@ class Family(ABC):
             raise ValueError(
                 f"{name} must not contain control tokens: {names}; take them out of the row, or of the prompt template"
             )
+
+    @cached_property
+    def _forbidden(self) -> set[int]:
+        return self.control_tokens | self.modality_tokens()
+
+    @cached_property
+    def _forbidden_text(self) -> re.Pattern[str]:
+        """Finds what may be a control token: tokenizers look for these as they are written."""
+        names = self.processor.tokenizer.convert_ids_to_tokens(sorted(self._forbidden))
+        return re.compile("|".join(re.escape(name) for name in names if name), re.IGNORECASE)
 
 
 def join_images(prompts: Sequence[Prompt], device: torch.device) -> dict[str, torch.Tensor]:

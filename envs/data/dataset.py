@@ -21,12 +21,14 @@ from typing import Any
 
 import numpy as np
 
+from vlmenv.core.coordinates import ResizeRule
 from vlmenv.core.errors import ConfigError, DataError
+from vlmenv.core.spaces import Image
 from vlmenv.envs.data.boxes import BoxReading
 from vlmenv.envs.data.coco import CocoInstances
 from vlmenv.envs.data.convert import find_layout
 from vlmenv.envs.data.delimited import Delimited
-from vlmenv.envs.data.images import image_size, load_image
+from vlmenv.envs.data.images import Size, image_size, load_image, outline_image
 from vlmenv.envs.data.media import ImageRef
 from vlmenv.envs.data.rows import Row, check_columns, missing, read_row
 from vlmenv.envs.data.source import Sample, Source
@@ -82,6 +84,8 @@ class Reading:
     """leave rows out whose answer, reasoning included, contains one of these, in small letters or capitals"""
     boxes: BoxReading | None = None
     """form of true boxes; None if the task has none"""
+    bound: ResizeRule | None = None
+    """rule for images that are too large to be shown as they are; see `load_image`"""
 
     def __post_init__(self) -> None:
         check_columns(self.columns)
@@ -197,7 +201,14 @@ class TableSource(Source):
         return row, [self._located(ref) for ref in row.images if ref is not None]
 
     def get(self, index: int) -> Sample:
-        number = self.number(index)
+        return self._sample(index, load_image)
+
+    def outline(self, index: int) -> Sample:
+        return self._sample(index, outline_image)
+
+    def _sample(self, index: int, load: Callable[[Any, str, ResizeRule | None], tuple[Image, Size]]) -> Sample:
+        """A sample with its images as `load` gives them."""
+        number, bound, boxes = self.number(index), self._reading.bound, self._reading.boxes
         try:
             row = self._reading.row(self.table.read(number), number)
             sample = self._reading.sample_of(row)
@@ -206,11 +217,18 @@ class TableSource(Source):
             raise DataError(f"{place}: {error}; the file has changed since it was opened") from None
         place = self.place(index, sample.id)
         refs = [self._located(ref) for ref in row.images if ref is not None]
-        images = tuple(load_image(ref, place) for ref in refs)
-        boxes = self._reading.boxes
-        if boxes is None or not images:
-            return replace(sample, images=images)
-        return replace(sample, images=images, target=boxes.in_pixels(sample.target, row, refs[0], images[0]))
+        loaded = [load(ref, place, bound) for ref in refs]
+        sample = replace(sample, images=tuple(image for image, _ in loaded), sizes=tuple(size for _, size in loaded))
+        if boxes is None or not loaded:
+            return sample
+        return replace(sample, target=boxes.in_pixels(sample.target, row, refs[0], sample.sizes[0]))
+
+    def leave_out(self, indices: Sequence[int], reason: str) -> None:
+        if len(indices):
+            kept = np.arange(self.size) if self._kept is None else self._kept
+            self._kept = np.delete(kept, indices)
+            self.size = len(self._kept)
+            self.unwanted[reason] += len(indices)
 
     def place(self, index: int, id: str) -> str:
         return f"{self.table.place(self.number(index))} (id {id})"
@@ -286,15 +304,28 @@ class Concatenated(Source):
 
     def __init__(self, sources: Sequence[TableSource]) -> None:
         self.sources = sources
-        self._ends = list(accumulate(source.size or 0 for source in sources))
-        self.size = self._ends[-1]
         self.faults = [fault for source in sources for fault in source.faults]
-        self.unwanted = sum((Counter(source.unwanted) for source in sources), Counter[str]())
         self.usage: Usage = reduce(operator.add, (source.usage for source in sources))
+        self._sum_up()
+
+    def _sum_up(self) -> None:
+        self._ends = list(accumulate(source.size or 0 for source in self.sources))
+        self.size = self._ends[-1]
+        self.unwanted = sum((Counter(source.unwanted) for source in self.sources), Counter[str]())
 
     def get(self, index: int) -> Sample:
         source, own = self._part(index)
         return source.get(own)
+
+    def outline(self, index: int) -> Sample:
+        source, own = self._part(index)
+        return source.outline(own)
+
+    def leave_out(self, indices: Sequence[int], reason: str) -> None:
+        starts = [0, *self._ends[:-1]]
+        for source, start, end in zip(self.sources, starts, self._ends, strict=True):
+            source.leave_out([index - start for index in indices if start <= index < end], reason)
+        self._sum_up()
 
     def place(self, index: int, id: str) -> str:
         source, own = self._part(index)

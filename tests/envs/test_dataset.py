@@ -228,7 +228,7 @@ def test_images_are_of_usual_formats_regular_files_and_of_bounded_size(tmp_path:
         load_image(str(tmp_path / "pipe.png"), "here")
     for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "ICO"):
         Image.new("RGB", (8, 6), "red").save(tmp_path / f"a.{kind}", kind)
-        assert load_image(str(tmp_path / f"a.{kind}"), "here").shape == (6, 8, 3)
+        assert load_image(str(tmp_path / f"a.{kind}"), "here")[0].shape == (6, 8, 3)
     env = VQAEnv(dataset=[{"image": Image.open(tmp_path / "a.eps"), "question": "?", "answer": "a"}])
     with pytest.raises(DataError, match="it is EPS, and none of"):
         env.source.get(0)

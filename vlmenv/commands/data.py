@@ -197,7 +197,7 @@ def _count(one: LookedAt, found: Findings) -> None:
     if any(part == "id" for part, _ in one.row.used):
         found.ids[one.row.id] += 1
     if one.sample is not None:
-        found.sizes.update(f"{image.shape[1]} x {image.shape[0]}" for image in one.sample.images)
+        found.sizes.update(f"{width} x {height}" for width, height in one.sample.full_sizes)
         truth = one.sample.target if isinstance(one.sample.target, tuple) else ()
         found.labels.update(box.label for box in truth if isinstance(box, Detection))
     if one.boxed is not None:

@@ -92,7 +92,7 @@ def _with_parts(asked: Asked, parts: Parts) -> Asked:
         config = replace(config, algo=name, algorithm=algorithm.config)
         names += list(options_of(algorithm.config))
     if parts.agent is not None:
-        config = replace(config, model=str(parts.agent.folder))
+        config = replace(config, model=str(parts.agent.base), pixels=parts.agent.pixels)
     if (envs := parts.envs) is not None:
         groups = envs.num_envs // envs.group_size
         if envs.group_size != config.algorithm.group_size:

@@ -10,6 +10,7 @@ import tyro
 
 from vlmenv.core.errors import ConfigError
 from vlmenv.core.names import BUILTIN
+from vlmenv.core.pixels import PixelLimits
 from vlmenv.options.task import PromptOptions, ReadingOptions
 
 
@@ -84,4 +85,5 @@ class DataShowConfig:
     output: Path = Path("sample.png")
     """File for the picture with the true boxes (.png)."""
     data: ReadingOptions = field(default_factory=ReadingOptions)
+    pixels: PixelLimits = field(default_factory=PixelLimits)
     prompts: PromptOptions = field(default_factory=PromptOptions)

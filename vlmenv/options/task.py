@@ -11,6 +11,7 @@ import yaml
 
 from vlmenv.core.errors import ConfigError, require
 from vlmenv.core.names import BUILTIN
+from vlmenv.core.pixels import PixelLimits
 from vlmenv.core.sampling import Sampling
 from vlmenv.options.scorers import ScorerConfig
 
@@ -207,6 +208,7 @@ class TaskConfig:
     """Seed of the order of samples and of sampling."""
     data: DataOptions = field(default_factory=DataOptions)
     prompts: PromptOptions = field(default_factory=PromptOptions)
+    pixels: PixelLimits = field(default_factory=PixelLimits)
     sampling: Sampling = field(default_factory=Sampling)
     generation: EngineOptions = field(default_factory=EngineOptions)
     scorers: ScorerConfig = field(default_factory=ScorerConfig)
