@@ -39,6 +39,7 @@ from vlmenv.processes import processes_of
 from vlmenv.processes.failures import shared_failure
 from vlmenv.processes.stopping import StoppedError, Stopping
 from vlmenv.runs.checkpoints import Found, find_checkpoint, load_checkpoint
+from vlmenv.runs.fitting import fit_prompts
 from vlmenv.runs.lock import locked
 from vlmenv.runs.loop import TrainingLoop, compare, evaluate_now, measured_before
 from vlmenv.runs.models import with_checkpoint
@@ -176,6 +177,10 @@ def _open_data(
         held_out = None if measuring.eval_limit == 0 else parts.held_out
         if measuring.eval_limit > 0 and held_out is None and parts.envs is None:
             held_out = _evaluation_envs(config)
+    family = None if parts.agent is None else parts.agent.family
+    fit_prompts(config, envs, accelerator, console, family=family)
+    if held_out is not None:
+        fit_prompts(config, held_out, accelerator, console, family=family, first=measuring.eval_limit)
     report_broken_rows(envs, console)
     if held_out is not None and not (measuring.eval_dataset is None and measuring.eval_split is None):
         report_broken_rows(held_out, console)
