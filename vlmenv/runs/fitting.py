@@ -38,9 +38,15 @@ class Room:
     @classmethod
     def of(cls, config: TaskConfig, family: Family) -> Room:
         """The room of a model under the options, as far as it is known before an engine starts."""
+        engine = config.generation.engine_length if config.generation.engine == "vllm" else None
+        return cls.of_model(family, config.sampling.max_new_tokens, engine)
+
+    @classmethod
+    def of_model(cls, family: Family, answer: int, engine: int | None) -> Room:
+        """The room of a model, and of an engine with a limit of its own."""
         own = int(family.model.config.get_text_config().max_position_embeddings)
-        engine = config.generation.engine_length if config.generation.engine == "vllm" else own
-        return cls(min(own, engine), "engine" if engine < own else "model", config.sampling.max_new_tokens)
+        shorter = engine is not None and engine < own
+        return cls(engine if engine is not None and shorter else own, "engine" if shorter else "model", answer)
 
     @property
     def prompt(self) -> int:
@@ -126,9 +132,7 @@ def fit_prompts(
         return _fitted(envs, found[1], found[0], most, console)
 
 
-def _fitted(
-    envs: VisualTaskVectorEnv, lengths: Lengths, room: Room, most: int | None, console: Console
-) -> Lengths:
+def _fitted(envs: VisualTaskVectorEnv, lengths: Lengths, room: Room, most: int | None, console: Console) -> Lengths:
     """The lengths of the samples that stay in the source."""
     if most is not None and (long := lengths.above(most)):
         envs.task.source.leave_out(long, f"the prompt has over {most:,} tokens")
@@ -139,15 +143,16 @@ def _fitted(
     if not envs.skips_broken:
         require_room(envs.task, lengths, room)
         return lengths
-    faults = {index: fault for index, fault in _faults(envs.task, lengths, room)}
+    faults = dict(prompt_faults(envs.task, lengths, room))
     for index, fault in faults.items():
         envs.skip(SampleError(index, fault))
     if faults:
-        say(f"{len(faults):,} of {len(lengths.tokens):,} rows are left out: the model cannot take their prompts", console)
+        count = f"{len(faults):,} of {len(lengths.tokens):,} rows"
+        say(f"{count} are left out: the model cannot take their prompts", console)
     return lengths
 
 
-def _faults(task: VisualTaskEnv, lengths: Lengths, room: Room) -> Iterator[tuple[int, str]]:
+def prompt_faults(task: VisualTaskEnv, lengths: Lengths, room: Room) -> Iterator[tuple[int, str]]:
     """The samples whose prompts the model cannot take, with their places and the reasons."""
     yield from lengths.faults.items()
     for index in lengths.above(room.prompt):
@@ -159,7 +164,9 @@ def require_room(task: VisualTaskEnv, lengths: Lengths, room: Room) -> None:
     count = len(lengths.tokens)
     if lengths.faults:
         first, more = next(iter(lengths.faults.values())), len(lengths.faults) - 1
-        raise DataError(f"{first}{f', and {more:,} more of {count:,} rows' * bool(more)}; --skip-broken leaves such out")
+        raise DataError(
+            f"{first}{f', and {more:,} more of {count:,} rows' * bool(more)}; --skip-broken leaves such out"
+        )
     if long := lengths.above(room.prompt):
         worst = max(long, key=lambda index: (lengths.tokens[index], -index))
         others = f" {len(long) - 1:,} more of {count:,} rows are too long." if len(long) > 1 else ""

@@ -213,4 +213,6 @@ def _of_model(family: Family) -> Iterator[Any]:
     yield processor.image_processor.to_dict()
     yield family.model.config.to_dict()
     backend = getattr(processor.tokenizer, "backend_tokenizer", None)
-    yield hashlib.sha256(repr(processor.tokenizer.get_vocab() if backend is None else backend.to_str()).encode()).hexdigest()
+    yield hashlib.sha256(
+        repr(processor.tokenizer.get_vocab() if backend is None else backend.to_str()).encode()
+    ).hexdigest()
