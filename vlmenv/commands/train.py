@@ -39,7 +39,8 @@ from vlmenv.processes import processes_of
 from vlmenv.processes.failures import shared_failure
 from vlmenv.processes.stopping import StoppedError, Stopping
 from vlmenv.runs.checkpoints import Found, find_checkpoint, load_checkpoint
-from vlmenv.runs.fitting import fit_prompts
+from vlmenv.runs.fitting import fit_engine, fit_prompts
+from vlmenv.runs.lengths import Lengths
 from vlmenv.runs.lock import locked
 from vlmenv.runs.loop import TrainingLoop, compare, evaluate_now, measured_before
 from vlmenv.runs.models import with_checkpoint
@@ -122,7 +123,7 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
     processes_of(accelerator)  # raises now what is wrong with them, and not when the model has been loaded
     check_engine(config, accelerator.device, accelerator.num_processes)
     check_staleness(config.trainer, accelerator)
-    envs, held_out = _open_data(config, parts, accelerator, console)
+    envs, held_out, counted = _open_data(config, parts, accelerator, console)
     config = _in_steps(config, envs.task.source.size)
     if config.dry_run:
         print_dry_run(config, envs, run, accelerator, console)
@@ -130,9 +131,13 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
     data = DataSets.of(envs, held_out)
     changed = _compared(config, found, data, accelerator, console)
     trainer = _make_trainer(config, parts, envs, accelerator, opened)
+    for shown, lengths in counted:
+        fit_engine(shown, lengths, trainer.agent, console)
     if accelerator.is_main_process and config.resume is None:
         identity = secrets.token_hex(8)
-        run.create(asked_yaml(config, asked.names, identity), resolved_yaml(config, envs, accelerator, identity))
+        lengths = next((found for shown, found in counted if shown is envs), None)
+        resolved = resolved_yaml(config, envs, accelerator, identity, lengths)
+        run.create(asked_yaml(config, asked.names, identity), resolved)
     kept = facts(config, data, run, accelerator.num_processes) if accelerator.is_main_process else {}
     console.print(f"{config.env}, {config.algo}, model {config.model}; writing to {run.path}", highlight=False)
     tracking = Tracking(accelerator, config.logging.tracker, run, flatten(config), step=found.step)
@@ -169,24 +174,28 @@ def _check(config: TrainConfig[Any]) -> None:
 
 def _open_data(
     config: TrainConfig[Any], parts: Parts, accelerator: Accelerator, console: Console
-) -> tuple[VisualTaskVectorEnv, VisualTaskVectorEnv | None]:
-    """The environments to train in and those to measure in; prints what is wrong with their rows and answers."""
+) -> tuple[VisualTaskVectorEnv, VisualTaskVectorEnv | None, list[tuple[VisualTaskVectorEnv, Lengths]]]:
+    """The environments to train in and those to measure in, and the lengths of the prompts of those with a data set.
+
+    Prints what is wrong with their rows and answers.
+    """
     measuring = config.measuring
     with console.status("reading the data"):
         envs = parts.envs or _training_envs(config, accelerator)
         held_out = None if measuring.eval_limit == 0 else parts.held_out
         if measuring.eval_limit > 0 and held_out is None and parts.envs is None:
             held_out = _evaluation_envs(config)
-    family = None if parts.agent is None else parts.agent.family
-    fit_prompts(config, envs, accelerator, console, family=family)
-    if held_out is not None:
-        fit_prompts(config, held_out, accelerator, console, family=family, first=measuring.eval_limit)
+    firsts = [(envs, None)] if held_out is None else [(envs, None), (held_out, measuring.eval_limit)]
+    found = [
+        (shown, fit_prompts(config, shown, accelerator, console, agent=parts.agent, first=first))
+        for shown, first in firsts
+    ]
     report_broken_rows(envs, console)
     if held_out is not None and not (measuring.eval_dataset is None and measuring.eval_split is None):
         report_broken_rows(held_out, console)
     if accelerator.is_main_process and (misjudged := self_check(envs.task, imitated=_imitates(config))):
         say(f"warning: {describe(misjudged, CHECKED)}", console)
-    return envs, held_out
+    return envs, held_out, [(shown, lengths) for shown, lengths in found if lengths is not None]
 
 
 def _make_trainer(

@@ -15,7 +15,7 @@ from rich.console import Console
 from vlmenv.agents.checkpoints import find_model
 from vlmenv.agents.families import Family, weightless_family
 from vlmenv.agents.pixels import with_limits
-from vlmenv.agents.vlm import check_length
+from vlmenv.agents.vlm import VLMAgent, check_length
 from vlmenv.building import say
 from vlmenv.core.errors import ConfigError, DataError, SampleError
 from vlmenv.envs.base import VisualTaskEnv
@@ -40,6 +40,13 @@ class Room:
         """The room of a model under the options, as far as it is known before an engine starts."""
         engine = config.generation.engine_length if config.generation.engine == "vllm" else None
         return cls.of_model(family, config.sampling.max_new_tokens, engine)
+
+    @classmethod
+    def of_agent(cls, agent: VLMAgent) -> Room:
+        """The room of an agent, whose engine has started."""
+        return cls.of_model(
+            agent.family, agent.max_new_tokens, None if agent.engine is None else agent.engine.max_length
+        )
 
     @classmethod
     def of_model(cls, family: Family, answer: int, engine: int | None) -> Room:
@@ -93,7 +100,7 @@ def fit_prompts(
     accelerator: Accelerator,
     console: Console,
     *,
-    family: Family | None = None,
+    agent: VLMAgent | None = None,
     first: int | None = None,
 ) -> Lengths | None:
     """Counts the tokens of a data set's prompts, leaves rows out as the options say, and refuses others.
@@ -105,7 +112,7 @@ def fit_prompts(
         envs: Environments whose samples are counted.
         accelerator: The ranks.
         console: What is counted and left out is printed there.
-        family: The model's. Default: loaded without weights.
+        agent: The agent that is shown them. Default: the model of the options, whose weights are not loaded.
         first: Number of samples that are shown, from the first one. Default: all.
 
     Returns:
@@ -123,9 +130,9 @@ def fit_prompts(
     found: tuple[Room, Lengths] | None = None
     with shared_failure(accelerator):
         if accelerator.is_main_process:
-            family = family or family_without_weights(config)
+            family = family_without_weights(config) if agent is None else agent.family
             lengths = count_tokens(envs.task, family, console, first=first if most is None else None)
-            found = Room.of(config, family), lengths
+            found = Room.of(config, family) if agent is None else Room.of_agent(agent), lengths
     (found,) = broadcast_object_list([found])
     assert found is not None
     with shared_failure(accelerator):
@@ -134,22 +141,47 @@ def fit_prompts(
 
 def _fitted(envs: VisualTaskVectorEnv, lengths: Lengths, room: Room, most: int | None, console: Console) -> Lengths:
     """The lengths of the samples that stay in the source."""
-    if most is not None and (long := lengths.above(most)):
-        envs.task.source.leave_out(long, f"the prompt has over {most:,} tokens")
-        lengths = lengths.without(long)
-        if not envs.task.source.size:
-            raise DataError(f"no row is left: all prompts have over {most:,} tokens")
+    lengths = leave_out_longer(envs.task, lengths, most)
     say(f"{lengths}; there is room for {room.prompt:,}", console)
+    _skip_or_refuse(envs, lengths, room, console)
+    return lengths
+
+
+def fit_engine(envs: VisualTaskVectorEnv, lengths: Lengths, agent: VLMAgent, console: Console) -> None:
+    """Leaves out or refuses prompts without room in an engine, whose limit may be known only after its start.
+
+    Raises:
+        DataError: A prompt is too long.
+    """
+    if agent.engine is not None:
+        _skip_or_refuse(envs, lengths, Room.of_agent(agent), console)
+
+
+def _skip_or_refuse(envs: VisualTaskVectorEnv, lengths: Lengths, room: Room, console: Console) -> None:
     if not envs.skips_broken:
         require_room(envs.task, lengths, room)
-        return lengths
-    faults = dict(prompt_faults(envs.task, lengths, room))
+        return
+    found = dict(prompt_faults(envs.task, lengths, room))
+    faults = {index: fault for index, fault in found.items() if index not in envs.skipped}
     for index, fault in faults.items():
         envs.skip(SampleError(index, fault))
     if faults:
         count = f"{len(faults):,} of {len(lengths.tokens):,} rows"
         say(f"{count} are left out: the model cannot take their prompts", console)
-    return lengths
+
+
+def leave_out_longer(task: VisualTaskEnv, lengths: Lengths, most: int | None) -> Lengths:
+    """Leaves samples with longer prompts out of a source, and returns the lengths of the others.
+
+    Raises:
+        DataError: None is left.
+    """
+    if most is None or not (long := lengths.above(most)):
+        return lengths
+    task.source.leave_out(long, f"the prompt has over {most:,} tokens")
+    if not task.source.size:
+        raise DataError(f"no row is left: all {len(long):,} prompts have over {most:,} tokens; raise max_prompt_tokens")
+    return lengths.without(long)
 
 
 def prompt_faults(task: VisualTaskEnv, lengths: Lengths, room: Room) -> Iterator[tuple[int, str]]:

@@ -61,10 +61,10 @@ class Lengths:
         if not len(known):
             return "no prompts"
         median, most, nearly = np.percentile(known, (50, 90, 99)).astype(int)
-        longest = int(known.max())
+        least, longest = int(known.min()), int(known.max())
         return (
-            f"{len(known):,} prompts of {int(known.min()):,} to {longest:,} tokens: the median has {median:,}, 90 % have "
-            f"up to {most:,}, 99 % up to {nearly:,}"
+            f"{len(known):,} prompts of {least:,} to {longest:,} tokens: the median has {median:,}, 90 % have up to "
+            f"{most:,}, 99 % up to {nearly:,}"
         )
 
     def figures(self) -> dict[str, int]:

@@ -25,6 +25,7 @@ from vlmenv.options.fields import options_of
 from vlmenv.options.files import to_yaml
 from vlmenv.options.resolve import NAMING, RECORD, grouped
 from vlmenv.options.train import TrainConfig
+from vlmenv.runs.lengths import Lengths
 from vlmenv.runs.run_folder import RunFolder
 
 _PLACES: Final = (*NAMING, "output")
@@ -46,7 +47,11 @@ def asked_yaml(config: TrainConfig[Any], names: Collection[str], identity: str) 
 
 
 def resolved_yaml(
-    config: TrainConfig[Any], envs: VisualTaskVectorEnv, accelerator: Accelerator, identity: str | None = None
+    config: TrainConfig[Any],
+    envs: VisualTaskVectorEnv,
+    accelerator: Accelerator,
+    identity: str | None = None,
+    lengths: Lengths | None = None,
 ) -> str:
     """The content of resolved.yaml: all options with the values that are used, and how the run is made.
 
@@ -57,10 +62,12 @@ def resolved_yaml(
         envs: The environments of training.
         accelerator: Device and ranks.
         identity: The run's id. None: nothing is run.
+        lengths: The lengths of the prompts of training. None: there is no data set.
     """
-    config = used(config, envs)
+    config, source = used(config, envs), envs.task.source
+    rows = {} if lengths is None else {"prompt_tokens": lengths.figures(), "left_out": dict(source.unwanted)}
     names = [name for name in options_of(config) if name not in _PLACES]
-    return to_yaml(grouped(config, names) | {RECORD: {"run": identity, **_record(config, accelerator)}})
+    return to_yaml(grouped(config, names) | {RECORD: {"run": identity, **_record(config, accelerator), **rows}})
 
 
 def used(config: TrainConfig[Any], envs: VisualTaskVectorEnv) -> TrainConfig[Any]:
