@@ -196,9 +196,8 @@ def require_room(task: VisualTaskEnv, lengths: Lengths, room: Room) -> None:
     count = len(lengths.tokens)
     if lengths.faults:
         first, more = next(iter(lengths.faults.values())), len(lengths.faults) - 1
-        raise DataError(
-            f"{first}{f', and {more:,} more of {count:,} rows' * bool(more)}; --skip-broken leaves such out"
-        )
+        others = f" ({more:,} more of {count:,} rows cannot be taken either)" if more else ""
+        raise DataError(f"{first}{others}; --skip-broken leaves such rows out")
     if long := lengths.above(room.prompt):
         worst = max(long, key=lambda index: (lengths.tokens[index], -index))
         others = f" {len(long) - 1:,} more of {count:,} rows are too long." if len(long) > 1 else ""
