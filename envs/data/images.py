@@ -106,7 +106,7 @@ def bounded_size(width: int, height: int, bound: ResizeRule | None) -> Size:
 
 def _shown(picture: PILImage.Image, bound: ResizeRule | None) -> tuple[PILImage.Image, Size]:
     """A picture as it is shown: turned, of three colours, and within the bound; and its full size."""
-    turn = _orientation(picture)
+    turn = _turn(picture)
     full, target = _fitted(picture, bound)
     picture.load()
     if target != full:
@@ -122,14 +122,14 @@ def _fitted(picture: PILImage.Image, bound: ResizeRule | None) -> tuple[Size, Si
     """
     full, target = _sizes(picture, bound)
     if target != full:
-        picture.draft(None, target[::-1] if _orientation(picture) in _SIDEWAYS else target)
+        picture.draft(None, target[::-1] if _turn(picture) in _SIDEWAYS else target)
     _check_pixels(picture)
     return full, target
 
 
 def _sizes(picture: PILImage.Image, bound: ResizeRule | None) -> tuple[Size, Size]:
     """The full size of a picture as it is shown, and its size within the bound."""
-    full = picture.size[::-1] if _orientation(picture) in _SIDEWAYS else picture.size
+    full = picture.size[::-1] if _turn(picture) in _SIDEWAYS else picture.size
     return full, bounded_size(*full, bound)
 
 
@@ -159,16 +159,17 @@ def image_size(ref: str | bytes | PILImage.Image) -> tuple[int, int]:
         raise ValueError(f"an image cannot be read: {error}") from error
 
 
-def shown_size(ref: str | bytes) -> tuple[int, int]:
+def shown_size(ref: str | bytes | PILImage.Image) -> tuple[int, int]:
     """Width and height of an image as `load_image` turns it, by its EXIF orientation.
 
     Raises:
         ValueError: It cannot be read.
     """
+    if isinstance(ref, PILImage.Image):
+        return _sizes(ref, None)[0]
     try:
         with _opened(ref) as picture:
-            turned = _orientation(picture) in _SIDEWAYS
-            return (picture.height, picture.width) if turned else picture.size
+            return _sizes(picture, None)[0]
     except _BROKEN as error:
         raise ValueError(f"an image cannot be read: {error}") from error
 
@@ -207,6 +208,11 @@ def _orientation(picture: PILImage.Image) -> int:
     exif = PILImage.Image.getexif(picture) if _tells_early(picture) else picture.getexif()
     found = exif.get(ExifTags.Base.Orientation, 1)
     return found if found in range(1, 9) else 1
+
+
+def _turn(picture: PILImage.Image) -> int:
+    """The EXIF orientation that is still to be obeyed: Pillow turns a TIFF itself, and tells its size as turned."""
+    return 1 if picture.format == "TIFF" else _orientation(picture)
 
 
 def _tells_early(picture: PILImage.Image) -> bool:
