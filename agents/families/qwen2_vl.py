@@ -36,7 +36,8 @@ class Qwen2VL(Family):
 
     def expanded(self, width: int, height: int) -> str:
         processor = self.processor.image_processor
-        return self.image_token * (processor.get_number_of_image_patches(height, width) // processor.merge_size**2)
+        patches: int = processor.get_number_of_image_patches(height, width)
+        return self.image_token * (patches // processor.merge_size**2)
 
     @classmethod
     def limited(cls, settings: Mapping[str, Any], limits: PixelLimits) -> dict[str, Any]:

@@ -281,7 +281,7 @@ class TableSource(Source):
 
     def leave_out(self, indices: Sequence[int], reason: str) -> None:
         if len(indices):
-            kept = np.arange(self.size) if self._kept is None else self._kept
+            kept = np.arange(self.size or 0) if self._kept is None else self._kept
             self._kept = np.delete(kept, indices)
             self.size = len(self._kept)
             self.unwanted[reason] += len(indices)

@@ -29,6 +29,7 @@ from vlmenv.building import (
     task_arguments,
 )
 from vlmenv.core.errors import ConfigError
+from vlmenv.envs.data.dataset import checked_once
 from vlmenv.envs.making import make_envs
 from vlmenv.envs.selfcheck import CHECKED, describe, self_check
 from vlmenv.envs.vector import VisualTaskVectorEnv
@@ -135,8 +136,8 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
         fit_engine(shown, lengths, trainer.agent, console)
     if accelerator.is_main_process and config.resume is None:
         identity = secrets.token_hex(8)
-        lengths = next((found for shown, found in counted if shown is envs), None)
-        resolved = resolved_yaml(config, envs, accelerator, identity, lengths)
+        own = next((lengths for shown, lengths in counted if shown is envs), None)
+        resolved = resolved_yaml(config, envs, accelerator, identity, own)
         run.create(asked_yaml(config, asked.names, identity), resolved)
     kept = facts(config, data, run, accelerator.num_processes) if accelerator.is_main_process else {}
     console.print(f"{config.env}, {config.algo}, model {config.model}; writing to {run.path}", highlight=False)
@@ -180,7 +181,7 @@ def _open_data(
     Prints what is wrong with their rows and answers.
     """
     measuring = config.measuring
-    with console.status("reading the data"):
+    with console.status("reading the data"), checked_once():
         envs = parts.envs or _training_envs(config, accelerator)
         held_out = None if measuring.eval_limit == 0 else parts.held_out
         if measuring.eval_limit > 0 and held_out is None and parts.envs is None:

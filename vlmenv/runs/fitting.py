@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
+from vlmenv.agents.base import Agent
 from vlmenv.agents.checkpoints import find_model
 from vlmenv.agents.families import Family, weightless_family
 from vlmenv.agents.pixels import with_limits
@@ -147,13 +148,13 @@ def _fitted(envs: VisualTaskVectorEnv, lengths: Lengths, room: Room, most: int |
     return lengths
 
 
-def fit_engine(envs: VisualTaskVectorEnv, lengths: Lengths, agent: VLMAgent, console: Console) -> None:
+def fit_engine(envs: VisualTaskVectorEnv, lengths: Lengths, agent: Agent, console: Console) -> None:
     """Leaves out or refuses prompts without room in an engine, whose limit may be known only after its start.
 
     Raises:
         DataError: A prompt is too long.
     """
-    if agent.engine is not None:
+    if isinstance(agent, VLMAgent) and agent.engine is not None:
         _skip_or_refuse(envs, lengths, Room.of_agent(agent), console)
 
 
