@@ -37,7 +37,7 @@ class Qwen2VL(Family):
     def expanded(self, width: int, height: int) -> str:
         processor = self.processor.image_processor
         patches: int = processor.get_number_of_image_patches(height, width)
-        return self.image_token * (patches // processor.merge_size**2)
+        return str(self.image_token * (patches // processor.merge_size**2))
 
     @classmethod
     def limited(cls, settings: Mapping[str, Any], limits: PixelLimits) -> dict[str, Any]:

@@ -158,25 +158,34 @@ class ImageCheck:
 
 ImageChecks = dict[tuple[str, str, int | None], ImageCheck]
 """By data set, folder of images and least side of an image."""
-_REMEMBERED: ContextVar[ImageChecks | None] = ContextVar("image checks", default=None)
+_REMEMBERED: ContextVar[tuple[ImageChecks, bool] | None] = ContextVar("image checks", default=None)
 
 
 @contextmanager
-def checked_once(known: ImageChecks | None = None) -> Iterator[ImageChecks]:
+def checked_once(*, look: bool = True) -> Iterator[ImageChecks]:
     """Within the block, the images of each stored data set are looked for once, however often it is opened.
 
     Args:
-        known: What another process has found within its block. Default: nothing.
+        look: If false, they are not looked for: another process does, and `adopt_images` takes over what it finds.
 
     Yields:
-        What has been found, to be given to other processes.
+        What is found.
     """
-    checks = {} if known is None else dict(known)
-    token = _REMEMBERED.set(checks)
+    checks: ImageChecks = {}
+    token = _REMEMBERED.set((checks, look))
     try:
         yield checks
     finally:
         _REMEMBERED.reset(token)
+
+
+def adopt_images(source: Source, checks: ImageChecks) -> None:
+    """Leaves out rows whose images another process has not found, in a source for which they were not looked for."""
+    for part in source.sources if isinstance(source, Concatenated) else [source]:
+        if isinstance(part, TableSource) and part.key in checks:
+            part.adopt(checks[part.key])
+    if isinstance(source, Concatenated):
+        source.sum_up()
 
 
 def _usage(made_of: Mapping[_MadeOf, int], unread: Collection[str]) -> Usage:
@@ -210,9 +219,9 @@ class TableSource(Source):
 
     def __init__(self, table: Table, image_root: str, reading: Reading, name: str = "") -> None:
         self.table, self.root, self._reading = table, image_root, reading
-        key, remembered = (name, image_root, reading.min_image_side), _REMEMBERED.get()
-        self._known = bool(name) and remembered is not None and key in remembered
-        self.images = remembered[key] if self._known and remembered is not None else ImageCheck()
+        self.key = (name, image_root, reading.min_image_side)
+        known, look = (name and _REMEMBERED.get()) or ({}, True)
+        self._looks, self.images = look and self.key not in known, known.get(self.key, ImageCheck())
         self.faults: list[str] = []
         self.unwanted: Counter[str] = Counter()
         made_of: Counter[_MadeOf] = Counter()
@@ -221,8 +230,7 @@ class TableSource(Source):
         self.size = len(kept)
         self.usage: Usage = _usage(made_of, reading.unread)
         self.usage.notes.update(dict.fromkeys(table.notes, 0))
-        if name and remembered is not None:
-            remembered[key] = self.images
+        known[self.key] = self.images
 
     def row(self, index: int) -> Any:
         """The stored row of a sample."""
@@ -279,12 +287,30 @@ class TableSource(Source):
             return sample
         return replace(sample, target=boxes.in_pixels(sample.target, row, refs[0], sample.sizes[0]))
 
+    def adopt(self, check: ImageCheck) -> None:
+        """Leaves out the rows whose images another process has not found, or found too small."""
+        self.images = check
+        if not check.faults:
+            return
+        own = {self.number(index): index for index in range(self.size or 0)}
+        gone = {number: fault for number, fault in check.faults.items() if number in own}
+        for number, fault in gone.items():
+            if isinstance(fault, UnwantedError):
+                self.unwanted[str(fault)] += 1
+            else:
+                self.faults.append(f"{self.table.place(number)}: {fault}")
+        self._remove([own[number] for number in gone])
+
     def leave_out(self, indices: Sequence[int], reason: str) -> None:
         if len(indices):
+            self.unwanted[reason] += len(indices)
+            self._remove(indices)
+
+    def _remove(self, indices: Sequence[int]) -> None:
+        if indices:
             kept = np.arange(self.size or 0) if self._kept is None else self._kept
             self._kept = np.delete(kept, indices)
             self.size = len(self._kept)
-            self.unwanted[reason] += len(indices)
 
     def place(self, index: int, id: str) -> str:
         return f"{self.table.place(self.number(index))} (id {id})"
@@ -315,7 +341,7 @@ class TableSource(Source):
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="vlmenv-data") as pool:
             while some := list(islice(rows, _ROWS)):
                 read = [(number, *self._read(raw, number)) for number, raw in some]
-                shares = [] if self._known else [read[i::_THREADS] for i in range(_THREADS)]
+                shares = [read[i::_THREADS] for i in range(_THREADS)] if self._looks else []
                 waiting.append((read, [pool.submit(self._missing, share) for share in shares]))
                 if len(waiting) > _AHEAD:
                     yield from self._with_images(*waiting.popleft())
@@ -379,11 +405,12 @@ class Concatenated(Source):
 
     def __init__(self, sources: Sequence[TableSource]) -> None:
         self.sources = sources
-        self.faults = [fault for source in sources for fault in source.faults]
         self.usage: Usage = reduce(operator.add, (source.usage for source in sources))
-        self._sum_up()
+        self.sum_up()
 
-    def _sum_up(self) -> None:
+    def sum_up(self) -> None:
+        """Takes over what its sources have left out."""
+        self.faults = [fault for source in self.sources for fault in source.faults]
         self._ends = list(accumulate(source.size or 0 for source in self.sources))
         self.size = self._ends[-1]
         self.unwanted = sum((Counter(source.unwanted) for source in self.sources), Counter[str]())
@@ -400,7 +427,7 @@ class Concatenated(Source):
         starts = [0, *self._ends[:-1]]
         for source, start, end in zip(self.sources, starts, self._ends, strict=True):
             source.leave_out([index - start for index in indices if start <= index < end], reason)
-        self._sum_up()
+        self.sum_up()
 
     def place(self, index: int, id: str) -> str:
         source, own = self._part(index)

@@ -29,7 +29,7 @@ from vlmenv.building import (
     task_arguments,
 )
 from vlmenv.core.errors import ConfigError
-from vlmenv.envs.data.dataset import checked_once
+from vlmenv.envs.data.dataset import adopt_images, checked_once
 from vlmenv.envs.making import make_envs
 from vlmenv.envs.selfcheck import CHECKED, describe, self_check
 from vlmenv.envs.vector import VisualTaskVectorEnv
@@ -181,11 +181,16 @@ def _open_data(
     Prints what is wrong with their rows and answers.
     """
     measuring = config.measuring
-    with console.status("reading the data"), checked_once():
+    look = accelerator.is_main_process  # for images, whose disk may be slow
+    with console.status("reading the data"), shared_failure(accelerator), checked_once(look=look) as images:
         envs = parts.envs or _training_envs(config, accelerator)
         held_out = None if measuring.eval_limit == 0 else parts.held_out
         if measuring.eval_limit > 0 and held_out is None and parts.envs is None:
             held_out = _evaluation_envs(config)
+    (images,) = broadcast_object_list([images])
+    for opened in (envs, held_out):
+        if opened is not None and not look:
+            adopt_images(opened.task.source, images)
     firsts = [(envs, None)] if held_out is None else [(envs, None), (held_out, measuring.eval_limit)]
     found = [
         (shown, fit_prompts(config, shown, accelerator, console, agent=parts.agent, first=first))
