@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -208,7 +209,7 @@ def _imitates(config: TrainConfig[Any]) -> bool:
 
 def _run_folder(config: TrainConfig[Any], opened: ExitStack) -> RunFolder:
     """The run's folder. One that is named by the time is made by the main rank, so that no other run takes it."""
-    state = PartialState(cpu=config.device == "cpu")  # finds the other ranks
+    state = _ranks(config)
     found: Path | OSError = config.resume or config.logging.output or RunFolder.default_path(config.env, config.algo)
     if state.is_main_process and not (config.resume or config.logging.output or config.dry_run):
         try:
@@ -220,6 +221,13 @@ def _run_folder(config: TrainConfig[Any], opened: ExitStack) -> RunFolder:
     if isinstance(found, OSError):
         raise found
     return RunFolder(found)
+
+
+def _ranks(config: TrainConfig[Any]) -> PartialState:
+    """Finds the other ranks, once; whatever asks for them later gets the same."""
+    minutes = config.batches.rank_timeout
+    limit = {} if minutes is None else {"timeout": timedelta(minutes=minutes)}
+    return PartialState(cpu=config.device == "cpu", **limit)
 
 
 def _remove_empty(folder: Path) -> None:
@@ -284,9 +292,12 @@ def _accelerator(config: TrainConfig[Any], run: RunFolder) -> Accelerator:
         mixed_precision="no" if precision == "fp32" else precision,
         log_with=tracker if tracker in THROUGH_ACCELERATE else None,
         project_dir=run.path,
-        # A rank whose rows happen to hold no image gives the vision tower no gradient.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        kwargs_handlers=[_REPLICAS],
     )
+
+
+# A rank whose rows happen to hold no image gives the vision tower no gradient. Views spare a copy of all gradients.
+_REPLICAS = DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)
 
 
 def _training_envs(config: TrainConfig[Any], accelerator: Accelerator) -> VisualTaskVectorEnv:
