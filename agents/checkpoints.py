@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 import shutil
 from collections.abc import Mapping
 from importlib.resources import files
@@ -20,16 +19,14 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from vlmenv.agents.families import Family
 from vlmenv.core.errors import ModelError
-from vlmenv.core.names import BUILTIN
-
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+from vlmenv.core.names import BUILTIN, hub_name
 
 
 def find_model(name_or_path: str | Path) -> Path:
     """Finds the folder of a model. A model on the Hugging Face hub is downloaded.
 
     Args:
-        name_or_path: `"builtin"`, a folder, or a name on the hub.
+        name_or_path: `"builtin"`, a folder, or a name on the hub, with `@REVISION` if not its main branch is meant.
 
     Raises:
         ModelError: There is neither such a folder nor such a name on the hub.
@@ -41,15 +38,17 @@ def find_model(name_or_path: str | Path) -> Path:
         if not (folder / "config.json").is_file():
             raise ModelError(f"{folder}: not a model folder, config.json is missing")
         return folder.absolute()
-    if not _HUB_NAME.fullmatch(str(name_or_path)):
+    if (named := hub_name(str(name_or_path))) is None:
         raise ModelError(f"{name_or_path}: no such model folder")
-    return _download(str(name_or_path))
+    return _download(*named)
 
 
 @functools.cache
-def _download(name: str) -> Path:
+def _download(name: str, revision: str | None) -> Path:
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.txt", "*.safetensors"]))
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.jinja", "*.txt", "*.safetensors"])
+        )
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{name}: no such model folder, and the download from the Hugging Face hub failed "

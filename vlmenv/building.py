@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,19 @@ def report_skipped(skipped: Mapping[int, str], total: int | None, console: Conso
 _TOLD = 5
 
 
+def open_console(quiet: bool) -> Console:
+    """The console of a command.
+
+    In a notebook it shows progress as a widget. Without ipywidgets, which that takes, it prints plain lines.
+    """
+    console = Console(quiet=quiet)
+    if not console.is_jupyter or importlib.util.find_spec("ipywidgets"):
+        return console
+    plain = Console(quiet=quiet, force_jupyter=False, force_terminal=False)
+    say("install ipywidgets to see a progress bar here; until then, lines tell the progress", plain)
+    return plain
+
+
 def say(message: str, console: Console) -> None:
     """Prints a line that may hold text from data, which changes nothing on the terminal."""
     console.print(printable(message), highlight=False, emoji=False, soft_wrap=True)
@@ -119,7 +133,7 @@ def prepared(config: TaskConfig, notes: Sequence[str] = ()) -> tuple[Processes, 
     check_device(config.device)
     accelerator = Accelerator(cpu=config.device == "cpu")
     check_engine(config, accelerator.device, accelerator.num_processes)
-    console = Console(quiet=not accelerator.is_main_process)
+    console = open_console(quiet=not accelerator.is_main_process)
     for note in notes:
         say(note, console)
     return Processes(accelerator), console

@@ -26,6 +26,7 @@ import numpy as np
 
 from vlmenv.core.coordinates import ResizeRule
 from vlmenv.core.errors import ConfigError, DataError
+from vlmenv.core.names import hub_name
 from vlmenv.core.spaces import Image
 from vlmenv.envs.data.boxes import BoxReading
 from vlmenv.envs.data.coco import CocoInstances
@@ -465,6 +466,14 @@ def open_dataset(
     return sources[0] if len(sources) == 1 else Concatenated(sources)
 
 
+def hub_commits(source: Source) -> dict[str, str]:
+    """The commits of the data sets of a source that came from the Hugging Face hub, by name."""
+    parts: Sequence[Source] = source.sources if isinstance(source, Concatenated) else [source]
+    tables = [part.table for part in parts if isinstance(part, TableSource)]
+    commits = {table.name: table.commit for table in tables if isinstance(table, HuggingFace)}
+    return {name: commit for name, commit in commits.items() if commit is not None}
+
+
 def _parts(dataset: Dataset) -> list[Any]:
     paths = (str, os.PathLike, Published)
     several = isinstance(dataset, (list, tuple)) and len(dataset) > 0 and isinstance(dataset[0], paths)
@@ -550,7 +559,8 @@ def _open_text(file: Path, name: Path, suffix: str, reading: Reading) -> Table:
 def _load(name: str, split: str | None) -> Table:
     """A folder that `datasets` has saved, or a data set on the hub."""
     folder = Path(name)
-    if not folder.is_dir() and (name.count("/") != 1 or name.startswith((".", "/")) or Path(name).suffix in _SUFFIXES):
+    named = hub_name(name)
+    if not folder.is_dir() and (named is None or name.startswith(".") or folder.suffix in _SUFFIXES):
         raise DataError(f"{name}: no such file")
     library = _library()
     saved = any((folder / file).is_file() for file in ("state.json", "dataset_dict.json"))
@@ -560,7 +570,8 @@ def _load(name: str, split: str | None) -> Table:
     try:
         if saved:
             return _wrap(library.load_from_disk(name), split, name)
-        return HuggingFace(library.load_dataset(name, split=split or "train"), name)
+        repository, revision = named or (name, None)
+        return HuggingFace(library.load_dataset(repository, split=split or "train", revision=revision), name)
     except (OSError, ValueError, LookupError, RuntimeError, library.exceptions.DatasetsError) as error:
         raise DataError(f"{name}: the data set cannot be loaded: {error}") from error
 

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from vlmenv.building import (
     check_device,
     check_engine,
     load_agent,
+    open_console,
     report_broken_rows,
     say,
     task_arguments,
@@ -115,7 +117,7 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
     _check(config)
     run = _run_folder(config, opened)
     accelerator = _accelerator(config, run)
-    console = Console(quiet=not accelerator.is_main_process)
+    console = open_console(quiet=not accelerator.is_main_process)
     found = _begun(config, run, accelerator, opened, console)
     for note in asked.notes:
         say(note, console)
@@ -127,7 +129,7 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
     envs, held_out, counted = _open_data(config, parts, accelerator, console)
     config = _in_steps(config, envs.task.source.size)
     if config.dry_run:
-        print_dry_run(config, envs, run, accelerator, console)
+        print_dry_run(config, envs, held_out, run, accelerator, console)
         return run.path
     data = DataSets.of(envs, held_out)
     changed = _compared(config, found, data, accelerator, console)
@@ -137,7 +139,7 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
     if accelerator.is_main_process and config.resume is None:
         identity = secrets.token_hex(8)
         own = next((lengths for shown, lengths in counted if shown is envs), None)
-        resolved = resolved_yaml(config, envs, accelerator, identity, own)
+        resolved = resolved_yaml(config, envs, held_out, accelerator, identity, own)
         run.create(asked_yaml(config, asked.names, identity), resolved)
     kept = facts(config, data, run, accelerator.num_processes) if accelerator.is_main_process else {}
     console.print(f"{config.env}, {config.algo}, model {config.model}; writing to {run.path}", highlight=False)
@@ -226,7 +228,7 @@ def _imitates(config: TrainConfig[Any]) -> bool:
 
 def _run_folder(config: TrainConfig[Any], opened: ExitStack) -> RunFolder:
     """The run's folder. One that is named by the time is made by the main rank, so that no other run takes it."""
-    state = PartialState(cpu=config.device == "cpu")  # finds the other ranks
+    state = _ranks(config)
     found: Path | OSError = config.resume or config.logging.output or RunFolder.default_path(config.env, config.algo)
     if state.is_main_process and not (config.resume or config.logging.output or config.dry_run):
         try:
@@ -238,6 +240,13 @@ def _run_folder(config: TrainConfig[Any], opened: ExitStack) -> RunFolder:
     if isinstance(found, OSError):
         raise found
     return RunFolder(found)
+
+
+def _ranks(config: TrainConfig[Any]) -> PartialState:
+    """Finds the other ranks, once; whatever asks for them later gets the same."""
+    minutes = config.batches.rank_timeout
+    limit = {} if minutes is None else {"timeout": timedelta(minutes=minutes)}
+    return PartialState(cpu=config.device == "cpu", **limit)
 
 
 def _remove_empty(folder: Path) -> None:
@@ -302,9 +311,12 @@ def _accelerator(config: TrainConfig[Any], run: RunFolder) -> Accelerator:
         mixed_precision="no" if precision == "fp32" else precision,
         log_with=tracker if tracker in THROUGH_ACCELERATE else None,
         project_dir=run.path,
-        # A rank whose rows happen to hold no image gives the vision tower no gradient.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        kwargs_handlers=[_REPLICAS],
     )
+
+
+# A rank whose rows happen to hold no image gives the vision tower no gradient. Views spare a copy of all gradients.
+_REPLICAS = DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)
 
 
 def _training_envs(config: TrainConfig[Any], accelerator: Accelerator) -> VisualTaskVectorEnv:

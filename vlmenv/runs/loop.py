@@ -208,7 +208,7 @@ class TrainingLoop:
         self._prune()
         self._draw()
         self.tracking.close()
-        report_skipped(self.trainer.skipped() or {}, self.envs.task.source.size, self.console)
+        report_skipped(self.trainer.collector.skipped() or {}, self.envs.task.source.size, self.console)
         if self.trainer.step < self.config.trainer.steps:
             self._say_how_to_go_on()
 
