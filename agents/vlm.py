@@ -33,8 +33,8 @@ from vlmenv.agents.pixels import with_limits
 from vlmenv.agents.policy import Policy, ValueHead
 from vlmenv.agents.recomputation import recompute_activations
 from vlmenv.agents.references import FrozenPolicy, UnadaptedPolicy
-from vlmenv.agents.sampling import Sampled, sample
-from vlmenv.core.errors import ConfigError, ModelError, PromptError
+from vlmenv.agents.sampling import PassLimits, Sampled, sample
+from vlmenv.core.errors import ConfigError, ModelError, PromptError, require
 from vlmenv.core.files import atomic_folder
 from vlmenv.core.names import BUILTIN
 from vlmenv.core.pixels import PixelLimits
@@ -78,8 +78,11 @@ class VLMAgent(Agent):
         policy.share_prefixes = share_prefixes
         self.policy: nn.Module = policy
         self.lora: LoRA | None = None
+        self.limits = PassLimits()
+        """limits of a pass when the policy itself generates; default: none"""
         self.engine: Engine | None = None
         """the engine that generates completions; None: the policy itself"""
+        self._is_closed = False
         self._generator = torch.Generator(self.device)
 
     @classmethod
@@ -163,7 +166,7 @@ class VLMAgent(Agent):
     def close(self) -> None:
         if self.engine is not None:
             self.engine.close()
-            self.engine = None
+            self.engine, self._is_closed = None, True
 
     def _fingerprint_of_vision(self) -> tuple[int, ...] | None:
         parts = [self.family.vision_tower(), *self.family.projectors()]
@@ -200,6 +203,7 @@ class VLMAgent(Agent):
         return self.family.encode({"images": (np.zeros((64, 64, 3), np.uint8),), "prompt": ""})
 
     def seed(self, seed: int) -> None:
+        require(0 <= seed < 2**64, f"seed must be from 0 to 2**64 - 1, not {seed}")
         self._generator.manual_seed(seed)
 
     def rng_state(self) -> Tensor:
@@ -372,9 +376,11 @@ class VLMAgent(Agent):
         return prompts, index
 
     def _generate(self, observations: Observations, sampling: Sampling) -> Rollout:
+        if self._is_closed:  # the policy would answer in the place of the engine
+            raise ConfigError("the agent is closed with its engine: load it anew to generate")
         prompts, index = self.encode(observations)
         if self.engine is None:
-            sampled = sample(self.family_policy, prompts, index, sampling, self._generator)
+            sampled = sample(self.family_policy, prompts, index, sampling, self._generator, self.limits)
         else:
             listed = unbatch(observations)
             firsts = np.unique(index, return_index=True)[1]

@@ -53,9 +53,11 @@ class TrainerConfig:
     max_grad_norm: float = 1.0
     """Maximum gradient norm. Larger gradients are scaled down to it."""
     micro_batch_size: int | None = None
-    """Completions per micro-batch. It does not change the result. Default: all."""
+    """Completions per micro-batch, and prompts per prefill without an engine. It does not change the result.
+    Default: all."""
     micro_batch_tokens: int | None = None
-    """Tokens per micro-batch, which has at least one completion. A prompt counts once. Default: no limit."""
+    """Tokens per micro-batch, which has at least one completion, and per prefill without an engine. A prompt counts
+    once. Default: no limit."""
     max_skipped: int = 3
     """Maximum optimizer steps in a row that may be skipped because gradient or loss is not finite."""
     correction: Correction = "token"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -53,6 +54,26 @@ def test_a_signal_to_the_launcher_ends_the_run_after_its_step(tmp_path: Path) ->
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [folder.name for folder in (run / "checkpoints").iterdir()] == [f"step-{steps[-1]}"]
     assert f"holds the state after step {steps[-1]}" in out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
+def test_the_ranks_of_a_launcher_that_is_killed_save_and_end(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with start("ddp", "-m", "vlmenv", "train", "--steps", "400", *TINY, cwd=tmp_path) as process:
+        deadline = time.monotonic() + 300
+        while not (run / "metrics.jsonl").is_file():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        ranks = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        _, alive = psutil.wait_procs(ranks, timeout=120)
+        for rank in alive:
+            rank.kill()
+        process.communicate()
+    assert not alive
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert last < 400
+    assert [folder.name for folder in (run / "checkpoints").iterdir()] == [f"step-{last}"]
 
 
 def test_all_ranks_are_told_at_once_and_another_number_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

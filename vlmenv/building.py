@@ -28,7 +28,7 @@ from vlmenv.core.text import printable
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.options.task import Device, TaskConfig
 from vlmenv.options.train import AdaptationOptions
-from vlmenv.processes import Processes
+from vlmenv.processes import Processes, end_with_parent
 
 DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Data types by the names that options have for them."""
@@ -132,6 +132,8 @@ def prepared(config: TaskConfig, notes: Sequence[str] = ()) -> tuple[Processes, 
     """
     check_device(config.device)
     accelerator = Accelerator(cpu=config.device == "cpu")
+    if accelerator.num_processes > 1:
+        end_with_parent()
     check_engine(config, accelerator.device, accelerator.num_processes)
     console = open_console(quiet=not accelerator.is_main_process)
     for note in notes:

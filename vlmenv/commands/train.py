@@ -16,6 +16,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
+from vlmenv.agents.sampling import PassLimits
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.algos import ALGORITHMS, Algorithm, Trainer, find_algorithm
 from vlmenv.algos.trainer import check_staleness
@@ -38,14 +39,14 @@ from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.options.command_line import Asked, parse_with_files
 from vlmenv.options.fields import flatten, options_of
 from vlmenv.options.train import TrainConfig, default_config
-from vlmenv.processes import processes_of
+from vlmenv.processes import end_with_parent, processes_of
 from vlmenv.processes.failures import shared_failure
 from vlmenv.processes.stopping import StoppedError, Stopping
 from vlmenv.runs.checkpoints import Found, find_checkpoint, load_checkpoint
 from vlmenv.runs.fitting import fit_engine, fit_prompts
 from vlmenv.runs.lengths import Lengths
 from vlmenv.runs.lock import locked
-from vlmenv.runs.loop import TrainingLoop, compare, evaluate_now, measured_before
+from vlmenv.runs.loop import TrainingLoop, compare, evaluate_now, look_first, measured_before
 from vlmenv.runs.models import with_checkpoint
 from vlmenv.runs.output import lasting_output
 from vlmenv.runs.record import asked_yaml, print_dry_run, resolved_yaml
@@ -146,6 +147,8 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
     tracking = Tracking(accelerator, config.logging.tracker, run, flatten(config), step=found.step)
     stopping = opened.enter_context(Stopping(accelerator))
     try:
+        if config.resume is None:
+            look_first(trainer, envs, config, run, console)
         before = measured_before(trainer, held_out, config, run, console, stopping)
         if config.resume is not None:
             _go_on(trainer, run, found, changed, console)
@@ -216,6 +219,7 @@ def _make_trainer(
     algorithm = parts.algorithm or find_algorithm(config.algo).make(config.algorithm)
     torch.manual_seed(config.seed)  # which new adapters are drawn from
     adapt(agent, config.adaptation)
+    agent.limits = PassLimits(config.trainer.micro_batch_size, config.trainer.micro_batch_tokens)
     if algorithm.wants_values:
         agent.add_value_head()
     return Trainer(agent, envs, algorithm, config.trainer, accelerator)
@@ -229,6 +233,8 @@ def _imitates(config: TrainConfig[Any]) -> bool:
 def _run_folder(config: TrainConfig[Any], opened: ExitStack) -> RunFolder:
     """The run's folder. One that is named by the time is made by the main rank, so that no other run takes it."""
     state = _ranks(config)
+    if state.num_processes > 1:
+        end_with_parent()
     found: Path | OSError = config.resume or config.logging.output or RunFolder.default_path(config.env, config.algo)
     if state.is_main_process and not (config.resume or config.logging.output or config.dry_run):
         try:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vlmenv.agents.engines.checksums import checksums, clear
 from vlmenv.agents.published import PublishedProcessor
+from vlmenv.agents.sampling import PassLimits
 from vlmenv.agents.vlm import Sampling, VLMAgent
 from vlmenv.building import DTYPES, adapt, check_engine, load_agent, task_arguments
 from vlmenv.core.errors import ConfigError, PromptError, ReadingError
@@ -119,6 +120,7 @@ class Subject:
         agent = self._loaded()
         torch.manual_seed(self.config.seed)  # initialises new adapters
         adapt(agent, self.config.adaptation)
+        agent.limits = PassLimits(self.config.trainer.micro_batch_size, self.config.trainer.micro_batch_tokens)
         agent.seed(self.config.seed)
         self._agent = agent
 
