@@ -29,6 +29,7 @@ from vlmenv.agents.engines.base import Engine, Request
 from vlmenv.agents.engines.fingerprints import fingerprint
 from vlmenv.agents.families import Family, Processor, family_of
 from vlmenv.agents.lora import LoRA, is_adapter
+from vlmenv.agents.pixels import with_limits
 from vlmenv.agents.policy import Policy, ValueHead
 from vlmenv.agents.recomputation import recompute_activations
 from vlmenv.agents.references import FrozenPolicy, UnadaptedPolicy
@@ -36,6 +37,7 @@ from vlmenv.agents.sampling import PassLimits, Sampled, sample
 from vlmenv.core.errors import ConfigError, ModelError, PromptError, require
 from vlmenv.core.files import atomic_folder
 from vlmenv.core.names import BUILTIN
+from vlmenv.core.pixels import PixelLimits
 from vlmenv.core.rollout import Completion, Observations, Prompt, Rollout, group_neighbours, unbatch
 from vlmenv.core.sampling import Sampling
 
@@ -50,6 +52,7 @@ class VLMAgent(Agent):
     Args:
         family: The model with its processor.
         folder: Folder of the processor's files, which checkpoints copy.
+        base: Folder of the model as it is published. Default: `folder`.
         sampling: Sampling of `rollout`. Default: `Sampling()`.
         share_prefixes: See `Policy`.
 
@@ -58,10 +61,18 @@ class VLMAgent(Agent):
     """
 
     def __init__(
-        self, family: Family, folder: Path, *, sampling: Sampling | None = None, share_prefixes: bool = True
+        self,
+        family: Family,
+        folder: Path,
+        *,
+        base: Path | None = None,
+        sampling: Sampling | None = None,
+        share_prefixes: bool = True,
     ) -> None:
         self.family = family
         self.folder = folder
+        self.base = base or folder
+        self.pixels = PixelLimits()
         self.sampling = sampling or Sampling()
         policy = Policy(family)
         policy.share_prefixes = share_prefixes
@@ -84,6 +95,7 @@ class VLMAgent(Agent):
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        pixels: PixelLimits | None = None,
     ) -> VLMAgent:
         """Loads a checkpoint in the published layout.
 
@@ -95,12 +107,14 @@ class VLMAgent(Agent):
             dtype: Type of the weights.
             chat_template_kwargs: Values of the chat template's own variables, as `{"enable_thinking": False}`.
                 Default: none.
+            pixels: Limits of the pixels at which the model sees images. Default: the image processor's.
 
         Raises:
-            ConfigError: The chat template never reads one of `chat_template_kwargs`.
+            ConfigError: The chat template never reads one of `chat_template_kwargs`, or the family has no such limits.
             ModelError: The model does not exist, its family is unknown, or its processor is missing.
         """
-        folder = find_model(name_or_path)
+        base, pixels = find_model(name_or_path), pixels or PixelLimits()
+        folder = with_limits(base, pixels)
         try:
             config = AutoConfig.from_pretrained(folder)
         except (OSError, ValueError) as error:
@@ -108,7 +122,9 @@ class VLMAgent(Agent):
         family = family_of(config.model_type)
         processor = Processor.from_pretrained(folder, chat_template_kwargs)
         model = load_model(folder, dtype).to(device).eval()  # type: ignore[arg-type]
-        return cls(family(model, processor), folder, sampling=sampling, share_prefixes=share_prefixes)
+        agent = cls(family(model, processor), folder, base=base, sampling=sampling, share_prefixes=share_prefixes)
+        agent.pixels = pixels
+        return agent
 
     @property
     def max_new_tokens(self) -> int:  # type: ignore[override]
@@ -293,7 +309,7 @@ class VLMAgent(Agent):
         model, head = _under("model.", state), _under("value_head.", state)
         with atomic_folder(folder) as partial:
             if self.lora is not None:
-                self.lora.save(partial / "adapter", model, self.folder)
+                self.lora.save(partial / "adapter", model, self.base)
                 model = self.lora.merged(model)
             write_model(partial, self.family, model)
             if head:

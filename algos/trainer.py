@@ -165,7 +165,9 @@ class Trainer:
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
-        return torch.optim.AdamW(self._parameter_groups(), lr=config.lr, weight_decay=config.weight_decay)
+        # PyTorch's own choice on GPUs holds four more bytes of each weight during a step.
+        fused = True if self.agent.device.type == "cuda" else None
+        return torch.optim.AdamW(self._parameter_groups(), lr=config.lr, weight_decay=config.weight_decay, fused=fused)
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """The trained parameters, with the learning rate of each part of the model."""

@@ -102,3 +102,13 @@ def test_all_ranks_are_told_at_once_and_another_number_goes_on(tmp_path: Path, m
     assert [line["step"] for line in lines] == list(range(1, last + 3))
     changes = [json.loads(line) for line in (run / "changes.jsonl").read_text().splitlines()]
     assert [change["ranks"] for change in changes] == [[2, 1], [1, 2]]
+
+
+def test_a_rank_waits_for_the_others_no_longer_than_allowed(tmp_path: Path) -> None:
+    (tmp_path / "late.py").write_text(
+        "import os, time\n\ndef late(text, truth):\n    time.sleep(9 * int(os.environ['RANK']))\n    return 1.0\n"
+    )
+    options = ["--steps", "1", "--rewards", "late:late", "1", "--rank-timeout", "0.05"]
+    done = launch("ddp", "-m", "vlmenv", "train", *options, *TINY, "--prompts-per-step", "2", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "Timed out waiting 3000ms" in done.stderr

@@ -18,7 +18,8 @@ from vlmenv.agents.engines.base import Engine
 from vlmenv.agents.engines.remote import RetryPolicy, check_address
 from vlmenv.agents.engines.server import VLLMServerEngine
 from vlmenv.agents.engines.vllm import VLLMEngine, check_sharing, require_vllm
-from vlmenv.agents.families import coordinate_space, resize_rule
+from vlmenv.agents.families import coordinate_space, image_bound, resize_rule
+from vlmenv.agents.pixels import with_limits
 from vlmenv.agents.vlm import VLMAgent, find_model
 from vlmenv.core.coordinates import CoordinateSpace
 from vlmenv.core.errors import ConfigError, unknown_name
@@ -39,13 +40,14 @@ def task_arguments(config: TaskConfig) -> dict[str, Any]:
     Raises:
         ModelError: There is no such model, or its convention of coordinates is unknown.
     """
-    folder, prompts = find_model(config.model), config.prompts
+    folder, prompts = with_limits(find_model(config.model), config.pixels), config.prompts
     space = coordinate_space(folder) if prompts.coordinates == "auto" else CoordinateSpace(prompts.coordinates)
     return prompts.task_arguments() | {
         "extra_terms": config.scorers.terms(),
         "count_tokens": TokenCount(folder),
         "coordinates": space.value,
         "resize": resize_rule(folder) if space is CoordinateSpace.RESIZED else None,
+        "image_bound": image_bound(folder),
     }
 
 
@@ -240,6 +242,7 @@ def load_agent(
         dtype=dtype,
         sampling=config.sampling,
         chat_template_kwargs=config.prompts.template_switches(),
+        pixels=config.pixels,
     )
     if config.prompts.system_prompt is not None:
         agent.family.require_system_turns()

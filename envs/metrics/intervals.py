@@ -1,10 +1,10 @@
 """95 % intervals of metrics over the rows of a data set, and of paired differences between two measurements.
 
 Proportions have Wilson's score interval, which holds at small counts and at 0 and 1 too (Wilson, JASA 22, 1927). Other
-metrics have the percentile bootstrap. Each resample draws as many questions as there are, with replacement, and gives one value of the metric. The interval
-has the middle 95 % of these values (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13). It
-covers other questions of the same kind, not other seeds of a training run. With few questions it is too narrow. If all
-rows score alike it has no width.
+metrics have the percentile bootstrap. Each resample draws as many questions as there are, with replacement, and gives
+one value of the metric. The interval has the middle 95 % of these values (Efron and Tibshirani, An Introduction to the
+Bootstrap, 1993, chapter 13). It covers other questions of the same kind, not other seeds of a training run. With few
+questions it is too narrow. If all rows score alike it has no width.
 
 A difference is of answers to the same questions. For proportions its interval is Newcombe's tenth (Statistics in
 Medicine 17, 1998, page 2635), which joins the Wilson intervals of both by their correlation. Otherwise each resample

@@ -32,6 +32,7 @@ from vlmenv.processes import Processes
 from vlmenv.processes.failures import shared_failure
 from vlmenv.runs.claim import alone_in, claim
 from vlmenv.runs.data import row_digests
+from vlmenv.runs.fitting import fit_prompts
 from vlmenv.runs.models import with_checkpoint
 
 LEVELS: Final = ("easy", "medium", "hard")
@@ -59,6 +60,7 @@ def _sample(config: SampleConfig, processes: Processes, console: Console) -> Pat
     groups = max(1, config.batch_size // config.n)
     data = config.data.arguments()
     envs = make_envs(config.env, groups * config.n, group_size=config.n, **data, **task_arguments(config))
+    fit_prompts(config, envs, accelerator, console, first=config.eval_limit)
     report_broken_rows(envs, console)
     count = sample_count(envs, config.eval_limit)
     with shared_failure(accelerator):

@@ -42,6 +42,7 @@ from vlmenv.options.task import ReadingOptions
 from vlmenv.processes import Processes
 from vlmenv.processes.failures import shared_failure
 from vlmenv.runs.claim import alone_in, claim
+from vlmenv.runs.fitting import fit_prompts
 from vlmenv.runs.models import with_checkpoint
 
 Rewrite = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -260,6 +261,7 @@ def _opened(
             envs = _open(one, config, processes)
             files = ", ".join(str(file.relative_to(one.folder)) for file in one.files)
             say(f"{one.title}: {files}, {sample_count(envs, config.eval_limit)} samples", console)
+            fit_prompts(config, envs, processes.accelerator, console, first=config.eval_limit)
             report_broken_rows(envs, console)
             opened.append((one, envs))
     for name, fault in faults.items():
@@ -274,7 +276,7 @@ def _checked(config: EvalConfig) -> Suite:
             "a suite needs --suite-data, the folders of its data sets, and --output, a folder for what comes out"
         )
     given, own = flatten(config), flatten(EvalConfig())
-    reading = (*options_of(ReadingOptions()), "dataset", "rewards", "env")
+    reading = (*options_of(ReadingOptions()), "dataset", "rewards", "env", "max_prompt_tokens")
     for name in reading:
         if given[name] != own[name]:
             raise ConfigError(f"{name} does not go with a suite, which has its own")

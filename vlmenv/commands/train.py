@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +32,7 @@ from vlmenv.building import (
     task_arguments,
 )
 from vlmenv.core.errors import ConfigError
+from vlmenv.envs.data.dataset import adopt_images, checked_once
 from vlmenv.envs.making import make_envs
 from vlmenv.envs.selfcheck import CHECKED, describe, self_check
 from vlmenv.envs.vector import VisualTaskVectorEnv
@@ -41,6 +43,8 @@ from vlmenv.processes import end_with_parent, processes_of
 from vlmenv.processes.failures import shared_failure
 from vlmenv.processes.stopping import StoppedError, Stopping
 from vlmenv.runs.checkpoints import Found, find_checkpoint, load_checkpoint
+from vlmenv.runs.fitting import fit_engine, fit_prompts
+from vlmenv.runs.lengths import Lengths
 from vlmenv.runs.lock import locked
 from vlmenv.runs.loop import TrainingLoop, compare, evaluate_now, look_first, measured_before
 from vlmenv.runs.models import with_checkpoint
@@ -94,7 +98,7 @@ def _with_parts(asked: Asked, parts: Parts) -> Asked:
         config = replace(config, algo=name, algorithm=algorithm.config)
         names += list(options_of(algorithm.config))
     if parts.agent is not None:
-        config = replace(config, model=str(parts.agent.folder))
+        config = replace(config, model=str(parts.agent.base), pixels=parts.agent.pixels)
     if (envs := parts.envs) is not None:
         groups = envs.num_envs // envs.group_size
         if envs.group_size != config.algorithm.group_size:
@@ -123,7 +127,7 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
     processes_of(accelerator)  # raises now what is wrong with them, and not when the model has been loaded
     check_engine(config, accelerator.device, accelerator.num_processes)
     check_staleness(config.trainer, accelerator)
-    envs, held_out = _open_data(config, parts, accelerator, console)
+    envs, held_out, counted = _open_data(config, parts, accelerator, console)
     config = _in_steps(config, envs.task.source.size)
     if config.dry_run:
         print_dry_run(config, envs, held_out, run, accelerator, console)
@@ -131,9 +135,12 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
     data = DataSets.of(envs, held_out)
     changed = _compared(config, found, data, accelerator, console)
     trainer = _make_trainer(config, parts, envs, accelerator, opened)
+    for shown, lengths in counted:
+        fit_engine(shown, lengths, trainer.agent, console)
     if accelerator.is_main_process and config.resume is None:
         identity = secrets.token_hex(8)
-        resolved = resolved_yaml(config, envs, held_out, accelerator, identity)
+        own = next((lengths for shown, lengths in counted if shown is envs), None)
+        resolved = resolved_yaml(config, envs, held_out, accelerator, identity, own)
         run.create(asked_yaml(config, asked.names, identity), resolved)
     kept = facts(config, data, run, accelerator.num_processes) if accelerator.is_main_process else {}
     console.print(f"{config.env}, {config.algo}, model {config.model}; writing to {run.path}", highlight=False)
@@ -173,20 +180,33 @@ def _check(config: TrainConfig[Any]) -> None:
 
 def _open_data(
     config: TrainConfig[Any], parts: Parts, accelerator: Accelerator, console: Console
-) -> tuple[VisualTaskVectorEnv, VisualTaskVectorEnv | None]:
-    """The environments to train in and those to measure in; prints what is wrong with their rows and answers."""
+) -> tuple[VisualTaskVectorEnv, VisualTaskVectorEnv | None, list[tuple[VisualTaskVectorEnv, Lengths]]]:
+    """The environments to train in and those to measure in, and the lengths of the prompts of those with a data set.
+
+    Prints what is wrong with their rows and answers.
+    """
     measuring = config.measuring
-    with console.status("reading the data"):
+    look = accelerator.is_main_process  # for images, whose disk may be slow
+    with console.status("reading the data"), shared_failure(accelerator), checked_once(look=look) as images:
         envs = parts.envs or _training_envs(config, accelerator)
         held_out = None if measuring.eval_limit == 0 else parts.held_out
         if measuring.eval_limit > 0 and held_out is None and parts.envs is None:
             held_out = _evaluation_envs(config)
+    (images,) = broadcast_object_list([images])
+    for opened in (envs, held_out):
+        if opened is not None and not look:
+            adopt_images(opened.task.source, images)
+    firsts = [(envs, None)] if held_out is None else [(envs, None), (held_out, measuring.eval_limit)]
+    found = [
+        (shown, fit_prompts(config, shown, accelerator, console, agent=parts.agent, first=first))
+        for shown, first in firsts
+    ]
     report_broken_rows(envs, console)
     if held_out is not None and not (measuring.eval_dataset is None and measuring.eval_split is None):
         report_broken_rows(held_out, console)
     if accelerator.is_main_process and (misjudged := self_check(envs.task, imitated=_imitates(config))):
         say(f"warning: {describe(misjudged, CHECKED)}", console)
-    return envs, held_out
+    return envs, held_out, [(shown, lengths) for shown, lengths in found if lengths is not None]
 
 
 def _make_trainer(
@@ -212,7 +232,7 @@ def _imitates(config: TrainConfig[Any]) -> bool:
 
 def _run_folder(config: TrainConfig[Any], opened: ExitStack) -> RunFolder:
     """The run's folder. One that is named by the time is made by the main rank, so that no other run takes it."""
-    state = PartialState(cpu=config.device == "cpu")  # finds the other ranks
+    state = _ranks(config)
     if state.num_processes > 1:
         end_with_parent()
     found: Path | OSError = config.resume or config.logging.output or RunFolder.default_path(config.env, config.algo)
@@ -226,6 +246,13 @@ def _run_folder(config: TrainConfig[Any], opened: ExitStack) -> RunFolder:
     if isinstance(found, OSError):
         raise found
     return RunFolder(found)
+
+
+def _ranks(config: TrainConfig[Any]) -> PartialState:
+    """Finds the other ranks, once; whatever asks for them later gets the same."""
+    minutes = config.batches.rank_timeout
+    limit = {} if minutes is None else {"timeout": timedelta(minutes=minutes)}
+    return PartialState(cpu=config.device == "cpu", **limit)
 
 
 def _remove_empty(folder: Path) -> None:
@@ -290,9 +317,12 @@ def _accelerator(config: TrainConfig[Any], run: RunFolder) -> Accelerator:
         mixed_precision="no" if precision == "fp32" else precision,
         log_with=tracker if tracker in THROUGH_ACCELERATE else None,
         project_dir=run.path,
-        # A rank whose rows happen to hold no image gives the vision tower no gradient.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        kwargs_handlers=[_REPLICAS],
     )
+
+
+# A rank whose rows happen to hold no image gives the vision tower no gradient. Views spare a copy of all gradients.
+_REPLICAS = DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)
 
 
 def _training_envs(config: TrainConfig[Any], accelerator: Accelerator) -> VisualTaskVectorEnv:

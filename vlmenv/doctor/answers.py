@@ -100,7 +100,7 @@ def _conventions(subject: Subject) -> dict[CoordinateSpace, Coordinates]:
     found = {space: Coordinates(space) for space in (CoordinateSpace.ORIGINAL, CoordinateSpace.NORM1000)}
     with suppress(ModelError):
         way = Coordinates(CoordinateSpace.RESIZED, resize_rule(subject.agent.folder))
-        sizes = [image.shape[1::-1] for sample in subject.samples for image in sample.images]
+        sizes = [size for sample in subject.samples for size in sample.full_sizes]
         if subject.task.coordinates == way or any(way.shown_size(*size) != size for size in sizes):
             found[CoordinateSpace.RESIZED] = way
     return found

@@ -27,6 +27,7 @@ from vlmenv.options.fields import options_of
 from vlmenv.options.files import to_yaml
 from vlmenv.options.resolve import NAMING, RECORD, grouped
 from vlmenv.options.train import TrainConfig
+from vlmenv.runs.lengths import Lengths
 from vlmenv.runs.run_folder import RunFolder
 
 _PLACES: Final = (*NAMING, "output")
@@ -53,6 +54,7 @@ def resolved_yaml(
     held_out: VisualTaskVectorEnv | None,
     accelerator: Accelerator,
     identity: str | None = None,
+    lengths: Lengths | None = None,
 ) -> str:
     """The content of resolved.yaml: all options with the values that are used, and how the run is made.
 
@@ -64,13 +66,15 @@ def resolved_yaml(
         held_out: The environments of measuring. None: nothing is measured.
         accelerator: Device and ranks.
         identity: The run's id. None: nothing is run.
+        lengths: The lengths of the prompts of training. None: there is no data set.
     """
     sources = [one.task.source for one in (envs, held_out) if one is not None]
     commits = {name: commit for source in sources for name, commit in hub_commits(source).items()}
+    rows = {} if lengths is None else {"prompt_tokens": lengths.figures(), "left_out": dict(sources[0].unwanted)}
     record = _record(config, commits, accelerator)
     config = _pinned(used(config, envs), commits)
     names = [name for name in options_of(config) if name not in _PLACES]
-    return to_yaml(grouped(config, names) | {RECORD: {"run": identity, **record}})
+    return to_yaml(grouped(config, names) | {RECORD: {"run": identity, **record, **rows}})
 
 
 def used(config: TrainConfig[Any], envs: VisualTaskVectorEnv) -> TrainConfig[Any]:
