@@ -22,7 +22,7 @@ from vlmenv.agents.base import Agent
 from vlmenv.core.errors import DataError, PromptError, SampleError
 from vlmenv.core.files import write_atomic
 from vlmenv.core.rollout import Observation, told_turns, unbatch
-from vlmenv.core.text import printable
+from vlmenv.core.text import visible
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.metrics.intervals import Interval, metric_interval, paired_interval, wilson_interval
 from vlmenv.envs.rewards.workers import LOSSES
@@ -169,7 +169,7 @@ class _Lines:
         self._told = now
         left = (now - self._began) * (self._total - self._done) / (self._done - self._first)
         line = f"{self._title}: {self._done} of {self._total} samples, about {timedelta(seconds=round(left))} left"
-        self._console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
+        self._console.print(visible(line), highlight=False, markup=False, soft_wrap=True)
 
 
 def skipped_samples(envs: VisualTaskVectorEnv, count: int, processes: Processes | None) -> dict[int, str]:

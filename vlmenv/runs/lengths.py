@@ -15,7 +15,6 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import Progress
 
 import vlmenv
 from vlmenv.agents.families import Family
@@ -25,7 +24,7 @@ from vlmenv.core.files import atomic_file, file_digest
 from vlmenv.core.rollout import Observation
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.data.dataset import Concatenated, TableSource
-from vlmenv.evaluation import PROGRESS
+from vlmenv.evaluation import progress
 from vlmenv.runs.data import row_digests
 
 _AT_ONCE: Final = 512
@@ -107,8 +106,7 @@ def count_tokens(task: VisualTaskEnv, family: Family, console: Console, *, first
 
 def _counted(task: VisualTaskEnv, family: Family, indices: Sequence[int], console: Console) -> Lengths:
     tokens, faults = np.zeros(len(indices), np.int32), dict[int, str]()
-    with Progress(*PROGRESS, transient=True, console=console) as progress:
-        bar = progress.add_task("counting the tokens of prompts", total=len(indices))
+    with progress("counting the tokens of prompts", len(indices), console) as advance:
         done = 0
         for some in _outlined(task, indices):
             known = [one for _, one, _ in some if not isinstance(one, str)]
@@ -120,7 +118,7 @@ def _counted(task: VisualTaskEnv, family: Family, indices: Sequence[int], consol
                 else:
                     faults[index] = length if isinstance(length, str) else f"{name}: {length}"
             done += len(some)
-            progress.update(bar, completed=done)
+            advance(len(some))
     return Lengths(tokens, faults)
 
 

@@ -88,7 +88,7 @@ def look_first(
     if trainer.accelerator.is_main_process:
         for kind, message in first_concerns(rollout.texts, readable, truncated, rewards.tolist()):
             run.write_warning(0, message, f"first {kind}")
-            console.print(f"[bold yellow]warning:[/] {escape(printable(message))}", soft_wrap=True, emoji=False)
+            console.print(f"[bold yellow]warning:[/] {printable(message)}", soft_wrap=True, emoji=False)
 
 
 def evaluate_now(
