@@ -132,7 +132,7 @@ metric only if there are any."""
 
 @contextmanager
 def progress(title: str, total: int, console: Console | None = None, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Shows how many samples are answered: a bar on a terminal, and a line every half minute elsewhere.
+    """Shows how many samples are answered: a bar on a terminal or in a notebook, and a line every half minute elsewhere.
 
     Args:
         title: What is done.
@@ -144,7 +144,7 @@ def progress(title: str, total: int, console: Console | None = None, done: int =
         A function that takes the number of samples answered since the last call.
     """
     console = console or Console()
-    if not console.is_terminal:
+    if not (console.is_terminal or console.is_jupyter):
         yield _Lines(title, total, console, done).advance
         return
     with Progress(*_COLUMNS, transient=True, console=console) as bars:
