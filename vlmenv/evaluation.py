@@ -132,7 +132,7 @@ metric only if there are any."""
 
 @contextmanager
 def progress(title: str, total: int, console: Console | None = None, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Shows how many samples are answered: a bar on a terminal or in a notebook, and a line every half minute elsewhere.
+    """Shows how many samples are answered: by a bar on terminals and in notebooks, else by a line every half minute.
 
     Args:
         title: What is done.
