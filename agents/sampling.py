@@ -119,7 +119,8 @@ def _next(
 ) -> tuple[Tensor, Tensor]:
     """Draws a token [n] after each hidden state [n, H], and gives its log-probability [n]; logits of `most` rows."""
     places = _places(len(hidden), sampling, generator, hidden.device)
-    rows = zip(hidden.split(most or len(hidden)), places.split(most or len(hidden)), strict=True)
+    size = most or len(hidden)
+    rows = zip(torch.split(hidden, size), torch.split(places, size), strict=True)
     parts = [_draw(policy.logits(own), sampling, drawn) for own, drawn in rows]
     return torch.cat([token for token, _ in parts]), torch.cat([logprob for _, logprob in parts])
 
