@@ -363,10 +363,9 @@ def full(lab: Laboratory) -> Iterator[Line]:
         with _disk(lab, 2 * ends[-1] + 2**22) as disk:
             run, ballast = disk / "run", disk / "ballast"
             free = max(0, end - size // 2)
-            with ballast.open("wb") as stream, contextlib.suppress(OSError):
-                while True:
-                    stream.write(bytes(4096))
-                    stream.flush()
+            with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as stream:
+                while stream.write(bytes(4096)):
+                    pass
             os.truncate(ballast, max(0, ballast.stat().st_size - free))
             process = lab.begin(run)
             printed, _ = process.communicate()
