@@ -463,6 +463,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
             skip_broken,
             min_image_side,
             unread=self.unread,
+            ignored=self.ignored_parts,
             without_text=without_text or (),
             boxes=boxes if has_boxes else None,
         )
@@ -474,6 +475,13 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         corner.
         """
         return target if self.geometry is None else convert(target, lambda place: changed_place(place, change))
+
+    def ignored_parts(self, row: Row, target: Any) -> Collection[str]:
+        """The parts of a row, by their names in `COLUMNS`, that its truth has no use for. Their presence is reported.
+
+        Default: none. Parts that no row has a use for stand in `unread`.
+        """
+        return ()
 
     def row_term(self, row: Row) -> str | None:
         """The reward term that a row chooses in place of the one in use. None: the row chooses none.

@@ -78,6 +78,8 @@ class Reading:
     """leave rows out with an image that has fewer pixels than this in width or height"""
     unread: Collection[str] = ()
     """parts of a row that the task does not use"""
+    ignored: Callable[[Row, Any], Collection[str]] = lambda row, target: ()
+    """parts of one row that its truth has no use for, such as the tolerance of words"""
     without_text: Sequence[str] = ()
     """leave rows out whose answer, reasoning included, contains one of these, in small letters or capitals"""
     boxes: BoxReading | None = None
@@ -85,6 +87,8 @@ class Reading:
 
     def __post_init__(self) -> None:
         check_columns(self.columns)
+        if unused := [part for part in self.columns if part in self.unread]:
+            raise ConfigError(f"columns: the task does not read {' or '.join(unused)}")
         if self.min_image_side is not None and self.min_image_side < 1:
             raise ConfigError(f"min_image_side must be at least 1, not {self.min_image_side}")
         if isinstance(self.without_text, str) or not all(self.without_text):
@@ -108,7 +112,7 @@ class Reading:
         """
         if isinstance(raw, ValueError):
             raise raw
-        return raw if isinstance(raw, Row) else read_row(raw, number, self.columns)
+        return raw if isinstance(raw, Row) else read_row(raw, number, self.columns, self.unread)
 
     def sample_of(self, row: Row) -> Sample:
         """The task's sample of a row; raises as `sample` does."""
@@ -131,13 +135,11 @@ _ROWS = 1024  # looked at together
 _THREADS = 16  # that ask the disk for images
 
 
-def _usage(made_of: Mapping[_MadeOf, int], unread: Collection[str]) -> Usage:
-    """The sum over the rows; parts that the task makes nothing of are columns that are not read."""
+def _usage(made_of: Mapping[_MadeOf, int]) -> Usage:
+    """The sum over the rows."""
     usage = Usage()
     for (images, used, unused, notes), rows in made_of.items():
-        read = [(part, column) for part, column in used if part not in unread]
-        left = [column for part, column in used if part in unread]
-        usage.add(images, read, [*unused, *left], notes, rows)
+        usage.add(images, used, unused, notes, rows)
     return usage
 
 
@@ -166,7 +168,7 @@ class TableSource(Source):
         kept = np.fromiter(self._check(made_of), dtype=np.int64)
         self._kept = kept if self.faults or self.unwanted else None
         self.size = len(kept)
-        self.usage: Usage = _usage(made_of, reading.unread)
+        self.usage: Usage = _usage(made_of)
         self.usage.notes.update(dict.fromkeys(table.notes, 0))
 
     def row(self, index: int) -> Any:
@@ -249,10 +251,13 @@ class TableSource(Source):
     def _read(self, raw: Any, number: int) -> tuple[_MadeOf | ValueError | UnwantedError, tuple[ImageRef, ...]]:
         try:
             row = self._reading.row(raw, number)
-            self._reading.sample_of(row)
+            sample = self._reading.sample_of(row)
         except (ValueError, UnwantedError) as error:
             return error, ()
-        return (len(row.images), row.used, row.unused, row.notes), row.images
+        ignored = self._reading.ignored(row, sample.target)
+        used = tuple(one for one in row.used if one[0] not in ignored)
+        left = tuple(column for part, column in row.used if part in ignored)
+        return (len(row.images), used, row.unused + left, row.notes), row.images
 
     def _missing(
         self, rows: Sequence[tuple[int, Any, tuple[ImageRef, ...]]]
