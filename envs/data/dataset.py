@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from vlmenv.core.errors import ConfigError, DataError
-from vlmenv.envs.data.boxes import BoxReading
+from vlmenv.envs.data.boxes import BoxForm, BoxReading, size_fault
 from vlmenv.envs.data.coco import CocoInstances
 from vlmenv.envs.data.convert import find_layout
 from vlmenv.envs.data.delimited import Delimited
@@ -132,6 +132,9 @@ class UnwantedError(Exception):
 _MadeOf = tuple[int, tuple[tuple[str, str], ...], tuple[str, ...], tuple[str, ...]]
 """The usage of a row: its number of images, its used and unused columns, and decisions."""
 _ROWS = 1024  # looked at together
+_SIZED = (
+    1000  # rows whose images are opened at once, to compare their sizes; the others are compared when they are shown
+)
 _THREADS = 16  # that ask the disk for images
 
 
@@ -212,6 +215,8 @@ class TableSource(Source):
         boxes = self._reading.boxes
         if boxes is None or not images:
             return replace(sample, images=images)
+        if (fault := size_fault(row.size, refs[0])) is not None:
+            raise DataError(f"{place}: {fault}")
         return replace(sample, images=images, target=boxes.in_pixels(sample.target, row, refs[0], images[0]))
 
     def place(self, index: int, id: str) -> str:
@@ -246,29 +251,34 @@ class TableSource(Source):
         read = [(number, *self._read(raw, number)) for number, raw in rows]
         shares = [read[i::_THREADS] for i in range(_THREADS)]
         missing = dict(pair for found in pool.map(self._missing, shares) for pair in found)
-        return [(number, missing.get(number, made)) for number, made, _ in read]
+        return [(number, missing.get(number, made)) for number, made, *_ in read]
 
-    def _read(self, raw: Any, number: int) -> tuple[_MadeOf | ValueError | UnwantedError, tuple[ImageRef, ...]]:
+    def _read(
+        self, raw: Any, number: int
+    ) -> tuple[_MadeOf | ValueError | UnwantedError, tuple[ImageRef, ...], tuple[int, int] | None]:
         try:
             row = self._reading.row(raw, number)
             sample = self._reading.sample_of(row)
         except (ValueError, UnwantedError) as error:
-            return error, ()
+            return error, (), None
         ignored = self._reading.ignored(row, sample.target)
         used = tuple(one for one in row.used if one[0] not in ignored)
         left = tuple(column for part, column in row.used if part in ignored)
-        return (len(row.images), used, row.unused + left, row.notes), row.images
+        size = row.size if self._reading.boxes is not None and number < _SIZED else None
+        return (len(row.images), used, row.unused + left, row.notes), row.images, size
 
     def _missing(
-        self, rows: Sequence[tuple[int, Any, tuple[ImageRef, ...]]]
+        self, rows: Sequence[tuple[int, Any, tuple[ImageRef, ...], tuple[int, int] | None]]
     ) -> list[tuple[int, ValueError | UnwantedError]]:
-        """Rows with missing or too small images, and their faults; the disk may be slow."""
+        """Rows with missing images, or images of a wrong size, and their faults; the disk may be slow."""
         found: list[tuple[int, ValueError | UnwantedError]] = []
-        for number, _, refs in rows:
+        for number, _, refs, size in rows:
             try:
                 for ref in refs:
                     if isinstance(ref, str) and not os.path.isfile(self._located(ref)):  # noqa: PTH113 (a million rows ask, and Path is slow)
                         raise ValueError(f"there is no image {self._located(ref)[:200]}")
+                if size is not None and (fault := size_fault(size, self._located(refs[0]))) is not None:
+                    raise ValueError(fault)
                 if self._reading.min_image_side is not None:
                     self._check_sizes(number, refs, self._reading.min_image_side)
             except (ValueError, UnwantedError) as error:
@@ -413,8 +423,11 @@ def _open_text(file: Path, name: Path, suffix: str, reading: Reading) -> Table:
         raise DataError(f"{name}: looks like COCO's instances, which are for detection, VLM-OVD-v0")
     if reading.columns:
         raise ConfigError(f"{name}: COCO's instances have no columns to map")
-    if reading.boxes is not None and reading.boxes.form is not None:
-        raise ConfigError(f"{name}: boxes_in is for rows; COCO's boxes are x, y, width and height by definition")
+    if reading.boxes is not None and reading.boxes.form not in (None, BoxForm.XYWH):
+        raise ConfigError(
+            f"{name}: boxes_in {reading.boxes.form} is for rows; COCO's boxes are x, y, width and height by definition: "
+            "leave it out, or give xywh; for a data set to measure on it is eval_boxes_in"
+        )
     return CocoInstances(file, name)
 
 

@@ -15,6 +15,7 @@ from vlmenv.core.sampling import Sampling
 from vlmenv.options.scorers import ScorerConfig
 
 Device = Literal["auto", "cpu", "cuda"]
+BoxNumbers = Literal["xyxy", "xywh", "fractions", "norm1000"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class ReadingOptions:
     """Width and height in pixels below which an image's row is left out."""
     without_text: tuple[str, ...] = ()
     """Texts that leave a row out if its answer, reasoning included, contains one."""
-    boxes_in: Literal["xyxy", "xywh", "fractions", "norm1000"] | None = None
+    boxes_in: BoxNumbers | None = None
     """Numbers of the data set's true boxes: edges in pixels, x, y, width and height in pixels, or edges in fractions or
     thousandths of the image. None: xyxy; COCO's are xywh by definition."""
     box_orientation: Literal["shown", "stored"] = "shown"
