@@ -84,6 +84,8 @@ class Reading:
     """leave rows out whose answer, reasoning included, contains one of these, in small letters or capitals"""
     boxes: BoxReading | None = None
     """form of true boxes; None if the task has none"""
+    confine_images: bool = False
+    """whether a row with an image outside the folder of images is broken"""
 
     def __post_init__(self) -> None:
         check_columns(self.columns)
@@ -210,6 +212,11 @@ class TableSource(Source):
             place = self.table.place(number)
             raise DataError(f"{place}: {error}; the file has changed since it was opened") from None
         place = self.place(index, sample.id)
+        try:
+            for ref in row.images:
+                self._check_place(ref)
+        except ValueError as error:
+            raise DataError(f"{place}: {error}") from None
         refs = [self._located(ref) for ref in row.images if ref is not None]
         images = tuple(load_image(ref, place) for ref in refs)
         boxes = self._reading.boxes
@@ -275,6 +282,7 @@ class TableSource(Source):
         for number, _, refs, size in rows:
             try:
                 for ref in refs:
+                    self._check_place(ref)
                     if isinstance(ref, str) and not os.path.isfile(self._located(ref)):  # noqa: PTH113 (a million rows ask, and Path is slow)
                         raise ValueError(f"there is no image {self._located(ref)[:200]}")
                 if size is not None and (fault := size_fault(size, self._located(refs[0]))) is not None:
@@ -284,6 +292,14 @@ class TableSource(Source):
             except (ValueError, UnwantedError) as error:
                 found.append((number, error))
         return found
+
+    def _check_place(self, ref: ImageRef) -> None:
+        """Raises ValueError for an image outside the folder of images, if these are refused; links are followed."""
+        if not self._reading.confine_images or not isinstance(ref, str):
+            return
+        root, real = (os.path.realpath(path) for path in (self.root, self._located(ref)))
+        if os.path.commonpath((root, real)) != root:
+            raise ValueError(f"the image {ref[:200]} lies outside {self.root}, and confine_images refuses such")
 
     def _check_sizes(self, number: int, refs: Sequence[ImageRef], least: int) -> None:
         """Raises UnwantedError if an image is too small."""

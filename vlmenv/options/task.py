@@ -38,6 +38,8 @@ class ReadingOptions:
     box_orientation: Literal["shown", "stored"] = "shown"
     """Orientation of the image that the data set's boxes refer to, if EXIF turns it. A COCO file's width and height
     decide, where they can."""
+    confine_images: bool = False
+    """Refusal of images outside `image_root`: absolute paths, `..` and links that lead out of it."""
 
     def reading_arguments(self) -> dict[str, Any]:
         """Arguments of the environment about the reading of rows."""
@@ -50,6 +52,7 @@ class ReadingOptions:
             "without_text": self.without_text,
             "boxes_in": self.boxes_in,
             "box_orientation": self.box_orientation,
+            "confine_images": self.confine_images,
         }
 
 
