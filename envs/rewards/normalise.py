@@ -119,9 +119,11 @@ _AFTER_ALL: Final = re.compile(
     r"(?<![ ,])[ ,]*+\b(?:is|are|as) (?:the|my|our) (?:\w+ )?(?:answer|result|solution|value|choice)s?[ .!]*$",
     re.IGNORECASE,
 )
+_MINUS = re.compile(r"\b(?:minus|negative) (?=\d|\\frac|\\sqrt|\.\d)(?<!\d minus )(?<!\d negative )", re.IGNORECASE)
 _LEAD_IN = re.compile(
-    r"^.*(?:\b(?:is|are|was|be|equals?|equal to|gives?|gets?|have|has|obtain|finds?|yields?|becomes|approximately|about"
-    r"|roughly|around|therefore|thus|hence|so|then|exactly|answer|there are|there is|total of)\b[:,]?"
+    r"^.*(?:\b(?:is|are|was|be|equals?(?: to)?|gives?|gets?|have|has|obtain|finds?|yields?|becomes|approximately|about"
+    r"|roughly|around|therefore|thus|hence|so|then|exactly|answer|there are|there is|total of|totals|measures"
+    r"|results? in|(?:comes?|amounts?|evaluates?|simplifies|simplify|reduces?|leads?|rounds?|adds? up|works? out) to)\b[:,]?"
     r"|(?<=[a-z)][a-z)])\*{0,2}:\*{0,2})"
     r" *(?=\S)",
     re.IGNORECASE,
@@ -145,7 +147,7 @@ def without_lead_in(text: str) -> str:
     A text is returned unchanged if it is negated ("is not", "it cannot be that …") or names an alternative by "or". It
     then states nothing definite.
     """
-    text = _AFTER_ALL.sub("", text)
+    text = _MINUS.sub("-", _AFTER_ALL.sub("", text))
     for pattern in (_CHINESE_LEAD_IN, _LEAD_IN) if _HAS_CHINESE.search(text) else (_LEAD_IN,):
         text = _after(pattern, text)
     return text
@@ -175,7 +177,7 @@ def stated(text: str) -> str:
 
 
 _EXCLAMATION = re.compile(r"[A-Za-z]{2} .*! *$", re.DOTALL)  # and no factorial
-_MARKED = re.compile(r"</?[bi]>|(?<![\w)}])\*\*(?=[^*]*\*\*)|(?<=[^* ])\*\*(?![\w({])")
+_MARKED = re.compile(r"^#{1,6} |</?[bi]>|(?<![\w)}])\*\*(?=[^*]*\*\*)|(?<=[^* ])\*\*(?![\w({])")
 
 
 def _bare(text: str) -> str:
