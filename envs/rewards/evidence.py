@@ -179,7 +179,7 @@ _DENIED_BEFORE = re.compile(
     r"|possible|correct|right)\b"
     rf"|\b(?:doubt|unlikely|impossible)\b){_CLAUSE}{_ALIKE}"
     r"|(?:\b(?:not|never|neither|nor|cannot|except|excluding|excludes?|rejects?|eliminates?|dismiss|unlike"
-    r"|rather than|instead of|other than|as opposed to|rul(?:e|es|ed|ing) out)\b|n['’]t\b"
+    r"|rather than|instead of|other than|as opposed to|(?:any|every|all)(?:thing|one)? (?:but|except)|rul(?:e|es|ed|ing) out)\b|n['’]t\b"
     r"|不(?:是|选|为|能|会|可能|应该?)(?:是|选)?|并非|排除|除了)"
     rf"{_PHRASE}{_ALIKE}"
     rf"|(?:\b(?:wrong|incorrect)\b|错误)[^.,;!?\n]{{0,30}}?{_ALIKE})"
@@ -197,7 +197,7 @@ _DENIED_AFTER = re.compile(
     r"|(?:does|do|did)(?: not|n['’]t) (?:fit|match|work|hold|apply|satisfy|make sense|qualify|seem right|look right)"
     r"|(?:can|must|should|could|may|has to|is to) be (?:ruled out|excluded|eliminated|rejected|discarded|dismissed)"
     r"|\? ?(?:no\b|not\b|wrong\b|nope\b))"
-    rf"|{_ALIKE}\s*(?:选项|项|答案)?\s*(?:是|为)?(?:不对|不正确|错|不符|排除|不成立|不可能|不是|不选|不合)"
+    rf"|{_ALIKE}[\s$)\]}}'\"]*(?:选项|项|答案)?\s*(?:是|为)?(?:不对|不正确|错|不符|排除|不成立|不可能|不是|不选|不合)"
 )
 
 

@@ -306,5 +306,5 @@ def _beside_label(rest: str, label: re.Match[str], several: bool) -> set[str]:
     if not label["strong"]:
         return {*re.findall(_MARK, rest)}
     labels = {next(filter(None, match.groups())) for match in _LABEL.finditer(rest)}
-    said = re.match(rf"\s*({_CHOICE})", rest)
-    return labels | ({said[1]} if said else set())
+    said = re.match(rf"\s*({_CHOICE})|\(({_LETTER})", rest)
+    return labels | ({said[1] or said[2]} if said else set())
