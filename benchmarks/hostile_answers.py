@@ -123,18 +123,19 @@ def run_block(name: str, number: int, count: int = BLOCK) -> Block:
     """Scores a block of answers."""
     rng = random.Random(f"{name} {number}")
     block = Block(name, number)
-    if name == "math":
-        math_equal([("\\sqrt{2}", "x")])  # its processes are loaded beforehand, as training does
+    math_equal([("\\sqrt{2}", "x")])  # its processes are loaded beforehand, as training does
+    children = children_cpu()
     for i in range(count):
         if i % 20 == 0:
             task = TASKS[name](rng)
         hostile = task.answer(rng)
         text = completion(hostile.text, task.answer_format, rng)
-        before = (time.perf_counter(), cpu_time())
+        before = (time.perf_counter(), time.process_time())
         score = _score(task, text, block)
-        seconds = time.perf_counter() - before[0]
-        # What took less by the clock took less of the CPU.
-        cpu = cpu_time() - before[1] if seconds > 0.2 else seconds
+        seconds, cpu = time.perf_counter() - before[0], time.process_time() - before[1]
+        if seconds > 0.2 or i % 20 == 0:  # what took less by the clock took less of the CPU
+            children, earlier = children_cpu(), children
+            cpu += children - earlier if seconds > 0.2 else 0
         block.answers += 1
         block.seconds += seconds
         block.slowest = max(block.slowest, cpu)
@@ -159,8 +160,8 @@ def _score(task: Task, text: str, block: Block) -> float:
         return 0.0
 
 
-def cpu_time() -> float:
-    """Seconds of CPU that this process and its descendants have taken."""
+def children_cpu() -> float:
+    """Seconds of CPU that the descendants of this process have taken."""
     total, parents = 0.0, {os.getpid()}
     ticks = os.sysconf("SC_CLK_TCK")
     rows = []
@@ -172,7 +173,7 @@ def cpu_time() -> float:
                 continue
             rows.append((int(entry.name), int(fields[1]), sum(map(int, fields[11:15])) / ticks))
     for process, parent, seconds in sorted(rows):
-        if process in parents or parent in parents:
+        if parent in parents:
             parents.add(process)
             total += seconds
     return total
