@@ -1,7 +1,7 @@
 """Holds `accuracy` against MATH-Vision's own verdicts on published answers, and classes the differences.
 
 The answers stand in the repository of MATH-Vision (github.com/mathllm/MATH-V), in `outputs/`, each with the text that
-its rules compare (`model_answer`) and their verdict (`correct`). This judge compares the same texts with the same truths.
+its rules compare (`model_answer`) and their verdict (`correct`). `accuracy` compares the same texts with the truths.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _right_text(one: Verdict) -> str:
 
 def _plain(text: str) -> str:
     """A text without commands, spaces and signs of mathematics, for the classes alone."""
-    text = re.sub(r"\\(?:text|mathrm|mathbf|textbf|operatorname)", "", text.lower())
+    text = re.sub(r"\\(?:text(?:bf|rm|it)?|math(?:rm|bf)|operatorname)(?![a-z])", "", text.lower())
     return re.sub(r"\\[a-z]+|[^a-z0-9./:+=<>-]", "", text)
 
 
@@ -136,10 +136,10 @@ def describe(found: Sequence[Verdict]) -> str:
 _HEAD: Final = (
     "# Answers against MATH-Vision's evaluation\n",
     "    python benchmarks/against_math_vision.py --folder MATH-V --output docs/choices_against_math_vision.md\n",
-    "MATH-Vision (arXiv 2402.14804) publishes the answers of models beside its code, each with the verdict of its own rules.",
-    "This page compares them with the verdicts of `accuracy` on the same texts: 1,532 questions with choices and 1,508",
-    "without, in the 16 models' files of its repository at commit a1f5cc3. This package contains none of these files. The",
-    "rules that distinguish the kinds are in [tests/envs/test_order_of_evidence.py](../tests/envs/test_order_of_evidence.py).\n",
+    "MATH-Vision (arXiv 2402.14804) publishes the answers of models beside its code, each with the verdict of its",
+    "own rules. This page compares them with the verdicts of `accuracy` on the same texts. They are the answers of 16",
+    "models, in its repository at commit a1f5cc3. This package contains none of these files.",
+    "[tests/envs/test_order_of_evidence.py](../tests/envs/test_order_of_evidence.py) has the rules that tell them apart.\n",
 )
 _FOOT: Final = ()
 

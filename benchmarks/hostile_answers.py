@@ -353,7 +353,9 @@ def wrapped(rng: random.Random, text: str) -> str:
 
 # Mathematics
 
-_YIELDS = re.compile(r"[-+*/^!%×÷·√π∞±|<>=≤≥²³¹⁰⁴-⁹½¼¾⅐-⅞:'‰°]|\\[A-Za-z]*|[A-Za-z]{1,2}(?![A-Za-z])|[万亿千百]")
+_YIELDS = re.compile(
+    r"[-+*/^!%×÷·√π∞±|<>=≤≥²³¹⁰⁴-⁹½¼¾⅐-⅞:'‰°]|\\[A-Za-z]*|(?<![A-Za-z])[A-Za-z]{1,2}(?![A-Za-z])|[万亿千百]"
+)
 _NOTHING = re.compile(
     r"\\(?:boxed|text|mathrm|quad|left|right|begin|end)(?![A-Za-z])|\\[(){}\[\],\\]|\b(?:is|or|so|cm|kg)\b"
 )

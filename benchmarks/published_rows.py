@@ -1,7 +1,7 @@
 """Rewrites and reads every row of published annotation files, and answers each with its own truth.
 
-No images are read. A row fails if its rewriting rule or its task refuses it, or if its own truth does not score 1. Files
-that are absent are left out. The repository has only counts and a hash of the ids of each file, in
+No images are read. A row fails if its rewriting rule or its task refuses it, or if its own truth does not score 1.
+Files that are absent are left out. The repository has only counts and a hash of the ids of each file, in
 `published_rows.json`; a test redoes them where the files are.
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -85,11 +87,12 @@ def _hallusion(path: Path) -> Table:
 
 
 def _few_boxes(path: Path) -> Table:
-    kept = path.with_name(f"{path.stem}.few.json")
-    content = filtered_instances(path)
-    memory = Path("/tmp") / f"vlmenv-{hashlib.sha256(str(kept).encode()).hexdigest()[:16]}.json"
-    memory.write_text(json.dumps(content), encoding="utf-8")
-    return CocoInstances(memory, path)
+    """COCO's instances as the suite measures on them."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as kept:
+        json.dump(filtered_instances(path), kept)
+    table = CocoInstances(Path(kept.name), path)
+    weakref.finalize(table, Path(kept.name).unlink, missing_ok=True)
+    return table
 
 
 FILES = (
@@ -111,15 +114,20 @@ FILES = (
         mathverse,
     ),
     File("HallusionBench.json", "github.com/tianyi-lab/HallusionBench", VQAEnv, _hallusion, hallusion_bench),
-    File("eval_reference/coco_val2014_100/instances_val2014_100.json", "COCO val2014, 100", OVDEnv, _few_boxes),
-    File("eval_reference/coco_val2014_100/instances_val2014_100.json#all", "COCO val2014, 100", OVDEnv, CocoInstances),
-    File("ovd/bccd/instances.json", "BCCD", OVDEnv, CocoInstances),
-    File("ovd/bccd/samples.jsonl", "BCCD, in VLM-R1's form", OVDEnv, JSONLines),
-    File("ovd/tinycoco/instances.json", "COCO, 23 images", OVDEnv, CocoInstances),
-    File("ovd/tinycoco/samples.jsonl", "COCO, in VLM-R1's form", OVDEnv, JSONLines),
-    File("rec/refcocos/samples.jsonl", "RefCOCO's kind, in VLM-R1's form", RECEnv, JSONLines),
-    File("visual_math/geometry3k_examples/samples.jsonl", "Geometry3K", MathEnv, JSONLines),
-    File("visual_math/mathvision/samples.jsonl", "MATH-Vision, in VLM-R1's form", MathEnv, JSONLines),
+    File("data/eval_reference/coco_val2014_100/instances_val2014_100.json", "COCO val2014, 100", OVDEnv, _few_boxes),
+    File(
+        "data/eval_reference/coco_val2014_100/instances_val2014_100.json#all",
+        "COCO val2014, 100",
+        OVDEnv,
+        CocoInstances,
+    ),
+    File("data/ovd/bccd/instances.json", "BCCD", OVDEnv, CocoInstances),
+    File("data/ovd/bccd/samples.jsonl", "BCCD, in VLM-R1's form", OVDEnv, JSONLines),
+    File("data/ovd/tinycoco/instances.json", "COCO, 23 images", OVDEnv, CocoInstances),
+    File("data/ovd/tinycoco/samples.jsonl", "COCO, in VLM-R1's form", OVDEnv, JSONLines),
+    File("data/rec/refcocos/samples.jsonl", "RefCOCO's kind, in VLM-R1's form", RECEnv, JSONLines),
+    File("data/visual_math/geometry3k_examples/samples.jsonl", "Geometry3K", MathEnv, JSONLines),
+    File("data/visual_math/mathvision/samples.jsonl", "MATH-Vision, in VLM-R1's form", MathEnv, JSONLines),
 )
 """The files whose rows were read. Those of a `path#name` are the same file, read in another way."""
 
@@ -188,7 +196,7 @@ def describe(found: Mapping[str, Read]) -> str:
     """The table of all files."""
     lines = [
         "# Rows of published files\n",
-        "    python benchmarks/published_rows.py --folders published ../shared/data --output benchmarks/published_rows.md\n",
+        "    python benchmarks/published_rows.py --folders PUBLISHED ../shared --output benchmarks/published_rows.md\n",
         "Every row is rewritten by its suite's rule, read by its task, and answered with its own truth, which must",
         "score 1. Images are not read. The repository has no rows, only counts and the hash of the ids.\n",
         "| file | source | rows | read | left out | fails | answers |",
