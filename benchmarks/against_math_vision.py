@@ -139,7 +139,7 @@ _HEAD: Final = (
     "MATH-Vision (arXiv 2402.14804) publishes the answers of models beside its code, each with the verdict of its",
     "own rules. This page compares them with the verdicts of `accuracy` on the same texts. They are the answers of 16",
     "models, in its repository at commit a1f5cc3. This package contains none of these files.",
-    "[tests/envs/test_order_of_evidence.py](../tests/envs/test_order_of_evidence.py) has the rules that tell them apart.\n",
+    "The judge's rules are tested in [test_order_of_evidence.py](../tests/envs/test_order_of_evidence.py).\n",
 )
 _FOOT: Final = ()
 
