@@ -46,7 +46,7 @@ def mathverse(row: Raw) -> dict[str, Any]:
     letters. There a language model extracts the answer and another compares it.
     """
     answer = str(row["answer"]).strip()
-    read = {"answer": answer, "accu_reward_method": "math"}
+    read: dict[str, Any] = {"answer": answer, "accu_reward_method": "math"}
     if row["question_type"] == "multi-choice":
         answer = ", ".join(answer.split()) if _LETTERS_ALONE.fullmatch(answer) else answer
         choices = _listed(row["question"])
