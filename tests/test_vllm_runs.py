@@ -84,7 +84,7 @@ def test_the_engine_sees_images_within_the_same_limits(tmp_path: Path) -> None:
         (line,) = rows(run / "metrics.jsonl")
         assert abs(line["policy/sampler_kl"]) < 1e-6
         (prompt,), _ = VLMAgent.from_pretrained(run / "checkpoints" / "step-1", device="cpu").encode(observations)
-        tokens.append(len(prompt.token_ids))
+        tokens.append(len(prompt.input_ids))
     assert tokens[1] < tokens[0]
 
 
