@@ -119,8 +119,7 @@ def _next(
 ) -> tuple[Tensor, Tensor]:
     """Draws a token [n] after each hidden state [n, H], and gives its log-probability [n]; logits of `most` rows."""
     places = _places(len(hidden), sampling, generator, hidden.device)
-    size = most or len(hidden)
-    rows = zip(torch.split(hidden, size), torch.split(places, size), strict=True)
+    rows = zip(torch.split(hidden, most or len(hidden)), torch.split(places, most or len(places)), strict=True)
     parts = [_draw(policy.logits(own), sampling, drawn) for own, drawn in rows]
     return torch.cat([token for token, _ in parts]), torch.cat([logprob for _, logprob in parts])
 

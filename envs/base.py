@@ -67,6 +67,11 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         box_orientation: Orientation of the image that the data set's boxes refer to, if EXIF turns it: as it is
             `"shown"`, or as it is `"stored"`. The width and height in a COCO file decide if they fit only one. Default:
             `"shown"`.
+        box_orientation: Orientation of the image that the data set's boxes refer to, if EXIF turns it: as it is
+            `"shown"`, or as it is `"stored"`. The width and height in a COCO file decide if they fit only one. Default:
+            `"shown"`.
+        confine_images: If true, a row whose image lies outside `image_root` is broken: by an absolute path, `..` or a
+            link that leads out of it. Default: False.
         rewards: Terms with weights. A term is the name of a task's own or of a registered term, a `"module:function"`,
             or a function. Default: the task's `default_rewards`.
         extra_terms: Reward terms by name, added to the task's own. They replace terms of the same name. Default: none.
@@ -132,6 +137,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         without_text: Sequence[str] = (),
         boxes_in: str | None = None,
         box_orientation: str = BoxOrientation.SHOWN,
+        confine_images: bool = False,
         rewards: Rewards | None = None,
         extra_terms: Mapping[str, RewardTerm] | None = None,
         prompt_template: str | None = None,
@@ -165,7 +171,9 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         if unused := set(extra_terms or {}) - set(self._scorer.weights):
             raise ConfigError(f"nothing uses the reward term {', '.join(sorted(unused))}: give it a weight in rewards")
         self.image_bound = image_bound
-        reading = self.reading(columns, skip_broken, min_image_side, without_text, boxes_in, box_orientation)
+        reading = self.reading(
+            columns, skip_broken, min_image_side, without_text, boxes_in, box_orientation, confine_images
+        )
         self.source = self._open(dataset, image_root, split, reading)
         self._order: SampleOrder | None = None
         self._position = 0
@@ -452,6 +460,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         without_text: Sequence[str] = (),
         boxes_in: str | None = None,
         box_orientation: str = BoxOrientation.SHOWN,
+        confine_images: bool = False,
     ) -> Reading:
         """This task's reader for rows of a data set."""
         has_boxes = self.geometry is not None or type(self).map_boxes is not VisualTaskEnv.map_boxes
@@ -467,9 +476,11 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
             skip_broken,
             min_image_side,
             unread=self.unread,
+            ignored=self.ignored_parts,
             without_text=without_text or (),
             boxes=boxes if has_boxes else None,
             bound=self.image_bound,
+            confine_images=confine_images,
         )
 
     def map_boxes(self, target: Any, change: Callable[[Box], Box]) -> Any:
@@ -479,6 +490,13 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         corner.
         """
         return target if self.geometry is None else convert(target, lambda place: changed_place(place, change))
+
+    def ignored_parts(self, row: Row, target: Any) -> Collection[str]:
+        """The parts of a row, by their names in `COLUMNS`, that its truth has no use for. Their presence is reported.
+
+        Default: none. Parts that no row has a use for stand in `unread`.
+        """
+        return ()
 
     def row_term(self, row: Row) -> str | None:
         """The reward term that a row chooses in place of the one in use. None: the row chooses none.
@@ -562,8 +580,8 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         if dataset is None or isinstance(dataset, Source):
             if image_root is not None or reading != self.reading():
                 raise ConfigError(
-                    "image_root, columns, skip_broken, min_image_side, without_text, boxes_in and box_orientation are "
-                    "for a data set of rows: give dataset too"
+                    "image_root, columns, skip_broken, min_image_side, without_text, boxes_in, box_orientation and "
+                    "confine_images are for a data set of rows: give dataset too"
                 )
             if isinstance(dataset, Source):
                 return dataset

@@ -54,7 +54,7 @@ class CaptionEnv(VisualTaskEnv):
     prompt_template: ClassVar[str] = "Answer as {answer}\n{question}"
     default_format: ClassVar[AnswerFormat] = AnswerFormat.SECTIONS
     needs_answer: ClassVar[bool] = False
-    unread: ClassVar[Collection[str]] = ("choices", "tolerance")
+    unread: ClassVar[Collection[str]] = ("tolerance",)
 
     def builtin_source(self, split: Split) -> Source:
         return CaptionScenes(split)
@@ -64,6 +64,9 @@ class CaptionEnv(VisualTaskEnv):
             raise ValueError("the row has no key words: none in 'key_word' or 'keywords'")
         answer = read_answers(accepted_texts(row), choices=row.choices) if row.answer else None
         return Caption(row.keywords, answer)
+
+    def ignored_parts(self, row: Row, target: Caption) -> Collection[str]:
+        return () if target.answer is not None else ("choices",)
 
     def measure(self, text: str, target: Caption, terms: Mapping[str, float]) -> dict[str, float]:
         clip = {"clip": terms["clip"]} if "clip" in terms else {}

@@ -72,6 +72,9 @@ class VQAEnv(VisualTaskEnv):
             raise ValueError(f"accu_reward_method: {unknown_name('kind of answer', row.method, KINDS)}")
         return read_answers(accepted_texts(row), KINDS.get(row.method), row.tolerance, row.choices)
 
+    def ignored_parts(self, row: Row, target: Answer) -> Collection[str]:
+        return () if target.kind == "numeric" else ("tolerance",)
+
     def row_term(self, row: Row) -> None:
         """None: `accu_reward_method` of a row is the kind of its answer."""
 

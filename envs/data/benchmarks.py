@@ -11,11 +11,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from vlmenv.core.rollout import IMAGE_MARK
+from vlmenv.envs.rewards.letters import truth_letters
 
 Raw = Mapping[str, Any]
 
 _LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _IMAGE_MARK = re.compile(r"<image\d*>")
+_NUMBERED_MARK = re.compile(r"<image(\d+)>")
+_CHOICE_LINE = re.compile(r"^\(?([A-Z])[.:)] ?(.*\S)", re.MULTILINE)
+_LETTERS_ALONE = re.compile(r"[A-Z](?:\s+[A-Z])*")
 
 
 def mathvista(row: Raw) -> dict[str, Any]:
@@ -38,16 +42,21 @@ def mathvista(row: Raw) -> dict[str, Any]:
 def mathverse(row: Raw) -> dict[str, Any]:
     """MathVerse (arXiv 2403.14624): JSON or parquet with `query_cot`, `answer`, `question_type`, `problem_version`.
 
-    The version is the subject. There a language model extracts the answer and another compares it.
+    The version is the subject. The choices stand in the question. Some answers are a choice written out, or several
+    letters. There a language model extracts the answer and another compares it.
     """
-    chosen = row["question_type"] == "multi-choice"
-    return {
+    answer = str(row["answer"]).strip()
+    read: dict[str, Any] = {"answer": answer, "accu_reward_method": "math"}
+    if row["question_type"] == "multi-choice":
+        answer = ", ".join(answer.split()) if _LETTERS_ALONE.fullmatch(answer) else answer
+        choices = _listed(row["question"])
+        is_known = bool(choices) and truth_letters(answer, choices) is not None
+        read = {"answer": answer, "accu_reward_method": "choice"} | ({"choices": choices} if is_known else {})
+    return read | {
         "id": row["sample_index"],
         "images": _image(row, "image"),
         "question": row["query_cot"],
-        "answer": str(row["answer"]).strip(),
         "subject": row["problem_version"],
-        "accu_reward_method": "choice" if chosen else "math",
     }
 
 
@@ -55,9 +64,10 @@ def math_vision(row: Raw) -> dict[str, Any]:
     """MATH-Vision (arXiv 2402.14804): JSONL or parquet with `question`, `options`, `answer`, `subject`.
 
     Rules decide there too: a letter or the value that it stands for, else the value of an expression. The question of
-    some rows is the image alone.
+    some rows is the image alone, and the options of some are parts of it.
     """
-    options, question = list(row.get("options") or ()), _IMAGE_MARK.sub(" ", row["question"]).strip()
+    options = [_NUMBERED_MARK.sub(r"image \1", option) for option in row.get("options") or ()]
+    question = _IMAGE_MARK.sub(" ", row["question"]).strip()
     read = {
         "id": row["id"],
         "images": _image(row, "decoded_image" if row.get("decoded_image") is not None else "image"),
@@ -110,6 +120,13 @@ def _image(row: Raw, column: str) -> Any:
     if row[column] is None:
         raise ValueError(f"there is no image in '{column}'")
     return row[column]
+
+
+def _listed(question: str) -> tuple[str, ...]:
+    """The choices in a question, on lines "A. …" or "A:…" of their own; none if their letters are not A, B …"""
+    found = _CHOICE_LINE.findall(question)
+    letters = "".join(letter for letter, _ in found)
+    return tuple(text for _, text in found) if letters and letters == _LETTERS[: len(letters)] else ()
 
 
 def _choice(answer: str, choices: Sequence[str] | None) -> dict[str, Any]:

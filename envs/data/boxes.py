@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 from vlmenv.core.coordinates import Box, is_box
-from vlmenv.envs.data.images import exif_orientation
+from vlmenv.envs.data.images import exif_orientation, image_size
 from vlmenv.envs.data.media import ImageRef
 from vlmenv.envs.data.rows import Row
 
@@ -106,6 +106,27 @@ class BoxReading:
 
 SIDEWAYS = (5, 6, 7, 8)
 """The EXIF orientations that exchange width and height."""
+
+
+def size_fault(told: tuple[int, int] | None, ref: ImageRef) -> str | None:
+    """What is wrong with the width and height that a data set states for an image; None if they are right.
+
+    Those of the image turned as EXIF says are right too.
+
+    Args:
+        told: Width and height; None if the data set states none.
+        ref: Where the image is. An unreadable one has no fault here; it is told when it is shown.
+    """
+    if told is None or ref is None:
+        return None
+    try:
+        stored = image_size(ref)
+        if told == stored or (told == stored[::-1] and exif_orientation(ref) in SIDEWAYS):
+            return None
+    except ValueError:
+        return None
+    said, real = (f"{width} x {height}" for width, height in (told, stored))
+    return f"the data set says that the image has {said} pixels, but it has {real}: its boxes may not fit"
 
 
 def corners(numbers: Box) -> Box:

@@ -130,8 +130,6 @@ def look_at(source: TableSource, number: int, index: int | None, *, decode: bool
     if refs and source.boxes is not None:
         place = source.table.place(number) if index is None else source.place(index, found.row.id)
         found.boxed = _boxed(found, refs[0], source.boxes, place)
-        if found.boxed is not None and (fault := _size_fault(found.row, found.boxed)):
-            found.faults.append(f"{place}: {fault}")
     return found
 
 
@@ -151,15 +149,6 @@ def _boxed(found: LookedAt, ref: str, reading: BoxReading, place: str) -> BoxedR
             read = boxes_of(found.sample.target, reading.map_boxes)
             numbers = [box for box in read if box[:2] != box[2:]]  # a point is no box
     return BoxedRow(place, tuple(numbers), shown, turn, reading.told(row, shown), form)
-
-
-def _size_fault(row: Row, boxed: BoxedRow) -> str | None:
-    """The fault of the image size in the data set."""
-    stored = boxed.shown[::-1] if boxed.turn in SIDEWAYS else boxed.shown
-    if row.size in (None, boxed.shown, stored):
-        return None
-    told, real = (f"{width} x {height}" for width, height in (row.size or (0, 0), stored))
-    return f"the data set says that the image has {told} pixels, but it has {real}: its boxes may not fit"
 
 
 def likely_convention(rows: Sequence[BoxedRow], given: Convention) -> Convention | None:

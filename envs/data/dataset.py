@@ -28,7 +28,7 @@ from vlmenv.core.coordinates import ResizeRule
 from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.core.names import hub_name
 from vlmenv.core.spaces import Image
-from vlmenv.envs.data.boxes import BoxReading
+from vlmenv.envs.data.boxes import BoxForm, BoxReading, size_fault
 from vlmenv.envs.data.coco import CocoInstances
 from vlmenv.envs.data.convert import find_layout
 from vlmenv.envs.data.delimited import Delimited
@@ -84,15 +84,21 @@ class Reading:
     """leave rows out with an image that has fewer pixels than this in width or height"""
     unread: Collection[str] = ()
     """parts of a row that the task does not use"""
+    ignored: Callable[[Row, Any], Collection[str]] = lambda row, target: ()
+    """parts of one row that its truth has no use for, such as the tolerance of words"""
     without_text: Sequence[str] = ()
     """leave rows out whose answer, reasoning included, contains one of these, in small letters or capitals"""
     boxes: BoxReading | None = None
     """form of true boxes; None if the task has none"""
     bound: ResizeRule | None = None
     """rule for images that are too large to be shown as they are; see `load_image`"""
+    confine_images: bool = False
+    """whether a row with an image outside the folder of images is broken"""
 
     def __post_init__(self) -> None:
         check_columns(self.columns)
+        if unused := [part for part in self.columns if part in self.unread]:
+            raise ConfigError(f"columns: the task does not read {' or '.join(unused)}")
         if self.min_image_side is not None and self.min_image_side < 1:
             raise ConfigError(f"min_image_side must be at least 1, not {self.min_image_side}")
         if isinstance(self.without_text, str) or not all(self.without_text):
@@ -116,7 +122,7 @@ class Reading:
         """
         if isinstance(raw, ValueError):
             raise raw
-        return raw if isinstance(raw, Row) else read_row(raw, number, self.columns)
+        return raw if isinstance(raw, Row) else read_row(raw, number, self.columns, self.unread)
 
     def sample_of(self, row: Row) -> Sample:
         """The task's sample of a row; raises as `sample` does."""
@@ -135,9 +141,12 @@ class UnwantedError(Exception):
 
 _MadeOf = tuple[int, tuple[tuple[str, str], ...], tuple[str, ...], tuple[str, ...]]
 """The usage of a row: its number of images, its used and unused columns, and decisions."""
-_Read = tuple[int, "_MadeOf | ValueError | UnwantedError", tuple[ImageRef, ...]]
-"""The number of a row, its usage or fault, and its images."""
+_Read = tuple[int, "_MadeOf | ValueError | UnwantedError", tuple[ImageRef, ...], tuple[int, int] | None]
+"""The number of a row, its usage or fault, its images, and the size to compare."""
 _ROWS = 1024  # looked at together
+_SIZED = (
+    1000  # rows whose images are opened at once, to compare their sizes; the others are compared when they are shown
+)
 _THREADS = 16  # that ask the disk for images
 _AHEAD = 8  # blocks of rows that are read while the disk is asked
 
@@ -189,13 +198,11 @@ def adopt_images(source: Source, checks: ImageChecks) -> None:
         source.sum_up()
 
 
-def _usage(made_of: Mapping[_MadeOf, int], unread: Collection[str]) -> Usage:
-    """The sum over the rows; parts that the task makes nothing of are columns that are not read."""
+def _usage(made_of: Mapping[_MadeOf, int]) -> Usage:
+    """The sum over the rows."""
     usage = Usage()
     for (images, used, unused, notes), rows in made_of.items():
-        read = [(part, column) for part, column in used if part not in unread]
-        left = [column for part, column in used if part in unread]
-        usage.add(images, read, [*unused, *left], notes, rows)
+        usage.add(images, used, unused, notes, rows)
     return usage
 
 
@@ -229,7 +236,7 @@ class TableSource(Source):
         kept = np.fromiter(self._check(made_of), dtype=np.int64)
         self._kept = kept if self.faults or self.unwanted else None
         self.size = len(kept)
-        self.usage: Usage = _usage(made_of, reading.unread)
+        self.usage: Usage = _usage(made_of)
         self.usage.notes.update(dict.fromkeys(table.notes, 0))
         known[self.key] = self.images
 
@@ -281,11 +288,18 @@ class TableSource(Source):
             place = self.table.place(number)
             raise DataError(f"{place}: {error}; the file has changed since it was opened") from None
         place = self.place(index, sample.id)
+        try:
+            for ref in row.images:
+                self._check_place(ref)
+        except ValueError as error:
+            raise DataError(f"{place}: {error}") from None
         refs = [self._located(ref) for ref in row.images if ref is not None]
         loaded = [load(ref, place, bound) for ref in refs]
         sample = replace(sample, images=tuple(image for image, _ in loaded), sizes=tuple(size for _, size in loaded))
         if boxes is None or not loaded:
             return sample
+        if (fault := size_fault(row.size, refs[0])) is not None:
+            raise DataError(f"{place}: {fault}")
         return replace(sample, target=boxes.in_pixels(sample.target, row, refs[0], sample.sizes[0]))
 
     def adopt(self, check: ImageCheck) -> None:
@@ -355,25 +369,34 @@ class TableSource(Source):
         """Rows of which some have images that are missing or too small, as far as that is known yet."""
         for check in checks:
             self.images.add(check.result())
-        for number, made, _ in read:
+        for number, made, *_ in read:
             yield number, self.images.faults.get(number, made)
 
-    def _read(self, raw: Any, number: int) -> tuple[_MadeOf | ValueError | UnwantedError, tuple[ImageRef, ...]]:
+    def _read(
+        self, raw: Any, number: int
+    ) -> tuple[_MadeOf | ValueError | UnwantedError, tuple[ImageRef, ...], tuple[int, int] | None]:
         try:
             row = self._reading.row(raw, number)
-            self._reading.sample_of(row)
+            sample = self._reading.sample_of(row)
         except (ValueError, UnwantedError) as error:
-            return error, ()
-        return (len(row.images), row.used, row.unused, row.notes), row.images
+            return error, (), None
+        ignored = self._reading.ignored(row, sample.target)
+        used = tuple(one for one in row.used if one[0] not in ignored)
+        left = tuple(column for part, column in row.used if part in ignored)
+        size = row.size if self._reading.boxes is not None and number < _SIZED else None
+        return (len(row.images), used, row.unused + left, row.notes), row.images, size
 
     def _missing(self, rows: Sequence[_Read]) -> ImageCheck:
-        """Looks for the images of some rows; the disk may be slow."""
+        """Looks for the images of some rows, and compares their sizes; the disk may be slow."""
         found = ImageCheck()
-        for number, _, refs in rows:
+        for number, _, refs, size in rows:
             try:
                 for ref in refs:
+                    self._check_place(ref)
                     if isinstance(ref, str):
                         found.stamp += self._stamp(self._located(ref))
+                if size is not None and (fault := size_fault(size, self._located(refs[0]))) is not None:
+                    raise ValueError(fault)
                 if self._reading.min_image_side is not None:
                     self._check_sizes(number, refs, self._reading.min_image_side)
             except (ValueError, UnwantedError) as error:
@@ -389,6 +412,14 @@ class TableSource(Source):
         if file is None or not stat.S_ISREG(file.st_mode):
             raise ValueError(f"there is no image {path[:200]}")
         return zlib.crc32(f"{path} {file.st_size} {file.st_mtime_ns}".encode("utf-8", "surrogateescape"))
+
+    def _check_place(self, ref: ImageRef) -> None:
+        """Raises ValueError for an image outside the folder of images, if these are refused; links are followed."""
+        if not self._reading.confine_images or not isinstance(ref, str):
+            return
+        root, real = (os.path.realpath(path) for path in (self.root, self._located(ref)))
+        if os.path.commonpath((root, real)) != root:
+            raise ValueError(f"the image {ref[:200]} lies outside {self.root}, and confine_images refuses such")
 
     def _check_sizes(self, number: int, refs: Sequence[ImageRef], least: int) -> None:
         """Raises UnwantedError if an image is too small."""
@@ -551,8 +582,11 @@ def _open_text(file: Path, name: Path, suffix: str, reading: Reading) -> Table:
         raise DataError(f"{name}: looks like COCO's instances, which are for detection, VLM-OVD-v0")
     if reading.columns:
         raise ConfigError(f"{name}: COCO's instances have no columns to map")
-    if reading.boxes is not None and reading.boxes.form is not None:
-        raise ConfigError(f"{name}: boxes_in is for rows; COCO's boxes are x, y, width and height by definition")
+    if reading.boxes is not None and reading.boxes.form not in (None, BoxForm.XYWH):
+        raise ConfigError(
+            f"{name}: boxes_in {reading.boxes.form} is for rows; COCO's boxes are x, y, width and height by "
+            "definition: leave it out, or give xywh; for a data set to measure on it is eval_boxes_in"
+        )
     return CocoInstances(file, name)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -52,6 +52,7 @@ COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
     "method": ("accu_reward_method",),
     "tolerance": ("tolerance",),
     "choices": ("choices", "options"),
+    "hint": ("hint",),
 }
 """The parts of a row, and the columns in which each is looked for."""
 
@@ -98,13 +99,14 @@ def check_columns(columns: Mapping[str, str]) -> None:
             raise ConfigError(unknown_name("part of a row", name, COLUMNS))
 
 
-def read_row(raw: Any, number: int, columns: Mapping[str, str]) -> Row:
+def read_row(raw: Any, number: int, columns: Mapping[str, str], unread: Collection[str] = ()) -> Row:
     """Reads a row of any layout.
 
     Args:
         raw: The row as a mapping of columns.
         number: Its number, which is also its id if it has none.
         columns: Columns of the parts of a row, if they differ from `COLUMNS`; an empty name leaves the part out.
+        unread: Parts that the task does not use. Their columns count as unused, whatever they hold.
 
     Raises:
         ValueError: A part is missing or of the wrong type; the message names it.
@@ -112,14 +114,14 @@ def read_row(raw: Any, number: int, columns: Mapping[str, str]) -> Row:
     if not isinstance(raw, Mapping):
         raise ValueError("the row is not a JSON object")
     refuse_other_media(raw)
-    cells = _Cells(raw, columns)
+    cells = _Cells(raw, columns, unread)
     row_id = cells.take("id")
     check_text("id", row_id)
     key = str(number if row_id is None else row_id)
     asked, detections = _with_objects(_conversation(cells), cells, key)
     question, turns, images = _shown(asked, cells)
     answer, response = _divided(asked.answer)
-    choices = read_choices(_choices(cells), places("choices"))
+    choices = read_choices(*_choices(cells))
     return Row(
         id=key,
         images=images,
@@ -143,8 +145,8 @@ def read_row(raw: Any, number: int, columns: Mapping[str, str]) -> Row:
 class _Cells:
     """The cells of a row, with a record of those that were taken as parts."""
 
-    def __init__(self, raw: Mapping[str, Any], named: Mapping[str, str]) -> None:
-        self.raw, self.named = raw, named
+    def __init__(self, raw: Mapping[str, Any], named: Mapping[str, str], unread: Collection[str]) -> None:
+        self.raw, self.named, self.unread = raw, named, unread
         self.places = _places_of_parts(tuple(raw))
         self.used: list[tuple[str, str]] = []
         self.notes: list[str] = []
@@ -155,7 +157,9 @@ class _Cells:
         return None if column is None else self.take_column(part, column)
 
     def find(self, part: str) -> str | None:
-        """The column that holds a part."""
+        """The column that holds a part; None if the row has none, or the task does not read it."""
+        if part in self.unread:
+            return None
         if part in self.named:
             return self._named_column(part)
         for column in self.places[part]:
@@ -221,7 +225,7 @@ def _conversation(cells: _Cells) -> Conversation:
         if asked.images:
             cells.take_column("images", column)
     if column is None or named not in (None, column):
-        asked = asked._replace(question=_question(cells))
+        asked = asked._replace(question=_with_hint(_question(cells), cells))
     if asked.answer is None or "answer" in cells.named:
         asked = asked._replace(answer=_stored_answer(cells))
     told = bool(asked.turns) and asked.turns[0]["role"] == "system"
@@ -238,6 +242,16 @@ def _question(cells: _Cells) -> str:
         raise ValueError(f"'{column}' is not a list of turns, each with a role and a text")
     found = cells.take("question")
     return found if isinstance(found, str) else ""
+
+
+def _with_hint(question: str, cells: _Cells) -> str:
+    """A question after its hint, as VLMEvalKit shows it, unless the question holds the hint already."""
+    hint = _text(cells.take("hint"), "hint").strip()
+    if not hint or not question.strip() or " ".join(hint.split()) in " ".join(question.split()):
+        return question
+    cells.notes.append("the hint is put before the question; --columns hint '' leaves it out")
+    leading, rest = split_marks(question)
+    return f"{IMAGE_MARK * leading}Hint: {hint}\n{rest}"
 
 
 def _stored_answer(cells: _Cells) -> Any:
@@ -297,12 +311,13 @@ def _shown(asked: Conversation, cells: _Cells) -> tuple[str, tuple[Turn, ...], t
     return placed(question, len(images), turns), turns, images
 
 
-def _choices(cells: _Cells) -> Any:
-    """The choices of one column, or of the columns A, B, C … of VLMEvalKit's tables."""
-    if cells.find("choices") is not None or not (is_filled(cells.raw.get("A")) and is_filled(cells.raw.get("B"))):
-        return cells.take("choices")
+def _choices(cells: _Cells) -> tuple[Any, str]:
+    """The choices of one column, or of the columns A, B, C … of VLMEvalKit's tables; and their place, for messages."""
+    are_spread = is_filled(cells.raw.get("A")) and is_filled(cells.raw.get("B"))
+    if not are_spread or {"choices"} & {*cells.named, *cells.unread} or cells.find("choices") is not None:
+        return cells.take("choices"), places("choices")
     letters = [letter for letter in LETTERS if is_filled(cells.raw.get(letter))]
-    return {letter: cells.take_column("choices", letter) for letter in letters}
+    return {letter: cells.take_column("choices", letter) for letter in letters}, "the row, in columns of one letter,"
 
 
 def _with_choices(question: str, choices: Sequence[str], cells: _Cells) -> str:

@@ -97,7 +97,7 @@ def _compare(content: str | None, target: Answer) -> float | None:
 
 def _same_number(a: str, b: str) -> bool:
     """Whether two texts are plainly the same number; if not, they may still be equal."""
-    if not (_COUNTED.fullmatch(a) and _BARE_NUMBER.fullmatch(b)):
+    if not (_BARE_NUMBER.fullmatch(a) and _BARE_NUMBER.fullmatch(b)):
         return False
     number = parse_number(a)
     return number is not None and abs(number) < 2**53 and number == parse_number(b)
@@ -302,7 +302,6 @@ _NUMBER = re.compile(
     rf"(?= ?(?:{UNIT})| {SPACED_UNIT}|(?! ?[A-Za-z](?![A-Za-z]))(?!\w))"  # 12 cm and 12 dogs, but not 12x, 12², 12 x
 )
 _BARE_NUMBER = re.compile(rf"([+-]?)({_DIGITS})")
-_COUNTED = re.compile(rf"{_BARE_NUMBER.pattern}(?: [A-Za-z]{{2,}})*")  # "12", "12 dogs"
 _MEASUREMENT = re.compile(rf"[$£€¥₹]? ?[+-]?{_DIGITS}(?: ?/ ?{_DIGITS})?+ ?(?:%|{UNIT}|{SPACED_UNIT})?")
 _REWRITTEN: Final = tuple(
     (re.compile(pattern), by)

@@ -62,7 +62,7 @@ def conclusions(text: str) -> list[Conclusion]:
     A box goes before an "answer is" that comes before it. What is denied, as in "not \boxed{A}" or "\boxed{A} is
     wrong", is left out. Boxes that stand side by side, as in "\boxed{A} or \boxed{B}", come as one.
     """
-    boxes = find_boxes(text)
+    boxes = last_boxes(text)
     boxed = _boxed(text, boxes)
     led_in = _led_in(text, boxes[-1].end if boxed else 0)
     return [Conclusion(*found) for found in ((boxed, True), (led_in, False)) if found[0]]
@@ -76,14 +76,22 @@ def sentence(text: str) -> str:
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
 
 
-class _Box(NamedTuple):
+class Box(NamedTuple):
+    r"""A `\boxed{…}` in a text."""
+
     start: int
     end: int
     content: str
 
 
-_BRACE = re.compile(r"(?P<box>(?:\\(?:boxed|fbox)|\x08oxed) ?\{)|\\[{}]|(?P<open>\{)|(?P<close>\})")
-_BETWEEN = re.compile(r"[\s$,;/&.]*(?:(?:or|and|或|和|与)[\s$]*)?")
+_COMMAND: Final = r"(?:\\(?:boxed|fbox)(?![A-Za-z])|\x08oxed)\s*"
+_BRACE = re.compile(
+    rf"(?P<box>{_COMMAND}\{{)|{_COMMAND}(?P<bare>(?!\{{)[^\s$,;{{}}]+(?:\{{[^{{}}]*\}}){{0,2}})"
+    r"|\\[{}]|(?P<open>\{)|(?P<close>\})"
+)
+JOINS: Final = r"(?:[,;/|&+]|\\text\s*\{\s*(?:or|and)\s*\}|\bor\b|\band\b|或|和|与)"
+"""A pattern of what joins several answers."""
+_BETWEEN = re.compile(rf"(?:[\s$.]|\\[()\[\]]|{JOINS})*+")
 _OR = re.compile(r"\bor\b|或")
 _ALSO_AFTER = re.compile(
     r"[\s$]*(?:(?:or|或|/) ?[^.;!?\n]{1,80}|(?:,|and|&|和|与) ?\(?[A-Za-z0-9.]{1,9}\)?(?=[\s.,;!?]|$))"
@@ -91,33 +99,41 @@ _ALSO_AFTER = re.compile(
 _ALSO_BEFORE = re.compile(r"(?<![^\s(])\(?(?:[A-Za-z]|[0-9.]{1,20})\)?[\s$]*(?:or|and|或|和|,|/)[\s$]*$")
 
 
-def find_boxes(text: str) -> list[_Box]:
-    r"""The outermost `\boxed{…}` in a text; an unclosed one ends with its line."""
-    boxes: list[_Box] = []
+def find_boxes(text: str) -> list[Box]:
+    r"""The outermost `\boxed{…}` in a text; an unclosed one ends with its line. The braces may be missing."""
+    boxes: list[Box] = []
     opened: list[re.Match[str]] = []
     outer: re.Match[str] | None = None
     for brace in _BRACE.finditer(text):
-        if brace["box"] or brace["open"]:
+        if brace["bare"] and outer is None:
+            boxes.append(Box(brace.start(), brace.end(), brace["bare"]))
+        elif brace["box"] or brace["open"]:
             opened.append(brace)
             outer = brace if outer is None and brace["box"] else outer
         elif brace["close"] and opened and opened.pop() is outer and outer is not None:
-            boxes.append(_Box(outer.start(), brace.end(), text[outer.end() : brace.start()]))
+            boxes.append(Box(outer.start(), brace.end(), text[outer.end() : brace.start()]))
             outer = None
     if outer is not None:
         end = (text + "\n").index("\n", outer.end())
-        boxes.append(_Box(outer.start(), end, text[outer.end() : end]))
+        boxes.append(Box(outer.start(), end, text[outer.end() : end]))
     return boxes
 
 
-def _boxed(text: str, boxes: list[_Box]) -> str:
-    if not boxes:
-        return ""
-    first = len(boxes) - 1
+def last_boxes(text: str) -> list[Box]:
+    r"""The last `\boxed{…}`, with those before it that are joined to it, as in "\boxed{3} or \boxed{4}"."""
+    boxes = find_boxes(text)
+    first = max(0, len(boxes) - 1)
     while first and _BETWEEN.fullmatch(text, boxes[first - 1].end, boxes[first].start):
         first -= 1
-    parts = dict.fromkeys(box.content.strip() for box in boxes[first:])
-    is_or = _OR.search(text[boxes[first].end : boxes[-1].start]) if len(parts) > 1 else None
-    before, after = text[: boxes[first].start], text[boxes[-1].end :]
+    return boxes[first:]
+
+
+def _boxed(text: str, boxes: list[Box]) -> str:
+    if not boxes:
+        return ""
+    parts = dict.fromkeys(box.content.strip() for box in boxes)
+    is_or = _OR.search(text[boxes[0].end : boxes[-1].start]) if len(parts) > 1 else None
+    before, after = text[: boxes[0].start], text[boxes[-1].end :]
     if denied(before.rstrip("$ "), after.lstrip("$ ")):
         return ""
     also_before, also_after = _ALSO_BEFORE.search(before[-30:]), _ALSO_AFTER.match(after)
@@ -163,7 +179,8 @@ _DENIED_BEFORE = re.compile(
     r"|possible|correct|right)\b"
     rf"|\b(?:doubt|unlikely|impossible)\b){_CLAUSE}{_ALIKE}"
     r"|(?:\b(?:not|never|neither|nor|cannot|except|excluding|excludes?|rejects?|eliminates?|dismiss|unlike"
-    r"|rather than|instead of|other than|as opposed to|rul(?:e|es|ed|ing) out)\b|n['’]t\b"
+    r"|rather than|instead of|other than|as opposed to|(?:any|every|all)(?:thing|one)? (?:but|except)"
+    r"|rul(?:e|es|ed|ing) out)\b|n['’]t\b"
     r"|不(?:是|选|为|能|会|可能|应该?)(?:是|选)?|并非|排除|除了)"
     rf"{_PHRASE}{_ALIKE}"
     rf"|(?:\b(?:wrong|incorrect)\b|错误)[^.,;!?\n]{{0,30}}?{_ALIKE})"
@@ -181,7 +198,7 @@ _DENIED_AFTER = re.compile(
     r"|(?:does|do|did)(?: not|n['’]t) (?:fit|match|work|hold|apply|satisfy|make sense|qualify|seem right|look right)"
     r"|(?:can|must|should|could|may|has to|is to) be (?:ruled out|excluded|eliminated|rejected|discarded|dismissed)"
     r"|\? ?(?:no\b|not\b|wrong\b|nope\b))"
-    rf"|{_ALIKE}\s*(?:选项|项|答案)?\s*(?:是|为)?(?:不对|不正确|错|不符|排除|不成立|不可能|不是|不选|不合)"
+    rf"|{_ALIKE}[\s$)\]}}'\"]*(?:选项|项|答案)?\s*(?:是|为)?(?:不对|不正确|错|不符|排除|不成立|不可能|不是|不选|不合)"
 )
 
 

@@ -14,7 +14,7 @@ from typing import Final, Literal, NamedTuple
 
 from vlmenv.envs.rewards.normalise import stated
 from vlmenv.envs.rewards.numbers import Number, read_number
-from vlmenv.envs.rewards.units import Unit, plain_signs, read_unit, split_unit
+from vlmenv.envs.rewards.units import Unit, joined_units, plain_signs, read_unit, split_unit
 
 Kind = Literal["number", "expression", "sequence", "ratio", "relation", "words"]
 
@@ -54,12 +54,21 @@ def read_form(text: str) -> Form:
 
 @functools.lru_cache(_CACHED)
 def written_key(text: str) -> str:
-    """What is left of a text where neither spaces, case nor styles count: texts with one key say the same."""
-    return _key(_latex(plain_signs(stated(text))))
+    """What is left of a text where neither spaces, case nor styles count: texts with one key say the same.
+
+    The case of variables counts: "e" is not "E".
+    """
+    latex = _latex(plain_signs(stated(text)))
+    is_in_words = re.search("[A-Za-z]{2}", _ANY_COMMAND.sub("", latex)) is not None
+    return _key(latex) if is_in_words else _key(latex, fold=False)
 
 
-def _key(latex: str) -> str:
-    text = re.sub(r"(?<!\d) | (?!\d)", "", latex.replace("\\", " ")).casefold()
+_ANY_COMMAND = re.compile(r"\\[A-Za-z]+")
+
+
+def _key(latex: str, fold: bool = True) -> str:
+    text = re.sub(r"(?<!\d) | (?!\d)", "", latex.replace("\\", " "))
+    text = text.casefold() if fold else text
     return re.sub(r"(?<=[\^_])\{(\w)\}(?!\w)", r"\1", text)
 
 
@@ -67,16 +76,23 @@ _TIME = re.compile(r"\d{1,2} ?: ?[0-5]\d(?: ?: ?[0-5]\d)?(?: ?[AaPp]\.? ?[Mm]\.?
 _APPROXIMATE = re.compile(r"(?:\\approx|\\simeq|\\sim|≈|~|∼|=|\\therefore|∴|\\Rightarrow|\\implies|⇒|=>) *")
 
 
+_POINT_WORD = re.compile(r"^(?:(?:the )?(?:points?|coordinates?)|点|坐标) ?(?=[A-Z]? ?\()", re.IGNORECASE)
+
+
 def _read(text: str) -> Form:
     while lead := _APPROXIMATE.match(text):
         text = text[lead.end() :]
+    text = _POINT_WORD.sub("", joined_units(text))
     body, unit = split_unit(text)
     if (number := read_number(body)) is not None:
         return Form("number", _latex(body), number, unit=unit)
     latex = _latex(text)
     if _depth(latex) > DEEPEST:
         return Form("words", text)
-    return _structured(latex) or Form("words", _key(latex))
+    return _structured(latex) or Form("words", _key(_BEFORE_WORDS.sub("", latex)))
+
+
+_BEFORE_WORDS = re.compile(r"^(?:on|in|at) (?=[A-Za-z]{3})", re.IGNORECASE)
 
 
 def _structured(latex: str) -> Form | None:
@@ -130,7 +146,8 @@ _REWRITTEN: Final = tuple(
         (r"\\sqrt ?(\[[^\[\]]{1,9}\])? ?(\d+|[A-Za-z])", r"\\sqrt\1{\2}"),
         (r"\\frac ?(\d) ?(\d)", r"\\frac{\1}{\2}"),
         (r"\\frac ?(\d) ?(?=\{)", r"\\frac{\1}"),
-        (r"(\\frac ?\{[^{}]*\}) ?(\w)", r"\1{\2}"),
+        (r"(\\frac ?\{(?:[^{}]|\{[^{}]*\})*\}) ?(\w)", r"\1{\2}"),
+        (r"\\overline ?\{ ?([A-Z]{2}) ?\}", r"\1"),
         (r"(?<![\d.A-Za-z}]) ?(\d+) ?\\frac ?\{ ?(\d+) ?\} ?\{ ?(\d+) ?\}", "@mixed"),
         (r"(?<![\d.A-Za-z}/]) ?(\d+) (\d+) ?/ ?(\d+)(?![\d.])", "@mixed"),
         (r"(?<![\d.A-Za-z}/^_ ])(\d+) ?/ ?(\d+) (?=\\?[A-Za-z(])", r"\\frac{\1}{\2} "),
@@ -200,7 +217,7 @@ def _groups_in_brackets(text: str) -> str:
         elif piece == "}" and stack:
             is_argument, start = stack.pop()
             result.append("}" if is_argument else ")")
-            if not is_argument and "," in result[start:]:
+            if not is_argument and ("," in result[start:] or _IS_CONDITION.search("".join(result[start:]))):
                 result[start], result[-1] = "\\{", "\\}"
             if is_argument and "".join(result[max(0, start - 2) : start]).rstrip().endswith(("\\frac", "\\binom")):
                 seconds = 1
@@ -208,6 +225,9 @@ def _groups_in_brackets(text: str) -> str:
             seconds = 0 if piece.strip() else seconds
             result.append(piece)
     return "".join(result)
+
+
+_IS_CONDITION = re.compile(r"^\(\s*[A-Za-z]\s*(?:\\in\b[^|:]*)?[|:].*(?:[<>=]|\\(?:le|ge|ne|in)(?![A-Za-z]))")
 
 
 def _depth(text: str) -> int:
@@ -312,12 +332,18 @@ def _related(latex: str) -> Form | None:
         sides = sides[::-1]
     if not all(sides) or any(_TWO_RELATIONS.search(side) for side in sides[1:-1]):
         return None
-    last, name = _read_side(sides[-1]), _key(sides[0]) if _NAME.fullmatch(sides[0]) else ""
+    last, name = _read_side(sides[-1]), _name(sides[0])
     if last is None or not (name or _is_formula(sides[0])):
         return None
     if name and any(_key(side) == name for side in sides[1:]):
         return None  # x = 1 = x, and the like
     return last._replace(name=name, equation=latex)
+
+
+def _name(side: str) -> str:
+    """What a side names, if it is a name; the graph's y for f(x)."""
+    name = _key(side) if _NAME.fullmatch(side) else ""
+    return "y" if name == "f(x)" else name
 
 
 def _read_side(latex: str) -> Form | None:

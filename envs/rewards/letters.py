@@ -40,6 +40,7 @@ class Offer:
         pronoun = "I" if "I" in self.letters else "(?!)"
         self._whole = re.compile(rf"[(\[]? ?({either}) ?[)\]]? ?[.:,;!]?")
         self._row = re.compile(rf"{either}(?: {either})+")
+        self._range = re.compile(rf"[(\[]{either} ?[-–] ?{either}[)\]]")
         self._compact = re.compile(rf"(?<![\w'.-])(?:{upper}{{2,}})(?!['-]?\w)")
         self._lettered = [re.compile(form.format(U=upper, E=either, I=pronoun)) for form in _LETTER_FORMS]
 
@@ -82,6 +83,7 @@ class Offer:
         """A text with marks in the place of choices and letters."""
         if self._pattern:
             piece = self._pattern.sub(_mark_choice, piece)
+        piece = self._range.sub(" ", piece)
         if several:
             piece = self._compact.sub(_apart, piece)
         for pattern in self._lettered:
@@ -244,7 +246,7 @@ _ITEM: Final = r"(?:{U}|(?![A-Z]){E}(?=[)\].,;:!?/&+\n]|$| (?:or|and)\b| ?[或�
 _LETTER_FORMS: Final = (
     rf"(?<![\w'.\\-])[(\[]?{_ITEM}(?:{_SEPARATED}{_ITEM}){{{{1,40}}}}(?!['-]?{_INNER})"  # a list
     r"(?! [a-z]{{2}}|\()[)\]]?",
-    rf"(?<![\w(\[\\])(?:[(\[]{{E}}[)\]]|{{E}}[)\]]|{{U}}[.:](?= ?(?:{_INNER}|{_CHOICE}|[\\$(\[{{{{+-])))",  # labels
+    rf"(?<![\w(\[\\–-])(?:[(\[]{{E}}[)\]]|{{E}}[)\]]|{{U}}[.:](?= ?(?:{_INNER}|{_CHOICE}|[\\$(\[{{{{+-])))",  # labels
     r"(?<![A-Za-z])(?i:(?:answer|option|choice|letter|choose|select|pick)(?: (?:is|would be|must be|should be))?:?)"
     r" [(\[]?"
     rf"(?:{{U}}(?!['-]?{_INNER})|{{E}}(?=[)\].,;:!?]|$))",
@@ -306,5 +308,5 @@ def _beside_label(rest: str, label: re.Match[str], several: bool) -> set[str]:
     if not label["strong"]:
         return {*re.findall(_MARK, rest)}
     labels = {next(filter(None, match.groups())) for match in _LABEL.finditer(rest)}
-    said = re.match(rf"\s*({_CHOICE})", rest)
-    return labels | ({said[1]} if said else set())
+    said = re.match(rf"\s*({_CHOICE})|\(({_LETTER})", rest)
+    return labels | ({said[1] or said[2]} if said else set())

@@ -10,6 +10,7 @@ import re
 import unicodedata
 from typing import Final
 
+from vlmenv.envs.rewards.evidence import JOINS, denied, last_boxes
 from vlmenv.envs.rewards.units import is_unit
 
 _SUPERSCRIPTS: Final = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ⁿⁱ", "0123456789+-=()ni", strict=True))
@@ -61,21 +62,19 @@ def _digit(character: str) -> str:
     return str(unicodedata.decimal(character))
 
 
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
-_JOINS: Final = r"(?:[,;/|&+]|\\text\s*\{\s*(?:or|and)\s*\}|\bor\b|\band\b|或|和|与)"
-_BETWEEN = re.compile(rf"(?:[ $.]|\\[()\[\]]|{_JOINS})*+")
-_MORE = re.compile(rf"(?:[ $]|\\[)\]])*+{_JOINS}(?:[ $]|{_JOINS})*+(?=[\\\d(\[{{+-])")
+_MORE = re.compile(rf"(?:[ $]|\\[)\]])*+{JOINS}(?:[ $]|{JOINS})*+(?=[\\\d(\[{{+-])")
+_EQUALS_AT_END = re.compile(r"(?:=|\\approx|≈)[\s${]*$")
 _DEEPEST: Final = 4
 """Boxes within boxes that are opened."""
 
 
 def boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed` or `\fbox`; None if there is none.
+    r"""The content of the last `\boxed` or `\fbox`; None if there is none, or it is denied ("not \boxed{3}").
 
     Joined boxes ("\boxed{3} or \boxed{4}", also without a word between) are one list: "3, 4". So is a box with values
     joined to it by "or", "and" or a comma.
     """
-    whole = _outermost(" ".join(text.split()))
+    whole = _outermost(text)
     for _ in range(_DEEPEST):
         if whole is None or (inner := _outermost(whole)) is None:
             break
@@ -84,33 +83,18 @@ def boxed(text: str) -> str | None:
 
 
 def _outermost(text: str) -> str | None:
-    parts: list[str] = []
-    end = 0
-    while match := _BOX.search(text, end):
-        start = match.end()
-        joined = bool(parts) and _BETWEEN.fullmatch(text[end : match.start()]) is not None
-        content, end = _argument(text, start)
-        parts = [*parts, content] if joined else [content]
-    if not parts:
+    boxes = last_boxes(text)
+    if not boxes:
         return None
-    if more := _MORE.match(text, end):
-        parts.append(undelimited(text[more.end() :]))
-    elif is_unit(tail := _bare(undelimited(text[end:]))):
+    before, after = text[: boxes[0].start], text[boxes[-1].end :]
+    if denied("" if _EQUALS_AT_END.search(before[-20:]) else before.rstrip("$ "), after.lstrip("$ ")):
+        return None
+    parts = [box.content for box in boxes]
+    if more := _MORE.match(after):
+        parts.append(undelimited(after[more.end() :]))
+    elif is_unit(tail := _bare(undelimited(after))):
         parts[-1] += f" {tail}"
-    return ", ".join(dict.fromkeys(part.strip() for part in parts))
-
-
-def _argument(text: str, start: int) -> tuple[str, int]:
-    """The content of the braces at a position, and their end."""
-    if start >= len(text) or text[start] != "{":
-        bare = re.compile(r"[^\s$,;]*").match(text, start)
-        return (bare[0], bare.end()) if bare else ("", start)
-    depth = 0
-    for brace in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if depth == 0:
-            return text[start + 1 : brace.start()], brace.end()
-    return text[start + 1 :], len(text)
+    return " ".join(", ".join(dict.fromkeys(part.strip() for part in parts)).split())
 
 
 _CURRENCY = re.compile(r"(?<![\\$])\$(?= ?[\d.])")
@@ -135,9 +119,12 @@ _AFTER_ALL: Final = re.compile(
     r"(?<![ ,])[ ,]*+\b(?:is|are|as) (?:the|my|our) (?:\w+ )?(?:answer|result|solution|value|choice)s?[ .!]*$",
     re.IGNORECASE,
 )
+_MINUS = re.compile(r"\b(?:minus|negative) (?=\d|\\frac|\\sqrt|\.\d)(?<!\d minus )(?<!\d negative )", re.IGNORECASE)
 _LEAD_IN = re.compile(
-    r"^.*(?:\b(?:is|are|was|be|equals?|equal to|gives?|gets?|have|has|obtain|finds?|yields?|becomes|approximately|about"
-    r"|roughly|around|therefore|thus|hence|so|then|exactly|answer|there are|there is|total of)\b[:,]?"
+    r"^.*(?:\b(?:is|are|was|be|equals?(?: to)?|gives?|gets?|have|has|obtain|finds?|yields?|becomes|approximately|about"
+    r"|roughly|around|therefore|thus|hence|so|then|exactly|answer|there are|there is|total of|totals|measures"
+    r"|results? in|(?:comes?|amounts?|evaluates?|simplifies|simplify|reduces?|leads?|rounds?|adds? up|works? out)"
+    r" to)\b[:,]?"
     r"|(?<=[a-z)][a-z)])\*{0,2}:\*{0,2})"
     r" *(?=\S)",
     re.IGNORECASE,
@@ -161,7 +148,7 @@ def without_lead_in(text: str) -> str:
     A text is returned unchanged if it is negated ("is not", "it cannot be that …") or names an alternative by "or". It
     then states nothing definite.
     """
-    text = _AFTER_ALL.sub("", text)
+    text = _MINUS.sub("-", _AFTER_ALL.sub("", text))
     for pattern in (_CHINESE_LEAD_IN, _LEAD_IN) if _HAS_CHINESE.search(text) else (_LEAD_IN,):
         text = _after(pattern, text)
     return text
@@ -191,7 +178,7 @@ def stated(text: str) -> str:
 
 
 _EXCLAMATION = re.compile(r"[A-Za-z]{2} .*! *$", re.DOTALL)  # and no factorial
-_MARKED = re.compile(r"</?[bi]>|(?<![\w)}])\*\*(?=[^*]*\*\*)|(?<=[^* ])\*\*(?![\w({])")
+_MARKED = re.compile(r"^#{1,6} |</?[bi]>|(?<![\w)}])\*\*(?=[^*]*\*\*)|(?<=[^* ])\*\*(?![\w({])")
 
 
 def _bare(text: str) -> str:

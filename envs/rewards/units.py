@@ -68,6 +68,7 @@ _PREFIXED: Final[dict[str, tuple[str, str, str, str]]] = {
     "H": ("mμu", "henry", "亨", "1000 g m2 s-2 A-2"),
     "Wb": ("m", "weber", "韦", "1000 g m2 s-2 A-1"),
     "eV": ("kMG", "electronvolt", "", "eV"),
+    "Å": ("", "angstrom ångström", "埃", "1/10000000000 m"),
     "mol": ("mk", "mole", "摩尔", "mol"),
     "cal": ("k", "calorie", "卡", "cal"),
     "bar": ("m", "", "", "100000000 g m-1 s-2"),
@@ -162,7 +163,7 @@ _POWERS: Final = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "平方": 2, "立�
 _LATER_POWERS: Final = {"squared": 2, "cubed": 3}
 _TOKEN = re.compile(
     r"(?P<power>(?: ?(?:\^|\*\*) ?\{? ?|(?<=[A-Za-z]))(?P<number>[+-]?\d)(?!\d)(?: ?\})?)"
-    r"| *(?:(?P<word>°[CF]?|[A-Za-zμΩ]+|[$€£¥₹¢]|[\u4e00-\u9fff]+)"
+    r"| *(?:(?P<word>°[CF]?|[A-Za-zμΩÅåö]+|[$€£¥₹¢]|[\u4e00-\u9fff]+)"
     r"|(?P<times>\\cdot(?![A-Za-z])|\\times(?![A-Za-z])|[·*.-])|(?P<over>/)|(?P<bracket>[()]))"
 )
 _THAT_CALCULATE: Final = (
@@ -193,7 +194,7 @@ def read_unit(text: str) -> Unit | None:
 
 def _measured(text: str) -> Unit | None:
     """A unit of the table, or a product of them."""
-    unit, last, sign, following, end = _NONE, None, 1, 1, 0
+    unit, last, sign, following, end, is_named = _NONE, None, 1, 1, 0, False
     while end < len(text):
         token = _TOKEN.match(text, end)
         if token is None:
@@ -215,9 +216,9 @@ def _measured(text: str) -> Unit | None:
             factor = _factor(word)
             if factor is None:
                 return None
-            last, following = _times(_NONE, factor, following), 1
+            last, following, is_named = _times(_NONE, factor, following), 1, True
             unit = _times(unit, last, sign)
-    return unit if last is not None or unit.powers else None
+    return unit if is_named else None
 
 
 def _factor(word: str) -> Unit | None:
@@ -233,10 +234,12 @@ def _factor(word: str) -> Unit | None:
 
 
 _WORDS = re.compile(r"[A-Za-z][A-Za-z'-]{2,}(?:,? \(?[A-Za-z][A-Za-z'-]*\)?)*|[\u4e00-\u9fff]{1,6}")
+_REMARK = re.compile(r"^\(([A-Za-z][A-Za-z -]+)\)$")
 _CHINESE_NO: Final = re.compile(r"[或和与加减乘除不非没以上下多少倍万亿千百十分之]")
 
 
 def _counted(text: str) -> Unit | None:
+    text = _REMARK.sub(r"\1", text)
     if not _WORDS.fullmatch(text) or _CHINESE_NO.search(text):
         return None
     words = [word.strip("(),").casefold() for word in text.split()]
@@ -249,15 +252,18 @@ def _counted(text: str) -> Unit | None:
 
 _SYMBOLS_THAT_MAY_BE_VARIABLES: Final = frozenset("shtld")
 _HOW = re.compile(
-    r" (?:old|tall|long|wide|deep|high|thick|heavy|each|apart|away|altogether"
+    r" (?:of (?:them|these|those|the [a-z]+)|old|tall|long|wide|deep|high|thick|heavy|each|apart|away|altogether"
     r"|in (?:total|all|length|area|height|width|volume))$"
 )
-_BEFORE = re.compile(r"(?<=[\d)}\]%πA-Za-z])(?=[ A-Za-zμΩ°$€£¥₹¢\u4e00-\u9fff'\"])|(?<=[\d)}\]]) ?(?=/ ?[A-Za-z])")
+_BEFORE = re.compile(r"(?<=[\d)}\]%πA-Za-z])(?=[ A-Za-zμΩÅ°$€£¥₹¢\u4e00-\u9fff'\"])|(?<=[\d)}\]]) ?(?=/ ?[A-Za-z])")
 _HAS_NUMBER = re.compile(r"\d|\\pi|π|\\frac|\\sqrt|\\infty")
 _VARIABLE = re.compile(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])|(?<=\d)[A-Za-z](?![A-Za-z])")
-_CURRENCY = re.compile(r"([+-]?) ?(?:\\?\$|US\$|[€£¥₹])(?: |\\ )*(?=[\d.+-])")
+_CURRENCY = re.compile(
+    r"([+-]?) ?(?:\\?\$|US\$|[€£¥₹]|(?:USD|EUR|GBP|CNY|RMB|JPY|INR|Rs)\.?(?= ?\d))(?: |\\ )*(?=[\d.+-])"
+)
 _DEGREES = re.compile(
-    r" ?\^ ?(?:\{ ?(?:\\circ|\\degree|∘|°) ?\}|\\circ(?![A-Za-z])|∘|°)|\\(?:degree|textdegree)(?![A-Za-z])|∘"
+    r" ?\^ ?(?:\{ ?(?:\\circ|\\degree|∘|°) ?\}|\\circ(?![A-Za-z])|∘|°)"
+    r"|(?<=\d) ?\^ ?(?:o(?!\w)|\{ ?o ?\})|\\(?:degree|textdegree)(?![A-Za-z])|∘"
 )
 
 
@@ -266,9 +272,40 @@ _MICRO = re.compile(r"(?:\\mu(?![A-Za-z])|μ) *(?=[A-Za-zΩ])")
 
 def plain_signs(text: str) -> str:
     r"""A text with degrees as `°`, and with Ω and μ as such before other letters."""
-    text = _DEGREES.sub("°", text)
+    text = _OVER.sub(_as_quotient, _DEGREES.sub("°", text)) if "frac" in text else _DEGREES.sub("°", text)
     text = text.replace("\\Omega", "Ω").replace("\\ohm", "Ω")
     return " ".join(_MICRO.sub("μ", text).split())
+
+
+_OVER = re.compile(r"(?<=[\d}]) *\\[dt]?frac ?\{ ?([^{}\d]+?) ?\} ?\{ ?([^{}\d]+(?: ?\^ ?(?:\d|\{ ?\d ?\}))?) ?\}")
+
+
+def _as_quotient(match: re.Match[str]) -> str:
+    r"""`5 \frac{m}{s}` as `5 m/s`; a fraction that is none of units stays."""
+    over, under = (part.strip() for part in match.groups())
+    return f" {over}/({under})" if _measured(over) and _measured(under) else match[0]
+
+
+_PART: Final = r"(\d+(?:\.\d+)?) ?([A-Za-z°]+|['\"]|[\u4e00-\u9fff]+)"
+_PARTS = re.compile(rf"{_PART}(?:,? (?:and )?|和|又)?{_PART}(?:(?:,? (?:and )?|和|又)?{_PART})?")
+
+
+def joined_units(text: str) -> str:
+    """A quantity in several units of one kind, each less than one of the unit before, in its last: "2 h 30 min"."""
+    match = _PARTS.fullmatch(text)
+    if match is None:
+        return text
+    parts = [(Fraction(match[i]), _measured(match[i + 1]), match[i + 1]) for i in (1, 3, 5) if match[i]]
+    total, before = Fraction(0), None
+    for number, unit, _ in parts:
+        if unit is None or (
+            before is not None and (unit.powers != before.powers or number * unit.scale >= before.scale)
+        ):
+            return text
+        total, before = total + number * unit.scale, unit
+    assert before is not None
+    last = total / before.scale
+    return f"{last} {parts[-1][2]}"
 
 
 def split_unit(text: str) -> tuple[str, Unit | None]:
@@ -278,7 +315,8 @@ def split_unit(text: str) -> tuple[str, Unit | None]:
         text: As `plain_signs` writes it.
     """
     if currency := _CURRENCY.match(text):
-        sign = currency[0].strip().lstrip("+-").removeprefix("US").strip("\\ ")
+        sign = currency[0].strip().lstrip("+- ").strip("\\ .").removeprefix("US$" if "$" in currency[0] else "")
+        sign = "$" if "$" in currency[0] else sign
         body, unit = split_unit(currency[1] + text[currency.end() :])
         return body, _times(_UNITS[sign], unit, 1) if unit and unit.powers[0][0] != sign else _UNITS[sign]
     for place in _BEFORE.finditer(text):
@@ -292,7 +330,9 @@ def split_unit(text: str) -> tuple[str, Unit | None]:
 
 
 def _unit_after(body: str, rest: str) -> Unit | None:
-    name = _HOW.sub("", rest.strip())
+    name = _HOW.sub("", f" {rest.strip()}").strip()
+    if not name and rest.strip():
+        return _NONE
     unit = _measured(name) if len(name) <= _LONGEST else None
     is_spaced = not rest[:1].isascii() or rest.startswith(" ") or re.search(r"(?:[^A-Za-z]|\\pi)$", body)
     if unit is not None and is_spaced:

@@ -124,7 +124,7 @@ def test_the_sizes_that_coco_tells_are_compared(tmp_path: Path, capsys: pytest.C
         file = write_coco(tmp_path, [10, 20, 30, 40], width=width, height=height)
         status, out = check(capsys, str(file), "--env", "VLM-OVD-v0", "--decode")
         assert status == 1
-        assert f"image 7 (id 7): the data set says that the image has {width} x {height} pixels, but it has 640" in out
+        assert f"image 7: the data set says that the image has {width} x {height} pixels, but it has 640" in out
     file = write_coco(tmp_path, [0.1, 0.2, 0.3, 0.4])
     status, out = check(capsys, str(file), "--env", "VLM-OVD-v0", "--decode")
     assert status == 1

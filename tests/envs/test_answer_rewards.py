@@ -85,7 +85,7 @@ NO_NUMBER = r"""
 twelve | nan | inf | -inf | NaN | 1e400 | -1e999 | 1/0 | 0/0 | 12 or 13 | 12, 13 | 12,13 | 12 13 | 1.2.3
 1,2345 | 1,23 | 12:30 | 12/05/2020 | 3-4 | 3 - 4 | --3 | 2x | 2 x | 2y | 2i | 12a | a12 | 5th | 3D | 0x10
 1_000 | 2\pi | 2π | 2 pi | \pi | 2\sqrt{3} | \sqrt{2} | √2
-2*3 | 2+3 | x+3 | 3+x | 3(x+1) | 3 dozen | minus 3 | negative 3 | 2 and a half | 5 squared
+2*3 | 2+3 | x+3 | 3+x | 3(x+1) | 3 dozen | 2 and a half | 5 squared
 square root of 16 | (3, 4) | ±3 | x > 3 | x^2=9 | - | . | , | 1/2/3 | 3 dogs and 4 cats | e5 | 1e | 12 a day
 $ | \frac{1}{x}
 """

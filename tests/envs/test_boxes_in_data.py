@@ -75,7 +75,8 @@ def test_a_form_is_for_data_with_boxes(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"unknown form of boxes 'xyhw'\. Did you mean 'xywh'"):
         RECEnv(dataset=file, boxes_in="xyhw")
     with pytest.raises(ConfigError, match="COCO's boxes are x, y, width and height by definition"):
-        OVDEnv(dataset=write_coco(tmp_path, SIZE, 1), boxes_in="xywh")
+        OVDEnv(dataset=write_coco(tmp_path, SIZE, 1), boxes_in="norm1000")
+    assert is_on_the_square(OVDEnv(dataset=write_coco(tmp_path, SIZE, 1), boxes_in="xywh"))
 
 
 @given(st.lists(st.one_of(st.integers(-9, 9999), st.floats(-9, 9999)), min_size=4, max_size=4), st.text())
@@ -157,6 +158,18 @@ def test_the_size_that_coco_tells_decides(orientation: int, tmp_path: Path) -> N
         assert is_on_the_square(OVDEnv(dataset=file, box_orientation=option))
         env = OVDEnv(dataset=write_coco(tmp_path, None, orientation), box_orientation=option)
         assert is_on_the_square(env) == (option == "stored")
+
+
+@pytest.mark.parametrize("size", [(100, 50), (100, 200)])
+def test_a_wrong_size_is_refused(size: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the first rows when the data set is opened, of the others when their images are read."""
+    file = write_coco(tmp_path, size, 1)
+    with pytest.raises(DataError, match=rf"image 1: .* the image has {size[0]} x {size[1]} pixels, but it has 200 x 1"):
+        OVDEnv(dataset=file)
+    monkeypatch.setattr("vlmenv.envs.data.dataset._SIZED", 0)
+    source = OVDEnv(dataset=file).source
+    with pytest.raises(DataError, match=r"image 1 \(id 1\): the data set says"):
+        source.get(0)
 
 
 def test_what_coco_cannot_tell_is_as_the_option_says(tmp_path: Path) -> None:

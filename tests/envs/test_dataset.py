@@ -213,6 +213,27 @@ def test_rows_are_left_out_by_what_they_say_and_show(tmp_path: Path) -> None:
         RECEnv(dataset=file, without_text="x")
 
 
+@pytest.mark.parametrize("name", ["{root}/../out.png", "../out.png", "sub/../../out.png", "link.png", "linked/out.png"])
+def test_images_can_be_confined_to_their_folder(tmp_path: Path, name: str) -> None:
+    root = tmp_path / "root"
+    (root / "sub").mkdir(parents=True)
+    for file in (root / "in.png", tmp_path / "out.png"):
+        Image.new("RGB", (40, 30)).save(file)
+    (root / "link.png").symlink_to(tmp_path / "out.png")
+    (root / "linked").symlink_to(tmp_path)
+    (root / "inner.png").symlink_to(root / "in.png")
+    rows = [{"image": path, "question": "Which?", "answer": "red"} for path in ("in.png", "inner.png", "sub/../in.png")]
+    rows += [{"image": str(root / "in.png"), "question": "Which?", "answer": "red"}]
+    data = root / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert VQAEnv(dataset=data, confine_images=True).source.size == 4
+    stray = rows[0] | {"image": name.format(root=root)}
+    data.write_text("".join(json.dumps(row) + "\n" for row in [*rows, stray]))
+    assert VQAEnv(dataset=data).source.get(4).images[0].shape == (30, 40, 3)
+    with pytest.raises(DataError, match=r"rows\.jsonl:5: the image .* lies outside .*root, and confine_images"):
+        VQAEnv(dataset=data, confine_images=True)
+
+
 def test_images_are_of_usual_formats_regular_files_and_of_bounded_size(tmp_path: Path) -> None:
     """EPS would call an external program, a pipe would be waited for, a small file may unpack to gigabytes."""
     Image.new("RGB", (8, 6)).save(tmp_path / "a.eps")

@@ -158,12 +158,12 @@ The true answer and the model's are read by the same steps.
 1. **Characters.** Full-width and mathematical letters, digits of all scripts, superscripts, `½`, `−` and `º` become
    plain ones.
 2. **Stated answer.** The last `\\boxed`, otherwise the text after the last "the answer is", "=", "答案是" or the like.
-   Boxes that follow each other are a list, and so is "\\boxed{3} or 4": neither states 3. A negation before it
-   ("is not") states nothing.
+   Boxes that follow each other are a list, and so is "\\boxed{3} or 4": neither states 3. What is denied
+   ("not \\boxed{3}", "\\boxed{3} is wrong") is not stated.
 3. **Units** are split off: SI units with their prefixes, common others, currencies, Chinese ones, and counted things
    ("people"). A unit that one side lacks is not compared. Two units are converted: `5000 g` is `5 kg`, `90 km/h` is
-   `25 m/s`. Units of different quantities are not equal. A percent sign on one side alone may be left out, or count as
-   1/100.
+   `25 m/s`. A quantity may have several, the largest first: `3 h 30 min` is `3.5 h`. Units
+   of different quantities are not equal. A percent sign on one side alone may be left out, or count as 1/100.
 4. **Numbers** are compared exactly, to the precision that the truth states. A truth of three or more significant digits
    with decimals (two, in scientific notation) equals every number that rounds to it. A fraction, a root or a multiple
    of π equals a decimal that rounds it to six or more significant digits.

@@ -21,8 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vlmenv.core.errors import DataError
+from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.envs.base import VisualTaskEnv
+from vlmenv.envs.captioning import CaptionEnv
 from vlmenv.envs.data.rows import COLUMNS
 from vlmenv.envs.math_reasoning import MathEnv
 from vlmenv.envs.ovd import OVDEnv
@@ -452,6 +453,46 @@ def test_an_image_can_be_left_out_on_purpose(folder: Path) -> None:
     file = dump(folder, {"question": "Why?", "answer": "yes", "screenshot": "a.png"})
     check(VQAEnv(dataset=file, columns={"images": ""}), "Why?", images=0)
     check(VQAEnv(dataset=file, columns={"images": "screenshot"}), "Why?")
+
+
+@pytest.mark.parametrize(
+    ("task", "columns", "prompt", "unused"),
+    [
+        (RECEnv, {"answer": "[1, 2, 3, 4]", "choices": ["a", "b"]}, "Where?", {"choices"}),
+        (RECEnv, {"answer": "[1, 2, 3, 4]", "A": "a", "B": "b", "solution": "x"}, "Where?", {"A", "B", "solution"}),
+        (RECEnv, {"answer": "[1, 2, 3, 4]", "options": 5, "tolerance": "wide"}, "Where?", {"options", "tolerance"}),
+        (OVDEnv, {"answer": "None", "choices": ["a"], "keywords": ["b"]}, "Where?", {"choices", "keywords"}),
+        (VQAEnv, {"answer": "red", "tolerance": 0.5, "key_word": ["b"]}, "Where?", {"tolerance", "key_word"}),
+        (VQAEnv, {"answer": "5", "tolerance": 0.5, "unit": "cm"}, "Where?", {"unit"}),
+        (VQAEnv, {"answer": "A", "A": "red", "B": "blue", "hint": "c"}, "Hint: c\nWhere?\n(A) red\n(B) blue", set()),
+        (VQAEnv, {"answer": "A", "choices": ["p", "q"], "A": "x", "B": "y"}, "Where?\n(A) p\n(B) q", {"A", "B"}),
+        (MathEnv, {"answer": "5", "hint": "Where?", "precision": 1}, "Where?", {"precision"}),
+        (MathEnv, {"answer": "x^2", "tolerance": 1, "rationale": "r"}, "Where?", None),
+        (CaptionEnv, {"key_word": ["a"], "choices": ["a", "b"], "tolerance": 1}, None, {"choices", "tolerance"}),
+        (CaptionEnv, {"key_word": ["a"], "choices": ["a", "b"], "answer": "A", "level": 2}, None, {"level"}),
+    ],
+)
+def test_no_column_is_dropped_in_silence(
+    folder: Path, task: Any, columns: dict[str, Any], prompt: str | None, unused: set[str] | None
+) -> None:
+    """A column is used, or it is told; one that is not used changes neither prompt nor truth."""
+    data = dump(folder, {"image": "a.png", "question": "Where?"} | columns)
+    options = {"rewards": {"keywords": 1.0}} if task is CaptionEnv else {}
+    if unused is None:  # a tolerance asks for a number
+        with pytest.raises(DataError, match="no single finite number"):
+            task(dataset=data)
+        return
+    source = task(dataset=data, **options).source
+    assert prompt is None or source.get(0).question == prompt
+    assert {*source.usage.unused} == unused
+    told = " ".join(source.usage.warnings())
+    assert all(f"'{column}'" in told for column in unused)
+    assert ("the hint is put before" in told) == ("hint" in columns and columns["hint"] != "Where?")
+
+
+def test_a_column_cannot_be_named_for_what_a_task_does_not_read(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="the task does not read choices"):
+        RECEnv(dataset=dump(folder, {"image": "a.png"}), columns={"choices": "options"})
 
 
 def test_columns_that_a_task_does_not_read_are_counted(folder: Path) -> None:

@@ -48,19 +48,19 @@ class _Frame:
         self.keyed = False
 
 
-OPEN: Final = re.compile(r"[\[({［（｛]")
+OPEN: Final = re.compile(r"[\[({［（｛【]")
 """What a list or an object begins with."""
 _TOKEN = re.compile(
     r"""
-    (?P<open>[\[({［（｛]) | (?P<close>[\])}］）｝]) | (?P<comma>[,，、;；]) | (?P<colon>[:：=])
+    (?P<open>[\[({［（｛【]) | (?P<close>[\])}］）｝】]) | (?P<comma>[,，、;；]) | (?P<colon>[:：=])
     | (?P<quote>["“”'‘’]) | (?P<comment>//|\#(?!\d)|/\*)
     | (?P<number>[+-]?(?:[0-9０-９]++\.?[0-9０-９]*+|\.[0-9]++)(?:[eE][+-]?[0-9]++)?+)
-    | (?P<word>[^\s\[\](){},:;=，、；：＝［］（）｛｝"“”'‘’][^\s\[\](){},:;=，、；：＝［］（）｛｝"“”]*+)
+    | (?P<word>[^\s\[\](){},:;=，、；：＝［］（）｛｝【】"“”'‘’][^\s\[\](){},:;=，、；：＝［］（）｛｝【】"“”]*+)
     """,
     re.VERBOSE,
 )
 _CLOSING: Final = {  # a quote ends a string only before what may follow one
-    mark: re.compile(rf"(?<!\\)(?:\\\\)*[{mark}](?=\s*+(?:[,，、;:：=\]}})］｝）]|\Z))") for mark in ('"“”', "'‘’")
+    mark: re.compile(rf"(?<!\\)(?:\\\\)*[{mark}](?=\s*+(?:[,，、;:：=\]}})］｝）】]|\Z))") for mark in ('"“”', "'‘’")
 }
 _CONSTANTS: Final = {"none": None, "null": None, "true": True, "false": False}
 _MARKUP = "*`$"

@@ -108,8 +108,8 @@ def _per_token(agent: VLMAgent, rollout: Rollout) -> NDArray[np.float64]:
     parts = [rollout[firsts[: (len(firsts) + 1) // 2]], rollout[firsts], rollout]
     counted = np.array([[1.0, *_tokens(part, shares)] for part in parts])
     kept = np.array([float(_kept(agent, part)) for part in parts])
-    each: NDArray[np.float64] = np.maximum(np.linalg.lstsq(counted, kept, rcond=None)[0], 0)
-    return each
+    found: NDArray[np.float64] = np.maximum(np.linalg.lstsq(counted, kept, rcond=None)[0], 0)
+    return found
 
 
 def _tokens(rollout: Rollout, shares: bool) -> list[float]:

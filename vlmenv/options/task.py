@@ -16,6 +16,7 @@ from vlmenv.core.sampling import Sampling
 from vlmenv.options.scorers import ScorerConfig
 
 Device = Literal["auto", "cpu", "cuda"]
+BoxNumbers = Literal["xyxy", "xywh", "fractions", "norm1000"]
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,14 @@ class ReadingOptions:
     """Width and height in pixels below which an image's row is left out."""
     without_text: tuple[str, ...] = ()
     """Texts that leave a row out if its answer, reasoning included, contains one."""
-    boxes_in: Literal["xyxy", "xywh", "fractions", "norm1000"] | None = None
+    boxes_in: BoxNumbers | None = None
     """Numbers of the data set's true boxes: edges in pixels, x, y, width and height in pixels, or edges in fractions or
     thousandths of the image. None: xyxy; COCO's are xywh by definition."""
     box_orientation: Literal["shown", "stored"] = "shown"
     """Orientation of the image that the data set's boxes refer to, if EXIF turns it. A COCO file's width and height
     decide, where they can."""
+    confine_images: bool = False
+    """Refusal of images outside `image_root`: absolute paths, `..` and links that lead out of it."""
 
     def reading_arguments(self) -> dict[str, Any]:
         """Arguments of the environment about the reading of rows."""
@@ -50,6 +53,7 @@ class ReadingOptions:
             "without_text": self.without_text,
             "boxes_in": self.boxes_in,
             "box_orientation": self.box_orientation,
+            "confine_images": self.confine_images,
         }
 
 

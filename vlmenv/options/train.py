@@ -9,7 +9,7 @@ from typing import Any, Final, Generic, Literal, Self, TypeVar
 
 from vlmenv.algos import AlgorithmConfig, GRPOConfig, TrainerConfig, find_algorithm
 from vlmenv.core.errors import ConfigError, require
-from vlmenv.options.task import TaskConfig, located_names
+from vlmenv.options.task import BoxNumbers, TaskConfig, located_names
 
 AlgorithmT = TypeVar("AlgorithmT", bound=AlgorithmConfig)
 
@@ -83,6 +83,8 @@ class MeasuringOptions:
     """Split of a Hugging Face data set to measure on. None: that of the training data."""
     eval_image_root: tuple[Path, ...] | None = None
     """Folder of the images of `eval_dataset`. None: `image_root`."""
+    eval_boxes_in: BoxNumbers | None = None
+    """Numbers of the true boxes of `eval_dataset`, in the forms of `boxes_in`. None: `boxes_in`."""
     eval_limit: int = 512
     """Largest number of samples to measure on. 0: no measuring."""
     eval_every: int | None = None
@@ -99,8 +101,9 @@ class MeasuringOptions:
         )
         if self.eval_every is not None and self.eval_limit == 0:
             raise ConfigError("eval_every needs samples to measure on: leave out eval_limit 0")
-        if self.eval_image_root is not None and self.eval_dataset is None:
-            raise ConfigError("eval_image_root goes with eval_dataset")
+        for name in ("eval_image_root", "eval_boxes_in"):
+            if getattr(self, name) is not None and self.eval_dataset is None:
+                raise ConfigError(f"{name} goes with eval_dataset")
 
 
 _MINUTES: Final = 30.0
