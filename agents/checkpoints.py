@@ -14,11 +14,17 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from vlmenv.agents.families.base import read_json
 from vlmenv.agents.remainders import REMAINDERS, exact_weights
-from vlmenv.agents.untrainable import refuse_untrainable, usable_attention
+from vlmenv.agents.untrainable import read_config, refuse_untrainable
 from vlmenv.core.errors import ModelError
 from vlmenv.core.names import BUILTIN
 
@@ -110,16 +116,11 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         ModelError: Weights cannot be read, or some are missing.
     """
-    attention = {} if (other := usable_attention(folder)) is None else {"attn_implementation": other}
     exact = dtype == torch.float32 and (folder / REMAINDERS).is_dir()
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    config = read_config(folder)
     try:
-        if exact:
-            config = AutoConfig.from_pretrained(folder)
-            where: dict[str, Any] = {"config": config, "state_dict": exact_weights(folder)}
-        else:
-            where = {"pretrained_model_name_or_path": folder}
-        where = {"pretrained_model_name_or_path": None} | where | attention
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(**where, dtype=dtype, output_loading_info=True)
+        loaded: Any = _exact(folder, config, options) if exact else _stored(folder, config, options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: the model's weights cannot be read: {error}") from error
     model, report = loaded
@@ -127,9 +128,20 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         missing = sorted(report["missing_keys"])
         raise ModelError(f"{folder}: {len(missing)} of the model's weights are missing, {missing[0]} among them")
     assert isinstance(model, PreTrainedModel)
-    if exact and (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
+
+
+def _stored(folder: Path, config: PreTrainedConfig, options: Mapping[str, Any]) -> Any:
+    return AutoModelForImageTextToText.from_pretrained(folder, config=config, **options)
+
+
+def _exact(folder: Path, config: PreTrainedConfig, options: Mapping[str, Any]) -> Any:
+    """The model with what its files of weights have rounded away."""
+    kind: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    loaded = kind.from_pretrained(None, config=config, state_dict=exact_weights(folder), **options)
+    if (folder / "generation_config.json").is_file():
+        loaded[0].generation_config = GenerationConfig.from_pretrained(folder)
+    return loaded
 
 
 def weight_names(folder: Path) -> set[str]:

@@ -119,6 +119,11 @@ class LoRA:
     begins_elsewhere = False
     """True if training begins with adapters that change the model"""
 
+    @property
+    def numbers(self) -> tuple[int, int, float]:
+        """Rank, alpha and dropout."""
+        return int(self.config.r), int(self.config.lora_alpha), float(self.config.lora_dropout)
+
     def keep_start(self) -> None:
         """Keeps a copy of the adapters as they are, for `as_at_start`."""
         self._start = {part: part.detach().clone() for layer in self._layers for part in _adapters(layer)}

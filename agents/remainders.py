@@ -15,24 +15,27 @@ from torch import Tensor
 
 REMAINDERS: Final = "float32"
 """Folder in a checkpoint: for each file of weights one of the same name, with those that were rounded."""
+_HALF: Final = 1 << 15
+_HALFWAY: Final = "/halfway"
+_NOWHERE: Final = torch.empty(0, dtype=torch.int64)
 
 
-def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor in another data type. Halfway cases of bfloat16 round away from 0, so that remainders fit 16 bits."""
-    if tensor.dtype == torch.float32 and dtype == torch.bfloat16:
-        return ((tensor.contiguous().view(torch.int32) + (1 << 15)) >> 16).to(torch.int16).view(torch.bfloat16)
-    return tensor.to(dtype)
+def remainder(name: str, tensor: Tensor, stored: Tensor) -> dict[str, Tensor]:
+    """What a float32 tensor has lost in `stored`, by names for a file; empty if it has lost nothing.
 
-
-def remainder(tensor: Tensor, stored: Tensor) -> Tensor | None:
-    """The bits that a float32 tensor has lost in `stored`, int16 or int32; None if it has lost none."""
+    It is the difference of the bit patterns: int16 if that suffices, as it does for bfloat16, else int32. Halfway
+    cases that bfloat16 rounds down have a difference of 2**15, just out of range; their places are listed.
+    """
     if tensor.dtype != torch.float32 or stored.dtype == torch.float32:
-        return None
+        return {}
     lost = tensor.contiguous().view(torch.int32) - stored.float().view(torch.int32)
     low, high = (int(end) for end in lost.aminmax()) if lost.numel() else (0, 0)
     if low == high == 0:
-        return None
-    return lost.to(torch.int16) if low >= -(1 << 15) and high < 1 << 15 else lost
+        return {}
+    if low < -_HALF or high > _HALF:
+        return {name: lost}
+    halfway = {name + _HALFWAY: (lost.flatten() == _HALF).nonzero()[:, 0]} if high == _HALF else {}
+    return {name: lost.to(torch.int16)} | halfway
 
 
 def exact_weights(folder: Path) -> dict[str, Tensor]:
@@ -47,8 +50,11 @@ def exact_weights(folder: Path) -> dict[str, Tensor]:
     for file in sorted(folder.glob("*.safetensors")):
         weights |= load_file(file)
     for file in sorted((folder / REMAINDERS).glob("*.safetensors")):
-        for name, lost in load_file(file).items():
+        rest = load_file(file)
+        for name in (name for name in rest if not name.endswith(_HALFWAY)):
+            lost = rest[name].int()
             if name not in weights or weights[name].shape != lost.shape:
                 raise RuntimeError(f"{file} does not belong to the weights beside it: {name} is unlike")
-            weights[name] = (weights[name].float().view(torch.int32) + lost.int()).view(torch.float32)
+            lost.view(-1)[rest.get(name + _HALFWAY, _NOWHERE)] = _HALF
+            weights[name] = (weights[name].float().view(torch.int32) + lost).view(torch.float32)
     return weights

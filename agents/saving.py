@@ -19,7 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from vlmenv.agents.checkpoints import stored_weights
 from vlmenv.agents.families import Family
 from vlmenv.agents.families.base import read_json
-from vlmenv.agents.remainders import REMAINDERS, remainder, rounded
+from vlmenv.agents.remainders import REMAINDERS, remainder
 from vlmenv.core.errors import CheckpointError
 from vlmenv.core.sampling import Sampling
 
@@ -87,12 +87,11 @@ def write_weights(
         max_shard_size=_LARGEST,
     )
     for file, names in plan.filename_to_tensors.items():
-        stored, rest = {}, {}
+        stored, rest = dict[str, Tensor](), dict[str, Tensor]()
         for name in names:
             tensor = weights[name].cpu()
-            stored[name] = rounded(tensor, types[name]).contiguous()
-            if exact and (lost := remainder(tensor, stored[name])) is not None:
-                rest[name] = lost
+            stored[name] = tensor.to(types[name]).contiguous()
+            rest |= remainder(name, tensor, stored[name]) if exact else {}
         save_file(stored, folder / file, {"format": "pt"})
         if rest:
             (folder / REMAINDERS).mkdir(exist_ok=True)
@@ -104,13 +103,17 @@ def write_weights(
 
 def types_on_disk(weights: Mapping[str, Tensor], base: Path, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
     """The data type of each weight on disk; numbers that are no floats keep theirs."""
-    stored = {name: kind for name, (kind, _) in stored_weights(base).items()}
-    common = Counter(stored.values()).most_common(1)
-    usual = common[0][0] if common else torch.float32
+    stored, usual = {name: kind for name, (kind, _) in stored_weights(base).items()}, usual_type(base)
     return {
         name: (dtype or stored.get(name, usual)) if tensor.is_floating_point() else tensor.dtype
         for name, tensor in weights.items()
     }
+
+
+def usual_type(folder: Path) -> torch.dtype:
+    """The data type of most weights in a folder's files; float32 without any."""
+    common = Counter(kind for kind, _ in stored_weights(folder).values()).most_common(1)
+    return common[0][0] if common else torch.float32
 
 
 def write_settings(folder: Path, base: Path, family: Family, sampling: Sampling, dtype: torch.dtype | None) -> None:
@@ -123,7 +126,7 @@ def write_settings(folder: Path, base: Path, family: Family, sampling: Sampling,
         sampling: Sampling in training, which generation_config.json gets.
         dtype: Data type of the weights if it was asked for.
     """
-    for file in _kept_files(base):
+    for file in kept_files(base):
         shutil.copyfile(file, folder / file.name)
     text = (base / "config.json").read_text(encoding="utf-8")
     if dtype is not None and any(kind != dtype for kind, _ in stored_weights(base).values()):
@@ -146,7 +149,7 @@ def generation_settings(base: Mapping[str, Any], family: Family, sampling: Sampl
     return kept | ends | {"do_sample": True} | drawn
 
 
-def _kept_files(base: Path) -> Iterator[Path]:
+def kept_files(base: Path) -> Iterator[Path]:
     """Files of a model folder that training does not change: configuration, processor, licence."""
     for file in sorted(base.iterdir()):
         if not file.is_file() or file.name in _OWN or file.name.endswith(".index.json"):

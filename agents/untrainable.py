@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from transformers import AutoConfig, PreTrainedConfig
+
 from vlmenv.agents.families.base import read_json
 from vlmenv.core.errors import ModelError
 
@@ -55,17 +57,27 @@ def _kind(settings: Any) -> str:
     return _QUANTISED.get(str(method).lower(), str(method)) + width
 
 
-def usable_attention(folder: Path) -> str | None:
-    """The attention to use in place of what config.json asks for; None if that can be used."""
-    return _INSTEAD if _other_attention(folder) else None
+def read_config(folder: Path) -> PreTrainedConfig:
+    """Reads a model's configuration, and sets the attention to one that can be used if it names another.
+
+    Raises:
+        ModelError: It cannot be read.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: the model's configuration cannot be read: {error}") from error
+    if _other_attention(folder):
+        config._attn_implementation = _INSTEAD  # of all parts
+    assert isinstance(config, PreTrainedConfig)
+    return config
 
 
 def tell_attention(folder: Path) -> None:
     """Logs a line if config.json asks for an attention that is not used."""
     if (asked := _other_attention(folder)) and os.environ.get("RANK", "0") == "0":
         _log.warning(
-            "%s: config.json asks for attention by %s; %s is used in its place, and checkpoints keep config.json as it "
-            "is",
+            "%s: config.json asks for attention by %s; %s is used instead, and checkpoints keep config.json as it is",
             folder,
             asked,
             _INSTEAD,

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from vlmenv.agents.base import Agent, LogProbs, Reference
 from vlmenv.agents.checkpoints import (
@@ -34,7 +33,7 @@ from vlmenv.agents.recomputation import recompute_activations
 from vlmenv.agents.references import FrozenPolicy, UnadaptedPolicy
 from vlmenv.agents.sampling import Sampled, sample
 from vlmenv.agents.saving import check_conversion, published_weights, write_settings, write_weights
-from vlmenv.agents.untrainable import tell_attention
+from vlmenv.agents.untrainable import read_config, tell_attention
 from vlmenv.core.errors import ConfigError, ModelError, PromptError
 from vlmenv.core.files import atomic_folder
 from vlmenv.core.names import BUILTIN
@@ -106,11 +105,7 @@ class VLMAgent(Agent):
         """
         folder, adapter = find_model(name_or_path), find_adapter(name_or_path)
         tell_attention(folder)
-        try:
-            config = AutoConfig.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{folder}: the model's configuration cannot be read: {error}") from error
-        family = family_of(config.model_type)
+        family = family_of(read_config(folder).model_type)
         processor = Processor.from_pretrained(folder, chat_template_kwargs)
         model = load_model(folder, dtype).to(device).eval()  # type: ignore[arg-type]
         agent = cls(family(model, processor), folder, sampling=sampling, share_prefixes=share_prefixes)
@@ -214,7 +209,7 @@ class VLMAgent(Agent):
             ConfigError: There are adapters, which freeze the model already.
         """
         if self.lora is not None:
-            raise ConfigError("LoRA freezes the whole model already: remove freeze_vision and freeze_projector")
+            raise ConfigError("LoRA freezes the whole model already: leave out freeze_vision and freeze_projector")
         projectors = _parameters(self.family.projectors())
         tower = _parameters([self.family.vision_tower()]) - projectors
         for parameter in (tower if vision else set()) | (projectors if projector else set()):
@@ -243,6 +238,12 @@ class VLMAgent(Agent):
         inside = {module for part in parts for module in part.modules() if isinstance(module, nn.Linear)}
         targets = [name for name, module in model.named_modules() if module in inside]
         self.lora = LoRA.new(model, targets, rank, alpha, dropout)
+
+    @property
+    def sees_by_adapters(self) -> bool:
+        """True if the vision tower or its projectors have adapters."""
+        parts = [self.family.vision_tower(), *self.family.projectors()]
+        return any(is_adapter(f".{name}") for part in parts for name, _ in part.named_parameters())
 
     def add_value_head(self, *, detach: bool = False) -> None:
         """Adds a value head on the final hidden states, for `LogProbs.state_values`.

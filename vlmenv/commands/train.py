@@ -45,6 +45,7 @@ from vlmenv.runs.models import with_checkpoint
 from vlmenv.runs.output import lasting_output
 from vlmenv.runs.record import asked_yaml, print_dry_run, resolved_yaml
 from vlmenv.runs.resuming import DataSets, changes, check_data_changed, facts
+from vlmenv.runs.room import check_room
 from vlmenv.runs.run_folder import RunFolder
 from vlmenv.runs.tracking import THROUGH_ACCELERATE, Tracking, find_tracker
 
@@ -132,6 +133,9 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
     if accelerator.is_main_process and config.resume is None:
         identity = secrets.token_hex(8)
         run.create(asked_yaml(config, asked.names, identity), resolved_yaml(config, envs, accelerator, identity))
+    with shared_failure(accelerator):
+        if accelerator.is_main_process:
+            check_room(trainer.agent, config, run, console)
     kept = facts(config, data, run, accelerator.num_processes) if accelerator.is_main_process else {}
     console.print(f"{config.env}, {config.algo}, model {config.model}; writing to {run.path}", highlight=False)
     tracking = Tracking(accelerator, config.logging.tracker, run, flatten(config), step=found.step)
@@ -194,6 +198,7 @@ def _make_trainer(
     algorithm = parts.algorithm or find_algorithm(config.algo).make(config.algorithm)
     torch.manual_seed(config.seed)  # which new adapters are drawn from
     adapt(agent, config.adaptation)
+    agent.check_saving()
     if algorithm.wants_values:
         agent.add_value_head()
     return Trainer(agent, envs, algorithm, config.trainer, accelerator)

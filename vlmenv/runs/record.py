@@ -18,7 +18,8 @@ from packaging.requirements import Requirement
 from rich.console import Console
 
 import vlmenv
-from vlmenv.agents.checkpoints import find_model
+from vlmenv.agents.checkpoints import ADAPTER_CONFIG, find_adapter, find_model
+from vlmenv.agents.lora import ADAPTER_WEIGHTS
 from vlmenv.core.files import file_digest
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.options.fields import options_of
@@ -84,7 +85,7 @@ def _record(config: TrainConfig[Any], accelerator: Accelerator) -> dict[str, Any
         "device": _device(accelerator),
         "ranks": accelerator.num_processes,
         "threads": torch.get_num_threads(),
-        "model": dict(_files([find_model(config.model) / "config.json"])) | _weights(find_model(config.model)),
+        "model": _model(config.model),
         "data": {name: _described(name) for name in _datasets(config)},
     }
     return record
@@ -145,6 +146,13 @@ def _described(name: str) -> Any:
     if path.is_dir():
         return dict(_files(sorted(file for file in path.rglob("*") if file.is_file())))
     return "on the Hugging Face hub"
+
+
+def _model(name: str) -> dict[str, Any]:
+    """The configuration and weights of a model, and the adapters on it."""
+    folder, adapter = find_model(name), find_adapter(name)
+    adapters = [] if adapter is None else [adapter / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
+    return dict(_files([folder / "config.json"])) | _weights(folder) | dict(_files(adapters))
 
 
 def _weights(folder: Path) -> dict[str, Any]:
