@@ -279,7 +279,7 @@ class VLMAgent(Agent):
         return groups
 
     def reference(self) -> Reference:
-        """A frozen copy of the policy; with LoRA, the model with the adapters as they are now, which needs no copy of it.
+        """A frozen copy of the policy; with LoRA, the model with the adapters as they are now, which needs no copy.
 
         Raises:
             ConfigError: The agent was loaded with adapters, and ranks hold shards of the weights.

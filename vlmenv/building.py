@@ -264,7 +264,9 @@ def _check_adapters(agent: VLMAgent, options: AdaptationOptions) -> None:
     asked = (rank, options.lora_alpha or 2 * rank, options.lora_dropout, options.lora_vision)
     own = (*agent.lora.numbers, agent.sees_by_adapters)
     names = ("lora_rank", "lora_alpha", "lora_dropout", "lora_vision")
-    unlike = [f"{name} {theirs}, not {ours}" for name, ours, theirs in zip(names, asked, own, strict=True) if ours != theirs]
+    unlike = [
+        f"{name} {theirs}, not {ours}" for name, ours, theirs in zip(names, asked, own, strict=True) if ours != theirs
+    ]
     if unlike:
         raise ConfigError(
             f"{agent.adapter} holds adapters, which are trained further as they are: with {', '.join(unlike)}. Leave "

@@ -1,6 +1,6 @@
 """Logits of models by whatever transformers is on the path, which another process looks at.
 
-Arguments: a JSON file of jobs, each with `folder`, `adapter` (or null), `inputs` and `out`.
+Arguments: a JSON file of jobs, each with `folder`, `adapter` and `weights` (or null), `inputs` and `out`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ def logits(job: dict[str, str]) -> torch.Tensor:
         import peft
 
         loaded = peft.PeftModel.from_pretrained(loaded, job["adapter"])
+    if job["weights"]:
+        loaded.load_state_dict(load_file(job["weights"]))
     inputs = load_file(job["inputs"])
     if transformers.__version__.startswith("4."):
         inputs.pop("mm_token_type_ids", None)

@@ -112,5 +112,3 @@ def _human(size: float) -> str:
         if size < 1000:
             return f"{size:.3g} {unit}"
     return f"{size / 1000:.3g} TB"
-
-
