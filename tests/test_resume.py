@@ -30,7 +30,7 @@ TINY = ["--prompts-per-step", "2", "--group-size", "4", "--eval-limit", "4", "--
 OPTIONS = {
     "all weights": ["--algo", "grpo", "--mu", "2", "--minibatches", "2", "--beta", "0.01"],
     "adapters": ["--lora-rank", "4", "--lora-dropout", "0.1", "--lora-vision", "--beta", "0.01"],
-    "critic": ["--algo", "ppo", "--freeze-projector", "--vision-lr", "1e-4"],
+    "critic": ["--algo", "ppo", "--freeze-projector", "--save-dtype", "bf16", "--vision-lr", "1e-4"],
     "replays": ["--algo", "grpo", "--replay", "6", "--rewards", "iou@0.5", "1", "--beta", "0.01"],
     "curriculum": ["--revisit", "0.2", "--rewards", "iou@0.5", "1"],
     "resampling": ["--algo", "dapo", "--most-rounds", "3", "--gradient-checkpointing"],
