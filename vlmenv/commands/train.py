@@ -135,7 +135,7 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
         run.create(asked_yaml(config, asked.names, identity), resolved_yaml(config, envs, accelerator, identity))
     with shared_failure(accelerator):
         if accelerator.is_main_process:
-            check_room(trainer.agent, config, run, console)
+            check_room(cast(VLMAgent, trainer.agent), config, run, console)
     kept = facts(config, data, run, accelerator.num_processes) if accelerator.is_main_process else {}
     console.print(f"{config.env}, {config.algo}, model {config.model}; writing to {run.path}", highlight=False)
     tracking = Tracking(accelerator, config.logging.tracker, run, flatten(config), step=found.step)

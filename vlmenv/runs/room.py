@@ -89,7 +89,7 @@ def check_room(agent: VLMAgent, config: TrainConfig[Any], run: RunFolder, consol
         OSError: The folder cannot be written.
     """
     folder = run.path / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = folder if folder.is_dir() else run.path
     tempfile.TemporaryFile(dir=folder).close()
     need, free = Need.of(Size.of(agent), config, run), shutil.disk_usage(folder).free
     kept = f"{need.most} of them" if config.logging.kept is None else f"{need.most} at a time, one being written"
