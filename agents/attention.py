@@ -11,7 +11,7 @@ Shapes: P prompts of up to T tokens; N completions of up to L tokens; H query he
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -96,6 +96,18 @@ class Prefixes(Attention):
         self.values: dict[int, Tensor] = {}
         """[P, K, T, D] per block"""
 
+    @classmethod
+    def joined(cls, parts: Sequence[Prefixes]) -> Prefixes:
+        """Joins prompts that ran in several passes. It empties the parts, so that only one block is held twice."""
+        if len(parts) == 1:
+            return parts[0]
+        packing = parts[0].packing
+        whole = cls(Packing(torch.cat([part.packing.lengths for part in parts]), packing.rows.device))
+        for block in list(parts[0].keys):
+            whole.keys[block] = _stacked([part.keys.pop(block) for part in parts])
+            whole.values[block] = _stacked([part.values.pop(block) for part in parts])
+        return whole
+
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         # Padding is at the right, where causal attention does not look.
         query, key, value = (self.packing.pad(one).transpose(1, 2) for one in (query, key, value))
@@ -118,6 +130,17 @@ class Prefixes(Attention):
         rows = rows.to(self.packing.rows.device)
         self.keys = {block: keys[rows] for block, keys in self.keys.items()}
         self.values = {block: values[rows] for block, values in self.values.items()}
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Stacks keys or values [p, K, t, D], padded with zeros at the right, to [P, K, T, D]."""
+    _, heads, _, size = parts[0].shape
+    whole = parts[0].new_zeros(sum(map(len, parts)), heads, max(part.shape[2] for part in parts), size)
+    start = 0
+    for part in parts:
+        whole[start : start + len(part), :, : part.shape[2]] = part
+        start += len(part)
+    return whole
 
 
 class Continuations(Attention):

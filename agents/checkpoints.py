@@ -26,11 +26,10 @@ from vlmenv.agents.families.base import read_json
 from vlmenv.agents.remainders import REMAINDERS, exact_weights
 from vlmenv.agents.untrainable import read_config, refuse_untrainable
 from vlmenv.core.errors import ModelError
-from vlmenv.core.names import BUILTIN
+from vlmenv.core.names import BUILTIN, hub_name
 
 ADAPTER_CONFIG: Final = "adapter_config.json"
 """The file of peft's that makes a folder one of adapters."""
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _IN_CACHE = re.compile(r"models--([^/]+)--([^/]+)/snapshots/[^/]+/?$")
 _DOWNLOADED = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "LICENSE*", "NOTICE*", "README.md"]
 
@@ -39,8 +38,8 @@ def find_model(name_or_path: str | Path) -> Path:
     """Finds the folder of a model. A model on the Hugging Face hub is downloaded.
 
     Args:
-        name_or_path: `"builtin"`, a folder, or a name on the hub. Adapters stand for the model that they were trained
-            on; `find_adapter` finds the adapters themselves.
+        name_or_path: `"builtin"`, a folder, or a name on the hub, with `@REVISION` if not its main branch is meant.
+            Adapters stand for the model that they were trained on; `find_adapter` finds the adapters themselves.
 
     Raises:
         ModelError: There is neither such a folder nor such a name on the hub, or the model cannot be trained.
@@ -70,9 +69,9 @@ def _find(name_or_path: str | Path) -> Path:
     folder = Path(name_or_path)
     if folder.is_dir():
         return folder.absolute()
-    if not _HUB_NAME.fullmatch(str(name_or_path)):
+    if (named := hub_name(str(name_or_path))) is None:
         raise ModelError(f"{name_or_path}: no such model folder")
-    return _download(str(name_or_path))
+    return _download(*named)
 
 
 def _base_of(adapter: Path) -> Path:
@@ -93,9 +92,9 @@ def _base_of(adapter: Path) -> Path:
 
 
 @functools.cache
-def _download(name: str) -> Path:
+def _download(name: str, revision: str | None) -> Path:
     try:
-        return Path(snapshot_download(name, allow_patterns=_DOWNLOADED))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_DOWNLOADED))
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{name}: no such model folder, and the download from the Hugging Face hub failed "

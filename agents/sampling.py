@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vlmenv.agents.attention import Steps
+from vlmenv.agents.attention import Prefixes, Steps
 from vlmenv.agents.policy import Policy, next_position
 from vlmenv.core.errors import ModelError
 from vlmenv.core.rollout import FinishReason, Prompt
@@ -33,6 +34,35 @@ class Sampled:
     finish_reason: FinishReason
 
 
+@dataclass(frozen=True)
+class PassLimits:
+    """Limits of a forward pass of sampling. They bound its memory and do not change the result."""
+
+    rows: int | None = None
+    """maximum number of prompts in a pass; None: no limit"""
+    tokens: int | None = None
+    """maximum number of tokens of prompts in a pass, which has at least one prompt; None: no limit"""
+
+    @property
+    def logits(self) -> int | None:
+        """Maximum number of completions whose logits are computed at once; None: no limit."""
+        return self.rows or self.tokens
+
+    def passes(self, lengths: Sequence[int]) -> list[slice]:
+        """Divides prompts of some lengths into passes of neighbours."""
+        starts, used = [0], 0
+        for i, length in enumerate(lengths):
+            is_full = i - starts[-1] == self.rows or (self.tokens is not None and used + length > self.tokens)
+            if is_full and i > starts[-1]:
+                starts.append(i)
+                used = 0
+            used += length
+        return [slice(*ends) for ends in pairwise([*starts, len(lengths)])]
+
+
+NO_LIMITS = PassLimits()
+
+
 @torch.no_grad()
 def sample(
     policy: Policy,
@@ -40,6 +70,7 @@ def sample(
     index: NDArray[np.int64],
     sampling: Sampling,
     generator: torch.Generator,
+    limits: PassLimits = NO_LIMITS,
 ) -> list[Sampled]:
     """Samples completions.
 
@@ -49,6 +80,7 @@ def sample(
         index: int64 [N], the prompt of each completion.
         sampling: Sampling options.
         generator: Random generator on the policy's device.
+        limits: Limits of a pass. Default: all prompts run in one pass.
 
     Returns:
         [N].
@@ -58,12 +90,12 @@ def sample(
     """
     rows = torch.from_numpy(index)
     growing = _Growing(len(rows), sampling, policy)
-    prefixes, firsts = policy.prefill(prompts)
+    prefixes, firsts = prefilled(policy, prompts, limits)
     attention = Steps(prefixes, rows, sampling.max_new_tokens)
     positions = torch.tensor([next_position(prompt) for prompt in prompts])[rows].to(policy.device)
     hidden = firsts[rows.to(policy.device)]
     while True:
-        token, logprob = _draw(policy.logits(hidden), sampling, generator)
+        token, logprob = _next(policy, hidden, sampling, generator, limits.logits)
         growing.add(token, logprob)
         going = growing.still_going()
         if len(going) == 0:
@@ -74,6 +106,22 @@ def sample(
             token, positions = token[kept], positions[kept]
         hidden = policy.extend(token, positions + attention.length, attention)
         attention.length += 1
+
+
+def prefilled(policy: Policy, prompts: Sequence[Prompt], limits: PassLimits) -> tuple[Prefixes, Tensor]:
+    """Runs prompts through the model as `Policy.prefill` does, in passes within limits."""
+    parts = [policy.prefill(prompts[own]) for own in limits.passes([len(prompt.input_ids) for prompt in prompts])]
+    return Prefixes.joined([prefixes for prefixes, _ in parts]), torch.cat([firsts for _, firsts in parts])
+
+
+def _next(
+    policy: Policy, hidden: Tensor, sampling: Sampling, generator: torch.Generator, most: int | None
+) -> tuple[Tensor, Tensor]:
+    """Draws a token [n] after each hidden state [n, H], and gives its log-probability [n]; logits of `most` rows."""
+    places = _places(len(hidden), sampling, generator, hidden.device)
+    rows = zip(hidden.split(most or len(hidden)), places.split(most or len(hidden)), strict=True)
+    parts = [_draw(policy.logits(own), sampling, drawn) for own, drawn in rows]
+    return torch.cat([token for token, _ in parts]), torch.cat([logprob for _, logprob in parts])
 
 
 class _Growing:
@@ -139,25 +187,31 @@ class _Growing:
         return torch.tensor(found, device=self._rows.device)
 
 
-def _draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draws a token [n] from each row of logits [n, V], and gives its log-probability [n]."""
+def _places(count: int, sampling: Sampling, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Random numbers from 0 to 1, float64 [n, 1], one for each token to draw. Greedy sampling draws none."""
+    if sampling.temperature == 0:
+        return torch.zeros(count, 1, dtype=torch.float64, device=device)
+    return torch.rand(count, 1, dtype=torch.float64, device=device, generator=generator)
+
+
+def _draw(logits: Tensor, sampling: Sampling, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Draws a token [n] from each row of logits [n, V] by `_places`, and gives its log-probability [n]."""
     if sampling.temperature not in (0, 1):
         logits = logits / sampling.temperature
     logprobs = torch.log_softmax(logits, dim=-1)
     if sampling.cuts_tail:
         logprobs = _without_tail(logprobs, sampling)
-    token = logprobs.argmax(dim=-1, keepdim=True) if sampling.temperature == 0 else _choose(logprobs.exp(), generator)
+    token = logprobs.argmax(dim=-1, keepdim=True) if sampling.temperature == 0 else _choose(logprobs.exp(), places)
     return token[:, 0], logprobs.gather(-1, token)[:, 0]
 
 
-def _choose(probs: Tensor, generator: torch.Generator) -> Tensor:
+def _choose(probs: Tensor, places: Tensor) -> Tensor:
     """Draws a token [n, 1] from each row of probabilities [n, V] by a single random number.
 
     `torch.multinomial` draws one number per token of the vocabulary. The sums are float64: in float32 the least likely
     tokens would add nothing to them, and would never be drawn.
     """
     sums = probs.double().cumsum(dim=-1)
-    places = torch.rand(len(probs), 1, dtype=sums.dtype, device=sums.device, generator=generator)
     found = torch.searchsorted(sums, places * sums[:, -1:], right=True)  # right: none of probability 0
     return found.clamp_(max=probs.shape[-1] - 1)  # NaN has no place; see `_Growing.sampled`
 

@@ -28,15 +28,17 @@ from vlmenv.agents.engines.base import Engine, Request
 from vlmenv.agents.engines.fingerprints import fingerprint
 from vlmenv.agents.families import Family, Processor, family_of
 from vlmenv.agents.lora import LoRA, is_adapter
+from vlmenv.agents.pixels import with_limits
 from vlmenv.agents.policy import Policy, ValueHead
 from vlmenv.agents.recomputation import recompute_activations
 from vlmenv.agents.references import FrozenPolicy, UnadaptedPolicy
-from vlmenv.agents.sampling import Sampled, sample
+from vlmenv.agents.sampling import PassLimits, Sampled, sample
 from vlmenv.agents.saving import check_conversion, published_weights, write_settings, write_weights
 from vlmenv.agents.untrainable import read_config, tell_attention
-from vlmenv.core.errors import ConfigError, ModelError, PromptError
+from vlmenv.core.errors import ConfigError, ModelError, PromptError, require
 from vlmenv.core.files import atomic_folder
 from vlmenv.core.names import BUILTIN
+from vlmenv.core.pixels import PixelLimits
 from vlmenv.core.rollout import Completion, Observations, Prompt, Rollout, group_neighbours, unbatch
 from vlmenv.core.sampling import Sampling
 
@@ -50,7 +52,8 @@ class VLMAgent(Agent):
 
     Args:
         family: The model with its processor.
-        folder: Folder of the base model, whose files checkpoints copy.
+        folder: Folder of the processor's files, which checkpoints copy, with the configuration and the licence.
+        base: Folder of the model as it is published. Default: `folder`.
         sampling: Sampling of `rollout`. Default: `Sampling()`.
         share_prefixes: See `Policy`.
 
@@ -61,10 +64,18 @@ class VLMAgent(Agent):
     """
 
     def __init__(
-        self, family: Family, folder: Path, *, sampling: Sampling | None = None, share_prefixes: bool = True
+        self,
+        family: Family,
+        folder: Path,
+        *,
+        base: Path | None = None,
+        sampling: Sampling | None = None,
+        share_prefixes: bool = True,
     ) -> None:
         self.family = family
         self.folder = folder
+        self.base = base or folder
+        self.pixels = PixelLimits()
         self.sampling = sampling or Sampling()
         policy = Policy(family)
         policy.share_prefixes = share_prefixes
@@ -72,8 +83,11 @@ class VLMAgent(Agent):
         self.lora: LoRA | None = None
         self.adapter: Path | None = None
         self.save_dtype: torch.dtype | None = None
+        self.limits = PassLimits()
+        """limits of a pass when the policy itself generates; default: none"""
         self.engine: Engine | None = None
         """the engine that generates completions; None: the policy itself"""
+        self._is_closed = False
         self._generator = torch.Generator(self.device)
 
     @classmethod
@@ -86,6 +100,7 @@ class VLMAgent(Agent):
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        pixels: PixelLimits | None = None,
     ) -> VLMAgent:
         """Loads a checkpoint in the published layout, or adapters in peft's format onto their base model.
 
@@ -97,18 +112,21 @@ class VLMAgent(Agent):
             dtype: Type of the weights.
             chat_template_kwargs: Values of the chat template's own variables, as `{"enable_thinking": False}`.
                 Default: none.
+            pixels: Limits of the pixels at which the model sees images. Default: the image processor's.
 
         Raises:
-            ConfigError: The chat template never reads one of `chat_template_kwargs`.
+            ConfigError: The chat template never reads one of `chat_template_kwargs`, or the family has no such limits.
             ModelError: The model does not exist or is quantised, its family is unknown, its processor is missing, or
                 adapters are not plain LoRA.
         """
-        folder, adapter = find_model(name_or_path), find_adapter(name_or_path)
-        tell_attention(folder)
+        base, adapter, pixels = find_model(name_or_path), find_adapter(name_or_path), pixels or PixelLimits()
+        folder = with_limits(base, pixels)
+        tell_attention(base)
         family = family_of(read_config(folder).model_type)
         processor = Processor.from_pretrained(folder, chat_template_kwargs)
         model = load_model(folder, dtype).to(device).eval()  # type: ignore[arg-type]
-        agent = cls(family(model, processor), folder, sampling=sampling, share_prefixes=share_prefixes)
+        agent = cls(family(model, processor), folder, base=base, sampling=sampling, share_prefixes=share_prefixes)
+        agent.pixels = pixels
         if adapter is not None:
             agent.adapter, agent.lora = adapter, LoRA.from_folder(model, adapter)
         return agent
@@ -153,7 +171,7 @@ class VLMAgent(Agent):
     def close(self) -> None:
         if self.engine is not None:
             self.engine.close()
-            self.engine = None
+            self.engine, self._is_closed = None, True
 
     def _fingerprint_of_vision(self) -> tuple[int, ...] | None:
         parts = [self.family.vision_tower(), *self.family.projectors()]
@@ -190,6 +208,7 @@ class VLMAgent(Agent):
         return self.family.encode({"images": (np.zeros((64, 64, 3), np.uint8),), "prompt": ""})
 
     def seed(self, seed: int) -> None:
+        require(0 <= seed < 2**64, f"seed must be from 0 to 2**64 - 1, not {seed}")
         self._generator.manual_seed(seed)
 
     def rng_state(self) -> Tensor:
@@ -316,7 +335,7 @@ class VLMAgent(Agent):
             if self.lora is None:
                 write_weights(partial, published_weights(self.family, model), self.folder, self.save_dtype, exact=True)
             else:
-                self.lora.save(partial, model, str(self.folder))
+                self.lora.save(partial, model, str(self.base))
             if head:
                 (partial / "value_head").mkdir()
                 save_file(head, partial / _VALUE_HEAD)
@@ -341,7 +360,7 @@ class VLMAgent(Agent):
                 write_weights(partial, self._published_weights(), self.folder, dtype, exact=False)
             else:
                 model = self.family.model.state_dict()
-                self.lora.save(partial, model, public_name(self.folder), dtype or torch.float32)
+                self.lora.save(partial, model, public_name(self.base), dtype or torch.float32)
 
     def check_saving(self) -> None:
         """Tries the conversion of the weights to the published layout, without the numbers.
@@ -413,9 +432,11 @@ class VLMAgent(Agent):
         return prompts, index
 
     def _generate(self, observations: Observations, sampling: Sampling) -> Rollout:
+        if self._is_closed:  # the policy would answer in the place of the engine
+            raise ConfigError("the agent is closed with its engine: load it anew to generate")
         prompts, index = self.encode(observations)
         if self.engine is None:
-            sampled = sample(self.family_policy, prompts, index, sampling, self._generator)
+            sampled = sample(self.family_policy, prompts, index, sampling, self._generator, self.limits)
         else:
             listed = unbatch(observations)
             firsts = np.unique(index, return_index=True)[1]

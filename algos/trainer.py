@@ -9,7 +9,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -22,18 +22,16 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from vlmenv.agents.base import Agent
-from vlmenv.algos.advantages import zero_variance_share
-from vlmenv.algos.background import Background
 from vlmenv.algos.base import Algorithm, LossInputs, Scored
 from vlmenv.algos.batch import Batch, Rollouts, micro_batches, minibatches, padding_share
+from vlmenv.algos.collecting import Collector, timed
 from vlmenv.algos.correction import Correction, importance_weights, mismatch
 from vlmenv.algos.faults import NonFiniteError, nonfinite_gradients, nonfinite_weights
 from vlmenv.algos.losses import token_weights
 from vlmenv.algos.replay import Replay
-from vlmenv.core.errors import ConfigError, DataError, PromptError, require, require_at_least, require_weight
+from vlmenv.core.errors import ConfigError, require, require_at_least, require_weight
 from vlmenv.core.rollout import Rollout, Rows
 from vlmenv.processes import processes_of
-from vlmenv.processes.failures import shared_failure
 
 
 @dataclass(frozen=True)
@@ -55,9 +53,11 @@ class TrainerConfig:
     max_grad_norm: float = 1.0
     """Maximum gradient norm. Larger gradients are scaled down to it."""
     micro_batch_size: int | None = None
-    """Completions per micro-batch. It does not change the result. Default: all."""
+    """Completions per micro-batch, and prompts per prefill without an engine. It does not change the result.
+    Default: all."""
     micro_batch_tokens: int | None = None
-    """Tokens per micro-batch, which has at least one completion. A prompt counts once. Default: no limit."""
+    """Tokens per micro-batch, which has at least one completion, and per prefill without an engine. A prompt counts
+    once. Default: no limit."""
     max_skipped: int = 3
     """Maximum optimizer steps in a row that may be skipped because gradient or loss is not finite."""
     correction: Correction = "token"
@@ -112,24 +112,6 @@ class StepResult:
     """the completions that were sampled; under `replay` the update replaced some of their groups"""
 
 
-@dataclass(slots=True)
-class Collected:
-    """A batch of completions on this rank, ready for an update."""
-
-    rollouts: Rollouts
-    metrics: dict[str, float]
-    """metrics of the collection"""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Converts to plain containers and tensors for a checkpoint."""
-        return {"rollouts": self.rollouts.state_dict(), "metrics": self.metrics}
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Collected:
-        """Restores what `state_dict` returned."""
-        return cls(Rollouts.from_state(state["rollouts"]), state["metrics"])
-
-
 class Trainer:
     """Trains an agent on vectorised environments.
 
@@ -166,19 +148,16 @@ class Trainer:
         self.agent, self.envs, self.algorithm = agent, envs, algorithm
         self.config, self.accelerator = config, accelerator
         self.step = 0
-        self._shown = 0  # batches of samples so far, also those that dynamic sampling did not use
         self._skipped = 0  # optimizer steps in a row
         self._seed = 0
-        self._reset_with: dict[str, Any] = {}  # the arguments of the next reset
-        self._ahead: Collected | Exception | None = None  # the next step's batch, once it is collected
         self._is_synced = False
         self._unseeded = False  # a rank that the checkpoint had no state of
-        self._seen: dict[str, Any] | None = None  # the environments' state of their samples, as of `_shown`
         self.replay = Replay(algorithm.replay, group_size) if algorithm.replay else None
         self.is_between_steps = True
         """False during an update: then the weights belong to no finished step."""
         self.processes = processes_of(accelerator)
         self.processes.configure(agent)
+        self.collector = Collector(agent, envs, algorithm, self.processes, accelerator)
         self.reference = agent.reference() if algorithm.wants_reference else None
         self.optimizer = self.processes.prepare(agent, self.reference, self._new_optimizer)
         self.scheduler = LambdaLR(self.optimizer, config.lr_factor)
@@ -186,7 +165,9 @@ class Trainer:
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
-        return torch.optim.AdamW(self._parameter_groups(), lr=config.lr, weight_decay=config.weight_decay)
+        # PyTorch's own choice on GPUs holds four more bytes of each weight during a step.
+        fused = True if self.agent.device.type == "cuda" else None
+        return torch.optim.AdamW(self._parameter_groups(), lr=config.lr, weight_decay=config.weight_decay, fused=fused)
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """The trained parameters, with the learning rate of each part of the model."""
@@ -219,8 +200,7 @@ class Trainer:
             drawn = np.random.SeedSequence([seed, self.step, self.accelerator.process_index]).generate_state(1)[0]
             self.agent.seed(int(drawn))
             torch.manual_seed(int(drawn))
-        seen = {"skip": self._shown} if self._seen is None else {"state": self._seen}
-        self._reset_with = {"seed": seed, "options": seen if self._shown else None}
+        self.collector.begin(seed)
         while self.step < self.config.steps:
             yield self._step()
 
@@ -242,15 +222,16 @@ class Trainer:
         with timed(clock, "sync"):
             if not self.algorithm.imitates:  # imitation uses no engine
                 self.sync()
-        collected = self._collected(clock)
+        collected = self.collector.next(clock)
         if not self.config.max_staleness:
             self.agent.sleep()
-        with self._collecting_ahead(clock), timed(clock, "update"):
+        ahead = self.collector.ahead(clock) if self._samples_ahead else nullcontext()
+        with ahead, timed(clock, "update"):
             metrics = self._learn(collected.rollouts)
         metrics |= collected.rollouts.metrics() | collected.metrics
         metrics |= {f"time/{name}": seconds for name, seconds in clock.items()}
         metrics = self._over_processes(metrics)
-        if (skipped := self.skipped()) is not None:
+        if (skipped := self.collector.skipped()) is not None:
             metrics["data/skipped"] = float(len(skipped))
         tokens = sum(len(completion.token_ids) for completion in collected.rollouts.rollout.completions)
         seconds = time.perf_counter() - started
@@ -259,47 +240,18 @@ class Trainer:
         self._remember()
         return StepResult(self.step, metrics, collected.rollouts)
 
-    def _collected(self, clock: dict[str, float]) -> Collected:
-        """This step's batch, collected now or during the step before."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is None:
-            return self._collect(clock)
-        clock |= {"rollout": 0.0, "score": 0.0}
-        if isinstance(ahead, Exception):
-            raise ahead
-        return ahead
-
-    @contextmanager
-    def _collecting_ahead(self, clock: dict[str, float]) -> Iterator[None]:
-        """Collects the next step's batch while the block runs, with the weights of its beginning.
-
-        The time that the step then still waits counts as its rollout time.
-        """
-        if not self.config.max_staleness or self.step + 1 == self.config.steps:
-            yield
-            return
-        shown, seen, random = self._shown, self._seen, self.agent.rng_state()
-        ahead = Background(lambda: self._collect({}))
-        try:
-            yield
-        except Exception:
-            ahead.wait()
-            raise
-        with timed(clock, "rollout"):
-            self._ahead = ahead.wait()
-        if isinstance(self._ahead, Exception):  # a checkpoint must not count this batch
-            self._shown, self._seen = shown, seen
-            self.agent.set_rng_state(random)
+    @property
+    def _samples_ahead(self) -> bool:
+        """True if the next step's completions are sampled during this step's update."""
+        return self.config.max_staleness > 0 and self.step + 1 < self.config.steps
 
     def _remember(self) -> None:
         """Stores the state that a checkpoint of this moment needs."""
-        self._finished = {"step": self.step, "shown": self._shown, "skipped": self._skipped}
+        self._finished = {"step": self.step, "shown": self.collector.shown, "skipped": self._skipped}
         self._own: dict[str, Any] = {"agent": self.agent.rng_state(), "torch": torch.get_rng_state()}
         if self.agent.device.type == "cuda":
             self._own["cuda"] = torch.cuda.get_rng_state()
-        if self._seen is not None:
-            self._own["seen"] = self._seen
-        self._own_ahead = self._ahead
+        self._own_samples = self.collector.snapshot()
         self._own_replay = None if self.replay is None else self.replay.snapshot()
         self.is_between_steps = True
 
@@ -312,8 +264,7 @@ class Trainer:
 
         Random states, its shard of the optimizer, and a batch that was collected ahead.
         """
-        ahead = self._own_ahead
-        made = {"ahead": ahead.state_dict()} if isinstance(ahead, Collected) else {}
+        made = Collector.state_dict(self._own_samples)
         if self._own_replay is not None:
             made["replay"] = Replay.state_dict(self._own_replay)
         return self._own | made | self.processes.rank_state()
@@ -329,7 +280,7 @@ class Trainer:
             same_ranks: If false, another number of ranks saved it. What ranks know of samples and keep for replay is
                 then dropped.
         """
-        self.step, self._shown, self._skipped = state["step"], state["shown"], state["skipped"]
+        self.step, self._skipped = state["step"], state["skipped"]
         given = [
             {name: group[name] for name in ("initial_lr", "weight_decay")} for group in self.optimizer.param_groups
         ]
@@ -341,8 +292,7 @@ class Trainer:
         if own is not None:
             self._restore_random(own)
         kept = own if own is not None and same_ranks else {}
-        self._ahead = Collected.from_state(kept["ahead"]) if "ahead" in kept else None
-        self._seen = kept.get("seen")
+        self.collector.load_state_dict(state["shown"], kept)
         if self.replay is not None and "replay" in kept:  # replay may have been switched on since the checkpoint
             self.replay.load_state_dict(kept["replay"])
         self._is_synced = False
@@ -356,68 +306,8 @@ class Trainer:
 
     def forget_samples(self) -> None:
         """Drops what is known of samples by their index, for a data set that has changed since the checkpoint."""
-        self._seen, self._ahead = None, None
+        self.collector.forget_samples()
         self._remember()
-
-    def _collect(self, clock: dict[str, float]) -> Collected:
-        """Collects a batch, in several rounds with dynamic sampling, and the share of groups with equal rewards."""
-        size = self.algorithm.config.group_size
-        rounds: list[Rollouts] = []
-        uniform: list[float] = []
-        while not rounds or (len(rounds) < self.algorithm.most_rounds and self._lacks_groups(rounds)):
-            rounds.append(self._round(clock))
-            uniform.append(zero_variance_share(rounds[-1].rewards, size))
-        if hasattr(self.envs.unwrapped, "state_dict"):
-            self._seen = self.envs.unwrapped.state_dict()
-        metrics = {"reward/zero_std_groups": float(np.mean(uniform))}
-        if self.algorithm.most_rounds > 1:
-            metrics["rounds"] = float(len(rounds))
-        return Collected(Rollouts.most_informative(rounds, size), metrics)
-
-    def _lacks_groups(self, rounds: list[Rollouts]) -> bool:
-        """True if any rank has too few informative groups to fill a batch."""
-        size = self.algorithm.config.group_size
-        found = sum(rollouts.informative_groups(size).sum() for rollouts in rounds)
-        lacks = torch.tensor([float(found < len(rounds[0].rewards) // size)], device=self.agent.device)
-        return bool(cast(Tensor, self.accelerator.reduce(lacks)).item() > 0)
-
-    def _round(self, clock: dict[str, float]) -> Rollouts:
-        """Generates and scores completions of the next batch of samples."""
-        how, self._reset_with = self._reset_with, {}
-        with shared_failure(self.accelerator):
-            observations, infos = self.envs.reset(**how)
-        self._shown += 1
-        with self._weights_for_rollout(), shared_failure(self.accelerator), self.agent.generating(1):
-            with timed(clock, "rollout"), self.processes.autocast():
-                observations, rollout = self._answered(observations, infos)
-            with timed(clock, "score"):
-                _, rewards, _, _, infos = self.envs.step(rollout.texts)
-            return Rollouts.scored(observations, rollout, rewards, infos)
-
-    def _answered(self, observations: Any, infos: dict[str, Any]) -> tuple[Any, Rollout]:
-        """Generates completions. A sample that the agent cannot take is replaced by the next, or refused."""
-        while True:
-            try:
-                if self.algorithm.imitates:
-                    return observations, self.agent.imitate(observations, list(infos["answer"]))
-                return observations, self.agent.rollout(observations)
-            except PromptError as error:
-                if not hasattr(self.envs.unwrapped, "skips_broken"):  # environments of another kind
-                    raise DataError(f"sample {infos['id'][error.index]}: {error.reason}") from error
-                observations, infos = self.envs.reset(options={"replace": {error.index: error.reason}})
-
-    def skipped(self) -> dict[int, str] | None:
-        """Samples of all ranks that were skipped so far, by index, with place and reason. A collective.
-
-        None: such samples are refused.
-        """
-        if not getattr(self.envs.unwrapped, "skips_broken", False):
-            return None
-        return dict(sorted(self.processes.collect(list(self.envs.unwrapped.skipped.items()))))  # type: ignore[attr-defined]
-
-    def _weights_for_rollout(self) -> AbstractContextManager[None]:
-        needed = self.agent.generates_itself and not self.algorithm.imitates
-        return self.processes.gathered() if needed else nullcontext()
 
     def _learn(self, rollouts: Rollouts) -> dict[str, float]:
         """Runs the algorithm's optimizer steps on scored rollouts, and gives the means of their metrics."""
@@ -605,11 +495,3 @@ class Trainer:
 def _is_the_learners(rollout: Rollout) -> bool:
     """True if a rollout's log-probabilities are of the trainer's distribution."""
     return rollout.full_distribution and rollout.from_trainer
-
-
-@contextmanager
-def timed(clock: dict[str, float], name: str) -> Iterator[None]:
-    """Adds the seconds of the block to `clock[name]`."""
-    started = time.perf_counter()
-    yield
-    clock[name] = clock.get(name, 0.0) + time.perf_counter() - started

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import platform
@@ -21,9 +22,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
+from typing import Final
 
 import torch
 import tyro
@@ -49,8 +52,10 @@ class Args:
     """Runs to stop by each signal, singly and doubled."""
     seed: int = 0
     """Of the moments and places."""
+    only: tuple[str, ...] = ()
+    """Kinds of faults to do. Default: all."""
     output: Path | None = None
-    """Markdown file for the table."""
+    """Markdown file for the table, which is written after each line."""
 
 
 @dataclass
@@ -84,8 +89,7 @@ class Laboratory:
         self.folder, self.args, self.random = folder, args, random.Random(args.seed)
         self.data = folder / "rows.jsonl"
         self.lines = [json.dumps(_row(i)) for i in range(ROWS)]
-        for i in range(ROWS):
-            Image.new("RGB", (64, 64), (20 * i, 0, 0)).save(folder / f"{i}.png")
+        self.paint()
         self.data.write_text("\n".join(self.lines) + "\n")
         started = time.monotonic()
         self.whole = folder / "whole"
@@ -93,12 +97,33 @@ class Laboratory:
         self.seconds = time.monotonic() - started
         self._number = 0
 
-    def begin(self, run: Path) -> subprocess.Popen[str]:
-        """Starts a run in a process of its own."""
+    def paint(self, colour: str | None = None) -> None:
+        """Writes the rows' images. Default: each of its own shade."""
+        for i in range(ROWS):
+            Image.new("RGB", (64, 64), colour or (20 * i, 0, 0)).save(self.folder / f"{i}.png")
+
+    def command(self, run: Path) -> list[str]:
+        """The arguments of a run, but for its steps."""
         sizes = ["--prompts-per-step", "2", "--group-size", "4", "--eval-limit", "4", "--device", "cpu"]
-        options = ["--dataset", str(self.data), "--steps", str(STEPS), "--checkpoint-every", str(EVERY), *sizes]
-        command = [sys.executable, "-m", "vlmenv", "train", "--output", str(run), *options]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        options = ["--dataset", str(self.data), "--checkpoint-every", str(EVERY), *sizes]
+        return ["train", "--output", str(run), *options]
+
+    def begin(
+        self, run: Path, before: tuple[str, ...] = (), settings: Mapping[str, str] = MappingProxyType({})
+    ) -> subprocess.Popen[str]:
+        """Starts a run in a process of its own."""
+        command = [*before, sys.executable, "-m", "vlmenv", *self.command(run), "--steps", str(STEPS)]
+        environment = os.environ | settings
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+    def await_first_step(self, process: subprocess.Popen[str], run: Path) -> None:
+        """Waits until a run has finished a step, or has ended."""
+        while process.poll() is None and not (run / "metrics.jsonl").exists():
+            time.sleep(0.01)
+
+    def go_on(self, run: Path) -> str:
+        """Resumes a run, or begins it if it had not begun, and returns what is printed."""
+        return self.resume(run) if (run / "config.yaml").exists() else self.begin(run).communicate()[0]
 
     def new(self) -> Path:
         """A folder for another run."""
@@ -157,7 +182,7 @@ def killed(lab: Laboratory) -> Iterator[Line]:
             time.sleep(lab.random.uniform(0, 0.05))
         process.kill()
         process.communicate()
-        printed = lab.resume(run) if (run / "config.yaml").exists() else lab.begin(run).communicate()[0]
+        printed = lab.go_on(run)
         (anywhere if number % 4 else saving).count(lab.is_whole(run), printed)
     yield from (line for line in (saving, anywhere) if line.done)
 
@@ -171,8 +196,7 @@ def signalled(lab: Laboratory) -> Iterator[Line]:
             for _ in range(lab.args.signals):
                 run = lab.new()
                 process = lab.begin(run)
-                while process.poll() is None and not (run / "metrics.jsonl").exists():
-                    time.sleep(0.01)
+                lab.await_first_step(process, run)
                 for _ in range(times):
                     process.send_signal(kind)
                 printed, _ = process.communicate()
@@ -305,8 +329,7 @@ def together(lab: Laboratory) -> Iterator[Line]:
     line = Line("--resume beside the living run", "is refused, with its process named; the run is whole")
     run = lab.new()
     process = lab.begin(run)
-    while process.poll() is None and not (run / "metrics.jsonl").exists():
-        time.sleep(0.01)
+    lab.await_first_step(process, run)
     text = lab.resume(run)
     process.communicate()
     line.count(f"written by process {process.pid}" in text and lab.is_whole(run), text)
@@ -324,6 +347,171 @@ def unheard(lab: Laboratory) -> Iterator[Line]:
     yield line
 
 
+def full(lab: Laboratory) -> Iterator[Line]:
+    """A disk that is full before each file that a run writes, and at places within them."""
+    files = sorted((file for file in lab.whole.rglob("*") if file.is_file()), key=lambda file: file.stat().st_mtime_ns)
+    sizes = [file.stat().st_size for file in files]
+    ends = list(itertools.accumulate(sizes))
+    line = Line(
+        "the disk full in the writing of each file, each in turn",
+        f"status 1, tells so; with room again it {BIT_FOR_BIT}",
+    )
+    if not _can_mount(lab):
+        yield _left_out(line, "needs root, to mount a small disk")
+        return
+    for end, size in zip(ends, sizes, strict=True):
+        with _disk(lab, 2 * ends[-1] + 2**22) as disk:
+            run, ballast = disk / "run", disk / "ballast"
+            free = max(0, end - size // 2)
+            with ballast.open("wb") as stream, contextlib.suppress(OSError):
+                while True:
+                    stream.write(bytes(4096))
+                    stream.flush()
+            os.truncate(ballast, max(0, ballast.stat().st_size - free))
+            process = lab.begin(run)
+            printed, _ = process.communicate()
+            ballast.unlink()
+            told = process.returncode == 0 or "No space left on device" in printed
+            whole = process.returncode == 0 and lab.is_whole(run)
+            printed += "" if whole else lab.go_on(run)
+            line.count(told and lab.is_whole(run), f"{free} bytes free, status {process.returncode}: {printed}")
+    yield line
+
+
+def gone(lab: Laboratory) -> Iterator[Line]:
+    """A folder that is removed, or that may no longer be written."""
+    line = Line("the run's folder removed while it runs", "ends with status 1, names the folder; does not hang")
+    run = lab.new()
+    process = lab.begin(run)
+    lab.await_first_step(process, run)
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.rmtree(run, ignore_errors=True)  # what was being written meanwhile
+    printed, _ = process.communicate()
+    line.count(process.returncode == 1 and run.name in printed and "Traceback" not in printed, printed)
+    yield line
+    line = Line("the run's disk made read-only while it runs", f"status 1, tells so; writable again it {BIT_FOR_BIT}")
+    if not _can_mount(lab):
+        yield _left_out(line, "needs root, to mount a disk")
+        return
+    with _disk(lab, 2**28) as disk:
+        run = disk / "run"
+        process = lab.begin(run)
+        lab.await_first_step(process, run)
+        for options in (
+            ("--bind", str(disk)),
+            ("-o", "remount,bind,ro"),
+        ):  # over the disk, as the run holds a file open
+            subprocess.run(["mount", *options, str(disk)], check=True)
+        printed, _ = process.communicate()
+        subprocess.run(["umount", str(disk)], check=True)
+        told = process.returncode == 1 and "Read-only file system" in printed
+        printed += lab.go_on(run)
+        line.count(told and lab.is_whole(run), f"status {process.returncode}: {printed}")
+    yield line
+
+
+def clock(lab: Laboratory) -> Iterator[Line]:
+    """A clock that is set back: between runs, so that all files are of the future."""
+    line = Line("the clock set back by a day between: all files are a day ahead", BIT_FOR_BIT)
+    run = lab.copy()
+    for file in (run, *run.rglob("*")):
+        os.utime(file, (time.time() + 86_400,) * 2)
+    printed = lab.resume(run)
+    line.count(lab.is_whole(run), printed)
+    yield line
+    line = Line("the clock set back by a day within a run", BIT_FOR_BIT)
+    if shutil.which("faketime") is None:
+        yield _left_out(line, "needs the program faketime")
+        return
+    run, stamp = lab.new(), lab.folder / "clock"
+    stamp.write_text("+0")
+    settings = {"FAKETIME_TIMESTAMP_FILE": str(stamp), "FAKETIME_NO_CACHE": "1", "DONT_FAKE_MONOTONIC": "1"}
+    process = lab.begin(run, before=("faketime", "-f", "+0"), settings=settings)
+    lab.await_first_step(process, run)
+    stamp.write_text("-1d")
+    printed, _ = process.communicate()
+    line.count(process.returncode == 0 and lab.is_whole(run), printed)
+    yield line
+
+
+def ranked(lab: Laboratory) -> Iterator[Line]:
+    """Another number of ranks on each side of a checkpoint."""
+    line = Line(
+        "ranks 2 → 1 → 2, two steps each", "goes on, with a warning that it is not bit for bit; all steps are there"
+    )
+    run = lab.new()
+    settings = Path(__file__).resolve().parents[1] / "examples" / "accelerate" / "ddp.yaml"
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(settings), "--main_process_port", "0"]
+    two = [sys.executable, *launcher, "--num_processes", "2"]
+    printed = [_run([*two, "-m", "vlmenv", *lab.command(run), "--steps", "2"])]
+    printed.append(lab.resume(run, "--steps", "4"))
+    printed.append(_run([*two, "-m", "vlmenv", "train", "--resume", str(run), "--steps", "6"]))
+    warned = [
+        f"saved by {was} ranks, and {now} go on" in text for was, now, text in ((2, 1, printed[1]), (1, 2, printed[2]))
+    ]
+    line.count(all([*warned, *_metrics(run)]) and len(_metrics(run)) == STEPS, str(printed))
+    yield line
+
+
+def repainted(lab: Laboratory) -> Iterator[Line]:
+    """Images that change during training."""
+    line = Line("each image replaced by another during training", "goes on with what is there; status 0, all steps")
+    run = lab.new()
+    process = lab.begin(run)
+    lab.await_first_step(process, run)
+    lab.paint("blue")
+    printed, _ = process.communicate()
+    lab.paint()
+    line.count(process.returncode == 0 and len(_metrics(run)) == STEPS, printed)
+    yield line
+    line = Line(
+        "each image replaced by a broken one during training", f"status 1, names row and image; mended it {BIT_FOR_BIT}"
+    )
+    run = lab.new()
+    process = lab.begin(run)
+    lab.await_first_step(process, run)
+    for i in range(ROWS):
+        (lab.folder / f"{i}.png").write_bytes(b"no image")
+    printed, _ = process.communicate()
+    lab.paint()
+    named = process.returncode == 1 and "rows.jsonl:" in printed and ".png" in printed
+    printed += lab.resume(run)
+    line.count(named and lab.is_whole(run), printed)
+    yield line
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    return " ".join((done.stdout + done.stderr).split())
+
+
+def _can_mount(lab: Laboratory) -> bool:
+    with contextlib.suppress(OSError, subprocess.CalledProcessError), _disk(lab, 2**20):
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def _disk(lab: Laboratory, size: int) -> Iterator[Path]:
+    """A disk in memory of some bytes, for the block."""
+    folder = lab.new()
+    folder.mkdir()
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True, capture_output=True
+    )
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def _left_out(line: Line, why: str) -> Line:
+    line.must += f" (not done here: {why})"
+    return line
+
+
 def _cut(file: Path) -> None:
     os.truncate(file, file.stat().st_size // 2)
 
@@ -336,7 +524,7 @@ def _flip(file: Path) -> None:
 
 def table(lines: list[Line], seconds: float) -> str:
     """The lines as Markdown."""
-    rows = [f"| {one.fault} | {one.must} | {one.right} of {one.done} |" for one in lines]
+    rows = [f"| {one.fault} | {one.must} | {f'{one.right} of {one.done}' if one.done else '-'} |" for one in lines]
     others = [f"- {one.fault}: {' '.join(what.split())}" for one in lines for what in one.others]
     threads = torch.get_num_threads()
     return "\n".join(
@@ -355,17 +543,37 @@ def table(lines: list[Line], seconds: float) -> str:
     )
 
 
+KINDS: Final[dict[str, Callable[[Laboratory], Iterator[Line]]]] = {
+    "damaged": damaged,
+    "strange": strange,
+    "logged": logged,
+    "changed": changed,
+    "together": together,
+    "unheard": unheard,
+    "full": full,
+    "gone": gone,
+    "clock": clock,
+    "ranked": ranked,
+    "repainted": repainted,
+    "signalled": signalled,
+    "killed": killed,
+}
+"""By the names that `--only` takes."""
+
+
 def main(args: Args) -> None:
-    """Does all faults, and writes the table."""
+    """Does the faults, and writes the table."""
+    if unknown := set(args.only) - KINDS.keys():
+        sys.exit(f"no such kind: {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
     started, lines = time.monotonic(), list[Line]()
     with tempfile.TemporaryDirectory() as folder:
         lab = Laboratory(Path(folder), args)
-        for kind in (damaged, strange, logged, changed, together, unheard, signalled, killed):
-            for line in kind(lab):
+        for kind in args.only or KINDS:
+            for line in KINDS[kind](lab):
                 print(f"{line.right} of {line.done}  {line.fault}", *line.others, sep="\n    ", flush=True)
                 lines.append(line)
-    if args.output is not None:
-        args.output.write_text(table(lines, time.monotonic() - started), encoding="utf-8")
+                if args.output is not None:
+                    args.output.write_text(table(lines, time.monotonic() - started), encoding="utf-8")
     sys.exit(any(line.others for line in lines))
 
 

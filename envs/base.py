@@ -19,7 +19,7 @@ from vlmenv.core.rollout import IMAGE_MARK, ROLES, Observation, Turn, split_mark
 from vlmenv.core.spaces import FreeText, Image, OneOfTexts, RGBImage
 from vlmenv.envs.data.boxes import BoxForm, BoxOrientation, BoxReading
 from vlmenv.envs.data.dataset import Concatenated, Dataset, Reading, TableSource, open_dataset
-from vlmenv.envs.data.images import resized
+from vlmenv.envs.data.images import bounded_size, resized
 from vlmenv.envs.data.rows import Row, missing
 from vlmenv.envs.data.rows import places as columns_of
 from vlmenv.envs.data.scenes import Split
@@ -78,6 +78,8 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
             own.
         coordinates: Convention of boxes in prompt, answer and `info`: `"original"`, `"resized"` or `"norm1000"`.
         resize: The model's rule for image sizes, needed for `"resized"`. The observation then has images of that size.
+        image_bound: Rule for images with more than its `max_pixels` pixels: they are decoded at its size, so that
+            memory does not follow the camera. Places stay those of the full image. Default: no bound.
         count_tokens: Function that counts the tokens of a text, for length terms. Default: words and marks are counted.
         timing: If true, `info["seconds"]` has the seconds of each reward term. Default: False.
         render_mode: `"rgb_array"` or None.
@@ -137,6 +139,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         answer_format: str | None = None,
         coordinates: str = CoordinateSpace.ORIGINAL,
         resize: ResizeRule | None = None,
+        image_bound: ResizeRule | None = None,
         count_tokens: Callable[[str], int] = count_words,
         timing: bool = False,
         render_mode: str | None = None,
@@ -161,6 +164,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         self._scorer = self.scorer(self.default_rewards if rewards is None else rewards)
         if unused := set(extra_terms or {}) - set(self._scorer.weights):
             raise ConfigError(f"nothing uses the reward term {', '.join(sorted(unused))}: give it a weight in rewards")
+        self.image_bound = image_bound
         reading = self.reading(columns, skip_broken, min_image_side, without_text, boxes_in, box_orientation)
         self.source = self._open(dataset, image_root, split, reading)
         self._order: SampleOrder | None = None
@@ -295,7 +299,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         width, height = _image_size(sample)
         true = [(place, TRUE) for place in places(sample.target)]
         answered = [(self.coordinates.to_pixels(place, width, height), ANSWERED) for place in places(prediction)]
-        return draw_places(sample.asked_images[0], true + answered)
+        return draw_places(sample.asked_images[0], true + answered, (width, height))
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -363,9 +367,9 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         return sample, self.observe(sample)
 
     def observe(self, sample: Sample) -> Observation:
-        """The observation of a sample. Images are copies, at the size that `coordinates` needs."""
+        """The observation of a sample. Images are copies, at the size that `coordinates` and `image_bound` need."""
         return {
-            "images": tuple(map(self._shown, sample.images)),
+            "images": tuple(map(self._shown, sample.images, sample.full_sizes)),
             "prompt": self._placed_prompt(sample),
             "turns": self.turns(sample),
         }
@@ -465,6 +469,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
             unread=self.unread,
             without_text=without_text or (),
             boxes=boxes if has_boxes else None,
+            bound=self.image_bound,
         )
 
     def map_boxes(self, target: Any, change: Callable[[Box], Box]) -> Any:
@@ -543,9 +548,9 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
             turns=row.turns,
         )
 
-    def _shown(self, image: Image) -> Image:
-        height, width = image.shape[:2]
-        return resized(image, *self.coordinates.shown_size(width, height))
+    def _shown(self, image: Image, size: tuple[int, int]) -> Image:
+        rule = self.coordinates.resize
+        return resized(image, *(bounded_size(*size, self.image_bound) if rule is None else rule.size(*size)))
 
     def _open(
         self,
@@ -609,8 +614,7 @@ def _one_of(options: type[Name], kind: str, name: str) -> Name:
 
 
 def _image_size(sample: Sample) -> tuple[int, int]:
-    """Width and height of the image that a sample's places refer to."""
+    """Full width and height of the image that a sample's places refer to."""
     if not sample.asked_images:
         raise DataError(f"sample {sample.id} has no image for its answer to name places in")
-    height, width = sample.asked_images[0].shape[:2]
-    return width, height
+    return sample.asked_sizes[0]

@@ -10,7 +10,7 @@ from vlmenv.envs.data.rows import Row
 from vlmenv.envs.data.scenes import Reference, Scene, Scenes, Shape, Split, choose_reference, sample_scene
 from vlmenv.envs.data.source import Sample, Source
 from vlmenv.envs.geometry import BOX, BOXES, DETECTIONS, POINT, POINTS, Geometry
-from vlmenv.envs.metrics.intervals import Interval, ratio_interval
+from vlmenv.envs.metrics.intervals import Interval, metric_interval, paired_interval, ratio_interval
 from vlmenv.envs.registration import register_task
 from vlmenv.envs.rewards.boxes import iou_reward
 from vlmenv.envs.rewards.clip import ClipScore
@@ -62,6 +62,8 @@ __all__ = [
     "iou",
     "iou_reward",
     "length_reward",
+    "metric_interval",
+    "paired_interval",
     "ratio_interval",
     "register_reward",
     "register_task",

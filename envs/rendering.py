@@ -16,21 +16,27 @@ _GAP = 8
 _DOT = 7
 
 
-def draw_places(image: Image, found: Sequence[tuple[tuple[float, ...], tuple[int, int, int]]]) -> Image:
-    """Draws points, boxes and polygons, in pixels of the image, on an enlarged copy of it.
+def draw_places(
+    image: Image,
+    found: Sequence[tuple[tuple[float, ...], tuple[int, int, int]]],
+    size: tuple[int, int] | None = None,
+) -> Image:
+    """Draws points, boxes and polygons on an enlarged copy of an image.
 
     Args:
         image: uint8 [H, W, 3].
         found: Places of 2 numbers (a point), 4 (a box) or more (corners of a polygon), each with its colour.
+        size: Width and height of the image whose pixels the places are in. Default: those of `image`.
 
     Returns:
         uint8 [S·H, S·W, 3], with the least whole S that makes the shorter side at least 320.
     """
     picture, scale = _enlarged(image)
     width, height = picture.size
+    shrunk = np.array(image.shape[1::-1]) / (size or image.shape[1::-1])
     draw = ImageDraw.Draw(picture)
     for place, colour in found:
-        corners = np.clip(np.array(place).reshape(-1, 2) * scale, -1, (width, height))
+        corners = np.clip(np.array(place).reshape(-1, 2) * shrunk * scale, -1, (width, height))
         (x1, y1), (x2, y2) = corners.min(0).tolist(), corners.max(0).tolist()
         if len(corners) == 1:
             draw.ellipse((x1 - _DOT, y1 - _DOT, x1 + _DOT, y1 + _DOT), outline=colour, width=3)

@@ -108,7 +108,7 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         self._shown: list[Shown] = []
         self._observations: BatchedObservations = {}
         self._predictions: list[Any] | None = None
-        self._pool = ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1)), thread_name_prefix="vlmenv-images")
+        self._pool = _image_pool()
 
     @property
     def skips_broken(self) -> bool:
@@ -129,11 +129,12 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         out. `options={"state": s}` continues from a `state_dict`. For `replace` see the class.
 
         Raises:
-            ConfigError: An option is unknown, or indices do not fit.
+            ConfigError: An option is unknown, indices do not fit, or the environments are closed.
             SampleError: A sample or one of its images cannot be read, or a sample is to be replaced without
                 `skip_broken`.
             DataError: No sample is left.
         """
+        self._require_open()
         super().reset(seed=seed)
         options = self._checked(options or {})
         if seed is not None or self._order is None:
@@ -163,9 +164,11 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         """Scores N texts: rewards float64 [N], `terminated` all True, `truncated` all False.
 
         Raises:
+            ConfigError: The environments are closed.
             RuntimeError: `reset` has not been called since the last step.
             ValueError: The number of texts is not N.
         """
+        self._require_open()
         if not self._shown or self._predictions is not None:
             raise RuntimeError("an episode is one step: call reset() before each step()")
         if isinstance(actions, str) or len(actions) != self.num_envs:
@@ -189,8 +192,20 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
             for i, prediction in enumerate(predictions)
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The state without the threads that load images: a copy has its own."""
+        return {name: value for name, value in vars(self).items() if name != "_pool"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._pool = _image_pool()
+
     def close_extras(self, **kwargs: Any) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _require_open(self) -> None:
+        if self.closed:
+            raise ConfigError("the environments are closed: make new ones by gymnasium.make_vec")
 
     def _true_answers(self) -> dict[str, Any]:
         each = [one.sample.response or self.task.write_answer(one.sample) for one in self._shown]
@@ -315,6 +330,11 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
             for i, detail in enumerate(details):
                 infos[name][i] = detail[name]
         return infos
+
+
+def _image_pool() -> ThreadPoolExecutor:
+    """Threads that load images."""
+    return ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1)), thread_name_prefix="vlmenv-images")
 
 
 _OPTIONS = {"index", "skip", "state", "replace"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import importlib.util
 import os
 import signal
 import sys
@@ -107,3 +109,21 @@ def test_the_package_says_what_it_offers() -> None:
     assert all(callable(getattr(vlmenv, name)) for name in vlmenv.__all__ if name != "__version__")
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         vlmenv.nothing  # noqa: B018
+
+
+@pytest.mark.slow
+def test_a_notebook_without_widgets_gets_plain_lines(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    """A shell of Jupyter's name is how rich knows a notebook."""
+    shell = type("ZMQInteractiveShell", (), {})()
+    monkeypatch.setattr(builtins, "get_ipython", lambda: shell, raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    vlmenv.train(output=tmp_path / "run", group_size=2, eval_limit=0, **SMALL)
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("install ipywidgets" in line for line in lines) == 1
+    assert any(line.startswith("step    1/1  reward") for line in lines)
+    assert not [warning for warning in recwarn if "ipywidgets" in str(warning.message)]

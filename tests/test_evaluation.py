@@ -1,20 +1,34 @@
 from __future__ import annotations
 
+import io
 import json
-import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from vlmenv.agents import VLMAgent
 from vlmenv.cli import main
 from vlmenv.core.answers import Detection, write_detections
 from vlmenv.core.formats import AnswerFormat
+from vlmenv.envs.metrics.intervals import wilson_interval
 from vlmenv.envs.ovd import OVDEnv
+from vlmenv.envs.rewards import math as math_terms
+from vlmenv.envs.rewards import workers
+from vlmenv.envs.rewards.workers import WorkerLostError
 from vlmenv.envs.vqa import VQAEnv
-from vlmenv.evaluation import Evaluation, read_evaluation, summarise, write_evaluation
+from vlmenv.evaluation import (
+    Evaluation,
+    differences,
+    metrics_table,
+    progress,
+    read_evaluation,
+    summarise,
+    write_evaluation,
+)
 
 A, B = Detection("cat", (0.0, 0.0, 10.0, 10.0)), Detection("cat", (20.0, 20.0, 40.0, 40.0))
 
@@ -58,13 +72,32 @@ def test_accuracy_by_subject_and_what_is_written(tmp_path: Path) -> None:
     assert evaluation.metrics["accuracy"].value == pytest.approx(2 / 3)
     assert evaluation.metrics["accuracy/x"].value == pytest.approx(1 / 2)
     assert evaluation.metrics["accuracy/y"].value == 1
-    assert math.isnan(evaluation.metrics["accuracy/y"].low)  # of one question there is no interval
+    assert evaluation.metrics["accuracy/y"] == wilson_interval(1, 1)
     assert (evaluation.as_json()["unparsable"]["count"], evaluation.as_json()["unparsable"]["answers"]) == (1, 3)
-    assert evaluation.as_json()["accuracy/y"]["low"] is None
     write_evaluation(evaluation, tmp_path)
     again = read_evaluation(tmp_path, task)
     assert again.metrics["accuracy"] == evaluation.metrics["accuracy"]
     assert [one["prediction"] for one in again.answers] == [one["prediction"] for one in answers]
+
+
+def test_changes_are_of_the_samples_that_both_answered() -> None:
+    """Sample 2 was left out before, 3 after; precision is a ratio of sums."""
+    task, write = OVDEnv(), AnswerFormat.TAGS.write
+    good, half, bad = (write(write_detections(found)) for found in ([A, B], [A], [A, A]))
+    before = [answered(task, 0, bad, (A, B)), answered(task, 1, half, (A, B)), answered(task, 3, good, (A, B))]
+    after = [answered(task, 1, good, (A, B)), answered(task, 2, good, (A, B)), answered(task, 0, half, (A, B))]
+    found = differences(task.ratios, before, after)
+    assert found["recall@0.5"].value == pytest.approx(3 / 4 - 2 / 4)
+    assert found["precision@0.5"].value == pytest.approx(3 / 3 - 2 / 3)
+    assert "AP" not in found
+    columns = {
+        "before": Evaluation(summarise(task, before), before),
+        "after": Evaluation(summarise(task, after), after),
+    }
+    table = metrics_table("", columns, found)
+    cells = dict(zip(table.columns[0].cells, table.columns[-1].cells, strict=True))
+    assert cells["precision@0.5"].startswith("+0.333 (")
+    assert "(" not in cells["AP"]
 
 
 def test_the_metrics_are_written_last(tmp_path: Path) -> None:
@@ -73,6 +106,33 @@ def test_the_metrics_are_written_last(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError):
         write_evaluation(Evaluation({}, []), tmp_path)
     assert not (tmp_path / "metrics.json").exists()
+
+
+@pytest.mark.slow
+def test_answers_whose_processes_others_end_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the metrics of a step and in the result of an evaluation, and only there where there are any."""
+    run = tmp_path / "run"
+
+    class Killed:
+        def map(self, pairs: list[tuple[str, str]]) -> list[object]:
+            return [WorkerLostError()] * len(pairs)
+
+        def start(self) -> None: ...
+
+    monkeypatch.setattr(math_terms, "_workers", Killed())
+    monkeypatch.setattr(math_terms, "_at_once", lambda answer, truth: None)
+    monkeypatch.setattr(workers.LOSSES, "answers", 0)
+    options = ["--env", "VLM-Math-v0", "--steps", "2", "--eval-limit", "8", "--device", "cpu"]
+    main(["train", *options, "--prompts-per-step", "4", "--group-size", "4", "--output", str(run)])
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < step["score/unscored"] <= 16 for step in steps)
+    assert all(step["score/lost_processes"] == 0 for step in steps)
+    measured = json.loads((run / "evaluation.json").read_text())
+    for when in ("before", "after"):
+        assert 0 < measured[when]["unscored"]["value"] <= 1
+    counted = sum(step["score/unscored"] for step in steps)
+    counted += sum(8 * measured[when]["unscored"]["value"] for when in ("before", "after"))
+    assert workers.LOSSES.answers >= counted
 
 
 def test_the_end_of_a_run_is_measured_once_and_in_its_precision(
@@ -94,3 +154,24 @@ def test_the_end_of_a_run_is_measured_once_and_in_its_precision(
     assert {name: metric["value"] for name, metric in after.items()} == {
         name.removeprefix("eval/"): value for name, value in last.items() if name.startswith("eval/")
     }
+
+
+def test_where_there_is_no_terminal_progress_is_told_in_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more often than every half minute; the end needs no line."""
+    clock = iter([0.0, 10.0, 31.0, 40.0, 62.0, 93.0])
+    monkeypatch.setattr("vlmenv.evaluation.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    out = io.StringIO()
+    with progress("evaluating [x]", 100, Console(file=out), done=20) as advance:
+        for _ in range(5):
+            advance(16)
+    assert out.getvalue().splitlines() == [
+        "evaluating [x]: 52 of 100 samples, about 0:00:46 left",
+        "evaluating [x]: 84 of 100 samples, about 0:00:16 left",
+    ]
+
+
+def test_on_a_terminal_progress_is_a_bar_that_goes() -> None:
+    out = io.StringIO()
+    with progress("evaluating", 10, Console(file=out, force_terminal=True)) as advance:
+        advance(4)
+    assert "4/10" in out.getvalue()

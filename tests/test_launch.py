@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -55,6 +56,26 @@ def test_a_signal_to_the_launcher_ends_the_run_after_its_step(tmp_path: Path) ->
     assert f"holds the state after step {steps[-1]}" in out
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
+def test_the_ranks_of_a_launcher_that_is_killed_save_and_end(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with start("ddp", "-m", "vlmenv", "train", "--steps", "400", *TINY, cwd=tmp_path) as process:
+        deadline = time.monotonic() + 300
+        while not (run / "metrics.jsonl").is_file():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        ranks = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        _, alive = psutil.wait_procs(ranks, timeout=120)
+        for rank in alive:
+            rank.kill()
+        process.communicate()
+    assert not alive
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert last < 400
+    assert [folder.name for folder in (run / "checkpoints").iterdir()] == [f"step-{last}"]
+
+
 def test_all_ranks_are_told_at_once_and_another_number_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a scheduler ends a job, which the launcher then does again. One rank goes on, and then two."""
     monkeypatch.chdir(tmp_path)
@@ -81,3 +102,13 @@ def test_all_ranks_are_told_at_once_and_another_number_goes_on(tmp_path: Path, m
     assert [line["step"] for line in lines] == list(range(1, last + 3))
     changes = [json.loads(line) for line in (run / "changes.jsonl").read_text().splitlines()]
     assert [change["ranks"] for change in changes] == [[2, 1], [1, 2]]
+
+
+def test_a_rank_waits_for_the_others_no_longer_than_allowed(tmp_path: Path) -> None:
+    (tmp_path / "late.py").write_text(
+        "import os, time\n\ndef late(text, truth):\n    time.sleep(9 * int(os.environ['RANK']))\n    return 1.0\n"
+    )
+    options = ["--steps", "1", "--rewards", "late:late", "1", "--rank-timeout", "0.05"]
+    done = launch("ddp", "-m", "vlmenv", "train", *options, *TINY, "--prompts-per-step", "2", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "Timed out waiting 3000ms" in done.stderr

@@ -35,6 +35,15 @@ def test_every_recipe_is_in_the_wheel() -> None:
     assert found <= shipped
 
 
+def test_other_systems_are_refused_by_name() -> None:
+    """Before anything else is imported, which would fail with less clear words."""
+    code = "import os, platform; os.name, platform.system = 'nt', lambda: 'Windows'; import vlmenv"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("ImportError: vlmenv runs on Linux")
+    assert done.stderr.rstrip().endswith("not on Windows: on Windows, use it in WSL")
+
+
 def test_importing_is_light() -> None:
     """Environments can be used under another trainer, without the weight of ours."""
     heavy = ("torch", "transformers", "vllm", "accelerate", "matplotlib")

@@ -20,10 +20,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vlmenv.cli import main
+from vlmenv.core.errors import ModelError
 from vlmenv.options.train import LoggingOptions
 from vlmenv.runs.checkpoints import prune
 from vlmenv.runs.lock import locked
-from vlmenv.runs.manifest import read_manifest, write_manifest
+from vlmenv.runs.manifest import damage, read_manifest, write_manifest
+from vlmenv.runs.models import checkpoint_of
 from vlmenv.runs.run_folder import RunFolder
 
 TINY = ["--prompts-per-step", "2", "--group-size", "4", "--eval-limit", "4", "--device", "cpu"]
@@ -192,7 +194,17 @@ def test_old_checkpoints_are_pruned_and_the_best_model_is_kept(tmp_path: Path) -
     measured = {row["step"]: row["eval/iou/mean"] for row in rows(run / "metrics.jsonl") if "eval/iou/mean" in row}
     assert measured.keys() == {2, 4}
     assert best["value"] == max(measured.values()) == measured[best["step"]]
-    assert (run / "best" / "model.safetensors").is_file()
+    manifest = read_manifest(run / "best")
+    assert manifest is not None
+    assert manifest["step"] == best["step"]
+    assert damage(run / "best", manifest) is None
+    assert not list(run.glob("*partial*"))
+    assert checkpoint_of(str(run)) is not None
+    with (run / "best" / "model.safetensors").open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        stream.write(b"?")
+    with pytest.raises(ModelError, match=r"best: model\.safetensors has other bytes than were written\. Remove the"):
+        checkpoint_of(str(run))
 
 
 @pytest.mark.parametrize(

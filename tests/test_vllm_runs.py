@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import pytest
 from servers import Served, free_port, serve
 
+from vlmenv.agents.vlm import VLMAgent
 from vlmenv.cli import main
 
 pytestmark = pytest.mark.vllm
@@ -70,6 +72,20 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_been_cut_off(how: str, tmp_path:
     main(["train", "--resume", str(cut)])
     assert timeless(cut) == timeless(whole)
     assert json.loads((cut / "evaluation.json").read_text()) == json.loads((whole / "evaluation.json").read_text())
+
+
+def test_the_engine_sees_images_within_the_same_limits(tmp_path: Path) -> None:
+    """With a limit prompts are shorter, and the engine's log-probabilities are still those of the trainer."""
+    observations, _ = gymnasium.make_vec("VLM-REC-v0", num_envs=1).reset(seed=0)
+    tokens = []
+    for limits in ([], ["--max-pixels", "3136"]):
+        run = tmp_path / f"run{len(limits)}"
+        main(["train", "--steps", "1", *VLLM, *TINY, "--eval-limit", "0", *limits, "--output", str(run)])
+        (line,) = rows(run / "metrics.jsonl")
+        assert abs(line["policy/sampler_kl"]) < 1e-6
+        (prompt,), _ = VLMAgent.from_pretrained(run / "checkpoints" / "step-1", device="cpu").encode(observations)
+        tokens.append(len(prompt.token_ids))
+    assert tokens[1] < tokens[0]
 
 
 def test_both_engines_measure_the_same(tmp_path: Path) -> None:

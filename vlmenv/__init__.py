@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any, Final
 
+import vlmenv.core.platforms  # noqa: F401 (first of all: it refuses systems that vlmenv does not run on)
 from vlmenv.envs.registration import register_task
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from vlmenv.agents.engines.base import Engine
 from vlmenv.agents.engines.remote import RetryPolicy, check_address
 from vlmenv.agents.engines.server import VLLMServerEngine
 from vlmenv.agents.engines.vllm import VLLMEngine, check_sharing, require_vllm
-from vlmenv.agents.families import coordinate_space, resize_rule
+from vlmenv.agents.families import coordinate_space, image_bound, resize_rule
+from vlmenv.agents.pixels import with_limits
 from vlmenv.agents.remainders import REMAINDERS
 from vlmenv.agents.vlm import VLMAgent, find_model
 from vlmenv.core.coordinates import CoordinateSpace
@@ -27,7 +29,7 @@ from vlmenv.core.text import printable
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.options.task import Device, TaskConfig
 from vlmenv.options.train import AdaptationOptions
-from vlmenv.processes import Processes
+from vlmenv.processes import Processes, end_with_parent
 
 DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Data types by the names that options have for them."""
@@ -39,13 +41,14 @@ def task_arguments(config: TaskConfig) -> dict[str, Any]:
     Raises:
         ModelError: There is no such model, or its convention of coordinates is unknown.
     """
-    folder, prompts = find_model(config.model), config.prompts
+    folder, prompts = with_limits(find_model(config.model), config.pixels), config.prompts
     space = coordinate_space(folder) if prompts.coordinates == "auto" else CoordinateSpace(prompts.coordinates)
     return prompts.task_arguments() | {
         "extra_terms": config.scorers.terms(),
         "count_tokens": TokenCount(folder),
         "coordinates": space.value,
         "resize": resize_rule(folder) if space is CoordinateSpace.RESIZED else None,
+        "image_bound": image_bound(folder),
     }
 
 
@@ -94,6 +97,19 @@ def report_skipped(skipped: Mapping[int, str], total: int | None, console: Conso
 _TOLD = 5
 
 
+def open_console(quiet: bool) -> Console:
+    """The console of a command.
+
+    In a notebook it shows progress as a widget. Without ipywidgets, which that takes, it prints plain lines.
+    """
+    console = Console(quiet=quiet)
+    if not console.is_jupyter or importlib.util.find_spec("ipywidgets"):
+        return console
+    plain = Console(quiet=quiet, force_jupyter=False, force_terminal=False)
+    say("install ipywidgets to see a progress bar here; until then, lines tell the progress", plain)
+    return plain
+
+
 def say(message: str, console: Console) -> None:
     """Prints a line that may hold text from data, which changes nothing on the terminal."""
     console.print(printable(message), highlight=False, emoji=False, soft_wrap=True)
@@ -117,8 +133,10 @@ def prepared(config: TaskConfig, notes: Sequence[str] = ()) -> tuple[Processes, 
     """
     check_device(config.device)
     accelerator = Accelerator(cpu=config.device == "cpu")
+    if accelerator.num_processes > 1:
+        end_with_parent()
     check_engine(config, accelerator.device, accelerator.num_processes)
-    console = Console(quiet=not accelerator.is_main_process)
+    console = open_console(quiet=not accelerator.is_main_process)
     for note in notes:
         say(note, console)
     return Processes(accelerator), console
@@ -225,6 +243,7 @@ def load_agent(
         dtype=dtype,
         sampling=config.sampling,
         chat_template_kwargs=config.prompts.template_switches(),
+        pixels=config.pixels,
     )
     if config.prompts.system_prompt is not None:
         agent.family.require_system_turns()

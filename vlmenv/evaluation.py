@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from rich.console import Console
@@ -19,15 +22,18 @@ from vlmenv.agents.base import Agent
 from vlmenv.core.errors import DataError, PromptError, SampleError
 from vlmenv.core.files import write_atomic
 from vlmenv.core.rollout import Observation, told_turns, unbatch
+from vlmenv.core.text import visible
 from vlmenv.envs.base import VisualTaskEnv
-from vlmenv.envs.metrics.intervals import Interval, ratio_interval
+from vlmenv.envs.metrics.intervals import Interval, metric_interval, paired_interval, wilson_interval
+from vlmenv.envs.rewards.workers import LOSSES
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.processes import Processes
 from vlmenv.processes.failures import shared_failure
 
 DEFAULT_LIMIT = 512
-PROGRESS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-"""What is shown while samples are answered, with an estimate of the time left."""
+_COLUMNS: Final = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+_LINE_EVERY: Final = 30.0
+"""Seconds between two lines about progress where the output is no terminal."""
 
 
 @dataclass(slots=True)
@@ -98,25 +104,72 @@ def evaluate(
     stops = nullcontext() if processes is None else shared_failure(processes.accelerator)
     precision = nullcontext() if processes is None else processes.autocast()
     most = len(own) if processes is None else max(processes.collect([len(own)]))
-    with (
-        held,
-        stops,
-        precision,
-        agent.generating(most),
-        Progress(*PROGRESS, transient=True, console=console) as progress,
-    ):
-        bar = progress.add_task(title, total=sum(min(envs.num_groups, count - start) for start in own))
+    former = LOSSES.snapshot()
+    total = sum(min(envs.num_groups, count - start) for start in own)
+    with held, stops, precision, agent.generating(most), progress(title, total, console) as advance:
         for start in own:
             check()
             stop = min(start + envs.num_groups, count)
             answers += answer_samples(agent, envs, range(start, stop), greedy)
-            progress.advance(bar, stop - start)
+            advance(stop - start)
     skipped = skipped_samples(envs, count, processes)
+    unscored = LOSSES.since(former).answers
     if processes is not None:
+        unscored = sum(processes.collect([unscored]))
         answers = sorted(processes.collect(answers), key=lambda answer: answer["index"])
     if not answers:
         raise DataError(f"none of the {count} samples can be shown; the first: {next(iter(skipped.values()))}")
-    return Evaluation(summarise(envs.task, answers), answers, skipped)
+    metrics = summarise(envs.task, answers)
+    if unscored:
+        metrics[UNSCORED] = wilson_interval(min(unscored, len(answers)), len(answers))
+    return Evaluation(metrics, answers, skipped)
+
+
+UNSCORED = "unscored"
+"""The share of answers that could not be compared with the truth, because others ended the processes that do so; a
+metric only if there are any."""
+
+
+@contextmanager
+def progress(title: str, total: int, console: Console | None = None, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Shows how many samples are answered: by a bar on terminals and in notebooks, else by a line every half minute.
+
+    Args:
+        title: What is done.
+        total: Number of samples.
+        console: Where it is shown. Default: a new one.
+        done: Samples that were answered before.
+
+    Yields:
+        A function that takes the number of samples answered since the last call.
+    """
+    console = console or Console()
+    if not (console.is_terminal or console.is_jupyter):
+        yield _Lines(title, total, console, done).advance
+        return
+    with Progress(*_COLUMNS, transient=True, console=console) as bars:
+        bar = bars.add_task(title, total=total, completed=done)
+        yield lambda count: bars.advance(bar, count)
+
+
+class _Lines:
+    """Prints a line about progress once some time has passed since the last."""
+
+    def __init__(self, title: str, total: int, console: Console, done: int) -> None:
+        self._title, self._total, self._console = title, total, console
+        self._first = self._done = done
+        self._began = self._told = time.monotonic()
+
+    def advance(self, count: int) -> None:
+        """Counts answered samples."""
+        self._done += count
+        now = time.monotonic()
+        if now - self._told < _LINE_EVERY or self._done >= self._total:
+            return
+        self._told = now
+        left = (now - self._began) * (self._total - self._done) / (self._done - self._first)
+        line = f"{self._title}: {self._done} of {self._total} samples, about {timedelta(seconds=round(left))} left"
+        self._console.print(visible(line), highlight=False, markup=False, soft_wrap=True)
 
 
 def skipped_samples(envs: VisualTaskVectorEnv, count: int, processes: Processes | None) -> dict[int, str]:
@@ -132,14 +185,14 @@ def summarise(task: VisualTaskEnv, answers: Sequence[Mapping[str, Any]]) -> dict
     """
     clusters = [answer["index"] for answer in answers]
     measures = {name: np.array([answer["measures"][name] for answer in answers]) for name in answers[0]["measures"]}
-    metrics = {name: ratio_interval(values, clusters=clusters) for name, values in measures.items()}
+    metrics = {name: metric_interval(values, clusters=clusters) for name, values in measures.items()}
     for name, (over, under) in task.ratios.items():
-        metrics[name] = ratio_interval(measures[over], measures[under], clusters=clusters)
+        metrics[name] = metric_interval(measures[over], measures[under], clusters=clusters)
     metrics |= task.summarise([a["prediction"] for a in answers], [a["target"] for a in answers], clusters)
     for subject in sorted({answer.get("subject", "") for answer in answers} - {""}):
         own = [i for i, answer in enumerate(answers) if answer.get("subject", "") == subject]
         if "accuracy" in measures:
-            found = ratio_interval(measures["accuracy"][own], clusters=[clusters[i] for i in own])
+            found = metric_interval(measures["accuracy"][own], clusters=[clusters[i] for i in own])
             metrics[f"accuracy/{subject}"] = found
     return metrics
 
@@ -204,24 +257,91 @@ def sample_count(envs: VisualTaskVectorEnv, limit: int | None) -> int:
     return size if limit is None else min(limit, size)
 
 
-def metrics_table(title: str, columns: dict[str, Evaluation]) -> Table:
-    """A table of metrics with their 95 % intervals, a row each, with a column for each of several evaluations."""
-    caption = "95 % intervals by bootstrap over samples" + "".join(
+Answers = Sequence[Mapping[str, Any]]
+
+
+def differences(ratios: Mapping[str, tuple[str, str]], before: Answers, after: Answers) -> dict[str, Interval]:
+    """Paired differences of metrics between two evaluations, over the samples that both have answered.
+
+    Metrics of the set as a whole, such as average precision, are not means of answers, and have none.
+
+    Args:
+        ratios: `ratios` of the task.
+        before: `Evaluation.answers`, or as many of their fields as `index`, `measures` and `subject`.
+        after: Those of the other evaluation.
+    """
+    pairs = _paired(before, after)
+    names = [name for name in pairs[0][0]["measures"] if name in pairs[0][1]["measures"]] if pairs else []
+    found = {name: _difference(pairs, name) for name in names}
+    for name, (over, under) in ratios.items():
+        if over in found and under in found:
+            found[name] = _difference(pairs, over, under)
+    for subject in sorted({first.get("subject", "") for first, _ in pairs} - {""}):
+        if "accuracy" in found:
+            own = [pair for pair in pairs if pair[0].get("subject", "") == subject]
+            found[f"accuracy/{subject}"] = _difference(own, "accuracy")
+    return found
+
+
+def _paired(before: Answers, after: Answers) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """The answers of two evaluations to the same samples, in order."""
+    waiting: dict[int, deque[Mapping[str, Any]]] = defaultdict(deque)
+    for answer in before:
+        waiting[answer["index"]].append(answer)
+    return [(waiting[answer["index"]].popleft(), answer) for answer in after if waiting[answer["index"]]]
+
+
+def _difference(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], over: str, under: str = "") -> Interval:
+    """The paired difference of a mean, or of a ratio of two measures."""
+
+    def rows(which: int) -> tuple[list[float], list[float]]:
+        measures = [pair[which]["measures"] for pair in pairs]
+        return [one[over] for one in measures], [one[under] if under else 1.0 for one in measures]
+
+    return paired_interval(rows(0), rows(1), clusters=[first["index"] for first, _ in pairs])
+
+
+INTERVALS = "95 % intervals: Wilson's for proportions, else by bootstrap over samples"
+"""What tables say of their intervals."""
+
+
+def metrics_table(title: str, columns: dict[str, Evaluation], changes: Mapping[str, Interval] | None = None) -> Table:
+    """A table of metrics with their 95 % intervals: a row each, and a column for each evaluation.
+
+    Args:
+        title: Its title.
+        columns: The evaluations by name.
+        changes: Paired differences for a last column. Default: no such column.
+    """
+    paired = "; the change is of the same samples" if changes is not None else ""
+    caption = f"{INTERVALS}{paired}" + "".join(
         f"; {name}: {one.unparsable} of {len(one.answers)} answers unparsable"
         for name, one in columns.items()
         if one.unparsable is not None
     )
-    table = Table("metric", *columns, title=title, title_justify="left", caption=caption, caption_justify="left")
-    for name in next(iter(columns.values())).metrics:
-        table.add_row(name, *(written(one.metrics[name]) for one in columns.values()))
+    last = [] if changes is None else ["change"]
+    table = Table("metric", *columns, *last, title=title, title_justify="left", caption=caption, caption_justify="left")
+    for name in dict.fromkeys(name for one in columns.values() for name in one.metrics):
+        cells = [written(one.metrics[name]) if name in one.metrics else "" for one in columns.values()]
+        table.add_row(name, *cells, *[_change(name, columns, changes or {}) for _ in last])
     return table
 
 
-def written(metric: Interval) -> str:
+def _change(name: str, columns: Mapping[str, Evaluation], changes: Mapping[str, Interval]) -> str:
+    """The paired difference with its interval; without one, the plain difference of the last from the first column."""
+    if name in changes:
+        return written(changes[name], "+.3f")
+    first, *_, last = columns.values()
+    if name in first.metrics and name in last.metrics:
+        return f"{last.metrics[name].value - first.metrics[name].value:+.3f}"
+    return ""
+
+
+def written(metric: Interval, form: str = ".3f") -> str:
     """A metric with its interval, for tables."""
     if math.isnan(metric.low):
-        return f"{metric.value:.3f}"
-    return f"{metric.value:.3f} ({metric.low:.3f} to {metric.high:.3f})"
+        return format(metric.value, form)
+    return f"{metric.value:{form}} ({metric.low:{form}} to {metric.high:{form}})"
 
 
 _SKIPPED = "skipped.json"

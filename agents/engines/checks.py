@@ -20,7 +20,7 @@ def check_prompt(request: Request, token_ids: Sequence[int]) -> None:
     raise ReadingError(
         f"the engine encodes a prompt differently from the trainer: {len(token_ids)} tokens against {len(ours)}, and "
         f"from token {place} on {list(token_ids)[place : place + 8]} against {ours[place : place + 8]}. "
-        "Their processors or chat templates differ",
+        "Their processors or chat templates differ; give `vlmenv serve` the --min-pixels and --max-pixels of training",
         ours,
         token_ids,
     )

@@ -8,7 +8,8 @@ from typing import Any, Final
 
 import torch
 import transformers
-from transformers import AutoModelForImageTextToText, GenerationConfig
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, GenerationConfig
+from transformers.utils.import_utils import is_torchvision_available
 
 from vlmenv.agents.families.base import Family, Processor, PromptReading, read_json
 from vlmenv.agents.families.glm4v import Glm4v
@@ -105,6 +106,23 @@ def resize_rule(folder: Path) -> ResizeRule:
         raise ModelError(f"{folder}: how images are resized cannot be read: {error!r}") from error
 
 
+def image_bound(folder: Path) -> ResizeRule | None:
+    """The rule for images with more pixels than a model sees, which need not be decoded at their full size.
+
+    Returns:
+        The rule, or None for a family that has none.
+
+    Raises:
+        ModelError: The configuration or the image processor cannot be read, or the family is not known.
+    """
+    try:
+        backend = None if is_torchvision_available() else "pil"
+        family = family_of(read_json(folder / "config.json").get("model_type", ""))
+        return family.bound(AutoImageProcessor.from_pretrained(folder, backend=backend))
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ModelError(f"{folder}: the image processor cannot be loaded: {error}") from error
+
+
 __all__ = [
     "FAMILIES",
     "Family",
@@ -112,6 +130,7 @@ __all__ = [
     "PromptReading",
     "coordinate_space",
     "family_of",
+    "image_bound",
     "register_family",
     "resize_rule",
     "weightless_family",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,10 +20,11 @@ from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, Pre
 from transformers.utils.import_utils import is_torchvision_available
 
 from vlmenv.agents.families.chat import ChatTemplate, check_switches
-from vlmenv.core.coordinates import CoordinateSpace
-from vlmenv.core.errors import ModelError
+from vlmenv.core.coordinates import CoordinateSpace, ResizeRule
+from vlmenv.core.errors import ConfigError, ModelError
+from vlmenv.core.pixels import PixelLimits
 from vlmenv.core.rollout import IMAGE_MARK, Observation, Prompt
-from vlmenv.core.spaces import Image
+from vlmenv.core.spaces import Image, blank_image
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,35 @@ class Family(ABC):
             ValueError: The processor refuses an image.
         """
 
+    def expanded(self, width: int, height: int) -> str:
+        """The text in the place of an image of some size, as `process_images` gives it, without any pixel.
+
+        Default: that of a blank image. Families compute it from the size.
+
+        Raises:
+            ValueError: The processor refuses images of this shape.
+        """
+        return self.process_images((np.array(blank_image(width, height)),))[1][0]
+
+    @classmethod
+    def limited(cls, settings: Mapping[str, Any], limits: PixelLimits) -> dict[str, Any]:
+        """An image processor's stored settings with other limits of pixels. Default: refused.
+
+        Raises:
+            ConfigError: The family has no such limits, or they contradict the processor's others.
+        """
+        raise ConfigError(f"models of type {cls.model_type} take no min_pixels and max_pixels{cls.sizing(settings)}")
+
+    @classmethod
+    def sizing(cls, settings: Mapping[str, Any]) -> str:
+        """The family's own way to size images, to end a message. Default: empty."""
+        return ""
+
+    @classmethod
+    def bound(cls, image_processor: Any) -> ResizeRule | None:
+        """The rule for images that have more pixels than the model sees. Default: None, they are shown as they are."""
+        return None
+
     @abstractmethod
     def modality_tokens(self) -> set[int]:
         """Ids of image and video features, and of the tokens that enclose them."""
@@ -194,6 +225,39 @@ class Family(ABC):
         text = first + "".join(mark + text for mark, text in zip(expanded, rest, strict=True))
         ids = np.array(self.processor.tokenizer.encode(text, add_special_tokens=False), dtype=np.int64)
         return Prompt(ids, self.positions(ids, images), images)
+
+    def lengths(self, observations: Sequence[Observation]) -> list[int | ValueError]:
+        """The number of tokens that `encode` makes of each observation, or the reason why it cannot.
+
+        Of images only the sizes are looked at.
+        """
+        found, chats = list[int | ValueError](), list[str]()
+        for observation in observations:
+            try:
+                chat, images = self.chat(observation), [image.shape[1::-1] for image in observation["images"]]
+                found.append(sum(self._image_length(*size) - 1 for size in images))
+                chats.append(chat)
+            except ValueError as error:
+                found.append(error)
+        texts = iter(self._text_lengths(chats))
+        return [one if isinstance(one, ValueError) else one + next(texts) for one in found]
+
+    def _text_lengths(self, texts: list[str]) -> list[int]:
+        """The tokens of several texts, by all of the tokenizer's threads where it has any."""
+        backend = getattr(self.processor.tokenizer, "backend_tokenizer", None)
+        self._encoded("")  # which takes stored truncation and padding out
+        if backend is None:
+            return [len(self._encoded(text)) for text in texts]
+        return [len(one.ids) for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _encoded(self, text: str) -> list[int]:
+        ids: list[int] = self.processor.tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    @cached_property
+    def _image_length(self) -> Callable[[int, int], int]:
+        """Counts the tokens of an image by its width and height."""
+        return functools.lru_cache(1 << 16)(lambda width, height: len(self._encoded(self.expanded(width, height))))
 
     def read(self, observation: Observation) -> PromptReading:
         """The input of a model for an observation, as text and numbers.
@@ -302,7 +366,9 @@ class Family(ABC):
             )
 
     def _refuse_control_tokens(self, text: str, marked: bool, name: str) -> None:
-        tokenizer, control = self.processor.tokenizer, self.control_tokens | self.modality_tokens()
+        tokenizer, control = self.processor.tokenizer, self._forbidden
+        if not self._forbidden_text.search(text):
+            return
         pieces = text.split(IMAGE_MARK) if marked else [text]
         found = {token for piece in pieces for token in tokenizer.encode(piece, add_special_tokens=False)}
         if forbidden := control & found:
@@ -310,6 +376,16 @@ class Family(ABC):
             raise ValueError(
                 f"{name} must not contain control tokens: {names}; take them out of the row, or of the prompt template"
             )
+
+    @cached_property
+    def _forbidden(self) -> set[int]:
+        return self.control_tokens | self.modality_tokens()
+
+    @cached_property
+    def _forbidden_text(self) -> re.Pattern[str]:
+        """Finds what may be a control token: tokenizers look for these as they are written."""
+        names = self.processor.tokenizer.convert_ids_to_tokens(sorted(self._forbidden))
+        return re.compile("|".join(re.escape(name) for name in names if name), re.IGNORECASE)
 
 
 def join_images(prompts: Sequence[Prompt], device: torch.device) -> dict[str, torch.Tensor]:

@@ -36,6 +36,11 @@ class Glm4v(Qwen2VL):
         """As in the base class, without the marks of answers, which are not part of the answer."""
         return super().decode(token_ids[~np.isin(token_ids, list(self._marks))])
 
+    @classmethod
+    def frames(cls, temporal_patch_size: int) -> int:
+        """The processor takes an image for as many equal frames."""
+        return temporal_patch_size
+
     def modality_tokens(self) -> set[int]:
         config = self.model.config
         sides = (f"{kind}_{side}_token_id" for kind in ("image", "video") for side in ("start", "end"))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import math
 import re
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import nn
 
 from vlmenv.agents.families.base import Family
-from vlmenv.core.coordinates import CoordinateSpace
+from vlmenv.core.coordinates import CoordinateSpace, ResizeRule
 from vlmenv.core.spaces import Image
 
 _PLACE = re.compile(r"<row_\d+_col_\d+>")
@@ -36,6 +40,45 @@ class Idefics3(Family):
         features = self._features(crops.shape[3]) * self._features(crops.shape[4])
         grids = zip(inputs["rows"][0], inputs["cols"][0], strict=True)
         return {"pixel_values": crops}, [self._expanded(features, int(rows), int(columns)) for rows, columns in grids]
+
+    def expanded(self, width: int, height: int) -> str:
+        features = self._features(self.processor.image_processor.max_image_size["longest_edge"]) ** 2
+        return self._expanded(features, *self._grid(width, height))
+
+    def _grid(self, width: int, height: int) -> tuple[int, int]:
+        """Rows and columns of crops; 0 for an image that is not cut.
+
+        The processor's own count (`get_number_of_image_patches`) leaves a rounding out.
+        """
+        processor = self.processor.image_processor
+        crop = processor.max_image_size["longest_edge"]
+        if not processor.do_image_splitting:
+            return 0, 0
+        if processor.do_resize:
+            sizes: Any = importlib.import_module(type(processor).__module__)
+            outline = np.broadcast_to(np.zeros((), np.uint8), (3, height, width))
+            height, width = sizes.get_resize_output_image_size(outline, processor.size["longest_edge"])
+        ratio = width / height
+        if width >= height:
+            columns = math.ceil(width / crop)
+            rows = math.ceil(int(columns * crop / ratio) / crop)
+        else:
+            rows = math.ceil(height / crop)
+            columns = math.ceil(int(rows * crop * ratio) / crop)
+        return (0, 0) if rows == columns == 1 else (rows, columns)
+
+    @classmethod
+    def sizing(cls, settings: Mapping[str, Any]) -> str:
+        longest, crop = (settings.get(name, {}).get("longest_edge") for name in ("size", "max_image_size"))
+        return (
+            f": they bring the longer side of every image to {longest} pixels, and cut it into crops of {crop}. Lower "
+            "longest_edge of size in the model's preprocessor_config.json"
+        )
+
+    @classmethod
+    def bound(cls, image_processor: Any) -> ResizeRule:
+        """A square of the longer side, within which every shape keeps more pixels than the model sees."""
+        return ResizeRule(1, 1, image_processor.size["longest_edge"] ** 2)
 
     def _features(self, pixels: int) -> int:
         """Features along a crop's side."""

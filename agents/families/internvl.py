@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from vlmenv.agents.families.base import Family
-from vlmenv.core.coordinates import CoordinateSpace
+from vlmenv.core.coordinates import CoordinateSpace, ResizeRule
 from vlmenv.core.spaces import Image
 
 
@@ -29,6 +30,26 @@ class InternVL(Family):
         features = self._features(tiles.shape[2]) * self._features(tiles.shape[3])
         expanded = [f"<img>{self.image_token * features * count}</img>" for count in inputs["num_patches"].tolist()]
         return {"pixel_values": tiles}, expanded
+
+    def expanded(self, width: int, height: int) -> str:
+        processor = self.processor.image_processor
+        tiles = processor.get_number_of_image_patches(height, width, {"crop_to_patches": True})
+        features = self._features(processor.size["height"]) * self._features(processor.size["width"])
+        return f"<img>{self.image_token * features * tiles}</img>"
+
+    @classmethod
+    def sizing(cls, settings: Mapping[str, Any]) -> str:
+        size = settings.get("size", {})
+        return (
+            f": they cut images into up to max_patches={settings.get('max_patches')} tiles of {size.get('width')} x "
+            f"{size.get('height')} pixels. Lower max_patches in the model's preprocessor_config.json"
+        )
+
+    @classmethod
+    def bound(cls, image_processor: Any) -> ResizeRule:
+        """Four times the pixels of all tiles, as the model stretches images to the shape of its tiles."""
+        size = image_processor.size
+        return ResizeRule(1, 1, 4 * image_processor.max_patches * size["height"] * size["width"])
 
     def _features(self, pixels: int) -> int:
         """Features along a tile's side."""

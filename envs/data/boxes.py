@@ -9,7 +9,6 @@ from enum import StrEnum
 from typing import Any
 
 from vlmenv.core.coordinates import Box, is_box
-from vlmenv.core.spaces import Image
 from vlmenv.envs.data.images import exif_orientation
 from vlmenv.envs.data.media import ImageRef
 from vlmenv.envs.data.rows import Row
@@ -73,17 +72,17 @@ class BoxReading:
     def _edges(self, numbers: Box) -> Box:
         return corners(numbers) if self.form is BoxForm.XYWH else numbers
 
-    def in_pixels(self, target: Any, row: Row, ref: ImageRef, image: Image) -> Any:
+    def in_pixels(self, target: Any, row: Row, ref: ImageRef, shown: tuple[int, int]) -> Any:
         """The truth in pixels of the image as it is shown.
 
         Args:
             target: What the task has read of `as_corners`.
             row: The row.
             ref: Where its first image is.
-            image: The first image, turned as EXIF says.
+            shown: Its full width and height, turned as EXIF says.
         """
-        height, width = image.shape[:2]
-        turn = self._turn(row, ref, (width, height))
+        width, height = shown
+        turn = self._turn(row, ref, shown)
         if turn == 1 and self.form not in (BoxForm.FRACTIONS, BoxForm.NORM1000):
             return target
         size = (height, width) if turn in SIDEWAYS else (width, height)

@@ -21,7 +21,7 @@ from vlmenv.envs.data.boxes import (
     scaled,
 )
 from vlmenv.envs.data.dataset import TableSource
-from vlmenv.envs.data.images import exif_orientation, image_size
+from vlmenv.envs.data.images import exif_orientation, shown_size
 from vlmenv.envs.data.rows import Row
 from vlmenv.envs.data.source import Sample
 
@@ -139,10 +139,9 @@ def _boxed(found: LookedAt, ref: str, reading: BoxReading, place: str) -> BoxedR
     assert found.row is not None
     try:
         turn = exif_orientation(ref)
-        width, height = image_size(ref)
+        shown = shown_size(ref)
     except ValueError:
         return None
-    shown = (height, width) if turn in SIDEWAYS else (width, height)
     row = found.row
     if row.detections is not None:
         numbers, form = [lengths(one.box) for one in row.detections], BoxForm.XYWH

@@ -6,13 +6,16 @@ import gzip
 import operator
 import os
 import shutil
+import stat
 import tempfile
 import weakref
 import zlib
 from bisect import bisect_right
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from itertools import accumulate, islice
@@ -21,12 +24,15 @@ from typing import Any
 
 import numpy as np
 
+from vlmenv.core.coordinates import ResizeRule
 from vlmenv.core.errors import ConfigError, DataError
+from vlmenv.core.names import hub_name
+from vlmenv.core.spaces import Image
 from vlmenv.envs.data.boxes import BoxReading
 from vlmenv.envs.data.coco import CocoInstances
 from vlmenv.envs.data.convert import find_layout
 from vlmenv.envs.data.delimited import Delimited
-from vlmenv.envs.data.images import image_size, load_image
+from vlmenv.envs.data.images import Size, image_size, load_image, outline_image
 from vlmenv.envs.data.media import ImageRef
 from vlmenv.envs.data.rows import Row, check_columns, missing, read_row
 from vlmenv.envs.data.source import Sample, Source
@@ -82,6 +88,8 @@ class Reading:
     """leave rows out whose answer, reasoning included, contains one of these, in small letters or capitals"""
     boxes: BoxReading | None = None
     """form of true boxes; None if the task has none"""
+    bound: ResizeRule | None = None
+    """rule for images that are too large to be shown as they are; see `load_image`"""
 
     def __post_init__(self) -> None:
         check_columns(self.columns)
@@ -127,8 +135,58 @@ class UnwantedError(Exception):
 
 _MadeOf = tuple[int, tuple[tuple[str, str], ...], tuple[str, ...], tuple[str, ...]]
 """The usage of a row: its number of images, its used and unused columns, and decisions."""
+_Read = tuple[int, "_MadeOf | ValueError | UnwantedError", tuple[ImageRef, ...]]
+"""The number of a row, its usage or fault, and its images."""
 _ROWS = 1024  # looked at together
 _THREADS = 16  # that ask the disk for images
+_AHEAD = 8  # blocks of rows that are read while the disk is asked
+
+
+@dataclass
+class ImageCheck:
+    """What looking for the images of a data set's rows has found."""
+
+    faults: dict[int, ValueError | UnwantedError] = field(default_factory=dict)
+    """by row, why it cannot be used"""
+    stamp: int = 0
+    """sum over the images of checksums of their files' names, sizes and times of change"""
+
+    def add(self, other: ImageCheck) -> None:
+        """Adds what was found in other rows."""
+        self.faults |= other.faults
+        self.stamp += other.stamp
+
+
+ImageChecks = dict[tuple[str, str, int | None], ImageCheck]
+"""By data set, folder of images and least side of an image."""
+_REMEMBERED: ContextVar[tuple[ImageChecks, bool] | None] = ContextVar("image checks", default=None)
+
+
+@contextmanager
+def checked_once(*, look: bool = True) -> Iterator[ImageChecks]:
+    """Within the block, the images of each stored data set are looked for once, however often it is opened.
+
+    Args:
+        look: If false, they are not looked for: another process does, and `adopt_images` takes over what it finds.
+
+    Yields:
+        What is found.
+    """
+    checks: ImageChecks = {}
+    token = _REMEMBERED.set((checks, look))
+    try:
+        yield checks
+    finally:
+        _REMEMBERED.reset(token)
+
+
+def adopt_images(source: Source, checks: ImageChecks) -> None:
+    """Leaves out rows whose images another process has not found, in a source for which they were not looked for."""
+    for part in source.sources if isinstance(source, Concatenated) else [source]:
+        if isinstance(part, TableSource) and part.key in checks:
+            part.adopt(checks[part.key])
+    if isinstance(source, Concatenated):
+        source.sum_up()
 
 
 def _usage(made_of: Mapping[_MadeOf, int], unread: Collection[str]) -> Usage:
@@ -148,8 +206,10 @@ class TableSource(Source):
         table: The rows.
         image_root: Folder that image paths are relative to.
         reading: The task's reading of rows.
+        name: Name of the stored data set, by which `checked_once` knows it. Default: none.
 
     Attributes:
+        images: What looking for the images has found.
         faults: Place and fault of each broken row that is left out.
         unwanted: Number of rows left out on request, by the reason.
         usage: The columns that samples are made of.
@@ -158,8 +218,11 @@ class TableSource(Source):
         DataError: A row is broken, unless such rows are to be left out; the message names its place.
     """
 
-    def __init__(self, table: Table, image_root: str, reading: Reading) -> None:
+    def __init__(self, table: Table, image_root: str, reading: Reading, name: str = "") -> None:
         self.table, self.root, self._reading = table, image_root, reading
+        self.key = (name, image_root, reading.min_image_side)
+        known, look = (name and _REMEMBERED.get()) or ({}, True)
+        self._looks, self.images = look and self.key not in known, known.get(self.key, ImageCheck())
         self.faults: list[str] = []
         self.unwanted: Counter[str] = Counter()
         made_of: Counter[_MadeOf] = Counter()
@@ -168,6 +231,7 @@ class TableSource(Source):
         self.size = len(kept)
         self.usage: Usage = _usage(made_of, reading.unread)
         self.usage.notes.update(dict.fromkeys(table.notes, 0))
+        known[self.key] = self.images
 
     def row(self, index: int) -> Any:
         """The stored row of a sample."""
@@ -181,6 +245,11 @@ class TableSource(Source):
     def total(self) -> int:
         """Number of rows in the table, with broken and unwanted ones."""
         return (self.size or 0) + len(self.faults) + self.unwanted.total()
+
+    @property
+    def columns(self) -> Mapping[str, str]:
+        """The columns of parts of a row, where they are named."""
+        return self._reading.columns
 
     @property
     def boxes(self) -> BoxReading | None:
@@ -197,7 +266,14 @@ class TableSource(Source):
         return row, [self._located(ref) for ref in row.images if ref is not None]
 
     def get(self, index: int) -> Sample:
-        number = self.number(index)
+        return self._sample(index, load_image)
+
+    def outline(self, index: int) -> Sample:
+        return self._sample(index, outline_image)
+
+    def _sample(self, index: int, load: Callable[[Any, str, ResizeRule | None], tuple[Image, Size]]) -> Sample:
+        """A sample with its images as `load` gives them."""
+        number, bound, boxes = self.number(index), self._reading.bound, self._reading.boxes
         try:
             row = self._reading.row(self.table.read(number), number)
             sample = self._reading.sample_of(row)
@@ -206,45 +282,81 @@ class TableSource(Source):
             raise DataError(f"{place}: {error}; the file has changed since it was opened") from None
         place = self.place(index, sample.id)
         refs = [self._located(ref) for ref in row.images if ref is not None]
-        images = tuple(load_image(ref, place) for ref in refs)
-        boxes = self._reading.boxes
-        if boxes is None or not images:
-            return replace(sample, images=images)
-        return replace(sample, images=images, target=boxes.in_pixels(sample.target, row, refs[0], images[0]))
+        loaded = [load(ref, place, bound) for ref in refs]
+        sample = replace(sample, images=tuple(image for image, _ in loaded), sizes=tuple(size for _, size in loaded))
+        if boxes is None or not loaded:
+            return sample
+        return replace(sample, target=boxes.in_pixels(sample.target, row, refs[0], sample.sizes[0]))
+
+    def adopt(self, check: ImageCheck) -> None:
+        """Leaves out the rows whose images another process has not found, or found too small."""
+        self.images = check
+        if not check.faults:
+            return
+        own = {self.number(index): index for index in range(self.size or 0)}
+        gone = {number: fault for number, fault in check.faults.items() if number in own}
+        for number, fault in gone.items():
+            if isinstance(fault, UnwantedError):
+                self.unwanted[str(fault)] += 1
+            else:
+                self.faults.append(f"{self.table.place(number)}: {fault}")
+        self._remove([own[number] for number in gone])
+
+    def leave_out(self, indices: Sequence[int], reason: str) -> None:
+        if len(indices):
+            self.unwanted[reason] += len(indices)
+            self._remove(indices)
+
+    def _remove(self, indices: Sequence[int]) -> None:
+        if indices:
+            kept = np.arange(self.size or 0) if self._kept is None else self._kept
+            self._kept = np.delete(kept, indices)
+            self.size = len(self._kept)
 
     def place(self, index: int, id: str) -> str:
         return f"{self.table.place(self.number(index))} (id {id})"
 
     def _check(self, made_of: Counter[_MadeOf]) -> Iterator[int]:
         """Numbers of the good rows; counts their usage."""
-        rows = enumerate(self.table.scan())
-        with ThreadPoolExecutor(_THREADS, thread_name_prefix="vlmenv-data") as pool:
-            while some := list(islice(rows, _ROWS)):
-                for number, row in self._look_at(some, pool):
-                    try:
-                        if isinstance(row, Exception):
-                            raise row
-                    except UnwantedError as reason:
-                        self.unwanted[str(reason)] += 1
-                    except ValueError as error:
-                        self._note_fault(f"{self.table.place(number)}: {error}")
-                    else:
-                        made_of[row] += 1
-                        yield number
+        for number, row in self._looked_at():
+            try:
+                if isinstance(row, Exception):
+                    raise row
+            except UnwantedError as reason:
+                self.unwanted[str(reason)] += 1
+            except ValueError as error:
+                self._note_fault(f"{self.table.place(number)}: {error}")
+            else:
+                made_of[row] += 1
+                yield number
 
     def _note_fault(self, fault: str) -> None:
         if not self._reading.skip_broken:
             raise DataError(fault)
         self.faults.append(fault)
 
-    def _look_at(
-        self, rows: list[tuple[int, Any]], pool: ThreadPoolExecutor
-    ) -> Iterable[tuple[int, _MadeOf | ValueError | UnwantedError]]:
-        """The usage of each row, or its fault."""
-        read = [(number, *self._read(raw, number)) for number, raw in rows]
-        shares = [read[i::_THREADS] for i in range(_THREADS)]
-        missing = dict(pair for found in pool.map(self._missing, shares) for pair in found)
-        return [(number, missing.get(number, made)) for number, made, _ in read]
+    def _looked_at(self) -> Iterator[tuple[int, _MadeOf | ValueError | UnwantedError]]:
+        """The usage of each row, or its fault. Images of some rows are asked for while later rows are read."""
+        rows = enumerate(self.table.scan())
+        waiting: deque[tuple[list[_Read], list[Future[ImageCheck]]]] = deque()
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="vlmenv-data") as pool:
+            while some := list(islice(rows, _ROWS)):
+                read = [(number, *self._read(raw, number)) for number, raw in some]
+                shares = [read[i::_THREADS] for i in range(_THREADS)] if self._looks else []
+                waiting.append((read, [pool.submit(self._missing, share) for share in shares]))
+                if len(waiting) > _AHEAD:
+                    yield from self._with_images(*waiting.popleft())
+            for block in waiting:
+                yield from self._with_images(*block)
+
+    def _with_images(
+        self, read: Sequence[_Read], checks: Sequence[Future[ImageCheck]]
+    ) -> Iterator[tuple[int, _MadeOf | ValueError | UnwantedError]]:
+        """Rows of which some have images that are missing or too small, as far as that is known yet."""
+        for check in checks:
+            self.images.add(check.result())
+        for number, made, _ in read:
+            yield number, self.images.faults.get(number, made)
 
     def _read(self, raw: Any, number: int) -> tuple[_MadeOf | ValueError | UnwantedError, tuple[ImageRef, ...]]:
         try:
@@ -254,21 +366,29 @@ class TableSource(Source):
             return error, ()
         return (len(row.images), row.used, row.unused, row.notes), row.images
 
-    def _missing(
-        self, rows: Sequence[tuple[int, Any, tuple[ImageRef, ...]]]
-    ) -> list[tuple[int, ValueError | UnwantedError]]:
-        """Rows with missing or too small images, and their faults; the disk may be slow."""
-        found: list[tuple[int, ValueError | UnwantedError]] = []
+    def _missing(self, rows: Sequence[_Read]) -> ImageCheck:
+        """Looks for the images of some rows; the disk may be slow."""
+        found = ImageCheck()
         for number, _, refs in rows:
             try:
                 for ref in refs:
-                    if isinstance(ref, str) and not os.path.isfile(self._located(ref)):  # noqa: PTH113 (a million rows ask, and Path is slow)
-                        raise ValueError(f"there is no image {self._located(ref)[:200]}")
+                    if isinstance(ref, str):
+                        found.stamp += self._stamp(self._located(ref))
                 if self._reading.min_image_side is not None:
                     self._check_sizes(number, refs, self._reading.min_image_side)
             except (ValueError, UnwantedError) as error:
-                found.append((number, error))
+                found.faults[number] = error
         return found
+
+    def _stamp(self, path: str) -> int:
+        """A number that is another if the image's file is another. Raises ValueError if there is none."""
+        try:
+            file = os.stat(path)  # noqa: PTH116 (a million rows ask, and Path is slow)
+        except (OSError, ValueError):
+            file = None
+        if file is None or not stat.S_ISREG(file.st_mode):
+            raise ValueError(f"there is no image {path[:200]}")
+        return zlib.crc32(f"{path} {file.st_size} {file.st_mtime_ns}".encode("utf-8", "surrogateescape"))
 
     def _check_sizes(self, number: int, refs: Sequence[ImageRef], least: int) -> None:
         """Raises UnwantedError if an image is too small."""
@@ -286,15 +406,29 @@ class Concatenated(Source):
 
     def __init__(self, sources: Sequence[TableSource]) -> None:
         self.sources = sources
-        self._ends = list(accumulate(source.size or 0 for source in sources))
-        self.size = self._ends[-1]
-        self.faults = [fault for source in sources for fault in source.faults]
-        self.unwanted = sum((Counter(source.unwanted) for source in sources), Counter[str]())
         self.usage: Usage = reduce(operator.add, (source.usage for source in sources))
+        self.sum_up()
+
+    def sum_up(self) -> None:
+        """Takes over what its sources have left out."""
+        self.faults = [fault for source in self.sources for fault in source.faults]
+        self._ends = list(accumulate(source.size or 0 for source in self.sources))
+        self.size = self._ends[-1]
+        self.unwanted = sum((Counter(source.unwanted) for source in self.sources), Counter[str]())
 
     def get(self, index: int) -> Sample:
         source, own = self._part(index)
         return source.get(own)
+
+    def outline(self, index: int) -> Sample:
+        source, own = self._part(index)
+        return source.outline(own)
+
+    def leave_out(self, indices: Sequence[int], reason: str) -> None:
+        starts = [0, *self._ends[:-1]]
+        for source, start, end in zip(self.sources, starts, self._ends, strict=True):
+            source.leave_out([index - start for index in indices if start <= index < end], reason)
+        self.sum_up()
 
     def place(self, index: int, id: str) -> str:
         source, own = self._part(index)
@@ -332,6 +466,14 @@ def open_dataset(
     return sources[0] if len(sources) == 1 else Concatenated(sources)
 
 
+def hub_commits(source: Source) -> dict[str, str]:
+    """The commits of the data sets of a source that came from the Hugging Face hub, by name."""
+    parts: Sequence[Source] = source.sources if isinstance(source, Concatenated) else [source]
+    tables = [part.table for part in parts if isinstance(part, TableSource)]
+    commits = {table.name: table.commit for table in tables if isinstance(table, HuggingFace)}
+    return {name: commit for name, commit in commits.items() if commit is not None}
+
+
 def _parts(dataset: Dataset) -> list[Any]:
     paths = (str, os.PathLike, Published)
     several = isinstance(dataset, (list, tuple)) and len(dataset) > 0 and isinstance(dataset[0], paths)
@@ -352,7 +494,8 @@ def _open(dataset: Any, image_root: Any, split: str | None, reading: Reading) ->
     root = default_root if image_root is None else Path(image_root)
     if not root.is_dir():
         raise DataError(f"image_root {root}: no such folder")
-    source = TableSource(table, str(root), reading)
+    stored = isinstance(dataset, (str, os.PathLike, Published))
+    source = TableSource(table, str(root), reading, f"{name} {split or ''}" if stored else "")
     if not source.size and not source.faults and not source.unwanted:
         raise DataError(f"{name}: the data set has no rows")
     return source
@@ -416,7 +559,8 @@ def _open_text(file: Path, name: Path, suffix: str, reading: Reading) -> Table:
 def _load(name: str, split: str | None) -> Table:
     """A folder that `datasets` has saved, or a data set on the hub."""
     folder = Path(name)
-    if not folder.is_dir() and (name.count("/") != 1 or name.startswith((".", "/")) or Path(name).suffix in _SUFFIXES):
+    named = hub_name(name)
+    if not folder.is_dir() and (named is None or name.startswith(".") or folder.suffix in _SUFFIXES):
         raise DataError(f"{name}: no such file")
     library = _library()
     saved = any((folder / file).is_file() for file in ("state.json", "dataset_dict.json"))
@@ -426,7 +570,8 @@ def _load(name: str, split: str | None) -> Table:
     try:
         if saved:
             return _wrap(library.load_from_disk(name), split, name)
-        return HuggingFace(library.load_dataset(name, split=split or "train"), name)
+        repository, revision = named or (name, None)
+        return HuggingFace(library.load_dataset(repository, split=split or "train", revision=revision), name)
     except (OSError, ValueError, LookupError, RuntimeError, library.exceptions.DatasetsError) as error:
         raise DataError(f"{name}: the data set cannot be loaded: {error}") from error
 

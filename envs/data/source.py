@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmenv.core.errors import DataError
+from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.core.rollout import IMAGE_MARK, Turn
 from vlmenv.core.spaces import Image
 from vlmenv.envs.data.usage import Usage
@@ -42,6 +42,19 @@ class Sample:
     turns: tuple[Turn, ...] = ()
     """earlier turns, such as few-shot examples, as `{"role": "user", "text": "What is <image>?"}`; the row's own
     system turn is the first of them, and takes the place of the task's `system_prompt`"""
+    sizes: tuple[tuple[int, int], ...] = ()
+    """full width and height of each image, which the target's places refer to; empty: those of `images`, which a
+    bound on pixels may have made smaller"""
+
+    @property
+    def full_sizes(self) -> tuple[tuple[int, int], ...]:
+        """`sizes`, or those of `images`."""
+        return self.sizes or tuple((image.shape[1], image.shape[0]) for image in self.images)
+
+    @property
+    def asked_sizes(self) -> tuple[tuple[int, int], ...]:
+        """The full width and height of each of `asked_images`."""
+        return self.full_sizes[len(self.images) - len(self.asked_images) :]
 
     @property
     def asked_images(self) -> tuple[Image, ...]:
@@ -70,6 +83,21 @@ class Source(ABC):
         Raises:
             DataError: The sample, or one of its images, cannot be read; the message names its place.
         """
+
+    def outline(self, index: int) -> Sample:
+        """As `get`, but with a blank image of the same size in the place of each image; see `blank_image`.
+
+        Default: all images are loaded. Sources that can look at headers alone override it.
+        """
+        return self.get(index)
+
+    def leave_out(self, indices: Sequence[int], reason: str) -> None:
+        """Leaves samples out from now on, and counts them as unwanted for a reason. Later ones move up.
+
+        Raises:
+            ConfigError: The source cannot.
+        """
+        raise ConfigError(f"{type(self).__name__} cannot leave samples out: {reason}")
 
     def place(self, index: int, id: str) -> str:
         """The origin of a sample, for messages: its file and line, if it has such, and its id."""

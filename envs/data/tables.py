@@ -230,7 +230,7 @@ class HuggingFace(Table):
 
     def __init__(self, dataset: Any, name: str) -> None:
         self._arrow = dataset.with_format("arrow")
-        self._name = name
+        self.name = name
         features = (dataset.features or {}).items()
         self._classes = {column: feature.names for column, feature in features if hasattr(feature, "int2str")}
         self._labels = _names_of_objects(dict(features).get("objects"))
@@ -257,7 +257,14 @@ class HuggingFace(Table):
         return row
 
     def place(self, number: int) -> str:
-        return f"{self._name}: row {number}"
+        return f"{self.name}: row {number}"
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of the hub's repository that the rows came from; None if they came from elsewhere."""
+        urls = list(self._arrow.info.download_checksums or {})
+        commits = {found[1] for url in urls if (found := _HUB_FILE.match(url))}
+        return commits.pop() if len(commits) == 1 else None
 
     def write(self, file: Path, added: Mapping[int, Mapping[str, Any]]) -> None:
         chosen = self._arrow.with_format(None).select(list(added))
@@ -468,6 +475,8 @@ def _loaded(line: bytes) -> Any:
         return ValueError(f"the line is not JSON: {error}")
 
 
+_HUB_FILE = re.compile(r"hf://datasets/[^@]+@([0-9a-f]{40})/")
+"""How the library `datasets` names a file of the hub."""
 _IMAGE_TYPE = re.compile(r"(?:(?:large_)?list<[a-z]+: )?(?:(?:large_)?binary|struct<bytes: .*binary, path: \w+>)>?")
 """How Arrow writes the type of an image, or of a list of them."""
 

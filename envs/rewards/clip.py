@@ -16,6 +16,7 @@ from PIL import Image as PILImage
 
 from vlmenv.core.errors import ConfigError, ModelError, unknown_name
 from vlmenv.core.formats import AnswerFormat
+from vlmenv.core.names import hub_name
 from vlmenv.core.spaces import Image
 from vlmenv.envs.rewards.fg_clip import is_fg_clip, load_fg_clip
 from vlmenv.envs.rewards.terms import BatchTerm
@@ -48,9 +49,9 @@ class ClipScore(BatchTerm):
     The model is loaded at its first use, once per process for all terms, on the GPU if there is one.
 
     Args:
-        model: `"builtin"`, a folder, or a name on the Hugging Face hub. Any model works for which transformers'
-            `AutoModel` gives image and text features: CLIP, SigLIP, SigLIP 2, AltCLIP and others. FG-CLIP runs with its
-            embeddings of long texts.
+        model: `"builtin"`, a folder, or a name on the Hugging Face hub, which may end with @REVISION. Any model
+            works for which transformers' `AutoModel` gives image and text features: CLIP, SigLIP, SigLIP 2, AltCLIP
+            and others. FG-CLIP runs with its embeddings of long texts.
         score: "cosine", or "sigmoid" for models of SigLIP's kind.
         remote_code: Permission to run the checkpoint's own code, which may do anything. FG-CLIP does not need it.
             Default: False.
@@ -112,7 +113,7 @@ class _Towers:
         import torch
         from transformers import AutoImageProcessor, AutoTokenizer
 
-        source = str(files("vlmenv.envs.rewards") / "builtin_clip") if name == BUILTIN else name
+        source = _source(name)
         config = _stored_config(source)
         self._model = _load_weights(source, config, remote_code)
         self._tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=remote_code)
@@ -224,6 +225,18 @@ def _load_weights(source: str, config: dict[str, Any], remote_code: bool) -> Any
         if not hasattr(model, tower):
             raise ModelError(f"{type(model).__name__} has no {tower}")
     return model.eval()
+
+
+def _source(name: str) -> str:
+    """The folder or the name on the hub that a model is loaded from; with a revision, the folder of that revision."""
+    if name == BUILTIN:
+        return str(files("vlmenv.envs.rewards") / "builtin_clip")
+    repository, revision = hub_name(name) or (name, None)
+    if revision is None:
+        return name
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(repository, revision=revision)
 
 
 def _load_any(source: str, config: dict[str, Any], remote_code: bool) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, Final
@@ -18,7 +17,7 @@ from vlmenv.core.errors import ConfigError
 from vlmenv.envs.rewards.formulas import Form, read_form, written_key
 from vlmenv.envs.rewards.numbers import Number, is_rounded, is_rounding, same_number
 from vlmenv.envs.rewards.units import conversion
-from vlmenv.envs.rewards.workers import Workers
+from vlmenv.envs.rewards.workers import LOSSES, Workers
 
 TIME_LIMIT: Final = 0.5
 """Seconds of computing for one comparison; most take some milliseconds."""
@@ -35,11 +34,6 @@ SPACED_UNIT: Final = r"[gshLNVWJA](?![A-Za-z])"
 _CACHED = 10_000
 # Long numbers, huge powers, towers of powers, factorials of thousands.
 _BOMB = re.compile(r"\d{60}|\^\s*\{?\s*\d{5}|(?:\d\s*\^\s*\{?\s*){3}|[)}\]]\s*\^\s*\{?\s*\d{3}|\d{5}\s*!", re.ASCII)
-
-_LOST: Final = (
-    "{lost} of {of} mathematical answers score 0 without having been compared: their processes were ended by "
-    "the system, which may want memory, or got no computing time. They are compared anew when they come again."
-)
 
 _cache: dict[tuple[str, str], bool] = {}
 _workers = Workers(f"{__name__}:make_comparison", TIME_LIMIT)
@@ -66,8 +60,7 @@ def math_equal(pairs: Sequence[tuple[str, str]]) -> list[bool]:
     found = dict(zip(unknown, _workers.map(unknown), strict=True)) if unknown else {}
     # Not those that were given up by the clock: a machine that stood still is no reason to call an answer wrong again.
     _remember({pair: result is True for pair, result in found.items() if not isinstance(result, Exception)})
-    if lost := sum(isinstance(result, Exception) for result in found.values()):
-        warnings.warn(_LOST.format(lost=lost, of=len(pairs)), RuntimeWarning, stacklevel=2)
+    LOSSES.add(answers=sum(isinstance(found.get(pair), Exception) for pair in pairs))
     results |= {pair: result is True for pair, result in found.items()}
     return [results[pair] is True for pair in pairs]
 

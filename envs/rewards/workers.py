@@ -17,11 +17,14 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -48,6 +51,54 @@ _ONE_THREAD: Final = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "
 
 class WorkerLostError(RuntimeError):
     """A process was ended by somebody else, each time that a call was made."""
+
+
+@dataclass
+class Losses:
+    """What this process's scoring has lost to others that end its child processes, or that leave them no time."""
+
+    processes: int = 0
+    """child processes that others have ended, at work or while they started"""
+    answers: int = 0
+    """answers that score 0 without having been compared"""
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def add(self, *, processes: int = 0, answers: int = 0) -> None:
+        """Counts, and warns once of each kind."""
+        with self._lock:
+            first = (processes and not self.processes, answers and not self.answers)
+            self.processes, self.answers = self.processes + processes, self.answers + answers
+        for is_first, message in zip(first, (_ENDED, _UNSCORED), strict=True):
+            if is_first:
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+    def since(self, former: Losses) -> Losses:
+        """What has been lost since a `snapshot`."""
+        return Losses(self.processes - former.processes, self.answers - former.answers)
+
+    def told(self) -> str:
+        """The answers without a verdict, in words; empty if there are none."""
+        what = f"{self.answers} answers score 0 without having been compared: others ended the processes that compare"
+        return f"{what}. Score them again" if self.answers else ""
+
+    def snapshot(self) -> Losses:
+        """A copy."""
+        return Losses(self.processes, self.answers)
+
+
+LOSSES: Final = Losses()
+"""Those of this process."""
+_ENDED: Final = (
+    "a process that scores answers was ended from outside, perhaps by the system for want of memory. Its answers are "
+    "scored again. Metrics count such processes as score/lost_processes; free memory if there are many."
+)
+_UNSCORED: Final = (
+    "some answers score 0 without having been compared: their processes were ended from outside each time, perhaps by "
+    "the system for want of memory, or got no computing time. They are compared anew when they come again. Metrics "
+    "count them as score/unscored, an evaluation as unscored; free memory or CPUs if there are many."
+)
 
 
 class Workers:
@@ -108,6 +159,7 @@ class Workers:
             except _EndedByOthersError as error:
                 self._end(worker)
                 self.lost += 1
+                LOSSES.add(processes=1)
                 lost = error
                 continue
             except BaseException:

@@ -35,7 +35,9 @@ from transformers.processing_utils import ProcessorMixin
 from vlmenv.agents.checkpoints import load_model
 from vlmenv.agents.families import FAMILIES, Processor, coordinate_space, family_of, resize_rule
 from vlmenv.agents.families.base import Family
+from vlmenv.agents.policy import Policy
 from vlmenv.agents.published import PublishedProcessor
+from vlmenv.agents.sampling import PassLimits
 from vlmenv.agents.vlm import Sampling, VLMAgent
 from vlmenv.core.errors import ModelError, PromptError
 from vlmenv.core.rollout import IMAGE_MARK, Observation, Rollout, Turn
@@ -328,6 +330,33 @@ def test_what_is_sampled_is_what_is_scored_and_what_transformers_computes(
         np.testing.assert_allclose(completion.logprobs, plain[row].detach().numpy(), atol=1e-5)
         assert not values[row, length:].any()
     assert_alike(shared, expected, within=1e-5)
+
+
+@pytest.mark.parametrize(
+    "limits", [PassLimits(rows=1), PassLimits(rows=2), PassLimits(tokens=1), PassLimits(None, 10**9)]
+)
+def test_prompts_that_run_in_several_passes_give_the_same_completions(
+    agent: VLMAgent, case: Case, limits: PassLimits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass holds no more prompts than it may; a prompt that a group shares runs once."""
+    agent.seed(3)
+    whole = agent.rollout(prompts(case))
+    passes: list[int] = []
+    prefill = Policy.prefill
+
+    def noting(self: Policy, own: Any) -> Any:
+        passes.append(len(own))
+        return prefill(self, own)
+
+    monkeypatch.setattr(Policy, "prefill", noting)
+    agent.seed(3)
+    agent.limits = limits
+    parts = agent.rollout(prompts(case))
+    assert passes == {1: [1, 1, 1], 2: [2, 1], None: [1, 1, 1] if limits.tokens == 1 else [3]}[limits.rows]
+    assert parts.texts == whole.texts
+    for ours, theirs in zip(parts.completions, whole.completions, strict=True):
+        assert ours.token_ids.tolist() == theirs.token_ids.tolist()
+        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=0 if len(passes) == 1 else 1e-5)
 
 
 class InDouble(TorchFunctionMode):

@@ -8,7 +8,8 @@ import torch
 from batches import observations, ragged
 
 from vlmenv.agents import sampling as module
-from vlmenv.agents.sampling import Sampling
+from vlmenv.agents.policy import Policy
+from vlmenv.agents.sampling import PassLimits, Sampling
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.core.errors import ConfigError
 
@@ -32,7 +33,9 @@ def test_the_distribution_that_is_sampled_from(sampling: Sampling, kept: list[fl
     """By hand: the fewest likeliest tokens, of the k likeliest, whose share reaches p; their log-probs sum to 1."""
     shuffled = torch.tensor([2, 0, 4, 1, 3])
     logits = torch.tensor(PROBS).log()[shuffled].repeat(4000, 1)
-    token, logprob = module._draw(logits, sampling, torch.Generator().manual_seed(0))
+    token, logprob = module._draw(
+        logits, sampling, module._places(4000, sampling, torch.Generator().manual_seed(0), logits.device)
+    )
     wanted = torch.tensor(kept, dtype=torch.float32)[shuffled]
     torch.testing.assert_close(logprob.exp(), wanted[token])
     found = torch.bincount(token, minlength=5) / 4000
@@ -117,6 +120,40 @@ def test_looking_seldom_gives_the_same_answers(builtin: VLMAgent, monkeypatch: p
     for a, b in zip(often.completions, seldom.completions, strict=True):
         assert a.token_ids.tolist() == b.token_ids.tolist()
         assert a.finish_reason == b.finish_reason
+
+
+@pytest.mark.parametrize(
+    ("limits", "lengths", "passes"),
+    [
+        (PassLimits(), [5, 7, 9], [(0, 3)]),
+        (PassLimits(rows=2), [5, 7, 9], [(0, 2), (2, 3)]),
+        (PassLimits(tokens=12), [5, 7, 9], [(0, 2), (2, 3)]),
+        (PassLimits(tokens=11), [5, 7, 4, 20, 1], [(0, 1), (1, 3), (3, 4), (4, 5)]),
+        (PassLimits(rows=1, tokens=100), [5, 7], [(0, 1), (1, 2)]),
+    ],
+)
+def test_passes_of_prompts_are_within_limits(
+    limits: PassLimits, lengths: list[int], passes: list[tuple[int, int]]
+) -> None:
+    """A prompt that is too long has a pass of its own."""
+    assert [(own.start, own.stop) for own in limits.passes(lengths)] == passes
+
+
+@pytest.mark.parametrize("rows", [None, 3])
+def test_logits_are_computed_for_a_few_completions_at_a_time(
+    builtin: VLMAgent, monkeypatch: pytest.MonkeyPatch, rows: int | None
+) -> None:
+    policy, widths = type(builtin.family_policy), []
+    logits = policy.logits
+
+    def noting(self: Policy, hidden: torch.Tensor) -> torch.Tensor:
+        widths.append(len(hidden))
+        return logits(self, hidden)
+
+    monkeypatch.setattr(policy, "logits", noting)
+    builtin.limits, builtin.sampling = PassLimits(rows), Sampling(max_new_tokens=2)
+    builtin.rollout(observations(8, 4))
+    assert widths[: 3 if rows else 1] == ([3, 3, 2] if rows else [8])
 
 
 @pytest.mark.parametrize(

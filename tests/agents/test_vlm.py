@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from vlmenv.agents.vlm import Sampling, VLMAgent, find_model
-from vlmenv.core.errors import ModelError, PromptError
+from vlmenv.core.errors import ConfigError, ModelError, PromptError
 from vlmenv.core.rollout import Observation, Rollout
 
 
@@ -298,3 +298,27 @@ def test_extending_what_was_not_begun_is_refused(builtin: VLMAgent) -> None:
     tokens = torch.zeros(1, dtype=torch.long)
     with pytest.raises(RuntimeError, match=r"call prefill\(\) first"):
         builtin.family_policy.extend(tokens, tokens, None)  # type: ignore[arg-type]
+
+
+def test_an_agent_that_was_closed_with_its_engine_generates_no_more(builtin: VLMAgent) -> None:
+    """Its policy would answer instead, and nobody would know."""
+
+    class Closing:
+        closed = False
+
+        def close(self) -> None:
+            self.closed = True
+
+    builtin.engine = engine = Closing()  # type: ignore[assignment]
+    builtin.close()
+    builtin.close()
+    assert engine.closed
+    with pytest.raises(ConfigError, match="closed with its engine: load it anew"):
+        builtin.rollout(observations(2, 2))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_a_seed_beyond_what_torch_takes_is_named(builtin: VLMAgent, seed: int) -> None:
+    builtin.seed(2**64 - 1)
+    with pytest.raises(ConfigError, match=rf"seed must be from 0 to 2\*\*64 - 1, not {seed}"):
+        builtin.seed(seed)

@@ -141,7 +141,7 @@ def test_imitation_hands_weights_over_only_to_be_measured(builtin: VLMAgent) -> 
 def test_an_engine_in_step_learns_what_the_model_would(builtin: VLMAgent) -> None:
     """The correction's weights are then 1, and the gradient that of the sampler's own log-probabilities."""
     trainer = trainer_of(builtin)
-    rollouts = trainer._round({})
+    rollouts = trainer.collector.next({}).rollouts
     batch = trainer._credited(rollouts)
     trainer._correct(batch, rollouts.rollout)
     corrected = gradient(trainer, batch)
@@ -156,7 +156,7 @@ def test_an_engine_in_step_learns_what_the_model_would(builtin: VLMAgent) -> Non
 def test_the_gradient_is_that_of_the_weighted_loss(builtin: VLMAgent, how: str) -> None:
     """Computed anew, from the sampler's log-probabilities and those of the policy in one pass of autograd."""
     trainer = trainer_of(builtin, correction=how, **({} if how == "none" else {"correction_cap": 1.1}))
-    rollouts = trainer._round({})
+    rollouts = trainer.collector.next({}).rollouts
     with torch.no_grad():
         for parameter in builtin.parameters():
             parameter.mul_(1.05)

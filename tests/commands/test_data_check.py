@@ -157,7 +157,7 @@ def test_duplicate_ids_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_a_models_processor_tries_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, good = write_rows(tmp_path), tmp_path / "good.jsonl"
-    status, out = check(capsys, str(file), "--model", "builtin", "--write", str(good))
+    status, out = check(capsys, str(file), "--model", "builtin", "--decode", "--write", str(good))
     assert status == 1
     for index, reason in BROKEN.items():
         assert f"rows.jsonl:{index + 2} (id {index}): " in out

@@ -65,6 +65,11 @@ def test_stages_go_on_from_one_another_and_end_in_a_table(tmp_path: Path, capsys
     assert table[5][0] == "reasoning: format"
     assert table[5][4].startswith(f"{report['reasoning']['reasoning: format']['value']:.3f}")
 
+    changes = {row[0]: row[1:] for row in table if len(row) == 4}
+    assert changes["change from the base"] == list(TRAINED)
+    for stage, cell in zip(TRAINED, changes["reasoning: format"], strict=True):
+        now, was = (report[name]["reasoning: format"]["value"] for name in (stage, "base"))
+        assert cell.startswith(f"{now - was:+.3f} (")
     written = {path: path.stat().st_mtime_ns for path in out.rglob("*.*") if "report" not in path.name}
     main(["pipeline", str(file), "--output", str(out)])
     assert capsys.readouterr().out.count("done before") == 8

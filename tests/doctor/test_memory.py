@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -9,12 +11,14 @@ import gymnasium
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.profiler import ProfilerActivity, profile
 
+from vlmenv.agents.sampling import PassLimits, prefilled
 from vlmenv.agents.saved_activations import keeping_activations, recording_saved
 from vlmenv.agents.vlm import Sampling, VLMAgent, find_model
 from vlmenv.core.rollout import Rollout
 from vlmenv.doctor import DoctorConfig
-from vlmenv.doctor.memory import training_memory
+from vlmenv.doctor.memory import _sampling, training_memory
 from vlmenv.options.fields import replaced
 
 PARAMETERS = sum(tensor.numel() for tensor in load_file(find_model("builtin") / "model.safetensors").values())
@@ -131,3 +135,36 @@ def test_keys_and_values_are_those_of_the_configuration() -> None:
     each = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 4
     length = sum(len(prompt.input_ids) for prompt in rollout.prompts) / len(rollout.prompts)
     assert found["keys and values"] == pytest.approx(each * (100 * length + 100 * 100 * 50))
+    assert found["logits"] == 28 * 100 * 100 * agent.family.model.get_output_embeddings().weight.shape[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [None, 32])
+def test_prefill_is_foreseen(rows: int | None) -> None:
+    """Against the allocator's own count of 256 prompts. The estimate is rough, but never too low by a fifth."""
+    agent, rollout = agent_and_rollout(8, 2, 24)
+    agent.limits = PassLimits(rows)
+    config = replaced(DoctorConfig(), {"prompts_per_step": 256, "group_size": 2, "max_new_tokens": 1})
+    estimated = sum(_sampling(agent, rollout, config)[0].values())
+    envs = gymnasium.make_vec("VLM-REC-v0", num_envs=256, group_size=1)
+    prompts, _ = agent.encode(envs.reset(seed=0)[0])
+    taken = peak(lambda: prefilled(agent.family_policy, prompts, agent.limits))
+    assert 0.8 * taken < estimated < 2 * taken
+
+
+def peak(work: Callable[[], object]) -> int:
+    """Bytes that work holds at most, as PyTorch counts them."""
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        held = work()
+    del held
+    sizes = [event.nbytes() for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(sizes))
+
+
+@pytest.mark.slow
+def test_the_prefill_of_many_prompts_may_be_the_peak() -> None:
+    agent, rollout = agent_and_rollout(8, 2, 24)
+    options: dict[str, Any] = {"prompts_per_step": 4000, "group_size": 2, "max_new_tokens": 1, "micro_batch_size": 2}
+    whole = estimate(agent, rollout, **options)
+    agent.limits = PassLimits(2)
+    assert estimate(agent, rollout, **options)["prefill"] < whole["prefill"] / 10

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -245,6 +246,17 @@ def test_the_oldest_images_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> Non
     rewards(["a star"], [(b,)])
     assert len(calls) == 5
     assert len(clip._load("builtin")._cache) == 3
+
+
+def test_a_revision_of_a_model_on_the_hub_is_scored_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the hub's cache on disk."""
+    commit, repository = "0123456789" * 4, tmp_path / "models--some--clip"
+    shutil.copytree(BUILTIN, repository / "snapshots" / commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    named = ClipScore(f"some/clip@{commit}").cosines(TRUE[:2], IMAGES[:2])
+    assert named == ClipScore().cosines(TRUE[:2], IMAGES[:2])
+    with pytest.raises(ModelError, match="some/clip@other"):
+        ClipScore("some/clip@other").cosines(TRUE[:2], IMAGES[:2])
 
 
 def test_a_term_travels_as_its_models_name() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from PIL import Image
 from vlmenv.core.answers import NONE
 from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.core.formats import AnswerFormat
+from vlmenv.envs.data.dataset import TableSource, adopt_images, checked_once
 from vlmenv.envs.data.images import load_image
 from vlmenv.envs.rec import RECEnv
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.envs.vqa import VQAEnv
+from vlmenv.runs.data import fingerprint
 
 
 def row(**changes: Any) -> dict[str, Any]:
@@ -228,7 +231,7 @@ def test_images_are_of_usual_formats_regular_files_and_of_bounded_size(tmp_path:
         load_image(str(tmp_path / "pipe.png"), "here")
     for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "ICO"):
         Image.new("RGB", (8, 6), "red").save(tmp_path / f"a.{kind}", kind)
-        assert load_image(str(tmp_path / f"a.{kind}"), "here").shape == (6, 8, 3)
+        assert load_image(str(tmp_path / f"a.{kind}"), "here")[0].shape == (6, 8, 3)
     env = VQAEnv(dataset=[{"image": Image.open(tmp_path / "a.eps"), "question": "?", "answer": "a"}])
     with pytest.raises(DataError, match="it is EPS, and none of"):
         env.source.get(0)
@@ -256,3 +259,28 @@ def test_a_written_out_answer_is_divided(tmp_path: Path) -> None:
     wrong = [{"role": "user", "content": "Find it."}, {"role": "system", "content": "None"}]
     with pytest.raises(DataError, match="'messages' has turns of user, system"):
         RECEnv(dataset=write(tmp_path, {"images": ["a.png"], "messages": wrong}))
+
+
+def test_images_are_looked_for_once_and_by_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one process finds missing or too small, another that does not look leaves out alike."""
+    Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
+    Image.new("RGB", (64, 8)).save(tmp_path / "b.png")
+    rows = [{"image": f"{name}.png", "problem": "Where?", "answer": [1, 2, 3, 4]} for name in ("a", "none", "b", "a")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files, asked, real = [str(tmp_path / "rows.jsonl")] * 2, list[str](), TableSource._stamp
+    monkeypatch.setattr(TableSource, "_stamp", lambda self, path: asked.append(path) or real(self, path))
+    options: dict[str, Any] = {"skip_broken": True, "min_image_side": 20}
+    with checked_once() as checks:
+        looking = RECEnv(dataset=files, **options).source
+    assert len(asked) == 4
+    with checked_once(look=False):
+        other = RECEnv(dataset=files, **options).source
+    assert (other.size, len(asked)) == (8, 4)
+    adopt_images(other, pickle.loads(pickle.dumps(checks)))
+    assert other.size == looking.size == 4
+    assert other.faults == looking.faults
+    assert other.unwanted == looking.unwanted
+    assert [other.place(i, "") for i in range(4)] == [looking.place(i, "") for i in range(4)]
+    assert fingerprint(other) == fingerprint(looking)
+    (tmp_path / "a.png").unlink()
+    assert len(RECEnv(dataset=files[0], skip_broken=True).source.faults) == 3  # outside of the block nothing is kept

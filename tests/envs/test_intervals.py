@@ -6,7 +6,15 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from vlmenv.envs.metrics.intervals import bootstrap_draws, number_clusters, percentile_interval, ratio_interval
+from vlmenv.envs.metrics.intervals import (
+    bootstrap_draws,
+    metric_interval,
+    number_clusters,
+    paired_interval,
+    percentile_interval,
+    ratio_interval,
+    wilson_interval,
+)
 
 
 def test_equals_a_plain_loop() -> None:
@@ -100,3 +108,94 @@ def test_memory_is_bounded() -> None:
     ratio_interval(rows, resamples=50)
     assert tracemalloc.get_traced_memory()[1] < 20e6
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("hits", "count", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (8, 10, 0.4902, 0.9433), (1, 1, 0.2065, 1.0), (81, 263, 0.2553, 0.3662)],
+)
+def test_wilson_by_hand(hits: int, count: int, low: float, high: float) -> None:
+    """At 0: z² / (n + z²) = 3.8415 / 13.8415. 81 of 263 is an example of Newcombe (1998, page 857)."""
+    assert wilson_interval(hits, count) == pytest.approx((hits / count, low, high), abs=5e-5)
+
+
+def test_proportions_have_wilson_intervals() -> None:
+    assert metric_interval([1.0] * 12) == wilson_interval(12, 12)
+    assert metric_interval([1, 0, 0, 1], [1, 1, 0, 1]) == wilson_interval(2, 3)  # of three that count
+    assert metric_interval([0.2, 1, 0]) == ratio_interval([0.2, 1, 0])
+    assert metric_interval([1, 2], [1, 3]) == ratio_interval([1, 2], [1, 3])
+    assert np.isnan(metric_interval([0, 0], [0, 0])).all()
+
+
+def test_several_answers_to_a_few_questions_count_as_questions() -> None:
+    """All right: the bootstrap would have no width. Of many questions it has one, and is taken."""
+    questions = np.repeat(np.arange(6), 4)
+    assert metric_interval(np.ones(24), clusters=questions) == wilson_interval(6, 6)
+    many, rows = np.repeat(np.arange(100), 4), np.random.default_rng(0).random(400) < 0.5
+    assert metric_interval(rows, clusters=many) == ratio_interval(rows, clusters=many)
+
+
+def paired(both: int, lost: int, won: int, neither: int) -> tuple[list[int], list[int]]:
+    """Verdicts before and after."""
+    return [1] * (both + lost) + [0] * (won + neither), [1] * both + [0] * lost + [1] * won + [0] * neither
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        ((36, 2, 12, 0), (0.2, 0.0569, 0.3404)),
+        ((20, 2, 12, 16), (0.2, 0.0562, 0.3292)),
+        ((36, 0, 14, 0), (0.28, 0.1528, 0.4167)),
+        ((18, 0, 14, 18), (0.28, 0.1441, 0.3963)),
+    ],
+)
+def test_paired_proportions_are_newcombes(table: tuple[int, int, int, int], expected: tuple[float, ...]) -> None:
+    """His own examples (Statistics in Medicine 17, 1998, table IV, method 10)."""
+    before, after = paired(*table)
+    assert paired_interval((before, 1.0), (after, 1.0)) == pytest.approx(expected, abs=5e-5)
+    value, low, high = paired_interval((after, 1.0), (before, 1.0))
+    assert (-value, -high, -low) == pytest.approx(expected, abs=5e-5)
+
+
+def test_nothing_that_changes_is_no_proof_of_no_change() -> None:
+    value, low, high = paired_interval(([1, 1, 0], 1.0), ([1, 1, 0], 1.0))
+    assert value == 0
+    assert low < -0.1 < 0.1 < high
+
+
+@pytest.mark.slow
+def test_paired_intervals_hold_the_true_change() -> None:
+    """Of 40 questions, of which the same are right twice as often as by chance; 95 % or a little more hold it."""
+    rng, held = np.random.default_rng(0), []
+    for _ in range(2000):
+        before, other = rng.random(40) < 0.5, rng.random(40) < 0.7
+        after = np.where(rng.random(40) < 0.5, before, other)  # right with 0.5 * 0.5 + 0.5 * 0.7
+        interval = paired_interval((before, 1.0), (after, 1.0))
+        held.append(interval.low <= 0.1 <= interval.high)
+    assert 0.94 < np.mean(held) < 0.985
+
+
+def test_the_paired_change_of_a_mean_is_that_of_the_differences() -> None:
+    """The same resamples of differences, and narrower than two intervals apart where questions differ much."""
+    rng = np.random.default_rng(0)
+    before = rng.random(60)
+    after = before + rng.normal(0.05, 0.02, 60)
+    found = paired_interval((before, 1.0), (after, 1.0))
+    assert found == pytest.approx(ratio_interval(after - before), abs=1e-12)
+    normal = 1.96 * (after - before).std(ddof=1) / 60**0.5
+    assert (found.high - found.low) / 2 == pytest.approx(normal, rel=0.15)
+    apart = ratio_interval(before)
+    assert found.high - found.low < (apart.high - apart.low) / 5
+
+
+def test_the_paired_change_of_a_ratio_by_a_plain_loop() -> None:
+    rng = np.random.default_rng(1)
+    over, under, later, below = rng.random((4, 12))
+    clusters = [i // 3 for i in range(12)]
+    values = []
+    for drawn in bootstrap_draws(4):
+        rows = [3 * number + i for number in drawn for i in range(3)]
+        values.append(later[rows].sum() / below[rows].sum() - over[rows].sum() / under[rows].sum())
+    found = paired_interval((over, under), (later, below), clusters=clusters)
+    value = later.sum() / below.sum() - over.sum() / under.sum()
+    assert found == pytest.approx((value, *np.quantile(values, (0.025, 0.975))), abs=1e-12)

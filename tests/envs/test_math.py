@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from vlmenv.core.errors import ConfigError
 from vlmenv.envs.rewards import math as module
 from vlmenv.envs.rewards.answers import accuracy_reward
 from vlmenv.envs.rewards.math import math_equal, start_math
+from vlmenv.envs.rewards.workers import Losses
 
 EQUAL = [  # answer, truth
     ("11", "11"),
@@ -269,8 +271,13 @@ def test_a_comparison_that_was_given_up_by_the_clock_is_made_again(monkeypatch: 
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "_workers", Stalled())
-        with pytest.warns(RuntimeWarning, match="1 of 1 mathematical answers score 0 without having been compared"):
+        losses = Losses()
+        patch.setattr(module, "LOSSES", losses)
+        with pytest.warns(RuntimeWarning, match="some answers score 0 without having been compared"):
+            assert math_equal([pair, pair, ("2", "2")]) == [False, False, True]
+        with warnings.catch_warnings(action="error"):  # it is told once
             assert math_equal([pair]) == [False]
+        assert losses.answers == 3
     assert math_equal([pair]) == [True]
 
 

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -308,3 +311,31 @@ def test_a_single_environment_passes_over_what_cannot_be_shown(tmp_path: Path) -
     assert sorted(map(int, ids)) == [i for i in range(12) if i != 2]
     with pytest.raises(SampleError, match=r"\(id 2\)"):
         env.reset(options={"index": 2})
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda envs: pickle.loads(pickle.dumps(envs))])
+def test_copies_go_on_from_where_the_environments_are(copied: Callable[[Any], Any]) -> None:
+    """Also those that are sent to another process."""
+    envs = make(4, group_size=2)
+    envs.reset(seed=3)
+    other = copied(envs)
+    envs.close()
+    rewards = other.step([ANSWER] * 4)[1]
+    same = make(4, group_size=2)
+    same.reset(seed=3)
+    assert rewards.tolist() == same.step([ANSWER] * 4)[1].tolist()
+    assert other.reset()[1]["id"].tolist() == same.reset()[1]["id"].tolist()
+
+
+def test_closed_environments_say_so() -> None:
+    envs = make(2)
+    envs.reset(seed=0)
+    envs.close()
+    envs.close()  # twice does no harm
+    for use in (lambda: envs.reset(seed=0), lambda: envs.reset(options={"index": [0, 1]}), lambda: envs.step(["", ""])):
+        with pytest.raises(ConfigError, match=r"closed: make new ones by gymnasium\.make_vec"):
+            use()
+
+
+def test_large_seeds_are_seeds() -> None:
+    assert make(2).reset(seed=2**64)[1]["id"].tolist() != make(2).reset(seed=0)[1]["id"].tolist()

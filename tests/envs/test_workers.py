@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 
 from vlmenv.envs.rewards import workers as module
-from vlmenv.envs.rewards.workers import WorkerLostError, Workers
+from vlmenv.envs.rewards.workers import Losses, WorkerLostError, Workers
 
 JOBS = """
 import mmap, os, sys, threading, time
@@ -248,10 +249,19 @@ def test_a_process_that_others_end_is_replaced(workers: Workers, which: int) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", ["kill the fork", "kill both"])
-def test_a_call_whose_process_others_end_is_made_again(jobs: Path, tmp_path: Path, job: str) -> None:
+def test_a_call_whose_process_others_end_is_made_again(
+    jobs: Path, tmp_path: Path, job: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     workers = Workers("worker_jobs:make", 1)
-    assert run(workers, (job, str(tmp_path / "once"), 1)) == ["survived"]
+    losses = Losses()
+    monkeypatch.setattr(module, "LOSSES", losses)
+    with pytest.warns(RuntimeWarning, match="was ended from outside"):
+        assert run(workers, (job, str(tmp_path / "once"), 1)) == ["survived"]
     assert workers.lost == 1
+    with warnings.catch_warnings(action="error"):  # it is told once
+        assert run(workers, (job, str(tmp_path / "again"), 1)) == ["survived"]
+    assert losses == Losses(processes=2)
+    workers.lost = 1
     (lost,) = run(workers, (job, str(tmp_path / "always"), 99))
     assert isinstance(lost, WorkerLostError)
     assert workers.lost == 4

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
+import datasets
+import huggingface_hub
 import pytest
 import yaml
+from PIL import Image
 
+from vlmenv.agents.checkpoints import find_model
 from vlmenv.algos import ALGORITHMS, GRPO, GRPOConfig, Registered, TrainerConfig
 from vlmenv.cli import main
 from vlmenv.core.sampling import Sampling
@@ -55,8 +60,6 @@ def test_the_record_tells_of_files_versions_and_the_machine(tmp_path: Path) -> N
     data = tmp_path / "rows.jsonl"
     row = {"id": 1, "image": "a.png", "problem": "the red circle", "solution": "[1, 2, 30, 40]"}
     data.write_text("".join(json.dumps(row | {"id": i}) + "\n" for i in range(2)))
-    from PIL import Image
-
     Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
     main(["train", "--dataset", str(data), *SMALL, "--rewards", "iou", "1", "--output", str(tmp_path / "run")])
     resolved = yaml.safe_load((tmp_path / "run" / "resolved.yaml").read_text())
@@ -76,6 +79,32 @@ def test_the_record_tells_of_files_versions_and_the_machine(tmp_path: Path) -> N
     names = {"env", "model", "algo", "dataset", "steps", "prompts_per_step", "group_size", "eval_limit", "device"}
     assert asked.keys() == names | {"rewards", "record"}
     assert asked["record"] == {"run": record["run"]}
+
+
+def test_the_record_tells_the_commits_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the hub's cache on disk, with a branch that is not the main one."""
+    commit, repository = "0123456789" * 4, tmp_path / "hub" / "models--some--model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "tuned").write_text(commit)
+    shutil.copytree(find_model("builtin"), repository / "snapshots" / commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    rows = datasets.Dataset.from_list([{"image": "a.png", "problem": "the disc", "solution": [1, 2, 30, 40]}] * 2)
+    rows.info.download_checksums = {f"hf://datasets/some/rows@{commit[::-1]}/data/{i}.parquet": None for i in range(2)}
+    known = {("some/rows", "old"): rows, ("some/rows", commit[::-1]): rows}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: known[name, options["revision"]])
+    Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
+    run = tmp_path / "run"
+    where = ["--dataset", "some/rows@old", "--image-root", str(tmp_path), "--output", str(run)]
+    main(["train", *SMALL, "--eval-limit", "0", "--model", "some/model@tuned", *where])
+    resolved = yaml.safe_load((run / "resolved.yaml").read_text())
+    assert resolved["model"] == f"some/model@{commit}"
+    assert resolved["dataset"] == [f"some/rows@{commit[::-1]}"]
+    assert resolved["record"]["model"]["commit"] == commit
+    assert resolved["record"]["data"] == {"some/rows@old": {"commit": commit[::-1]}}
+    (repository / "refs" / "tuned").write_text("f" * 40)  # the branch moves on
+    del known["some/rows", "old"]
+    main(["train", "--config", str(run / "resolved.yaml"), "--output", str(tmp_path / "again")])
+    assert rollouts(run) == rollouts(tmp_path / "again")
 
 
 def test_a_dry_run_prints_and_writes_nothing(

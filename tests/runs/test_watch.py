@@ -10,7 +10,7 @@ from PIL import Image
 
 from vlmenv.cli import main
 from vlmenv.runs.pictures import draw_curve
-from vlmenv.runs.watch import collapse, concerns, drift
+from vlmenv.runs.watch import collapse, concerns, drift, first_concerns
 
 START = {"completion/length": 100.0, "completion/box_ratio": 1.0, "completion/repetition": 0.1, "reward/format": 0.9}
 
@@ -80,7 +80,7 @@ def test_a_run_whose_answers_fall_apart_is_warned_of(tmp_path: Path, capsys: pyt
 
 def steps(count: int, **metrics: float) -> list[dict[str, float]]:
     usual = {"reward/mean": 0.5, "reward/zero_std_groups": 0.2, "policy/entropy": 1.0, "completion/truncated": 0.0}
-    usual["policy/kl"] = 0.01
+    usual |= {"policy/kl": 0.01, "completion/length": 100.0}
     return [usual | {name.replace("__", "/"): value for name, value in metrics.items()}] * count
 
 
@@ -90,6 +90,9 @@ def steps(count: int, **metrics: float) -> list[dict[str, float]]:
         ("nothing to learn", {"reward__zero_std_groups": 1.0}, 20),
         ("KL", {"policy__kl": 1.5}, 5),
         ("entropy", {"policy__entropy": 0.04}, 5),
+        ("entropy", {"policy__entropy": 3.5}, 5),
+        ("length", {"completion__length": 450.0}, 5),
+        ("length", {"completion__length": 20.0}, 5),
         ("truncation", {"completion__truncated": 0.6}, 5),
     ],
 )
@@ -102,6 +105,7 @@ def test_each_sign_of_trouble_is_told_after_enough_steps(kind: str, late: dict[s
 
 def test_low_entropy_with_rising_rewards_is_what_training_is_for() -> None:
     assert list(concerns(steps(10) + steps(10, policy__entropy=0.001, reward__mean=0.9))) == []
+    assert list(concerns(steps(10) + steps(10, completion__length=900.0, reward__mean=0.9))) == []
 
 
 def test_imitation_has_nothing_to_compare() -> None:
@@ -119,3 +123,44 @@ def test_collapse_is_a_lost_reward_or_a_lost_reference() -> None:
     assert "11 nats" in found
     assert collapse(steps(40, reward__mean=-1.0)) is None
     assert collapse(steps(40, reward__mean=0.0)) is None
+
+
+@pytest.mark.parametrize(
+    ("readable", "truncated", "rewards", "kinds"),
+    [
+        (8, 0, "differ", []),
+        (4, 8, "differ", []),
+        (3, 0, "differ", ["unreadable"]),
+        (0, 9, "alike", ["truncation", "unreadable"]),
+        (16, 0, "alike", ["rewards"]),
+    ],
+)
+def test_first_answers(readable: int, truncated: int, rewards: str, kinds: list[str]) -> None:
+    given = [0.5] * 15 + [0.75 if rewards == "differ" else 0.5]
+    cut = [i < truncated for i in range(16)]
+    found = list(first_concerns(["no box"] * 16, [i < readable for i in range(16)], cut, given))
+    assert [kind for kind, _ in found] == kinds
+
+
+def test_a_model_that_answers_unreadably_is_told_before_anything_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Here by a length limit within which no answer ends; and the training is the same bit for bit as without."""
+    options = ["--steps", "2", "--eval-limit", "4", "--prompts-per-step", "2", "--group-size", "4", "--device", "cpu"]
+    main(["train", *options, "--max-new-tokens", "4", "--output", str(tmp_path / "run")])
+    shown = " ".join(capsys.readouterr().out.split())
+    first, *others = [json.loads(line) for line in (tmp_path / "run" / "warnings.jsonl").read_text().splitlines()]
+    assert (first["step"], first["kind"]) == (0, "first truncation")
+    assert [one["kind"] for one in others if one["step"] == 0] == ["first unreadable"]
+    assert "0 of the model's first 16 answers can be read" in others[0]["message"]
+    assert shown.index("first 16 answers can be read") < shown.index("step 1/2")
+
+
+def test_the_look_at_first_answers_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--steps", "2", "--eval-limit", "0", "--prompts-per-step", "2", "--group-size", "4", "--device", "cpu"]
+    main(["train", *options, "--output", str(tmp_path / "with")])
+    monkeypatch.setattr("vlmenv.commands.train.look_first", lambda *arguments: None)
+    main(["train", *options, "--output", str(tmp_path / "without")])
+    for name in ("rollouts.jsonl", "checkpoints/step-2/model.safetensors"):
+        assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes()
+    assert not (tmp_path / "with" / "warnings.jsonl").exists()

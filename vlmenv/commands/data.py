@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -21,7 +21,6 @@ from vlmenv.core.answers import Detection
 from vlmenv.core.errors import ConfigError
 from vlmenv.core.files import write_atomic
 from vlmenv.core.loading import import_modules
-from vlmenv.core.rollout import Observation
 from vlmenv.core.text import printable
 from vlmenv.envs.base import NoRowsError, VisualTaskEnv
 from vlmenv.envs.data.boxes import BoxForm, BoxOrientation
@@ -65,6 +64,8 @@ class Findings:
     labels: Counter[str] = field(default_factory=Counter)
     """true boxes by their label"""
     boxed: list[BoxedRow] = field(default_factory=list)
+    prompts: Prompts | None = None
+    """their lengths, if a model is named"""
 
     def add(self, kind: str, fault: str) -> None:
         self.faults.setdefault(kind, []).append(fault)
@@ -72,16 +73,17 @@ class Findings:
 
 def run(config: DataCheckConfig) -> None:
     """Checks a data set; ends the process with status 1 if it has a fault."""
-    task, source, is_taken = _opened(config)
-    found = Findings()
+    console = Console(soft_wrap=True)
+    task, source, counted = _opened(config, console)
+    found = Findings(prompts=counted)
     for fault in source.faults:
         found.add("broken", fault)
     form, orientation = config.data.boxes_in, config.data.box_orientation
     given = Convention(None if form is None else BoxForm(form), BoxOrientation(orientation))
-    parts = _parts(source)
+    parts, start = _parts(source), 0
     for part in parts:
-        found.good.append(list(_look_through(part, config, found, given, task, is_taken)))
-    console = Console(soft_wrap=True)
+        found.good.append(list(_look_through(part, start, config, found, given)))
+        start += part.size or 0
     _tell_faults(found, console)
     likely = likely_convention(found.boxed, given)
     _tell_boxes(found, given, likely, any(isinstance(part.table, CocoInstances) for part in parts), console)
@@ -96,14 +98,24 @@ def run(config: DataCheckConfig) -> None:
         sys.exit(1)
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """What a model makes of the prompts."""
+
+    told: str
+    """their lengths in words"""
+    faults: Mapping[int, str]
+    """by sample, its place and why the model cannot take its prompt"""
+
+
 def _opened(
-    config: DataCheckConfig,
-) -> tuple[VisualTaskEnv | None, TableSource | Concatenated, Callable[[Observation], str | None]]:
-    """The task with the data, its source, and a function that says why a model cannot take an observation.
+    config: DataCheckConfig, console: Console
+) -> tuple[VisualTaskEnv | None, TableSource | Concatenated, Prompts | None]:
+    """The task with the data, its source, and what a model makes of the prompts if one is named.
 
     Without any good row there is no task, because none can be made.
     """
-    arguments, is_taken = _of_model(config) if config.model is not None else ({}, _takes_all)
+    arguments, count = (None, None) if config.model is None else _of_model(config)
     try:
         envs = make_envs(
             config.env,
@@ -113,43 +125,34 @@ def _opened(
             prompt_template=config.prompt_template,
             system_prompt=config.system_prompt,
             **config.data.reading_arguments(),
-            **arguments,
+            **(arguments or {}),
         )
     except NoRowsError as error:
-        return None, error.source, is_taken
+        return None, error.source, None
     with closing(envs):
         source = envs.task.source
         assert isinstance(source, TableSource | Concatenated)
-        return envs.task, source, is_taken
+        return envs.task, source, None if count is None else count(envs.task, console)
 
 
-def _takes_all(_: Observation) -> str | None:
-    return None
-
-
-def _of_model(config: DataCheckConfig) -> tuple[dict[str, Any], Callable[[Observation], str | None]]:
-    """Arguments of the environment for a model, and a function that says why its processor cannot take an
-    observation."""
-    from vlmenv.agents.families import weightless_family
-    from vlmenv.agents.vlm import check_length
+def _of_model(config: DataCheckConfig) -> tuple[dict[str, Any], Callable[[VisualTaskEnv, Console], Prompts]]:
+    """Arguments of the environment for a model, and a function that counts the tokens of prompts."""
     from vlmenv.building import task_arguments
+    from vlmenv.runs.fitting import Room, family_without_weights, prompt_faults
+    from vlmenv.runs.lengths import count_tokens
     from vlmenv.runs.models import model_folder
 
     assert config.model is not None
-    folder = model_folder(config.model)
     prompts = PromptOptions(chat_template_kwargs=config.chat_template_kwargs)
-    family = weightless_family(folder, prompts.template_switches())
-    most = int(family.model.config.get_text_config().max_position_embeddings)
+    task = TaskConfig(env=config.env, model=str(model_folder(config.model)), prompts=prompts, pixels=config.pixels)
+    family, own = family_without_weights(task), task_arguments(task)
+    room = Room.of_model(family, config.max_new_tokens, config.engine_length)
 
-    def fault(observation: Observation) -> str | None:
-        try:
-            check_length(len(family.encode(observation).input_ids), config.max_new_tokens, most)
-        except ValueError as error:
-            return str(error)
-        return None
+    def count(task: VisualTaskEnv, console: Console) -> Prompts:
+        lengths = count_tokens(task, family, console)
+        return Prompts(f"{lengths}; there is room for {room.prompt:,}", dict(prompt_faults(task, lengths, room)))
 
-    own = task_arguments(TaskConfig(env=config.env, model=str(folder)))
-    return {name: own[name] for name in ("coordinates", "resize")}, fault
+    return {name: own[name] for name in ("coordinates", "resize", "image_bound")}, count
 
 
 def _parts(source: Source) -> Sequence[TableSource]:
@@ -160,24 +163,19 @@ def _parts(source: Source) -> Sequence[TableSource]:
 
 
 def _look_through(
-    source: TableSource,
-    config: DataCheckConfig,
-    found: Findings,
-    given: Convention,
-    task: VisualTaskEnv | None,
-    is_taken: Callable[[Observation], str | None],
+    source: TableSource, start: int, config: DataCheckConfig, found: Findings, given: Convention
 ) -> Iterator[int]:
-    """Checks all rows of a source, and returns the numbers of the good ones."""
+    """Checks all rows of a source, whose first sample is number `start`; returns the numbers of the good rows."""
     indices = {source.number(index): index for index in range(source.size or 0)}
-    decode = config.decode or config.model is not None
-    for one in track(_looked_at(source, indices, decode), "reading rows", source.total, transient=True):
+    refused = {} if found.prompts is None else found.prompts.faults
+    for one in track(_looked_at(source, indices, config.decode), "reading rows", source.total, transient=True):
         faults = [("image", fault) for fault in one.faults]
         if one.row is not None:
             _count(one, found)
         if one.boxed is not None and (misfit := given.misfit(one.boxed)):
             faults.append(("box", f"{one.boxed.place}: {misfit}"))
-        if one.sample is not None and task is not None and (refusal := is_taken(task.observe(one.sample))):
-            faults.append(("prompt", f"{source.place(indices[one.number], one.sample.id)}: {refusal}"))
+        if one.number in indices and not one.faults and start + indices[one.number] in refused:
+            faults.append(("prompt", refused[start + indices[one.number]]))
         for kind, fault in faults:
             found.add(kind, fault)
         if one.number in indices and not faults:
@@ -197,7 +195,7 @@ def _count(one: LookedAt, found: Findings) -> None:
     if any(part == "id" for part, _ in one.row.used):
         found.ids[one.row.id] += 1
     if one.sample is not None:
-        found.sizes.update(f"{image.shape[1]} x {image.shape[0]}" for image in one.sample.images)
+        found.sizes.update(f"{width} x {height}" for width, height in one.sample.full_sizes)
         truth = one.sample.target if isinstance(one.sample.target, tuple) else ()
         found.labels.update(box.label for box in truth if isinstance(box, Detection))
     if one.boxed is not None:
@@ -261,6 +259,8 @@ def _summary(config: DataCheckConfig, source: TableSource | Concatenated, found:
     if found.sizes:
         table.add_row("images read", str(found.sizes.total()))
         table.add_row("most frequent sizes", _frequent(found.sizes))
+    if found.prompts is not None:
+        table.add_row("prompts", found.prompts.told)
     if found.labels:
         table.add_row("labels", f"{len(found.labels)}, of {found.labels.total()} boxes")
         table.add_row("most frequent labels", _frequent(found.labels))

@@ -16,6 +16,7 @@ from vlmenv.options.command_line import Asked, parse_with_files
 from vlmenv.options.evaluate import EvalConfig
 from vlmenv.processes import Processes
 from vlmenv.runs.claim import alone_in
+from vlmenv.runs.fitting import fit_prompts
 from vlmenv.runs.models import with_checkpoint
 
 
@@ -43,6 +44,7 @@ def _measured(config: EvalConfig, processes: Processes, console: Console) -> Eva
     if data.dataset is None and data.split is None:
         data = replace(data, split="eval")
     envs = make_eval_envs(config, config.env, **data.arguments(), **task_arguments(config))
+    fit_prompts(config, envs, accelerator, console, first=config.eval_limit)
     report_broken_rows(envs, console)
     count, greedy = sample_count(envs, config.eval_limit), config.samples is None
     with closing(load_agent(config, accelerator.device, DTYPES[config.weights])) as agent:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import os
@@ -27,11 +26,14 @@ from vlmenv.commands import evaluate, sample, train
 from vlmenv.core.errors import ConfigError, ModelError, unknown_name
 from vlmenv.core.files import write_atomic
 from vlmenv.core.urls import MASK, hidden
+from vlmenv.envs.metrics.intervals import Interval
 from vlmenv.envs.rewards.judge import URL as JUDGE_URL
+from vlmenv.evaluation import INTERVALS, differences, written
 from vlmenv.options.command_line import Asked
 from vlmenv.options.files import as_arguments, packaged_file, read_options
 from vlmenv.options.parsing import parse_plain
 from vlmenv.options.pipeline import PipelineConfig
+from vlmenv.processes import end_with_parent
 from vlmenv.runs.lock import locked
 from vlmenv.runs.models import newest_model
 from vlmenv.runs.run_folder import RunFolder
@@ -315,8 +317,7 @@ def _launch(command: list[str], environment: Mapping[str, str]) -> None:
     Raises:
         SystemExit: It failed.
     """
-    ending = _end_with_parent if sys.platform == "linux" else None
-    with subprocess.Popen(command, env=environment, preexec_fn=ending) as child:
+    with subprocess.Popen(command, env=environment, preexec_fn=end_with_parent) as child:
         former = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
         try:
             code = _awaited(child)
@@ -334,10 +335,6 @@ def _awaited(child: subprocess.Popen[bytes]) -> int:
             continue  # the terminal has told the child too, which may have something to save
 
 
-def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
 def _report(pipeline: Pipeline, folder: Path, console: Console) -> None:
     """Shows and writes the metrics of each model, as report.md and report.json."""
     names = [_BASE, *pipeline.trained]
@@ -347,11 +344,42 @@ def _report(pipeline: Pipeline, folder: Path, console: Console) -> None:
     table = Table("", *names, title=f"{pipeline.file.stem}: the model after each stage", title_justify="left")
     for row in rows:
         table.add_row(*row)
-    lines = [["", *names], ["---"] * (len(names) + 1), *rows]
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    write_atomic(folder / "report.md", f"{text}\n95 % intervals by bootstrap over samples.\n")
+    changes = _markdown(["change from the base", *pipeline.trained], _change_rows(pipeline, folder, columns))
+    text = f"{_markdown(['', *names], rows)}\n{INTERVALS}.\n\n{changes}\nChanges are of the same samples.\n"
+    write_atomic(folder / "report.md", text)
     console.print(table)
     console.print(f"the stages and this table are in {folder}", highlight=False)
+
+
+def _markdown(head: list[str], rows: Sequence[list[str]]) -> str:
+    """A table in Markdown."""
+    return "".join(f"| {' | '.join(line)} |\n" for line in (head, ["---"] * len(head), *rows))
+
+
+def _change_rows(pipeline: Pipeline, folder: Path, columns: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """The paired differences of each trained model from the base, by metric."""
+    changes = {name: _changes(pipeline, folder / "evaluation", name) for name in pipeline.trained}
+    return [
+        [metric, *(written(own[metric], "+.3f") if metric in own else "-" for own in changes.values())]
+        for metric in columns[_BASE]
+    ]
+
+
+def _changes(pipeline: Pipeline, folder: Path, name: str) -> dict[str, Interval]:
+    """The paired differences of one model from the base, by set and metric."""
+    found: dict[str, Interval] = {}
+    for one in pipeline.measurings:
+        base, own = folder / _BASE / one.folder, folder / name / one.folder
+        for file in sorted(own.rglob("answers.jsonl")):
+            place = file.relative_to(own)
+            entry = "" if place.parent == Path() else f"{place.parent}: "
+            changes = differences({}, _answers(base / place), _answers(file)) if (base / place).is_file() else {}
+            found |= {f"{one.name}: {entry}{metric}": change for metric, change in changes.items()}
+    return found
+
+
+def _answers(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def _found(pipeline: Pipeline, folder: Path) -> dict[str, dict[str, float]]:

@@ -13,7 +13,6 @@ from typing import Any, Final
 
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from vlmenv.agents.base import Agent
@@ -24,14 +23,16 @@ from vlmenv.envs.data.dataset import Concatenated, TableSource
 from vlmenv.envs.data.tables import Rows
 from vlmenv.envs.export import export_sample
 from vlmenv.envs.making import make_envs
+from vlmenv.envs.rewards.workers import LOSSES, Losses
 from vlmenv.envs.vector import VisualTaskVectorEnv
-from vlmenv.evaluation import PROGRESS, answer_samples, sample_count
+from vlmenv.evaluation import answer_samples, progress, sample_count
 from vlmenv.options.command_line import Asked, parse_with_files
 from vlmenv.options.evaluate import SampleConfig
 from vlmenv.processes import Processes
 from vlmenv.processes.failures import shared_failure
 from vlmenv.runs.claim import alone_in, claim
 from vlmenv.runs.data import row_digests
+from vlmenv.runs.fitting import fit_prompts
 from vlmenv.runs.models import with_checkpoint
 
 LEVELS: Final = ("easy", "medium", "hard")
@@ -59,6 +60,7 @@ def _sample(config: SampleConfig, processes: Processes, console: Console) -> Pat
     groups = max(1, config.batch_size // config.n)
     data = config.data.arguments()
     envs = make_envs(config.env, groups * config.n, group_size=config.n, **data, **task_arguments(config))
+    fit_prompts(config, envs, accelerator, console, first=config.eval_limit)
     report_broken_rows(envs, console)
     count = sample_count(envs, config.eval_limit)
     with shared_failure(accelerator):
@@ -66,9 +68,12 @@ def _sample(config: SampleConfig, processes: Processes, console: Console) -> Pat
             claim(config.output, config, begun=any(parts.glob("[0-9]*.jsonl")))
             parts.mkdir(exist_ok=True)
             _check_data(envs, _parts(count, config.part_size), config, console)
+    former = LOSSES.snapshot()
     with closing(load_agent(config, accelerator.device, DTYPES[config.weights])) as agent, shared_failure(accelerator):
         _sample_parts(agent, envs, count, config, processes, console)
     envs.close()
+    if told := Losses(answers=sum(processes.collect([LOSSES.since(former).answers]))).told():
+        say(f"warning: {told}, into another folder", console)
     with shared_failure(accelerator):
         if accelerator.is_main_process:
             rates, skipped = _read_parts(config.output, _parts(count, config.part_size))
@@ -136,15 +141,15 @@ def _sample_parts(
     missing = [part for part in own if not _part_file(config.output, part).exists()]
     total = sum(map(len, own))
     most = max(processes.collect([sum(-(-len(part) // envs.num_groups) for part in missing)]))
-    with agent.generating(most), Progress(*PROGRESS, transient=True, console=console) as progress:
-        bar = progress.add_task("sampling", total=total, completed=total - sum(map(len, missing)))
+    done = total - sum(map(len, missing))
+    with agent.generating(most), progress("sampling", total, console, done) as advance:
         for part in missing:
             agent.seed(int(np.random.SeedSequence([config.seed, part.start]).generate_state(1)[0]))
             rows: list[dict[str, Any]] = []
             for start in range(part.start, part.stop, envs.num_groups):
                 indices = range(start, min(start + envs.num_groups, part.stop))
                 rows += _rated(list(answer_samples(agent, envs, indices, greedy=False)), envs, config)
-                progress.advance(bar, len(indices))
+                advance(len(indices))
             rows += [{"index": index, "skipped": envs.skipped[index]} for index in part if index in envs.skipped]
             write_atomic(_part_file(config.output, part), "".join(json.dumps(row) + "\n" for row in rows))
 

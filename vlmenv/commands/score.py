@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -21,7 +20,8 @@ from vlmenv.core.text import printable
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.data.source import Sample
 from vlmenv.envs.making import make_envs
-from vlmenv.envs.metrics.intervals import ratio_interval
+from vlmenv.envs.metrics.intervals import metric_interval
+from vlmenv.envs.rewards.workers import LOSSES
 from vlmenv.envs.scoring import Score
 from vlmenv.options.parsing import parse_plain
 from vlmenv.options.score import ScoreConfig
@@ -56,10 +56,13 @@ def run(config: ScoreConfig) -> list[dict[str, Any]]:
     arguments = config.data.arguments() | config.prompts.task_arguments()
     if config.prompts.coordinates == "auto":
         arguments["coordinates"] = "original"
+    former = LOSSES.snapshot()
     with closing(make_envs(config.env, 1, extra_terms=config.scorers.terms(), **arguments)) as envs:
         records = list(_scored(envs.task, lines, config))
     console = Console(soft_wrap=True)
     console.print(_table(config, records))
+    if told := LOSSES.since(former).told():
+        console.print(told, highlight=False)
     if config.verdict is not None:
         _compare(records, config.verdict, console)
     if config.output is not None:
@@ -158,7 +161,7 @@ def _table(config: ScoreConfig, records: Sequence[Mapping[str, Any]]) -> Table:
     names = list(dict.fromkeys(name for record in records for name in record["rewards"]))
     for name in ["reward", *names]:
         values = [record["reward"] if name == "reward" else record["rewards"].get(name) for record in records]
-        found = ratio_interval(np.array([value for value in values if value is not None]))
+        found = metric_interval([value for value in values if value is not None])
         table.add_row(name, f"{found.value:.4f}", f"{found.low:.4f} to {found.high:.4f}")
     return table
 

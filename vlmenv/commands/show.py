@@ -9,6 +9,7 @@ from PIL import Image
 from rich.console import Console
 
 from vlmenv.agents.families import weightless_family
+from vlmenv.agents.pixels import with_limits
 from vlmenv.building import say, task_arguments
 from vlmenv.core.errors import ConfigError
 from vlmenv.core.loading import import_modules
@@ -30,8 +31,8 @@ def parse(args: Sequence[str], program: str) -> DataShowConfig:
 def run(config: DataShowConfig) -> ShownSample:
     """Prints the rendered prompt with its image places, and writes the picture with the truth beside."""
     folder = model_folder(config.model)
-    family = weightless_family(folder, config.prompts.template_switches())
-    task = TaskConfig(env=config.env, model=str(folder), prompts=config.prompts)
+    family = weightless_family(with_limits(folder, config.pixels), config.prompts.template_switches())
+    task = TaskConfig(env=config.env, model=str(folder), prompts=config.prompts, pixels=config.pixels)
     dataset = list(config.dataset) or None
     arguments = config.data.reading_arguments() | task_arguments(task)
     with closing(make_envs(config.env, 1, dataset=dataset, **arguments)) as envs:

@@ -24,9 +24,11 @@ from vlmenv.envs.data.benchmarks import hallusion_bench, math_vision, mathverse,
 from vlmenv.envs.data.coco import filtered_instances
 from vlmenv.envs.data.dataset import Published
 from vlmenv.envs.making import make_envs
-from vlmenv.envs.metrics.intervals import Interval, ratio_interval
+from vlmenv.envs.metrics.intervals import Interval, metric_interval
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.evaluation import (
+    INTERVALS,
+    UNSCORED,
     as_json,
     evaluate,
     read_metrics,
@@ -40,6 +42,7 @@ from vlmenv.options.task import ReadingOptions
 from vlmenv.processes import Processes
 from vlmenv.processes.failures import shared_failure
 from vlmenv.runs.claim import alone_in, claim
+from vlmenv.runs.fitting import fit_prompts
 from vlmenv.runs.models import with_checkpoint
 
 Rewrite = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -258,6 +261,7 @@ def _opened(
             envs = _open(one, config, processes)
             files = ", ".join(str(file.relative_to(one.folder)) for file in one.files)
             say(f"{one.title}: {files}, {sample_count(envs, config.eval_limit)} samples", console)
+            fit_prompts(config, envs, processes.accelerator, console, first=config.eval_limit)
             report_broken_rows(envs, console)
             opened.append((one, envs))
     for name, fault in faults.items():
@@ -272,7 +276,7 @@ def _checked(config: EvalConfig) -> Suite:
             "a suite needs --suite-data, the folders of its data sets, and --output, a folder for what comes out"
         )
     given, own = flatten(config), flatten(EvalConfig())
-    reading = (*options_of(ReadingOptions()), "dataset", "rewards", "env")
+    reading = (*options_of(ReadingOptions()), "dataset", "rewards", "env", "max_prompt_tokens")
     for name in reading:
         if given[name] != own[name]:
             raise ConfigError(f"{name} does not go with a suite, which has its own")
@@ -414,7 +418,7 @@ def all_right(answers: Answers, parts: Sequence[int]) -> Interval:
         group = groups.setdefault(name, {})
         group[turn] = group.get(turn, True) and answer["measures"]["accuracy"] == 1
     values = [(name, right) for name, group in groups.items() for right in group.values()]
-    return ratio_interval(np.array([float(right) for _, right in values]), clusters=[name for name, _ in values])
+    return metric_interval([float(right) for _, right in values], clusters=[name for name, _ in values])
 
 
 def _means(suite: Suite, results: Mapping[str, Mapping[str, Interval]]) -> Iterator[tuple[str, dict[str, Interval]]]:
@@ -431,11 +435,10 @@ def suite_table(
     """The paper's table: a row for each metric of each data set."""
     how = "greedy" if config.samples is None else f"{config.samples} sampled answers each"
     title = f"{config.suite}: {config.model}, {how}"
-    caption = "95 % intervals by bootstrap over samples"
     columns = ("data set", "metric", "value", "unparsable")
-    table = Table(*columns, title=title, title_justify="left", caption=caption, caption_justify="left")
+    table = Table(*columns, title=title, title_justify="left", caption=INTERVALS, caption_justify="left")
     titles = {one.entry.name: one.title for one in found}
-    shown = {one.entry.name: (*one.entry.shows, "judge", *one.entry.all_right) for one in found}
+    shown = {one.entry.name: (*one.entry.shows, "judge", *one.entry.all_right, UNSCORED) for one in found}
     for name, metrics in results.items():
         wanted = shown.get(name, tuple(metrics))
         subjects = [metric for metric in metrics if metric.startswith("accuracy/") and metric not in wanted]

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
+from vlmenv.agents.sampling import PassLimits
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.algos import ALGORITHMS, Algorithm, Trainer, find_algorithm
 from vlmenv.algos.trainer import check_staleness
@@ -24,23 +26,27 @@ from vlmenv.building import (
     check_device,
     check_engine,
     load_agent,
+    open_console,
     report_broken_rows,
     say,
     task_arguments,
 )
 from vlmenv.core.errors import ConfigError
+from vlmenv.envs.data.dataset import adopt_images, checked_once
 from vlmenv.envs.making import make_envs
 from vlmenv.envs.selfcheck import CHECKED, describe, self_check
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.options.command_line import Asked, parse_with_files
 from vlmenv.options.fields import flatten, options_of
 from vlmenv.options.train import TrainConfig, default_config
-from vlmenv.processes import processes_of
+from vlmenv.processes import end_with_parent, processes_of
 from vlmenv.processes.failures import shared_failure
 from vlmenv.processes.stopping import StoppedError, Stopping
 from vlmenv.runs.checkpoints import Found, find_checkpoint, load_checkpoint
+from vlmenv.runs.fitting import fit_engine, fit_prompts
+from vlmenv.runs.lengths import Lengths
 from vlmenv.runs.lock import locked
-from vlmenv.runs.loop import TrainingLoop, compare, evaluate_now, measured_before
+from vlmenv.runs.loop import TrainingLoop, compare, evaluate_now, look_first, measured_before
 from vlmenv.runs.models import with_checkpoint
 from vlmenv.runs.output import lasting_output
 from vlmenv.runs.record import asked_yaml, print_dry_run, resolved_yaml
@@ -93,7 +99,7 @@ def _with_parts(asked: Asked, parts: Parts) -> Asked:
         config = replace(config, algo=name, algorithm=algorithm.config)
         names += list(options_of(algorithm.config))
     if parts.agent is not None:
-        config = replace(config, model=str(parts.agent.folder))
+        config = replace(config, model=str(parts.agent.base), pixels=parts.agent.pixels)
     if (envs := parts.envs) is not None:
         groups = envs.num_envs // envs.group_size
         if envs.group_size != config.algorithm.group_size:
@@ -113,7 +119,7 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
     _check(config)
     run = _run_folder(config, opened)
     accelerator = _accelerator(config, run)
-    console = Console(quiet=not accelerator.is_main_process)
+    console = open_console(quiet=not accelerator.is_main_process)
     found = _begun(config, run, accelerator, opened, console)
     for note in asked.notes:
         say(note, console)
@@ -122,17 +128,21 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
     processes_of(accelerator)  # raises now what is wrong with them, and not when the model has been loaded
     check_engine(config, accelerator.device, accelerator.num_processes)
     check_staleness(config.trainer, accelerator)
-    envs, held_out = _open_data(config, parts, accelerator, console)
+    envs, held_out, counted = _open_data(config, parts, accelerator, console)
     config = _in_steps(config, envs.task.source.size)
     if config.dry_run:
-        print_dry_run(config, envs, run, accelerator, console)
+        print_dry_run(config, envs, held_out, run, accelerator, console)
         return run.path
     data = DataSets.of(envs, held_out)
     changed = _compared(config, found, data, accelerator, console)
     trainer = _make_trainer(config, parts, envs, accelerator, opened)
+    for shown, lengths in counted:
+        fit_engine(shown, lengths, trainer.agent, console)
     if accelerator.is_main_process and config.resume is None:
         identity = secrets.token_hex(8)
-        run.create(asked_yaml(config, asked.names, identity), resolved_yaml(config, envs, accelerator, identity))
+        own = next((lengths for shown, lengths in counted if shown is envs), None)
+        resolved = resolved_yaml(config, envs, held_out, accelerator, identity, own)
+        run.create(asked_yaml(config, asked.names, identity), resolved)
     with shared_failure(accelerator):
         if accelerator.is_main_process:
             check_room(cast(VLMAgent, trainer.agent), config, run, console)
@@ -141,6 +151,8 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
     tracking = Tracking(accelerator, config.logging.tracker, run, flatten(config), step=found.step)
     stopping = opened.enter_context(Stopping(accelerator))
     try:
+        if config.resume is None:
+            look_first(trainer, envs, config, run, console)
         before = measured_before(trainer, held_out, config, run, console, stopping)
         if config.resume is not None:
             _go_on(trainer, run, found, changed, console)
@@ -172,20 +184,33 @@ def _check(config: TrainConfig[Any]) -> None:
 
 def _open_data(
     config: TrainConfig[Any], parts: Parts, accelerator: Accelerator, console: Console
-) -> tuple[VisualTaskVectorEnv, VisualTaskVectorEnv | None]:
-    """The environments to train in and those to measure in; prints what is wrong with their rows and answers."""
+) -> tuple[VisualTaskVectorEnv, VisualTaskVectorEnv | None, list[tuple[VisualTaskVectorEnv, Lengths]]]:
+    """The environments to train in and those to measure in, and the lengths of the prompts of those with a data set.
+
+    Prints what is wrong with their rows and answers.
+    """
     measuring = config.measuring
-    with console.status("reading the data"):
+    look = accelerator.is_main_process  # for images, whose disk may be slow
+    with console.status("reading the data"), shared_failure(accelerator), checked_once(look=look) as images:
         envs = parts.envs or _training_envs(config, accelerator)
         held_out = None if measuring.eval_limit == 0 else parts.held_out
         if measuring.eval_limit > 0 and held_out is None and parts.envs is None:
             held_out = _evaluation_envs(config)
+    (images,) = broadcast_object_list([images])
+    for opened in (envs, held_out):
+        if opened is not None and not look:
+            adopt_images(opened.task.source, images)
+    firsts = [(envs, None)] if held_out is None else [(envs, None), (held_out, measuring.eval_limit)]
+    found = [
+        (shown, fit_prompts(config, shown, accelerator, console, agent=parts.agent, first=first))
+        for shown, first in firsts
+    ]
     report_broken_rows(envs, console)
     if held_out is not None and not (measuring.eval_dataset is None and measuring.eval_split is None):
         report_broken_rows(held_out, console)
     if accelerator.is_main_process and (misjudged := self_check(envs.task, imitated=_imitates(config))):
         say(f"warning: {describe(misjudged, CHECKED)}", console)
-    return envs, held_out
+    return envs, held_out, [(shown, lengths) for shown, lengths in found if lengths is not None]
 
 
 def _make_trainer(
@@ -199,6 +224,7 @@ def _make_trainer(
     torch.manual_seed(config.seed)  # which new adapters are drawn from
     adapt(agent, config.adaptation)
     agent.check_saving()
+    agent.limits = PassLimits(config.trainer.micro_batch_size, config.trainer.micro_batch_tokens)
     if algorithm.wants_values:
         agent.add_value_head()
     return Trainer(agent, envs, algorithm, config.trainer, accelerator)
@@ -211,7 +237,9 @@ def _imitates(config: TrainConfig[Any]) -> bool:
 
 def _run_folder(config: TrainConfig[Any], opened: ExitStack) -> RunFolder:
     """The run's folder. One that is named by the time is made by the main rank, so that no other run takes it."""
-    state = PartialState(cpu=config.device == "cpu")  # finds the other ranks
+    state = _ranks(config)
+    if state.num_processes > 1:
+        end_with_parent()
     found: Path | OSError = config.resume or config.logging.output or RunFolder.default_path(config.env, config.algo)
     if state.is_main_process and not (config.resume or config.logging.output or config.dry_run):
         try:
@@ -223,6 +251,13 @@ def _run_folder(config: TrainConfig[Any], opened: ExitStack) -> RunFolder:
     if isinstance(found, OSError):
         raise found
     return RunFolder(found)
+
+
+def _ranks(config: TrainConfig[Any]) -> PartialState:
+    """Finds the other ranks, once; whatever asks for them later gets the same."""
+    minutes = config.batches.rank_timeout
+    limit = {} if minutes is None else {"timeout": timedelta(minutes=minutes)}
+    return PartialState(cpu=config.device == "cpu", **limit)
 
 
 def _remove_empty(folder: Path) -> None:
@@ -287,9 +322,12 @@ def _accelerator(config: TrainConfig[Any], run: RunFolder) -> Accelerator:
         mixed_precision="no" if precision == "fp32" else precision,
         log_with=tracker if tracker in THROUGH_ACCELERATE else None,
         project_dir=run.path,
-        # A rank whose rows happen to hold no image gives the vision tower no gradient.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        kwargs_handlers=[_REPLICAS],
     )
+
+
+# A rank whose rows happen to hold no image gives the vision tower no gradient. Views spare a copy of all gradients.
+_REPLICAS = DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)
 
 
 def _training_envs(config: TrainConfig[Any], accelerator: Accelerator) -> VisualTaskVectorEnv:

@@ -13,6 +13,16 @@ Image = NDArray[np.uint8]
 """An RGB image, uint8, [H, W, 3]."""
 
 
+def blank_image(width: int, height: int) -> Image:
+    """A black image that takes no memory, to stand for one of which only the size counts. It cannot be written to."""
+    return np.broadcast_to(np.zeros(3, np.uint8), (height, width, 3))
+
+
+def is_blank(image: Image) -> bool:
+    """True for an image that `blank_image` has made."""
+    return image.strides[:2] == (0, 0) and not image.flags.writeable
+
+
 class FreeText(Space[str]):
     """All strings. (`gymnasium.spaces.Text` needs a finite alphabet and a maximum length.)"""
 

@@ -12,9 +12,10 @@ from vlmenv.core.errors import ModelError
 from vlmenv.doctor.overlap import Overlap, clearly_better, overlap
 from vlmenv.doctor.subject import GROUP, Seen, Subject, Unchecked
 from vlmenv.envs.selfcheck import check_answers, describe
+from vlmenv.runs.watch import READABLE, TRUNCATED
 
-_PARSED, _TRUNCATED, _INSIDE = 0.25, 0.5, 0.5
-"""Minimum share of parsed answers, maximum share of truncated ones, minimum share of boxes within the image."""
+_INSIDE = 0.5
+"""Minimum share of boxes within the image."""
 
 
 def coordinates(subject: Subject) -> Seen:
@@ -82,7 +83,7 @@ def cut_off(subject: Subject) -> Seen:
     cut = [one.finish_reason == "length" for one in subject.answers[1].completions]
     limit = subject.config.sampling.max_new_tokens
     figure = f"{sum(cut)} of {len(cut)} sampled, at {limit} tokens"
-    return figure, f"Give more room: --max-new-tokens {2 * limit}." if np.mean(cut) > _TRUNCATED else ""
+    return figure, f"Give more room: --max-new-tokens {2 * limit}." if np.mean(cut) > TRUNCATED else ""
 
 
 def _parsed(subject: Subject, which: int) -> list[object]:
@@ -91,7 +92,7 @@ def _parsed(subject: Subject, which: int) -> list[object]:
 
 def _can_be_read(subject: Subject) -> bool:
     answers = _parsed(subject, 0) + _parsed(subject, 1)
-    return sum(one is not None for one in answers) >= _PARSED * len(answers)
+    return sum(one is not None for one in answers) >= READABLE * len(answers)
 
 
 def _conventions(subject: Subject) -> dict[CoordinateSpace, Coordinates]:
@@ -99,7 +100,7 @@ def _conventions(subject: Subject) -> dict[CoordinateSpace, Coordinates]:
     found = {space: Coordinates(space) for space in (CoordinateSpace.ORIGINAL, CoordinateSpace.NORM1000)}
     with suppress(ModelError):
         way = Coordinates(CoordinateSpace.RESIZED, resize_rule(subject.agent.folder))
-        sizes = [image.shape[1::-1] for sample in subject.samples for image in sample.images]
+        sizes = [size for sample in subject.samples for size in sample.full_sizes]
         if subject.task.coordinates == way or any(way.shown_size(*size) != size for size in sizes):
             found[CoordinateSpace.RESIZED] = way
     return found

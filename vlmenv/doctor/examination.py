@@ -85,6 +85,7 @@ CHECKS = (
     Check("weight names", weights.names, "Take a checkpoint in the published layout."),
     Check("image features", prompts.image_features, _FILES),
     Check("engine", engine, "It fails on plain requests: its message tells why. Checks of the engine are skipped."),
+    Check("prompt lengths", prompts.lengths, "`vlmenv data check --model …` lists the rows that are too long."),
     Check("prompt text", prompts.prompt_text, _FILES),
     Check("prompt images", prompts.prompt_images, _FILES),
     Check("log-probs", weights.logprobs, _FAILS),

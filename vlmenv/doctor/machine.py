@@ -53,7 +53,8 @@ def memory(subject: Subject) -> Seen:
     if needed <= total:
         return figure, ""
     return figure, (
-        "Memory is too small. To lower activations, lower --micro-batch-size or give --gradient-checkpointing. To "
+        "Memory is too small. To lower activations, give --gradient-checkpointing; to lower them, prefill or logits, "
+        "lower --micro-batch-size or --micro-batch-tokens. To "
         "lower gradients and Adam, give --lora-rank. To lower keys and values, lower --prompts-per-step; to lower the "
         "engine, lower --engine-memory."
     )

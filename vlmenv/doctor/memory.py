@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vlmenv.agents.recomputation import holding_activations
+from vlmenv.agents.sampling import PassLimits, prefilled
 from vlmenv.agents.saved_activations import recording_saved
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.core.rollout import Prompt, Rollout
@@ -46,13 +48,15 @@ def training_memory(
     if getattr(config.algorithm, "beta", 0) > 0 and agent.lora is None:
         held["reference"] = _reference(agent)
     with autocast:
-        update = {"gradients": trained} | _activations(agent, rollout, config)
-        sampling = {"keys and values": _keys_and_values(agent, rollout, config)}
+        moments = [{"gradients": trained} | _activations(agent, rollout, config)]
+        if agent.engine is None:
+            moments += _sampling(agent, rollout, config)
     if engine_memory:
         sampling = {"engine": engine_memory}
         if agent.lora is not None:  # without adapters the engine gets the weights without a copy
             sampling["merged weights"] = held["weights"]
-    return held | max(update, sampling, key=lambda parts: sum(parts.values()))
+        moments.append(sampling)
+    return held | max(moments, key=lambda parts: sum(parts.values()))
 
 
 def device_memory(device: torch.device) -> int:
@@ -85,19 +89,26 @@ def _activations(agent: VLMAgent, rollout: Rollout, config: DoctorConfig[Any]) -
     kept = _scaled(agent, rollout, config)
     with holding_activations(agent.family):
         every = _scaled(agent, rollout, config)
-    blocks = len(list(agent.family.language_model().get_submodule("layers").children()))
-    return {"activations": kept, "work space": every / blocks * (2 if kept < every else 1)}
+    return {"activations": kept, "work space": every / _blocks(agent) * (2 if kept < every else 1)}
+
+
+def _blocks(agent: VLMAgent) -> int:
+    return len(list(agent.family.language_model().get_submodule("layers").children()))
 
 
 def _scaled(agent: VLMAgent, rollout: Rollout, config: DoctorConfig[Any]) -> float:
+    """Bytes of saved activations of the largest micro-batch."""
+    return float(_per_token(agent, rollout) @ [1.0, *_pass_tokens(rollout, config, agent.family_policy.share_prefixes)])
+
+
+def _per_token(agent: VLMAgent, rollout: Rollout) -> NDArray[np.float64]:
     """Bytes of saved activations: a constant, and a number per token of each kind in `_tokens`."""
     shares = agent.family_policy.share_prefixes
     firsts = np.unique(rollout.prompt_index, return_index=True)[1]
     parts = [rollout[firsts[: (len(firsts) + 1) // 2]], rollout[firsts], rollout]
     counted = np.array([[1.0, *_tokens(part, shares)] for part in parts])
     kept = np.array([float(_kept(agent, part)) for part in parts])
-    each = np.maximum(np.linalg.lstsq(counted, kept, rcond=None)[0], 0)
-    return float(each @ [1.0, *_pass_tokens(rollout, config, shares)])
+    return np.maximum(np.linalg.lstsq(counted, kept, rcond=None)[0], 0)
 
 
 def _tokens(rollout: Rollout, shares: bool) -> list[float]:
@@ -143,13 +154,44 @@ def _kept(agent: VLMAgent, rollout: Rollout) -> int:
     return sum(size for place, size in sizes.items() if place not in own)
 
 
+_PER_LOGIT = 28
+"""Bytes per entry of the vocabulary while a token is drawn: logits, their logarithms and probabilities in float32, and
+float64 copies and sums of the probabilities."""
+
+
+def _sampling(agent: VLMAgent, rollout: Rollout, config: DoctorConfig[Any]) -> list[dict[str, float]]:
+    """Bytes by use during sampling without an engine: while prompts run, and while tokens are drawn."""
+    prompts, completions = _keys_and_values(agent, rollout, config)
+    total = config.batches.prompts_per_step * config.algorithm.group_size
+    rows = min(total, agent.limits.logits or total)
+    head = agent.family.model.get_output_embeddings()
+    assert head is not None
+    drawing = float(_PER_LOGIT * rows * head.weight.shape[0])
+    joined = 0.0 if agent.limits == PassLimits() else prompts / (2 * _blocks(agent))  # a block's keys are held twice
+    return [
+        {"keys and values": prompts, "prefill": max(joined, _prefill(agent, rollout, config))},
+        {"keys and values": prompts + completions, "logits": drawing},
+    ]
+
+
+def _prefill(agent: VLMAgent, rollout: Rollout, config: DoctorConfig[Any]) -> float:
+    """Bytes of the activations of a block, for the prompts of the largest pass of sampling."""
+    limits, longest = agent.limits, max(len(prompt.input_ids) for prompt in rollout.prompts)
+    prompts = min(config.batches.prompts_per_step, limits.rows or config.batches.prompts_per_step)
+    tokens = prompts * _mean_length(rollout.prompts)
+    if limits.tokens is not None:
+        tokens = min(tokens, max(limits.tokens, longest))
+    with holding_activations(agent.family):
+        each = _per_token(agent, rollout)[1]  # of prompts, or of rows that repeat them
+    return float(each * tokens / _blocks(agent))
+
+
 @torch.no_grad()
-def _keys_and_values(agent: VLMAgent, rollout: Rollout, config: DoctorConfig[Any]) -> float:
-    """Bytes of a batch's keys and values; 0 with an engine, which has its own memory."""
-    if agent.engine is not None:
-        return 0.0
-    prefixes, _ = agent.family_policy.prefill(rollout.prompts)
+def _keys_and_values(agent: VLMAgent, rollout: Rollout, config: DoctorConfig[Any]) -> tuple[float, float]:
+    """Bytes of the keys and values of a batch's prompts, and of its completions."""
+    prefixes, _ = prefilled(agent.family_policy, rollout.prompts, agent.limits)
     found = _bytes([*prefixes.keys.values(), *prefixes.values.values()])
     each = found / (len(rollout.prompts) * max(len(prompt.input_ids) for prompt in rollout.prompts))
-    tokens = _mean_length(rollout.prompts) + config.algorithm.group_size * config.sampling.max_new_tokens
-    return float(each * config.batches.prompts_per_step * tokens)
+    prompts = each * config.batches.prompts_per_step
+    answers = config.algorithm.group_size * config.sampling.max_new_tokens
+    return prompts * _mean_length(rollout.prompts), prompts * answers

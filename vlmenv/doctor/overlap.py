@@ -44,7 +44,7 @@ def overlap(coordinates: Coordinates, answers: Sequence[tuple[Sample, Sequence[A
     for sample, predictions in answers:
         if len(sample.images) != 1:
             continue  # it is unknown which image a box is in
-        height, width = sample.images[0].shape[:2]
+        width, height = sample.full_sizes[0]
         read = [_in_pixels(_boxes(one), coordinates, width, height) for one in predictions]
         inside += [_lies_within(box, width, height) for boxes in read for _, box in boxes]
         if truth := _boxes(sample.target):

@@ -9,8 +9,22 @@ import torch
 from torch import Tensor
 
 from vlmenv.doctor.subject import GROUP, Seen, Subject, Unchecked
+from vlmenv.runs.fitting import prompt_faults
+from vlmenv.runs.lengths import can_be_counted
 
 Ids = list[int]
+
+
+def lengths(subject: Subject) -> Seen:
+    """Checks that all prompts leave room for the answer."""
+    found, room, task = subject.lengths, subject.room, subject.task
+    told = f"{found}; there is room for {room.prompt:,}"
+    faults = dict(prompt_faults(task, found, room)) if can_be_counted(task) else {}
+    if not faults:
+        return told, ""
+    first = next(iter(faults.values()))
+    left_out = f"{len(faults):,} of {len(found.tokens):,} prompts cannot be taken, the first: {first}. {told}"
+    return (left_out, "") if task.skip_broken else (left_out, f"What helps: {room.help}.")
 
 
 def image_features(subject: Subject) -> Seen:

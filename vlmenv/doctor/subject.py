@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.console import Console
 from torch import Tensor
 
 from vlmenv.agents.engines.checksums import checksums, clear
 from vlmenv.agents.published import PublishedProcessor
+from vlmenv.agents.sampling import PassLimits
 from vlmenv.agents.vlm import Sampling, VLMAgent
 from vlmenv.building import DTYPES, adapt, check_engine, load_agent, task_arguments
 from vlmenv.core.errors import ConfigError, PromptError, ReadingError
@@ -25,6 +27,8 @@ from vlmenv.envs.making import make_envs
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.options.doctor import DoctorConfig
 from vlmenv.options.task import EngineOptions
+from vlmenv.runs.fitting import Room, leave_out_longer
+from vlmenv.runs.lengths import Lengths, can_be_counted, count_tokens
 from vlmenv.runs.models import model_folder
 
 SAMPLES, GROUP = 8, 2
@@ -74,6 +78,7 @@ class Subject:
         self._agent: VLMAgent | None = None
         self._envs: VisualTaskVectorEnv | None = None
         self._shown: list[Observation] = []
+        self._lengths: Lengths | None = None
 
     def close(self) -> None:
         """Closes engine and environments."""
@@ -115,6 +120,7 @@ class Subject:
         agent = self._loaded()
         torch.manual_seed(self.config.seed)  # initialises new adapters
         adapt(agent, self.config.adaptation)
+        agent.limits = PassLimits(self.config.trainer.micro_batch_size, self.config.trainer.micro_batch_tokens)
         agent.seed(self.config.seed)
         self._agent = agent
 
@@ -123,10 +129,25 @@ class Subject:
         config = self.config
         data = config.data.arguments() | task_arguments(config)
         envs = self._envs = make_envs(config.env, SAMPLES * GROUP, group_size=GROUP, **data)
+        if self._agent is not None and can_be_counted(envs.task):
+            counted = count_tokens(envs.task, self._agent.family, Console(quiet=True))
+            self._lengths = leave_out_longer(envs.task, counted, config.data.max_prompt_tokens)
         batch, infos = envs.reset(seed=config.seed)
         self.ids = [str(one) for one in infos["id"][::GROUP]]
         self.samples = [envs.task.source.get(int(index)) for index in infos["index"][::GROUP]]
         self._shown = unbatch(batch)
+
+    @cached_property
+    def lengths(self) -> Lengths:
+        """The lengths of the prompts of the data set, or of these samples if there is none."""
+        if self._lengths is not None:
+            return self._lengths
+        return Lengths(np.array([len(prompt.input_ids) for prompt in self.prompts], np.int32))
+
+    @property
+    def room(self) -> Room:
+        """The tokens that prompt and completion may have together."""
+        return Room.of_agent(self.agent)
 
     def try_engine(self) -> None:
         """Asks the engine for one token per prompt. Records a different encoding of a prompt."""

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import tyro
 
-from vlmenv.core.errors import ConfigError
+from vlmenv.core.errors import ConfigError, require
 from vlmenv.core.names import BUILTIN
+from vlmenv.core.pixels import PixelLimits
 from vlmenv.options.task import PromptOptions, ReadingOptions
 
 
@@ -29,10 +30,12 @@ class DataCheckConfig:
     decode: bool = False
     """Read every image too, and compare boxes with its size."""
     model: str | None = None
-    """Model whose processor encodes every row: "builtin", a folder, or a name on the Hugging Face hub. No weights
-    are loaded. Implies `decode`. None: no processor is tried."""
+    """Model whose processor counts the tokens of every prompt, from texts and image headers: "builtin", a folder, or a
+    name on the Hugging Face hub. No weights are loaded. None: nothing is counted."""
     max_new_tokens: int = 160
     """Length of answers that prompts must leave room for, in tokens; goes with `model`."""
+    engine_length: int | None = None
+    """Length limit of prompt and completion together in the engine, in tokens; goes with `model`. None: the model's."""
     prompt_template: str | None = None
     """Prompt template as for `vlmenv train`."""
     system_prompt: str | None = None
@@ -42,11 +45,20 @@ class DataCheckConfig:
     write: Path | None = None
     """File for the good rows, in their own format: .jsonl for rows of JSON, or as the data set's."""
     data: ReadingOptions = field(default_factory=ReadingOptions)
+    pixels: PixelLimits = field(default_factory=PixelLimits)
 
     def __post_init__(self) -> None:
         given = self.max_new_tokens != type(self).max_new_tokens or self.chat_template_kwargs is not None
-        if self.model is None and given:
-            raise ConfigError("max_new_tokens and chat_template_kwargs go with model, whose processor they concern")
+        if self.model is None and (given or self.engine_length is not None or self.pixels.given):
+            raise ConfigError(
+                "max_new_tokens, engine_length, min_pixels, max_pixels and chat_template_kwargs go with model, whose "
+                "processor they concern"
+            )
+        least = self.max_new_tokens
+        require(
+            self.engine_length is None or self.engine_length > least,
+            f"engine_length must leave room for prompts: more than {least} tokens",
+        )
 
 
 @dataclass(frozen=True)
@@ -84,4 +96,5 @@ class DataShowConfig:
     output: Path = Path("sample.png")
     """File for the picture with the true boxes (.png)."""
     data: ReadingOptions = field(default_factory=ReadingOptions)
+    pixels: PixelLimits = field(default_factory=PixelLimits)
     prompts: PromptOptions = field(default_factory=PromptOptions)

@@ -9,6 +9,7 @@ import tyro
 
 from vlmenv.core.errors import require
 from vlmenv.core.names import BUILTIN
+from vlmenv.core.pixels import PixelLimits
 from vlmenv.options.task import VLLMOptions
 
 
@@ -30,6 +31,7 @@ class ServeConfig:
     """Port to listen on."""
     weights: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Data type of the weights that generate. bf16 goes with `--precision bf16` in training."""
+    pixels: PixelLimits = field(default_factory=PixelLimits)
     vllm: VLLMOptions = field(default_factory=_whole_gpu)
 
     def __post_init__(self) -> None:

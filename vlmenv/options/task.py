@@ -11,6 +11,7 @@ import yaml
 
 from vlmenv.core.errors import ConfigError, require
 from vlmenv.core.names import BUILTIN
+from vlmenv.core.pixels import PixelLimits
 from vlmenv.core.sampling import Sampling
 from vlmenv.options.scorers import ScorerConfig
 
@@ -60,7 +61,15 @@ class DataOptions(ReadingOptions):
     """Files (.jsonl, .json, .parquet), folders saved by `datasets`, or ids on the Hugging Face hub. None: the built-in
     samples."""
     skip_broken: bool = False
-    """Leave broken rows out instead of refusing the data set."""
+    """Leave broken rows out instead of refusing the data set. Rows whose prompts are too long for the model count as
+    broken."""
+    max_prompt_tokens: int | None = None
+    """Length of prompts, image tokens included, above which a row is left out, in tokens. None: no row is left out for
+    its length, and prompts without room for the answer are refused."""
+
+    def __post_init__(self) -> None:
+        most = self.max_prompt_tokens
+        require(most is None or most >= 1, f"max_prompt_tokens must be at least 1, not {most}")
 
     def located(self) -> Self:
         """The options with absolute paths for data sets that are files, so that they hold from any folder."""
@@ -207,6 +216,7 @@ class TaskConfig:
     """Seed of the order of samples and of sampling."""
     data: DataOptions = field(default_factory=DataOptions)
     prompts: PromptOptions = field(default_factory=PromptOptions)
+    pixels: PixelLimits = field(default_factory=PixelLimits)
     sampling: Sampling = field(default_factory=Sampling)
     generation: EngineOptions = field(default_factory=EngineOptions)
     scorers: ScorerConfig = field(default_factory=ScorerConfig)

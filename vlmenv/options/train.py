@@ -61,9 +61,14 @@ class BatchOptions:
     """Share of the steps over which the learning rate rises, instead of `warmup_steps`."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of forward and backward passes. Weights are kept in fp32."""
+    rank_timeout: float | None = None
+    """Minutes that a rank waits for the others before the run ends, as while one saves a large model. None: PyTorch's
+    own limit, 10 with GPUs and 30 without."""
 
     def __post_init__(self) -> None:
         require(self.prompts_per_step >= 1, f"prompts_per_step must be at least 1, not {self.prompts_per_step}")
+        if self.rank_timeout is not None and not 0 < self.rank_timeout < math.inf:
+            raise ConfigError(f"rank_timeout must be above 0 minutes, not {self.rank_timeout}")
         require(0 <= self.revisit <= 1, f"revisit is a probability from 0 to 1, not {self.revisit}")
         if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise ConfigError(f"epochs must be above 0, not {self.epochs}")

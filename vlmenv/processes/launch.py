@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,6 +37,15 @@ def processes_of(accelerator: Accelerator) -> Processes:
         check_deepspeed(accelerator, plugin)
         return ZeRO(accelerator, _without_auto(plugin.deepspeed_config["zero_optimization"]))
     return Processes(accelerator)
+
+
+def end_with_parent() -> None:
+    """Has the system send SIGTERM to this process when its parent ends, however that ends. Linux only.
+
+    Ranks would otherwise go on without their launcher, and hold the run's folder.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _asks_for(name: str) -> bool:

@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 import vlmenv
 from vlmenv.agents.checkpoints import find_model, public_name
 from vlmenv.core.errors import ModelError
+from vlmenv.core.names import hub_name
 from vlmenv.options.files import read_options
 from vlmenv.options.resolve import RECORD
 from vlmenv.runs.run_folder import RunFolder
@@ -73,7 +74,8 @@ def _public(name: str) -> tuple[str, Path | None]:
     try:
         folder = find_model(name)
     except ModelError:
-        return name, None
+        named = hub_name(name)
+        return (named[0] if named else name), None
     public = public_name(folder)
     return (name if public == str(folder) and not Path(name).is_absolute() else public), folder
 

@@ -57,15 +57,19 @@ def save_checkpoint(trainer: Trainer, run: RunFolder, facts: Mapping[str, Any] |
 
 
 def save_best(trainer: Trainer, run: RunFolder) -> None:
-    """Writes the model as the best so far, without the trainer's state. A collective: all ranks must call it.
+    """Writes the model as the best so far with its manifest, without the trainer's state. A collective.
 
     Raises:
         CheckpointError: It cannot be written. The former best model stays unchanged.
     """
     folder, weights = run.path / "best", trainer.processes.weights()
-    with shared_failure(trainer.accelerator), _written(folder, folder.with_name("best.partial")):
+    partial = folder.with_name("best.partial")
+    with shared_failure(trainer.accelerator), _written(folder, partial):
         if trainer.accelerator.is_main_process:
-            trainer.agent.save(folder, weights)
+            shutil.rmtree(partial, ignore_errors=True)
+            trainer.agent.save(partial, weights)
+            write_manifest(partial, {"step": trainer.step})
+            replace_folder(partial, folder)
 
 
 @dataclass(frozen=True, slots=True)

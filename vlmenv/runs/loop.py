@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,20 @@ from rich.markup import escape
 
 from vlmenv.algos import NonFiniteError, StepResult, Trainer
 from vlmenv.building import report_skipped
-from vlmenv.core.errors import TrainingError, VLMEnvError
+from vlmenv.core.errors import PromptError, SampleError, TrainingError, VLMEnvError
+from vlmenv.core.text import printable
+from vlmenv.envs.rewards.workers import LOSSES
 from vlmenv.envs.vector import VisualTaskVectorEnv
-from vlmenv.evaluation import Evaluation, evaluate, metrics_table, read_evaluation, sample_count, write_evaluation
+from vlmenv.evaluation import (
+    Evaluation,
+    as_json,
+    differences,
+    evaluate,
+    metrics_table,
+    read_evaluation,
+    sample_count,
+    write_evaluation,
+)
 from vlmenv.options.train import TrainConfig
 from vlmenv.processes.failures import FAILED_ON_ALL_RANKS, failed_on_all_ranks, shared_failure
 from vlmenv.processes.stopping import Stopping
@@ -26,7 +37,7 @@ from vlmenv.runs.pictures import draw_curve, draw_samples
 from vlmenv.runs.progress import TrainingProgress
 from vlmenv.runs.run_folder import RunFolder
 from vlmenv.runs.tracking import Tracking
-from vlmenv.runs.watch import CONCERNS, collapse, concerns, drift
+from vlmenv.runs.watch import CONCERNS, collapse, concerns, drift, first_concerns
 
 
 def measured_before(
@@ -44,6 +55,40 @@ def measured_before(
     if before is not None and trainer.accelerator.is_main_process:
         write_evaluation(before, run.path / "before")
     return before
+
+
+FIRST_SAMPLES, FIRST_GROUP = 8, 2
+"""Samples of the look at a model before training, and completions of each."""
+
+
+def look_first(
+    trainer: Trainer, envs: VisualTaskVectorEnv, config: TrainConfig[Any], run: RunFolder, console: Console
+) -> None:
+    """Warns if the model's answers to a few samples give nothing to learn from, before time is spent on them.
+
+    All ranks answer the same samples. Training is the same bit for bit as without.
+    """
+    if trainer.algorithm.imitates:
+        return
+    trainer.sync()
+    agent, state = trainer.agent, trainer.agent.rng_state()
+    looking = VisualTaskVectorEnv(lambda: envs.task, FIRST_SAMPLES * FIRST_GROUP, group_size=FIRST_GROUP)
+    held = trainer.processes.gathered() if agent.generates_itself else nullcontext()
+    with closing(looking), held, shared_failure(trainer.accelerator), agent.generating(1), trainer.processes.autocast():
+        try:
+            observations, _ = looking.reset(seed=config.seed)
+            rollout = agent.rollout(observations)
+        except (SampleError, PromptError):
+            return  # training refuses or replaces the sample when it comes to it
+        finally:
+            agent.set_rng_state(state)
+        _, rewards, _, _, infos = looking.step(rollout.texts)
+    readable = [prediction is not None for prediction in infos["prediction"]]
+    truncated = [one.finish_reason == "length" for one in rollout.completions]
+    if trainer.accelerator.is_main_process:
+        for kind, message in first_concerns(rollout.texts, readable, truncated, rewards.tolist()):
+            run.write_warning(0, message, f"first {kind}")
+            console.print(f"[bold yellow]warning:[/] {printable(message)}", soft_wrap=True, emoji=False)
 
 
 def evaluate_now(
@@ -102,6 +147,7 @@ class TrainingLoop:
         self.history = self.run.history(self.trainer.step)
         self.saved = self.trainer.step
         self.saved_at = time.monotonic()
+        self.lost = LOSSES.snapshot()
         self.warned = {kind for kind in CONCERNS if self.run.warned(kind)}
 
     def __call__(self) -> None:
@@ -130,6 +176,7 @@ class TrainingLoop:
         every = config.logging.log_samples
         self.last = result
         result.rollouts.records = self.trainer.processes.collect(result.rollouts.records)
+        result.metrics |= self._losses()
         if config.measuring.eval_every and step % config.measuring.eval_every == 0:
             result.metrics |= self._keep_best()
         with shared_failure(self.trainer.accelerator):
@@ -143,6 +190,15 @@ class TrainingLoop:
             self._save()
             self._prune()
         self._check_collapse()
+
+    def _losses(self) -> dict[str, float]:
+        """Scoring processes that others have ended since the last step, and answers without a verdict; of all ranks."""
+        lost, self.lost = LOSSES.since(self.lost), LOSSES.snapshot()
+        if not any(self.trainer.processes.collect([bool(LOSSES.processes or LOSSES.answers)])):
+            return {}
+        rows = self.trainer.processes.collect([(lost.processes, lost.answers)])
+        processes, answers = (float(sum(counts)) for counts in zip(*rows, strict=True))
+        return {"score/lost_processes": processes, "score/unscored": answers}
 
     def _is_due(self, step: int) -> bool:
         """True if a checkpoint is to be written, by the number of steps or by the time since the last."""
@@ -208,7 +264,7 @@ class TrainingLoop:
         self._prune()
         self._draw()
         self.tracking.close()
-        report_skipped(self.trainer.skipped() or {}, self.envs.task.source.size, self.console)
+        report_skipped(self.trainer.collector.skipped() or {}, self.envs.task.source.size, self.console)
         if self.trainer.step < self.config.trainer.steps:
             self._say_how_to_go_on()
 
@@ -288,8 +344,10 @@ def compare(
     """Shows and writes what changed."""
     draw_samples(run.path / "samples.png", envs, before, after)
     write_evaluation(after, run.path / "after")
-    run.write_json("evaluation.json", {"before": before.as_json(), "after": after.as_json()})
+    changes = differences(envs.task.ratios, before.answers, after.answers)
+    told = {"before": before.as_json(), "after": after.as_json(), "change": as_json(changes)}
+    run.write_json("evaluation.json", told)
     measuring = config.measuring
     held_out = config.data.dataset is None or measuring.eval_dataset is not None or measuring.eval_split is not None
     what = f"{len(after.answers)} {'held-out' if held_out else 'training'} samples, greedy answers"
-    console.print(metrics_table(what, {"before": before, "after": after}))
+    console.print(metrics_table(what, {"before": before, "after": after}, changes))

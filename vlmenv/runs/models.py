@@ -56,12 +56,17 @@ def checkpoint_of(name: str) -> tuple[Path, str] | None:
     """The best checkpoint of a run's folder if one was measured, else the newest, and which; None for other names.
 
     Raises:
-        ModelError: The run has no checkpoint yet.
+        ModelError: The run has no checkpoint yet, or its best one is damaged.
     """
     run = RunFolder(Path(name))
     if (run.path / "config.json").is_file() or not (run.path / "config.yaml").is_file():
         return None
     if (run.path / "best" / "config.json").is_file():
+        if (fault := model_damage(run.path / "best")) is not None:
+            raise ModelError(
+                f"{run.path / 'best'}: {fault}. Remove the folder to use the run's newest checkpoint, or name a "
+                "checkpoint's folder"
+            )
         best = run.best()
         measured = f"{best.get('metric')} {best.get('value')} at step {best.get('step')}"
         return run.path / "best", f"best checkpoint ({measured})"

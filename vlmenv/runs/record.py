@@ -6,7 +6,7 @@ import hashlib
 import os
 import platform
 import subprocess
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -21,11 +21,14 @@ import vlmenv
 from vlmenv.agents.checkpoints import ADAPTER_CONFIG, find_adapter, find_model
 from vlmenv.agents.lora import ADAPTER_WEIGHTS
 from vlmenv.core.files import file_digest
+from vlmenv.core.names import hub_name
+from vlmenv.envs.data.dataset import hub_commits
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.options.fields import options_of
 from vlmenv.options.files import to_yaml
 from vlmenv.options.resolve import NAMING, RECORD, grouped
 from vlmenv.options.train import TrainConfig
+from vlmenv.runs.lengths import Lengths
 from vlmenv.runs.run_folder import RunFolder
 
 _PLACES: Final = (*NAMING, "output")
@@ -47,7 +50,12 @@ def asked_yaml(config: TrainConfig[Any], names: Collection[str], identity: str) 
 
 
 def resolved_yaml(
-    config: TrainConfig[Any], envs: VisualTaskVectorEnv, accelerator: Accelerator, identity: str | None = None
+    config: TrainConfig[Any],
+    envs: VisualTaskVectorEnv,
+    held_out: VisualTaskVectorEnv | None,
+    accelerator: Accelerator,
+    identity: str | None = None,
+    lengths: Lengths | None = None,
 ) -> str:
     """The content of resolved.yaml: all options with the values that are used, and how the run is made.
 
@@ -56,12 +64,18 @@ def resolved_yaml(
     Args:
         config: All options.
         envs: The environments of training.
+        held_out: The environments of measuring. None: nothing is measured.
         accelerator: Device and ranks.
         identity: The run's id. None: nothing is run.
+        lengths: The lengths of the prompts of training. None: there is no data set.
     """
-    config = used(config, envs)
+    sources = [one.task.source for one in (envs, held_out) if one is not None]
+    commits = {name: commit for source in sources for name, commit in hub_commits(source).items()}
+    rows = {} if lengths is None else {"prompt_tokens": lengths.figures(), "left_out": dict(sources[0].unwanted)}
+    record = _record(config, commits, accelerator)
+    config = _pinned(used(config, envs), commits)
     names = [name for name in options_of(config) if name not in _PLACES]
-    return to_yaml(grouped(config, names) | {RECORD: {"run": identity, **_record(config, accelerator)}})
+    return to_yaml(grouped(config, names) | {RECORD: {"run": identity, **record, **rows}})
 
 
 def used(config: TrainConfig[Any], envs: VisualTaskVectorEnv) -> TrainConfig[Any]:
@@ -77,16 +91,35 @@ def used(config: TrainConfig[Any], envs: VisualTaskVectorEnv) -> TrainConfig[Any
     return replace(config.located(), prompts=prompts)
 
 
-def _record(config: TrainConfig[Any], accelerator: Accelerator) -> dict[str, Any]:
+def _pinned(config: TrainConfig[Any], commits: Mapping[str, str]) -> TrainConfig[Any]:
+    """The options with names on the hub that stay what they are, also if a branch moves on."""
+
+    def pinned(name: str, commit: str | None) -> str:
+        named = hub_name(name)
+        return f"{named[0]}@{commit}" if named and commit else name
+
+    def all_pinned(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return names and tuple(pinned(name, commits.get(name)) for name in names)
+
+    return replace(
+        config,
+        model=pinned(config.model, _commit(find_adapter(config.model) or find_model(config.model)).get("commit")),
+        data=replace(config.data, dataset=all_pinned(config.data.dataset)),
+        measuring=replace(config.measuring, eval_dataset=all_pinned(config.measuring.eval_dataset)),
+    )
+
+
+def _record(config: TrainConfig[Any], commits: Mapping[str, str], accelerator: Accelerator) -> dict[str, Any]:
     """How the run is made: programs, devices, files."""
+    model = find_model(config.model)
     record: dict[str, Any] = {
         "versions": {"vlmenv": vlmenv.__version__, "python": platform.python_version(), **_versions()},
         "git": _revision(),
         "device": _device(accelerator),
         "ranks": accelerator.num_processes,
         "threads": torch.get_num_threads(),
-        "model": _model(config.model),
-        "data": {name: _described(name) for name in _datasets(config)},
+        "model": _commit(model) | _model(config.model),
+        "data": {name: _described(name, commits) for name in _datasets(config)},
     }
     return record
 
@@ -138,14 +171,19 @@ def _datasets(config: TrainConfig[Any]) -> list[str]:
     return [*(config.data.dataset or ()), *(config.measuring.eval_dataset or ())]
 
 
-def _described(name: str) -> Any:
-    """The size and checksum of a data set's files; of one on the hub, its name alone."""
+def _commit(model: Path) -> dict[str, str]:
+    """The commit of a model from the hub, whose cache has a folder for each."""
+    return {"commit": model.name} if model.parent.name == "snapshots" else {}
+
+
+def _described(name: str, commits: Mapping[str, str]) -> Any:
+    """The size and checksum of a data set's files; of one on the hub, its commit."""
     path = Path(name)
     if path.is_file():
         return dict(_files([path]))[str(path)]
     if path.is_dir():
         return dict(_files(sorted(file for file in path.rglob("*") if file.is_file())))
-    return "on the Hugging Face hub"
+    return {"commit": commits.get(name, "unknown")}
 
 
 def _model(name: str) -> dict[str, Any]:
@@ -177,10 +215,15 @@ def _checksum(file: Path) -> dict[str, str]:
 
 
 def print_dry_run(
-    config: TrainConfig[Any], envs: VisualTaskVectorEnv, run: RunFolder, accelerator: Accelerator, console: Console
+    config: TrainConfig[Any],
+    envs: VisualTaskVectorEnv,
+    held_out: VisualTaskVectorEnv | None,
+    run: RunFolder,
+    accelerator: Accelerator,
+    console: Console,
 ) -> None:
     """Prints the resolved options, the files to be read and the folder to be written."""
-    console.print(resolved_yaml(config, envs, accelerator), highlight=False, markup=False, soft_wrap=True)
+    console.print(resolved_yaml(config, envs, held_out, accelerator), highlight=False, markup=False, soft_wrap=True)
     samples = "built-in samples" if envs.task.source.size is None else f"{envs.task.source.size} samples"
     lines = [
         f"reads the model {find_model(config.model)}",

@@ -73,7 +73,7 @@ def _at(step: int) -> str:
     return f"after step {step}" if step else "before training"
 
 
-CONCERNS: Final = ("nothing to learn", "KL", "entropy", "truncation")
+CONCERNS: Final = ("nothing to learn", "KL", "entropy", "length", "truncation")
 """The kinds of `concerns`."""
 FLAT_STEPS: Final = 20
 """Steps in a row without a group of differing rewards after which nothing is learned."""
@@ -85,6 +85,10 @@ KL_COLLAPSE: Final = 10.0
 """KL divergence at which the policy has left the reference altogether."""
 ENTROPY_LEFT: Final = 0.05
 """Least share of the entropy of the first steps that must be left where rewards have not risen."""
+ENTROPY_GROWN: Final = 3.0
+"""Factor of the entropy of the first steps, and nats per token, beyond which answers turn to noise."""
+LENGTH_FACTOR: Final = 4.0
+"""Factor by which the length of completions has grown or shrunk where rewards have not risen."""
 REWARD_LEFT: Final = 0.1
 """Least share of the best mean reward that must be left."""
 
@@ -115,24 +119,75 @@ def concerns(history: History) -> Iterator[tuple[str, str]]:
             f"the KL divergence from the reference is {kl:.3g} nats per token: lower lr, or raise beta, and compare "
             "completions of first and last steps",
         )
-    if len(history) >= 2 * RECENT and _has_lost_entropy(history):
-        yield (
-            "entropy",
-            f"the entropy has fallen from {_mean(history[:RECENT], 'policy/entropy'):.3g} to "
-            f"{_mean(recent, 'policy/entropy'):.3g} nats per token, and the reward has not risen: all answers become "
-            "alike. Raise temperature, or lower lr",
-        )
-    if (truncated := _mean(recent, "completion/truncated")) > 0.5:
+    if len(history) >= 2 * RECENT and not _mean(recent, "reward/mean") > _mean(history[:RECENT], "reward/mean"):
+        yield from _strayed(history)
+    if (truncated := _mean(recent, "completion/truncated")) > TRUNCATED:
         yield (
             "truncation",
             f"{truncated:.0%} of the completions are truncated: raise max_new_tokens, or ask for shorter answers",
         )
 
 
-def _has_lost_entropy(history: History) -> bool:
-    first, last = history[:RECENT], history[-RECENT:]
-    fallen = _mean(last, "policy/entropy") < ENTROPY_LEFT * _mean(first, "policy/entropy")
-    return fallen and not _mean(last, "reward/mean") > _mean(first, "reward/mean")
+def _strayed(history: History) -> Iterator[tuple[str, str]]:
+    """Concerns about entropy and length, which may change as they like while rewards rise."""
+    first, last = (_mean(part, "policy/entropy") for part in (history[:RECENT], history[-RECENT:]))
+    change = f"from {first:.3g} to {last:.3g} nats per token, and the reward has not risen"
+    if last < ENTROPY_LEFT * first:
+        yield "entropy", f"the entropy has fallen {change}: all answers become alike. Raise temperature, or lower lr"
+    elif last > ENTROPY_GROWN * max(first, 1.0):
+        yield (
+            "entropy",
+            f"the entropy has grown {change}: answers turn to noise. Lower lr, or raise beta",
+        )
+    first, last = (_mean(part, "completion/length") for part in (history[:RECENT], history[-RECENT:]))
+    if first * LENGTH_FACTOR < last or last * LENGTH_FACTOR < first:
+        yield (
+            "length",
+            f"completions had {first:.3g} tokens and have {last:.3g}, and the reward has not risen: look at them in "
+            "rollouts.jsonl, and at what the reward terms make of length",
+        )
+
+
+READABLE: Final = 0.25
+"""Least share of answers that must be readable before training."""
+TRUNCATED: Final = 0.5
+"""Largest share of truncated completions."""
+
+
+def first_concerns(
+    texts: Sequence[str], readable: Sequence[bool], truncated: Sequence[bool], rewards: Sequence[float]
+) -> Iterator[tuple[str, str]]:
+    """Signs in a few answers before training that there will be nothing to learn, with what to do.
+
+    Args:
+        texts: N completions.
+        readable: [N], True for an answer that the task can parse.
+        truncated: [N].
+        rewards: [N].
+
+    Yields:
+        A kind and a message.
+    """
+    count = len(texts)
+    if np.mean(truncated) > TRUNCATED:
+        yield (
+            "truncation",
+            f"{sum(truncated)} of the model's first {count} completions are truncated: raise max_new_tokens, or ask "
+            "for shorter answers",
+        )
+    if np.mean(readable) < READABLE:
+        yield (
+            "unreadable",
+            f"{sum(readable)} of the model's first {count} answers can be read, so that nearly all rewards will be 0; "
+            f"one is {texts[0][:80]!r}. Choose a prompt_template or answer_format that the model follows, or train it "
+            "by sft first; `vlmenv doctor` tells more",
+        )
+    elif np.ptp(rewards) == 0:
+        yield (
+            "rewards",
+            f"the model's first {count} answers all have the reward {rewards[0]:.3g}, from which nothing is learned: "
+            "choose other rewards, harder or easier samples, or a higher temperature; `vlmenv doctor` tells more",
+        )
 
 
 def collapse(history: History) -> str | None:

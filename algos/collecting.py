@@ -1,0 +1,208 @@
+"""Rounds of rollouts: batches of scored completions, collected now or during the update before.
+
+A round shows the environments' next samples, lets the agent answer, and scores the answers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from gymnasium.vector import VectorEnv
+from torch import Tensor
+
+from vlmenv.agents.base import Agent
+from vlmenv.algos.advantages import zero_variance_share
+from vlmenv.algos.background import Background
+from vlmenv.algos.base import Algorithm
+from vlmenv.algos.batch import Rollouts
+from vlmenv.core.errors import DataError, PromptError
+from vlmenv.core.rollout import Rollout
+from vlmenv.processes import Processes
+from vlmenv.processes.failures import shared_failure
+
+
+@dataclass(slots=True)
+class Collected:
+    """A batch of completions on this rank, ready for an update."""
+
+    rollouts: Rollouts
+    metrics: dict[str, float]
+    """metrics of the collection"""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Converts to plain containers and tensors for a checkpoint."""
+        return {"rollouts": self.rollouts.state_dict(), "metrics": self.metrics}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Collected:
+        """Restores what `state_dict` returned."""
+        return cls(Rollouts.from_state(state["rollouts"]), state["metrics"])
+
+
+class Collector:
+    """Lets an agent answer the environments' samples, batch after batch.
+
+    Args:
+        agent: The agent.
+        envs: Environments in groups of `algorithm.config.group_size` neighbours with the same observation.
+        algorithm: The algorithm. It decides how many rounds fill a batch, and if answers are sampled or imitated.
+        processes: The strategy of the accelerator's ranks.
+        accelerator: Device and ranks.
+
+    Attributes:
+        shown: Number of batches of samples so far, also of those that dynamic sampling did not use.
+    """
+
+    def __init__(
+        self,
+        agent: Agent,
+        envs: VectorEnv[Any, Any, Any],
+        algorithm: Algorithm,
+        processes: Processes,
+        accelerator: Accelerator,
+    ) -> None:
+        self.agent, self.envs, self.algorithm = agent, envs, algorithm
+        self.processes, self.accelerator = processes, accelerator
+        self.shown = 0
+        self._reset_with: dict[str, Any] = {}  # the arguments of the next reset
+        self._seen: dict[str, Any] | None = None  # the environments' state of their samples, as of `shown`
+        self._ahead: Collected | Exception | None = None  # the next step's batch, once it is collected
+
+    def begin(self, seed: int) -> None:
+        """Sets the seed of the order of samples. A restored collector goes on where it was."""
+        seen = {"skip": self.shown} if self._seen is None else {"state": self._seen}
+        self._reset_with = {"seed": seed, "options": seen if self.shown else None}
+
+    def next(self, clock: dict[str, float]) -> Collected:
+        """The next batch, collected now or during the update before.
+
+        Args:
+            clock: Gets the seconds of "rollout" and "score".
+
+        Raises:
+            DataError: A sample cannot be read, or its prompt does not fit the model.
+            RewardError: A reward term failed, or a reward is not finite.
+            TrainingError: Another rank failed.
+            EngineError: The engine failed.
+        """
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return self._collect(clock)
+        clock |= {"rollout": 0.0, "score": 0.0}
+        if isinstance(ahead, Exception):
+            raise ahead
+        return ahead
+
+    @contextmanager
+    def ahead(self, clock: dict[str, float]) -> Iterator[None]:
+        """Collects the next batch while the block runs, with the weights of its beginning.
+
+        The time that the block then still waits counts as rollout time. An error is raised by `next`.
+        """
+        shown, seen, random = self.shown, self._seen, self.agent.rng_state()
+        ahead = Background(lambda: self._collect({}))
+        try:
+            yield
+        except Exception:
+            ahead.wait()
+            raise
+        with timed(clock, "rollout"):
+            self._ahead = ahead.wait()
+        if isinstance(self._ahead, Exception):  # a checkpoint must not count this batch
+            self.shown, self._seen = shown, seen
+            self.agent.set_rng_state(random)
+
+    def snapshot(self) -> dict[str, Any]:
+        """What is known of samples now, and the batch that was collected ahead. Nothing is copied."""
+        ahead = {"ahead": self._ahead} if isinstance(self._ahead, Collected) else {}
+        return ahead if self._seen is None else ahead | {"seen": self._seen}
+
+    @staticmethod
+    def state_dict(snapshot: dict[str, Any]) -> dict[str, Any]:
+        """Converts a snapshot to plain containers and tensors."""
+        ahead = {"ahead": snapshot["ahead"].state_dict()} if "ahead" in snapshot else {}
+        return snapshot | ahead
+
+    def load_state_dict(self, shown: int, state: Mapping[str, Any]) -> None:
+        """Restores what `shown` was and what `state_dict` returned."""
+        self.shown, self._seen = shown, state.get("seen")
+        self._ahead = Collected.from_state(state["ahead"]) if "ahead" in state else None
+
+    def forget_samples(self) -> None:
+        """Drops what is known of samples by their index, for a data set that has changed since the checkpoint."""
+        self._seen, self._ahead = None, None
+
+    def _collect(self, clock: dict[str, float]) -> Collected:
+        """Collects a batch, in several rounds with dynamic sampling, and the share of groups with equal rewards."""
+        size = self.algorithm.config.group_size
+        rounds: list[Rollouts] = []
+        uniform: list[float] = []
+        while not rounds or (len(rounds) < self.algorithm.most_rounds and self._lacks_groups(rounds)):
+            rounds.append(self._round(clock))
+            uniform.append(zero_variance_share(rounds[-1].rewards, size))
+        if hasattr(self.envs.unwrapped, "state_dict"):
+            self._seen = self.envs.unwrapped.state_dict()
+        metrics = {"reward/zero_std_groups": float(np.mean(uniform))}
+        if self.algorithm.most_rounds > 1:
+            metrics["rounds"] = float(len(rounds))
+        return Collected(Rollouts.most_informative(rounds, size), metrics)
+
+    def _lacks_groups(self, rounds: list[Rollouts]) -> bool:
+        """True if any rank has too few informative groups to fill a batch."""
+        size = self.algorithm.config.group_size
+        found = sum(rollouts.informative_groups(size).sum() for rollouts in rounds)
+        lacks = torch.tensor([float(found < len(rounds[0].rewards) // size)], device=self.agent.device)
+        return bool(cast(Tensor, self.accelerator.reduce(lacks)).item() > 0)
+
+    def _round(self, clock: dict[str, float]) -> Rollouts:
+        """Generates and scores completions of the next batch of samples."""
+        how, self._reset_with = self._reset_with, {}
+        with shared_failure(self.accelerator):
+            observations, infos = self.envs.reset(**how)
+        self.shown += 1
+        with self._weights_for_rollout(), shared_failure(self.accelerator), self.agent.generating(1):
+            with timed(clock, "rollout"), self.processes.autocast():
+                observations, rollout = self._answered(observations, infos)
+            with timed(clock, "score"):
+                _, rewards, _, _, infos = self.envs.step(rollout.texts)
+            return Rollouts.scored(observations, rollout, rewards, infos)
+
+    def _answered(self, observations: Any, infos: dict[str, Any]) -> tuple[Any, Rollout]:
+        """Generates completions. A sample that the agent cannot take is replaced by the next, or refused."""
+        while True:
+            try:
+                if self.algorithm.imitates:
+                    return observations, self.agent.imitate(observations, list(infos["answer"]))
+                return observations, self.agent.rollout(observations)
+            except PromptError as error:
+                if not hasattr(self.envs.unwrapped, "skips_broken"):  # environments of another kind
+                    raise DataError(f"sample {infos['id'][error.index]}: {error.reason}") from error
+                observations, infos = self.envs.reset(options={"replace": {error.index: error.reason}})
+
+    def skipped(self) -> dict[int, str] | None:
+        """Samples of all ranks that were skipped so far, by index, with place and reason. A collective.
+
+        None: such samples are refused.
+        """
+        if not getattr(self.envs.unwrapped, "skips_broken", False):
+            return None
+        return dict(sorted(self.processes.collect(list(self.envs.unwrapped.skipped.items()))))  # type: ignore[attr-defined]
+
+    def _weights_for_rollout(self) -> AbstractContextManager[None]:
+        needed = self.agent.generates_itself and not self.algorithm.imitates
+        return self.processes.gathered() if needed else nullcontext()
+
+
+@contextmanager
+def timed(clock: dict[str, float], name: str) -> Iterator[None]:
+    """Adds the seconds of the block to `clock[name]`."""
+    started = time.perf_counter()
+    yield
+    clock[name] = clock.get(name, 0.0) + time.perf_counter() - started
