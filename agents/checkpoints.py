@@ -1,25 +1,37 @@
-"""Model folders: finding, reading and writing them."""
+"""Model folders: finding and reading them."""
 
 from __future__ import annotations
 
 import functools
-import shutil
+import re
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
-from vlmenv.agents.families import Family
+from vlmenv.agents.families.base import read_json
+from vlmenv.agents.remainders import REMAINDERS, exact_weights
+from vlmenv.agents.untrainable import read_config, refuse_untrainable
 from vlmenv.core.errors import ModelError
 from vlmenv.core.names import BUILTIN, hub_name
+
+ADAPTER_CONFIG: Final = "adapter_config.json"
+"""The file of peft's that makes a folder one of adapters."""
+_IN_CACHE = re.compile(r"models--([^/]+)--([^/]+)/snapshots/[^/]+/?$")
+_DOWNLOADED = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "LICENSE*", "NOTICE*", "README.md"]
 
 
 def find_model(name_or_path: str | Path) -> Path:
@@ -27,28 +39,62 @@ def find_model(name_or_path: str | Path) -> Path:
 
     Args:
         name_or_path: `"builtin"`, a folder, or a name on the hub, with `@REVISION` if not its main branch is meant.
+            Adapters stand for the model that they were trained on; `find_adapter` finds the adapters themselves.
 
     Raises:
-        ModelError: There is neither such a folder nor such a name on the hub.
+        ModelError: There is neither such a folder nor such a name on the hub, or the model cannot be trained.
     """
+    folder = _find(name_or_path)
+    if (folder / ADAPTER_CONFIG).is_file():
+        folder = _base_of(folder)
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: not a model folder, config.json is missing")
+    refuse_untrainable(folder)
+    return folder
+
+
+def find_adapter(name_or_path: str | Path) -> Path | None:
+    """The folder of adapters that a model's name stands for, in peft's format; None for a whole model.
+
+    Raises:
+        ModelError: There is no such model.
+    """
+    folder = _find(name_or_path)
+    return folder if (folder / ADAPTER_CONFIG).is_file() else None
+
+
+def _find(name_or_path: str | Path) -> Path:
     if name_or_path == BUILTIN:
         return Path(str(files("vlmenv.agents") / "builtin"))
     folder = Path(name_or_path)
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"{folder}: not a model folder, config.json is missing")
         return folder.absolute()
     if (named := hub_name(str(name_or_path))) is None:
         raise ModelError(f"{name_or_path}: no such model folder")
     return _download(*named)
 
 
+def _base_of(adapter: Path) -> Path:
+    """The folder of the model that adapters were trained on."""
+    named = str(read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
+    place = f"{adapter}: the adapter's base model"
+    hint = f"Write the folder of that model into {ADAPTER_CONFIG} as base_model_name_or_path"
+    if not named:
+        raise ModelError(f"{place} is not named. {hint}")
+    beside = adapter / named
+    try:
+        base = _find(beside if beside.is_dir() else named)
+    except ModelError as error:
+        raise ModelError(f"{place} is not found: {error}. {hint}") from error
+    if (base / ADAPTER_CONFIG).is_file():
+        raise ModelError(f"{place}, {base}, is an adapter itself: merge that one by `vlmenv export --merged` first")
+    return base
+
+
 @functools.cache
 def _download(name: str, revision: str | None) -> Path:
     try:
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.jinja", "*.txt", "*.safetensors"])
-        )
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_DOWNLOADED))
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{name}: no such model folder, and the download from the Hugging Face hub failed "
@@ -56,14 +102,24 @@ def _download(name: str, revision: str | None) -> Path:
         ) from error
 
 
+def public_name(folder: Path) -> str:
+    """The name of a model for others: that on the Hugging Face hub if it is in the hub's cache, else its folder."""
+    if (found := _IN_CACHE.search(folder.as_posix())) is not None:
+        return "/".join(found.groups())
+    return BUILTIN if folder == _find(BUILTIN) else str(folder)
+
+
 def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Loads the model of a folder.
+    """Loads the model of a folder. In float32 a checkpoint's weights are those in training, bit for bit.
 
     Raises:
         ModelError: Weights cannot be read, or some are missing.
     """
+    exact = dtype == torch.float32 and (folder / REMAINDERS).is_dir()
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    config = read_config(folder)
     try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        loaded: Any = _exact(folder, config, options) if exact else _stored(folder, config, options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: the model's weights cannot be read: {error}") from error
     model, report = loaded
@@ -74,40 +130,44 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def write_model(folder: Path, family: Family, state: dict[str, Tensor]) -> None:
-    """Writes a model's configuration and weights, large models in several files."""
-    model, generation = family.model, family.model.generation_config
-    # Transformers loads some published generation settings that it refuses to save.
-    model.generation_config = GenerationConfig(eos_token_id=list(family.end_tokens))
-    try:
-        model.save_pretrained(folder, state_dict=state)
-    finally:
-        model.generation_config = generation
+def _stored(folder: Path, config: PreTrainedConfig, options: Mapping[str, Any]) -> Any:
+    return AutoModelForImageTextToText.from_pretrained(folder, config=config, **options)
 
 
-def published_weights(family: Family, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Converts a model's weights to the names and shapes that `write_model` writes. Tied weights appear once."""
-    tied = getattr(family.model, "all_tied_weights_keys", {})
-    own = {name: tensor.detach() for name, tensor in state.items() if name not in tied}
-    published: dict[str, Tensor] = revert_weight_conversion(family.model, own)
-    return published
-
-
-def copy_processor(source: Path, folder: Path) -> None:
-    """Copies the files of a model folder without its configuration and weights."""
-    for file in source.iterdir():
-        kept = file.suffix in {".json", ".jinja", ".txt"} and not file.name.endswith(".index.json")
-        if kept and file.name != "config.json":
-            shutil.copyfile(file, folder / file.name)
+def _exact(folder: Path, config: PreTrainedConfig, options: Mapping[str, Any]) -> Any:
+    """The model with what its files of weights have rounded away."""
+    kind: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    loaded = kind.from_pretrained(None, config=config, state_dict=exact_weights(folder), **options)
+    if (folder / "generation_config.json").is_file():
+        loaded[0].generation_config = GenerationConfig.from_pretrained(folder)
+    return loaded
 
 
 def weight_names(folder: Path) -> set[str]:
     """Names of the weights in a folder's safetensors files."""
-    names: set[str] = set()
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as stream:
-            names.update(stream.keys())
-    return names
+    return set(stored_weights(folder))
+
+
+def stored_weights(folder: Path) -> dict[str, tuple[torch.dtype, list[int]]]:
+    """Data types and shapes of the weights in a folder's safetensors files, by name; nothing else is read.
+
+    Raises:
+        ModelError: A file cannot be read.
+    """
+    found: dict[str, tuple[torch.dtype, list[int]]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as stream:
+                for name in stream.keys():  # noqa: SIM118
+                    part = stream.get_slice(name)
+                    found[name] = _DTYPES.get(part.get_dtype(), torch.float32), list(part.get_shape())
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{file}: the weights cannot be read: {error}") from error
+    return found
+
+
+_DTYPES: Final = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Data types of weights by safetensors' names."""
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

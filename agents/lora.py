@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Final
 
 import torch
 from safetensors.torch import save_file
@@ -14,12 +16,28 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from vlmenv.agents.checkpoints import read_tensors
+from vlmenv.agents.checkpoints import ADAPTER_CONFIG, put_back, read_tensors
 from vlmenv.agents.families.base import read_json
 from vlmenv.core.errors import ConfigError, ModelError
 
+ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
 _PUBLISHED = "base_model.model."
 """Peft's prefix of names in adapter files."""
+_UNSUPPORTED: Final = {
+    "use_dora": "DoRA",
+    "modules_to_save": "modules that are saved whole (modules_to_save)",
+    "target_parameters": "adapters on bare parameters (target_parameters)",
+    "trainable_token_indices": "trained tokens (trainable_token_indices)",
+    "layer_replication": "replicated layers (layer_replication)",
+    "lora_bias": "biases in the adapters (lora_bias)",
+    "fan_in_fan_out": "transposed weights (fan_in_fan_out)",
+    "alora_invocation_tokens": "activated LoRA (alora_invocation_tokens)",
+    "use_qalora": "QA-LoRA",
+    "arrow_config": "Arrow",
+}
+"""Settings of peft's that change what adapters are or do, by name."""
+_CHANGES_BASE: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initialisations of peft's that change the base model's weights."""
 
 
 class LoRA:
@@ -30,34 +48,101 @@ class LoRA:
 
     Args:
         model: The model, which is changed in place. Torch's global random state initialises the adapters.
-        targets: Names of the linear layers to adapt.
-        rank: Rank of the adapters, at least 1.
-        alpha: Scale of the adapters, at least 1: their output is multiplied by alpha / rank.
-        dropout: Share of the adapters' inputs that is set to 0, from 0 to below 1.
+        config: Peft's configuration of the adapters.
 
     Raises:
-        ConfigError: A number is out of range, or peft is not installed.
+        ConfigError: Peft is not installed.
     """
 
-    def __init__(self, model: PreTrainedModel, targets: list[str], rank: int, alpha: int, dropout: float) -> None:
+    def __init__(self, model: PreTrainedModel, config: Any) -> None:
+        peft = _peft()
+        self.config = config
+        peft.inject_adapter_in_model(config, model)
+        linear = peft.tuners.lora.Linear
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, linear)}
+        self._layers = list(layers.values())
+        self._scales = {name: float(layer.scaling["default"]) for name, layer in layers.items()}
+        self._start: dict[nn.Parameter, Tensor] | None = None
+        for layer in self._layers:
+            for part in (layer.lora_A, layer.lora_B):
+                part.float()
+            if config.lora_dropout:
+                layer.lora_dropout["default"] = GradientDropout(config.lora_dropout)
+
+    @classmethod
+    def new(cls, model: PreTrainedModel, targets: list[str], rank: int, alpha: int, dropout: float) -> LoRA:
+        """New adapters, which change nothing at first.
+
+        Args:
+            model: See the class.
+            targets: Names of the linear layers to adapt.
+            rank: Rank of the adapters, at least 1.
+            alpha: Scale of the adapters, at least 1: their output is multiplied by alpha / rank.
+            dropout: Share of the adapters' inputs that is set to 0, from 0 to below 1.
+
+        Raises:
+            ConfigError: A number is out of range, or peft is not installed.
+        """
         if rank < 1 or alpha < 1 or not 0 <= dropout < 1:
             raise ConfigError(
                 "LoRA needs rank and alpha of at least 1, and dropout from 0 to below 1, "
                 f"not rank={rank}, alpha={alpha}, dropout={dropout}"
             )
+        return cls(model, _peft().LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets))
+
+    @classmethod
+    def from_folder(cls, model: PreTrainedModel, folder: Path) -> LoRA:
+        """Adapters in peft's format, which are trained further with their own rank, scale and layers.
+
+        Args:
+            model: See the class. It is the model that they were trained on.
+            folder: Folder of the adapters.
+
+        Raises:
+            ConfigError: Peft is not installed.
+            ModelError: They cannot be read, are of another kind, or do not fit the model.
+        """
+        settings = read_json(folder / ADAPTER_CONFIG)
+        _check_kind(folder, settings)
+        peft = _peft()
         try:
-            from peft import LoraConfig, inject_adapter_in_model
-            from peft.tuners.lora import Linear
-        except ImportError as error:
-            raise ConfigError('LoRA needs the extra "lora": pip install "vlmenv[lora]"') from error
-        self.config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
-        inject_adapter_in_model(self.config, model)
-        self._layers = [module for module in model.modules() if isinstance(module, Linear)]
-        for layer in self._layers:
-            for part in (layer.lora_A, layer.lora_B):
-                part.float()
-            if dropout:
-                layer.lora_dropout["default"] = GradientDropout(dropout)
+            config = peft.LoraConfig.from_pretrained(str(folder))
+            config.inference_mode, config.init_lora_weights = False, True
+            lora = cls(model, config)
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            raise ModelError(f"{folder}: the adapters do not fit the model: {error}") from error
+        own = {name: tensor for name, tensor in model.state_dict().items() if is_adapter(name)}
+        put_back(folder, lora.read(folder, model.state_dict()), own)
+        lora.begins_elsewhere = True
+        return lora
+
+    begins_elsewhere = False
+    """True if training begins with adapters that change the model"""
+
+    @property
+    def numbers(self) -> tuple[int, int, float]:
+        """Rank, alpha and dropout."""
+        return int(self.config.r), int(self.config.lora_alpha), float(self.config.lora_dropout)
+
+    def keep_start(self) -> None:
+        """Keeps a copy of the adapters as they are, for `as_at_start`."""
+        self._start = {part: part.detach().clone() for layer in self._layers for part in _adapters(layer)}
+
+    @contextmanager
+    def as_at_start(self) -> Iterator[None]:
+        """Puts the adapters back to where training began within the context: off, or as `keep_start` found them."""
+        if self._start is None:
+            with self.switched_off():
+                yield
+            return
+        now = {part: part.data for part in self._start}
+        try:
+            for part, start in self._start.items():
+                part.data = start
+            yield
+        finally:
+            for part, present in now.items():
+                part.data = present
 
     @contextmanager
     def switched_off(self) -> Iterator[None]:
@@ -85,50 +170,89 @@ class LoRA:
             layer = name.removesuffix(".base_layer.weight")
             if layer != name:
                 down, up = (state[f"{layer}.lora_{part}.default.weight"].float() for part in "AB")
-                tensor = (tensor.float() + (self.config.lora_alpha / self.config.r) * (up @ down)).to(tensor).cpu()
+                tensor = (tensor.float() + self._scales[layer] * (up @ down)).to(tensor).cpu()
             result[name.replace(".base_layer.", ".")] = tensor
         return result
 
-    def save(self, folder: Path, state: Mapping[str, Tensor], base: Path) -> None:
+    def save(self, folder: Path, state: Mapping[str, Tensor], base: str, dtype: torch.dtype = torch.float32) -> None:
         """Writes the adapters in peft's format.
 
         Args:
-            folder: Folder to make.
+            folder: Folder to write into.
             state: The model's state, adapters included.
-            base: Folder of the model that was adapted.
+            base: Name or folder of the model that was adapted.
+            dtype: Data type on disk.
         """
-        self.config.base_model_name_or_path = str(base)
+        self.config.base_model_name_or_path = base
         self.config.save_pretrained(str(folder))
-        tensors = {_published_name(name): tensor.contiguous() for name, tensor in state.items() if is_adapter(name)}
-        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt", "base": _fingerprint(state)})
+        file = folder / ADAPTER_CONFIG
+        settings = {name: _ordered(value) for name, value in read_json(file).items()}
+        file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        tensors = {_published_name(name): state[name].to(dtype).contiguous() for name in state if is_adapter(name)}
+        save_file(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt", **_base_weights(state)})
 
     def read(self, folder: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Reads adapters from peft's format.
 
         Args:
-            folder: Folder that `save` wrote.
+            folder: Folder of the adapters.
             state: The model's state, adapters included.
 
         Returns:
-            The adapters by their names in the model's state.
+            The adapters by their names in the model's state, in float32.
 
         Raises:
             ModelError: They cannot be read, have another rank or alpha, or were trained on other weights.
         """
         try:
-            theirs = read_json(folder / "adapter_config.json")
+            theirs = read_json(folder / ADAPTER_CONFIG)
         except OSError as error:
             raise ModelError(f"{folder}: the adapter's configuration cannot be read: {error}") from error
         for name, ours in {"r": self.config.r, "lora_alpha": self.config.lora_alpha}.items():
             if theirs.get(name) != ours:
                 raise ModelError(f"{folder}: the adapter has {name}={theirs.get(name)}, the agent's {name}={ours}")
         tensors, metadata = read_tensors(folder / "adapter_model.safetensors")
-        if metadata.get("base") != _fingerprint(state):
+        here = _base_weights(state)
+        if metadata.get("base_dtype") == here["base_dtype"] and metadata.get("base") != here["base"]:
             raise ModelError(
-                f"{folder}: the adapter was trained on other weights or in another precision: load it onto "
-                f"{theirs.get('base_model_name_or_path')}, not onto weights that it is merged into already"
+                f"{folder}: the adapter was trained on other weights than those of "
+                f"{theirs.get('base_model_name_or_path')} here: put the model that it was trained on there"
             )
-        return {_own_name(name): tensor for name, tensor in tensors.items()}
+        return {_own_name(name): tensor.float() for name, tensor in tensors.items()}
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError('LoRA needs the extra "lora": pip install "vlmenv[lora]"') from error
+    return peft
+
+
+def _check_kind(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Raises ModelError if adapters are of a kind that cannot be trained further."""
+    kind = str(settings.get("peft_type"))
+    other = [] if kind == "LORA" else [f"of type {kind}"]
+    other += [text for name, text in _UNSUPPORTED.items() if settings.get(name)]
+    if settings.get("bias", "none") != "none":
+        other.append(f"trained biases (bias={settings['bias']})")
+    begun = str(settings.get("init_lora_weights")).lower()
+    other += [f"adapters by {begun}, which changes the base model" for name in _CHANGES_BASE if begun.startswith(name)]
+    if other:
+        raise ModelError(
+            f"{folder}: only plain LoRA adapters can be trained further, not {other[0]}: merge them into their model "
+            "with peft (`merge_and_unload`), save that, and give its folder"
+        )
+
+
+def _adapters(layer: Any) -> Iterator[nn.Parameter]:
+    for part in (layer.lora_A, layer.lora_B):
+        yield from part.parameters()
+
+
+def _ordered(value: Any) -> Any:
+    """A value of adapter_config.json; names of layers, which peft writes in any order, are sorted."""
+    return sorted(value) if isinstance(value, list) and all(isinstance(one, str) for one in value) else value
 
 
 class GradientDropout(nn.Dropout):
@@ -151,15 +275,16 @@ def _own_name(published: str) -> str:
     return published.removeprefix(_PUBLISHED).removesuffix(".weight") + ".default.weight"
 
 
-def _fingerprint(state: Mapping[str, Tensor]) -> str:
-    """Identifies the weights beneath the adapters: SHA-256 of the first row of each matrix.
+def _base_weights(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Identifies the weights beneath the adapters: SHA-256 of the first row of each matrix, and their data type.
 
     All rows would take too long.
     """
-    digest = hashlib.sha256()
+    digest, kinds = hashlib.sha256(), set[str]()
     for name, tensor in sorted((name.replace(".base_layer.", "."), tensor) for name, tensor in state.items()):
         if tensor.ndim == 2 and not is_adapter(name):
             row = tensor[0]
             whole = row.full_tensor() if isinstance(row, DTensor) else row
+            kinds.add(str(tensor.dtype).removeprefix("torch."))
             digest.update(whole.cpu().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return {"base": digest.hexdigest(), "base_dtype": " ".join(sorted(kinds))}

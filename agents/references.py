@@ -42,12 +42,12 @@ class FrozenPolicy:
 
 
 class UnadaptedPolicy:
-    """An agent's policy with its adapters switched off. It needs no copy of the weights."""
+    """An agent's policy with its adapters as training began with them. It needs no copy of the model's weights."""
 
     def __init__(self, agent: Agent, lora: LoRA) -> None:
         self._agent, self._lora = agent, lora
 
     @torch.no_grad()
     def logprobs(self, rollout: Rollout) -> LogProbs:
-        with self._lora.switched_off():
+        with self._lora.as_at_start():
             return self._agent.logprobs(rollout)

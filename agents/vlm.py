@@ -13,17 +13,16 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from vlmenv.agents.base import Agent, LogProbs, Reference
 from vlmenv.agents.checkpoints import (
-    copy_processor,
+    ADAPTER_CONFIG,
+    find_adapter,
     find_model,
     load_model,
-    published_weights,
+    public_name,
     put_back,
     read_tensors,
-    write_model,
 )
 from vlmenv.agents.engines.base import Engine, Request
 from vlmenv.agents.engines.fingerprints import fingerprint
@@ -34,6 +33,8 @@ from vlmenv.agents.policy import Policy, ValueHead
 from vlmenv.agents.recomputation import recompute_activations
 from vlmenv.agents.references import FrozenPolicy, UnadaptedPolicy
 from vlmenv.agents.sampling import PassLimits, Sampled, sample
+from vlmenv.agents.saving import check_conversion, published_weights, write_settings, write_weights
+from vlmenv.agents.untrainable import read_config, tell_attention
 from vlmenv.core.errors import ConfigError, ModelError, PromptError, require
 from vlmenv.core.files import atomic_folder
 from vlmenv.core.names import BUILTIN
@@ -51,13 +52,15 @@ class VLMAgent(Agent):
 
     Args:
         family: The model with its processor.
-        folder: Folder of the processor's files, which checkpoints copy.
+        folder: Folder of the processor's files, which checkpoints copy, with the configuration and the licence.
         base: Folder of the model as it is published. Default: `folder`.
         sampling: Sampling of `rollout`. Default: `Sampling()`.
         share_prefixes: See `Policy`.
 
     Attributes:
         lora: The adapters; None without.
+        adapter: Folder of the adapters that the agent was loaded with; None without.
+        save_dtype: Data type of the weights in checkpoints. None: that of the base model's files.
     """
 
     def __init__(
@@ -78,6 +81,8 @@ class VLMAgent(Agent):
         policy.share_prefixes = share_prefixes
         self.policy: nn.Module = policy
         self.lora: LoRA | None = None
+        self.adapter: Path | None = None
+        self.save_dtype: torch.dtype | None = None
         self.limits = PassLimits()
         """limits of a pass when the policy itself generates; default: none"""
         self.engine: Engine | None = None
@@ -97,7 +102,7 @@ class VLMAgent(Agent):
         chat_template_kwargs: Mapping[str, Any] | None = None,
         pixels: PixelLimits | None = None,
     ) -> VLMAgent:
-        """Loads a checkpoint in the published layout.
+        """Loads a checkpoint in the published layout, or adapters in peft's format onto their base model.
 
         Args:
             name_or_path: `"builtin"`, a folder, or a name on the Hugging Face hub.
@@ -111,19 +116,19 @@ class VLMAgent(Agent):
 
         Raises:
             ConfigError: The chat template never reads one of `chat_template_kwargs`, or the family has no such limits.
-            ModelError: The model does not exist, its family is unknown, or its processor is missing.
+            ModelError: The model does not exist or is quantised, its family is unknown, its processor is missing, or
+                adapters are not plain LoRA.
         """
-        base, pixels = find_model(name_or_path), pixels or PixelLimits()
+        base, adapter, pixels = find_model(name_or_path), find_adapter(name_or_path), pixels or PixelLimits()
         folder = with_limits(base, pixels)
-        try:
-            config = AutoConfig.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{folder}: the model's configuration cannot be read: {error}") from error
-        family = family_of(config.model_type)
+        tell_attention(base)
+        family = family_of(read_config(folder).model_type)
         processor = Processor.from_pretrained(folder, chat_template_kwargs)
         model = load_model(folder, dtype).to(device).eval()  # type: ignore[arg-type]
         agent = cls(family(model, processor), folder, base=base, sampling=sampling, share_prefixes=share_prefixes)
         agent.pixels = pixels
+        if adapter is not None:
+            agent.adapter, agent.lora = adapter, LoRA.from_folder(model, adapter)
         return agent
 
     @property
@@ -223,7 +228,7 @@ class VLMAgent(Agent):
             ConfigError: There are adapters, which freeze the model already.
         """
         if self.lora is not None:
-            raise ConfigError("LoRA freezes the whole model already: remove freeze_vision and freeze_projector")
+            raise ConfigError("LoRA freezes the whole model already: leave out freeze_vision and freeze_projector")
         projectors = _parameters(self.family.projectors())
         tower = _parameters([self.family.vision_tower()]) - projectors
         for parameter in (tower if vision else set()) | (projectors if projector else set()):
@@ -251,7 +256,13 @@ class VLMAgent(Agent):
         parts = [self.family.language_model(), *[self.family.vision_tower(), *self.family.projectors()] * vision]
         inside = {module for part in parts for module in part.modules() if isinstance(module, nn.Linear)}
         targets = [name for name, module in model.named_modules() if module in inside]
-        self.lora = LoRA(model, targets, rank, alpha, dropout)
+        self.lora = LoRA.new(model, targets, rank, alpha, dropout)
+
+    @property
+    def sees_by_adapters(self) -> bool:
+        """True if the vision tower or its projectors have adapters."""
+        parts = [self.family.vision_tower(), *self.family.projectors()]
+        return any(is_adapter(f".{name}") for part in parts for name, _ in part.named_parameters())
 
     def add_value_head(self, *, detach: bool = False) -> None:
         """Adds a value head on the final hidden states, for `LogProbs.state_values`.
@@ -287,16 +298,28 @@ class VLMAgent(Agent):
         return groups
 
     def reference(self) -> Reference:
-        """A frozen copy of the policy; with LoRA, the model without its adapters, which needs no copy."""
+        """A frozen copy of the policy; with LoRA, the model with the adapters as they are now, which needs no copy.
+
+        Raises:
+            ConfigError: The agent was loaded with adapters, and ranks hold shards of the weights.
+        """
         if self.lora is None:
             return FrozenPolicy(self.family_policy, self._with_image)
+        if self.lora.begins_elsewhere:
+            if self.sharded:
+                raise ConfigError(
+                    "a reference that has adapters does not work with shards of the weights: merge the adapters by "
+                    "`vlmenv export --merged`, or leave the KL penalty out"
+                )
+            self.lora.keep_start()
         return UnadaptedPolicy(self, self.lora)
 
     def save(self, folder: Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
-        """Writes weights and processor in the published layout, adapters merged, atomically.
+        """Writes weights and processor in the published layout, atomically; with LoRA the adapters, in peft's format.
 
-        The subfolders `adapter/`, in peft's format, and `value_head/` hold what `load` needs. (They are subfolders
-        because programs that serve a model read every safetensors file of its folder.)
+        Weights are written in `save_dtype`. What that rounds away is beside them, in the subfolder `float32/`, and a
+        value head in `value_head/`, for `load`. (They are subfolders because programs that serve a model read every
+        safetensors file of its folder.)
 
         Args:
             folder: Folder to write.
@@ -308,14 +331,46 @@ class VLMAgent(Agent):
         state = self.family_policy.state_dict() if state_dict is None else state_dict
         model, head = _under("model.", state), _under("value_head.", state)
         with atomic_folder(folder) as partial:
-            if self.lora is not None:
-                self.lora.save(partial / "adapter", model, self.base)
-                model = self.lora.merged(model)
-            write_model(partial, self.family, model)
+            write_settings(partial, self.folder, self.family, self.sampling, self.save_dtype)
+            if self.lora is None:
+                write_weights(partial, published_weights(self.family, model), self.folder, self.save_dtype, exact=True)
+            else:
+                self.lora.save(partial, model, str(self.base))
             if head:
                 (partial / "value_head").mkdir()
                 save_file(head, partial / _VALUE_HEAD)
-            copy_processor(self.folder, partial)
+
+    def publish(self, folder: Path, *, dtype: torch.dtype | None = None, merged: bool = True) -> None:
+        """Writes what others load, atomically: `save` without what only training needs.
+
+        Args:
+            folder: Folder to write.
+            dtype: Data type of the weights. Default: that of the base model's files; for adapters float32.
+            merged: If true, merges adapters into the model's weights. If false, writes them alone.
+
+        Raises:
+            ConfigError: There are no adapters to write alone.
+            OSError: The folder cannot be written.
+        """
+        if not merged and self.lora is None:
+            raise ConfigError("there are no adapters to write alone: all weights were trained")
+        with atomic_folder(folder) as partial:
+            write_settings(partial, self.folder, self.family, self.sampling, dtype if merged else None)
+            if merged or self.lora is None:
+                write_weights(partial, self._published_weights(), self.folder, dtype, exact=False)
+            else:
+                model = self.family.model.state_dict()
+                self.lora.save(partial, model, public_name(self.base), dtype or torch.float32)
+
+    def check_saving(self) -> None:
+        """Tries the conversion of the weights to the published layout, without the numbers.
+
+        Raises:
+            CheckpointError: The model could not be saved in the layout that it came in.
+        """
+        state = self.family.model.state_dict()
+        plain = {name.replace(".base_layer.", "."): state[name] for name in state if not is_adapter(name)}
+        check_conversion(self.folder, self.family, plain)
 
     def load(self, folder: Path) -> None:
         """Restores a checkpoint's weights bit for bit. With LoRA it restores the adapters, onto the unmerged model.
@@ -327,10 +382,11 @@ class VLMAgent(Agent):
             ModelError: The checkpoint does not fit this agent. The weights stay unchanged.
         """
         policy = self.family_policy
-        for name, part in (("adapter", self.lora), ("value_head", policy.value_head)):
-            if (folder / name).is_dir() != (part is not None):
+        parts = (("adapter", ADAPTER_CONFIG, self.lora), ("value head", "value_head", policy.value_head))
+        for name, place, part in parts:
+            if (folder / place).exists() != (part is not None):
                 has, lacks = ("agent", "checkpoint") if part is not None else ("checkpoint", "agent")
-                raise ModelError(f"{folder}: the {has} has {name.replace('_', ' ')} weights, which the {lacks} lacks")
+                raise ModelError(f"{folder}: the {has} has {name} weights, which the {lacks} lacks")
         state = policy.state_dict()
         if self.lora is not None:
             state = {name: state[name] for name in state if is_adapter(name) or name.startswith("value_head.")}
@@ -341,7 +397,7 @@ class VLMAgent(Agent):
         if self.lora is None:
             weights = load_model(folder, self.family.model.dtype).state_dict()
         else:
-            weights = self.lora.read(folder / "adapter", self.family.model.state_dict())
+            weights = self.lora.read(folder, self.family.model.state_dict())
         weights = {f"model.{name}": tensor for name, tensor in weights.items()}
         if self.family_policy.value_head is not None:
             head, _ = read_tensors(folder / _VALUE_HEAD)

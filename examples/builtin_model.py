@@ -96,8 +96,8 @@ def main(args: Args) -> None:
         new_model(args.output)
     agent = VLMAgent.from_pretrained(args.init or args.output)
     teach(agent, args)
-    agent.family.model.half()
-    agent.save(args.output)
+    agent.publish(args.output, dtype=torch.float16)
+    (args.output / "generation_config.base.json").unlink(missing_ok=True)  # of the random model
 
 
 def new_model(folder: Path) -> None:
@@ -112,6 +112,17 @@ def new_model(folder: Path) -> None:
     model.generation_config.eos_token_id = tokenizer.token_to_id("<|im_end|>")
     model.generation_config.pad_token_id = tokenizer.token_to_id("<|endoftext|>")
     model.save_pretrained(folder)
+    write_readable_config(folder / "config.json")
+
+
+def write_readable_config(file: Path) -> None:
+    """Writes the rotary embedding's settings as transformers 4 has them, which transformers 5 reads too."""
+    config = json.loads(file.read_text())
+    text = config["text_config"]
+    text["rope_scaling"] = text.pop("rope_parameters")
+    text["rope_theta"] = text["rope_scaling"].pop("rope_theta")
+    config["vision_config"].pop("rope_parameters", None)
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def new_tokenizer() -> Tokenizer:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, launch
+from huggingface_hub import HfApi
 from PIL import Image
 from servers import Served, free_port, serving
 from small_data import WITHOUT_HUB, lay_out, lay_out_pipeline, small_pipeline
@@ -32,6 +33,7 @@ SMALL = {
     "envs": [],
     "recipes": [],
     "score": [],
+    "export": [],
 }
 
 
@@ -153,6 +155,11 @@ def test_the_commands_run(
         main(["train", *SMALL["train"], "--output", "runs/first"])
         (Path("runs/first/evaluation.json")).unlink()
         main(args)
+    elif args[0] == "export":
+        monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: "https://huggingface.co/me/my-model")
+        monkeypatch.setattr(HfApi, "upload_folder", lambda *_, **__: None)
+        main(["train", *SMALL["train"], "--output", args[1], *(["--lora-rank", "2"] if "lora" in args[1] else [])])
+        main(["1" if before == "--step" else arg for before, arg in zip(["", *args], args, strict=False)])
     elif "--recipe" in args:
         main([*args, *SMALL[args[0]], *of_recipe(args[args.index("--recipe") + 1], tmp_path)])
     elif args[0] == "pipeline":
@@ -169,6 +176,7 @@ def test_the_commands_run(
         "data": "sample 0" if args[1:2] == ["show"] else "good",
         "envs": "VLM-REC-v0",
         "recipes": "vlm_r1_rec",
+        "export": "holds",
     }
     assert expected[args[0]] in capsys.readouterr().out
 

@@ -32,17 +32,15 @@ TINY = ["--prompts-per-step", "2", "--group-size", "4", "--eval-limit", "4", "--
 OPTIONS = {
     "all weights": ["--algo", "grpo", "--mu", "2", "--minibatches", "2", "--beta", "0.01"],
     "adapters": ["--lora-rank", "4", "--lora-dropout", "0.1", "--lora-vision", "--beta", "0.01"],
-    "critic": ["--algo", "ppo", "--freeze-projector", "--vision-lr", "1e-4"],
+    "critic": ["--algo", "ppo", "--freeze-projector", "--save-dtype", "bf16", "--vision-lr", "1e-4"],
     "replays": ["--algo", "grpo", "--replay", "6", "--rewards", "iou@0.5", "1", "--beta", "0.01"],
     "curriculum": ["--revisit", "0.2", "--rewards", "iou@0.5", "1"],
     "resampling": ["--algo", "dapo", "--most-rounds", "3", "--gradient-checkpointing"],
     "imitation": ["--algo", "sft", "--group-size", "1"],
 }
 
-WRITTEN = {
-    "adapters": "model.safetensors adapter/adapter_model.safetensors",
-    "critic": "model.safetensors value_head/value_head.safetensors",
-}
+WHOLE = ("model.safetensors", "float32/model.safetensors")
+WRITTEN = {"adapters": ("adapter_model.safetensors",), "critic": (*WHOLE, "value_head/value_head.safetensors")}
 """Files that some of these leave in a checkpoint."""
 
 
@@ -80,12 +78,14 @@ def test_a_resumed_run_goes_on_bit_for_bit(sort: str, tmp_path: Path) -> None:
     main(["train", "--resume", str(cut)])
     assert timeless(cut) == timeless(whole)
     assert rows(cut / "rollouts.jsonl") == rows(whole / "rollouts.jsonl")
-    for name in ("model.safetensors", "value_head/value_head.safetensors", "adapter/adapter_model.safetensors"):
-        ours, theirs = (run / "checkpoints" / "step-5" / name for run in (cut, whole))
-        assert ours.exists() == theirs.exists() == (name in WRITTEN.get(sort, "model.safetensors"))
-        if ours.exists():
-            a, b = load_file(ours), load_file(theirs)
-            assert all(torch.equal(a[key], b[key]) for key in b)
+    ours, theirs = (run / "checkpoints" / "step-5" for run in (cut, whole))
+    for folder in (ours, theirs):
+        written = {file.relative_to(folder).as_posix() for file in folder.rglob("*.safetensors")}
+        assert written == set(WRITTEN.get(sort, WHOLE))
+    for name in written:
+        a, b = load_file(ours / name), load_file(theirs / name)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in b)
     assert json.loads((cut / "evaluation.json").read_text()) == json.loads((whole / "evaluation.json").read_text())
     assert (cut / "samples.png").is_file()
 
@@ -106,7 +106,7 @@ def test_a_run_without_a_checkpoint_starts_over(missing: str, tmp_path: Path, ca
     assert timeless(cut) == timeless(whole)
     assert rows(cut / "rollouts.jsonl") == rows(whole / "rollouts.jsonl")
     assert [folder.name for folder in (cut / "checkpoints").iterdir()] == ["step-2"]
-    ours, theirs = (load_file(run / "checkpoints/step-2/adapter/adapter_model.safetensors") for run in (cut, whole))
+    ours, theirs = (load_file(run / "checkpoints/step-2/adapter_model.safetensors") for run in (cut, whole))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert (cut / "evaluation.json").read_text() == (whole / "evaluation.json").read_text()
 

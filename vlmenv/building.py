@@ -20,6 +20,7 @@ from vlmenv.agents.engines.server import VLLMServerEngine
 from vlmenv.agents.engines.vllm import VLLMEngine, check_sharing, require_vllm
 from vlmenv.agents.families import coordinate_space, image_bound, resize_rule
 from vlmenv.agents.pixels import with_limits
+from vlmenv.agents.remainders import REMAINDERS
 from vlmenv.agents.vlm import VLMAgent, find_model
 from vlmenv.core.coordinates import CoordinateSpace
 from vlmenv.core.errors import ConfigError, unknown_name
@@ -248,18 +249,45 @@ def load_agent(
         agent.family.require_system_turns()
     if (make := find_engine(config.generation.engine)) is not None:
         agent.engine = make(config, agent, engine_dtype or dtype)
-    if config.generation.engine == "vllm-server":
-        agent.sync()  # the servers may hold weights of another run
+    unlike = agent.adapter is not None or (agent.folder / REMAINDERS).is_dir()
+    if config.generation.engine == "vllm-server" or unlike:
+        agent.sync()  # servers may hold weights of another run, and engines read neither adapters nor remainders
     return agent
 
 
 def adapt(agent: VLMAgent, options: AdaptationOptions) -> None:
-    """Prepares an agent for training: adapters, frozen parts, checkpointing."""
+    """Prepares an agent for training: adapters, frozen parts, checkpointing.
+
+    Raises:
+        ConfigError: The model is one of adapters, and the options ask for others.
+    """
     agent.family_policy.share_prefixes = options.share_prefixes
-    if (rank := options.lora_rank) is not None:
+    if options.save_dtype is not None:
+        agent.save_dtype = DTYPES[options.save_dtype]
+    if agent.lora is not None:
+        _check_adapters(agent, options)
+    elif (rank := options.lora_rank) is not None:
         alpha = 2 * rank if options.lora_alpha is None else options.lora_alpha
         agent.add_lora(rank=rank, alpha=alpha, dropout=options.lora_dropout, vision=options.lora_vision)
     if options.freeze_vision or options.freeze_projector:
         agent.freeze(vision=options.freeze_vision, projector=options.freeze_projector)
     if options.gradient_checkpointing:
         agent.enable_gradient_checkpointing()
+
+
+def _check_adapters(agent: VLMAgent, options: AdaptationOptions) -> None:
+    """Raises ConfigError if options ask for other adapters than those that the agent was loaded with."""
+    if (rank := options.lora_rank) is None:
+        return
+    assert agent.lora is not None
+    asked = (rank, options.lora_alpha or 2 * rank, options.lora_dropout, options.lora_vision)
+    own = (*agent.lora.numbers, agent.sees_by_adapters)
+    names = ("lora_rank", "lora_alpha", "lora_dropout", "lora_vision")
+    unlike = [
+        f"{name} {theirs}, not {ours}" for name, ours, theirs in zip(names, asked, own, strict=True) if ours != theirs
+    ]
+    if unlike:
+        raise ConfigError(
+            f"{agent.adapter} holds adapters, which are trained further as they are: with {', '.join(unlike)}. Leave "
+            "lora_rank and what goes with it out, or merge the adapters first by `vlmenv export --merged`"
+        )

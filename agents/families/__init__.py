@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, GenerationConfig
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, GenerationConfig
 from transformers.utils.import_utils import is_torchvision_available
 
 from vlmenv.agents.families.base import Family, Processor, PromptReading, read_json
@@ -18,6 +18,7 @@ from vlmenv.agents.families.internvl import InternVL
 from vlmenv.agents.families.qwen2_5_vl import Qwen25VL
 from vlmenv.agents.families.qwen2_vl import Qwen2VL
 from vlmenv.agents.families.qwen3_vl import Qwen3VL, Qwen3VLMoe
+from vlmenv.agents.untrainable import read_config
 from vlmenv.core.coordinates import CoordinateSpace, ResizeRule
 from vlmenv.core.errors import ConfigError, ModelError, unknown_name
 
@@ -56,10 +57,7 @@ def weightless_family(folder: Path, chat_template_kwargs: Mapping[str, Any] | No
         ModelError: The model's configuration cannot be read, its family is not known, or its processor is missing.
     """
     transformers.utils.logging.disable_progress_bar()
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: the model's configuration cannot be read: {error}") from error
+    config = read_config(folder)
     family, processor = family_of(config.model_type), Processor.from_pretrained(folder, chat_template_kwargs)
     with torch.device("meta"):
         model: Any = AutoModelForImageTextToText.from_config(config)

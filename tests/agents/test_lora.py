@@ -91,7 +91,7 @@ def test_a_saved_model_has_the_adapters_merged_in(folder: Path, tmp_path: Path) 
     rollout = rollout_of(agent)
     train(agent, rollout)
     before, values = weights_of(agent), logprobs_of(agent, rollout)
-    agent.save(tmp_path / "model")
+    agent.publish(tmp_path / "model", dtype=torch.float32)
     for name, tensor in weights_of(agent).items():
         assert torch.equal(tensor, before[name]), name
     assert torch.equal(logprobs_of(agent, rollout), values)
@@ -108,7 +108,7 @@ def test_saved_adapters_are_loaded_by_peft(folder: Path, tmp_path: Path) -> None
     values = logprobs_of(agent, rollout)
     agent.save(tmp_path / "model")
     again = VLMAgent.from_pretrained(folder, sampling=Sampling(0.8))
-    loaded = peft.PeftModel.from_pretrained(again.family.model, tmp_path / "model" / "adapter")
+    loaded = peft.PeftModel.from_pretrained(again.family.model, tmp_path / "model")
     assert loaded.peft_config["default"].base_model_name_or_path == str(find_model(folder))
     torch.testing.assert_close(logprobs_of(again, rollout), values, atol=1e-5, rtol=0)
 
@@ -136,8 +136,9 @@ def test_adapters_do_not_go_onto_weights_that_have_them_already(builtin: VLMAgen
     agent = build("builtin")
     train(agent, rollout_of(builtin))
     agent.save(tmp_path / "model")
-    with pytest.raises(ModelError, match=r"trained on other weights .* load it onto .*builtin, not onto .* merged"):
-        build(tmp_path / "model").load(tmp_path / "model")
+    agent.publish(tmp_path / "merged")
+    with pytest.raises(ModelError, match=r"trained on other weights than those of .*builtin here"):
+        build(tmp_path / "merged").load(tmp_path / "model")
 
 
 @pytest.mark.slow
@@ -172,7 +173,7 @@ def test_adapters_on_one_side_alone_are_refused(builtin: VLMAgent, tmp_path: Pat
 def test_a_broken_adapter_is_refused(tmp_path: Path) -> None:
     agent = build("builtin")
     agent.save(tmp_path / "model")
-    (tmp_path / "model" / "adapter" / "adapter_model.safetensors").write_bytes(b"half")
+    (tmp_path / "model" / "adapter_model.safetensors").write_bytes(b"half")
     with pytest.raises(ModelError, match=r"adapter_model\.safetensors: the weights cannot be read"):
         agent.load(tmp_path / "model")
 
@@ -181,7 +182,7 @@ def test_merging_rounds_once_in_bfloat16(tmp_path: Path) -> None:
     agent = VLMAgent.from_pretrained("builtin", dtype=torch.bfloat16)
     agent.add_lora(rank=2, alpha=8)
     train(agent, rollout_of(agent))
-    agent.save(tmp_path / "model")
+    agent.publish(tmp_path / "model", dtype=torch.bfloat16)
     name = "model.language_model.layers.0.mlp.up_proj"
     layer = agent.family.model.get_submodule(name)
     exact = (

@@ -31,7 +31,7 @@ from vlmenv.core.errors import ConfigError, EngineError
 from vlmenv.core.loading import import_modules
 from vlmenv.options.parsing import parse_plain
 from vlmenv.options.serve import ServeConfig
-from vlmenv.runs.models import model_folder
+from vlmenv.runs.models import adapter_folder, model_folder
 
 _IMAGES = 8
 _GRACE, _MOMENT = 30.0, 5.0
@@ -63,6 +63,8 @@ def run(config: ServeConfig) -> None:
     token = server_token_or_new()
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"starting vLLM with {config.model} on {device.type}")
+    if (adapter := adapter_folder(config.model)) is not None:
+        console.print(f"{adapter} holds adapters: the base model is served until the trainer's first update adds them")
     with _ending_on_signals(), _started(_arguments(config, device), device, token) as process:
         _wait_until_ready(config, process, console, token)
         console.print(_ready(config), markup=False)

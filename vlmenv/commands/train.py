@@ -51,6 +51,7 @@ from vlmenv.runs.models import with_checkpoint
 from vlmenv.runs.output import lasting_output
 from vlmenv.runs.record import asked_yaml, print_dry_run, resolved_yaml
 from vlmenv.runs.resuming import DataSets, changes, check_data_changed, facts
+from vlmenv.runs.room import check_room
 from vlmenv.runs.run_folder import RunFolder
 from vlmenv.runs.tracking import THROUGH_ACCELERATE, Tracking, find_tracker
 
@@ -142,6 +143,9 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
         own = next((lengths for shown, lengths in counted if shown is envs), None)
         resolved = resolved_yaml(config, envs, held_out, accelerator, identity, own)
         run.create(asked_yaml(config, asked.names, identity), resolved)
+    with shared_failure(accelerator):
+        if accelerator.is_main_process:
+            check_room(cast(VLMAgent, trainer.agent), config, run, console)
     kept = facts(config, data, run, accelerator.num_processes) if accelerator.is_main_process else {}
     console.print(f"{config.env}, {config.algo}, model {config.model}; writing to {run.path}", highlight=False)
     tracking = Tracking(accelerator, config.logging.tracker, run, flatten(config), step=found.step)
@@ -219,6 +223,7 @@ def _make_trainer(
     algorithm = parts.algorithm or find_algorithm(config.algo).make(config.algorithm)
     torch.manual_seed(config.seed)  # which new adapters are drawn from
     adapt(agent, config.adaptation)
+    agent.check_saving()
     agent.limits = PassLimits(config.trainer.micro_batch_size, config.trainer.micro_batch_tokens)
     if algorithm.wants_values:
         agent.add_value_head()

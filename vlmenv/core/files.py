@@ -49,12 +49,25 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 def replace_folder(partial: Path, folder: Path) -> None:
     """Renames a complete folder to its final name; an older folder of that name is removed.
 
-    The files are on the disk before the rename, so that a crash of the machine leaves no empty files behind.
+    Its files get the permissions of new files, which some libraries withhold. They are on the disk before the rename,
+    so that a crash of the machine leaves no empty files behind.
     """
+    allow_as_usual(partial)
     _flush(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     flush_file(folder.parent)
+
+
+def allow_as_usual(folder: Path) -> None:
+    """Gives all files of a folder the permissions that the umask gives to new files."""
+    probe = folder / ".permissions"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
 
 
 def flush_file(file: Path) -> None:

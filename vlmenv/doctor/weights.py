@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmenv.agents.checkpoints import published_weights, weight_names
+from vlmenv.agents.checkpoints import weight_names
 from vlmenv.agents.engines.checksums import UNREADABLE
 from vlmenv.agents.engines.fingerprints import fingerprint
+from vlmenv.agents.saving import published_weights
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.core.rollout import Rollout
 from vlmenv.doctor.subject import Numbers, Seen, Subject, Unchecked

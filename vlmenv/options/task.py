@@ -210,8 +210,8 @@ class TaskConfig:
     env: str = "VLM-REC-v0"
     """Environment; `vlmenv envs` lists them. A task of your own is named with its module, as in my_task:My-Task-v0."""
     model: str = BUILTIN
-    """Model: "builtin", a checkpoint's folder, a run's folder (its best or newest checkpoint), or a name on the Hugging
-    Face hub."""
+    """Model: "builtin", a checkpoint's folder, a run's folder (its best or newest checkpoint), a folder of adapters in
+    peft's format, or a name on the Hugging Face hub."""
     imports: Annotated[tuple[str, ...], tyro.conf.arg(name="import")] = ()
     """Modules of your own to import first, which register tasks, rewards, algorithms or model families."""
     device: Device = "auto"

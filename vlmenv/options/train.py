@@ -35,6 +35,9 @@ class AdaptationOptions:
     """Run image and prompt through the model once per group, not once per completion. Exact, and much faster."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    save_dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """Data type of the weights in checkpoints. What it rounds away is kept beside them, so that a run continues bit for
+    bit. Adapters are always fp32. None: that of the model's own files."""
 
     def __post_init__(self) -> None:
         lora = self.lora_alpha is not None or self.lora_dropout or self.lora_vision

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
-from vlmenv.agents.checkpoints import find_model
+from vlmenv.agents.checkpoints import find_adapter, find_model
 from vlmenv.building import say
 from vlmenv.core.errors import ModelError
 from vlmenv.options.task import TaskConfig
@@ -40,6 +40,16 @@ def model_folder(name: str) -> Path:
     """
     found = checkpoint_of(name)
     return find_model(name if found is None else found[0])
+
+
+def adapter_folder(name: str) -> Path | None:
+    """The folder of the adapters that a model or a run's checkpoint consists of; None for a whole model.
+
+    Raises:
+        ModelError: There is no such model.
+    """
+    found = checkpoint_of(name)
+    return find_adapter(name if found is None else found[0])
 
 
 def checkpoint_of(name: str) -> tuple[Path, str] | None:

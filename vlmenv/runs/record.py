@@ -18,7 +18,8 @@ from packaging.requirements import Requirement
 from rich.console import Console
 
 import vlmenv
-from vlmenv.agents.checkpoints import find_model
+from vlmenv.agents.checkpoints import ADAPTER_CONFIG, find_adapter, find_model
+from vlmenv.agents.lora import ADAPTER_WEIGHTS
 from vlmenv.core.files import file_digest
 from vlmenv.core.names import hub_name
 from vlmenv.envs.data.dataset import hub_commits
@@ -102,7 +103,7 @@ def _pinned(config: TrainConfig[Any], commits: Mapping[str, str]) -> TrainConfig
 
     return replace(
         config,
-        model=pinned(config.model, _commit(find_model(config.model)).get("commit")),
+        model=pinned(config.model, _commit(find_adapter(config.model) or find_model(config.model)).get("commit")),
         data=replace(config.data, dataset=all_pinned(config.data.dataset)),
         measuring=replace(config.measuring, eval_dataset=all_pinned(config.measuring.eval_dataset)),
     )
@@ -117,7 +118,7 @@ def _record(config: TrainConfig[Any], commits: Mapping[str, str], accelerator: A
         "device": _device(accelerator),
         "ranks": accelerator.num_processes,
         "threads": torch.get_num_threads(),
-        "model": _commit(model) | dict(_files([model / "config.json"])) | _weights(model),
+        "model": _commit(model) | _model(config.model),
         "data": {name: _described(name, commits) for name in _datasets(config)},
     }
     return record
@@ -183,6 +184,13 @@ def _described(name: str, commits: Mapping[str, str]) -> Any:
     if path.is_dir():
         return dict(_files(sorted(file for file in path.rglob("*") if file.is_file())))
     return {"commit": commits.get(name, "unknown")}
+
+
+def _model(name: str) -> dict[str, Any]:
+    """The configuration and weights of a model, and the adapters on it."""
+    folder, adapter = find_model(name), find_adapter(name)
+    adapters = [] if adapter is None else [adapter / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
+    return dict(_files([folder / "config.json"])) | _weights(folder) | dict(_files(adapters))
 
 
 def _weights(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,119 @@
+"""`vlmenv export`: writes a trained model as others load it, and uploads it if asked to."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import httpx2
+import torch
+import transformers
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from rich.console import Console
+
+from vlmenv.agents.checkpoints import find_adapter, find_model
+from vlmenv.agents.saving import BASE_GENERATION, GENERATION
+from vlmenv.agents.vlm import VLMAgent
+from vlmenv.building import say
+from vlmenv.core.errors import ConfigError, ModelError
+from vlmenv.core.loading import import_modules
+from vlmenv.options.export import ExportConfig
+from vlmenv.options.parsing import parse_plain
+from vlmenv.runs.card import Origin, write_card
+from vlmenv.runs.models import checkpoint_of
+from vlmenv.runs.run_folder import RunFolder
+
+_DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def parse(args: Sequence[str], program: str) -> ExportConfig:
+    """The options of a command line."""
+    config: ExportConfig = parse_plain(args, ExportConfig(model=""), program)
+    if not config.model:
+        raise ConfigError("name the run or model, as in `vlmenv export runs/my-run my-model`")
+    import_modules(config.imports)
+    return config
+
+
+def run(config: ExportConfig) -> Path:
+    """Writes the folder, uploads it if asked to, and returns it."""
+    console = Console()
+    source, run, step = _source(config)
+    target = config.target or Path(f"{Path(config.model).absolute().name}-export")
+    if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
+        raise ConfigError(f"{target} exists already: name a new folder to write")
+    transformers.utils.logging.disable_progress_bar()
+    merged = config.merged or find_adapter(str(source)) is None
+    if config.adapter and merged:
+        raise ConfigError(f"{source} has no adapters to write alone: all weights were trained. Leave out --adapter")
+    agent = VLMAgent.from_pretrained(source)
+    agent.publish(target, dtype=None if config.dtype is None else _DTYPES[config.dtype], merged=merged)
+    _keep_settings(source, target)
+    write_card(target, Origin.of(find_model(str(source)), run, step), adapter=not merged)
+    say(f"{target} holds {source}{'' if merged else ', adapters alone'}", console)
+    if config.hub is not None:
+        say(f"uploaded to {_upload(target, config.hub)}", console)
+    return target
+
+
+def _source(config: ExportConfig) -> tuple[Path, RunFolder | None, int | None]:
+    """The checkpoint to export, its run and its step.
+
+    Raises:
+        ModelError: There is none.
+    """
+    run = RunFolder(Path(config.model))
+    found = checkpoint_of(config.model)
+    if found is None:
+        if config.step is not None:
+            raise ConfigError(f"step goes with a run's folder, and {config.model} is none")
+        folder = find_adapter(config.model) or find_model(config.model)
+        owner = next((RunFolder(one) for one in folder.parents[:2] if (one / "resolved.yaml").is_file()), None)
+        return folder, owner, None if owner is None else _step_of(owner, folder)
+    folder = found[0] if config.step is None else _asked(run, config.step)
+    return folder, run, _step_of(run, folder)
+
+
+def _asked(run: RunFolder, step: str) -> Path:
+    folder = run.path / "best" if step == "best" else run.checkpoint(int(step))
+    if not (folder / "config.json").is_file():
+        there = ", ".join(str(run.step_of(one)) for one in run.checkpoints())
+        best = ", and best" if (run.path / "best").is_dir() else ""
+        raise ModelError(f"{run.path} has no checkpoint {step}: there are {there or 'none'}{best}")
+    return folder
+
+
+def _step_of(run: RunFolder, folder: Path) -> int | None:
+    if folder.name == "best":
+        return run.best().get("step")
+    return run.step_of(folder) if folder.name.startswith("step-") else None
+
+
+def _keep_settings(source: Path, target: Path) -> None:
+    """Copies generation settings as the source has them: they are those of its training."""
+    for name in (GENERATION, BASE_GENERATION):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+        else:
+            (target / name).unlink(missing_ok=True)
+
+
+def _upload(folder: Path, name: str) -> str:
+    """Uploads a folder to the Hugging Face hub, and returns its address.
+
+    Raises:
+        ModelError: It is not uploaded; the folder stays.
+    """
+    api = HfApi()
+    try:
+        address = api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder)
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError, httpx2.HTTPError) as error:
+        raise ModelError(
+            f"{folder} is written, but the upload to {name} failed ({type(error).__name__}: {error}). Check the "
+            f"connection and `hf auth login`, then upload it by: hf upload {name} {folder}"
+        ) from error
+    return str(address)

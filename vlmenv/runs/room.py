@@ -1,0 +1,114 @@
+"""A save is tried before training: the conversion of weights, the run's folder, and the room on its disk."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from vlmenv.agents.saving import kept_files, usual_type
+from vlmenv.agents.vlm import VLMAgent
+from vlmenv.building import say
+from vlmenv.core.errors import CheckpointError
+from vlmenv.options.train import TrainConfig
+from vlmenv.runs.run_folder import RunFolder
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Bytes of a checkpoint's parts."""
+
+    model: int
+    """weights with what they round away, or adapters; processor files"""
+    training: int
+    """the optimizer's state"""
+
+    @classmethod
+    def of(cls, agent: VLMAgent) -> Size:
+        """The size of an agent's checkpoints with AdamW, to a few percent."""
+        trained = sum(map(_numel, agent.parameters()))
+        files = sum(file.stat().st_size for file in kept_files(agent.folder))
+        return cls(files + _weights(agent, trained), 2 * torch.float32.itemsize * trained)
+
+
+def _weights(agent: VLMAgent, trained: int) -> int:
+    if agent.lora is not None:
+        return torch.float32.itemsize * trained
+    kind = agent.save_dtype or usual_type(agent.folder)
+    lost = {torch.bfloat16: 2, torch.float16: 4}.get(kind, 0)  # see vlmenv.agents.remainders
+    return sum(map(_numel, agent.policy.parameters())) * kind.itemsize + lost * trained
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))  # of a shard, DeepSpeed tells the whole
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Room that a run's checkpoints take."""
+
+    each: int
+    """bytes of a checkpoint"""
+    most: int
+    """number of checkpoints that there are at a time, one that is being written included"""
+    best: int
+    """bytes of the best model, the former one included while it is replaced"""
+    there: int
+    """bytes of what is there already, of a run that goes on"""
+
+    @classmethod
+    def of(cls, size: Size, config: TrainConfig[Any], run: RunFolder) -> Need:
+        """The need of a run from where it stands."""
+        logging, steps = config.logging, config.trainer.steps
+        if logging.kept is not None:
+            most = logging.kept + 1
+        else:  # all are kept
+            most = math.ceil(steps / logging.checkpoint_every) if logging.checkpoint_every else 1
+        folders = [*run.checkpoints(), run.path / "best"]
+        there = sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
+        each = size.model + size.training
+        return cls(each, most, 2 * size.model if config.measuring.eval_every else 0, there)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that are still to be written."""
+        return max(0, self.each * self.most + self.best - self.there)
+
+
+def check_room(agent: VLMAgent, config: TrainConfig[Any], run: RunFolder, console: Console) -> None:
+    """Tries to write into a run's folder, and tells how much room its checkpoints take. For the main rank.
+
+    Raises:
+        CheckpointError: The disk has less room than they need.
+        OSError: The folder cannot be written.
+    """
+    folder = run.path / "checkpoints"
+    folder = folder if folder.is_dir() else run.path
+    tempfile.TemporaryFile(dir=folder).close()
+    need, free = Need.of(Size.of(agent), config, run), shutil.disk_usage(folder).free
+    kept = f"{need.most} of them" if config.logging.kept is None else f"{need.most} at a time, one being written"
+    best = " and the best model" if need.best else ""
+    told = (
+        f"a checkpoint takes {_human(need.each)}; {kept}{best} take {_human(need.each * need.most + need.best)}. "
+        f"{_human(free)} are free"
+    )
+    if need.bytes > free:
+        raise CheckpointError(
+            f"{folder}: the disk has too little room. {told[0].upper()}{told[1:]}. Lower --keep, train with "
+            "--lora-rank, or give --output on another disk"
+        )
+    say(f"disk: {told}", console)
+
+
+def _human(size: float) -> str:
+    for unit in ("kB", "MB", "GB"):
+        size /= 1000
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+    return f"{size / 1000:.3g} TB"
