@@ -14,12 +14,14 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from vlmenv.agents.checkpoints import stored_weights
 from vlmenv.agents.families import Family
 from vlmenv.agents.families.base import read_json
 from vlmenv.agents.remainders import REMAINDERS, remainder
+from vlmenv.agents.untrainable import read_config
 from vlmenv.core.errors import CheckpointError
 from vlmenv.core.sampling import Sampling
 
@@ -44,6 +46,18 @@ def published_weights(family: Family, state: Mapping[str, Tensor]) -> dict[str, 
     return published
 
 
+def is_of(family: Family, folder: Path) -> bool:
+    """True if a folder's configuration describes a model: it was loaded from there, and has the sizes written there."""
+    config = family.model.config
+    return str(config.name_or_path) == str(folder) and _sizes(config) == _sizes(read_config(folder))
+
+
+def _sizes(config: PreTrainedConfig) -> list[dict[str, int]]:
+    """The whole numbers of a configuration's parts for text and images."""
+    parts = (config.get_text_config(), config.vision_config)
+    return [{name: value for name, value in part.to_dict().items() if type(value) is int} for part in parts]
+
+
 def check_conversion(folder: Path, family: Family, state: Mapping[str, Tensor]) -> None:
     """Tries the conversion to published names without the numbers.
 
@@ -60,7 +74,7 @@ def check_conversion(folder: Path, family: Family, state: Mapping[str, Tensor]) 
         found = {name: list(tensor.shape) for name, tensor in published_weights(family, empty).items()}
     except (RuntimeError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{folder}: this model's weights could not be saved: {error}") from error
-    stored = {name: shape for name, (_, shape) in stored_weights(folder).items()}
+    stored = {name: shape for name, (_, shape) in stored_weights(folder).items()} if is_of(family, folder) else found
     if unlike := sorted(name for name, shape in found.items() if stored.get(name) != shape):
         raise CheckpointError(
             f"{folder}: this model's weights could not be saved as they came: {len(unlike)} would get names or shapes "
@@ -69,15 +83,15 @@ def check_conversion(folder: Path, family: Family, state: Mapping[str, Tensor]) 
 
 
 def write_weights(
-    folder: Path, weights: Mapping[str, Tensor], base: Path, dtype: torch.dtype | None, *, exact: bool
+    folder: Path, weights: Mapping[str, Tensor], base: Path | None, dtype: torch.dtype | None, *, exact: bool
 ) -> None:
     """Writes weights, those of large models in several files.
 
     Args:
         folder: Folder to write into.
         weights: The weights by published names.
-        base: Folder of the base model.
-        dtype: Data type on disk. None: that of each weight in the base model's files.
+        base: Folder of the base model; None for a model that was made in memory.
+        dtype: Data type on disk. None: that of each weight in the base model's files; without these, its own.
         exact: Write what this rounds away too, so that `load_model` reads the weights bit for bit.
     """
     types = types_on_disk(weights, base, dtype)
@@ -101,8 +115,14 @@ def write_weights(
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def types_on_disk(weights: Mapping[str, Tensor], base: Path, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+def types_on_disk(
+    weights: Mapping[str, Tensor], base: Path | None, dtype: torch.dtype | None
+) -> dict[str, torch.dtype]:
     """The data type of each weight on disk; numbers that are no floats keep theirs."""
+    if base is None:
+        return {
+            name: (dtype if dtype and tensor.is_floating_point() else tensor.dtype) for name, tensor in weights.items()
+        }
     stored, usual = {name: kind for name, (kind, _) in stored_weights(base).items()}, usual_type(base)
     return {
         name: (dtype or stored.get(name, usual)) if tensor.is_floating_point() else tensor.dtype
@@ -128,7 +148,9 @@ def write_settings(folder: Path, base: Path, family: Family, sampling: Sampling,
     """
     for file in kept_files(base):
         shutil.copyfile(file, folder / file.name)
-    text = (base / "config.json").read_text(encoding="utf-8")
+    if not is_of(family, base):
+        family.model.config.save_pretrained(folder)
+    text = (folder / "config.json").read_text(encoding="utf-8")
     if dtype is not None and any(kind != dtype for kind, _ in stored_weights(base).values()):
         text = _DTYPE.sub(rf'\1"{str(dtype).removeprefix("torch.")}"', text)
         (folder / "config.json").write_text(text, encoding="utf-8")

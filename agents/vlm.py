@@ -33,7 +33,7 @@ from vlmenv.agents.policy import Policy, ValueHead
 from vlmenv.agents.recomputation import recompute_activations
 from vlmenv.agents.references import FrozenPolicy, UnadaptedPolicy
 from vlmenv.agents.sampling import PassLimits, Sampled, sample
-from vlmenv.agents.saving import check_conversion, published_weights, write_settings, write_weights
+from vlmenv.agents.saving import check_conversion, is_of, published_weights, write_settings, write_weights
 from vlmenv.agents.untrainable import read_config, tell_attention
 from vlmenv.core.errors import ConfigError, ModelError, PromptError, require
 from vlmenv.core.files import atomic_folder
@@ -333,7 +333,7 @@ class VLMAgent(Agent):
         with atomic_folder(folder) as partial:
             write_settings(partial, self.folder, self.family, self.sampling, self.save_dtype)
             if self.lora is None:
-                write_weights(partial, published_weights(self.family, model), self.folder, self.save_dtype, exact=True)
+                write_weights(partial, published_weights(self.family, model), self._stored, self.save_dtype, exact=True)
             else:
                 self.lora.save(partial, model, str(self.base))
             if head:
@@ -357,10 +357,15 @@ class VLMAgent(Agent):
         with atomic_folder(folder) as partial:
             write_settings(partial, self.folder, self.family, self.sampling, dtype if merged else None)
             if merged or self.lora is None:
-                write_weights(partial, self._published_weights(), self.folder, dtype, exact=False)
+                write_weights(partial, self._published_weights(), self._stored, dtype, exact=False)
             else:
                 model = self.family.model.state_dict()
                 self.lora.save(partial, model, public_name(self.base), dtype or torch.float32)
+
+    @property
+    def _stored(self) -> Path | None:
+        """The folder with the weights that the model was loaded from; None for a model that was made in memory."""
+        return self.folder if is_of(self.family, self.folder) else None
 
     def check_saving(self) -> None:
         """Tries the conversion of the weights to the published layout, without the numbers.

@@ -11,7 +11,7 @@ import pytest
 import torch
 from batches import logprobs_of, observations, optimizer_of, rollout_of, train, weights_of
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, GenerationConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
 from vlmenv.agents import saving, vlm
 from vlmenv.agents.vlm import Sampling, VLMAgent, find_model
@@ -283,3 +283,18 @@ def test_a_model_that_would_be_saved_otherwise_than_it_came_is_found_without_sav
     monkeypatch.setattr(saving, "revert_weight_conversion", renamed)
     with pytest.raises(CheckpointError, match=r"could not be saved as they came: \d+ would get names .*vision"):
         agent.check_saving()
+
+
+def test_a_model_that_was_made_in_memory_is_saved_with_its_own_configuration(tmp_path: Path) -> None:
+    """The folder beside it lends it the processor alone."""
+    source = VLMAgent.from_pretrained("builtin")
+    config = AutoConfig.from_pretrained(find_model("builtin"))
+    config.text_config.num_hidden_layers = 1
+    made = AutoModelForImageTextToText.from_config(config).float()
+    agent = VLMAgent(type(source.family)(made, source.family.processor), source.folder)
+    agent.check_saving()
+    agent.save(tmp_path / "model")
+    again = VLMAgent.from_pretrained(tmp_path / "model").family.model.state_dict()
+    assert again.keys() == made.state_dict().keys()
+    for name, tensor in made.state_dict().items():
+        assert torch.equal(again[name], tensor), name
