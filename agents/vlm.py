@@ -28,7 +28,7 @@ from vlmenv.agents.engines.base import Engine, Request
 from vlmenv.agents.engines.fingerprints import fingerprint
 from vlmenv.agents.families import Family, Processor, family_of
 from vlmenv.agents.lora import LoRA, is_adapter
-from vlmenv.agents.pixels import with_limits
+from vlmenv.agents.pixels import prepared_folder
 from vlmenv.agents.policy import Policy, ValueHead
 from vlmenv.agents.recomputation import recompute_activations
 from vlmenv.agents.references import FrozenPolicy, UnadaptedPolicy
@@ -120,7 +120,7 @@ class VLMAgent(Agent):
                 adapters are not plain LoRA.
         """
         base, adapter, pixels = find_model(name_or_path), find_adapter(name_or_path), pixels or PixelLimits()
-        folder = with_limits(base, pixels)
+        folder = prepared_folder(name_or_path, pixels)
         tell_attention(base)
         family = family_of(read_config(folder).model_type)
         processor = Processor.from_pretrained(folder, chat_template_kwargs)

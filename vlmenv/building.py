@@ -19,9 +19,9 @@ from vlmenv.agents.engines.remote import RetryPolicy, check_address
 from vlmenv.agents.engines.server import VLLMServerEngine
 from vlmenv.agents.engines.vllm import VLLMEngine, check_sharing, require_vllm
 from vlmenv.agents.families import coordinate_space, image_bound, resize_rule
-from vlmenv.agents.pixels import with_limits
+from vlmenv.agents.pixels import prepared_folder
 from vlmenv.agents.remainders import REMAINDERS
-from vlmenv.agents.vlm import VLMAgent, find_model
+from vlmenv.agents.vlm import VLMAgent
 from vlmenv.core.coordinates import CoordinateSpace
 from vlmenv.core.errors import ConfigError, unknown_name
 from vlmenv.core.loading import load_name
@@ -41,7 +41,7 @@ def task_arguments(config: TaskConfig) -> dict[str, Any]:
     Raises:
         ModelError: There is no such model, or its convention of coordinates is unknown.
     """
-    folder, prompts = with_limits(find_model(config.model), config.pixels), config.prompts
+    folder, prompts = prepared_folder(config.model, config.pixels), config.prompts
     space = coordinate_space(folder) if prompts.coordinates == "auto" else CoordinateSpace(prompts.coordinates)
     return prompts.task_arguments() | {
         "extra_terms": config.scorers.terms(),

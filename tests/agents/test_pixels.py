@@ -11,7 +11,7 @@ import pytest
 from small_models import from_published, invent
 
 from vlmenv.agents.families import image_bound, resize_rule, weightless_family
-from vlmenv.agents.pixels import with_limits
+from vlmenv.agents.pixels import prepared_folder, with_limits
 from vlmenv.agents.published import PublishedProcessor
 from vlmenv.agents.vlm import VLMAgent, find_model
 from vlmenv.core.errors import ConfigError
@@ -62,14 +62,22 @@ def test_only_the_keys_of_the_limits_change(tmp_path: Path) -> None:
     assert with_limits(base, PixelLimits()) == base
 
 
-def test_a_saved_model_sees_images_as_it_was_trained(tmp_path: Path) -> None:
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_saved_model_sees_images_as_it_was_trained(adapted: bool, tmp_path: Path) -> None:
     agent = VLMAgent.from_pretrained("builtin", pixels=PixelLimits(max_pixels=20_000))
+    if adapted:
+        pytest.importorskip("peft")
+        agent.add_lora(rank=2, alpha=4, dropout=0.0)
     assert agent.base == find_model("builtin")
     agent.save(tmp_path / "saved")
     saved = VLMAgent.from_pretrained(tmp_path / "saved")
     assert pixels(saved.family, PHOTO) == pixels(agent.family, PHOTO) <= 20_000
     assert pixels(VLMAgent.from_pretrained("builtin").family, PHOTO) > 20_000
     assert not any(file.is_symlink() for file in (tmp_path / "saved").iterdir())
+    again = tmp_path / "again"
+    saved.save(again)
+    assert pixels(VLMAgent.from_pretrained(again).family, PHOTO) == pixels(agent.family, PHOTO)
+    assert image_bound(prepared_folder(again, PixelLimits())) == image_bound(saved.folder)
 
 
 @pytest.mark.slow

@@ -140,11 +140,11 @@ def _of_model(config: DataCheckConfig) -> tuple[dict[str, Any], Callable[[Visual
     from vlmenv.building import task_arguments
     from vlmenv.runs.fitting import Room, family_without_weights, prompt_faults
     from vlmenv.runs.lengths import count_tokens
-    from vlmenv.runs.models import model_folder
+    from vlmenv.runs.models import checkpoint_name
 
     assert config.model is not None
     prompts = PromptOptions(chat_template_kwargs=config.chat_template_kwargs)
-    task = TaskConfig(env=config.env, model=str(model_folder(config.model)), prompts=prompts, pixels=config.pixels)
+    task = TaskConfig(env=config.env, model=checkpoint_name(config.model), prompts=prompts, pixels=config.pixels)
     family, own = family_without_weights(task), task_arguments(task)
     room = Room.of_model(family, config.max_new_tokens, config.engine_length)
 

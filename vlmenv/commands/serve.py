@@ -24,14 +24,14 @@ from vlmenv.agents.engines.guard import HOST
 from vlmenv.agents.engines.settings import engine_settings, environment
 from vlmenv.agents.engines.vllm import require_vllm
 from vlmenv.agents.families import weightless_family
-from vlmenv.agents.pixels import with_limits
+from vlmenv.agents.pixels import prepared_folder
 from vlmenv.agents.vlm import BUILTIN
 from vlmenv.building import DTYPES
 from vlmenv.core.errors import ConfigError, EngineError
 from vlmenv.core.loading import import_modules
 from vlmenv.options.parsing import parse_plain
 from vlmenv.options.serve import ServeConfig
-from vlmenv.runs.models import adapter_folder, model_folder
+from vlmenv.runs.models import adapter_folder, checkpoint_name
 
 _IMAGES = 8
 _GRACE, _MOMENT = 30.0, 5.0
@@ -73,7 +73,7 @@ def run(config: ServeConfig) -> None:
 
 def _arguments(config: ServeConfig, device: torch.device) -> dict[str, Any]:
     """What vLLM's server is told."""
-    folder = with_limits(model_folder(config.model), config.pixels)
+    folder = prepared_folder(checkpoint_name(config.model), config.pixels)
     family = weightless_family(folder)
     alone = device.type == "cpu" and config.vllm.tensor_parallel == 1
     longest = int(family.model.config.get_text_config().max_position_embeddings)

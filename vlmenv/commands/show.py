@@ -9,7 +9,7 @@ from PIL import Image
 from rich.console import Console
 
 from vlmenv.agents.families import weightless_family
-from vlmenv.agents.pixels import with_limits
+from vlmenv.agents.pixels import prepared_folder
 from vlmenv.building import say, task_arguments
 from vlmenv.core.errors import ConfigError
 from vlmenv.core.loading import import_modules
@@ -17,7 +17,7 @@ from vlmenv.envs.making import make_envs
 from vlmenv.options.data import DataShowConfig
 from vlmenv.options.parsing import parse_plain
 from vlmenv.options.task import TaskConfig
-from vlmenv.runs.models import model_folder
+from vlmenv.runs.models import checkpoint_name
 from vlmenv.showing import ShownSample, show_sample
 
 
@@ -30,9 +30,9 @@ def parse(args: Sequence[str], program: str) -> DataShowConfig:
 
 def run(config: DataShowConfig) -> ShownSample:
     """Prints the rendered prompt with its image places, and writes the picture with the truth beside."""
-    folder = model_folder(config.model)
-    family = weightless_family(with_limits(folder, config.pixels), config.prompts.template_switches())
-    task = TaskConfig(env=config.env, model=str(folder), prompts=config.prompts, pixels=config.pixels)
+    model = checkpoint_name(config.model)
+    family = weightless_family(prepared_folder(model, config.pixels), config.prompts.template_switches())
+    task = TaskConfig(env=config.env, model=model, prompts=config.prompts, pixels=config.pixels)
     dataset = list(config.dataset) or None
     arguments = config.data.reading_arguments() | task_arguments(task)
     with closing(make_envs(config.env, 1, dataset=dataset, **arguments)) as envs:

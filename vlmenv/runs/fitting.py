@@ -13,9 +13,8 @@ from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
 from vlmenv.agents.base import Agent
-from vlmenv.agents.checkpoints import find_model
 from vlmenv.agents.families import Family, weightless_family
-from vlmenv.agents.pixels import with_limits
+from vlmenv.agents.pixels import prepared_folder
 from vlmenv.agents.vlm import VLMAgent, check_length
 from vlmenv.building import say
 from vlmenv.core.errors import ConfigError, DataError, SampleError
@@ -86,7 +85,7 @@ def family_without_weights(config: TaskConfig) -> Family:
         ConfigError: Its processor refuses an option.
         ModelError: There is no such model, or it cannot be read.
     """
-    folder = with_limits(find_model(config.model), config.pixels)
+    folder = prepared_folder(config.model, config.pixels)
     return _loaded(folder, tuple(config.prompts.template_switches().items()))
 
 

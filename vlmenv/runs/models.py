@@ -38,8 +38,17 @@ def model_folder(name: str) -> Path:
     Raises:
         ModelError: There is no such model.
     """
+    return find_model(checkpoint_name(name))
+
+
+def checkpoint_name(name: str) -> str:
+    """The name of a model; of a run, the folder of its best or newest checkpoint.
+
+    Raises:
+        ModelError: The run has no checkpoint yet.
+    """
     found = checkpoint_of(name)
-    return find_model(name if found is None else found[0])
+    return name if found is None else str(found[0])
 
 
 def adapter_folder(name: str) -> Path | None:
@@ -48,8 +57,7 @@ def adapter_folder(name: str) -> Path | None:
     Raises:
         ModelError: There is no such model.
     """
-    found = checkpoint_of(name)
-    return find_adapter(name if found is None else found[0])
+    return find_adapter(checkpoint_name(name))
 
 
 def checkpoint_of(name: str) -> tuple[Path, str] | None:
