@@ -13,9 +13,9 @@ import torch
 import yaml
 from conftest import ROOT, shared
 from PIL import Image
-from safetensors.torch import load_file
 
 from vlmenv.agents.engines.remote import RetryPolicy
+from vlmenv.agents.remainders import exact_weights
 from vlmenv.agents.vlm import find_model
 from vlmenv.building import check_engine
 from vlmenv.cli import main
@@ -84,7 +84,7 @@ def test_bf16_trains(tmp_path: Path) -> None:
     metrics = rows(run / "metrics.jsonl")[-1]
     assert all(math.isfinite(value) for value in metrics.values())
     assert metrics["policy/approx_kl"] < 0.01
-    weights = load_file(run / "checkpoints" / "step-2" / "model.safetensors")
+    weights = exact_weights(run / "checkpoints" / "step-2")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
@@ -284,7 +284,7 @@ def test_detection_is_trained_and_measured_by_the_same_commands(tmp_path: Path) 
         (["doctor", "--group-size", "0"], "group_size must be at least 1"),
         (["doctor", "--beta", "-1"], "beta must be finite and at least 0"),
         (["doctor", "--temperature", "0"], "training needs varied answers"),
-        (["doctor", "--env", "VLM-RCE-v0", "--device", "cpu"], "1 of 20 checks failed: samples"),
+        (["doctor", "--env", "VLM-RCE-v0", "--device", "cpu"], "1 of 21 checks failed: samples"),
         (["eval", "--eval-limit", "0"], "eval_limit must be at least 1"),
         (["eval", "--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
         (["eval", "--temperature", "0", "--samples", "4"], "temperature must be above 0"),
@@ -429,14 +429,14 @@ def test_debug_shows_the_traceback() -> None:
 
 
 def test_a_run_that_breaks_off_keeps_what_it_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The last of eight images is no image: the steps before it is met are on disk, and the message names it."""
+    """The last of eight images is cut off: the steps before it is met are on disk, and the message names it."""
     file, lines = tmp_path / "rows.jsonl", []
     turns = [{"from": "human", "value": "Where is it?"}, {"from": "gpt", "value": "[1, 2, 30, 40]"}]
     for i in range(8):
         Image.new("RGB", (64, 64), (i, i, i)).save(tmp_path / f"{i}.png")
         lines.append(json.dumps({"id": i, "image": f"{i}.png", "conversations": turns}))
     file.write_text("\n".join(lines))
-    (tmp_path / "7.png").write_text("no image")
+    (tmp_path / "7.png").write_bytes((tmp_path / "7.png").read_bytes()[:-60])
     run = tmp_path / "run"
     options = ["--dataset", str(file), "--steps", "4", "--seed", "1", "--output", str(run), *TINY, "--eval-limit", "0"]
     message = fails(capsys, "train", *options)

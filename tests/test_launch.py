@@ -22,7 +22,7 @@ def rows_with_a_broken_image(folder: Path) -> None:
     rows = [{"id": i, "image": f"{i}.png", "conversations": turns} for i in range(16)]
     for row in rows:
         Image.new("RGB", (64, 64), "red").save(folder / row["image"])
-    (folder / "11.png").write_bytes(b"broken")
+    (folder / "11.png").write_bytes((folder / "11.png").read_bytes()[:-60])
     (folder / "rec.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 

@@ -11,7 +11,7 @@ import transformers
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, GenerationConfig
 from transformers.utils.import_utils import is_torchvision_available
 
-from vlmenv.agents.families.base import Family, Processor, PromptReading, read_json
+from vlmenv.agents.families.base import Family, Processor, PromptReading, read_json, require_processor
 from vlmenv.agents.families.glm4v import Glm4v
 from vlmenv.agents.families.idefics3 import Idefics3, SmolVLM
 from vlmenv.agents.families.internvl import InternVL
@@ -115,6 +115,7 @@ def image_bound(folder: Path) -> ResizeRule | None:
     Raises:
         ModelError: The configuration or the image processor cannot be read, or the family is not known.
     """
+    require_processor(folder)
     try:
         backend = None if is_torchvision_available() else "pil"
         family = family_of(read_json(folder / "config.json").get("model_type", ""))

@@ -47,7 +47,7 @@ class Processor:
             ConfigError: The chat template never reads one of `chat_template_kwargs`.
             ModelError: The folder lacks the tokenizer, the image processor or the chat template.
         """
-        _require_files(folder)
+        require_processor(folder)
         backend = None if is_torchvision_available() else "pil"
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -59,7 +59,8 @@ class Processor:
         return cls(tokenizer, image_processor, template, switches)
 
 
-def _require_files(folder: Path) -> None:
+def require_processor(folder: Path) -> None:
+    """Raises ModelError if a model's folder lacks files of a processor."""
     wanted = {
         "a tokenizer": ("tokenizer.json", "vocab.json"),
         "an image processor": ("preprocessor_config.json", "processor_config.json"),
