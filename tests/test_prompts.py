@@ -79,7 +79,7 @@ def test_they_reach_training_measuring_and_sampling_and_are_recorded(
     image = "<|vision_start|><|image_pad|><|vision_end|>"
     assert len(asked) >= 3 * 4
     assert all(chat.endswith("Hint 7<|im_start|>assistant\n") and chat.count(image) == 2 for chat in asked)
-    assert sum(f"Compare {image} with {image}." in chat for chat in asked) == len(asked) / 3
+    assert sum(f"Compare {image} with {image}." in chat for chat in set(asked)) == len(set(asked)) / 3 == 1
 
 
 @pytest.mark.slow

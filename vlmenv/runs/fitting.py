@@ -120,6 +120,7 @@ def fit_prompts(
 
     Raises:
         ConfigError: `max_prompt_tokens` is given without a data set.
+        ModelError: A system prompt is given, and the model's chat template has no system turns.
         DataError: A prompt is too long or cannot be made, or no row is left.
     """
     most = config.data.max_prompt_tokens
@@ -131,6 +132,8 @@ def fit_prompts(
     with shared_failure(accelerator):
         if accelerator.is_main_process:
             family = family_without_weights(config) if agent is None else agent.family
+            if config.prompts.system_prompt is not None:
+                family.require_system_turns()
             lengths = count_tokens(envs.task, family, console, first=first if most is None else None)
             found = Room.of(config, family) if agent is None else Room.of_agent(agent), lengths
     (found,) = broadcast_object_list([found])
