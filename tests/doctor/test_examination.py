@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vlmenv import building as tasks
-from vlmenv.agents import checkpoints
+from vlmenv.agents import saving
 from vlmenv.agents.sampling import Sampled
 from vlmenv.agents.vlm import VLMAgent, find_model
 from vlmenv.cli import main
@@ -159,8 +159,8 @@ def test_another_chat_template_is_found(tmp_path: Path, with_engine: Callable[..
 
 
 def test_a_renamed_weight_is_found(monkeypatch: pytest.MonkeyPatch, with_engine: Callable[..., None]) -> None:
-    convert = checkpoints.revert_weight_conversion
-    monkeypatch.setattr(checkpoints, "revert_weight_conversion", renaming(convert))
+    convert = saving.revert_weight_conversion
+    monkeypatch.setattr(saving, "revert_weight_conversion", renaming(convert))
     findings = examined()
     assert failed(findings) == {"weight names"}
     assert "2 are not in the model's folder, model.visual.layers.0.norm1.bias" in findings["weight names"].figure

@@ -11,7 +11,7 @@ from cases import OTHER_ROLE, SMALLER, copied, examined, failed, unchecked
 from PIL import Image
 
 from vlmenv import building as tasks
-from vlmenv.agents import checkpoints
+from vlmenv.agents import saving
 from vlmenv.agents.engines import vllm as engines
 from vlmenv.agents.engines.base import Request
 from vlmenv.agents.engines.vllm import VLLMEngine
@@ -76,9 +76,9 @@ def test_another_chat_template_is_found(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_renamed_weight_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    convert = checkpoints.revert_weight_conversion
+    convert = saving.revert_weight_conversion
     monkeypatch.setattr(
-        checkpoints,
+        saving,
         "revert_weight_conversion",
         lambda *args: {name.replace("blocks.0", "layers.0"): one for name, one in convert(*args).items()},
     )

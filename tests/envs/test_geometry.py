@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gymnasium
 import numpy as np
 import pytest
 from hypothesis import given
@@ -258,5 +259,8 @@ def test_data_check_takes_points(tmp_path: Path, capsys: pytest.CaptureFixture[s
     np_image().save(tmp_path / "a.png")
     (tmp_path / "rows.jsonl").write_text('{"image": "a.png", "question": "?", "answer": [10, 10]}')
     register_task("Test-Point-v0", "test_geometry:NearEnv")
-    main(["data", "check", str(tmp_path / "rows.jsonl"), "--env", "Test-Point-v0", "--decode"])
+    try:
+        main(["data", "check", str(tmp_path / "rows.jsonl"), "--env", "Test-Point-v0", "--decode"])
+    finally:
+        del gymnasium.registry["Test-Point-v0"]
     assert "good" in capsys.readouterr().out
