@@ -138,6 +138,7 @@ def _exact(folder: Path, config: PreTrainedConfig, options: Mapping[str, Any]) -
     """The model with what its files of weights have rounded away."""
     kind: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
     loaded = kind.from_pretrained(None, config=config, state_dict=exact_weights(folder), **options)
+    loaded[0].config.name_or_path = str(folder)
     if (folder / "generation_config.json").is_file():
         loaded[0].generation_config = GenerationConfig.from_pretrained(folder)
     return loaded
