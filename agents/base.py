@@ -131,6 +131,9 @@ class Agent(ABC):
     def wake(self) -> None:  # noqa: B027
         """Ends `sleep`."""
 
+    def forget_images(self) -> None:  # noqa: B027
+        """Drops what the engine keeps of images at the next `sync`."""
+
     @property
     def generates_itself(self) -> bool:
         """True if the policy itself generates completions, and no engine does."""

@@ -168,6 +168,10 @@ class VLMAgent(Agent):
         if self.engine is not None:
             self.engine.wake()
 
+    def forget_images(self) -> None:
+        if self.engine is not None:
+            self.engine.forget_images()
+
     def close(self) -> None:
         if self.engine is not None:
             self.engine.close()

@@ -216,6 +216,11 @@ class Trainer:
                 self.agent.sync()
             self._is_synced = True
 
+    def forget_images(self) -> None:
+        """Drops features of images that were computed in batches of no step, and may differ in their last bits."""
+        self.agent.forget_images()
+        self._is_synced = self.agent.generates_itself
+
     def _step(self) -> StepResult:
         clock: dict[str, float] = {}
         started = time.perf_counter()

@@ -78,6 +78,9 @@ class Engine(ABC):
     def wake(self) -> None:  # noqa: B027
         """Allocates that memory again. Call it before `sync`."""
 
+    def forget_images(self) -> None:  # noqa: B027 (engines that keep nothing)
+        """Drops cached features of images at the next `sync`, though the vision tower is the same."""
+
     @abstractmethod
     def close(self) -> None:
         """Frees all resources."""

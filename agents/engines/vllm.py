@@ -160,6 +160,9 @@ class VLLMEngine(Engine):
             raise EngineError("vLLM keeps keys and values of the old weights, because it has unfinished requests")
         self._vision = vision
 
+    def forget_images(self) -> None:
+        self._vision = None
+
     def ask_workers(self, method: str) -> dict[str, list[Any]]:
         """Calls a method of vLLM on its workers.
 

@@ -82,6 +82,7 @@ def look_first(
             return  # training refuses or replaces the sample when it comes to it
         finally:
             agent.set_rng_state(state)
+            trainer.forget_images()
         _, rewards, _, _, infos = looking.step(rollout.texts)
     readable = [prediction is not None for prediction in infos["prediction"]]
     truncated = [one.finish_reason == "length" for one in rollout.completions]
