@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import unicodedata
 from typing import Final, NamedTuple
 
 MARK: Final = "\ue0ff"
@@ -45,8 +46,17 @@ def tidy(content: str) -> str:
 
     Between Chinese characters and letters or digits a space is put.
     """
-    text = _EMPHASIS.sub(" ", _TAG.sub(" ", content.translate(_PLAIN)))
+    text = _EMPHASIS.sub(" ", _TAG.sub(" ", _ACCENTED.sub(_composed, content.translate(_PLAIN))))
     return _LINES.sub("\n", _SPACE.sub(" ", _SEAM.sub(" ", text))).strip()
+
+
+_ACCENTED = re.compile(r"[^\W\d_][\u0300-\u036f]+")
+
+
+def _composed(match: re.Match[str]) -> str:
+    """A letter with its accents as one letter, so that no word ends before an accent; or two, if there is none."""
+    letter = unicodedata.normalize("NFC", match[0][:2])
+    return letter if len(letter) == 1 else f"{match[0][0]}ː"
 
 
 class Conclusion(NamedTuple):
