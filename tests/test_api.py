@@ -123,7 +123,9 @@ def test_a_notebook_without_widgets_gets_plain_lines(
     monkeypatch.setattr(builtins, "get_ipython", lambda: shell, raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     vlmenv.train(output=tmp_path / "run", group_size=2, eval_limit=0, **SMALL)
-    lines = capsys.readouterr().out.splitlines()
+    told = capsys.readouterr().out
+    assert "\x1b" not in told
+    lines = told.splitlines()
     assert sum("install ipywidgets" in line for line in lines) == 1
     assert any(line.startswith("step    1/1  reward") for line in lines)
     assert not [warning for warning in recwarn if "ipywidgets" in str(warning.message)]
