@@ -158,6 +158,8 @@ _LEAD_IN = re.compile(
     r"(?: ?(?:(?i:is|are|would be|should be|must be|will be)\b(?: (?i:that|thus|therefore)\b)? ?:?|[:=])|(?=\n))"
     r"|\b(?i:correspond(?:s|ing)|match(?:es|ing)|(?:choose|select|pick|go(?:ing)? with))(?: to| with)?(?= (?i:option|choice)\b)"
     r"|\b(?i:is|are) (?i:option|choice):(?=\s)"
+    r"|\b(?i:but|actually|so|hence|therefore|thus),? (?i:it|this|that)(?: ?['’]s| (?i:is|must be|has to be))"
+    r"(?= [(\[]?[A-Z][)\]]?(?:[.,;!]|\n|\Z))"
     r"|(?:答案|结果|答)(?:应该|应当|应|就)?(?:(?:是|为|选)? ?:|(?:是|为|选)(?=\s*[^\s.]))"
     r"|(?:故|应|应该|本题|因此|所以|我|正确)选(?!项)择?(?:项)?(?:是|为)?:?"
 )

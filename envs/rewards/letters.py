@@ -218,6 +218,17 @@ _SIGNS: Final = (
     ("×", "\\times "),
     ("⊥", "\\perp "),
     ("∥", "\\parallel "),
+    ("△", "\\triangle "),
+    ("∆", "\\triangle "),
+    ("≤", "\\le "),
+    ("≥", "\\ge "),
+    ("≠", "\\ne "),
+    ("±", "\\pm "),
+    ("÷", "\\div "),
+    ("∞", "\\infty "),
+    ("α", "\\alpha "),
+    ("β", "\\beta "),
+    ("θ", "\\theta "),
 )
 _ROOT = re.compile(r"(?:√|\\?sqrt) ?(?:\(([^()]*)\)|(\d+|[A-Za-z]))")
 _COMMAND = re.compile(
