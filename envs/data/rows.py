@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -120,7 +121,7 @@ def read_row(raw: Any, number: int, columns: Mapping[str, str], unread: Collecti
     key = str(number if row_id is None else row_id)
     asked, detections = _with_objects(_conversation(cells), cells, key)
     question, turns, images = _shown(asked, cells)
-    answer, response = _divided(asked.answer)
+    answer, response = _divided(_voted(asked.answer))
     choices = read_choices(*_choices(cells))
     return Row(
         id=key,
@@ -312,12 +313,27 @@ def _shown(asked: Conversation, cells: _Cells) -> tuple[str, tuple[Turn, ...], t
 
 
 def _choices(cells: _Cells) -> tuple[Any, str]:
-    """The choices of one column, or of the columns A, B, C … of VLMEvalKit's tables; and their place, for messages."""
-    are_spread = is_filled(cells.raw.get("A")) and is_filled(cells.raw.get("B"))
-    if not are_spread or {"choices"} & {*cells.named, *cells.unread} or cells.find("choices") is not None:
+    """The choices of one column, or of one column each, as in VLMEvalKit's tables; and their place, for messages."""
+    spread = {letter: column for letter, column in _spread(tuple(cells.raw)) if is_filled(cells.raw[column])}
+    if not {"A", "B"} <= {*spread} or {"choices"} & {*cells.named, *cells.unread} or cells.find("choices") is not None:
         return cells.take("choices"), places("choices")
-    letters = [letter for letter in LETTERS if is_filled(cells.raw.get(letter))]
-    return {letter: cells.take_column("choices", letter) for letter in letters}, "the row, in columns of one letter,"
+    found = {letter: cells.take_column("choices", column) for letter, column in spread.items()}
+    return found, "the row, in columns of one choice,"
+
+
+_COLUMN_OF_A_CHOICE = re.compile(r"([A-Z])|(?:option|choice)[ _]?(?:([A-Za-z])|([1-9]))", re.IGNORECASE)
+
+
+@functools.lru_cache(256)
+def _spread(columns: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """Letters with the columns of their choices: `A`, `option_a`, `Option A`, `choice1`."""
+    found = [(column, match) for column in columns if (match := _COLUMN_OF_A_CHOICE.fullmatch(column))]
+    letters = [
+        (match[1] or match[2].upper() if match[1] or match[2] else LETTERS[int(match[3]) - 1], column)
+        for column, match in found
+        if not (match[1] and match[1].islower())
+    ]
+    return tuple(letters)
 
 
 def _with_choices(question: str, choices: Sequence[str], cells: _Cells) -> str:
@@ -409,6 +425,14 @@ def _keywords(found: Any) -> tuple[str, ...]:
     if not isinstance(words, (list, tuple)) or not all(isinstance(word, str) for word in words):
         raise ValueError("the key words are no list of texts")
     return tuple(word.strip() for word in words if word.strip())
+
+
+def _voted(answer: Any) -> Any:
+    """The answers of several people, as VQAv2 stores them, each in a mapping with more about it."""
+    is_voted = isinstance(answer, (list, tuple)) and answer and all(isinstance(item, Mapping) for item in answer)
+    if not is_voted or not all(isinstance(item.get("answer"), str) for item in answer):
+        return answer
+    return [item["answer"] for item in answer]
 
 
 def _accepted(answer: Any) -> tuple[str | float, ...]:

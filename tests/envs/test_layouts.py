@@ -131,6 +131,25 @@ ROWS: dict[str, Any] = {
         "messages": json.dumps([said("user", "<image>Which colour?"), said("assistant", "red")]),
     },
     "data URI": {"image": URI, "question": "Which colour?", "answer": "red"},
+    "VQAv2": {
+        "image": "a.png",
+        "question": "Which colour?",
+        "answers": [{"answer": "red", "answer_id": 1}, {"answer": "crimson", "answer_id": 2}],
+    },
+    "choices in columns": {
+        "image": "a.png",
+        "question": "Which colour?",
+        "option_a": "red",
+        "option_b": "blue",
+        "answer": "red",
+    },
+    "choices in numbered columns": {
+        "image": "a.png",
+        "question": "Which colour?",
+        "Option 1": "red",
+        "Option 2": "blue",
+        "answer": "A",
+    },
     "base64": {"image": BASE64, "question": "Which colour?", "answer": "red"},
 }
 
