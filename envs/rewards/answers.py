@@ -21,6 +21,7 @@ from vlmenv.envs.rewards.evidence import conclusions, sentence, tidy
 from vlmenv.envs.rewards.formulas import Form, read_form
 from vlmenv.envs.rewards.letters import LETTERS, read_letters, truth_letters
 from vlmenv.envs.rewards.math import LONGEST_MATH, SPACED_UNIT, UNIT, check_installed, compare, math_equal
+from vlmenv.envs.rewards.normalise import stated
 from vlmenv.envs.rewards.numbers import same_number
 from vlmenv.envs.rewards.terms import BatchTerm
 from vlmenv.envs.rewards.units import conversion
@@ -89,10 +90,18 @@ def _compare(content: str | None, target: Answer) -> float | None:
     if target.kind == "edit":
         return edit_ratio(str(answer), str(truth))
     if target.kind == "exact":
-        return float(any(_same_words(said, target.text) for said in (content or "", str(answer))))
+        return float(any(_same_words(said, target.text) for said in (content or "", str(answer), _said_of(content or ""))))
     if target.kind == "math" and answer != truth:
         return 1.0 if _same_number(str(answer), str(truth)) else None
     return float(answer == truth)
+
+
+_LONGEST_SENTENCE: Final = 200
+
+
+def _said_of(content: str) -> str:
+    """What a sentence says of its subject: "red" of "The colour is red."; a text that is negated stays."""
+    return stated(content) if len(content) <= _LONGEST_SENTENCE else ""
 
 
 def _same_number(a: str, b: str) -> bool:

@@ -27,7 +27,7 @@ class Form(NamedTuple):
     """in the commands that math-verify knows, without its unit; of words and what is no object, the words"""
     number: Number | None = None
     items: tuple[Form, ...] = ()
-    """of a sequence or a ratio"""
+    """of a sequence or a ratio; of words such as "3:15", those that it has as a ratio"""
     brackets: str = ""
     """of a sequence: `()`, `[]`, `[)`, `(]`, `{}`, or none"""
     name: str = ""
@@ -48,7 +48,8 @@ def read_form(text: str) -> Form:
     """An answer as it is compared, units and names split off."""
     written = plain_signs(stated(text))
     if _TIME.fullmatch(written):
-        return Form("words", written)
+        ratio = _ratio(written)
+        return Form("words", written, items=ratio.items if ratio else ())
     return _read(written)
 
 
@@ -92,7 +93,7 @@ def _read(text: str) -> Form:
     return _structured(latex) or Form("words", _key(_BEFORE_WORDS.sub("", latex)))
 
 
-_BEFORE_WORDS = re.compile(r"^(?:on|in|at) (?=[A-Za-z]{3})", re.IGNORECASE)
+_BEFORE_WORDS = re.compile(r"^(?:(?:on|in|at) )?(?:(?:an?|the) )?(?=[A-Za-z]{3})", re.IGNORECASE)
 
 
 def _structured(latex: str) -> Form | None:
@@ -136,6 +137,8 @@ _REWRITTEN: Final = tuple(
         (r"\*", r"\\cdot "),
         (r"\{ ?, ?\}", ""),
         (rf"(?<![\\A-Za-z])({_FUNCTIONS})(?![A-Za-z])", r"\\\1 "),
+        (r"(?<![\\A-Za-z])(?:LCM|Lcm)(?= ?\()", r"\\lcm "),
+        (r"(?<![\\A-Za-z])(?:GCD|GCF|HCF|gcf|hcf)(?= ?\()", r"\\gcd "),
         (r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi "),
         (r"(?<![\\A-Za-z])(?:infinity|inf|oo)(?![A-Za-z])", r"\\infty "),
         (r"(?<![\\A-Za-z])sqrt(?![A-Za-z])|√|\\sqrt(?![A-Za-z])", r"\\sqrt "),
@@ -395,6 +398,8 @@ _PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
 def _plus_minus(latex: str) -> Form | None:
     body, unit = split_unit(latex)
     parts = _split(body, _PLUS_MINUS)
+    if len(parts) == 1 and _PLUS_MINUS.search(body):
+        return _both_signs(body, unit)
     if len(parts) != 2:
         return None
     both = [_structured(f"{parts[0]} {sign} {parts[1]}".strip()) for sign in "+-"]
@@ -403,6 +408,17 @@ def _plus_minus(latex: str) -> Form | None:
         both = [Form("number", sign + parts[1], value) for sign, value in zip("+-", number, strict=True)]
     items = tuple(item for item in both if item is not None)
     return Form("sequence", latex, items=items, unit=unit) if len(items) == 2 else None
+
+
+def _both_signs(body: str, unit: Unit | None) -> Form | None:
+    r"""The two values of a formula with `\pm` within it, as the roots of a quadratic equation."""
+    items = []
+    for plus, minus in ("+-", "-+"):
+        item = _expression(_PLUS_MINUS.sub(lambda sign: plus if sign[0] == "\\pm" else minus, body))  # noqa: B023
+        if item is None:
+            return None
+        items.append(item)
+    return Form("sequence", body, items=tuple(items), unit=unit)
 
 
 def _ratio(latex: str) -> Form | None:

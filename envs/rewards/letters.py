@@ -71,7 +71,7 @@ class Offer:
             return {self.letter(whole[1].upper())}
         if self._forms.row.fullmatch(piece):
             return {self.letter(letter) for letter in piece.upper() if letter != " "}
-        if said := self.said(piece) or self._of_list(_items(piece)):
+        if said := self.said(piece) or self._of_list(_items(piece) or (key(piece),)):
             return {said}
         if label := self._labelled(piece):
             return {label}
@@ -95,7 +95,7 @@ class Offer:
 
     def _of_list(self, items: tuple[str, ...]) -> str:
         """The letter of the choice with the same items, in any order unless two choices differ in it alone."""
-        same = [i for i, listed in self._lists.items() if len(listed) > 1 and sorted(listed) == sorted(items)]
+        same = [i for i, listed in self._lists.items() if sorted(listed) == sorted(items)]
         same = same if len(same) < 2 else [i for i in same if self._lists[i] == items]
         return self.letter(LETTERS[same[0]]) if same else ""
 
@@ -238,6 +238,7 @@ _IGNORED = re.compile(r"\\(?:left|right|displaystyle|quad|qquad)(?![A-Za-z])|\\[
 _FRACTION = re.compile(r"\\frac ?(?:(\d) ?(\d)|\{ ?([\w.\\]+) ?\} ?\{ ?([\w.\\]+) ?\})")
 _FRACTION_COMMAND = re.compile(r"\\[dtc]frac(?![A-Za-z])")
 _IN_BRACES = re.compile(r"\{[^{}]*\}")
+_QUOTES = re.compile(r"^'|(?<![\d°'}])'$|(?<!\w)'(?=[A-Za-z]')|(?<=[A-Za-z])'(?=[,;\])])")
 _ARTICLE = re.compile(r"(?:an?|the) (?=\S\S)", re.IGNORECASE)
 _TOKEN = re.compile(r"\d+(?:[.,]\d+)*|\\?[^\W\d_]+|[^\w\s]")
 _HAN: Final = "\u2e80-\u9fff\uf900-\ufaff"
@@ -254,7 +255,7 @@ def bare(text: str) -> str:
     for _ in range(2):
         text = _COMMAND.sub(lambda match: f" {match[1] or ''} ", text)
     lines = [" ".join(line.split()) for line in _IGNORED.sub(" ", text).split("\n")]
-    text = "\n".join(filter(None, lines)).strip("' ")
+    text = _QUOTES.sub("", "\n".join(filter(None, lines)).strip())
     return text[1:-1].strip() if _IN_BRACES.fullmatch(text) else text
 
 
@@ -305,6 +306,7 @@ _OVER: Final = "[/:]"
 # Choices that list several things: "b and d", "I, II and III", "①③".
 _JOIN: Final = r" ?(?:[,;]|\\?&) ?(?:(?:and|和|与|及) ?)?| and |(?<=[\w)]) ?\{ ?and ?\} ?| ?[和与及] ?"
 _JOINED = re.compile(_JOIN)
+_ONLY = re.compile(r"^only | only[. ]*$", re.IGNORECASE)
 _BETWEEN_CIRCLES = re.compile("(?<=[①-⑳]) ?(?=[①-⑳])")
 _ORDERED = re.compile(r"[(\[].*[)\]]", re.DOTALL)
 _LONGEST_ITEM, _MOST_ITEMS = 30, 8
@@ -312,7 +314,7 @@ _LONGEST_ITEM, _MOST_ITEMS = 30, 8
 
 def _items(text: str) -> tuple[str, ...]:
     """The things that a text lists, in order; none if it is no list, or an ordered one in brackets."""
-    text = bare(tidy(text)).replace("\\{", "{").replace("\\}", "}").strip(" .;:")
+    text = _ONLY.sub("", bare(tidy(text)).replace("\\{", "{").replace("\\}", "}")).strip(" .;:")
     text = text[1:-1] if _IN_BRACES.fullmatch(text) else text
     parts = _JOINED.split(_BETWEEN_CIRCLES.sub(", ", text))
     if not 2 <= len(parts) <= _MOST_ITEMS or _ORDERED.fullmatch(text) or max(map(len, parts)) > _LONGEST_ITEM:
@@ -323,7 +325,7 @@ def _items(text: str) -> tuple[str, ...]:
 
 def _lists_of(choices: tuple[str, ...]) -> dict[int, tuple[str, ...]]:
     """The choices' items by their numbers, if at least one choice lists several."""
-    lists = {i: _items(choice) or (key(choice),) for i, choice in enumerate(choices[: len(LETTERS)])}
+    lists = {i: _items(choice) or (key(_ONLY.sub("", choice)),) for i, choice in enumerate(choices[: len(LETTERS)])}
     return lists if any(len(items) > 1 for items in lists.values()) else {}
 
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 from vlmenv.core.errors import ConfigError
 from vlmenv.envs.rewards.formulas import Form, read_form, written_key
 from vlmenv.envs.rewards.numbers import Number, is_rounded, is_rounding, same_number
-from vlmenv.envs.rewards.units import DEGREES, conversion
+from vlmenv.envs.rewards.units import conversion
 from vlmenv.envs.rewards.workers import LOSSES, Workers
 
 TIME_LIMIT: Final = 0.5
@@ -136,7 +136,8 @@ def _same(answer: Form, truth: Form, algebra: Algebra) -> bool:
     is_line, is_other_line = (bool(form.equation) and not form.name for form in (answer, truth))
     if is_other_line or (is_line and truth.name and re.search("[A-Za-z]", answer.equation)):
         return bool(answer.equation) and _same_equation(answer, truth, algebra)
-    answer, truth = _in_radians(answer, truth), _in_radians(truth, answer)
+    if answer.kind == "words" and answer.items and truth.kind != "words":
+        answer = answer._replace(kind="ratio")  # "5:10" for 1:2
     factor = conversion(answer.unit, truth.unit)
     if factor is None:
         return False
@@ -172,17 +173,6 @@ def _same_product(answer: Form, truth: Form, algebra: Algebra) -> bool:
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 
 
-def _in_radians(form: Form, other: Form) -> Form:
-    """An angle in degrees as one in radians, if the other side is a multiple of π without a unit."""
-    is_angle = form.unit is not None and form.unit.powers == DEGREES and form.kind in ("number", "expression")
-    if not is_angle or other.unit is not None or other.kind != "expression" or "\\pi" not in other.latex:
-        return form
-    assert form.unit is not None
-    share = form.unit.scale / 180
-    latex = f"({form.latex}) \\cdot \\frac{{{share.numerator}}}{{{share.denominator}}} \\cdot \\pi"
-    return form._replace(kind="expression", latex=latex, number=None, unit=None)
-
-
 def _same_equation(answer: Form, truth: Form, algebra: Algebra) -> bool:
     """Of two equations, which may be one line in two forms; "x = 3" is not "y = 3"."""
     if answer.name and truth.name and {answer.kind, truth.kind} != {"expression"}:
@@ -195,7 +185,7 @@ def _same_numbers(answer: Form, truth: Form, factor: Fraction) -> bool:
     number, true = answer.number, truth.number
     if number is None or true is None:
         return False
-    return same_number(number._replace(value=number.value * factor, step=number.step and number.step * factor), true)
+    return same_number(number, true._replace(value=true.value / factor, step=true.step and true.step / factor))
 
 
 def _same_sequence(answer: Form, truth: Form, algebra: Algebra) -> bool:

@@ -98,7 +98,8 @@ def _outermost(text: str) -> str | None:
 
 
 _CURRENCY = re.compile(r"(?<![\\$])\$(?= ?[\d.])")
-_DELIMITER = re.compile(r"(?<!\\)\$|\\[()\[\]]|\\(?:begin|end)\{(?:equation|align|displaymath|math|gather)\*?\}")
+_DELIMITER = re.compile(r"(?<!\\)\$|\\[()\[\]]|\\(?:begin|end)\{(?:equation|align(?:ed)?|split|displaymath|math|gather)\*?\}")
+_ALIGNED = re.compile(r"\\begin\{(?:align(?:ed)?|split)\*?\}")
 _SPACING = re.compile(
     r"\\(?:displaystyle|textstyle|limits|quad|qquad|enspace|thinspace|!|,|;|:|>| |left(?![A-Za-z])|right(?![A-Za-z])"
     r"|[bB]ig+[lr]?(?![A-Za-z]))|~"
@@ -110,6 +111,8 @@ def undelimited(text: str) -> str:
 
     A single `$` before a number is a currency's, and becomes `\$`.
     """
+    if _ALIGNED.search(text):
+        text = text.replace("&", " ").replace("\\\\", " ")
     if len(re.findall(r"(?<!\\)\$", text)) % 2:
         text = _CURRENCY.sub(r"\\$", text, count=1)
     return " ".join(_SPACING.sub(" ", _DELIMITER.sub(" ", text)).split())
@@ -123,10 +126,10 @@ _MINUS = re.compile(r"\b(?:minus|negative) (?=\d|\\frac|\\sqrt|\.\d)(?<!\d minus
 _LEAD_IN = re.compile(
     r"^.*(?:\b(?:is|are|was|be|equals?(?: to)?|gives?|gets?|have|has|obtain|finds?|yields?|becomes|approximately|about"
     r"|roughly|around|therefore|thus|hence|so|then|exactly|answer|there are|there is|total of|totals|measures"
-    r"|results? in|(?:comes?|amounts?|evaluates?|simplifies|simplify|reduces?|leads?|rounds?|adds? up|works? out)"
+    r"|results? in|takes|needs|costs|requires|contains|weighs|lasts|it's|that's|(?:comes?|amounts?|evaluates?|simplifies|simplify|reduces?|leads?|rounds?|adds? up|works? out)"
     r" to)\b[:,]?"
     r"|(?<=[a-z)][a-z)])\*{0,2}:\*{0,2})"
-    r" *(?=\S)",
+    r" *(?=[^\s)\]}])",
     re.IGNORECASE,
 )
 _CHINESE_LEAD_IN = re.compile(

@@ -56,7 +56,7 @@ def _conversion_of_primes(unit: Unit, other: Unit) -> Fraction | None:
     return meaning / fixed.scale if arc is unit else fixed.scale / meaning
 
 
-DEGREES: Final = (("°", 1),)
+_ARC: Final = (("°", 1),)
 _MEANINGS_OF_PRIMES: Final = {
     (Fraction(1, 60), (("m", 1),)): Fraction(381, 1250),
     (Fraction(1, 3600), (("m", 1),)): Fraction(127, 5000),
@@ -296,7 +296,7 @@ _VARIABLE = re.compile(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])|(?<=\d)[A-Za-z](?![
 _CURRENCY = re.compile(
     r"([+-]?) ?(?:\\?\$|US\$|[€£¥₹]|(?:USD|EUR|GBP|CNY|RMB|JPY|INR|Rs)\.?(?= ?\d))(?: |\\ )*(?=[\d.+-])"
 )
-_DEGREES = re.compile(
+__ARC = re.compile(
     r" ?\^ ?(?:\{ ?(?:\\circ|\\degree|∘|°) ?\}|\\circ(?![A-Za-z])|∘|°)"
     r"|(?<=\d) ?\^ ?(?:o(?!\w)|\{ ?o ?\})|\\(?:degree|textdegree)(?![A-Za-z])|∘"
 )
@@ -307,7 +307,7 @@ _MICRO = re.compile(r"(?:\\mu(?![A-Za-z])|μ) *(?=[A-Za-zΩ])")
 
 def plain_signs(text: str) -> str:
     r"""A text with degrees as `°`, and with Ω and μ as such before other letters."""
-    text = _OVER.sub(_as_quotient, _DEGREES.sub("°", text)) if "frac" in text else _DEGREES.sub("°", text)
+    text = _OVER.sub(_as_quotient, __ARC.sub("°", text)) if "frac" in text else __ARC.sub("°", text)
     text = text.replace("\\Omega", "Ω").replace("\\ohm", "Ω")
     return " ".join(_MICRO.sub("μ", text).split())
 
@@ -327,7 +327,7 @@ _PARTS = re.compile(rf"(.*= ?)?(-?){_PART}{_AND}{_PART}(?:{_AND}{_PART})?")
 _SMALLER: Final[dict[tuple[tuple[str, int], ...], dict[str, Unit]]] = {
     powers: {name: _parsed(value) for value, names in units.items() for name in names.split()}
     for powers, units in (
-        (DEGREES, {"1/60 °": "′ 分 min minute minutes", "1/3600 °": "″ 秒 s sec second seconds"}),
+        (_ARC, {"1/60 °": "′ 分 min minute minutes", "1/3600 °": "″ 秒 s sec second seconds"}),
         ((("s", 1),), {"60 s": "分 ′", "1 s": "秒 ″"}),
         ((("¥", 1),), {"1/100 ¥": "分"}),
     )

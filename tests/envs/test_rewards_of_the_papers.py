@@ -240,8 +240,8 @@ EQUAL = [
     ("(B)", "B"),
     ("$B$", "B"),
 ]
-UNEQUAL = [("3", "4"), ("12 cm", "13 cm"), ("A circle", "circle")]
-ONLY_OURS = [("B) cat", "B"), ("The answer is B", "B"), ("B.", "B")]
+UNEQUAL = [("3", "4"), ("12 cm", "13 cm"), ("A square", "circle")]
+ONLY_OURS = [("B) cat", "B"), ("The answer is B", "B"), ("B.", "B"), ("A circle", "circle")]
 MATH = [
     *(Case("accuracy: mathematics", f"{answer} for {truth}", sections(answer), truth, 1, 1) for answer, truth in EQUAL),
     *(
