@@ -139,9 +139,19 @@ _HEAD: Final = (
     "MATH-Vision (arXiv 2402.14804) publishes the answers of models beside its code, each with the verdict of its",
     "own rules. This page compares them with the verdicts of `accuracy` on the same texts. They are the answers of 16",
     "models, in its repository at commit a1f5cc3. This package contains none of these files.",
+    "Another page compares with [MMMU-Pro's verdicts](choices_against_mmmu_pro.md).",
     "The judge's rules are tested in [test_order_of_evidence.py](../tests/envs/test_order_of_evidence.py).\n",
 )
-_FOOT: Final = ()
+_FOOT: Final = (
+    "\nThe answers are those to all 1,532 questions with choices and all 1,508 without. The texts are those that",
+    "MATH-Vision's rules had cut out of the responses, in small letters and without spaces.\n",
+    "All 26 answers that are right there alone were read. In 16, a value near the truth, or a text that works out to",
+    "the same, counts as equal there: for truth 7/16, the answer 11/25, which is another choice. Eight texts were cut",
+    'within a formula or a sentence, as `\\frac{3\\pi}{2}}{cm`. Two are answers "e" to one question with the letters A,',
+    'B, C, E as choices. "E" is the label here, and the text there.\n',
+    "Of those that are right here alone, the 223 of the first, the fifth and the last kind were read. Most are a",
+    "letter right before the text of its choice, as `d\\frac{1}{6}`. All name the true choice.",
+)
 
 
 def _tables(found: Sequence[Verdict]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
 import weakref
 from collections import Counter
@@ -86,6 +87,25 @@ def _hallusion(path: Path) -> Table:
     return Rows([row | {"image": row["filename"]} for row in rows])
 
 
+def mmmu_pro(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of MMMU-Pro's published answers in the columns of its parquet file, images by name."""
+    numbers = sorted({*re.findall(r"<image (\d+)>", row["question"] + row["options"])})
+    images = {f"image_{number}": f"{row['id']}_{number}.png" for number in numbers}
+    return {name: row[name] for name in ("id", "question", "options", "answer")} | images
+
+
+def _mmmu_val(path: Path) -> Table:
+    """The choices and answers of MMMU's validation rows, as its example outputs have them; without the questions."""
+    files = sorted((path.parent / "example_outputs" / "llava1.5_13b").glob("*/output.json"))
+    rows = [row for file in files for row in json.loads(file.read_text(encoding="utf-8"))]
+    return Rows(
+        [
+            {"id": row["id"], "question": "Which?", "answer": row["answer"], "choices": row.get("index2ans")}
+            for row in rows
+        ]
+    )
+
+
 def _few_boxes(path: Path) -> Table:
     """COCO's instances as the suite measures on them."""
     with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as kept:
@@ -94,6 +114,8 @@ def _few_boxes(path: Path) -> Table:
     weakref.finalize(table, Path(kept.name).unlink, missing_ok=True)
     return table
 
+
+_MMMU = "github.com/MMMU-Benchmark/MMMU, bb0b95a"
 
 FILES = (
     File("MathVision/data/test.jsonl", "github.com/mathllm/MATH-V, a1f5cc3", MathEnv, JSONLines, math_vision),
@@ -114,6 +136,14 @@ FILES = (
         mathverse,
     ),
     File("HallusionBench.json", "github.com/tianyi-lab/HallusionBench", VQAEnv, _hallusion, hallusion_bench),
+    File("MMMU/mmmu/answer_dict_val.json", f"{_MMMU}, its outputs", VQAEnv, _mmmu_val),
+    File(
+        "MMMU/mmmu-pro/output/gpt-4o_standard(10 options)_cot.jsonl",
+        f"{_MMMU}, MMMU-Pro",
+        VQAEnv,
+        JSONLines,
+        mmmu_pro,
+    ),
     File("data/eval_reference/coco_val2014_100/instances_val2014_100.json", "COCO val2014, 100", OVDEnv, _few_boxes),
     File(
         "data/eval_reference/coco_val2014_100/instances_val2014_100.json#all",

@@ -36,6 +36,8 @@ def read_choices(found: Any, name: str = "choices") -> tuple[str, ...]:
         found = _by_letter(found, name)
     if isinstance(found, str) or not isinstance(found, Sequence):
         raise ValueError(f"{name} is {_shown(found)}, which is neither a list nor a mapping: {_ADVICE}")
+    if len(found) == 1 and isinstance(found[0], (list, tuple)):
+        found = found[0]  # as in one row of MMMU-Pro
     texts = [_text(choice, name) for choice in found]
     if len(texts) > len(LETTERS):
         raise ValueError(f"{name} has {len(texts)} choices; there are letters for {len(LETTERS)}")
