@@ -147,8 +147,8 @@ _FOOT: Final = (
     "MATH-Vision's rules had cut out of the responses, in small letters and without spaces.\n",
     "All 26 answers that are right there alone were read. In 16, a value near the truth, or a text that works out to",
     "the same, counts as equal there: for truth 7/16, the answer 11/25, which is another choice. Eight texts were cut",
-    'within a formula or a sentence, as `\\frac{3\\pi}{2}}{cm`. Two are answers "e" to one question with the letters A,',
-    'B, C, E as choices. "E" is the label here, and the text there.\n',
+    'within a formula or a sentence, as `\\frac{3\\pi}{2}}{cm`. Two are answers "e" to one question with the letters',
+    'A, B, C, E as choices. "E" is the label here, and the text there.\n',
     "Of those that are right here alone, the 223 of the first, the fifth and the last kind were read. Most are a",
     "letter right before the text of its choice, as `d\\frac{1}{6}`. All name the true choice.",
 )
