@@ -143,24 +143,29 @@ def _stacked(parts: Sequence[Tensor]) -> Tensor:
     return whole
 
 
-class Continuations(Attention):
-    """Attention of complete completions to their prompts and to themselves, with gradients.
+class Groups(Attention):
+    """Attention of one pass over packed prompts and, behind them, their complete completions.
+
+    Prompts attend to themselves, completions to their prompts and to themselves.
 
     Args:
-        prefixes: Keys and values of the prompts.
-        packing: Packing of the completions.
+        prompts: Packing of the prompts.
+        completions: Packing of the completions.
         index: int64 [N], the prompt of each completion.
     """
 
-    def __init__(self, prefixes: Prefixes, packing: Packing, index: Tensor) -> None:
-        self._prefixes, self._packing = prefixes, packing
-        self._siblings = Siblings(index, len(prefixes.packing.lengths), prefixes.packing.rows.device)
+    def __init__(self, prompts: Packing, completions: Packing, index: Tensor) -> None:
+        self._prompts, self._completions = prompts, completions
+        self._siblings = Siblings(index, len(prompts.lengths), prompts.rows.device)
 
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        query, key, value = (self._packing.pad(one).transpose(1, 2) for one in (query, key, value))
-        prefix = self._prefixes.keys[block], self._prefixes.values[block]
-        out = _joined(query, key, value, *prefix, self._prefixes.padding, self._siblings, scale)
-        return self._packing.unpad(out.transpose(1, 2))
+        parts = [one.split([self._prompts.total, self._completions.total]) for one in (query, key, value)]
+        prefixes = Prefixes(self._prompts)
+        before = prefixes.attend(block, *(part[0] for part in parts), scale)
+        query, key, value = (self._completions.pad(part[1]).transpose(1, 2) for part in parts)
+        prefix = prefixes.keys[block], prefixes.values[block]
+        after = _joined(query, key, value, *prefix, prefixes.padding, self._siblings, scale)
+        return torch.cat([before, self._completions.unpad(after.transpose(1, 2))])
 
 
 class _Joined(torch.autograd.Function):
