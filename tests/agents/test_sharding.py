@@ -19,7 +19,7 @@ def test_a_sharded_policy_learns_as_a_whole_one(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def collectives(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What two ranks gather and reduce for a micro-batch: units of weights, gathers before the loss, events after it."""
+    """Collectives of two ranks for a micro-batch: units of weights, gathers before the loss, events after it."""
     file = tmp_path_factory.mktemp("collectives") / "found.json"
     run("collectives.py", str(file))
     return json.loads(file.read_text())
