@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 from vlmenv.agents.attention import Attention, Groups, Prefixes, enable_packing, no_mask
 from vlmenv.agents.base import LogProbs
 from vlmenv.agents.families.base import Family, join_images
+from vlmenv.agents.lean_layers import make_lean
 from vlmenv.agents.linear_logprobs import linear_logprobs
 from vlmenv.agents.packing import Packing
 from vlmenv.agents.patch_embedding import embed_patches_by_matmul
-from vlmenv.agents.saved_activations import dropping_recomputable, save_fewer_activations
+from vlmenv.agents.saved_activations import dropping_recomputable
 from vlmenv.agents.vision_attention import attend_by_segments
 from vlmenv.core.rollout import Prompt, Rollout
 
@@ -76,7 +77,7 @@ class Policy(nn.Module):
         embed_patches_by_matmul(family.vision_tower())
         if family.packs_images:
             attend_by_segments(cast(PreTrainedModel, family.vision_tower()))
-        save_fewer_activations(family.model)
+        self.lean_layers = make_lean(family.model)
 
     def forward(self, rollout: Rollout) -> LogProbs:
         """Computes log-probabilities and entropies of a rollout's completions, and values if there is a value head."""
