@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -146,6 +146,7 @@ def _times(own: Tensor, other: Tensor) -> Tensor:
 
 def _wide(hidden: Tensor) -> Tensor:
     return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+
 
 def _parts(module: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
     """The linear layers of a `PlainMLP`, and its activation."""
