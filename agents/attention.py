@@ -66,6 +66,9 @@ class Siblings:
 class Attention(ABC):
     """Attention of one pass of the language model, which replaces the blocks' own."""
 
+    ran = False
+    """True once a block has used it"""
+
     @abstractmethod
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Computes attention of packed tokens.
@@ -305,6 +308,7 @@ def _attend(
     block, device = int(module.layer_idx), query.device.type  # type: ignore[arg-type]
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     query, key, value = (one[0].transpose(0, 1).to(dtype) for one in (query, key, value))
+    packed.ran = True
     return packed.attend(block, query, key, value, scaling)[None], None
 
 

@@ -21,6 +21,7 @@ from vlmenv.agents.packing import Packing
 from vlmenv.agents.patch_embedding import embed_patches_by_matmul
 from vlmenv.agents.saved_activations import dropping_recomputable
 from vlmenv.agents.vision_attention import attend_by_segments
+from vlmenv.core.errors import ModelError
 from vlmenv.core.rollout import Prompt, Rollout
 
 
@@ -129,6 +130,9 @@ class Policy(nn.Module):
 
         Returns:
             Final hidden states of the prompts' tokens, then of the completions'.
+
+        Raises:
+            ModelError: The model's blocks do not use the attention.
         """
         features = self._features(prompts)
         output = self.model.model(
@@ -139,6 +143,11 @@ class Policy(nn.Module):
             use_cache=False,
             packed=attention,
         )
+        if not attention.ran:
+            raise ModelError(
+                "the language model's blocks have not used the packed attention: this version of transformers calls "
+                "attention in another way. Install a version that vlmenv's requirements name"
+            )
         hidden: Tensor = output.last_hidden_state
         return hidden[0]
 
