@@ -16,6 +16,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
+from vlmenv.agents.fast_paths import fast_paths, written
 from vlmenv.agents.sampling import PassLimits
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.algos import ALGORITHMS, Algorithm, Trainer, find_algorithm
@@ -138,16 +139,19 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
     trainer = _make_trainer(config, parts, envs, accelerator, opened)
     for shown, lengths in counted:
         fit_engine(shown, lengths, trainer.agent, console)
+    policy, dtype = cast(VLMAgent, trainer.agent).family_policy, DTYPES[config.batches.precision]
+    paths = fast_paths(policy, dtype)
     if accelerator.is_main_process and config.resume is None:
         identity = secrets.token_hex(8)
         own = next((lengths for shown, lengths in counted if shown is envs), None)
-        resolved = resolved_yaml(config, envs, held_out, accelerator, identity, own)
+        resolved = resolved_yaml(config, envs, held_out, accelerator, identity, own, paths)
         run.create(asked_yaml(config, asked.names, identity), resolved)
     with shared_failure(accelerator):
         if accelerator.is_main_process:
             check_room(cast(VLMAgent, trainer.agent), config, run, console)
     kept = facts(config, data, run, accelerator.num_processes) if accelerator.is_main_process else {}
     console.print(f"{config.env}, {config.algo}, model {config.model}; writing to {run.path}", highlight=False)
+    console.print(written(paths), highlight=False, markup=False)
     tracking = Tracking(accelerator, config.logging.tracker, run, flatten(config), step=found.step)
     stopping = opened.enter_context(Stopping(accelerator))
     try:
