@@ -52,7 +52,7 @@ from vlmenv.runs.models import with_checkpoint
 from vlmenv.runs.output import lasting_output
 from vlmenv.runs.record import asked_yaml, print_dry_run, resolved_yaml
 from vlmenv.runs.resuming import DataSets, changes, check_data_changed, facts
-from vlmenv.runs.room import check_room
+from vlmenv.runs.room import check_room, room
 from vlmenv.runs.run_folder import RunFolder
 from vlmenv.runs.tracking import THROUGH_ACCELERATE, Tracking, find_tracker
 
@@ -132,7 +132,10 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
     envs, held_out, counted = _open_data(config, parts, accelerator, console)
     config = _in_steps(config, envs.task.source.size)
     if config.dry_run:
-        print_dry_run(config, envs, held_out, run, accelerator, console)
+        with shared_failure(accelerator):
+            if accelerator.is_main_process:
+                disk = _room_of_shapes(config, parts, run)
+                print_dry_run(config, envs, held_out, run, accelerator, disk, console)
         return run.path
     data = DataSets.of(envs, held_out)
     changed = _compared(config, found, data, accelerator, console)
@@ -215,6 +218,16 @@ def _open_data(
     if accelerator.is_main_process and (misjudged := self_check(envs.task, imitated=_imitates(config))):
         say(f"warning: {describe(misjudged, CHECKED)}", console)
     return envs, held_out, [(shown, lengths) for shown, lengths in found if lengths is not None]
+
+
+def _room_of_shapes(config: TrainConfig[Any], parts: Parts, run: RunFolder) -> str:
+    """What a run would take on its disk, without loading its model."""
+    agent = VLMAgent.weightless(config.model)
+    adapt(agent, config.adaptation)
+    if (parts.algorithm or find_algorithm(config.algo).make(config.algorithm)).wants_values:
+        agent.add_value_head()
+    told, fits = room(agent, config, run)
+    return told if fits else f"{told}: this is too little"
 
 
 def _make_trainer(

@@ -225,9 +225,10 @@ def print_dry_run(
     held_out: VisualTaskVectorEnv | None,
     run: RunFolder,
     accelerator: Accelerator,
+    disk: str,
     console: Console,
 ) -> None:
-    """Prints the resolved options, the files to be read and the folder to be written."""
+    """Prints the resolved options, the files to be read, the folder to be written, and the room on its disk."""
     console.print(resolved_yaml(config, envs, held_out, accelerator), highlight=False, markup=False, soft_wrap=True)
     samples = "built-in samples" if envs.task.source.size is None else f"{envs.task.source.size} samples"
     lines = [
@@ -235,6 +236,7 @@ def print_dry_run(
         *(f"reads the data set {name}" for name in _datasets(config)),
         f"trains on {samples}, {config.trainer.steps} steps of {config.batches.prompts_per_step} prompts",
         f"writes to {run.path}",
+        f"disk: {disk}",
         "nothing has been written: leave out --dry-run to train",
     ]
     for line in lines:
