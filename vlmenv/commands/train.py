@@ -386,6 +386,7 @@ def _evaluation_envs(config: TrainConfig[Any]) -> VisualTaskVectorEnv:
         dataset=measuring.eval_dataset or data.dataset,
         image_root=measuring.eval_image_root or data.image_root,
         boxes_in=measuring.eval_boxes_in or data.boxes_in,
+        box_orientation=measuring.eval_box_orientation or data.box_orientation,
         split=split,
     )
     num_envs = min(64, config.batches.prompts_per_step * config.algorithm.group_size)
