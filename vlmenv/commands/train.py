@@ -22,11 +22,10 @@ from vlmenv.agents.vlm import VLMAgent
 from vlmenv.algos import ALGORITHMS, Algorithm, Trainer, find_algorithm
 from vlmenv.algos.trainer import check_staleness
 from vlmenv.building import (
-    DTYPES,
     adapt,
     check_device,
     check_engine,
-    load_agent,
+    load_for_training,
     open_console,
     report_broken_rows,
     say,
@@ -40,7 +39,7 @@ from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.options.command_line import Asked, parse_with_files
 from vlmenv.options.fields import flatten, options_of
 from vlmenv.options.train import TrainConfig, default_config
-from vlmenv.processes import end_with_parent, processes_of
+from vlmenv.processes import Processes, end_with_parent, processes_of
 from vlmenv.processes.failures import shared_failure
 from vlmenv.processes.stopping import StoppedError, Stopping
 from vlmenv.runs.checkpoints import Found, find_checkpoint, load_checkpoint
@@ -126,7 +125,7 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
         say(note, console)
     if parts.agent is None:
         config = with_checkpoint(config, console)
-    processes_of(accelerator)  # raises now what is wrong with them, and not when the model has been loaded
+    config = _held(config, processes_of(accelerator), console)
     check_engine(config, accelerator.device, accelerator.num_processes)
     check_staleness(config.trainer, accelerator)
     envs, held_out, counted = _open_data(config, parts, accelerator, console)
@@ -139,7 +138,7 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
         return run.path
     data = DataSets.of(envs, held_out)
     changed = _compared(config, found, data, accelerator, console)
-    trainer = _make_trainer(config, parts, envs, accelerator, opened)
+    trainer = _make_trainer(config, parts, envs, accelerator, opened, console)
     for shown, lengths in counted:
         fit_engine(shown, lengths, trainer.agent, console)
     policy, dtype = cast(VLMAgent, trainer.agent).family_policy, DTYPES[config.batches.precision]
@@ -231,20 +230,45 @@ def _room_of_shapes(config: TrainConfig[Any], parts: Parts, run: RunFolder) -> s
 
 
 def _make_trainer(
-    config: TrainConfig[Any], parts: Parts, envs: VisualTaskVectorEnv, accelerator: Accelerator, opened: ExitStack
+    config: TrainConfig[Any],
+    parts: Parts,
+    envs: VisualTaskVectorEnv,
+    accelerator: Accelerator,
+    opened: ExitStack,
+    console: Console,
 ) -> Trainer:
     """The trainer with its agent and algorithm. An agent that is loaded here is closed with `opened`."""
-    agent = parts.agent or load_agent(config, accelerator.device, engine_dtype=DTYPES[config.batches.precision])
+    agent = parts.agent or load_for_training(config, accelerator.device)
     if parts.agent is None:
         opened.callback(agent.close)
     algorithm = parts.algorithm or find_algorithm(config.algo).make(config.algorithm)
     torch.manual_seed(config.seed)  # which new adapters are drawn from
-    adapt(agent, config.adaptation)
+    for note in adapt(agent, config.adaptation, config.batches.precision):
+        say(note, console)
     agent.check_saving()
     agent.limits = PassLimits(config.trainer.micro_batch_size, config.trainer.micro_batch_tokens)
     if algorithm.wants_values:
         agent.add_value_head()
     return Trainer(agent, envs, algorithm, config.trainer, accelerator)
+
+
+def _held(config: TrainConfig[Any], processes: Processes, console: Console) -> TrainConfig[Any]:
+    """The options with weights in float32 if the ranks take no others.
+
+    Raises:
+        ConfigError: Others are asked for by name.
+    """
+    options = config.adaptation
+    if processes.takes_any_dtype:
+        return config
+    if options.weights == "bf16" or options.quantize is not None:
+        raise ConfigError(
+            f"{processes.name} takes float32 weights: leave out weights and quantize, or "
+            "launch with FSDP2 (docs/distributed.md)"
+        )
+    if options.weights == "auto" and config.batches.precision == "bf16":
+        say(f"frozen weights are fp32 under {processes.name}; FSDP2 holds them in bf16", console)
+    return replace(config, adaptation=replace(options, weights="fp32"))
 
 
 def _imitates(config: TrainConfig[Any]) -> bool:
