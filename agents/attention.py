@@ -166,7 +166,7 @@ class Groups(Attention):
 
     def cut(self, *packed: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Cuts tensors [M, H, D] to those of prompts [P, H, T, D] and of completions [N, H, L, D]."""
-        halves = [one.split([self.prompts.total, self.completions.total]) for one in packed]
+        halves = [torch.split(one, [self.prompts.total, self.completions.total]) for one in packed]
         return (
             [self.prompts.pad(one).transpose(1, 2) for one, _ in halves],
             [self.completions.pad(one).transpose(1, 2) for _, one in halves],

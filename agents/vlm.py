@@ -139,7 +139,7 @@ class VLMAgent(Agent):
             seeing = [ours.vision_tower(), *ours.projectors()] * quantize_vision
             parts = [ours.language_model().get_submodule("layers"), *seeing]
             quantize(parts, quantization, torch.device(device))
-        model.to(device)  # type: ignore[arg-type]
+        model.to(device)
         agent = cls(ours, folder, base=base, sampling=sampling, share_prefixes=share_prefixes)
         agent.pixels = pixels
         if adapter is not None:

@@ -22,6 +22,7 @@ from vlmenv.agents.vlm import VLMAgent
 from vlmenv.algos import ALGORITHMS, Algorithm, Trainer, find_algorithm
 from vlmenv.algos.trainer import check_staleness
 from vlmenv.building import (
+    DTYPES,
     adapt,
     check_device,
     check_engine,
@@ -141,8 +142,7 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
     trainer = _make_trainer(config, parts, envs, accelerator, opened, console)
     for shown, lengths in counted:
         fit_engine(shown, lengths, trainer.agent, console)
-    policy, dtype = cast(VLMAgent, trainer.agent).family_policy, DTYPES[config.batches.precision]
-    paths = fast_paths(policy, dtype)
+    paths = fast_paths(cast(VLMAgent, trainer.agent).family_policy, DTYPES[config.batches.precision])
     if accelerator.is_main_process and config.resume is None:
         identity = secrets.token_hex(8)
         own = next((lengths for shown, lengths in counted if shown is envs), None)
