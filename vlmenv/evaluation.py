@@ -260,26 +260,29 @@ def sample_count(envs: VisualTaskVectorEnv, limit: int | None) -> int:
 Answers = Sequence[Mapping[str, Any]]
 
 
-def differences(ratios: Mapping[str, tuple[str, str]], before: Answers, after: Answers) -> dict[str, Interval]:
+def differences(task: VisualTaskEnv | None, before: Answers, after: Answers) -> dict[str, Interval]:
     """Paired differences of metrics between two evaluations, over the samples that both have answered.
 
-    Metrics of the set as a whole, such as average precision, are not means of answers, and have none.
+    Metrics of the set as a whole, such as average precision, have those that the task's `compare` gives.
 
     Args:
-        ratios: `ratios` of the task.
-        before: `Evaluation.answers`, or as many of their fields as `index`, `measures` and `subject`.
+        task: The task. None: only means of measures are compared.
+        before: `Evaluation.answers`; without a task `index`, `measures` and `subject` are enough.
         after: Those of the other evaluation.
     """
     pairs = _paired(before, after)
     names = [name for name in pairs[0][0]["measures"] if name in pairs[0][1]["measures"]] if pairs else []
     found = {name: _difference(pairs, name) for name in names}
-    for name, (over, under) in ratios.items():
+    for name, (over, under) in (task.ratios if task is not None else {}).items():
         if over in found and under in found:
             found[name] = _difference(pairs, over, under)
     for subject in sorted({first.get("subject", "") for first, _ in pairs} - {""}):
         if "accuracy" in found:
             own = [pair for pair in pairs if pair[0].get("subject", "") == subject]
             found[f"accuracy/{subject}"] = _difference(own, "accuracy")
+    if task is not None and pairs:
+        earlier, later = ([pair[which]["prediction"] for pair in pairs] for which in (0, 1))
+        found |= task.compare(earlier, later, [one["target"] for one, _ in pairs], [one["index"] for one, _ in pairs])
     return found
 
 

@@ -345,7 +345,7 @@ def compare(
     """Shows and writes what changed."""
     draw_samples(run.path / "samples.png", envs, before, after)
     write_evaluation(after, run.path / "after")
-    changes = differences(envs.task.ratios, before.answers, after.answers)
+    changes = differences(envs.task, before.answers, after.answers)
     told = {"before": before.as_json(), "after": after.as_json(), "change": as_json(changes)}
     run.write_json("evaluation.json", told)
     measuring = config.measuring
