@@ -15,7 +15,7 @@ from vlmenv.cli import main
 from vlmenv.core.answers import Detection, write_detections
 from vlmenv.core.formats import AnswerFormat
 from vlmenv.envs.metrics.detection import coco_metrics
-from vlmenv.envs.metrics.intervals import wilson_interval
+from vlmenv.envs.metrics.intervals import Interval, wilson_interval
 from vlmenv.envs.ovd import OVDEnv
 from vlmenv.envs.rewards import math as math_terms
 from vlmenv.envs.rewards import workers
@@ -105,6 +105,21 @@ def test_changes_are_of_the_samples_that_both_answered() -> None:
     assert cells["precision@0.5"].startswith("+0.333 (")
     assert "(" in cells["AP"]
     assert "(" not in cells["APs"]
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_intervals_stay_whole_on_narrow_consoles(width: int) -> None:
+    whole = Interval(0.58, 0.555, 0.605)
+    named = {"accuracy/algebra and word problems": whole, "iou/mean": whole}
+    change = {name: Interval(-0.007, -0.02, 0.1) for name in named}
+    out = io.StringIO()
+    columns = {"before": Evaluation(named, []), "after": Evaluation(named, [])}
+    Console(file=out, width=width).print(metrics_table("", columns, change, width))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert out.getvalue().count("(0.555 to 0.605)") == 4
+    assert out.getvalue().count("(-0.020 to +0.100)") == 2
+    assert ("0.580 (0.555" in out.getvalue()) == (width == 200)
 
 
 def test_the_metrics_are_written_last(tmp_path: Path) -> None:

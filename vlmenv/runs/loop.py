@@ -351,4 +351,4 @@ def compare(
     measuring = config.measuring
     held_out = config.data.dataset is None or measuring.eval_dataset is not None or measuring.eval_split is not None
     what = f"{len(after.answers)} {'held-out' if held_out else 'training'} samples, greedy answers"
-    console.print(metrics_table(what, {"before": before, "after": after}, changes))
+    console.print(metrics_table(what, {"before": before, "after": after}, changes, console.width))
