@@ -26,7 +26,7 @@ from vlmenv.agents.checkpoints import (
 )
 from vlmenv.agents.engines.base import Engine, Request
 from vlmenv.agents.engines.fingerprints import fingerprint
-from vlmenv.agents.families import Family, Processor, family_of
+from vlmenv.agents.families import Family, Processor, family_of, weightless_family
 from vlmenv.agents.lora import LoRA, is_adapter
 from vlmenv.agents.pixels import prepared_folder
 from vlmenv.agents.policy import Policy, ValueHead
@@ -90,7 +90,8 @@ class VLMAgent(Agent):
         self.engine: Engine | None = None
         """the engine that generates completions; None: the policy itself"""
         self._is_closed = self._narrow_reference = False
-        self._generator = torch.Generator(self.device)
+        # without weights nothing is drawn, and the device of their shapes has no generator
+        self._generator = torch.Generator("cpu" if self.device.type == "meta" else self.device)
 
     @classmethod
     def from_pretrained(
@@ -138,11 +139,27 @@ class VLMAgent(Agent):
             seeing = [ours.vision_tower(), *ours.projectors()] * quantize_vision
             parts = [ours.language_model().get_submodule("layers"), *seeing]
             quantize(parts, quantization, torch.device(device))
-        model.to(device)  # type: ignore[arg-type]
+        model.to(device)
         agent = cls(ours, folder, base=base, sampling=sampling, share_prefixes=share_prefixes)
         agent.pixels = pixels
         if adapter is not None:
             agent.adapter, agent.lora = adapter, LoRA.from_folder(model, adapter)
+        return agent
+
+    @classmethod
+    def weightless(cls, name_or_path: str | Path) -> VLMAgent:
+        """An agent of the model's shapes alone, which computes nothing: for what is estimated before it is loaded.
+
+        Args:
+            name_or_path: As in `from_pretrained`.
+
+        Raises:
+            ModelError: As in `from_pretrained`.
+        """
+        folder, adapter = prepared_folder(name_or_path, PixelLimits()), find_adapter(name_or_path)
+        agent = cls(weightless_family(folder), folder, base=find_model(name_or_path))
+        if adapter is not None:
+            agent.adapter, agent.lora = adapter, LoRA.from_folder(agent.family.model, adapter)
         return agent
 
     @property

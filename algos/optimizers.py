@@ -61,9 +61,7 @@ def make_optimizer(
         return AdamW8bit(groups, **options)
     if name == "adamw_offload":
         if device.type == "cpu":
-            raise ConfigError(
-                "optimizer adamw_offload moves state from a GPU to the CPU, where the model is: take adamw"
-            )
+            raise ConfigError("optimizer adamw_offload moves state to the CPU, where this model is already: take adamw")
         return OffloadedAdamW(groups, **options)
     if any(one.dtype == torch.bfloat16 for group in groups for one in group["params"]):
         return RoundingAdamW(groups, **options)
@@ -188,8 +186,8 @@ class AdamW8bit(RoundingAdamW):
             raise ConfigError(
                 'optimizer adamw_8bit needs the extra "quantize": pip install "vlmenv[quantize]"'
             ) from error
-        self._bnb = functional
-        self._maps = functional.create_dynamic_map(signed=True), functional.create_dynamic_map(signed=False)
+        self._bnb: Any = functional
+        self._maps = self._bnb.create_dynamic_map(signed=True), self._bnb.create_dynamic_map(signed=False)
         super().__init__(params, lr, weight_decay)
 
     def _begin(self, weight: Tensor) -> dict[str, Tensor]:

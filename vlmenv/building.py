@@ -15,8 +15,9 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from vlmenv.agents.checkpoints import find_adapter, stored_weights
+from vlmenv.agents.engines.addresses import check_address, tls_context
 from vlmenv.agents.engines.base import Engine
-from vlmenv.agents.engines.remote import RetryPolicy, check_address
+from vlmenv.agents.engines.remote import RetryPolicy
 from vlmenv.agents.engines.server import VLLMServerEngine
 from vlmenv.agents.engines.vllm import VLLMEngine, check_sharing, require_vllm
 from vlmenv.agents.families import coordinate_space, image_bound, resize_rule
@@ -171,6 +172,7 @@ def _vllm_server(config: TaskConfig, agent: VLMAgent, dtype: torch.dtype) -> Eng
         transfer=options.weight_transfer,
         weights_folder=options.weights_folder,
         retry_policy=RetryPolicy(answer=options.server_timeout),
+        ca=options.server_ca,
     )
 
 
@@ -212,6 +214,8 @@ def check_engine(config: TaskConfig, device: torch.device, processes: int = 1) -
     find_engine(options.engine)
     for address in options.server:
         check_address(address)
+    if options.server_ca is not None:
+        tls_context(options.server_ca)
     if options.engine != "vllm":
         return
     require_vllm()

@@ -165,7 +165,7 @@ def test_state_of_other_parameters_or_of_another_optimizer_is_refused() -> None:
 
 
 def test_offloading_needs_a_gpu() -> None:
-    with pytest.raises(ConfigError, match="moves state from a GPU to the CPU"):
+    with pytest.raises(ConfigError, match="moves state to the CPU, where this model is already"):
         make_optimizer("adamw_offload", [{"params": weights()}], lr=1e-3, weight_decay=0.0, device=CPU)
 
 

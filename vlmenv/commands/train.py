@@ -16,11 +16,13 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
+from vlmenv.agents.fast_paths import fast_paths, written
 from vlmenv.agents.sampling import PassLimits
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.algos import ALGORITHMS, Algorithm, Trainer, find_algorithm
 from vlmenv.algos.trainer import check_staleness
 from vlmenv.building import (
+    DTYPES,
     adapt,
     check_device,
     check_engine,
@@ -50,7 +52,7 @@ from vlmenv.runs.models import with_checkpoint
 from vlmenv.runs.output import lasting_output
 from vlmenv.runs.record import asked_yaml, print_dry_run, resolved_yaml
 from vlmenv.runs.resuming import DataSets, changes, check_data_changed, facts
-from vlmenv.runs.room import check_room
+from vlmenv.runs.room import check_room, room
 from vlmenv.runs.run_folder import RunFolder
 from vlmenv.runs.tracking import THROUGH_ACCELERATE, Tracking, find_tracker
 
@@ -130,23 +132,28 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
     envs, held_out, counted = _open_data(config, parts, accelerator, console)
     config = _in_steps(config, envs.task.source.size)
     if config.dry_run:
-        print_dry_run(config, envs, held_out, run, accelerator, console)
+        with shared_failure(accelerator):
+            if accelerator.is_main_process:
+                disk = _room_of_shapes(config, parts, run)
+                print_dry_run(config, envs, held_out, run, accelerator, disk, console)
         return run.path
     data = DataSets.of(envs, held_out)
     changed = _compared(config, found, data, accelerator, console)
     trainer = _make_trainer(config, parts, envs, accelerator, opened, console)
     for shown, lengths in counted:
         fit_engine(shown, lengths, trainer.agent, console)
+    paths = fast_paths(cast(VLMAgent, trainer.agent).family_policy, DTYPES[config.batches.precision])
     if accelerator.is_main_process and config.resume is None:
         identity = secrets.token_hex(8)
         own = next((lengths for shown, lengths in counted if shown is envs), None)
-        resolved = resolved_yaml(config, envs, held_out, accelerator, identity, own)
+        resolved = resolved_yaml(config, envs, held_out, accelerator, identity, own, paths)
         run.create(asked_yaml(config, asked.names, identity), resolved)
     with shared_failure(accelerator):
         if accelerator.is_main_process:
             check_room(cast(VLMAgent, trainer.agent), config, run, console)
     kept = facts(config, data, run, accelerator.num_processes) if accelerator.is_main_process else {}
     console.print(f"{config.env}, {config.algo}, model {config.model}; writing to {run.path}", highlight=False)
+    console.print(written(paths), highlight=False, markup=False)
     tracking = Tracking(accelerator, config.logging.tracker, run, flatten(config), step=found.step)
     stopping = opened.enter_context(Stopping(accelerator))
     try:
@@ -178,7 +185,7 @@ def _check(config: TrainConfig[Any]) -> None:
     if config.batches.precision == "fp16" and (config.device == "cpu" or not torch.cuda.is_available()):
         raise ConfigError("precision fp16 needs a CUDA GPU: take fp32 or bf16")
     if config.trainer.optimizer == "adamw_offload" and (config.device == "cpu" or not torch.cuda.is_available()):
-        raise ConfigError("optimizer adamw_offload moves state from a GPU to the CPU, where the model is: take adamw")
+        raise ConfigError("optimizer adamw_offload moves state to the CPU, where this model is already: take adamw")
     find_tracker(config.logging.tracker)
     check_data_changed(config)
 
@@ -212,6 +219,16 @@ def _open_data(
     if accelerator.is_main_process and (misjudged := self_check(envs.task, imitated=_imitates(config))):
         say(f"warning: {describe(misjudged, CHECKED)}", console)
     return envs, held_out, [(shown, lengths) for shown, lengths in found if lengths is not None]
+
+
+def _room_of_shapes(config: TrainConfig[Any], parts: Parts, run: RunFolder) -> str:
+    """What a run would take on its disk, without loading its model."""
+    agent = VLMAgent.weightless(config.model)
+    adapt(agent, config.adaptation)
+    if (parts.algorithm or find_algorithm(config.algo).make(config.algorithm)).wants_values:
+        agent.add_value_head()
+    told, fits = room(agent, config, run)
+    return told if fits else f"{told}: this is too little"
 
 
 def _make_trainer(
@@ -248,8 +265,8 @@ def _held(config: TrainConfig[Any], processes: Processes, console: Console) -> T
         return config
     if options.weights == "bf16" or options.quantize is not None or config.trainer.optimizer != "adamw":
         raise ConfigError(
-            f"{processes.name} takes float32 weights and optimizer adamw: leave out weights, quantize and optimizer, or "
-            "launch with FSDP2 (docs/distributed.md)"
+            f"{processes.name} takes float32 weights and optimizer adamw: leave out weights, quantize and optimizer, "
+            "or launch with FSDP2 (docs/distributed.md)"
         )
     if options.weights == "auto" and config.batches.precision == "bf16":
         say(f"frozen weights are fp32 under {processes.name}; FSDP2 holds them in bf16", console)
@@ -395,6 +412,7 @@ def _evaluation_envs(config: TrainConfig[Any]) -> VisualTaskVectorEnv:
         dataset=measuring.eval_dataset or data.dataset,
         image_root=measuring.eval_image_root or data.image_root,
         boxes_in=measuring.eval_boxes_in or data.boxes_in,
+        box_orientation=measuring.eval_box_orientation or data.box_orientation,
         split=split,
     )
     num_envs = min(64, config.batches.prompts_per_step * config.algorithm.group_size)

@@ -97,6 +97,8 @@ class MeasuringOptions:
     """Folder of the images of `eval_dataset`. None: `image_root`."""
     eval_boxes_in: BoxNumbers | None = None
     """Numbers of the true boxes of `eval_dataset`, in the forms of `boxes_in`. None: `boxes_in`."""
+    eval_box_orientation: Literal["shown", "stored"] | None = None
+    """Orientation of the image that the boxes of `eval_dataset` refer to. None: `box_orientation`."""
     eval_limit: int = 512
     """Largest number of samples to measure on. 0: no measuring."""
     eval_every: int | None = None
@@ -113,7 +115,7 @@ class MeasuringOptions:
         )
         if self.eval_every is not None and self.eval_limit == 0:
             raise ConfigError("eval_every needs samples to measure on: leave out eval_limit 0")
-        for name in ("eval_image_root", "eval_boxes_in"):
+        for name in ("eval_image_root", "eval_boxes_in", "eval_box_orientation"):
             if getattr(self, name) is not None and self.eval_dataset is None:
                 raise ConfigError(f"{name} goes with eval_dataset")
 
