@@ -184,6 +184,8 @@ def _check(config: TrainConfig[Any]) -> None:
     check_device(config.device)
     if config.batches.precision == "fp16" and (config.device == "cpu" or not torch.cuda.is_available()):
         raise ConfigError("precision fp16 needs a CUDA GPU: take fp32 or bf16")
+    if config.trainer.optimizer == "adamw_offload" and (config.device == "cpu" or not torch.cuda.is_available()):
+        raise ConfigError("optimizer adamw_offload moves state to the CPU, where this model is already: take adamw")
     find_tracker(config.logging.tracker)
     check_data_changed(config)
 
@@ -261,10 +263,10 @@ def _held(config: TrainConfig[Any], processes: Processes, console: Console) -> T
     options = config.adaptation
     if processes.takes_any_dtype:
         return config
-    if options.weights == "bf16" or options.quantize is not None:
+    if options.weights == "bf16" or options.quantize is not None or config.trainer.optimizer != "adamw":
         raise ConfigError(
-            f"{processes.name} takes float32 weights: leave out weights and quantize, or "
-            "launch with FSDP2 (docs/distributed.md)"
+            f"{processes.name} takes float32 weights and optimizer adamw: leave out weights, quantize and optimizer, "
+            "or launch with FSDP2 (docs/distributed.md)"
         )
     if options.weights == "auto" and config.batches.precision == "bf16":
         say(f"frozen weights are fp32 under {processes.name}; FSDP2 holds them in bf16", console)
