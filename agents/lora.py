@@ -12,12 +12,12 @@ from typing import Any, Final
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 from vlmenv.agents.checkpoints import ADAPTER_CONFIG, put_back, read_tensors
 from vlmenv.agents.families.base import read_json
+from vlmenv.agents.quantization import quantized_layers
 from vlmenv.core.errors import ConfigError, ModelError
 
 ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
@@ -62,6 +62,8 @@ class LoRA:
         layers = {name: module for name, module in model.named_modules() if isinstance(module, linear)}
         self._layers = list(layers.values())
         self._scales = {name: float(layer.scaling["default"]) for name, layer in layers.items()}
+        self._quantized = quantized_layers(model)
+        self._base = _base_weights(model)
         self._start: dict[nn.Parameter, Tensor] | None = None
         for layer in self._layers:
             for part in (layer.lora_A, layer.lora_B):
@@ -111,8 +113,10 @@ class LoRA:
             lora = cls(model, config)
         except (ValueError, TypeError, KeyError, OSError) as error:
             raise ModelError(f"{folder}: the adapters do not fit the model: {error}") from error
+        if model.device.type == "meta":  # shapes alone are asked for
+            return lora
         own = {name: tensor for name, tensor in model.state_dict().items() if is_adapter(name)}
-        put_back(folder, lora.read(folder, model.state_dict()), own)
+        put_back(folder, lora.read(folder), own)
         lora.begins_elsewhere = True
         return lora
 
@@ -158,15 +162,19 @@ class LoRA:
     def merged(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Merges the adapters into the model's weights.
 
-        It merges layer by layer, onto the CPU: the accelerator never holds more than one merged layer.
+        It merges layer by layer in float32, onto the CPU: the accelerator never holds more than one merged layer. The
+        result is rounded once, to the type of the base's weight. Quantised weights are dequantised.
 
         Args:
             state: The model's state, adapters included.
         """
         result = {}
         for name, tensor in state.items():
-            if is_adapter(name):
+            quantized = self._quantized.get(name)
+            if is_adapter(name) or name.removesuffix("scales") + "weight" in self._quantized:
                 continue
+            if quantized is not None:
+                tensor = quantized.dense(quantized.dtype)
             layer = name.removesuffix(".base_layer.weight")
             if layer != name:
                 down, up = (state[f"{layer}.lora_{part}.default.weight"].float() for part in "AB")
@@ -189,14 +197,13 @@ class LoRA:
         settings = {name: _ordered(value) for name, value in read_json(file).items()}
         file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         tensors = {_published_name(name): state[name].to(dtype).contiguous() for name in state if is_adapter(name)}
-        save_file(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt", **_base_weights(state)})
+        save_file(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt", **self._base})
 
-    def read(self, folder: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def read(self, folder: Path) -> dict[str, Tensor]:
         """Reads adapters from peft's format.
 
         Args:
             folder: Folder of the adapters.
-            state: The model's state, adapters included.
 
         Returns:
             The adapters by their names in the model's state, in float32.
@@ -212,8 +219,7 @@ class LoRA:
             if theirs.get(name) != ours:
                 raise ModelError(f"{folder}: the adapter has {name}={theirs.get(name)}, the agent's {name}={ours}")
         tensors, metadata = read_tensors(folder / "adapter_model.safetensors")
-        here = _base_weights(state)
-        if metadata.get("base_dtype") == here["base_dtype"] and metadata.get("base") != here["base"]:
+        if metadata.get("base_dtype") == self._base["base_dtype"] and metadata.get("base") != self._base["base"]:
             raise ModelError(
                 f"{folder}: the adapter was trained on other weights than those of "
                 f"{theirs.get('base_model_name_or_path')} here: put the model that it was trained on there"
@@ -275,16 +281,18 @@ def _own_name(published: str) -> str:
     return published.removeprefix(_PUBLISHED).removesuffix(".weight") + ".default.weight"
 
 
-def _base_weights(state: Mapping[str, Tensor]) -> dict[str, str]:
+def _base_weights(model: nn.Module) -> dict[str, str]:
     """Identifies the weights beneath the adapters: SHA-256 of the first row of each matrix, and their data type.
 
-    All rows would take too long.
+    All rows would take too long. Rows are rounded to bfloat16, so that it does not matter in which type a run holds
+    the weights.
     """
-    digest, kinds = hashlib.sha256(), set[str]()
-    for name, tensor in sorted((name.replace(".base_layer.", "."), tensor) for name, tensor in state.items()):
-        if tensor.ndim == 2 and not is_adapter(name):
-            row = tensor[0]
-            whole = row.full_tensor() if isinstance(row, DTensor) else row
-            kinds.add(str(tensor.dtype).removeprefix("torch."))
-            digest.update(whole.cpu().view(torch.uint8).numpy().tobytes())
-    return {"base": digest.hexdigest(), "base_dtype": " ".join(sorted(kinds))}
+    digest, quantized = hashlib.sha256(), quantized_layers(model)
+    weights = {name.replace(".base_layer.", "."): (name, tensor) for name, tensor in model.state_dict().items()}
+    for _, (name, tensor) in sorted(weights.items(), key=lambda item: item[0]):
+        layer = quantized.get(name)
+        if layer is not None or (tensor.ndim == 2 and not is_adapter(name)):
+            row = (tensor[0] if layer is None else layer.first_row).bfloat16()
+            digest.update(row.cpu().view(torch.uint8).numpy().tobytes())
+    kinds = sorted({layer.kind for layer in quantized.values()})
+    return {"base": digest.hexdigest(), "base_dtype": "bfloat16"} | ({"quantize": kinds[0]} if kinds else {})

@@ -43,4 +43,5 @@ def _blocks(family: Family) -> list[nn.Module]:
 
 def _recomputing(forward: Callable[..., Tensor], hidden: Tensor, *more: Any, **arguments: Any) -> Tensor:
     """A block's forward pass, which the backward pass runs again."""
-    return cast(Tensor, checkpoint(forward, hidden, *more, use_reentrant=False, **arguments))
+    with keeping_activations():  # checkpoint keeps none, and lean layers need not provide for any
+        return cast(Tensor, checkpoint(forward, hidden, *more, use_reentrant=False, **arguments))

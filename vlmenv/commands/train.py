@@ -16,16 +16,16 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
+from vlmenv.agents.fast_paths import fast_paths, written
 from vlmenv.agents.sampling import PassLimits
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.algos import ALGORITHMS, Algorithm, Trainer, find_algorithm
 from vlmenv.algos.trainer import check_staleness
 from vlmenv.building import (
-    DTYPES,
     adapt,
     check_device,
     check_engine,
-    load_agent,
+    load_for_training,
     open_console,
     report_broken_rows,
     say,
@@ -39,7 +39,7 @@ from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.options.command_line import Asked, parse_with_files
 from vlmenv.options.fields import flatten, options_of
 from vlmenv.options.train import TrainConfig, default_config
-from vlmenv.processes import end_with_parent, processes_of
+from vlmenv.processes import Processes, end_with_parent, processes_of
 from vlmenv.processes.failures import shared_failure
 from vlmenv.processes.stopping import StoppedError, Stopping
 from vlmenv.runs.checkpoints import Found, find_checkpoint, load_checkpoint
@@ -51,7 +51,7 @@ from vlmenv.runs.models import with_checkpoint
 from vlmenv.runs.output import lasting_output
 from vlmenv.runs.record import asked_yaml, print_dry_run, resolved_yaml
 from vlmenv.runs.resuming import DataSets, changes, check_data_changed, facts
-from vlmenv.runs.room import check_room
+from vlmenv.runs.room import check_room, room
 from vlmenv.runs.run_folder import RunFolder
 from vlmenv.runs.tracking import THROUGH_ACCELERATE, Tracking, find_tracker
 
@@ -125,29 +125,35 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
         say(note, console)
     if parts.agent is None:
         config = with_checkpoint(config, console)
-    processes_of(accelerator)  # raises now what is wrong with them, and not when the model has been loaded
+    config = _held(config, processes_of(accelerator), console)
     check_engine(config, accelerator.device, accelerator.num_processes)
     check_staleness(config.trainer, accelerator)
     envs, held_out, counted = _open_data(config, parts, accelerator, console)
     config = _in_steps(config, envs.task.source.size)
     if config.dry_run:
-        print_dry_run(config, envs, held_out, run, accelerator, console)
+        with shared_failure(accelerator):
+            if accelerator.is_main_process:
+                disk = _room_of_shapes(config, parts, run)
+                print_dry_run(config, envs, held_out, run, accelerator, disk, console)
         return run.path
     data = DataSets.of(envs, held_out)
     changed = _compared(config, found, data, accelerator, console)
-    trainer = _make_trainer(config, parts, envs, accelerator, opened)
+    trainer = _make_trainer(config, parts, envs, accelerator, opened, console)
     for shown, lengths in counted:
         fit_engine(shown, lengths, trainer.agent, console)
+    policy, dtype = cast(VLMAgent, trainer.agent).family_policy, DTYPES[config.batches.precision]
+    paths = fast_paths(policy, dtype)
     if accelerator.is_main_process and config.resume is None:
         identity = secrets.token_hex(8)
         own = next((lengths for shown, lengths in counted if shown is envs), None)
-        resolved = resolved_yaml(config, envs, held_out, accelerator, identity, own)
+        resolved = resolved_yaml(config, envs, held_out, accelerator, identity, own, paths)
         run.create(asked_yaml(config, asked.names, identity), resolved)
     with shared_failure(accelerator):
         if accelerator.is_main_process:
             check_room(cast(VLMAgent, trainer.agent), config, run, console)
     kept = facts(config, data, run, accelerator.num_processes) if accelerator.is_main_process else {}
     console.print(f"{config.env}, {config.algo}, model {config.model}; writing to {run.path}", highlight=False)
+    console.print(written(paths), highlight=False, markup=False)
     tracking = Tracking(accelerator, config.logging.tracker, run, flatten(config), step=found.step)
     stopping = opened.enter_context(Stopping(accelerator))
     try:
@@ -213,21 +219,56 @@ def _open_data(
     return envs, held_out, [(shown, lengths) for shown, lengths in found if lengths is not None]
 
 
+def _room_of_shapes(config: TrainConfig[Any], parts: Parts, run: RunFolder) -> str:
+    """What a run would take on its disk, without loading its model."""
+    agent = VLMAgent.weightless(config.model)
+    adapt(agent, config.adaptation)
+    if (parts.algorithm or find_algorithm(config.algo).make(config.algorithm)).wants_values:
+        agent.add_value_head()
+    told, fits = room(agent, config, run)
+    return told if fits else f"{told}: this is too little"
+
+
 def _make_trainer(
-    config: TrainConfig[Any], parts: Parts, envs: VisualTaskVectorEnv, accelerator: Accelerator, opened: ExitStack
+    config: TrainConfig[Any],
+    parts: Parts,
+    envs: VisualTaskVectorEnv,
+    accelerator: Accelerator,
+    opened: ExitStack,
+    console: Console,
 ) -> Trainer:
     """The trainer with its agent and algorithm. An agent that is loaded here is closed with `opened`."""
-    agent = parts.agent or load_agent(config, accelerator.device, engine_dtype=DTYPES[config.batches.precision])
+    agent = parts.agent or load_for_training(config, accelerator.device)
     if parts.agent is None:
         opened.callback(agent.close)
     algorithm = parts.algorithm or find_algorithm(config.algo).make(config.algorithm)
     torch.manual_seed(config.seed)  # which new adapters are drawn from
-    adapt(agent, config.adaptation)
+    for note in adapt(agent, config.adaptation, config.batches.precision):
+        say(note, console)
     agent.check_saving()
     agent.limits = PassLimits(config.trainer.micro_batch_size, config.trainer.micro_batch_tokens)
     if algorithm.wants_values:
         agent.add_value_head()
     return Trainer(agent, envs, algorithm, config.trainer, accelerator)
+
+
+def _held(config: TrainConfig[Any], processes: Processes, console: Console) -> TrainConfig[Any]:
+    """The options with weights in float32 if the ranks take no others.
+
+    Raises:
+        ConfigError: Others are asked for by name.
+    """
+    options = config.adaptation
+    if processes.takes_any_dtype:
+        return config
+    if options.weights == "bf16" or options.quantize is not None:
+        raise ConfigError(
+            f"{processes.name} takes float32 weights: leave out weights and quantize, or "
+            "launch with FSDP2 (docs/distributed.md)"
+        )
+    if options.weights == "auto" and config.batches.precision == "bf16":
+        say(f"frozen weights are fp32 under {processes.name}; FSDP2 holds them in bf16", console)
+    return replace(config, adaptation=replace(options, weights="fp32"))
 
 
 def _imitates(config: TrainConfig[Any]) -> bool:
@@ -369,6 +410,7 @@ def _evaluation_envs(config: TrainConfig[Any]) -> VisualTaskVectorEnv:
         dataset=measuring.eval_dataset or data.dataset,
         image_root=measuring.eval_image_root or data.image_root,
         boxes_in=measuring.eval_boxes_in or data.boxes_in,
+        box_orientation=measuring.eval_box_orientation or data.box_orientation,
         split=split,
     )
     num_envs = min(64, config.batches.prompts_per_step * config.algorithm.group_size)

@@ -171,7 +171,11 @@ class EngineOptions(VLLMOptions):
     """Engine that generates: hf (the trained model itself), vllm (a copy in the same process), vllm-server (copies on
     servers), or one of your own, as in `my_engine:MyEngine`."""
     server: tuple[str, ...] = ()
-    """Addresses of servers that `vlmenv serve` started, as http://127.0.0.1:8000. Prompts are spread over them."""
+    """Addresses of servers that `vlmenv serve` started, as http://127.0.0.1:8000, https://HOST:PORT or unix:PATH.
+    Prompts are spread over them."""
+    server_ca: Path | None = None
+    """File of the authorities (PEM) that sign the certificates of https servers, or of a self-signed certificate. None:
+    the authorities that the system trusts."""
     server_timeout: float = 300.0
     """Seconds without an answer after which a server is left out."""
     weight_transfer: Literal["file", "direct"] = "file"
@@ -186,7 +190,7 @@ class EngineOptions(VLLMOptions):
             raise ConfigError(f"{' and '.join(given)} go with engine vllm; servers have their own")
         if self.engine == "vllm-server":
             self._check_servers()
-        elif given := self._changed("server", "server_timeout", "weight_transfer", "weights_folder"):
+        elif given := self._changed("server", "server_ca", "server_timeout", "weight_transfer", "weights_folder"):
             raise ConfigError(f"{' and '.join(given)} go with engine vllm-server")
 
     def _changed(self, *names: str) -> list[str]:
@@ -198,6 +202,8 @@ class EngineOptions(VLLMOptions):
             raise ConfigError("engine vllm-server needs servers: start one by `vlmenv serve`, and name it by --server")
         if len(set(self.server)) < len(self.server):
             raise ConfigError(f"a server is named twice: {', '.join(self.server)}")
+        if self.server_ca is not None and not any(url.startswith("https:") for url in self.server):
+            raise ConfigError("server_ca goes with servers at https://HOST:PORT, and none is named")
         if self.weight_transfer == "direct" and self.weights_folder is not None:
             raise ConfigError("weights_folder goes with weight_transfer file; direct writes none")
         require(self.server_timeout > 0, f"server_timeout must be above 0 seconds, not {self.server_timeout}")

@@ -6,6 +6,7 @@ import math
 import shutil
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,19 +92,32 @@ def check_room(agent: VLMAgent, config: TrainConfig[Any], run: RunFolder, consol
     folder = run.path / "checkpoints"
     folder = folder if folder.is_dir() else run.path
     tempfile.TemporaryFile(dir=folder).close()
-    need, free = Need.of(Size.of(agent), config, run), shutil.disk_usage(folder).free
+    told, fits = room(agent, config, run)
+    if not fits:
+        raise CheckpointError(
+            f"{folder}: the disk has too little room. {told[0].upper()}{told[1:]}. Lower --keep, train with "
+            "--lora-rank, or give --output on another disk"
+        )
+    say(f"disk: {told}", console)
+
+
+def room(agent: VLMAgent, config: TrainConfig[Any], run: RunFolder) -> tuple[str, bool]:
+    """The room that a run's checkpoints take and that is free, in words, and whether they fit. Nothing is written."""
+    need = Need.of(Size.of(agent), config, run)
+    free = shutil.disk_usage(_existing(run.path / "checkpoints")).free
     kept = f"{need.most} of them" if config.logging.kept is None else f"{need.most} at a time, one being written"
     best = " and the best model" if need.best else ""
     told = (
         f"a checkpoint takes {_human(need.each)}; {kept}{best} take {_human(need.each * need.most + need.best)}. "
         f"{_human(free)} are free"
     )
-    if need.bytes > free:
-        raise CheckpointError(
-            f"{folder}: the disk has too little room. {told[0].upper()}{told[1:]}. Lower --keep, train with "
-            "--lora-rank, or give --output on another disk"
-        )
-    say(f"disk: {told}", console)
+    return told, need.bytes <= free
+
+
+def _existing(folder: Path) -> Path:
+    """The nearest folder above that exists."""
+    folder = folder.absolute()
+    return next(one for one in (folder, *folder.parents) if one.is_dir())
 
 
 def _human(size: float) -> str:
