@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -131,9 +131,14 @@ class Prefixes(Attention):
         if len(rows) == len(self.packing.lengths):
             return
         self.packing = self.packing.select(rows)
-        rows = rows.to(self.packing.rows.device)
-        self.keys = {block: keys[rows] for block, keys in self.keys.items()}
-        self.values = {block: values[rows] for block, values in self.values.items()}
+        _select(rows.to(self.packing.rows.device), self.keys, self.values)
+
+
+def _select(rows: Tensor, *caches: dict[int, Tensor]) -> None:
+    """Keeps only some rows of caches by block. Only one block is held twice."""
+    for cache in caches:
+        for block in cache:
+            cache[block] = cache[block][rows]
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:
@@ -227,14 +232,18 @@ _grouped: Callable[..., Tensor] = _Grouped.apply
 class Steps(Attention):
     """Attention of completions that grow by one token per pass, without gradients.
 
+    Their keys and values have room for `GROWTH` tokens at first, and for as many more each time that it is full.
+
     Args:
         prefixes: Keys and values of the prompts.
         index: int64 [N] on the CPU, the prompt of each completion.
-        capacity: Length limit of completions in tokens.
+        most: Length limit of completions in tokens.
     """
 
-    def __init__(self, prefixes: Prefixes, index: Tensor, capacity: int) -> None:
-        self._prefixes, self._capacity = prefixes, capacity
+    GROWTH: ClassVar[int] = 128
+
+    def __init__(self, prefixes: Prefixes, index: Tensor, most: int) -> None:
+        self._prefixes, self._most = prefixes, most
         self._index, self._device = index, prefixes.packing.rows.device
         self._siblings = Siblings(index, len(prefixes.packing.lengths), self._device)
         self._keys: dict[int, Tensor] = {}
@@ -243,9 +252,9 @@ class Steps(Attention):
         """tokens so far"""
 
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        if block not in self._keys:
-            shape = (len(key), key.shape[1], self._capacity, key.shape[2])
-            self._keys[block], self._values[block] = key.new_empty(shape), value.new_empty(shape)
+        for cache, new in ((self._keys, key), (self._values, value)):
+            if block not in cache or cache[block].shape[2] == self.length:
+                cache[block] = _longer(cache.get(block), new, self.next_capacity)
         self._keys[block][:, :, self.length], self._values[block][:, :, self.length] = key, value
         kernel, heads, prefixes = kernel_for(query), query.shape[1], self._prefixes
         folded = self._siblings.fold(query[:, :, None], key.shape[1])
@@ -263,9 +272,25 @@ class Steps(Attention):
         used, self._index = torch.unique(self._index[rows], return_inverse=True)
         self._prefixes.select(used)
         self._siblings = Siblings(self._index, len(used), self._device)
-        rows = rows.to(self._device)
-        self._keys = {block: keys[rows] for block, keys in self._keys.items()}
-        self._values = {block: values[rows] for block, values in self._values.items()}
+        _select(rows.to(self._device), self._keys, self._values)
+
+    @property
+    def is_full(self) -> bool:
+        """True if the next token makes the caches grow."""
+        return self.length % self.GROWTH == 0
+
+    @property
+    def next_capacity(self) -> int:
+        """Tokens per completion that the caches have room for after they have grown."""
+        return min(self.length + self.GROWTH, self._most)
+
+
+def _longer(cache: Tensor | None, new: Tensor, capacity: int) -> Tensor:
+    """A cache [n, K, capacity, D] that begins with an earlier one; `new` [n, K, D] has its layout."""
+    longer = new.new_empty(len(new), new.shape[1], capacity, new.shape[2])
+    if cache is not None:
+        longer[:, :, : cache.shape[2]] = cache
+    return longer
 
 
 def _join(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
