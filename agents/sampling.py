@@ -138,6 +138,7 @@ def _wave(
     shown, rows = [prompts[i] for i in own], torch.from_numpy(local)
     growing = _Growing(torch.from_numpy(begun), sampling, policy)
     prefixes, firsts = prefilled(policy, shown, limits)
+    padded = np.full(len(prompts), prefixes.packing.longest)  # prompts that are left keep their padding
     attention = Steps(prefixes, rows, sampling.max_new_tokens)
     positions = torch.tensor([next_position(prompt) for prompt in shown])[rows].to(policy.device)
     hidden = firsts[rows.to(policy.device)]
@@ -146,7 +147,6 @@ def _wave(
         growing.add(token, logprob)
         going = growing.still_going()
         if limits.cache is not None and attention.is_full and attention.length and len(going):
-            padded = np.full(len(prompts), prefixes.packing.longest)  # the prompts that are left keep their padding
             going = growing.within(lambda which: limits.fitting(index[which], padded, attention.next_capacity), going)
         if len(going) == 0:
             return growing.sampled()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from itertools import groupby
 from typing import Any
 
@@ -79,7 +79,7 @@ class _Kinds:
             self.orders = order.to(starts.device), torch.argsort(order).to(starts.device)
 
 
-_KINDS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_KINDS: MutableMapping[Tensor, _Kinds] = WeakTensorKeyDictionary()  # type: ignore[no-untyped-call]
 """Kinds by the starts of segments, which all blocks of a pass are given as one tensor."""
 
 
@@ -95,7 +95,7 @@ def _by_kinds(query: Tensor, key: Tensor, value: Tensor, kinds: _Kinds, scale: f
     states = [query, key, value]
     if kinds.orders is not None:
         states = [_permuted(one, *kinds.orders) for one in states]
-    outs, parts = [], [one.split([length * count for length, count in kinds.runs]) for one in states]
+    outs, parts = [], [torch.split(one, [length * count for length, count in kinds.runs]) for one in states]
     for (length, _), *own in zip(kinds.runs, *parts, strict=True):
         q, k, v = (one.unflatten(0, (-1, length)).transpose(1, 2) for one in own)
         outs.append(nn.functional.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(0, 1))
