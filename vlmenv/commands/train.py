@@ -297,6 +297,7 @@ def _begun(
             if config.resume is None:
                 run.check_new()
             elif not config.dry_run:
+                run.best()  # raises now what is wrong with its record
                 found = find_checkpoint(run)
     (found,) = broadcast_object_list([found])
     for note in found.notes:
