@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -493,15 +494,27 @@ class VLMAgent(Agent):
 
     def _written(self, i: int, text: str) -> Completion:
         """An answer as tokens, with the family's end token."""
-        tokenizer = self.family.processor.tokenizer
-        written = tokenizer.encode(text.removeprefix(self.family.opening), add_special_tokens=False)
-        end = tokenizer.eos_token_id if tokenizer.eos_token_id in self.family.end_tokens else self.family.end_tokens[0]
-        ids = np.array([*written, end], dtype=np.int64)
-        if len(ids) > self.max_new_tokens:
-            raise PromptError(i, f"its true answer has {len(ids)} tokens; max_new_tokens is {self.max_new_tokens}")
-        if np.isin(ids, self.family.banned_tokens).any():
-            raise PromptError(i, "its true answer holds control tokens, which are never sampled")
+        ids = answer_ids(self.family, text)
+        if fault := answer_fault(self.family, ids, self.max_new_tokens):
+            raise PromptError(i, fault)
         return Completion(text, ids, np.zeros(len(ids), np.float32), "stop")
+
+
+def answer_ids(family: Family, text: str) -> NDArray[np.int64]:
+    """The tokens [length] of an answer as the policy would have written it, with the token that ends it."""
+    tokenizer = family.processor.tokenizer
+    written = tokenizer.encode(text.removeprefix(family.opening), add_special_tokens=False)
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id in family.end_tokens else family.end_tokens[0]
+    return np.array([*written, end], dtype=np.int64)
+
+
+def answer_fault(family: Family, ids: NDArray[np.int64], max_new_tokens: int) -> str | None:
+    """Why a true answer cannot be imitated; None if it can."""
+    if len(ids) > max_new_tokens:
+        return f"its true answer has {len(ids)} tokens; max_new_tokens is {max_new_tokens}"
+    if np.isin(ids, family.banned_tokens).any():
+        return "its true answer holds control tokens, which are never sampled"
+    return None
 
 
 def check_length(prompt: int, max_new_tokens: int, most: int, holder: str = "model") -> None:

@@ -43,7 +43,7 @@ from vlmenv.processes import end_with_parent, processes_of
 from vlmenv.processes.failures import shared_failure
 from vlmenv.processes.stopping import StoppedError, Stopping
 from vlmenv.runs.checkpoints import Found, find_checkpoint, load_checkpoint
-from vlmenv.runs.fitting import fit_engine, fit_prompts
+from vlmenv.runs.fitting import fit_answers, fit_engine, fit_prompts
 from vlmenv.runs.lengths import Lengths
 from vlmenv.runs.lock import locked
 from vlmenv.runs.loop import TrainingLoop, compare, evaluate_now, look_first, measured_before
@@ -208,6 +208,8 @@ def _open_data(
         (shown, fit_prompts(config, shown, accelerator, console, agent=parts.agent, first=first))
         for shown, first in firsts
     ]
+    if _imitates(config):
+        fit_answers(config, envs, accelerator, console, agent=parts.agent)
     report_broken_rows(envs, console)
     if held_out is not None and not (measuring.eval_dataset is None and measuring.eval_split is None):
         report_broken_rows(held_out, console)
