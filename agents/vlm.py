@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -45,6 +45,8 @@ from vlmenv.core.sampling import Sampling
 
 __all__ = ["BUILTIN", "Policy", "Sampling", "VLMAgent", "find_model"]
 
+_FORMER_ADAPTER: Final = "adapter"
+"""Folder of the adapters in checkpoints of earlier versions."""
 _VALUE_HEAD = "value_head/value_head.safetensors"
 
 
@@ -408,6 +410,12 @@ class VLMAgent(Agent):
         Raises:
             ModelError: The checkpoint does not fit this agent. The weights stay unchanged.
         """
+        if (folder / _FORMER_ADAPTER / ADAPTER_CONFIG).is_file() and not (folder / ADAPTER_CONFIG).is_file():
+            raise ModelError(
+                f"{folder} is of an earlier version, which wrote the merged model and put the adapters into "
+                f"{_FORMER_ADAPTER}: it cannot be resumed. Start a new run with --model {folder / _FORMER_ADAPTER} "
+                f"(trains these adapters further), or with --model {folder} (the merged model)"
+            )
         policy = self.family_policy
         parts = (("adapter", ADAPTER_CONFIG, self.lora), ("value head", "value_head", policy.value_head))
         for name, place, part in parts:
