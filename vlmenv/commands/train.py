@@ -44,7 +44,7 @@ from vlmenv.processes import Processes, end_with_parent, processes_of
 from vlmenv.processes.failures import shared_failure
 from vlmenv.processes.stopping import StoppedError, Stopping
 from vlmenv.runs.checkpoints import Found, find_checkpoint, load_checkpoint
-from vlmenv.runs.fitting import fit_engine, fit_prompts
+from vlmenv.runs.fitting import fit_answers, fit_engine, fit_prompts
 from vlmenv.runs.lengths import Lengths
 from vlmenv.runs.lock import locked
 from vlmenv.runs.loop import TrainingLoop, compare, evaluate_now, look_first, measured_before
@@ -213,6 +213,8 @@ def _open_data(
         (shown, fit_prompts(config, shown, accelerator, console, agent=parts.agent, first=first))
         for shown, first in firsts
     ]
+    if _imitates(config):
+        fit_answers(config, envs, accelerator, console, agent=parts.agent)
     report_broken_rows(envs, console)
     if held_out is not None and not (measuring.eval_dataset is None and measuring.eval_split is None):
         report_broken_rows(held_out, console)
@@ -327,6 +329,7 @@ def _begun(
             if config.resume is None:
                 run.check_new()
             elif not config.dry_run:
+                run.best()  # raises now what is wrong with its record
                 found = find_checkpoint(run)
     (found,) = broadcast_object_list([found])
     for note in found.notes:
