@@ -56,9 +56,7 @@ def _init_with(kind: type, **defaults: float):
     return changed
 
 
-def test_the_record_tells_of_files_versions_and_the_machine(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_record_tells_of_files_versions_and_the_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "rows.jsonl"
     row = {"id": 1, "image": "a.png", "problem": "the red circle", "solution": "[1, 2, 30, 40]"}
     data.write_text("".join(json.dumps(row | {"id": i}) + "\n" for i in range(2)))
