@@ -64,7 +64,7 @@ class LoRA:
         self._layers = list(layers.values())
         self._scales = {name: float(layer.scaling["default"]) for name, layer in layers.items()}
         self._quantized = quantized_layers(model)
-        self._base = _base_weights(model)
+        self._base = {} if model.device.type == "meta" else _base_weights(model)
         self._start: dict[nn.Parameter, Tensor] | None = None
         for layer in self._layers:
             for part in (layer.lora_A, layer.lora_B):

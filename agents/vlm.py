@@ -336,9 +336,14 @@ class VLMAgent(Agent):
         size = int(self.family.model.config.get_text_config().hidden_size)
         policy.value_head = ValueHead(size, detach=detach, device=self.device)
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Saves memory: the backward pass recomputes activations. Gradients stay the same."""
-        recompute_activations(self.family)
+    def enable_gradient_checkpointing(self, blocks: int | None = None) -> None:
+        """Saves memory: the backward pass recomputes activations. Gradients stay the same.
+
+        Args:
+            blocks: Number of blocks of the language model whose activations are recomputed, besides those of the vision
+                tower. Each further block takes about the same time and saves the same memory. Default: all.
+        """
+        recompute_activations(self.family, blocks)
 
     def blocks(self) -> list[nn.Module]:
         """The blocks of vision tower and language model."""

@@ -324,7 +324,7 @@ def adapt(agent: VLMAgent, options: AdaptationOptions, precision: str = "fp32") 
     if options.freeze_vision or options.freeze_projector:
         agent.freeze(vision=options.freeze_vision, projector=options.freeze_projector)
     if options.gradient_checkpointing:
-        agent.enable_gradient_checkpointing()
+        agent.enable_gradient_checkpointing(options.checkpointed_blocks)
     if precision != "bf16" or options.weights == "fp32":
         return []
     rounded = agent.hold("frozen" if options.weights == "auto" else "all")
