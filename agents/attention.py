@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from vlmenv.agents.kernels import Part, kernel_for
+from vlmenv.agents.kernels import Part, backward_in_rows, kernel_for
 from vlmenv.agents.packing import Packing
 
 _NAME = "vlmenv_packed"
@@ -38,28 +38,29 @@ class Siblings:
     def __init__(self, index: Tensor, prompts: int, device: torch.device) -> None:
         self._prompts = prompts
         counts = torch.bincount(index, minlength=prompts)
-        self._most = int(counts.max())
+        self.most = int(counts.max())
+        """number of completions of the largest group"""
         order = torch.argsort(index, stable=True)
         slots = torch.empty_like(index)
         slots[order] = torch.arange(len(index)) - (counts.cumsum(0) - counts)[index[order]]
-        places = index * self._most + slots
-        self._is_even = torch.equal(places, torch.arange(prompts * self._most))
+        places = index * self.most + slots
+        self._is_even = torch.equal(places, torch.arange(prompts * self.most))
         self._places = places.to(device)
 
     def fold(self, rows: Tensor, key_heads: int) -> Tensor:
         """Converts [N, H, L, D] to [P, K, H / K * largest group * L, D]: the queries of each prompt's key heads."""
         if not self._is_even:
-            spread = rows.new_zeros(self._prompts * self._most, *rows.shape[1:])
+            spread = rows.new_zeros(self._prompts * self.most, *rows.shape[1:])
             rows = spread.index_copy(0, self._places, rows)
         _, heads, length, size = rows.shape
-        split = rows.view(self._prompts, self._most, key_heads, heads // key_heads, length, size)
+        split = rows.view(self._prompts, self.most, key_heads, heads // key_heads, length, size)
         return split.permute(0, 2, 3, 1, 4, 5).reshape(self._prompts, key_heads, -1, size)
 
     def unfold(self, folded: Tensor, heads: int) -> Tensor:
         """The inverse of `fold`."""
         key_heads, size = folded.shape[1], folded.shape[-1]
-        split = folded.view(self._prompts, key_heads, heads // key_heads, self._most, -1, size)
-        rows = split.permute(0, 3, 1, 2, 4, 5).reshape(self._prompts * self._most, heads, -1, size)
+        split = folded.view(self._prompts, key_heads, heads // key_heads, self.most, -1, size)
+        rows = split.permute(0, 3, 1, 2, 4, 5).reshape(self._prompts * self.most, heads, -1, size)
         return rows if self._is_even else rows[self._places]
 
 
@@ -171,7 +172,7 @@ class Groups(Attention):
 
     def cut(self, *packed: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Cuts tensors [M, H, D] to those of prompts [P, H, T, D] and of completions [N, H, L, D]."""
-        halves = [one.split([self.prompts.total, self.completions.total]) for one in packed]
+        halves = [torch.split(one, [self.prompts.total, self.completions.total]) for one in packed]
         return (
             [self.prompts.pad(one).transpose(1, 2) for one, _ in halves],
             [self.completions.pad(one).transpose(1, 2) for _, one in halves],
@@ -218,7 +219,7 @@ class _Grouped(torch.autograd.Function):
         prompt_grads = [_summed(one, key_heads) for one in prompt_grads]
         later, *grads = kernel.backward(own, later_push, later_out, lse)
         folded = [siblings.fold(one, key_heads) for one in (later_push, later_out, lse[..., None])]
-        later_part, *shared = kernel.backward(whole, folded[0], folded[1], folded[2][..., 0])
+        later_part, *shared = backward_in_rows(kernel, whole, folded[0], folded[1], folded[2][..., 0], siblings.most)
         queries = groups.join(query, later + siblings.unfold(later_part, heads))
         pairs = zip(prompt_grads, shared, grads, strict=True)
         keys, values = (groups.join(mine + theirs, _summed(one, key_heads)) for mine, theirs, one in pairs)

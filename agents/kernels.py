@@ -269,6 +269,43 @@ class EfficientKernel:
         return nn.functional.pad(bias, (0, -keys % self._ALIGNED))[..., :keys].expand(*part.query.shape[:3], keys)
 
 
+def backward_in_rows(
+    kernel: Kernel, part: Part, grad: Tensor, out: Tensor, lse: Tensor, most: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `Kernel.backward`, with the queries of each row cut into several rows where that is faster.
+
+    Flash attention's backward pass runs one thread block for a head and some keys, which goes through all queries. Many
+    queries to few keys leave most of a GPU idle. Rows have their own copy of the gradient of the keys, and these are
+    added.
+
+    Args:
+        kernel: A kernel.
+        part: Queries and keys of the part, without causal mask.
+        grad: See `Kernel.backward`.
+        out: See `Kernel.backward`.
+        lse: See `Kernel.backward`.
+        most: Number of rows to cut each row into, a divisor of the number of queries.
+    """
+    if most == 1 or not isinstance(kernel, FlashKernel):
+        return kernel.backward(part, grad, out, lse)
+    rows = len(part.query)
+
+    def cut(one: Tensor) -> Tensor:
+        """[B, H, G * S, ...] as [B * G, H, S, ...]."""
+        return one.unflatten(2, (most, -1)).transpose(1, 2).flatten(0, 1)
+
+    def repeated(one: Tensor) -> Tensor:
+        return one.repeat_interleave(most, dim=0)
+
+    padding = None if part.padding is None else part.padding.repeated(most)
+    many = Part(cut(part.query), repeated(part.key), repeated(part.value), padding, part.causal, part.scale)
+    query, key, value = kernel.backward(many, cut(grad), cut(out), cut(lse))
+    query = query.unflatten(0, (rows, most)).transpose(1, 2).flatten(2, 3)
+    wide = torch.promote_types(key.dtype, torch.float32)  # in which the kernel too adds gradients of keys
+    key, value = (one.unflatten(0, (rows, most)).sum(1, dtype=wide).to(one.dtype) for one in (key, value))
+    return query, key, value
+
+
 def _bias(part: Part) -> Tensor | None:
     """Bias [B, 1, 1, T] of the scores."""
     return None if part.padding is None else part.padding.bias.to(part.query.dtype)

@@ -183,9 +183,9 @@ class _Form:
         made.__dict__ |= {"_parameters": {}, "_modules": dict(module.named_children())}
         for name, size in self.weights.items():
             made.register_parameter(name, nn.Parameter(torch.empty(size, device="cpu", dtype=torch.float32)))
-        for name, size in self.linear.items():
+        for name, (inner, outer) in self.linear.items():
             bias = getattr(module.get_submodule(name), "bias", None) is not None
-            made._modules[name] = nn.Linear(*size, bias=bias, device="cpu", dtype=torch.float32)
+            made._modules[name] = nn.Linear(inner, outer, bias=bias, device="cpu", dtype=torch.float32)
         for parameter in made.parameters():
             nn.init.normal_(parameter, generator=random)
         return made

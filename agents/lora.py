@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,7 +65,7 @@ class LoRA:
         self._layers = list(layers.values())
         self._scales = {name: float(layer.scaling["default"]) for name, layer in layers.items()}
         self._quantized = quantized_layers(model)
-        self._base = _base_weights(model)
+        self._base = {} if model.device.type == "meta" else _base_weights(model)
         self._start: dict[nn.Parameter, Tensor] | None = None
         for layer in self._layers:
             for part in (layer.lora_A, layer.lora_B):
@@ -229,6 +230,8 @@ class LoRA:
 
 
 def _peft() -> Any:
+    # Peft imports bitsandbytes where it is, which misses a kernel that is of no use here.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         import peft
     except ImportError as error:

@@ -139,7 +139,7 @@ class VLMAgent(Agent):
             seeing = [ours.vision_tower(), *ours.projectors()] * quantize_vision
             parts = [ours.language_model().get_submodule("layers"), *seeing]
             quantize(parts, quantization, torch.device(device))
-        model.to(device)  # type: ignore[arg-type]
+        model.to(device)
         agent = cls(ours, folder, base=base, sampling=sampling, share_prefixes=share_prefixes)
         agent.pixels = pixels
         if adapter is not None:
@@ -333,9 +333,14 @@ class VLMAgent(Agent):
         size = int(self.family.model.config.get_text_config().hidden_size)
         policy.value_head = ValueHead(size, detach=detach, device=self.device)
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Saves memory: the backward pass recomputes activations. Gradients stay the same."""
-        recompute_activations(self.family)
+    def enable_gradient_checkpointing(self, blocks: int | None = None) -> None:
+        """Saves memory: the backward pass recomputes activations. Gradients stay the same.
+
+        Args:
+            blocks: Number of blocks of the language model whose activations are recomputed, besides those of the vision
+                tower. Each further block takes about the same time and saves the same memory. Default: all.
+        """
+        recompute_activations(self.family, blocks)
 
     def blocks(self) -> list[nn.Module]:
         """The blocks of vision tower and language model."""

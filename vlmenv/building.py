@@ -280,9 +280,7 @@ def load_for_training(config: TrainConfig[Any], device: torch.device) -> VLMAgen
     options, precision = config.adaptation, config.batches.precision
     adapted = options.lora_rank is not None or find_adapter(config.model) is not None
     if options.quantize is not None and not adapted:
-        raise ConfigError(
-            "quantize is for the base of adapters: give lora_rank, or a folder of adapters as model"
-        )
+        raise ConfigError("quantize is for the base of adapters: give lora_rank, or a folder of adapters as model")
     frozen = adapted and options.weights == "auto" and precision == "bf16" and _is_stored_in_bf16(config)
     return load_agent(
         config,
@@ -326,7 +324,7 @@ def adapt(agent: VLMAgent, options: AdaptationOptions, precision: str = "fp32") 
     if options.freeze_vision or options.freeze_projector:
         agent.freeze(vision=options.freeze_vision, projector=options.freeze_projector)
     if options.gradient_checkpointing:
-        agent.enable_gradient_checkpointing()
+        agent.enable_gradient_checkpointing(options.checkpointed_blocks)
     if precision != "bf16" or options.weights == "fp32":
         return []
     rounded = agent.hold("frozen" if options.weights == "auto" else "all")

@@ -15,8 +15,9 @@ from typing import Any, Final
 
 import numpy as np
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from vlmenv.agents.base import Agent
 from vlmenv.core.errors import DataError, PromptError, SampleError
@@ -260,26 +261,29 @@ def sample_count(envs: VisualTaskVectorEnv, limit: int | None) -> int:
 Answers = Sequence[Mapping[str, Any]]
 
 
-def differences(ratios: Mapping[str, tuple[str, str]], before: Answers, after: Answers) -> dict[str, Interval]:
+def differences(task: VisualTaskEnv | None, before: Answers, after: Answers) -> dict[str, Interval]:
     """Paired differences of metrics between two evaluations, over the samples that both have answered.
 
-    Metrics of the set as a whole, such as average precision, are not means of answers, and have none.
+    Metrics of the set as a whole, such as average precision, have those that the task's `compare` gives.
 
     Args:
-        ratios: `ratios` of the task.
-        before: `Evaluation.answers`, or as many of their fields as `index`, `measures` and `subject`.
+        task: The task. None: only means of measures are compared.
+        before: `Evaluation.answers`; without a task `index`, `measures` and `subject` are enough.
         after: Those of the other evaluation.
     """
     pairs = _paired(before, after)
     names = [name for name in pairs[0][0]["measures"] if name in pairs[0][1]["measures"]] if pairs else []
     found = {name: _difference(pairs, name) for name in names}
-    for name, (over, under) in ratios.items():
+    for name, (over, under) in (task.ratios if task is not None else {}).items():
         if over in found and under in found:
             found[name] = _difference(pairs, over, under)
     for subject in sorted({first.get("subject", "") for first, _ in pairs} - {""}):
         if "accuracy" in found:
             own = [pair for pair in pairs if pair[0].get("subject", "") == subject]
             found[f"accuracy/{subject}"] = _difference(own, "accuracy")
+    if task is not None and pairs:
+        earlier, later = ([pair[which]["prediction"] for pair in pairs] for which in (0, 1))
+        found |= task.compare(earlier, later, [one["target"] for one, _ in pairs], [one["index"] for one, _ in pairs])
     return found
 
 
@@ -305,14 +309,29 @@ INTERVALS = "95 % intervals: Wilson's for proportions, else by bootstrap over sa
 """What tables say of their intervals."""
 
 
-def metrics_table(title: str, columns: dict[str, Evaluation], changes: Mapping[str, Interval] | None = None) -> Table:
+def metrics_table(
+    title: str,
+    columns: dict[str, Evaluation],
+    changes: Mapping[str, Interval] | None = None,
+    width: int | None = None,
+) -> Table:
     """A table of metrics with their 95 % intervals: a row each, and a column for each evaluation.
 
     Args:
         title: Its title.
         columns: The evaluations by name.
         changes: Paired differences for a last column. Default: no such column.
+        width: Width of the console. A wider table has its intervals below their values. Default: any width.
     """
+    table = _metrics_table(title, columns, changes, " ")
+    wide = Console(width=10_000)
+    fits = width is None or Measurement.get(wide, wide.options, table).maximum <= width
+    return table if fits else _metrics_table(title, columns, changes, "\n")
+
+
+def _metrics_table(
+    title: str, columns: Mapping[str, Evaluation], changes: Mapping[str, Interval] | None, gap: str
+) -> Table:
     paired = "; the change is of the same samples" if changes is not None else ""
     caption = f"{INTERVALS}{paired}" + "".join(
         f"; {name}: {one.unparsable} of {len(one.answers)} answers unparsable"
@@ -320,28 +339,29 @@ def metrics_table(title: str, columns: dict[str, Evaluation], changes: Mapping[s
         if one.unparsable is not None
     )
     last = [] if changes is None else ["change"]
-    table = Table("metric", *columns, *last, title=title, title_justify="left", caption=caption, caption_justify="left")
+    values = [Column(name, no_wrap=changes is not None) for name in (*columns, *last)]  # else names may be folders
+    table = Table("metric", *values, title=title, title_justify="left", caption=caption, caption_justify="left")
     for name in dict.fromkeys(name for one in columns.values() for name in one.metrics):
-        cells = [written(one.metrics[name]) if name in one.metrics else "" for one in columns.values()]
-        table.add_row(name, *cells, *[_change(name, columns, changes or {}) for _ in last])
+        cells = [written(one.metrics[name], gap=gap) if name in one.metrics else "" for one in columns.values()]
+        table.add_row(name, *cells, *[_change(name, columns, changes or {}, gap) for _ in last])
     return table
 
 
-def _change(name: str, columns: Mapping[str, Evaluation], changes: Mapping[str, Interval]) -> str:
+def _change(name: str, columns: Mapping[str, Evaluation], changes: Mapping[str, Interval], gap: str) -> str:
     """The paired difference with its interval; without one, the plain difference of the last from the first column."""
     if name in changes:
-        return written(changes[name], "+.3f")
+        return written(changes[name], "+.3f", gap)
     first, *_, last = columns.values()
     if name in first.metrics and name in last.metrics:
         return f"{last.metrics[name].value - first.metrics[name].value:+.3f}"
     return ""
 
 
-def written(metric: Interval, form: str = ".3f") -> str:
+def written(metric: Interval, form: str = ".3f", gap: str = " ") -> str:
     """A metric with its interval, for tables."""
     if math.isnan(metric.low):
         return format(metric.value, form)
-    return f"{metric.value:{form}} ({metric.low:{form}} to {metric.high:{form}})"
+    return f"{metric.value:{form}}{gap}({metric.low:{form}} to {metric.high:{form}})"
 
 
 _SKIPPED = "skipped.json"

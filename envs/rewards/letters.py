@@ -35,6 +35,8 @@ class Offer:
         self.letters = LETTERS[: len(choices)] or LETTERS
         self._written = {written: LETTERS[i] for i, written in reversed([*enumerate(keys)])}
         self._pattern = _pattern_of(choices, self.letters)
+        self._lists = _lists_of(choices)
+        self._joined = _pattern_of_lists(self._lists)
         upper = f"[A-{self.letters[-1]}]"
         either = f"[A-{self.letters[-1]}a-{self.letters[-1].lower()}]"
         pronoun = "I" if "I" in self.letters else "(?!)"
@@ -65,8 +67,10 @@ class Offer:
             return {self.letter(whole[1].upper())}
         if self._row.fullmatch(piece):
             return {self.letter(letter) for letter in piece.upper() if letter != " "}
-        if said := self.said(piece):
+        if said := self.said(piece) or self._of_list(_items(piece)):
             return {said}
+        if piece[:1].upper() in {*self.letters} and self.said(piece[1:]) == self.letter(piece[0].upper()):
+            return {self.letter(piece[0].upper())}  # "B12 cm", where B is "12 cm"
         marked = self._marked(piece, several)
         return {mark if mark == _HEDGE else self._of_mark(mark) for mark in _stated(without_denied(marked), several)}
 
@@ -79,8 +83,21 @@ class Offer:
         said = {self.letter(LETTERS[i]) for i, choice in enumerate(self._texts) if self._same(piece, choice)}
         return said.pop() if len(said) == 1 else ""
 
+    def _of_list(self, items: tuple[str, ...]) -> str:
+        """The letter of the choice with the same items, in any order unless two choices differ in it alone."""
+        same = [i for i, listed in self._lists.items() if len(listed) > 1 and sorted(listed) == sorted(items)]
+        same = same if len(same) < 2 else [i for i in same if self._lists[i] == items]
+        return self.letter(LETTERS[same[0]]) if same else ""
+
+    def _mark_list(self, match: re.Match[str]) -> str:
+        """The mark of the choice with these items; if there is none, they are none of the letters offered."""
+        letter = self._of_list(_items(match[0]))
+        return chr(_CHOICE_MARK + LETTERS.index(letter)) if letter else " "
+
     def _marked(self, piece: str, several: bool) -> str:
         """A text with marks in the place of choices and letters."""
+        if self._joined and not several:
+            piece = self._joined.sub(self._mark_list, piece)
         if self._pattern:
             piece = self._pattern.sub(_mark_choice, piece)
         piece = self._range.sub(" ", piece)
@@ -232,6 +249,42 @@ def _form(tokens: list[str]) -> str:
 
 
 _OVER: Final = "[/:]"
+
+# Choices that list several things: "b and d", "I, II and III", "①③".
+_JOIN: Final = r" ?(?:[,;]|\\?&) ?(?:(?:and|和|与|及) ?)?| and |(?<=[\w)]) ?\{ ?and ?\} ?| ?[和与及] ?"
+_JOINED = re.compile(_JOIN)
+_BETWEEN_CIRCLES = re.compile("(?<=[①-⑳]) ?(?=[①-⑳])")
+_ORDERED = re.compile(r"[(\[].*[)\]]", re.DOTALL)
+_LONGEST_ITEM, _MOST_ITEMS = 30, 8
+
+
+def _items(text: str) -> tuple[str, ...]:
+    """The things that a text lists, in order; none if it is no list, or an ordered one in brackets."""
+    text = bare(tidy(text)).replace("\\{", "{").replace("\\}", "}").strip(" .;:")
+    text = text[1:-1] if _IN_BRACES.fullmatch(text) else text
+    parts = _JOINED.split(_BETWEEN_CIRCLES.sub(", ", text))
+    if not 2 <= len(parts) <= _MOST_ITEMS or _ORDERED.fullmatch(text) or max(map(len, parts)) > _LONGEST_ITEM:
+        return ()
+    items = tuple(map(key, parts))
+    return items if all(items) else ()
+
+
+def _lists_of(choices: tuple[str, ...]) -> dict[int, tuple[str, ...]]:
+    """The choices' items by their numbers, if at least one choice lists several."""
+    lists = {i: _items(choice) or (key(choice),) for i, choice in enumerate(choices[: len(LETTERS)])}
+    return lists if any(len(items) > 1 for items in lists.values()) else {}
+
+
+def _pattern_of_lists(lists: dict[int, tuple[str, ...]]) -> re.Pattern[str] | None:
+    """A pattern of several items in a row; of one letter or numeral, as longer ones are found as they are written."""
+    items = {item for listed in lists.values() if len(listed) > 1 for item in listed if re.fullmatch(r"\w{1,4}", item)}
+    if not items:
+        return None
+    item = "|".join(sorted(map(re.escape, items), key=len, reverse=True))
+    return re.compile(
+        rf"(?<!{_INNER})(?<!['.\\(\[-])(?:{item})(?:(?:{_JOIN})(?:{item}))+(?!['.-]?{_INNER})", re.IGNORECASE
+    )
+
 
 # How letters stand in texts. U are the capitals that are offered, E they and the small ones.
 _SEPARATED: Final = (

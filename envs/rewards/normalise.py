@@ -170,7 +170,7 @@ def stated(text: str) -> str:
     The last `\boxed` where there is one, and else what follows the last lead-in ("the answer is", "答案是"); without
     delimiters, Markdown, quotes, and punctuation at the end.
     """
-    text = in_plain_words(fold(text))
+    text = primes(in_plain_words(fold(text)))
     box = boxed(text)
     if box is None and _EXCLAMATION.search(text):
         text = text.rstrip("! ")
@@ -182,8 +182,37 @@ _MARKED = re.compile(r"^#{1,6} |</?[bi]>|(?<![\w)}])\*\*(?=[^*]*\*\*)|(?<=[^* ])
 
 
 def _bare(text: str) -> str:
-    text = _MARKED.sub("", text).strip(_MARKUP)
-    return text.rstrip(".,;? ").strip(_MARKUP) if not text.endswith("...") else text
+    text = _without_quotes(_MARKED.sub("", text))
+    return _without_quotes(text.rstrip(".,;? ")) if not text.endswith("...") else text
+
+
+_ENDS_IN_PRIME = re.compile(r"[^'\"]*(?:(?<![A-Za-z]{2})[A-Za-z]|[)}])'+[.,;? ]*")
+
+
+def _without_quotes(text: str) -> str:
+    return text.strip("*_` " if _ENDS_IN_PRIME.fullmatch(text) else _MARKUP)
+
+
+_PRIME_COMMAND = re.compile(r" ?\^ ?(?:\{ ?((?:(?:\\prime|') ?)+)\}|(\\prime(?![A-Za-z])))")
+_PRIMES = re.compile(r"(?<![\w.\\^{])((?:\d+\.)?\d+)(\$? ?)(''|\"|'(?!\d{3}(?!\d)|[A-Za-z]))(?!')")
+_QUOTE_BEFORE = re.compile(r"(?:^|[\s(:=])['\"]+[^'\"]*$")
+
+
+def primes(text: str) -> str:
+    """A text with `′` for the primes of minutes or feet after a number, and `″` for those of seconds or inches.
+
+    Primes of functions and points stay `'`, as do quotes around a number, and marks between thousands.
+    """
+    text = _PRIME_COMMAND.sub(
+        lambda match: "'" * ((match[1] or match[2]).count("\\prime") or match[1].count("'")), text
+    )
+    return _PRIMES.sub(_prime, text) if "'" in text or '"' in text else text
+
+
+def _prime(match: re.Match[str]) -> str:
+    if _QUOTE_BEFORE.search(match.string[: match.start()]):
+        return match[0]
+    return f"{match[1]}{'′' if match[3] == chr(39) else '″'}{match[2].rstrip()}"
 
 
 _IN_WORDS = re.compile(

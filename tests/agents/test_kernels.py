@@ -9,7 +9,16 @@ import torch
 from cuda_operators import cuda_operators
 
 from vlmenv.agents import kernels
-from vlmenv.agents.kernels import CPUKernel, EfficientKernel, ExplicitKernel, FlashKernel, Kernel, Part, kernel_for
+from vlmenv.agents.kernels import (
+    CPUKernel,
+    EfficientKernel,
+    ExplicitKernel,
+    FlashKernel,
+    Kernel,
+    Part,
+    backward_in_rows,
+    kernel_for,
+)
 from vlmenv.agents.packing import Packing
 
 FOR_CUDA = [FlashKernel(), EfficientKernel()]
@@ -62,6 +71,28 @@ def compare(kernel: Kernel, tried: Part, tolerance: float) -> None:
         laid_out = [one.transpose(first, second).contiguous().transpose(first, second) for one in (out, lse)]
         found = (*kernel.forward(tried), *kernel.backward(tried, grad, *laid_out))
         torch.testing.assert_close(found, right, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("case", ["unequal", "even"])
+def test_queries_cut_into_rows_have_the_same_gradients(case: str) -> None:
+    """To the last digits, and by calls with more rows."""
+    tried = part(case, torch.float64)
+    grad = torch.randn(tried.query.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    forward = ExplicitKernel().forward(tried)
+    right = ExplicitKernel().backward(tried, grad, *forward)
+    rows: list[int] = []
+
+    class Noting(FlashKernel):
+        def backward(self, part: Part, *rest: Any) -> Any:
+            rows.append(len(part.query))
+            return super().backward(part, *rest)
+
+    with cuda_operators():
+        found = backward_in_rows(Noting(), tried, grad, *forward, 3)
+    torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-12)
+    assert rows == [2 * 3]
+    rows.clear()
+    assert backward_in_rows(ExplicitKernel(), tried, grad, *forward, 3)[1].equal(right[1])
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -61,6 +61,23 @@ def test_gradients_are_the_same_from_less_memory(folder: Path, case: str) -> Non
     assert torch.equal(agent.logprobs(rollout).values, values)
 
 
+def test_some_blocks_alone_may_be_recomputed(folder: Path) -> None:
+    """The first ones of the language model, and all of the vision tower: with more of them, less is kept."""
+    kept = []
+    for blocks in (None, 2, 1, 0):
+        agent = VLMAgent.from_pretrained(folder, sampling=Sampling(0.8))
+        agent.enable_gradient_checkpointing(blocks)
+        grads, held = gradients(agent, rollout_of(agent))
+        kept.append(held)
+        if blocks is None:
+            expected = grads
+        for name, gradient in expected.items():
+            assert (grads[name] is None) == (gradient is None), name
+            if gradient is not None:
+                torch.testing.assert_close(grads[name], gradient, atol=1e-6, rtol=1e-5)
+    assert kept[0] == kept[1] < kept[2] < kept[3]
+
+
 def test_sampling_is_the_same(folder: Path) -> None:
     agent = VLMAgent.from_pretrained(folder, sampling=Sampling(0.8))
     expected = rollout_of(agent)

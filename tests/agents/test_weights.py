@@ -138,7 +138,9 @@ def test_all_weights_in_bfloat16_are_saved_exactly(base: str, folder: Path, tmp_
         assert torch.equal(weights_of(again)[key], tensor), key
         assert tensor.dtype == torch.bfloat16 or not tensor.is_floating_point()
     whole = VLMAgent.from_pretrained(tmp_path / "model")
-    assert all(torch.equal(whole.family_policy.state_dict()[key], one.float()) for key, one in weights_of(agent).items())
+    assert all(
+        torch.equal(whole.family_policy.state_dict()[key], one.float()) for key, one in weights_of(agent).items()
+    )
 
 
 @pytest.mark.slow

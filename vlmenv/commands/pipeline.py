@@ -373,7 +373,7 @@ def _changes(pipeline: Pipeline, folder: Path, name: str) -> dict[str, Interval]
         for file in sorted(own.rglob("answers.jsonl")):
             place = file.relative_to(own)
             entry = "" if place.parent == Path() else f"{place.parent}: "
-            changes = differences({}, _answers(base / place), _answers(file)) if (base / place).is_file() else {}
+            changes = differences(None, _answers(base / place), _answers(file)) if (base / place).is_file() else {}
             found |= {f"{one.name}: {entry}{metric}": change for metric, change in changes.items()}
     return found
 

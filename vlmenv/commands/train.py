@@ -22,6 +22,7 @@ from vlmenv.agents.vlm import VLMAgent
 from vlmenv.algos import ALGORITHMS, Algorithm, Trainer, find_algorithm
 from vlmenv.algos.trainer import check_staleness
 from vlmenv.building import (
+    DTYPES,
     adapt,
     check_device,
     check_engine,
@@ -141,8 +142,7 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
     trainer = _make_trainer(config, parts, envs, accelerator, opened, console)
     for shown, lengths in counted:
         fit_engine(shown, lengths, trainer.agent, console)
-    policy, dtype = cast(VLMAgent, trainer.agent).family_policy, DTYPES[config.batches.precision]
-    paths = fast_paths(policy, dtype)
+    paths = fast_paths(cast(VLMAgent, trainer.agent).family_policy, DTYPES[config.batches.precision])
     if accelerator.is_main_process and config.resume is None:
         identity = secrets.token_hex(8)
         own = next((lengths for shown, lengths in counted if shown is envs), None)
@@ -184,6 +184,8 @@ def _check(config: TrainConfig[Any]) -> None:
     check_device(config.device)
     if config.batches.precision == "fp16" and (config.device == "cpu" or not torch.cuda.is_available()):
         raise ConfigError("precision fp16 needs a CUDA GPU: take fp32 or bf16")
+    if config.trainer.optimizer == "adamw_offload" and (config.device == "cpu" or not torch.cuda.is_available()):
+        raise ConfigError("optimizer adamw_offload moves state to the CPU, where this model is already: take adamw")
     find_tracker(config.logging.tracker)
     check_data_changed(config)
 
@@ -222,6 +224,7 @@ def _open_data(
 def _room_of_shapes(config: TrainConfig[Any], parts: Parts, run: RunFolder) -> str:
     """What a run would take on its disk, without loading its model."""
     agent = VLMAgent.weightless(config.model)
+    agent.family.model.to(torch.bfloat16 if config.adaptation.weights == "bf16" else torch.float32)
     adapt(agent, config.adaptation)
     if (parts.algorithm or find_algorithm(config.algo).make(config.algorithm)).wants_values:
         agent.add_value_head()
@@ -261,10 +264,10 @@ def _held(config: TrainConfig[Any], processes: Processes, console: Console) -> T
     options = config.adaptation
     if processes.takes_any_dtype:
         return config
-    if options.weights == "bf16" or options.quantize is not None:
+    if options.weights == "bf16" or options.quantize is not None or config.trainer.optimizer != "adamw":
         raise ConfigError(
-            f"{processes.name} takes float32 weights: leave out weights and quantize, or "
-            "launch with FSDP2 (docs/distributed.md)"
+            f"{processes.name} takes float32 weights and optimizer adamw: leave out weights, quantize and optimizer, "
+            "or launch with FSDP2 (docs/distributed.md)"
         )
     if options.weights == "auto" and config.batches.precision == "bf16":
         say(f"frozen weights are fp32 under {processes.name}; FSDP2 holds them in bf16", console)

@@ -35,6 +35,9 @@ class AdaptationOptions:
     """Run image and prompt through the model once per group, not once per completion. Exact, and much faster."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    checkpointed_blocks: int | None = None
+    """Number of the language model's blocks whose activations are recomputed, the first ones, besides all of the vision
+    tower; goes with gradient_checkpointing. None: all."""
     weights: Literal["auto", "fp32", "bf16"] = "auto"
     """Data type of the weights in memory. "auto": fp32, but bf16 for frozen weights (beneath adapters, frozen parts,
     the reference) with precision bf16, where no result changes. "bf16": all but adapters; updates are rounded at
@@ -50,6 +53,13 @@ class AdaptationOptions:
         lora = self.lora_alpha is not None or self.lora_dropout or self.lora_vision
         if self.lora_rank is None and lora:
             raise ConfigError("lora_alpha, lora_dropout and lora_vision go with lora_rank")
+        if self.checkpointed_blocks is not None:
+            require(
+                self.checkpointed_blocks >= 0,
+                f"checkpointed_blocks must not be negative, not {self.checkpointed_blocks}",
+            )
+            if not self.gradient_checkpointing:
+                raise ConfigError("checkpointed_blocks goes with gradient_checkpointing")
         if self.lora_rank is not None and (self.freeze_vision or self.freeze_projector):
             raise ConfigError("with lora_rank all but the adapters is frozen: leave out the options to freeze")
         if self.quantize is not None and (self.freeze_vision or self.freeze_projector):

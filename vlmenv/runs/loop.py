@@ -345,10 +345,10 @@ def compare(
     """Shows and writes what changed."""
     draw_samples(run.path / "samples.png", envs, before, after)
     write_evaluation(after, run.path / "after")
-    changes = differences(envs.task.ratios, before.answers, after.answers)
+    changes = differences(envs.task, before.answers, after.answers)
     told = {"before": before.as_json(), "after": after.as_json(), "change": as_json(changes)}
     run.write_json("evaluation.json", told)
     measuring = config.measuring
     held_out = config.data.dataset is None or measuring.eval_dataset is not None or measuring.eval_split is not None
     what = f"{len(after.answers)} {'held-out' if held_out else 'training'} samples, greedy answers"
-    console.print(metrics_table(what, {"before": before, "after": after}, changes))
+    console.print(metrics_table(what, {"before": before, "after": after}, changes, console.width))
