@@ -226,7 +226,8 @@ def _open_data(
 def _room_of_shapes(config: TrainConfig[Any], parts: Parts, run: RunFolder) -> str:
     """What a run would take on its disk, without loading its model."""
     agent = VLMAgent.weightless(config.model)
-    agent.family.model.to(torch.bfloat16 if config.adaptation.weights == "bf16" else torch.float32)
+    dtype = torch.bfloat16 if config.adaptation.weights == "bf16" else torch.float32
+    agent.family.model.to(dtype=dtype)  # type: ignore[call-arg]  # transformers wraps it without its arguments
     adapt(agent, config.adaptation)
     if (parts.algorithm or find_algorithm(config.algo).make(config.algorithm)).wants_values:
         agent.add_value_head()
