@@ -42,7 +42,6 @@ def test_two_processes_learn_as_one(kind: str, tmp_path: Path, internvl: Path) -
     assert sorted(path.name for path in tmp_path.iterdir()) == sorts.split(",")
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_weights_and_states_of_fewer_bits_on_two_processes(kind: str, tmp_path: Path) -> None:
     for library in ("peft", "bitsandbytes"):
@@ -54,7 +53,8 @@ def test_weights_and_states_of_fewer_bits_on_two_processes(kind: str, tmp_path: 
     done = launch(kind, str(script), NAMES[kind], str(base), str(runs), ",".join(cases))
     assert done.returncode == 0, done.stderr
     assert {path.name for path in runs.iterdir()} == set(cases)
-=======
+
+
 @pytest.mark.parametrize("kind", NAMES)
 def test_the_checkpoints_of_a_bfloat16_model_go_on_bit_for_bit(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -67,7 +67,6 @@ def test_the_checkpoints_of_a_bfloat16_model_go_on_bit_for_bit(
     done = launch(kind, str(script), NAMES[kind], "bf16", str(tmp_path / "runs"))
     assert done.returncode == 0, done.stderr
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["bf16"]
->>>>>>> survive
 
 
 @pytest.mark.parametrize("as_slices", [True, False])
