@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,6 +81,15 @@ class PassLimits:
         is_first[np.unique(index, return_index=True)[1]] = True
         padded = np.cumsum(is_first) * np.maximum.accumulate(lengths[index])
         return max(1, int(np.sum(padded + each * np.arange(1, len(index) + 1) <= self.cache)))
+
+
+def token_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Bytes of a token's keys and values in all blocks of a model's configuration."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    keys = getattr(text, "num_key_value_heads", None) or heads
+    return int(2 * text.num_hidden_layers * keys * size * dtype.itemsize)
 
 
 NO_LIMITS = PassLimits()

@@ -34,7 +34,7 @@ from vlmenv.agents.policy import Policy, ValueHead
 from vlmenv.agents.quantization import Quantization, quantize, quantized_layers
 from vlmenv.agents.recomputation import recompute_activations
 from vlmenv.agents.references import FrozenPolicy, UnadaptedPolicy
-from vlmenv.agents.sampling import PassLimits, Sampled, sample
+from vlmenv.agents.sampling import PassLimits, Sampled, sample, token_bytes
 from vlmenv.agents.saving import check_conversion, is_of, published_weights, write_settings, write_weights
 from vlmenv.agents.untrainable import read_config, tell_attention
 from vlmenv.agents.weights import hold_all, hold_frozen
@@ -49,6 +49,8 @@ __all__ = ["BUILTIN", "Policy", "Sampling", "VLMAgent", "find_model"]
 
 _FORMER_ADAPTER: Final = "adapter"
 """Folder of the adapters in checkpoints of earlier versions."""
+_CACHED = 0.6
+"""Share of a GPU's free memory for keys and values; a block of them is held twice while it grows."""
 _VALUE_HEAD = "value_head/value_head.safetensors"
 
 
@@ -508,7 +510,7 @@ class VLMAgent(Agent):
             raise ConfigError("the agent is closed with its engine: load it anew to generate")
         prompts, index = self.encode(observations)
         if self.engine is None:
-            sampled = sample(self.family_policy, prompts, index, sampling, self._generator, self.limits)
+            sampled = sample(self.family_policy, prompts, index, sampling, self._generator, self._limits())
         else:
             listed = unbatch(observations)
             firsts = np.unique(index, return_index=True)[1]
@@ -520,6 +522,17 @@ class VLMAgent(Agent):
         completions = [Completion(self._text(one), one.token_ids, one.logprobs, one.finish_reason) for one in sampled]
         full, from_trainer = not sampling.cuts_tail, self.engine is None
         return Rollout(prompts, index, completions, sampling.temperature, full, from_trainer)
+
+    def _limits(self) -> PassLimits:
+        """The limits of sampling; on a GPU without a limit of the caches, that of its free memory."""
+        if self.limits.cache is not None or self.device.type != "cuda":
+            return self.limits
+        free = torch.cuda.mem_get_info(self.device)[0]
+        free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        autocast = torch.is_autocast_enabled("cuda")
+        dtype = torch.get_autocast_dtype("cuda") if autocast else self.family.model.dtype
+        room = int(_CACHED * free / token_bytes(self.family.model.config, dtype))
+        return replace(self.limits, cache=max(1, room))
 
     def _text(self, sampled: Sampled) -> str:
         """A completion's text, up to the end of its first stop text."""

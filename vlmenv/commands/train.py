@@ -17,7 +17,6 @@ from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
 from vlmenv.agents.fast_paths import fast_paths, written
-from vlmenv.agents.sampling import PassLimits
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.algos import ALGORITHMS, Algorithm, Trainer, find_algorithm
 from vlmenv.algos.trainer import check_staleness
@@ -26,6 +25,7 @@ from vlmenv.building import (
     adapt,
     check_device,
     check_engine,
+    limits_of,
     load_for_training,
     open_console,
     report_broken_rows,
@@ -252,7 +252,7 @@ def _make_trainer(
     for note in adapt(agent, config.adaptation, config.batches.precision):
         say(note, console)
     agent.check_saving()
-    agent.limits = PassLimits(config.trainer.micro_batch_size, config.trainer.micro_batch_tokens)
+    agent.limits = limits_of(config)
     if algorithm.wants_values:
         agent.add_value_head()
     return Trainer(agent, envs, algorithm, config.trainer, accelerator)
