@@ -14,6 +14,7 @@ from typing import Any, Final
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -304,6 +305,8 @@ def _base_weights(model: nn.Module) -> dict[str, str]:
     digest, quantized = hashlib.sha256(), quantized_layers(model)
     weights = {name.replace(".base_layer.", "."): (name, tensor) for name, tensor in model.state_dict().items()}
     for _, (name, tensor) in sorted(weights.items(), key=lambda item: item[0]):
+        if isinstance(tensor, FakeTensor):  # weights without numbers
+            continue
         layer = quantized.get(name)
         if layer is not None or (tensor.ndim == 2 and not is_adapter(name)):
             row = (tensor[0] if layer is None else layer.first_row).bfloat16()

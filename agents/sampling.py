@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,6 +83,15 @@ class PassLimits:
         return max(1, int(np.sum(padded + each * np.arange(1, len(index) + 1) <= self.cache)))
 
 
+def token_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Bytes of a token's keys and values in all blocks of a model's configuration."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    keys = getattr(text, "num_key_value_heads", None) or heads
+    return int(2 * text.num_hidden_layers * keys * size * dtype.itemsize)
+
+
 NO_LIMITS = PassLimits()
 _ROWS, _PREFILL = 64, 8192
 """Completions whose logits are computed at once, and tokens of prompts in a pass, where only the cache has a limit."""
@@ -138,6 +148,7 @@ def _wave(
     shown, rows = [prompts[i] for i in own], torch.from_numpy(local)
     growing = _Growing(torch.from_numpy(begun), sampling, policy)
     prefixes, firsts = prefilled(policy, shown, limits)
+    padded = np.full(len(prompts), prefixes.packing.longest)  # prompts that are left keep their padding
     attention = Steps(prefixes, rows, sampling.max_new_tokens)
     positions = torch.tensor([next_position(prompt) for prompt in shown])[rows].to(policy.device)
     hidden = firsts[rows.to(policy.device)]
@@ -146,7 +157,6 @@ def _wave(
         growing.add(token, logprob)
         going = growing.still_going()
         if limits.cache is not None and attention.is_full and attention.length and len(going):
-            padded = np.full(len(prompts), prefixes.packing.longest)  # the prompts that are left keep their padding
             going = growing.within(lambda which: limits.fitting(index[which], padded, attention.next_capacity), going)
         if len(going) == 0:
             return growing.sampled()
@@ -281,7 +291,8 @@ class _Places:
         """[n, 1], of the tokens of completions `rows` [n] at a step."""
         if self._is_greedy:
             return torch.zeros(len(rows), 1, dtype=torch.float64, device=rows.device)
-        return self._drawn(len(rows), 1) if self._all is None else self._all[rows, step, None]
+        drawn = self._drawn(len(rows), 1) if self._all is None else self._all[rows, step, None]
+        return drawn.to(rows.device)
 
     def _drawn(self, *shape: int) -> Tensor:
         device = self._generator.device

@@ -24,6 +24,7 @@ from vlmenv.agents.families import coordinate_space, image_bound, resize_rule
 from vlmenv.agents.pixels import prepared_folder
 from vlmenv.agents.quantization import Quantization
 from vlmenv.agents.remainders import REMAINDERS
+from vlmenv.agents.sampling import PassLimits
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.core.coordinates import CoordinateSpace
 from vlmenv.core.errors import ConfigError, unknown_name
@@ -258,6 +259,7 @@ def load_agent(
         quantization=quantization,
         quantize_vision=quantize_vision,
     )
+    agent.limits = PassLimits(cache=config.generation.cache_tokens)
     if config.prompts.system_prompt is not None:
         agent.family.require_system_turns()
     if (make := find_engine(config.generation.engine)) is not None:
@@ -290,6 +292,12 @@ def load_for_training(config: TrainConfig[Any], device: torch.device) -> VLMAgen
         quantization=options.quantize,
         quantize_vision=options.lora_vision,
     )
+
+
+def limits_of(config: TrainConfig[Any]) -> PassLimits:
+    """The limits of sampling by the model itself in training."""
+    trainer = config.trainer
+    return PassLimits(trainer.micro_batch_size, trainer.micro_batch_tokens, config.generation.cache_tokens)
 
 
 def _is_stored_in_bf16(config: TrainConfig[Any]) -> bool:

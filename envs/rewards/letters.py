@@ -6,7 +6,7 @@ import functools
 import itertools
 import re
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 from vlmenv.envs.rewards.evidence import conclusions, tidy, without_denied
 
@@ -34,17 +34,19 @@ class Offer:
         self._first = {letter: LETTERS[keys.index(written)] for letter, written in zip(LETTERS, keys, strict=False)}
         self.letters = LETTERS[: len(choices)] or LETTERS
         self._written = {written: LETTERS[i] for i, written in reversed([*enumerate(keys)])}
-        self._pattern = _pattern_of(choices, self.letters)
-        self._lists = _lists_of(choices)
-        self._joined = _pattern_of_lists(self._lists)
-        upper = f"[A-{self.letters[-1]}]"
-        either = f"[A-{self.letters[-1]}a-{self.letters[-1].lower()}]"
-        pronoun = "I" if "I" in self.letters else "(?!)"
-        self._whole = re.compile(rf"[(\[]? ?({either}) ?[)\]]? ?[.:,;!]?")
-        self._row = re.compile(rf"{either}(?: {either})+")
-        self._range = re.compile(rf"[(\[]{either} ?[-–] ?{either}[)\]]")
-        self._compact = re.compile(rf"(?<![\w'.-])(?:{upper}{{2,}})(?!['-]?\w)")
-        self._lettered = [re.compile(form.format(U=upper, E=either, I=pronoun)) for form in _LETTER_FORMS]
+        self._forms = _forms_of(self.letters)
+
+    @functools.cached_property
+    def _pattern(self) -> re.Pattern[str] | None:
+        return _pattern_of(self._texts, self.letters)
+
+    @functools.cached_property
+    def _lists(self) -> dict[int, tuple[str, ...]]:
+        return _lists_of(self._texts)
+
+    @functools.cached_property
+    def _joined(self) -> re.Pattern[str] | None:
+        return _pattern_of_lists(self._lists)
 
     def letter(self, letter: str) -> str:
         """The first letter that stands for the same choice."""
@@ -63,9 +65,9 @@ class Offer:
 
     def _named(self, piece: str, several: bool) -> set[str]:
         """The letters that a text names; several if it hedges about one; empty if it names none."""
-        if whole := self._whole.fullmatch(piece):
+        if whole := self._forms.whole.fullmatch(piece):
             return {self.letter(whole[1].upper())}
-        if self._row.fullmatch(piece):
+        if self._forms.row.fullmatch(piece):
             return {self.letter(letter) for letter in piece.upper() if letter != " "}
         if said := self.said(piece) or self._of_list(_items(piece)):
             return {said}
@@ -100,10 +102,10 @@ class Offer:
             piece = self._joined.sub(self._mark_list, piece)
         if self._pattern:
             piece = self._pattern.sub(_mark_choice, piece)
-        piece = self._range.sub(" ", piece)
+        piece = self._forms.range.sub(" ", piece)
         if several:
-            piece = self._compact.sub(_apart, piece)
-        for pattern in self._lettered:
+            piece = self._forms.compact.sub(_apart, piece)
+        for pattern in self._forms.lettered:
             piece = pattern.sub(_mark_letters, piece)
         return piece
 
@@ -168,6 +170,32 @@ def _decided(named: set[str], several: bool) -> str | None:
 
 
 _IS_VALUE = re.compile(r"\d|\\[A-Za-z]")
+
+
+class _Forms(NamedTuple):
+    """Patterns of how the letters offered stand in texts."""
+
+    whole: re.Pattern[str]
+    row: re.Pattern[str]
+    range: re.Pattern[str]
+    compact: re.Pattern[str]
+    lettered: tuple[re.Pattern[str], ...]
+
+
+@functools.cache
+def _forms_of(letters: str) -> _Forms:
+    """The patterns for letters from A on; compiling them takes longer than a data set's row should."""
+    upper = f"[A-{letters[-1]}]"
+    either = f"[A-{letters[-1]}a-{letters[-1].lower()}]"
+    pronoun = "I" if "I" in letters else "(?!)"
+    return _Forms(
+        re.compile(rf"[(\[]? ?({either}) ?[)\]]? ?[.:,;!]?"),
+        re.compile(rf"{either}(?: {either})+"),
+        re.compile(rf"[(\[]{either} ?[-–] ?{either}[)\]]"),
+        re.compile(rf"(?<![\w'.-])(?:{upper}{{2,}})(?!['-]?\w)"),
+        tuple(re.compile(form.format(U=upper, E=either, I=pronoun)) for form in _LETTER_FORMS),
+    )
+
 
 # How choices are written.
 _SIGNS: Final = (

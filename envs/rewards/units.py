@@ -51,7 +51,7 @@ def _conversion_of_primes(unit: Unit, other: Unit) -> Fraction | None:
 
 
 _ARC: Final = (("°", 1),)
-_MEANINGS_OF_PRIMES: Final = {
+_MEANINGS_OF_PRIMES: Final[dict[tuple[Fraction, tuple[tuple[str, int], ...]], Fraction]] = {
     (Fraction(1, 60), (("m", 1),)): Fraction(381, 1250),
     (Fraction(1, 3600), (("m", 1),)): Fraction(127, 5000),
     (Fraction(1, 60), (("s", 1),)): Fraction(60),

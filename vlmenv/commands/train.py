@@ -17,7 +17,6 @@ from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
 from vlmenv.agents.fast_paths import fast_paths, written
-from vlmenv.agents.sampling import PassLimits
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.algos import ALGORITHMS, Algorithm, Trainer, find_algorithm
 from vlmenv.algos.trainer import check_staleness
@@ -26,6 +25,7 @@ from vlmenv.building import (
     adapt,
     check_device,
     check_engine,
+    limits_of,
     load_for_training,
     open_console,
     report_broken_rows,
@@ -44,7 +44,7 @@ from vlmenv.processes import Processes, end_with_parent, processes_of
 from vlmenv.processes.failures import shared_failure
 from vlmenv.processes.stopping import StoppedError, Stopping
 from vlmenv.runs.checkpoints import Found, find_checkpoint, load_checkpoint
-from vlmenv.runs.fitting import fit_engine, fit_prompts
+from vlmenv.runs.fitting import fit_answers, fit_engine, fit_prompts
 from vlmenv.runs.lengths import Lengths
 from vlmenv.runs.lock import locked
 from vlmenv.runs.loop import TrainingLoop, compare, evaluate_now, look_first, measured_before
@@ -213,6 +213,8 @@ def _open_data(
         (shown, fit_prompts(config, shown, accelerator, console, agent=parts.agent, first=first))
         for shown, first in firsts
     ]
+    if _imitates(config):
+        fit_answers(config, envs, accelerator, console, agent=parts.agent)
     report_broken_rows(envs, console)
     if held_out is not None and not (measuring.eval_dataset is None and measuring.eval_split is None):
         report_broken_rows(held_out, console)
@@ -224,7 +226,8 @@ def _open_data(
 def _room_of_shapes(config: TrainConfig[Any], parts: Parts, run: RunFolder) -> str:
     """What a run would take on its disk, without loading its model."""
     agent = VLMAgent.weightless(config.model)
-    agent.family.model.to(torch.bfloat16 if config.adaptation.weights == "bf16" else torch.float32)
+    dtype = torch.bfloat16 if config.adaptation.weights == "bf16" else torch.float32
+    agent.family.model.to(dtype=dtype)  # type: ignore[call-arg]  # transformers wraps it without its arguments
     adapt(agent, config.adaptation)
     if (parts.algorithm or find_algorithm(config.algo).make(config.algorithm)).wants_values:
         agent.add_value_head()
@@ -249,7 +252,7 @@ def _make_trainer(
     for note in adapt(agent, config.adaptation, config.batches.precision):
         say(note, console)
     agent.check_saving()
-    agent.limits = PassLimits(config.trainer.micro_batch_size, config.trainer.micro_batch_tokens)
+    agent.limits = limits_of(config)
     if algorithm.wants_values:
         agent.add_value_head()
     return Trainer(agent, envs, algorithm, config.trainer, accelerator)
@@ -328,6 +331,7 @@ def _begun(
             if config.resume is None:
                 run.check_new()
             elif not config.dry_run:
+                run.best()  # raises now what is wrong with its record
                 found = find_checkpoint(run)
     (found,) = broadcast_object_list([found])
     for note in found.notes:

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from vlmenv.agents.engines.checksums import checksums, clear
 from vlmenv.agents.published import PublishedProcessor
-from vlmenv.agents.sampling import PassLimits
 from vlmenv.agents.vlm import Sampling, VLMAgent
-from vlmenv.building import DTYPES, adapt, check_engine, load_for_training, task_arguments
+from vlmenv.building import DTYPES, adapt, check_engine, limits_of, load_for_training, task_arguments
 from vlmenv.core.errors import ConfigError, PromptError, ReadingError
 from vlmenv.core.rollout import IMAGE_MARK, Observation, Prompt, Rollout, unbatch
 from vlmenv.envs.base import VisualTaskEnv
@@ -120,7 +119,7 @@ class Subject:
         agent = self._loaded()
         torch.manual_seed(self.config.seed)  # initialises new adapters
         adapt(agent, self.config.adaptation, self.config.batches.precision)
-        agent.limits = PassLimits(self.config.trainer.micro_batch_size, self.config.trainer.micro_batch_tokens)
+        agent.limits = limits_of(self.config)
         agent.seed(self.config.seed)
         self._agent = agent
 
