@@ -130,9 +130,11 @@ _LEAD_IN = re.compile(
     re.IGNORECASE,
 )
 _CHINESE_LEAD_IN = re.compile(
-    r"^.*(?:(?<![不非])(?:是|为|為)|等于|等於|答案|答|得到?|共有?|总共|一共|有|约|大约|所以|因此|故选?|则|即|选择?|选项|(?<=[\u4e00-\u9fff]):)[:,]?"
+    r"^.*(?:(?<![不非])(?:是|为|為)|等于|等於|答案|答|得到?|共有?|总共|一共|有|约|大约|所以|因此|故选?|则|即|填|选择?|选项|(?<=[\u4e00-\u9fff]):)[:,]?"
     r" *(?=[-+$\\\d(\[{√π∠A-Za-z.≈=])"
 )
+_CHINESE_ANSWER = re.compile(r"^.*答案(?:应该?|就)?(?:是|为|:)+ *(?=[\u4e00-\u9fff])")
+_NEGATIVE = re.compile(r"负(?= ?[\d.\\])")
 _HAS_CHINESE = re.compile(r"[\u4e00-\u9fff]")
 _NEGATION = re.compile(
     r"\b(?:not|never|neither|nor|cannot|wrong|incorrect|except|unlikely)\b|n't\b|[不非没]", re.IGNORECASE
@@ -148,8 +150,8 @@ def without_lead_in(text: str) -> str:
     A text is returned unchanged if it is negated ("is not", "it cannot be that …") or names an alternative by "or". It
     then states nothing definite.
     """
-    text = _MINUS.sub("-", _AFTER_ALL.sub("", text))
-    for pattern in (_CHINESE_LEAD_IN, _LEAD_IN) if _HAS_CHINESE.search(text) else (_LEAD_IN,):
+    text = _NEGATIVE.sub("-", _MINUS.sub("-", _AFTER_ALL.sub("", text)))
+    for pattern in (_CHINESE_ANSWER, _CHINESE_LEAD_IN, _LEAD_IN) if _HAS_CHINESE.search(text) else (_LEAD_IN,):
         text = _after(pattern, text)
     return text
 
@@ -170,7 +172,7 @@ def stated(text: str) -> str:
     The last `\boxed` where there is one, and else what follows the last lead-in ("the answer is", "答案是"); without
     delimiters, Markdown, quotes, and punctuation at the end.
     """
-    text = in_plain_words(fold(text))
+    text = primes(in_plain_words(fold(text)))
     box = boxed(text)
     if box is None and _EXCLAMATION.search(text):
         text = text.rstrip("! ")
@@ -182,12 +184,42 @@ _MARKED = re.compile(r"^#{1,6} |</?[bi]>|(?<![\w)}])\*\*(?=[^*]*\*\*)|(?<=[^* ])
 
 
 def _bare(text: str) -> str:
-    text = _MARKED.sub("", text).strip(_MARKUP)
-    return text.rstrip(".,;? ").strip(_MARKUP) if not text.endswith("...") else text
+    text = _without_quotes(_MARKED.sub("", text))
+    return _without_quotes(text.rstrip(".,;? ")) if not text.endswith("...") else text
+
+
+_ENDS_IN_PRIME = re.compile(r"[^'\"]*(?:(?<![A-Za-z]{2})[A-Za-z]|[)}])'+[.,;? ]*")
+
+
+def _without_quotes(text: str) -> str:
+    return text.strip("*_` " if _ENDS_IN_PRIME.fullmatch(text) else _MARKUP)
+
+
+_PRIME_COMMAND = re.compile(r" ?\^ ?(?:\{ ?((?:(?:\\prime|') ?)+)\}|(\\prime(?![A-Za-z])))")
+_PRIMES = re.compile(r"(?<![\w.\\^{])((?:\d+\.)?\d+)(\$? ?)(''|\"|'(?!\d{3}(?!\d)|[A-Za-z]))(?!')")
+_QUOTE_BEFORE = re.compile(r"(?:^|[\s(:=])['\"]+[^'\"]*$")
+
+
+def primes(text: str) -> str:
+    """A text with `′` for the primes of minutes or feet after a number, and `″` for those of seconds or inches.
+
+    Primes of functions and points stay `'`, as do quotes around a number, and marks between thousands.
+    """
+    text = _PRIME_COMMAND.sub(
+        lambda match: "'" * ((match[1] or match[2]).count("\\prime") or match[1].count("'")), text
+    )
+    return _PRIMES.sub(_prime, text) if "'" in text or '"' in text else text
+
+
+def _prime(match: re.Match[str]) -> str:
+    if _QUOTE_BEFORE.search(match.string[: match.start()]):
+        return match[0]
+    return f"{match[1]}{'′' if match[3] == chr(39) else '″'}{match[2].rstrip()}"
 
 
 _IN_WORDS = re.compile(
-    r"\\(?:text(?:normal|rm|bf|it)?|math(?:rm|bf|it|sf)|mbox|operatorname|hbox|unit|si)(?![A-Za-z]) *\{([^{}]*)\}"
+    r"\\(?:text(?:normal|rm|bf|it)?|math(?:rm|bf|it|sf)|mbox|operatorname|hbox|unit|si)(?![A-Za-z])"
+    r" *\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
 
 

@@ -19,6 +19,8 @@ class Unit(NamedTuple):
     """by name, in order, none of them 0; a thing that is counted is a base unit of its own, such as `"people"`"""
     is_doubtful: bool = False
     """whether it may also be a variable, such as the s of "5s"; it is not left out then"""
+    is_prime: bool = False
+    """whether it is written as ′ or ″, which may also be of feet, inches, minutes or seconds"""
 
 
 def conversion(unit: Unit | None, other: Unit | None) -> Fraction | None:
@@ -30,13 +32,38 @@ def conversion(unit: Unit | None, other: Unit | None) -> Fraction | None:
         return None if (unit or other or _NONE).is_doubtful else Fraction(1)
     if unit.powers == other.powers:
         return unit.scale / other.scale
+    if unit.is_prime or other.is_prime:
+        return _conversion_of_primes(unit, other)
     mine, others = {name for name, _ in unit.powers}, {name for name, _ in other.powers}
     if mine <= _ANGLES and others <= _ANGLES and "°" in mine | others:
         return Fraction(1)  # 30° for 30 °C
     words = {name for name in mine if name.startswith(_COUNTED)}, {name for name in others if name.startswith(_COUNTED)}
-    return Fraction(1) if words[0] & words[1] and words == (mine, others) else None
+    are_alike = bool(words[0] & words[1]) or _in_chinese(words[0]) != _in_chinese(words[1])
+    return Fraction(1) if are_alike and all(words) and words == (mine, others) else None
 
 
+def _in_chinese(words: set[str]) -> bool:
+    """Whether things are named in Chinese, such as 人, which cannot be told from the English for other things."""
+    return any(word.isalpha() and not word.isascii() for word in (name[1:] for name in words))
+
+
+def _conversion_of_primes(unit: Unit, other: Unit) -> Fraction | None:
+    """The factor where a prime may be a minute of time, or a foot, as what it is compared with is."""
+    arc, fixed = (unit, other) if unit.is_prime else (other, unit)
+    meaning = _MEANINGS_OF_PRIMES.get((arc.scale, fixed.powers))
+    if meaning is None:
+        return None
+    return meaning / fixed.scale if arc is unit else fixed.scale / meaning
+
+
+DEGREES: Final = (("°", 1),)
+_MEANINGS_OF_PRIMES: Final[dict[tuple[Fraction, tuple[tuple[str, int], ...]], Fraction]] = {
+    (Fraction(1, 60), (("m", 1),)): Fraction(381, 1250),
+    (Fraction(1, 3600), (("m", 1),)): Fraction(127, 5000),
+    (Fraction(1, 60), (("s", 1),)): Fraction(60),
+    (Fraction(1, 3600), (("s", 1),)): Fraction(1),
+}
+"""By the scale of ′ or ″ as a part of a degree, and what it is compared with."""
 _COUNTED: Final = "#"
 _NONE: Final = Unit(Fraction(1), ())
 _ANGLES: Final = {"°", "°C", "°F"}
@@ -101,6 +128,8 @@ _OTHERS: Final[dict[str, str]] = {  # value: names
     "acre": "acre acres",
     "gallon": "gal gallon gallons",
     "°": "° deg degs degree degrees 度",
+    "1/60 °": "′ arcmin arcmins arcminute arcminutes 角分",
+    "1/3600 °": "″ arcsec arcsecs arcsecond arcseconds 角秒",
     "rad": "rad rads radian radians 弧度",
     "°C": "°C celsius centigrade 摄氏度",
     "°F": "°F fahrenheit 华氏度",
@@ -117,6 +146,7 @@ _OTHERS: Final[dict[str, str]] = {  # value: names
     "¥": "¥ yuan RMB CNY yen JPY 元 块 人民币 日元",
     "1/10 ¥": "角",
     "₹": "₹ rupee rupees Rs INR",
+    "times": "times 倍 次",
     "1": "unit units 单位",
 }
 
@@ -151,19 +181,22 @@ def _table() -> dict[str, Unit]:
             bigger = unit._replace(scale=unit.scale * Fraction(10) ** exponent)
             forms = [prefix + symbol, *(long + word for word in words), *(character + word for word in chinese.split())]
             table |= {form: bigger for form in forms if form not in table}
+    for name in "′″":
+        table[name] = table[name]._replace(is_prime=True)
     for name, square in (("sqm", "m"), ("sqft", "ft"), ("sqcm", "cm")):
         table[name] = _times(_NONE, table[square], 2)
     return table
 
 
 _UNITS: Final = _table()
+_FEET: Final = {"′": _UNITS["ft"], "″": _UNITS["in"]}
 _FOLDED: Final = {name.casefold(): unit for name, unit in reversed(_UNITS.items()) if len(name) > 1}
 _LONGEST: Final = 60
 _POWERS: Final = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "平方": 2, "立方": 3}
 _LATER_POWERS: Final = {"squared": 2, "cubed": 3}
 _TOKEN = re.compile(
     r"(?P<power>(?: ?(?:\^|\*\*) ?\{? ?|(?<=[A-Za-z]))(?P<number>[+-]?\d)(?!\d)(?: ?\})?)"
-    r"| *(?:(?P<word>°[CF]?|[A-Za-zμΩÅåö]+|[$€£¥₹¢]|[\u4e00-\u9fff]+)"
+    r"| *(?:(?P<word>°[CF]?|[′″]|[A-Za-zμΩÅåö]+|[$€£¥₹¢]|[\u4e00-\u9fff]+)"
     r"|(?P<times>\\cdot(?![A-Za-z])|\\times(?![A-Za-z])|[·*.-])|(?P<over>/)|(?P<bracket>[()]))"
 )
 _THAT_CALCULATE: Final = (
@@ -194,6 +227,8 @@ def read_unit(text: str) -> Unit | None:
 
 def _measured(text: str) -> Unit | None:
     """A unit of the table, or a product of them."""
+    if text in _FEET:
+        return _UNITS[text]
     unit, last, sign, following, end, is_named = _NONE, None, 1, 1, 0, False
     while end < len(text):
         token = _TOKEN.match(text, end)
@@ -223,9 +258,9 @@ def _measured(text: str) -> Unit | None:
 
 def _factor(word: str) -> Unit | None:
     """A unit of one word, Chinese squares and quotients among them."""
-    for name, power in (("平方", 2), ("立方", 3)):
+    for name, power in (("平方", 2), ("立方", 3), ("二次方", 2), ("三次方", 3)):
         if word.startswith(name):
-            factor = _factor(word[2:])
+            factor = _factor(word[len(name) :])
             return _times(_NONE, factor, power) if factor else None
     if "每" in word:
         over, under = map(_factor, word.split("每", 1))
@@ -255,7 +290,7 @@ _HOW = re.compile(
     r" (?:of (?:them|these|those|the [a-z]+)|old|tall|long|wide|deep|high|thick|heavy|each|apart|away|altogether"
     r"|in (?:total|all|length|area|height|width|volume))$"
 )
-_BEFORE = re.compile(r"(?<=[\d)}\]%πA-Za-z])(?=[ A-Za-zμΩÅ°$€£¥₹¢\u4e00-\u9fff'\"])|(?<=[\d)}\]]) ?(?=/ ?[A-Za-z])")
+_BEFORE = re.compile(r"(?<=[\d)}\]%πA-Za-z])(?=[ A-Za-zμΩÅ°′″$€£¥₹¢\u4e00-\u9fff'\"])|(?<=[\d)}\]]) ?(?=/ ?[A-Za-z])")
 _HAS_NUMBER = re.compile(r"\d|\\pi|π|\\frac|\\sqrt|\\infty")
 _VARIABLE = re.compile(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])|(?<=\d)[A-Za-z](?![A-Za-z])")
 _CURRENCY = re.compile(
@@ -286,26 +321,41 @@ def _as_quotient(match: re.Match[str]) -> str:
     return f" {over}/({under})" if _measured(over) and _measured(under) else match[0]
 
 
-_PART: Final = r"(\d+(?:\.\d+)?) ?([A-Za-z°]+|['\"]|[\u4e00-\u9fff]+)"
-_PARTS = re.compile(rf"{_PART}(?:,? (?:and )?|和|又)?{_PART}(?:(?:,? (?:and )?|和|又)?{_PART})?")
+_PART: Final = r"(\d+(?:\.\d+)?) ?([A-Za-z°]+|[′″]|[\u4e00-\u9fff]+?)"
+_AND: Final = r"(?:,? (?:and )?|和|又)?"
+_PARTS = re.compile(rf"(.*= ?)?(-?){_PART}{_AND}{_PART}(?:{_AND}{_PART})?")
+_SMALLER: Final[dict[tuple[tuple[str, int], ...], dict[str, Unit]]] = {
+    powers: {name: _parsed(value) for value, names in units.items() for name in names.split()}
+    for powers, units in (
+        (DEGREES, {"1/60 °": "′ 分 min minute minutes", "1/3600 °": "″ 秒 s sec second seconds"}),
+        ((("s", 1),), {"60 s": "分 ′", "1 s": "秒 ″"}),
+        ((("¥", 1),), {"1/100 ¥": "分"}),
+    )
+}
+"""What words and signs mean after a unit of these powers."""
 
 
 def joined_units(text: str) -> str:
-    """A quantity in several units of one kind, each less than one of the unit before, in its last: "2 h 30 min"."""
+    """A quantity in several units of one kind, each less than one of the unit before, in its first: "2 h 30 min"."""
     match = _PARTS.fullmatch(text)
     if match is None:
         return text
-    parts = [(Fraction(match[i]), _measured(match[i + 1]), match[i + 1]) for i in (1, 3, 5) if match[i]]
-    total, before = Fraction(0), None
-    for number, unit, _ in parts:
-        if unit is None or (
-            before is not None and (unit.powers != before.powers or number * unit.scale >= before.scale)
-        ):
+    parts = [(Fraction(match[i]), match[i + 1]) for i in (3, 5, 7) if match[i]]
+    first = _measured(parts[0][1])
+    if first is None and parts[0][1] == "分" and parts[1][1] == "秒":
+        parts[0], first = (parts[0][0], "min"), _UNITS["min"]
+    if first is None:
+        return text
+    is_feet = [name for _, name in parts] == ["′", "″"] and parts[1][0] < 12
+    names = _FEET if is_feet else _SMALLER.get(first.powers, {})
+    first = _FEET["′"] if is_feet else first
+    total, before = parts[0][0] * first.scale, first.scale
+    for number, name in parts[1:]:
+        unit = names.get(name) or _measured(name)
+        if unit is None or unit.powers != first.powers or number * unit.scale >= before:
             return text
-        total, before = total + number * unit.scale, unit
-    assert before is not None
-    last = total / before.scale
-    return f"{last} {parts[-1][2]}"
+        total, before = total + number * unit.scale, unit.scale
+    return f"{match[1] or ''}{match[2]}{total / first.scale} {'ft' if is_feet else parts[0][1]}"
 
 
 def split_unit(text: str) -> tuple[str, Unit | None]:

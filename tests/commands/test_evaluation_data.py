@@ -34,6 +34,25 @@ def test_boxes_have_a_form_of_their_own(form: Any, tmp_path: Path) -> None:
     envs.close()
 
 
-def test_their_form_goes_with_the_data_set() -> None:
-    with pytest.raises(ConfigError, match="eval_boxes_in goes with eval_dataset"):
-        MeasuringOptions(eval_boxes_in="xywh")
+@pytest.mark.parametrize(("orientation", "box"), [("stored", (100 - 70, 50, 100 - 20, 90)), (None, (50, 20, 90, 70))])
+def test_boxes_have_an_orientation_of_their_own(orientation: Any, box: tuple[float, ...], tmp_path: Path) -> None:
+    training = write(tmp_path, "train.jsonl", [50, 20, 90, 70])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the stored image is shown after a quarter turn clockwise: x' = height - y, y' = x
+    Image.new("RGB", (200, 100)).save(tmp_path / "turned.jpg", exif=exif)
+    measured = tmp_path / "eval.jsonl"
+    measured.write_text(json.dumps({"image": "turned.jpg", "question": "Find it.", "answer": [50, 20, 90, 70]}) + "\n")
+    config = TrainConfig(
+        data=DataOptions(dataset=(training,)),
+        measuring=MeasuringOptions(eval_dataset=(str(measured),), eval_box_orientation=orientation),
+    )
+    envs = _evaluation_envs(config)
+    assert envs.task.source.get(0).target == pytest.approx(box)
+    envs.close()
+
+
+@pytest.mark.parametrize("name", ["eval_boxes_in", "eval_box_orientation"])
+def test_their_form_goes_with_the_data_set(name: str) -> None:
+    value = {"eval_boxes_in": "xywh", "eval_box_orientation": "stored"}[name]
+    with pytest.raises(ConfigError, match=f"{name} goes with eval_dataset"):
+        MeasuringOptions(**{name: value})  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ def test_the_estimate_is_what_a_checkpoint_takes(
 ) -> None:
     sizes = list[Size]()
     measure = Size.of
-    monkeypatch.setattr(Size, "of", lambda agent: sizes.append(measure(agent)) or sizes[0])
+    monkeypatch.setattr(Size, "of", lambda *of: sizes.append(measure(*of)) or sizes[0])
     main(["train", "--output", str(tmp_path / "run"), *TINY, *KINDS[kind]])
     folder = tmp_path / "run" / "checkpoints" / "step-3"
     taken = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

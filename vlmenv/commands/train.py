@@ -16,7 +16,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
-from vlmenv.agents.sampling import PassLimits
+from vlmenv.agents.fast_paths import fast_paths, written
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.algos import ALGORITHMS, Algorithm, Trainer, find_algorithm
 from vlmenv.algos.trainer import check_staleness
@@ -25,7 +25,8 @@ from vlmenv.building import (
     adapt,
     check_device,
     check_engine,
-    load_agent,
+    limits_of,
+    load_for_training,
     open_console,
     report_broken_rows,
     say,
@@ -39,7 +40,7 @@ from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.options.command_line import Asked, parse_with_files
 from vlmenv.options.fields import flatten, options_of
 from vlmenv.options.train import TrainConfig, default_config
-from vlmenv.processes import end_with_parent, processes_of
+from vlmenv.processes import Processes, end_with_parent, processes_of
 from vlmenv.processes.failures import shared_failure
 from vlmenv.processes.stopping import StoppedError, Stopping
 from vlmenv.runs.checkpoints import Found, find_checkpoint, load_checkpoint
@@ -125,7 +126,7 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
         say(note, console)
     if parts.agent is None:
         config = with_checkpoint(config, console)
-    processes_of(accelerator)  # raises now what is wrong with them, and not when the model has been loaded
+    config = _held(config, processes_of(accelerator), console)
     check_engine(config, accelerator.device, accelerator.num_processes)
     check_staleness(config.trainer, accelerator)
     envs, held_out, counted = _open_data(config, parts, accelerator, console)
@@ -138,19 +139,21 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
         return run.path
     data = DataSets.of(envs, held_out)
     changed = _compared(config, found, data, accelerator, console)
-    trainer = _make_trainer(config, parts, envs, accelerator, opened)
+    trainer = _make_trainer(config, parts, envs, accelerator, opened, console)
     for shown, lengths in counted:
         fit_engine(shown, lengths, trainer.agent, console)
+    paths = fast_paths(cast(VLMAgent, trainer.agent).family_policy, DTYPES[config.batches.precision])
     if accelerator.is_main_process and config.resume is None:
         identity = secrets.token_hex(8)
         own = next((lengths for shown, lengths in counted if shown is envs), None)
-        resolved = resolved_yaml(config, envs, held_out, accelerator, identity, own)
+        resolved = resolved_yaml(config, envs, held_out, accelerator, identity, own, paths)
         run.create(asked_yaml(config, asked.names, identity), resolved)
     with shared_failure(accelerator):
         if accelerator.is_main_process:
             check_room(cast(VLMAgent, trainer.agent), config, run, console)
     kept = facts(config, data, run, accelerator.num_processes) if accelerator.is_main_process else {}
     say(f"{config.env}, {config.algo}, model {config.model}; writing to {run.path}", console)
+    console.print(written(paths), highlight=False, markup=False)
     tracking = Tracking(accelerator, config.logging.tracker, run, flatten(config), step=found.step)
     stopping = opened.enter_context(Stopping(accelerator))
     try:
@@ -181,6 +184,8 @@ def _check(config: TrainConfig[Any]) -> None:
     check_device(config.device)
     if config.batches.precision == "fp16" and (config.device == "cpu" or not torch.cuda.is_available()):
         raise ConfigError("precision fp16 needs a CUDA GPU: take fp32 or bf16")
+    if config.trainer.optimizer == "adamw_offload" and (config.device == "cpu" or not torch.cuda.is_available()):
+        raise ConfigError("optimizer adamw_offload moves state to the CPU, where this model is already: take adamw")
     find_tracker(config.logging.tracker)
     check_data_changed(config)
 
@@ -221,6 +226,8 @@ def _open_data(
 def _room_of_shapes(config: TrainConfig[Any], parts: Parts, run: RunFolder) -> str:
     """What a run would take on its disk, without loading its model."""
     agent = VLMAgent.weightless(config.model)
+    dtype = torch.bfloat16 if config.adaptation.weights == "bf16" else torch.float32
+    agent.family.model.to(dtype=dtype)  # type: ignore[call-arg]  # transformers wraps it without its arguments
     adapt(agent, config.adaptation)
     if (parts.algorithm or find_algorithm(config.algo).make(config.algorithm)).wants_values:
         agent.add_value_head()
@@ -229,20 +236,45 @@ def _room_of_shapes(config: TrainConfig[Any], parts: Parts, run: RunFolder) -> s
 
 
 def _make_trainer(
-    config: TrainConfig[Any], parts: Parts, envs: VisualTaskVectorEnv, accelerator: Accelerator, opened: ExitStack
+    config: TrainConfig[Any],
+    parts: Parts,
+    envs: VisualTaskVectorEnv,
+    accelerator: Accelerator,
+    opened: ExitStack,
+    console: Console,
 ) -> Trainer:
     """The trainer with its agent and algorithm. An agent that is loaded here is closed with `opened`."""
-    agent = parts.agent or load_agent(config, accelerator.device, engine_dtype=DTYPES[config.batches.precision])
+    agent = parts.agent or load_for_training(config, accelerator.device)
     if parts.agent is None:
         opened.callback(agent.close)
     algorithm = parts.algorithm or find_algorithm(config.algo).make(config.algorithm)
     torch.manual_seed(config.seed)  # which new adapters are drawn from
-    adapt(agent, config.adaptation)
+    for note in adapt(agent, config.adaptation, config.batches.precision):
+        say(note, console)
     agent.check_saving()
-    agent.limits = PassLimits(config.trainer.micro_batch_size, config.trainer.micro_batch_tokens)
+    agent.limits = limits_of(config)
     if algorithm.wants_values:
         agent.add_value_head()
     return Trainer(agent, envs, algorithm, config.trainer, accelerator)
+
+
+def _held(config: TrainConfig[Any], processes: Processes, console: Console) -> TrainConfig[Any]:
+    """The options with weights in float32 if the ranks take no others.
+
+    Raises:
+        ConfigError: Others are asked for by name.
+    """
+    options = config.adaptation
+    if processes.takes_any_dtype:
+        return config
+    if options.weights == "bf16" or options.quantize is not None or config.trainer.optimizer != "adamw":
+        raise ConfigError(
+            f"{processes.name} takes float32 weights and optimizer adamw: leave out weights, quantize and optimizer, "
+            "or launch with FSDP2 (docs/distributed.md)"
+        )
+    if options.weights == "auto" and config.batches.precision == "bf16":
+        say(f"frozen weights are fp32 under {processes.name}; FSDP2 holds them in bf16", console)
+    return replace(config, adaptation=replace(options, weights="fp32"))
 
 
 def _imitates(config: TrainConfig[Any]) -> bool:
@@ -395,6 +427,7 @@ def _evaluation_envs(config: TrainConfig[Any]) -> VisualTaskVectorEnv:
         dataset=measuring.eval_dataset or data.dataset,
         image_root=measuring.eval_image_root or data.image_root,
         boxes_in=measuring.eval_boxes_in or data.boxes_in,
+        box_orientation=measuring.eval_box_orientation or data.box_orientation,
         split=split,
     )
     num_envs = min(64, config.batches.prompts_per_step * config.algorithm.group_size)

@@ -81,6 +81,7 @@ CHECKS = (
     Check(
         "model", model, "Give a folder in the published layout, or a name on the hub, of a family in docs/families.md."
     ),
+    Check("fast paths", machine.paths, "Install the versions of transformers and torch that vlmenv requires."),
     Check("samples", samples, "`vlmenv data check` lists all faults of a data set."),
     Check("weight names", weights.names, "Take a checkpoint in the published layout."),
     Check("image features", prompts.image_features, _FILES),

@@ -170,6 +170,10 @@ class EngineOptions(VLLMOptions):
     engine: str = "hf"
     """Engine that generates: hf (the trained model itself), vllm (a copy in the same process), vllm-server (copies on
     servers), or one of your own, as in `my_engine:MyEngine`."""
+    cache_tokens: int | None = None
+    """Tokens of prompts and completions whose keys and values the model itself holds at once; the others wait. Whatever
+    the number, a seed gives the same random numbers. None: with CUDA as many as its free memory takes, on a CPU no
+    limit."""
     server: tuple[str, ...] = ()
     """Addresses of servers that `vlmenv serve` started, as http://127.0.0.1:8000, https://HOST:PORT or unix:PATH.
     Prompts are spread over them."""
@@ -188,6 +192,10 @@ class EngineOptions(VLLMOptions):
         super().__post_init__()
         if self.engine != "vllm" and (given := self._changed("engine_length", "engine_memory", "tensor_parallel")):
             raise ConfigError(f"{' and '.join(given)} go with engine vllm; servers have their own")
+        if self.cache_tokens is not None:
+            require(self.cache_tokens >= 1, f"cache_tokens must be at least 1, not {self.cache_tokens}")
+            if self.engine != "hf":
+                raise ConfigError("cache_tokens goes with engine hf, the model itself; others have limits of their own")
         if self.engine == "vllm-server":
             self._check_servers()
         elif given := self._changed("server", "server_ca", "server_timeout", "weight_transfer", "weights_folder"):
