@@ -341,8 +341,8 @@ def _metrics_table(
     last = [] if changes is None else ["change"]
     whole = changes is not None  # else the columns' names may be long folders
     values = [Column(printable(name), no_wrap=whole) for name in (*columns, *last)]
-    told = {"title": printable(title), "caption": printable(caption)}
-    table = Table("metric", *values, title_justify="left", caption_justify="left", **told)
+    table = Table("metric", *values, title=printable(title), title_justify="left")
+    table.caption, table.caption_justify = printable(caption), "left"
     for name in dict.fromkeys(name for one in columns.values() for name in one.metrics):
         cells = [written(one.metrics[name], gap=gap) if name in one.metrics else "" for one in columns.values()]
         table.add_row(printable(name), *cells, *[_change(name, columns, changes or {}, gap) for _ in last])
