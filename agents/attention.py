@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from vlmenv.agents.kernels import Part, kernel_for
+from vlmenv.agents.kernels import Part, backward_in_rows, kernel_for
 from vlmenv.agents.packing import Packing
 
 _NAME = "vlmenv_packed"
@@ -38,33 +38,37 @@ class Siblings:
     def __init__(self, index: Tensor, prompts: int, device: torch.device) -> None:
         self._prompts = prompts
         counts = torch.bincount(index, minlength=prompts)
-        self._most = int(counts.max())
+        self.most = int(counts.max())
+        """number of completions of the largest group"""
         order = torch.argsort(index, stable=True)
         slots = torch.empty_like(index)
         slots[order] = torch.arange(len(index)) - (counts.cumsum(0) - counts)[index[order]]
-        places = index * self._most + slots
-        self._is_even = torch.equal(places, torch.arange(prompts * self._most))
+        places = index * self.most + slots
+        self._is_even = torch.equal(places, torch.arange(prompts * self.most))
         self._places = places.to(device)
 
     def fold(self, rows: Tensor, key_heads: int) -> Tensor:
         """Converts [N, H, L, D] to [P, K, H / K * largest group * L, D]: the queries of each prompt's key heads."""
         if not self._is_even:
-            spread = rows.new_zeros(self._prompts * self._most, *rows.shape[1:])
+            spread = rows.new_zeros(self._prompts * self.most, *rows.shape[1:])
             rows = spread.index_copy(0, self._places, rows)
         _, heads, length, size = rows.shape
-        split = rows.view(self._prompts, self._most, key_heads, heads // key_heads, length, size)
+        split = rows.view(self._prompts, self.most, key_heads, heads // key_heads, length, size)
         return split.permute(0, 2, 3, 1, 4, 5).reshape(self._prompts, key_heads, -1, size)
 
     def unfold(self, folded: Tensor, heads: int) -> Tensor:
         """The inverse of `fold`."""
         key_heads, size = folded.shape[1], folded.shape[-1]
-        split = folded.view(self._prompts, key_heads, heads // key_heads, self._most, -1, size)
-        rows = split.permute(0, 3, 1, 2, 4, 5).reshape(self._prompts * self._most, heads, -1, size)
+        split = folded.view(self._prompts, key_heads, heads // key_heads, self.most, -1, size)
+        rows = split.permute(0, 3, 1, 2, 4, 5).reshape(self._prompts * self.most, heads, -1, size)
         return rows if self._is_even else rows[self._places]
 
 
 class Attention(ABC):
     """Attention of one pass of the language model, which replaces the blocks' own."""
+
+    ran = False
+    """True once a block has used it"""
 
     @abstractmethod
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -127,9 +131,14 @@ class Prefixes(Attention):
         if len(rows) == len(self.packing.lengths):
             return
         self.packing = self.packing.select(rows)
-        rows = rows.to(self.packing.rows.device)
-        self.keys = {block: keys[rows] for block, keys in self.keys.items()}
-        self.values = {block: values[rows] for block, values in self.values.items()}
+        _select(rows.to(self.packing.rows.device), self.keys, self.values)
+
+
+def _select(rows: Tensor, *caches: dict[int, Tensor]) -> None:
+    """Keeps only some rows of caches by block. Only one block is held twice."""
+    for cache in caches:
+        for block in cache:
+            cache[block] = cache[block][rows]
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:
@@ -143,81 +152,98 @@ def _stacked(parts: Sequence[Tensor]) -> Tensor:
     return whole
 
 
-class Continuations(Attention):
-    """Attention of complete completions to their prompts and to themselves, with gradients.
+class Groups(Attention):
+    """Attention of one pass over packed prompts and, behind them, their complete completions.
+
+    Prompts attend to themselves, completions to their prompts and to themselves.
 
     Args:
-        prefixes: Keys and values of the prompts.
-        packing: Packing of the completions.
-        index: int64 [N], the prompt of each completion.
+        prompts: Packing of the prompts.
+        completions: Packing of the completions.
+        index: int64 [N] on the CPU, the prompt of each completion.
     """
 
-    def __init__(self, prefixes: Prefixes, packing: Packing, index: Tensor) -> None:
-        self._prefixes, self._packing = prefixes, packing
-        self._siblings = Siblings(index, len(prefixes.packing.lengths), prefixes.packing.rows.device)
+    def __init__(self, prompts: Packing, completions: Packing, index: Tensor) -> None:
+        self.prompts, self.completions = prompts, completions
+        self.siblings = Siblings(index, len(prompts.lengths), prompts.rows.device)
 
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        query, key, value = (self._packing.pad(one).transpose(1, 2) for one in (query, key, value))
-        prefix = self._prefixes.keys[block], self._prefixes.values[block]
-        out = _joined(query, key, value, *prefix, self._prefixes.padding, self._siblings, scale)
-        return self._packing.unpad(out.transpose(1, 2))
+        return _grouped(query, key, value, self, scale)
+
+    def cut(self, *packed: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Cuts tensors [M, H, D] to those of prompts [P, H, T, D] and of completions [N, H, L, D]."""
+        halves = [torch.split(one, [self.prompts.total, self.completions.total]) for one in packed]
+        return (
+            [self.prompts.pad(one).transpose(1, 2) for one, _ in halves],
+            [self.completions.pad(one).transpose(1, 2) for _, one in halves],
+        )
+
+    def join(self, prompts: Tensor, completions: Tensor) -> Tensor:
+        """The inverse of `cut`."""
+        parts = self.prompts.unpad(prompts.transpose(1, 2)), self.completions.unpad(completions.transpose(1, 2))
+        return torch.cat(parts)
+
+    def parts(self, prompts: list[Tensor], completions: list[Tensor], scale: float) -> tuple[Part, Part, Part]:
+        """Queries and keys of prompts, of completions to their prompts (folded), and of completions to themselves."""
+        query, key, value = prompts
+        own = Part(query, *_for_each_query(query, key, value), None, True, scale)
+        padding = None if self.prompts.is_even else self.prompts
+        to_prompts = Part(self.siblings.fold(completions[0], key.shape[1]), key, value, padding, False, scale)
+        return own, to_prompts, Part(completions[0], *_for_each_query(*completions), None, True, scale)
 
 
-class _Joined(torch.autograd.Function):
-    """Attention to a shared prompt, and causally to a completion's own keys.
-
-    Shapes: queries [N, H, L, D]; own keys and values [N, K, L, D]; the prompts' keys and values [P, K, T, D].
-    """
+class _Grouped(torch.autograd.Function):
+    """Attention within `Groups`. It keeps its inputs and output as they are packed, and pads them again."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        prefix_key: Tensor,
-        prefix_value: Tensor,
-        padding: Packing | None,
-        siblings: Siblings,
-        scale: float,
-    ) -> Tensor:
-        kernel, heads = kernel_for(query), query.shape[1]
-        folded = siblings.fold(query, prefix_key.shape[1])
-        out, lse = kernel.forward(Part(folded, prefix_key, prefix_value, padding, False, scale))
-        prefix_out, prefix_lse = siblings.unfold(out, heads), siblings.unfold(lse[..., None], heads)[..., 0]
-        own = Part(query, *_for_each_query(query, key, value), None, True, scale)
-        out, lse = _join(prefix_out, prefix_lse, *kernel.forward(own))
-        ctx.save_for_backward(query, key, value, prefix_key, prefix_value, out, lse)
-        ctx.padding, ctx.siblings, ctx.scale = padding, siblings, scale
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, groups: Groups, scale: float) -> Tensor:
+        kernel, siblings, heads = kernel_for(query), groups.siblings, query.shape[1]
+        first, whole, own = groups.parts(*groups.cut(query, key, value), scale)
+        before, prompt_lse = kernel.forward(first)
+        out, lse = kernel.forward(whole)
+        prefix = siblings.unfold(out, heads), siblings.unfold(lse[..., None], heads)[..., 0]
+        after, lse = _join(*prefix, *kernel.forward(own))
+        out = groups.join(before, after)
+        ctx.save_for_backward(query, key, value, out, prompt_lse, lse)
+        ctx.groups, ctx.scale = groups, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, prefix_key, prefix_value, out, lse = ctx.saved_tensors
-        kernel, heads, siblings = kernel_for(query), query.shape[1], ctx.siblings
-        own = Part(query, *_for_each_query(query, key, value), None, True, ctx.scale)
-        own_query, own_key, own_value = kernel.backward(own, grad, out, lse)
-        fold = [siblings.fold(one, prefix_key.shape[1]) for one in (query, grad, out, lse[..., None])]
-        folded = Part(fold[0], prefix_key, prefix_value, ctx.padding, False, ctx.scale)
-        grads = kernel.backward(folded, fold[1], fold[2], fold[3][..., 0])
-        own_key, own_value = (_summed(one, key.shape[1]) for one in (own_key, own_value))
-        return own_query + siblings.unfold(grads[0], heads), own_key, own_value, grads[1], grads[2], None, None, None
+        *packed, prompt_lse, lse = ctx.saved_tensors
+        groups, siblings, kernel = ctx.groups, ctx.groups.siblings, kernel_for(grad)
+        (*before, out, push), (*after, later_out, later_push) = groups.cut(*packed, grad)
+        first, whole, own = groups.parts(before, after, ctx.scale)
+        heads, key_heads = grad.shape[1], whole.key.shape[1]
+        query, *prompt_grads = kernel.backward(first, push, out, prompt_lse)
+        prompt_grads = [_summed(one, key_heads) for one in prompt_grads]
+        later, *grads = kernel.backward(own, later_push, later_out, lse)
+        folded = [siblings.fold(one, key_heads) for one in (later_push, later_out, lse[..., None])]
+        later_part, *shared = backward_in_rows(kernel, whole, folded[0], folded[1], folded[2][..., 0], siblings.most)
+        queries = groups.join(query, later + siblings.unfold(later_part, heads))
+        pairs = zip(prompt_grads, shared, grads, strict=True)
+        keys, values = (groups.join(mine + theirs, _summed(one, key_heads)) for mine, theirs, one in pairs)
+        return queries, keys, values, None, None
 
 
-_joined: Callable[..., Tensor] = _Joined.apply
+_grouped: Callable[..., Tensor] = _Grouped.apply
 
 
 class Steps(Attention):
     """Attention of completions that grow by one token per pass, without gradients.
 
+    Their keys and values have room for `GROWTH` tokens at first, and for as many more each time that it is full.
+
     Args:
         prefixes: Keys and values of the prompts.
         index: int64 [N] on the CPU, the prompt of each completion.
-        capacity: Length limit of completions in tokens.
+        most: Length limit of completions in tokens.
     """
 
-    def __init__(self, prefixes: Prefixes, index: Tensor, capacity: int) -> None:
-        self._prefixes, self._capacity = prefixes, capacity
+    GROWTH: ClassVar[int] = 128
+
+    def __init__(self, prefixes: Prefixes, index: Tensor, most: int) -> None:
+        self._prefixes, self._most = prefixes, most
         self._index, self._device = index, prefixes.packing.rows.device
         self._siblings = Siblings(index, len(prefixes.packing.lengths), self._device)
         self._keys: dict[int, Tensor] = {}
@@ -226,9 +252,9 @@ class Steps(Attention):
         """tokens so far"""
 
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        if block not in self._keys:
-            shape = (len(key), key.shape[1], self._capacity, key.shape[2])
-            self._keys[block], self._values[block] = key.new_empty(shape), value.new_empty(shape)
+        for cache, new in ((self._keys, key), (self._values, value)):
+            if block not in cache or cache[block].shape[2] == self.length:
+                cache[block] = _longer(cache.get(block), new, self.next_capacity)
         self._keys[block][:, :, self.length], self._values[block][:, :, self.length] = key, value
         kernel, heads, prefixes = kernel_for(query), query.shape[1], self._prefixes
         folded = self._siblings.fold(query[:, :, None], key.shape[1])
@@ -246,9 +272,25 @@ class Steps(Attention):
         used, self._index = torch.unique(self._index[rows], return_inverse=True)
         self._prefixes.select(used)
         self._siblings = Siblings(self._index, len(used), self._device)
-        rows = rows.to(self._device)
-        self._keys = {block: keys[rows] for block, keys in self._keys.items()}
-        self._values = {block: values[rows] for block, values in self._values.items()}
+        _select(rows.to(self._device), self._keys, self._values)
+
+    @property
+    def is_full(self) -> bool:
+        """True if the next token makes the caches grow."""
+        return self.length % self.GROWTH == 0
+
+    @property
+    def next_capacity(self) -> int:
+        """Tokens per completion that the caches have room for after they have grown."""
+        return min(self.length + self.GROWTH, self._most)
+
+
+def _longer(cache: Tensor | None, new: Tensor, capacity: int) -> Tensor:
+    """A cache [n, K, capacity, D] that begins with an earlier one; `new` [n, K, D] has its layout."""
+    longer = new.new_empty(len(new), new.shape[1], capacity, new.shape[2])
+    if cache is not None:
+        longer[:, :, : cache.shape[2]] = cache
+    return longer
 
 
 def _join(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -292,6 +334,7 @@ def _attend(
     block, device = int(module.layer_idx), query.device.type  # type: ignore[arg-type]
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     query, key, value = (one[0].transpose(0, 1).to(dtype) for one in (query, key, value))
+    packed.ran = True
     return packed.attend(block, query, key, value, scaling)[None], None
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,13 +14,16 @@ from typing import Any, Final
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 from vlmenv.agents.checkpoints import ADAPTER_CONFIG, put_back, read_tensors
 from vlmenv.agents.families.base import read_json
+from vlmenv.agents.quantization import quantized_layers
 from vlmenv.core.errors import ConfigError, ModelError
+
+_log = logging.getLogger(__name__)
 
 ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
 _PUBLISHED = "base_model.model."
@@ -62,6 +67,8 @@ class LoRA:
         layers = {name: module for name, module in model.named_modules() if isinstance(module, linear)}
         self._layers = list(layers.values())
         self._scales = {name: float(layer.scaling["default"]) for name, layer in layers.items()}
+        self._quantized = quantized_layers(model)
+        self._base = {} if model.device.type == "meta" else _base_weights(model)
         self._start: dict[nn.Parameter, Tensor] | None = None
         for layer in self._layers:
             for part in (layer.lora_A, layer.lora_B):
@@ -111,13 +118,23 @@ class LoRA:
             lora = cls(model, config)
         except (ValueError, TypeError, KeyError, OSError) as error:
             raise ModelError(f"{folder}: the adapters do not fit the model: {error}") from error
+        if model.device.type == "meta":  # shapes alone are asked for
+            return lora
         own = {name: tensor for name, tensor in model.state_dict().items() if is_adapter(name)}
-        put_back(folder, lora.read(folder, model.state_dict()), own)
+        put_back(folder, lora.read(folder), own)
+        lora._tell_quantization(folder)
         lora.begins_elsewhere = True
         return lora
 
     begins_elsewhere = False
     """True if training begins with adapters that change the model"""
+
+    def _tell_quantization(self, folder: Path) -> None:
+        """Logs a line if adapters were trained over a base of other bits."""
+        _, metadata = read_tensors(folder / ADAPTER_WEIGHTS)
+        before, now = (one.get("quantize", "none") for one in (metadata, self._base))
+        if before != now and os.environ.get("RANK", "0") == "0":
+            _log.warning("%s: trained over a base with quantisation %s; it is %s here", folder, before, now)
 
     @property
     def numbers(self) -> tuple[int, int, float]:
@@ -158,15 +175,19 @@ class LoRA:
     def merged(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Merges the adapters into the model's weights.
 
-        It merges layer by layer, onto the CPU: the accelerator never holds more than one merged layer.
+        It merges layer by layer in float32, onto the CPU: the accelerator never holds more than one merged layer. The
+        result is rounded once, to the type of the base's weight. Quantised weights are dequantised.
 
         Args:
             state: The model's state, adapters included.
         """
         result = {}
         for name, tensor in state.items():
-            if is_adapter(name):
+            quantized = self._quantized.get(name)
+            if is_adapter(name) or name.removesuffix("scales") + "weight" in self._quantized:
                 continue
+            if quantized is not None:
+                tensor = quantized.dense(quantized.dtype)
             layer = name.removesuffix(".base_layer.weight")
             if layer != name:
                 down, up = (state[f"{layer}.lora_{part}.default.weight"].float() for part in "AB")
@@ -189,14 +210,13 @@ class LoRA:
         settings = {name: _ordered(value) for name, value in read_json(file).items()}
         file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         tensors = {_published_name(name): state[name].to(dtype).contiguous() for name in state if is_adapter(name)}
-        save_file(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt", **_base_weights(state)})
+        save_file(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt", **self._base})
 
-    def read(self, folder: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def read(self, folder: Path) -> dict[str, Tensor]:
         """Reads adapters from peft's format.
 
         Args:
             folder: Folder of the adapters.
-            state: The model's state, adapters included.
 
         Returns:
             The adapters by their names in the model's state, in float32.
@@ -211,9 +231,8 @@ class LoRA:
         for name, ours in {"r": self.config.r, "lora_alpha": self.config.lora_alpha}.items():
             if theirs.get(name) != ours:
                 raise ModelError(f"{folder}: the adapter has {name}={theirs.get(name)}, the agent's {name}={ours}")
-        tensors, metadata = read_tensors(folder / "adapter_model.safetensors")
-        here = _base_weights(state)
-        if metadata.get("base_dtype") == here["base_dtype"] and metadata.get("base") != here["base"]:
+        tensors, metadata = read_tensors(folder / ADAPTER_WEIGHTS)
+        if metadata.get("base_dtype") == self._base["base_dtype"] and metadata.get("base") != self._base["base"]:
             raise ModelError(
                 f"{folder}: the adapter was trained on other weights than those of "
                 f"{theirs.get('base_model_name_or_path')} here: put the model that it was trained on there"
@@ -222,6 +241,8 @@ class LoRA:
 
 
 def _peft() -> Any:
+    # Peft imports bitsandbytes where it is, which misses a kernel that is of no use here.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         import peft
     except ImportError as error:
@@ -275,16 +296,20 @@ def _own_name(published: str) -> str:
     return published.removeprefix(_PUBLISHED).removesuffix(".weight") + ".default.weight"
 
 
-def _base_weights(state: Mapping[str, Tensor]) -> dict[str, str]:
+def _base_weights(model: nn.Module) -> dict[str, str]:
     """Identifies the weights beneath the adapters: SHA-256 of the first row of each matrix, and their data type.
 
-    All rows would take too long.
+    All rows would take too long. Rows are rounded to bfloat16, so that it does not matter in which type a run holds
+    the weights.
     """
-    digest, kinds = hashlib.sha256(), set[str]()
-    for name, tensor in sorted((name.replace(".base_layer.", "."), tensor) for name, tensor in state.items()):
-        if tensor.ndim == 2 and not is_adapter(name):
-            row = tensor[0]
-            whole = row.full_tensor() if isinstance(row, DTensor) else row
-            kinds.add(str(tensor.dtype).removeprefix("torch."))
-            digest.update(whole.cpu().view(torch.uint8).numpy().tobytes())
-    return {"base": digest.hexdigest(), "base_dtype": " ".join(sorted(kinds))}
+    digest, quantized = hashlib.sha256(), quantized_layers(model)
+    weights = {name.replace(".base_layer.", "."): (name, tensor) for name, tensor in model.state_dict().items()}
+    for _, (name, tensor) in sorted(weights.items(), key=lambda item: item[0]):
+        if isinstance(tensor, FakeTensor):  # weights without numbers
+            continue
+        layer = quantized.get(name)
+        if layer is not None or (tensor.ndim == 2 and not is_adapter(name)):
+            row = (tensor[0] if layer is None else layer.first_row).bfloat16()
+            digest.update(row.cpu().view(torch.uint8).numpy().tobytes())
+    kinds = sorted({layer.kind for layer in quantized.values()})
+    return {"base": digest.hexdigest(), "base_dtype": "bfloat16"} | ({"quantize": kinds[0]} if kinds else {})

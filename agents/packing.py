@@ -68,3 +68,7 @@ class Packing:
     def select(self, rows: Tensor) -> Packing:
         """The packing of some sequences [n], indices on the CPU, with the same padded length."""
         return Packing(self.lengths[rows], self.rows.device, self.longest)
+
+    def repeated(self, times: int) -> Packing:
+        """The packing of sequences that are each repeated several times, with the same padded length."""
+        return Packing(self.lengths.repeat_interleave(times), self.rows.device, self.longest)

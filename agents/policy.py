@@ -12,14 +12,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vlmenv.agents.attention import Attention, Continuations, Prefixes, enable_packing, no_mask
+from vlmenv.agents.attention import Attention, Groups, Prefixes, enable_packing, no_mask
 from vlmenv.agents.base import LogProbs
 from vlmenv.agents.families.base import Family, join_images
+from vlmenv.agents.lean_layers import make_lean
 from vlmenv.agents.linear_logprobs import linear_logprobs
 from vlmenv.agents.packing import Packing
 from vlmenv.agents.patch_embedding import embed_patches_by_matmul
-from vlmenv.agents.saved_activations import dropping_recomputable, save_fewer_activations
+from vlmenv.agents.saved_activations import dropping_recomputable
 from vlmenv.agents.vision_attention import attend_by_segments
+from vlmenv.core.errors import ModelError
 from vlmenv.core.rollout import Prompt, Rollout
 
 
@@ -57,8 +59,8 @@ class Policy(nn.Module):
     Attributes:
         share_prefixes: If true, the prompt of a group runs through the model once. This is exact, in value and in
             gradient. If false, each completion repeats images and prompt with padding: slow, for comparison.
-        sharded: True if ranks hold shards of the weights. Then each pass runs the vision tower once and the language
-            model twice, on prompts and on completions, so that the collectives of all ranks match.
+        sharded: True if ranks hold shards of the weights. Then each pass runs the vision tower, also a frozen one, so
+            that the collectives of all ranks match.
         value_head: The critic's head; None without a critic.
     """
 
@@ -76,7 +78,7 @@ class Policy(nn.Module):
         embed_patches_by_matmul(family.vision_tower())
         if family.packs_images:
             attend_by_segments(cast(PreTrainedModel, family.vision_tower()))
-        save_fewer_activations(family.model)
+        self.lean_layers = make_lean(family.model)
 
     def forward(self, rollout: Rollout) -> LogProbs:
         """Computes log-probabilities and entropies of a rollout's completions, and values if there is a value head."""
@@ -108,16 +110,46 @@ class Policy(nn.Module):
             completions.
         """
         packing = Packing(torch.tensor([len(prompt.input_ids) for prompt in prompts]), self.device)
-        prefixes, features = Prefixes(packing), self._features(prompts)
+        prefixes = Prefixes(packing)
+        return prefixes, self._run(prompts, prefixes)[packing.ends]
+
+    def _run(
+        self,
+        prompts: Sequence[Prompt],
+        attention: Attention,
+        completions: Sequence[NDArray[np.int64]] = (),
+        after: Tensor | None = None,
+    ) -> Tensor:
+        """Runs images, packed prompts, and completions behind them, through the model.
+
+        Args:
+            prompts: P.
+            attention: Attention among the tokens.
+            completions: Tokens of completions. Default: none.
+            after: int64, positions of the completions' tokens. Default: none.
+
+        Returns:
+            Final hidden states of the prompts' tokens, then of the completions'.
+
+        Raises:
+            ModelError: The model's blocks do not use the attention.
+        """
+        features = self._features(prompts)
         output = self.model.model(
-            input_ids=self._tokens([prompt.input_ids for prompt in prompts])[None],
-            position_ids=self._positions(prompts),
+            input_ids=self._tokens([*(prompt.input_ids for prompt in prompts), *completions])[None],
+            position_ids=self._positions(prompts, after),
             attention_mask=no_mask(self.device),
             mm_encoder_outputs=None if features is None else {"image": features},
             use_cache=False,
-            packed=prefixes,
+            packed=attention,
         )
-        return prefixes, output.last_hidden_state[0, packing.ends]
+        if not attention.ran:
+            raise ModelError(
+                "the language model's blocks have not used the packed attention: this version of transformers calls "
+                "attention in another way. Install a version that vlmenv's requirements name"
+            )
+        hidden: Tensor = output.last_hidden_state
+        return hidden[0]
 
     def extend(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """Runs tokens of completions through the language model.
@@ -149,23 +181,21 @@ class Policy(nn.Module):
         return self._banned().device
 
     def _sharing(self, rollout: Rollout, packing: Packing) -> Tensor:
-        """Computes `hidden_states` with one pass per prompt."""
-        prefixes, firsts = self.prefill(rollout.prompts)
+        """Computes `hidden_states` in one pass, with each prompt once."""
         index = torch.from_numpy(rollout.prompt_index)
-        on_device = index.to(self.device)[packing.rows]
-        lengths = packing.lengths - 1  # the last token predicts nothing
-        if not lengths.any():
-            if not self.sharded:
-                return firsts[on_device]
-            lengths = packing.lengths  # the results are not used, but all ranks must run this pass
-        inputs = Packing(lengths, self.device)
-        fed = zip(rollout.completions, lengths.tolist(), strict=True)
-        tokens = self._tokens([completion.token_ids[:length] for completion, length in fed])
+        prompts = Packing(torch.tensor([len(prompt.input_ids) for prompt in rollout.prompts]), self.device)
+        inputs = Packing(packing.lengths - 1, self.device)  # the last token predicts nothing
+        fed = [one.token_ids[:-1] for one in rollout.completions]
         starts = torch.tensor([next_position(prompt) for prompt in rollout.prompts])[index].to(self.device)
-        attention = Continuations(prefixes, inputs, index)
-        later = self.extend(tokens, starts[inputs.rows] + inputs.places, attention)
-        before = torch.arange(packing.total, device=self.device) - packing.rows - 1  # the input of the token before
-        return torch.cat([firsts, later])[torch.where(packing.places == 0, on_device, before + len(firsts))]
+        hidden = self._run(
+            rollout.prompts,
+            Groups(prompts, inputs, index) if inputs.total else Prefixes(prompts),
+            fed,
+            starts[inputs.rows] + inputs.places,
+        )
+        firsts = prompts.ends[index.to(self.device)][packing.rows]
+        later = prompts.total + torch.arange(packing.total, device=self.device) - packing.rows - 1  # the token before
+        return hidden[torch.where(packing.places == 0, firsts, later)]
 
     def _repeating(self, rollout: Rollout, packing: Packing) -> Tensor:
         """Computes `hidden_states` with the prompt repeated for each completion, in one padded batch."""
@@ -214,11 +244,11 @@ class Policy(nn.Module):
         """Concatenates rows of token ids to [M]."""
         return torch.from_numpy(np.concatenate(rows)).to(self.device)
 
-    def _positions(self, prompts: Sequence[Prompt]) -> Tensor:
-        """Positions of packed prompts, [axes, 1, M], or [1, M] for a single axis."""
+    def _positions(self, prompts: Sequence[Prompt], after: Tensor | None) -> Tensor:
+        """Positions of packed prompts and what follows, [axes, 1, M], or [1, M] for a single axis."""
         positions = torch.from_numpy(np.concatenate([prompt.position_ids for prompt in prompts], axis=1))
-        self._axes = len(positions)
-        return self._on_axes(positions.to(self.device))
+        self._axes, positions = len(positions), positions.to(self.device)
+        return self._on_axes(positions if after is None else torch.cat([positions, after.expand(self._axes, -1)], 1))
 
     def _on_axes(self, positions: Tensor) -> Tensor:
         """Positions [M] or [axes, M] in the shape that the model takes."""

@@ -14,12 +14,17 @@ from vlmenv.agents.families import Family
 from vlmenv.agents.saved_activations import keeping_activations
 
 
-def recompute_activations(family: Family) -> None:
-    """Makes each block of language model and vision tower keep only its inputs for the backward pass.
+def recompute_activations(family: Family, blocks: int | None = None) -> None:
+    """Makes blocks of language model and vision tower keep only their inputs for the backward pass.
 
     The backward pass recomputes the other activations exactly, dropout included. Without gradient nothing changes.
+
+    Args:
+        family: The model.
+        blocks: Number of blocks of the language model that do so, the first ones, besides all of the vision tower.
+            Default: all.
     """
-    for block in _blocks(family):
+    for block in _blocks(family, blocks):
         # On the instance, so that names of weights and wrappers around the block's call stay unchanged.
         block.__dict__["forward"] = functools.partial(_recomputing, block.forward)
 
@@ -36,11 +41,12 @@ def holding_activations(family: Family) -> Iterator[None]:
             block.__dict__["forward"] = forward
 
 
-def _blocks(family: Family) -> list[nn.Module]:
-    layers = family.language_model().get_submodule("layers")
-    return [*layers.children(), *family.vision_blocks().children()]
+def _blocks(family: Family, first: int | None = None) -> list[nn.Module]:
+    layers = list(family.language_model().get_submodule("layers").children())
+    return [*layers[:first], *family.vision_blocks().children()]
 
 
 def _recomputing(forward: Callable[..., Tensor], hidden: Tensor, *more: Any, **arguments: Any) -> Tensor:
     """A block's forward pass, which the backward pass runs again."""
-    return cast(Tensor, checkpoint(forward, hidden, *more, use_reentrant=False, **arguments))
+    with keeping_activations():  # checkpoint keeps none, and lean layers need not provide for any
+        return cast(Tensor, checkpoint(forward, hidden, *more, use_reentrant=False, **arguments))

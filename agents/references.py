@@ -6,10 +6,12 @@ import copy
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from vlmenv.agents.base import Agent, LogProbs
 from vlmenv.agents.lora import LoRA
 from vlmenv.agents.policy import Policy
+from vlmenv.agents.weights import narrow_copies, widen_embedding
 from vlmenv.core.rollout import Rollout
 
 
@@ -19,17 +21,22 @@ class FrozenPolicy:
     Args:
         policy: The policy to copy.
         prepare: Function that is applied to rollouts first.
+        narrow: If true, the copy holds in bfloat16 what autocast to bfloat16 casts to it in any case.
 
     Attributes:
         policy: The copy, without gradients and value head. It shares a frozen vision tower and its cached features. A
             sharded tower is copied, because only passes of the original policy gather it.
     """
 
-    def __init__(self, policy: Policy, prepare: Callable[[Rollout], Rollout]) -> None:
+    def __init__(self, policy: Policy, prepare: Callable[[Rollout], Rollout], *, narrow: bool = False) -> None:
         family = policy.family
         parted = policy.sharded or family.sees_by_trained_weights()
         shared = [] if parted else [family.vision_tower(), *family.projectors()]
-        model = copy.deepcopy(family.model, {id(module): module for module in shared}).requires_grad_(False)
+        copies: dict[int, nn.Module | nn.Parameter] = {id(module): module for module in shared}
+        if narrow:
+            copies |= narrow_copies(family.model)
+        model = copy.deepcopy(family.model, copies).requires_grad_(False)
+        widen_embedding(model, like=family.model)
         self.policy = Policy(type(family)(model, family.processor))
         self.policy.share_prefixes, self.policy.sharded = policy.share_prefixes, policy.sharded
         self._prepare = prepare

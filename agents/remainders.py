@@ -1,7 +1,8 @@
 """What float32 weights lose in a smaller data type, so that both files together hold them bit for bit.
 
-Training keeps weights in float32. A checkpoint has them in the base model's own type, for other programs, and beside
-that the difference of the bit patterns. With bfloat16 that is 16 bits, so that both take no more than float32 alone.
+Training keeps weights in float32, or all in bfloat16. A checkpoint has them in the base model's own type, for other
+programs, and beside that the difference of the bit patterns. With bfloat16 that is 16 bits, so that both take no more
+than float32 alone.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ _NOWHERE: Final = torch.empty(0, dtype=torch.int64)
 
 
 def remainder(name: str, tensor: Tensor, stored: Tensor) -> dict[str, Tensor]:
-    """What a float32 tensor has lost in `stored`, by names for a file; empty if it has lost nothing.
+    """What a tensor in float32 or bfloat16 has lost in `stored`, by names for a file; empty if it has lost nothing.
 
     It is the difference of the bit patterns: int16 if that suffices, as it does for bfloat16, else int32. Halfway
     cases that bfloat16 rounds down have a difference of 2**15, just out of range; their places are listed.
     """
-    if tensor.dtype != torch.float32 or stored.dtype == torch.float32:
+    if not tensor.is_floating_point() or stored.dtype in (torch.float32, tensor.dtype):
         return {}
-    lost = tensor.contiguous().view(torch.int32) - stored.float().view(torch.int32)
+    lost = tensor.float().contiguous().view(torch.int32) - stored.float().view(torch.int32)
     low, high = (int(end) for end in lost.aminmax()) if lost.numel() else (0, 0)
     if low == high == 0:
         return {}

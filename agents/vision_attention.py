@@ -1,19 +1,21 @@
 """Attention of vision towers with concatenated images, where each segment attends to itself.
 
 A segment is an image, or a window of one; Qwen2.5-VL's towers have dozens of windows. Transformers calls attention once
-per segment, and waits for the device to tell the lengths in every block. Here one call computes all neighbouring
-segments of the same length. On GPUs in half precision one call of flash attention computes all segments.
+per segment, and waits for the device to tell the lengths in every block. Here one call computes all segments of the
+same length, which are told once per pass. On GPUs in half precision one call of flash attention computes all segments.
 """
 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, PreTrainedModel
 
 from vlmenv.agents.kernels import FlashKernel, Segments, flash_backward, flash_forward, kernel_for
@@ -40,17 +42,66 @@ class _Flash(torch.autograd.Function):
 _flash: Callable[..., Tensor] = _Flash.apply
 
 
-def _by_runs(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float) -> Tensor:
-    """Attention within segments of packed states [M, H, D] on any device: one call per run of equal lengths."""
-    outs, start = [], 0
-    for length, run in groupby(lengths):
-        size = len(list(run)) * length
-        q, k, v = (
-            one[start : start + size].view(-1, length, *one.shape[1:]).transpose(1, 2) for one in (query, key, value)
-        )
+class _Permuted(torch.autograd.Function):
+    """Rows in another order, whose gradient takes the inverse order and adds nothing up."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return rows[order]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad[ctx.saved_tensors[0]], None, None
+
+
+_permuted: Callable[..., Tensor] = _Permuted.apply
+
+
+class _Kinds:
+    """Segments by length, so that those of one length are neighbours.
+
+    Args:
+        starts: int32 [N + 1], starts of the segments, and the end of the last one.
+    """
+
+    def __init__(self, starts: Tensor) -> None:
+        lengths = starts.diff().cpu()  # a GPU is waited for here, once for all blocks
+        counts = Counter(lengths.tolist())
+        self.runs = list(counts.items())
+        """length and number of the segments of each kind"""
+        self.orders: tuple[Tensor, Tensor] | None = None
+        """the order of tokens by kind, and its inverse; None if they are in order"""
+        if sum(1 for _ in groupby(lengths.tolist())) > len(counts):
+            ranks = {length: rank for rank, length in enumerate(counts)}
+            kinds = torch.tensor([ranks[length] for length in lengths.tolist()])
+            order = torch.argsort(kinds.repeat_interleave(lengths), stable=True)
+            self.orders = order.to(starts.device), torch.argsort(order).to(starts.device)
+
+
+_KINDS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Kinds by the starts of segments, which all blocks of a pass are given as one tensor."""
+
+
+def _kinds(starts: Tensor) -> _Kinds:
+    known: _Kinds | None = _KINDS.get(starts)  # type: ignore[no-untyped-call]
+    if known is None:
+        known = _KINDS[starts] = _Kinds(starts)
+    return known
+
+
+def _by_kinds(query: Tensor, key: Tensor, value: Tensor, kinds: _Kinds, scale: float) -> Tensor:
+    """Attention within segments of packed states [M, H, D] on any device: one call per length of segments."""
+    states = [query, key, value]
+    if kinds.orders is not None:
+        states = [_permuted(one, *kinds.orders) for one in states]
+    outs, sizes = [], [length * count for length, count in kinds.runs]
+    parts = [torch.split(one, sizes) for one in states]
+    for (length, _), *own in zip(kinds.runs, *parts, strict=True):
+        q, k, v = (one.unflatten(0, (-1, length)).transpose(1, 2) for one in own)
         outs.append(nn.functional.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(0, 1))
-        start += size
-    return outs[0] if len(outs) == 1 else torch.cat(outs)
+    out = outs[0] if len(outs) == 1 else torch.cat(outs)
+    return out if kinds.orders is None else _permuted(out, *reversed(kinds.orders))
 
 
 def _attend(
@@ -71,7 +122,7 @@ def _attend(
     query, key, value = (one[0].transpose(0, 1) for one in (query, key, value))
     if isinstance(kernel_for(query), FlashKernel):
         return _flash(query, key, value, Segments(cu_seq_lens_q, max_length_q), scaling)[None], None
-    return _by_runs(query, key, value, cu_seq_lens_q.diff().tolist(), scaling)[None], None
+    return _by_kinds(query, key, value, _kinds(cu_seq_lens_q), scaling)[None], None
 
 
 AttentionInterface.register(_NAME, _attend)
@@ -85,3 +136,10 @@ def attend_by_segments(tower: PreTrainedModel) -> None:
     for module in tower.modules():
         if getattr(module, "config", None) is known:
             module.config = config  # type: ignore[assignment]
+
+
+def attends_by_segments(tower: nn.Module) -> bool:
+    """True if `attend_by_segments` has taken effect in every attention of a tower."""
+    layers = [module for module in tower.modules() if "attention" in type(module).__name__.lower()]
+    named = [getattr(getattr(layer, "config", None), "_attn_implementation", None) for layer in layers]
+    return bool(named) and set(named) == {_NAME}

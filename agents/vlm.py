@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -26,15 +27,17 @@ from vlmenv.agents.checkpoints import (
 )
 from vlmenv.agents.engines.base import Engine, Request
 from vlmenv.agents.engines.fingerprints import fingerprint
-from vlmenv.agents.families import Family, Processor, family_of
+from vlmenv.agents.families import Family, Processor, family_of, weightless_family
 from vlmenv.agents.lora import LoRA, is_adapter
 from vlmenv.agents.pixels import prepared_folder
 from vlmenv.agents.policy import Policy, ValueHead
+from vlmenv.agents.quantization import Quantization, quantize, quantized_layers
 from vlmenv.agents.recomputation import recompute_activations
 from vlmenv.agents.references import FrozenPolicy, UnadaptedPolicy
-from vlmenv.agents.sampling import PassLimits, Sampled, sample
+from vlmenv.agents.sampling import PassLimits, Sampled, sample, token_bytes
 from vlmenv.agents.saving import check_conversion, is_of, published_weights, write_settings, write_weights
 from vlmenv.agents.untrainable import read_config, tell_attention
+from vlmenv.agents.weights import hold_all, hold_frozen
 from vlmenv.core.errors import ConfigError, ModelError, PromptError, require
 from vlmenv.core.files import atomic_folder
 from vlmenv.core.names import BUILTIN
@@ -44,6 +47,10 @@ from vlmenv.core.sampling import Sampling
 
 __all__ = ["BUILTIN", "Policy", "Sampling", "VLMAgent", "find_model"]
 
+_FORMER_ADAPTER: Final = "adapter"
+"""Folder of the adapters in checkpoints of earlier versions."""
+_CACHED = 0.6
+"""Share of a GPU's free memory for keys and values; a block of them is held twice while it grows."""
 _VALUE_HEAD = "value_head/value_head.safetensors"
 
 
@@ -87,8 +94,9 @@ class VLMAgent(Agent):
         """limits of a pass when the policy itself generates; default: none"""
         self.engine: Engine | None = None
         """the engine that generates completions; None: the policy itself"""
-        self._is_closed = False
-        self._generator = torch.Generator(self.device)
+        self._is_closed = self._narrow_reference = False
+        # without weights nothing is drawn, and the device of their shapes has no generator
+        self._generator = torch.Generator("cpu" if self.device.type == "meta" else self.device)
 
     @classmethod
     def from_pretrained(
@@ -101,6 +109,8 @@ class VLMAgent(Agent):
         dtype: torch.dtype = torch.float32,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         pixels: PixelLimits | None = None,
+        quantization: Quantization | None = None,
+        quantize_vision: bool = False,
     ) -> VLMAgent:
         """Loads a checkpoint in the published layout, or adapters in peft's format onto their base model.
 
@@ -113,9 +123,13 @@ class VLMAgent(Agent):
             chat_template_kwargs: Values of the chat template's own variables, as `{"enable_thinking": False}`.
                 Default: none.
             pixels: Limits of the pixels at which the model sees images. Default: the image processor's.
+            quantization: Quantisation of the language model's linear layers, for adapters on them. See
+                `vlmenv.agents.quantization`. Default: none.
+            quantize_vision: If true, quantises the vision tower and its projectors too.
 
         Raises:
-            ConfigError: The chat template never reads one of `chat_template_kwargs`, or the family has no such limits.
+            ConfigError: The chat template never reads one of `chat_template_kwargs`, the family has no such limits, or
+                bitsandbytes is missing for nf4.
             ModelError: The model does not exist or is quantised, its family is unknown, its processor is missing, or
                 adapters are not plain LoRA.
         """
@@ -124,11 +138,33 @@ class VLMAgent(Agent):
         tell_attention(base)
         family = family_of(read_config(folder).model_type)
         processor = Processor.from_pretrained(folder, chat_template_kwargs)
-        model = load_model(folder, dtype).to(device).eval()  # type: ignore[arg-type]
-        agent = cls(family(model, processor), folder, base=base, sampling=sampling, share_prefixes=share_prefixes)
+        model = load_model(folder, dtype).eval()
+        ours = family(model, processor)
+        if quantization is not None:
+            seeing = [ours.vision_tower(), *ours.projectors()] * quantize_vision
+            parts = [ours.language_model().get_submodule("layers"), *seeing]
+            quantize(parts, quantization, torch.device(device))
+        model.to(device)
+        agent = cls(ours, folder, base=base, sampling=sampling, share_prefixes=share_prefixes)
         agent.pixels = pixels
         if adapter is not None:
             agent.adapter, agent.lora = adapter, LoRA.from_folder(model, adapter)
+        return agent
+
+    @classmethod
+    def weightless(cls, name_or_path: str | Path) -> VLMAgent:
+        """An agent of the model's shapes alone, which computes nothing: for what is estimated before it is loaded.
+
+        Args:
+            name_or_path: As in `from_pretrained`.
+
+        Raises:
+            ModelError: As in `from_pretrained`.
+        """
+        folder, adapter = prepared_folder(name_or_path, PixelLimits()), find_adapter(name_or_path)
+        agent = cls(weightless_family(folder), folder, base=find_model(name_or_path))
+        if adapter is not None:
+            agent.adapter, agent.lora = adapter, LoRA.from_folder(agent.family.model, adapter)
         return agent
 
     @property
@@ -253,7 +289,9 @@ class VLMAgent(Agent):
             ConfigError: A number is out of range, parts are frozen, there are adapters already, or peft is missing.
         """
         model = self.family.model
-        if not all(parameter.requires_grad for parameter in model.parameters()):
+        whole = quantized_layers(model).values()
+        quantized = {parameter for layer in whole for parameter in (layer.weight, layer.scales)}
+        if not all(parameter.requires_grad or parameter in quantized for parameter in model.parameters()):
             raise ConfigError(
                 "LoRA freezes the whole model: it works neither with frozen parts nor with other adapters"
             )
@@ -261,6 +299,22 @@ class VLMAgent(Agent):
         inside = {module for part in parts for module in part.modules() if isinstance(module, nn.Linear)}
         targets = [name for name, module in model.named_modules() if module in inside]
         self.lora = LoRA.new(model, targets, rank, alpha, dropout)
+
+    def hold(self, weights: Literal["frozen", "all"]) -> int:
+        """Holds weights in bfloat16, for passes under autocast to it. Call it after `add_lora` and `freeze`.
+
+        Args:
+            weights: "frozen": frozen weights where this changes nothing, and those of `reference`. "all": all weights
+                but adapters and value head, which rounds them.
+
+        Returns:
+            The number of frozen parameters that stay float32 because bfloat16 would round them.
+        """
+        self._narrow_reference = True
+        if weights == "frozen":
+            return hold_frozen(self.family.model)
+        hold_all(self.family.model)
+        return 0
 
     @property
     def sees_by_adapters(self) -> bool:
@@ -284,9 +338,14 @@ class VLMAgent(Agent):
         size = int(self.family.model.config.get_text_config().hidden_size)
         policy.value_head = ValueHead(size, detach=detach, device=self.device)
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Saves memory: the backward pass recomputes activations. Gradients stay the same."""
-        recompute_activations(self.family)
+    def enable_gradient_checkpointing(self, blocks: int | None = None) -> None:
+        """Saves memory: the backward pass recomputes activations. Gradients stay the same.
+
+        Args:
+            blocks: Number of blocks of the language model whose activations are recomputed, besides those of the vision
+                tower. Each further block takes about the same time and saves the same memory. Default: all.
+        """
+        recompute_activations(self.family, blocks)
 
     def blocks(self) -> list[nn.Module]:
         """The blocks of vision tower and language model."""
@@ -308,7 +367,7 @@ class VLMAgent(Agent):
             ConfigError: The agent was loaded with adapters, and ranks hold shards of the weights.
         """
         if self.lora is None:
-            return FrozenPolicy(self.family_policy, self._with_image)
+            return FrozenPolicy(self.family_policy, self._with_image, narrow=self._narrow_reference)
         if self.lora.begins_elsewhere:
             if self.sharded:
                 raise ConfigError(
@@ -377,7 +436,10 @@ class VLMAgent(Agent):
         Raises:
             CheckpointError: The model could not be saved in the layout that it came in.
         """
-        state = self.family.model.state_dict()
+        state, quantized = self.family.model.state_dict(), quantized_layers(self.family.model)
+        for name, layer in quantized.items():
+            state[name] = torch.empty(layer.out_features, layer.in_features, dtype=layer.dtype, device="meta")
+            del state[f"{name.removesuffix('weight')}scales"]
         plain = {name.replace(".base_layer.", "."): state[name] for name in state if not is_adapter(name)}
         check_conversion(self.folder, self.family, plain)
 
@@ -390,6 +452,12 @@ class VLMAgent(Agent):
         Raises:
             ModelError: The checkpoint does not fit this agent. The weights stay unchanged.
         """
+        if (folder / _FORMER_ADAPTER / ADAPTER_CONFIG).is_file() and not (folder / ADAPTER_CONFIG).is_file():
+            raise ModelError(
+                f"{folder} is of an earlier version, which wrote the merged model and put the adapters into "
+                f"{_FORMER_ADAPTER}: it cannot be resumed. Start a new run with --model {folder / _FORMER_ADAPTER} "
+                f"(trains these adapters further), or with --model {folder} (the merged model)"
+            )
         policy = self.family_policy
         parts = (("adapter", ADAPTER_CONFIG, self.lora), ("value head", "value_head", policy.value_head))
         for name, place, part in parts:
@@ -403,10 +471,7 @@ class VLMAgent(Agent):
 
     def _read(self, folder: Path) -> dict[str, Tensor]:
         """The weights that `load` restores, by their names in the policy's state."""
-        if self.lora is None:
-            weights = load_model(folder, self.family.model.dtype).state_dict()
-        else:
-            weights = self.lora.read(folder, self.family.model.state_dict())
+        weights = self.lora.read(folder) if self.lora else load_model(folder, torch.float32).state_dict()
         weights = {f"model.{name}": tensor for name, tensor in weights.items()}
         if self.family_policy.value_head is not None:
             head, _ = read_tensors(folder / _VALUE_HEAD)
@@ -445,7 +510,7 @@ class VLMAgent(Agent):
             raise ConfigError("the agent is closed with its engine: load it anew to generate")
         prompts, index = self.encode(observations)
         if self.engine is None:
-            sampled = sample(self.family_policy, prompts, index, sampling, self._generator, self.limits)
+            sampled = sample(self.family_policy, prompts, index, sampling, self._generator, self._limits())
         else:
             listed = unbatch(observations)
             firsts = np.unique(index, return_index=True)[1]
@@ -457,6 +522,17 @@ class VLMAgent(Agent):
         completions = [Completion(self._text(one), one.token_ids, one.logprobs, one.finish_reason) for one in sampled]
         full, from_trainer = not sampling.cuts_tail, self.engine is None
         return Rollout(prompts, index, completions, sampling.temperature, full, from_trainer)
+
+    def _limits(self) -> PassLimits:
+        """The limits of sampling; on a GPU without a limit of the caches, that of its free memory."""
+        if self.limits.cache is not None or self.device.type != "cuda":
+            return self.limits
+        free = torch.cuda.mem_get_info(self.device)[0]
+        free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        autocast = torch.is_autocast_enabled("cuda")
+        dtype = torch.get_autocast_dtype("cuda") if autocast else self.family.model.dtype
+        room = int(_CACHED * free / token_bytes(self.family.model.config, dtype))
+        return replace(self.limits, cache=max(1, room))
 
     def _text(self, sampled: Sampled) -> str:
         """A completion's text, up to the end of its first stop text."""
@@ -476,15 +552,27 @@ class VLMAgent(Agent):
 
     def _written(self, i: int, text: str) -> Completion:
         """An answer as tokens, with the family's end token."""
-        tokenizer = self.family.processor.tokenizer
-        written = tokenizer.encode(text.removeprefix(self.family.opening), add_special_tokens=False)
-        end = tokenizer.eos_token_id if tokenizer.eos_token_id in self.family.end_tokens else self.family.end_tokens[0]
-        ids = np.array([*written, end], dtype=np.int64)
-        if len(ids) > self.max_new_tokens:
-            raise PromptError(i, f"its true answer has {len(ids)} tokens; max_new_tokens is {self.max_new_tokens}")
-        if np.isin(ids, self.family.banned_tokens).any():
-            raise PromptError(i, "its true answer holds control tokens, which are never sampled")
+        ids = answer_ids(self.family, text)
+        if fault := answer_fault(self.family, ids, self.max_new_tokens):
+            raise PromptError(i, fault)
         return Completion(text, ids, np.zeros(len(ids), np.float32), "stop")
+
+
+def answer_ids(family: Family, text: str) -> NDArray[np.int64]:
+    """The tokens [length] of an answer as the policy would have written it, with the token that ends it."""
+    tokenizer = family.processor.tokenizer
+    written = tokenizer.encode(text.removeprefix(family.opening), add_special_tokens=False)
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id in family.end_tokens else family.end_tokens[0]
+    return np.array([*written, end], dtype=np.int64)
+
+
+def answer_fault(family: Family, ids: NDArray[np.int64], max_new_tokens: int) -> str | None:
+    """Why a true answer cannot be imitated; None if it can."""
+    if len(ids) > max_new_tokens:
+        return f"its true answer has {len(ids)} tokens; max_new_tokens is {max_new_tokens}"
+    if np.isin(ids, family.banned_tokens).any():
+        return "its true answer holds control tokens, which are never sampled"
+    return None
 
 
 def check_length(prompt: int, max_new_tokens: int, most: int, holder: str = "model") -> None:

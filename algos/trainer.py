@@ -28,6 +28,7 @@ from vlmenv.algos.collecting import Collector, timed
 from vlmenv.algos.correction import Correction, importance_weights, mismatch
 from vlmenv.algos.faults import NonFiniteError, nonfinite_gradients, nonfinite_weights
 from vlmenv.algos.losses import token_weights
+from vlmenv.algos.optimizers import OptimizerName, make_optimizer
 from vlmenv.algos.replay import Replay
 from vlmenv.core.errors import ConfigError, require, require_at_least, require_weight
 from vlmenv.core.rollout import Rollout, Rows
@@ -50,6 +51,9 @@ class TrainerConfig:
     """Learning-rate schedule after the warm-up."""
     weight_decay: float = 0.0
     """AdamW weight decay."""
+    optimizer: OptimizerName = "adamw"
+    """Optimizer: adamw, adamw_8bit (8 bits per number of its state, by bitsandbytes), or adamw_offload (state and
+    updates on the CPU, for weights on a GPU)."""
     max_grad_norm: float = 1.0
     """Maximum gradient norm. Larger gradients are scaled down to it."""
     micro_batch_size: int | None = None
@@ -165,9 +169,13 @@ class Trainer:
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
-        # PyTorch's own choice on GPUs holds four more bytes of each weight during a step.
-        fused = True if self.agent.device.type == "cuda" else None
-        return torch.optim.AdamW(self._parameter_groups(), lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+        return make_optimizer(
+            config.optimizer,
+            self._parameter_groups(),
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            device=self.agent.device,
+        )
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """The trained parameters, with the learning rate of each part of the model."""
@@ -262,7 +270,12 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """State that all ranks share after the last finished step, without the weights."""
-        return self._finished | self.processes.shared_state() | {"processes": self.processes.name}
+        return self._finished | self.processes.shared_state() | self._kind
+
+    @property
+    def _kind(self) -> dict[str, str]:
+        """What a checkpoint must have been saved with."""
+        return {"processes": self.processes.name, "optimizer_name": self.config.optimizer}
 
     def process_state(self) -> dict[str, Any]:
         """State of this rank after the last finished step.

@@ -275,6 +275,21 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         """
         return {}
 
+    def compare(
+        self, before: Sequence[Any], after: Sequence[Any], targets: Sequence[Any], clusters: Sequence[int]
+    ) -> Intervals:
+        """Paired differences of metrics of `summarise` between two evaluations, later minus earlier. Default: none.
+
+        A metric without one is compared by its values alone, without an interval.
+
+        Args:
+            before: Parsed answers of the earlier evaluation, None where unparsable.
+            after: Those of the later one to the same samples.
+            targets: The truth for each.
+            clusters: The number of the sample that each answer belongs to.
+        """
+        return {}
+
     def write_answer(self, sample: Sample) -> str:
         """A right completion for a sample, in the requested format and coordinates.
 

@@ -11,7 +11,7 @@ from vlmenv.envs.data.rows import Row
 from vlmenv.envs.data.scenes import DetectionScenes, Split
 from vlmenv.envs.data.source import Source
 from vlmenv.envs.geometry import DETECTIONS, Geometry
-from vlmenv.envs.metrics.detection import coco_metrics, nms_ap
+from vlmenv.envs.metrics.detection import coco_metrics, nms_ap, paired_statistics, suppress
 from vlmenv.envs.rewards import detection as rewards
 from vlmenv.envs.rewards.terms import RewardTerm
 
@@ -61,3 +61,11 @@ class OVDEnv(VisualTaskEnv):
         answered = [prediction or () for prediction in predictions]
         nms = {"NMS-AP": nms_ap(answered, targets, clusters=clusters)}
         return coco_metrics(answered, targets, clusters=clusters) | nms
+
+    def compare(
+        self, before: Sequence[Any], after: Sequence[Any], targets: Sequence[Any], clusters: Sequence[int]
+    ) -> Intervals:
+        first, last = ([prediction or () for prediction in predictions] for predictions in (before, after))
+        kept = [[suppress(row) for row in rows] for rows in (first, last)]
+        nms = paired_statistics(kept[0], kept[1], targets, clusters=clusters)["AP"]
+        return paired_statistics(first, last, targets, clusters=clusters) | {"NMS-AP": nms}

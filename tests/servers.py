@@ -22,6 +22,16 @@ def free_port() -> int:
         return int(bound.getsockname()[1])
 
 
+def self_signed(folder: Path, address: str) -> tuple[Path, Path]:
+    """The files of a certificate for an IP address and of its key, made by openssl."""
+    folder.mkdir(exist_ok=True)
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    made = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    named = ["-days", "2", "-subj", "/CN=vlmenv", "-addext", f"subjectAltName=IP:{address}"]
+    subprocess.run([*made, *named, "-keyout", str(key), "-out", str(cert)], check=True, capture_output=True)
+    return cert, key
+
+
 def listening() -> set[tuple[str, int]]:
     """Addresses and ports at which this process can be reached."""
     connections = psutil.Process().net_connections("tcp")
@@ -33,7 +43,8 @@ class Served:
 
     def __init__(self, port: int, *options: str) -> None:
         self.port, self.url = port, f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "vlmenv", "serve", *options, "--port", str(port)]
+        place = [] if "--socket" in options else ["--port", str(port)]
+        command = [sys.executable, "-m", "vlmenv", "serve", *options, *place]
         self.process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,

@@ -119,10 +119,12 @@ def test_a_notebook_without_widgets_gets_plain_lines(
     capsys: pytest.CaptureFixture[str],
     recwarn: pytest.WarningsRecorder,
 ) -> None:
-    """A shell of Jupyter's name is how rich knows a notebook."""
+    """A shell of Jupyter's name is how rich knows a notebook, whose output stream says that it is a terminal."""
     shell = type("ZMQInteractiveShell", (), {})()
     monkeypatch.setattr(builtins, "get_ipython", lambda: shell, raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm-color")  # an ipykernel's
     vlmenv.train(output=tmp_path / "run", group_size=2, eval_limit=0, **SMALL)
     told = capsys.readouterr().out
     assert not building.open_console(quiet=True).is_terminal

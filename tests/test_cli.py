@@ -284,7 +284,7 @@ def test_detection_is_trained_and_measured_by_the_same_commands(tmp_path: Path) 
         (["doctor", "--group-size", "0"], "group_size must be at least 1"),
         (["doctor", "--beta", "-1"], "beta must be finite and at least 0"),
         (["doctor", "--temperature", "0"], "training needs varied answers"),
-        (["doctor", "--env", "VLM-RCE-v0", "--device", "cpu"], "1 of 21 checks failed: samples"),
+        (["doctor", "--env", "VLM-RCE-v0", "--device", "cpu"], "1 of 22 checks failed: samples"),
         (["eval", "--eval-limit", "0"], "eval_limit must be at least 1"),
         (["eval", "--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
         (["eval", "--temperature", "0", "--samples", "4"], "temperature must be above 0"),

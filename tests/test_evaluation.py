@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 
 from vlmenv.agents import VLMAgent
 from vlmenv.cli import main
 from vlmenv.core.answers import Detection, write_detections
 from vlmenv.core.formats import AnswerFormat
-from vlmenv.envs.metrics.intervals import wilson_interval
+from vlmenv.envs.metrics.detection import coco_metrics
+from vlmenv.envs.metrics.intervals import Interval, wilson_interval
 from vlmenv.envs.ovd import OVDEnv
 from vlmenv.envs.rewards import math as math_terms
 from vlmenv.envs.rewards import workers
@@ -86,10 +88,15 @@ def test_changes_are_of_the_samples_that_both_answered() -> None:
     good, half, bad = (write(write_detections(found)) for found in ([A, B], [A], [A, A]))
     before = [answered(task, 0, bad, (A, B)), answered(task, 1, half, (A, B)), answered(task, 3, good, (A, B))]
     after = [answered(task, 1, good, (A, B)), answered(task, 2, good, (A, B)), answered(task, 0, half, (A, B))]
-    found = differences(task.ratios, before, after)
+    found = differences(task, before, after)
     assert found["recall@0.5"].value == pytest.approx(3 / 4 - 2 / 4)
     assert found["precision@0.5"].value == pytest.approx(3 / 3 - 2 / 3)
-    assert "AP" not in found
+    rows = [
+        [task.parse(one["completion"]) for one in answers] for answers in ([before[1], before[0]], [after[0], after[2]])
+    ]
+    values = [coco_metrics(one, [[A, B]] * 2)["AP"].value for one in rows]
+    assert found["AP"].value == pytest.approx(values[1] - values[0])
+    assert "APs" not in found
     columns = {
         "before": Evaluation(summarise(task, before), before),
         "after": Evaluation(summarise(task, after), after),
@@ -97,7 +104,23 @@ def test_changes_are_of_the_samples_that_both_answered() -> None:
     table = metrics_table("", columns, found)
     cells = dict(zip(table.columns[0].cells, table.columns[-1].cells, strict=True))
     assert cells["precision@0.5"].startswith("+0.333 (")
-    assert "(" not in cells["AP"]
+    assert "(" in cells["AP"]
+    assert "(" not in cells["APs"]
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_intervals_stay_whole_on_narrow_consoles(width: int) -> None:
+    whole = Interval(0.58, 0.555, 0.605)
+    named = {"accuracy/algebra and word problems": whole, "iou/mean": whole}
+    change = {name: Interval(-0.007, -0.02, 0.1) for name in named}
+    out = io.StringIO()
+    columns = {"before": Evaluation(named, []), "after": Evaluation(named, [])}
+    Console(file=out, width=width).print(metrics_table("", columns, change, width))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert out.getvalue().count("(0.555 to 0.605)") == 4
+    assert out.getvalue().count("(-0.020 to +0.100)") == 2
+    assert ("0.580 (0.555" in out.getvalue()) == (width == 200)
 
 
 def test_the_metrics_are_written_last(tmp_path: Path) -> None:
@@ -175,3 +198,26 @@ def test_on_a_terminal_progress_is_a_bar_that_goes() -> None:
     with progress("evaluating", 10, Console(file=out, force_terminal=True)) as advance:
         advance(4)
     assert "4/10" in out.getvalue()
+
+
+SUBJECTS = ("[/red]", "\x1b[31mx", "[bold]b", ":smile:")
+
+
+@pytest.mark.slow
+def test_names_from_data_are_neither_markup_nor_orders_to_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of subjects, in an evaluation, in training, and of the folders that are named."""
+    monkeypatch.setenv("COLUMNS", "250")
+    Image.new("RGB", (48, 48)).save(tmp_path / "a.png")
+    rows = [{"image": "a.png", "problem": "Which?", "answer": "red", "subject": one} for one in SUBJECTS]
+    file, run = tmp_path / "rows.jsonl", tmp_path / "a [/b]\x1b[31m run"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--env", "VLM-VQA-v0", "--dataset", str(file), "--device", "cpu", "--max-new-tokens", "4"]
+    main(["train", *options, "--steps", "1", "--prompts-per-step", "1", "--group-size", "2", "--output", str(run)])
+    main(["eval", *options, "--model", str(run)])
+    told = capsys.readouterr().out
+    for shown in ("accuracy/[/red]", "accuracy/\\x1b[31mx", "accuracy/[bold]b", "accuracy/:smile:"):
+        assert told.count(shown) == 2
+    assert "\x1b" not in told
+    assert "a [/b]\\x1b[31m run" in told

@@ -14,13 +14,17 @@ import transformers
 from accelerate import Accelerator
 from rich.console import Console
 
+from vlmenv.agents.checkpoints import find_adapter, stored_weights
+from vlmenv.agents.engines.addresses import check_address, tls_context
 from vlmenv.agents.engines.base import Engine
-from vlmenv.agents.engines.remote import RetryPolicy, check_address
+from vlmenv.agents.engines.remote import RetryPolicy
 from vlmenv.agents.engines.server import VLLMServerEngine
 from vlmenv.agents.engines.vllm import VLLMEngine, check_sharing, require_vllm
 from vlmenv.agents.families import coordinate_space, image_bound, resize_rule
 from vlmenv.agents.pixels import prepared_folder
+from vlmenv.agents.quantization import Quantization
 from vlmenv.agents.remainders import REMAINDERS
+from vlmenv.agents.sampling import PassLimits
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.core.coordinates import CoordinateSpace
 from vlmenv.core.errors import ConfigError, unknown_name
@@ -28,7 +32,7 @@ from vlmenv.core.loading import load_name
 from vlmenv.core.text import printable
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.options.task import Device, TaskConfig
-from vlmenv.options.train import AdaptationOptions
+from vlmenv.options.train import AdaptationOptions, TrainConfig
 from vlmenv.processes import Processes, end_with_parent
 
 DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -102,10 +106,10 @@ def open_console(quiet: bool) -> Console:
 
     In a notebook it shows progress as a widget. Without ipywidgets, which that takes, it prints plain lines.
     """
-    console = Console(quiet=quiet)
+    console = Console(emoji=False, quiet=quiet)
     if not console.is_jupyter or importlib.util.find_spec("ipywidgets"):
         return console
-    plain = Console(quiet=quiet, force_jupyter=False, force_terminal=False)
+    plain = Console(emoji=False, quiet=quiet, force_jupyter=False, force_terminal=False)
     say("install ipywidgets to see a progress bar here; until then, lines tell the progress", plain)
     return plain
 
@@ -169,6 +173,7 @@ def _vllm_server(config: TaskConfig, agent: VLMAgent, dtype: torch.dtype) -> Eng
         transfer=options.weight_transfer,
         weights_folder=options.weights_folder,
         retry_policy=RetryPolicy(answer=options.server_timeout),
+        ca=options.server_ca,
     )
 
 
@@ -210,6 +215,8 @@ def check_engine(config: TaskConfig, device: torch.device, processes: int = 1) -
     find_engine(options.engine)
     for address in options.server:
         check_address(address)
+    if options.server_ca is not None:
+        tls_context(options.server_ca)
     if options.engine != "vllm":
         return
     require_vllm()
@@ -223,6 +230,9 @@ def load_agent(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     engine_dtype: torch.dtype | None = None,
+    *,
+    quantization: Quantization | None = None,
+    quantize_vision: bool = False,
 ) -> VLMAgent:
     """Loads a configuration's model as an agent, without the loader's own progress bars.
 
@@ -231,6 +241,8 @@ def load_agent(
         device: Device of the model.
         dtype: Data type of its weights.
         engine_dtype: Data type of the copy in an engine. Default: `dtype`.
+        quantization: Quantisation of the model. Default: none.
+        quantize_vision: If true, quantises the vision tower too.
 
     Raises:
         ConfigError: The chat template never reads one of `chat_template_kwargs`.
@@ -244,7 +256,10 @@ def load_agent(
         sampling=config.sampling,
         chat_template_kwargs=config.prompts.template_switches(),
         pixels=config.pixels,
+        quantization=quantization,
+        quantize_vision=quantize_vision,
     )
+    agent.limits = PassLimits(cache=config.generation.cache_tokens)
     if config.prompts.system_prompt is not None:
         agent.family.require_system_turns()
     if (make := find_engine(config.generation.engine)) is not None:
@@ -255,8 +270,53 @@ def load_agent(
     return agent
 
 
-def adapt(agent: VLMAgent, options: AdaptationOptions) -> None:
-    """Prepares an agent for training: adapters, frozen parts, checkpointing.
+def load_for_training(config: TrainConfig[Any], device: torch.device) -> VLMAgent:
+    """Loads a model as `load_agent` does, in the data type in which most of its weights are held in training.
+
+    Call `adapt` next, which holds the others in theirs.
+
+    Raises:
+        ConfigError: As `load_agent`; or `quantize` is given without adapters.
+        ModelError: As `load_agent`.
+    """
+    options, precision = config.adaptation, config.batches.precision
+    adapted = options.lora_rank is not None or find_adapter(config.model) is not None
+    if options.quantize is not None and not adapted:
+        raise ConfigError("quantize is for the base of adapters: give lora_rank, or a folder of adapters as model")
+    frozen = adapted and options.weights == "auto" and precision == "bf16" and _is_stored_in_bf16(config)
+    return load_agent(
+        config,
+        device,
+        torch.bfloat16 if frozen or options.weights == "bf16" else torch.float32,
+        DTYPES[precision],
+        quantization=options.quantize,
+        quantize_vision=options.lora_vision,
+    )
+
+
+def limits_of(config: TrainConfig[Any]) -> PassLimits:
+    """The limits of sampling by the model itself in training."""
+    trainer = config.trainer
+    return PassLimits(trainer.micro_batch_size, trainer.micro_batch_tokens, config.generation.cache_tokens)
+
+
+def _is_stored_in_bf16(config: TrainConfig[Any]) -> bool:
+    """True if a model's files hold all of its weights in bfloat16, and nothing that this rounds away."""
+    folder = prepared_folder(config.model, config.pixels)
+    kinds = {kind for kind, _ in stored_weights(folder).values()}
+    return kinds == {torch.bfloat16} and not (folder / REMAINDERS).is_dir()
+
+
+def adapt(agent: VLMAgent, options: AdaptationOptions, precision: str = "fp32") -> list[str]:
+    """Prepares an agent for training: adapters, frozen parts, checkpointing, data types.
+
+    Args:
+        agent: The agent.
+        options: What to prepare.
+        precision: Precision of passes.
+
+    Returns:
+        What is not as the reader may expect, a line each.
 
     Raises:
         ConfigError: The model is one of adapters, and the options ask for others.
@@ -272,7 +332,16 @@ def adapt(agent: VLMAgent, options: AdaptationOptions) -> None:
     if options.freeze_vision or options.freeze_projector:
         agent.freeze(vision=options.freeze_vision, projector=options.freeze_projector)
     if options.gradient_checkpointing:
-        agent.enable_gradient_checkpointing()
+        agent.enable_gradient_checkpointing(options.checkpointed_blocks)
+    if precision != "bf16" or options.weights == "fp32":
+        return []
+    rounded = agent.hold("frozen" if options.weights == "auto" else "all")
+    if not rounded:
+        return []
+    return [
+        f"{rounded:,} frozen weights stay fp32, because bf16 would round them. To halve their memory, train the model "
+        "that `vlmenv export --dtype bfloat16` writes"
+    ]
 
 
 def _check_adapters(agent: VLMAgent, options: AdaptationOptions) -> None:

@@ -15,14 +15,15 @@ from typing import Any, Final
 
 import numpy as np
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from vlmenv.agents.base import Agent
 from vlmenv.core.errors import DataError, PromptError, SampleError
-from vlmenv.core.files import write_atomic
+from vlmenv.core.files import read_object, read_objects, write_atomic
 from vlmenv.core.rollout import Observation, told_turns, unbatch
-from vlmenv.core.text import visible
+from vlmenv.core.text import printable, visible
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.metrics.intervals import Interval, metric_interval, paired_interval, wilson_interval
 from vlmenv.envs.rewards.workers import LOSSES
@@ -143,7 +144,7 @@ def progress(title: str, total: int, console: Console | None = None, done: int =
     Yields:
         A function that takes the number of samples answered since the last call.
     """
-    console = console or Console()
+    console = console or Console(emoji=False)
     if not (console.is_terminal or console.is_jupyter):
         yield _Lines(title, total, console, done).advance
         return
@@ -260,26 +261,29 @@ def sample_count(envs: VisualTaskVectorEnv, limit: int | None) -> int:
 Answers = Sequence[Mapping[str, Any]]
 
 
-def differences(ratios: Mapping[str, tuple[str, str]], before: Answers, after: Answers) -> dict[str, Interval]:
+def differences(task: VisualTaskEnv | None, before: Answers, after: Answers) -> dict[str, Interval]:
     """Paired differences of metrics between two evaluations, over the samples that both have answered.
 
-    Metrics of the set as a whole, such as average precision, are not means of answers, and have none.
+    Metrics of the set as a whole, such as average precision, have those that the task's `compare` gives.
 
     Args:
-        ratios: `ratios` of the task.
-        before: `Evaluation.answers`, or as many of their fields as `index`, `measures` and `subject`.
+        task: The task. None: only means of measures are compared.
+        before: `Evaluation.answers`; without a task `index`, `measures` and `subject` are enough.
         after: Those of the other evaluation.
     """
     pairs = _paired(before, after)
     names = [name for name in pairs[0][0]["measures"] if name in pairs[0][1]["measures"]] if pairs else []
     found = {name: _difference(pairs, name) for name in names}
-    for name, (over, under) in ratios.items():
+    for name, (over, under) in (task.ratios if task is not None else {}).items():
         if over in found and under in found:
             found[name] = _difference(pairs, over, under)
     for subject in sorted({first.get("subject", "") for first, _ in pairs} - {""}):
         if "accuracy" in found:
             own = [pair for pair in pairs if pair[0].get("subject", "") == subject]
             found[f"accuracy/{subject}"] = _difference(own, "accuracy")
+    if task is not None and pairs:
+        earlier, later = ([pair[which]["prediction"] for pair in pairs] for which in (0, 1))
+        found |= task.compare(earlier, later, [one["target"] for one, _ in pairs], [one["index"] for one, _ in pairs])
     return found
 
 
@@ -305,14 +309,29 @@ INTERVALS = "95 % intervals: Wilson's for proportions, else by bootstrap over sa
 """What tables say of their intervals."""
 
 
-def metrics_table(title: str, columns: dict[str, Evaluation], changes: Mapping[str, Interval] | None = None) -> Table:
+def metrics_table(
+    title: str,
+    columns: dict[str, Evaluation],
+    changes: Mapping[str, Interval] | None = None,
+    width: int | None = None,
+) -> Table:
     """A table of metrics with their 95 % intervals: a row each, and a column for each evaluation.
 
     Args:
         title: Its title.
         columns: The evaluations by name.
         changes: Paired differences for a last column. Default: no such column.
+        width: Width of the console. A wider table has its intervals below their values. Default: any width.
     """
+    table = _metrics_table(title, columns, changes, " ")
+    wide = Console(emoji=False, width=10_000)
+    fits = width is None or Measurement.get(wide, wide.options, table).maximum <= width
+    return table if fits else _metrics_table(title, columns, changes, "\n")
+
+
+def _metrics_table(
+    title: str, columns: Mapping[str, Evaluation], changes: Mapping[str, Interval] | None, gap: str
+) -> Table:
     paired = "; the change is of the same samples" if changes is not None else ""
     caption = f"{INTERVALS}{paired}" + "".join(
         f"; {name}: {one.unparsable} of {len(one.answers)} answers unparsable"
@@ -320,28 +339,31 @@ def metrics_table(title: str, columns: dict[str, Evaluation], changes: Mapping[s
         if one.unparsable is not None
     )
     last = [] if changes is None else ["change"]
-    table = Table("metric", *columns, *last, title=title, title_justify="left", caption=caption, caption_justify="left")
+    whole = changes is not None  # else the columns' names may be long folders
+    values = [Column(printable(name), no_wrap=whole) for name in (*columns, *last)]
+    table = Table("metric", *values, title=printable(title), title_justify="left")
+    table.caption, table.caption_justify = printable(caption), "left"
     for name in dict.fromkeys(name for one in columns.values() for name in one.metrics):
-        cells = [written(one.metrics[name]) if name in one.metrics else "" for one in columns.values()]
-        table.add_row(name, *cells, *[_change(name, columns, changes or {}) for _ in last])
+        cells = [written(one.metrics[name], gap=gap) if name in one.metrics else "" for one in columns.values()]
+        table.add_row(printable(name), *cells, *[_change(name, columns, changes or {}, gap) for _ in last])
     return table
 
 
-def _change(name: str, columns: Mapping[str, Evaluation], changes: Mapping[str, Interval]) -> str:
+def _change(name: str, columns: Mapping[str, Evaluation], changes: Mapping[str, Interval], gap: str) -> str:
     """The paired difference with its interval; without one, the plain difference of the last from the first column."""
     if name in changes:
-        return written(changes[name], "+.3f")
+        return written(changes[name], "+.3f", gap)
     first, *_, last = columns.values()
     if name in first.metrics and name in last.metrics:
         return f"{last.metrics[name].value - first.metrics[name].value:+.3f}"
     return ""
 
 
-def written(metric: Interval, form: str = ".3f") -> str:
+def written(metric: Interval, form: str = ".3f", gap: str = " ") -> str:
     """A metric with its interval, for tables."""
     if math.isnan(metric.low):
         return format(metric.value, form)
-    return f"{metric.value:{form}} ({metric.low:{form}} to {metric.high:{form}})"
+    return f"{metric.value:{form}}{gap}({metric.low:{form}} to {metric.high:{form}})"
 
 
 _SKIPPED = "skipped.json"
@@ -360,21 +382,35 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
 
 
 def read_evaluation(folder: Path, task: VisualTaskEnv) -> Evaluation:
-    """The inverse of `write_evaluation`; predictions are read from the completions again."""
-    lines = (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()
-    answers = [json.loads(line) for line in lines]
-    for answer in answers:
+    """The inverse of `write_evaluation`; predictions are read from the completions again.
+
+    Raises:
+        DataError: A file is damaged.
+        OSError: A file cannot be read.
+    """
+    answers = read_objects(folder / "answers.jsonl")
+    for number, answer in enumerate(answers, 1):
+        if not {"completion", "index", "measures"} <= answer.keys():
+            raise DataError(f"{folder / 'answers.jsonl'}:{number} is damaged: it is no answer")
         answer["prediction"] = task.parse(answer["completion"])
     file = folder / _SKIPPED
-    skipped = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    skipped = read_object(file) if file.is_file() else {}
     return Evaluation(read_metrics(folder), answers, {int(index): reason for index, reason in skipped.items()})
 
 
 def read_metrics(folder: Path) -> dict[str, Interval]:
-    """The metrics that `write_evaluation` has written into a folder."""
-    stored = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    numbers = {
-        name: [math.nan if metric[part] is None else metric[part] for part in Interval._fields]
-        for name, metric in stored.items()
-    }
+    """The metrics that `write_evaluation` has written into a folder.
+
+    Raises:
+        DataError: The file is damaged.
+        OSError: It cannot be read.
+    """
+    file = folder / "metrics.json"
+    try:
+        numbers = {
+            name: [math.nan if metric[part] is None else float(metric[part]) for part in Interval._fields]
+            for name, metric in read_object(file).items()
+        }
+    except (TypeError, KeyError, ValueError) as error:
+        raise DataError(f"{file} is damaged: it holds no metrics") from error
     return {name: Interval(*parts) for name, parts in numbers.items()}

@@ -8,7 +8,6 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-import httpx2
 import torch
 from torch import Tensor
 
@@ -90,7 +89,7 @@ class DirectTransfer:
         """Opens a channel to a server."""
         limit = server.limit
         try:
-            store = hosted(local_address(httpx2.URL(server.url).host))
+            store = hosted(local_address(server.host))
         except (ChannelFault, OSError) as error:
             raise ServerFault(f"the trainer has no address that it could reach: {error}") from error
         meeting = Meeting(store.host, store.port, uuid.uuid4().hex, size, backend)

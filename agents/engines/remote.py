@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx2
 
 from vlmenv.agents.engines.access import VARIABLE
+from vlmenv.agents.engines.addresses import check_address, connection, host_of, require_own_socket
 from vlmenv.agents.engines.replies import (
     Answer,
     OtherModelFault,
@@ -21,7 +23,6 @@ from vlmenv.agents.engines.replies import (
     read_served,
 )
 from vlmenv.core.errors import ConfigError
-from vlmenv.core.urls import masked
 
 SLOWER = "; if the server only needs longer, raise --server-timeout"
 """advice if the time limit `RetryPolicy.answer` was too short"""
@@ -60,27 +61,28 @@ class Server:
     """A client of one server.
 
     Args:
-        url: Address, as http://HOST:PORT.
+        url: Address, as http://HOST:PORT, https://HOST:PORT or unix:PATH.
         token: Token of `vlmenv serve`.
         retry_policy: Time limits and retries.
+        ca: File of the authorities that sign the certificate of an https server. None: those that the system trusts.
 
     Attributes:
         fault: Reason why the server is excluded; None while it is in use.
+        host: Its host; of a Unix socket this machine.
         due: Number of the update that is next offered to an excluded server.
     """
 
-    def __init__(self, url: str, token: str, retry_policy: RetryPolicy) -> None:
+    def __init__(self, url: str, token: str, retry_policy: RetryPolicy, ca: Path | None = None) -> None:
         check_address(url)
-        self.url = url
+        self.url, self.host = url, host_of(url)
         self.fault: str | None = None
         self.due, self._misses = 0, 0
         self._retry_policy = retry_policy
         self._http = httpx2.AsyncClient(
-            base_url=url,
             headers={"Authorization": f"Bearer {token}"},
             trust_env=False,  # no proxy: servers are in the local network
             timeout=httpx2.Timeout(None, connect=retry_policy.greeting),  # `_ask` limits requests as a whole
-            limits=httpx2.Limits(max_connections=None, keepalive_expiry=_IDLE),
+            **connection(url, ca, httpx2.Limits(max_connections=None, keepalive_expiry=_IDLE)),
         )
 
     @property
@@ -200,13 +202,14 @@ class Server:
     async def _ask(self, method: str, path: str, limit: float, body: Any = None) -> httpx2.Response:
         content = {} if body is None and method == "POST" else body  # the server takes JSON alone
         try:
+            require_own_socket(self.url)
             async with asyncio.timeout(limit):
                 reply = await self._http.request(method, path, json=content)
         except (TimeoutError, httpx2.TimeoutException) as error:
             raise ServerFault(
                 f"no answer from {path} within {limit:g} s{SLOWER if limit == self.limit else ''}"
             ) from error
-        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+        except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
             raise PassingFault(f"{type(error).__name__} at {path}: {error or 'no reason given'}") from error
         if reply.status_code == 401:
             raise RefusedTokenFault(f"it has another token: set {VARIABLE} to that of `vlmenv serve`")
@@ -219,17 +222,6 @@ class Server:
 
 class _RefusedFault(ServerFault):
     """A request that the server refuses."""
-
-
-def check_address(url: str) -> None:
-    """Raises ConfigError unless `url` is the address of a server."""
-    try:
-        parsed = httpx2.URL(url)
-    except httpx2.InvalidURL as error:
-        raise ConfigError(f"{masked(url)!r} is not the address of a server: {error}") from error
-    more = parsed.path not in ("", "/") or parsed.query or parsed.userinfo
-    if parsed.scheme not in ("http", "https") or not parsed.host or more:
-        raise ConfigError(f"{masked(url)!r} is not the address of a server: give http://HOST:PORT")
 
 
 def _json(reply: httpx2.Response) -> Any:

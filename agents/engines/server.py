@@ -77,13 +77,14 @@ class VLLMServerEngine(Engine):
     """An engine of servers that `vlmenv serve` started. It has no weights before the first `sync`.
 
     Args:
-        servers: Addresses, as http://HOST:PORT.
+        servers: Addresses, as http://HOST:PORT, https://HOST:PORT or unix:PATH.
         folder: Folder of the trained model, in the published layout.
         family: The trainer's model and processor, with the tokens that are never sampled.
         transfer: Transfer of weights: "file" (servers read a file) or "direct" (from process to process).
         weights_folder: Folder for the files of weights. Servers on other machines need a shared one. Default: a folder
             in memory, or the one for temporary files if memory is short. "direct" does not use it.
         retry_policy: Time limits and retries.
+        ca: File of the authorities that sign certificates of https servers. Default: those that the system trusts.
 
     Raises:
         ConfigError: An address is invalid, or there is no token.
@@ -99,13 +100,14 @@ class VLLMServerEngine(Engine):
         transfer: Literal["file", "direct"] = "file",
         weights_folder: Path | None = None,
         retry_policy: RetryPolicy | None = None,
+        ca: Path | None = None,
     ) -> None:
         head = family.model.get_output_embeddings()
         assert head is not None
         self._family, self._vocabulary = family, int(head.weight.shape[0])
         self._shapes = untied(weight_shapes(folder), family)
         token = server_token()
-        self._servers = [Server(url, token, retry_policy or RetryPolicy()) for url in servers]
+        self._servers = [Server(url, token, retry_policy or RetryPolicy(), ca) for url in servers]
         self._news: list[str] = []
         self._version: str | None = None
         """version of the weights of the servers in use; None before the first `sync`"""

@@ -82,14 +82,51 @@ def detection_statistics(
     Returns:
         pycocotools' values with intervals, NaN if there is no true box outside crowds.
     """
+    values, samples = _resampled(answered, truth, clusters, resamples, seed)
+    found = {name: percentile_interval(values[name], samples[name], centred=True) for name in samples}
+    return {name: Interval(*np.clip(interval, 0, 1).tolist()) for name, interval in found.items()}
+
+
+def paired_statistics(
+    before: Sequence[Sequence[Detection]],
+    after: Sequence[Sequence[Detection]],
+    truth: Sequence[Sequence[Detection]],
+    *,
+    clusters: Sequence[Hashable] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """The differences of AP, AP50 and AP75 between two sets of answers to the same images, later minus earlier.
+
+    Each resample draws the same images for both. Intervals are shifted as in `detection_statistics`.
+
+    Args:
+        before: Boxes of N images.
+        after: Other boxes of these images.
+        truth: True boxes of these images.
+        clusters: See `detection_statistics`.
+        resamples: Number of resamples.
+        seed: Seed of the draws.
+    """
+    (first, earlier), (last, later) = (_resampled(one, truth, clusters, resamples, seed) for one in (before, after))
+    return {
+        name: percentile_interval(last[name] - first[name], later[name] - earlier[name], centred=True) for name in later
+    }
+
+
+def _resampled(
+    answered: Sequence[Sequence[Detection]],
+    truth: Sequence[Sequence[Detection]],
+    clusters: Sequence[Hashable] | None,
+    resamples: int,
+    seed: int,
+) -> tuple[dict[str, float], dict[str, NDArray[np.float64]]]:
+    """pycocotools' values of the data set, and those [B] of its resamples."""
     evaluation = _evaluate(*_coco_form(answered, truth), areas=1)
     matches = match_answers(evaluation, number_clusters(range(len(truth)) if clusters is None else clusters))
     draws = bootstrap_draws(len(matches.starts) - 1, resamples, seed)
     aps = np.array([resampled_ap(matches, drawn) for drawn in draws]).reshape(-1, len(IOU_THRESHOLDS))
-    samples = {"AP": aps.mean(axis=1), "AP50": aps[:, 0], "AP75": aps[:, 5]}
-    values = _named(evaluation)
-    found = {name: percentile_interval(values[name], samples[name], centred=True) for name in samples}
-    return {name: Interval(*np.clip(interval, 0, 1).tolist()) for name, interval in found.items()}
+    return _named(evaluation), {"AP": aps.mean(axis=1), "AP50": aps[:, 0], "AP75": aps[:, 5]}
 
 
 def coco_metrics(
@@ -123,7 +160,7 @@ def nms_ap(
     return detection_statistics(kept, truth, clusters=clusters, resamples=resamples, seed=seed)["AP"]
 
 
-def suppress(detections: Sequence[Detection], iou: float) -> list[Detection]:
+def suppress(detections: Sequence[Detection], iou: float = 0.5) -> list[Detection]:
     """The detections without those that overlap an earlier kept one by more than `iou`, whatever the labels."""
     boxes = np.array([detection.box for detection in detections], dtype=np.float64).reshape(-1, 4)
     kept, left = [], np.arange(len(boxes))

@@ -152,11 +152,13 @@ def _boxed(text: str, boxes: list[Box]) -> str:
 
 
 _LEAD_IN = re.compile(
-    r"\b(?i:answers?|ans\.?|(?:correct|right|best|closest|nearest|final|chosen|most (?:\w+ )?\w+) (?:\w+ )?(?:option|choice)s?)"
+    r"\b(?i:answers?|ans\.?"
+    r"|(?:correct|right|best|closest|nearest|final|chosen|most (?:\w+ )?\w+) (?:\w+ )?(?:option|choice)s?)"
     r"(?:,[^.,:;\n]{1,60},| (?i:among|from)\b[^.:;\n]{0,60}?"
     r"| (?i:to|of|for|here|that|which)\b[^.,:;\n]{0,60}?)?"
     r"(?: ?(?:(?i:is|are|would be|should be|must be|will be)\b(?: (?i:that|thus|therefore)\b)? ?:?|[:=])|(?=\n))"
-    r"|\b(?i:correspond(?:s|ing)|match(?:es|ing)|(?:choose|select|pick|go(?:ing)? with))(?: to| with)?(?= (?i:option|choice)\b)"
+    r"|\b(?i:correspond(?:s|ing)|match(?:es|ing)|(?:choose|select|pick|go(?:ing)? with))(?: to| with)?"
+    r"(?= (?i:option|choice)\b)"
     r"|\b(?i:is|are) (?i:option|choice):(?=\s)"
     r"|\b(?i:but|actually|so|hence|therefore|thus),? (?i:it|this|that)(?: ?['’]s| (?i:is|must be|has to be))"
     r"(?= [(\[]?[A-Z][)\]]?(?:[.,;!]|\n|\Z))"

@@ -165,7 +165,9 @@ _LETTERS = re.compile(r"[a-z]{2,3}")
 def _same_product(answer: Form, truth: Form, algebra: Algebra) -> bool:
     r"""Whether letters in a row, as "xy", are the same as a written product, as `x \cdot y`."""
     row, product = (answer, truth) if answer.kind == "words" else (truth, answer)
-    if not _LETTERS.fullmatch(row.latex) or sorted(re.findall("[A-Za-z]", _COMMAND.sub("", product.latex))) != sorted(row.latex):
+    if not _LETTERS.fullmatch(row.latex) or sorted(re.findall("[A-Za-z]", _COMMAND.sub("", product.latex))) != sorted(
+        row.latex
+    ):
         return False
     return algebra(Form("expression", " \\cdot ".join(row.latex)), product, Fraction(1))
 

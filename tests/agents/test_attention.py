@@ -10,7 +10,7 @@ from cuda_operators import cuda_operators
 from torch import Tensor
 
 from vlmenv.agents import attention
-from vlmenv.agents.attention import Continuations, Prefixes, Siblings, Steps
+from vlmenv.agents.attention import Groups, Prefixes, Siblings, Steps
 from vlmenv.agents.kernels import CPUKernel, EfficientKernel, ExplicitKernel, FlashKernel
 from vlmenv.agents.packing import Packing
 
@@ -68,9 +68,9 @@ def test_values_and_gradients(case: str) -> None:
     generator, cpu = torch.Generator().manual_seed(0), torch.device("cpu")
     before, after = states(sum(prompts), generator), states(sum(lengths), generator)
     wanted = expected(prompts, lengths, index, before, after)
-    prefixes = Prefixes(Packing(torch.tensor(prompts), cpu))
-    first = prefixes.attend(0, *before, SCALE)
-    second = Continuations(prefixes, Packing(torch.tensor(lengths), cpu), torch.tensor(index)).attend(0, *after, SCALE)
+    groups = Groups(Packing(torch.tensor(prompts), cpu), Packing(torch.tensor(lengths), cpu), torch.tensor(index))
+    states_of_both = (torch.cat(pair) for pair in zip(before, after, strict=True))
+    first, second = groups.attend(0, *states_of_both, SCALE).split([sum(prompts), sum(lengths)])
     pushes = [torch.randn(one.shape, generator=generator, dtype=torch.float64) for one in wanted]
     for found, right in zip((first, second), wanted, strict=True):
         torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-12)

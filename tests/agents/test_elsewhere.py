@@ -125,6 +125,20 @@ def test_what_waits_for_the_device() -> None:
         assert not waits
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_attention_of_the_vision_tower_waits_once_for_each_kind_of_segments(family: str, tmp_path: Path) -> None:
+    """Of the images, and of the windows in them; not in each block, nor in the backward pass."""
+    invent(family, tmp_path)
+    with elsewhere() as waits:
+        agent = bring(VLMAgent.from_pretrained(tmp_path))
+        agent.enable_gradient_checkpointing()
+        rollout = rollout_of(agent)
+        waits.clear()
+        agent.logprobs(rollout).values.sum().backward()
+    asked = [wait for wait in waits if "vision_attention.py" in wait]
+    assert len(asked) == (2 if family == "qwen2_5_vl" else 1)
+
+
 class TestTheDevice:
     def test_mixing_is_found(self) -> None:
         with pytest.raises(RuntimeError, match=r"aten::add: \[\(2,\)\] are on the CPU"), elsewhere():

@@ -9,7 +9,16 @@ import torch
 from cuda_operators import cuda_operators
 
 from vlmenv.agents import kernels
-from vlmenv.agents.kernels import CPUKernel, EfficientKernel, ExplicitKernel, FlashKernel, Kernel, Part, kernel_for
+from vlmenv.agents.kernels import (
+    CPUKernel,
+    EfficientKernel,
+    ExplicitKernel,
+    FlashKernel,
+    Kernel,
+    Part,
+    backward_in_rows,
+    kernel_for,
+)
 from vlmenv.agents.packing import Packing
 
 FOR_CUDA = [FlashKernel(), EfficientKernel()]
@@ -64,6 +73,28 @@ def compare(kernel: Kernel, tried: Part, tolerance: float) -> None:
         torch.testing.assert_close(found, right, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("case", ["unequal", "even"])
+def test_queries_cut_into_rows_have_the_same_gradients(case: str) -> None:
+    """To the last digits, and by calls with more rows."""
+    tried = part(case, torch.float64)
+    grad = torch.randn(tried.query.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    forward = ExplicitKernel().forward(tried)
+    right = ExplicitKernel().backward(tried, grad, *forward)
+    rows: list[int] = []
+
+    class Noting(FlashKernel):
+        def backward(self, part: Part, *rest: Any) -> Any:
+            rows.append(len(part.query))
+            return super().backward(part, *rest)
+
+    with cuda_operators():
+        found = backward_in_rows(Noting(), tried, grad, *forward, 3)
+    torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-12)
+    assert rows == [2 * 3]
+    rows.clear()
+    assert backward_in_rows(ExplicitKernel(), tried, grad, *forward, 3)[1].equal(right[1])
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("room", [1, 1 << 22])
 def test_explicit_against_autograd(case: str, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,11 +132,11 @@ class TestChoice:
     @pytest.mark.parametrize("kernel", FOR_CUDA, ids=["flash", "efficient"])
     def test_what_agrees_is_right(self, kernel: Kernel) -> None:
         with cuda_operators():
-            assert kernels.is_right(kernel, "cpu", torch.bfloat16, 64)
+            assert not kernels.find_fault(kernel, "cpu", torch.bfloat16, 64)
 
     @pytest.mark.parametrize("kernel", FOR_CUDA, ids=["flash", "efficient"])
     def test_what_the_device_lacks_is_not(self, kernel: Kernel) -> None:
-        assert not kernels.is_right(kernel, "cpu", torch.bfloat16, 64)
+        assert kernels.find_fault(kernel, "cpu", torch.bfloat16, 64)
 
     @pytest.mark.parametrize("which", range(5))
     @pytest.mark.parametrize("case", CASES)
@@ -124,15 +155,15 @@ class TestChoice:
                 results = super().backward(part, *rest)
                 return tuple(one * 1.5 if is_it(part) and which == 2 + at else one for at, one in enumerate(results))
 
-        assert kernels.is_right(CPUKernel(), "cpu", torch.float32, 64)
-        assert not kernels.is_right(Wrong(), "cpu", torch.float32, 64)
+        assert not kernels.find_fault(CPUKernel(), "cpu", torch.float32, 64)
+        assert kernels.find_fault(Wrong(), "cpu", torch.float32, 64)
 
     def test_what_takes_padding_for_keys_is_not(self) -> None:
         class Careless(CPUKernel):
             def forward(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
                 return super().forward(part._replace(padding=None))
 
-        assert not kernels.is_right(Careless(), "cpu", torch.float32, 64)
+        assert kernels.find_fault(Careless(), "cpu", torch.float32, 64)
 
     @pytest.mark.parametrize("error", [RuntimeError, AttributeError, TypeError, ValueError])
     def test_what_fails_is_not_but_for_want_of_memory(self, error: type[Exception]) -> None:
@@ -140,10 +171,10 @@ class TestChoice:
             def forward(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
                 raise error
 
-        assert not kernels.is_right(Failing(), "cpu", torch.float32, 64)
+        assert kernels.find_fault(Failing(), "cpu", torch.float32, 64)
         error = torch.OutOfMemoryError
         with pytest.raises(torch.OutOfMemoryError):
-            kernels.is_right(Failing(), "cpu", torch.float32, 64)
+            kernels.find_fault(Failing(), "cpu", torch.float32, 64)
 
     @pytest.mark.parametrize(("works", "chosen"), [(2, FlashKernel), (1, EfficientKernel), (0, ExplicitKernel)])
     def test_on_gpus_the_fastest_that_is_right(
@@ -151,14 +182,33 @@ class TestChoice:
     ) -> None:
         tried: list[tuple[Any, ...]] = []
 
-        def is_right(kernel: Kernel, *how: Any) -> bool:
+        def find_fault(kernel: Kernel, *how: Any) -> str:
             tried.append((type(kernel), *how))
-            return len(tried) > 2 - works
+            return "" if len(tried) > 2 - works else "no"
 
-        monkeypatch.setattr(kernels, "is_right", is_right)
+        monkeypatch.setattr(kernels, "find_fault", find_fault)
         assert isinstance(kernels._kernel_for.__wrapped__("cuda", torch.float16, 72), chosen)
         order = [FlashKernel, EfficientKernel][: min(3 - works, 2)]
         assert tried == [(kind, "cuda", torch.float16, 72) for kind in order]
+
+    def test_a_changed_private_operator_is_told(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def renamed(self: CPUKernel, part: Part) -> Any:
+            return torch.ops.aten._an_operator_that_is_gone(part.query)
+
+        monkeypatch.setattr(CPUKernel, "forward", renamed)
+        assert isinstance(kernels._kernel_for.__wrapped__("cpu", torch.float32, 16), ExplicitKernel)
+        assert "falls back from CPUKernel for heads of 16 in float32" in caplog.text
+        assert "_an_operator_that_is_gone" in caplog.text
+
+    def test_what_flash_attention_is_not_for_is_not_told(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr(kernels, "find_fault", lambda kernel, *_: "no" if isinstance(kernel, FlashKernel) else "")
+        for dtype, told in ((torch.float32, False), (torch.bfloat16, True)):
+            assert isinstance(kernels._kernel_for.__wrapped__("cuda", dtype, 64), EfficientKernel)
+            assert ("falls back from FlashKernel" in caplog.text) == told
 
     def test_each_size_of_heads_has_its_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
         asked: list[tuple[Any, ...]] = []

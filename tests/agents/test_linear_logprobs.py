@@ -21,7 +21,7 @@ def inputs(dtype: torch.dtype, bias: bool) -> tuple[torch.Tensor, torch.Tensor, 
 
 @pytest.fixture(params=[1, 100, 2**24], ids=["a row at a time", "two rows", "all at once"])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_CHUNK", request.param)
+    monkeypatch.setattr(module, "_FEW_LOGITS", request.param)
 
 
 @pytest.mark.usefixtures("chunk")
@@ -72,7 +72,7 @@ def test_under_autocast_it_computes_in_low_precision_and_answers_in_float32() ->
 
 def test_memory_does_not_grow_with_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     """No tensor of tokens times vocabulary is made in either pass."""
-    monkeypatch.setattr(module, "_CHUNK", 1000)
+    monkeypatch.setattr(module, "_FEW_LOGITS", 1000)
     hidden, weight = torch.randn(64, 8, requires_grad=True), torch.randn(500, 8, requires_grad=True)
 
     class Sizes(torch.utils._python_dispatch.TorchDispatchMode):

@@ -8,6 +8,7 @@ import torch
 from batches import observations, ragged
 
 from vlmenv.agents import sampling as module
+from vlmenv.agents.attention import Steps
 from vlmenv.agents.policy import Policy
 from vlmenv.agents.sampling import PassLimits, Sampling
 from vlmenv.agents.vlm import VLMAgent
@@ -33,9 +34,8 @@ def test_the_distribution_that_is_sampled_from(sampling: Sampling, kept: list[fl
     """By hand: the fewest likeliest tokens, of the k likeliest, whose share reaches p; their log-probs sum to 1."""
     shuffled = torch.tensor([2, 0, 4, 1, 3])
     logits = torch.tensor(PROBS).log()[shuffled].repeat(4000, 1)
-    token, logprob = module._draw(
-        logits, sampling, module._places(4000, sampling, torch.Generator().manual_seed(0), logits.device)
-    )
+    places = module._Places(4000, sampling, torch.Generator().manual_seed(0), ahead=False)
+    token, logprob = module._draw(logits, sampling, places.next(torch.arange(4000), 0))
     wanted = torch.tensor(kept, dtype=torch.float32)[shuffled]
     torch.testing.assert_close(logprob.exp(), wanted[token])
     found = torch.bincount(token, minlength=5) / 4000
@@ -154,6 +154,86 @@ def test_logits_are_computed_for_a_few_completions_at_a_time(
     builtin.limits, builtin.sampling = PassLimits(rows), Sampling(max_new_tokens=2)
     builtin.rollout(observations(8, 4))
     assert widths[: 3 if rows else 1] == ([3, 3, 2] if rows else [8])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", [1, 900, 2500])
+def test_a_limited_cache_stays_within_its_limit_and_gives_the_same_answers(
+    builtin: VLMAgent, monkeypatch: pytest.MonkeyPatch, cache: int
+) -> None:
+    """Long answers outgrow the limit, so that some begin anew; the caches of each pass are counted."""
+    policy, held, widths = type(builtin.family_policy), [], []
+    extend = policy.extend
+    builtin.sampling = Sampling(temperature=6.0, max_new_tokens=300)
+
+    def noting(self: Policy, tokens: torch.Tensor, positions: torch.Tensor, attention: Steps) -> torch.Tensor:
+        hidden = extend(self, tokens, positions, attention)
+        prefixes = attention._prefixes
+        held.append(sum(one.keys[0].shape[0] * one.keys[0].shape[2] for one in (prefixes, _Own(attention))))
+        widths.append(len(tokens))
+        return hidden
+
+    found, states = {}, []
+    for limit in (10**9, cache):
+        builtin.limits = PassLimits(cache=limit)
+        builtin.seed(3)
+        monkeypatch.setattr(policy, "extend", noting if limit == cache else extend)
+        found[limit] = builtin.rollout(observations(12, 4))
+        states.append(builtin.rng_state())
+    assert states[0].equal(states[1])
+    for free, bound in zip(found[10**9].completions, found[cache].completions, strict=True):
+        assert free.token_ids.tolist() == bound.token_ids.tolist()
+        assert free.finish_reason == bound.finish_reason
+        np.testing.assert_allclose(free.logprobs, bound.logprobs, atol=2e-5)
+    assert max(count for count, width in zip(held, widths, strict=True) if width > 1 or cache == 1) <= max(cache, 450)
+    assert len(held) > 300  # more than one wave
+    assert max(widths) > 1 or cache == 1
+
+
+class _Own:
+    def __init__(self, attention: Steps) -> None:
+        self.keys = attention._keys
+
+
+def test_completions_that_have_room_at_their_full_length_run_once(builtin: VLMAgent) -> None:
+    """By hand: 2 prompts of 10 and 20 tokens padded to 20 each, and 3 completions of 100."""
+    limits, lengths = PassLimits(cache=340), np.array([10, 20])
+    assert limits.fitting(np.array([0, 0, 1]), lengths, 100) == 3
+    assert PassLimits(cache=339).fitting(np.array([0, 0, 1]), lengths, 100) == 2
+    assert PassLimits(cache=209).fitting(np.array([0, 0, 1]), lengths, 100) == 1
+    assert PassLimits(cache=1).fitting(np.array([0, 0, 1]), lengths, 100) == 1
+    assert PassLimits().fitting(np.array([0, 0, 1]), lengths, 10**9) == 3
+
+
+def test_caches_grow_and_shrink_one_block_at_a_time(builtin: VLMAgent) -> None:
+    """While rows leave, no more than one block of the model is held twice."""
+    policy = builtin.family_policy
+    builtin.sampling = Sampling(max_new_tokens=2)
+    prompts, index = builtin.encode(observations(16, 4))
+    prefixes, _ = policy.prefill(prompts)
+    attention = Steps(prefixes, torch.from_numpy(index), 300)
+    rows = torch.from_numpy(index)
+    with torch.no_grad():
+        policy.extend(torch.zeros(16, dtype=torch.int64), rows, attention)
+    before = attention._keys[0]
+    assert before.shape[2] == Steps.GROWTH
+    assert attention.next_capacity == Steps.GROWTH
+    attention.length = Steps.GROWTH
+    with torch.no_grad():
+        policy.extend(torch.zeros(16, dtype=torch.int64), rows, attention)
+    assert attention._keys[0].shape[2] == 2 * Steps.GROWTH
+    assert attention._keys[0][:, :, 0].equal(before[:, :, 0])
+    sizes = []
+
+    class Watched(dict):
+        def __setitem__(self, block: int, cache: torch.Tensor) -> None:
+            super().__setitem__(block, cache)
+            sizes.append(sum(len(one) for one in self.values()))
+
+    attention._keys = Watched(attention._keys)
+    attention.select(torch.arange(4))
+    blocks = len(attention._keys)
+    assert sizes == [16 * (blocks - i) + 4 * i for i in range(1, blocks + 1)]
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,13 @@ def test_by_flash_attention(tower: nn.Module, case: str, monkeypatch: pytest.Mon
     torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
 
 
-def test_one_call_for_neighbours_of_one_size(tower: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("grid", "kinds"), [([[1, 4, 4]] * 5, 1), ([[1, 4, 4], [1, 4, 8], [1, 4, 4], [1, 4, 8], [1, 4, 4]], 2)]
+)
+def test_one_call_for_all_of_one_size(
+    tower: nn.Module, grid: list[list[int]], kinds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows of 4 x 4 patches are of one size in every image."""
     calls = []
     attention: Callable[..., Tensor] = nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(
@@ -78,8 +84,9 @@ def test_one_call_for_neighbours_of_one_size(tower: nn.Module, monkeypatch: pyte
         "scaled_dot_product_attention",
         lambda *states, **rest: calls.append(1) or attention(*states, **rest),
     )
-    results(tower, [[1, 4, 4]] * 5)
-    assert len(calls) == len(tower.blocks)
+    results(tower, grid)
+    windowed = len(tower.blocks) - len(getattr(tower, "fullatt_block_indexes", tower.blocks))
+    assert len(calls) == kinds * (len(tower.blocks) - windowed) + windowed
 
 
 def test_all_of_a_tower_is_told(tower: nn.Module) -> None:

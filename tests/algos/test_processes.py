@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from conftest import ROOT, launch
 
+from vlmenv.agents.vlm import VLMAgent
 from vlmenv.core.errors import ConfigError
 from vlmenv.processes import processes_of
 from vlmenv.processes.base import Sharded
@@ -38,6 +40,33 @@ def test_two_processes_learn_as_one(kind: str, tmp_path: Path, internvl: Path) -
     done = launch(kind, str(script), NAMES[kind], sorts, str(tmp_path), str(internvl))
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == sorts.split(",")
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_weights_and_states_of_fewer_bits_on_two_processes(kind: str, tmp_path: Path) -> None:
+    for library in ("peft", "bitsandbytes"):
+        pytest.importorskip(library)
+    base, runs = tmp_path / "base", tmp_path / "runs"
+    VLMAgent.from_pretrained("builtin").publish(base, dtype=torch.bfloat16)
+    cases = ["frozen", "nf4", "int8", "eight", "whole", "whole eight"]
+    script = Path(__file__).parent / "narrow_processes.py"
+    done = launch(kind, str(script), NAMES[kind], str(base), str(runs), ",".join(cases))
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in runs.iterdir()} == set(cases)
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_the_checkpoints_of_a_bfloat16_model_go_on_bit_for_bit(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their file has the rounded weights, of shards too, and beside it is what was rounded away."""
+    base = tmp_path / "base"
+    VLMAgent.from_pretrained("builtin").publish(base, dtype=torch.bfloat16)
+    monkeypatch.setenv("BF16_BASE", str(base))
+    script = Path(__file__).parent / "two_processes.py"
+    done = launch(kind, str(script), NAMES[kind], "bf16", str(tmp_path / "runs"))
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["bf16"]
 
 
 @pytest.mark.parametrize("as_slices", [True, False])

@@ -124,6 +124,25 @@ def test_adapters_are_written_alone(flags: list[str], runs: dict[str, Path], tmp
     assert "Be brief." in card.content
     assert "stages before: full" in card.content
     assert "PeftModel.from_pretrained" in card.content
+    assert "--enable-lora --max-lora-rank 8 --lora-modules trained=FOLDER" in card.content
+
+
+@pytest.mark.slow
+def test_adapters_of_the_vision_tower_are_told_what_vllm_needs(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, vision in (("language", False), ("both", True)):
+        agent = VLMAgent.from_pretrained(base)
+        agent.add_lora(rank=9, alpha=2, vision=vision)
+        agent.save(tmp_path / name)
+        for more in ([], ["--merged"]):
+            out = tmp_path / f"{name} out {len(more)}"
+            main(["export", str(tmp_path / name), str(out), *more])
+            needed = vision and not more
+            assert ("--enable-tower-connector-lora" in capsys.readouterr().out) == needed
+            card = (out / "README.md").read_text()
+            assert ("--enable-lora --enable-tower-connector-lora --max-lora-rank 16" in card) == needed
+            assert ("--enable-lora --max-lora-rank 16" in card) == (not vision and not more)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from test_cli import fails
 from vlmenv.agents.engines.access import VARIABLE, server_token, server_token_or_new
 from vlmenv.agents.engines.guard import Guard
 from vlmenv.agents.vlm import VLMAgent, find_model
-from vlmenv.commands.serve import _address, _arguments, _flags, _ready, _wait_until_ready
+from vlmenv.commands.serve import _address, _arguments, _flags, _prepare_socket, _ready, _wait_until_ready
 from vlmenv.core.errors import EngineError
 from vlmenv.options.fields import replaced
 from vlmenv.options.serve import ServeConfig
@@ -39,12 +39,18 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--engine-memory", "0.5"], "no CUDA GPU here"),
         (["--host", "192.0.2.1"], "192.0.2.1 cannot be listened on"),
         (["--model", "none/of/these"], "no such model folder"),
+        (["--socket", "a/b", "--port", "8001"], "port cannot go with socket"),
+        (["--socket", "a/b", "--tls-cert", "a", "--tls-key", "b"], "tls_cert cannot go with socket"),
+        (["--socket", "a/" + "b" * 120], "give a shorter one"),
+        (["--tls-cert", "a"], "tls_cert and tls_key go together"),
+        (["--tls-cert", "none.pem", "--tls-key", "none.pem"], "tls_cert: there is no file none.pem"),
+        (["--tls-cert", __file__, "--tls-key", __file__], "no certificate and key in PEM"),
     ],
 )
 def test_options_are_checked(
     options: list[str], message: str, installed: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    port = [] if "--port" in options else ["--port", str(free_port())]
+    port = [] if {"--port", "--socket"} & set(options) else ["--port", str(free_port())]
     assert message in fails(capsys, "serve", *port, *options)
 
 
@@ -103,6 +109,32 @@ def test_what_to_type_is_told_and_what_is_not_encrypted(host: str, address: str,
     shown = f"http://{socket.gethostname()}:8000" if host == "0.0.0.0" else address
     assert f"vlmenv train --engine vllm-server --server {shown} --model a/b" in ready
     assert ("Nothing is encrypted" in ready) == warned
+    tls = _ready(replaced(config, {"tls_cert": Path("c"), "tls_key": Path("k")}))
+    assert f"--server {shown.replace('http:', 'https:')} " in tls
+    assert "Requests are encrypted; weights are not" in tls
+
+
+def test_a_socket_is_in_a_private_folder_and_that_of_an_ended_server_goes(
+    tmp_path: Path, installed: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "made" / "a server.sock"
+    _prepare_socket(path)
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen()
+        assert "is taken: a server listens there" in fails(capsys, "serve", "--socket", str(path))
+    _prepare_socket(path)
+    assert not path.exists()
+    path.write_text("precious")
+    assert "is taken" in fails(capsys, "serve", "--socket", str(path))
+    assert path.read_text() == "precious"
+    path.unlink()
+    path.parent.chmod(0o755)
+    assert "is not private to this account: name a socket" in fails(capsys, "serve", "--socket", str(path))
+    ready = _ready(ServeConfig(socket=path))
+    assert f"--server 'unix:{path}'" in ready
+    assert "encrypted" not in ready
 
 
 def test_where_the_token_is_is_told_and_not_the_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -335,7 +335,7 @@ def test_without_a_model_or_samples_the_rest_is_told_apart() -> None:
     assert "Did you mean 'VLM-REC-v0'?" in findings["samples"].figure
     assert {name for name, one in findings.items() if one.passed} == {
         *MACHINE,
-        *("model", "engine", "weight names", "weight checksums"),
+        *("model", "fast paths", "engine", "weight names", "weight checksums"),
     }
     findings = examined(model="./nowhere")
     assert failed(findings) == {"model", "samples"}
@@ -391,7 +391,7 @@ def test_the_options_of_a_run_are_taken_from_its_file(tmp_path: Path, capsys: py
     file.write_text(written + "prompts_per_step: 1048576\n")  # the last one counts
     with pytest.raises(SystemExit):
         main(["doctor", "--config", str(file), "--device", "cpu"])
-    assert "1 of 21 checks failed: memory" in capsys.readouterr().out
+    assert "1 of 22 checks failed: memory" in capsys.readouterr().out
     file.write_text("stepz: 3\n")
     with pytest.raises(SystemExit):
         main(["doctor", "--config", str(file)])

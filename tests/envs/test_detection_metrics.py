@@ -22,6 +22,7 @@ from vlmenv.envs.metrics.detection import (
     detection_statistics,
     match_answers,
     nms_ap,
+    paired_statistics,
     resampled_ap,
 )
 from vlmenv.envs.metrics.intervals import bootstrap_draws
@@ -123,6 +124,23 @@ def test_intervals_are_of_the_resampled_data_sets(clusters: list[str] | None) ->
         ends = column[[1, 39]] - column.mean() + interval.value
         assert interval[1:] == pytest.approx(np.clip(ends, 0, 1).tolist(), abs=1e-9)
         assert interval.low <= interval.value <= interval.high
+
+
+def test_paired_differences_are_of_the_same_drawn_images() -> None:
+    rng = np.random.default_rng(1)
+    before, truth = random_rows(rng, images=8)
+    after = [row[: len(row) // 2] for row in before]
+    values = []
+    for drawn in bootstrap_draws(8, resamples=41, seed=2):
+        sets = [evaluate([one[i] for i in drawn], [truth[i] for i in drawn]).stats[:3] for one in (before, after)]
+        values.append(sets[1] - sets[0])
+    found = paired_statistics(before, after, truth, resamples=41, seed=2)
+    whole = [evaluate(one, truth).stats[:3] for one in (before, after)]
+    assert [one.value for one in found.values()] == pytest.approx((whole[1] - whole[0]).tolist(), abs=1e-12)
+    for column, interval in zip(np.sort(np.array(values), axis=0).T, found.values(), strict=True):
+        ends = column[[1, 39]] - column.mean() + interval.value
+        assert interval[1:] == pytest.approx(ends.tolist(), abs=1e-9)
+    assert set(paired_statistics(before, before, truth).values()) == {(0, 0, 0)}
 
 
 def test_the_order_of_images_and_answers_is_their_rank() -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from vlmenv.envs.metrics.intervals import (
+    _hypotenuse,
     bootstrap_draws,
     metric_interval,
     number_clusters,
@@ -112,10 +113,18 @@ def test_memory_is_bounded() -> None:
 
 @pytest.mark.parametrize(
     ("hits", "count", "low", "high"),
-    [(0, 10, 0.0, 0.2775), (8, 10, 0.4902, 0.9433), (1, 1, 0.2065, 1.0), (81, 263, 0.2553, 0.3662)],
+    [
+        (0, 10, 0.0, 0.2775),
+        (8, 10, 0.4902, 0.9433),
+        (1, 1, 0.2065, 1.0),
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
 )
 def test_wilson_by_hand(hits: int, count: int, low: float, high: float) -> None:
-    """At 0: z² / (n + z²) = 3.8415 / 13.8415. 81 of 263 is an example of Newcombe (1998, page 857)."""
+    """At 0: z² / (n + z²) = 3.8415 / 13.8415. The last four are Newcombe's (1998, page 861, method 3)."""
     assert wilson_interval(hits, count) == pytest.approx((hits / count, low, high), abs=5e-5)
 
 
@@ -155,6 +164,28 @@ def test_paired_proportions_are_newcombes(table: tuple[int, int, int, int], expe
     assert paired_interval((before, 1.0), (after, 1.0)) == pytest.approx(expected, abs=5e-5)
     value, low, high = paired_interval((after, 1.0), (before, 1.0))
     assert (-value, -high, -low) == pytest.approx(expected, abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "low", "high"),
+    [
+        ((56, 70), (48, 80), 0.0524, 0.3339),
+        ((9, 10), (3, 10), 0.1705, 0.8090),
+        ((6, 7), (2, 7), 0.0582, 0.8062),
+        ((5, 56), (0, 29), -0.0381, 0.1926),
+        ((0, 10), (0, 20), -0.1611, 0.2775),
+        ((10, 10), (0, 20), 0.6791, 1.0),
+        ((10, 10), (0, 10), 0.6075, 1.0),
+    ],
+)
+def test_wilson_intervals_are_joined_as_newcombe_does(
+    first: tuple[int, int], second: tuple[int, int], low: float, high: float
+) -> None:
+    """Without correlation it is his tenth interval of independent proportions (Statistics in Medicine 17, 1998)."""
+    one, other = wilson_interval(*first), wilson_interval(*second)
+    difference = one.value - other.value
+    assert difference - _hypotenuse(one.value - one.low, other.high - other.value, 0) == pytest.approx(low, abs=5e-5)
+    assert difference + _hypotenuse(one.high - one.value, other.value - other.low, 0) == pytest.approx(high, abs=5e-5)
 
 
 def test_nothing_that_changes_is_no_proof_of_no_change() -> None:

@@ -56,7 +56,7 @@ def _init_with(kind: type, **defaults: float):
     return changed
 
 
-def test_the_record_tells_of_files_versions_and_the_machine(tmp_path: Path) -> None:
+def test_the_record_tells_of_files_versions_and_the_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "rows.jsonl"
     row = {"id": 1, "image": "a.png", "problem": "the red circle", "solution": "[1, 2, 30, 40]"}
     data.write_text("".join(json.dumps(row | {"id": i}) + "\n" for i in range(2)))
@@ -68,6 +68,10 @@ def test_the_record_tells_of_files_versions_and_the_machine(tmp_path: Path) -> N
     assert record["data"] == {str(data): expected}
     assert record["versions"].keys() >= {"vlmenv", "python", "torch", "transformers", "gymnasium", "peft"}
     assert record["ranks"] == 1
+    on, _, of = record["fast_paths"]["lean layers"].partition(" of ")
+    assert on == of
+    assert record["fast_paths"]["shared prompts"] == "yes"
+    assert "fast paths: shared prompts yes, lean layers" in capsys.readouterr().out
     assert record["device"].startswith("cpu")
     assert (resolved["rewards"], resolved["answer_format"], resolved["coordinates"]) == (
         {"iou": 1.0},

@@ -33,12 +33,32 @@ def test_the_estimate_is_what_a_checkpoint_takes(
 ) -> None:
     sizes = list[Size]()
     measure = Size.of
-    monkeypatch.setattr(Size, "of", lambda agent: sizes.append(measure(agent)) or sizes[0])
+    monkeypatch.setattr(Size, "of", lambda *of: sizes.append(measure(*of)) or sizes[0])
     main(["train", "--output", str(tmp_path / "run"), *TINY, *KINDS[kind]])
     folder = tmp_path / "run" / "checkpoints" / "step-3"
     taken = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     assert abs(sizes[0].model + sizes[0].training - taken) < 0.05 * taken + 100_000  # names and shapes of small tensors
     assert "disk: a checkpoint takes" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.slow
+def test_a_dry_run_tells_the_same_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without the model's weights, for each kind of training, and for adapters of an earlier run."""
+    told = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, 10**12))
+    made = str(tmp_path / "lora")
+    main(["train", "--output", made, *TINY, *KINDS["adapters"]])
+    for kind in [*KINDS.values(), ["--model", made]]:
+        capsys.readouterr()
+        for more in (["--dry-run"], []):
+            main(["train", "--output", str(tmp_path / f"run-{len(told)}"), *TINY, *kind, *more])
+            lines = " ".join(capsys.readouterr().out.split())
+            told.append(lines[lines.index("disk: a checkpoint") : lines.index("are free")])
+        assert told[-2] == told[-1]
+        assert not (tmp_path / f"run-{len(told) - 2}").exists()
+    assert len(set(told)) == 4  # adapters take the same in either way, and a value head next to nothing
 
 
 def test_the_number_of_checkpoints_at_a_time(tmp_path: Path) -> None:

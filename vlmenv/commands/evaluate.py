@@ -58,6 +58,8 @@ def _measured(config: EvalConfig, processes: Processes, console: Console) -> Eva
     how = "greedy" if greedy else f"{config.samples} sampled answers each"
     report_skipped(evaluation.skipped, count, console)
     shown = count - len(evaluation.skipped)
-    console.print(metrics_table(f"{config.env}, {shown} samples, {how}", {config.model: evaluation}))
+    console.print(
+        metrics_table(f"{config.env}, {shown} samples, {how}", {config.model: evaluation}, width=console.width)
+    )
     accelerator.state.destroy_process_group()
     return evaluation

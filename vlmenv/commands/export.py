@@ -22,7 +22,7 @@ from vlmenv.core.errors import ConfigError, ModelError
 from vlmenv.core.loading import import_modules
 from vlmenv.options.export import ExportConfig
 from vlmenv.options.parsing import parse_plain
-from vlmenv.runs.card import Origin, write_card
+from vlmenv.runs.card import TOWER, Origin, write_card
 from vlmenv.runs.models import checkpoint_of
 from vlmenv.runs.run_folder import RunFolder
 
@@ -40,7 +40,7 @@ def parse(args: Sequence[str], program: str) -> ExportConfig:
 
 def run(config: ExportConfig) -> Path:
     """Writes the folder, uploads it if asked to, and returns it."""
-    console = Console()
+    console = Console(emoji=False)
     source, run, step = _source(config)
     target = config.target or Path(f"{Path(config.model).absolute().name}-export")
     if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
@@ -52,8 +52,11 @@ def run(config: ExportConfig) -> Path:
     agent = VLMAgent.from_pretrained(source)
     agent.publish(target, dtype=None if config.dtype is None else _DTYPES[config.dtype], merged=merged)
     _keep_settings(source, target)
-    write_card(target, Origin.of(find_model(str(source)), run, step), adapter=not merged)
+    tower = not merged and agent.sees_by_adapters
+    write_card(target, Origin.of(find_model(str(source)), run, step), adapter=not merged, tower=tower)
     say(f"{target} holds {source}{'' if merged else ', adapters alone'}", console)
+    if tower:
+        say(f"the vision tower has adapters too, which vLLM leaves out unless it is given {TOWER}", console)
     if config.hub is not None:
         say(f"uploaded to {_upload(target, config.hub)}", console)
     return target

@@ -24,7 +24,8 @@ from vlmenv.algos import ALGORITHMS
 from vlmenv.building import say
 from vlmenv.commands import evaluate, sample, train
 from vlmenv.core.errors import ConfigError, ModelError, unknown_name
-from vlmenv.core.files import write_atomic
+from vlmenv.core.files import read_object, read_objects, write_atomic
+from vlmenv.core.text import printable
 from vlmenv.core.urls import MASK, hidden
 from vlmenv.envs.metrics.intervals import Interval
 from vlmenv.envs.rewards.judge import URL as JUDGE_URL
@@ -158,7 +159,7 @@ def run(config: PipelineConfig) -> Path:
     steps = _steps(pipeline)
     for step in steps:
         _parsed(step, pipeline.file, folder)  # raises errors of later stages now
-    console = Console()
+    console = Console(emoji=False)
     with locked(folder, lambda line: say(f"warning: {line}", console)):
         _go_through(steps, pipeline, folder, config.launch, console)
     return folder
@@ -203,7 +204,7 @@ def _parsed(step: Step, file: Path, folder: Path) -> Asked:
     except ConfigError as error:
         raise ConfigError(f"{file}: {step.name}: {error}") from error
     except SystemExit:
-        Console(stderr=True).print(f"in {file}: {step.name}", highlight=False, markup=False)
+        Console(emoji=False, stderr=True).print(f"in {file}: {step.name}", highlight=False, markup=False)
         raise
 
 
@@ -282,13 +283,13 @@ def _do(step: Step, folder: Path, launch: str | None, console: Console) -> None:
     record = own / "stage.json"
     state: dict[str, Any] = {"arguments": args, "finished": False}
     if record.is_file():
-        state = json.loads(record.read_text(encoding="utf-8"))
-    if state["arguments"] != args:
+        state = read_object(record)
+    if state.get("arguments") != args:
         raise ConfigError(
-            f"{own} was begun with other options: vlmenv {shlex.join(state['arguments'])}\n"
+            f"{own} was begun with other options: vlmenv {shlex.join(map(str, state.get('arguments') or ()))}\n"
             f"Remove that folder and those of the stages after it, or choose another --output"
         )
-    if state["finished"]:
+    if state.get("finished"):
         console.print("done before", highlight=False)
         return
     own.mkdir(parents=True, exist_ok=True)
@@ -341,14 +342,15 @@ def _report(pipeline: Pipeline, folder: Path, console: Console) -> None:
     columns = {name: _found(pipeline, folder / "evaluation" / name) for name in names}
     write_atomic(folder / "report.json", json.dumps(columns, indent=2) + "\n")
     rows = [[metric, *(_written(columns[name].get(metric)) for name in names)] for metric in columns[_BASE]]
-    table = Table("", *names, title=f"{pipeline.file.stem}: the model after each stage", title_justify="left")
+    title = printable(f"{pipeline.file.stem}: the model after each stage")
+    table = Table("", *map(printable, names), title=title, title_justify="left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     changes = _markdown(["change from the base", *pipeline.trained], _change_rows(pipeline, folder, columns))
     text = f"{_markdown(['', *names], rows)}\n{INTERVALS}.\n\n{changes}\nChanges are of the same samples.\n"
     write_atomic(folder / "report.md", text)
     console.print(table)
-    console.print(f"the stages and this table are in {folder}", highlight=False)
+    say(f"the stages and this table are in {folder}", console)
 
 
 def _markdown(head: list[str], rows: Sequence[list[str]]) -> str:
@@ -373,20 +375,18 @@ def _changes(pipeline: Pipeline, folder: Path, name: str) -> dict[str, Interval]
         for file in sorted(own.rglob("answers.jsonl")):
             place = file.relative_to(own)
             entry = "" if place.parent == Path() else f"{place.parent}: "
-            changes = differences({}, _answers(base / place), _answers(file)) if (base / place).is_file() else {}
+            changes = (
+                differences(None, read_objects(base / place), read_objects(file)) if (base / place).is_file() else {}
+            )
             found |= {f"{one.name}: {entry}{metric}": change for metric, change in changes.items()}
     return found
-
-
-def _answers(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def _found(pipeline: Pipeline, folder: Path) -> dict[str, dict[str, float]]:
     """The metrics to show of one model, by set and name."""
     found: dict[str, dict[str, float]] = {}
     for one in pipeline.measurings:
-        metrics = _by_name(json.loads((folder / one.folder / "metrics.json").read_text(encoding="utf-8")))
+        metrics = _by_name(read_object(folder / one.folder / "metrics.json"))
         for name in metrics if one.metrics is None else one.metrics:
             if name not in metrics:
                 raise ConfigError(f"{pipeline.file}: {one.name}: {unknown_name('metric', name, metrics)}")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -19,7 +22,8 @@ import httpx2
 import torch
 from rich.console import Console
 
-from vlmenv.agents.engines.access import VARIABLE, server_token_or_new, token_file
+from vlmenv.agents.engines.access import VARIABLE, require_private, server_token_or_new, token_file
+from vlmenv.agents.engines.addresses import LONGEST_SOCKET
 from vlmenv.agents.engines.guard import HOST
 from vlmenv.agents.engines.settings import engine_settings, environment
 from vlmenv.agents.engines.vllm import require_vllm
@@ -29,6 +33,7 @@ from vlmenv.agents.vlm import BUILTIN
 from vlmenv.building import DTYPES
 from vlmenv.core.errors import ConfigError, EngineError
 from vlmenv.core.loading import import_modules
+from vlmenv.core.text import printable
 from vlmenv.options.parsing import parse_plain
 from vlmenv.options.serve import ServeConfig
 from vlmenv.runs.models import adapter_folder, checkpoint_name
@@ -59,12 +64,18 @@ def run(config: ServeConfig) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if config.vllm.engine_memory != ServeConfig().vllm.engine_memory and device.type == "cpu":
         raise ConfigError("engine_memory is a share of a GPU's memory, but there is no CUDA GPU here")
-    _check_free(config)
+    if config.tls_cert is not None:
+        _check_certificate(config)
+    if config.socket is None:
+        _check_free(config)
+    else:
+        _prepare_socket(config.socket.absolute())
     token = server_token_or_new()
-    console = Console(soft_wrap=True, highlight=False)
-    console.print(f"starting vLLM with {config.model} on {device.type}")
+    console = Console(emoji=False, soft_wrap=True, highlight=False)
+    console.print(printable(f"starting vLLM with {config.model} on {device.type}"))
     if (adapter := adapter_folder(config.model)) is not None:
-        console.print(f"{adapter} holds adapters: the base model is served until the trainer's first update adds them")
+        told = f"{adapter} holds adapters: the base model is served until the trainer's first update adds them"
+        console.print(printable(told))
     with _ending_on_signals(), _started(_arguments(config, device), device, token) as process:
         _wait_until_ready(config, process, console, token)
         console.print(_ready(config), markup=False)
@@ -88,14 +99,21 @@ def _arguments(config: ServeConfig, device: torch.device) -> dict[str, Any]:
         tensor_parallel=config.vllm.tensor_parallel,
     ) | {
         **({"distributed_executor_backend": "uni"} if alone else {}),  # one process less
-        "host": config.host,
-        "port": config.port,
+        **_listening(config),
         "worker_extension_cls": "vlmenv.agents.engines.worker.WeightReceiver",
         "enable_scale_out": True,  # tokens in, tokens out
         "middleware": ["vlmenv.agents.engines.guard.Guard"],
         "allowed_media_domains": ["none.invalid"],  # a name that cannot exist: images come within requests
         "uvicorn_log_level": "error",
     }
+
+
+def _listening(config: ServeConfig) -> dict[str, Any]:
+    """What vLLM is told of the place to listen at."""
+    if config.socket is not None:
+        return {"uds": str(config.socket.absolute())}
+    tls = {} if config.tls_cert is None else {"ssl_certfile": str(config.tls_cert), "ssl_keyfile": str(config.tls_key)}
+    return {"host": config.host, "port": config.port, **tls}
 
 
 def _flags(arguments: Mapping[str, Any]) -> Iterator[str]:
@@ -114,7 +132,7 @@ def _flags(arguments: Mapping[str, Any]) -> Iterator[str]:
 def _started(arguments: Mapping[str, Any], device: torch.device, token: str) -> Iterator[subprocess.Popen[bytes]]:
     """The server's process, which ends with the context, and with it all those that it has started."""
     divided = _UNBOUND if arguments["tensor_parallel_size"] > 1 else {}
-    own = {"VLLM_SERVER_DEV_MODE": "1", VARIABLE: token, HOST: arguments["host"]}
+    own = {"VLLM_SERVER_DEV_MODE": "1", VARIABLE: token, HOST: arguments.get("host", "localhost")}
     with tempfile.TemporaryDirectory(prefix="vlmenv-serve-") as sockets:  # of vLLM's processes, private to this account
         process = subprocess.Popen(
             [sys.executable, "-m", "vlmenv.agents.engines.serving", *_flags(arguments)],
@@ -130,6 +148,8 @@ def _started(arguments: Mapping[str, Any], device: torch.device, token: str) -> 
                 process.wait(_GRACE)
             _end_group(process.pid)
             process.wait()
+            if (path := arguments.get("uds")) is not None:
+                Path(path).unlink(missing_ok=True)
 
 
 def _end_group(group: int) -> None:
@@ -157,21 +177,89 @@ def _ending_on_signals() -> Iterator[None]:
 
 
 def _wait_until_ready(config: ServeConfig, process: subprocess.Popen[bytes], console: Console, token: str) -> None:
-    headers = {"Authorization": f"Bearer {token}"}
     start, lines = time.monotonic(), 0
-    while process.poll() is None:
-        with suppress(httpx2.HTTPError):
-            reply = httpx2.get(f"{_address(config)}/health", headers=headers, trust_env=False, timeout=5)
-            if reply.status_code == 200:
-                return
-        if (waited := time.monotonic() - start) >= (lines + 1) * _EVERY:
-            lines = int(waited / _EVERY)
-            console.print(
-                f"vLLM has been starting for {waited:.0f} s. A large model takes minutes to load; with "
-                "VLLM_LOGGING_LEVEL=INFO in the environment vLLM says what it is at"
-            )
-        time.sleep(0.2)
+    with _client(config, token) as client:
+        while process.poll() is None:
+            with suppress(httpx2.HTTPError):
+                if client.get("/health").status_code == 200:
+                    return
+            if (waited := time.monotonic() - start) >= (lines + 1) * _EVERY:
+                lines = int(waited / _EVERY)
+                console.print(
+                    f"vLLM has been starting for {waited:.0f} s. A large model takes minutes to load; with "
+                    "VLLM_LOGGING_LEVEL=INFO in the environment vLLM says what it is at"
+                )
+            time.sleep(0.2)
     raise EngineError(f"vLLM's server did not start: it ended with status {process.returncode}; see above for why")
+
+
+def _client(config: ServeConfig, token: str) -> httpx2.Client:
+    """An HTTP client of the server that has been started."""
+    uds = None if config.socket is None else str(config.socket.absolute())
+    verified = True if config.tls_cert is None else _of_certificate(config.tls_cert)
+    transport = httpx2.HTTPTransport(verify=verified, uds=uds, trust_env=False)
+    base = "http://localhost" if uds is not None else _address(config)
+    headers = {"Authorization": f"Bearer {token}"}
+    return httpx2.Client(base_url=base, transport=transport, headers=headers, timeout=5, trust_env=False)
+
+
+def _of_certificate(file: Path) -> ssl.SSLContext:
+    """A context that accepts this certificate alone, by whatever name the server is asked."""
+    context = ssl.create_default_context(cafile=file)
+    context.check_hostname = False
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    return context
+
+
+def _check_certificate(config: ServeConfig) -> None:
+    """Raises ConfigError where certificate and key cannot be used."""
+    assert config.tls_cert is not None
+    assert config.tls_key is not None
+    for name, file in (("tls_cert", config.tls_cert), ("tls_key", config.tls_key)):
+        if not file.is_file():
+            raise ConfigError(f"{name}: there is no file {file}")
+    try:
+        # without a password, which vLLM would ask for
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.tls_cert, config.tls_key, password=lambda: "")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{config.tls_cert} and {config.tls_key} are no certificate and key in PEM, without a password: {error}"
+        ) from error
+
+
+def _prepare_socket(path: Path) -> None:
+    """Makes the folder of a Unix socket, and removes what an ended server has left.
+
+    Raises:
+        ConfigError: The folder is not private, the path is too long or taken, or nothing can be made there.
+    """
+    if (length := len(os.fsencode(path))) > LONGEST_SOCKET:
+        raise ConfigError(
+            f"socket {path} has {length} bytes, and at most {LONGEST_SOCKET} are possible: give a shorter one"
+        )
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        require_private(path.parent)
+        if path.is_socket() and not _answers(path):
+            path.unlink()
+    except PermissionError as error:
+        raise ConfigError(
+            f"{error}: name a socket in a folder of mode 0700, or in one that is not there yet"
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"socket {path} cannot be made: {error.strerror or error}") from error
+    if path.exists():
+        raise ConfigError(f"{path} is taken: a server listens there, or it is no socket. Give another --socket")
+
+
+def _answers(path: Path) -> bool:
+    """True if a process listens at a socket."""
+    with socket.socket(socket.AF_UNIX) as tried:
+        try:
+            tried.connect(str(path))
+        except ConnectionRefusedError:
+            return False
+        return True
 
 
 def _check_free(config: ServeConfig) -> None:
@@ -188,21 +276,34 @@ def _check_free(config: ServeConfig) -> None:
             ) from error
 
 
-def _address(config: ServeConfig) -> str:
-    """Where the server is reached from this machine."""
-    host = "localhost" if config.host in _EVERYWHERE else config.host
-    return f"http://[{host}]:{config.port}" if ":" in host else f"http://{host}:{config.port}"
+def _address(config: ServeConfig, named: str | None = None) -> str:
+    """Where the server is reached: from this machine, or at the host that is named."""
+    host = named or ("localhost" if config.host in _EVERYWHERE else config.host)
+    scheme = "http" if config.tls_cert is None else "https"
+    return f"{scheme}://[{host}]:{config.port}" if ":" in host else f"{scheme}://{host}:{config.port}"
 
 
 def _ready(config: ServeConfig) -> str:
-    url = f"http://{socket.gethostname()}:{config.port}" if config.host in _EVERYWHERE else _address(config)
+    if config.socket is not None:
+        url = f"unix:{config.socket.absolute()}"
+    else:
+        url = _address(config, socket.gethostname() if config.host in _EVERYWHERE else None)
     model = "" if config.model == BUILTIN else f" --model {config.model}"
-    local = config.host in ("127.0.0.1", "localhost", "::1")
-    risk = "" if local else " Nothing is encrypted, the token included: use a network that nobody else is on."
     return (
-        f"ready: {config.model} is served at {url}.{risk} {_whose_token()} Train with:\n"
-        f"vlmenv train --engine vllm-server --server {url}{model}"
+        f"ready: {config.model} is served at {url}.{_risk(config)} {_whose_token()} Train with:\n"
+        f"vlmenv train --engine vllm-server --server {url if config.socket is None else shlex.quote(url)}{model}"
     )
+
+
+def _risk(config: ServeConfig) -> str:
+    if config.tls_cert is not None:
+        return (
+            " Requests are encrypted; weights are not if they are sent with --weight-transfer direct. A "
+            "certificate that no authority of the system has signed goes to trainers as --server-ca."
+        )
+    if config.socket is not None or config.host in ("127.0.0.1", "localhost", "::1"):
+        return ""
+    return " Nothing is encrypted, the token included: give --tls-cert, or use a network that nobody else is on."
 
 
 def _whose_token() -> str:

@@ -16,7 +16,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
-from vlmenv.agents.sampling import PassLimits
+from vlmenv.agents.fast_paths import fast_paths, written
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.algos import ALGORITHMS, Algorithm, Trainer, find_algorithm
 from vlmenv.algos.trainer import check_staleness
@@ -25,7 +25,8 @@ from vlmenv.building import (
     adapt,
     check_device,
     check_engine,
-    load_agent,
+    limits_of,
+    load_for_training,
     open_console,
     report_broken_rows,
     say,
@@ -39,11 +40,11 @@ from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.options.command_line import Asked, parse_with_files
 from vlmenv.options.fields import flatten, options_of
 from vlmenv.options.train import TrainConfig, default_config
-from vlmenv.processes import end_with_parent, processes_of
+from vlmenv.processes import Processes, end_with_parent, processes_of
 from vlmenv.processes.failures import shared_failure
 from vlmenv.processes.stopping import StoppedError, Stopping
 from vlmenv.runs.checkpoints import Found, find_checkpoint, load_checkpoint
-from vlmenv.runs.fitting import fit_engine, fit_prompts
+from vlmenv.runs.fitting import fit_answers, fit_engine, fit_prompts
 from vlmenv.runs.lengths import Lengths
 from vlmenv.runs.lock import locked
 from vlmenv.runs.loop import TrainingLoop, compare, evaluate_now, look_first, measured_before
@@ -51,7 +52,7 @@ from vlmenv.runs.models import with_checkpoint
 from vlmenv.runs.output import lasting_output
 from vlmenv.runs.record import asked_yaml, print_dry_run, resolved_yaml
 from vlmenv.runs.resuming import DataSets, changes, check_data_changed, facts
-from vlmenv.runs.room import check_room
+from vlmenv.runs.room import check_room, room
 from vlmenv.runs.run_folder import RunFolder
 from vlmenv.runs.tracking import THROUGH_ACCELERATE, Tracking, find_tracker
 
@@ -125,29 +126,34 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
         say(note, console)
     if parts.agent is None:
         config = with_checkpoint(config, console)
-    processes_of(accelerator)  # raises now what is wrong with them, and not when the model has been loaded
+    config = _held(config, processes_of(accelerator), console)
     check_engine(config, accelerator.device, accelerator.num_processes)
     check_staleness(config.trainer, accelerator)
     envs, held_out, counted = _open_data(config, parts, accelerator, console)
     config = _in_steps(config, envs.task.source.size)
     if config.dry_run:
-        print_dry_run(config, envs, held_out, run, accelerator, console)
+        with shared_failure(accelerator):
+            if accelerator.is_main_process:
+                disk = _room_of_shapes(config, parts, run)
+                print_dry_run(config, envs, held_out, run, accelerator, disk, console)
         return run.path
     data = DataSets.of(envs, held_out)
     changed = _compared(config, found, data, accelerator, console)
-    trainer = _make_trainer(config, parts, envs, accelerator, opened)
+    trainer = _make_trainer(config, parts, envs, accelerator, opened, console)
     for shown, lengths in counted:
         fit_engine(shown, lengths, trainer.agent, console)
+    paths = fast_paths(cast(VLMAgent, trainer.agent).family_policy, DTYPES[config.batches.precision])
     if accelerator.is_main_process and config.resume is None:
         identity = secrets.token_hex(8)
         own = next((lengths for shown, lengths in counted if shown is envs), None)
-        resolved = resolved_yaml(config, envs, held_out, accelerator, identity, own)
+        resolved = resolved_yaml(config, envs, held_out, accelerator, identity, own, paths)
         run.create(asked_yaml(config, asked.names, identity), resolved)
     with shared_failure(accelerator):
         if accelerator.is_main_process:
             check_room(cast(VLMAgent, trainer.agent), config, run, console)
     kept = facts(config, data, run, accelerator.num_processes) if accelerator.is_main_process else {}
-    console.print(f"{config.env}, {config.algo}, model {config.model}; writing to {run.path}", highlight=False)
+    say(f"{config.env}, {config.algo}, model {config.model}; writing to {run.path}", console)
+    console.print(written(paths), highlight=False, markup=False)
     tracking = Tracking(accelerator, config.logging.tracker, run, flatten(config), step=found.step)
     stopping = opened.enter_context(Stopping(accelerator))
     try:
@@ -166,7 +172,7 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
         raise
     if accelerator.is_main_process and held_out is not None and before is not None and after is not None:
         compare(config, run, held_out, before, after, console)
-    console.print(f"model, metrics and pictures are in {run.path}", highlight=False)
+    say(f"model, metrics and pictures are in {run.path}", console)
     if parts.agent is None:
         trainer.agent.close()  # before the processes part: vLLM has a group of its own among them
     accelerator.state.destroy_process_group()
@@ -178,6 +184,8 @@ def _check(config: TrainConfig[Any]) -> None:
     check_device(config.device)
     if config.batches.precision == "fp16" and (config.device == "cpu" or not torch.cuda.is_available()):
         raise ConfigError("precision fp16 needs a CUDA GPU: take fp32 or bf16")
+    if config.trainer.optimizer == "adamw_offload" and (config.device == "cpu" or not torch.cuda.is_available()):
+        raise ConfigError("optimizer adamw_offload moves state to the CPU, where this model is already: take adamw")
     find_tracker(config.logging.tracker)
     check_data_changed(config)
 
@@ -205,6 +213,8 @@ def _open_data(
         (shown, fit_prompts(config, shown, accelerator, console, agent=parts.agent, first=first))
         for shown, first in firsts
     ]
+    if _imitates(config):
+        fit_answers(config, envs, accelerator, console, agent=parts.agent)
     report_broken_rows(envs, console)
     if held_out is not None and not (measuring.eval_dataset is None and measuring.eval_split is None):
         report_broken_rows(held_out, console)
@@ -213,21 +223,58 @@ def _open_data(
     return envs, held_out, [(shown, lengths) for shown, lengths in found if lengths is not None]
 
 
+def _room_of_shapes(config: TrainConfig[Any], parts: Parts, run: RunFolder) -> str:
+    """What a run would take on its disk, without loading its model."""
+    agent = VLMAgent.weightless(config.model)
+    dtype = torch.bfloat16 if config.adaptation.weights == "bf16" else torch.float32
+    agent.family.model.to(dtype=dtype)  # type: ignore[call-arg]  # transformers wraps it without its arguments
+    adapt(agent, config.adaptation)
+    if (parts.algorithm or find_algorithm(config.algo).make(config.algorithm)).wants_values:
+        agent.add_value_head()
+    told, fits = room(agent, config, run)
+    return told if fits else f"{told}: this is too little"
+
+
 def _make_trainer(
-    config: TrainConfig[Any], parts: Parts, envs: VisualTaskVectorEnv, accelerator: Accelerator, opened: ExitStack
+    config: TrainConfig[Any],
+    parts: Parts,
+    envs: VisualTaskVectorEnv,
+    accelerator: Accelerator,
+    opened: ExitStack,
+    console: Console,
 ) -> Trainer:
     """The trainer with its agent and algorithm. An agent that is loaded here is closed with `opened`."""
-    agent = parts.agent or load_agent(config, accelerator.device, engine_dtype=DTYPES[config.batches.precision])
+    agent = parts.agent or load_for_training(config, accelerator.device)
     if parts.agent is None:
         opened.callback(agent.close)
     algorithm = parts.algorithm or find_algorithm(config.algo).make(config.algorithm)
     torch.manual_seed(config.seed)  # which new adapters are drawn from
-    adapt(agent, config.adaptation)
+    for note in adapt(agent, config.adaptation, config.batches.precision):
+        say(note, console)
     agent.check_saving()
-    agent.limits = PassLimits(config.trainer.micro_batch_size, config.trainer.micro_batch_tokens)
+    agent.limits = limits_of(config)
     if algorithm.wants_values:
         agent.add_value_head()
     return Trainer(agent, envs, algorithm, config.trainer, accelerator)
+
+
+def _held(config: TrainConfig[Any], processes: Processes, console: Console) -> TrainConfig[Any]:
+    """The options with weights in float32 if the ranks take no others.
+
+    Raises:
+        ConfigError: Others are asked for by name.
+    """
+    options = config.adaptation
+    if processes.takes_any_dtype:
+        return config
+    if options.weights == "bf16" or options.quantize is not None or config.trainer.optimizer != "adamw":
+        raise ConfigError(
+            f"{processes.name} takes float32 weights and optimizer adamw: leave out weights, quantize and optimizer, "
+            "or launch with FSDP2 (docs/distributed.md)"
+        )
+    if options.weights == "auto" and config.batches.precision == "bf16":
+        say(f"frozen weights are fp32 under {processes.name}; FSDP2 holds them in bf16", console)
+    return replace(config, adaptation=replace(options, weights="fp32"))
 
 
 def _imitates(config: TrainConfig[Any]) -> bool:
@@ -240,6 +287,8 @@ def _run_folder(config: TrainConfig[Any], opened: ExitStack) -> RunFolder:
     state = _ranks(config)
     if state.num_processes > 1:
         end_with_parent()
+    if config.logging.output is not None:
+        _check_name(config.logging.output)
     found: Path | OSError = config.resume or config.logging.output or RunFolder.default_path(config.env, config.algo)
     if state.is_main_process and not (config.resume or config.logging.output or config.dry_run):
         try:
@@ -251,6 +300,14 @@ def _run_folder(config: TrainConfig[Any], opened: ExitStack) -> RunFolder:
     if isinstance(found, OSError):
         raise found
     return RunFolder(found)
+
+
+def _check_name(folder: Path) -> None:
+    """Raises ConfigError for a name that YAML files and trackers cannot hold."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"output {folder}: the name is not UTF-8: give another --output") from error
 
 
 def _ranks(config: TrainConfig[Any]) -> PartialState:
@@ -284,6 +341,7 @@ def _begun(
             if config.resume is None:
                 run.check_new()
             elif not config.dry_run:
+                run.best()  # raises now what is wrong with its record
                 found = find_checkpoint(run)
     (found,) = broadcast_object_list([found])
     for note in found.notes:

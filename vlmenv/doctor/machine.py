@@ -10,6 +10,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import vlmenv
+from vlmenv.agents.fast_paths import fast_paths
+from vlmenv.building import DTYPES
 from vlmenv.doctor.memory import device_memory, training_memory
 from vlmenv.doctor.subject import Seen, Subject
 
@@ -37,6 +39,12 @@ def device(subject: Subject) -> Seen:
     if precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
         return figure, "This GPU has no bfloat16: give --precision fp32 or fp16."
     return figure, ""
+
+
+def paths(subject: Subject) -> Seen:
+    """Lists which faster or leaner ways are on. None of them changes results, so that none fails."""
+    found = fast_paths(subject.agent.family_policy, DTYPES[subject.config.batches.precision])
+    return ", ".join(f"{path.name} {path.written}" for path in found), ""
 
 
 def memory(subject: Subject) -> Seen:

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from vlmenv.agents.engines.checksums import checksums, clear
 from vlmenv.agents.published import PublishedProcessor
-from vlmenv.agents.sampling import PassLimits
 from vlmenv.agents.vlm import Sampling, VLMAgent
-from vlmenv.building import DTYPES, adapt, check_engine, load_agent, task_arguments
+from vlmenv.building import DTYPES, adapt, check_engine, limits_of, load_for_training, task_arguments
 from vlmenv.core.errors import ConfigError, PromptError, ReadingError
 from vlmenv.core.rollout import IMAGE_MARK, Observation, Prompt, Rollout, unbatch
 from vlmenv.envs.base import VisualTaskEnv
@@ -119,8 +118,8 @@ class Subject:
         """Loads the model, with its engine if that starts, and prepares it for training."""
         agent = self._loaded()
         torch.manual_seed(self.config.seed)  # initialises new adapters
-        adapt(agent, self.config.adaptation)
-        agent.limits = PassLimits(self.config.trainer.micro_batch_size, self.config.trainer.micro_batch_tokens)
+        adapt(agent, self.config.adaptation, self.config.batches.precision)
+        agent.limits = limits_of(self.config)
         agent.seed(self.config.seed)
         self._agent = agent
 
@@ -273,12 +272,12 @@ class Subject:
         config, before = self.config, used_memory(self.device)
         try:
             check_engine(config, self.device)
-            agent = load_agent(config, self.device, engine_dtype=DTYPES[config.batches.precision])
+            agent = load_for_training(config, self.device)
         except Exception as error:
             if config.generation.engine == "hf":
                 raise
             self.engine_fault = str(error)
-            return load_agent(_without_engine(config), self.device)
+            return load_for_training(_without_engine(config), self.device)
         if agent.engine is not None:
             own = sum(one.numel() * one.element_size() for one in agent.policy.parameters())
             self.engine_memory = max(0.0, used_memory(self.device) - before - own)

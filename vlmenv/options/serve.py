@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -26,9 +27,16 @@ class ServeConfig:
     imports: Annotated[tuple[str, ...], tyro.conf.arg(name="import")] = ()
     """Modules of your own to import first, which register model families."""
     host: str = "127.0.0.1"
-    """Address to listen on. Beyond this machine, nothing is encrypted."""
+    """Address to listen on. Beyond this machine, nothing is encrypted without `--tls-cert`."""
     port: int = 8000
     """Port to listen on."""
+    socket: Path | None = None
+    """Unix socket to listen on instead of host and port, in a folder that only this account can use. A missing folder
+    is made."""
+    tls_cert: Path | None = None
+    """File of the certificate (PEM, with its chain) for https. It goes with `--tls-key`."""
+    tls_key: Path | None = None
+    """File of the certificate's private key (PEM, without a password)."""
     weights: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Data type of the weights that generate. bf16 goes with `--precision bf16` in training."""
     pixels: PixelLimits = field(default_factory=PixelLimits)
@@ -36,3 +44,9 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         require(0 < self.port < 65536, f"port is a number from 1 to 65535, not {self.port}")
+        tls = self.tls_cert is not None
+        require(tls == (self.tls_key is not None), "tls_cert and tls_key go together: give both, or neither")
+        if self.socket is not None:
+            others = {"host": self.host != ServeConfig.host, "port": self.port != ServeConfig.port, "tls_cert": tls}
+            given = [name for name, changed in others.items() if changed]
+            require(not given, f"{' and '.join(given)} cannot go with socket: a socket replaces host and port")

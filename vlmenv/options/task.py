@@ -170,8 +170,16 @@ class EngineOptions(VLLMOptions):
     engine: str = "hf"
     """Engine that generates: hf (the trained model itself), vllm (a copy in the same process), vllm-server (copies on
     servers), or one of your own, as in `my_engine:MyEngine`."""
+    cache_tokens: int | None = None
+    """Tokens of prompts and completions whose keys and values the model itself holds at once; the others wait. Whatever
+    the number, a seed gives the same random numbers. None: with CUDA as many as its free memory takes, on a CPU no
+    limit."""
     server: tuple[str, ...] = ()
-    """Addresses of servers that `vlmenv serve` started, as http://127.0.0.1:8000. Prompts are spread over them."""
+    """Addresses of servers that `vlmenv serve` started, as http://127.0.0.1:8000, https://HOST:PORT or unix:PATH.
+    Prompts are spread over them."""
+    server_ca: Path | None = None
+    """File of the authorities (PEM) that sign the certificates of https servers, or of a self-signed certificate. None:
+    the authorities that the system trusts."""
     server_timeout: float = 300.0
     """Seconds without an answer after which a server is left out."""
     weight_transfer: Literal["file", "direct"] = "file"
@@ -184,9 +192,13 @@ class EngineOptions(VLLMOptions):
         super().__post_init__()
         if self.engine != "vllm" and (given := self._changed("engine_length", "engine_memory", "tensor_parallel")):
             raise ConfigError(f"{' and '.join(given)} go with engine vllm; servers have their own")
+        if self.cache_tokens is not None:
+            require(self.cache_tokens >= 1, f"cache_tokens must be at least 1, not {self.cache_tokens}")
+            if self.engine != "hf":
+                raise ConfigError("cache_tokens goes with engine hf, the model itself; others have limits of their own")
         if self.engine == "vllm-server":
             self._check_servers()
-        elif given := self._changed("server", "server_timeout", "weight_transfer", "weights_folder"):
+        elif given := self._changed("server", "server_ca", "server_timeout", "weight_transfer", "weights_folder"):
             raise ConfigError(f"{' and '.join(given)} go with engine vllm-server")
 
     def _changed(self, *names: str) -> list[str]:
@@ -198,6 +210,8 @@ class EngineOptions(VLLMOptions):
             raise ConfigError("engine vllm-server needs servers: start one by `vlmenv serve`, and name it by --server")
         if len(set(self.server)) < len(self.server):
             raise ConfigError(f"a server is named twice: {', '.join(self.server)}")
+        if self.server_ca is not None and not any(url.startswith("https:") for url in self.server):
+            raise ConfigError("server_ca goes with servers at https://HOST:PORT, and none is named")
         if self.weight_transfer == "direct" and self.weights_folder is not None:
             raise ConfigError("weights_folder goes with weight_transfer file; direct writes none")
         require(self.server_timeout > 0, f"server_timeout must be above 0 seconds, not {self.server_timeout}")

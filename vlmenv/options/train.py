@@ -35,6 +35,16 @@ class AdaptationOptions:
     """Run image and prompt through the model once per group, not once per completion. Exact, and much faster."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    checkpointed_blocks: int | None = None
+    """Number of the language model's blocks whose activations are recomputed, the first ones, besides all of the vision
+    tower; goes with gradient_checkpointing. None: all."""
+    weights: Literal["auto", "fp32", "bf16"] = "auto"
+    """Data type of the weights in memory. "auto": fp32, but bf16 for frozen weights (beneath adapters, frozen parts,
+    the reference) with precision bf16, where no result changes. "bf16": all but adapters; updates are rounded at
+    random, so that small ones count."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """Quantisation of the frozen linear layers beneath adapters (QLoRA, arXiv 2305.14314), those of the language model
+    and, with lora_vision, of the vision tower. None: none."""
     save_dtype: Literal["fp32", "bf16", "fp16"] | None = None
     """Data type of the weights in checkpoints. What it rounds away is kept beside them, so that a run continues bit for
     bit. Adapters are always fp32. None: that of the model's own files."""
@@ -43,8 +53,17 @@ class AdaptationOptions:
         lora = self.lora_alpha is not None or self.lora_dropout or self.lora_vision
         if self.lora_rank is None and lora:
             raise ConfigError("lora_alpha, lora_dropout and lora_vision go with lora_rank")
+        if self.checkpointed_blocks is not None:
+            require(
+                self.checkpointed_blocks >= 0,
+                f"checkpointed_blocks must not be negative, not {self.checkpointed_blocks}",
+            )
+            if not self.gradient_checkpointing:
+                raise ConfigError("checkpointed_blocks goes with gradient_checkpointing")
         if self.lora_rank is not None and (self.freeze_vision or self.freeze_projector):
             raise ConfigError("with lora_rank all but the adapters is frozen: leave out the options to freeze")
+        if self.quantize is not None and (self.freeze_vision or self.freeze_projector):
+            raise ConfigError("quantize is for the base of adapters, which is frozen as a whole: give lora_rank")
 
 
 @dataclass(frozen=True)
@@ -60,7 +79,7 @@ class BatchOptions:
     warmup_share: float | None = None
     """Share of the steps over which the learning rate rises, instead of `warmup_steps`."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of forward and backward passes. Weights are kept in fp32."""
+    """Precision of forward and backward passes. `weights` is that of the weights."""
     rank_timeout: float | None = None
     """Minutes that a rank waits for the others before the run ends, as while one saves a large model. None: PyTorch's
     own limit, 10 with GPUs and 30 without."""
@@ -192,6 +211,8 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
         if self.sampling.temperature == 0:
             raise ConfigError("temperature must be above 0: training needs varied answers")
         self._check_sampler()
+        if self.adaptation.weights == "bf16" and self.batches.precision != "bf16":
+            raise ConfigError(f"weights bf16 goes with precision bf16, not with {self.batches.precision}")
         data, measuring = self.data, self.measuring
         given = not (measuring.eval_dataset is None and measuring.eval_split is None and data.split is None)
         if data.dataset is None and given:

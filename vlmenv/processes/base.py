@@ -32,9 +32,11 @@ class Processes:
 
     Attributes:
         name: Name of the strategy, which checkpoints record.
+        takes_any_dtype: True if weights may have other data types than float32.
     """
 
     name: ClassVar[str] = "whole copies"
+    takes_any_dtype: ClassVar[bool] = True
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator

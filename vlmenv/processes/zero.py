@@ -30,6 +30,7 @@ class ZeRO(Sharded):
     """
 
     name: ClassVar[str] = "ZeRO"
+    takes_any_dtype: ClassVar[bool] = False
 
     def __init__(self, accelerator: Accelerator, options: Mapping[str, Any]) -> None:
         super().__init__(accelerator)

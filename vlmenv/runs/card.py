@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,10 @@ from vlmenv.options.resolve import RECORD
 from vlmenv.runs.run_folder import RunFolder
 
 _TASK: Final = "image-text-to-text"
+TOWER: Final = "--enable-tower-connector-lora"
+"""vLLM's option without which it leaves out adapters of the vision tower and its projectors."""
+_RANKS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as `--max-lora-rank`."""
 _SHOWN: Final = ("algo", "steps", "prompts_per_step", "group_size", "lr", "beta", "rewards", "lora_rank", "seed")
 _LICENCES: Final = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*")
 
@@ -109,17 +114,20 @@ def _first_prompt(run: RunFolder) -> str | None:
         return None
 
 
-def write_card(folder: Path, origin: Origin, *, adapter: bool) -> None:
+def write_card(folder: Path, origin: Origin, *, adapter: bool, tower: bool = False) -> None:
     """Writes README.md of an exported model, and what the licence of its base model is.
 
     Args:
         folder: The exported model.
         origin: Where it comes from.
         adapter: True if it holds adapters alone.
+        tower: True if the vision tower or its projectors have some of them.
     """
     licence, note = _licence(origin)
     (folder / "LICENSE_NOTE.md").write_text(note, encoding="utf-8")
-    parts = [_head(folder, origin, licence, adapter), *_body(folder, origin, note, adapter)]
+    served = [_serving(folder, origin, tower)] if adapter else []
+    parts = [_head(folder, origin, licence, adapter), *_body(folder, origin, adapter), *served]
+    parts.append(f"## Licence\n\n{note.strip()}")
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -180,7 +188,7 @@ def _measured_on(origin: Origin) -> str:
     return ", ".join(Path(str(name)).name for name in named) if named else "built-in samples"
 
 
-def _body(folder: Path, origin: Origin, note: str, adapter: bool) -> Iterator[str]:
+def _body(folder: Path, origin: Origin, adapter: bool) -> Iterator[str]:
     yield f"# {folder.name}"
     kind = "LoRA adapters for" if adapter else "A model trained from"
     how = f" by reinforcement learning with vlmenv {vlmenv.__version__}"
@@ -189,7 +197,6 @@ def _body(folder: Path, origin: Origin, note: str, adapter: bool) -> Iterator[st
         yield from _training(origin)
         yield from _table(origin)
     yield from _prompting(origin, adapter)
-    yield f"## Licence\n\n{note.strip()}"
 
 
 def _training(origin: Origin) -> Iterator[str]:
@@ -270,6 +277,15 @@ def _snippet(origin: Origin, adapter: bool) -> str:
             'print(processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
         ]
     )
+
+
+def _serving(folder: Path, origin: Origin, tower: bool) -> str:
+    """How vLLM uses adapters without merging them."""
+    rank = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+    parts = ["vllm serve", shlex.quote(origin.base), "--enable-lora"]
+    parts += [TOWER] * tower + ["--max-lora-rank", str(next((one for one in _RANKS if one >= rank), rank))]
+    told = f"Without `{TOWER}` vLLM leaves out the adapters of the vision tower." if tower else ""
+    return f"## With vLLM\n\n{_block(' '.join([*parts, '--lora-modules trained=FOLDER']), 'bash')}\n\n{told}".rstrip()
 
 
 def _block(text: Any, language: str = "text") -> str:

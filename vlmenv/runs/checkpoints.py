@@ -178,6 +178,7 @@ def _load(trainer: Trainer, folder: Path) -> list[str]:
     try:
         state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
         _check_kind(folder, state["processes"], trainer.processes.name)
+        _check_optimizer(folder, state.get("optimizer_name", "adamw"), trainer.config.optimizer)
         kept = torch.load(own, map_location="cpu", weights_only=True) if own.is_file() else None
         trainer.load(folder, state, kept, same_ranks=not changed)
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
@@ -193,6 +194,11 @@ def _load(trainer: Trainer, folder: Path) -> list[str]:
 def _check_kind(folder: Path, saved: str, now: str) -> None:
     if saved != now:
         raise ModelError(f"{folder}: saved with {saved}, not with {now}: launch as the run was launched")
+
+
+def _check_optimizer(folder: Path, saved: str, now: str) -> None:
+    if saved != now:
+        raise ModelError(f"{folder}: saved with optimizer {saved}, not with {now}: put it back into config.yaml")
 
 
 def prune(run: RunFolder, keep: int | None) -> None:

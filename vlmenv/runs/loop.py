@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from vlmenv.algos import NonFiniteError, StepResult, Trainer
-from vlmenv.building import report_skipped
-from vlmenv.core.errors import PromptError, SampleError, TrainingError, VLMEnvError
+from vlmenv.building import report_skipped, say
+from vlmenv.core.errors import DataError, PromptError, SampleError, TrainingError, VLMEnvError
 from vlmenv.core.text import printable
 from vlmenv.envs.rewards.workers import LOSSES
 from vlmenv.envs.vector import VisualTaskVectorEnv
@@ -48,9 +47,12 @@ def measured_before(
     console: Console,
     stopping: Stopping,
 ) -> Evaluation | None:
-    """What the model can do before training; a resumed run has it in its folder."""
+    """What the model can do before training; a resumed run has it in its folder. A damaged one is measured again."""
     if envs is not None and config.resume is not None and (run.path / "before" / "metrics.json").is_file():
-        return read_evaluation(run.path / "before", envs.task)
+        try:
+            return read_evaluation(run.path / "before", envs.task)
+        except (DataError, OSError) as error:
+            say(f"warning: {error}; the model before training is measured again", console)
     before = evaluate_now(trainer, envs, config, "before training", console, stopping)
     if before is not None and trainer.accelerator.is_main_process:
         write_evaluation(before, run.path / "before")
@@ -231,7 +233,7 @@ class TrainingLoop:
 
     def _warn(self, step: int, message: str, kind: str) -> None:
         self.run.write_warning(step, message, kind)
-        self.console.print(f"[bold yellow]warning:[/] step {step}: {escape(message)}", soft_wrap=True)
+        self.console.print(f"[bold yellow]warning:[/] step {step}: {printable(message)}", soft_wrap=True, emoji=False)
 
     def _save(self) -> None:
         self.saved = self.trainer.step  # once is enough, whatever becomes of it
@@ -345,10 +347,10 @@ def compare(
     """Shows and writes what changed."""
     draw_samples(run.path / "samples.png", envs, before, after)
     write_evaluation(after, run.path / "after")
-    changes = differences(envs.task.ratios, before.answers, after.answers)
+    changes = differences(envs.task, before.answers, after.answers)
     told = {"before": before.as_json(), "after": after.as_json(), "change": as_json(changes)}
     run.write_json("evaluation.json", told)
     measuring = config.measuring
     held_out = config.data.dataset is None or measuring.eval_dataset is not None or measuring.eval_split is not None
     what = f"{len(after.answers)} {'held-out' if held_out else 'training'} samples, greedy answers"
-    console.print(metrics_table(what, {"before": before, "after": after}, changes))
+    console.print(metrics_table(what, {"before": before, "after": after}, changes, console.width))

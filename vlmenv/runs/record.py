@@ -19,6 +19,7 @@ from rich.console import Console
 
 import vlmenv
 from vlmenv.agents.checkpoints import ADAPTER_CONFIG, find_adapter, find_model
+from vlmenv.agents.fast_paths import FastPath
 from vlmenv.agents.lora import ADAPTER_WEIGHTS
 from vlmenv.core.files import file_digest
 from vlmenv.core.names import hub_name
@@ -56,6 +57,7 @@ def resolved_yaml(
     accelerator: Accelerator,
     identity: str | None = None,
     lengths: Lengths | None = None,
+    paths: Sequence[FastPath] = (),
 ) -> str:
     """The content of resolved.yaml: all options with the values that are used, and how the run is made.
 
@@ -68,11 +70,14 @@ def resolved_yaml(
         accelerator: Device and ranks.
         identity: The run's id. None: nothing is run.
         lengths: The lengths of the prompts of training. None: there is no data set.
+        paths: The fast paths of the model. Default: none, as no model is loaded.
     """
     sources = [one.task.source for one in (envs, held_out) if one is not None]
     commits = {name: commit for source in sources for name, commit in hub_commits(source).items()}
     rows = {} if lengths is None else {"prompt_tokens": lengths.figures(), "left_out": dict(sources[0].unwanted)}
     record = _record(config, commits, accelerator)
+    if paths:
+        record["fast_paths"] = {path.name: path.written for path in paths}
     config = _pinned(used(config, envs), commits)
     names = [name for name in options_of(config) if name not in _PLACES]
     return to_yaml(grouped(config, names) | {RECORD: {"run": identity, **record, **rows}})
@@ -220,9 +225,10 @@ def print_dry_run(
     held_out: VisualTaskVectorEnv | None,
     run: RunFolder,
     accelerator: Accelerator,
+    disk: str,
     console: Console,
 ) -> None:
-    """Prints the resolved options, the files to be read and the folder to be written."""
+    """Prints the resolved options, the files to be read, the folder to be written, and the room on its disk."""
     console.print(resolved_yaml(config, envs, held_out, accelerator), highlight=False, markup=False, soft_wrap=True)
     samples = "built-in samples" if envs.task.source.size is None else f"{envs.task.source.size} samples"
     lines = [
@@ -230,6 +236,7 @@ def print_dry_run(
         *(f"reads the data set {name}" for name in _datasets(config)),
         f"trains on {samples}, {config.trainer.steps} steps of {config.batches.prompts_per_step} prompts",
         f"writes to {run.path}",
+        f"disk: {disk}",
         "nothing has been written: leave out --dry-run to train",
     ]
     for line in lines:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import nn
 
 from vlmenv.agents.saving import kept_files, usual_type
 from vlmenv.agents.vlm import VLMAgent
+from vlmenv.algos.optimizers import OptimizerName, state_bytes
 from vlmenv.building import say
 from vlmenv.core.errors import CheckpointError
 from vlmenv.options.train import TrainConfig
@@ -30,19 +33,21 @@ class Size:
     """the optimizer's state"""
 
     @classmethod
-    def of(cls, agent: VLMAgent) -> Size:
-        """The size of an agent's checkpoints with AdamW, to a few percent."""
-        trained = sum(map(_numel, agent.parameters()))
+    def of(cls, agent: VLMAgent, optimizer: OptimizerName = "adamw") -> Size:
+        """The size of an agent's checkpoints with an optimizer, to a few percent."""
+        trained = agent.parameters()
         files = sum(file.stat().st_size for file in kept_files(agent.folder))
-        return cls(files + _weights(agent, trained), 2 * torch.float32.itemsize * trained)
+        state = sum(state_bytes(optimizer, one.dtype) * _numel(one) for one in trained)
+        return cls(files + _weights(agent, trained), int(state))
 
 
-def _weights(agent: VLMAgent, trained: int) -> int:
+def _weights(agent: VLMAgent, trained: Sequence[nn.Parameter]) -> int:
     if agent.lora is not None:
-        return torch.float32.itemsize * trained
+        return torch.float32.itemsize * sum(map(_numel, trained))
     kind = agent.save_dtype or usual_type(agent.folder)
     lost = {torch.bfloat16: 2, torch.float16: 4}.get(kind, 0)  # see vlmenv.agents.remainders
-    return sum(map(_numel, agent.policy.parameters())) * kind.itemsize + lost * trained
+    rounded = sum(_numel(one) for one in trained if one.dtype != kind)
+    return sum(map(_numel, agent.policy.parameters())) * kind.itemsize + lost * rounded
 
 
 def _numel(parameter: nn.Parameter) -> int:
@@ -91,19 +96,32 @@ def check_room(agent: VLMAgent, config: TrainConfig[Any], run: RunFolder, consol
     folder = run.path / "checkpoints"
     folder = folder if folder.is_dir() else run.path
     tempfile.TemporaryFile(dir=folder).close()
-    need, free = Need.of(Size.of(agent), config, run), shutil.disk_usage(folder).free
+    told, fits = room(agent, config, run)
+    if not fits:
+        raise CheckpointError(
+            f"{folder}: the disk has too little room. {told[0].upper()}{told[1:]}. Lower --keep, train with "
+            "--lora-rank, or give --output on another disk"
+        )
+    say(f"disk: {told}", console)
+
+
+def room(agent: VLMAgent, config: TrainConfig[Any], run: RunFolder) -> tuple[str, bool]:
+    """The room that a run's checkpoints take and that is free, in words, and whether they fit. Nothing is written."""
+    need = Need.of(Size.of(agent, config.trainer.optimizer), config, run)
+    free = shutil.disk_usage(_existing(run.path / "checkpoints")).free
     kept = f"{need.most} of them" if config.logging.kept is None else f"{need.most} at a time, one being written"
     best = " and the best model" if need.best else ""
     told = (
         f"a checkpoint takes {_human(need.each)}; {kept}{best} take {_human(need.each * need.most + need.best)}. "
         f"{_human(free)} are free"
     )
-    if need.bytes > free:
-        raise CheckpointError(
-            f"{folder}: the disk has too little room. {told[0].upper()}{told[1:]}. Lower --keep, train with "
-            "--lora-rank, or give --output on another disk"
-        )
-    say(f"disk: {told}", console)
+    return told, need.bytes <= free
+
+
+def _existing(folder: Path) -> Path:
+    """The nearest folder above that exists."""
+    folder = folder.absolute()
+    return next(one for one in (folder, *folder.parents) if one.is_dir())
 
 
 def _human(size: float) -> str:

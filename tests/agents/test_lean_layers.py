@@ -8,18 +8,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import GELUActivation
-from transformers.models.glm4v.modeling_glm4v import Glm4vVisionPatchMerger
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextMLP, Qwen3VLTextRMSNorm
+from transformers.models.glm4v.configuration_glm4v import Glm4vTextConfig
+from transformers.models.glm4v.modeling_glm4v import Glm4vTextMLP, Glm4vVisionPatchMerger
+from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
+from transformers.models.internvl.modeling_internvl import InternVLVisionMLP
+from transformers.models.qwen2_vl.modeling_qwen2_vl import VisionMlp
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextMLP, Qwen3VLTextRMSNorm, Qwen3VLVisionMLP
+from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
+from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionMLP
 
-from vlmenv.agents import saved_activations as lean_module
-from vlmenv.agents.saved_activations import (
-    GatedMLP,
-    RMSNorm,
-    dropping_recomputable,
-    keeping_activations,
-    recording_saved,
-    save_fewer_activations,
-)
+from vlmenv.agents import lean_layers
+from vlmenv.agents import saved_activations as machinery
+from vlmenv.agents.lean_layers import FusedGatedMLP, GatedMLP, PlainMLP, RMSNorm, make_lean
+from vlmenv.agents.saved_activations import dropping_recomputable, keeping_activations, recording_saved
 from vlmenv.agents.vlm import VLMAgent
 
 PRECISIONS = ("float32", "bfloat16", "autocast", "autocast of bfloat16")
@@ -44,7 +46,7 @@ def norm(size: int) -> tuple[nn.Module, nn.Module]:
     plain = Qwen3VLTextRMSNorm(size)
     nn.init.normal_(plain.weight, generator=torch.Generator().manual_seed(2))
     lean = copy.deepcopy(plain)
-    save_fewer_activations(lean)
+    make_lean(lean)
     assert type(lean) is RMSNorm
     return lean, plain
 
@@ -157,26 +159,26 @@ def test_a_norm_keeps_its_input_and_a_number_for_a_token() -> None:
 def counting(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
     """An entry for each call of a function of the module."""
     calls: list[int] = []
-    called = getattr(lean_module, name)
+    called = getattr(lean_layers, name)
 
     def counted(*arguments: Tensor) -> Tensor:
         calls.append(1)
         return called(*arguments)  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(lean_module, name, counted)
+    monkeypatch.setattr(lean_layers, name, counted)
     return calls
 
 
 def test_what_several_need_is_computed_anew_once_and_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = counting(monkeypatch, "_scaled")
-    made: list[lean_module._Made] = []
-    take = lean_module._Made.take
+    made: list[machinery._Made] = []
+    take = machinery._Made.take
 
-    def noting(self: lean_module._Made) -> Tensor:
+    def noting(self: machinery._Made) -> Tensor:
         made.append(self)
         return take(self)
 
-    monkeypatch.setattr(lean_module._Made, "take", noting)
+    monkeypatch.setattr(machinery._Made, "take", noting)
     block, hidden = Block(norm(16)[0]), torch.randn(5, 16, requires_grad=True)
     with dropping_recomputable():
         out = block(hidden)
@@ -205,12 +207,12 @@ def test_blocks_that_are_recomputed_keep_what_they_need(
 
 
 def test_nothing_is_remembered_of_tensors_that_are_gone() -> None:
-    before = len(lean_module._made)
+    before = len(machinery._made)
     block = Block(norm(16)[0])
     for _ in range(3):
         with dropping_recomputable():
             block(torch.randn(5, 16, requires_grad=True)).sum().backward()
-    assert len(lean_module._made) == before
+    assert len(machinery._made) == before
 
 
 class Then(nn.Module):
@@ -256,17 +258,102 @@ def test_layers_around_a_projection_work(mlp: tuple[nn.Module, nn.Module]) -> No
     assert_equal(mlp, torch.randn(4, mlp[0].hidden_size))
 
 
-def test_what_is_not_known_stays_as_it_is(mlp: tuple[nn.Module, nn.Module]) -> None:
-    """Another activation; GLM-4.1V's merger, which ends as an MLP does and has more before that; another norm."""
-    _, plain = mlp
-    plain.act_fn = GELUActivation()
+def plain_mlp(kind: str) -> tuple[nn.Module, nn.Module]:
+    """An MLP of a family, lean and as it is."""
+    torch.manual_seed(0)
+    made: dict[str, Callable[[], nn.Module]] = {
+        "qwen2_vl": lambda: VisionMlp(16, 24, "quick_gelu"),
+        "qwen3_vl": lambda: Qwen3VLVisionMLP(Qwen3VLVisionConfig(hidden_size=16, intermediate_size=24)),
+        "internvl": lambda: InternVLVisionMLP(InternVLVisionConfig(hidden_size=16, intermediate_size=24)),
+        "smolvlm": lambda: SmolVLMVisionMLP(SmolVLMVisionConfig(hidden_size=16, intermediate_size=24)),
+        "glm4v": lambda: Glm4vTextMLP(Glm4vTextConfig(hidden_size=16, intermediate_size=24)),
+    }
+    plain = made[kind]()
+    lean = copy.deepcopy(plain)
+    make_lean(lean)
+    return lean, plain
 
-    class Shifted(Qwen3VLTextRMSNorm):
-        def forward(self, hidden_states: Tensor) -> Tensor:
-            return (1 + self.weight) * hidden_states
 
-    Shifted.__module__ = Qwen3VLTextRMSNorm.__module__
-    for module in (plain, Glm4vVisionPatchMerger(8, 16, "silu"), Shifted(8)):
-        kind = type(module)
-        save_fewer_activations(module)
-        assert type(module) is kind
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl", "internvl", "smolvlm", "glm4v"])
+def test_other_mlps_are_theirs_to_the_last_digit(kind: str, precision: str) -> None:
+    pair = plain_mlp(kind)
+    assert type(pair[0]) is (FusedGatedMLP if kind == "glm4v" else PlainMLP)
+    assert_equal(pair, torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0)), precision)
+
+
+@pytest.mark.parametrize(("kind", "saved"), [("qwen3_vl", 1), ("internvl", 1), ("glm4v", 2)])
+def test_other_mlps_keep_fewer(kind: str, saved: int) -> None:
+    """The activation's output, or both products of the gates."""
+    hidden = torch.randn(15, 16, requires_grad=True)
+    lean, plain = (kept_for(one, hidden) for one in plain_mlp(kind))
+    assert plain - lean == saved * 15 * 24
+
+
+class TestMatching:
+    """By the parts of a module and a trial, whatever its source."""
+
+    @pytest.fixture(autouse=True)
+    def untold(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(lean_layers, "_told", set())
+
+    def test_other_words_for_the_same_are_matched(self) -> None:
+        class ReworkedRMSNorm(Qwen3VLTextRMSNorm):
+            def forward(self, given: Tensor) -> Tensor:
+                wide = given.float()  # in other words
+                scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
+                return self.weight * (wide * scale).to(given.dtype)
+
+        norm = ReworkedRMSNorm(8)
+        found = make_lean(norm)
+        assert (found.on, found.of, found.faults) == (1, 1, {})
+        assert type(norm) is RMSNorm
+
+    @pytest.mark.parametrize("change", ["shifted", "epsilon", "cast", "fails"])
+    def test_another_formula_is_told_once(self, change: str, caplog: pytest.LogCaptureFixture) -> None:
+        """Also one that only tiny inputs show, or only half precision."""
+
+        class OtherRMSNorm(Qwen3VLTextRMSNorm):
+            def forward(self, hidden: Tensor) -> Tensor:
+                if change == "fails":
+                    raise NotImplementedError
+                wide = hidden.float()
+                scale = torch.rsqrt(
+                    wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon * (1 + (change == "epsilon"))
+                )
+                if change == "cast":
+                    return (self.weight.float() * (wide * scale)).to(hidden.dtype)
+                return (self.weight + (change == "shifted")) * (wide * scale).to(hidden.dtype)
+
+        norms = nn.ModuleList([OtherRMSNorm(8), OtherRMSNorm(8), Qwen3VLTextRMSNorm(8)])
+        found = make_lean(norms)
+        assert (found.on, found.of, list(found.faults)) == (1, 3, ["OtherRMSNorm"])
+        assert type(norms[0]) is OtherRMSNorm
+        assert len(caplog.records) == 1
+        assert "OtherRMSNorm keeps all its activations" in caplog.text
+        make_lean(norms)
+        assert len(caplog.records) == 1
+
+    def test_another_activation_or_other_parts_are_told(self, mlp: tuple[nn.Module, nn.Module]) -> None:
+        _, plain = mlp
+        plain.act_fn = GELUActivation()
+        assert "does not compute the same" in make_lean(plain).faults["Qwen3VLTextMLP"]
+        plain.more = nn.Linear(2, 2)
+        assert "other parts" in make_lean(plain).faults["Qwen3VLTextMLP"]
+        assert type(plain) is Qwen3VLTextMLP
+
+    def test_what_is_no_mlp_is_not_counted(self) -> None:
+        """GLM-4.1V's merger ends as an MLP does and has more before that."""
+        found = make_lean(nn.ModuleList([Glm4vVisionPatchMerger(8, 16, "silu"), nn.LayerNorm(8), nn.Linear(8, 8)]))
+        assert (found.on, found.of, found.faults) == (0, 0, {})
+
+    def test_a_model_as_it_is_upstream_with_a_changed_class(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """The report of an agent says so."""
+        monkeypatch.setattr(Qwen3VLTextMLP, "forward", lambda self, x: self.down_proj(self.up_proj(x)))
+        agent = VLMAgent.from_pretrained("builtin")
+        layers = agent.family_policy.lean_layers
+        assert layers.of - layers.on == len(agent.family.language_model().layers)
+        assert "Qwen3VLTextMLP" in layers.faults
+        assert "Qwen3VLTextMLP keeps all" in caplog.text

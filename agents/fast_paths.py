@@ -1,0 +1,82 @@
+"""Reports which faster or leaner ways to compute the same are on, and why others are not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from vlmenv.agents.kernels import CPUKernel, ExplicitKernel, FlashKernel, kernel_for
+from vlmenv.agents.patch_embedding import PatchProjection
+from vlmenv.agents.policy import Policy
+from vlmenv.agents.vision_attention import attends_by_segments
+
+
+class FastPath(NamedTuple):
+    """A way to compute the same faster or in less memory."""
+
+    name: str
+    state: str
+    """"yes", "no", or how many of how many"""
+    why: str = ""
+    """why it is not on everywhere"""
+
+    @property
+    def written(self) -> str:
+        """State and reason."""
+        return self.state + (f" ({self.why})" if self.why else "")
+
+
+def fast_paths(policy: Policy, dtype: torch.dtype) -> list[FastPath]:
+    """Finds which fast paths of a policy are on.
+
+    Args:
+        policy: The policy.
+        dtype: Data type in which attention is computed.
+    """
+    return [_shared(policy), _lean(policy), *_vision(policy), _kernel(policy, dtype)]
+
+
+def written(paths: list[FastPath]) -> str:
+    """A line about fast paths."""
+    return "fast paths: " + ", ".join(f"{path.name} {path.written}" for path in paths)
+
+
+def _shared(policy: Policy) -> FastPath:
+    if policy.share_prefixes:
+        return FastPath("shared prompts", "yes")
+    return FastPath("shared prompts", "no", "each completion repeats its prompt, as asked for")
+
+
+def _lean(policy: Policy) -> FastPath:
+    layers, recomputed = policy.lean_layers, any("forward" in one.__dict__ for one in policy.model.modules())
+    reasons = [f"{name}: {fault}" for name, fault in layers.faults.items()]
+    if recomputed:
+        reasons.append("recomputed blocks keep nothing, so they count only while a block is recomputed")
+    return FastPath("lean layers", f"{layers.on} of {layers.of}", "; ".join(reasons))
+
+
+def _vision(policy: Policy) -> Iterator[FastPath]:
+    """Those of the vision tower, as far as the family has them."""
+    tower = policy.family.vision_tower()
+    convolutions = [module for module in tower.modules() if isinstance(module, torch.nn.Conv3d)]
+    if convolutions:
+        is_on = all(isinstance(module, PatchProjection) for module in convolutions)
+        yield FastPath("patches as matrices", *(("yes",) if is_on else ("no", "the patches overlap or are padded")))
+    if policy.family.packs_images:
+        is_on = attends_by_segments(tower)
+        yield FastPath("images in one call", *(("yes",) if is_on else ("no", "the tower takes no other attention")))
+
+
+def _kernel(policy: Policy, dtype: torch.dtype) -> FastPath:
+    config = policy.model.config.get_text_config()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kernel, device = kernel_for(torch.empty(size, device=policy.device, dtype=dtype)), policy.device.type
+    if isinstance(kernel, FlashKernel):
+        return FastPath("flash attention", "yes")
+    if isinstance(kernel, CPUKernel):
+        return FastPath("flash attention", "yes", "PyTorch's for CPUs")
+    other = "matrix products" if isinstance(kernel, ExplicitKernel) else "PyTorch's memory-efficient attention"
+    name = str(dtype).removeprefix("torch.")
+    return FastPath("flash attention", "no", f"{other} instead, for {name} heads of {size} on {device}")

@@ -1,0 +1,292 @@
+"""Layers that keep fewer activations for the backward pass, with bit-identical results in float32 or narrower.
+
+They replace a model's own where a trial on small random weights shows that both compute the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _disable_current_modes
+
+from vlmenv.agents.saved_activations import drops, make_anew
+
+_log = logging.getLogger(__name__)
+
+
+class GatedMLP(nn.Module):
+    """`down(silu(gate(x)) * up(x))`, which keeps two tensors of its inner width per token.
+
+    Transformers' own keeps four, which are most of a block's activations. Here the backward pass recomputes two of them
+    by elementwise operations.
+    """
+
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return _down(self.gate_proj(hidden), self.up_proj(hidden), self.down_proj)
+
+
+class FusedGatedMLP(nn.Module):
+    """A `GatedMLP` whose `gate` and `up` are the halves of one product."""
+
+    gate_up_proj: nn.Module
+    down_proj: nn.Module
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(hidden).chunk(2, dim=-1)
+        return _down(gate, up, self.down_proj)
+
+
+class PlainMLP(nn.Module):
+    """`second(activation(first(x)))`, which keeps one tensor of its inner width per token, and not two."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        first, second, activation = _parts(self)
+        inner = first(hidden)
+        product: Tensor = activation(inner)
+        if drops():
+            kept = inner.detach()
+            make_anew(product, lambda: activation(kept))
+        return second(product)  # type: ignore[no-any-return]
+
+
+class RMSNorm(nn.Module):
+    """`weight * x / sqrt(mean(x²) + eps)`, which keeps its input and one number per token (arXiv 1910.07467, eq. 4).
+
+    Transformers' own also keeps `x / sqrt(…)`, and the next layer keeps the output.
+    """
+
+    weight: nn.Parameter
+    variance_epsilon: float
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        kept = hidden.detach()
+        inverse = _wide(kept).pow(2).mean(-1, keepdim=True).add_(self.variance_epsilon).rsqrt_()
+        if not torch.is_grad_enabled():
+            return _times(_scaled(hidden, inverse), self.weight)
+        normed: Tensor = _Normed.apply(hidden, hidden, inverse, self.weight)  # type: ignore[no-untyped-call]
+        if drops():
+            weight = self.weight.detach().clone()  # a clone: sharding may free the weight before the backward pass
+            make_anew(normed, lambda: _times(_scaled(kept, inverse), weight))
+        return normed
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return _gated(gate, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), _times(nn.functional.silu(gate), grad)
+
+
+class _Normed(torch.autograd.Function):
+    """Takes its input twice, so that autograd sums the two parts of its gradient in the same order as without it."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, again: Tensor, inverse: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, inverse, weight)
+        return _times(_scaled(hidden, inverse), weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, inverse, weight = ctx.saved_tensors
+        grad_weight = None
+        if ctx.needs_input_grad[3]:
+            grad_weight = _times(_scaled(hidden, inverse), grad).sum_to_size(weight.shape).to(weight.dtype)
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, grad_weight
+        wide, grad = _wide(hidden), _wide((grad * weight).to(hidden.dtype))
+        product = grad * wide
+        grad_mean = -0.5 * product.sum(-1, keepdim=True) * inverse.pow(3)
+        parts = grad.mul_(inverse), torch.mul(wide, grad_mean / hidden.shape[-1] * 2, out=product)
+        if wide.dtype == hidden.dtype:
+            return *parts, None, grad_weight
+        return (parts[0] + parts[1]).to(hidden.dtype), None, None, grad_weight
+
+
+def _down(gate: Tensor, up: Tensor, down: nn.Module) -> Tensor:
+    """The end of a gated MLP."""
+    if not torch.is_grad_enabled():
+        return down(_gated(gate, up))  # type: ignore[no-any-return]
+    product: Tensor = _Gated.apply(gate, up)  # type: ignore[no-untyped-call]
+    if drops():
+        gate, up = gate.detach(), up.detach()
+        make_anew(product, lambda: _gated(gate, up))
+    return down(product)  # type: ignore[no-any-return]
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    return _times(nn.functional.silu(gate), up)
+
+
+def _scaled(hidden: Tensor, inverse: Tensor) -> Tensor:
+    return (_wide(hidden) * inverse).to(hidden.dtype)
+
+
+def _times(own: Tensor, other: Tensor) -> Tensor:
+    """The product, in place of the first factor if dtypes allow: on CPUs new memory costs more than multiplying."""
+    return own.mul_(other) if torch.result_type(own, other) == own.dtype else own * other
+
+
+def _wide(hidden: Tensor) -> Tensor:
+    return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+
+
+def _parts(module: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """The linear layers of a `PlainMLP`, and its activation."""
+    named = dict(module.named_children())
+    first, second = (named.pop(name) for name in (("fc1", "fc2") if "fc1" in named else ("linear_fc1", "linear_fc2")))
+    (activation,) = named.values()
+    return first, second, activation
+
+
+@dataclass(frozen=True)
+class _Form:
+    """A lean layer, and the parts of a module that may be the same."""
+
+    lean: type[nn.Module]
+    linear: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """linear layers, with their sizes in a trial"""
+    weights: Mapping[str, int] = field(default_factory=dict)
+    """own weights, with their sizes in a trial"""
+    activations: int = 0
+    """number of activations"""
+
+    def fits(self, module: nn.Module) -> bool:
+        """True if a module has these parts and no others."""
+        layers, own = dict(module.named_children()), dict(module.named_parameters(recurse=False))
+        return (
+            self.linear.keys() <= layers.keys()
+            and len(layers) == len(self.linear) + self.activations
+            and own.keys() == self.weights.keys()
+        )
+
+    def small(self, module: nn.Module) -> nn.Module:
+        """A copy of a module with few random weights, on the CPU in float32."""
+        made, random = copy.copy(module), torch.Generator().manual_seed(0)
+        made.__dict__ |= {"_parameters": {}, "_modules": dict(module.named_children())}
+        for name, size in self.weights.items():
+            made.register_parameter(name, nn.Parameter(torch.empty(size, device="cpu", dtype=torch.float32)))
+        for name, (inner, outer) in self.linear.items():
+            bias = getattr(module.get_submodule(name), "bias", None) is not None
+            made._modules[name] = nn.Linear(inner, outer, bias=bias, device="cpu", dtype=torch.float32)
+        for parameter in made.parameters():
+            nn.init.normal_(parameter, generator=random)
+        return made
+
+
+_IN, _OUT = (8, 12), (12, 8)
+_FORMS: Final = (
+    _Form(GatedMLP, {"gate_proj": _IN, "up_proj": _IN, "down_proj": _OUT}, activations=1),
+    _Form(FusedGatedMLP, {"gate_up_proj": (8, 24), "down_proj": _OUT}, activations=1),
+    _Form(PlainMLP, {"fc1": _IN, "fc2": _OUT}, activations=1),
+    _Form(PlainMLP, {"linear_fc1": _IN, "linear_fc2": _OUT}, activations=1),
+    _Form(RMSNorm, weights={"weight": 8}),
+)
+_LEAN: Final = (GatedMLP, FusedGatedMLP, PlainMLP, RMSNorm)
+
+
+@dataclass(frozen=True)
+class LeanLayers:
+    """How many of a model's MLPs and norms are lean."""
+
+    on: int
+    of: int
+    faults: Mapping[str, str]
+    """why those of a class are not"""
+
+
+def make_lean(model: nn.Module) -> LeanLayers:
+    """Replaces the MLPs and RMS norms of a model that are shown to compute the same as a lean one.
+
+    Weights keep their names. A class that is not replaced is told once, in a warning.
+    """
+    on, of, faults = 0, 0, dict[str, str]()
+    for module in model.modules():
+        if not isinstance(module, _LEAN) and not _is_expected(module):
+            continue
+        of += 1
+        fault = _replace(module)
+        if fault:
+            faults[type(module).__name__] = fault
+        else:
+            on += 1
+    return LeanLayers(on, of, faults)
+
+
+def _is_expected(module: nn.Module) -> bool:
+    """True if a module is a norm or an MLP of several layers, by the name of its class."""
+    name, parts = type(module).__name__, len(list(module.children()))
+    return "RMSNorm" in name or ("mlp" in name.lower() and parts > 1)
+
+
+def _replace(module: nn.Module) -> str:
+    """Makes a module lean; the reason if it cannot be."""
+    if isinstance(module, _LEAN):
+        return ""
+    form = next((form for form in _FORMS if form.fits(module)), None)
+    if form is None:
+        fault = "it has other parts than those that are known"
+    else:
+        key = type(module), type(module).forward, *(type(child) for child in module.children())
+        if key not in _tried:
+            _tried[key] = _trial(form, module)
+        fault = _tried[key]
+    if form is not None and not fault:
+        module.__class__ = form.lean
+    elif type(module) not in _told:
+        _told.add(type(module))
+        _log.warning(
+            "%s keeps all its activations: %s. Training is the same, and takes more memory; vlmenv is tested with the "
+            "versions of transformers that its requirements name",
+            type(module).__name__,
+            fault,
+        )
+    return fault
+
+
+_tried: dict[tuple[object, ...], str] = {}
+"""by the classes of a module and of its parts: how it differs from the lean one, or empty"""
+_told: set[type] = set()
+
+
+def _trial(form: _Form, module: nn.Module) -> str:
+    """How outputs and gradients of a small module differ from those of the lean one; empty if they are equal."""
+    with _disable_current_modes(), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        try:
+            plain = form.small(module)
+            lean = copy.copy(plain)
+            lean.__class__ = form.lean
+            for dtype in (torch.float32, torch.bfloat16):
+                for scale in (1.0, 1e-3):  # of the size of a norm's epsilon
+                    found, right = (_passes(one.to(dtype), scale) for one in (lean, plain))
+                    if not all(torch.equal(a, b) for a, b in zip(found, right, strict=True)):
+                        return f"it does not compute the same as {form.lean.__name__}"
+        except (RuntimeError, AttributeError, TypeError, ValueError, KeyError) as error:
+            return f"it cannot be tried: {type(error).__name__}: {error}"
+    return ""
+
+
+def _passes(module: nn.Module, scale: float) -> list[Tensor]:
+    """Output and gradients for random input."""
+    parameters = list(module.parameters())
+    hidden, push = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(1), device="cpu")
+    hidden = (scale * hidden).to(parameters[0].dtype).requires_grad_()
+    out = module(hidden)
+    return [out, *torch.autograd.grad(out, [hidden, *parameters], push.to(out.dtype))]

@@ -1,0 +1,99 @@
+"""Data types in which a model's weights are held.
+
+Bytes of memory per parameter, without activations:
+
+| | weight | gradient | AdamW |
+|---|---|---|---|
+| trained, float32 | 4 | 4 | 8 |
+| trained, bfloat16 (`hold_all`) | 2 | 2 | 4 |
+| frozen, float32 | 4 | | |
+| frozen, bfloat16 (`hold_frozen`) | 2 | | |
+| frozen, int8 or nf4 (`vlmenv.agents.quantization`) | 1.01 or .56 | | |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+NARROW: Final = torch.bfloat16
+
+
+class WideEmbedding(nn.Embedding):
+    """A bfloat16 embedding whose outputs are float32, so that what is added to them is not rounded."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Embeds token ids [...] as float32 [..., H]."""
+        return super().forward(input).float()
+
+
+def hold_frozen(model: PreTrainedModel) -> int:
+    """Holds frozen weights in bfloat16 where that changes no result under autocast to bfloat16; others in float32.
+
+    These are the weights of linear layers and of the token embedding, if bfloat16 holds their values, as it does for
+    weights that were published in it. Norms and positions stay float32, because autocast does not cast them; so do
+    convolutions, whose data type some models take for that of their features.
+
+    Returns:
+        The number of parameters that stay float32 because bfloat16 would round them.
+    """
+    candidates = set(_narrowable(model))
+    narrow = {parameter for parameter in candidates if _is_narrow(parameter)}
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.to(NARROW if parameter in narrow else torch.float32)
+    embedding = _embedding(model)
+    if embedding is not None and embedding.weight in narrow:
+        embedding.__class__ = WideEmbedding
+    return sum(parameter.numel() for parameter in candidates - narrow)
+
+
+def hold_all(model: PreTrainedModel) -> None:
+    """Holds all weights in bfloat16, but for adapters. The residual stream is bfloat16 too."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and ".lora_" not in name:
+            parameter.data = parameter.data.to(NARROW)
+
+
+def narrow_copies(model: PreTrainedModel) -> dict[int, nn.Parameter]:
+    """Frozen copies, by the id of the parameter, of weights that autocast rounds to bfloat16 anyway.
+
+    They serve a model whose weights are never saved. The token embedding is among them only if nothing is rounded.
+    """
+    embedding = _embedding(model)
+    kept = None if embedding is None else embedding.weight
+    chosen = {one for one in _narrowable(model, frozen=False) if one is not kept or _is_narrow(one)}
+    return {id(one): nn.Parameter(one.detach().to(NARROW, copy=True), requires_grad=False) for one in chosen}
+
+
+def widen_embedding(model: PreTrainedModel, like: PreTrainedModel) -> None:
+    """Makes a model's token embedding give the data type that the embedding of another model gives."""
+    own, other = _embedding(model), _embedding(like)
+    if own is not None and other is not None and own.weight.dtype == NARROW != other.weight.dtype:
+        own.__class__ = WideEmbedding
+
+
+def _narrowable(model: PreTrainedModel, *, frozen: bool = True) -> Iterator[nn.Parameter]:
+    """The weights that layers under autocast cast to its type, and that of the token embedding."""
+    embedding = _embedding(model)
+    for module in model.modules():
+        if isinstance(module, nn.Linear) or module is embedding:
+            for parameter in module.parameters(recurse=False):
+                if parameter.is_floating_point() and not (frozen and parameter.requires_grad):
+                    yield parameter
+
+
+def _embedding(model: PreTrainedModel) -> nn.Embedding | None:
+    """The token embedding, if it only looks up."""
+    found = model.get_input_embeddings()
+    return found if type(found) in (nn.Embedding, WideEmbedding) else None  # type: ignore[return-value]
+
+
+def _is_narrow(weight: Tensor) -> bool:
+    """True if bfloat16 holds the values."""
+    weight = weight.detach()
+    return weight.dtype == NARROW or torch.equal(weight.to(NARROW).to(weight.dtype), weight)

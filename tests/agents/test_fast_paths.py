@@ -1,0 +1,88 @@
+"""What is said of faster and leaner ways: what is on, and what has fallen back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from small_models import INVENTED, invent
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextAttention, Qwen3VLTextRMSNorm
+
+from vlmenv.agents import fast_paths as reported
+from vlmenv.agents import lean_layers
+from vlmenv.agents.fast_paths import fast_paths, written
+from vlmenv.agents.kernels import EfficientKernel, ExplicitKernel
+from vlmenv.agents.vlm import VLMAgent
+from vlmenv.core.errors import ModelError
+from vlmenv.core.rollout import Observation
+
+TEXT: Observation = {"images": (), "prompt": "How many?"}
+
+
+def states(agent: VLMAgent) -> dict[str, str]:
+    return {path.name: path.written for path in fast_paths(agent.family_policy, torch.float32)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["builtin", *INVENTED])
+def test_all_are_on_in_every_family(family: str, tmp_path: Path) -> None:
+    """With the versions that the tests run with, nothing falls back."""
+    if family != "builtin":
+        invent(family, tmp_path)
+    agent = VLMAgent.from_pretrained("builtin" if family == "builtin" else tmp_path)
+    found = states(agent)
+    lean = agent.family_policy.lean_layers
+    assert lean.on == lean.of > 0
+    assert found.pop("lean layers") == f"{lean.on} of {lean.of}"
+    assert found.pop("flash attention") == "yes (PyTorch's for CPUs)"
+    assert set(found.values()) == {"yes"}
+    assert ("images in one call" in found) == agent.family.packs_images
+
+
+def test_a_changed_class_of_transformers_is_reported(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once in a warning, and in each report."""
+    monkeypatch.setattr(lean_layers, "_told", set())
+    monkeypatch.setattr(Qwen3VLTextRMSNorm, "forward", lambda self, hidden_states: hidden_states * self.weight)
+    for _ in range(2):
+        agent = VLMAgent.from_pretrained("builtin")
+    changed = sum(type(module) is Qwen3VLTextRMSNorm for module in agent.family.model.modules())
+    whole = agent.family_policy.lean_layers.of
+    assert 0 < changed < whole
+    line = written(fast_paths(agent.family_policy, torch.float32))
+    assert (
+        f"lean layers {whole - changed} of {whole} (Qwen3VLTextRMSNorm: it does not compute the same as RMSNorm)"
+        in line
+    )
+    assert caplog.text.count("Qwen3VLTextRMSNorm keeps all its activations") == 1
+
+
+def test_blocks_that_no_longer_ask_for_the_attention_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else completions would attend to each other's tokens."""
+
+    def own(self: Qwen3VLTextAttention, hidden_states: torch.Tensor, **_: object) -> tuple[torch.Tensor, None]:
+        return hidden_states, None
+
+    agent = VLMAgent.from_pretrained("builtin")
+    monkeypatch.setattr(Qwen3VLTextAttention, "forward", own)
+    with pytest.raises(ModelError, match="have not used the packed attention"):
+        agent.rollout([TEXT])
+
+
+def test_what_is_off_says_why(builtin: VLMAgent, monkeypatch: pytest.MonkeyPatch) -> None:
+    builtin.family_policy.share_prefixes = False
+    builtin.enable_gradient_checkpointing()
+    tower = builtin.family.vision_tower()
+    for module in tower.modules():
+        if hasattr(module, "config"):
+            module.config = builtin.family.model.config
+    for kernel, told in ((ExplicitKernel(), "matrix products"), (EfficientKernel(), "memory-efficient")):
+        monkeypatch.setattr(reported, "kernel_for", lambda query, kernel=kernel: kernel)
+        found = states(builtin)
+        assert found["flash attention"].startswith("no (")
+        assert told in found["flash attention"]
+    assert found["shared prompts"].startswith("no (")
+    assert "only while a block is recomputed" in found["lean layers"]
+    assert found["images in one call"].startswith("no (")

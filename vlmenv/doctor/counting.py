@@ -1,0 +1,179 @@
+"""Counts the bytes of a model's own passes without its weights, at full size.
+
+The model has tensors with shapes and data types but without numbers (PyTorch's fake tensors). Its passes run through
+the same code as in training, so that no formula stands for an activation. Tokens, positions and images are real,
+because the passes depend on their numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vlmenv.agents.families import Family, weightless_family
+from vlmenv.agents.vlm import VLMAgent
+
+_aten = torch.ops.aten
+_CLOSE = 1.002
+"""Factor of the peak above which tensors that are gone are looked for, which takes time."""
+
+
+class Counter(TorchDispatchMode):
+    """Counts the bytes of the fake tensors that exist. Tensors with numbers are computed as ever, and not counted.
+
+    Attributes:
+        peak: The most bytes at a time since `restart`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._sizes: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._live = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        fakes = [one for one in tree_leaves((args, kwargs)) if isinstance(one, FakeTensor)]
+        if fakes and func is _aten.equal.default:
+            return True  # weights without numbers stand for those that no cast would round
+        if fakes and func is _aten.index.Tensor:
+            args = args[0], _places(args[1])
+        out = func(*args, **kwargs)
+        for one in tree_leaves(out):
+            if isinstance(one, FakeTensor):
+                self.add(one)
+        return out
+
+    def add(self, tensor: Tensor) -> None:
+        """Counts a tensor from now on, as long as it exists."""
+        storage = tensor.untyped_storage()
+        place = storage._cdata
+        if (known := self._sizes.get(place)) is not None:
+            if not known[0].expired():  # type: ignore[no-untyped-call]
+                return
+            self._live -= known[1]
+        self._sizes[place] = StorageWeakRef(storage), storage.nbytes()  # type: ignore[no-untyped-call]
+        self._live += storage.nbytes()
+        if self._live > self.peak * _CLOSE:
+            self.peak = max(self.peak, self.live())
+
+    def live(self) -> int:
+        """The bytes of the tensors that exist now."""
+        for place, (reference, size) in list(self._sizes.items()):
+            if reference.expired():  # type: ignore[no-untyped-call]
+                del self._sizes[place]
+                self._live -= size
+        return self._live
+
+    def restart(self) -> int:
+        """Forgets the peak, and returns the bytes of the tensors that exist now."""
+        self.peak = self.live()
+        return self.peak
+
+
+def _places(indices: Iterable[Any]) -> list[Any]:
+    """Indices with masks as places: how many elements a mask takes depends on its numbers."""
+    found: list[Any] = []
+    for one in indices:
+        if isinstance(one, Tensor) and one.dtype == torch.bool and not isinstance(one, FakeTensor):
+            found += one.nonzero(as_tuple=True)
+        else:
+            found.append(one)
+    return found
+
+
+@contextmanager
+def counting() -> Iterator[Counter]:
+    """Counts fake tensors within the context."""
+    had = FakeTensor.__dict__.get("data_ptr")
+    FakeTensor.data_ptr = _address  # type: ignore[method-assign,assignment]
+    try:
+        with Counter() as counter:
+            yield counter
+    finally:
+        if had is None:
+            del FakeTensor.data_ptr
+        else:
+            FakeTensor.data_ptr = had  # type: ignore[method-assign]
+
+
+def _address(tensor: Tensor) -> int:
+    """A number in place of the address, by which tensors of the same memory are known."""
+    return int(tensor.untyped_storage()._cdata * 4096 + tensor.storage_offset() * tensor.element_size())
+
+
+def weightless_agent(
+    folder: Path,
+    prepare: Callable[[VLMAgent], object],
+    dtype: torch.dtype,
+    *,
+    blocks: int | None = None,
+    vision_blocks: int | None = None,
+) -> VLMAgent:
+    """An agent of a model's configuration, whose weights are fake tensors on the CPU.
+
+    Args:
+        folder: Folder with the configuration and the processor.
+        prepare: Prepares it for training.
+        dtype: Data type in which the weights are loaded.
+        blocks: Number of blocks of the language model. Default: all.
+        vision_blocks: Number of blocks of the vision tower. Default: all.
+
+    Raises:
+        ModelError: As `weightless_family`.
+    """
+    family = weightless_family(folder)
+    with _adapters_as_made(), Counter(), FakeTensorMode(allow_non_fake_inputs=True):
+        for held, most in zip(block_lists(family), (blocks, vision_blocks), strict=True):
+            del held[len(held) if most is None else most :]
+        if vision_blocks is not None and (taps := taps_of(family)):
+            family.vision_tower().deepstack_visual_indexes = list(range(taps))  # type: ignore[assignment]
+        _faked(family.model, dtype)
+        agent = VLMAgent(family, folder)
+        prepare(agent)
+    return agent
+
+
+def taps_of(family: Family) -> int:
+    """The number of the vision tower's blocks whose outputs the first blocks of the language model take too."""
+    return len(cast("list[int]", getattr(family.vision_tower(), "deepstack_visual_indexes", [])))
+
+
+def block_lists(family: Family) -> tuple[nn.ModuleList, nn.ModuleList]:
+    """The blocks of a language model, and those of its vision tower."""
+    return cast(nn.ModuleList, family.language_model().get_submodule("layers")), cast(
+        nn.ModuleList, family.vision_blocks()
+    )
+
+
+@contextmanager
+def _adapters_as_made() -> Iterator[None]:
+    """Leaves new weights on their device and in float32: fake ones cannot be moved in place, and need not be."""
+    swap, torch.utils.swap_tensors = torch.utils.swap_tensors, lambda *_: None
+    try:
+        yield
+    finally:
+        torch.utils.swap_tensors = swap
+
+
+def _faked(model: nn.Module, dtype: torch.dtype) -> None:
+    """Puts fake tensors in the places of a model's meta tensors. Tied weights stay tied."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for held, wraps in ((module._parameters, True), (module._buffers, False)):
+            for name, one in held.items():
+                if one is None:
+                    continue
+                if id(one) not in made:
+                    kind = dtype if one.is_floating_point() and wraps else one.dtype
+                    empty = torch.empty(one.shape, dtype=kind, device="cpu")
+                    made[id(one)] = one, nn.Parameter(empty, one.requires_grad) if wraps else empty
+                held[name] = made[id(one)][1]

@@ -1,0 +1,462 @@
+"""Predicts the memory of training from a model's configuration, without its weights and without the card.
+
+A model of few blocks without numbers runs through the product's own passes, and what one more block adds is counted
+(`vlmenv.doctor.counting`). What ranks share follows from the strategy.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Final, Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vlmenv.agents.checkpoints import find_adapter
+from vlmenv.agents.families import weightless_family
+from vlmenv.agents.pixels import prepared_folder
+from vlmenv.agents.quantization import quantize
+from vlmenv.agents.sampling import token_bytes
+from vlmenv.agents.untrainable import read_config
+from vlmenv.agents.vlm import VLMAgent
+from vlmenv.agents.weights import narrow_copies
+from vlmenv.algos import find_algorithm
+from vlmenv.algos.optimizers import state_bytes
+from vlmenv.building import DTYPES, adapt, limits_of
+from vlmenv.core.errors import ConfigError
+from vlmenv.core.rollout import Completion, Observation, Prompt, Rollout
+from vlmenv.doctor.counting import Counter, block_lists, counting, taps_of, weightless_agent
+from vlmenv.options.train import TrainConfig
+
+Layout = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
+
+CARDS: Final = {
+    "t4": 16, "v100": 32, "rtx-3090": 24, "rtx-4080": 16, "rtx-4090": 24, "rtx-5090": 32, "l4": 24, "a10": 24,
+    "l40s": 48, "rtx-6000-ada": 48, "a100-40": 40, "a100-80": 80, "h100-80": 80, "h200": 141, "b200": 180,
+}  # fmt: skip
+"""Nominal memory of cards in GB of 10^9 bytes, as their makers state it; `nvidia-smi` shows some of them larger."""
+_CONTEXT: Final = 0.7e9
+"""Bytes of a process on a card beside tensors: CUDA's context and the kernels of its libraries; an assumption."""
+_SCATTERED: Final = 0.04
+"""Share of a card that PyTorch's allocator cannot use, because it is scattered; an assumption."""
+_PER_LOGIT: Final = 28
+"""Bytes per entry of the vocabulary while a token is drawn, as `vlmenv.doctor.memory` counts them."""
+_BUCKET: Final = 2e9
+"""Bytes of DeepSpeed's bucket of 5e8 float32 gradients, its default; it holds two."""
+
+
+def card_bytes(name: str) -> float:
+    """Bytes of a card by its name or its size, as `rtx-4090` or `24GB`.
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    if (size := CARDS.get(name.lower())) is not None:
+        return size * 1e9
+    if (found := re.fullmatch(r"(\d+(?:\.\d+)?) ?(GB|GiB)", name, re.IGNORECASE)) is None:
+        raise ConfigError(f"card '{name}' is neither a size, such as 24GB, nor one of: {', '.join(CARDS)}")
+    return float(found[1]) * (2**30 if found[2].lower() == "gib" else 1e9)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a model in training on a single rank."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    reference: float
+    activations: float
+    """what a micro-batch's forward pass keeps, with casts of weights"""
+    casts: float
+    """the parts of `activations` and `forward_space` that are casts of the blocks' weights"""
+    forward_space: float
+    """what the forward pass needs at its peak beyond what it keeps"""
+    backward_space: float
+    """what the backward pass needs at its peak beyond that"""
+    prefill: float
+    """what a pass of prompts without gradient needs, beside keys and values"""
+    block: float
+    """the largest block's weights"""
+    outside: float
+    """weights outside of blocks, with the head"""
+    outside_gradients: float
+
+    def until(self, other: Sizes) -> Sizes:
+        """What the block adds that `other` has beyond these; peaks within blocks stay."""
+        kept = {one.name for one in fields(Sizes)} - set(_CONSTANT)
+        return Sizes(
+            **{
+                one.name: getattr(other, one.name) - getattr(self, one.name) if one.name in kept else 0.0
+                for one in fields(Sizes)
+            }
+        )
+
+    def plus(self, more: Sizes, times: int) -> Sizes:
+        """The sizes with what some blocks add."""
+        return Sizes(**{one.name: getattr(self, one.name) + times * getattr(more, one.name) for one in fields(Sizes)})
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The tokens of a rank's step."""
+
+    prompts: int
+    completions: int
+    longest: int
+    """tokens of the longest prompt"""
+    answer: int
+    """max_new_tokens"""
+    micro: int
+    """completions in a micro-batch"""
+    micro_prompts: int
+
+    @classmethod
+    def of(cls, config: TrainConfig[Any], longest: int, ranks: int = 1) -> Batch:
+        """The largest of a rank's batches: all completions have the full length."""
+        group, answer = config.algorithm.group_size, config.sampling.max_new_tokens
+        prompts = -(-config.batches.prompts_per_step // ranks)
+        micro = min(prompts * group, config.trainer.micro_batch_size or prompts * group)
+        if (tokens := config.trainer.micro_batch_tokens) is not None:
+            micro = min(micro, max(1, int(tokens // (longest / group + answer))))
+        return cls(prompts, prompts * group, longest, answer, micro, -(-micro // group))
+
+    @property
+    def cached(self) -> int:
+        """Tokens whose keys and values sampling holds without a limit."""
+        return self.prompts * self.longest + self.completions * self.answer
+
+
+_FEW: Final = 2
+_CONSTANT: Final = ("backward_space", "prefill", "block")
+
+
+def measure(config: TrainConfig[Any], observation: Observation, ranks: int = 1) -> tuple[Sizes, Batch]:
+    """Counts the bytes of a training step at the model's full size.
+
+    Args:
+        config: The options. The model's weights are not read.
+        observation: A sample, whose prompt counts as the longest.
+        ranks: Number of ranks, among which the prompts of a step are divided.
+
+    Raises:
+        ConfigError: The model is a folder of adapters.
+        ModelError: The model's configuration cannot be read.
+    """
+    if find_adapter(config.model) is not None:
+        raise ConfigError("the memory of adapters is predicted by their base model and lora_rank")
+    full = weightless_family(prepared_folder(config.model, config.pixels))
+    batch = Batch.of(config, len(full.encode(observation).input_ids), ranks)
+    depth, vision_depth = (len(blocks) for blocks in block_lists(full))
+    least = max(_FEW, taps_of(full))
+    few, few_vision = min(depth, least), min(vision_depth, least)
+    recomputed, kept = _by_blocks(config, few)
+    base = _sizes(recomputed, observation, batch, (few, few_vision))
+    recomputes = config.adaptation.checkpointed_blocks if config.adaptation.gradient_checkpointing else 0
+    recomputes = depth if recomputes is None else min(depth, recomputes)
+    if not config.adaptation.gradient_checkpointing:
+        recomputes, kept = depth, recomputed
+    more = [
+        (recomputed, (few + 1, few_vision), recomputes - few),
+        (kept, (few + 1, few_vision), depth - max(few, recomputes)),
+        (recomputed, (few, few_vision + 1), vision_depth - few_vision),
+    ]
+    total = base
+    for options, blocks, times in more:
+        if times > 0:
+            other = _sizes(options, observation, batch, blocks, backward=False)
+            total = total.plus(base.until(other), times)
+    return total, batch
+
+
+def _by_blocks(config: TrainConfig[Any], few: int) -> tuple[TrainConfig[Any], TrainConfig[Any]]:
+    """The options with all blocks recomputed, if any are; and with only the first few."""
+    every = replace(config, adaptation=replace(config.adaptation, checkpointed_blocks=None))
+    if not config.adaptation.gradient_checkpointing:
+        return every, every
+    return every, replace(config, adaptation=replace(config.adaptation, checkpointed_blocks=few))
+
+
+def _sizes(
+    config: TrainConfig[Any],
+    observation: Observation,
+    batch: Batch,
+    blocks: tuple[int, int],
+    *,
+    backward: bool = True,
+) -> Sizes:
+    """Counts the bytes of a model of few blocks."""
+    algorithm = find_algorithm(config.algo).make(config.algorithm)
+    folder = prepared_folder(config.model, config.pixels)
+    options = config.adaptation
+    if options.weights == "auto" and read_config(folder).dtype != torch.bfloat16:
+        options = replace(options, weights="fp32")  # bfloat16 would round what the model's files hold
+
+    def prepare(agent: VLMAgent) -> None:
+        if options.quantize is not None:
+            parts = [agent.family.language_model(), *[agent.family.vision_tower()] * options.lora_vision]
+            quantize(parts, options.quantize, torch.device("cpu"))
+        adapt(agent, options, config.batches.precision)
+        if algorithm.wants_values:
+            agent.add_value_head()
+
+    dtype = torch.bfloat16 if options.weights == "bf16" else torch.float32
+    agent = weightless_agent(folder, prepare, dtype, blocks=blocks[0], vision_blocks=blocks[1])
+    prompts = [agent.family.encode(observation) for _ in range(batch.micro_prompts)]
+    narrow = config.batches.precision == "bf16" and options.weights != "fp32"
+    reference = _reference(agent, narrow=narrow) if algorithm.wants_reference and agent.lora is None else 0.0
+    return _counted(agent, prompts, batch, config, reference, backward=backward)
+
+
+def _counted(
+    agent: VLMAgent,
+    prompts: Sequence[Prompt],
+    batch: Batch,
+    config: TrainConfig[Any],
+    reference: float,
+    *,
+    backward: bool,
+) -> Sizes:
+    """Runs a micro-batch forward and backward, and a prompt without gradient."""
+    trained, policy, precision = agent.parameters(), agent.family_policy, config.batches.precision
+    autocast = torch.autocast("cpu", DTYPES[precision], enabled=precision != "fp32")
+    in_blocks = {one for block in agent.blocks() for one in block.parameters()}
+    rollout = _rollout(prompts, batch)
+    with counting() as counter:
+        for tensor in (*policy.parameters(), *policy.buffers()):
+            counter.add(tensor)
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        held = counter.restart()
+        with autocast:
+            logprobs = agent.logprobs(rollout).values
+        kept, forward = counter.live(), counter.peak
+        counter.restart()
+        if backward:
+            logprobs.sum().backward()  # type: ignore[no-untyped-call]
+        del logprobs
+        forward_space, backward_space = forward - kept, counter.peak - kept
+        for parameter in trained:
+            parameter.grad = None
+        before = counter.restart()
+        with torch.no_grad(), autocast:
+            prefixes, _ = policy.prefill(prompts[:1])
+        prefill = counter.peak - before - _bytes([*prefixes.keys.values(), *prefixes.values.values()])
+    if agent.family.sees_by_trained_weights():  # images are real, and so were not counted
+        kept += int(_bytes(one for prompt in prompts for one in prompt.images.values()))
+    outside = [one for one in policy.parameters() if one not in in_blocks]
+    return Sizes(
+        weights=_bytes(policy.parameters()),
+        gradients=_bytes(trained),
+        optimizer=sum(one.numel() * state_bytes(config.trainer.optimizer, one.dtype) for one in trained),
+        reference=reference,
+        activations=kept - held,
+        casts=_casts(agent, in_blocks, precision),
+        forward_space=forward_space,
+        backward_space=backward_space,
+        prefill=prefill,
+        block=max(_bytes(block.parameters()) for block in agent.blocks()),
+        outside=_bytes(outside),
+        outside_gradients=_bytes(one for one in outside if one.requires_grad),
+    )
+
+
+def _rollout(prompts: Sequence[Prompt], batch: Batch) -> Rollout:
+    """A micro-batch whose completions have the full length."""
+    tokens = np.zeros(batch.answer, np.int64)  # no image's
+    completions = [Completion("", tokens, np.zeros(batch.answer, np.float32), "length") for _ in range(batch.micro)]
+    index = np.minimum(np.arange(batch.micro) * len(prompts) // batch.micro, len(prompts) - 1)
+    return Rollout(list(prompts), index, completions, 1.0)
+
+
+def _reference(agent: VLMAgent, *, narrow: bool) -> float:
+    """Bytes of a frozen copy, which shares a frozen vision tower."""
+    family = agent.family
+    parts = [] if family.sees_by_trained_weights() else [family.vision_tower(), *family.projectors()]
+    shared = {parameter for part in parts for parameter in part.parameters()}
+    copies: Mapping[int, nn.Module | nn.Parameter] = {}
+    if narrow:
+        with Counter(), torch.no_grad():
+            copies = narrow_copies(family.model)
+    own = [parameter for parameter in family.model.parameters() if parameter not in shared]
+    return _bytes(cast(Tensor, copies.get(id(parameter), parameter)) for parameter in own)
+
+
+def _casts(agent: VLMAgent, in_blocks: set[nn.Parameter], precision: str) -> float:
+    """Bytes of the casts that autocast makes of the blocks' trained weights."""
+    if precision == "fp32":
+        return 0.0
+    linear = (module.weight for module in agent.policy.modules() if isinstance(module, nn.Linear))
+    return float(sum(2 * one.numel() for one in linear if one.requires_grad and one in in_blocks and one.itemsize == 4))
+
+
+def _bytes(tensors: Iterable[Tensor]) -> float:
+    return float(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank's training runs.
+
+    Attributes:
+        memory: Bytes of its card, or of the machine's memory that it may take.
+        layout: How ranks share the model.
+        ranks: Number of ranks.
+        is_card: True for a GPU.
+    """
+
+    memory: float
+    layout: Layout = "ddp"
+    ranks: int = 1
+    is_card: bool = True
+
+    @property
+    def usable(self) -> float:
+        """Bytes that tensors can take."""
+        return self.memory * (1 - _SCATTERED) - _CONTEXT if self.is_card else self.memory
+
+
+def moments(
+    sizes: Sizes, batch: Batch, config: TrainConfig[Any], place: Place, token: float, vocabulary: int
+) -> dict[str, dict[str, float]]:
+    """Bytes of a rank by use at each moment of training.
+
+    Args:
+        sizes: Of the model.
+        batch: Of the rank.
+        config: The options.
+        place: Card, ranks and strategy.
+        token: Bytes of a token's keys and values.
+        vocabulary: Number of entries of the head.
+    """
+    generation = config.generation
+    engine = generation.engine_memory * place.memory if generation.engine == "vllm" else 0.0
+    held = _shares(sizes, place)
+    start = {"weights": sizes.weights, "reference": sizes.reference} | ({"engine": engine} if engine else {})
+    if generation.engine == "hf":
+        rolling = held | _sampling(sizes, batch, config, place, token, vocabulary)
+    else:
+        rolling = held | ({"engine": engine} if engine else {})
+        if config.adaptation.lora_rank is not None and engine:
+            rolling["merged weights"] = 0.0  # merged layer by layer, on the CPU
+    return {"start": start, "sampling": rolling, "update": held | _updating(sizes, place)}
+
+
+def _shares(sizes: Sizes, place: Place) -> dict[str, float]:
+    """What a rank holds between steps."""
+    ranks, layout = place.ranks, place.layout
+    by = {"weights": sizes.weights, "optimizer": sizes.optimizer, "reference": sizes.reference}
+    if layout == "fsdp2":
+        return {name: size / ranks for name, size in by.items()}
+    if layout != "ddp":
+        by["optimizer"] = (sizes.optimizer + sizes.gradients) / ranks  # with a float32 copy of the shard
+        by["weights"] /= ranks if layout == "zero3" else 1
+    return by
+
+
+def _updating(sizes: Sizes, place: Place) -> dict[str, float]:
+    """What a rank needs in the passes of an update beyond `_shares`."""
+    whole = max(sizes.forward_space, sizes.backward_space)
+    if place.layout in ("ddp", "zero1", "zero2"):
+        gradients = sizes.gradients / (place.ranks if place.layout == "zero2" else 1)
+        buckets = 0.0 if place.layout == "ddp" else 2 * min(_BUCKET, sizes.gradients)
+        return {"gradients": gradients + buckets, "activations": sizes.activations, "work space": whole}
+    gathered = sizes.outside + sizes.outside_gradients + 4 * sizes.block
+    kept = max(0.0, sizes.activations - (sizes.casts if sizes.activations > sizes.casts else 0.0))
+    return {
+        "gradients": sizes.gradients / place.ranks,
+        "gathered weights": gathered,
+        "activations": kept,
+        "work space": max(sizes.forward_space - sizes.casts, sizes.backward_space),
+    }
+
+
+def _sampling(
+    sizes: Sizes, batch: Batch, config: TrainConfig[Any], place: Place, token: float, vocabulary: int
+) -> dict[str, float]:
+    """What a rank needs beyond `_shares` where the model itself samples."""
+    limits = limits_of(config)
+    bounded = limits.cache is not None or place.is_card
+    if place.is_card and limits.cache is None:
+        limits = replace(limits, cache=0)
+    rows = min(batch.completions, limits.logits or batch.completions)
+    one = batch.longest + batch.answer
+    cached = max(one, min(batch.cached, limits.cache or batch.longest + 8 * batch.answer)) if bounded else batch.cached
+    longest = limits.passes([batch.longest] * batch.prompts)
+    prompts = max(own.stop - own.start for own in longest)
+    found = {
+        "keys and values": cached * token,
+        "prefill or logits": max(sizes.prefill * prompts, float(_PER_LOGIT * rows * vocabulary)),
+    }
+    if place.layout in ("fsdp2", "zero3"):  # all weights are gathered
+        half = 0.5 if config.batches.precision == "bf16" and place.layout == "fsdp2" else 1.0
+        found["gathered weights"] = sizes.outside + half * (sizes.weights - sizes.outside)
+    return found
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The memory of a rank.
+
+    Attributes:
+        moments: Bytes by use at each moment.
+        place: Card, ranks and strategy.
+    """
+
+    moments: Mapping[str, Mapping[str, float]]
+    place: Place
+
+    @property
+    def peak(self) -> float:
+        """Bytes of tensors at the moment that takes the most."""
+        return max(sum(parts.values()) for parts in self.moments.values())
+
+    @property
+    def fits(self) -> bool:
+        """True if they have room."""
+        return self.peak <= self.place.usable
+
+
+def predict(config: TrainConfig[Any], observation: Observation, place: Place) -> Prediction:
+    """Predicts the memory of training, for a sample whose prompt counts as the longest.
+
+    Raises:
+        ConfigError: As `measure`.
+        ModelError: As `measure`.
+    """
+    sizes, batch = measure(config, observation, place.ranks)
+    model = read_config(prepared_folder(config.model, config.pixels))
+    dtype = DTYPES[config.batches.precision]
+    told = moments(sizes, batch, config, place, token_bytes(model, dtype), int(model.get_text_config().vocab_size))
+    return Prediction(told, place)
+
+
+def remedies(config: TrainConfig[Any]) -> list[tuple[str, TrainConfig[Any]]]:
+    """Options that lower memory, each with what it makes of the options; those that cost the least come first."""
+    options, trainer = config.adaptation, config.trainer
+    found: list[tuple[str, TrainConfig[Any]]] = []
+    if config.batches.precision == "fp32":
+        config = replace(config, batches=replace(config.batches, precision="bf16"))
+        found.append(("--precision bf16", config))
+    if trainer.micro_batch_size != config.algorithm.group_size:
+        size = config.algorithm.group_size
+        config = replace(config, trainer=replace(trainer, micro_batch_size=size, micro_batch_tokens=None))
+        found.append((f"--micro-batch-size {size}", config))
+    if not options.gradient_checkpointing:
+        options = replace(options, gradient_checkpointing=True)
+        config = replace(config, adaptation=options)
+        found.append(("--gradient-checkpointing", config))
+    if trainer.optimizer == "adamw":
+        config = replace(config, trainer=replace(config.trainer, optimizer="adamw_8bit"))
+        found.append(("--optimizer adamw_8bit", config))
+    if options.lora_rank is None:
+        options = replace(options, lora_rank=64, freeze_vision=False, freeze_projector=False)
+        config = replace(config, adaptation=options)
+        found.append(("--lora-rank 64", config))
+    if options.quantize is None:
+        config = replace(config, adaptation=replace(options, quantize="nf4"))
+        found.append(("--quantize nf4", config))
+    return found
