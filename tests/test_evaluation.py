@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 
 from vlmenv.agents import VLMAgent
@@ -197,3 +198,26 @@ def test_on_a_terminal_progress_is_a_bar_that_goes() -> None:
     with progress("evaluating", 10, Console(file=out, force_terminal=True)) as advance:
         advance(4)
     assert "4/10" in out.getvalue()
+
+
+SUBJECTS = ("[/red]", "\x1b[31mx", "[bold]b", ":smile:")
+
+
+@pytest.mark.slow
+def test_names_from_data_are_neither_markup_nor_orders_to_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of subjects, in an evaluation, in training, and of the folders that are named."""
+    monkeypatch.setenv("COLUMNS", "250")
+    Image.new("RGB", (48, 48)).save(tmp_path / "a.png")
+    rows = [{"image": "a.png", "problem": "Which?", "answer": "red", "subject": one} for one in SUBJECTS]
+    file, run = tmp_path / "rows.jsonl", tmp_path / "a [/b]\x1b[31m run"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--env", "VLM-VQA-v0", "--dataset", str(file), "--device", "cpu", "--max-new-tokens", "4"]
+    main(["train", *options, "--steps", "1", "--prompts-per-step", "1", "--group-size", "2", "--output", str(run)])
+    main(["eval", *options, "--model", str(run)])
+    told = capsys.readouterr().out
+    for shown in ("accuracy/[/red]", "accuracy/\\x1b[31mx", "accuracy/[bold]b", "accuracy/:smile:"):
+        assert told.count(shown) == 2
+    assert "\x1b" not in told
+    assert "a [/b]\\x1b[31m run" in told

@@ -106,10 +106,10 @@ def open_console(quiet: bool) -> Console:
 
     In a notebook it shows progress as a widget. Without ipywidgets, which that takes, it prints plain lines.
     """
-    console = Console(quiet=quiet)
+    console = Console(emoji=False, quiet=quiet)
     if not console.is_jupyter or importlib.util.find_spec("ipywidgets"):
         return console
-    plain = Console(quiet=quiet, force_jupyter=False, force_terminal=False)
+    plain = Console(emoji=False, quiet=quiet, force_jupyter=False, force_terminal=False)
     say("install ipywidgets to see a progress bar here; until then, lines tell the progress", plain)
     return plain
 

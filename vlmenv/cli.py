@@ -115,7 +115,10 @@ def _told(error: BaseException) -> str | None:
 
 def _print_error(message: str) -> None:
     from rich.console import Console  # here, as `--version` need not wait for it
-    from rich.markup import escape
+
+    from vlmenv.core.text import printable_lines
 
     where = f" in process {os.environ.get('RANK')}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-    Console(stderr=True).print(f"[bold red]error{where}:[/] {escape(message)}", soft_wrap=True, highlight=False)
+    Console(emoji=False, stderr=True).print(
+        f"[bold red]error{where}:[/] {printable_lines(message)}", soft_wrap=True, highlight=False, emoji=False
+    )

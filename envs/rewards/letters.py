@@ -59,6 +59,8 @@ class Offer:
         for piece, _ in concluded:
             if named := self._named(bare(piece), several):
                 return _decided(named, several)
+        if (last := _LAST_LINE.search(text)) and (label := self._labelled(bare(last[1]))):
+            return label
         if self._texts and any(is_boxed or _IS_VALUE.search(piece) for piece, is_boxed in concluded):
             return None  # the answer is none of the choices, whatever was named on the way
         return _decided(self._named(bare(text), several), several)
@@ -71,8 +73,8 @@ class Offer:
             return {self.letter(letter) for letter in piece.upper() if letter != " "}
         if said := self.said(piece) or self._of_list(_items(piece)):
             return {said}
-        if piece[:1].upper() in {*self.letters} and self.said(piece[1:]) == self.letter(piece[0].upper()):
-            return {self.letter(piece[0].upper())}  # "B12 cm", where B is "12 cm"
+        if label := self._labelled(piece):
+            return {label}
         marked = self._marked(piece, several)
         return {mark if mark == _HEDGE else self._of_mark(mark) for mark in _stated(without_denied(marked), several)}
 
@@ -84,6 +86,12 @@ class Offer:
             return ""
         said = {self.letter(LETTERS[i]) for i, choice in enumerate(self._texts) if self._same(piece, choice)}
         return said.pop() if len(said) == 1 else ""
+
+    def _labelled(self, piece: str) -> str:
+        """The letter of a text that is a letter with its own choice: "B. 12 cm", "B12 cm"."""
+        label = self._forms.label.match(piece)
+        letter = self.letter(label[1].upper()) if label else ""
+        return letter if label and self.said(piece[label.end() :]) == letter else ""
 
     def _of_list(self, items: tuple[str, ...]) -> str:
         """The letter of the choice with the same items, in any order unless two choices differ in it alone."""
@@ -169,6 +177,9 @@ def _decided(named: set[str], several: bool) -> str | None:
     return "".join(sorted(named)) if is_clear else None
 
 
+_LAST_LINE = re.compile(
+    r"(?:\A|\n)(?!(?i:[^\n]*\b(?:not|wrong|incorrect|except)\b))[^\n]*:[*_ $]*\n(?:\\\[\n)?([^\n]+)\Z"
+)
 _IS_VALUE = re.compile(r"\d|\\[A-Za-z]")
 
 
@@ -176,6 +187,7 @@ class _Forms(NamedTuple):
     """Patterns of how the letters offered stand in texts."""
 
     whole: re.Pattern[str]
+    label: re.Pattern[str]
     row: re.Pattern[str]
     range: re.Pattern[str]
     compact: re.Pattern[str]
@@ -190,6 +202,7 @@ def _forms_of(letters: str) -> _Forms:
     pronoun = "I" if "I" in letters else "(?!)"
     return _Forms(
         re.compile(rf"[(\[]? ?({either}) ?[)\]]? ?[.:,;!]?"),
+        re.compile(rf"[(\[]?({either})[)\]]?[.:,)]? ?(?:- )?(?=\S)"),
         re.compile(rf"{either}(?: {either})+"),
         re.compile(rf"[(\[]{either} ?[-–] ?{either}[)\]]"),
         re.compile(rf"(?<![\w'.-])(?:{upper}{{2,}})(?!['-]?\w)"),
@@ -205,12 +218,23 @@ _SIGNS: Final = (
     ("×", "\\times "),
     ("⊥", "\\perp "),
     ("∥", "\\parallel "),
+    ("△", "\\triangle "),
+    ("∆", "\\triangle "),
+    ("≤", "\\le "),
+    ("≥", "\\ge "),
+    ("≠", "\\ne "),
+    ("±", "\\pm "),
+    ("÷", "\\div "),
+    ("∞", "\\infty "),
+    ("α", "\\alpha "),
+    ("β", "\\beta "),
+    ("θ", "\\theta "),
 )
 _ROOT = re.compile(r"(?:√|\\?sqrt) ?(?:\(([^()]*)\)|(\d+|[A-Za-z]))")
 _COMMAND = re.compile(
     r"\\(?:boxed|fbox|text[a-z]*|math(?:rm|bf|it|sf)|mbox|operatorname) ?(?:\{([^{}]*)\}|(?![A-Za-z]))"
 )
-_IGNORED = re.compile(r"\\(?:left|right|displaystyle|quad|qquad)(?![A-Za-z])|\\[,;:! ]|\\(?=[()\[\]%$])|[$\"“”*`~]|_")
+_IGNORED = re.compile(r"\\(?:left|right|displaystyle|quad|qquad)(?![A-Za-z])|\\[,;:! ()\[\]]|\\(?=[%$])|[$\"“”*`~]|_")
 _FRACTION = re.compile(r"\\frac ?(?:(\d) ?(\d)|\{ ?([\w.\\]+) ?\} ?\{ ?([\w.\\]+) ?\})")
 _FRACTION_COMMAND = re.compile(r"\\[dtc]frac(?![A-Za-z])")
 _IN_BRACES = re.compile(r"\{[^{}]*\}")

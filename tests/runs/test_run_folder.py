@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from test_cli import fails
 
 from vlmenv.core.errors import ConfigError
+from vlmenv.options.files import read_options
 from vlmenv.runs import run_folder
 from vlmenv.runs.run_folder import RunFolder
 
@@ -106,3 +108,17 @@ def test_only_exact_names_are_checkpoints(tmp_path: Path) -> None:
     assert [folder.name for folder in run.rests(before=10)] == ["step-9"]
     with pytest.raises(ConfigError, match="already holds a run"):
         run.check_new()  # though there is no metrics.jsonl
+
+
+def test_a_run_in_a_folder_with_a_line_break_is_read_again(tmp_path: Path) -> None:
+    """The name stands in the heads of its YAML files."""
+    folder = tmp_path / "a b\nc: [d]"
+    RunFolder(folder).create("lr: 1.0\n", "lr: 2.0\nrecord: {run: abc}\n")
+    assert RunFolder(folder).identity() == "abc"
+    assert read_options(folder / "config.yaml")["lr"] == 1.0
+
+
+def test_a_folder_whose_name_is_no_text_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = fails(capsys, "train", "--device", "cpu", "--output", f"{tmp_path}/x\udcff")
+    assert "the name is not UTF-8: give another --output" in told
+    assert not list(tmp_path.iterdir())

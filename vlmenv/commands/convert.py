@@ -34,7 +34,7 @@ def run(config: DataConvertConfig) -> Summary:
         split=config.split,
         skip_broken=config.skip_broken,
     )
-    console = Console(soft_wrap=True)
+    console = Console(emoji=False, soft_wrap=True)
     for fault in summary.faults[:_SHOWN]:
         console.print(printable(fault), style="red", highlight=False, emoji=False)
     if len(summary.faults) > _SHOWN:

@@ -73,7 +73,7 @@ class Findings:
 
 def run(config: DataCheckConfig) -> None:
     """Checks a data set; ends the process with status 1 if it has a fault."""
-    console = Console(soft_wrap=True)
+    console = Console(emoji=False, soft_wrap=True)
     task, source, counted = _opened(config, console)
     found = Findings(prompts=counted)
     for fault in source.faults:

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from vlmenv.algos import find_algorithm
 from vlmenv.building import check_device
+from vlmenv.core.text import printable
 from vlmenv.doctor import Finding, examine, findings_table
 from vlmenv.options.command_line import Asked, parse_with_files
 from vlmenv.options.doctor import DoctorConfig
@@ -31,14 +32,14 @@ def run(asked: Asked) -> list[Finding]:
     """Prints a table of findings; ends the process with status 1 if a check failed."""
     config: DoctorConfig[Any] = asked.config
     check_device(config.device)
-    console = Console()
+    console = Console(emoji=False)
     for note in asked.notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     config = with_checkpoint(config, console)
     findings = examine(config, Accelerator(cpu=config.device == "cpu").device, console)
     console.print(findings_table(config, findings))
     if failed := [one.check for one in findings if one.passed is False]:
-        console.print(f"[red]{len(failed)} of {len(findings)} checks failed:[/] {', '.join(failed)}")
+        console.print(f"[red]{len(failed)} of {len(findings)} checks failed:[/] {printable(', '.join(failed))}")
         sys.exit(1)
     console.print("everything adds up")
     return findings

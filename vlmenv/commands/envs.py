@@ -41,4 +41,4 @@ def run(config: EnvsConfig) -> None:
         assert isinstance(entry_point, str)
         creator = load_env_creator(entry_point)
         table.add_row(name, (sys.modules[creator.__module__].__doc__ or "").partition("\n")[0])
-    Console().print(table)
+    Console(emoji=False).print(table)

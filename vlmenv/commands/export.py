@@ -40,7 +40,7 @@ def parse(args: Sequence[str], program: str) -> ExportConfig:
 
 def run(config: ExportConfig) -> Path:
     """Writes the folder, uploads it if asked to, and returns it."""
-    console = Console()
+    console = Console(emoji=False)
     source, run, step = _source(config)
     target = config.target or Path(f"{Path(config.model).absolute().name}-export")
     if target.exists() and any(target.iterdir() if target.is_dir() else [target]):

@@ -25,6 +25,7 @@ from vlmenv.building import say
 from vlmenv.commands import evaluate, sample, train
 from vlmenv.core.errors import ConfigError, ModelError, unknown_name
 from vlmenv.core.files import read_object, read_objects, write_atomic
+from vlmenv.core.text import printable
 from vlmenv.core.urls import MASK, hidden
 from vlmenv.envs.metrics.intervals import Interval
 from vlmenv.envs.rewards.judge import URL as JUDGE_URL
@@ -158,7 +159,7 @@ def run(config: PipelineConfig) -> Path:
     steps = _steps(pipeline)
     for step in steps:
         _parsed(step, pipeline.file, folder)  # raises errors of later stages now
-    console = Console()
+    console = Console(emoji=False)
     with locked(folder, lambda line: say(f"warning: {line}", console)):
         _go_through(steps, pipeline, folder, config.launch, console)
     return folder
@@ -203,7 +204,7 @@ def _parsed(step: Step, file: Path, folder: Path) -> Asked:
     except ConfigError as error:
         raise ConfigError(f"{file}: {step.name}: {error}") from error
     except SystemExit:
-        Console(stderr=True).print(f"in {file}: {step.name}", highlight=False, markup=False)
+        Console(emoji=False, stderr=True).print(f"in {file}: {step.name}", highlight=False, markup=False)
         raise
 
 
@@ -341,14 +342,15 @@ def _report(pipeline: Pipeline, folder: Path, console: Console) -> None:
     columns = {name: _found(pipeline, folder / "evaluation" / name) for name in names}
     write_atomic(folder / "report.json", json.dumps(columns, indent=2) + "\n")
     rows = [[metric, *(_written(columns[name].get(metric)) for name in names)] for metric in columns[_BASE]]
-    table = Table("", *names, title=f"{pipeline.file.stem}: the model after each stage", title_justify="left")
+    title = printable(f"{pipeline.file.stem}: the model after each stage")
+    table = Table("", *map(printable, names), title=title, title_justify="left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     changes = _markdown(["change from the base", *pipeline.trained], _change_rows(pipeline, folder, columns))
     text = f"{_markdown(['', *names], rows)}\n{INTERVALS}.\n\n{changes}\nChanges are of the same samples.\n"
     write_atomic(folder / "report.md", text)
     console.print(table)
-    console.print(f"the stages and this table are in {folder}", highlight=False)
+    say(f"the stages and this table are in {folder}", console)
 
 
 def _markdown(head: list[str], rows: Sequence[list[str]]) -> str:

@@ -29,4 +29,4 @@ def run(config: RecipesConfig) -> None:
     for name, file in packaged_files("recipe").items():
         summary = file.read_text(encoding="utf-8").partition("\n#\n")[0]
         table.add_row(name, " ".join(line.removeprefix("#").strip() for line in summary.splitlines()), str(file))
-    Console().print(table)
+    Console(emoji=False).print(table)

@@ -59,7 +59,7 @@ def run(config: ScoreConfig) -> list[dict[str, Any]]:
     former = LOSSES.snapshot()
     with closing(make_envs(config.env, 1, extra_terms=config.scorers.terms(), **arguments)) as envs:
         records = list(_scored(envs.task, lines, config))
-    console = Console(soft_wrap=True)
+    console = Console(emoji=False, soft_wrap=True)
     console.print(_table(config, records))
     if told := LOSSES.since(former).told():
         console.print(told, highlight=False)
@@ -157,12 +157,12 @@ def _checked(line: Line, index: Any, size: int | None) -> int:
 
 def _table(config: ScoreConfig, records: Sequence[Mapping[str, Any]]) -> Table:
     title = printable(f"{config.answers} for {config.env}, {len(records)} answers")
-    table = Table("term", "mean", "95 % interval", title=title, title_justify="left")
+    table = Table("term", "mean", "95 % interval", title=printable(title), title_justify="left")
     names = list(dict.fromkeys(name for record in records for name in record["rewards"]))
     for name in ["reward", *names]:
         values = [record["reward"] if name == "reward" else record["rewards"].get(name) for record in records]
         found = metric_interval([value for value in values if value is not None])
-        table.add_row(name, f"{found.value:.4f}", f"{found.low:.4f} to {found.high:.4f}")
+        table.add_row(printable(name), f"{found.value:.4f}", f"{found.low:.4f} to {found.high:.4f}")
     return table
 
 
@@ -171,7 +171,8 @@ def _compare(records: Sequence[Mapping[str, Any]], verdict: str, console: Consol
     term = next(iter(records[0]["rewards"])) if records else ""
     other = [record for record in records if (record["rewards"].get(term, 0) >= 0.5) != (float(record[verdict]) >= 0.5)]
     share = 1 - len(other) / max(1, len(records))
-    console.print(f"'{verdict}' agrees with {term} on {share:.1%} of {len(records)} answers", highlight=False)
+    told = f"'{verdict}' agrees with {term} on {share:.1%} of {len(records)} answers"
+    console.print(printable(told), highlight=False, emoji=False)
     for record in other[:_SHOWN]:
         values = f"{term} {record['rewards'].get(term)}, {verdict} {record[verdict]}"
         told = f"  {record['id']}: {values}: {record['completion'][:200]}"

@@ -33,6 +33,7 @@ from vlmenv.agents.vlm import BUILTIN
 from vlmenv.building import DTYPES
 from vlmenv.core.errors import ConfigError, EngineError
 from vlmenv.core.loading import import_modules
+from vlmenv.core.text import printable
 from vlmenv.options.parsing import parse_plain
 from vlmenv.options.serve import ServeConfig
 from vlmenv.runs.models import adapter_folder, checkpoint_name
@@ -70,10 +71,11 @@ def run(config: ServeConfig) -> None:
     else:
         _prepare_socket(config.socket.absolute())
     token = server_token_or_new()
-    console = Console(soft_wrap=True, highlight=False)
-    console.print(f"starting vLLM with {config.model} on {device.type}")
+    console = Console(emoji=False, soft_wrap=True, highlight=False)
+    console.print(printable(f"starting vLLM with {config.model} on {device.type}"))
     if (adapter := adapter_folder(config.model)) is not None:
-        console.print(f"{adapter} holds adapters: the base model is served until the trainer's first update adds them")
+        told = f"{adapter} holds adapters: the base model is served until the trainer's first update adds them"
+        console.print(printable(told))
     with _ending_on_signals(), _started(_arguments(config, device), device, token) as process:
         _wait_until_ready(config, process, console, token)
         console.print(_ready(config), markup=False)

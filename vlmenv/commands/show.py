@@ -37,7 +37,7 @@ def run(config: DataShowConfig) -> ShownSample:
     arguments = config.data.reading_arguments() | task_arguments(task)
     with closing(make_envs(config.env, 1, dataset=dataset, **arguments)) as envs:
         shown = show_sample(envs.task, config.index, family)
-    console = Console(soft_wrap=True)
+    console = Console(emoji=False, soft_wrap=True)
     console.rule(f"sample {config.index}", align="left")
     say(f"id: {shown.id}", console)
     images = ", ".join(map(str, shown.prompt.image_tokens)) or "none"

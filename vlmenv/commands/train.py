@@ -152,7 +152,7 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
         if accelerator.is_main_process:
             check_room(cast(VLMAgent, trainer.agent), config, run, console)
     kept = facts(config, data, run, accelerator.num_processes) if accelerator.is_main_process else {}
-    console.print(f"{config.env}, {config.algo}, model {config.model}; writing to {run.path}", highlight=False)
+    say(f"{config.env}, {config.algo}, model {config.model}; writing to {run.path}", console)
     console.print(written(paths), highlight=False, markup=False)
     tracking = Tracking(accelerator, config.logging.tracker, run, flatten(config), step=found.step)
     stopping = opened.enter_context(Stopping(accelerator))
@@ -172,7 +172,7 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
         raise
     if accelerator.is_main_process and held_out is not None and before is not None and after is not None:
         compare(config, run, held_out, before, after, console)
-    console.print(f"model, metrics and pictures are in {run.path}", highlight=False)
+    say(f"model, metrics and pictures are in {run.path}", console)
     if parts.agent is None:
         trainer.agent.close()  # before the processes part: vLLM has a group of its own among them
     accelerator.state.destroy_process_group()
@@ -287,6 +287,8 @@ def _run_folder(config: TrainConfig[Any], opened: ExitStack) -> RunFolder:
     state = _ranks(config)
     if state.num_processes > 1:
         end_with_parent()
+    if config.logging.output is not None:
+        _check_name(config.logging.output)
     found: Path | OSError = config.resume or config.logging.output or RunFolder.default_path(config.env, config.algo)
     if state.is_main_process and not (config.resume or config.logging.output or config.dry_run):
         try:
@@ -298,6 +300,14 @@ def _run_folder(config: TrainConfig[Any], opened: ExitStack) -> RunFolder:
     if isinstance(found, OSError):
         raise found
     return RunFolder(found)
+
+
+def _check_name(folder: Path) -> None:
+    """Raises ConfigError for a name that YAML files and trackers cannot hold."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"output {folder}: the name is not UTF-8: give another --output") from error
 
 
 def _ranks(config: TrainConfig[Any]) -> PartialState:

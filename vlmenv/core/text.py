@@ -24,3 +24,8 @@ def visible(text: object) -> str:
 def printable(text: object) -> str:
     """The same for a place that reads rich's markup, in which `[/b]` and `[red]` then stand as they are."""
     return escape(visible(text))
+
+
+def printable_lines(text: object) -> str:
+    """`printable`, but lines stay lines."""
+    return "\n".join(map(printable, str(text).split("\n")))

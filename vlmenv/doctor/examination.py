@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from vlmenv.core.errors import VLMEnvError
+from vlmenv.core.text import printable_lines
 from vlmenv.doctor import answers, machine, prompts, weights
 from vlmenv.doctor.subject import GROUP, SAMPLES, Seen, Subject, Unchecked
 from vlmenv.options.doctor import DoctorConfig
@@ -144,5 +144,5 @@ def findings_table(config: DoctorConfig[Any], findings: Sequence[Finding]) -> Ta
     table.add_column("passed, or what to do", ratio=1, overflow="fold")
     for one in findings:
         verdict = "[yellow]not checked" if one.passed is None else "[green]passed" if one.passed else "[red]failed:[/] "
-        table.add_row(one.check, escape(one.figure), verdict + escape(one.remedy))
+        table.add_row(one.check, printable_lines(one.figure), verdict + printable_lines(one.remedy))
     return table

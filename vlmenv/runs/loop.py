@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from vlmenv.algos import NonFiniteError, StepResult, Trainer
 from vlmenv.building import report_skipped, say
@@ -234,7 +233,7 @@ class TrainingLoop:
 
     def _warn(self, step: int, message: str, kind: str) -> None:
         self.run.write_warning(step, message, kind)
-        self.console.print(f"[bold yellow]warning:[/] step {step}: {escape(message)}", soft_wrap=True)
+        self.console.print(f"[bold yellow]warning:[/] step {step}: {printable(message)}", soft_wrap=True, emoji=False)
 
     def _save(self) -> None:
         self.saved = self.trainer.step  # once is enough, whatever becomes of it

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from itertools import count
@@ -15,6 +16,7 @@ import vlmenv
 from vlmenv.algos.trainer import StepResult
 from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.core.files import flush_file, read_object, write_atomic
+from vlmenv.core.text import visible
 from vlmenv.options.files import read_options
 from vlmenv.options.resolve import RECORD
 
@@ -53,7 +55,7 @@ class RunFolder:
     def create(self, asked: str, resolved: str) -> None:
         """Makes the folder, and writes the options that were asked for and all that are used, both as YAML."""
         self.path.mkdir(parents=True, exist_ok=True)
-        repeat = f"# Repeat with: vlmenv train --config {self.path}/resolved.yaml\n"
+        repeat = f"# Repeat with: vlmenv train --config {visible(shlex.quote(f'{self.path}/resolved.yaml'))}\n"
         write_atomic(self.path / "resolved.yaml", repeat + resolved)
         heading = f"# What was asked. What was used: resolved.yaml. Version {vlmenv.__version__}\n"
         write_atomic(self.path / "config.yaml", heading + asked)
