@@ -49,7 +49,9 @@ class QuantizedLinear(nn.Linear):
         packed, scales = _pack(dense.to(device), kind)
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.scales = nn.Parameter(scales.view(torch.int32), requires_grad=False)
-        self.bias = None if layer.bias is None else layer.bias.requires_grad_(False)
+        self.bias = layer.bias
+        if layer.bias is not None:
+            layer.bias.requires_grad_(False)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight [O, I] that the layer multiplies with."""
