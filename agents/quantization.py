@@ -22,7 +22,7 @@ _BLOCK: Final = 64
 
 
 class QuantizedLinear(nn.Linear):
-    """A linear layer with a frozen weight in few bits. Bias and outputs are as those of the layer that it replaces.
+    """A frozen linear layer with a weight in few bits. Bias and outputs are as those of the layer that it replaces.
 
     Args:
         layer: The layer to replace.
@@ -50,6 +50,8 @@ class QuantizedLinear(nn.Linear):
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.scales = nn.Parameter(scales.view(torch.int32), requires_grad=False)
         self.bias = layer.bias
+        if layer.bias is not None:
+            layer.bias.requires_grad_(False)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight [O, I] that the layer multiplies with."""
@@ -65,8 +67,7 @@ class QuantizedLinear(nn.Linear):
         device = input.device.type
         if torch.is_autocast_enabled(device):
             input = input.to(torch.get_autocast_dtype(device))
-        product = cast(Tensor, _Product.apply(input, self))  # type: ignore[no-untyped-call]
-        return product if self.bias is None else product + self.bias.to(product.dtype)
+        return cast(Tensor, _Product.apply(input, self))  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.kind}"
@@ -78,7 +79,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, layer: QuantizedLinear) -> Tensor:
         ctx.layer = layer
-        return nn.functional.linear(input, layer.dense(input.dtype))
+        bias = None if layer.bias is None else layer.bias.to(input.dtype)
+        return nn.functional.linear(input, layer.dense(input.dtype), bias)
 
     @staticmethod
     @once_differentiable

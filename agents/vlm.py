@@ -290,7 +290,7 @@ class VLMAgent(Agent):
         """
         model = self.family.model
         whole = quantized_layers(model).values()
-        quantized = {parameter for layer in whole for parameter in (layer.weight, layer.scales)}
+        quantized = {parameter for layer in whole for parameter in layer.parameters()}
         if not all(parameter.requires_grad or parameter in quantized for parameter in model.parameters()):
             raise ConfigError(
                 "LoRA freezes the whole model: it works neither with frozen parts nor with other adapters"
