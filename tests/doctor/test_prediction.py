@@ -13,12 +13,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vlmenv.agents.sampling import token_bytes
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.building import adapt
-from vlmenv.core.errors import ConfigError
 from vlmenv.doctor import prediction
-from vlmenv.doctor.prediction import Batch, Place, card_bytes, measure, moments, predict
+from vlmenv.doctor.prediction import Batch, measure
 from vlmenv.options.train import AdaptationOptions, TrainConfig, default_config
 
 OBSERVATION: Any = {

@@ -1,8 +1,8 @@
 """Counts the bytes of a model's own passes without its weights, at full size.
 
-The model has tensors with shapes and data types but without numbers (PyTorch's fake tensors). Its passes run through the
-same code as in training, so that no formula stands for an activation. Tokens, positions and images are real, because
-the passes depend on their numbers.
+The model has tensors with shapes and data types but without numbers (PyTorch's fake tensors). Its passes run through
+the same code as in training, so that no formula stands for an activation. Tokens, positions and images are real,
+because the passes depend on their numbers.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._pytree import tree_leaves
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vlmenv.agents.families import Family, weightless_family
 from vlmenv.agents.vlm import VLMAgent

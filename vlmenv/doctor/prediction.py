@@ -88,7 +88,12 @@ class Sizes:
     def until(self, other: Sizes) -> Sizes:
         """What the block adds that `other` has beyond these; peaks within blocks stay."""
         kept = {one.name for one in fields(Sizes)} - set(_CONSTANT)
-        return Sizes(**{one.name: getattr(other, one.name) - getattr(self, one.name) if one.name in kept else 0.0 for one in fields(Sizes)})
+        return Sizes(
+            **{
+                one.name: getattr(other, one.name) - getattr(self, one.name) if one.name in kept else 0.0
+                for one in fields(Sizes)
+            }
+        )
 
     def plus(self, more: Sizes, times: int) -> Sizes:
         """The sizes with what some blocks add."""
