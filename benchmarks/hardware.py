@@ -3,8 +3,8 @@
     python benchmarks/hardware.py --models FOLDER
 
 FOLDER holds published configurations and processors, in `qwen2_5_vl` (Qwen2.5-VL-7B-Instruct) and `qwen3_vl`
-(Qwen3-VL-4B-Instruct). Sizes of their other members are changed in the configuration. No weights are read, and no card is
-used: `vlmenv.doctor.prediction` counts the bytes of a step.
+(Qwen3-VL-4B-Instruct). Sizes of their other members are changed in the configuration. No weights are read, and no card
+is used: `vlmenv.doctor.prediction` counts the bytes of a step.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 
 from vlmenv.agents.sampling import token_bytes
 from vlmenv.agents.untrainable import read_config
+from vlmenv.algos.optimizers import state_bytes
 from vlmenv.doctor.prediction import Batch, Place, Sizes, measure, moments
 from vlmenv.options.fields import replaced
 from vlmenv.options.train import TrainConfig, default_config
@@ -29,12 +31,50 @@ from vlmenv.options.train import TrainConfig, default_config
 ROOT = Path(__file__).parents[1]
 _QWEN3 = {"num_key_value_heads": 8}
 MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
-    "Qwen3-VL-2B": ("qwen3_vl", {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16, **_QWEN3}, {"out_hidden_size": 2048}, {}),
-    "Qwen2.5-VL-3B": ("qwen2_5_vl", {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151936, "max_window_layers": 36, "tie_word_embeddings": True}, {"out_hidden_size": 2048}, {"tie_word_embeddings": True}),
+    "Qwen3-VL-2B": (
+        "qwen3_vl",
+        {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16, **_QWEN3},
+        {"out_hidden_size": 2048},
+        {},
+    ),
+    "Qwen2.5-VL-3B": (
+        "qwen2_5_vl",
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 2,
+            "vocab_size": 151936,
+            "max_window_layers": 36,
+            "tie_word_embeddings": True,
+        },
+        {"out_hidden_size": 2048},
+        {"tie_word_embeddings": True},
+    ),
     "Qwen3-VL-4B": ("qwen3_vl", {}, {}, {}),
     "Qwen2.5-VL-7B": ("qwen2_5_vl", {}, {}, {}),
-    "Qwen3-VL-8B": ("qwen3_vl", {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32, "tie_word_embeddings": False, **_QWEN3}, {"hidden_size": 1152, "depth": 27, "intermediate_size": 4304, "num_heads": 16, "out_hidden_size": 4096, "deepstack_visual_indexes": [8, 16, 24]}, {"tie_word_embeddings": False}),
-}  # fmt: skip
+    "Qwen3-VL-8B": (
+        "qwen3_vl",
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "tie_word_embeddings": False,
+            **_QWEN3,
+        },
+        {
+            "hidden_size": 1152,
+            "depth": 27,
+            "intermediate_size": 4304,
+            "num_heads": 16,
+            "out_hidden_size": 4096,
+            "deepstack_visual_indexes": [8, 16, 24],
+        },
+        {"tie_word_embeddings": False},
+    ),
+}
 """By name: the folder, and what differs in the language model, in the vision tower and in the configuration itself."""
 METHODS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -76,13 +116,18 @@ def options(model: Path, method: Mapping[str, Any]) -> TrainConfig[Any]:
     return replaced(default_config(), {"model": str(model), **common, **more, **method})
 
 
-def row(model: Path, method: Mapping[str, Any]) -> list[str]:
-    """The peaks of a method on all places, in GB; bold where they fit."""
+def row(model: Path, method: Mapping[str, Any], known: dict[str, tuple[Sizes, Batch]]) -> list[str]:
+    """The peaks of a method on all places, in GB; bold where they fit. `known` keeps what only optimizers differ in."""
     config = options(model, method)
-    image = np.zeros((SIDES[1], SIDES[0], 3), np.uint8)
-    text = "Please provide the bounding box of the red cup on the left of the table."
-    sizes, batch = measure(config, {"images": (image,), "prompt": text})
-    return [cell(config, sizes, batch, place) for place in PLACES.values()]
+    key = str({name: value for name, value in method.items() if name != "optimizer"})
+    if key not in known:
+        image = np.zeros((SIDES[1], SIDES[0], 3), np.uint8)
+        text = "Please provide the bounding box of the red cup on the left of the table."
+        known[key] = measure(config, {"images": (image,), "prompt": text})
+    sizes, batch = known[key]
+    dtype = torch.bfloat16 if config.adaptation.weights == "bf16" else torch.float32
+    state = sizes.gradients / dtype.itemsize * state_bytes(config.trainer.optimizer, dtype)
+    return [cell(config, replace(sizes, optimizer=state), batch, place) for place in PLACES.values()]
 
 
 def cell(config: TrainConfig[Any], sizes: Sizes, batch: Batch, place: Place) -> str:
@@ -110,8 +155,9 @@ def main() -> None:
             if not (options.models / source / "config.json").is_file():
                 sys.exit(f"{options.models / source} has no configuration of {name}: nothing was written")
             folder = folder_of(name, options.models, Path(into))
+            known: dict[str, tuple[Sizes, Batch]] = {}
             for method, changed in METHODS.items():
-                lines.append(f"| {name} | {method} | " + " | ".join(row(folder, changed)) + " |")
+                lines.append(f"| {name} | {method} | " + " | ".join(row(folder, changed, known)) + " |")
                 print(lines[-1], flush=True)
     text = options.output.read_text()
     before, rest = text.split(_BEGIN, 1)

@@ -35,7 +35,7 @@ class Counter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._sizes: dict[int, tuple[StorageWeakRef, int]] = {}
         self._live = self.peak = 0
 
@@ -57,7 +57,7 @@ class Counter(TorchDispatchMode):
         storage = tensor.untyped_storage()
         place = storage._cdata
         if (known := self._sizes.get(place)) is not None:
-            if not known[0].expired():
+            if not known[0].expired():  # type: ignore[no-untyped-call]
                 return
             self._live -= known[1]
         self._sizes[place] = StorageWeakRef(storage), storage.nbytes()  # type: ignore[no-untyped-call]
@@ -94,7 +94,7 @@ def _places(indices: Iterable[Any]) -> list[Any]:
 def counting() -> Iterator[Counter]:
     """Counts fake tensors within the context."""
     had = FakeTensor.__dict__.get("data_ptr")
-    FakeTensor.data_ptr = _address  # type: ignore[method-assign]
+    FakeTensor.data_ptr = _address  # type: ignore[method-assign,assignment]
     try:
         with Counter() as counter:
             yield counter
@@ -107,7 +107,7 @@ def counting() -> Iterator[Counter]:
 
 def _address(tensor: Tensor) -> int:
     """A number in place of the address, by which tensors of the same memory are known."""
-    return tensor.untyped_storage()._cdata * 4096 + tensor.storage_offset() * tensor.element_size()
+    return int(tensor.untyped_storage()._cdata) * 4096 + int(tensor.storage_offset()) * tensor.element_size()
 
 
 def weightless_agent(
