@@ -292,7 +292,8 @@ def backward_in_rows(
 
     def cut(one: Tensor) -> Tensor:
         """[B, H, G * S, ...] as [B * G, H, S, ...]."""
-        return one.unflatten(2, (most, -1)).transpose(1, 2).flatten(0, 1)
+        split = one.view(*one.shape[:2], most, -1, *one.shape[3:])
+        return split.transpose(1, 2).flatten(0, 1)
 
     def repeated(one: Tensor) -> Tensor:
         return one.repeat_interleave(most, dim=0)
@@ -300,9 +301,9 @@ def backward_in_rows(
     padding = None if part.padding is None else part.padding.repeated(most)
     many = Part(cut(part.query), repeated(part.key), repeated(part.value), padding, part.causal, part.scale)
     query, key, value = kernel.backward(many, cut(grad), cut(out), cut(lse))
-    query = query.unflatten(0, (rows, most)).transpose(1, 2).flatten(2, 3)
+    query = query.view(rows, most, *query.shape[1:]).transpose(1, 2).flatten(2, 3)
     wide = torch.promote_types(key.dtype, torch.float32)  # in which the kernel too adds gradients of keys
-    key, value = (one.unflatten(0, (rows, most)).sum(1, dtype=wide).to(one.dtype) for one in (key, value))
+    key, value = (one.view(rows, most, *one.shape[1:]).sum(1, dtype=wide).to(one.dtype) for one in (key, value))
     return query, key, value
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,8 @@ from vlmenv.agents.checkpoints import ADAPTER_CONFIG, put_back, read_tensors
 from vlmenv.agents.families.base import read_json
 from vlmenv.agents.quantization import quantized_layers
 from vlmenv.core.errors import ConfigError, ModelError
+
+_log = logging.getLogger(__name__)
 
 ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
 _PUBLISHED = "base_model.model."
@@ -119,11 +122,19 @@ class LoRA:
             return lora
         own = {name: tensor for name, tensor in model.state_dict().items() if is_adapter(name)}
         put_back(folder, lora.read(folder), own)
+        lora._tell_quantization(folder)
         lora.begins_elsewhere = True
         return lora
 
     begins_elsewhere = False
     """True if training begins with adapters that change the model"""
+
+    def _tell_quantization(self, folder: Path) -> None:
+        """Logs a line if adapters were trained over a base of other bits."""
+        _, metadata = read_tensors(folder / ADAPTER_WEIGHTS)
+        before, now = (one.get("quantize", "none") for one in (metadata, self._base))
+        if before != now and os.environ.get("RANK", "0") == "0":
+            _log.warning("%s: trained over a base with quantisation %s; it is %s here", folder, before, now)
 
     @property
     def numbers(self) -> tuple[int, int, float]:
@@ -220,7 +231,7 @@ class LoRA:
         for name, ours in {"r": self.config.r, "lora_alpha": self.config.lora_alpha}.items():
             if theirs.get(name) != ours:
                 raise ModelError(f"{folder}: the adapter has {name}={theirs.get(name)}, the agent's {name}={ours}")
-        tensors, metadata = read_tensors(folder / "adapter_model.safetensors")
+        tensors, metadata = read_tensors(folder / ADAPTER_WEIGHTS)
         if metadata.get("base_dtype") == self._base["base_dtype"] and metadata.get("base") != self._base["base"]:
             raise ModelError(
                 f"{folder}: the adapter was trained on other weights than those of "

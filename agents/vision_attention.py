@@ -84,7 +84,7 @@ _KINDS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _kinds(starts: Tensor) -> _Kinds:
-    known: _Kinds | None = _KINDS.get(starts)
+    known: _Kinds | None = _KINDS.get(starts)  # type: ignore[no-untyped-call]
     if known is None:
         known = _KINDS[starts] = _Kinds(starts)
     return known
@@ -95,7 +95,8 @@ def _by_kinds(query: Tensor, key: Tensor, value: Tensor, kinds: _Kinds, scale: f
     states = [query, key, value]
     if kinds.orders is not None:
         states = [_permuted(one, *kinds.orders) for one in states]
-    outs, parts = [], [one.split([length * count for length, count in kinds.runs]) for one in states]
+    outs, sizes = [], [length * count for length, count in kinds.runs]
+    parts = [torch.split(one, sizes) for one in states]
     for (length, _), *own in zip(kinds.runs, *parts, strict=True):
         q, k, v = (one.unflatten(0, (-1, length)).transpose(1, 2) for one in own)
         outs.append(nn.functional.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(0, 1))

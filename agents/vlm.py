@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -46,6 +47,8 @@ from vlmenv.core.sampling import Sampling
 
 __all__ = ["BUILTIN", "Policy", "Sampling", "VLMAgent", "find_model"]
 
+_FORMER_ADAPTER: Final = "adapter"
+"""Folder of the adapters in checkpoints of earlier versions."""
 _CACHED = 0.6
 """Share of a GPU's free memory for keys and values; a block of them is held twice while it grows."""
 _VALUE_HEAD = "value_head/value_head.safetensors"
@@ -449,6 +452,12 @@ class VLMAgent(Agent):
         Raises:
             ModelError: The checkpoint does not fit this agent. The weights stay unchanged.
         """
+        if (folder / _FORMER_ADAPTER / ADAPTER_CONFIG).is_file() and not (folder / ADAPTER_CONFIG).is_file():
+            raise ModelError(
+                f"{folder} is of an earlier version, which wrote the merged model and put the adapters into "
+                f"{_FORMER_ADAPTER}: it cannot be resumed. Start a new run with --model {folder / _FORMER_ADAPTER} "
+                f"(trains these adapters further), or with --model {folder} (the merged model)"
+            )
         policy = self.family_policy
         parts = (("adapter", ADAPTER_CONFIG, self.lora), ("value head", "value_head", policy.value_head))
         for name, place, part in parts:
@@ -543,15 +552,27 @@ class VLMAgent(Agent):
 
     def _written(self, i: int, text: str) -> Completion:
         """An answer as tokens, with the family's end token."""
-        tokenizer = self.family.processor.tokenizer
-        written = tokenizer.encode(text.removeprefix(self.family.opening), add_special_tokens=False)
-        end = tokenizer.eos_token_id if tokenizer.eos_token_id in self.family.end_tokens else self.family.end_tokens[0]
-        ids = np.array([*written, end], dtype=np.int64)
-        if len(ids) > self.max_new_tokens:
-            raise PromptError(i, f"its true answer has {len(ids)} tokens; max_new_tokens is {self.max_new_tokens}")
-        if np.isin(ids, self.family.banned_tokens).any():
-            raise PromptError(i, "its true answer holds control tokens, which are never sampled")
+        ids = answer_ids(self.family, text)
+        if fault := answer_fault(self.family, ids, self.max_new_tokens):
+            raise PromptError(i, fault)
         return Completion(text, ids, np.zeros(len(ids), np.float32), "stop")
+
+
+def answer_ids(family: Family, text: str) -> NDArray[np.int64]:
+    """The tokens [length] of an answer as the policy would have written it, with the token that ends it."""
+    tokenizer = family.processor.tokenizer
+    written = tokenizer.encode(text.removeprefix(family.opening), add_special_tokens=False)
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id in family.end_tokens else family.end_tokens[0]
+    return np.array([*written, end], dtype=np.int64)
+
+
+def answer_fault(family: Family, ids: NDArray[np.int64], max_new_tokens: int) -> str | None:
+    """Why a true answer cannot be imitated; None if it can."""
+    if len(ids) > max_new_tokens:
+        return f"its true answer has {len(ids)} tokens; max_new_tokens is {max_new_tokens}"
+    if np.isin(ids, family.banned_tokens).any():
+        return "its true answer holds control tokens, which are never sampled"
+    return None
 
 
 def check_length(prompt: int, max_new_tokens: int, most: int, holder: str = "model") -> None:

@@ -65,7 +65,7 @@ class OVDEnv(VisualTaskEnv):
     def compare(
         self, before: Sequence[Any], after: Sequence[Any], targets: Sequence[Any], clusters: Sequence[int]
     ) -> Intervals:
-        answered = [[prediction or () for prediction in predictions] for predictions in (before, after)]
-        kept = [[suppress(row) for row in rows] for rows in answered]
-        nms = paired_statistics(*kept, targets, clusters=clusters)["AP"]
-        return paired_statistics(*answered, targets, clusters=clusters) | {"NMS-AP": nms}
+        first, last = ([prediction or () for prediction in predictions] for predictions in (before, after))
+        kept = [[suppress(row) for row in rows] for rows in (first, last)]
+        nms = paired_statistics(kept[0], kept[1], targets, clusters=clusters)["AP"]
+        return paired_statistics(first, last, targets, clusters=clusters) | {"NMS-AP": nms}

@@ -427,6 +427,28 @@ def test_broken_logs_are_cut_or_told(copied: Path, whole: Path, capsys: pytest.C
     assert "error" not in printed
 
 
+def test_other_damaged_files_of_a_run_are_told(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The measuring before training is made again; the record of the best model is somebody's to decide on."""
+    (copied / "best.json").write_bytes(b'{"step": 1, "va\0\0')
+    printed = told(capsys, "--resume", str(copied))
+    assert f"{copied / 'best.json'} is damaged" in printed
+    assert "remove it, and the model that is measured next is the best again" in printed
+    (copied / "best.json").unlink()
+    before = copied / "before"
+    whole = {file.name: file.read_bytes() for file in before.iterdir()}
+    for name, content in whole.items():
+        if name not in ("answers.jsonl", "metrics.json"):
+            continue
+        for damaged in (b"\0" * 20 + content[20:], b"[]", b'{"a": 1}\n'):
+            (before / name).write_bytes(damaged)
+            printed = told(capsys, "--resume", str(copied))
+            assert f"{name}" in printed
+            assert "is damaged" in printed
+            assert "measured again" in printed
+            assert "Traceback" not in printed
+            assert (before / name).read_bytes() == content
+
+
 def test_a_run_that_goes_on_is_not_begun_twice(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with locked(copied, print):
         assert "is written by another run" in told(capsys, "--resume", str(copied))

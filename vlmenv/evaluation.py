@@ -21,7 +21,7 @@ from rich.table import Column, Table
 
 from vlmenv.agents.base import Agent
 from vlmenv.core.errors import DataError, PromptError, SampleError
-from vlmenv.core.files import write_atomic
+from vlmenv.core.files import read_object, read_objects, write_atomic
 from vlmenv.core.rollout import Observation, told_turns, unbatch
 from vlmenv.core.text import visible
 from vlmenv.envs.base import VisualTaskEnv
@@ -380,21 +380,35 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
 
 
 def read_evaluation(folder: Path, task: VisualTaskEnv) -> Evaluation:
-    """The inverse of `write_evaluation`; predictions are read from the completions again."""
-    lines = (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()
-    answers = [json.loads(line) for line in lines]
-    for answer in answers:
+    """The inverse of `write_evaluation`; predictions are read from the completions again.
+
+    Raises:
+        DataError: A file is damaged.
+        OSError: A file cannot be read.
+    """
+    answers = read_objects(folder / "answers.jsonl")
+    for number, answer in enumerate(answers, 1):
+        if not {"completion", "index", "measures"} <= answer.keys():
+            raise DataError(f"{folder / 'answers.jsonl'}:{number} is damaged: it is no answer")
         answer["prediction"] = task.parse(answer["completion"])
     file = folder / _SKIPPED
-    skipped = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    skipped = read_object(file) if file.is_file() else {}
     return Evaluation(read_metrics(folder), answers, {int(index): reason for index, reason in skipped.items()})
 
 
 def read_metrics(folder: Path) -> dict[str, Interval]:
-    """The metrics that `write_evaluation` has written into a folder."""
-    stored = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    numbers = {
-        name: [math.nan if metric[part] is None else metric[part] for part in Interval._fields]
-        for name, metric in stored.items()
-    }
+    """The metrics that `write_evaluation` has written into a folder.
+
+    Raises:
+        DataError: The file is damaged.
+        OSError: It cannot be read.
+    """
+    file = folder / "metrics.json"
+    try:
+        numbers = {
+            name: [math.nan if metric[part] is None else float(metric[part]) for part in Interval._fields]
+            for name, metric in read_object(file).items()
+        }
+    except (TypeError, KeyError, ValueError) as error:
+        raise DataError(f"{file} is damaged: it holds no metrics") from error
     return {name: Interval(*parts) for name, parts in numbers.items()}

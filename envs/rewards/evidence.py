@@ -152,12 +152,20 @@ def _boxed(text: str, boxes: list[Box]) -> str:
 
 
 _LEAD_IN = re.compile(
-    r"\b(?i:answers?|ans\.?)(?: (?i:to|of|for|here)\b[^.,:;\n]{0,60}?)?"
+    r"\b(?i:answers?|ans\.?"
+    r"|(?:correct|right|best|closest|nearest|final|chosen|most (?:\w+ )?\w+) (?:\w+ )?(?:option|choice)s?)"
+    r"(?:,[^.,:;\n]{1,60},| (?i:among|from)\b[^.:;\n]{0,60}?"
+    r"| (?i:to|of|for|here|that|which)\b[^.,:;\n]{0,60}?)?"
     r"(?: ?(?:(?i:is|are|would be|should be|must be|will be)\b(?: (?i:that|thus|therefore)\b)? ?:?|[:=])|(?=\n))"
+    r"|\b(?i:correspond(?:s|ing)|match(?:es|ing)|(?:choose|select|pick|go(?:ing)? with))(?: to| with)?"
+    r"(?= (?i:option|choice)\b)"
+    r"|\b(?i:is|are) (?i:option|choice):(?=\s)"
+    r"|\b(?i:but|actually|so|hence|therefore|thus),? (?i:it|this|that)(?: ?['’]s| (?i:is|must be|has to be))"
+    r"(?= [(\[]?[A-Z][)\]]?(?:[.,;!]|\n|\Z))"
     r"|(?:答案|结果|答)(?:应该|应当|应|就)?(?:(?:是|为|选)? ?:|(?:是|为|选)(?=\s*[^\s.]))"
     r"|(?:故|应|应该|本题|因此|所以|我|正确)选(?!项)择?(?:项)?(?:是|为)?:?"
 )
-_AGAINST_LEAD_IN = re.compile(r"(?i:\b(?:not|wrong|incorrect|false|never|cannot)\b|n['’]t\b|错误|不)[^.,;:!?\n]*$")
+_AGAINST_LEAD_IN = re.compile(r"(?i:\b(?:not|wrong|incorrect|false|never|cannot)\b|n['’]t\b|错误|不)[^.,;:!?\n]*\Z")
 
 
 def _led_in(text: str, start: int) -> str:
@@ -165,7 +173,17 @@ def _led_in(text: str, start: int) -> str:
     for match in _LEAD_IN.finditer(text, start):
         if not _AGAINST_LEAD_IN.search(text[max(0, match.start() - 60) : match.start()]):
             last = _first_lines(text[match.end() :].lstrip()) or last
-    return last
+    return _within(last)
+
+
+def _within(text: str) -> str:
+    r"""A text up to a brace that was opened before it, as in "\text{Answer: I}"."""
+    depth = 0
+    for place, character in enumerate(text):
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if depth < 0:
+            return text[:place].rstrip()
+    return text
 
 
 _LISTED_LINE = re.compile(r"[^\n]{1,12}|[(\[]?[A-Za-z0-9][)\].:] ?[^\n]*")

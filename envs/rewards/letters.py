@@ -6,7 +6,7 @@ import functools
 import itertools
 import re
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 from vlmenv.envs.rewards.evidence import conclusions, tidy, without_denied
 
@@ -34,17 +34,19 @@ class Offer:
         self._first = {letter: LETTERS[keys.index(written)] for letter, written in zip(LETTERS, keys, strict=False)}
         self.letters = LETTERS[: len(choices)] or LETTERS
         self._written = {written: LETTERS[i] for i, written in reversed([*enumerate(keys)])}
-        self._pattern = _pattern_of(choices, self.letters)
-        self._lists = _lists_of(choices)
-        self._joined = _pattern_of_lists(self._lists)
-        upper = f"[A-{self.letters[-1]}]"
-        either = f"[A-{self.letters[-1]}a-{self.letters[-1].lower()}]"
-        pronoun = "I" if "I" in self.letters else "(?!)"
-        self._whole = re.compile(rf"[(\[]? ?({either}) ?[)\]]? ?[.:,;!]?")
-        self._row = re.compile(rf"{either}(?: {either})+")
-        self._range = re.compile(rf"[(\[]{either} ?[-–] ?{either}[)\]]")
-        self._compact = re.compile(rf"(?<![\w'.-])(?:{upper}{{2,}})(?!['-]?\w)")
-        self._lettered = [re.compile(form.format(U=upper, E=either, I=pronoun)) for form in _LETTER_FORMS]
+        self._forms = _forms_of(self.letters)
+
+    @functools.cached_property
+    def _pattern(self) -> re.Pattern[str] | None:
+        return _pattern_of(self._texts, self.letters)
+
+    @functools.cached_property
+    def _lists(self) -> dict[int, tuple[str, ...]]:
+        return _lists_of(self._texts)
+
+    @functools.cached_property
+    def _joined(self) -> re.Pattern[str] | None:
+        return _pattern_of_lists(self._lists)
 
     def letter(self, letter: str) -> str:
         """The first letter that stands for the same choice."""
@@ -57,20 +59,22 @@ class Offer:
         for piece, _ in concluded:
             if named := self._named(bare(piece), several):
                 return _decided(named, several)
+        if (last := _LAST_LINE.search(text)) and (label := self._labelled(bare(last[1]))):
+            return label
         if self._texts and any(is_boxed or _IS_VALUE.search(piece) for piece, is_boxed in concluded):
             return None  # the answer is none of the choices, whatever was named on the way
         return _decided(self._named(bare(text), several), several)
 
     def _named(self, piece: str, several: bool) -> set[str]:
         """The letters that a text names; several if it hedges about one; empty if it names none."""
-        if whole := self._whole.fullmatch(piece):
+        if whole := self._forms.whole.fullmatch(piece):
             return {self.letter(whole[1].upper())}
-        if self._row.fullmatch(piece):
+        if self._forms.row.fullmatch(piece):
             return {self.letter(letter) for letter in piece.upper() if letter != " "}
         if said := self.said(piece) or self._of_list(_items(piece)):
             return {said}
-        if piece[:1].upper() in {*self.letters} and self.said(piece[1:]) == self.letter(piece[0].upper()):
-            return {self.letter(piece[0].upper())}  # "B12 cm", where B is "12 cm"
+        if label := self._labelled(piece):
+            return {label}
         marked = self._marked(piece, several)
         return {mark if mark == _HEDGE else self._of_mark(mark) for mark in _stated(without_denied(marked), several)}
 
@@ -82,6 +86,12 @@ class Offer:
             return ""
         said = {self.letter(LETTERS[i]) for i, choice in enumerate(self._texts) if self._same(piece, choice)}
         return said.pop() if len(said) == 1 else ""
+
+    def _labelled(self, piece: str) -> str:
+        """The letter of a text that is a letter with its own choice: "B. 12 cm", "B12 cm"."""
+        label = self._forms.label.match(piece)
+        letter = self.letter(label[1].upper()) if label else ""
+        return letter if label and self.said(piece[label.end() :]) == letter else ""
 
     def _of_list(self, items: tuple[str, ...]) -> str:
         """The letter of the choice with the same items, in any order unless two choices differ in it alone."""
@@ -100,10 +110,10 @@ class Offer:
             piece = self._joined.sub(self._mark_list, piece)
         if self._pattern:
             piece = self._pattern.sub(_mark_choice, piece)
-        piece = self._range.sub(" ", piece)
+        piece = self._forms.range.sub(" ", piece)
         if several:
-            piece = self._compact.sub(_apart, piece)
-        for pattern in self._lettered:
+            piece = self._forms.compact.sub(_apart, piece)
+        for pattern in self._forms.lettered:
             piece = pattern.sub(_mark_letters, piece)
         return piece
 
@@ -167,7 +177,38 @@ def _decided(named: set[str], several: bool) -> str | None:
     return "".join(sorted(named)) if is_clear else None
 
 
+_LAST_LINE = re.compile(
+    r"(?:\A|\n)(?!(?i:[^\n]*\b(?:not|wrong|incorrect|except)\b))[^\n]*:[*_ $]*\n(?:\\\[\n)?([^\n]+)\Z"
+)
 _IS_VALUE = re.compile(r"\d|\\[A-Za-z]")
+
+
+class _Forms(NamedTuple):
+    """Patterns of how the letters offered stand in texts."""
+
+    whole: re.Pattern[str]
+    label: re.Pattern[str]
+    row: re.Pattern[str]
+    range: re.Pattern[str]
+    compact: re.Pattern[str]
+    lettered: tuple[re.Pattern[str], ...]
+
+
+@functools.cache
+def _forms_of(letters: str) -> _Forms:
+    """The patterns for letters from A on; compiling them takes longer than a data set's row should."""
+    upper = f"[A-{letters[-1]}]"
+    either = f"[A-{letters[-1]}a-{letters[-1].lower()}]"
+    pronoun = "I" if "I" in letters else "(?!)"
+    return _Forms(
+        re.compile(rf"[(\[]? ?({either}) ?[)\]]? ?[.:,;!]?"),
+        re.compile(rf"[(\[]?({either})[)\]]?[.:,)]? ?(?:- )?(?=\S)"),
+        re.compile(rf"{either}(?: {either})+"),
+        re.compile(rf"[(\[]{either} ?[-–] ?{either}[)\]]"),
+        re.compile(rf"(?<![\w'.-])(?:{upper}{{2,}})(?!['-]?\w)"),
+        tuple(re.compile(form.format(U=upper, E=either, I=pronoun)) for form in _LETTER_FORMS),
+    )
+
 
 # How choices are written.
 _SIGNS: Final = (
@@ -177,12 +218,23 @@ _SIGNS: Final = (
     ("×", "\\times "),
     ("⊥", "\\perp "),
     ("∥", "\\parallel "),
+    ("△", "\\triangle "),
+    ("∆", "\\triangle "),
+    ("≤", "\\le "),
+    ("≥", "\\ge "),
+    ("≠", "\\ne "),
+    ("±", "\\pm "),
+    ("÷", "\\div "),
+    ("∞", "\\infty "),
+    ("α", "\\alpha "),
+    ("β", "\\beta "),
+    ("θ", "\\theta "),
 )
 _ROOT = re.compile(r"(?:√|\\?sqrt) ?(?:\(([^()]*)\)|(\d+|[A-Za-z]))")
 _COMMAND = re.compile(
     r"\\(?:boxed|fbox|text[a-z]*|math(?:rm|bf|it|sf)|mbox|operatorname) ?(?:\{([^{}]*)\}|(?![A-Za-z]))"
 )
-_IGNORED = re.compile(r"\\(?:left|right|displaystyle|quad|qquad)(?![A-Za-z])|\\[,;:! ]|\\(?=[()\[\]%$])|[$\"“”*`~]|_")
+_IGNORED = re.compile(r"\\(?:left|right|displaystyle|quad|qquad)(?![A-Za-z])|\\[,;:! ()\[\]]|\\(?=[%$])|[$\"“”*`~]|_")
 _FRACTION = re.compile(r"\\frac ?(?:(\d) ?(\d)|\{ ?([\w.\\]+) ?\} ?\{ ?([\w.\\]+) ?\})")
 _FRACTION_COMMAND = re.compile(r"\\[dtc]frac(?![A-Za-z])")
 _IN_BRACES = re.compile(r"\{[^{}]*\}")

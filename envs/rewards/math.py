@@ -16,7 +16,7 @@ from typing import Any, Final
 from vlmenv.core.errors import ConfigError
 from vlmenv.envs.rewards.formulas import Form, read_form, written_key
 from vlmenv.envs.rewards.numbers import Number, is_rounded, is_rounding, same_number
-from vlmenv.envs.rewards.units import conversion
+from vlmenv.envs.rewards.units import DEGREES, conversion
 from vlmenv.envs.rewards.workers import LOSSES, Workers
 
 TIME_LIMIT: Final = 0.5
@@ -136,12 +136,15 @@ def _same(answer: Form, truth: Form, algebra: Algebra) -> bool:
     is_line, is_other_line = (bool(form.equation) and not form.name for form in (answer, truth))
     if is_other_line or (is_line and truth.name and re.search("[A-Za-z]", answer.equation)):
         return bool(answer.equation) and _same_equation(answer, truth, algebra)
+    answer, truth = _in_radians(answer, truth), _in_radians(truth, answer)
     factor = conversion(answer.unit, truth.unit)
     if factor is None:
         return False
     match answer.kind, truth.kind:
         case "number", "number":
             return _same_numbers(answer, truth, factor)
+        case ("words", "expression") | ("expression", "words"):
+            return _same_product(answer, truth, algebra)
         case "words", _:
             return truth.kind == "words" and answer.latex == truth.latex
         case _, "words":
@@ -153,6 +156,33 @@ def _same(answer: Form, truth: Form, algebra: Algebra) -> bool:
         case ("number" | "expression", "sequence" | "relation") | ("sequence" | "relation", "number" | "expression"):
             return False
     return algebra(answer, truth, factor)
+
+
+_LETTERS = re.compile(r"[a-z]{2,3}")
+
+
+def _same_product(answer: Form, truth: Form, algebra: Algebra) -> bool:
+    r"""Whether letters in a row, as "xy", are the same as a written product, as `x \cdot y`."""
+    row, product = (answer, truth) if answer.kind == "words" else (truth, answer)
+    if not _LETTERS.fullmatch(row.latex) or sorted(re.findall("[A-Za-z]", _COMMAND.sub("", product.latex))) != sorted(
+        row.latex
+    ):
+        return False
+    return algebra(Form("expression", " \\cdot ".join(row.latex)), product, Fraction(1))
+
+
+_COMMAND = re.compile(r"\\[A-Za-z]+")
+
+
+def _in_radians(form: Form, other: Form) -> Form:
+    """An angle in degrees as one in radians, if the other side is a multiple of π without a unit."""
+    is_angle = form.unit is not None and form.unit.powers == DEGREES and form.kind in ("number", "expression")
+    if not is_angle or other.unit is not None or other.kind != "expression" or "\\pi" not in other.latex:
+        return form
+    assert form.unit is not None
+    share = form.unit.scale / 180
+    latex = f"({form.latex}) \\cdot \\frac{{{share.numerator}}}{{{share.denominator}}} \\cdot \\pi"
+    return form._replace(kind="expression", latex=latex, number=None, unit=None)
 
 
 def _same_equation(answer: Form, truth: Form, algebra: Algebra) -> bool:

@@ -130,9 +130,11 @@ _LEAD_IN = re.compile(
     re.IGNORECASE,
 )
 _CHINESE_LEAD_IN = re.compile(
-    r"^.*(?:(?<![不非])(?:是|为|為)|等于|等於|答案|答|得到?|共有?|总共|一共|有|约|大约|所以|因此|故选?|则|即|选择?|选项|(?<=[\u4e00-\u9fff]):)[:,]?"
+    r"^.*(?:(?<![不非])(?:是|为|為)|等于|等於|答案|答|得到?|共有?|总共|一共|有|约|大约|所以|因此|故选?|则|即|填|选择?|选项|(?<=[\u4e00-\u9fff]):)[:,]?"
     r" *(?=[-+$\\\d(\[{√π∠A-Za-z.≈=])"
 )
+_CHINESE_ANSWER = re.compile(r"^.*答案(?:应该?|就)?(?:是|为|:)+ *(?=[\u4e00-\u9fff])")
+_NEGATIVE = re.compile(r"负(?= ?[\d.\\])")
 _HAS_CHINESE = re.compile(r"[\u4e00-\u9fff]")
 _NEGATION = re.compile(
     r"\b(?:not|never|neither|nor|cannot|wrong|incorrect|except|unlikely)\b|n't\b|[不非没]", re.IGNORECASE
@@ -148,8 +150,8 @@ def without_lead_in(text: str) -> str:
     A text is returned unchanged if it is negated ("is not", "it cannot be that …") or names an alternative by "or". It
     then states nothing definite.
     """
-    text = _MINUS.sub("-", _AFTER_ALL.sub("", text))
-    for pattern in (_CHINESE_LEAD_IN, _LEAD_IN) if _HAS_CHINESE.search(text) else (_LEAD_IN,):
+    text = _NEGATIVE.sub("-", _MINUS.sub("-", _AFTER_ALL.sub("", text)))
+    for pattern in (_CHINESE_ANSWER, _CHINESE_LEAD_IN, _LEAD_IN) if _HAS_CHINESE.search(text) else (_LEAD_IN,):
         text = _after(pattern, text)
     return text
 
@@ -216,7 +218,8 @@ def _prime(match: re.Match[str]) -> str:
 
 
 _IN_WORDS = re.compile(
-    r"\\(?:text(?:normal|rm|bf|it)?|math(?:rm|bf|it|sf)|mbox|operatorname|hbox|unit|si)(?![A-Za-z]) *\{([^{}]*)\}"
+    r"\\(?:text(?:normal|rm|bf|it)?|math(?:rm|bf|it|sf)|mbox|operatorname|hbox|unit|si)(?![A-Za-z])"
+    r" *\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
 
 

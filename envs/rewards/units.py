@@ -38,7 +38,13 @@ def conversion(unit: Unit | None, other: Unit | None) -> Fraction | None:
     if mine <= _ANGLES and others <= _ANGLES and "°" in mine | others:
         return Fraction(1)  # 30° for 30 °C
     words = {name for name in mine if name.startswith(_COUNTED)}, {name for name in others if name.startswith(_COUNTED)}
-    return Fraction(1) if words[0] & words[1] and words == (mine, others) else None
+    are_alike = bool(words[0] & words[1]) or _in_chinese(words[0]) != _in_chinese(words[1])
+    return Fraction(1) if are_alike and all(words) and words == (mine, others) else None
+
+
+def _in_chinese(words: set[str]) -> bool:
+    """Whether things are named in Chinese, such as 人, which cannot be told from the English for other things."""
+    return any(word.isalpha() and not word.isascii() for word in (name[1:] for name in words))
 
 
 def _conversion_of_primes(unit: Unit, other: Unit) -> Fraction | None:
@@ -50,8 +56,8 @@ def _conversion_of_primes(unit: Unit, other: Unit) -> Fraction | None:
     return meaning / fixed.scale if arc is unit else fixed.scale / meaning
 
 
-_ARC: Final = (("°", 1),)
-_MEANINGS_OF_PRIMES: Final = {
+DEGREES: Final = (("°", 1),)
+_MEANINGS_OF_PRIMES: Final[dict[tuple[Fraction, tuple[tuple[str, int], ...]], Fraction]] = {
     (Fraction(1, 60), (("m", 1),)): Fraction(381, 1250),
     (Fraction(1, 3600), (("m", 1),)): Fraction(127, 5000),
     (Fraction(1, 60), (("s", 1),)): Fraction(60),
@@ -140,6 +146,7 @@ _OTHERS: Final[dict[str, str]] = {  # value: names
     "¥": "¥ yuan RMB CNY yen JPY 元 块 人民币 日元",
     "1/10 ¥": "角",
     "₹": "₹ rupee rupees Rs INR",
+    "times": "times 倍 次",
     "1": "unit units 单位",
 }
 
@@ -251,9 +258,9 @@ def _measured(text: str) -> Unit | None:
 
 def _factor(word: str) -> Unit | None:
     """A unit of one word, Chinese squares and quotients among them."""
-    for name, power in (("平方", 2), ("立方", 3)):
+    for name, power in (("平方", 2), ("立方", 3), ("二次方", 2), ("三次方", 3)):
         if word.startswith(name):
-            factor = _factor(word[2:])
+            factor = _factor(word[len(name) :])
             return _times(_NONE, factor, power) if factor else None
     if "每" in word:
         over, under = map(_factor, word.split("每", 1))
@@ -320,7 +327,7 @@ _PARTS = re.compile(rf"(.*= ?)?(-?){_PART}{_AND}{_PART}(?:{_AND}{_PART})?")
 _SMALLER: Final[dict[tuple[tuple[str, int], ...], dict[str, Unit]]] = {
     powers: {name: _parsed(value) for value, names in units.items() for name in names.split()}
     for powers, units in (
-        (_ARC, {"1/60 °": "′ 分 min minute minutes", "1/3600 °": "″ 秒 s sec second seconds"}),
+        (DEGREES, {"1/60 °": "′ 分 min minute minutes", "1/3600 °": "″ 秒 s sec second seconds"}),
         ((("s", 1),), {"60 s": "分 ′", "1 s": "秒 ″"}),
         ((("¥", 1),), {"1/100 ¥": "分"}),
     )

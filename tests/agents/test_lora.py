@@ -170,6 +170,20 @@ def test_adapters_on_one_side_alone_are_refused(builtin: VLMAgent, tmp_path: Pat
         builtin.load(tmp_path / "adapted")
 
 
+def test_a_checkpoint_of_an_earlier_version_is_named_with_what_to_do(tmp_path: Path) -> None:
+    """It holds the merged model, and the adapters in a folder; both are models to start from."""
+    agent = VLMAgent.from_pretrained("builtin")
+    agent.add_lora(rank=2, alpha=4)
+    agent.publish(tmp_path / "old")
+    agent.save(tmp_path / "old" / "adapter")
+    with pytest.raises(ModelError, match=f"earlier version.*cannot be resumed.*--model {tmp_path}/old/adapter"):
+        agent.load(tmp_path / "old")
+    assert VLMAgent.from_pretrained(tmp_path / "old").lora is None
+    again = VLMAgent.from_pretrained(tmp_path / "old" / "adapter").lora
+    assert again is not None
+    assert again.numbers == (2, 4, 0.0)
+
+
 def test_a_broken_adapter_is_refused(tmp_path: Path) -> None:
     agent = build("builtin")
     agent.save(tmp_path / "model")

@@ -130,12 +130,15 @@ def test_a_quantised_agent_is_one_of_the_dense_weights(kind: str, vision: bool, 
 
 
 @pytest.mark.slow
-def test_adapters_go_onto_their_base_quantised_or_not(tmp_path: Path) -> None:
+def test_adapters_go_onto_their_base_quantised_or_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Adapters beneath which another base would lie are refused, as ever."""
     agent = build("int8")
     agent.save(tmp_path / "adapter")
     build(None).load(tmp_path / "adapter")
     loaded = VLMAgent.from_pretrained(tmp_path / "adapter", quantization="int8", sampling=Sampling(0.8))
+    assert not caplog.messages
+    VLMAgent.from_pretrained(tmp_path / "adapter")
+    assert "trained over a base with quantisation int8; it is none here" in caplog.text
     rollout = agent.imitate(ragged(), ["a b c"] * len(ragged()))
     assert torch.equal(logprobs_of(loaded, rollout), logprobs_of(agent, rollout))
     other = VLMAgent.from_pretrained("builtin")

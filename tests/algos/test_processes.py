@@ -55,6 +55,20 @@ def test_weights_and_states_of_fewer_bits_on_two_processes(kind: str, tmp_path: 
     assert {path.name for path in runs.iterdir()} == set(cases)
 
 
+@pytest.mark.parametrize("kind", NAMES)
+def test_the_checkpoints_of_a_bfloat16_model_go_on_bit_for_bit(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their file has the rounded weights, of shards too, and beside it is what was rounded away."""
+    base = tmp_path / "base"
+    VLMAgent.from_pretrained("builtin").publish(base, dtype=torch.bfloat16)
+    monkeypatch.setenv("BF16_BASE", str(base))
+    script = Path(__file__).parent / "two_processes.py"
+    done = launch(kind, str(script), NAMES[kind], "bf16", str(tmp_path / "runs"))
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["bf16"]
+
+
 @pytest.mark.parametrize("as_slices", [True, False])
 def test_micro_batches_are_cut_until_all_have_as_many(as_slices: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     shares = Sharded(Accelerator(cpu=True))

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from vlmenv.core.files import atomic_folder, write_atomic
+from vlmenv.core.errors import DataError
+from vlmenv.core.files import atomic_folder, read_object, read_objects, write_atomic
 
 
 def test_a_file_is_complete_or_stays_as_it_was(tmp_path: Path) -> None:
@@ -33,3 +34,16 @@ def test_a_folder_is_complete_or_stays_as_it_was(tmp_path: Path) -> None:
         (partial / "new").write_text("new")
     assert [path.name for path in folder.iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+
+
+@pytest.mark.parametrize("content", [b"\0\0\0", b'{"a"', b"[]", b"3", b"", b"\xff\xfe", b"[" * 100_000])
+def test_what_is_no_object_is_named_by_file_and_line(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=f"{file} is damaged"):
+        read_object(file)
+    file.write_bytes(b'{"a": 1}\n' + content + b'\n{"a": 2}\n')
+    with pytest.raises(DataError, match=f"{file}:2 is damaged"):
+        read_objects(file)
+    file.write_bytes(b'{"a": "\xe2\x80\xa8"}\n{"a": 2}\n')
+    assert read_objects(file) == [{"a": "\u2028"}, {"a": 2}]

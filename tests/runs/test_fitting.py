@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -183,3 +184,39 @@ def test_samples_of_several_files_are_left_out_by_their_places(tmp_path: Path) -
     assert source.unwanted == {"too long": 2}
     assert isinstance(source.sources[1], TableSource)  # type: ignore[attr-defined]
     assert source.place(2, "r1").endswith("b/rows.jsonl:2 (id r1)")
+
+
+def write_answers(folder: Path, words: list[int]) -> Path:
+    """Rows with reasoning of some numbers of words, which is imitated."""
+    file = write_rows(folder, [1] * len(words))
+    rows = lines(file)
+    for row, count in zip(rows, words, strict=True):
+        said = f"<think>{'tree ' * count}</think><answer>[1, 2, 3, 4]</answer>"
+        row["messages"] = [{"role": "user", "content": row["problem"]}, {"role": "assistant", "content": said}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.mark.slow
+def test_true_answers_that_are_too_long_are_found_before_step_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The longest is named, with the count; or they are left out, and the others are imitated."""
+    file, run = write_answers(tmp_path, [1, 2, 90, 1, 300, 3]), tmp_path / "run"
+    options = ["train", "--algo", "sft", "--device", "cpu", "--max-new-tokens", "64", "--prompts-per-step", "2"]
+    options += ["--tracker", "none", "--eval-limit", "0", "--steps", "2", "--dataset", str(file), "--output", str(run)]
+    for more in ([], ["--dry-run"]):
+        with pytest.raises(SystemExit):
+            main([*options, *more])
+        err = " ".join(capsys.readouterr().err.split())
+        found = re.search(r"rows.jsonl:5 \(id r4\): its true answer has (\d+) tokens; max_new_tokens is 64", err)
+        assert found is not None, err
+        assert int(found[1]) > 300
+        assert "1 more of 6 rows cannot be imitated either" in err
+        assert not (run / "metrics.jsonl").exists()
+    main([*options, "--skip-broken"])
+    assert "2 of 6 rows are left out: their true answers cannot be imitated" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert {row["id"] for row in lines(run / "rollouts.jsonl")} <= {"r0", "r1", "r3", "r5"}
+    assert len(lines(run / "metrics.jsonl")) == 2

@@ -24,7 +24,7 @@ from vlmenv.algos import ALGORITHMS
 from vlmenv.building import say
 from vlmenv.commands import evaluate, sample, train
 from vlmenv.core.errors import ConfigError, ModelError, unknown_name
-from vlmenv.core.files import write_atomic
+from vlmenv.core.files import read_object, read_objects, write_atomic
 from vlmenv.core.urls import MASK, hidden
 from vlmenv.envs.metrics.intervals import Interval
 from vlmenv.envs.rewards.judge import URL as JUDGE_URL
@@ -282,13 +282,13 @@ def _do(step: Step, folder: Path, launch: str | None, console: Console) -> None:
     record = own / "stage.json"
     state: dict[str, Any] = {"arguments": args, "finished": False}
     if record.is_file():
-        state = json.loads(record.read_text(encoding="utf-8"))
-    if state["arguments"] != args:
+        state = read_object(record)
+    if state.get("arguments") != args:
         raise ConfigError(
-            f"{own} was begun with other options: vlmenv {shlex.join(state['arguments'])}\n"
+            f"{own} was begun with other options: vlmenv {shlex.join(map(str, state.get('arguments') or ()))}\n"
             f"Remove that folder and those of the stages after it, or choose another --output"
         )
-    if state["finished"]:
+    if state.get("finished"):
         console.print("done before", highlight=False)
         return
     own.mkdir(parents=True, exist_ok=True)
@@ -373,20 +373,18 @@ def _changes(pipeline: Pipeline, folder: Path, name: str) -> dict[str, Interval]
         for file in sorted(own.rglob("answers.jsonl")):
             place = file.relative_to(own)
             entry = "" if place.parent == Path() else f"{place.parent}: "
-            changes = differences(None, _answers(base / place), _answers(file)) if (base / place).is_file() else {}
+            changes = (
+                differences(None, read_objects(base / place), read_objects(file)) if (base / place).is_file() else {}
+            )
             found |= {f"{one.name}: {entry}{metric}": change for metric, change in changes.items()}
     return found
-
-
-def _answers(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def _found(pipeline: Pipeline, folder: Path) -> dict[str, dict[str, float]]:
     """The metrics to show of one model, by set and name."""
     found: dict[str, dict[str, float]] = {}
     for one in pipeline.measurings:
-        metrics = _by_name(json.loads((folder / one.folder / "metrics.json").read_text(encoding="utf-8")))
+        metrics = _by_name(read_object(folder / one.folder / "metrics.json"))
         for name in metrics if one.metrics is None else one.metrics:
             if name not in metrics:
                 raise ConfigError(f"{pipeline.file}: {one.name}: {unknown_name('metric', name, metrics)}")

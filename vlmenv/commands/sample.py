@@ -18,7 +18,7 @@ from rich.table import Table
 from vlmenv.agents.base import Agent
 from vlmenv.building import DTYPES, load_agent, prepared, report_broken_rows, report_skipped, say, task_arguments
 from vlmenv.core.errors import ConfigError, DataError
-from vlmenv.core.files import write_atomic
+from vlmenv.core.files import read_objects, write_atomic
 from vlmenv.envs.data.dataset import Concatenated, TableSource
 from vlmenv.envs.data.tables import Rows
 from vlmenv.envs.export import export_sample
@@ -177,8 +177,7 @@ def _right(envs: VisualTaskVectorEnv, config: SampleConfig) -> tuple[str, float]
 
 def _read_parts(folder: Path, parts: Sequence[range]) -> tuple[dict[int, float], dict[int, str]]:
     """Pass rates by index of the sample, and the reasons why samples were left out."""
-    lines = [line for part in parts for line in _part_file(folder, part).read_text(encoding="utf-8").splitlines()]
-    rows = [json.loads(line) for line in lines]
+    rows = [row for part in parts for row in read_objects(_part_file(folder, part))]
     skipped = {row["index"]: row["skipped"] for row in rows if "skipped" in row}
     return {row["index"]: row["pass_rate"] for row in rows if "pass_rate" in row}, skipped
 

@@ -46,7 +46,7 @@ from vlmenv.processes import Processes, end_with_parent, processes_of
 from vlmenv.processes.failures import shared_failure
 from vlmenv.processes.stopping import StoppedError, Stopping
 from vlmenv.runs.checkpoints import Found, find_checkpoint, load_checkpoint
-from vlmenv.runs.fitting import fit_engine, fit_prompts
+from vlmenv.runs.fitting import fit_answers, fit_engine, fit_prompts
 from vlmenv.runs.lengths import Lengths
 from vlmenv.runs.lock import locked
 from vlmenv.runs.loop import TrainingLoop, compare, evaluate_now, look_first, measured_before
@@ -218,6 +218,8 @@ def _open_data(
         (shown, fit_prompts(config, shown, accelerator, console, agent=parts.agent, first=first))
         for shown, first in firsts
     ]
+    if _imitates(config):
+        fit_answers(config, envs, accelerator, console, agent=parts.agent)
     report_broken_rows(envs, console)
     if held_out is not None and not (measuring.eval_dataset is None and measuring.eval_split is None):
         report_broken_rows(held_out, console)
@@ -229,7 +231,8 @@ def _open_data(
 def _room_of_shapes(config: TrainConfig[Any], parts: Parts, run: RunFolder) -> str:
     """What a run would take on its disk, without loading its model."""
     agent = VLMAgent.weightless(config.model)
-    agent.family.model.to(torch.bfloat16 if config.adaptation.weights == "bf16" else torch.float32)
+    dtype = torch.bfloat16 if config.adaptation.weights == "bf16" else torch.float32
+    agent.family.model.to(dtype=dtype)  # type: ignore[call-arg]  # transformers wraps it without its arguments
     adapt(agent, config.adaptation)
     if (parts.algorithm or find_algorithm(config.algo).make(config.algorithm)).wants_values:
         agent.add_value_head()
@@ -249,6 +252,7 @@ def _make_trainer(
     agent = parts.agent or load_for_training(config, accelerator.device)
     if parts.agent is None:
         opened.callback(agent.close)
+    agent.sleep()  # until the first hand-over: the reference and the shards are made where the engine would be
     algorithm = parts.algorithm or find_algorithm(config.algo).make(config.algorithm)
     torch.manual_seed(config.seed)  # which new adapters are drawn from
     for note in adapt(agent, config.adaptation, config.batches.precision):
@@ -333,6 +337,7 @@ def _begun(
             if config.resume is None:
                 run.check_new()
             elif not config.dry_run:
+                run.best()  # raises now what is wrong with its record
                 found = find_checkpoint(run)
     (found,) = broadcast_object_list([found])
     for note in found.notes:

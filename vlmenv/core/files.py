@@ -1,13 +1,17 @@
-"""Atomic writes: a file or folder is complete, or not there at all, whenever the process is killed."""
+"""Atomic writes: a file or folder is complete, or not there at all, whenever the process is killed; and JSON files."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from vlmenv.core.errors import DataError
 
 
 @contextmanager
@@ -89,3 +93,34 @@ def _flush(folder: Path) -> None:
     """Writes a folder with all that it holds to the disk."""
     for path in [folder, *folder.rglob("*")]:
         flush_file(path)
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Reads a JSON file that holds an object.
+
+    Raises:
+        DataError: It holds anything else. The message names the file.
+        OSError: It cannot be read.
+    """
+    return _object(file.read_bytes(), str(file))
+
+
+def read_objects(file: Path) -> list[dict[str, Any]]:
+    """Reads a file with a JSON object per line.
+
+    Raises:
+        DataError: A line holds anything else. The message names file and line.
+        OSError: It cannot be read.
+    """
+    with file.open("rb") as stream:
+        return [_object(line, f"{file}:{number}") for number, line in enumerate(stream, 1)]
+
+
+def _object(content: bytes, place: str) -> dict[str, Any]:
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place} is damaged: it is not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{place} is damaged: it holds no JSON object")
+    return found

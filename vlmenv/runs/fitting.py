@@ -15,11 +15,12 @@ from rich.console import Console
 from vlmenv.agents.base import Agent
 from vlmenv.agents.families import Family, weightless_family
 from vlmenv.agents.pixels import prepared_folder
-from vlmenv.agents.vlm import VLMAgent, check_length
+from vlmenv.agents.vlm import VLMAgent, answer_fault, answer_ids, check_length
 from vlmenv.building import say
 from vlmenv.core.errors import ConfigError, DataError, SampleError
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.vector import VisualTaskVectorEnv
+from vlmenv.evaluation import progress
 from vlmenv.options.task import TaskConfig
 from vlmenv.processes.failures import shared_failure
 from vlmenv.runs.lengths import Lengths, can_be_counted, count_tokens
@@ -171,6 +172,67 @@ def _skip_or_refuse(envs: VisualTaskVectorEnv, lengths: Lengths, room: Room, con
     if faults:
         count = f"{len(faults):,} of {len(lengths.tokens):,} rows"
         say(f"{count} are left out: the model cannot take their prompts", console)
+
+
+def fit_answers(
+    config: TaskConfig,
+    envs: VisualTaskVectorEnv,
+    accelerator: Accelerator,
+    console: Console,
+    *,
+    agent: VLMAgent | None = None,
+) -> None:
+    """Finds true answers of a data set that cannot be imitated: longer ones than `max_new_tokens`, or control tokens.
+
+    They are left out if broken rows are, and refused otherwise. A collective: the main rank looks.
+
+    Raises:
+        DataError: There are some, and broken rows are not left out.
+    """
+    if not can_be_counted(envs.task):
+        return
+    found: dict[int, tuple[int, str]] = {}
+    with shared_failure(accelerator):
+        if accelerator.is_main_process:
+            family, most = (
+                (family_without_weights(config), config.sampling.max_new_tokens)
+                if agent is None
+                else (agent.family, agent.max_new_tokens)
+            )
+            found = dict(_answer_faults(envs.task, family, most, console))
+    (found,) = broadcast_object_list([found])
+    found = {index: fault for index, fault in found.items() if index not in envs.skipped}
+    if not found:
+        return
+    count, size = len(found), envs.task.source.size
+    with shared_failure(accelerator):
+        if not envs.skips_broken:
+            longest = max(found, key=lambda index: (found[index][0], -index))
+            others = f" {count - 1:,} more of {size:,} rows cannot be imitated either." if count > 1 else ""
+            raise DataError(
+                f"{found[longest][1]}.{others} What helps: a larger --max-new-tokens, shorter answers, "
+                "or --skip-broken (leaves these rows out)"
+            )
+    for index, (_, fault) in found.items():
+        envs.skip(SampleError(index, fault))
+    say(f"{count:,} of {size:,} rows are left out: their true answers cannot be imitated", console)
+
+
+def _answer_faults(
+    task: VisualTaskEnv, family: Family, most: int, console: Console
+) -> Iterator[tuple[int, tuple[int, str]]]:
+    """The samples whose true answers cannot be imitated, with the answers' lengths and the reasons."""
+    size = task.source.size or 0
+    with progress("reading the true answers", size, console) as advance:
+        for index in range(size):
+            advance(1)
+            try:
+                sample = task.source.outline(index)
+                ids = answer_ids(family, sample.response or task.write_answer(sample))
+            except DataError:  # told where prompts are counted
+                continue
+            if fault := answer_fault(family, ids, most):
+                yield index, (len(ids), f"{task.source.place(index, sample.id)}: {fault}")
 
 
 def leave_out_longer(task: VisualTaskEnv, lengths: Lengths, most: int | None) -> Lengths:

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from vlmenv.algos import NonFiniteError, StepResult, Trainer
-from vlmenv.building import report_skipped
-from vlmenv.core.errors import PromptError, SampleError, TrainingError, VLMEnvError
+from vlmenv.building import report_skipped, say
+from vlmenv.core.errors import DataError, PromptError, SampleError, TrainingError, VLMEnvError
 from vlmenv.core.text import printable
 from vlmenv.envs.rewards.workers import LOSSES
 from vlmenv.envs.vector import VisualTaskVectorEnv
@@ -48,9 +48,12 @@ def measured_before(
     console: Console,
     stopping: Stopping,
 ) -> Evaluation | None:
-    """What the model can do before training; a resumed run has it in its folder."""
+    """What the model can do before training; a resumed run has it in its folder. A damaged one is measured again."""
     if envs is not None and config.resume is not None and (run.path / "before" / "metrics.json").is_file():
-        return read_evaluation(run.path / "before", envs.task)
+        try:
+            return read_evaluation(run.path / "before", envs.task)
+        except (DataError, OSError) as error:
+            say(f"warning: {error}; the model before training is measured again", console)
     before = evaluate_now(trainer, envs, config, "before training", console, stopping)
     if before is not None and trainer.accelerator.is_main_process:
         write_evaluation(before, run.path / "before")

@@ -13,8 +13,8 @@ from typing import Any, Final
 
 import vlmenv
 from vlmenv.algos.trainer import StepResult
-from vlmenv.core.errors import ConfigError
-from vlmenv.core.files import flush_file, write_atomic
+from vlmenv.core.errors import ConfigError, DataError
+from vlmenv.core.files import flush_file, read_object, write_atomic
 from vlmenv.options.files import read_options
 from vlmenv.options.resolve import RECORD
 
@@ -182,8 +182,15 @@ class RunFolder:
         return told
 
     def best(self) -> dict[str, Any]:
-        """The record of the best model so far; empty if there is none."""
-        return self.read_json("best.json")
+        """The record of the best model so far; empty if there is none.
+
+        Raises:
+            DataError: The file is damaged. Without it, the next measuring makes a new best model.
+        """
+        try:
+            return self.read_json("best.json")
+        except DataError as error:
+            raise DataError(f"{error}: remove it, and the model that is measured next is the best again") from error
 
     def _has(self, name: str) -> bool:
         return (self.path / name).is_file()
@@ -197,9 +204,13 @@ class RunFolder:
             return [row for row in rows if row is not None]
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """The content of a JSON file; empty if there is none."""
+        """The content of a JSON file; empty if there is none.
+
+        Raises:
+            DataError: The file is damaged.
+        """
         file = self.path / name
-        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+        return read_object(file) if file.is_file() else {}
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Writes a JSON file atomically."""
