@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -148,7 +149,6 @@ def _wave(
     shown, rows = [prompts[i] for i in own], torch.from_numpy(local)
     growing = _Growing(torch.from_numpy(begun), sampling, policy)
     prefixes, firsts = prefilled(policy, shown, limits)
-    padded = np.full(len(prompts), prefixes.packing.longest)  # prompts that are left keep their padding
     attention = Steps(prefixes, rows, sampling.max_new_tokens)
     positions = torch.tensor([next_position(prompt) for prompt in shown])[rows].to(policy.device)
     hidden = firsts[rows.to(policy.device)]
@@ -157,7 +157,9 @@ def _wave(
         growing.add(token, logprob)
         going = growing.still_going()
         if limits.cache is not None and attention.is_full and attention.length and len(going):
-            going = growing.within(lambda which: limits.fitting(index[which], padded, attention.next_capacity), going)
+            lengths[:] = prefixes.packing.longest  # the prompts that are left keep their padding
+            each = attention.next_capacity
+            going = growing.within(functools.partial(_fitting, limits, index, lengths, each), going)
         if len(going) == 0:
             return growing.sampled()
         if len(going) < len(token):
@@ -181,6 +183,13 @@ def _next(
     rows = zip(torch.split(hidden, most or len(hidden)), torch.split(places, most or len(places)), strict=True)
     parts = [_draw(policy.logits(own), sampling, drawn) for own, drawn in rows]
     return torch.cat([token for token, _ in parts]), torch.cat([logprob for _, logprob in parts])
+
+
+def _fitting(
+    limits: PassLimits, index: NDArray[np.int64], lengths: NDArray[np.int64], each: int, which: NDArray[np.int64]
+) -> int:
+    """The number of completions `which`, from the first, that fit with some tokens each."""
+    return limits.fitting(index[which], lengths, each)
 
 
 class _Growing:
@@ -291,8 +300,7 @@ class _Places:
         """[n, 1], of the tokens of completions `rows` [n] at a step."""
         if self._is_greedy:
             return torch.zeros(len(rows), 1, dtype=torch.float64, device=rows.device)
-        drawn = self._drawn(len(rows), 1) if self._all is None else self._all[rows, step, None]
-        return drawn.to(rows.device)
+        return self._drawn(len(rows), 1) if self._all is None else self._all[rows, step, None]
 
     def _drawn(self, *shape: int) -> Tensor:
         device = self._generator.device

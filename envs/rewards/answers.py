@@ -90,7 +90,8 @@ def _compare(content: str | None, target: Answer) -> float | None:
     if target.kind == "edit":
         return edit_ratio(str(answer), str(truth))
     if target.kind == "exact":
-        return float(any(_same_words(said, target.text) for said in (content or "", str(answer), _said_of(content or ""))))
+        told = content or ""
+        return float(any(_same_words(said, target.text) for said in (told, str(answer), _said_of(told))))
     if target.kind == "math" and answer != truth:
         return 1.0 if _same_number(str(answer), str(truth)) else None
     return float(answer == truth)

@@ -98,7 +98,9 @@ def _outermost(text: str) -> str | None:
 
 
 _CURRENCY = re.compile(r"(?<![\\$])\$(?= ?[\d.])")
-_DELIMITER = re.compile(r"(?<!\\)\$|\\[()\[\]]|\\(?:begin|end)\{(?:equation|align(?:ed)?|split|displaymath|math|gather)\*?\}")
+_DELIMITER = re.compile(
+    r"(?<!\\)\$|\\[()\[\]]|\\(?:begin|end)\{(?:equation|align(?:ed)?|split|displaymath|math|gather)\*?\}"
+)
 _ALIGNED = re.compile(r"\\begin\{(?:align(?:ed)?|split)\*?\}")
 _SPACING = re.compile(
     r"\\(?:displaystyle|textstyle|limits|quad|qquad|enspace|thinspace|!|,|;|:|>| |left(?![A-Za-z])|right(?![A-Za-z])"
@@ -126,7 +128,8 @@ _MINUS = re.compile(r"\b(?:minus|negative) (?=\d|\\frac|\\sqrt|\.\d)(?<!\d minus
 _LEAD_IN = re.compile(
     r"^.*(?:\b(?:is|are|was|be|equals?(?: to)?|gives?|gets?|have|has|obtain|finds?|yields?|becomes|approximately|about"
     r"|roughly|around|therefore|thus|hence|so|then|exactly|answer|there are|there is|total of|totals|measures"
-    r"|results? in|takes|needs|costs|requires|contains|weighs|lasts|it's|that's|(?:comes?|amounts?|evaluates?|simplifies|simplify|reduces?|leads?|rounds?|adds? up|works? out)"
+    r"|results? in|takes|needs|costs|requires|contains|weighs|lasts|it's|that's"
+    r"|(?:comes?|amounts?|evaluates?|simplifies|simplify|reduces?|leads?|rounds?|adds? up|works? out)"
     r" to)\b[:,]?"
     r"|(?<=[a-z)][a-z)])\*{0,2}:\*{0,2})"
     r" *(?=[^\s)\]}])",

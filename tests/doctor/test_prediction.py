@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from vlmenv.agents.sampling import token_bytes
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.building import adapt
+from vlmenv.cli import main
+from vlmenv.core.errors import ConfigError
 from vlmenv.doctor import prediction
-from vlmenv.doctor.prediction import Batch, measure
+from vlmenv.doctor.prediction import Batch, Place, card_bytes, measure, moments, predict
 from vlmenv.options.train import AdaptationOptions, TrainConfig, default_config
 
 OBSERVATION: Any = {
@@ -106,3 +110,91 @@ def test_counted_bytes_are_those_of_real_passes(options: dict[str, Any], precisi
     assert sizes.weights == pytest.approx(weights, rel=0.001)
     assert sizes.activations == pytest.approx(kept, rel=0.1)
     assert sizes.activations + max(sizes.forward_space, sizes.backward_space) == pytest.approx(peak, rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_what_is_held_follows_from_the_parameters(optimizer: str) -> None:
+    """Weights, gradients, AdamW and the reference of the built-in model, whose parameters are counted."""
+    config = default_config()
+    config = replace(config, trainer=replace(config.trainer, micro_batch_size=8, optimizer=optimizer))
+    config = replace(config, algorithm=replace(config.algorithm, beta=0.1))
+    sizes, batch = measure(config, OBSERVATION)
+    count = sum(one.numel() for one in VLMAgent.from_pretrained("builtin").policy.parameters())
+    each = 8 if optimizer == "adamw" else 2 + 8 / 256
+    assert (sizes.weights, sizes.gradients, sizes.reference) == (4 * count, 4 * count, 4 * count)
+    assert sizes.optimizer == pytest.approx(each * count)
+    assert (batch.prompts, batch.completions, batch.micro, batch.micro_prompts) == (16, 128, 8, 1)
+
+
+SIZES = prediction.Sizes(
+    weights=100, gradients=80, optimizer=160, reference=50, activations=30, casts=10, forward_space=12,
+    backward_space=7, prefill=1, block=4, outside=20, outside_gradients=20,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("layout", "update"),
+    [
+        ("ddp", 100 + 160 + 50 + 80 + 30 + 12),
+        ("fsdp2", (100 + 160 + 50 + 80) / 4 + 20 + 20 + 4 * 4 + (30 - 10) + 7),
+        ("zero1", 100 + (160 + 80) / 4 + 50 + 80 + 2 * 80 + 30 + 12),
+        ("zero2", 100 + (160 + 80) / 4 + 50 + 80 / 4 + 2 * 80 + 30 + 12),
+        ("zero3", (100 + 160 + 80) / 4 + 50 + 80 / 4 + 20 + 20 + 4 * 4 + (30 - 10) + 7),
+    ],
+)
+def test_ranks_share_what_their_strategy_shares(layout: Any, update: float) -> None:
+    """By hand, for 4 ranks; DeepSpeed's two buckets hold no more than all gradients."""
+    config = default_config()
+    batch = Batch.of(config, 100, 4)
+    place = Place(1e9, layout, 4)
+    told = moments(SIZES, batch, config, place, 8, 1000)
+    assert sum(told["update"].values()) == update
+    assert told["start"] == {"weights": 100, "reference": 50}
+
+
+def test_sampling_on_a_card_needs_no_more_than_a_few_completions() -> None:
+    config = default_config()
+    batch = Batch.of(config, 100)
+    everything = moments(SIZES, batch, config, Place(1e9, is_card=False), 8, 1000)["sampling"]["keys and values"]
+    assert everything == 8 * batch.cached == 8 * (16 * 100 + 128 * batch.answer)
+    bounded = replace(config, generation=replace(config.generation, cache_tokens=1000))
+    assert moments(SIZES, batch, bounded, Place(1e9), 8, 1000)["sampling"]["keys and values"] == 8000
+    assert moments(SIZES, batch, config, Place(1e9), 8, 1000)["sampling"]["keys and values"] < everything
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("24GB", 24e9), ("24 GiB", 24 * 2**30), ("RTX-4090", 24e9), ("h100-80", 80e9), ("1.5gb", 1.5e9)]
+)
+def test_cards_have_sizes(name: str, size: float) -> None:
+    assert card_bytes(name) == size
+
+
+def test_an_unknown_card_is_refused() -> None:
+    with pytest.raises(ConfigError, match="neither a size, such as 24GB, nor one of"):
+        card_bytes("voodoo2")
+
+
+def test_a_tokens_keys_and_values_are_those_that_sampling_holds(builtin: VLMAgent) -> None:
+    prefixes, _ = builtin.family_policy.prefill([builtin.family.encode(OBSERVATION)])
+    held = sum(one.numel() * one.element_size() for one in (*prefixes.keys.values(), *prefixes.values.values()))
+    tokens = int(prefixes.packing.total)
+    assert held == tokens * token_bytes(builtin.family.model.config, torch.float32)
+
+
+@pytest.mark.slow
+def test_a_card_that_is_too_small_is_refused_with_what_helps(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", "--card", "0.8GB", "--group-size", "4", "--prompts-per-step", "16"])
+    told = capsys.readouterr().out
+    assert ended.value.code == 1
+    assert "it does not fit" in told
+    assert "--precision bf16" in told
+    main(["doctor", "--card", "24GB", "--micro-batch-size", "8"])
+    assert "does not fit" not in capsys.readouterr().out
+
+
+def test_memory_of_adapters_is_not_guessed(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "builtin", "peft_type": "LORA"}')
+    with pytest.raises(ConfigError, match="by their base model and lora_rank"):
+        predict(replace(default_config(), model=str(tmp_path)), OBSERVATION, Place(1e9))

@@ -13,6 +13,7 @@ from vlmenv.algos import find_algorithm
 from vlmenv.building import check_device
 from vlmenv.core.text import printable
 from vlmenv.doctor import Finding, examine, findings_table
+from vlmenv.doctor.forecast import forecast_on_card
 from vlmenv.options.command_line import Asked, parse_with_files
 from vlmenv.options.doctor import DoctorConfig
 from vlmenv.runs.models import with_checkpoint
@@ -29,13 +30,17 @@ def parse(args: Sequence[str], program: str) -> Asked:
 
 
 def run(asked: Asked) -> list[Finding]:
-    """Prints a table of findings; ends the process with status 1 if a check failed."""
+    """Prints a table of findings, or a card's memory; ends the process with status 1 if a check failed."""
     config: DoctorConfig[Any] = asked.config
     check_device(config.device)
     console = Console(emoji=False)
     for note in asked.notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     config = with_checkpoint(config, console)
+    if config.card is not None:
+        if not forecast_on_card(config, console):
+            sys.exit(1)
+        return []
     findings = examine(config, Accelerator(cpu=config.device == "cpu").device, console)
     console.print(findings_table(config, findings))
     if failed := [one.check for one in findings if one.passed is False]:

@@ -23,6 +23,7 @@ from vlmenv.algos.trainer import check_staleness
 from vlmenv.building import (
     DTYPES,
     adapt,
+    advice_on_cuda,
     check_device,
     check_engine,
     limits_of,
@@ -33,6 +34,7 @@ from vlmenv.building import (
     task_arguments,
 )
 from vlmenv.core.errors import ConfigError
+from vlmenv.doctor.forecast import forecast_here
 from vlmenv.envs.data.dataset import adopt_images, checked_once
 from vlmenv.envs.making import make_envs
 from vlmenv.envs.selfcheck import CHECKED, describe, self_check
@@ -129,6 +131,8 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
     config = _held(config, processes_of(accelerator), console)
     check_engine(config, accelerator.device, accelerator.num_processes)
     check_staleness(config.trainer, accelerator)
+    for note in advice_on_cuda(config, accelerator.device):
+        say(note, console)
     envs, held_out, counted = _open_data(config, parts, accelerator, console)
     config = _in_steps(config, envs.task.source.size)
     if config.dry_run:
@@ -136,6 +140,7 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
             if accelerator.is_main_process:
                 disk = _room_of_shapes(config, parts, run)
                 print_dry_run(config, envs, held_out, run, accelerator, disk, console)
+                forecast_here(config, envs, accelerator, console)
         return run.path
     data = DataSets.of(envs, held_out)
     changed = _compared(config, found, data, accelerator, console)
@@ -247,6 +252,7 @@ def _make_trainer(
     agent = parts.agent or load_for_training(config, accelerator.device)
     if parts.agent is None:
         opened.callback(agent.close)
+    agent.sleep()  # until the first hand-over: the reference and the shards are made where the engine would be
     algorithm = parts.algorithm or find_algorithm(config.algo).make(config.algorithm)
     torch.manual_seed(config.seed)  # which new adapters are drawn from
     for note in adapt(agent, config.adaptation, config.batches.precision):

@@ -107,7 +107,7 @@ def counting() -> Iterator[Counter]:
 
 def _address(tensor: Tensor) -> int:
     """A number in place of the address, by which tensors of the same memory are known."""
-    return int(tensor.untyped_storage()._cdata * 4096 + tensor.storage_offset() * tensor.element_size())
+    return int(tensor.untyped_storage()._cdata) * 4096 + int(tensor.storage_offset()) * tensor.element_size()
 
 
 def weightless_agent(

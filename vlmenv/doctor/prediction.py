@@ -192,7 +192,8 @@ def _sizes(
     algorithm = find_algorithm(config.algo).make(config.algorithm)
     folder = prepared_folder(config.model, config.pixels)
     options = config.adaptation
-    if options.weights == "auto" and read_config(folder).dtype != torch.bfloat16:
+    model = read_config(folder)
+    if options.weights == "auto" and (model.dtype or model.get_text_config().dtype) != torch.bfloat16:
         options = replace(options, weights="fp32")  # bfloat16 would round what the model's files hold
 
     def prepare(agent: VLMAgent) -> None:

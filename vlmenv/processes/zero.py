@@ -27,6 +27,9 @@ class ZeRO(Sharded):
     Args:
         accelerator: Device, precision and ranks.
         options: DeepSpeed's options under `zero_optimization`.
+
+    Attributes:
+        stage: Stage of ZeRO, from 1 to 3.
     """
 
     name: ClassVar[str] = "ZeRO"
@@ -34,8 +37,8 @@ class ZeRO(Sharded):
 
     def __init__(self, accelerator: Accelerator, options: Mapping[str, Any]) -> None:
         super().__init__(accelerator)
-        self._options, self._stage = options, options["stage"]
-        self.shards_weights = self._stage == 3
+        self._options, self.stage = options, options["stage"]
+        self.shards_weights = self.stage == 3
         self._bf16 = accelerator.mixed_precision == "bf16"
 
     def _prepare_shards(
@@ -64,7 +67,7 @@ class ZeRO(Sharded):
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        if self._stage < 3:
+        if self.stage < 3:
             yield
             return
         with self._gathered(), self._without_hooks():
@@ -105,7 +108,7 @@ class ZeRO(Sharded):
         return math.inf if zero.overflow else float(self._engine.get_global_grad_norm())
 
     def weights(self) -> Mapping[str, Tensor] | None:
-        if self._stage < 3:
+        if self.stage < 3:
             return None
         with self._gathered():
             if not self.accelerator.is_main_process:
@@ -123,7 +126,7 @@ class ZeRO(Sharded):
         return {"optimizer": {"lr": rates, "state": [dict(plain.state[share]) for share in self._parts()]}}
 
     def load(self, folder: Path, shared: dict[str, Any], own: dict[str, Any]) -> None:
-        if self._stage < 3:
+        if self.stage < 3:
             self.agent.load(folder)
         else:
             with self._gathered(writer=0):
@@ -139,6 +142,6 @@ class ZeRO(Sharded):
         """Flat shards of the weights that this rank's optimizer updates."""
         zero = self._engine.optimizer
         parts: list[Tensor] = (
-            zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
+            zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
         )
         return parts
