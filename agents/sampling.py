@@ -300,7 +300,8 @@ class _Places:
         """[n, 1], of the tokens of completions `rows` [n] at a step."""
         if self._is_greedy:
             return torch.zeros(len(rows), 1, dtype=torch.float64, device=rows.device)
-        return self._drawn(len(rows), 1) if self._all is None else self._all[rows, step, None]
+        drawn = self._drawn(len(rows), 1) if self._all is None else self._all[rows, step, None]
+        return drawn.to(rows.device)
 
     def _drawn(self, *shape: int) -> Tensor:
         device = self._generator.device

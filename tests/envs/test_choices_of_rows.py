@@ -33,6 +33,7 @@ from vlmenv.envs.data.choices import read_choices
         ["(A) red", "(B) blue"],
         ["A：red", "B：blue"],
         [" red ", "blue\n"],
+        [["red", "blue"]],
     ],
 )
 def test_choices_are_read_however_they_are_written(found: Any) -> None:
@@ -54,7 +55,7 @@ def test_no_choices(found: Any) -> None:
         ({"A": "red", "C": "blue"}, "not the letters from A on"),
         ({"1": "red", "2": "blue"}, "not the letters from A on"),
         ([None, "red"], "holds None, which is neither text nor number"),
-        ([["red"]], "neither text nor number"),
+        ([["red"], ["blue"]], "neither text nor number"),
         (["red", " "], "holds an empty choice"),
         (["x"] * 27, "27 choices; there are letters for 26"),
         ({"label": ["A"], "text": ["red", "blue"]}, "1 labels for 2 texts"),
