@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from vlmenv.compat.torch import tells_versions, version_of
+
 
 class _Made:
     """A tensor that the backward pass recomputes at its first use and frees after its last."""
@@ -18,13 +20,13 @@ class _Made:
     def __init__(self, tensor: Tensor, make: Callable[[], Tensor]) -> None:
         place = tensor.data_ptr()
         self._tensor = weakref.ref(tensor, lambda _: _made.pop(place, None))
-        self._numel, self._version, self._make = tensor.numel(), tensor._version, make
+        self._numel, self._changes, self._make = tensor.numel(), version_of(tensor), make
         self._times = self._left = 0
         self._held: Tensor | None = None
 
     def makes(self, tensor: Tensor) -> bool:
         """True if a tensor at the same address is this tensor, unchanged."""
-        return (tensor.numel(), tensor._version) == (self._numel, self._version) and tensor.is_contiguous()
+        return (tensor.numel(), version_of(tensor)) == (self._numel, self._changes) and tensor.is_contiguous()
 
     def note(self) -> None:
         self._times += 1
@@ -60,9 +62,10 @@ def make_anew(tensor: Tensor, make: Callable[[], Tensor]) -> None:
 def dropping_recomputable() -> Iterator[None]:
     """Within the context, tensors of `make_anew` are not saved for the backward pass.
 
-    Blocks under gradient checkpointing keep nothing, and save all their tensors while they are recomputed.
+    Blocks under gradient checkpointing keep nothing, and save all their tensors while they are recomputed. Without
+    effect if PyTorch does not tell whether a tensor was changed.
     """
-    if _keeps_all.get():
+    if _keeps_all.get() or not tells_versions():
         yield
         return
     token = _drops.set(True)

@@ -16,8 +16,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.import_utils import is_torchvision_available
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    is_torchvision_available,
+)
 
 from vlmenv.agents.families.chat import ChatTemplate, check_switches
 from vlmenv.core.coordinates import CoordinateSpace, ResizeRule

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from accelerate.state import AcceleratorState
 from rich.console import Console
 from rich.table import Table
 
 from vlmenv.algos import ALGORITHMS
 from vlmenv.building import say
 from vlmenv.commands import evaluate, sample, train
+from vlmenv.compat import accelerate
 from vlmenv.core.errors import ConfigError, ModelError, unknown_name
 from vlmenv.core.files import read_object, read_objects, write_atomic
 from vlmenv.core.text import printable
@@ -306,7 +306,7 @@ def _do(step: Step, folder: Path, launch: str | None, console: Console) -> None:
 
 def _free() -> None:
     """Frees the resources of a stage in this process, so that the next may choose device and precision anew."""
-    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.forget()
     if torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()
