@@ -21,7 +21,7 @@ from vlmenv.agents.checkpoints import ADAPTER_CONFIG, put_back, read_tensors
 from vlmenv.agents.families.base import read_json
 from vlmenv.agents.quantization import quantized_layers
 from vlmenv.compat.peft import (
-    USES,
+    LAYERS,
     adapted_layers,
     is_adapter,
     layer_of,
@@ -256,7 +256,7 @@ def _peft() -> Any:
         import peft
     except ImportError as error:
         raise ConfigError('LoRA needs the extra "lora": pip install "vlmenv[lora]"') from error
-    if problem := USES[0].problem():
+    if problem := LAYERS.problem():
         raise ConfigError(f'this release of peft cannot be used ({problem}): pip install "vlmenv[lora]"')
     return peft
 

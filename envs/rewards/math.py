@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, Final
 
-from vlmenv.compat.sympy import as_mpf, is_complex, is_noise, without_mixed_numbers
+from vlmenv.compat.sympy import as_mpf, is_complex, is_noise, require_private_parts
 from vlmenv.core.errors import ConfigError
 from vlmenv.envs.rewards.formulas import Form, read_form, written_key
 from vlmenv.envs.rewards.numbers import Number, is_rounded, is_rounding, same_number
@@ -253,6 +253,7 @@ def _quotient(form: Form) -> Form:
 
 def make_comparison() -> Callable[[str, str], bool]:
     """What the child processes do; loads math-verify, which takes a while."""
+    require_private_parts()
     algebra = _algebra()
 
     def decide(answer: str, truth: str) -> bool:
@@ -278,16 +279,11 @@ def _algebra() -> Algebra:
     from math_verify import verify  # type: ignore[import-untyped]
     from sympy import Expr, MatrixBase, MatrixExpr  # type: ignore[import-untyped]
 
-    # Or else two numbers side by side are a mixed number, and are added.
-    no_sums = without_mixed_numbers()
-
     @functools.lru_cache(100)
     def parsed(latex: str) -> Any:
         is_real = not is_complex(latex)
         exact = _DECIMAL.sub(_exact, latex)
-        return latex2sympy(
-            exact, is_real=is_real, convert_degrees=False, normalization_config=None, conversion_config=no_sums
-        )
+        return latex2sympy(exact, is_real=is_real, convert_degrees=False, normalization_config=None)
 
     def same(found: Any, gold: Any, answer: Form, truth: Form) -> bool:
         if isinstance(found, MatrixExpr | MatrixBase) and isinstance(gold, MatrixExpr | MatrixBase):

@@ -19,7 +19,7 @@ MODULES: Final = {
     "accelerate": "accelerate",
     "deepspeed": "deepspeed",
     "vllm": "vllm",
-    "sympy": "sympy",
+    "math_verify": "sympy",
     "PIL": "pillow",
 }
 """Modules of this package by the library that each is about."""

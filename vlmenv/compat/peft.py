@@ -71,8 +71,7 @@ def own_name(published: str) -> str:
     return published.removeprefix(_PUBLISHED).removesuffix(".weight") + f".{_NAME}.weight"
 
 
-def check_layers() -> str | None:
-    """Why adapted layers are not as they are used here; None if they are."""
+def _check_layers() -> str | None:
     import peft
 
     config = peft.LoraConfig(r=1, lora_alpha=4, target_modules=["0"], init_lora_weights=False)
@@ -89,4 +88,5 @@ def check_layers() -> str | None:
     return None if alike else "an adapted layer computes something else"
 
 
-USES: Final = (Use("adapted layers", check_layers, "adapters are refused"),)
+LAYERS: Final = Use("adapted layers", _check_layers, "adapters are refused")
+USES: Final = (LAYERS,)

@@ -19,14 +19,14 @@ try:
     from torch.multiprocessing.reductions import StorageWeakRef
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
-except ImportError:  # `can_count` tells, and no memory is predicted
+except ImportError:  # `FAKES` tells, and no memory is predicted
 
     class FakeTensor:  # type: ignore[no-redef]
         """Stands for a class that this PyTorch does not have."""
 
     FakeTensorMode = StorageWeakRef = TorchDispatchMode = FakeTensor  # type: ignore[assignment,misc]
 
-__all__ = ["USES", "FakeTensor", "FakeTensorMode", "StorageWeakRef", "TorchDispatchMode", "tree_leaves"]
+__all__ = ["FAKES", "USES", "FakeTensor", "FakeTensorMode", "StorageWeakRef", "TorchDispatchMode", "tree_leaves"]
 
 _OPERATORS: Final = (
     "_scaled_dot_product_flash_attention_for_cpu",
@@ -65,7 +65,7 @@ def version_of(tensor: Tensor) -> int:
 
 def tells_versions() -> bool:
     """True if `version_of` counts changes."""
-    return hasattr(Tensor, "_version")
+    return hasattr(torch.empty(0), "_version")
 
 
 def _check_versions() -> str | None:
@@ -122,8 +122,7 @@ def weights_stay_in_place() -> Iterator[None]:
         torch.utils.swap_tensors = swap
 
 
-def can_count() -> str | None:
-    """Why the bytes of fake tensors cannot be counted; None if they can."""
+def _check_fakes() -> str | None:
     with FakeTensorMode(), addresses_of_fakes():
         first = torch.zeros(4)
         second = first[1:]
@@ -198,10 +197,11 @@ def _check_groups() -> str | None:
     return None if options._timeout == limit else "options of process groups take no time limit"
 
 
+FAKES: Final = Use("fake tensors", _check_fakes, "no memory is predicted")
 USES: Final = (
     Use("attention operators", _check_operators, "attention by matrix products, which is slower"),
     Use("versions of tensors", _check_versions, "activations are kept that could be recomputed"),
     Use("switched modes", _check_modes, "lean layers are not tried in predictions of memory"),
-    Use("fake tensors", can_count, "no memory is predicted"),
-    Use("process groups", _check_groups, "weights go to servers as files"),
+    FAKES,
+    Use("process groups", _check_groups, "weight_transfer direct fails; take file"),
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -53,7 +55,7 @@ def set_attention(config: PreTrainedConfig, name: str) -> None:
 
 
 def _check_attention() -> str | None:
-    module, config = nn.Module(), PreTrainedConfig(attn_implementation="eager")
+    module, config = nn.Module(), PreTrainedConfig.from_dict({"attn_implementation": "eager"})
     module.config = config  # type: ignore[assignment]
     before = attention_of(module)
     set_attention(config, "sdpa")
@@ -67,8 +69,8 @@ def block_of(attention: nn.Module) -> int:
 
 def tapped_blocks(tower: nn.Module) -> list[int]:
     """Blocks of a vision tower whose outputs the first blocks of the language model take too (DeepStack)."""
-    found: Any = getattr(tower, "deepstack_visual_indexes", [])
-    return list(found)
+    blocks: Any = tower.deepstack_visual_indexes if hasattr(tower.config, "deepstack_visual_indexes") else []
+    return list(blocks)
 
 
 def tap_blocks(tower: nn.Module, blocks: list[int]) -> None:
@@ -86,6 +88,15 @@ def resized(image_processor: Any, width: int, height: int) -> tuple[int, int] | 
     outline = np.broadcast_to(np.zeros((), np.uint8), (3, height, width))
     height, width = told(outline, image_processor.size["longest_edge"])
     return width, height
+
+
+def _check_sizes() -> str | None:
+    loaded = [module for name, module in sys.modules.items() if _WITH_SIZES.fullmatch(name)]
+    missing = [module.__name__ for module in loaded if not hasattr(module, "get_resize_output_image_size")]
+    return f"{missing[0]} does not tell sizes" if missing else None
+
+
+_WITH_SIZES: Final = re.compile(r"transformers\.models\.\w+\.image_processing_(pil_)?(idefics3|smolvlm)")
 
 
 def processor_without_videos(folder: Path) -> ProcessorMixin:
@@ -118,6 +129,7 @@ def _check_processors() -> str | None:
 
 
 USES: Final = (
+    Use("sizes of images", _check_sizes, "whole images are processed to count their tokens, which is slower"),
     Use("weight conversion", _check_conversion, "runs end before step 1, as checkpoints could not be written"),
     Use("names of attention", _check_attention, "images in one call are reported as off"),
     Use("processors without videos", _check_processors, "prompts are not compared with the published processor"),

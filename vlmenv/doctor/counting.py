@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from vlmenv.agents.families import Family, weightless_family
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.compat.torch import (
+    FAKES,
     FakeTensor,
     FakeTensorMode,
     StorageWeakRef,
     TorchDispatchMode,
     addresses_of_fakes,
-    can_count,
     storage_place,
     tree_leaves,
     weights_stay_in_place,
@@ -127,7 +127,7 @@ def weightless_agent(
         ConfigError: This release of PyTorch counts no fake tensors.
         ModelError: As `weightless_family`.
     """
-    if problem := can_count():
+    if problem := FAKES.problem():
         raise ConfigError(f"this release of PyTorch does not let bytes be counted without weights: {problem}")
     family = weightless_family(folder)
     with weights_stay_in_place(), Counter(), FakeTensorMode(allow_non_fake_inputs=True):
