@@ -22,7 +22,7 @@ from vlmenv.agents.families.base import read_json
 from vlmenv.agents.remainders import REMAINDERS, remainder
 from vlmenv.agents.untrainable import read_config
 from vlmenv.agents.weights import tied_names
-from vlmenv.compat import transformers
+from vlmenv.compat.transformers import convert_back
 from vlmenv.core.errors import CheckpointError
 from vlmenv.core.sampling import Sampling
 
@@ -43,7 +43,7 @@ def published_weights(family: Family, state: Mapping[str, Tensor]) -> dict[str, 
     """Converts a model's weights to the names and shapes that `write_weights` writes. Tied weights appear once."""
     tied = tied_names(family.model)
     own = {name: tensor.detach() for name, tensor in state.items() if name not in tied}
-    return transformers.published_weights(family.model, own)
+    return convert_back(family.model, own)
 
 
 def is_of(family: Family, folder: Path) -> bool:

@@ -24,7 +24,7 @@ from transformers import (
 from vlmenv.compat import Use
 
 
-def published_weights(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def convert_back(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Converts a model's weights to the names and shapes of its published files.
 
     Raises:
