@@ -128,8 +128,8 @@ class LoRA:
             lora = cls(model, config)
         except (ValueError, TypeError, KeyError, OSError) as error:
             raise ModelError(f"{folder}: the adapters do not fit the model: {error}") from error
-        if model.device.type == "meta":  # shapes alone are asked for
-            return lora
+        if model.device.type == "meta" or any(isinstance(one, FakeTensor) for one in model.parameters()):
+            return lora  # shapes alone are asked for
         own = {name: tensor for name, tensor in model.state_dict().items() if is_adapter(name)}
         put_back(folder, lora.read(folder), own)
         lora._tell_quantization(folder)

@@ -1,4 +1,4 @@
-"""Tensors that the backward pass recomputes instead of keeping them; and a record of what it keeps."""
+"""Tensors that the backward pass recomputes instead of keeping them."""
 
 from __future__ import annotations
 
@@ -42,8 +42,6 @@ class _Made:
 
 _made: dict[int, _Made] = {}
 """by the address of the tensor, while it exists"""
-_noting: list[Callable[[Tensor], object]] = []
-"""callbacks for saved tensors"""
 _drops = ContextVar("drops", default=False)
 _keeps_all = ContextVar("keeps_all", default=False)
 
@@ -87,27 +85,9 @@ def keeping_activations() -> Iterator[None]:
         _drops.reset(tokens[1])
 
 
-@contextmanager
-def recording_saved(note: Callable[[Tensor], object]) -> Iterator[None]:
-    """Within the context, calls `note` with each tensor that is saved for the backward pass."""
-
-    def pack(tensor: Tensor) -> Tensor:
-        note(tensor)
-        return tensor
-
-    _noting.append(note)
-    try:
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield
-    finally:
-        _noting.remove(note)
-
-
 def _pack(tensor: Tensor) -> Tensor | tuple[_Made, torch.Size]:
     made = _made.get(tensor.data_ptr())
     if made is None or not made.makes(tensor):
-        for note in _noting:
-            note(tensor)
         return tensor
     made.note()
     return made, tensor.shape
