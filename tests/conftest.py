@@ -47,7 +47,7 @@ def start(kind: str, *args: str, cwd: Path | None = None) -> subprocess.Popen[st
         pytest.importorskip("deepspeed")
     config = ["--config_file", str(ROOT / "examples" / "accelerate" / f"{kind}.yaml"), "--main_process_port", "0"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *config, "--num_processes", "2", *args]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "20"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120"}  # a busy machine saves slowly
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=cwd, env=environment, stdout=pipe, stderr=pipe, text=True)
 
