@@ -98,12 +98,6 @@ class TrainerConfig:
         return shapes[self.lr_schedule]
 
 
-def check_staleness(config: TrainerConfig, accelerator: Accelerator) -> None:
-    """Raises ConfigError if several ranks are to train with `max_staleness` 1."""
-    if config.max_staleness and accelerator.num_processes > 1:
-        raise ConfigError(f"max_staleness 1 works with one rank, not with {accelerator.num_processes}")
-
-
 @dataclass(slots=True)
 class StepResult:
     """The result of one step on this rank."""
@@ -130,8 +124,8 @@ class Trainer:
         step: Number of finished steps.
 
     Raises:
-        ConfigError: The environments have another group size than the algorithm, `vision_lr` is given for a frozen
-            vision tower, or `max_staleness` is 1 with several ranks.
+        ConfigError: The environments have another group size than the algorithm, or `vision_lr` is given for a frozen
+            vision tower.
     """
 
     def __init__(
@@ -148,7 +142,6 @@ class Trainer:
                 f"the environments have group_size={group_size}, "
                 f"but {algorithm.name} has group_size={algorithm.config.group_size}"
             )
-        check_staleness(config, accelerator)
         self.agent, self.envs, self.algorithm = agent, envs, algorithm
         self.config, self.accelerator = config, accelerator
         self.step = 0
@@ -161,7 +154,9 @@ class Trainer:
         """False during an update: then the weights belong to no finished step."""
         self.processes = processes_of(accelerator)
         self.processes.configure(agent)
-        self.collector = Collector(agent, envs, algorithm, self.processes, accelerator)
+        self.collector = Collector(
+            agent, envs, algorithm, self.processes, accelerator, is_ahead=config.max_staleness > 0
+        )
         self.reference = agent.reference() if algorithm.wants_reference else None
         self.optimizer = self.processes.prepare(agent, self.reference, self._new_optimizer)
         self.scheduler = LambdaLR(self.optimizer, config.lr_factor)
@@ -260,7 +255,8 @@ class Trainer:
 
     def _remember(self) -> None:
         """Stores the state that a checkpoint of this moment needs."""
-        self._finished = {"step": self.step, "shown": self.collector.shown, "skipped": self._skipped}
+        shown = {"shown": self.collector.shown, "shown_ahead": self.collector.shown_ahead}
+        self._finished = {"step": self.step, "skipped": self._skipped} | shown
         self._own: dict[str, Any] = {"agent": self.agent.rng_state(), "torch": torch.get_rng_state()}
         if self.agent.device.type == "cuda":
             self._own["cuda"] = torch.cuda.get_rng_state()
@@ -310,7 +306,7 @@ class Trainer:
         if own is not None:
             self._restore_random(own)
         kept = own if own is not None and same_ranks else {}
-        self.collector.load_state_dict(state["shown"], kept)
+        self.collector.load_state_dict(state["shown"], state.get("shown_ahead", 0), kept)
         if self.replay is not None and "replay" in kept:  # replay may have been switched on since the checkpoint
             self.replay.load_state_dict(kept["replay"])
         self._is_synced = False

@@ -113,6 +113,23 @@ def test_all_ranks_are_told_at_once_and_another_number_goes_on(tmp_path: Path, m
     assert [change["ranks"] for change in changes] == [[2, 1], [1, 2]]
 
 
+def test_another_number_of_ranks_with_shards_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From two to one, which has whole weights, and back to two."""
+    monkeypatch.chdir(tmp_path)
+    done = launch("fsdp2", "-m", "vlmenv", "train", "--steps", "1", *TINY, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    main(["train", "--resume", "run", "--steps", "2"])
+    done = launch("fsdp2", "-m", "vlmenv", "train", "--resume", "run", "--steps", "3", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = " ".join(done.stdout.split())
+    assert "was saved with whole copies, and FSDP2 goes on" in told
+    assert "saved by 1 ranks, and 2 go on: the run is not the same bit for bit" in told
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    changes = [json.loads(line) for line in (tmp_path / "run" / "changes.jsonl").read_text().splitlines()]
+    assert [change["ranks"] for change in changes] == [[2, 1], [1, 2]]
+
+
 def test_a_signal_to_one_rank_ends_all(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with start("ddp", "-m", "vlmenv", "train", *LONG, *TINY, cwd=tmp_path) as process:

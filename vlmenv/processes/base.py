@@ -120,9 +120,17 @@ class Processes:
         return {}
 
     def load(self, folder: Path, shared: dict[str, Any], own: dict[str, Any]) -> None:
-        """Restores weights and optimizer state from a checkpoint."""
+        """Restores weights and optimizer state from a checkpoint.
+
+        Args:
+            folder: Folder with the weights.
+            shared: Result of `shared_state`. If ranks divide the optimizer's state otherwise than those that saved it,
+                `undivided` lists it shard by shard.
+            own: Result of this rank's `rank_state`.
+        """
         self.agent.load(folder)
-        self._optimizer.load_state_dict((shared | own)["optimizer"])
+        state = joined(shared["undivided"]) if "undivided" in shared else (shared | own)["optimizer"]
+        self._optimizer.load_state_dict(state)
         if self.accelerator.scaler is not None and "scaler" in shared:
             self.accelerator.scaler.load_state_dict(shared["scaler"])
 
@@ -137,6 +145,26 @@ class Processes:
     def broadcast(self, value: T) -> T:
         """Broadcasts the main rank's value."""
         return self.collect([value])[0]
+
+
+def joined(
+    shards: Sequence[dict[str, Any]], keep: Callable[[int, Tensor], Tensor] = lambda index, value: value
+) -> dict[str, Any]:
+    """Joins shards of an optimizer's state, which divide the first dimension of each tensor.
+
+    Args:
+        shards: The state of each shard, as `Optimizer.state_dict` gives it.
+        keep: Gives what to keep of a whole tensor, by the index of its parameter. Default: all.
+    """
+
+    def join(index: int, name: str) -> Any:
+        parts = [shard["state"][index][name] for shard in shards]
+        if not isinstance(parts[0], Tensor) or parts[0].ndim == 0:  # the number of steps
+            return parts[0]
+        return keep(index, torch.cat(parts))
+
+    state = {index: {name: join(index, name) for name in kept} for index, kept in shards[0]["state"].items()}
+    return shards[0] | {"state": state}
 
 
 class Sharded(Processes):

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from vlmenv.agents.base import Agent, Reference
 from vlmenv.agents.references import FrozenPolicy
-from vlmenv.processes.base import Sharded
+from vlmenv.processes.base import Sharded, joined
 
 
 class FSDP(Sharded):
@@ -106,11 +106,14 @@ class FSDP(Sharded):
 
     def load(self, folder: Path, shared: dict[str, Any], own: dict[str, Any]) -> None:
         parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-        state = own["optimizer"]
+        if "undivided" in shared:
+            state = joined(shared["undivided"], lambda index, whole: _cut(whole, parameters[index]))
+        else:
+            state = own["optimizer"]
         whole = {
             i: {name: _like(value, parameters[i]) for name, value in kept.items()} for i, kept in state["state"].items()
         }
-        super().load(folder, shared, {"optimizer": state | {"state": whole}})
+        super().load(folder, {}, {"optimizer": state | {"state": whole}})
 
 
 def _make_root(policy: nn.Module) -> None:
@@ -123,6 +126,13 @@ def _make_root(policy: nn.Module) -> None:
 
 def _local(value: Any) -> Any:
     return value.to_local() if isinstance(value, DTensor) else value
+
+
+def _cut(whole: Tensor, parameter: DTensor) -> Tensor:
+    """This rank's shard of a whole tensor, divided as the parameter is."""
+    size = -(-len(parameter) // parameter.device_mesh.size())
+    start = size * parameter.device_mesh.get_local_rank()
+    return whole[start : start + size].clone()
 
 
 def _like(value: Any, parameter: DTensor) -> Any:
