@@ -69,11 +69,15 @@ class TrainerConfig:
     beyond the cap are truncated, or set to 0 (mask)."""
     correction_cap: float = 2.0
     """Largest importance weight. A mask leaves out weights below its inverse too."""
+    shard_within: int | None = None
+    """Neighbouring ranks that hold a copy of the model between them with FSDP2, such as those of a machine. None: all
+    ranks."""
     max_staleness: int = 0
     """Maximum staleness in steps, 0 or 1. With 1, a server generates the next step's completions during the update."""
 
     def __post_init__(self) -> None:
         sizes = {"micro_batch_size": self.micro_batch_size, "micro_batch_tokens": self.micro_batch_tokens}
+        sizes["shard_within"] = self.shard_within
         require_at_least(1, steps=self.steps, **sizes)
         require_at_least(0, warmup_steps=self.warmup_steps, max_skipped=self.max_skipped)
         require_weight("weight_decay", self.weight_decay)
@@ -152,7 +156,7 @@ class Trainer:
         self.replay = Replay(algorithm.replay, group_size) if algorithm.replay else None
         self.is_between_steps = True
         """False during an update: then the weights belong to no finished step."""
-        self.processes = processes_of(accelerator)
+        self.processes = processes_of(accelerator, config.shard_within)
         self.processes.configure(agent)
         self.collector = Collector(
             agent, envs, algorithm, self.processes, accelerator, is_ahead=config.max_staleness > 0
@@ -269,9 +273,10 @@ class Trainer:
         return self._finished | self.processes.shared_state() | self._kind
 
     @property
-    def _kind(self) -> dict[str, str]:
-        """What a checkpoint must have been saved with."""
-        return {"processes": self.processes.name, "optimizer_name": self.config.optimizer}
+    def _kind(self) -> dict[str, Any]:
+        """What a checkpoint was saved with."""
+        processes = self.processes
+        return {"processes": processes.name, "shards": processes.shards, "optimizer_name": self.config.optimizer}
 
     def process_state(self) -> dict[str, Any]:
         """State of this rank after the last finished step.

@@ -84,7 +84,8 @@ def check_weights(accelerator: Accelerator) -> None:
         alone.family_policy.load_state_dict(weights[max(0, i - 1)])
         for rollouts in of_all:
             assert largest_difference(alone, replace(results[i], rollouts=rollouts[i])) < 1e-4
-    assert (results[-1].metrics["policy/sampler_kl"] > 1e-5) and results[0].metrics["policy/sampler_kl"] < 1e-7
+    assert results[-1].metrics["policy/sampler_kl"] > 1e-5
+    assert results[0].metrics["policy/sampler_kl"] < 1e-7
 
 
 def check_going_on(accelerator: Accelerator, run: RunFolder, rounds: int) -> None:

@@ -83,6 +83,16 @@ def test_shards_go_on_as_whole_copies_and_back(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_copies_of_shards_learn_as_one_process(tmp_path: Path) -> None:
+    done = launch("fsdp2", str(Path(__file__).parent / "copies_of_shards.py"), str(tmp_path), processes=4)
+    assert done.returncode == 0, done.stderr
+
+
+def test_copies_of_shards_go_with_fsdp2() -> None:
+    with pytest.raises(ConfigError, match="shard_within goes with several ranks under FSDP2"):
+        processes_of(Accelerator(cpu=True), shard_within=2)
+
+
 @pytest.mark.parametrize("as_slices", [True, False])
 def test_micro_batches_are_cut_until_all_have_as_many(as_slices: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     shares = Sharded(Accelerator(cpu=True))

@@ -127,7 +127,7 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
         say(note, console)
     if parts.agent is None:
         config = with_checkpoint(config, console)
-    config = _held(config, processes_of(accelerator), console)
+    config = _held(config, processes_of(accelerator, config.trainer.shard_within), console)
     check_engine(config, accelerator.device, accelerator.num_processes)
     for note in advice_on_cuda(config, accelerator.device):
         say(note, console)
@@ -247,7 +247,8 @@ def _make_trainer(
     console: Console,
 ) -> Trainer:
     """The trainer with its agent and algorithm. An agent that is loaded here is closed with `opened`."""
-    agent = parts.agent or load_for_training(config, accelerator.device)
+    gets_shards = not accelerator.is_main_process and processes_of(accelerator).gives_shards
+    agent = parts.agent or load_for_training(config, accelerator.device, gets_shards=gets_shards)
     if parts.agent is None:
         opened.callback(agent.close)
     agent.sleep()  # until the first hand-over: the reference and the shards are made where the engine would be

@@ -33,13 +33,20 @@ class Processes:
     Attributes:
         name: Name of the strategy, which checkpoints record.
         takes_any_dtype: True if weights may have other data types than float32.
+        gives_shards: True if `prepare` gives weights to ranks whose agents have shapes alone.
     """
 
     name: ClassVar[str] = "whole copies"
     takes_any_dtype: ClassVar[bool] = True
+    gives_shards: ClassVar[bool] = False
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
+
+    @property
+    def shards(self) -> int:
+        """Number of shards that the optimizer's state is divided into."""
+        return 1
 
     def configure(self, agent: Agent) -> None:
         """Configures an agent for these ranks, before its reference is made."""
@@ -175,6 +182,10 @@ class Sharded(Processes):
     """
 
     shards_weights: bool = True
+
+    @property
+    def shards(self) -> int:
+        return self.accelerator.num_processes
 
     def configure(self, agent: Agent) -> None:
         agent.runs_every_module, agent.sharded = True, self.shards_weights

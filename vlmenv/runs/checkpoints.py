@@ -17,7 +17,7 @@ from vlmenv.algos import Trainer
 from vlmenv.algos.faults import nonfinite_weights
 from vlmenv.core.errors import CheckpointError, ModelError
 from vlmenv.core.files import replace_folder
-from vlmenv.processes.base import Sharded
+from vlmenv.processes.base import Processes, Sharded
 from vlmenv.processes.failures import shared_failure
 from vlmenv.runs.manifest import damage, read_manifest, write_manifest
 from vlmenv.runs.run_folder import RunFolder
@@ -173,8 +173,9 @@ def _load(trainer: Trainer, folder: Path) -> list[str]:
         state = _read(folder / "trainer.pt", mmap=isinstance(trainer.processes, Sharded))
         _check_optimizer(folder, state.get("optimizer_name", "adamw"), trainer.config.optimizer)
         own = _read(folder / f"process-{rank}.pt") if rank < saved else None
-        if _is_divided_anew(folder, state, trainer.processes.name, (saved, accelerator.num_processes)):
-            state["undivided"] = _shards(folder, state, saved)
+        state.setdefault("shards", 1 if "optimizer" in state else saved)  # which earlier versions did not write
+        if _is_divided_anew(folder, state, trainer.processes):
+            state["undivided"] = _shards(folder, state)
         trainer.load(folder, state, own, same_ranks=not changed)
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
         raise ModelError(f"{folder}: the checkpoint cannot be read: {error}") from error
@@ -194,33 +195,34 @@ def _read(file: Path, *, mmap: bool = False) -> dict[str, Any]:
     return cast(dict[str, Any], torch.load(file, map_location="cpu", weights_only=True, mmap=mmap))
 
 
-def _shards(folder: Path, state: dict[str, Any], saved: int) -> list[dict[str, Any]]:
+def _shards(folder: Path, state: dict[str, Any]) -> list[dict[str, Any]]:
     """The optimizer's state in its shards; a single one if ranks had whole copies."""
     if "optimizer" in state:
         return [state["optimizer"]]
-    return [_read(folder / f"process-{rank}.pt", mmap=True)["optimizer"] for rank in range(state.get("shards", saved))]
+    return [_read(folder / f"process-{rank}.pt", mmap=True)["optimizer"] for rank in range(state["shards"])]
 
 
 _DIVISIBLE: Final = {"whole copies", "FSDP2"}
 """Strategies whose optimizer's state other ranks can divide anew."""
 
 
-def _is_divided_anew(folder: Path, state: dict[str, Any], name: str, ranks: tuple[int, int]) -> bool:
-    """True if other ranks, of then and of now, or another strategy divide the optimizer's state.
+def _is_divided_anew(folder: Path, state: dict[str, Any], processes: Processes) -> bool:
+    """True if the ranks of now divide the optimizer's state otherwise than those that saved it.
 
     Raises:
         ModelError: The strategy or the optimizer does not allow that.
     """
-    former, how = state["processes"], "launch as the run was launched"
-    if former == name and (ranks[0] == ranks[1] or name == "whole copies"):
+    then, now = (state["processes"], state["shards"]), (processes.name, processes.shards)
+    if then == now:
         return False
-    if former != name and not {former, name} <= _DIVISIBLE:
-        raise ModelError(f"{folder}: saved with {former}, not with {name}: {how}")
-    rigid = name if name not in _DIVISIBLE else "adamw_8bit" if state.get("optimizer_name") == "adamw_8bit" else None
-    if rigid is not None:
+    how = "launch as the run was launched"
+    if then[0] != now[0] and not {then[0], now[0]} <= _DIVISIBLE:
+        raise ModelError(f"{folder}: saved with {then[0]}, not with {now[0]}: {how}")
+    eight_bits = state.get("optimizer_name") == "adamw_8bit"
+    if now[0] not in _DIVISIBLE or eight_bits:
         raise ModelError(
-            f"{folder}: saved by {ranks[0]} ranks with {former}, not by {ranks[1]} with {name}, and the optimizer's "
-            f"state of {rigid} cannot be divided anew: {how}"
+            f"{folder}: saved with {then[0]} in {then[1]} shards, not with {now[0]} in {now[1]}, and the optimizer's "
+            f"state of {'adamw_8bit' if eight_bits else now[0]} cannot be divided anew: {how}"
         )
     return True
 
