@@ -83,6 +83,13 @@ def test_shards_go_on_as_whole_copies_and_back(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_main_process_alone_needs_to_load_weights(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    VLMAgent.from_pretrained("builtin").publish(tmp_path / "base", dtype=torch.bfloat16)
+    done = launch("fsdp2", str(Path(__file__).parent / "weights_of_main.py"), str(tmp_path / "base"))
+    assert done.returncode == 0, done.stderr
+
+
 def test_copies_of_shards_learn_as_one_process(tmp_path: Path) -> None:
     done = launch("fsdp2", str(Path(__file__).parent / "copies_of_shards.py"), str(tmp_path), processes=4)
     assert done.returncode == 0, done.stderr
