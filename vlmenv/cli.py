@@ -114,11 +114,8 @@ def _told(error: BaseException) -> str | None:
 
 
 def _print_error(message: str) -> None:
-    from rich.console import Console  # here, as `--version` need not wait for it
-
-    from vlmenv.core.text import printable_lines
+    from vlmenv.core.console import open_console, styled  # here, as `--version` need not wait for rich
 
     where = f" in process {os.environ.get('RANK')}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-    Console(emoji=False, stderr=True).print(
-        f"[bold red]error{where}:[/] {printable_lines(message)}", soft_wrap=True, highlight=False, emoji=False
-    )
+    told = styled((f"error{where}:", "bold red"), f" {message}")
+    open_console(stderr=True).print(told, soft_wrap=True)

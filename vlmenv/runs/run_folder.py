@@ -123,6 +123,11 @@ class RunFolder:
         """Appends what is different from the step on that the run was resumed at."""
         _append(self.path / "changes.jsonl", [{"step": step, "time": f"{datetime.now():%Y-%m-%d %H:%M:%S}", **what}])
 
+    def changed_options(self, step: int | None = None) -> dict[str, Any]:
+        """The options that changed when the run was resumed, up to a step, with their last values. Default: all."""
+        rows = [row for row in self._rows("changes.jsonl") if step is None or row["step"] < step]
+        return {name: now for row in rows for name, (_, now) in (row.get("options") or {}).items()}
+
     def warned(self, kind: str | None = None) -> list[int]:
         """The steps with a warning; of one kind, if one is given."""
         rows = self._rows("warnings.jsonl") if self._has("warnings.jsonl") else []
