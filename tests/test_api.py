@@ -18,7 +18,6 @@ import transformers
 from accelerate import PartialState
 
 import vlmenv
-
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.algos import RLOO, RLOOConfig
 from vlmenv.core.console import open_console

@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +88,11 @@ def harmful(text: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def run(data: Path, place: Path) -> Iterator[Path]:
+def run(data: Path, place: Path) -> Path:
     folder = place / "run [bold]"
     options = ["--steps", "1", "--prompts-per-step", "1", "--group-size", "2", "--output", str(folder)]
     main(["train", "--env", "VLM-VQA-v0", "--dataset", str(data), *options, *TINY])
-    yield folder
+    return folder
 
 
 @pytest.mark.slow
@@ -131,9 +130,8 @@ def test_data(data: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert f"id: {index}{visible(text)}\n" in told
     told = printed(capsys, "score", data, "--dataset", data, *vqa, "--output", place / "scores.jsonl")
     assert visible(place) in told
-    broken = write(
-        place / "broken", [{"image": f"{text}.png", "problem": "?", "answer": "a"} for text in (*HOSTILE, "\ud800")]
-    )
+    images = [f"{text}.png" for text in (*HOSTILE, "\ud800")]
+    broken = write(place / "broken", [{"image": image, "problem": "?", "answer": "a"} for image in images])
     told = printed(capsys, "data", "check", broken, *vqa, "--decode", status=1)
     assert "[x1, y1, x2, y2].png" in told
 

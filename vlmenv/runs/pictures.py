@@ -77,12 +77,8 @@ def _draw_lines(axes: Axes, history: Sequence[dict[str, float]], names: Sequence
         smooth = np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
         label = name.removeprefix("reward/").removeprefix("completion/").replace("eval/", "held-out ")
-        axes.plot(
-            steps,
-            values if name.startswith("eval/") else smooth,
-            color=colour,
-            label=visible(label).replace("$", r"\$"),
-        )
+        label = visible(label).replace("$", r"\$")  # which would begin a formula
+        axes.plot(steps, values if name.startswith("eval/") else smooth, color=colour, label=label)
 
 
 def draw_samples(path: Path, envs: VisualTaskVectorEnv, before: Evaluation, after: Evaluation) -> None:
