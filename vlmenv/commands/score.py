@@ -15,7 +15,7 @@ from rich.table import Table
 
 from vlmenv.core.console import PlainTable, open_console, say
 from vlmenv.core.errors import ConfigError, DataError
-from vlmenv.core.files import write_atomic
+from vlmenv.core.files import parse_json, write_atomic
 from vlmenv.core.loading import import_modules
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.data.source import Sample
@@ -80,7 +80,7 @@ def _read(config: ScoreConfig) -> list[Line]:
 
 def _line(config: ScoreConfig, place: str, row: str) -> Line:
     try:
-        content = json.loads(row)
+        content = parse_json(row)
     except ValueError as error:
         raise DataError(f"{place}: the line is not JSON: {error}") from error
     if isinstance(content, str):

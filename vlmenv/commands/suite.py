@@ -20,7 +20,7 @@ from vlmenv.agents.vlm import VLMAgent
 from vlmenv.building import DTYPES, load_agent, prepared, report_broken_rows, report_skipped, task_arguments
 from vlmenv.core.console import PlainTable, say
 from vlmenv.core.errors import ConfigError, DataError, RewardError
-from vlmenv.core.files import write_atomic
+from vlmenv.core.files import parse_json, write_atomic
 from vlmenv.envs.data.benchmarks import hallusion_bench, math_vision, mathverse, mathvista, mmstar
 from vlmenv.envs.data.coco import filtered_instances
 from vlmenv.envs.data.dataset import Published
@@ -392,7 +392,7 @@ def _first_image(file: Path) -> str | None:
         return None
     try:
         with file.open(encoding="utf-8") as stream:
-            content = json.loads(stream.readline()) if file.suffix == ".jsonl" else json.load(stream)
+            content = parse_json(stream.readline() if file.suffix == ".jsonl" else stream.read())
         row = content["images"][0] if isinstance(content, dict) and "images" in content else content
         row = row[0] if isinstance(row, list) else row
         found = row.get("file_name", row.get("image"))

@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 import vlmenv
 from vlmenv.agents.checkpoints import find_model, public_name
 from vlmenv.core.errors import ModelError
+from vlmenv.core.files import parse_json
 from vlmenv.core.names import hub_name
 from vlmenv.core.text import visible, visible_lines
 from vlmenv.options.files import read_options
@@ -111,7 +112,7 @@ def _first_prompt(run: RunFolder) -> str | None:
     with file.open(encoding="utf-8") as stream:
         line = stream.readline()
     try:
-        return str(json.loads(line)["prompt"])
+        return str(parse_json(line)["prompt"])
     except (ValueError, KeyError, TypeError):
         return None
 
