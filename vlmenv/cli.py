@@ -47,6 +47,7 @@ COMMANDS: Final = {
 def main(args: Sequence[str] | None = None) -> None:
     """Runs a command. Wrong input ends the process with status 1 and one message."""
     args = list(sys.argv[1:] if args is None else args)
+    _open_closed_streams()
     debug = "--debug" in args
     try:
         _run([arg for arg in args if arg != "--debug"])
@@ -61,6 +62,13 @@ def main(args: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _open_closed_streams() -> None:
+    """Opens standard streams that were closed at the start, lest another file be opened under their number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def _run(args: list[str]) -> None:

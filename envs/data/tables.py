@@ -482,7 +482,7 @@ def _parsed(line: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise ValueError(f"the line is not text in UTF-8: {error}") from None
     except RecursionError:
-        raise ValueError("the line is nested too deeply") from None
+        raise ValueError("the line is not JSON: it is nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"the line is not JSON: {error}") from None
 

@@ -52,6 +52,8 @@ def make(family: str, place: Path) -> None:
         base.mkdir()
         invent(family, base, head=32)  # the least that vLLM's attention on CPUs has
         in_the_layout_of_4(base)
+    if family == "internvl":  # as published ones do, of their number of tokens
+        (base / "processor_config.json").write_text('{"image_seq_length": 4, "processor_class": "InternVLProcessor"}')
     for way in WAYS:
         agent = adapted(base, vision="vision" in way) if "lora" in way else trained(base, way)
         save_file(merged_weights(agent), place / f"{way}.weights")

@@ -10,6 +10,7 @@ fork of this one, which has imported vLLM once.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import sys
@@ -23,6 +24,10 @@ SETTINGS = {
     "TORCHDYNAMO_DISABLE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
+
+
+_LONGEST = 300
+"""Seconds that an engine has."""
 
 
 def start(engine: dict[str, Any]) -> Any:
@@ -68,15 +73,20 @@ def answer(engine: dict[str, Any]) -> None:
 
 
 def in_fork(engine: dict[str, Any]) -> None:
-    """Answers in a fork. What fails there is written beside the first answer."""
+    """Answers in a fork. What fails there, or takes too long, is written beside the first answer."""
     if (child := os.fork()) != 0:
         os.waitpid(child, 0)
         return
-    try:
-        answer(engine)
-    except BaseException:
-        Path(engine["asked"][0]["out"]).with_suffix(".error").write_text(traceback.format_exc())
-    finally:
+    told = Path(engine["asked"][0]["out"]).with_suffix(".error")
+    with told.open("w") as stream:
+        faulthandler.dump_traceback_later(_LONGEST, exit=True, file=stream)
+        try:
+            answer(engine)
+        except BaseException:
+            stream.write(traceback.format_exc())
+            stream.flush()
+            os._exit(1)
+        told.unlink()
         os._exit(0)
 
 

@@ -22,7 +22,7 @@ DEEP = json.dumps(row(3))[:-1] + ', "x": ' + "[" * 100_000 + "]" * 100_000 + "}\
 TWICE = json.dumps(row(3))[:-1] + ', "answer": "[5, 6, 7, 8]"}\n'
 LONG = json.dumps(row(3))[:-1] + ', "x": ' + "9" * 5000 + "}\n"
 BROKEN = {
-    "nested too deeply": (GOOD + DEEP, ":4: the line is nested too deeply"),
+    "nested too deeply": (GOOD + DEEP, ":4: the line is not JSON: it is nested too deeply"),
     "a key twice": (GOOD + TWICE, ":4: the line is not JSON: the key 'answer' stands twice"),
     "a number of 5000 digits": (GOOD + LONG, ":4: the line is not JSON: Exceeds the limit"),
     "Latin-1": (

@@ -156,7 +156,7 @@ def _front(card: Path) -> Mapping[str, Any]:
         content = yaml.safe_load(
             ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_yaml()
         )
-    except (ValueError, OSError, yaml.YAMLError):
+    except (ValueError, OSError, yaml.YAMLError, RecursionError):
         return {}
     return content if isinstance(content, Mapping) else {}
 
@@ -169,12 +169,12 @@ def _head(folder: Path, origin: Origin, licence: str | None, adapter: bool) -> s
         license=licence,
         library_name="peft" if adapter else "transformers",
         pipeline_tag=_TASK,
-        base_model=origin.base if named else None,
+        base_model=visible(origin.base) if named else None,
         tags=["vlmenv", "reinforcement-learning", *([algo] if algo else []), *(["lora"] if adapter else [])],
-        datasets=[name for name in _datasets(origin) if not Path(name).exists() and "/" in name] or None,
-        model_name=folder.name if origin.after else None,
+        datasets=[visible(name) for name in _datasets(origin) if not Path(name).exists() and "/" in name] or None,
+        model_name=visible(folder.name) if origin.after else None,
         eval_results=[
-            EvalResult(_TASK, f"{env}", _measured_on(origin), name, value) for name, value in origin.after.items()
+            EvalResult(_TASK, f"{env}", visible(_measured_on(origin)), visible(name), value) for name, value in origin.after.items()
         ]
         or None,
     )

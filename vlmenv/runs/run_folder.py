@@ -51,6 +51,7 @@ class RunFolder:
         """Raises ConfigError if the folder already holds a run."""
         if (self.path / "metrics.jsonl").exists() or self.checkpoints():
             raise ConfigError(f"{self.path} already holds a run: choose another --output, or remove it")
+        self._check_logs()
 
     def create(self, asked: str, resolved: str) -> None:
         """Makes the folder, and writes the options that were asked for and all that are used, both as YAML."""
@@ -177,6 +178,7 @@ class RunFolder:
             What is wrong with the logs: lines that are lost or cannot be read.
         """
         told: list[str] = []
+        self._check_logs()
         for file in (self.path / name for name in LOGS):
             if not file.is_file():
                 told += [f"{file} is gone"] if (lengths or {}).get(file.name) else []
@@ -187,6 +189,12 @@ class RunFolder:
             _truncate(file, found)
             told += [f"{file}:{line}: the line cannot be read and is passed over" for line in _broken(file)]
         return told
+
+    def _check_logs(self) -> None:
+        """Raises ConfigError if a folder, a pipe or a device has the name of a log: to open one may take for ever."""
+        for file in (self.path / name for name in LOGS):
+            if file.exists() and not file.is_file():
+                raise ConfigError(f"{file} is no regular file: remove it")
 
     def best(self) -> dict[str, Any]:
         """The record of the best model so far; empty if there is none.
