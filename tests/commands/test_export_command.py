@@ -179,7 +179,8 @@ def test_wrong_requests(runs: dict[str, Path], tmp_path: Path, capsys: pytest.Ca
     assert "has no adapters to write alone" in fails(capsys, full, out, "--adapter")
     assert "merged and adapter exclude each other" in fails(capsys, full, out, "--adapter", "--merged")
     assert "step goes with a run's folder" in fails(capsys, "builtin", out, "--step", "1")
-    assert "hub is a repository's name" in fails(capsys, full, out, "--hub", "model")
+    for name in ("model", "me/--model", "me/a..b", "me/" + 100 * "x", "me/a b", "me/model.git"):
+        assert "hub is a name such as me/my-model" in fails(capsys, full, out, f"--hub={name}")
     assert "name the run or model" in fails(capsys)
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()

@@ -174,7 +174,8 @@ def _head(folder: Path, origin: Origin, licence: str | None, adapter: bool) -> s
         datasets=[visible(name) for name in _datasets(origin) if not Path(name).exists() and "/" in name] or None,
         model_name=visible(folder.name) if origin.after else None,
         eval_results=[
-            EvalResult(_TASK, f"{env}", visible(_measured_on(origin)), visible(name), value) for name, value in origin.after.items()
+            EvalResult(_TASK, f"{env}", visible(_measured_on(origin)), visible(name), value)
+            for name, value in origin.after.items()
         ]
         or None,
     )
