@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.import_utils import is_torchvision_available
 
+from vlmenv.core.files import parse_json
 from vlmenv.agents.families.chat import ChatTemplate, check_switches
 from vlmenv.core.coordinates import CoordinateSpace, ResizeRule
 from vlmenv.core.errors import ConfigError, ModelError
@@ -76,7 +77,7 @@ def require_processor(folder: Path) -> None:
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if it holds something else. Raises ModelError if it is not JSON."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_bytes())
     except ValueError as error:
         raise ModelError(f"{file}: not JSON: {error}") from error
     return content if isinstance(content, dict) else {}
