@@ -14,7 +14,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.utils import skip_init
 
 from vlmenv.agents.saved_activations import drops, make_anew
 from vlmenv.compat.torch import without_modes
@@ -188,8 +187,8 @@ class _Form:
             layer = module.get_submodule(name)
             bias = getattr(layer, "bias", None) is not None
             # Drawn from `random` alone: a trial, which a process makes once, leaves the global generator as it is.
-            empty = skip_init(nn.Linear, inner, outer, bias=bias, device="cpu", dtype=torch.float32)  # type: ignore[no-untyped-call]
-            smaller[id(layer)] = empty
+            empty = nn.Linear(inner, outer, bias=bias, device="meta", dtype=torch.float32)
+            smaller[id(layer)] = empty.to_empty(device="cpu")
         made = copy.deepcopy(module, smaller)
         for parameter in made.parameters():
             nn.init.normal_(parameter, generator=random)
