@@ -186,7 +186,9 @@ class _Form:
         for name, (inner, outer) in self.linear.items():
             layer = module.get_submodule(name)
             bias = getattr(layer, "bias", None) is not None
-            smaller[id(layer)] = nn.Linear(inner, outer, bias=bias, device="cpu", dtype=torch.float32)
+            # Drawn from `random` alone: a trial, which a process makes once, leaves the global generator as it is.
+            empty = nn.Linear(inner, outer, bias=bias, device="meta", dtype=torch.float32)
+            smaller[id(layer)] = empty.to_empty(device="cpu")
         made = copy.deepcopy(module, smaller)
         for parameter in made.parameters():
             nn.init.normal_(parameter, generator=random)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +26,7 @@ from transformers import (
 from vlmenv.agents.families.chat import ChatTemplate, check_switches
 from vlmenv.core.coordinates import CoordinateSpace, ResizeRule
 from vlmenv.core.errors import ConfigError, ModelError
+from vlmenv.core.files import parse_json
 from vlmenv.core.pixels import PixelLimits
 from vlmenv.core.rollout import IMAGE_MARK, Observation, Prompt
 from vlmenv.core.spaces import Image, blank_image
@@ -81,7 +81,7 @@ def require_processor(folder: Path) -> None:
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if it holds something else. Raises ModelError if it is not JSON."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_bytes())
     except ValueError as error:
         raise ModelError(f"{file}: not JSON: {error}") from error
     return content if isinstance(content, dict) else {}

@@ -10,7 +10,8 @@ from rich.table import Table
 
 from vlmenv.agents.families import weightless_family
 from vlmenv.agents.pixels import prepared_folder
-from vlmenv.building import say, task_arguments
+from vlmenv.building import task_arguments
+from vlmenv.core.console import PlainTable, say
 from vlmenv.core.errors import ConfigError
 from vlmenv.core.rollout import Observation, unbatch
 from vlmenv.doctor.prediction import Layout, Place, Prediction, card_bytes, gigabytes, predict, what_helps
@@ -79,7 +80,7 @@ def _longest(config: TrainConfig[Any], envs: VisualTaskVectorEnv) -> Observation
 
 def memory_table(found: Prediction, title: str) -> Table:
     """A table with a line per use and a column per moment, in GB."""
-    table = Table(title=title, title_justify="left")
+    table = PlainTable(title=title)
     table.add_column("GB a rank")
     for name in found.moments:
         table.add_column(name, justify="right")

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
 from torch import Tensor
 
 from vlmenv.agents.engines.checksums import checksums, clear
 from vlmenv.agents.published import PublishedProcessor
 from vlmenv.agents.vlm import Sampling, VLMAgent
 from vlmenv.building import DTYPES, adapt, check_engine, limits_of, load_for_training, task_arguments
+from vlmenv.core.console import open_console
 from vlmenv.core.errors import ConfigError, PromptError, ReadingError
 from vlmenv.core.rollout import IMAGE_MARK, Observation, Prompt, Rollout, unbatch
 from vlmenv.envs.base import VisualTaskEnv
@@ -127,7 +127,7 @@ class Subject:
         data = config.data.arguments() | task_arguments(config)
         envs = self._envs = make_envs(config.env, SAMPLES * GROUP, group_size=GROUP, **data)
         if self._agent is not None and can_be_counted(envs.task):
-            counted = count_tokens(envs.task, self._agent.family, Console(quiet=True))
+            counted = count_tokens(envs.task, self._agent.family, open_console(quiet=True))
             self._lengths = leave_out_longer(envs.task, counted, config.data.max_prompt_tokens)
         batch, infos = envs.reset(seed=config.seed)
         self.ids = [str(one) for one in infos["id"][::GROUP]]

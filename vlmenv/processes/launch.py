@@ -19,10 +19,14 @@ from vlmenv.processes.fsdp import FSDP
 from vlmenv.processes.zero import ZeRO
 
 
-def processes_of(accelerator: Accelerator) -> Processes:
+def processes_of(accelerator: Accelerator, shard_within: int | None = None) -> Processes:
     """Chooses the strategy of an accelerator's configuration.
 
     On CPUs accelerate ignores FSDP and DeepSpeed silently. Here they are used on CPUs too.
+
+    Args:
+        accelerator: Device, precision and ranks.
+        shard_within: Number of neighbouring ranks that hold a copy of the model between them, with FSDP2. Default: all.
 
     Raises:
         ConfigError: The configuration asks for something that is not supported, or that would have no effect.
@@ -31,7 +35,12 @@ def processes_of(accelerator: Accelerator) -> Processes:
     if accelerator.distributed_type != DistributedType.NO and launched_with("FSDP"):
         plugin = getattr(accelerator.state, "fsdp_plugin", None) or FullyShardedDataParallelPlugin()
         check_fsdp(accelerator, plugin)
-        return FSDP(accelerator, plugin.reshard_after_forward)
+        require(
+            accelerator.num_processes % (shard_within or 1) == 0,
+            f"shard_within={shard_within} does not divide the {accelerator.num_processes} ranks",
+        )
+        return FSDP(accelerator, plugin.reshard_after_forward, shard_within)
+    require(shard_within is None, "shard_within goes with several ranks under FSDP2: see docs/distributed.md")
     if accelerator.distributed_type != DistributedType.NO and launched_with("DEEPSPEED"):
         plugin = DeepSpeedPlugin()  # as launched; accelerate has filled in its own copy
         check_deepspeed(accelerator, plugin)

@@ -17,8 +17,8 @@ from torch import nn
 from vlmenv.agents.saving import kept_files, usual_type
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.algos.optimizers import OptimizerName, state_bytes
-from vlmenv.building import say
 from vlmenv.compat.deepspeed import whole_size
+from vlmenv.core.console import say
 from vlmenv.core.errors import CheckpointError
 from vlmenv.options.train import TrainConfig
 from vlmenv.runs.run_folder import RunFolder
