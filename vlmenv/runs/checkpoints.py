@@ -181,7 +181,11 @@ def _load(trainer: Trainer, folder: Path) -> list[str]:
         _check_optimizer(folder, state.get("optimizer_name", "adamw"), trainer.config.optimizer)
         kept = torch.load(own, map_location="cpu", weights_only=True) if own.is_file() else None
         trainer.load(folder, state, kept, same_ranks=not changed)
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+    except KeyError as error:
+        raise ModelError(
+            f"{folder}: the checkpoint's state lacks {error}: another version of vlmenv may have written it"
+        ) from error
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise ModelError(f"{folder}: the checkpoint cannot be read: {error}") from error
     if not changed:
         return []
