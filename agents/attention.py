@@ -17,11 +17,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from vlmenv.agents.kernels import Part, backward_in_rows, kernel_for
 from vlmenv.agents.packing import Packing
+from vlmenv.compat.transformers import block_of
 
 _NAME = "vlmenv_packed"
 
@@ -327,11 +326,10 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """Transformers' attention function: queries [1, H, M, D], keys and values [1, K, M, D]; returns [1, M, H, D]."""
     if packed is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **arguments
-        )
+        plain: Callable[..., tuple[Tensor, None]] = AttentionInterface()["sdpa"]
+        return plain(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **arguments)
     assert dropout == 0, "attention dropout would not be the same in two passes"
-    block, device = int(module.layer_idx), query.device.type  # type: ignore[arg-type]
+    block, device = block_of(module), query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     query, key, value = (one[0].transpose(0, 1).to(dtype) for one in (query, key, value))
     packed.ran = True
@@ -339,12 +337,12 @@ def _attend(
 
 
 AttentionInterface.register(_NAME, _attend)
-AttentionMaskInterface.register(_NAME, sdpa_mask)
+AttentionMaskInterface.register(_NAME, AttentionMaskInterface()["sdpa"])
 
 
 def enable_packing(language_model: PreTrainedModel) -> None:
     """Makes a language model use the `Attention` in a pass's argument `packed`. Without it the model is unchanged."""
-    language_model.config._attn_implementation = _NAME
+    language_model.set_attn_implementation(_NAME)
 
 
 def no_mask(device: torch.device) -> Tensor:

@@ -215,6 +215,7 @@ def load_agent(
     *,
     quantization: Quantization | None = None,
     quantize_vision: bool = False,
+    empty: bool = False,
 ) -> VLMAgent:
     """Loads a configuration's model as an agent, without the loader's own progress bars.
 
@@ -225,6 +226,7 @@ def load_agent(
         engine_dtype: Data type of the copy in an engine. Default: `dtype`.
         quantization: Quantisation of the model. Default: none.
         quantize_vision: If true, quantises the vision tower too.
+        empty: See `VLMAgent.from_pretrained`.
 
     Raises:
         ConfigError: The chat template never reads one of `chat_template_kwargs`.
@@ -240,6 +242,7 @@ def load_agent(
         pixels=config.pixels,
         quantization=quantization,
         quantize_vision=quantize_vision,
+        empty=empty,
     )
     agent.limits = PassLimits(cache=config.generation.cache_tokens)
     if config.prompts.system_prompt is not None:
@@ -252,10 +255,16 @@ def load_agent(
     return agent
 
 
-def load_for_training(config: TrainConfig[Any], device: torch.device) -> VLMAgent:
+def load_for_training(config: TrainConfig[Any], device: torch.device, *, gets_shards: bool = False) -> VLMAgent:
     """Loads a model as `load_agent` does, in the data type in which most of its weights are held in training.
 
     Call `adapt` next, which holds the others in theirs.
+
+    Args:
+        config: The options.
+        device: Device of the model.
+        gets_shards: If true, the main rank can give this one its shards of the weights. Then it loads shapes alone,
+            unless adapters, quantisation or an engine of its own need the weights.
 
     Raises:
         ConfigError: As `load_agent`; or `quantize` is given without adapters.
@@ -265,6 +274,8 @@ def load_for_training(config: TrainConfig[Any], device: torch.device) -> VLMAgen
     adapted = options.lora_rank is not None or find_adapter(config.model) is not None
     if options.quantize is not None and not adapted:
         raise ConfigError("quantize is for the base of adapters: give lora_rank, or a folder of adapters as model")
+    needs = options.quantize is not None or find_adapter(config.model) is not None
+    empty = gets_shards and not needs and config.generation.engine in ("hf", "vllm-server")
     frozen = adapted and options.weights == "auto" and precision == "bf16" and _is_stored_in_bf16(config)
     return load_agent(
         config,
@@ -273,6 +284,7 @@ def load_for_training(config: TrainConfig[Any], device: torch.device) -> VLMAgen
         DTYPES[precision],
         quantization=options.quantize,
         quantize_vision=options.lora_vision,
+        empty=empty,
     )
 
 

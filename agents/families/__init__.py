@@ -8,8 +8,7 @@ from typing import Any, Final
 
 import torch
 import transformers
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, GenerationConfig
-from transformers.utils.import_utils import is_torchvision_available
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, GenerationConfig, is_torchvision_available
 
 from vlmenv.agents.families.base import Family, Processor, PromptReading, read_json, require_processor
 from vlmenv.agents.families.glm4v import Glm4v

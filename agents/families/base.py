@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -16,13 +15,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.import_utils import is_torchvision_available
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    is_torchvision_available,
+)
 
-from vlmenv.core.files import parse_json
 from vlmenv.agents.families.chat import ChatTemplate, check_switches
 from vlmenv.core.coordinates import CoordinateSpace, ResizeRule
 from vlmenv.core.errors import ConfigError, ModelError
+from vlmenv.core.files import parse_json
 from vlmenv.core.pixels import PixelLimits
 from vlmenv.core.rollout import IMAGE_MARK, Observation, Prompt
 from vlmenv.core.spaces import Image, blank_image

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from saved import recording_saved
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import GELUActivation
@@ -21,7 +22,7 @@ from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionMLP
 from vlmenv.agents import lean_layers
 from vlmenv.agents import saved_activations as machinery
 from vlmenv.agents.lean_layers import FusedGatedMLP, GatedMLP, PlainMLP, RMSNorm, make_lean
-from vlmenv.agents.saved_activations import dropping_recomputable, keeping_activations, recording_saved
+from vlmenv.agents.saved_activations import dropping_recomputable, keeping_activations
 from vlmenv.agents.vlm import VLMAgent
 
 PRECISIONS = ("float32", "bfloat16", "autocast", "autocast of bfloat16")

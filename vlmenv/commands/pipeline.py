@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from accelerate.state import AcceleratorState
 from rich.console import Console
 
 from vlmenv.algos import ALGORITHMS
 from vlmenv.commands import evaluate, sample, train
+from vlmenv.compat import accelerate
 from vlmenv.core.console import PlainTable, open_console, say
 from vlmenv.core.errors import ConfigError, ModelError, unknown_name
 from vlmenv.core.files import read_object, read_objects, write_atomic
@@ -305,7 +305,7 @@ def _do(step: Step, folder: Path, launch: str | None, console: Console) -> None:
 
 def _free() -> None:
     """Frees the resources of a stage in this process, so that the next may choose device and precision anew."""
-    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.forget()
     if torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()

@@ -109,7 +109,7 @@ CHECKS = (
     Check("answers read", answers.read, "The task fails on an answer of the model: fix its parse()."),
     Check("answers cut off", answers.cut_off, _FAILS),
     Check("rewards", answers.rewards, "A reward term fails on an answer of the model: its message names the term."),
-    Check("memory", machine.memory, "Memory is too small for a few completions: use a smaller model, or --lora-rank."),
+    Check("memory", machine.memory, "Memory cannot be predicted: try one step before a long run."),
 )
 """In order: later checks need what earlier ones loaded."""
 

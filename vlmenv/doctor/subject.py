@@ -59,7 +59,6 @@ class Subject:
         blocked: Reason why the model cannot generate; empty if it can.
         engine_fault: Reason why the engine cannot generate; empty if it can.
         engine_reading: The engine's different encoding of a prompt; None if it has none.
-        engine_memory: Bytes of a GPU that the engine took at its start.
         baseline: Completions before the weights are changed.
         took_update: True if the engine took an update.
     """
@@ -69,7 +68,6 @@ class Subject:
         self.blocked = ""
         self.engine_fault = ""
         self.engine_reading: ReadingError | None = None
-        self.engine_memory = 0.0
         self.baseline: Rollout | None = None
         self.took_update = False
         self.ids: list[str] = []
@@ -269,32 +267,20 @@ class Subject:
 
     def _loaded(self) -> VLMAgent:
         """The agent, without its engine if that does not start."""
-        config, before = self.config, used_memory(self.device)
+        config = self.config
         try:
             check_engine(config, self.device)
-            agent = load_for_training(config, self.device)
+            return load_for_training(config, self.device)
         except Exception as error:
             if config.generation.engine == "hf":
                 raise
             self.engine_fault = str(error)
             return load_for_training(_without_engine(config), self.device)
-        if agent.engine is not None:
-            own = sum(one.numel() * one.element_size() for one in agent.policy.parameters())
-            self.engine_memory = max(0.0, used_memory(self.device) - before - own)
-        return agent
 
 
 def _repeated(prompt: str, times: int) -> str:
     """A prompt with its text repeated, and its images once."""
     return "\n".join([prompt, *[prompt.replace(IMAGE_MARK, "")] * (times - 1)])
-
-
-def used_memory(device: torch.device) -> float:
-    """Used bytes of a GPU; 0 for other devices."""
-    if device.type != "cuda":
-        return 0.0
-    free, total = torch.cuda.mem_get_info(device)
-    return float(total - free)
 
 
 def _without_engine(config: DoctorConfig[Any]) -> DoctorConfig[Any]:
