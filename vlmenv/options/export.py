@@ -43,7 +43,8 @@ class ExportConfig:
 
 def _is_repository(name: str) -> bool:
     """True if the hub takes a name with an owner."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id  # here, as --help need not wait for it
+    from huggingface_hub.errors import HFValidationError  # here, as --help need not wait for it
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(name)
