@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from vlmenv.agents.attention import Attention, Groups, Prefixes, enable_packing, no_mask
 from vlmenv.agents.base import LogProbs
-from vlmenv.agents.families.base import Family, join_images
+from vlmenv.agents.families.base import Family
 from vlmenv.agents.lean_layers import make_lean
 from vlmenv.agents.linear_logprobs import linear_logprobs
 from vlmenv.agents.packing import Packing
@@ -238,7 +238,7 @@ class Policy(nn.Module):
 
     def _look(self, prompts: Sequence[Prompt]) -> Any:
         """Runs images through the vision tower."""
-        return self.model.model.get_image_features(**join_images(prompts, self.device), return_dict=True)
+        return self.model.model.get_image_features(**self.family.join_images(prompts, self.device), return_dict=True)
 
     def _tokens(self, rows: Sequence[NDArray[np.int64]]) -> Tensor:
         """Concatenates rows of token ids to [M]."""

@@ -12,9 +12,11 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, Genera
 from transformers.utils.import_utils import is_torchvision_available
 
 from vlmenv.agents.families.base import Family, Processor, PromptReading, read_json, require_processor
-from vlmenv.agents.families.glm4v import Glm4v
+from vlmenv.agents.families.glm4v import Glm4v, Glm4vMoe, Glm46V
 from vlmenv.agents.families.idefics3 import Idefics3, SmolVLM
 from vlmenv.agents.families.internvl import InternVL
+from vlmenv.agents.families.llava_onevision import LlavaOnevision
+from vlmenv.agents.families.mistral3 import Mistral3
 from vlmenv.agents.families.qwen2_5_vl import Qwen25VL
 from vlmenv.agents.families.qwen2_vl import Qwen2VL
 from vlmenv.agents.families.qwen3_vl import Qwen3VL, Qwen3VLMoe
@@ -23,7 +25,11 @@ from vlmenv.core.coordinates import CoordinateSpace, ResizeRule
 from vlmenv.core.errors import ConfigError, ModelError, unknown_name
 
 FAMILIES: Final[dict[str, type[Family]]] = {
-    family.model_type: family for family in (Qwen2VL, Qwen25VL, Qwen3VL, Qwen3VLMoe, InternVL, Idefics3, SmolVLM, Glm4v)
+    family.model_type: family
+    for family in (
+        *(Qwen2VL, Qwen25VL, Qwen3VL, Qwen3VLMoe, InternVL, Idefics3, SmolVLM),
+        *(Glm4v, Glm4vMoe, Glm46V, Mistral3, LlavaOnevision),
+    )
 }
 
 

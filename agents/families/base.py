@@ -203,6 +203,18 @@ class Family(ABC):
         parts = [self.vision_tower(), *self.projectors()]
         return any(parameter.requires_grad for part in parts for parameter in part.parameters())
 
+    def join_images(self, prompts: Sequence[Prompt], device: torch.device) -> dict[str, torch.Tensor]:
+        """Joins the vision inputs of prompts along their first axis; text-only prompts add nothing."""
+        names = {name for prompt in prompts for name in prompt.images}
+        return {
+            name: self.stack_images([prompt.images[name] for prompt in prompts if name in prompt.images]).to(device)
+            for name in sorted(names)
+        }
+
+    def stack_images(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Joins one vision input of several prompts along its first axis."""
+        return torch.cat(list(parts))
+
     def join_features(self, parts: list[Any]) -> Any:
         """Joins results of the model's `get_image_features` for several prompts, as if it had been called once."""
         found = [part.pooler_output for part in parts]
@@ -236,7 +248,7 @@ class Family(ABC):
         for observation in observations:
             try:
                 chat, images = self.chat(observation), [image.shape[1::-1] for image in observation["images"]]
-                found.append(sum(self._image_length(*size) - 1 for size in images))
+                found.append(sum(self.image_lengths(images)) - len(images))
                 chats.append(chat)
             except ValueError as error:
                 found.append(error)
@@ -254,6 +266,16 @@ class Family(ABC):
     def _encoded(self, text: str) -> list[int]:
         ids: list[int] = self.processor.tokenizer.encode(text, add_special_tokens=False)
         return ids
+
+    def image_lengths(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        """The tokens of each image of a prompt, from their widths and heights.
+
+        Default: those of `expanded`. Families override it where the number of images matters.
+
+        Raises:
+            ValueError: The processor refuses images of this shape.
+        """
+        return [self._image_length(*size) for size in sizes]
 
     @cached_property
     def _image_length(self) -> Callable[[int, int], int]:
@@ -387,12 +409,3 @@ class Family(ABC):
         """Finds what may be a control token: tokenizers look for these as they are written."""
         names = self.processor.tokenizer.convert_ids_to_tokens(sorted(self._forbidden))
         return re.compile("|".join(re.escape(name) for name in names if name), re.IGNORECASE)
-
-
-def join_images(prompts: Sequence[Prompt], device: torch.device) -> dict[str, torch.Tensor]:
-    """Joins the vision inputs of prompts along their first axis; text-only prompts add nothing."""
-    names = {name for prompt in prompts for name in prompt.images}
-    return {
-        name: torch.cat([prompt.images[name] for prompt in prompts if name in prompt.images]).to(device)
-        for name in sorted(names)
-    }

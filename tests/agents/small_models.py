@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,16 @@ CROPS = {
     "image_mean": [0.5, 0.5, 0.5],
     "image_std": [0.5, 0.5, 0.5],
 }
+PIXTRAL_SIZES = {
+    "image_processor_type": "PixtralImageProcessor",
+    "size": {"longest_edge": 96},
+    "patch_size": 16,
+}
+ANYRES = {
+    "image_processor_type": "LlavaOnevisionImageProcessor",
+    "size": {"height": 32, "width": 32},
+    "image_grid_pinpoints": [[32, 32], [32, 64], [64, 32], [64, 64], [96, 96]],
+}
 PLACES = tuple(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))
 CROP_TOKENS = ("<end_of_utterance>", "<fake_token_around_image>", "<image>")
 CROP_TEMPLATE = (
@@ -53,6 +63,16 @@ GLM_TEMPLATE = (
     "[gMASK]<sop>{% for message in messages %}<|{{ message.role }}|>\n{% for part in message.content %}"
     "{% if part.type == 'image' %}<|begin_of_image|><|image|><|end_of_image|>{% else %}{{ part.text }}{% endif %}"
     "{% endfor %}{% endfor %}{% if add_generation_prompt %}<|assistant|>\n<think>{% endif %}"
+)
+INST_TEMPLATE = (
+    "<s>{% for message in messages %}{% if message.role == 'system' %}[SYSTEM_PROMPT]{% elif message.role == 'user' %}"
+    "[INST]{% endif %}{% for part in message.content %}{% if part.type == 'image' %}[IMG]{% else %}{{ part.text }}"
+    "{% endif %}{% endfor %}{% if message.role == 'system' %}[/SYSTEM_PROMPT]{% elif message.role == 'user' %}[/INST]"
+    "{% else %}</s>{% endif %}{% endfor %}"
+)
+INST_TOKENS = (
+    *("<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
+    *("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
 )
 GLM_TOKENS = (
     *("[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|image|>", "<|video|>"),
@@ -87,6 +107,22 @@ QWEN = Invented(
         ("vision_end_token_id", "<|vision_end|>"),
     ),
 )
+GLM = Invented(
+    GLM_TEMPLATE,
+    QWEN_SIZES | {"image_processor_type": "Glm4vImageProcessor"},
+    GLM_TOKENS,
+    ("<|begin_of_box|>", "<|end_of_box|>"),
+    end="<|user|>",
+    named=(
+        ("image_token_id", "<|image|>"),
+        ("video_token_id", "<|video|>"),
+        *(
+            (f"{kind}_{side}_token_id", f"<|{word}_of_{kind}|>")
+            for kind in ("image", "video")
+            for side, word in (("start", "begin"), ("end", "end"))
+        ),
+    ),
+)
 INVENTED = {
     "qwen2_vl": QWEN,
     "qwen2_5_vl": QWEN,
@@ -119,22 +155,16 @@ INVENTED = {
         end="<end_of_utterance>",
         named=(("image_token_id", "<image>"),),
     ),
-    "glm4v": Invented(
-        GLM_TEMPLATE,
-        QWEN_SIZES | {"image_processor_type": "Glm4vImageProcessor"},
-        GLM_TOKENS,
-        ("<|begin_of_box|>", "<|end_of_box|>"),
-        end="<|user|>",
-        named=(
-            ("image_token_id", "<|image|>"),
-            ("video_token_id", "<|video|>"),
-            *(
-                (f"{kind}_{side}_token_id", f"<|{word}_of_{kind}|>")
-                for kind in ("image", "video")
-                for side, word in (("start", "begin"), ("end", "end"))
-            ),
-        ),
+    "mistral3": Invented(INST_TEMPLATE, PIXTRAL_SIZES, INST_TOKENS, end="</s>", named=(("image_token_id", "[IMG]"),)),
+    "llava_onevision": Invented(
+        CHATML.replace("IMAGE", "<image>"),
+        ANYRES,
+        ("<image>", "<video>"),
+        named=(("image_token_id", "<image>"), ("video_token_id", "<video>")),
     ),
+    "glm4v": GLM,
+    "glm4v_moe": GLM,
+    "glm46v": replace(GLM, image_processor=QWEN_SIZES | {"image_processor_type": "Glm46VImageProcessor"}),
 }
 
 
@@ -169,6 +199,11 @@ def _shrink_images(config: Any) -> None:
         vision.image_size, vision.patch_size = (32, 32), (8, 8)
     elif config.model_type in ("idefics3", "smolvlm"):
         vision.image_size, vision.patch_size, config.scale_factor = 32, 8, 2
+    elif config.model_type == "mistral3":
+        vision.image_size, vision.patch_size = 96, 8
+    elif config.model_type == "llava_onevision":
+        vision.image_size, vision.patch_size = 32, 8
+        config.image_grid_pinpoints, config.vision_aspect_ratio = ANYRES["image_grid_pinpoints"], "anyres_max_4"
     else:
         vision.patch_size = 16
 
@@ -196,11 +231,15 @@ def cut(config: Any) -> None:
             setattr(text, name, value)
     if config.model_type == "qwen3_vl_moe":
         text.num_experts, text.num_experts_per_tok, text.moe_intermediate_size = 4, 2, 16
+    if config.model_type == "glm4v_moe":
+        text.n_routed_experts, text.num_experts_per_tok, text.moe_intermediate_size = 4, 2, 16
+    if config.model_type == "mistral3":
+        text.sliding_window = None
     if not isinstance(text.rope_parameters, dict) or "rope_theta" not in text.rope_parameters:
         text.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
     if config.model_type.startswith("qwen"):
         text.rope_parameters |= {"mrope_section": [4, 2, 2]}
-    if config.model_type == "glm4v":
+    if config.model_type.startswith("glm4"):
         text.rope_parameters |= {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
     _cut_vision(config.vision_config, text.hidden_size)
 

@@ -9,6 +9,7 @@ import functools
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,14 +24,18 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForImageTextToText
 from transformers.models.glm4v.processing_glm4v import Glm4vProcessor
+from transformers.models.glm46v.processing_glm46v import Glm46VProcessor
 from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 from transformers.models.internvl.processing_internvl import InternVLProcessor
+from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
+from transformers.models.pixtral import image_processing_pil_pixtral
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
 from transformers.processing_utils import ProcessorMixin
+from transformers.utils import is_torchvision_available
 
 from vlmenv.agents.checkpoints import load_model
 from vlmenv.agents.families import FAMILIES, Processor, coordinate_space, family_of, resize_rule
@@ -40,8 +45,12 @@ from vlmenv.agents.published import PublishedProcessor
 from vlmenv.agents.quantization import quantize
 from vlmenv.agents.sampling import PassLimits
 from vlmenv.agents.vlm import Sampling, VLMAgent
-from vlmenv.core.errors import ModelError, PromptError
+from vlmenv.core.errors import ConfigError, ModelError, PromptError
 from vlmenv.core.rollout import IMAGE_MARK, Observation, Rollout, Turn
+
+if not is_torchvision_available():  # which Pixtral's processor wants only for a function that Pillow's part has too
+    sys.modules["transformers.models.pixtral.image_processing_pixtral"] = image_processing_pil_pixtral
+from transformers.models.pixtral.processing_pixtral import PixtralProcessor  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -67,6 +76,8 @@ class Case:
     shapes: tuple[Shape, Shape, Shape] = ((64, 96), (40, 120), (64, 64))
     """height and width of the images that log-probabilities are computed with"""
     processor_arguments: dict[str, Any] = field(default_factory=dict)
+    unused: str = "^$"
+    """names of the weights that no pass uses"""
 
 
 QWEN_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_start|>")
@@ -92,6 +103,14 @@ crops = functools.partial(
     projector=r"model\.connector\.",
     blocks=r"model\.(vision_model\.encoder|text_model)\.layers\.\d+",
 )
+glm = functools.partial(
+    Case,
+    coordinates="norm1000",
+    never=("<|image|>", "<|video|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "[gMASK]"),
+    end=("<|user|>",),
+    counts={(64, 96): 6},
+    projector=r"model\.visual\.(merger|downsample)\.",
+)
 DEEPSTACK = r"model\.visual\.(deepstack_)?merger"
 CASES = {
     "qwen2_vl": qwen(Qwen2VLProcessor, "norm1000"),
@@ -114,13 +133,38 @@ CASES = {
         counts={(64, 96): (4 + 1) * 4, (40, 120): (2 + 1) * 4},
         processor_arguments={"image_seq_len": 4},
     ),
-    "glm4v": Case(
-        Glm4vProcessor,
+    "glm4v": glm(Glm4vProcessor),
+    "glm4v_moe": glm(Glm4vProcessor),
+    "glm46v": glm(Glm46VProcessor),
+    # 2 x 2 patches of 8: a feature for each 16 pixels.
+    "mistral3": Case(
+        PixtralProcessor,
         "norm1000",
-        ("<|image|>", "<|video|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "[gMASK]"),
-        ("<|user|>",),
-        {(64, 96): 6},
-        projector=r"model\.visual\.(merger|downsample)\.",
+        ("[IMG]", "[IMG_BREAK]", "[IMG_END]", "[INST]", "[/INST]", "<s>"),
+        ("</s>",),
+        {(64, 96): 24, (40, 120): 2 * 6, (192, 96): 6 * 3},
+        vision=r"model\.(vision_tower|multi_modal_projector)\.",
+        projector=r"model\.multi_modal_projector\.",
+        blocks=r"model\.(vision_tower\.transformer|language_model)\.layers\.\d+",
+        processor_arguments={"patch_size": 8, "spatial_merge_size": 2},
+    ),
+    # Tiles of 4 x 4 features, the whole first. 64 x 96 fills 8 x 12 of 12 x 12, of which no more than 4 tiles' may stay:
+    # 8 x 12 / 1.22 = 6 x 9 with an end of line each.
+    "llava_onevision": Case(
+        LlavaOnevisionProcessor,
+        "norm1000",
+        ("<image>", "<video>", "<|im_start|>"),
+        ("<|im_end|>",),
+        {(32, 32): 16 + 4 * 5, (64, 32): 16 + 8 * 5, (96, 96): 16 + 8 * 9},
+        vision=r"model\.(vision_tower|multi_modal_projector|image_newline)",
+        projector=r"model\.(multi_modal_projector|image_newline)",
+        blocks=r"model\.(vision_tower\.encoder|language_model)\.layers\.\d+",
+        processor_arguments={
+            "num_image_tokens": 16,
+            "vision_feature_select_strategy": "full",
+            "vision_aspect_ratio": "anyres_max_4",
+        },
+        unused=r"model\.vision_tower\.post_layernorm\.",
     ),
     "published qwen2_5_vl": qwen(
         Qwen2_5_VLProcessor, "resized", end=("<|im_end|>", "<|endoftext|>"), counts={(480, 640): 391, (960, 1280): 1564}
@@ -588,6 +632,8 @@ def test_a_frozen_vision_tower_stays_as_it_is(agent: VLMAgent, rollout: Rollout,
     loss_of(agent, rollout).backward()
     optimizer.step()
     for name, parameter in named.items():
+        if re.match(case.unused, name):
+            continue
         frozen = name in vision - projector
         assert (parameter.grad is None) == frozen, name
         assert torch.equal(parameter, before[f"model.{name}"]) == frozen, name
@@ -627,7 +673,7 @@ def published(monkeypatch: pytest.MonkeyPatch, folder: Path, case: Case) -> Proc
     """The published processor, around the same tokenizer and image processor."""
     monkeypatch.setattr(processing_smolvlm, "num2words", str)  # only for videos
     processor = processor_of(folder)
-    videos = {} if case.processor is Idefics3Processor else {"video_processor": None}
+    videos = {} if case.processor in (Idefics3Processor, PixtralProcessor) else {"video_processor": None}
     parts = {"image_processor": processor.image_processor, "tokenizer": processor.tokenizer}
     return published_processor(case.processor, **parts, **videos, **case.processor_arguments)
 
@@ -640,7 +686,8 @@ def as_published(
         processor, conversation, chat_template=template, add_generation_prompt=True
     )
     images = list(observation["images"])
-    nested = [images] if isinstance(processor, Idefics3Processor | SmolVLMProcessor) else images
+    by_prompt = Idefics3Processor | SmolVLMProcessor | LlavaOnevisionProcessor
+    nested = [images] if isinstance(processor, by_prompt) else images
     return dict(processor(text=[text], return_tensors="pt", **({"images": nested} if images else {})))
 
 
@@ -671,6 +718,10 @@ def test_the_published_processor_is_loaded_from_its_files(
     if not (tmp_path / "processor_config.json").exists():
         settings = {"processor_class": case.processor.__name__, **case.processor_arguments}
         (tmp_path / "processor_config.json").write_text(json.dumps(settings))
+    if case.processor is PixtralProcessor and not is_torchvision_available():
+        with pytest.raises(ConfigError, match="transformers cannot load the published processor here"):
+            PublishedProcessor(tmp_path)
+        return
     processor = PublishedProcessor(tmp_path)
     for observation in [*prompts(case)[1::2], prompts(case)[-1], *(one for one, _ in conversations(case))]:
         ids, inputs = processor.read(observation)
