@@ -62,7 +62,9 @@ class LoRA:
     def __init__(self, model: PreTrainedModel, config: Any) -> None:
         peft = _peft()
         self.config = config
-        peft.inject_adapter_in_model(config, model)
+        bare = nn.Module()  # without the configuration, by which peft moves adapters of some experts to fused weights
+        bare._modules = model._modules
+        peft.inject_adapter_in_model(config, bare)
         linear = peft.tuners.lora.Linear
         layers = {name: module for name, module in model.named_modules() if isinstance(module, linear)}
         self._layers = list(layers.values())

@@ -220,7 +220,10 @@ class VLMAgent(Agent):
 
     def _published_weights(self) -> dict[str, Tensor]:
         """The model's weights as `save` writes them, adapters merged. Sharded weights must be gathered before."""
-        model = _under("model.", dict(self.family_policy.named_parameters(remove_duplicate=False)))
+        policy = self.family_policy
+        kept = policy.state_dict(keep_vars=True).keys()  # with biases of routers, which are no parameters
+        buffers = {name: one for name, one in policy.named_buffers() if name in kept}
+        model = _under("model.", dict(policy.named_parameters(remove_duplicate=False)) | buffers)
         return published_weights(self.family, model if self.lora is None else self.lora.merged(model))
 
     def logprobs(self, rollout: Rollout) -> LogProbs:

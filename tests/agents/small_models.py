@@ -253,6 +253,8 @@ def _cut_vision(config: Any, out: int) -> None:
         if hasattr(config, depth):
             setattr(config, depth, 2)
             setattr(config, heads, 2)
+    if hasattr(config, "head_dim"):
+        config.head_dim = 16
     if hasattr(config, "out_hidden_size"):
         config.out_hidden_size = out
     if hasattr(config, "fullatt_block_indexes"):
