@@ -10,9 +10,8 @@ Shapes: P prompts of up to T tokens; N completions of up to L tokens; H query he
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,123 +21,83 @@ from transformers.masking_utils import sdpa_mask
 
 from vlmenv.agents.kernels import Part, backward_in_rows, kernel_for
 from vlmenv.agents.packing import Packing
+from vlmenv.agents.passes import Groups, Mixer, Pass, Past, Steps
 
 _NAME = "vlmenv_packed"
 
 
-class Siblings:
-    """The completions of each prompt.
+class KeysValues(Past):
+    """Keys and values of the tokens of some rows, padded at the right.
 
     Args:
-        index: int64 [N] on the CPU, the prompt of each completion.
-        prompts: P.
-        device: Device of the tensors to fold.
+        keys: [P, K, T, D].
+        values: [P, K, T, D].
     """
 
-    def __init__(self, index: Tensor, prompts: int, device: torch.device) -> None:
-        self._prompts = prompts
-        counts = torch.bincount(index, minlength=prompts)
-        self.most = int(counts.max())
-        """number of completions of the largest group"""
-        order = torch.argsort(index, stable=True)
-        slots = torch.empty_like(index)
-        slots[order] = torch.arange(len(index)) - (counts.cumsum(0) - counts)[index[order]]
-        places = index * self.most + slots
-        self._is_even = torch.equal(places, torch.arange(prompts * self.most))
-        self._places = places.to(device)
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
 
-    def fold(self, rows: Tensor, key_heads: int) -> Tensor:
-        """Converts [N, H, L, D] to [P, K, H / K * largest group * L, D]: the queries of each prompt's key heads."""
-        if not self._is_even:
-            spread = rows.new_zeros(self._prompts * self.most, *rows.shape[1:])
-            rows = spread.index_copy(0, self._places, rows)
-        _, heads, length, size = rows.shape
-        split = rows.view(self._prompts, self.most, key_heads, heads // key_heads, length, size)
-        return split.permute(0, 2, 3, 1, 4, 5).reshape(self._prompts, key_heads, -1, size)
-
-    def unfold(self, folded: Tensor, heads: int) -> Tensor:
-        """The inverse of `fold`."""
-        key_heads, size = folded.shape[1], folded.shape[-1]
-        split = folded.view(self._prompts, key_heads, heads // key_heads, self.most, -1, size)
-        rows = split.permute(0, 3, 1, 2, 4, 5).reshape(self._prompts * self.most, heads, -1, size)
-        return rows if self._is_even else rows[self._places]
-
-
-class Attention(ABC):
-    """Attention of one pass of the language model, which replaces the blocks' own."""
-
-    ran = False
-    """True once a block has used it"""
-
-    @abstractmethod
-    def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Computes attention of packed tokens.
-
-        Args:
-            block: Index of the block.
-            query: [M, H, D], with rotary positions applied.
-            key: [M, K, D], with rotary positions applied.
-            value: [M, K, D].
-            scale: Factor of the scores.
-
-        Returns:
-            [M, H, D].
-        """
-
-
-class Prefixes(Attention):
-    """Causal attention of prompts (prefill), which stores their keys and values.
-
-    Args:
-        packing: Packing of the prompts.
-    """
-
-    def __init__(self, packing: Packing) -> None:
-        self.packing = packing
-        self.keys: dict[int, Tensor] = {}
-        """[P, K, T, D] per block"""
-        self.values: dict[int, Tensor] = {}
-        """[P, K, T, D] per block"""
+    def select(self, rows: Tensor) -> KeysValues:
+        return KeysValues(self.keys[rows], self.values[rows])
 
     @classmethod
-    def joined(cls, parts: Sequence[Prefixes]) -> Prefixes:
-        """Joins prompts that ran in several passes. It empties the parts, so that only one block is held twice."""
-        if len(parts) == 1:
-            return parts[0]
-        packing = parts[0].packing
-        whole = cls(Packing(torch.cat([part.packing.lengths for part in parts]), packing.rows.device))
-        for block in list(parts[0].keys):
-            whole.keys[block] = _stacked([part.keys.pop(block) for part in parts])
-            whole.values[block] = _stacked([part.values.pop(block) for part in parts])
-        return whole
-
-    def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        # Padding is at the right, where causal attention does not look.
-        query, key, value = (self.packing.pad(one).transpose(1, 2) for one in (query, key, value))
-        self.keys[block], self.values[block] = key, value
-        out = nn.functional.scaled_dot_product_attention(
-            query, *_for_each_query(query, key, value), is_causal=True, scale=scale
-        )
-        return self.packing.unpad(out.transpose(1, 2))
+    def joined(cls, parts: Sequence[KeysValues]) -> KeysValues:
+        return cls(_stacked([part.keys for part in parts]), _stacked([part.values for part in parts]))
 
     @property
-    def padding(self) -> Packing | None:
-        """The packing that tells which keys are tokens; None if all are."""
-        return None if self.packing.is_even else self.packing
-
-    def select(self, rows: Tensor) -> None:
-        """Keeps only some prompts [p], indices on the CPU."""
-        if len(rows) == len(self.packing.lengths):
-            return
-        self.packing = self.packing.select(rows)
-        _select(rows.to(self.packing.rows.device), self.keys, self.values)
+    def capacity(self) -> int:
+        """Number of tokens per row."""
+        return self.keys.shape[2]
 
 
-def _select(rows: Tensor, *caches: dict[int, Tensor]) -> None:
-    """Keeps only some rows of caches by block. Only one block is held twice."""
-    for cache in caches:
-        for block in cache:
-            cache[block] = cache[block][rows]
+class FullAttention(Mixer):
+    """Causal attention to all earlier tokens.
+
+    Its tensors are queries [M, H, D], keys [M, K, D], both with rotary positions applied, and values [M, K, D].
+
+    Args:
+        scale: Factor of the scores.
+    """
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def prompts(self, packing: Packing, *packed: Tensor) -> tuple[Tensor, KeysValues]:
+        # Padding is at the right, where causal attention does not look.
+        query, key, value = (packing.pad(one).transpose(1, 2) for one in packed)
+        out = nn.functional.scaled_dot_product_attention(
+            query, *_for_each_query(query, key, value), is_causal=True, scale=self.scale
+        )
+        return packing.unpad(out.transpose(1, 2)), KeysValues(key, value)
+
+    def groups(self, groups: Groups, *packed: Tensor) -> Tensor:
+        return _grouped(*packed, groups, self.scale)
+
+    def step(self, steps: Steps, block: int, *packed: Tensor) -> Tensor:
+        (query, key, value), siblings = packed, steps.siblings
+        own, past = _extended(steps, block, key, value), steps.prefixes.past[block]
+        assert isinstance(past, KeysValues)
+        kernel, heads = kernel_for(query), query.shape[1]
+        folded = siblings.fold(query[:, :, None], key.shape[1])
+        whole = Part(folded, past.keys, past.values, steps.prefixes.padding, False, self.scale)
+        out, lse = kernel.forward(whole)
+        prefix = siblings.unfold(out, heads)[:, :, 0], siblings.unfold(lse[..., None], heads)[:, :, 0]
+        single = query.view(len(query), key.shape[1], -1, query.shape[2])  # [N, K, H / K, D]: its heads as queries
+        out, lse = kernel.forward(Part(single, own.keys, own.values, None, False, self.scale))
+        share = torch.sigmoid(lse.reshape(len(query), heads, 1) - prefix[1]).to(out.dtype)
+        return torch.lerp(prefix[0], out.reshape(query.shape), share)
+
+
+def _extended(steps: Steps, block: int, key: Tensor, value: Tensor) -> KeysValues:
+    """The completions' own keys and values, with those of the next token."""
+    own = steps.own.get(block)
+    assert own is None or isinstance(own, KeysValues)
+    if own is None or own.capacity == steps.length:
+        before = (None, None) if own is None else (own.keys, own.values)
+        longer = [_longer(cache, new, steps.next_capacity) for cache, new in zip(before, (key, value), strict=True)]
+        own = steps.own[block] = KeysValues(*longer)
+    own.keys[:, :, steps.length], own.values[:, :, steps.length] = key, value
+    return KeysValues(*(stored[:, :, : steps.length + 1] for stored in (own.keys, own.values)))
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:
@@ -152,42 +111,37 @@ def _stacked(parts: Sequence[Tensor]) -> Tensor:
     return whole
 
 
-class Groups(Attention):
-    """Attention of one pass over packed prompts and, behind them, their complete completions.
-
-    Prompts attend to themselves, completions to their prompts and to themselves.
+class _Padded:
+    """The tensors of a pass over groups, padded.
 
     Args:
-        prompts: Packing of the prompts.
-        completions: Packing of the completions.
-        index: int64 [N] on the CPU, the prompt of each completion.
+        groups: The pass.
+        scale: Factor of the scores.
     """
 
-    def __init__(self, prompts: Packing, completions: Packing, index: Tensor) -> None:
-        self.prompts, self.completions = prompts, completions
-        self.siblings = Siblings(index, len(prompts.lengths), prompts.rows.device)
-
-    def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        return _grouped(query, key, value, self, scale)
+    def __init__(self, groups: Groups, scale: float) -> None:
+        self.groups, self.siblings, self.scale = groups, groups.siblings, scale
 
     def cut(self, *packed: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Cuts tensors [M, H, D] to those of prompts [P, H, T, D] and of completions [N, H, L, D]."""
-        halves = [torch.split(one, [self.prompts.total, self.completions.total]) for one in packed]
+        prompts, completions = self.groups.split(*packed)
         return (
-            [self.prompts.pad(one).transpose(1, 2) for one, _ in halves],
-            [self.completions.pad(one).transpose(1, 2) for _, one in halves],
+            [self.groups.prompts.pad(one).transpose(1, 2) for one in prompts],
+            [self.groups.completions.pad(one).transpose(1, 2) for one in completions],
         )
 
     def join(self, prompts: Tensor, completions: Tensor) -> Tensor:
         """The inverse of `cut`."""
-        parts = self.prompts.unpad(prompts.transpose(1, 2)), self.completions.unpad(completions.transpose(1, 2))
-        return torch.cat(parts)
+        groups = self.groups
+        return torch.cat(
+            [groups.prompts.unpad(prompts.transpose(1, 2)), groups.completions.unpad(completions.transpose(1, 2))]
+        )
 
-    def parts(self, prompts: list[Tensor], completions: list[Tensor], scale: float) -> tuple[Part, Part, Part]:
+    def parts(self, prompts: list[Tensor], completions: list[Tensor]) -> tuple[Part, Part, Part]:
         """Queries and keys of prompts, of completions to their prompts (folded), and of completions to themselves."""
-        query, key, value = prompts
+        (query, key, value), scale = prompts, self.scale
         own = Part(query, *_for_each_query(query, key, value), None, True, scale)
-        padding = None if self.prompts.is_even else self.prompts
+        padding = None if self.groups.prompts.is_even else self.groups.prompts
         to_prompts = Part(self.siblings.fold(completions[0], key.shape[1]), key, value, padding, False, scale)
         return own, to_prompts, Part(completions[0], *_for_each_query(*completions), None, True, scale)
 
@@ -197,92 +151,37 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, groups: Groups, scale: float) -> Tensor:
-        kernel, siblings, heads = kernel_for(query), groups.siblings, query.shape[1]
-        first, whole, own = groups.parts(*groups.cut(query, key, value), scale)
+        padded, siblings = _Padded(groups, scale), groups.siblings
+        kernel, heads = kernel_for(query), query.shape[1]
+        first, whole, own = padded.parts(*padded.cut(query, key, value))
         before, prompt_lse = kernel.forward(first)
         out, lse = kernel.forward(whole)
         prefix = siblings.unfold(out, heads), siblings.unfold(lse[..., None], heads)[..., 0]
         after, lse = _join(*prefix, *kernel.forward(own))
-        out = groups.join(before, after)
+        out = padded.join(before, after)
         ctx.save_for_backward(query, key, value, out, prompt_lse, lse)
-        ctx.groups, ctx.scale = groups, scale
+        ctx.padded = padded
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *packed, prompt_lse, lse = ctx.saved_tensors
-        groups, siblings, kernel = ctx.groups, ctx.groups.siblings, kernel_for(grad)
-        (*before, out, push), (*after, later_out, later_push) = groups.cut(*packed, grad)
-        first, whole, own = groups.parts(before, after, ctx.scale)
+        padded, siblings, kernel = ctx.padded, ctx.padded.siblings, kernel_for(grad)
+        (*before, out, push), (*after, later_out, later_push) = padded.cut(*packed, grad)
+        first, whole, own = padded.parts(before, after)
         heads, key_heads = grad.shape[1], whole.key.shape[1]
         query, *prompt_grads = kernel.backward(first, push, out, prompt_lse)
         prompt_grads = [_summed(one, key_heads) for one in prompt_grads]
         later, *grads = kernel.backward(own, later_push, later_out, lse)
         folded = [siblings.fold(one, key_heads) for one in (later_push, later_out, lse[..., None])]
         later_part, *shared = backward_in_rows(kernel, whole, folded[0], folded[1], folded[2][..., 0], siblings.most)
-        queries = groups.join(query, later + siblings.unfold(later_part, heads))
+        queries = padded.join(query, later + siblings.unfold(later_part, heads))
         pairs = zip(prompt_grads, shared, grads, strict=True)
-        keys, values = (groups.join(mine + theirs, _summed(one, key_heads)) for mine, theirs, one in pairs)
+        keys, values = (padded.join(mine + theirs, _summed(one, key_heads)) for mine, theirs, one in pairs)
         return queries, keys, values, None, None
 
 
 _grouped: Callable[..., Tensor] = _Grouped.apply
-
-
-class Steps(Attention):
-    """Attention of completions that grow by one token per pass, without gradients.
-
-    Their keys and values have room for `GROWTH` tokens at first, and for as many more each time that it is full.
-
-    Args:
-        prefixes: Keys and values of the prompts.
-        index: int64 [N] on the CPU, the prompt of each completion.
-        most: Length limit of completions in tokens.
-    """
-
-    GROWTH: ClassVar[int] = 128
-
-    def __init__(self, prefixes: Prefixes, index: Tensor, most: int) -> None:
-        self._prefixes, self._most = prefixes, most
-        self._index, self._device = index, prefixes.packing.rows.device
-        self._siblings = Siblings(index, len(prefixes.packing.lengths), self._device)
-        self._keys: dict[int, Tensor] = {}
-        self._values: dict[int, Tensor] = {}
-        self.length = 0
-        """tokens so far"""
-
-    def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        for cache, new in ((self._keys, key), (self._values, value)):
-            if block not in cache or cache[block].shape[2] == self.length:
-                cache[block] = _longer(cache.get(block), new, self.next_capacity)
-        self._keys[block][:, :, self.length], self._values[block][:, :, self.length] = key, value
-        kernel, heads, prefixes = kernel_for(query), query.shape[1], self._prefixes
-        folded = self._siblings.fold(query[:, :, None], key.shape[1])
-        whole = Part(folded, prefixes.keys[block], prefixes.values[block], prefixes.padding, False, scale)
-        out, lse = kernel.forward(whole)
-        prefix = self._siblings.unfold(out, heads)[:, :, 0], self._siblings.unfold(lse[..., None], heads)[:, :, 0]
-        own = [stored[block][:, :, : self.length + 1] for stored in (self._keys, self._values)]
-        single = query.view(len(query), key.shape[1], -1, query.shape[2])  # [N, K, H / K, D]: its heads as queries
-        out, lse = kernel.forward(Part(single, own[0], own[1], None, False, scale))
-        share = torch.sigmoid(lse.reshape(len(query), heads, 1) - prefix[1]).to(out.dtype)
-        return torch.lerp(prefix[0], out.reshape(query.shape), share)
-
-    def select(self, rows: Tensor) -> None:
-        """Keeps only some completions [n], indices on the CPU, and their prompts."""
-        used, self._index = torch.unique(self._index[rows], return_inverse=True)
-        self._prefixes.select(used)
-        self._siblings = Siblings(self._index, len(used), self._device)
-        _select(rows.to(self._device), self._keys, self._values)
-
-    @property
-    def is_full(self) -> bool:
-        """True if the next token makes the caches grow."""
-        return self.length % self.GROWTH == 0
-
-    @property
-    def next_capacity(self) -> int:
-        """Tokens per completion that the caches have room for after they have grown."""
-        return min(self.length + self.GROWTH, self._most)
 
 
 def _longer(cache: Tensor | None, new: Tensor, capacity: int) -> Tensor:
@@ -321,7 +220,7 @@ def _attend(
     attention_mask: Tensor | None,
     *,
     scaling: float,
-    packed: Attention | None = None,
+    packed: Pass | None = None,
     dropout: float = 0.0,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
@@ -334,8 +233,7 @@ def _attend(
     block, device = int(module.layer_idx), query.device.type  # type: ignore[arg-type]
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     query, key, value = (one[0].transpose(0, 1).to(dtype) for one in (query, key, value))
-    packed.ran = True
-    return packed.attend(block, query, key, value, scaling)[None], None
+    return packed.mix(block, FullAttention(scaling), query, key, value)[None], None
 
 
 AttentionInterface.register(_NAME, _attend)
@@ -343,7 +241,7 @@ AttentionMaskInterface.register(_NAME, sdpa_mask)
 
 
 def enable_packing(language_model: PreTrainedModel) -> None:
-    """Makes a language model use the `Attention` in a pass's argument `packed`. Without it the model is unchanged."""
+    """Makes a language model's attention use the `Pass` that it is given as `packed`. Without one it is unchanged."""
     language_model.config._attn_implementation = _NAME
 
 

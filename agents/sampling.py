@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vlmenv.agents.attention import Prefixes, Steps
+from vlmenv.agents.passes import Prefixes, Steps
 from vlmenv.agents.policy import Policy, next_position
 from vlmenv.core.errors import ModelError
 from vlmenv.core.rollout import FinishReason, Prompt

@@ -19,6 +19,7 @@ from vlmenv.agents.families.llava_onevision import LlavaOnevision
 from vlmenv.agents.families.mistral3 import Mistral3
 from vlmenv.agents.families.qwen2_5_vl import Qwen25VL
 from vlmenv.agents.families.qwen2_vl import Qwen2VL
+from vlmenv.agents.families.qwen3_5 import Qwen35, Qwen35Moe
 from vlmenv.agents.families.qwen3_vl import Qwen3VL, Qwen3VLMoe
 from vlmenv.agents.untrainable import read_config
 from vlmenv.core.coordinates import CoordinateSpace, ResizeRule
@@ -27,7 +28,7 @@ from vlmenv.core.errors import ConfigError, ModelError, unknown_name
 FAMILIES: Final[dict[str, type[Family]]] = {
     family.model_type: family
     for family in (
-        *(Qwen2VL, Qwen25VL, Qwen3VL, Qwen3VLMoe, InternVL, Idefics3, SmolVLM),
+        *(Qwen2VL, Qwen25VL, Qwen3VL, Qwen3VLMoe, Qwen35, Qwen35Moe, InternVL, Idefics3, SmolVLM),
         *(Glm4v, Glm4vMoe, Glm46V, Mistral3, LlavaOnevision),
     )
 }

@@ -20,6 +20,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, Pre
 from transformers.utils.import_utils import is_torchvision_available
 
 from vlmenv.agents.families.chat import ChatTemplate, check_switches
+from vlmenv.agents.families.layers import layer_kinds
 from vlmenv.core.coordinates import CoordinateSpace, ResizeRule
 from vlmenv.core.errors import ConfigError, ModelError
 from vlmenv.core.pixels import PixelLimits
@@ -117,8 +118,7 @@ class Family(ABC):
     """Encodes observations for one family of models, and lists the tokens that it must never sample.
 
     Raises:
-        ModelError: A layer of the model attends to only a part of the past, which sharing of the prompt's keys and
-            values does not support.
+        ModelError: A layer of the model is of a kind that its family does not have.
     """
 
     model_type: ClassVar[str]
@@ -128,13 +128,17 @@ class Family(ABC):
     packs_images: ClassVar[bool] = False
     """Whether the vision tower takes the patches of all images as one sequence, cut by `cu_seqlens`. Default: False."""
 
+    layers: ClassVar[frozenset[str]] = frozenset({"full_attention"})
+    """The kinds of layers that the language models have, as in `layer_types`. Default: full attention."""
+
     def __init__(self, model: PreTrainedModel, processor: Processor) -> None:
         self.model = model
         self.processor = processor
-        kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - {"full_attention"}
-        if kinds:
+        unknown = layer_kinds(model.config) - self.layers
+        if unknown:
             raise ModelError(
-                f"the language model has layers of {', '.join(sorted(kinds))}; only full attention is known"
+                f"the language model has layers of {', '.join(sorted(unknown))}; models of type {self.model_type} are "
+                f"known with {', '.join(sorted(self.layers))} alone"
             )
 
     @abstractmethod

@@ -128,6 +128,8 @@ INVENTED = {
     "qwen2_5_vl": QWEN,
     "qwen3_vl": QWEN,
     "qwen3_vl_moe": QWEN,
+    "qwen3_5": QWEN,
+    "qwen3_5_moe": QWEN,
     "internvl": Invented(
         CHATML.replace("IMAGE", "<IMG_CONTEXT>\n"),
         TILES,
@@ -229,15 +231,27 @@ def cut(config: Any) -> None:
     for name, value in {"head_dim": 16, "layer_types": ["full_attention"] * 2}.items():
         if hasattr(text, name):
             setattr(text, name, value)
-    if config.model_type == "qwen3_vl_moe":
+    if config.model_type in ("qwen3_vl_moe", "qwen3_5_moe"):
         text.num_experts, text.num_experts_per_tok, text.moe_intermediate_size = 4, 2, 16
+    if config.model_type == "qwen3_5_moe":
+        text.hidden_size = 64  # its gate of one output is quantised in blocks of 64
+    if config.model_type.startswith("qwen3_5"):
+        text.layer_types, text.linear_key_head_dim, text.linear_value_head_dim = (
+            ["linear_attention", "full_attention"],
+            8,
+            12,
+        )
+        text.linear_num_key_heads, text.linear_num_value_heads = 2, 4
     if config.model_type == "glm4v_moe":
         text.n_routed_experts, text.num_experts_per_tok, text.moe_intermediate_size = 4, 2, 16
     if config.model_type == "mistral3":
         text.sliding_window = None
     if not isinstance(text.rope_parameters, dict) or "rope_theta" not in text.rope_parameters:
         text.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
-    if config.model_type.startswith("qwen"):
+    if config.model_type.startswith("qwen3_5"):
+        text.rope_parameters |= {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
+        text.shared_expert_intermediate_size = 16
+    elif config.model_type.startswith("qwen"):
         text.rope_parameters |= {"mrope_section": [4, 2, 2]}
     if config.model_type.startswith("glm4"):
         text.rope_parameters |= {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}

@@ -10,9 +10,10 @@ from cuda_operators import cuda_operators
 from torch import Tensor
 
 from vlmenv.agents import attention
-from vlmenv.agents.attention import Groups, Prefixes, Siblings, Steps
+from vlmenv.agents.attention import FullAttention, KeysValues
 from vlmenv.agents.kernels import CPUKernel, EfficientKernel, ExplicitKernel, FlashKernel
 from vlmenv.agents.packing import Packing
+from vlmenv.agents.passes import Groups, Prefixes, Siblings, Steps
 
 HEADS, KEY_HEADS, SIZE, SCALE = 4, 2, 8, 0.3
 CASES = {
@@ -70,7 +71,7 @@ def test_values_and_gradients(case: str) -> None:
     wanted = expected(prompts, lengths, index, before, after)
     groups = Groups(Packing(torch.tensor(prompts), cpu), Packing(torch.tensor(lengths), cpu), torch.tensor(index))
     states_of_both = (torch.cat(pair) for pair in zip(before, after, strict=True))
-    first, second = groups.attend(0, *states_of_both, SCALE).split([sum(prompts), sum(lengths)])
+    first, second = groups.mix(0, FullAttention(SCALE), *states_of_both).split([sum(prompts), sum(lengths)])
     pushes = [torch.randn(one.shape, generator=generator, dtype=torch.float64) for one in wanted]
     for found, right in zip((first, second), wanted, strict=True):
         torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-12)
@@ -91,16 +92,17 @@ def test_a_token_at_a_time_while_completions_leave() -> None:
     rows = [one.view(4, 4, -1, SIZE) for one in after]
     with torch.no_grad():
         prefixes = Prefixes(Packing(torch.tensor(prompts), cpu))
-        prefixes.attend(7, *before, SCALE)
+        prefixes.mix(7, FullAttention(SCALE), *before)
         steps = Steps(prefixes, torch.tensor(index), 4)
         for place in range(4):
             if place == 2:
                 steps.select(torch.tensor([0, 3]))
             going = [0, 1, 2, 3] if place < 2 else [0, 3]
-            found = steps.attend(7, *(one[going, place] for one in rows), SCALE)
+            found = steps.mix(7, FullAttention(SCALE), *(one[going, place] for one in rows))
             torch.testing.assert_close(found, wanted[going, place], rtol=1e-12, atol=1e-12)
             steps.length += 1
-    assert len(prefixes.keys[7]) == 2
+    assert isinstance(prefixes.past[7], KeysValues)
+    assert len(prefixes.past[7].keys) == 2
 
 
 @pytest.mark.parametrize("lengths", [[3, 3], [1, 4, 0, 2]])
