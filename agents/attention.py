@@ -11,7 +11,7 @@ Shapes: P prompts of up to T tokens; N completions of up to L tokens; H query he
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from vlmenv.agents.kernels import Part, backward_in_rows, kernel_for
+from vlmenv.agents.kernels import HIDDEN, Kernel, Part, backward_in_rows, fitted, kernel_for
 from vlmenv.agents.packing import Packing
-from vlmenv.agents.passes import Groups, Mixer, Pass, Past, Steps
+from vlmenv.agents.passes import Groups, Mixer, Pass, Past, Prefixes, Steps
 
 _NAME = "vlmenv_packed"
 
@@ -50,38 +50,48 @@ class KeysValues(Past):
         return self.keys.shape[2]
 
 
-class FullAttention(Mixer):
-    """Causal attention to all earlier tokens.
+class Attention(Mixer):
+    """Causal attention to all earlier tokens, or to those within a window.
 
     Its tensors are queries [M, H, D], keys [M, K, D], both with rotary positions applied, and values [M, K, D].
 
     Args:
         scale: Factor of the scores.
+        window: Number of tokens that a token sees, itself included. Default: all.
     """
 
-    def __init__(self, scale: float) -> None:
-        self.scale = scale
+    def __init__(self, scale: float, window: int | None = None) -> None:
+        self.scale, self.window = scale, window
 
-    def prompts(self, packing: Packing, *packed: Tensor) -> tuple[Tensor, KeysValues]:
+    def prompts(self, prefixes: Prefixes, *packed: Tensor) -> tuple[Tensor, KeysValues]:
         # Padding is at the right, where causal attention does not look.
+        packing = prefixes.packing
         query, key, value = (packing.pad(one).transpose(1, 2) for one in packed)
+        mask = _prompt_mask(packing, prefixes.images, self.window)
+        mask = None if mask is None else fitted(mask, query.dtype)
         out = nn.functional.scaled_dot_product_attention(
-            query, *_for_each_query(query, key, value), is_causal=True, scale=self.scale
+            query, *_for_each_query(query, key, value), mask, is_causal=mask is None, scale=self.scale
         )
         return packing.unpad(out.transpose(1, 2)), KeysValues(key, value)
 
     def groups(self, groups: Groups, *packed: Tensor) -> Tensor:
-        return _grouped(*packed, groups, self.scale)
+        if (Attention, self.window) not in groups.kept:
+            groups.kept[Attention, self.window] = _Masks(groups, self.window)
+        return _grouped(*packed, groups, self)
 
     def step(self, steps: Steps, block: int, *packed: Tensor) -> Tensor:
         (query, key, value), siblings = packed, steps.siblings
         own, past = _extended(steps, block, key, value), steps.prefixes.past[block]
         assert isinstance(past, KeysValues)
-        kernel, heads = kernel_for(query), query.shape[1]
+        bound = self.window is not None and past.capacity + steps.length >= self.window
+        kernel, heads = kernel_for(query, masked=bound), query.shape[1]
         folded = siblings.fold(query[:, :, None], key.shape[1])
-        whole = Part(folded, past.keys, past.values, steps.prefixes.padding, False, self.scale)
+        mask = None if self.window is None or not bound else _step_mask(steps, self.window)
+        whole = Part(folded, past.keys, past.values, steps.prefixes.padding, False, self.scale, mask)
         out, lse = kernel.forward(whole)
         prefix = siblings.unfold(out, heads)[:, :, 0], siblings.unfold(lse[..., None], heads)[:, :, 0]
+        if self.window is not None:
+            own = KeysValues(*(one[:, :, -self.window :] for one in (own.keys, own.values)))
         single = query.view(len(query), key.shape[1], -1, query.shape[2])  # [N, K, H / K, D]: its heads as queries
         out, lse = kernel.forward(Part(single, own.keys, own.values, None, False, self.scale))
         share = torch.sigmoid(lse.reshape(len(query), heads, 1) - prefix[1]).to(out.dtype)
@@ -111,16 +121,83 @@ def _stacked(parts: Sequence[Tensor]) -> Tensor:
     return whole
 
 
+def _seen(places: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """Whether queries at places [..., S, 1] see keys at places [..., 1, T]."""
+    seen = keys <= places
+    return seen if window is None else seen & (keys > places - window)
+
+
+def _hiding(seen: Tensor) -> Tensor:
+    """A mask to add to scores from one that tells which keys are seen."""
+    return torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, HIDDEN)
+
+
+def _prompt_mask(packing: Packing, images: Tensor | None, window: int | None) -> Tensor | None:
+    """Mask [1 or P, 1, T, T] of prompts to themselves; None where they see all that is before."""
+    longest = packing.longest
+    if images is None and (window is None or longest <= window):
+        return None
+    places = torch.arange(longest, device=packing.rows.device)
+    rows, keys = places[:, None], places[None, :]
+    if images is None:
+        return _hiding(_seen(rows, keys, window))[None, None]
+    own = packing.pad(images + 1)  # 0 for text and padding
+    together = (own[:, :, None] == own[:, None, :]) & (own[:, :, None] > 0)
+    seen = (keys <= rows) | together
+    if window is not None:
+        seen = seen & (keys > rows - window)
+    return _hiding(seen)[:, None]
+
+
+def _step_mask(steps: Steps, window: int) -> Tensor:
+    """Mask [P, 1, 1, T] of the next tokens of completions to their prompts."""
+    packing = steps.prefixes.packing
+    keys = torch.arange(packing.longest, device=packing.rows.device)
+    return _hiding(keys > packing.counts[:, None] + steps.length - window)[:, None, None]
+
+
+class _Masks:
+    """Masks of a pass over groups, for layers of one window; None where nothing is hidden but what is later.
+
+    Args:
+        groups: The pass.
+        window: See `Attention`.
+    """
+
+    def __init__(self, groups: Groups, window: int | None) -> None:
+        prompts, completions, device = groups.prompts, groups.completions, groups.prompts.rows.device
+        self.prompts = _prompt_mask(prompts, groups.images, window)
+        """[1 or P, 1, T, T], of prompts to themselves"""
+        self.own = _prompt_mask(completions, None, window)
+        """[1, 1, L, L], of completions to themselves"""
+        self.across: Tensor | None = None
+        """[P, L, T], of completions to their prompts"""
+        if window is not None and prompts.longest + completions.longest > window:
+            places = prompts.counts[:, None, None] + torch.arange(completions.longest, device=device)[:, None]
+            keys = torch.arange(prompts.longest, device=device)
+            self.across = _hiding(keys > places - window)
+
+    @property
+    def hides(self) -> bool:
+        """True if any part has a mask."""
+        return any(one is not None for one in (self.prompts, self.own, self.across))
+
+
 class _Padded:
     """The tensors of a pass over groups, padded.
 
     Args:
         groups: The pass.
-        scale: Factor of the scores.
+        mixer: The kind of attention.
     """
 
-    def __init__(self, groups: Groups, scale: float) -> None:
-        self.groups, self.siblings, self.scale = groups, groups.siblings, scale
+    def __init__(self, groups: Groups, mixer: Attention) -> None:
+        self.groups, self.siblings, self.scale = groups, groups.siblings, mixer.scale
+        self.masks = cast(_Masks, groups.kept[Attention, mixer.window])
+
+    def kernel(self, query: Tensor) -> Kernel:
+        """The kernel for queries of the pass."""
+        return kernel_for(query, masked=self.masks.hides)
 
     def cut(self, *packed: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Cuts tensors [M, H, D] to those of prompts [P, H, T, D] and of completions [N, H, L, D]."""
@@ -139,20 +216,26 @@ class _Padded:
 
     def parts(self, prompts: list[Tensor], completions: list[Tensor]) -> tuple[Part, Part, Part]:
         """Queries and keys of prompts, of completions to their prompts (folded), and of completions to themselves."""
-        (query, key, value), scale = prompts, self.scale
-        own = Part(query, *_for_each_query(query, key, value), None, True, scale)
+        (query, key, value), scale, masks = prompts, self.scale, self.masks
+        own = Part(query, *_for_each_query(query, key, value), None, masks.prompts is None, scale, masks.prompts)
         padding = None if self.groups.prompts.is_even else self.groups.prompts
-        to_prompts = Part(self.siblings.fold(completions[0], key.shape[1]), key, value, padding, False, scale)
-        return own, to_prompts, Part(completions[0], *_for_each_query(*completions), None, True, scale)
+        folded = self.siblings.fold(completions[0], key.shape[1])
+        across = masks.across
+        if across is not None:  # the queries of a prompt's key head: by query head, completion and place
+            times = folded.shape[2] // across.shape[1]
+            across = across[:, None, None].expand(-1, 1, times, -1, -1).flatten(2, 3)
+        to_prompts = Part(folded, key, value, padding, False, scale, across)
+        later = Part(completions[0], *_for_each_query(*completions), None, masks.own is None, scale, masks.own)
+        return own, to_prompts, later
 
 
 class _Grouped(torch.autograd.Function):
     """Attention within `Groups`. It keeps its inputs and output as they are packed, and pads them again."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, groups: Groups, scale: float) -> Tensor:
-        padded, siblings = _Padded(groups, scale), groups.siblings
-        kernel, heads = kernel_for(query), query.shape[1]
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, groups: Groups, mixer: Attention) -> Tensor:
+        padded, siblings = _Padded(groups, mixer), groups.siblings
+        kernel, heads = padded.kernel(query), query.shape[1]
         first, whole, own = padded.parts(*padded.cut(query, key, value))
         before, prompt_lse = kernel.forward(first)
         out, lse = kernel.forward(whole)
@@ -166,7 +249,7 @@ class _Grouped(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *packed, prompt_lse, lse = ctx.saved_tensors
-        padded, siblings, kernel = ctx.padded, ctx.padded.siblings, kernel_for(grad)
+        padded, siblings, kernel = ctx.padded, ctx.padded.siblings, ctx.padded.kernel(grad)
         (*before, out, push), (*after, later_out, later_push) = padded.cut(*packed, grad)
         first, whole, own = padded.parts(before, after)
         heads, key_heads = grad.shape[1], whole.key.shape[1]
@@ -222,18 +305,24 @@ def _attend(
     scaling: float,
     packed: Pass | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention function: queries [1, H, M, D], keys and values [1, K, M, D]; returns [1, M, H, D]."""
     if packed is None:
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **arguments
+            module,
+            *(query, key, value, attention_mask),
+            dropout=dropout,
+            scaling=scaling,
+            sliding_window=sliding_window,
+            **arguments,
         )
     assert dropout == 0, "attention dropout would not be the same in two passes"
     block, device = int(module.layer_idx), query.device.type  # type: ignore[arg-type]
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     query, key, value = (one[0].transpose(0, 1).to(dtype) for one in (query, key, value))
-    return packed.mix(block, FullAttention(scaling), query, key, value)[None], None
+    return packed.mix(block, Attention(scaling, sliding_window), query, key, value)[None], None
 
 
 AttentionInterface.register(_NAME, _attend)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmenv.agents.packing import Packing
-from vlmenv.agents.passes import Groups, Mixer, Pass, Past, Steps
+from vlmenv.agents.passes import Groups, Mixer, Pass, Past, Prefixes, Steps
 
 _NAMES = ("GatedDeltaNet",)
 """Ends of the names of classes of transformers that compute so."""
@@ -55,8 +55,8 @@ class DeltaRule(Mixer):
     def __init__(self, layer: Any) -> None:
         self.layer = layer
 
-    def prompts(self, packing: Packing, *packed: Tensor) -> tuple[Tensor, States]:
-        return self._run(packing, None, *packed)
+    def prompts(self, prefixes: Prefixes, *packed: Tensor) -> tuple[Tensor, States]:
+        return self._run(prefixes.packing, None, *packed)
 
     def groups(self, groups: Groups, *packed: Tensor) -> Tensor:
         prompts, completions = groups.split(*packed)

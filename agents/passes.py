@@ -36,11 +36,11 @@ class Mixer(ABC):
     """How a token of one layer depends on earlier tokens, and on nothing else."""
 
     @abstractmethod
-    def prompts(self, packing: Packing, *packed: Tensor) -> tuple[Tensor, Past]:
+    def prompts(self, prefixes: Prefixes, *packed: Tensor) -> tuple[Tensor, Past]:
         """Computes prompts.
 
         Args:
-            packing: Packing of the prompts.
+            prefixes: The pass.
             packed: The layer's own tensors [M, ...].
 
         Returns:
@@ -86,11 +86,13 @@ class Prefixes(Pass):
 
     Args:
         packing: Packing of the prompts.
+        images: int64 [M], the image of each token whose features attend to each other in both directions, and -1 for
+            other tokens. Default: none do.
     """
 
-    def __init__(self, packing: Packing) -> None:
+    def __init__(self, packing: Packing, images: Tensor | None = None) -> None:
         super().__init__()
-        self.packing = packing
+        self.packing, self.images = packing, images
         self.past: dict[int, Past] = {}
         """by layer"""
 
@@ -107,7 +109,7 @@ class Prefixes(Pass):
         return whole
 
     def _mix(self, block: int, mixer: Mixer, *packed: Tensor) -> Tensor:
-        out, self.past[block] = mixer.prompts(self.packing, *packed)
+        out, self.past[block] = mixer.prompts(self, *packed)
         return out
 
     @property
@@ -130,11 +132,14 @@ class Groups(Pass):
         prompts: Packing of the prompts.
         completions: Packing of the completions.
         index: int64 [N] on the CPU, the prompt of each completion.
+        images: See `Prefixes`, of the prompts.
     """
 
-    def __init__(self, prompts: Packing, completions: Packing, index: Tensor) -> None:
+    def __init__(self, prompts: Packing, completions: Packing, index: Tensor, images: Tensor | None = None) -> None:
         super().__init__()
-        self.prompts, self.completions = prompts, completions
+        self.prompts, self.completions, self.images = prompts, completions, images
+        self.kept: dict[object, object] = {}
+        """what mixers compute once for all layers of their kind"""
         self.siblings = Siblings(index, len(prompts.lengths), prompts.rows.device)
         self.index = index.to(prompts.rows.device)
         """the same, on the device"""

@@ -112,7 +112,7 @@ class Policy(nn.Module):
             What completions go on from, and the final hidden states [P, H] that predict their first tokens.
         """
         packing = Packing(torch.tensor([len(prompt.input_ids) for prompt in prompts]), self.device)
-        prefixes = Prefixes(packing)
+        prefixes = Prefixes(packing, self._images(prompts))
         return prefixes, self._run(prompts, prefixes)[packing.ends]
 
     def _run(
@@ -193,11 +193,12 @@ class Policy(nn.Module):
         index = torch.from_numpy(rollout.prompt_index)
         prompts = Packing(torch.tensor([len(prompt.input_ids) for prompt in rollout.prompts]), self.device)
         inputs = Packing(packing.lengths - 1, self.device)  # the last token predicts nothing
+        images = self._images(rollout.prompts)
         fed = [one.token_ids[:-1] for one in rollout.completions]
         starts = torch.tensor([next_position(prompt) for prompt in rollout.prompts])[index].to(self.device)
         hidden = self._run(
             rollout.prompts,
-            Groups(prompts, inputs, index) if inputs.total else Prefixes(prompts),
+            Groups(prompts, inputs, index, images) if inputs.total else Prefixes(prompts, images),
             fed,
             starts[inputs.rows] + inputs.places,
         )
@@ -216,12 +217,14 @@ class Policy(nn.Module):
         positions = [torch.from_numpy(_all_positions(prompt, len(answer))).T for prompt, answer in pairs]
         padded = nn.utils.rnn.pad_sequence(positions, batch_first=True).permute(2, 0, 1).to(self.device)
         features = self._look(prompts) if any(prompt.images for prompt in prompts) else None
+        input_ids = nn.utils.rnn.pad_sequence([torch.from_numpy(one) for one in ids], True).to(self.device)
         output = self.model.model(
-            input_ids=nn.utils.rnn.pad_sequence([torch.from_numpy(one) for one in ids], True).to(self.device),
+            input_ids=input_ids,
             attention_mask=(torch.arange(int(lengths.max())) < lengths[:, None]).long().to(self.device),
             position_ids=padded if len(padded) > 1 else padded[0],
             mm_encoder_outputs=None if features is None else {"image": features},
             use_cache=False,
+            **self.family.unpacked_arguments(input_ids),
         )
         starts = torch.tensor([len(prompt.input_ids) - 1 for prompt in prompts], device=self.device)
         hidden: Tensor = output.last_hidden_state
@@ -247,6 +250,12 @@ class Policy(nn.Module):
     def _look(self, prompts: Sequence[Prompt]) -> Any:
         """Runs images through the vision tower."""
         return self.model.model.get_image_features(**self.family.join_images(prompts, self.device), return_dict=True)
+
+    def _images(self, prompts: Sequence[Prompt]) -> Tensor | None:
+        """Images whose tokens attend to each other in both directions, as `Prefixes` takes them."""
+        if not self.family.sees_both_ways or not any(prompt.images for prompt in prompts):
+            return None
+        return self._tokens([self.family.images_seen_both_ways(prompt.input_ids) for prompt in prompts])
 
     def _tokens(self, rows: Sequence[NDArray[np.int64]]) -> Tensor:
         """Concatenates rows of token ids to [M]."""

@@ -128,6 +128,8 @@ class Family(ABC):
     packs_images: ClassVar[bool] = False
     """Whether the vision tower takes the patches of all images as one sequence, cut by `cu_seqlens`. Default: False."""
 
+    sees_both_ways: ClassVar[bool] = False
+    """Whether the tokens of an image attend to each other in both directions. Default: False."""
     layers: ClassVar[frozenset[str]] = frozenset({"full_attention"})
     """The kinds of layers that the language models have, as in `layer_types`. Default: full attention."""
 
@@ -226,6 +228,19 @@ class Family(ABC):
             return type(parts[0])(pooler_output=torch.cat(found))
         return type(parts[0])(pooler_output=tuple(one for images in found for one in images))
 
+    def images_seen_both_ways(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The number [T] of the image whose features attend to each other, for each token of a prompt; -1 for others.
+
+        By default these are runs of image tokens, where the family's `sees_both_ways` is true.
+        """
+        inside = (ids == self.model.config.image_token_id) & self.sees_both_ways
+        starts = inside & ~np.concatenate([[False], inside[:-1]])
+        return np.where(inside, starts.cumsum() - 1, -1)
+
+    def unpacked_arguments(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the model's own pass over padded token ids [N, T] needs besides features of images. Default: nothing."""
+        return {}
+
     def positions(self, ids: NDArray[np.int64], images: Mapping[str, torch.Tensor]) -> NDArray[np.int64]:
         """Positions [axes, T] of a prompt's tokens [T]. Default: consecutive; families may have others for image
         features."""
@@ -237,7 +252,7 @@ class Family(ABC):
         Raises:
             ValueError: As for `chat`, or the processor refuses an image.
         """
-        first, *rest = self.chat(observation).split(self.image_token)
+        first, *rest = self.chat(observation).split(self.image_mark)
         images, expanded = self.process_images(observation["images"]) if rest else ({}, [])
         text = first + "".join(mark + text for mark, text in zip(expanded, rest, strict=True))
         ids = np.array(self.processor.tokenizer.encode(text, add_special_tokens=False), dtype=np.int64)
@@ -299,10 +314,15 @@ class Family(ABC):
 
     @cached_property
     def image_token(self) -> str:
-        """The token of one image feature, and in a chat template's text of a whole image."""
+        """The token of one image feature."""
         token = self.processor.tokenizer.convert_ids_to_tokens(self.model.config.image_token_id)
         assert isinstance(token, str)
         return token
+
+    @property
+    def image_mark(self) -> str:
+        """The token that chat templates write for a whole image. Default: that of one feature."""
+        return self.image_token
 
     def token_ids(self, *tokens: str) -> set[int]:
         """Ids of the tokenizer's added tokens with these names.
@@ -381,7 +401,7 @@ class Family(ABC):
         """The chat template that writes observations in the model's format."""
         processor = self.processor
         return ChatTemplate(
-            processor.tokenizer, processor.chat_template, self.image_token, processor.chat_template_kwargs
+            processor.tokenizer, processor.chat_template, self.image_mark, processor.chat_template_kwargs
         )
 
     def require_system_turns(self) -> None:

@@ -64,6 +64,17 @@ GLM_TEMPLATE = (
     "{% if part.type == 'image' %}<|begin_of_image|><|image|><|end_of_image|>{% else %}{{ part.text }}{% endif %}"
     "{% endfor %}{% endfor %}{% if add_generation_prompt %}<|assistant|>\n<think>{% endif %}"
 )
+TURN_TEMPLATE = (
+    "<bos>{% set first = '' %}{% if messages[0].role == 'system' %}"
+    "{% set first = messages[0].content[0].text + '\n\n' %}"
+    "{% set messages = messages[1:] %}{% endif %}{% for message in messages %}<start_of_turn>"
+    "{{ 'model' if message.role == 'assistant' else message.role }}\n{{ first if loop.first }}"
+    "{% for part in message.content %}{% if part.type == 'image' %}<start_of_image>{% else %}{{ part.text | trim }}"
+    "{% endif %}{% endfor %}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+TURN_TOKENS = (
+    *("<bos>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<image_soft_token>"),
+)
 INST_TEMPLATE = (
     "<s>{% for message in messages %}{% if message.role == 'system' %}[SYSTEM_PROMPT]{% elif message.role == 'user' %}"
     "[INST]{% endif %}{% for part in message.content %}{% if part.type == 'image' %}[IMG]{% else %}{{ part.text }}"
@@ -157,6 +168,22 @@ INVENTED = {
         end="<end_of_utterance>",
         named=(("image_token_id", "<image>"),),
     ),
+    "gemma3": Invented(
+        TURN_TEMPLATE,
+        {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 32, "width": 32}},
+        TURN_TOKENS,
+        end="<end_of_turn>",
+        named=(
+            ("image_token_id", "<image_soft_token>"),
+            ("boi_token_id", "<start_of_image>"),
+            ("eoi_token_id", "<end_of_image>"),
+        ),
+        attributes=(
+            ("image_token", "<image_soft_token>"),
+            ("boi_token", "<start_of_image>"),
+            ("eoi_token", "<end_of_image>"),
+        ),
+    ),
     "mistral3": Invented(INST_TEMPLATE, PIXTRAL_SIZES, INST_TOKENS, end="</s>", named=(("image_token_id", "[IMG]"),)),
     "llava_onevision": Invented(
         CHATML.replace("IMAGE", "<image>"),
@@ -203,6 +230,8 @@ def _shrink_images(config: Any) -> None:
         vision.image_size, vision.patch_size, config.scale_factor = 32, 8, 2
     elif config.model_type == "mistral3":
         vision.image_size, vision.patch_size = 96, 8
+    elif config.model_type == "gemma3":
+        vision.image_size, vision.patch_size, vision.vision_use_head, config.mm_tokens_per_image = 32, 8, False, 4
     elif config.model_type == "llava_onevision":
         vision.image_size, vision.patch_size = 32, 8
         config.image_grid_pinpoints, config.vision_aspect_ratio = ANYRES["image_grid_pinpoints"], "anyres_max_4"
@@ -242,11 +271,14 @@ def cut(config: Any) -> None:
             12,
         )
         text.linear_num_key_heads, text.linear_num_value_heads = 2, 4
+    if config.model_type == "gemma3":
+        text.layer_types, text.sliding_window = ["sliding_attention", "full_attention"], 12
+        text.query_pre_attn_scalar = 16
     if config.model_type == "glm4v_moe":
         text.n_routed_experts, text.num_experts_per_tok, text.moe_intermediate_size = 4, 2, 16
     if config.model_type == "mistral3":
         text.sliding_window = None
-    if not isinstance(text.rope_parameters, dict) or "rope_theta" not in text.rope_parameters:
+    if not isinstance(text.rope_parameters, dict) or not {"rope_theta", "full_attention"} & text.rope_parameters.keys():
         text.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
     if config.model_type.startswith("qwen3_5"):
         text.rope_parameters |= {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}

@@ -23,6 +23,7 @@ from small_models import PLACES, from_published, invent, published_processor
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForImageTextToText
+from transformers.models.gemma3.processing_gemma3 import Gemma3Processor
 from transformers.models.glm4v.processing_glm4v import Glm4vProcessor
 from transformers.models.glm46v.processing_glm46v import Glm46VProcessor
 from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
@@ -140,6 +141,18 @@ CASES = {
     "glm4v": glm(Glm4vProcessor),
     "glm4v_moe": glm(Glm4vProcessor),
     "glm46v": glm(Glm46VProcessor),
+    # 4 x 4 patches, averaged by 2 x 2, whatever the size. Two layers, the first of which sees 12 tokens.
+    "gemma3": Case(
+        Gemma3Processor,
+        "norm1000",
+        ("<image_soft_token>", "<start_of_image>", "<end_of_image>", "<start_of_turn>", "<bos>"),
+        ("<end_of_turn>",),
+        {(64, 96): 4, (300, 20): 4},
+        vision=r"model\.(vision_tower|multi_modal_projector)\.",
+        projector=r"model\.multi_modal_projector\.",
+        blocks=r"model\.(vision_tower\.encoder|language_model)\.layers\.\d+",
+        processor_arguments={"image_seq_length": 4},
+    ),
     # 2 x 2 patches of 8: a feature for each 16 pixels.
     "mistral3": Case(
         PixtralProcessor,
@@ -309,6 +322,7 @@ def plain_logprobs(agent: VLMAgent, rollout: Rollout) -> list[torch.Tensor]:
     starts = [len(rollout.prompts[index].input_ids) - 1 for index in rollout.prompt_index]
     columns = sorted({start + i for start in starts for i in range(6) if start + i < ids.shape[1]})
     inputs = images_per_row(agent.family, [rollout.prompts[index].images for index in rollout.prompt_index])
+    inputs |= agent.family.unpacked_arguments(ids)
     if hasattr(model.model, "get_rope_index"):
         inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
     logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=torch.tensor(columns), **inputs).logits
@@ -677,7 +691,9 @@ def published(monkeypatch: pytest.MonkeyPatch, folder: Path, case: Case) -> Proc
     """The published processor, around the same tokenizer and image processor."""
     monkeypatch.setattr(processing_smolvlm, "num2words", str)  # only for videos
     processor = processor_of(folder)
-    videos = {} if case.processor in (Idefics3Processor, PixtralProcessor) else {"video_processor": None}
+    videos = (
+        {} if case.processor in (Idefics3Processor, PixtralProcessor, Gemma3Processor) else {"video_processor": None}
+    )
     parts = {"image_processor": processor.image_processor, "tokenizer": processor.tokenizer}
     return published_processor(case.processor, **parts, **videos, **case.processor_arguments)
 
@@ -690,7 +706,7 @@ def as_published(
         processor, conversation, chat_template=template, add_generation_prompt=True
     )
     images = list(observation["images"])
-    by_prompt = Idefics3Processor | SmolVLMProcessor | LlavaOnevisionProcessor
+    by_prompt = Gemma3Processor | Idefics3Processor | SmolVLMProcessor | LlavaOnevisionProcessor
     nested = [images] if isinstance(processor, by_prompt) else images
     return dict(processor(text=[text], return_tensors="pt", **({"images": nested} if images else {})))
 
@@ -706,7 +722,11 @@ def test_prompts_are_those_of_the_published_processor(agent: VLMAgent, case: Cas
         assert prompt.position_ids.shape[1] == len(prompt.input_ids)
         for name, tensor in prompt.images.items():
             assert torch.equal(tensor.reshape(expected[name].shape), expected[name]), name
-        left_out = expected.keys() - prompt.images.keys() - {"input_ids", "attention_mask", "mm_token_type_ids"}
+        left_out = (
+            expected.keys()
+            - prompt.images.keys()
+            - {"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"}
+        )
         assert left_out <= {"pixel_attention_mask"}
         assert all(expected[name].all() for name in left_out)
 

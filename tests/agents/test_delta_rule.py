@@ -72,7 +72,8 @@ def recurrence(layer: nn.Module, hidden: Tensor) -> Tensor:
 
 def expected(layer: nn.Module, prompts: list[Tensor], completions: list[Tensor], index: list[int]) -> list[Tensor]:
     """Outputs of each prompt, and of each completion behind its prompt."""
-    after = [recurrence(layer, torch.cat([prompts[p], one]))[len(prompts[p]) :] for p, one in zip(index, completions)]
+    pairs = list(zip(index, completions, strict=True))
+    after = [recurrence(layer, torch.cat([prompts[p], one]))[len(prompts[p]) :] for p, one in pairs]
     return [*(recurrence(layer, one) for one in prompts), *after]
 
 

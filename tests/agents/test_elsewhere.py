@@ -99,7 +99,7 @@ def test_with_the_kernels_for_gpus(kernel: Any, monkeypatch: pytest.MonkeyPatch)
     rollout = rollout_of(agent)
     right = results(agent, rollout)
     for module in (attention, vision_attention):
-        monkeypatch.setattr(module, "kernel_for", lambda query: kernel)
+        monkeypatch.setattr(module, "kernel_for", lambda query, masked=False: kernel)
     with elsewhere() as waits, cuda_operators():
         other = bring(other)
         assert rollout_of(other).texts == rollout.texts
