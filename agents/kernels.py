@@ -43,8 +43,8 @@ class Part(NamedTuple):
     scale: float
     """factor of the scores"""
     mask: Tensor | None = None
-    """[1 or B, 1, S, T], to add to the scores: 0 where a query sees a key, and `HIDDEN` where it does not. None: nothing is
-    hidden. `FlashKernel` takes none"""
+    """[1 or B, 1, S, T], added to the scores: 0 where a query sees a key, and `HIDDEN` where it does not. None: no key
+    is hidden. `FlashKernel` takes none"""
 
 
 class Kernel(Protocol):

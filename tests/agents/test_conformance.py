@@ -44,7 +44,7 @@ from vlmenv.agents.families.base import Family
 from vlmenv.agents.policy import Policy
 from vlmenv.agents.published import PublishedProcessor
 from vlmenv.agents.quantization import quantize
-from vlmenv.agents.sampling import PassLimits
+from vlmenv.agents.sampling import PassLimits, state_bytes, token_bytes
 from vlmenv.agents.vlm import Sampling, VLMAgent
 from vlmenv.core.errors import ConfigError, ModelError, PromptError
 from vlmenv.core.rollout import IMAGE_MARK, Observation, Rollout, Turn
@@ -420,6 +420,26 @@ def test_prompts_that_run_in_several_passes_give_the_same_completions(
     for ours, theirs in zip(parts.completions, whole.completions, strict=True):
         assert ours.token_ids.tolist() == theirs.token_ids.tolist()
         np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=0 if len(passes) == 1 else 1e-5)
+
+
+@torch.no_grad()
+def test_what_prompts_leave_takes_the_bytes_that_are_counted(agent: VLMAgent, case: Case) -> None:
+    encoded, _ = agent.encode(prompts(case))
+    prefixes, _ = agent.family_policy.prefill(encoded)
+    held = [one for past in prefixes.past.values() for one in vars(past).values()]
+    config, rows = agent.family.model.config, len(encoded)
+    tokens = rows * prefixes.packing.longest
+    counted = tokens * token_bytes(config, torch.float32) + rows * state_bytes(config, torch.float32)
+    assert sum(one.numel() * one.element_size() for one in held) == counted
+
+
+def test_a_group_is_the_same_alone_as_among_its_neighbours(agent: VLMAgent, rollout: Rollout, case: Case) -> None:
+    """Nothing of a packed neighbour is seen: no key, no window that reaches into it, and no state."""
+    together = logprobs_of(agent, rollout)
+    for index in range(len(rollout.prompts)):
+        rows = np.flatnonzero(rollout.prompt_index == index)
+        alone = logprobs_of(agent, rollout[rows[0] : rows[-1] + 1])
+        torch.testing.assert_close(alone, together[rows][:, : alone.shape[1]], atol=case.within, rtol=0)
 
 
 class InDouble(TorchFunctionMode):
