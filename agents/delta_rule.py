@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ class States(Past):
         inputs: [P, K - 1, C], the last inputs of the convolution, with zeros before the first token.
         rule: [P, H, D, E], the state of the delta rule.
     """
+
+    grows: ClassVar[bool] = False
 
     def __init__(self, inputs: Tensor, rule: Tensor) -> None:
         self.inputs, self.rule = inputs, rule

@@ -22,6 +22,14 @@ from vlmenv.agents.packing import Packing
 class Past(ABC):
     """What the completions of P prompts go on from in one layer, or what they have come to themselves."""
 
+    grows: ClassVar[bool] = True
+    """Whether it takes memory for each token. Default: True."""
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors that it holds."""
+        return [one for one in vars(self).values() if isinstance(one, Tensor)]
+
     @abstractmethod
     def select(self, rows: Tensor) -> Self:
         """The past of some rows [n], indices on the device, which may repeat."""

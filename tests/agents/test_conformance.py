@@ -426,7 +426,7 @@ def test_prompts_that_run_in_several_passes_give_the_same_completions(
 def test_what_prompts_leave_takes_the_bytes_that_are_counted(agent: VLMAgent, case: Case) -> None:
     encoded, _ = agent.encode(prompts(case))
     prefixes, _ = agent.family_policy.prefill(encoded)
-    held = [one for past in prefixes.past.values() for one in vars(past).values()]
+    held = [one for past in prefixes.past.values() for one in past.tensors]
     config, rows = agent.family.model.config, len(encoded)
     tokens = rows * prefixes.packing.longest
     counted = tokens * token_bytes(config, torch.float32) + rows * state_bytes(config, torch.float32)

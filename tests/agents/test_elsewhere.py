@@ -21,7 +21,10 @@ from vlmenv.core.rollout import Rollout
 
 pytestmark = pytest.mark.slow
 
-FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3", "smolvlm", "glm4v"]
+FAMILIES = [
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3", "smolvlm", "glm4v", "glm46v", "glm4v_moe"),
+    *("mistral3", "llava_onevision", "qwen3_5", "qwen3_5_moe", "gemma3"),
+]
 
 
 def results(agent: VLMAgent, rollout: Rollout) -> dict[str, Tensor]:

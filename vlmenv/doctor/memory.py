@@ -189,10 +189,14 @@ def _prefill(agent: VLMAgent, rollout: Rollout, config: DoctorConfig[Any]) -> fl
 
 @torch.no_grad()
 def _keys_and_values(agent: VLMAgent, rollout: Rollout, config: DoctorConfig[Any]) -> tuple[float, float]:
-    """Bytes of the keys and values of a batch's prompts, and of its completions."""
+    """Bytes of the keys, values and states of a batch's prompts, and of its completions."""
     prefixes, _ = prefilled(agent.family_policy, rollout.prompts, agent.limits)
-    found = _bytes([*prefixes.keys.values(), *prefixes.values.values()])
-    each = found / (len(rollout.prompts) * max(len(prompt.input_ids) for prompt in rollout.prompts))
-    prompts = each * config.batches.prompts_per_step
-    answers = config.algorithm.group_size * config.sampling.max_new_tokens
-    return prompts * _mean_length(rollout.prompts), prompts * answers
+    rows = len(rollout.prompts)
+    found, states = (
+        _bytes(one for past in prefixes.past.values() if past.grows == grows for one in past.tensors) / rows
+        for grows in (True, False)
+    )
+    token = found / max(len(prompt.input_ids) for prompt in rollout.prompts)
+    prompts, group = config.batches.prompts_per_step, config.algorithm.group_size
+    answer = token * config.sampling.max_new_tokens + states
+    return prompts * (token * _mean_length(rollout.prompts) + states), prompts * group * answer

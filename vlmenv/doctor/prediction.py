@@ -130,7 +130,7 @@ class Batch:
         return self.prompts * self.longest + self.completions * self.answer
 
     def with_states(self, tokens: int) -> Batch:
-        """The batch as sampling holds it, where each prompt and answer has a state that takes as much as some tokens."""
+        """The batch as sampling holds it, where each prompt and answer has states that take as much as some tokens."""
         return replace(self, longest=self.longest + tokens, answer=self.answer + tokens)
 
 
