@@ -160,6 +160,6 @@ def attend_by_segments(tower: PreTrainedModel) -> None:
 
 def attends_by_segments(tower: nn.Module) -> bool:
     """True if `attend_by_segments` has taken effect in every attention of a tower."""
-    layers = [module for module in tower.modules() if "attention" in type(module).__name__.lower()]
+    layers = [module for module in tower.modules() if type(module).__name__.endswith("Attention")]
     named = [getattr(getattr(layer, "config", None), "_attn_implementation", None) for layer in layers]
     return bool(named) and set(named) == {_NAME}

@@ -221,11 +221,15 @@ class VLMAgent(Agent):
 
     def _published_weights(self) -> dict[str, Tensor]:
         """The model's weights as `save` writes them, adapters merged. Sharded weights must be gathered before."""
-        policy = self.family_policy
-        kept = policy.state_dict(keep_vars=True).keys()  # with biases of routers, which are no parameters
-        buffers = {name: one for name, one in policy.named_buffers() if name in kept}
-        model = _under("model.", dict(policy.named_parameters(remove_duplicate=False)) | buffers)
+        weights = dict(self.family_policy.named_parameters(remove_duplicate=False)) | self.fixed_weights()
+        model = _under("model.", weights)
         return published_weights(self.family, model if self.lora is None else self.lora.merged(model))
+
+    def fixed_weights(self) -> dict[str, Tensor]:
+        """What checkpoints hold of the model beside its parameters, as biases of routers, by names in the policy."""
+        policy = self.family_policy
+        kept = policy.state_dict(keep_vars=True).keys()
+        return {name: one for name, one in policy.named_buffers() if name in kept}
 
     def logprobs(self, rollout: Rollout) -> LogProbs:
         return super().logprobs(self._with_image(rollout))
