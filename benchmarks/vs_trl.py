@@ -208,7 +208,8 @@ def head(args: Args) -> list[str]:
         f"{3 * args.rounds} at 1.6M up to 100 tokens; the trainers take turns in one process. The machine is shared: "
         "compare within a row.",
         "",
-        "Qwen3-VL, and Qwen3.5 where it is named, with random weights, the built-in model's tokenizer; every prompt has an image of noise (a quarter "
+        "Qwen3-VL, and Qwen3.5 where it is named, with random weights, the built-in model's tokenizer; "
+        "every prompt has an image of noise (a quarter "
         "to a half of its tokens) and filler words, all prompts of a step are equally long (so TRL has no padding to "
         "compute), and end tokens are banned on both sides, so that all completions have the same length. AdamW, one "
         "iteration, no KL penalty. TRL runs with the fastest settings that it has for this: no gradient checkpointing "
