@@ -16,12 +16,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from vlmenv.agents.kernels import HIDDEN, Kernel, Part, backward_in_rows, fitted, kernel_for
 from vlmenv.agents.packing import Packing
 from vlmenv.agents.passes import Groups, Mixer, Pass, Past, Prefixes, Steps
+from vlmenv.compat.transformers import block_of
 
 _NAME = "vlmenv_packed"
 
@@ -310,7 +309,8 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """Transformers' attention function: queries [1, H, M, D], keys and values [1, K, M, D]; returns [1, M, H, D]."""
     if packed is None:
-        return sdpa_attention_forward(
+        plain: Callable[..., tuple[Tensor, None]] = AttentionInterface()["sdpa"]
+        return plain(
             module,
             *(query, key, value, attention_mask),
             dropout=dropout,
@@ -319,19 +319,19 @@ def _attend(
             **arguments,
         )
     assert dropout == 0, "attention dropout would not be the same in two passes"
-    block, device = int(module.layer_idx), query.device.type  # type: ignore[arg-type]
+    block, device = block_of(module), query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     query, key, value = (one[0].transpose(0, 1).to(dtype) for one in (query, key, value))
     return packed.mix(block, Attention(scaling, sliding_window), query, key, value)[None], None
 
 
 AttentionInterface.register(_NAME, _attend)
-AttentionMaskInterface.register(_NAME, sdpa_mask)
+AttentionMaskInterface.register(_NAME, AttentionMaskInterface()["sdpa"])
 
 
 def enable_packing(language_model: PreTrainedModel) -> None:
     """Makes a language model's attention use the `Pass` that it is given as `packed`. Without one it is unchanged."""
-    language_model.config._attn_implementation = _NAME
+    language_model.set_attn_implementation(_NAME)
 
 
 def no_mask(device: torch.device) -> Tensor:

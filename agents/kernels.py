@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmenv.agents.packing import Packing
+from vlmenv.compat.torch import operator
 
 _log = logging.getLogger(__name__)
 HIDDEN = -1e30
@@ -129,7 +130,7 @@ class CPUKernel:
         if self._is_small(part):
             return self._explicit.forward(part)
         query, key, value, _, causal, scale, _ = part
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        out, lse = operator("scaled_dot_product_flash_attention_for_cpu")(
             query, key, value, 0.0, causal, attn_mask=_bias(part), scale=scale
         )
         return out, lse
@@ -138,7 +139,7 @@ class CPUKernel:
         if self._is_small(part):
             return self._explicit.backward(part, grad, out, lse)
         query, key, value, _, causal, scale, _ = part
-        grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grads: tuple[Tensor, Tensor, Tensor] = operator("scaled_dot_product_flash_attention_for_cpu_backward")(
             grad, query, key, value, out, lse, 0.0, causal, attn_mask=_bias(part), scale=scale
         )
         return grads
@@ -155,13 +156,11 @@ class FlashKernel:
 
     def forward(self, part: Part) -> tuple[Tensor, Tensor]:
         if part.padding is None:
-            out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
-                *part[:3], 0.0, part.causal, scale=part.scale
-            )
+            out, lse, *_ = operator("scaled_dot_product_flash_attention")(*part[:3], 0.0, part.causal, scale=part.scale)
             return out, lse
         rows, heads, queries, _ = part.query.shape
         places = (_even(part.query), _even(part.key), queries, part.key.shape[2])
-        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        out, lse, *_ = operator("flash_attention_forward")(
             *map(_as_tokens, part[:3]), *places, 0.0, False, False, scale=part.scale, seqused_k=part.padding.counts
         )
         return _as_rows(out, rows), lse.view(heads, rows, queries).transpose(0, 1)
@@ -169,7 +168,7 @@ class FlashKernel:
     def backward(self, part: Part, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if part.padding is None:
             rest = (None, None, part.query.shape[2], part.key.shape[2], 0.0, part.causal, *_no_dropout(grad))
-            grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            grads: tuple[Tensor, Tensor, Tensor] = operator("scaled_dot_product_flash_attention_backward")(
                 grad, *part[:3], out, lse.contiguous(), *rest, scale=part.scale
             )
             return grads
@@ -199,7 +198,7 @@ def flash_forward(query: Tensor, key: Tensor, value: Tensor, segments: Segments,
         The output [M, H, D], and float32 log-normalisers [H, M].
     """
     places = (segments.starts, segments.starts, segments.longest, segments.longest)
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(query, key, value, *places, 0.0, False, False, scale=scale)
+    out, lse, *_ = operator("flash_attention_forward")(query, key, value, *places, 0.0, False, False, scale=scale)
     return out, lse
 
 
@@ -217,7 +216,7 @@ def flash_backward(
     """Computes gradients of packed queries [M, H, D], and of the keys and values [M', H, D] of their segments."""
     places = (queries.starts, keys.starts, queries.longest, keys.longest)
     lse = lse.contiguous()  # the operator ignores strides
-    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
+    grads: tuple[Tensor, Tensor, Tensor] = operator("flash_attention_backward")(
         grad, query, key, value, out, lse, *places, 0.0, False, *_no_dropout(grad), scale=scale
     )
     return grads
@@ -252,7 +251,7 @@ class EfficientKernel:
 
     def forward(self, part: Part) -> tuple[Tensor, Tensor]:
         query, key, value, _, causal, scale, _ = part
-        out, lse, _, _ = torch.ops.aten._scaled_dot_product_efficient_attention(
+        out, lse, _, _ = operator("scaled_dot_product_efficient_attention")(
             query, key, value, self._bias(part), True, 0.0, causal, scale=scale
         )
         return out, lse[..., : query.shape[2]]
@@ -263,7 +262,7 @@ class EfficientKernel:
         out = out.transpose(1, 2).contiguous().transpose(1, 2)  # the kernel's own layout: it ignores strides
         unused = torch.zeros((), dtype=torch.int64, device=query.device)  # random state of dropout
         wanted = [True, True, True, False]
-        grads = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+        grads = operator("scaled_dot_product_efficient_attention_backward")(
             grad, query, key, value, self._bias(part), out, padded, unused, unused, 0.0, wanted, causal, scale=scale
         )
         return grads[0], grads[1], grads[2]

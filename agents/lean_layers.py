@@ -15,10 +15,9 @@ from typing import Any, ClassVar, Final, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.utils import skip_init
-from torch.utils._python_dispatch import _disable_current_modes
 
 from vlmenv.agents.saved_activations import drops, make_anew
+from vlmenv.compat.torch import without_modes
 
 _log = logging.getLogger(__name__)
 
@@ -275,14 +274,17 @@ class _Form:
 
     def small(self, module: nn.Module) -> nn.Module:
         """A copy of a module with few random weights, on the CPU in float32."""
-        made, random = copy.copy(module), torch.Generator().manual_seed(0)
-        made.__dict__ |= {"_parameters": {}, "_modules": dict(module.named_children())}
+        random, smaller = torch.Generator().manual_seed(0), dict[int, nn.Module | nn.Parameter]()
         for name, size in self.weights.items():
-            made.register_parameter(name, nn.Parameter(torch.empty(size, device="cpu", dtype=torch.float32)))
+            weight = torch.empty(size, device="cpu", dtype=torch.float32)
+            smaller[id(module.get_parameter(name))] = nn.Parameter(weight)
         for name, (inner, outer) in self.linear.items():
-            bias = getattr(module.get_submodule(name), "bias", None) is not None
+            layer = module.get_submodule(name)
+            bias = getattr(layer, "bias", None) is not None
             # Drawn from `random` alone: a trial, which a process makes once, leaves the global generator as it is.
-            made._modules[name] = skip_init(nn.Linear, inner, outer, bias=bias, device="cpu", dtype=torch.float32)
+            empty = nn.Linear(inner, outer, bias=bias, device="meta", dtype=torch.float32)
+            smaller[id(layer)] = empty.to_empty(device="cpu")
+        made = copy.deepcopy(module, smaller)
         for parameter in made.parameters():
             nn.init.normal_(parameter, generator=random)
         return made
@@ -379,7 +381,7 @@ def _first_right(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
 
 def _trial(form: _Form, module: nn.Module) -> str:
     """How outputs and gradients of a small module differ from those of the lean one; empty if they are equal."""
-    with _disable_current_modes(), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+    with without_modes(), torch.enable_grad(), torch.autocast("cpu", enabled=False):
         try:
             plain = form.small(module)
             lean = copy.copy(plain)

@@ -20,10 +20,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from vlmenv.agents.base import Agent
+from vlmenv.core.console import PlainConsole, PlainTable, open_console, say, styled
 from vlmenv.core.errors import DataError, PromptError, SampleError
 from vlmenv.core.files import read_object, read_objects, write_atomic
 from vlmenv.core.rollout import Observation, told_turns, unbatch
-from vlmenv.core.text import printable, visible
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.metrics.intervals import Interval, metric_interval, paired_interval, wilson_interval
 from vlmenv.envs.rewards.workers import LOSSES
@@ -144,7 +144,7 @@ def progress(title: str, total: int, console: Console | None = None, done: int =
     Yields:
         A function that takes the number of samples answered since the last call.
     """
-    console = console or Console(emoji=False)
+    console = console or open_console()
     if not (console.is_terminal or console.is_jupyter):
         yield _Lines(title, total, console, done).advance
         return
@@ -170,7 +170,7 @@ class _Lines:
         self._told = now
         left = (now - self._began) * (self._total - self._done) / (self._done - self._first)
         line = f"{self._title}: {self._done} of {self._total} samples, about {timedelta(seconds=round(left))} left"
-        self._console.print(visible(line), highlight=False, markup=False, soft_wrap=True)
+        say(line, self._console)
 
 
 def skipped_samples(envs: VisualTaskVectorEnv, count: int, processes: Processes | None) -> dict[int, str]:
@@ -324,7 +324,7 @@ def metrics_table(
         width: Width of the console. A wider table has its intervals below their values. Default: any width.
     """
     table = _metrics_table(title, columns, changes, " ")
-    wide = Console(emoji=False, width=10_000)
+    wide = PlainConsole(width=10_000)
     fits = width is None or Measurement.get(wide, wide.options, table).maximum <= width
     return table if fits else _metrics_table(title, columns, changes, "\n")
 
@@ -340,12 +340,11 @@ def _metrics_table(
     )
     last = [] if changes is None else ["change"]
     whole = changes is not None  # else the columns' names may be long folders
-    values = [Column(printable(name), no_wrap=whole) for name in (*columns, *last)]
-    table = Table("metric", *values, title=printable(title), title_justify="left")
-    table.caption, table.caption_justify = printable(caption), "left"
+    values = [Column(styled(name), no_wrap=whole) for name in (*columns, *last)]
+    table = PlainTable("metric", *values, title=title, caption=caption)
     for name in dict.fromkeys(name for one in columns.values() for name in one.metrics):
         cells = [written(one.metrics[name], gap=gap) if name in one.metrics else "" for one in columns.values()]
-        table.add_row(printable(name), *cells, *[_change(name, columns, changes or {}, gap) for _ in last])
+        table.add_row(name, *cells, *[_change(name, columns, changes or {}, gap) for _ in last])
     return table
 
 

@@ -8,8 +8,13 @@ from typing import Any, Final
 
 import torch
 import transformers
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, GenerationConfig, PreTrainedConfig
-from transformers.utils.import_utils import is_torchvision_available
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    PreTrainedConfig,
+    is_torchvision_available,
+)
 
 from vlmenv.agents.families.base import Family, Processor, PromptReading, read_json, require_processor
 from vlmenv.agents.families.gemma3 import Gemma3

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -16,13 +15,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.import_utils import is_torchvision_available
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    is_torchvision_available,
+)
 
 from vlmenv.agents.families.chat import ChatTemplate, check_switches
 from vlmenv.agents.families.layers import layer_kinds
 from vlmenv.core.coordinates import CoordinateSpace, ResizeRule
 from vlmenv.core.errors import ConfigError, ModelError
+from vlmenv.core.files import parse_json
 from vlmenv.core.pixels import PixelLimits
 from vlmenv.core.rollout import IMAGE_MARK, Observation, Prompt
 from vlmenv.core.spaces import Image, blank_image
@@ -77,7 +82,7 @@ def require_processor(folder: Path) -> None:
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if it holds something else. Raises ModelError if it is not JSON."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_bytes())
     except ValueError as error:
         raise ModelError(f"{file}: not JSON: {error}") from error
     return content if isinstance(content, dict) else {}

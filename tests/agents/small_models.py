@@ -197,8 +197,8 @@ INVENTED = {
 }
 
 
-def invent(model_type: str, folder: Path) -> None:
-    """Writes a small model with an invented tokenizer."""
+def invent(model_type: str, folder: Path, head: int = 16) -> None:
+    """Writes a small model with an invented tokenizer, whose attention heads have `head` dimensions."""
     parts = INVENTED[model_type]
     tokenizer = AutoTokenizer.from_pretrained(find_model("builtin"))
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=True) for token in parts.tokens], True)
@@ -217,7 +217,7 @@ def invent(model_type: str, folder: Path) -> None:
     for name, token in parts.named:
         setattr(config, name, tokenizer.convert_tokens_to_ids(token))
     _shrink_images(config)
-    cut(config)
+    cut(config, head)
     save_random(config, folder, tokenizer.eos_token_id)
 
 
@@ -251,13 +251,13 @@ def from_published(name: str, folder: Path) -> None:
     save_random(config, folder, ends)
 
 
-def cut(config: Any) -> None:
+def cut(config: Any, head: int = 16) -> None:
     """Leaves two narrow layers of each kind."""
     text = config.get_text_config()
-    text.hidden_size, text.intermediate_size, text.num_hidden_layers = 32, 48, 2
+    text.hidden_size, text.intermediate_size, text.num_hidden_layers = 2 * head, 48, 2
     text.num_attention_heads, text.num_key_value_heads = 2, 1
     text.initializer_range = 0.1
-    for name, value in {"head_dim": 16, "layer_types": ["full_attention"] * 2}.items():
+    for name, value in {"head_dim": head, "layer_types": ["full_attention"] * 2}.items():
         if hasattr(text, name):
             setattr(text, name, value)
     if config.model_type in ("qwen3_vl_moe", "qwen3_5_moe"):
@@ -284,9 +284,9 @@ def cut(config: Any) -> None:
         text.rope_parameters |= {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
         text.shared_expert_intermediate_size = 16
     elif config.model_type.startswith("qwen"):
-        text.rope_parameters |= {"mrope_section": [4, 2, 2]}
+        text.rope_parameters |= {"mrope_section": [head // 4, head // 8, head // 8]}
     if config.model_type.startswith("glm4"):
-        text.rope_parameters |= {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
+        text.rope_parameters |= {"mrope_section": [head // 8, head // 16, head // 16], "partial_rotary_factor": 0.5}
     _cut_vision(config.vision_config, text.hidden_size)
 
 

@@ -38,6 +38,9 @@ def test_all_are_on_in_every_family(family: str, tmp_path: Path) -> None:
     assert lean.on == lean.of > 0
     assert found.pop("lean layers") == f"{lean.on} of {lean.of}"
     assert found.pop("flash attention") == "yes (PyTorch's for CPUs)"
+    parts = {name: found.pop(name) for name in list(found) if name.startswith("parts of ")}
+    assert {"parts of torch", "parts of transformers", "parts of accelerate"} <= parts.keys()
+    assert all(state.split(" of ")[0] == state.split(" of ")[1] for state in parts.values())
     assert set(found.values()) == {"yes"}
     assert ("images in one call" in found) == agent.family.packs_images
 

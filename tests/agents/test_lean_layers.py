@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from saved import recording_saved
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.gemma3.configuration_gemma3 import Gemma3TextConfig
@@ -35,7 +36,7 @@ from vlmenv.agents.lean_layers import (
     TanhGeluGatedMLP,
     make_lean,
 )
-from vlmenv.agents.saved_activations import dropping_recomputable, keeping_activations, recording_saved
+from vlmenv.agents.saved_activations import dropping_recomputable, keeping_activations
 from vlmenv.agents.vlm import VLMAgent
 
 GATED = {"glm4v": FusedGatedMLP, "gemma3": TanhGeluGatedMLP, "pixtral": GeluGatedMLP}

@@ -88,7 +88,7 @@ def test_a_run_of_all_weights(runs: dict[str, Path], base: Path, tmp_path: Path)
         name: one["value"] for name, one in measured["after"].items()
     }
     for name, one in measured["before"].items():
-        assert f"| {name} | {one['value']:.3f} | {measured['after'][name]['value']:.3f} |" in text
+        assert f"| `{name}` | {one['value']:.3f} | {measured['after'][name]['value']:.3f} |" in text
     assert "task: `VLM-REC-v0`" in text
     assert "Answer as {answer} in {coordinates}, or {none}. {question}" in text
     first = json.loads((run / "rollouts.jsonl").read_text().splitlines()[0])["prompt"]
@@ -122,7 +122,7 @@ def test_adapters_are_written_alone(flags: list[str], runs: dict[str, Path], tmp
     assert card.data.library_name == "peft"
     assert "lora" in card.data.tags
     assert "Be brief." in card.content
-    assert "stages before: full" in card.content
+    assert "stages before: `full`" in card.content
     assert "PeftModel.from_pretrained" in card.content
     assert "--enable-lora --max-lora-rank 8 --lora-modules trained=FOLDER" in card.content
 
@@ -179,7 +179,8 @@ def test_wrong_requests(runs: dict[str, Path], tmp_path: Path, capsys: pytest.Ca
     assert "has no adapters to write alone" in fails(capsys, full, out, "--adapter")
     assert "merged and adapter exclude each other" in fails(capsys, full, out, "--adapter", "--merged")
     assert "step goes with a run's folder" in fails(capsys, "builtin", out, "--step", "1")
-    assert "hub is a repository's name" in fails(capsys, full, out, "--hub", "model")
+    for name in ("model", "me/--model", "me/a..b", "me/" + 100 * "x", "me/a b", "me/model.git"):
+        assert "hub is a name such as me/my-model" in fails(capsys, full, out, f"--hub={name}")
     assert "name the run or model" in fails(capsys)
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()

@@ -12,12 +12,11 @@ import torch
 import transformers
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from rich.console import Console
 
 from vlmenv.agents.checkpoints import find_adapter, find_model
 from vlmenv.agents.saving import BASE_GENERATION, GENERATION
 from vlmenv.agents.vlm import VLMAgent
-from vlmenv.building import say
+from vlmenv.core.console import open_console, say
 from vlmenv.core.errors import ConfigError, ModelError
 from vlmenv.core.loading import import_modules
 from vlmenv.options.export import ExportConfig
@@ -40,7 +39,7 @@ def parse(args: Sequence[str], program: str) -> ExportConfig:
 
 def run(config: ExportConfig) -> Path:
     """Writes the folder, uploads it if asked to, and returns it."""
-    console = Console(emoji=False)
+    console = open_console()
     source, run, step = _source(config)
     target = config.target or Path(f"{Path(config.model).absolute().name}-export")
     if target.exists() and any(target.iterdir() if target.is_dir() else [target]):

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
-from vlmenv.core.files import file_digest
+from vlmenv.core.files import file_digest, parse_json
 
 MANIFEST: Final = "manifest.json"
 _THREADS: Final = 4
@@ -38,7 +38,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        whole = json.loads(file.read_text(encoding="utf-8"))
+        whole = parse_json(file.read_bytes())
         content: dict[str, Any] = whole["content"]
         intact = whole["sha256"] == _digest(content)
     except (ValueError, KeyError, TypeError) as error:
