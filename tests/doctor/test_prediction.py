@@ -184,7 +184,8 @@ def test_an_unknown_card_is_refused() -> None:
 
 def test_a_tokens_keys_and_values_are_those_that_sampling_holds(builtin: VLMAgent) -> None:
     prefixes, _ = builtin.family_policy.prefill([builtin.family.encode(OBSERVATION)])
-    held = sum(one.numel() * one.element_size() for one in (*prefixes.keys.values(), *prefixes.values.values()))
+    parts = [one for past in prefixes.past.values() for one in past.tensors]
+    held = sum(one.numel() * one.element_size() for one in parts)
     tokens = int(prefixes.packing.total)
     assert held == tokens * token_bytes(builtin.family.model.config, torch.float32)
 
