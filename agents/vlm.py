@@ -378,7 +378,8 @@ class VLMAgent(Agent):
             ConfigError: The agent was loaded with adapters, and ranks hold shards of the weights.
         """
         if self.lora is None:
-            return FrozenPolicy(self.family_policy, self._with_image, narrow=self._narrow_reference, empty=self.empty_reference)
+            how = {"narrow": self._narrow_reference, "empty": self.empty_reference}
+            return FrozenPolicy(self.family_policy, self._with_image, **how)
         if self.lora.begins_elsewhere:
             if self.sharded:
                 raise ConfigError(
