@@ -162,5 +162,12 @@ def test_a_machine_that_is_lost_ends_the_others(end: str, machines: Machines, tm
             machines.unplug("b")
         told = [launcher.communicate(timeout=LIMIT)[1] for launcher in (first, second)]
     assert first.returncode == second.returncode == 1
-    print(told)
-    assert 0
+    if end == "killed":
+        assert "error in process 0: another process has ended; its own message says why" in told[0]
+    else:
+        assert all("another process has not answered for 90 seconds" in one for one in told)
+    newest = max(int(line["step"]) for line in metrics(tmp_path))
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")} & {
+        f"step-{newest}",
+        f"step-{newest - 1}",
+    }
