@@ -30,7 +30,9 @@ class FrozenPolicy:
             sharded tower is copied, because only passes of the original policy gather it.
     """
 
-    def __init__(self, policy: Policy, prepare: Callable[[Rollout], Rollout], *, narrow: bool = False, empty: bool = False) -> None:
+    def __init__(
+        self, policy: Policy, prepare: Callable[[Rollout], Rollout], *, narrow: bool = False, empty: bool = False
+    ) -> None:
         family = policy.family
         parted = policy.sharded or family.sees_by_trained_weights()
         shared = [] if parted else [family.vision_tower(), *family.projectors()]

@@ -28,7 +28,7 @@ from vlmenv.agents.checkpoints import (
 from vlmenv.agents.engines.base import Engine, Request
 from vlmenv.agents.engines.fingerprints import fingerprint
 from vlmenv.agents.families import Family, Processor, family_of, weightless_family
-from vlmenv.agents.lora import LoRA, is_adapter
+from vlmenv.agents.lora import LoRA
 from vlmenv.agents.pixels import prepared_folder
 from vlmenv.agents.policy import Policy, ValueHead
 from vlmenv.agents.quantization import Quantization, quantize, quantized_layers
@@ -38,6 +38,7 @@ from vlmenv.agents.sampling import PassLimits, Sampled, sample, token_bytes
 from vlmenv.agents.saving import check_conversion, is_of, published_weights, write_settings, write_weights
 from vlmenv.agents.untrainable import read_config, tell_attention
 from vlmenv.agents.weights import hold_all, hold_frozen
+from vlmenv.compat.peft import is_adapter, plain_name
 from vlmenv.core.errors import ConfigError, ModelError, PromptError, require
 from vlmenv.core.files import atomic_folder
 from vlmenv.core.names import BUILTIN
@@ -141,7 +142,8 @@ class VLMAgent(Agent):
             ours = weightless_family(folder, chat_template_kwargs)
             model = cast(Any, ours.model).eval().to(dtype)
         else:
-            family = family_of(read_config(folder).model_type)
+            config = read_config(folder)
+            family = family_of(config.model_type, config)
             processor = Processor.from_pretrained(folder, chat_template_kwargs)
             model = load_model(folder, dtype).eval()
             ours = family(model, processor)
@@ -226,8 +228,15 @@ class VLMAgent(Agent):
 
     def _published_weights(self) -> dict[str, Tensor]:
         """The model's weights as `save` writes them, adapters merged. Sharded weights must be gathered before."""
-        model = _under("model.", dict(self.family_policy.named_parameters(remove_duplicate=False)))
+        weights = dict(self.family_policy.named_parameters(remove_duplicate=False)) | self.fixed_weights()
+        model = _under("model.", weights)
         return published_weights(self.family, model if self.lora is None else self.lora.merged(model))
+
+    def fixed_weights(self) -> dict[str, Tensor]:
+        """What checkpoints hold of the model beside its parameters, as biases of routers, by names in the policy."""
+        policy = self.family_policy
+        kept = policy.state_dict(keep_vars=True).keys()
+        return {name: one for name, one in policy.named_buffers() if name in kept}
 
     def logprobs(self, rollout: Rollout) -> LogProbs:
         return super().logprobs(self._with_image(rollout))
@@ -378,8 +387,9 @@ class VLMAgent(Agent):
             ConfigError: The agent was loaded with adapters, and ranks hold shards of the weights.
         """
         if self.lora is None:
-            how = {"narrow": self._narrow_reference, "empty": self.empty_reference}
-            return FrozenPolicy(self.family_policy, self._with_image, **how)
+            return FrozenPolicy(
+                self.family_policy, self._with_image, narrow=self._narrow_reference, empty=self.empty_reference
+            )
         if self.lora.begins_elsewhere:
             if self.sharded:
                 raise ConfigError(
@@ -452,7 +462,7 @@ class VLMAgent(Agent):
         for name, layer in quantized.items():
             state[name] = torch.empty(layer.out_features, layer.in_features, dtype=layer.dtype, device="meta")
             del state[f"{name.removesuffix('weight')}scales"]
-        plain = {name.replace(".base_layer.", "."): state[name] for name in state if not is_adapter(name)}
+        plain = {plain_name(name): state[name] for name in state if not is_adapter(name)}
         check_conversion(self.folder, self.family, plain)
 
     def load(self, folder: Path) -> None:

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from vlmenv.compat.peft import is_adapter
+
 NARROW: Final = torch.bfloat16
 
 
@@ -29,6 +31,12 @@ class WideEmbedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """Embeds token ids [...] as float32 [..., H]."""
         return super().forward(input).float()
+
+
+def tied_names(model: nn.Module) -> set[str]:
+    """Names of weights that are the same tensor as one that has another name before."""
+    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return every - {name for name, _ in model.named_parameters()}
 
 
 def hold_frozen(model: PreTrainedModel) -> int:
@@ -55,7 +63,7 @@ def hold_frozen(model: PreTrainedModel) -> int:
 def hold_all(model: PreTrainedModel) -> None:
     """Holds all weights in bfloat16, but for adapters. The residual stream is bfloat16 too."""
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and ".lora_" not in name:
+        if parameter.is_floating_point() and not is_adapter(name):
             parameter.data = parameter.data.to(NARROW)
 
 
@@ -82,10 +90,11 @@ def widen_embedding(model: PreTrainedModel, like: PreTrainedModel) -> None:
 def _narrowable(model: PreTrainedModel, *, frozen: bool = True) -> Iterator[nn.Parameter]:
     """The weights that layers under autocast cast to its type, and that of the token embedding."""
     embedding = _embedding(model)
+    scaled = None if embedding is not None else model.get_input_embeddings().weight  # may be the head's too
     for module in model.modules():
         if isinstance(module, nn.Linear) or module is embedding:
             for parameter in module.parameters(recurse=False):
-                if parameter.is_floating_point() and not (frozen and parameter.requires_grad):
+                if parameter.is_floating_point() and not ((frozen and parameter.requires_grad) or parameter is scaled):
                     yield parameter
 
 

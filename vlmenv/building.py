@@ -26,10 +26,10 @@ from vlmenv.agents.quantization import Quantization
 from vlmenv.agents.remainders import REMAINDERS
 from vlmenv.agents.sampling import PassLimits
 from vlmenv.agents.vlm import VLMAgent
+from vlmenv.core.console import open_console, say
 from vlmenv.core.coordinates import CoordinateSpace
 from vlmenv.core.errors import ConfigError, unknown_name
 from vlmenv.core.loading import load_name
-from vlmenv.core.text import printable
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.options.task import Device, TaskConfig
 from vlmenv.options.train import AdaptationOptions, TrainConfig
@@ -99,24 +99,6 @@ def report_skipped(skipped: Mapping[int, str], total: int | None, console: Conso
 
 
 _TOLD = 5
-
-
-def open_console(quiet: bool) -> Console:
-    """The console of a command.
-
-    In a notebook it shows progress as a widget. Without ipywidgets, which that takes, it prints plain lines.
-    """
-    console = Console(emoji=False, quiet=quiet)
-    if not console.is_jupyter or importlib.util.find_spec("ipywidgets"):
-        return console
-    plain = Console(emoji=False, quiet=quiet, force_jupyter=False, force_terminal=False)
-    say("install ipywidgets to see a progress bar here; until then, lines tell the progress", plain)
-    return plain
-
-
-def say(message: str, console: Console) -> None:
-    """Prints a line that may hold text from data, which changes nothing on the terminal."""
-    console.print(printable(message), highlight=False, emoji=False, soft_wrap=True)
 
 
 def check_device(device: Device) -> None:

@@ -27,11 +27,10 @@ from vlmenv.building import (
     check_engine,
     limits_of,
     load_for_training,
-    open_console,
     report_broken_rows,
-    say,
     task_arguments,
 )
+from vlmenv.core.console import open_console, say
 from vlmenv.core.errors import ConfigError
 from vlmenv.doctor.forecast import forecast_here
 from vlmenv.envs.data.dataset import adopt_images, checked_once
@@ -156,7 +155,7 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
             check_room(cast(VLMAgent, trainer.agent), config, run, console)
     kept = facts(config, data, run, accelerator.num_processes) if accelerator.is_main_process else {}
     say(f"{config.env}, {config.algo}, model {config.model}; writing to {run.path}", console)
-    console.print(written(paths), highlight=False, markup=False)
+    say(written(paths), console)
     tracking = Tracking(accelerator, config.logging.tracker, run, flatten(config), step=found.step)
     stopping = opened.enter_context(Stopping(accelerator))
     try:
@@ -380,7 +379,7 @@ def _go_on(trainer: Trainer, run: RunFolder, found: Found, changed: dict[str, An
         trainer.forget_samples()
     if changed and trainer.accelerator.is_main_process:
         run.write_change(trainer.step, changed)
-    console.print(f"going on after step {trainer.step}" if trainer.step else "no checkpoint yet: starting over")
+    say(f"going on after step {trainer.step}" if trainer.step else "no checkpoint yet: starting over", console)
 
 
 def _accelerator(config: TrainConfig[Any], run: RunFolder) -> Accelerator:
