@@ -73,7 +73,10 @@ class LoRA:
     def __init__(self, model: PreTrainedModel, config: Any) -> None:
         peft = _peft()
         self.config = config
-        peft.inject_adapter_in_model(config, model)
+        bare = nn.Module()  # without the configuration, by which peft moves adapters of some experts to fused weights
+        for name, child in model.named_children():
+            bare.add_module(name, child)
+        peft.inject_adapter_in_model(config, bare)
         layers = adapted_layers(model)
         self._layers = list(layers.values())
         self._scales = {name: scale(layer) for name, layer in layers.items()}

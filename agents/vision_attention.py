@@ -92,6 +92,21 @@ def _kinds(starts: Tensor) -> _Kinds:
     return known[1]
 
 
+_STARTS: dict[int, tuple[weakref.ref[Tensor], Segments]] = {}
+"""Starts of images, and the length of the longest, by the id of the positions that all blocks of a pass are given."""
+
+
+def _from_positions(positions: Tensor) -> Segments:
+    place = id(positions)
+    known = _STARTS.get(place)
+    if known is None or known[0]() is not positions:
+        firsts = torch.nonzero((positions == 0).all(dim=-1))[:, 0]
+        starts = nn.functional.pad(firsts, (0, 1), value=len(positions)).int()
+        segments = Segments(starts, int(starts.diff().max()))
+        known = _STARTS[place] = weakref.ref(positions, lambda _: _STARTS.pop(place, None)), segments
+    return known[1]
+
+
 def _by_kinds(query: Tensor, key: Tensor, value: Tensor, kinds: _Kinds, scale: float) -> Tensor:
     """Attention within segments of packed states [M, H, D] on any device: one call per length of segments."""
     states = [query, key, value]
@@ -114,14 +129,21 @@ def _attend(
     attention_mask: Tensor | None,
     *,
     scaling: float,
-    cu_seq_lens_q: Tensor,
-    max_length_q: int,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int = 0,
+    position_ids: Tensor | None = None,
     dropout: float = 0.0,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' attention function: states [1, H, M, D] and starts of segments; returns [1, M, H, D]."""
+    """Transformers' attention function: states [1, H, M, D] and starts of segments; returns [1, M, H, D].
+
+    Pixtral's tower passes positions [M, 2] instead, which begin at the first patch of each image.
+    """
     assert dropout == 0, "attention dropout would not be the same in two passes"
     query, key, value = (one[0].transpose(0, 1) for one in (query, key, value))
+    if cu_seq_lens_q is None:
+        assert position_ids is not None, "the vision tower tells no starts of images"
+        cu_seq_lens_q, max_length_q = _from_positions(position_ids)
     if isinstance(kernel_for(query), FlashKernel):
         return _flash(query, key, value, Segments(cu_seq_lens_q, max_length_q), scaling)[None], None
     return _by_kinds(query, key, value, _kinds(cu_seq_lens_q), scaling)[None], None
@@ -142,5 +164,5 @@ def attend_by_segments(tower: PreTrainedModel) -> None:
 
 def attends_by_segments(tower: nn.Module) -> bool:
     """True if `attend_by_segments` has taken effect in every attention of a tower."""
-    layers = [module for module in tower.modules() if "attention" in type(module).__name__.lower()]
+    layers = [module for module in tower.modules() if type(module).__name__.endswith("Attention")]
     return bool(layers) and {attention_of(layer) for layer in layers} == {_NAME}

@@ -142,7 +142,8 @@ class VLMAgent(Agent):
             ours = weightless_family(folder, chat_template_kwargs)
             model = cast(Any, ours.model).eval().to(dtype)
         else:
-            family = family_of(read_config(folder).model_type)
+            config = read_config(folder)
+            family = family_of(config.model_type, config)
             processor = Processor.from_pretrained(folder, chat_template_kwargs)
             model = load_model(folder, dtype).eval()
             ours = family(model, processor)
@@ -227,8 +228,15 @@ class VLMAgent(Agent):
 
     def _published_weights(self) -> dict[str, Tensor]:
         """The model's weights as `save` writes them, adapters merged. Sharded weights must be gathered before."""
-        model = _under("model.", dict(self.family_policy.named_parameters(remove_duplicate=False)))
+        weights = dict(self.family_policy.named_parameters(remove_duplicate=False)) | self.fixed_weights()
+        model = _under("model.", weights)
         return published_weights(self.family, model if self.lora is None else self.lora.merged(model))
+
+    def fixed_weights(self) -> dict[str, Tensor]:
+        """What checkpoints hold of the model beside its parameters, as biases of routers, by names in the policy."""
+        policy = self.family_policy
+        kept = policy.state_dict(keep_vars=True).keys()
+        return {name: one for name, one in policy.named_buffers() if name in kept}
 
     def logprobs(self, rollout: Rollout) -> LogProbs:
         return super().logprobs(self._with_image(rollout))

@@ -90,10 +90,11 @@ def widen_embedding(model: PreTrainedModel, like: PreTrainedModel) -> None:
 def _narrowable(model: PreTrainedModel, *, frozen: bool = True) -> Iterator[nn.Parameter]:
     """The weights that layers under autocast cast to its type, and that of the token embedding."""
     embedding = _embedding(model)
+    scaled = None if embedding is not None else model.get_input_embeddings().weight  # may be the head's too
     for module in model.modules():
         if isinstance(module, nn.Linear) or module is embedding:
             for parameter in module.parameters(recurse=False):
-                if parameter.is_floating_point() and not (frozen and parameter.requires_grad):
+                if parameter.is_floating_point() and not ((frozen and parameter.requires_grad) or parameter is scaled):
                     yield parameter
 
 

@@ -82,7 +82,7 @@ def test_blocks_that_no_longer_ask_for_the_attention_are_an_error(monkeypatch: p
 
     agent = VLMAgent.from_pretrained("builtin")
     monkeypatch.setattr(Qwen3VLTextAttention, "forward", own)
-    with pytest.raises(ModelError, match="have not used the packed attention"):
+    with pytest.raises(ModelError, match="have not used the packed tokens' own pass"):
         agent.rollout([TEXT])
 
 

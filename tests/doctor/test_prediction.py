@@ -23,7 +23,7 @@ from vlmenv.building import adapt, limits_of
 from vlmenv.cli import main
 from vlmenv.core.errors import ConfigError
 from vlmenv.doctor import prediction
-from vlmenv.doctor.prediction import Batch, Place, card_bytes, measure, moments
+from vlmenv.doctor.prediction import Batch, Place, card_bytes, gigabytes, measure, moments
 from vlmenv.options.train import AdaptationOptions, TrainConfig, default_config
 
 OBSERVATION: Any = {
@@ -173,6 +173,10 @@ def test_cards_have_sizes(name: str, size: float) -> None:
     assert card_bytes(name) == size
 
 
+def test_sizes_are_written_for_a_reader() -> None:
+    assert (gigabytes(3e6), gigabytes(1.26e9)) == ("3 MB", "1.3 GB")
+
+
 def test_an_unknown_card_is_refused() -> None:
     with pytest.raises(ConfigError, match="neither a size, such as 24GB, nor one of"):
         card_bytes("voodoo2")
@@ -180,7 +184,8 @@ def test_an_unknown_card_is_refused() -> None:
 
 def test_a_tokens_keys_and_values_are_those_that_sampling_holds(builtin: VLMAgent) -> None:
     prefixes, _ = builtin.family_policy.prefill([builtin.family.encode(OBSERVATION)])
-    held = sum(one.numel() * one.element_size() for one in (*prefixes.keys.values(), *prefixes.values.values()))
+    parts = [one for past in prefixes.past.values() for one in past.tensors]
+    held = sum(one.numel() * one.element_size() for one in parts)
     tokens = int(prefixes.packing.total)
     assert held == tokens * token_bytes(builtin.family.model.config, torch.float32)
 

@@ -33,14 +33,9 @@ class PlainTable(Table):
     """
 
     def __init__(self, *headers: Column | str, title: str = "", caption: str = "", **options: Any) -> None:
-        super().__init__(title_justify="left", caption_justify="left", **options)
+        columns = (Column(styled(header)) if isinstance(header, str) else header for header in headers)
+        super().__init__(*columns, title_justify="left", caption_justify="left", **options)
         self.title, self.caption = styled(title) if title else None, styled(caption) if caption else None
-        for header in headers:
-            if isinstance(header, str):
-                self.add_column(styled(header))
-            else:
-                header._index = len(self.columns)
-                self.columns.append(header)
 
     def add_row(self, *cells: Any, **options: Any) -> None:
         super().add_row(*(styled(cell) if isinstance(cell, str) else cell for cell in cells), **options)

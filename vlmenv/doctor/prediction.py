@@ -22,7 +22,7 @@ from vlmenv.agents.families import Family, weightless_family
 from vlmenv.agents.lora import LoRA
 from vlmenv.agents.pixels import prepared_folder
 from vlmenv.agents.quantization import quantize
-from vlmenv.agents.sampling import token_bytes
+from vlmenv.agents.sampling import state_tokens, token_bytes
 from vlmenv.agents.untrainable import read_config
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.agents.weights import narrow_copies
@@ -160,6 +160,10 @@ class Batch:
     def cached(self) -> int:
         """Tokens whose keys and values sampling holds without a limit."""
         return self.prompts * self.longest + self.completions * self.answer
+
+    def with_states(self, tokens: int) -> Batch:
+        """The batch as sampling holds it, where each prompt and answer has states that take as much as some tokens."""
+        return replace(self, longest=self.longest + tokens, answer=self.answer + tokens)
 
 
 _FEW: Final = 2
@@ -306,7 +310,8 @@ def _passes(
         before = counter.restart()
         with torch.no_grad(), autocast:
             prefixes, _ = policy.prefill(prompts[:1])
-        prefill = counter.peak - before - _bytes([*prefixes.keys.values(), *prefixes.values.values()])
+        past = [tensor for one in prefixes.past.values() for tensor in one.tensors]
+        prefill = counter.peak - before - _bytes(past)
     if agent.family.sees_by_trained_weights():  # images are real, and so were not counted
         kept += int(_bytes(one for prompt in prompts for one in prompt.images.values()))
         prefill += _bytes(prompts[0].images.values())
@@ -375,7 +380,13 @@ class Place:
 
 
 def moments(
-    sizes: Sizes, batch: Batch, config: TrainConfig[Any], place: Place, token: float, vocabulary: int
+    sizes: Sizes,
+    batch: Batch,
+    config: TrainConfig[Any],
+    place: Place,
+    token: float,
+    vocabulary: int,
+    states: int = 0,
 ) -> dict[str, dict[str, float]]:
     """Bytes of a rank by use at each moment of training.
 
@@ -386,13 +397,14 @@ def moments(
         place: Card, ranks and strategy.
         token: Bytes of a token's keys and values.
         vocabulary: Number of entries of the head.
+        states: Number of tokens that take as much as the states of a prompt or completion. Default: none.
     """
     generation = config.generation
     engine = generation.engine_memory * place.memory if generation.engine == "vllm" and place.is_card else 0.0
     held = _shares(sizes, place)
     start = {"weights": sizes.weights, "reference": sizes.reference} | ({"engine": engine} if engine else {})
     if generation.engine == "hf":
-        rolling = held | _sampling(sizes, batch, config, place, token, vocabulary)
+        rolling = held | _sampling(sizes, batch, config, place, token, vocabulary, states)
     else:
         rolling = held | ({"engine": engine} if engine else {})
     return {"start": start, "sampling": rolling, "update": held | _updating(sizes, place)}
@@ -428,7 +440,13 @@ def _updating(sizes: Sizes, place: Place) -> dict[str, float]:
 
 
 def _sampling(
-    sizes: Sizes, batch: Batch, config: TrainConfig[Any], place: Place, token: float, vocabulary: int
+    sizes: Sizes,
+    batch: Batch,
+    config: TrainConfig[Any],
+    place: Place,
+    token: float,
+    vocabulary: int,
+    states: int,
 ) -> dict[str, float]:
     """What a rank needs beyond `_shares` where the model itself samples."""
     limits = limits_of(config)
@@ -436,8 +454,9 @@ def _sampling(
     if place.is_card and limits.cache is None:
         limits = replace(limits, cache=0)
     rows = min(batch.completions, limits.logits or batch.completions)
-    one = batch.longest + batch.answer
-    cached = max(one, min(batch.cached, limits.cache or batch.longest + 8 * batch.answer)) if bounded else batch.cached
+    held = batch.with_states(states)
+    one = held.longest + held.answer
+    cached = max(one, min(held.cached, limits.cache or held.longest + 8 * held.answer)) if bounded else held.cached
     longest = limits.passes([batch.longest] * batch.prompts)
     prompts = max(own.stop - own.start for own in longest)
     found = {
@@ -488,7 +507,8 @@ def predict(config: TrainConfig[Any], observation: Observation, place: Place) ->
     sizes, batch = measure(config, observation, place.ranks)
     model = read_config(prepared_folder(config.model, config.pixels))
     dtype = DTYPES[config.batches.precision]
-    told = moments(sizes, batch, config, place, token_bytes(model, dtype), int(model.get_text_config().vocab_size))
+    vocabulary, token = int(model.get_text_config().vocab_size), token_bytes(model, dtype)
+    told = moments(sizes, batch, config, place, token, vocabulary, state_tokens(model, dtype))
     return Prediction(told, place)
 
 

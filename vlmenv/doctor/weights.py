@@ -105,7 +105,7 @@ def checksums(subject: Subject) -> Seen:
     subject.need_engine()
     agent = subject.able
     published, held = _digests(agent), subject.checksums()
-    undo = _flip(list(agent.policy.parameters()), _BITS[-1])
+    undo = _flip([*agent.policy.parameters(), *agent.fixed_weights().values()], _BITS[-1])
     try:
         fixed = [name for name, digest in _digests(agent).items() if digest == published[name]]
         stale = _stale(subject, held)

@@ -43,11 +43,10 @@ class ExportConfig:
 
 def _is_repository(name: str) -> bool:
     """True if the hub takes a name with an owner."""
-    from huggingface_hub.errors import HFValidationError  # here, as --help need not wait for it
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # here: --help need not wait for it
 
     try:
         validate_repo_id(name)
-    except HFValidationError:
+    except ValueError:
         return False
     return "/" in name

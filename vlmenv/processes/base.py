@@ -185,7 +185,7 @@ class Sharded(Processes):
 
     @property
     def shards(self) -> int:
-        return self.accelerator.num_processes
+        return int(self.accelerator.num_processes)
 
     def configure(self, agent: Agent) -> None:
         agent.runs_every_module, agent.sharded = True, self.shards_weights
