@@ -107,7 +107,7 @@ class DeltaRule(Mixer):
     def _heads(self, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [P, T, H, D]; those of a key head serve several value heads."""
         layer = self.layer
-        query, key, value = convolved.split([layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
+        query, key, value = torch.split(convolved, [layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
         query, key = (one.unflatten(-1, (-1, layer.head_k_dim)) for one in (query, key))
         shared = layer.num_v_heads // layer.num_k_heads
         if shared > 1:
