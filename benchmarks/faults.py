@@ -10,6 +10,7 @@ with status 1 if anything else happens.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -98,11 +99,15 @@ class Laboratory:
         self.lines = [json.dumps(_row(i)) for i in range(ROWS)]
         self.paint()
         self.data.write_text("\n".join(self.lines) + "\n")
-        started = time.monotonic()
-        self.whole = folder / "whole"
-        self.begin(self.whole).communicate()
+        self.seconds, self._number = 0.0, 0
+
+    @functools.cached_property
+    def whole(self) -> Path:
+        """The undisturbed run, which is made when it is first asked for."""
+        run, started = self.folder / "whole", time.monotonic()
+        self.begin(run).communicate()
         self.seconds = time.monotonic() - started
-        self._number = 0
+        return run
 
     def paint(self, colour: str | None = None) -> None:
         """Writes the rows' images. Default: each of its own shade."""
@@ -177,6 +182,7 @@ def killed(lab: Laboratory) -> Iterator[Line]:
     """SIGKILL at random moments, a quarter of them in the writing of a checkpoint."""
     anywhere = Line("SIGKILL at a random moment", BIT_FOR_BIT)
     saving = Line("SIGKILL in the writing of a checkpoint", BIT_FOR_BIT)
+    assert lab.whole.exists()  # which tells how long a run takes
     for number in range(lab.args.kills):
         run = lab.new()
         process = lab.begin(run)

@@ -101,13 +101,9 @@ def evaluate(
     starts = range(0, count, envs.num_groups)
     own = starts if processes is None else processes.share(starts)
     answers: list[dict[str, Any]] = []
-    held = nullcontext() if processes is None or not agent.generates_itself else processes.gathered()
-    stops = nullcontext() if processes is None else shared_failure(processes.accelerator)
-    precision = nullcontext() if processes is None else processes.autocast()
-    most = len(own) if processes is None else max(processes.collect([len(own)]))
     former = LOSSES.snapshot()
     total = sum(min(envs.num_groups, count - start) for start in own)
-    with held, stops, precision, agent.generating(most), progress(title, total, console) as advance:
+    with _generating(agent, len(own), processes), progress(title, total, console) as advance:
         for start in own:
             check()
             stop = min(start + envs.num_groups, count)
@@ -124,6 +120,19 @@ def evaluate(
     if unscored:
         metrics[UNSCORED] = wilson_interval(min(unscored, len(answers)), len(answers))
     return Evaluation(metrics, answers, skipped)
+
+
+@contextmanager
+def _generating(agent: Agent, batches: int, processes: Processes | None) -> Iterator[None]:
+    """Prepares an agent for this rank's batches. With several ranks, weights are gathered, and all fail together."""
+    if processes is None:
+        with agent.generating(batches):
+            yield
+        return
+    held = processes.gathered() if agent.generates_itself else nullcontext()
+    most = max(processes.collect([batches]))
+    with held, shared_failure(processes.accelerator), processes.autocast(), agent.generating(most):
+        yield
 
 
 UNSCORED = "unscored"

@@ -25,6 +25,13 @@ SCRIPT = Path(__file__).with_name("vllm_elsewhere.py")
 TOLERANCE = 2e-5
 """of log-probabilities in float32, that vLLM and transformers compute by other kernels"""
 WAYS = ("full", "frozen", "lora", "vision lora")
+TOKENS = {
+    "internvl": {"image_seq_length": 4, "processor_class": "InternVLProcessor"},
+    "smolvlm": {"image_seq_len": 4, "processor_class": "SmolVLMProcessor"},
+}
+"""What folders of published processors tell vLLM of the number of an image's tokens."""
+REFUSED = {"internvl"}
+"""Families of whose projector vLLM takes no adapters."""
 WITHOUT = "vision lora without the option"
 FAMILIES = [one for one in ALL if one != "smolvlm" or importlib.util.find_spec("num2words")]
 """transformers' processor of SmolVLM, which vLLM asks for, needs num2words"""
@@ -52,8 +59,8 @@ def make(family: str, place: Path) -> None:
         base.mkdir()
         invent(family, base, head=32)  # the least that vLLM's attention on CPUs has
         in_the_layout_of_4(base)
-    if family == "internvl":  # as published ones do, of their number of tokens
-        (base / "processor_config.json").write_text('{"image_seq_length": 4, "processor_class": "InternVLProcessor"}')
+    if family in TOKENS:
+        (base / "processor_config.json").write_text(json.dumps(TOKENS[family]))
     for way in WAYS:
         agent = adapted(base, vision="vision" in way) if "lora" in way else trained(base, way)
         save_file(merged_weights(agent), place / f"{way}.weights")
@@ -86,7 +93,10 @@ def engine(place: Path, folder: str, *adapters: str, tower: bool = True, name: s
 
 
 def engines(place: Path) -> list[dict[str, Any]]:
-    """An engine for each whole model, one for adapters, and one without vLLM's option for those of a vision tower."""
+    """An engine for each whole model, one for adapters, and one without vLLM's option for those of a vision tower.
+
+    What vLLM refuses comes last, as it ends an engine.
+    """
     whole = [engine(place, name) for name in ("full", "frozen", "lora published", "vision lora published")]
     alone = engine(place, "base", "lora", "vision lora")
     return [*whole, alone, engine(place, "base", "vision lora", tower=False, name=WITHOUT)]
@@ -107,9 +117,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def found(place: Path, name: str) -> Found:
-    if (error := place / f"{name}.error").exists():
-        pytest.fail(f"{error.name}: {error.read_text()[-1500:]}")
-    answer = json.loads((place / f"{name}.json").read_text())
+    if not (file := place / f"{name}.json").exists():
+        pytest.fail("\n".join(f"{error.name}: {error.read_text()[-1500:]}" for error in place.glob("*.error")))
+    answer = json.loads(file.read_text())
     return answer["ids"], torch.tensor(answer["logprobs"])
 
 
@@ -124,7 +134,8 @@ def test_checkpoints_exports_and_adapters_are_what_was_trained(family: str, way:
     """Exports of models without adapters have the weights of the checkpoints, so vLLM is not asked again."""
     place = made / family
     right = expected(place, way)
-    assert difference(found(place, way), right) < TOLERANCE
+    if not (family in REFUSED and way == "vision lora"):
+        assert difference(found(place, way), right) < TOLERANCE
     if "lora" in way:
         assert difference(found(place, f"{way} published"), right) < TOLERANCE
     else:
@@ -137,4 +148,7 @@ def test_checkpoints_exports_and_adapters_are_what_was_trained(family: str, way:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_of_the_vision_tower_need_a_setting_of_vllm(family: str, made: Path) -> None:
     place = made / family
+    if family in REFUSED:
+        assert "expected target modules in" in (place / f"{WITHOUT}.error").read_text()
+        return
     assert difference(found(place, WITHOUT), expected(place, "vision lora")) > 10 * TOLERANCE

@@ -11,6 +11,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
+from small_models import invent
 from transformers import AutoModelForImageTextToText
 
 from vlmenv.agents.vlm import VLMAgent, find_model
@@ -143,6 +144,21 @@ def test_adapters_of_the_vision_tower_are_told_what_vllm_needs(
             card = (out / "README.md").read_text()
             assert ("--enable-lora --enable-tower-connector-lora --max-lora-rank 16" in card) == needed
             assert ("--enable-lora --max-lora-rank 16" in card) == (not vision and not more)
+
+
+@pytest.mark.slow
+def test_adapters_that_vllm_refuses_are_told_to_be_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the projector of InternVL, as tests/agents/test_vllm_elsewhere.py sees."""
+    (tmp_path / "base").mkdir()
+    invent("internvl", tmp_path / "base")
+    for vision in (True, False):
+        agent = VLMAgent.from_pretrained(tmp_path / "base")
+        agent.add_lora(rank=2, alpha=2, vision=vision)
+        agent.save(tmp_path / f"adapters {vision}")
+        main(["export", str(tmp_path / f"adapters {vision}"), str(tmp_path / f"out {vision}")])
+        told = "vLLM takes no adapters of this model's projectors"
+        assert (told in capsys.readouterr().out) == vision
+        assert (told in (tmp_path / f"out {vision}" / "README.md").read_text()) == vision
 
 
 @pytest.mark.slow

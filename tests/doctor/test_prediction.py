@@ -23,7 +23,7 @@ from vlmenv.building import adapt, limits_of
 from vlmenv.cli import main
 from vlmenv.core.errors import ConfigError
 from vlmenv.doctor import prediction
-from vlmenv.doctor.prediction import Batch, Place, card_bytes, measure, moments
+from vlmenv.doctor.prediction import Batch, Place, card_bytes, gigabytes, measure, moments
 from vlmenv.options.train import AdaptationOptions, TrainConfig, default_config
 
 OBSERVATION: Any = {
@@ -171,6 +171,10 @@ def test_sampling_on_a_card_needs_no_more_than_a_few_completions() -> None:
 )
 def test_cards_have_sizes(name: str, size: float) -> None:
     assert card_bytes(name) == size
+
+
+def test_sizes_are_written_for_a_reader() -> None:
+    assert (gigabytes(3e6), gigabytes(1.26e9)) == ("3 MB", "1.3 GB")
 
 
 def test_an_unknown_card_is_refused() -> None:

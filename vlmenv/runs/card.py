@@ -26,6 +26,9 @@ from vlmenv.runs.run_folder import RunFolder
 _TASK: Final = "image-text-to-text"
 TOWER: Final = "--enable-tower-connector-lora"
 """vLLM's option without which it leaves out adapters of the vision tower and its projectors."""
+MERGED: Final = "vLLM takes no adapters of this model's projectors: give it the export with --merged"
+UNSERVED: Final = {"internvl"}
+"""Families of whose projectors vLLM takes no adapters."""
 _RANKS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as `--max-lora-rank`."""
 _SHOWN: Final = ("algo", "steps", "prompts_per_step", "group_size", "lr", "beta", "rewards", "lora_rank", "seed")
@@ -117,7 +120,7 @@ def _first_prompt(run: RunFolder) -> str | None:
         return None
 
 
-def write_card(folder: Path, origin: Origin, *, adapter: bool, tower: bool = False) -> None:
+def write_card(folder: Path, origin: Origin, *, adapter: bool, tower: bool = False, served: bool = True) -> None:
     """Writes README.md of an exported model, and what the licence of its base model is.
 
     Args:
@@ -125,11 +128,12 @@ def write_card(folder: Path, origin: Origin, *, adapter: bool, tower: bool = Fal
         origin: Where it comes from.
         adapter: True if it holds adapters alone.
         tower: True if the vision tower or its projectors have some of them.
+        served: False if vLLM refuses those.
     """
     licence, note = _licence(origin)
     (folder / "LICENSE_NOTE.md").write_text(note, encoding="utf-8")
-    served = [_serving(folder, origin, tower)] if adapter else []
-    parts = [_head(folder, origin, licence, adapter), *_body(folder, origin, adapter), *served]
+    parts = [_head(folder, origin, licence, adapter), *_body(folder, origin, adapter)]
+    parts += [_serving(folder, origin, tower) if served else f"## With vLLM\n\n{MERGED}."] if adapter else []
     parts.append(f"## Licence\n\n{note.strip()}")
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 

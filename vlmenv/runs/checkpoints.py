@@ -177,7 +177,11 @@ def _load(trainer: Trainer, folder: Path) -> list[str]:
         if _is_divided_anew(folder, state, trainer.processes):
             state["undivided"] = _shards(folder, state)
         trainer.load(folder, state, own, same_ranks=not changed)
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+    except KeyError as error:
+        raise ModelError(
+            f"{folder}: the checkpoint's state lacks {error}: another version of vlmenv may have written it"
+        ) from error
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise ModelError(f"{folder}: the checkpoint cannot be read: {error}") from error
     notes = []
     if state["processes"] != trainer.processes.name:

@@ -41,9 +41,10 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         whole = parse_json(file.read_bytes())
         content: dict[str, Any] = whole["content"]
         intact = whole["sha256"] == _digest(content)
-    except (ValueError, KeyError, TypeError) as error:
+        described = all({"bytes", "sha256"} <= told.keys() for told in content["files"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{MANIFEST} cannot be read") from error
-    if not intact:
+    if not (intact and described):
         raise ValueError(f"{MANIFEST} has been changed since it was written")
     return content
 
