@@ -46,7 +46,7 @@ def test_it_is_that_of_transformers(model_type: str, recomputes: bool, tmp_path:
     routers, model = agent.family_policy.routers, agent.family.model
     ours = torch.autograd.grad(found, [router.weight for router in routers])
     ids = np.concatenate([rollout.prompts[0].input_ids, rollout.completions[0].token_ids[:-1]])
-    logits = model(input_ids=torch.from_numpy(ids)[None], output_router_logits=True).router_logits
+    logits = model(input_ids=torch.from_numpy(ids)[None], output_router_logits=True, use_cache=False).router_logits
     module, text = importlib.import_module(type(model).__module__), model.config.text_config
     right = module.load_balancing_loss_func(logits, getattr(text, TYPES[model_type]), text.num_experts_per_tok)
     torch.testing.assert_close(found, right)
@@ -75,7 +75,8 @@ def test_it_is_logged_and_enters_the_loss_by_its_weight(tmp_path: Path) -> None:
         agent = VLMAgent.from_pretrained(tmp_path, sampling=Sampling(max_new_tokens=4))
         (result,) = trainer(agent, weight).train(seed=0)
         moved.append(result.metrics)
-    assert moved[0]["policy/router_loss"] == pytest.approx(moved[1]["policy/router_loss"]) > 1
+    assert moved[0]["policy/router_loss"] == pytest.approx(moved[1]["policy/router_loss"])
+    assert moved[0]["policy/router_loss"] > 1
     assert moved[0]["policy/grad_norm"] == 0 < moved[1]["policy/grad_norm"]
     assert moved[1]["loss"] - moved[0]["loss"] == pytest.approx(0.5 * moved[0]["policy/router_loss"])
 
