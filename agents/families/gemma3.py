@@ -36,7 +36,8 @@ class Gemma3(Family):
 
     @property
     def _expanded(self) -> str:
-        start, end = self.processor.tokenizer.convert_ids_to_tokens(self._sides)
+        sides: list[str] = self.processor.tokenizer.convert_ids_to_tokens(self._sides)
+        start, end = sides
         return f"\n\n{start}{self.image_token * self.model.config.mm_tokens_per_image}{end}\n\n"
 
     @property

@@ -66,7 +66,7 @@ class LlavaOnevision(Family):
         ratio = math.sqrt(rows * columns / (most * side**2))
         if ratio > 1.1:
             rows, columns = int(rows // ratio), int(columns // ratio)
-        return side**2 + rows * (columns + 1)
+        return int(side**2 + rows * (columns + 1))
 
     @classmethod
     def sizing(cls, settings: Mapping[str, Any]) -> str:
