@@ -36,8 +36,7 @@ class Gemma3(Family):
 
     @property
     def _expanded(self) -> str:
-        sides: list[str] = self.processor.tokenizer.convert_ids_to_tokens(self._sides)
-        start, end = sides
+        start, end = list(self.processor.tokenizer.convert_ids_to_tokens(self._sides))
         return f"\n\n{start}{self.image_token * self.model.config.mm_tokens_per_image}{end}\n\n"
 
     @property
