@@ -46,8 +46,9 @@ class PassLimits:
     """maximum number of tokens of prompts in a pass, which has at least one prompt; None: no limit"""
     cache: int | None = None
     """Maximum number of tokens whose keys and values are held at once, padding included, and states as the tokens that
-    take as much; of one completion and its prompt in any case. Each completion then has random numbers of its own, so that the result is the same for any such
-    number. None: no limit, and random numbers are drawn in the order of tokens"""
+    take as much; of one completion and its prompt in any case. Each completion then has random numbers of its own, so
+    that the result is the same for any such number. None: no limit, and random numbers are drawn in the order of
+    tokens"""
 
     @property
     def logits(self) -> int | None:

@@ -232,6 +232,10 @@ class VLMAgent(Agent):
         model = _under("model.", weights)
         return published_weights(self.family, model if self.lora is None else self.lora.merged(model))
 
+    @property
+    def routes(self) -> bool:
+        return bool(self.family_policy.routers) and self.family_policy.share_prefixes
+
     def fixed_weights(self) -> dict[str, Tensor]:
         """What checkpoints hold of the model beside its parameters, as biases of routers, by names in the policy."""
         policy = self.family_policy

@@ -33,8 +33,13 @@ SPACED_UNIT: Final = r"[gshLNVWJA](?![A-Za-z])"
 """One that must be set apart."""
 
 _CACHED = 10_000
-# Long numbers, huge powers, towers of powers, factorials of thousands.
-_BOMB = re.compile(r"\d{60}|\^\s*\{?\s*\d{5}|(?:\d\s*\^\s*\{?\s*){3}|[)}\]]\s*\^\s*\{?\s*\d{3}|\d{5}\s*!", re.ASCII)
+# Long numbers, huge powers, towers of powers, factorials of thousands, of powers and of large factorials.
+_BOMB = re.compile(
+    r"\d{60}|\^\s*\{?\s*\d{5}|(?:\d\s*\^\s*\{?\s*){3}|[)}\]]\s*\^\s*\{?\s*\d{3}|\d{5}\s*!"
+    r"|(?:\d\d|[89])\s*!\s*[)}\]]\s*!|![)}\]\s]*![)}\]\s]*!|\^\s*\{?\s*(?:\d\d|[5-9])\s*\}?\s*[)}\]]+\s*!"
+    r"|\\binom\s*\{[^{}]*(?:\d{4}|\^)",
+    re.ASCII,
+)
 
 _cache: dict[tuple[str, str], bool] = {}
 _workers = Workers(f"{__name__}:make_comparison", TIME_LIMIT)

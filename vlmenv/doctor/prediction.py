@@ -310,7 +310,8 @@ def _passes(
         before = counter.restart()
         with torch.no_grad(), autocast:
             prefixes, _ = policy.prefill(prompts[:1])
-        prefill = counter.peak - before - _bytes([*prefixes.keys.values(), *prefixes.values.values()])
+        past = [tensor for one in prefixes.past.values() for tensor in one.tensors]
+        prefill = counter.peak - before - _bytes(past)
     if agent.family.sees_by_trained_weights():  # images are real, and so were not counted
         kept += int(_bytes(one for prompt in prompts for one in prompt.images.values()))
         prefill += _bytes(prompts[0].images.values())
