@@ -25,7 +25,7 @@ from rich.console import Console
 from vlmenv.agents.engines.access import VARIABLE, require_private, server_token_or_new, token_file
 from vlmenv.agents.engines.addresses import LONGEST_SOCKET
 from vlmenv.agents.engines.guard import HOST
-from vlmenv.agents.engines.settings import engine_settings, environment
+from vlmenv.agents.engines.settings import TO_SERVER, engine_settings, environment
 from vlmenv.agents.engines.vllm import require_vllm
 from vlmenv.agents.families import weightless_family
 from vlmenv.agents.pixels import prepared_folder
@@ -97,10 +97,10 @@ def _arguments(config: ServeConfig, device: torch.device) -> dict[str, Any]:
         max_images=_IMAGES,
         memory_share=config.vllm.engine_memory,
         tensor_parallel=config.vllm.tensor_parallel,
+        transfer=TO_SERVER,
     ) | {
         **({"distributed_executor_backend": "uni"} if alone else {}),  # one process less
         **_listening(config),
-        "worker_extension_cls": "vlmenv.agents.engines.worker.WeightReceiver",
         "enable_scale_out": True,  # tokens in, tokens out
         "middleware": ["vlmenv.agents.engines.guard.Guard"],
         "allowed_media_domains": ["none.invalid"],  # a name that cannot exist: images come within requests

@@ -11,7 +11,6 @@ from torch import Tensor
 from vlmenv.agents.checkpoints import weight_names
 from vlmenv.agents.engines.checksums import UNREADABLE
 from vlmenv.agents.engines.fingerprints import fingerprint
-from vlmenv.agents.saving import published_weights
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.core.rollout import Rollout
 from vlmenv.doctor.subject import Numbers, Seen, Subject, Unchecked
@@ -27,10 +26,8 @@ _MOVED, _POWER = 0.5, 10
 def names(subject: Subject) -> Seen:
     """Compares the names of the trainer's weights with those of the model's folder."""
     agent = subject.agent
-    state, model = agent.family.model.state_dict(), agent.family.model
-    merged = state if agent.lora is None else agent.lora.merged(state)
-    tied = set(getattr(model, "all_tied_weights_keys", {}))
-    ours, theirs = set(published_weights(agent.family, merged)), weight_names(agent.folder) - tied
+    tied = set(getattr(agent.family.model, "all_tied_weights_keys", {}))
+    ours, theirs = set(agent._published_weights()), weight_names(agent.folder) - tied
     unknown, missing = sorted(ours - theirs), sorted(theirs - ours)
     if not unknown:
         return f"{len(ours)} weights" + (f"; {len(missing)} more in the folder are not used" if missing else ""), ""
