@@ -14,6 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.utils import skip_init
 from torch.utils._python_dispatch import _disable_current_modes
 
 from vlmenv.agents.saved_activations import drops, make_anew
@@ -185,7 +186,8 @@ class _Form:
             made.register_parameter(name, nn.Parameter(torch.empty(size, device="cpu", dtype=torch.float32)))
         for name, (inner, outer) in self.linear.items():
             bias = getattr(module.get_submodule(name), "bias", None) is not None
-            made._modules[name] = nn.Linear(inner, outer, bias=bias, device="cpu", dtype=torch.float32)
+            # Drawn from `random` alone: a trial, which a process makes once, leaves the global generator as it is.
+            made._modules[name] = skip_init(nn.Linear, inner, outer, bias=bias, device="cpu", dtype=torch.float32)
         for parameter in made.parameters():
             nn.init.normal_(parameter, generator=random)
         return made

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from small_models import INVENTED, invent
@@ -38,6 +40,16 @@ def test_all_are_on_in_every_family(family: str, tmp_path: Path) -> None:
     assert found.pop("flash attention") == "yes (PyTorch's for CPUs)"
     assert set(found.values()) == {"yes"}
     assert ("images in one call" in found) == agent.family.packs_images
+
+
+def test_a_model_leaves_the_global_generators_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the first of a process: new adapters are drawn next, and a seed fixes them."""
+    monkeypatch.setattr(lean_layers, "_tried", {})
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    VLMAgent.from_pretrained("builtin")
+    assert lean_layers._tried
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
 
 
 def test_a_changed_class_of_transformers_is_reported(
