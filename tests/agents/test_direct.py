@@ -104,7 +104,8 @@ def test_updates_arrive_whole_by_channels(
     assert_answered(agent)
     for server in (good, bad):
         assert orders(server) == [JOIN, RECEIVE, RECEIVE, RECEIVE]
-        server.workers.clear()
+        for worker in server.workers:
+            worker.leave()
     engine = agent.engine
     agent.close()
     assert engine is not None
