@@ -132,6 +132,7 @@ def _flags(arguments: Mapping[str, Any]) -> Iterator[str]:
 def _started(arguments: Mapping[str, Any], device: torch.device, token: str) -> Iterator[subprocess.Popen[bytes]]:
     """The server's process, which ends with the context, and with it all those that it has started."""
     divided = _UNBOUND if arguments["tensor_parallel_size"] > 1 else {}
+    # Routes of updates are part of vLLM's development mode; the guard refuses the rest of it.
     own = {"VLLM_SERVER_DEV_MODE": "1", VARIABLE: token, HOST: arguments.get("host", "localhost")}
     with tempfile.TemporaryDirectory(prefix="vlmenv-serve-") as sockets:  # of vLLM's processes, private to this account
         process = subprocess.Popen(
