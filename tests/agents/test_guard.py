@@ -64,7 +64,9 @@ def ask(app: Noting, method: str, path: str, host: str = "127.0.0.1:8000", **mor
 
     before = len(app.taken)
     reply = asyncio.run(request())
-    assert (path in [taken for taken, _ in app.taken[before:]]) == (reply.status_code in (200, NOT_TAKEN) and path != MODEL)
+    assert (path in [taken for taken, _ in app.taken[before:]]) == (
+        reply.status_code in (200, NOT_TAKEN) and path != MODEL
+    )
     assert (reply.content == b"taken") == (reply.status_code == 200 and path != MODEL)
     return reply.status_code
 
@@ -98,8 +100,8 @@ def test_a_token_beside_another_is_none(app: Noting) -> None:
 
 
 @pytest.mark.parametrize("path", ["/", "/docs", "/openapi.json", "/metrics", "/server_info", "/sleep",
-                                  "/v1/completions", "/collective_rpc", "/update_weights/", "//update_weights", "/pause",
-                                  START, FINISH, "/tokenize", "/start_profile"])  # fmt: skip
+                                  "/v1/completions", "/collective_rpc", "/update_weights/", "//update_weights",
+                                  "/pause", START, FINISH, "/tokenize", "/start_profile"])  # fmt: skip
 def test_other_routes_are_none(path: str, app: Noting) -> None:
     assert ask(app, "GET", path) == 404
     assert ask(app, "POST", path, json={}) == 404
@@ -182,7 +184,10 @@ def test_an_update_is_begun_and_finished_before_the_next(app: Noting) -> None:
 def test_a_workers_fault_is_told_and_the_update_is_over(ending: str, app: Noting) -> None:
     """vLLM refuses to finish what a worker could not do; others may have to finish it."""
     fault = "cannot take over weights: OSError: /tmp/a's file"
-    app.faults = {UPDATE: Exception(f"Call to collective_rpc method failed: {fault}{ending}"), FINISH: Exception("none")}
+    app.faults = {
+        UPDATE: Exception(f"Call to collective_rpc method failed: {fault}{ending}"),
+        FINISH: Exception("none"),
+    }
     (reply,) = update(app)
     assert (reply.status_code, reply.json()) == (NOT_TAKEN, {"error": fault})
     assert [path for path, _ in app.taken] == [START, UPDATE, FINISH]
