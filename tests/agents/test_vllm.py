@@ -239,6 +239,28 @@ def test_a_missing_and_an_unknown_weight_are_refused(agent: VLMAgent) -> None:
         agent.engine.sync(without | {"model.extra": weights[name]})
 
 
+@pytest.mark.parametrize("engine", ["in process"], indirect=True)
+def test_a_load_that_fails_or_leaves_weights_is_told_and_does_no_harm(agent: VLMAgent) -> None:
+    """The engine's own check of names is off: it would tell before."""
+    engine, weights = agent.engine, dict(agent._published_weights())
+    assert isinstance(engine, VLLMEngine)
+    names, middle = engine._names, list(weights)[len(weights) // 2]
+    wrong = [
+        ({middle: weights[middle][:1]}, "failed to take over the weights"),
+        ({"model.nobody.weight": weights[middle]}, "no module or parameter"),
+    ]
+    for changed, told in wrong:
+        engine._names = (weights | changed).keys()
+        with pytest.raises(EngineError, match=told):
+            engine.sync(weights | changed)
+    engine._names = names - {middle}
+    with pytest.raises(EngineError, match="failed to take over the weights: weights were not updated: "):
+        engine.sync({name: tensor for name, tensor in weights.items() if name != middle})
+    engine._names = names
+    agent.sync()
+    assert_in_step(agent, batch())
+
+
 def test_a_prompt_that_is_read_otherwise_is_told_with_both_readings(
     agent: VLMAgent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
