@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from vlmenv.agents.engines.access import server_token
-from vlmenv.agents.engines.channel import Bucket, Channel, ChannelFault, Meeting
+from vlmenv.agents.engines.channel import Bucket, Channel, ChannelFault, Incoming, Meeting
 from vlmenv.agents.engines.files import weights_digest
 
 REFUSED: Final = "cannot take over weights: "
@@ -73,12 +74,18 @@ class Receiver:
         incoming = self._line.receive(plan, getattr(torch, dtype), seconds)
         try:
             self._load(incoming)
-        finally:
-            try:
-                incoming.finish()
-            except ChannelFault:
-                self._line = None
-                raise
+        except Exception:
+            with suppress(ChannelFault):  # the first fault is told
+                self._finish(incoming)
+            raise
+        self._finish(incoming)
+
+    def _finish(self, incoming: Incoming) -> None:
+        try:
+            incoming.finish()
+        except ChannelFault:
+            self._line = None
+            raise
 
     def leave(self) -> None:
         """Leaves the channel."""
