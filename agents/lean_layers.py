@@ -187,7 +187,8 @@ class _Form:
         for name, (inner, outer) in self.linear.items():
             bias = getattr(module.get_submodule(name), "bias", None) is not None
             # Drawn from `random` alone: a trial, which a process makes once, leaves the global generator as it is.
-            made._modules[name] = skip_init(nn.Linear, inner, outer, bias=bias, device="cpu", dtype=torch.float32)
+            empty = skip_init(nn.Linear, inner, outer, bias=bias, device="cpu", dtype=torch.float32)  # type: ignore[no-untyped-call]
+            made._modules[name] = empty
         for parameter in made.parameters():
             nn.init.normal_(parameter, generator=random)
         return made

@@ -16,7 +16,7 @@ from typing import Any, Final
 from vlmenv.core.errors import ConfigError
 from vlmenv.envs.rewards.formulas import Form, read_form, written_key
 from vlmenv.envs.rewards.numbers import Number, is_rounded, is_rounding, same_number
-from vlmenv.envs.rewards.units import conversion
+from vlmenv.envs.rewards.units import DEGREES, RADIANS, conversion
 from vlmenv.envs.rewards.workers import LOSSES, Workers
 
 TIME_LIMIT: Final = 0.5
@@ -138,6 +138,7 @@ def _same(answer: Form, truth: Form, algebra: Algebra) -> bool:
         return bool(answer.equation) and _same_equation(answer, truth, algebra)
     if answer.kind == "words" and answer.items and truth.kind != "words":
         answer = answer._replace(kind="ratio")  # "5:10" for 1:2
+    answer, truth = _in_radians(answer, truth), _in_radians(truth, answer)
     factor = conversion(answer.unit, truth.unit)
     if factor is None:
         return False
@@ -157,6 +158,15 @@ def _same(answer: Form, truth: Form, algebra: Algebra) -> bool:
         case ("number" | "expression", "sequence" | "relation") | ("sequence" | "relation", "number" | "expression"):
             return False
     return algebra(answer, truth, factor)
+
+
+def _in_radians(form: Form, other: Form) -> Form:
+    """An angle in radians if it is in degrees, and what it is compared with in radians."""
+    unit, others = form.unit, other.unit and other.unit.powers
+    if unit is None or (unit.powers, others) != (DEGREES, RADIANS) or form.kind not in ("number", "expression"):
+        return form
+    turned = f"({form.latex}) \\cdot \\frac{{{unit.scale.numerator} \\pi}}{{{180 * unit.scale.denominator}}}"
+    return Form("expression", turned, name=form.name)
 
 
 _LETTERS = re.compile(r"[a-z]{2,3}")
