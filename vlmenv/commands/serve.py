@@ -86,7 +86,6 @@ def _arguments(config: ServeConfig, device: torch.device) -> dict[str, Any]:
     """What vLLM's server is told."""
     folder = prepared_folder(checkpoint_name(config.model), config.pixels)
     family = weightless_family(folder)
-    alone = device.type == "cpu" and config.vllm.tensor_parallel == 1
     longest = int(family.model.config.get_text_config().max_position_embeddings)
     return engine_settings(
         folder,
@@ -99,7 +98,6 @@ def _arguments(config: ServeConfig, device: torch.device) -> dict[str, Any]:
         tensor_parallel=config.vllm.tensor_parallel,
         transfer=TO_SERVER,
     ) | {
-        **({"distributed_executor_backend": "uni"} if alone else {}),  # one process less
         **_listening(config),
         "enable_scale_out": True,  # tokens in, tokens out
         "middleware": ["vlmenv.agents.engines.guard.Guard"],
