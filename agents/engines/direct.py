@@ -23,7 +23,6 @@ from vlmenv.agents.engines.channel import (
 )
 from vlmenv.agents.engines.remote import SLOWER, Server
 from vlmenv.agents.engines.replies import PassingFault, ServerFault
-from vlmenv.agents.lazy_weights import outlines
 
 T = TypeVar("T")
 
@@ -61,7 +60,7 @@ class DirectTransfer:
     async def _deliver(self, server: Server, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         channel = self._channels.pop(server, None)
         if channel is None:
-            channel = await self._join(server, next(iter(outlines(weights).values())).device)
+            channel = await self._join(server, next(iter(weights.values())).device)
         plan, limit = buckets(weights, dtype), server.limit
         order = {"name": channel.name, "plan": plan, "dtype": str(dtype).removeprefix("torch."), "seconds": limit}
         await _both(

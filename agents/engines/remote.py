@@ -229,7 +229,8 @@ class Server:
         if reply.status_code == 401:
             raise RefusedTokenFault(f"it has another token: set {VARIABLE} to that of `vlmenv serve`")
         if reply.status_code == NOT_TAKEN:
-            fault = str(dict(_json(reply)).get("error"))[:_MAX_MESSAGE]
+            told = _json(reply)
+            fault = str(told.get("error") if isinstance(told, dict) else told)[:_MAX_MESSAGE]
             raise (PassingFault if LEFT in fault else ServerFault)(f"it {fault}")
         if reply.status_code >= 500:
             raise PassingFault(_told(path, reply))

@@ -112,6 +112,22 @@ def test_updates_arrive_whole_by_channels(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("transfer", ["direct", "file"])
+def test_merged_adapters_arrive(
+    transfer: str, good: Answering, opened: ExitStack, loading: Callable[[Load], None]
+) -> None:
+    pytest.importorskip("peft")
+    agent = agent_of(opened, good.url, transfer=transfer)
+    agent.add_lora(rank=2, alpha=8, vision=True)
+    for parameter in agent.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    agent.sync()
+    expected, found = agent._published_weights(), good.weights if transfer == "file" else good.workers[0].weights
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.slow
 def test_a_server_that_is_at_the_channel_no_more_comes_to_a_new_one(
     good: Answering, opened: ExitStack, loading: Callable[[Load], None], recwarn: pytest.WarningsRecorder
 ) -> None:
