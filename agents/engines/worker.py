@@ -63,7 +63,7 @@ class Receiver:
         self._load(_tensors(Path(path)))
 
     def receive(self, name: str, plan: list[Bucket], dtype: str, seconds: float) -> None:
-        """Loads weights from the channel. Weights that cannot be loaded are received nevertheless, as the trainer sends.
+        """Loads weights from the channel. After a fault it receives the others nevertheless, because the trainer sends.
 
         Raises:
             ChannelFault: This worker is not in that channel, or weights did not arrive.
