@@ -1,7 +1,10 @@
 """Weights into vLLM's model, by vLLM's interface for reinforcement learning. vLLM alone imports this module.
 
-What is not part of that interface here: vLLM 0.32 does not renew the packed weight of a tied output head on CPUs
-(`_pack_tied_heads`), and cannot be told of a fault by one of several workers (`_together`).
+What is not part of that interface here, and why. vLLM 0.32
+
+- does not renew the packed weight of a tied output head on CPUs (`_pack_tied_heads`);
+- keeps what a load that failed has given to a layer, and mixes it into the next load (`_give_up`);
+- loses step with several workers if one but the last tells of a fault (`_together`).
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from vllm.distributed import get_tp_group
 from vllm.distributed.weight_transfer import WeightTransferEngine
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from vlmenv.agents.engines.worker import REFUSED, Receiver, fault_of
 
@@ -59,11 +63,22 @@ class InProcessTransfer(WeightTransferEngine):  # type: ignore[misc]
             ValueError: A name is unknown, a shape differs, or parameters of the model were not updated.
         """
         initialize_layerwise_reload(self.model)
-        taken = self.model.load_weights(weights)
+        try:
+            taken = self.model.load_weights(weights)
+        except BaseException:
+            self._give_up()
+            raise
         finalize_layerwise_reload(self.model, self.model_config)
         _pack_tied_heads(self._tied)
         if left := sorted({name for name, _ in self.model.named_parameters()} - taken):
             raise ValueError(f"weights were not updated: {left[:5]}")
+
+    def _give_up(self) -> None:
+        """Puts the former weights back into layers that a load has begun and not completed."""
+        for layer in self.model.modules():
+            info = get_layerwise_info(layer)
+            info.loaded_weights, info.load_numel = [], 0
+        finalize_layerwise_reload(self.model, self.model_config)
 
 
 class ServerTransfer(InProcessTransfer):
