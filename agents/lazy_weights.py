@@ -26,6 +26,9 @@ class LazyWeights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self.makers[name]() if name in self.makers else self.outlines[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.outlines  # the class beneath would make the weight
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.outlines)
 

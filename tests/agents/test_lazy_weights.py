@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vlmenv.agents import saving
 from vlmenv.agents.engines.channel import buckets
+from vlmenv.agents.engines.checks import check_names
 from vlmenv.agents.engines.files import write_file
 from vlmenv.agents.lazy_weights import LazyWeights, outlines
 from vlmenv.agents.lora import LoRA
@@ -91,6 +92,8 @@ def test_one_merged_weight_exists_at_a_time(base: str | Path, watched: Watched, 
     weights = agent._published_weights()
     assert set(weights) == set(outlines(weights))
     assert buckets(weights, torch.float32)
+    check_names(weights, set(weights))
+    assert "model.nobody.weight" not in weights
     assert not watched.made
     write_file(tmp_path / "file", weights, torch.bfloat16)
     assert len(watched.made) == len(set(watched.made)) == len(layers) > 20
