@@ -6,18 +6,18 @@ They replace a model's own where a trial on small random weights shows that both
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, ClassVar, Final, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.utils import skip_init
-from torch.utils._python_dispatch import _disable_current_modes
 
 from vlmenv.agents.saved_activations import drops, make_anew
+from vlmenv.compat.torch import without_modes
 
 _log = logging.getLogger(__name__)
 
@@ -32,9 +32,22 @@ class GatedMLP(nn.Module):
     gate_proj: nn.Module
     up_proj: nn.Module
     down_proj: nn.Module
+    kind: ClassVar[str] = "silu"
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return _down(self.gate_proj(hidden), self.up_proj(hidden), self.down_proj)
+        return _down(self.gate_proj(hidden), self.up_proj(hidden), self.down_proj, self.kind)
+
+
+class GeluGatedMLP(GatedMLP):
+    """A `GatedMLP` with GELU (arXiv 1606.08415)."""
+
+    kind: ClassVar[str] = "gelu"
+
+
+class TanhGeluGatedMLP(GatedMLP):
+    """A `GatedMLP` with GELU's approximation by tanh."""
+
+    kind: ClassVar[str] = "tanh"
 
 
 class FusedGatedMLP(nn.Module):
@@ -82,17 +95,51 @@ class RMSNorm(nn.Module):
         return normed
 
 
+class CentredRMSNorm(nn.Module):
+    """`(1 + weight) * x / sqrt(mean(x²) + eps)` in float32, which keeps as little as `RMSNorm`."""
+
+    weight: nn.Parameter
+    eps: float
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        kept = hidden.detach()
+        inverse = _wide(kept).pow(2).mean(-1, keepdim=True).add_(self.eps).rsqrt_()
+        if not torch.is_grad_enabled():
+            return _centred(hidden, inverse, self.weight)
+        normed: Tensor = _CentredNormed.apply(hidden, hidden, inverse, self.weight)  # type: ignore[no-untyped-call]
+        if drops():
+            weight = self.weight.detach().clone()  # a clone: sharding may free the weight before the backward pass
+            make_anew(normed, lambda: _centred(kept, inverse, weight))
+        return normed
+
+
+class GatedRMSNorm(nn.Module):
+    """An `RMSNorm` times `silu(gate)` in float32, which keeps its two inputs and one number per token."""
+
+    weight: nn.Parameter
+    variance_epsilon: float
+
+    def forward(self, hidden: Tensor, gate: Tensor) -> Tensor:
+        normed = RMSNorm.forward(cast(RMSNorm, self), hidden)
+        gate = gate.to(torch.float32)
+        if not torch.is_grad_enabled():
+            return _gated(gate, normed).to(hidden.dtype)
+        product: Tensor = _Gated.apply(gate, normed, "silu")  # type: ignore[no-untyped-call]
+        return product.to(hidden.dtype)
+
+
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, kind: str) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return _gated(gate, up)
+        ctx.kind = kind
+        return _gated(gate, up, kind)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), _times(nn.functional.silu(gate), grad)
+        return _activation_backward(grad * up, gate, ctx.kind), _times(_activated(gate, ctx.kind), grad), None
 
 
 class _Normed(torch.autograd.Function):
@@ -112,28 +159,75 @@ class _Normed(torch.autograd.Function):
             grad_weight = _times(_scaled(hidden, inverse), grad).sum_to_size(weight.shape).to(weight.dtype)
         if not ctx.needs_input_grad[0]:
             return None, None, None, grad_weight
-        wide, grad = _wide(hidden), _wide((grad * weight).to(hidden.dtype))
-        product = grad * wide
-        grad_mean = -0.5 * product.sum(-1, keepdim=True) * inverse.pow(3)
-        parts = grad.mul_(inverse), torch.mul(wide, grad_mean / hidden.shape[-1] * 2, out=product)
-        if wide.dtype == hidden.dtype:
-            return *parts, None, grad_weight
-        return (parts[0] + parts[1]).to(hidden.dtype), None, None, grad_weight
+        return *_through_norm(hidden, inverse, _wide((grad * weight).to(hidden.dtype))), None, grad_weight
 
 
-def _down(gate: Tensor, up: Tensor, down: nn.Module) -> Tensor:
+class _CentredNormed(torch.autograd.Function):
+    """As `_Normed`, for `CentredRMSNorm`."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, again: Tensor, inverse: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, inverse, weight)
+        return _centred(hidden, inverse, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, inverse, weight = ctx.saved_tensors
+        grad, grad_weight = _wide(grad), None
+        if ctx.needs_input_grad[3]:
+            grad_weight = (_wide(hidden) * inverse).mul_(grad).sum_to_size(weight.shape).to(weight.dtype)
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, grad_weight
+        return *_through_norm(hidden, inverse, grad * (1.0 + _wide(weight))), None, grad_weight
+
+
+def _through_norm(hidden: Tensor, inverse: Tensor, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The two parts of the gradient of a norm's input, from that of `x / sqrt(mean(x²) + eps)`.
+
+    The latter must be float32 or finer, and serves as room.
+    """
+    wide = _wide(hidden)
+    product = grad * wide
+    grad_mean = -0.5 * product.sum(-1, keepdim=True) * inverse.pow(3)
+    parts = grad.mul_(inverse), torch.mul(wide, grad_mean / hidden.shape[-1] * 2, out=product)
+    if wide.dtype == hidden.dtype:
+        return parts
+    return (parts[0] + parts[1]).to(hidden.dtype), None
+
+
+def _centred(hidden: Tensor, inverse: Tensor, weight: Tensor) -> Tensor:
+    return (_wide(hidden) * inverse).mul_(1.0 + _wide(weight)).to(hidden.dtype)
+
+
+def _down(gate: Tensor, up: Tensor, down: nn.Module, kind: str = "silu") -> Tensor:
     """The end of a gated MLP."""
     if not torch.is_grad_enabled():
-        return down(_gated(gate, up))  # type: ignore[no-any-return]
-    product: Tensor = _Gated.apply(gate, up)  # type: ignore[no-untyped-call]
+        return down(_gated(gate, up, kind))  # type: ignore[no-any-return]
+    product: Tensor = _Gated.apply(gate, up, kind)  # type: ignore[no-untyped-call]
     if drops():
         gate, up = gate.detach(), up.detach()
-        make_anew(product, lambda: _gated(gate, up))
+        make_anew(product, lambda: _gated(gate, up, kind))
     return down(product)  # type: ignore[no-any-return]
 
 
-def _gated(gate: Tensor, up: Tensor) -> Tensor:
-    return _times(nn.functional.silu(gate), up)
+def _gated(gate: Tensor, up: Tensor, kind: str = "silu") -> Tensor:
+    return _times(_activated(gate, kind), up)
+
+
+_APPROXIMATIONS: Final = {"gelu": "none", "tanh": "tanh"}
+
+
+def _activated(gate: Tensor, kind: str) -> Tensor:
+    if kind == "silu":
+        return nn.functional.silu(gate)
+    return nn.functional.gelu(gate, approximate=_APPROXIMATIONS[kind])
+
+
+def _activation_backward(grad: Tensor, gate: Tensor, kind: str) -> Tensor:
+    if kind == "silu":
+        return cast(Tensor, torch.ops.aten.silu_backward(grad, gate))
+    return cast(Tensor, torch.ops.aten.gelu_backward(grad, gate, approximate=_APPROXIMATIONS[kind]))
 
 
 def _scaled(hidden: Tensor, inverse: Tensor) -> Tensor:
@@ -180,15 +274,17 @@ class _Form:
 
     def small(self, module: nn.Module) -> nn.Module:
         """A copy of a module with few random weights, on the CPU in float32."""
-        made, random = copy.copy(module), torch.Generator().manual_seed(0)
-        made.__dict__ |= {"_parameters": {}, "_modules": dict(module.named_children())}
+        random, smaller = torch.Generator().manual_seed(0), dict[int, nn.Module | nn.Parameter]()
         for name, size in self.weights.items():
-            made.register_parameter(name, nn.Parameter(torch.empty(size, device="cpu", dtype=torch.float32)))
+            weight = torch.empty(size, device="cpu", dtype=torch.float32)
+            smaller[id(module.get_parameter(name))] = nn.Parameter(weight)
         for name, (inner, outer) in self.linear.items():
-            bias = getattr(module.get_submodule(name), "bias", None) is not None
+            layer = module.get_submodule(name)
+            bias = getattr(layer, "bias", None) is not None
             # Drawn from `random` alone: a trial, which a process makes once, leaves the global generator as it is.
-            empty = skip_init(nn.Linear, inner, outer, bias=bias, device="cpu", dtype=torch.float32)  # type: ignore[no-untyped-call]
-            made._modules[name] = empty
+            empty = nn.Linear(inner, outer, bias=bias, device="meta", dtype=torch.float32)
+            smaller[id(layer)] = empty.to_empty(device="cpu")
+        made = copy.deepcopy(module, smaller)
         for parameter in made.parameters():
             nn.init.normal_(parameter, generator=random)
         return made
@@ -196,13 +292,18 @@ class _Form:
 
 _IN, _OUT = (8, 12), (12, 8)
 _FORMS: Final = (
-    _Form(GatedMLP, {"gate_proj": _IN, "up_proj": _IN, "down_proj": _OUT}, activations=1),
+    *(
+        _Form(kind, {"gate_proj": _IN, "up_proj": _IN, "down_proj": _OUT}, activations=1)
+        for kind in (GatedMLP, GeluGatedMLP, TanhGeluGatedMLP)
+    ),
     _Form(FusedGatedMLP, {"gate_up_proj": (8, 24), "down_proj": _OUT}, activations=1),
     _Form(PlainMLP, {"fc1": _IN, "fc2": _OUT}, activations=1),
     _Form(PlainMLP, {"linear_fc1": _IN, "linear_fc2": _OUT}, activations=1),
     _Form(RMSNorm, weights={"weight": 8}),
+    _Form(CentredRMSNorm, weights={"weight": 8}),
+    _Form(GatedRMSNorm, weights={"weight": 8}),
 )
-_LEAN: Final = (GatedMLP, FusedGatedMLP, PlainMLP, RMSNorm)
+_LEAN: Final = (GatedMLP, FusedGatedMLP, PlainMLP, RMSNorm, CentredRMSNorm, GatedRMSNorm)
 
 
 @dataclass(frozen=True)
@@ -243,16 +344,13 @@ def _replace(module: nn.Module) -> str:
     """Makes a module lean; the reason if it cannot be."""
     if isinstance(module, _LEAN):
         return ""
-    form = next((form for form in _FORMS if form.fits(module)), None)
-    if form is None:
-        fault = "it has other parts than those that are known"
-    else:
-        key = type(module), type(module).forward, *(type(child) for child in module.children())
-        if key not in _tried:
-            _tried[key] = _trial(form, module)
-        fault = _tried[key]
-    if form is not None and not fault:
-        module.__class__ = form.lean
+    names = frozenset(name for name, _ in module.named_children())
+    key = type(module), type(module).forward, names, *(type(child) for child in module.children())
+    if key not in _tried:
+        _tried[key] = _first_right(module)
+    lean, fault = _tried[key]
+    if lean is not None:
+        module.__class__ = lean
     elif type(module) not in _told:
         _told.add(type(module))
         _log.warning(
@@ -264,14 +362,26 @@ def _replace(module: nn.Module) -> str:
     return fault
 
 
-_tried: dict[tuple[object, ...], str] = {}
-"""by the classes of a module and of its parts: how it differs from the lean one, or empty"""
+_tried: dict[tuple[object, ...], tuple[type[nn.Module] | None, str]] = {}
+"""by the classes of a module and of its parts: the lean one that computes the same, or how the first one differs"""
 _told: set[type] = set()
+
+
+def _first_right(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
+    """The first lean layer that computes the same as a module; None, and how the first that fits differs."""
+    fault = ""
+    for form in _FORMS:
+        if form.fits(module):
+            found = _trial(form, module)
+            if not found:
+                return form.lean, ""
+            fault = fault or found
+    return None, fault or "it has other parts than those that are known"
 
 
 def _trial(form: _Form, module: nn.Module) -> str:
     """How outputs and gradients of a small module differ from those of the lean one; empty if they are equal."""
-    with _disable_current_modes(), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+    with without_modes(), torch.enable_grad(), torch.autocast("cpu", enabled=False):
         try:
             plain = form.small(module)
             lean = copy.copy(plain)
@@ -289,7 +399,12 @@ def _trial(form: _Form, module: nn.Module) -> str:
 def _passes(module: nn.Module, scale: float) -> list[Tensor]:
     """Output and gradients for random input."""
     parameters = list(module.parameters())
-    hidden, push = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(1), device="cpu")
-    hidden = (scale * hidden).to(parameters[0].dtype).requires_grad_()
-    out = module(hidden)
-    return [out, *torch.autograd.grad(out, [hidden, *parameters], push.to(out.dtype))]
+    *inputs, push = torch.randn(3, 3, 5, 8, generator=torch.Generator().manual_seed(1), device="cpu")
+    given = [(scale * one).to(parameters[0].dtype).requires_grad_() for one in inputs[: _inputs(module)]]
+    out = module(*given)
+    return [out, *torch.autograd.grad(out, [*given, *parameters], push.to(out.dtype))]
+
+
+def _inputs(module: nn.Module) -> int:
+    """The number of tensors that a module takes: 2 of a norm with a gate, else 1."""
+    return 2 if "gate" in inspect.signature(module.forward).parameters else 1

@@ -15,7 +15,6 @@ from typing import Any, Final
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -23,15 +22,25 @@ from vlmenv.agents.checkpoints import ADAPTER_CONFIG, put_back, read_tensors
 from vlmenv.agents.families.base import read_json
 from vlmenv.agents.lazy_weights import LazyWeights
 from vlmenv.agents.quantization import quantized_layers
+from vlmenv.compat.peft import (
+    LAYERS,
+    adapted_layers,
+    is_adapter,
+    layer_of,
+    matrices,
+    matrix_names,
+    own_name,
+    plain_name,
+    published_name,
+    scale,
+    set_dropout,
+)
+from vlmenv.compat.torch import FakeTensor
 from vlmenv.core.errors import ConfigError, ModelError
 
 _log = logging.getLogger(__name__)
 
 ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
-_BASE: Final = ".base_layer.weight"
-"""End of the names of weights beneath adapters."""
-_PUBLISHED = "base_model.model."
-"""Peft's prefix of names in adapter files."""
 _UNSUPPORTED: Final = {
     "use_dora": "DoRA",
     "modules_to_save": "modules that are saved whole (modules_to_save)",
@@ -66,19 +75,21 @@ class LoRA:
     def __init__(self, model: PreTrainedModel, config: Any) -> None:
         peft = _peft()
         self.config = config
-        peft.inject_adapter_in_model(config, model)
-        linear = peft.tuners.lora.Linear
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, linear)}
+        bare = nn.Module()  # without the configuration, by which peft moves adapters of some experts to fused weights
+        for name, child in model.named_children():
+            bare.add_module(name, child)
+        peft.inject_adapter_in_model(config, bare)
+        layers = adapted_layers(model)
         self._layers = list(layers.values())
-        self._scales = {name: float(layer.scaling["default"]) for name, layer in layers.items()}
+        self._scales = {name: scale(layer) for name, layer in layers.items()}
         self._quantized = quantized_layers(model)
         self._base = {} if model.device.type == "meta" else _base_weights(model)
         self._start: dict[nn.Parameter, Tensor] | None = None
         for layer in self._layers:
-            for part in (layer.lora_A, layer.lora_B):
+            for part in matrices(layer):
                 part.float()
             if config.lora_dropout:
-                layer.lora_dropout["default"] = GradientDropout(config.lora_dropout)
+                set_dropout(layer, GradientDropout(config.lora_dropout))
 
     @classmethod
     def new(cls, model: PreTrainedModel, targets: list[str], rank: int, alpha: int, dropout: float) -> LoRA:
@@ -122,8 +133,8 @@ class LoRA:
             lora = cls(model, config)
         except (ValueError, TypeError, KeyError, OSError) as error:
             raise ModelError(f"{folder}: the adapters do not fit the model: {error}") from error
-        if model.device.type == "meta":  # shapes alone are asked for
-            return lora
+        if model.device.type == "meta" or any(isinstance(one, FakeTensor) for one in model.parameters()):
+            return lora  # shapes alone are asked for
         own = {name: tensor for name, tensor in model.state_dict().items() if is_adapter(name)}
         put_back(folder, lora.read(folder), own)
         lora._tell_quantization(folder)
@@ -190,20 +201,20 @@ class LoRA:
             quantized = self._quantized.get(name)
             if is_adapter(name) or name.removesuffix("scales") + "weight" in self._quantized:
                 continue
-            plain = name.replace(".base_layer.", ".")
+            plain = plain_name(name)
             shown[plain] = tensor
-            if quantized is not None or name.endswith(_BASE):
+            if quantized is not None or layer_of(name) is not None:
                 shown[plain] = torch.empty_like(tensor, device="meta") if quantized is None else quantized.outline
                 makers[plain] = partial(self._dense, name, state)
         return LazyWeights(shown, makers)
 
     def _dense(self, name: str, state: Mapping[str, Tensor]) -> Tensor:
         """A weight, dequantised and merged."""
-        quantized, layer = self._quantized.get(name), name.removesuffix(_BASE)
+        quantized, layer = self._quantized.get(name), layer_of(name)
         base = state[name] if quantized is None else quantized.dense(quantized.dtype)
-        if layer == name:
+        if layer is None:
             return base
-        down, up = (state[f"{layer}.lora_{part}.default.weight"].float() for part in "AB")
+        down, up = (state[one].float() for one in matrix_names(layer))
         return (base.float() + self._scales[layer] * (up @ down)).to(base)
 
     def save(self, folder: Path, state: Mapping[str, Tensor], base: str, dtype: torch.dtype = torch.float32) -> None:
@@ -220,7 +231,7 @@ class LoRA:
         file = folder / ADAPTER_CONFIG
         settings = {name: _ordered(value) for name, value in read_json(file).items()}
         file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        tensors = {_published_name(name): state[name].to(dtype).contiguous() for name in state if is_adapter(name)}
+        tensors = {published_name(name): state[name].to(dtype).contiguous() for name in state if is_adapter(name)}
         save_file(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt", **self._base})
 
     def read(self, folder: Path) -> dict[str, Tensor]:
@@ -248,7 +259,7 @@ class LoRA:
                 f"{folder}: the adapter was trained on other weights than those of "
                 f"{theirs.get('base_model_name_or_path')} here: put the model that it was trained on there"
             )
-        return {_own_name(name): tensor.float() for name, tensor in tensors.items()}
+        return {own_name(name): tensor.float() for name, tensor in tensors.items()}
 
 
 def _peft() -> Any:
@@ -258,6 +269,8 @@ def _peft() -> Any:
         import peft
     except ImportError as error:
         raise ConfigError('LoRA needs the extra "lora": pip install "vlmenv[lora]"') from error
+    if problem := LAYERS.problem():
+        raise ConfigError(f'this release of peft cannot be used ({problem}): pip install "vlmenv[lora]"')
     return peft
 
 
@@ -278,7 +291,7 @@ def _check_kind(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _adapters(layer: Any) -> Iterator[nn.Parameter]:
-    for part in (layer.lora_A, layer.lora_B):
+    for part in matrices(layer):
         yield from part.parameters()
 
 
@@ -294,19 +307,6 @@ class GradientDropout(nn.Dropout):
         return functional.dropout(input, self.p, training=torch.is_grad_enabled())
 
 
-def is_adapter(name: str) -> bool:
-    """True if a weight belongs to an adapter."""
-    return ".lora_" in name
-
-
-def _published_name(name: str) -> str:
-    return _PUBLISHED + name.replace(".default.weight", ".weight")
-
-
-def _own_name(published: str) -> str:
-    return published.removeprefix(_PUBLISHED).removesuffix(".weight") + ".default.weight"
-
-
 def _base_weights(model: nn.Module) -> dict[str, str]:
     """Identifies the weights beneath the adapters: SHA-256 of the first row of each matrix, and their data type.
 
@@ -314,7 +314,7 @@ def _base_weights(model: nn.Module) -> dict[str, str]:
     the weights.
     """
     digest, quantized = hashlib.sha256(), quantized_layers(model)
-    weights = {name.replace(".base_layer.", "."): (name, tensor) for name, tensor in model.state_dict().items()}
+    weights = {plain_name(name): (name, tensor) for name, tensor in model.state_dict().items()}
     for _, (name, tensor) in sorted(weights.items(), key=lambda item: item[0]):
         if isinstance(tensor, FakeTensor):  # weights without numbers
             continue

@@ -2,8 +2,8 @@
 
 What is not part of that interface here, and why. vLLM 0.32
 
-- does not renew the packed weight of a tied output head on CPUs (`_pack_tied_heads`);
-- keeps what a load that failed has given to a layer, and mixes it into the next load (`_give_up`);
+- does not renew the packed weight of a tied output head on CPUs (`compat.pack_tied_heads`);
+- keeps what a load that failed has given to a layer, and mixes it into the next load (`compat.give_up_load`);
 - loses step with several workers if one but the last tells of a fault (`_together`).
 """
 
@@ -12,14 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import Tensor, distributed, nn
-from vllm.distributed import get_tp_group
+from torch import Tensor, distributed
 from vllm.distributed.weight_transfer import WeightTransferEngine
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from vlmenv.agents.engines.worker import REFUSED, Receiver, fault_of
+from vlmenv.compat import vllm as compat
 
 
 class InProcessTransfer(WeightTransferEngine):  # type: ignore[misc]
@@ -30,7 +28,7 @@ class InProcessTransfer(WeightTransferEngine):  # type: ignore[misc]
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._tied = _tied_heads(self.model)  # now: a load that fails leaves them apart
+        self._tied = compat.tied_heads(self.model)  # now: a load that fails leaves them apart
 
     def parse_init_info(self, init_dict: dict[str, Any]) -> dict[str, Any]:
         return init_dict
@@ -66,19 +64,12 @@ class InProcessTransfer(WeightTransferEngine):  # type: ignore[misc]
         try:
             taken = self.model.load_weights(weights)
         except BaseException:
-            self._give_up()
+            compat.give_up_load(self.model, self.model_config)
             raise
         finalize_layerwise_reload(self.model, self.model_config)
-        _pack_tied_heads(self._tied)
+        compat.pack_tied_heads(self._tied)
         if left := sorted({name for name, _ in self.model.named_parameters()} - taken):
             raise ValueError(f"weights were not updated: {left[:5]}")
-
-    def _give_up(self) -> None:
-        """Puts the former weights back into layers that a load has begun and not completed."""
-        for layer in self.model.modules():
-            info = get_layerwise_info(layer)
-            info.loaded_weights, info.load_numel = [], 0
-        finalize_layerwise_reload(self.model, self.model_config)
 
 
 class ServerTransfer(InProcessTransfer):
@@ -113,24 +104,9 @@ def _together(work: Callable[[], None]) -> None:
         work()
     except Exception as error:  # any: the other workers wait to be told
         fault = fault_of(error)
-    group = get_tp_group()
-    faults: list[str | None] = [fault] * group.world_size
-    if group.world_size > 1:
-        distributed.all_gather_object(faults, fault, group=group.cpu_group)
+    group, rank = compat.tensor_parallel_group()
+    faults: list[str | None] = [fault] * distributed.get_world_size(group)
+    distributed.all_gather_object(faults, fault, group=group)
     first = next((one for one in faults if one is not None), None)
-    if first is not None and group.is_last_rank:
+    if first is not None and rank == len(faults) - 1:
         raise RuntimeError(REFUSED + first)
-
-
-def _tied_heads(model: nn.Module) -> list[tuple[Any, Any]]:
-    """Pairs of an output head and the embedding that it is tied to."""
-    found = [module for module in model.modules() if isinstance(module, VocabParallelEmbedding)]
-    heads = [module for module in found if isinstance(module, ParallelLMHead)]
-    return [(head, one) for head in heads for one in found if one is not head and one.weight is head.weight]
-
-
-def _pack_tied_heads(tied: Iterable[tuple[Any, Any]]) -> None:
-    """Renews what heads multiply by: on CPUs a packed copy, which vLLM itself renews for untied heads only."""
-    for head, embedding in tied:
-        head.weight = embedding.weight
-        head.quant_method.process_weights_after_loading(head)

@@ -38,6 +38,9 @@ def test_all_are_on_in_every_family(family: str, tmp_path: Path) -> None:
     assert lean.on == lean.of > 0
     assert found.pop("lean layers") == f"{lean.on} of {lean.of}"
     assert found.pop("flash attention") == "yes (PyTorch's for CPUs)"
+    parts = {name: found.pop(name) for name in list(found) if name.startswith("parts of ")}
+    assert {"parts of torch", "parts of transformers", "parts of accelerate"} <= parts.keys()
+    assert all(state.split(" of ")[0] == state.split(" of ")[1] for state in parts.values())
     assert set(found.values()) == {"yes"}
     assert ("images in one call" in found) == agent.family.packs_images
 
@@ -79,7 +82,7 @@ def test_blocks_that_no_longer_ask_for_the_attention_are_an_error(monkeypatch: p
 
     agent = VLMAgent.from_pretrained("builtin")
     monkeypatch.setattr(Qwen3VLTextAttention, "forward", own)
-    with pytest.raises(ModelError, match="have not used the packed attention"):
+    with pytest.raises(ModelError, match="have not used the packed tokens' own pass"):
         agent.rollout([TEXT])
 
 

@@ -12,6 +12,7 @@ from vlmenv.agents.checkpoints import weight_names
 from vlmenv.agents.engines.checksums import UNREADABLE
 from vlmenv.agents.engines.fingerprints import fingerprint
 from vlmenv.agents.vlm import VLMAgent
+from vlmenv.agents.weights import tied_names
 from vlmenv.core.rollout import Rollout
 from vlmenv.doctor.subject import Numbers, Seen, Subject, Unchecked
 
@@ -26,7 +27,7 @@ _MOVED, _POWER = 0.5, 10
 def names(subject: Subject) -> Seen:
     """Compares the names of the trainer's weights with those of the model's folder."""
     agent = subject.agent
-    tied = set(getattr(agent.family.model, "all_tied_weights_keys", {}))
+    tied = tied_names(agent.family.model)
     ours, theirs = set(agent._published_weights()), weight_names(agent.folder) - tied
     unknown, missing = sorted(ours - theirs), sorted(theirs - ours)
     if not unknown:
@@ -101,7 +102,7 @@ def checksums(subject: Subject) -> Seen:
     subject.need_engine()
     agent = subject.able
     published, held = _digests(agent), subject.checksums()
-    undo = _flip(list(agent.policy.parameters()), _BITS[-1])
+    undo = _flip([*agent.policy.parameters(), *agent.fixed_weights().values()], _BITS[-1])
     try:
         fixed = [name for name, digest in _digests(agent).items() if digest == published[name]]
         stale = _stale(subject, held)
