@@ -44,6 +44,8 @@ UNPROMISED = {
             "model_runner",
             "encoder_cache",
             "encoder_outputs",
+            "loaded_weights",
+            "load_numel",
             "process_weights_after_loading",
             "engine_core",
             "reset_encoder_cache",

@@ -109,12 +109,12 @@ def test_a_conversion_that_computes_has_the_same_weights(way: str, monkeypatch: 
     """As where a family's files hold several weights in one; then they are made before it, on the CPU."""
     agent = adapted(quantization="int8" if way == "int8" else None)
     right = {name: tensor.clone() for name, tensor in agent._published_weights().items()}
-    convert = saving.revert_weight_conversion
+    convert = saving.convert_back
 
     def computing(*args: Any) -> dict[str, Tensor]:
         return {name: 2 * tensor for name, tensor in convert(*args).items()}
 
-    monkeypatch.setattr(saving, "revert_weight_conversion", computing)
+    monkeypatch.setattr(saving, "convert_back", computing)
     found = agent._published_weights()
     assert not isinstance(found, LazyWeights)
     for name, tensor in right.items():
