@@ -29,6 +29,8 @@ QWEN_SIZES = {
     "patch_size": 16,
     "merge_size": 2,
     "temporal_patch_size": 2,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],  # as published ones say: vLLM's default is another
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
 TILES = {
     "image_processor_type": "GotOcr2ImageProcessor",
