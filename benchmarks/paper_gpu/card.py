@@ -81,6 +81,7 @@ class Kernel:
         launches: Number of kernels that PyTorch starts for it.
         half: True if it computes in half precision.
         place: The place in the code that calls it.
+        operator: PyTorch's operator.
     """
 
     kind: Kind
@@ -90,6 +91,7 @@ class Kernel:
     launches: int = 1
     half: bool = True
     place: str = ""
+    operator: str = ""
 
     def seconds(self, card: Card) -> float:
         """Its time on a card."""

@@ -66,13 +66,13 @@ def kernel_of(
         first, second = args[_PRODUCTS[name]], args[_PRODUCTS[name] + 1]
         kind = Kind.HEAD if max(*first.shape, *second.shape) > _VOCABULARY and _is_head(first, second) else Kind.PRODUCT
         half = first.dtype != torch.float32
-        return Kernel(kind, moved, 2.0 * first.numel() * second.shape[-1], None, launches, half, place)
+        return Kernel(kind, moved, 2.0 * first.numel() * second.shape[-1], None, launches, half, place, name)
     if "attention" in name:
         operations, blocks = _attention(name, args, kwargs, number)
         backward = "backward" in name
         kind = Kind.ATTENTION_BACKWARD if backward else Kind.ATTENTION
-        return Kernel(kind, moved, operations * (2.5 if backward else 1), blocks, launches, half, place)
-    return Kernel(_elementwise(name, args, place), moved, 0.0, None, launches, half, place)
+        return Kernel(kind, moved, operations * (2.5 if backward else 1), blocks, launches, half, place, name)
+    return Kernel(_elementwise(name, args, place), moved, 0.0, None, launches, half, place, name)
 
 
 def _is_head(first: Tensor, second: Tensor) -> bool:

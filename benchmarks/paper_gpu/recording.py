@@ -77,6 +77,8 @@ class Recorder(Counter):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "prim":  # asks for the device alone
+            return func(*args, **kwargs)
         inputs = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
         target = kwargs.get("device")
         if func is _aten._pin_memory.default:
