@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _disable_current_modes
 
+from vlmenv.agents.fusing import fused, fuses, numbers
 from vlmenv.agents.saved_activations import drops, make_anew
 
 _log = logging.getLogger(__name__)
@@ -68,56 +69,105 @@ class RMSNorm(nn.Module):
 
     weight: nn.Parameter
     variance_epsilon: float
+    feeds_products: bool = False
+    """True if only linear layers read the output, so that it may have autocast's data type"""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        kept = hidden.detach()
-        inverse = _wide(kept).pow(2).mean(-1, keepdim=True).add_(self.variance_epsilon).rsqrt_()
+        dtype = self._output_type(hidden)
         if not torch.is_grad_enabled():
-            return _times(_scaled(hidden, inverse), self.weight)
-        normed: Tensor = _Normed.apply(hidden, hidden, inverse, self.weight)  # type: ignore[no-untyped-call]
+            return _norm(hidden, self.weight, self.variance_epsilon, dtype)[0]  # type: ignore[no-any-return]
+        normed, inverse = _Normed.apply(hidden, hidden, self.weight, self.variance_epsilon, dtype)  # type: ignore[no-untyped-call]
         if drops():
-            weight = self.weight.detach().clone()  # a clone: sharding may free the weight before the backward pass
-            make_anew(normed, lambda: _times(_scaled(kept, inverse), weight))
-        return normed
+            weight, kept = self.weight.detach().clone(), hidden.detach()  # a clone: sharding may free the weight before
+            make_anew(normed, lambda: _norm_again(kept, inverse, weight, dtype))
+        return cast(Tensor, normed)
+
+    def _output_type(self, hidden: Tensor) -> torch.dtype:
+        """That of the product with the weight. Where it is computed at once, linear layers get what they would cast to,
+        so that nothing is cast for each of them."""
+        device = hidden.device
+        if self.feeds_products and fuses(device) and torch.is_autocast_enabled(device.type):
+            return torch.get_autocast_dtype(device.type)
+        return torch.result_type(hidden, self.weight)
 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return _gated(gate, up)
+        return _gated(gate, up)  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), _times(nn.functional.silu(gate), grad)
+        return _gated_backward(*ctx.saved_tensors, grad)  # type: ignore[no-any-return]
 
 
 class _Normed(torch.autograd.Function):
     """Takes its input twice, so that autograd sums the two parts of its gradient in the same order as without it."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, again: Tensor, inverse: Tensor, weight: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, again: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        normed, inverse = _norm(hidden, weight, epsilon, dtype)
         ctx.save_for_backward(hidden, inverse, weight)
-        return _times(_scaled(hidden, inverse), weight)
+        ctx.mark_non_differentiable(inverse)
+        return normed, inverse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden, inverse, weight = ctx.saved_tensors
         grad_weight = None
-        if ctx.needs_input_grad[3]:
-            grad_weight = _times(_scaled(hidden, inverse), grad).sum_to_size(weight.shape).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_weight = _weight_grad(hidden, inverse, weight, grad)
         if not ctx.needs_input_grad[0]:
-            return None, None, None, grad_weight
-        wide, grad = _wide(hidden), _wide((grad * weight).to(hidden.dtype))
-        product = grad * wide
-        grad_mean = -0.5 * product.sum(-1, keepdim=True) * inverse.pow(3)
-        parts = grad.mul_(inverse), torch.mul(wide, grad_mean / hidden.shape[-1] * 2, out=product)
-        if wide.dtype == hidden.dtype:
-            return *parts, None, grad_weight
-        return (parts[0] + parts[1]).to(hidden.dtype), None, None, grad_weight
+            return None, None, grad_weight, None, None
+        if fuses(hidden.device):
+            return _norm_backward(hidden, inverse, weight, grad), None, grad_weight, None, None
+        return *_norm_parts(hidden, inverse, weight, grad), grad_weight, None, None
+
+
+def _norm_examples() -> Callable[[], tuple[Tensor, ...]]:
+    """Makes hidden states, their inverse sizes, a norm's weight, and a gradient."""
+    return lambda: (numbers(9, 64), numbers(9, 1).abs(), numbers(64), numbers(9, 64, dtype=torch.bfloat16, seed=1))
+
+
+@fused(lambda: (numbers(9, 64), numbers(64), 1e-6, torch.bfloat16))
+def _norm(hidden: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The norm, and the inverse size of each token."""
+    inverse = _wide(hidden).pow(2).mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+    return _times(_scaled(hidden, inverse), weight).to(dtype), inverse
+
+
+@fused(lambda: (numbers(9, 64), numbers(9, 1).abs(), numbers(64), torch.bfloat16))
+def _norm_again(hidden: Tensor, inverse: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return _times(_scaled(hidden, inverse), weight).to(dtype)
+
+
+@fused(_norm_examples(), kernels=2)
+def _weight_grad(hidden: Tensor, inverse: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
+    return _times(_scaled(hidden, inverse), grad).sum_to_size(weight.shape).to(weight.dtype)
+
+
+def _norm_parts(hidden: Tensor, inverse: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The parts of the gradient of a norm's input."""
+    wide, grad = _wide(hidden), _wide((grad * weight).to(hidden.dtype))
+    product = grad * wide
+    grad_mean = -0.5 * product.sum(-1, keepdim=True) * inverse.pow(3)
+    parts = grad.mul_(inverse), torch.mul(wide, grad_mean / hidden.shape[-1] * 2, out=product)
+    if wide.dtype == hidden.dtype:
+        return parts
+    return (parts[0] + parts[1]).to(hidden.dtype), None
+
+
+@fused(_norm_examples())
+def _norm_backward(hidden: Tensor, inverse: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of a norm's input."""
+    wide, grad = _wide(hidden), _wide((grad * weight).to(hidden.dtype))
+    grad_mean = -0.5 * (grad * wide).sum(-1, keepdim=True) * inverse.pow(3)
+    return (grad * inverse + wide * (grad_mean / hidden.shape[-1] * 2)).to(hidden.dtype)
 
 
 def _down(gate: Tensor, up: Tensor, down: nn.Module) -> Tensor:
@@ -131,8 +181,18 @@ def _down(gate: Tensor, up: Tensor, down: nn.Module) -> Tensor:
     return down(product)  # type: ignore[no-any-return]
 
 
+def _gate_examples(count: int) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: tuple(numbers(9, 64, dtype=torch.bfloat16, seed=seed) for seed in range(count))
+
+
+@fused(_gate_examples(2))
 def _gated(gate: Tensor, up: Tensor) -> Tensor:
     return _times(nn.functional.silu(gate), up)
+
+
+@fused(_gate_examples(3))
+def _gated_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten.silu_backward(grad * up, gate), _times(nn.functional.silu(gate), grad)
 
 
 def _scaled(hidden: Tensor, inverse: Tensor) -> Tensor:
@@ -219,6 +279,7 @@ def make_lean(model: nn.Module) -> LeanLayers:
     """
     on, of, faults = 0, 0, dict[str, str]()
     for module in model.modules():
+        _note_readers(module)
         if not isinstance(module, _LEAN) and not _is_expected(module):
             continue
         of += 1
@@ -228,6 +289,18 @@ def make_lean(model: nn.Module) -> LeanLayers:
         else:
             on += 1
     return LeanLayers(on, of, faults)
+
+
+_BEFORE_PRODUCTS: Final = ({"input_layernorm", "post_attention_layernorm"}, {"norm1", "norm2"})
+"""The norms of a block before attention and before its MLP, which begin with linear layers."""
+
+
+def _note_readers(block: nn.Module) -> None:
+    """Notes which norms of a block only linear layers read: both, if it has no others."""
+    norms = {name: one for name, one in block.named_children() if "norm" in name.lower()}
+    if norms.keys() in _BEFORE_PRODUCTS:
+        for one in norms.values():
+            one.feeds_products = True  # type: ignore[assignment]
 
 
 def _is_expected(module: nn.Module) -> bool:
