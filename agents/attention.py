@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -20,8 +21,18 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from vlmenv.agents.kernels import Part, backward_in_rows, kernel_for
+from vlmenv.agents.fusing import fused, numbers
+from vlmenv.agents.kernels import (
+    Part,
+    Segments,
+    attends_in_segments,
+    backward_in_rows,
+    flash_backward,
+    flash_forward,
+    kernel_for,
+)
 from vlmenv.agents.packing import Packing
+from vlmenv.agents.sending import send
 
 _NAME = "vlmenv_packed"
 
@@ -45,7 +56,12 @@ class Siblings:
         slots[order] = torch.arange(len(index)) - (counts.cumsum(0) - counts)[index[order]]
         places = index * self.most + slots
         self._is_even = torch.equal(places, torch.arange(prompts * self.most))
-        self._places = places.to(device)
+        self._slots, self._device = places, device
+
+    @cached_property
+    def _places(self) -> Tensor:
+        """int64 [N], the place of each completion among those of all prompts, each with the largest group"""
+        return send(self._slots, self._device)
 
     def fold(self, rows: Tensor, key_heads: int) -> Tensor:
         """Converts [N, H, L, D] to [P, K, H / K * largest group * L, D]: the queries of each prompt's key heads."""
@@ -106,7 +122,7 @@ class Prefixes(Attention):
         if len(parts) == 1:
             return parts[0]
         packing = parts[0].packing
-        whole = cls(Packing(torch.cat([part.packing.lengths for part in parts]), packing.rows.device))
+        whole = cls(Packing(torch.cat([part.packing.lengths for part in parts]), packing.device))
         for block in list(parts[0].keys):
             whole.keys[block] = _stacked([part.keys.pop(block) for part in parts])
             whole.values[block] = _stacked([part.values.pop(block) for part in parts])
@@ -131,7 +147,7 @@ class Prefixes(Attention):
         if len(rows) == len(self.packing.lengths):
             return
         self.packing = self.packing.select(rows)
-        _select(rows.to(self.packing.rows.device), self.keys, self.values)
+        _select(rows.to(self.packing.device), self.keys, self.values)
 
 
 def _select(rows: Tensor, *caches: dict[int, Tensor]) -> None:
@@ -165,10 +181,22 @@ class Groups(Attention):
 
     def __init__(self, prompts: Packing, completions: Packing, index: Tensor) -> None:
         self.prompts, self.completions = prompts, completions
-        self.siblings = Siblings(index, len(prompts.lengths), prompts.rows.device)
+        self.siblings = Siblings(index, len(prompts.lengths), prompts.device)
+        tokens = torch.zeros(len(prompts.lengths), dtype=torch.int64).index_add(0, index, completions.lengths)
+        self.families = Packing(tokens, prompts.device) if _can_pack(index, tokens, completions) else None
+        """packing of the completions by prompt; None if they are not in the order of their prompts, or if a prompt or a
+        segment is too small for flash attention in segments"""
 
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        if self.families is not None and attends_in_segments(kernel_for(query), query):
+            return _in_segments(query, key, value, self, scale)
         return _grouped(query, key, value, self, scale)
+
+    def segments(self) -> tuple[Segments, Segments, Segments]:
+        """Segments of prompts, of the completions by prompt, and of the completions."""
+        assert self.families is not None
+        by_prompt, own = self.families, self.completions
+        return tuple(Segments(one.starts, one.longest) for one in (self.prompts, by_prompt, own))  # type: ignore[return-value]
 
     def cut(self, *packed: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Cuts tensors [M, H, D] to those of prompts [P, H, T, D] and of completions [N, H, L, D]."""
@@ -229,6 +257,85 @@ class _Grouped(torch.autograd.Function):
 _grouped: Callable[..., Tensor] = _Grouped.apply
 
 
+def _can_pack(index: Tensor, tokens: Tensor, completions: Packing) -> bool:
+    """True if completions are in the order of their prompts, each prompt has some, and the longest has two tokens."""
+    return bool((index.diff() >= 0).all()) and int(tokens.min()) > 0 and completions.longest > 1
+
+
+class _InSegments(torch.autograd.Function):
+    """Attention within `Groups` by flash attention of packed sequences, which needs neither padding nor copies of keys.
+
+    Queries share heads of keys within the kernel.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, groups: Groups, scale: float) -> Tensor:
+        prompts, families, completions = groups.segments()
+        first, (later, *own) = _split(groups, query, key, value)
+        before, prompt_lse = flash_forward(*first, prompts, prompts, scale, causal=True)
+        prefix = flash_forward(later, *first[1:], families, prompts, scale)
+        after, lse = _join_packed(*prefix, *flash_forward(later, *own, completions, completions, scale, causal=True))
+        out = torch.cat([before, after])
+        ctx.save_for_backward(query, key, value, out, prompt_lse, lse)
+        ctx.groups, ctx.scale = groups, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, prompt_lse, lse = ctx.saved_tensors
+        prompts, families, completions = ctx.groups.segments()
+        (push, out, *first), (later_push, later_out, later, *own) = _split(ctx.groups, grad, out, query, key, value)
+        late = later_push, later_out, lse, later
+        before = flash_backward(push, out, prompt_lse, *first, prompts, prompts, ctx.scale, causal=True)
+        shared = flash_backward(*late, *first[1:], families, prompts, ctx.scale)
+        after = flash_backward(*late, *own, completions, completions, ctx.scale, causal=True)
+        return *_gathered(*before, *shared, *after), None, None
+
+
+_in_segments: Callable[..., Tensor] = _InSegments.apply
+
+
+def _split(groups: Groups, *packed: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Packed tensors [M, ...] of prompts, and of completions."""
+    start = groups.prompts.total
+    return [one[:start] for one in packed], [one[start:] for one in packed]
+
+
+@fused(
+    lambda: (*_example(1, 5, 2, 16), numbers(2, 5), *_example(1, 5, 2, 16), numbers(2, 5, seed=1)),
+    kernels=2,
+)
+def _join_packed(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_join`, for packed outputs [M, H, D] and log-normalisers [H, M]."""
+    both = torch.logaddexp(lse, other_lse)
+    share, other_share = ((one - both).exp().mT[..., None].to(out.dtype) for one in (lse, other_lse))
+    return out * share + other_out * other_share, both
+
+
+@fused(lambda: tuple(one for _ in range(3) for one in _example(3, 5, 2, 16)), kernels=3)
+def _gathered(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    to_prompt: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    own_query: Tensor,
+    own_key: Tensor,
+    own_value: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of prompts and completions, packed, from those of the three parts of attention."""
+    return (
+        torch.cat([query, to_prompt + own_query]),
+        torch.cat([key + prompt_key, own_key]),
+        torch.cat([value + prompt_value, own_value]),
+    )
+
+
+def _example(count: int, *sizes: int) -> tuple[Tensor, ...]:
+    return tuple(numbers(*sizes, dtype=torch.bfloat16, seed=seed) for seed in range(count))
+
+
 class Steps(Attention):
     """Attention of completions that grow by one token per pass, without gradients.
 
@@ -244,7 +351,7 @@ class Steps(Attention):
 
     def __init__(self, prefixes: Prefixes, index: Tensor, most: int) -> None:
         self._prefixes, self._most = prefixes, most
-        self._index, self._device = index, prefixes.packing.rows.device
+        self._index, self._device = index, prefixes.packing.device
         self._siblings = Siblings(index, len(prefixes.packing.lengths), self._device)
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}

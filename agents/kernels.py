@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -185,14 +185,32 @@ class Segments(NamedTuple):
     longest: int
 
 
-def flash_forward(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float) -> tuple[Tensor, Tensor]:
-    """Computes flash attention of packed queries to the keys [M, H, D] of their own segments, on CUDA.
+def flash_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    queries: Segments,
+    keys: Segments,
+    scale: float,
+    *,
+    causal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Computes flash attention of packed queries [M, H, D] to the keys [M', K, D] of their segments, on CUDA.
+
+    Args:
+        query: Packed queries.
+        key: Packed keys. Their heads may be fewer than those of queries, which share them in order.
+        value: Packed values.
+        queries: Segments of the queries.
+        keys: As many segments of the keys.
+        scale: Factor of the scores.
+        causal: True if a query sees only keys up to its own place; requires the same segments. Default: False.
 
     Returns:
         The output [M, H, D], and float32 log-normalisers [H, M].
     """
-    places = (segments.starts, segments.starts, segments.longest, segments.longest)
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(query, key, value, *places, 0.0, False, False, scale=scale)
+    places = (queries.starts, keys.starts, queries.longest, keys.longest)
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(query, key, value, *places, 0.0, causal, False, scale=scale)
     return out, lse
 
 
@@ -206,14 +224,82 @@ def flash_backward(
     queries: Segments,
     keys: Segments,
     scale: float,
+    *,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes gradients of packed queries [M, H, D], and of the keys and values [M', H, D] of their segments."""
+    """Computes gradients of packed queries [M, H, D], and of the keys and values [M', K, D]; see `flash_forward`."""
     places = (queries.starts, keys.starts, queries.longest, keys.longest)
     lse = lse.contiguous()  # the operator ignores strides
     grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
-        grad, query, key, value, out, lse, *places, 0.0, False, *_no_dropout(grad), scale=scale
+        grad, query, key, value, out, lse, *places, 0.0, causal, *_no_dropout(grad), scale=scale
     )
     return grads
+
+
+def attends_in_segments(kernel: Kernel, query: Tensor) -> bool:
+    """True if flash attention computes packed sequences rightly, causal or not, with keys shared by heads of queries.
+
+    A trial tells it, once for each device and kind of queries [..., D].
+    """
+    return isinstance(kernel, FlashKernel) and not _segments_fault(query.device.type, query.dtype, query.shape[-1])
+
+
+@functools.cache
+def _segments_fault(device: str, dtype: torch.dtype, size: int) -> str:
+    fault = find_segments_fault(device, dtype, size)
+    if fault:
+        _log.warning(
+            "flash attention on %s does not compute packed sequences for heads of %d in %s: %s. They are padded instead, "
+            "which is slower; results stay right",
+            *(device, size, str(dtype).removeprefix("torch."), fault),
+        )
+    return fault
+
+
+def find_segments_fault(device: str, dtype: torch.dtype, size: int) -> str:
+    """Says how flash attention within segments differs from the explicit kernel; empty if it is right."""
+    random = torch.Generator().manual_seed(0)
+    query, grad = torch.randn(2, 100, 4, size, generator=random, device="cpu").to(device, dtype)
+    key, value = torch.randn(2, 100, 2, size, generator=random, device="cpu").to(device, dtype)
+    tolerance = 1e-3 if dtype.itemsize > _HALF else 5e-2
+    for causal, lengths, key_lengths in ((True, [70, 30], [70, 30]), (False, [20, 80], [65, 35])):
+        places = [Segments(_starts(one, device), max(one)) for one in (lengths, key_lengths)]
+        parts = zip(*(one.split(lengths) for one in (query, grad)), *(one.split(key_lengths) for one in (key, value)))
+        right = [_explicit(*part, causal) for part in parts]
+        expected = [torch.cat(one, dim=1 if one[0].ndim == 2 else 0) for one in zip(*right, strict=True)]
+        try:
+            out, lse = flash_forward(query, key, value, *places, 0.1, causal=causal)
+            found = out, lse, *flash_backward(grad, *expected[:2], query, key, value, *places, 0.1, causal=causal)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, AttributeError, TypeError, ValueError) as error:  # private operators may change
+            return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        if not _all_close(found, expected, tolerance):
+            return "its results differ from those of matrix products"
+    return ""
+
+
+def _explicit(query: Tensor, grad: Tensor, key: Tensor, value: Tensor, causal: bool) -> tuple[Tensor, ...]:
+    """Output [S, H, D], log-normalisers [H, S] and gradients of one sequence, whose keys two heads of queries share."""
+    rows = [one.transpose(0, 1)[None] for one in (query, key, value, grad)]
+    wide = [one.repeat_interleave(len(query[0]) // len(key[0]), dim=1) for one in rows[1:3]]
+    part = Part(rows[0], *wide, None, causal, 0.1)
+    out, lse = ExplicitKernel().forward(part)
+    own, *shared = ExplicitKernel().backward(part, rows[3], out, lse)
+    shared = [one.unflatten(1, (len(key[0]), -1)).sum(2) for one in shared]
+    out, own, *shared = (one[0].transpose(0, 1) for one in (out, own, *shared))
+    return out, lse[0], own, *shared
+
+
+def _starts(lengths: list[int], device: str) -> Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+
+
+def _all_close(found: Iterable[Tensor], right: Iterable[Tensor], tolerance: float) -> bool:
+    return all(
+        math.isfinite(float(a.sum())) and torch.allclose(a.float(), b.float(), rtol=tolerance, atol=tolerance)
+        for a, b in zip(found, right, strict=True)
+    )
 
 
 def _even(rows: Tensor) -> Tensor:
@@ -353,9 +439,6 @@ def find_fault(kernel: Kernel, device: str, dtype: torch.dtype, size: int) -> st
             raise
         except (RuntimeError, AttributeError, TypeError, ValueError) as error:  # private operators may change
             return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        if not all(
-            math.isfinite(float(a.sum())) and torch.allclose(a.float(), b.float(), rtol=tolerance, atol=tolerance)
-            for a, b in zip(found, (*right, *right_grads), strict=True)
-        ):
+        if not _all_close(found, (*right, *right_grads), tolerance):
             return "its results differ from those of matrix products"
     return ""

@@ -28,7 +28,7 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float) -> Tensor:
-        out, lse = flash_forward(query, key, value, segments, scale)
+        out, lse = flash_forward(query, key, value, segments, segments, scale)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.segments, ctx.scale = segments, scale
         return out
