@@ -19,7 +19,9 @@ from vlmenv.agents.lean_layers import make_lean
 from vlmenv.agents.linear_logprobs import linear_logprobs
 from vlmenv.agents.packing import Packing
 from vlmenv.agents.patch_embedding import embed_patches_by_matmul
+from vlmenv.agents.rotary import rotate_at_once
 from vlmenv.agents.saved_activations import dropping_recomputable
+from vlmenv.agents.sending import send
 from vlmenv.agents.vision_attention import attend_by_segments
 from vlmenv.core.errors import ModelError
 from vlmenv.core.rollout import Prompt, Rollout
@@ -79,6 +81,7 @@ class Policy(nn.Module):
         if family.packs_images:
             attend_by_segments(cast(PreTrainedModel, family.vision_tower()))
         self.lean_layers = make_lean(family.model)
+        self.rotations = rotate_at_once(family.model)
 
     def forward(self, rollout: Rollout) -> LogProbs:
         """Computes log-probabilities and entropies of a rollout's completions, and values if there is a value head."""
@@ -186,14 +189,15 @@ class Policy(nn.Module):
         prompts = Packing(torch.tensor([len(prompt.input_ids) for prompt in rollout.prompts]), self.device)
         inputs = Packing(packing.lengths - 1, self.device)  # the last token predicts nothing
         fed = [one.token_ids[:-1] for one in rollout.completions]
-        starts = torch.tensor([next_position(prompt) for prompt in rollout.prompts])[index].to(self.device)
+        starts = torch.tensor([next_position(prompt) for prompt in rollout.prompts])[index]
+        starts, owners = send(starts, self.device), send(index, self.device)
         hidden = self._run(
             rollout.prompts,
             Groups(prompts, inputs, index) if inputs.total else Prefixes(prompts),
             fed,
             starts[inputs.rows] + inputs.places,
         )
-        firsts = prompts.ends[index.to(self.device)][packing.rows]
+        firsts = prompts.ends[owners][packing.rows]
         later = prompts.total + torch.arange(packing.total, device=self.device) - packing.rows - 1  # the token before
         return hidden[torch.where(packing.places == 0, firsts, later)]
 
@@ -242,12 +246,12 @@ class Policy(nn.Module):
 
     def _tokens(self, rows: Sequence[NDArray[np.int64]]) -> Tensor:
         """Concatenates rows of token ids to [M]."""
-        return torch.from_numpy(np.concatenate(rows)).to(self.device)
+        return send(torch.from_numpy(np.concatenate(rows)), self.device)
 
     def _positions(self, prompts: Sequence[Prompt], after: Tensor | None) -> Tensor:
         """Positions of packed prompts and what follows, [axes, 1, M], or [1, M] for a single axis."""
         positions = torch.from_numpy(np.concatenate([prompt.position_ids for prompt in prompts], axis=1))
-        self._axes, positions = len(positions), positions.to(self.device)
+        self._axes, positions = len(positions), send(positions, self.device)
         return self._on_axes(positions if after is None else torch.cat([positions, after.expand(self._axes, -1)], 1))
 
     def _on_axes(self, positions: Tensor) -> Tensor:

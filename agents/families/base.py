@@ -20,6 +20,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, Pre
 from transformers.utils.import_utils import is_torchvision_available
 
 from vlmenv.agents.families.chat import ChatTemplate, check_switches
+from vlmenv.agents.sending import send
 from vlmenv.core.coordinates import CoordinateSpace, ResizeRule
 from vlmenv.core.errors import ConfigError, ModelError
 from vlmenv.core.pixels import PixelLimits
@@ -393,6 +394,6 @@ def join_images(prompts: Sequence[Prompt], device: torch.device) -> dict[str, to
     """Joins the vision inputs of prompts along their first axis; text-only prompts add nothing."""
     names = {name for prompt in prompts for name in prompt.images}
     return {
-        name: torch.cat([prompt.images[name] for prompt in prompts if name in prompt.images]).to(device)
+        name: send(torch.cat([prompt.images[name] for prompt in prompts if name in prompt.images]), device)
         for name in sorted(names)
     }

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, cast
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from paper_gpu.card import Card, Kernel, Kind, utilization
 from paper_gpu.recording import Recorder
-from vlmenv.agents import kernels
+from vlmenv.agents import fusing, kernels
 from vlmenv.agents.quantization import quantize
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.algos.optimizers import state_bytes
@@ -121,7 +122,7 @@ def measure(case: Case) -> Paper:
     agent = _agent(config)
     rollout = _rollout(agent, case)
     dtype = DTYPES[case.precision] if case.precision != "fp32" else torch.float32
-    with _kernels_of_cards(), counting(), Recorder(_mode_of(agent)) as recorder:
+    with counting(), Recorder(_mode_of(agent)) as recorder, _as_on_cards(recorder):
         _onto_card(agent, recorder)
         memory = {"weights": float(recorder.restart())}
         trained = agent.parameters()
@@ -198,18 +199,19 @@ def _observation(agent: VLMAgent, tokens: int) -> dict[str, Any]:
 
 
 @contextmanager
-def _kernels_of_cards() -> Iterator[None]:
-    """Chooses attention's kernel as a card does, where its check would need numbers."""
-    known = kernels._kernel_for
+def _as_on_cards(recorder: Recorder) -> Iterator[None]:
+    """Lets what is tried on a card by numbers be as it is there if the trial succeeds."""
+    choose = kernels._kernel_for
 
-    @functools.cache
-    def choose(device: str, dtype: torch.dtype, size: int) -> kernels.Kernel:
+    def chosen(device: str, dtype: torch.dtype, size: int) -> kernels.Kernel:
         if device == "cpu":
-            return known(device, dtype, size)
+            return choose(device, dtype, size)
         return kernels.FlashKernel() if dtype.itemsize == 2 else kernels.EfficientKernel()
 
-    kernels._kernel_for = choose  # type: ignore[assignment]
-    try:
+    with (
+        patch.object(kernels, "_kernel_for", functools.cache(chosen)),
+        patch.object(kernels, "_segments_fault", lambda *kind: ""),
+        patch.object(fusing, "fault_of", lambda device: ""),
+        patch.object(fusing.Fused, "__call__", lambda own, *arguments: recorder.compute(own, arguments)),
+    ):
         yield
-    finally:
-        kernels._kernel_for = known

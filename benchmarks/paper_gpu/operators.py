@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from paper_gpu.card import Kernel, Kind, attention_operations
+from vlmenv.agents.fusing import Fused
 
 _VIEWS: Final = frozenset(
     "_reshape_alias _unsafe_view alias as_strided chunk detach diagonal empty empty_like empty_strided expand is_pinned "
@@ -73,6 +74,14 @@ def kernel_of(
         kind = Kind.ATTENTION_BACKWARD if backward else Kind.ATTENTION
         return Kernel(kind, moved, operations * (2.5 if backward else 1), blocks, launches, half, place, name)
     return Kernel(_elementwise(name, args, place), moved, 0.0, None, launches, half, place, name)
+
+
+def fused_kernel(fused: Fused, arguments: Any, out: Any, place: str) -> Kernel:
+    """The kernels of a compiled function."""
+    read, made = (sum(_size(one) for one in tree_leaves(part) if isinstance(one, Tensor)) for part in (arguments, out))
+    kind = Kind.HEAD_ELEMENTWISE if "linear_logprobs" in place else Kind.FUSED
+    moved = float(fused.reads * read + made)
+    return Kernel(kind, moved, 0.0, None, fused.kernels, True, place, fused.function.__name__)
 
 
 def _is_head(first: Tensor, second: Tensor) -> bool:

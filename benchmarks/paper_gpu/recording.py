@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from paper_gpu.card import Kernel
-from paper_gpu.operators import is_view, kernel_of
+from paper_gpu.operators import fused_kernel, is_view, kernel_of
+from vlmenv.agents.fusing import Fused
 from vlmenv.doctor.counting import Counter
 
 _aten = torch.ops.aten
@@ -58,6 +59,7 @@ class Recorder(Counter):
         self._mode = mode
         self._numbers: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
         self._pinned: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._is_within = False
         self.kernels: list[Kernel] = []
         self.waits: Tally[tuple[str, str]] = Tally()
 
@@ -88,10 +90,29 @@ class Recorder(Counter):
         if not any(map(_is_on_card, inputs)) and (target is None or torch.device(target).type != "cuda"):
             return func(*args, **kwargs)
         out = self._on_card(func, args, kwargs, inputs)
-        for one in tree_leaves(out):
+        self._keep(out)
+        return out
+
+    def compute(self, fused: Fused, arguments: tuple[Any, ...]) -> Any:
+        """Computes a compiled function: its inputs are read and its results written by few kernels."""
+        if not any(_is_on_card(one) for one in arguments if isinstance(one, Tensor)):
+            return fused.function(*arguments)
+        self._is_within, known = True, self._is_within
+        try:
+            out = fused.function(*arguments)
+        finally:
+            self._is_within = known
+        self.kernels.append(fused_kernel(fused, arguments, out, self._place()))
+        self._keep(out)
+        return out
+
+    def _keep(self, made: Any) -> None:
+        """Counts the memory of what is made; what is within a compiled function takes none."""
+        if self._is_within:
+            return
+        for one in tree_leaves(made):
             if isinstance(one, FakeTensor) and _is_on_card(one):
                 self.add(one)
-        return out
 
     def _on_card(self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor]) -> Any:
         name = func._schema.name.removeprefix("aten::")
@@ -106,7 +127,7 @@ class Recorder(Counter):
         else:
             out = func(*self._without_masks(name, args), **kwargs)
         self._remember(func, args, out, numbers)
-        if not is_view(name):
+        if not is_view(name) and not self._is_within:
             self.kernels.append(kernel_of(name, args, kwargs, out, self.number, self._place()))
         return out
 
