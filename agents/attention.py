@@ -274,8 +274,8 @@ class _InSegments(torch.autograd.Function):
         first, (later, *own) = _split(groups, query, key, value)
         before, prompt_lse = flash_forward(*first, prompts, prompts, scale, causal=True)
         prefix = flash_forward(later, *first[1:], families, prompts, scale)
-        after, lse = _join_packed(*prefix, *flash_forward(later, *own, completions, completions, scale, causal=True))
-        out = torch.cat([before, after])
+        after = flash_forward(later, *own, completions, completions, scale, causal=True)
+        out, lse = _join_packed(before, *prefix, *after)
         ctx.save_for_backward(query, key, value, out, prompt_lse, lse)
         ctx.groups, ctx.scale = groups, scale
         return out
@@ -302,14 +302,16 @@ def _split(groups: Groups, *packed: Tensor) -> tuple[list[Tensor], list[Tensor]]
 
 
 @fused(
-    lambda: (*_example(1, 5, 2, 16), numbers(2, 5), *_example(1, 5, 2, 16), numbers(2, 5, seed=1)),
+    lambda: (*_example(2, 5, 2, 16), numbers(2, 5), *_example(1, 5, 2, 16), numbers(2, 5, seed=1)),
     kernels=2,
 )
-def _join_packed(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """As `_join`, for packed outputs [M, H, D] and log-normalisers [H, M]."""
+def _join_packed(
+    before: Tensor, out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `_join`, for packed outputs [M, H, D] and log-normalisers [H, M]; outputs of prompts come before."""
     both = torch.logaddexp(lse, other_lse)
     share, other_share = ((one - both).exp().mT[..., None].to(out.dtype) for one in (lse, other_lse))
-    return out * share + other_out * other_share, both
+    return torch.cat([before, out * share + other_out * other_share]), both
 
 
 @fused(lambda: tuple(one for _ in range(3) for one in _example(3, 5, 2, 16)), kernels=3)
@@ -440,7 +442,7 @@ def _attend(
     assert dropout == 0, "attention dropout would not be the same in two passes"
     block, device = int(module.layer_idx), query.device.type  # type: ignore[arg-type]
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
-    query, key, value = (one[0].transpose(0, 1).to(dtype) for one in (query, key, value))
+    query, key, value = (one.squeeze(0).transpose(0, 1).to(dtype) for one in (query, key, value))  # no copy backward
     packed.ran = True
     return packed.attend(block, query, key, value, scaling)[None], None
 

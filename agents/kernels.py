@@ -319,8 +319,8 @@ def _as_rows(tokens: Tensor, rows: int) -> Tensor:
 
 
 def _no_dropout(like: Tensor) -> tuple[Tensor, Tensor]:
-    """Placeholder for the random state of dropout, which is not used."""
-    return torch.zeros(2, dtype=torch.uint64, device=like.device), torch.empty(0, device=like.device)
+    """Placeholder for the random state of dropout, which is not read."""
+    return torch.empty(2, dtype=torch.uint64, device=like.device), torch.empty(0, device=like.device)
 
 
 class EfficientKernel:

@@ -113,6 +113,7 @@ class _Normed(torch.autograd.Function):
         normed, inverse = _norm(hidden, weight, epsilon, dtype)
         ctx.save_for_backward(hidden, inverse, weight)
         ctx.mark_non_differentiable(inverse)
+        ctx.set_materialize_grads(False)  # or that of the inverse is made of zeros
         return normed, inverse
 
     @staticmethod

@@ -152,7 +152,7 @@ class Policy(nn.Module):
                 "attention in another way. Install a version that vlmenv's requirements name"
             )
         hidden: Tensor = output.last_hidden_state
-        return hidden[0]
+        return hidden.squeeze(0)  # whose backward pass, unlike that of an index, copies nothing
 
     def extend(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """Runs tokens of completions through the language model.
@@ -176,7 +176,7 @@ class Policy(nn.Module):
             packed=attention,
         )
         hidden: Tensor = output.last_hidden_state
-        return hidden[0]
+        return hidden.squeeze(0)  # whose backward pass, unlike that of an index, copies nothing
 
     @property
     def device(self) -> torch.device:
@@ -242,7 +242,8 @@ class Policy(nn.Module):
 
     def _look(self, prompts: Sequence[Prompt]) -> Any:
         """Runs images through the vision tower."""
-        return self.model.model.get_image_features(**join_images(prompts, self.device), return_dict=True)
+        inputs = self.family.vision_inputs(join_images(prompts), self.device)
+        return self.model.model.get_image_features(**inputs, return_dict=True)
 
     def _tokens(self, rows: Sequence[NDArray[np.int64]]) -> Tensor:
         """Concatenates rows of token ids to [M]."""

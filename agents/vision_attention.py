@@ -119,7 +119,7 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """Transformers' attention function: states [1, H, M, D] and starts of segments; returns [1, M, H, D]."""
     assert dropout == 0, "attention dropout would not be the same in two passes"
-    query, key, value = (one[0].transpose(0, 1) for one in (query, key, value))
+    query, key, value = (one.squeeze(0).transpose(0, 1) for one in (query, key, value))
     if isinstance(kernel_for(query), FlashKernel):
         return _flash(query, key, value, Segments(cu_seq_lens_q, max_length_q), scaling)[None], None
     return _by_kinds(query, key, value, _kinds(cu_seq_lens_q), scaling)[None], None

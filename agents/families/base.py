@@ -204,6 +204,10 @@ class Family(ABC):
         parts = [self.vision_tower(), *self.projectors()]
         return any(parameter.requires_grad for part in parts for parameter in part.parameters())
 
+    def vision_inputs(self, images: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, Any]:
+        """The arguments of the model's `get_image_features` for images that are on the host."""
+        return {name: send(one, device) for name, one in images.items()}
+
     def join_features(self, parts: list[Any]) -> Any:
         """Joins results of the model's `get_image_features` for several prompts, as if it had been called once."""
         found = [part.pooler_output for part in parts]
@@ -390,10 +394,10 @@ class Family(ABC):
         return re.compile("|".join(re.escape(name) for name in names if name), re.IGNORECASE)
 
 
-def join_images(prompts: Sequence[Prompt], device: torch.device) -> dict[str, torch.Tensor]:
+def join_images(prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
     """Joins the vision inputs of prompts along their first axis; text-only prompts add nothing."""
     names = {name for prompt in prompts for name in prompt.images}
     return {
-        name: send(torch.cat([prompt.images[name] for prompt in prompts if name in prompt.images]), device)
+        name: torch.cat([prompt.images[name] for prompt in prompts if name in prompt.images])
         for name in sorted(names)
     }

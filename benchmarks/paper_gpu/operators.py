@@ -72,6 +72,9 @@ def kernel_of(
         operations, blocks = _attention(name, args, kwargs, number)
         backward = "backward" in name
         kind = Kind.ATTENTION_BACKWARD if backward else Kind.ATTENTION
+        if backward and (shared := _shared_heads(args)) > 1:
+            # gradients of keys and values for each head of queries, which two more kernels add up
+            moved, launches = moved + 2.0 * shared * (_size(args[2]) + _size(args[3])), launches + 2
         return Kernel(kind, moved, operations * (2.5 if backward else 1), blocks, launches, half, place, name)
     return Kernel(_elementwise(name, args, place), moved, 0.0, None, launches, half, place, name)
 
@@ -141,6 +144,11 @@ def _attention(
     pairs = float((lengths * key_lengths).sum())
     tiles = ((key_lengths if backward else lengths) / _TILE).ceil().sum()
     return attention_operations(query.shape[1], query.shape[2], pairs), int(tiles) * query.shape[1]
+
+
+def _shared_heads(args: Any) -> int:
+    """Heads of queries for each head of keys, in a backward pass."""
+    return int(args[1].shape[1] // args[2].shape[1])
 
 
 def _lengths(starts: Tensor | None) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakIdKeyDictionary
 
 from paper_gpu.card import Kernel
 from paper_gpu.operators import fused_kernel, is_view, kernel_of
@@ -58,7 +59,7 @@ class Recorder(Counter):
         super().__init__()
         self._mode = mode
         self._numbers: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
-        self._pinned: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._pinned = WeakIdKeyDictionary()
         self._is_within = False
         self.kernels: list[Kernel] = []
         self.waits: Tally[tuple[str, str]] = Tally()
@@ -143,7 +144,7 @@ class Recorder(Counter):
     def _pin(self, tensor: Tensor) -> Tensor:
         """Page-locked memory, which the host has only for a real card."""
         pinned = tensor.clone()
-        self._pinned.add(pinned)
+        self._pinned[pinned] = True
         return pinned
 
     # waits
