@@ -202,7 +202,7 @@ def _scaled(hidden: Tensor, inverse: Tensor) -> Tensor:
 
 def _times(own: Tensor, other: Tensor) -> Tensor:
     """The product, in place of the first factor if dtypes allow: on CPUs new memory costs more than multiplying."""
-    return own.mul_(other) if torch.result_type(own, other) == own.dtype else own * other
+    return own.mul_(other) if torch.promote_types(own.dtype, other.dtype) == own.dtype else own * other
 
 
 def _wide(hidden: Tensor) -> Tensor:
