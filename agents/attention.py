@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from vlmenv.agents.fusing import fused, numbers
+from vlmenv.agents.fusing import ROWS, fused, numbers
 from vlmenv.agents.kernels import (
     Part,
     Segments,
@@ -302,7 +302,7 @@ def _split(groups: Groups, *packed: Tensor) -> tuple[list[Tensor], list[Tensor]]
 
 
 @fused(
-    lambda: (*_example(2, 5, 2, 16), numbers(2, 5), *_example(1, 5, 2, 16), numbers(2, 5, seed=1)),
+    lambda: (*_example(2), numbers(2, ROWS), *_example(1), numbers(2, ROWS, seed=1)),
     kernels=2,
 )
 def _join_packed(
@@ -314,7 +314,7 @@ def _join_packed(
     return torch.cat([before, out * share + other_out * other_share]), both
 
 
-@fused(lambda: tuple(one for _ in range(3) for one in _example(3, 5, 2, 16)), kernels=3)
+@fused(lambda: _example(9), kernels=3)
 def _gathered(
     query: Tensor,
     key: Tensor,
@@ -334,8 +334,8 @@ def _gathered(
     )
 
 
-def _example(count: int, *sizes: int) -> tuple[Tensor, ...]:
-    return tuple(numbers(*sizes, dtype=torch.bfloat16, seed=seed) for seed in range(count))
+def _example(count: int) -> tuple[Tensor, ...]:
+    return tuple(numbers(ROWS, 2, 16, dtype=torch.bfloat16, seed=seed) for seed in range(count))
 
 
 class Steps(Attention):

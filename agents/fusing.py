@@ -10,7 +10,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor
@@ -18,7 +18,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 _log = logging.getLogger(__name__)
-_EMULATED = {"emulate_precision_casts": True}
+ROWS: Final = 9
+"""Tokens in the examples."""
+_EMULATED: Final = {"emulate_precision_casts": True}
 """Rounds between operations as PyTorch does."""
 
 

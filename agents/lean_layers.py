@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _disable_current_modes
 
-from vlmenv.agents.fusing import fused, fuses, numbers
+from vlmenv.agents.fusing import ROWS, fused, fuses, numbers
 from vlmenv.agents.saved_activations import drops, make_anew
 
 _log = logging.getLogger(__name__)
@@ -132,17 +132,17 @@ class _Normed(torch.autograd.Function):
 
 def _norm_examples() -> Callable[[], tuple[Tensor, ...]]:
     """Makes hidden states, their inverse sizes, a norm's weight, and a gradient."""
-    return lambda: (numbers(9, 64), numbers(9, 1).abs(), numbers(64), numbers(9, 64, dtype=torch.bfloat16, seed=1))
+    return lambda: (numbers(ROWS, 64), numbers(ROWS, 1).abs(), numbers(64), numbers(ROWS, 64, dtype=torch.bfloat16, seed=1))
 
 
-@fused(lambda: (numbers(9, 64), numbers(64), 1e-6, torch.bfloat16))
+@fused(lambda: (numbers(ROWS, 64), numbers(64), 1e-6, torch.bfloat16))
 def _norm(hidden: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The norm, and the inverse size of each token."""
     inverse = _wide(hidden).pow(2).mean(-1, keepdim=True).add_(epsilon).rsqrt_()
     return _times(_scaled(hidden, inverse), weight).to(dtype), inverse
 
 
-@fused(lambda: (numbers(9, 64), numbers(9, 1).abs(), numbers(64), torch.bfloat16))
+@fused(lambda: (numbers(ROWS, 64), numbers(ROWS, 1).abs(), numbers(64), torch.bfloat16))
 def _norm_again(hidden: Tensor, inverse: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return _times(_scaled(hidden, inverse), weight).to(dtype)
 
@@ -183,7 +183,7 @@ def _down(gate: Tensor, up: Tensor, down: nn.Module) -> Tensor:
 
 
 def _gate_examples(count: int) -> Callable[[], tuple[Tensor, ...]]:
-    return lambda: tuple(numbers(9, 64, dtype=torch.bfloat16, seed=seed) for seed in range(count))
+    return lambda: tuple(numbers(ROWS, 64, dtype=torch.bfloat16, seed=seed) for seed in range(count))
 
 
 @fused(_gate_examples(2))

@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from vlmenv.agents.fusing import fused, fuses, numbers
+from vlmenv.agents.fusing import ROWS, fused, fuses, numbers
 
 _LOGITS = {"cuda": 2**28}
 """Largest number of logits in memory, by device. On GPUs each chunk reads the whole head, and few chunks are faster."""
@@ -123,10 +123,10 @@ def _mask(banned: Tensor, vocabulary: int) -> Tensor:
 
 
 def _example(*more: Tensor) -> tuple[Tensor, ...]:
-    return (8 * numbers(5, 40)).to(torch.bfloat16), numbers(40, seed=1) > 1, *more
+    return (8 * numbers(ROWS, 40)).to(torch.bfloat16), numbers(40, seed=1) > 1, *more
 
 
-_TARGETS: Final = [3, 0, 39, 7, 7]
+_TARGETS: Final = [3, 0, 39, 7, 7, 1, 2, 38, 11]
 
 
 @fused(lambda: (*_example(torch.tensor(_TARGETS)), 0.9), reads=3)
@@ -139,7 +139,7 @@ def _scored(logits: Tensor, banned: Tensor, targets: Tensor, temperature: float)
     return normaliser[:, 0], logits.gather(-1, targets[:, None])[:, 0], entropy
 
 
-@fused(lambda: (*_example(4 + numbers(5).abs(), torch.tensor(_TARGETS), numbers(5, seed=2)), 0.9))
+@fused(lambda: (*_example(4 + numbers(ROWS).abs(), torch.tensor(_TARGETS), numbers(ROWS, seed=2)), 0.9))
 def _errors_at_once(
     logits: Tensor, banned: Tensor, normalisers: Tensor, targets: Tensor, grad: Tensor, temperature: float
 ) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _disable_current_modes
 
-from vlmenv.agents.fusing import fused, fuses, numbers
+from vlmenv.agents.fusing import ROWS, fused, fuses, numbers
 
 _Rotation = Callable[..., tuple[Tensor, Tensor]]
 
@@ -105,8 +105,8 @@ class _Rotated(torch.autograd.Function):
 
 def _examples(*more: Any) -> Callable[[], tuple[Any, ...]]:
     def example() -> tuple[Any, ...]:
-        query, key = numbers(1, 4, 9, 16, dtype=torch.bfloat16), numbers(1, 2, 9, 16, dtype=torch.bfloat16, seed=1)
-        return query, key, numbers(1, 1, 9, 16, seed=2), numbers(1, 1, 9, 16, seed=3), *more
+        query, key = numbers(1, 4, ROWS, 16, dtype=torch.bfloat16), numbers(1, 2, ROWS, 16, dtype=torch.bfloat16, seed=1)
+        return query, key, numbers(1, 1, ROWS, 16, seed=2), numbers(1, 1, ROWS, 16, seed=3), *more
 
     return example
 

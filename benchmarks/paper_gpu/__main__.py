@@ -56,6 +56,7 @@ def report(paper: Paper, card: Card) -> Iterator[str]:
     times = paper.seconds(card)
     yield f"prompt {paper.prompt} tokens, completions {paper.completions} tokens"
     yield f"kernels {paper.launches}: forward {paper.forward.launches}, backward {paper.backward.launches}"
+    yield f"calls of operators with kernels {len(paper.forward.kernels) + len(paper.backward.kernels)}"
     yield f"waits {paper.waits}"
     for part, waits in (("forward", paper.forward.waits), ("backward", paper.backward.waits)):
         for (kind, place), count in sorted(waits.items(), key=lambda one: -one[1]):
