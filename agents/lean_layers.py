@@ -132,7 +132,12 @@ class _Normed(torch.autograd.Function):
 
 def _norm_examples() -> Callable[[], tuple[Tensor, ...]]:
     """Makes hidden states, their inverse sizes, a norm's weight, and a gradient."""
-    return lambda: (numbers(ROWS, 64), numbers(ROWS, 1).abs(), numbers(64), numbers(ROWS, 64, dtype=torch.bfloat16, seed=1))
+    return lambda: (
+        numbers(ROWS, 64),
+        numbers(ROWS, 1).abs(),
+        numbers(64),
+        numbers(ROWS, 64, dtype=torch.bfloat16, seed=1),
+    )
 
 
 @fused(lambda: (numbers(ROWS, 64), numbers(64), 1e-6, torch.bfloat16))

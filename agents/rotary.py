@@ -105,7 +105,10 @@ class _Rotated(torch.autograd.Function):
 
 def _examples(*more: Any) -> Callable[[], tuple[Any, ...]]:
     def example() -> tuple[Any, ...]:
-        query, key = numbers(1, 4, ROWS, 16, dtype=torch.bfloat16), numbers(1, 2, ROWS, 16, dtype=torch.bfloat16, seed=1)
+        query, key = (
+            numbers(1, 4, ROWS, 16, dtype=torch.bfloat16),
+            numbers(1, 2, ROWS, 16, dtype=torch.bfloat16, seed=1),
+        )
         return query, key, numbers(1, 1, ROWS, 16, seed=2), numbers(1, 1, ROWS, 16, seed=3), *more
 
     return example

@@ -398,6 +398,5 @@ def join_images(prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
     """Joins the vision inputs of prompts along their first axis; text-only prompts add nothing."""
     names = {name for prompt in prompts for name in prompt.images}
     return {
-        name: torch.cat([prompt.images[name] for prompt in prompts if name in prompt.images])
-        for name in sorted(names)
+        name: torch.cat([prompt.images[name] for prompt in prompts if name in prompt.images]) for name in sorted(names)
     }

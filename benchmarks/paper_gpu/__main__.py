@@ -39,13 +39,16 @@ def main() -> None:
     parser.add_argument("--even", action="store_true", help="lengths of completions: all the most")
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="precision of the passes")
     parser.add_argument("--keep", action="store_true", help="activations: all kept, no block recomputed")
+    parser.add_argument("--blocks", type=int, help="blocks of language model and vision tower; default: all")
     parser.add_argument("--card", choices=list(CARDS), default="h100", help="card")
     parser.add_argument("--places", type=int, default=0, help="number of places in the code with most time to print")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as into:
         folder = folder_of(options.model, options.models, Path(into))
         lengths = options.prompt, options.completion, options.group
-        case = Case(folder, options.mode, *lengths, not options.even, options.precision, not options.keep)
+        case = Case(
+            folder, options.mode, *lengths, not options.even, options.precision, not options.keep, options.blocks
+        )
         paper, card = measure(case), CARDS[options.card]
     print("\n".join(report(paper, card)))
     print("\n".join(places(paper, card, options.places)))

@@ -49,6 +49,7 @@ class Case:
             the most.
         precision: As the option of training.
         checkpointing: If true, blocks are recomputed in the backward pass.
+        blocks: Number of blocks of the language model, and of the vision tower. None: all.
     """
 
     folder: Path
@@ -59,6 +60,7 @@ class Case:
     uneven: bool = True
     precision: Literal["bf16", "fp32"] = "bf16"
     checkpointing: bool = True
+    blocks: int | None = None
 
     @property
     def config(self) -> TrainConfig[Any]:
@@ -119,7 +121,7 @@ class Paper:
 def measure(case: Case) -> Paper:
     """Runs a micro-batch forward and backward on paper."""
     config = case.config
-    agent = _agent(config)
+    agent = _agent(config, case.blocks)
     rollout = _rollout(agent, case)
     dtype = DTYPES[case.precision] if case.precision != "fp32" else torch.float32
     with counting(), Recorder(_mode_of(agent)) as recorder, _as_on_cards(recorder):
@@ -147,7 +149,7 @@ def measure(case: Case) -> Paper:
     return Paper(len(rollout.prompts[0].input_ids), sum(lengths), memory, forward, backward)
 
 
-def _agent(config: TrainConfig[Any]) -> VLMAgent:
+def _agent(config: TrainConfig[Any], blocks: int | None) -> VLMAgent:
     """The agent as it is prepared for training, without numbers."""
 
     def prepare(agent: VLMAgent) -> None:
@@ -155,7 +157,7 @@ def _agent(config: TrainConfig[Any]) -> VLMAgent:
             quantize([agent.family.language_model()], config.adaptation.quantize, torch.device("cpu"))
         adapt(agent, config.adaptation, config.batches.precision)
 
-    return weightless_agent(Path(config.model), prepare, torch.float32)
+    return weightless_agent(Path(config.model), prepare, torch.float32, blocks=blocks, vision_blocks=blocks)
 
 
 def _mode_of(agent: VLMAgent) -> FakeTensorMode:
@@ -172,7 +174,10 @@ def _onto_card(agent: VLMAgent, recorder: Recorder) -> None:
                     continue
                 if id(one) not in moved:
                     empty = torch.empty(one.shape, dtype=one.dtype, device="cuda")
-                    moved[id(one)] = one, nn.Parameter(empty, one.requires_grad) if held is module._parameters else empty
+                    moved[id(one)] = (
+                        one,
+                        nn.Parameter(empty, one.requires_grad) if held is module._parameters else empty,
+                    )
                 held[name] = moved[id(one)][1]
 
 

@@ -88,7 +88,9 @@ def _of_tensors(fused: Fused, arguments: tuple[Any, ...]) -> Callable[..., tuple
 
     def call(*tensors: Tensor) -> tuple[Any, ...]:
         left = iter(tensors)
-        return tuple(tree_leaves(fused.function(*(next(left) if isinstance(one, Tensor) else one for one in arguments))))
+        return tuple(
+            tree_leaves(fused.function(*(next(left) if isinstance(one, Tensor) else one for one in arguments)))
+        )
 
     return call
 

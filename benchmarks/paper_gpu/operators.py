@@ -123,9 +123,7 @@ def _size(tensor: Tensor) -> int:
     return (count if expanded else tensor.numel()) * tensor.element_size()
 
 
-def _attention(
-    name: str, args: Any, kwargs: Any, number: Callable[[Any], Tensor | None]
-) -> tuple[float, int]:
+def _attention(name: str, args: Any, kwargs: Any, number: Callable[[Any], Tensor | None]) -> tuple[float, int]:
     """Forward operations of attention, and the thread blocks of the pass."""
     backward = "backward" in name
     query, key = args[1:3] if backward else args[:2]
