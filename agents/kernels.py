@@ -249,7 +249,7 @@ def _segments_fault(device: str, dtype: torch.dtype, size: int) -> str:
     fault = find_segments_fault(device, dtype, size)
     if fault:
         _log.warning(
-            "flash attention on %s does not compute packed sequences for heads of %d in %s: %s. They are padded instead, "
+            "flash attention on %s does not compute packed sequences for heads of %d in %s: %s. They are padded, "
             "which is slower; results stay right",
             *(device, size, str(dtype).removeprefix("torch."), fault),
         )
@@ -264,7 +264,10 @@ def find_segments_fault(device: str, dtype: torch.dtype, size: int) -> str:
     tolerance = 1e-3 if dtype.itemsize > _HALF else 5e-2
     for causal, lengths, key_lengths in ((True, [70, 30], [70, 30]), (False, [20, 80], [65, 35])):
         places = [Segments(_starts(one, device), max(one)) for one in (lengths, key_lengths)]
-        parts = zip(*(one.split(lengths) for one in (query, grad)), *(one.split(key_lengths) for one in (key, value)))
+        own, theirs = (
+            [one.split(n) for one in pair] for n, pair in ((lengths, (query, grad)), (key_lengths, (key, value)))
+        )
+        parts = zip(*own, *theirs, strict=True)
         right = [_explicit(*part, causal) for part in parts]
         expected = [torch.cat(one, dim=1 if one[0].ndim == 2 else 0) for one in zip(*right, strict=True)]
         try:
