@@ -24,6 +24,7 @@ except NoDevice as error:
     sys.exit(f"no device on paper: {error}")
 
 from hardware import MODELS, folder_of
+
 from paper_gpu.card import CARDS, Card
 from paper_gpu.case import Case, Paper, measure
 

@@ -14,9 +14,39 @@ from paper_gpu.card import Kernel, Kind, attention_operations
 from vlmenv.agents.fusing import Fused
 
 _VIEWS: Final = frozenset(
-    "_reshape_alias _unsafe_view alias as_strided chunk detach diagonal empty empty_like empty_strided expand is_pinned "
-    "lift_fresh movedim narrow new_empty new_empty_strided permute resize_ select set_ slice split split_with_sizes "
-    "squeeze t transpose unbind unfold unsqueeze view".split()
+    [
+        "_reshape_alias",
+        "_unsafe_view",
+        "alias",
+        "as_strided",
+        "chunk",
+        "detach",
+        "diagonal",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "expand",
+        "is_pinned",
+        "lift_fresh",
+        "movedim",
+        "narrow",
+        "new_empty",
+        "new_empty_strided",
+        "permute",
+        "resize_",
+        "select",
+        "set_",
+        "slice",
+        "split",
+        "split_with_sizes",
+        "squeeze",
+        "t",
+        "transpose",
+        "unbind",
+        "unfold",
+        "unsqueeze",
+        "view",
+    ]
 )
 """Operators without kernels."""
 _PRODUCTS: Final = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1, "_addmm_activation": 1}
