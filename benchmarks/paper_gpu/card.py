@@ -112,7 +112,13 @@ def attention_operations(heads: int, size: int, pairs: float) -> float:
     return 4.0 * heads * size * pairs
 
 
-def utilization(forward: float, seconds: float, card: Card) -> float:
-    """Model FLOPs utilisation (arXiv 2204.02311, appendix B): forward and backward take three times the forward pass's
-    operations; what is recomputed does not count."""
-    return 3 * forward / (seconds * card.half)
+def utilization(forward: float, times: int, seconds: float, card: Card) -> float:
+    """Model FLOPs utilisation (arXiv 2204.02311, appendix B); what is recomputed does not count.
+
+    Args:
+        forward: Operations of the forward pass.
+        times: How many times as many forward and backward take: 3, or 2 where the weights of most products are frozen.
+        seconds: Time of both.
+        card: The card.
+    """
+    return times * forward / (seconds * card.half)

@@ -94,6 +94,8 @@ class Paper:
     """bytes by what they are for; that of passes is at their peak, beyond what is above it"""
     forward: Pass
     backward: Pass
+    times: int = 3
+    """how many times the forward pass's operations both passes take, without recomputation"""
 
     @property
     def launches(self) -> int:
@@ -115,7 +117,7 @@ class Paper:
     def utilization(self, card: Card) -> float:
         """Modelled model FLOPs utilisation."""
         operations = sum(one.operations for one in self.forward.kernels)
-        return utilization(operations, sum(self.seconds(card).values()), card)
+        return utilization(operations, self.times, sum(self.seconds(card).values()), card)
 
 
 def measure(case: Case) -> Paper:
@@ -146,7 +148,8 @@ def measure(case: Case) -> Paper:
     memory["gradients"] = gradients
     memory["optimizer"] = float(sum(one.numel() * state_bytes(config.trainer.optimizer, one.dtype) for one in trained))
     lengths = [len(one.token_ids) for one in rollout.completions]
-    return Paper(len(rollout.prompts[0].input_ids), sum(lengths), memory, forward, backward)
+    prompt, times = len(rollout.prompts[0].input_ids), 3 if case.mode == "full" else 2
+    return Paper(prompt, sum(lengths), memory, forward, backward, times)
 
 
 def _agent(config: TrainConfig[Any], blocks: int | None) -> VLMAgent:

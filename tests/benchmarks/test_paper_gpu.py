@@ -49,7 +49,7 @@ class TestRoofline:
         assert self.seconds(card, "attention, backward", 0, operations=1000, blocks=9) == 1000 / 200
 
     def test_utilization_counts_what_is_recomputed_once(self, card: ModuleType) -> None:
-        assert card.utilization(forward=989.4e12, seconds=6.0, card=card.H100) == pytest.approx(0.5)
+        assert card.utilization(forward=989.4e12, times=3, seconds=6.0, card=card.H100) == pytest.approx(0.5)
 
 
 class TestOperators:
