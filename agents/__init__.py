@@ -1,6 +1,6 @@
 """Agents: policies that generate completions for observations."""
 
-from vlmenv.agents.torchvision import mend_torchvision
+from vlmenv.compat.torchvision import mend_torchvision
 
 mend_torchvision()  # before transformers imports it
 

@@ -10,151 +10,119 @@ Shapes: P prompts of up to T tokens; N completions of up to L tokens; H query he
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from vlmenv.agents.fusing import ROWS, fused, numbers
 from vlmenv.agents.kernels import (
+    HIDDEN,
+    Kernel,
     Part,
     Segments,
     attends_in_segments,
     backward_in_rows,
+    fitted,
     flash_backward,
     flash_forward,
     kernel_for,
 )
 from vlmenv.agents.packing import Packing
-from vlmenv.agents.sending import send
+from vlmenv.agents.passes import Groups, Mixer, Pass, Past, Prefixes, Steps
+from vlmenv.compat.transformers import block_of
 
 _NAME = "vlmenv_packed"
 
 
-class Siblings:
-    """The completions of each prompt.
+class KeysValues(Past):
+    """Keys and values of the tokens of some rows, padded at the right.
 
     Args:
-        index: int64 [N] on the CPU, the prompt of each completion.
-        prompts: P.
-        device: Device of the tensors to fold.
+        keys: [P, K, T, D].
+        values: [P, K, T, D].
     """
 
-    def __init__(self, index: Tensor, prompts: int, device: torch.device) -> None:
-        self._prompts = prompts
-        counts = torch.bincount(index, minlength=prompts)
-        self.most = int(counts.max())
-        """number of completions of the largest group"""
-        order = torch.argsort(index, stable=True)
-        slots = torch.empty_like(index)
-        slots[order] = torch.arange(len(index)) - (counts.cumsum(0) - counts)[index[order]]
-        places = index * self.most + slots
-        self._is_even = torch.equal(places, torch.arange(prompts * self.most))
-        self._slots, self._device = places, device
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
 
-    @cached_property
-    def _places(self) -> Tensor:
-        """int64 [N], the place of each completion among those of all prompts, each with the largest group"""
-        return send(self._slots, self._device)
-
-    def fold(self, rows: Tensor, key_heads: int) -> Tensor:
-        """Converts [N, H, L, D] to [P, K, H / K * largest group * L, D]: the queries of each prompt's key heads."""
-        if not self._is_even:
-            spread = rows.new_zeros(self._prompts * self.most, *rows.shape[1:])
-            rows = spread.index_copy(0, self._places, rows)
-        _, heads, length, size = rows.shape
-        split = rows.view(self._prompts, self.most, key_heads, heads // key_heads, length, size)
-        return split.permute(0, 2, 3, 1, 4, 5).reshape(self._prompts, key_heads, -1, size)
-
-    def unfold(self, folded: Tensor, heads: int) -> Tensor:
-        """The inverse of `fold`."""
-        key_heads, size = folded.shape[1], folded.shape[-1]
-        split = folded.view(self._prompts, key_heads, heads // key_heads, self.most, -1, size)
-        rows = split.permute(0, 3, 1, 2, 4, 5).reshape(self._prompts * self.most, heads, -1, size)
-        return rows if self._is_even else rows[self._places]
-
-
-class Attention(ABC):
-    """Attention of one pass of the language model, which replaces the blocks' own."""
-
-    ran = False
-    """True once a block has used it"""
-
-    @abstractmethod
-    def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Computes attention of packed tokens.
-
-        Args:
-            block: Index of the block.
-            query: [M, H, D], with rotary positions applied.
-            key: [M, K, D], with rotary positions applied.
-            value: [M, K, D].
-            scale: Factor of the scores.
-
-        Returns:
-            [M, H, D].
-        """
-
-
-class Prefixes(Attention):
-    """Causal attention of prompts (prefill), which stores their keys and values.
-
-    Args:
-        packing: Packing of the prompts.
-    """
-
-    def __init__(self, packing: Packing) -> None:
-        self.packing = packing
-        self.keys: dict[int, Tensor] = {}
-        """[P, K, T, D] per block"""
-        self.values: dict[int, Tensor] = {}
-        """[P, K, T, D] per block"""
+    def select(self, rows: Tensor) -> KeysValues:
+        return KeysValues(self.keys[rows], self.values[rows])
 
     @classmethod
-    def joined(cls, parts: Sequence[Prefixes]) -> Prefixes:
-        """Joins prompts that ran in several passes. It empties the parts, so that only one block is held twice."""
-        if len(parts) == 1:
-            return parts[0]
-        packing = parts[0].packing
-        whole = cls(Packing(torch.cat([part.packing.lengths for part in parts]), packing.device))
-        for block in list(parts[0].keys):
-            whole.keys[block] = _stacked([part.keys.pop(block) for part in parts])
-            whole.values[block] = _stacked([part.values.pop(block) for part in parts])
-        return whole
-
-    def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        # Padding is at the right, where causal attention does not look.
-        query, key, value = (self.packing.pad(one).transpose(1, 2) for one in (query, key, value))
-        self.keys[block], self.values[block] = key, value
-        out = nn.functional.scaled_dot_product_attention(
-            query, *_for_each_query(query, key, value), is_causal=True, scale=scale
-        )
-        return self.packing.unpad(out.transpose(1, 2))
+    def joined(cls, parts: Sequence[KeysValues]) -> KeysValues:
+        return cls(_stacked([part.keys for part in parts]), _stacked([part.values for part in parts]))
 
     @property
-    def padding(self) -> Packing | None:
-        """The packing that tells which keys are tokens; None if all are."""
-        return None if self.packing.is_even else self.packing
-
-    def select(self, rows: Tensor) -> None:
-        """Keeps only some prompts [p], indices on the CPU."""
-        if len(rows) == len(self.packing.lengths):
-            return
-        self.packing = self.packing.select(rows)
-        _select(rows.to(self.packing.device), self.keys, self.values)
+    def capacity(self) -> int:
+        """Number of tokens per row."""
+        return self.keys.shape[2]
 
 
-def _select(rows: Tensor, *caches: dict[int, Tensor]) -> None:
-    """Keeps only some rows of caches by block. Only one block is held twice."""
-    for cache in caches:
-        for block in cache:
-            cache[block] = cache[block][rows]
+class Attention(Mixer):
+    """Causal attention to all earlier tokens, or to those within a window.
+
+    Its tensors are queries [M, H, D], keys [M, K, D], both with rotary positions applied, and values [M, K, D].
+
+    Args:
+        scale: Factor of the scores.
+        window: Number of tokens that a token sees, itself included. Default: all.
+    """
+
+    def __init__(self, scale: float, window: int | None = None) -> None:
+        self.scale, self.window = scale, window
+
+    def prompts(self, prefixes: Prefixes, *packed: Tensor) -> tuple[Tensor, KeysValues]:
+        # Padding is at the right, where causal attention does not look.
+        packing = prefixes.packing
+        query, key, value = (packing.pad(one).transpose(1, 2) for one in packed)
+        mask = _prompt_mask(packing, prefixes.images, self.window)
+        mask = None if mask is None else fitted(mask, query.dtype)
+        out = nn.functional.scaled_dot_product_attention(
+            query, *_for_each_query(query, key, value), mask, is_causal=mask is None, scale=self.scale
+        )
+        return packing.unpad(out.transpose(1, 2)), KeysValues(key, value)
+
+    def groups(self, groups: Groups, *packed: Tensor) -> Tensor:
+        if (Attention, self.window) not in groups.kept:
+            groups.kept[Attention, self.window] = _Masks(groups, self.window)
+        masks = groups.kept[Attention, self.window]
+        assert isinstance(masks, _Masks)
+        if groups.families is not None and not masks.hides and attends_in_segments(kernel_for(packed[0]), packed[0]):
+            return _in_segments(*packed, groups, self.scale)
+        return _grouped(*packed, groups, self)
+
+    def step(self, steps: Steps, block: int, *packed: Tensor) -> Tensor:
+        (query, key, value), siblings = packed, steps.siblings
+        own, past = _extended(steps, block, key, value), steps.prefixes.past[block]
+        assert isinstance(past, KeysValues)
+        bound = self.window is not None and past.capacity + steps.length >= self.window
+        kernel, heads = kernel_for(query, masked=bound), query.shape[1]
+        folded = siblings.fold(query[:, :, None], key.shape[1])
+        mask = None if self.window is None or not bound else _step_mask(steps, self.window)
+        whole = Part(folded, past.keys, past.values, steps.prefixes.padding, False, self.scale, mask)
+        out, lse = kernel.forward(whole)
+        prefix = siblings.unfold(out, heads)[:, :, 0], siblings.unfold(lse[..., None], heads)[:, :, 0]
+        if self.window is not None:
+            own = KeysValues(*(one[:, :, -self.window :] for one in (own.keys, own.values)))
+        single = query.view(len(query), key.shape[1], -1, query.shape[2])  # [N, K, H / K, D]: its heads as queries
+        out, lse = kernel.forward(Part(single, own.keys, own.values, None, False, self.scale))
+        share = torch.sigmoid(lse.reshape(len(query), heads, 1) - prefix[1]).to(out.dtype)
+        return torch.lerp(prefix[0], out.reshape(query.shape), share)
+
+
+def _extended(steps: Steps, block: int, key: Tensor, value: Tensor) -> KeysValues:
+    """The completions' own keys and values, with those of the next token."""
+    own = steps.own.get(block)
+    assert own is None or isinstance(own, KeysValues)
+    if own is None or own.capacity == steps.length:
+        before = (None, None) if own is None else (own.keys, own.values)
+        longer = [_longer(cache, new, steps.next_capacity) for cache, new in zip(before, (key, value), strict=True)]
+        own = steps.own[block] = KeysValues(*longer)
+    own.keys[:, :, steps.length], own.values[:, :, steps.length] = key, value
+    return KeysValues(*(stored[:, :, : steps.length + 1] for stored in (own.keys, own.values)))
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:
@@ -168,98 +136,150 @@ def _stacked(parts: Sequence[Tensor]) -> Tensor:
     return whole
 
 
-class Groups(Attention):
-    """Attention of one pass over packed prompts and, behind them, their complete completions.
+def _seen(places: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """Whether queries at places [..., S, 1] see keys at places [..., 1, T]."""
+    seen = keys <= places
+    return seen if window is None else seen & (keys > places - window)
 
-    Prompts attend to themselves, completions to their prompts and to themselves.
+
+def _hiding(seen: Tensor) -> Tensor:
+    """A mask to add to scores from one that tells which keys are seen."""
+    return torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, HIDDEN)
+
+
+def _prompt_mask(packing: Packing, images: Tensor | None, window: int | None) -> Tensor | None:
+    """Mask [1 or P, 1, T, T] of prompts to themselves; None where they see all that is before."""
+    longest = packing.longest
+    if images is None and (window is None or longest <= window):
+        return None
+    places = torch.arange(longest, device=packing.device)
+    rows, keys = places[:, None], places[None, :]
+    if images is None:
+        return _hiding(_seen(rows, keys, window))[None, None]
+    own = packing.pad(images + 1)  # 0 for text and padding
+    together = (own[:, :, None] == own[:, None, :]) & (own[:, :, None] > 0)
+    seen = (keys <= rows) | together
+    if window is not None:
+        seen = seen & (keys > rows - window)
+    return _hiding(seen)[:, None]
+
+
+def _step_mask(steps: Steps, window: int) -> Tensor:
+    """Mask [P, 1, 1, T] of the next tokens of completions to their prompts."""
+    packing = steps.prefixes.packing
+    keys = torch.arange(packing.longest, device=packing.device)
+    return _hiding(keys > packing.counts[:, None] + steps.length - window)[:, None, None]
+
+
+class _Masks:
+    """Masks of a pass over groups, for layers of one window; None where nothing is hidden but what is later.
 
     Args:
-        prompts: Packing of the prompts.
-        completions: Packing of the completions.
-        index: int64 [N] on the CPU, the prompt of each completion.
+        groups: The pass.
+        window: See `Attention`.
     """
 
-    def __init__(self, prompts: Packing, completions: Packing, index: Tensor) -> None:
-        self.prompts, self.completions = prompts, completions
-        self.siblings = Siblings(index, len(prompts.lengths), prompts.device)
-        tokens = torch.zeros(len(prompts.lengths), dtype=torch.int64).index_add(0, index, completions.lengths)
-        self.families = Packing(tokens, prompts.device) if _can_pack(index, tokens, completions) else None
-        """packing of the completions by prompt; None if they are not in the order of their prompts, or if a prompt or a
-        segment is too small for flash attention in segments"""
+    def __init__(self, groups: Groups, window: int | None) -> None:
+        prompts, completions, device = groups.prompts, groups.completions, groups.prompts.device
+        self.prompts = _prompt_mask(prompts, groups.images, window)
+        """[1 or P, 1, T, T], of prompts to themselves"""
+        self.own = _prompt_mask(completions, None, window)
+        """[1, 1, L, L], of completions to themselves"""
+        self.across: Tensor | None = None
+        """[P, L, T], of completions to their prompts"""
+        if window is not None and prompts.longest + completions.longest > window:
+            places = prompts.counts[:, None, None] + torch.arange(completions.longest, device=device)[:, None]
+            keys = torch.arange(prompts.longest, device=device)
+            self.across = _hiding(keys > places - window)
 
-    def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        if self.families is not None and attends_in_segments(kernel_for(query), query):
-            return _in_segments(query, key, value, self, scale)
-        return _grouped(query, key, value, self, scale)
+    @property
+    def hides(self) -> bool:
+        """True if any part has a mask."""
+        return any(one is not None for one in (self.prompts, self.own, self.across))
 
-    def segments(self) -> tuple[Segments, Segments, Segments]:
-        """Segments of prompts, of the completions by prompt, and of the completions."""
-        assert self.families is not None
-        by_prompt, own = self.families, self.completions
-        return tuple(Segments(one.starts, one.longest) for one in (self.prompts, by_prompt, own))  # type: ignore[return-value]
+
+class _Padded:
+    """The tensors of a pass over groups, padded.
+
+    Args:
+        groups: The pass.
+        mixer: The kind of attention.
+    """
+
+    def __init__(self, groups: Groups, mixer: Attention) -> None:
+        self.groups, self.siblings, self.scale = groups, groups.siblings, mixer.scale
+        self.masks = cast(_Masks, groups.kept[Attention, mixer.window])
+
+    def kernel(self, query: Tensor) -> Kernel:
+        """The kernel for queries of the pass."""
+        return kernel_for(query, masked=self.masks.hides)
 
     def cut(self, *packed: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Cuts tensors [M, H, D] to those of prompts [P, H, T, D] and of completions [N, H, L, D]."""
-        halves = [torch.split(one, [self.prompts.total, self.completions.total]) for one in packed]
+        prompts, completions = self.groups.split(*packed)
         return (
-            [self.prompts.pad(one).transpose(1, 2) for one, _ in halves],
-            [self.completions.pad(one).transpose(1, 2) for _, one in halves],
+            [self.groups.prompts.pad(one).transpose(1, 2) for one in prompts],
+            [self.groups.completions.pad(one).transpose(1, 2) for one in completions],
         )
 
     def join(self, prompts: Tensor, completions: Tensor) -> Tensor:
         """The inverse of `cut`."""
-        parts = self.prompts.unpad(prompts.transpose(1, 2)), self.completions.unpad(completions.transpose(1, 2))
-        return torch.cat(parts)
+        groups = self.groups
+        return torch.cat(
+            [groups.prompts.unpad(prompts.transpose(1, 2)), groups.completions.unpad(completions.transpose(1, 2))]
+        )
 
-    def parts(self, prompts: list[Tensor], completions: list[Tensor], scale: float) -> tuple[Part, Part, Part]:
+    def parts(self, prompts: list[Tensor], completions: list[Tensor]) -> tuple[Part, Part, Part]:
         """Queries and keys of prompts, of completions to their prompts (folded), and of completions to themselves."""
-        query, key, value = prompts
-        own = Part(query, *_for_each_query(query, key, value), None, True, scale)
-        padding = None if self.prompts.is_even else self.prompts
-        to_prompts = Part(self.siblings.fold(completions[0], key.shape[1]), key, value, padding, False, scale)
-        return own, to_prompts, Part(completions[0], *_for_each_query(*completions), None, True, scale)
+        (query, key, value), scale, masks = prompts, self.scale, self.masks
+        own = Part(query, *_for_each_query(query, key, value), None, masks.prompts is None, scale, masks.prompts)
+        padding = None if self.groups.prompts.is_even else self.groups.prompts
+        folded = self.siblings.fold(completions[0], key.shape[1])
+        across = masks.across
+        if across is not None:  # the queries of a prompt's key head: by query head, completion and place
+            times = folded.shape[2] // across.shape[1]
+            across = across[:, None, None].expand(-1, 1, times, -1, -1).flatten(2, 3)
+        to_prompts = Part(folded, key, value, padding, False, scale, across)
+        later = Part(completions[0], *_for_each_query(*completions), None, masks.own is None, scale, masks.own)
+        return own, to_prompts, later
 
 
 class _Grouped(torch.autograd.Function):
     """Attention within `Groups`. It keeps its inputs and output as they are packed, and pads them again."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, groups: Groups, scale: float) -> Tensor:
-        kernel, siblings, heads = kernel_for(query), groups.siblings, query.shape[1]
-        first, whole, own = groups.parts(*groups.cut(query, key, value), scale)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, groups: Groups, mixer: Attention) -> Tensor:
+        padded, siblings = _Padded(groups, mixer), groups.siblings
+        kernel, heads = padded.kernel(query), query.shape[1]
+        first, whole, own = padded.parts(*padded.cut(query, key, value))
         before, prompt_lse = kernel.forward(first)
         out, lse = kernel.forward(whole)
         prefix = siblings.unfold(out, heads), siblings.unfold(lse[..., None], heads)[..., 0]
         after, lse = _join(*prefix, *kernel.forward(own))
-        out = groups.join(before, after)
+        out = padded.join(before, after)
         ctx.save_for_backward(query, key, value, out, prompt_lse, lse)
-        ctx.groups, ctx.scale = groups, scale
+        ctx.padded = padded
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *packed, prompt_lse, lse = ctx.saved_tensors
-        groups, siblings, kernel = ctx.groups, ctx.groups.siblings, kernel_for(grad)
-        (*before, out, push), (*after, later_out, later_push) = groups.cut(*packed, grad)
-        first, whole, own = groups.parts(before, after, ctx.scale)
+        padded, siblings, kernel = ctx.padded, ctx.padded.siblings, ctx.padded.kernel(grad)
+        (*before, out, push), (*after, later_out, later_push) = padded.cut(*packed, grad)
+        first, whole, own = padded.parts(before, after)
         heads, key_heads = grad.shape[1], whole.key.shape[1]
         query, *prompt_grads = kernel.backward(first, push, out, prompt_lse)
         prompt_grads = [_summed(one, key_heads) for one in prompt_grads]
         later, *grads = kernel.backward(own, later_push, later_out, lse)
         folded = [siblings.fold(one, key_heads) for one in (later_push, later_out, lse[..., None])]
         later_part, *shared = backward_in_rows(kernel, whole, folded[0], folded[1], folded[2][..., 0], siblings.most)
-        queries = groups.join(query, later + siblings.unfold(later_part, heads))
+        queries = padded.join(query, later + siblings.unfold(later_part, heads))
         pairs = zip(prompt_grads, shared, grads, strict=True)
-        keys, values = (groups.join(mine + theirs, _summed(one, key_heads)) for mine, theirs, one in pairs)
+        keys, values = (padded.join(mine + theirs, _summed(one, key_heads)) for mine, theirs, one in pairs)
         return queries, keys, values, None, None
 
 
 _grouped: Callable[..., Tensor] = _Grouped.apply
-
-
-def _can_pack(index: Tensor, tokens: Tensor, completions: Packing) -> bool:
-    """True if completions are in the order of their prompts, each prompt has some, and the longest has two tokens."""
-    return bool((index.diff() >= 0).all()) and int(tokens.min()) > 0 and completions.longest > 1
 
 
 class _InSegments(torch.autograd.Function):
@@ -270,8 +290,8 @@ class _InSegments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, groups: Groups, scale: float) -> Tensor:
-        prompts, families, completions = groups.segments()
-        first, (later, *own) = _split(groups, query, key, value)
+        prompts, families, completions = _segments(groups)
+        first, (later, *own) = groups.split(query, key, value)
         before, prompt_lse = flash_forward(*first, prompts, prompts, scale, causal=True)
         prefix = flash_forward(later, *first[1:], families, prompts, scale)
         after = flash_forward(later, *own, completions, completions, scale, causal=True)
@@ -283,8 +303,8 @@ class _InSegments(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, prompt_lse, lse = ctx.saved_tensors
-        prompts, families, completions = ctx.groups.segments()
-        (push, out, *first), (later_push, later_out, later, *own) = _split(ctx.groups, grad, out, query, key, value)
+        prompts, families, completions = _segments(ctx.groups)
+        (push, out, *first), (later_push, later_out, later, *own) = ctx.groups.split(grad, out, query, key, value)
         late = later_push, later_out, lse, later
         before = flash_backward(push, out, prompt_lse, *first, prompts, prompts, ctx.scale, causal=True)
         shared = flash_backward(*late, *first[1:], families, prompts, ctx.scale)
@@ -295,10 +315,13 @@ class _InSegments(torch.autograd.Function):
 _in_segments: Callable[..., Tensor] = _InSegments.apply
 
 
-def _split(groups: Groups, *packed: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Packed tensors [M, ...] of prompts, and of completions."""
-    start = groups.prompts.total
-    return [one[:start] for one in packed], [one[start:] for one in packed]
+def _segments(groups: Groups) -> tuple[Segments, Segments, Segments]:
+    """Segments of prompts, of the completions by prompt, and of the completions."""
+    assert groups.families is not None
+    prompts, families, own = (
+        Segments(one.starts, one.longest) for one in (groups.prompts, groups.families, groups.completions)
+    )
+    return prompts, families, own
 
 
 @fused(
@@ -338,62 +361,6 @@ def _example(count: int) -> tuple[Tensor, ...]:
     return tuple(numbers(ROWS, 2, 16, dtype=torch.bfloat16, seed=seed) for seed in range(count))
 
 
-class Steps(Attention):
-    """Attention of completions that grow by one token per pass, without gradients.
-
-    Their keys and values have room for `GROWTH` tokens at first, and for as many more each time that it is full.
-
-    Args:
-        prefixes: Keys and values of the prompts.
-        index: int64 [N] on the CPU, the prompt of each completion.
-        most: Length limit of completions in tokens.
-    """
-
-    GROWTH: ClassVar[int] = 128
-
-    def __init__(self, prefixes: Prefixes, index: Tensor, most: int) -> None:
-        self._prefixes, self._most = prefixes, most
-        self._index, self._device = index, prefixes.packing.device
-        self._siblings = Siblings(index, len(prefixes.packing.lengths), self._device)
-        self._keys: dict[int, Tensor] = {}
-        self._values: dict[int, Tensor] = {}
-        self.length = 0
-        """tokens so far"""
-
-    def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        for cache, new in ((self._keys, key), (self._values, value)):
-            if block not in cache or cache[block].shape[2] == self.length:
-                cache[block] = _longer(cache.get(block), new, self.next_capacity)
-        self._keys[block][:, :, self.length], self._values[block][:, :, self.length] = key, value
-        kernel, heads, prefixes = kernel_for(query), query.shape[1], self._prefixes
-        folded = self._siblings.fold(query[:, :, None], key.shape[1])
-        whole = Part(folded, prefixes.keys[block], prefixes.values[block], prefixes.padding, False, scale)
-        out, lse = kernel.forward(whole)
-        prefix = self._siblings.unfold(out, heads)[:, :, 0], self._siblings.unfold(lse[..., None], heads)[:, :, 0]
-        own = [stored[block][:, :, : self.length + 1] for stored in (self._keys, self._values)]
-        single = query.view(len(query), key.shape[1], -1, query.shape[2])  # [N, K, H / K, D]: its heads as queries
-        out, lse = kernel.forward(Part(single, own[0], own[1], None, False, scale))
-        share = torch.sigmoid(lse.reshape(len(query), heads, 1) - prefix[1]).to(out.dtype)
-        return torch.lerp(prefix[0], out.reshape(query.shape), share)
-
-    def select(self, rows: Tensor) -> None:
-        """Keeps only some completions [n], indices on the CPU, and their prompts."""
-        used, self._index = torch.unique(self._index[rows], return_inverse=True)
-        self._prefixes.select(used)
-        self._siblings = Siblings(self._index, len(used), self._device)
-        _select(rows.to(self._device), self._keys, self._values)
-
-    @property
-    def is_full(self) -> bool:
-        """True if the next token makes the caches grow."""
-        return self.length % self.GROWTH == 0
-
-    @property
-    def next_capacity(self) -> int:
-        """Tokens per completion that the caches have room for after they have grown."""
-        return min(self.length + self.GROWTH, self._most)
-
-
 def _longer(cache: Tensor | None, new: Tensor, capacity: int) -> Tensor:
     """A cache [n, K, capacity, D] that begins with an earlier one; `new` [n, K, D] has its layout."""
     longer = new.new_empty(len(new), new.shape[1], capacity, new.shape[2])
@@ -430,30 +397,36 @@ def _attend(
     attention_mask: Tensor | None,
     *,
     scaling: float,
-    packed: Attention | None = None,
+    packed: Pass | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention function: queries [1, H, M, D], keys and values [1, K, M, D]; returns [1, M, H, D]."""
     if packed is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **arguments
+        plain: Callable[..., tuple[Tensor, None]] = AttentionInterface()["sdpa"]
+        return plain(
+            module,
+            *(query, key, value, attention_mask),
+            dropout=dropout,
+            scaling=scaling,
+            sliding_window=sliding_window,
+            **arguments,
         )
     assert dropout == 0, "attention dropout would not be the same in two passes"
-    block, device = int(module.layer_idx), query.device.type  # type: ignore[arg-type]
+    block, device = block_of(module), query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     query, key, value = (one.squeeze(0).transpose(0, 1).to(dtype) for one in (query, key, value))  # no copy backward
-    packed.ran = True
-    return packed.attend(block, query, key, value, scaling)[None], None
+    return packed.mix(block, Attention(scaling, sliding_window), query, key, value)[None], None
 
 
 AttentionInterface.register(_NAME, _attend)
-AttentionMaskInterface.register(_NAME, sdpa_mask)
+AttentionMaskInterface.register(_NAME, AttentionMaskInterface()["sdpa"])
 
 
 def enable_packing(language_model: PreTrainedModel) -> None:
-    """Makes a language model use the `Attention` in a pass's argument `packed`. Without it the model is unchanged."""
-    language_model.config._attn_implementation = _NAME
+    """Makes a language model's attention use the `Pass` that it is given as `packed`. Without one it is unchanged."""
+    language_model.set_attn_implementation(_NAME)
 
 
 def no_mask(device: torch.device) -> Tensor:

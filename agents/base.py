@@ -45,12 +45,15 @@ class Agent(ABC):
             With sharded gradients a rank that skips one would deadlock the collective.
         sharded: If true, moreover every call runs every submodule equally often, also frozen ones. Set for sharded
             weights, before `reference` is called and the policy is sharded.
+        empty_reference: If true, `reference` copies no weights, but shapes and data types. Ranks with shards of the
+            policy fill it with copies of them.
     """
 
     policy: nn.Module
     max_new_tokens: int
     runs_every_module: bool = False
     sharded: bool = False
+    empty_reference: bool = False
 
     @abstractmethod
     def act(self, observations: Observations) -> list[str]:

@@ -1,4 +1,7 @@
-"""Reports which faster or leaner ways to compute the same are on, and why others are not."""
+"""Reports which faster or leaner ways to compute the same are on, and why others are not.
+
+Beside the policy's own ways, these are the private parts of other libraries (`vlmenv.compat`).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from vlmenv import compat
 from vlmenv.agents.fusing import fault_of
 from vlmenv.agents.kernels import CPUKernel, ExplicitKernel, FlashKernel, attends_in_segments, kernel_for
 from vlmenv.agents.patch_embedding import PatchProjection
@@ -36,12 +40,19 @@ def fast_paths(policy: Policy, dtype: torch.dtype) -> list[FastPath]:
         policy: The policy.
         dtype: Data type in which attention is computed.
     """
-    return [_shared(policy), _lean(policy), *_vision(policy), _kernel(policy, dtype), *_on_gpus(policy, dtype)]
+    own = [_shared(policy), _lean(policy), *_vision(policy), _kernel(policy, dtype), *_on_gpus(policy, dtype)]
+    return [*own, *map(_parts_of, compat.reports())]
 
 
 def written(paths: list[FastPath]) -> str:
     """A line about fast paths."""
     return "fast paths: " + ", ".join(f"{path.name} {path.written}" for path in paths)
+
+
+def _parts_of(library: compat.Report) -> FastPath:
+    """The private parts of a library, which make other ways possible."""
+    why = "; ".join(f"{name}: {problem}" for name, problem in library.problems.items())
+    return FastPath(f"parts of {library.library}", f"{library.on} of {library.of}", why)
 
 
 def _shared(policy: Policy) -> FastPath:

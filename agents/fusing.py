@@ -14,8 +14,8 @@ from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
+
+from vlmenv.compat.torch import without_modes
 
 _log = logging.getLogger(__name__)
 ROWS: Final = 9
@@ -58,11 +58,11 @@ class Fused:
 
     def find_fault(self, device: torch.device) -> str:
         """Says how the compiled function differs from the function as it is written; empty if it does not."""
-        onto = functools.partial(tree_map, lambda one: one.to(device) if isinstance(one, Tensor) else one)
-        arguments = onto(self.example())
-        with _disable_current_modes(), torch.no_grad():
-            expected, found = self.function(*arguments), self.compiled(*arguments)
-        for right, other in zip(tree_leaves(expected), tree_leaves(found), strict=True):
+        arguments = [one.to(device) if isinstance(one, Tensor) else one for one in self.example()]
+        with without_modes(), torch.no_grad():
+            results = self.function(*arguments), self.compiled(*arguments)
+        expected, found = ((one,) if isinstance(one, Tensor) else one for one in results)
+        for right, other in zip(expected, found, strict=True):
             if right.dtype != other.dtype or not _is_close(right, other):
                 return "its compiled form computes something else"
         return ""

@@ -19,8 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from vlmenv.agents.packing import Packing
+from vlmenv.compat.torch import operator
 
 _log = logging.getLogger(__name__)
+HIDDEN = -1e30
+"""Mask of a key that a query does not see. It is finite, so that a query may see no key of a part."""
 _HALF = 2
 """bytes of a number in half precision"""
 
@@ -40,6 +43,9 @@ class Part(NamedTuple):
     """True if a query sees only keys up to its own place; requires S = T and no padding"""
     scale: float
     """factor of the scores"""
+    mask: Tensor | None = None
+    """[1 or B, 1, S, T], added to the scores: 0 where a query sees a key, and `HIDDEN` where it does not. None: no key
+    is hidden. `FlashKernel` takes none"""
 
 
 class Kernel(Protocol):
@@ -99,6 +105,8 @@ class ExplicitKernel:
         scores = (part.query[rows] @ part.key[rows].mT).to(dtype).mul_(part.scale)
         if part.padding is not None:
             scores += part.padding.bias[rows]
+        if part.mask is not None:
+            scores += part.mask if len(part.mask) == 1 else part.mask[rows]
         if part.causal:
             later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
             scores.masked_fill_(later, -torch.inf)
@@ -121,8 +129,8 @@ class CPUKernel:
     def forward(self, part: Part) -> tuple[Tensor, Tensor]:
         if self._is_small(part):
             return self._explicit.forward(part)
-        query, key, value, _, causal, scale = part
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, _, causal, scale, _ = part
+        out, lse = operator("scaled_dot_product_flash_attention_for_cpu")(
             query, key, value, 0.0, causal, attn_mask=_bias(part), scale=scale
         )
         return out, lse
@@ -130,8 +138,8 @@ class CPUKernel:
     def backward(self, part: Part, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self._is_small(part):
             return self._explicit.backward(part, grad, out, lse)
-        query, key, value, _, causal, scale = part
-        grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        query, key, value, _, causal, scale, _ = part
+        grads: tuple[Tensor, Tensor, Tensor] = operator("scaled_dot_product_flash_attention_for_cpu_backward")(
             grad, query, key, value, out, lse, 0.0, causal, attn_mask=_bias(part), scale=scale
         )
         return grads
@@ -148,13 +156,11 @@ class FlashKernel:
 
     def forward(self, part: Part) -> tuple[Tensor, Tensor]:
         if part.padding is None:
-            out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
-                *part[:3], 0.0, part.causal, scale=part.scale
-            )
+            out, lse, *_ = operator("scaled_dot_product_flash_attention")(*part[:3], 0.0, part.causal, scale=part.scale)
             return out, lse
         rows, heads, queries, _ = part.query.shape
         places = (_even(part.query), _even(part.key), queries, part.key.shape[2])
-        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        out, lse, *_ = operator("flash_attention_forward")(
             *map(_as_tokens, part[:3]), *places, 0.0, False, False, scale=part.scale, seqused_k=part.padding.counts
         )
         return _as_rows(out, rows), lse.view(heads, rows, queries).transpose(0, 1)
@@ -162,7 +168,7 @@ class FlashKernel:
     def backward(self, part: Part, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if part.padding is None:
             rest = (None, None, part.query.shape[2], part.key.shape[2], 0.0, part.causal, *_no_dropout(grad))
-            grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            grads: tuple[Tensor, Tensor, Tensor] = operator("scaled_dot_product_flash_attention_backward")(
                 grad, *part[:3], out, lse.contiguous(), *rest, scale=part.scale
             )
             return grads
@@ -210,7 +216,7 @@ def flash_forward(
         The output [M, H, D], and float32 log-normalisers [H, M].
     """
     places = (queries.starts, keys.starts, queries.longest, keys.longest)
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(query, key, value, *places, 0.0, causal, False, scale=scale)
+    out, lse, *_ = operator("flash_attention_forward")(query, key, value, *places, 0.0, causal, False, scale=scale)
     return out, lse
 
 
@@ -230,7 +236,7 @@ def flash_backward(
     """Computes gradients of packed queries [M, H, D], and of the keys and values [M', K, D]; see `flash_forward`."""
     places = (queries.starts, keys.starts, queries.longest, keys.longest)
     lse = lse.contiguous()  # the operator ignores strides
-    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
+    grads: tuple[Tensor, Tensor, Tensor] = operator("flash_attention_backward")(
         grad, query, key, value, out, lse, *places, 0.0, causal, *_no_dropout(grad), scale=scale
     )
     return grads
@@ -333,19 +339,19 @@ class EfficientKernel:
     """Multiple to which the kernel pads its log-normalisers, and in which a bias must be laid out."""
 
     def forward(self, part: Part) -> tuple[Tensor, Tensor]:
-        query, key, value, _, causal, scale = part
-        out, lse, _, _ = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, _, causal, scale, _ = part
+        out, lse, _, _ = operator("scaled_dot_product_efficient_attention")(
             query, key, value, self._bias(part), True, 0.0, causal, scale=scale
         )
         return out, lse[..., : query.shape[2]]
 
     def backward(self, part: Part, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value, _, causal, scale = part
+        query, key, value, _, causal, scale, _ = part
         padded = nn.functional.pad(lse, (0, -lse.shape[-1] % self._ALIGNED), value=torch.inf)
         out = out.transpose(1, 2).contiguous().transpose(1, 2)  # the kernel's own layout: it ignores strides
         unused = torch.zeros((), dtype=torch.int64, device=query.device)  # random state of dropout
         wanted = [True, True, True, False]
-        grads = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+        grads = operator("scaled_dot_product_efficient_attention_backward")(
             grad, query, key, value, self._bias(part), out, padded, unused, unused, 0.0, wanted, causal, scale=scale
         )
         return grads[0], grads[1], grads[2]
@@ -375,7 +381,7 @@ def backward_in_rows(
         lse: See `Kernel.backward`.
         most: Number of rows to cut each row into, a divisor of the number of queries.
     """
-    if most == 1 or not isinstance(kernel, FlashKernel):
+    if most == 1 or not isinstance(kernel, FlashKernel):  # which takes no mask
         return kernel.backward(part, grad, out, lse)
     rows = len(part.query)
 
@@ -396,22 +402,38 @@ def backward_in_rows(
     return query, key, value
 
 
+def fitted(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask in a data type, in which hidden keys have a finite number."""
+    return mask.clamp(min=max(HIDDEN, torch.finfo(dtype).min)).to(dtype)
+
+
 def _bias(part: Part) -> Tensor | None:
-    """Bias [B, 1, 1, T] of the scores."""
-    return None if part.padding is None else part.padding.bias.to(part.query.dtype)
+    """Bias [1 or B, 1, 1 or S, T] of the scores."""
+    dtype = part.query.dtype
+    bias = None if part.padding is None else part.padding.bias.to(dtype)
+    if part.mask is None:
+        return bias
+    mask = fitted(part.mask, dtype)
+    return mask if bias is None else mask + bias
 
 
-def kernel_for(query: Tensor) -> Kernel:
-    """The fastest kernel without a fault for queries [..., D] of this device and dtype."""
-    return _kernel_for(query.device.type, query.dtype, query.shape[-1])
+def kernel_for(query: Tensor, *, masked: bool = False) -> Kernel:
+    """The fastest kernel without a fault for queries [..., D] of this device and dtype.
+
+    Args:
+        query: The queries.
+        masked: If true, it takes parts with a `mask`.
+    """
+    return _kernel_for(query.device.type, query.dtype, query.shape[-1], masked)
 
 
 @functools.cache
-def _kernel_for(device: str, dtype: torch.dtype, size: int) -> Kernel:
+def _kernel_for(device: str, dtype: torch.dtype, size: int, masked: bool) -> Kernel:
     """Each kernel is checked once, on small cases. A warning tells of one that should be right and is not."""
-    kernels: dict[str, list[Kernel]] = {"cpu": [CPUKernel()], "cuda": [FlashKernel(), EfficientKernel()]}
+    flash: list[Kernel] = [] if masked else [FlashKernel()]
+    kernels: dict[str, list[Kernel]] = {"cpu": [CPUKernel()], "cuda": [*flash, EfficientKernel()]}
     for kernel in kernels.get(device, []):
-        fault = find_fault(kernel, device, dtype, size)
+        fault = find_fault(kernel, device, dtype, size, masked)
         if not fault:
             return kernel
         if not (isinstance(kernel, FlashKernel) and dtype.itemsize > _HALF):  # flash attention is for half precision
@@ -422,17 +444,27 @@ def _kernel_for(device: str, dtype: torch.dtype, size: int) -> Kernel:
     return ExplicitKernel()
 
 
-def find_fault(kernel: Kernel, device: str, dtype: torch.dtype, size: int) -> str:
-    """Says how a kernel differs from the explicit one for heads of this size, in value or gradient; empty if right."""
+def find_fault(kernel: Kernel, device: str, dtype: torch.dtype, size: int, masked: bool = False) -> str:
+    """Says how a kernel differs from the explicit one for heads of this size, in value or gradient; empty if right.
+
+    With `masked` it is tried on parts with a mask too.
+    """
     cases = torch.randn(4, 2, 3, 70, size, generator=torch.Generator().manual_seed(0), device="cpu")
     query, key, value, grad = cases.to(device, dtype)
     ragged = Packing(torch.tensor([70, 50]), query.device)
     tolerance = 1e-3 if dtype.itemsize > _HALF else 5e-2
-    for part in (  # one part of each kind
+    parts = [  # one of each kind
         Part(query, key, value, ragged, False, 0.1),
         Part(query[:, :, :9], key, value, None, False, 0.1),
         Part(query, key, value, None, True, 0.1),
-    ):
+    ]
+    if masked:
+        window = torch.full((1, 1, 70, 70), HIDDEN, device=query.device).triu(1)
+        parts += [
+            Part(query, key, value, ragged, False, 0.1, window),
+            Part(query, key, value, None, False, 0.1, window),
+        ]
+    for part in parts:
         push = grad[:, :, : part.query.shape[2]]
         right = ExplicitKernel().forward(part)
         right_grads = ExplicitKernel().backward(part, push, *right)

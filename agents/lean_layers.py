@@ -6,18 +6,19 @@ They replace a model's own where a trial on small random weights shows that both
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, cast
+from typing import Any, ClassVar, Final, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import _disable_current_modes
 
 from vlmenv.agents.fusing import ROWS, fused, fuses, numbers
 from vlmenv.agents.saved_activations import drops, make_anew
+from vlmenv.compat.torch import without_modes
 
 _log = logging.getLogger(__name__)
 
@@ -32,9 +33,22 @@ class GatedMLP(nn.Module):
     gate_proj: nn.Module
     up_proj: nn.Module
     down_proj: nn.Module
+    kind: ClassVar[str] = "silu"
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return _down(self.gate_proj(hidden), self.up_proj(hidden), self.down_proj)
+        return _down(self.gate_proj(hidden), self.up_proj(hidden), self.down_proj, self.kind)
+
+
+class GeluGatedMLP(GatedMLP):
+    """A `GatedMLP` with GELU (arXiv 1606.08415)."""
+
+    kind: ClassVar[str] = "gelu"
+
+
+class TanhGeluGatedMLP(GatedMLP):
+    """A `GatedMLP` with GELU's approximation by tanh."""
+
+    kind: ClassVar[str] = "tanh"
 
 
 class FusedGatedMLP(nn.Module):
@@ -73,7 +87,7 @@ class RMSNorm(nn.Module):
     """True if only linear layers read the output, so that it may have autocast's data type"""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        dtype = self._output_type(hidden)
+        dtype = _output_type(self, hidden)
         if not torch.is_grad_enabled():
             return _norm(hidden, self.weight, self.variance_epsilon, dtype)[0]  # type: ignore[no-any-return]
         normed, inverse = _Normed.apply(hidden, hidden, self.weight, self.variance_epsilon, dtype)  # type: ignore[no-untyped-call]
@@ -82,25 +96,60 @@ class RMSNorm(nn.Module):
             make_anew(normed, lambda: _norm_again(kept, inverse, weight, dtype))
         return cast(Tensor, normed)
 
-    def _output_type(self, hidden: Tensor) -> torch.dtype:
-        """That of the product with the weight. Where it is computed at once, linear layers get what they would cast to,
-        so that nothing is cast for each of them."""
-        device = hidden.device
-        if self.feeds_products and fuses(device) and torch.is_autocast_enabled(device.type):
-            return torch.get_autocast_dtype(device.type)
-        return torch.result_type(hidden, self.weight)
+
+def _output_type(norm: RMSNorm, hidden: Tensor) -> torch.dtype:
+    """That of the product with the weight. Where it is computed at once, linear layers get what they would cast to, so
+    that nothing is cast for each of them."""
+    device = hidden.device
+    if getattr(norm, "feeds_products", False) and fuses(device) and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return torch.result_type(hidden, norm.weight)
+
+
+class CentredRMSNorm(nn.Module):
+    """`(1 + weight) * x / sqrt(mean(x²) + eps)` in float32, which keeps as little as `RMSNorm`."""
+
+    weight: nn.Parameter
+    eps: float
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        kept = hidden.detach()
+        inverse = _wide(kept).pow(2).mean(-1, keepdim=True).add_(self.eps).rsqrt_()
+        if not torch.is_grad_enabled():
+            return _centred(hidden, inverse, self.weight)
+        normed: Tensor = _CentredNormed.apply(hidden, hidden, inverse, self.weight)  # type: ignore[no-untyped-call]
+        if drops():
+            weight = self.weight.detach().clone()  # a clone: sharding may free the weight before the backward pass
+            make_anew(normed, lambda: _centred(kept, inverse, weight))
+        return normed
+
+
+class GatedRMSNorm(nn.Module):
+    """An `RMSNorm` times `silu(gate)` in float32, which keeps its two inputs and one number per token."""
+
+    weight: nn.Parameter
+    variance_epsilon: float
+
+    def forward(self, hidden: Tensor, gate: Tensor) -> Tensor:
+        normed = RMSNorm.forward(cast(RMSNorm, self), hidden)
+        gate = gate.to(torch.float32)
+        if not torch.is_grad_enabled():
+            return _gated(gate, normed, "silu").to(hidden.dtype)
+        product: Tensor = _Gated.apply(gate, normed, "silu")  # type: ignore[no-untyped-call]
+        return product.to(hidden.dtype)
 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, kind: str) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return _gated(gate, up)  # type: ignore[no-any-return]
+        ctx.kind = kind
+        return _gated(gate, up, kind)  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return _gated_backward(*ctx.saved_tensors, grad)  # type: ignore[no-any-return]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *_gated_backward(*ctx.saved_tensors, grad, ctx.kind), None
 
 
 class _Normed(torch.autograd.Function):
@@ -127,7 +176,8 @@ class _Normed(torch.autograd.Function):
             return None, None, grad_weight, None, None
         if fuses(hidden.device):
             return _norm_backward(hidden, inverse, weight, grad), None, grad_weight, None, None
-        return *_norm_parts(hidden, inverse, weight, grad), grad_weight, None, None
+        parts = _through_norm(hidden, inverse, _wide((grad * weight).to(hidden.dtype)))
+        return *parts, grad_weight, None, None
 
 
 def _norm_examples() -> Callable[[], tuple[Tensor, ...]]:
@@ -157,17 +207,6 @@ def _weight_grad(hidden: Tensor, inverse: Tensor, weight: Tensor, grad: Tensor) 
     return _times(_scaled(hidden, inverse), grad).sum_to_size(weight.shape).to(weight.dtype)
 
 
-def _norm_parts(hidden: Tensor, inverse: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The parts of the gradient of a norm's input."""
-    wide, grad = _wide(hidden), _wide((grad * weight).to(hidden.dtype))
-    product = grad * wide
-    grad_mean = -0.5 * product.sum(-1, keepdim=True) * inverse.pow(3)
-    parts = grad.mul_(inverse), torch.mul(wide, grad_mean / hidden.shape[-1] * 2, out=product)
-    if wide.dtype == hidden.dtype:
-        return parts
-    return (parts[0] + parts[1]).to(hidden.dtype), None
-
-
 @fused(_norm_examples())
 def _norm_backward(hidden: Tensor, inverse: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
     """The gradient of a norm's input."""
@@ -176,29 +215,82 @@ def _norm_backward(hidden: Tensor, inverse: Tensor, weight: Tensor, grad: Tensor
     return (grad * inverse + wide * (grad_mean / hidden.shape[-1] * 2)).to(hidden.dtype)
 
 
-def _down(gate: Tensor, up: Tensor, down: nn.Module) -> Tensor:
+class _CentredNormed(torch.autograd.Function):
+    """As `_Normed`, for `CentredRMSNorm`."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, again: Tensor, inverse: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, inverse, weight)
+        return _centred(hidden, inverse, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, inverse, weight = ctx.saved_tensors
+        grad, grad_weight = _wide(grad), None
+        if ctx.needs_input_grad[3]:
+            grad_weight = (_wide(hidden) * inverse).mul_(grad).sum_to_size(weight.shape).to(weight.dtype)
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, grad_weight
+        return *_through_norm(hidden, inverse, grad * (1.0 + _wide(weight))), None, grad_weight
+
+
+def _through_norm(hidden: Tensor, inverse: Tensor, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The two parts of the gradient of a norm's input, from that of `x / sqrt(mean(x²) + eps)`.
+
+    The latter must be float32 or finer, and serves as room.
+    """
+    wide = _wide(hidden)
+    product = grad * wide
+    grad_mean = -0.5 * product.sum(-1, keepdim=True) * inverse.pow(3)
+    parts = grad.mul_(inverse), torch.mul(wide, grad_mean / hidden.shape[-1] * 2, out=product)
+    if wide.dtype == hidden.dtype:
+        return parts
+    return (parts[0] + parts[1]).to(hidden.dtype), None
+
+
+def _centred(hidden: Tensor, inverse: Tensor, weight: Tensor) -> Tensor:
+    return (_wide(hidden) * inverse).mul_(1.0 + _wide(weight)).to(hidden.dtype)
+
+
+def _down(gate: Tensor, up: Tensor, down: nn.Module, kind: str = "silu") -> Tensor:
     """The end of a gated MLP."""
     if not torch.is_grad_enabled():
-        return down(_gated(gate, up))  # type: ignore[no-any-return]
-    product: Tensor = _Gated.apply(gate, up)  # type: ignore[no-untyped-call]
+        return down(_gated(gate, up, kind))  # type: ignore[no-any-return]
+    product: Tensor = _Gated.apply(gate, up, kind)  # type: ignore[no-untyped-call]
     if drops():
         gate, up = gate.detach(), up.detach()
-        make_anew(product, lambda: _gated(gate, up))
+        make_anew(product, lambda: _gated(gate, up, kind))
     return down(product)  # type: ignore[no-any-return]
 
 
-def _gate_examples(count: int) -> Callable[[], tuple[Tensor, ...]]:
-    return lambda: tuple(numbers(ROWS, 64, dtype=torch.bfloat16, seed=seed) for seed in range(count))
+def _gate_examples(count: int) -> Callable[[], tuple[Any, ...]]:
+    return lambda: (*(numbers(ROWS, 64, dtype=torch.bfloat16, seed=seed) for seed in range(count)), "silu")
 
 
 @fused(_gate_examples(2))
-def _gated(gate: Tensor, up: Tensor) -> Tensor:
-    return _times(nn.functional.silu(gate), up)
+def _gated(gate: Tensor, up: Tensor, kind: str) -> Tensor:
+    return _times(_activated(gate, kind), up)
+
+
+_APPROXIMATIONS: Final = {"gelu": "none", "tanh": "tanh"}
+
+
+def _activated(gate: Tensor, kind: str) -> Tensor:
+    if kind == "silu":
+        return nn.functional.silu(gate)
+    return nn.functional.gelu(gate, approximate=_APPROXIMATIONS[kind])
+
+
+def _activation_backward(grad: Tensor, gate: Tensor, kind: str) -> Tensor:
+    if kind == "silu":
+        return cast(Tensor, torch.ops.aten.silu_backward(grad, gate))
+    return cast(Tensor, torch.ops.aten.gelu_backward(grad, gate, approximate=_APPROXIMATIONS[kind]))
 
 
 @fused(_gate_examples(3))
-def _gated_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.ops.aten.silu_backward(grad * up, gate), _times(nn.functional.silu(gate), grad)
+def _gated_backward(gate: Tensor, up: Tensor, grad: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    return _activation_backward(grad * up, gate, kind), _times(_activated(gate, kind), grad)
 
 
 def _scaled(hidden: Tensor, inverse: Tensor) -> Tensor:
@@ -245,13 +337,17 @@ class _Form:
 
     def small(self, module: nn.Module) -> nn.Module:
         """A copy of a module with few random weights, on the CPU in float32."""
-        made, random = copy.copy(module), torch.Generator().manual_seed(0)
-        made.__dict__ |= {"_parameters": {}, "_modules": dict(module.named_children())}
+        random, smaller = torch.Generator().manual_seed(0), dict[int, nn.Module | nn.Parameter]()
         for name, size in self.weights.items():
-            made.register_parameter(name, nn.Parameter(torch.empty(size, device="cpu", dtype=torch.float32)))
+            weight = torch.empty(size, device="cpu", dtype=torch.float32)
+            smaller[id(module.get_parameter(name))] = nn.Parameter(weight)
         for name, (inner, outer) in self.linear.items():
-            bias = getattr(module.get_submodule(name), "bias", None) is not None
-            made._modules[name] = nn.Linear(inner, outer, bias=bias, device="cpu", dtype=torch.float32)
+            layer = module.get_submodule(name)
+            bias = getattr(layer, "bias", None) is not None
+            # Drawn from `random` alone: a trial, which a process makes once, leaves the global generator as it is.
+            empty = nn.Linear(inner, outer, bias=bias, device="meta", dtype=torch.float32)
+            smaller[id(layer)] = empty.to_empty(device="cpu")
+        made = copy.deepcopy(module, smaller)
         for parameter in made.parameters():
             nn.init.normal_(parameter, generator=random)
         return made
@@ -259,13 +355,18 @@ class _Form:
 
 _IN, _OUT = (8, 12), (12, 8)
 _FORMS: Final = (
-    _Form(GatedMLP, {"gate_proj": _IN, "up_proj": _IN, "down_proj": _OUT}, activations=1),
+    *(
+        _Form(kind, {"gate_proj": _IN, "up_proj": _IN, "down_proj": _OUT}, activations=1)
+        for kind in (GatedMLP, GeluGatedMLP, TanhGeluGatedMLP)
+    ),
     _Form(FusedGatedMLP, {"gate_up_proj": (8, 24), "down_proj": _OUT}, activations=1),
     _Form(PlainMLP, {"fc1": _IN, "fc2": _OUT}, activations=1),
     _Form(PlainMLP, {"linear_fc1": _IN, "linear_fc2": _OUT}, activations=1),
     _Form(RMSNorm, weights={"weight": 8}),
+    _Form(CentredRMSNorm, weights={"weight": 8}),
+    _Form(GatedRMSNorm, weights={"weight": 8}),
 )
-_LEAN: Final = (GatedMLP, FusedGatedMLP, PlainMLP, RMSNorm)
+_LEAN: Final = (GatedMLP, FusedGatedMLP, PlainMLP, RMSNorm, CentredRMSNorm, GatedRMSNorm)
 
 
 @dataclass(frozen=True)
@@ -319,16 +420,13 @@ def _replace(module: nn.Module) -> str:
     """Makes a module lean; the reason if it cannot be."""
     if isinstance(module, _LEAN):
         return ""
-    form = next((form for form in _FORMS if form.fits(module)), None)
-    if form is None:
-        fault = "it has other parts than those that are known"
-    else:
-        key = type(module), type(module).forward, *(type(child) for child in module.children())
-        if key not in _tried:
-            _tried[key] = _trial(form, module)
-        fault = _tried[key]
-    if form is not None and not fault:
-        module.__class__ = form.lean
+    names = frozenset(name for name, _ in module.named_children())
+    key = type(module), type(module).forward, names, *(type(child) for child in module.children())
+    if key not in _tried:
+        _tried[key] = _first_right(module)
+    lean, fault = _tried[key]
+    if lean is not None:
+        module.__class__ = lean
     elif type(module) not in _told:
         _told.add(type(module))
         _log.warning(
@@ -340,14 +438,26 @@ def _replace(module: nn.Module) -> str:
     return fault
 
 
-_tried: dict[tuple[object, ...], str] = {}
-"""by the classes of a module and of its parts: how it differs from the lean one, or empty"""
+_tried: dict[tuple[object, ...], tuple[type[nn.Module] | None, str]] = {}
+"""by the classes of a module and of its parts: the lean one that computes the same, or how the first that fits differs"""
 _told: set[type] = set()
+
+
+def _first_right(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
+    """The first lean layer that computes the same as a module; None, and how the first that fits differs."""
+    fault = ""
+    for form in _FORMS:
+        if form.fits(module):
+            found = _trial(form, module)
+            if not found:
+                return form.lean, ""
+            fault = fault or found
+    return None, fault or "it has other parts than those that are known"
 
 
 def _trial(form: _Form, module: nn.Module) -> str:
     """How outputs and gradients of a small module differ from those of the lean one; empty if they are equal."""
-    with _disable_current_modes(), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+    with without_modes(), torch.enable_grad(), torch.autocast("cpu", enabled=False):
         try:
             plain = form.small(module)
             lean = copy.copy(plain)
@@ -365,7 +475,12 @@ def _trial(form: _Form, module: nn.Module) -> str:
 def _passes(module: nn.Module, scale: float) -> list[Tensor]:
     """Output and gradients for random input."""
     parameters = list(module.parameters())
-    hidden, push = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(1), device="cpu")
-    hidden = (scale * hidden).to(parameters[0].dtype).requires_grad_()
-    out = module(hidden)
-    return [out, *torch.autograd.grad(out, [hidden, *parameters], push.to(out.dtype))]
+    *inputs, push = torch.randn(3, 3, 5, 8, generator=torch.Generator().manual_seed(1), device="cpu")
+    given = [(scale * one).to(parameters[0].dtype).requires_grad_() for one in inputs[: _inputs(module)]]
+    out = module(*given)
+    return [out, *torch.autograd.grad(out, [*given, *parameters], push.to(out.dtype))]
+
+
+def _inputs(module: nn.Module) -> int:
+    """The number of tensors that a module takes: 2 of a norm with a gate, else 1."""
+    return 2 if "gate" in inspect.signature(module.forward).parameters else 1

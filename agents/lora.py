@@ -14,20 +14,31 @@ from typing import Any, Final
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 from vlmenv.agents.checkpoints import ADAPTER_CONFIG, put_back, read_tensors
 from vlmenv.agents.families.base import read_json
 from vlmenv.agents.quantization import quantized_layers
+from vlmenv.compat.peft import (
+    LAYERS,
+    adapted_layers,
+    is_adapter,
+    layer_of,
+    matrices,
+    matrix_names,
+    own_name,
+    plain_name,
+    published_name,
+    scale,
+    set_dropout,
+)
+from vlmenv.compat.torch import FakeTensor
 from vlmenv.core.errors import ConfigError, ModelError
 
 _log = logging.getLogger(__name__)
 
 ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
-_PUBLISHED = "base_model.model."
-"""Peft's prefix of names in adapter files."""
 _UNSUPPORTED: Final = {
     "use_dora": "DoRA",
     "modules_to_save": "modules that are saved whole (modules_to_save)",
@@ -62,19 +73,21 @@ class LoRA:
     def __init__(self, model: PreTrainedModel, config: Any) -> None:
         peft = _peft()
         self.config = config
-        peft.inject_adapter_in_model(config, model)
-        linear = peft.tuners.lora.Linear
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, linear)}
+        bare = nn.Module()  # without the configuration, by which peft moves adapters of some experts to fused weights
+        for name, child in model.named_children():
+            bare.add_module(name, child)
+        peft.inject_adapter_in_model(config, bare)
+        layers = adapted_layers(model)
         self._layers = list(layers.values())
-        self._scales = {name: float(layer.scaling["default"]) for name, layer in layers.items()}
+        self._scales = {name: scale(layer) for name, layer in layers.items()}
         self._quantized = quantized_layers(model)
         self._base = {} if model.device.type == "meta" else _base_weights(model)
         self._start: dict[nn.Parameter, Tensor] | None = None
         for layer in self._layers:
-            for part in (layer.lora_A, layer.lora_B):
+            for part in matrices(layer):
                 part.float()
             if config.lora_dropout:
-                layer.lora_dropout["default"] = GradientDropout(config.lora_dropout)
+                set_dropout(layer, GradientDropout(config.lora_dropout))
 
     @classmethod
     def new(cls, model: PreTrainedModel, targets: list[str], rank: int, alpha: int, dropout: float) -> LoRA:
@@ -118,8 +131,8 @@ class LoRA:
             lora = cls(model, config)
         except (ValueError, TypeError, KeyError, OSError) as error:
             raise ModelError(f"{folder}: the adapters do not fit the model: {error}") from error
-        if model.device.type == "meta":  # shapes alone are asked for
-            return lora
+        if model.device.type == "meta" or any(isinstance(one, FakeTensor) for one in model.parameters()):
+            return lora  # shapes alone are asked for
         own = {name: tensor for name, tensor in model.state_dict().items() if is_adapter(name)}
         put_back(folder, lora.read(folder), own)
         lora._tell_quantization(folder)
@@ -188,11 +201,10 @@ class LoRA:
                 continue
             if quantized is not None:
                 tensor = quantized.dense(quantized.dtype)
-            layer = name.removesuffix(".base_layer.weight")
-            if layer != name:
-                down, up = (state[f"{layer}.lora_{part}.default.weight"].float() for part in "AB")
+            if (layer := layer_of(name)) is not None:
+                down, up = (state[one].float() for one in matrix_names(layer))
                 tensor = (tensor.float() + self._scales[layer] * (up @ down)).to(tensor).cpu()
-            result[name.replace(".base_layer.", ".")] = tensor
+            result[plain_name(name)] = tensor
         return result
 
     def save(self, folder: Path, state: Mapping[str, Tensor], base: str, dtype: torch.dtype = torch.float32) -> None:
@@ -209,7 +221,7 @@ class LoRA:
         file = folder / ADAPTER_CONFIG
         settings = {name: _ordered(value) for name, value in read_json(file).items()}
         file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        tensors = {_published_name(name): state[name].to(dtype).contiguous() for name in state if is_adapter(name)}
+        tensors = {published_name(name): state[name].to(dtype).contiguous() for name in state if is_adapter(name)}
         save_file(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt", **self._base})
 
     def read(self, folder: Path) -> dict[str, Tensor]:
@@ -237,7 +249,7 @@ class LoRA:
                 f"{folder}: the adapter was trained on other weights than those of "
                 f"{theirs.get('base_model_name_or_path')} here: put the model that it was trained on there"
             )
-        return {_own_name(name): tensor.float() for name, tensor in tensors.items()}
+        return {own_name(name): tensor.float() for name, tensor in tensors.items()}
 
 
 def _peft() -> Any:
@@ -247,6 +259,8 @@ def _peft() -> Any:
         import peft
     except ImportError as error:
         raise ConfigError('LoRA needs the extra "lora": pip install "vlmenv[lora]"') from error
+    if problem := LAYERS.problem():
+        raise ConfigError(f'this release of peft cannot be used ({problem}): pip install "vlmenv[lora]"')
     return peft
 
 
@@ -267,7 +281,7 @@ def _check_kind(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _adapters(layer: Any) -> Iterator[nn.Parameter]:
-    for part in (layer.lora_A, layer.lora_B):
+    for part in matrices(layer):
         yield from part.parameters()
 
 
@@ -283,19 +297,6 @@ class GradientDropout(nn.Dropout):
         return functional.dropout(input, self.p, training=torch.is_grad_enabled())
 
 
-def is_adapter(name: str) -> bool:
-    """True if a weight belongs to an adapter."""
-    return ".lora_" in name
-
-
-def _published_name(name: str) -> str:
-    return _PUBLISHED + name.replace(".default.weight", ".weight")
-
-
-def _own_name(published: str) -> str:
-    return published.removeprefix(_PUBLISHED).removesuffix(".weight") + ".default.weight"
-
-
 def _base_weights(model: nn.Module) -> dict[str, str]:
     """Identifies the weights beneath the adapters: SHA-256 of the first row of each matrix, and their data type.
 
@@ -303,7 +304,7 @@ def _base_weights(model: nn.Module) -> dict[str, str]:
     the weights.
     """
     digest, quantized = hashlib.sha256(), quantized_layers(model)
-    weights = {name.replace(".base_layer.", "."): (name, tensor) for name, tensor in model.state_dict().items()}
+    weights = {plain_name(name): (name, tensor) for name, tensor in model.state_dict().items()}
     for _, (name, tensor) in sorted(weights.items(), key=lambda item: item[0]):
         if isinstance(tensor, FakeTensor):  # weights without numbers
             continue

@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vlmenv.agents.attention import Attention, Groups, Prefixes, enable_packing, no_mask
+from vlmenv.agents.attention import enable_packing, no_mask
 from vlmenv.agents.base import LogProbs
-from vlmenv.agents.families.base import Family, join_images
+from vlmenv.agents.delta_rule import keep_states_apart
+from vlmenv.agents.families.base import Family
 from vlmenv.agents.lean_layers import make_lean
 from vlmenv.agents.linear_logprobs import linear_logprobs
 from vlmenv.agents.packing import Packing
+from vlmenv.agents.passes import Groups, Pass, Prefixes
 from vlmenv.agents.patch_embedding import embed_patches_by_matmul
 from vlmenv.agents.rotary import rotate_at_once
 from vlmenv.agents.saved_activations import dropping_recomputable
@@ -77,6 +79,7 @@ class Policy(nn.Module):
         banned = torch.from_numpy(family.banned_tokens).to(family.model.device)
         self.register_buffer("banned", banned, persistent=False)
         enable_packing(cast(PreTrainedModel, family.language_model()))
+        keep_states_apart(family.language_model())
         embed_patches_by_matmul(family.vision_tower())
         if family.packs_images:
             attend_by_segments(cast(PreTrainedModel, family.vision_tower()))
@@ -109,17 +112,16 @@ class Policy(nn.Module):
         """Runs prompts through the model.
 
         Returns:
-            The prompts' keys and values, and the final hidden states [P, H] that predict the first tokens of
-            completions.
+            What completions go on from, and the final hidden states [P, H] that predict their first tokens.
         """
         packing = Packing(torch.tensor([len(prompt.input_ids) for prompt in prompts]), self.device)
-        prefixes = Prefixes(packing)
+        prefixes = Prefixes(packing, self._images(prompts))
         return prefixes, self._run(prompts, prefixes)[packing.ends]
 
     def _run(
         self,
         prompts: Sequence[Prompt],
-        attention: Attention,
+        through: Pass,
         completions: Sequence[NDArray[np.int64]] = (),
         after: Tensor | None = None,
     ) -> Tensor:
@@ -127,7 +129,7 @@ class Policy(nn.Module):
 
         Args:
             prompts: P.
-            attention: Attention among the tokens.
+            through: The pass, which tells which tokens see which.
             completions: Tokens of completions. Default: none.
             after: int64, positions of the completions' tokens. Default: none.
 
@@ -135,7 +137,7 @@ class Policy(nn.Module):
             Final hidden states of the prompts' tokens, then of the completions'.
 
         Raises:
-            ModelError: The model's blocks do not use the attention.
+            ModelError: Some of the model's blocks do not use the pass.
         """
         features = self._features(prompts)
         output = self.model.model(
@@ -144,23 +146,24 @@ class Policy(nn.Module):
             attention_mask=no_mask(self.device),
             mm_encoder_outputs=None if features is None else {"image": features},
             use_cache=False,
-            packed=attention,
+            packed=through,
         )
-        if not attention.ran:
+        if len(through.ran) < self._layers:
             raise ModelError(
-                "the language model's blocks have not used the packed attention: this version of transformers calls "
-                "attention in another way. Install a version that vlmenv's requirements name"
+                f"{self._layers - len(through.ran)} of the language model's {self._layers} blocks have not used the "
+                "packed tokens' own pass: this version of transformers computes them in another way. Install a version "
+                "that vlmenv's requirements name"
             )
         hidden: Tensor = output.last_hidden_state
         return hidden.squeeze(0)  # whose backward pass, unlike that of an index, copies nothing
 
-    def extend(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+    def extend(self, tokens: Tensor, positions: Tensor, through: Pass) -> Tensor:
         """Runs tokens of completions through the language model.
 
         Args:
             tokens: int64 [M], packed.
             positions: int64 [M].
-            attention: Attention to prompts and to earlier tokens.
+            through: The pass, which goes on from the prompts and earlier tokens.
 
         Returns:
             Final hidden states [M, H].
@@ -173,10 +176,15 @@ class Policy(nn.Module):
             position_ids=self._on_axes(positions),
             attention_mask=no_mask(self.device),
             use_cache=False,
-            packed=attention,
+            packed=through,
         )
         hidden: Tensor = output.last_hidden_state
         return hidden.squeeze(0)  # whose backward pass, unlike that of an index, copies nothing
+
+    @property
+    def _layers(self) -> int:
+        """Number of the language model's blocks."""
+        return len(list(self.family.language_model().get_submodule("layers").children()))
 
     @property
     def device(self) -> torch.device:
@@ -188,12 +196,13 @@ class Policy(nn.Module):
         index = torch.from_numpy(rollout.prompt_index)
         prompts = Packing(torch.tensor([len(prompt.input_ids) for prompt in rollout.prompts]), self.device)
         inputs = Packing(packing.lengths - 1, self.device)  # the last token predicts nothing
+        images = self._images(rollout.prompts)
         fed = [one.token_ids[:-1] for one in rollout.completions]
         starts = torch.tensor([next_position(prompt) for prompt in rollout.prompts])[index]
         starts, owners = send(starts, self.device), send(index, self.device)
         hidden = self._run(
             rollout.prompts,
-            Groups(prompts, inputs, index) if inputs.total else Prefixes(prompts),
+            Groups(prompts, inputs, index, images) if inputs.total else Prefixes(prompts, images),
             fed,
             starts[inputs.rows] + inputs.places,
         )
@@ -212,12 +221,14 @@ class Policy(nn.Module):
         positions = [torch.from_numpy(_all_positions(prompt, len(answer))).T for prompt, answer in pairs]
         padded = nn.utils.rnn.pad_sequence(positions, batch_first=True).permute(2, 0, 1).to(self.device)
         features = self._look(prompts) if any(prompt.images for prompt in prompts) else None
+        input_ids = nn.utils.rnn.pad_sequence([torch.from_numpy(one) for one in ids], True).to(self.device)
         output = self.model.model(
-            input_ids=nn.utils.rnn.pad_sequence([torch.from_numpy(one) for one in ids], True).to(self.device),
+            input_ids=input_ids,
             attention_mask=(torch.arange(int(lengths.max())) < lengths[:, None]).long().to(self.device),
             position_ids=padded if len(padded) > 1 else padded[0],
             mm_encoder_outputs=None if features is None else {"image": features},
             use_cache=False,
+            **self.family.unpacked_arguments(input_ids),
         )
         starts = torch.tensor([len(prompt.input_ids) - 1 for prompt in prompts], device=self.device)
         hidden: Tensor = output.last_hidden_state
@@ -242,8 +253,14 @@ class Policy(nn.Module):
 
     def _look(self, prompts: Sequence[Prompt]) -> Any:
         """Runs images through the vision tower."""
-        inputs = self.family.vision_inputs(join_images(prompts), self.device)
+        inputs = self.family.vision_inputs(self.family.join_images(prompts), self.device)
         return self.model.model.get_image_features(**inputs, return_dict=True)
+
+    def _images(self, prompts: Sequence[Prompt]) -> Tensor | None:
+        """Images whose tokens attend to each other in both directions, as `Prefixes` takes them."""
+        if not self.family.sees_both_ways or not any(prompt.images for prompt in prompts):
+            return None
+        return self._tokens([self.family.images_seen_both_ways(prompt.input_ids) for prompt in prompts])
 
     def _tokens(self, rows: Sequence[NDArray[np.int64]]) -> Tensor:
         """Concatenates rows of token ids to [M]."""

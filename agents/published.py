@@ -10,12 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-from transformers.processing_utils import ProcessorMixin
-from transformers.utils.import_utils import is_torchvision_available
+from transformers import AutoProcessor, ProcessorMixin, is_torchvision_available
 
 from vlmenv.agents.families.chat import ChatTemplate, Message
+from vlmenv.compat.transformers import processor_without_videos
 from vlmenv.core.errors import ConfigError, ModelError
 from vlmenv.core.rollout import IMAGE_MARK, Observation
 
@@ -35,7 +33,7 @@ class PublishedProcessor:
     def __init__(self, folder: Path, chat_template_kwargs: Mapping[str, Any] | None = None) -> None:
         self._switches = dict(chat_template_kwargs or {})
         try:
-            self._processor = AutoProcessor.from_pretrained(folder) if _whole() else _without_videos(folder)
+            self._processor = AutoProcessor.from_pretrained(folder) if _whole() else processor_without_videos(folder)
         except ImportError as error:
             raise ConfigError(f"transformers cannot load the published processor here: {error}") from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -80,17 +78,3 @@ def _with_images(message: Message, images: Iterator[Image.Image]) -> Message:
 def _whole() -> bool:
     """Whether processors of videos, which whole processors hold, can be loaded."""
     return bool(is_torchvision_available())
-
-
-def _without_videos(folder: Path) -> ProcessorMixin:
-    """The processor of a model's type around the folder's tokenizer and image processor."""
-    kind: Any = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(folder))]
-    unchecked: Any = type(kind.__name__, (kind,), {"check_argument_for_proper_class": lambda *_: None})
-    parts = {
-        "image_processor": AutoImageProcessor.from_pretrained(folder, backend="pil"),
-        "tokenizer": AutoTokenizer.from_pretrained(folder),
-    }
-    settings, _ = kind.get_processor_dict(folder)
-    processor = unchecked.from_args_and_dict([parts.get(name) for name in kind.get_attributes()], settings)
-    assert isinstance(processor, ProcessorMixin)
-    return processor

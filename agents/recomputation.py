@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -27,18 +26,6 @@ def recompute_activations(family: Family, blocks: int | None = None) -> None:
     for block in _blocks(family, blocks):
         # On the instance, so that names of weights and wrappers around the block's call stay unchanged.
         block.__dict__["forward"] = functools.partial(_recomputing, block.forward)
-
-
-@contextmanager
-def holding_activations(family: Family) -> Iterator[None]:
-    """Makes blocks keep all activations within the context, as much as a recomputed block holds."""
-    taken = [(block, block.__dict__.pop("forward")) for block in _blocks(family) if "forward" in block.__dict__]
-    try:
-        with keeping_activations() if taken else nullcontext():
-            yield
-    finally:
-        for block, forward in taken:
-            block.__dict__["forward"] = forward
 
 
 def _blocks(family: Family, first: int | None = None) -> list[nn.Module]:

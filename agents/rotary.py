@@ -16,9 +16,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import _disable_current_modes
 
 from vlmenv.agents.fusing import ROWS, fused, fuses, numbers
+from vlmenv.compat.torch import without_modes
 
 _Rotation = Callable[..., tuple[Tensor, Tensor]]
 
@@ -144,7 +144,7 @@ def _half_turned(states: Tensor) -> Tensor:
 
 def _is_rotation(own: _Rotation, form: _Form) -> bool:
     """True if a function computes the same as ours in float32 and bfloat16, to the last digit."""
-    with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with without_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
         for dtype in (torch.float32, torch.bfloat16):
             query, key = numbers(*form.shape, dtype=dtype), numbers(*form.shape, dtype=dtype, seed=1)
             angles = [numbers(5, 8, seed=seed) for seed in (2, 3)]

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vlmenv.agents.attention import Prefixes, Steps
+from vlmenv.agents.passes import Prefixes, Steps
 from vlmenv.agents.policy import Policy, next_position
 from vlmenv.core.errors import ModelError
 from vlmenv.core.rollout import FinishReason, Prompt
@@ -45,9 +45,10 @@ class PassLimits:
     tokens: int | None = None
     """maximum number of tokens of prompts in a pass, which has at least one prompt; None: no limit"""
     cache: int | None = None
-    """Maximum number of tokens whose keys and values are held at once, padding included; of one completion and its
-    prompt in any case. Each completion then has random numbers of its own, so that the result is the same for any such
-    number. None: no limit, and random numbers are drawn in the order of tokens"""
+    """Maximum number of tokens whose keys and values are held at once, padding included, and states as the tokens that
+    take as much; of one completion and its prompt in any case. Each completion then has random numbers of its own, so
+    that the result is the same for any such number. None: no limit, and random numbers are drawn in the order of
+    tokens"""
 
     @property
     def logits(self) -> int | None:
@@ -85,12 +86,34 @@ class PassLimits:
 
 
 def token_bytes(config: Any, dtype: torch.dtype) -> int:
-    """Bytes of a token's keys and values in all blocks of a model's configuration."""
+    """Bytes of a token's keys and values in all blocks of a model's configuration. Those with a state have none."""
     text = config.get_text_config()
     heads = text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
     keys = getattr(text, "num_key_value_heads", None) or heads
-    return int(2 * text.num_hidden_layers * keys * size * dtype.itemsize)
+    return int(2 * (text.num_hidden_layers - _with_states(text)) * keys * size * dtype.itemsize)
+
+
+def state_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Bytes of the states of a prompt or a completion, of any length, in all blocks of a model's configuration."""
+    text = config.get_text_config()
+    if not (blocks := _with_states(text)):
+        return 0
+    keys, values = (getattr(text, f"linear_num_{kind}_heads") for kind in ("key", "value"))
+    sizes = text.linear_key_head_dim, text.linear_value_head_dim
+    channels = 2 * keys * sizes[0] + values * sizes[1]
+    rule = values * sizes[0] * sizes[1] * torch.float32.itemsize
+    return int(blocks * ((text.linear_conv_kernel_dim - 1) * channels * dtype.itemsize + rule))
+
+
+def state_tokens(config: Any, dtype: torch.dtype) -> int:
+    """The number of tokens whose keys and values take as much as the states of one prompt or completion."""
+    return -(-state_bytes(config, dtype) // max(1, token_bytes(config, dtype)))
+
+
+def _with_states(text: Any) -> int:
+    """The number of blocks that have a state in the place of keys and values."""
+    return list(getattr(text, "layer_types", None) or ()).count("linear_attention")
 
 
 NO_LIMITS = PassLimits()
@@ -143,8 +166,9 @@ def _wave(
     limits: PassLimits,
 ) -> dict[int, Sampled]:
     """Samples the first of the completions `left` that have room, and returns those that stayed until their end."""
-    lengths = np.array([len(prompt.input_ids) for prompt in prompts])
-    begun = left[: limits.fitting(index[left], lengths, min(Steps.GROWTH, sampling.max_new_tokens))]
+    states = state_tokens(policy.model.config, policy.model.dtype)
+    lengths = np.array([len(prompt.input_ids) for prompt in prompts]) + states
+    begun = left[: limits.fitting(index[left], lengths, min(Steps.GROWTH, sampling.max_new_tokens) + states)]
     own, local = np.unique(index[begun], return_inverse=True)
     shown, rows = [prompts[i] for i in own], torch.from_numpy(local)
     growing = _Growing(torch.from_numpy(begun), sampling, policy)
@@ -157,8 +181,8 @@ def _wave(
         growing.add(token, logprob)
         going = growing.still_going()
         if limits.cache is not None and attention.is_full and attention.length and len(going):
-            lengths[:] = prefixes.packing.longest  # the prompts that are left keep their padding
-            each = attention.next_capacity
+            lengths[:] = prefixes.packing.longest + states  # the prompts that are left keep their padding
+            each = attention.next_capacity + states
             going = growing.within(functools.partial(_fitting, limits, index, lengths, each), going)
         if len(going) == 0:
             return growing.sampled()

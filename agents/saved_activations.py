@@ -1,4 +1,4 @@
-"""Tensors that the backward pass recomputes instead of keeping them; and a record of what it keeps."""
+"""Tensors that the backward pass recomputes instead of keeping them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from vlmenv.compat.torch import tells_versions, version_of
+
 
 class _Made:
     """A tensor that the backward pass recomputes at its first use and frees after its last."""
@@ -18,13 +20,13 @@ class _Made:
     def __init__(self, tensor: Tensor, make: Callable[[], Tensor]) -> None:
         place = tensor.data_ptr()
         self._tensor = weakref.ref(tensor, lambda _: _made.pop(place, None))
-        self._numel, self._version, self._make = tensor.numel(), tensor._version, make
+        self._numel, self._changes, self._make = tensor.numel(), version_of(tensor), make
         self._times = self._left = 0
         self._held: Tensor | None = None
 
     def makes(self, tensor: Tensor) -> bool:
         """True if a tensor at the same address is this tensor, unchanged."""
-        return (tensor.numel(), tensor._version) == (self._numel, self._version) and tensor.is_contiguous()
+        return (tensor.numel(), version_of(tensor)) == (self._numel, self._changes) and tensor.is_contiguous()
 
     def note(self) -> None:
         self._times += 1
@@ -40,8 +42,6 @@ class _Made:
 
 _made: dict[int, _Made] = {}
 """by the address of the tensor, while it exists"""
-_noting: list[Callable[[Tensor], object]] = []
-"""callbacks for saved tensors"""
 _drops = ContextVar("drops", default=False)
 _keeps_all = ContextVar("keeps_all", default=False)
 
@@ -60,9 +60,10 @@ def make_anew(tensor: Tensor, make: Callable[[], Tensor]) -> None:
 def dropping_recomputable() -> Iterator[None]:
     """Within the context, tensors of `make_anew` are not saved for the backward pass.
 
-    Blocks under gradient checkpointing keep nothing, and save all their tensors while they are recomputed.
+    Blocks under gradient checkpointing keep nothing, and save all their tensors while they are recomputed. Without
+    effect if PyTorch does not tell whether a tensor was changed.
     """
-    if _keeps_all.get():
+    if _keeps_all.get() or not tells_versions():
         yield
         return
     token = _drops.set(True)
@@ -84,27 +85,9 @@ def keeping_activations() -> Iterator[None]:
         _drops.reset(tokens[1])
 
 
-@contextmanager
-def recording_saved(note: Callable[[Tensor], object]) -> Iterator[None]:
-    """Within the context, calls `note` with each tensor that is saved for the backward pass."""
-
-    def pack(tensor: Tensor) -> Tensor:
-        note(tensor)
-        return tensor
-
-    _noting.append(note)
-    try:
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield
-    finally:
-        _noting.remove(note)
-
-
 def _pack(tensor: Tensor) -> Tensor | tuple[_Made, torch.Size]:
     made = _made.get(tensor.data_ptr())
     if made is None or not made.makes(tensor):
-        for note in _noting:
-            note(tensor)
         return tensor
     made.note()
     return made, tensor.shape

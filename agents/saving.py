@@ -15,13 +15,14 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.core_model_loading import revert_weight_conversion
 
 from vlmenv.agents.checkpoints import stored_weights
 from vlmenv.agents.families import Family
 from vlmenv.agents.families.base import read_json
 from vlmenv.agents.remainders import REMAINDERS, remainder
 from vlmenv.agents.untrainable import read_config
+from vlmenv.agents.weights import tied_names
+from vlmenv.compat.transformers import convert_back
 from vlmenv.core.errors import CheckpointError
 from vlmenv.core.sampling import Sampling
 
@@ -40,10 +41,9 @@ _TOKENS: Final = ("bos_token_id", "pad_token_id", "decoder_start_token_id")
 
 def published_weights(family: Family, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Converts a model's weights to the names and shapes that `write_weights` writes. Tied weights appear once."""
-    tied = getattr(family.model, "all_tied_weights_keys", {})
+    tied = tied_names(family.model)
     own = {name: tensor.detach() for name, tensor in state.items() if name not in tied}
-    published: dict[str, Tensor] = revert_weight_conversion(family.model, own)
-    return published
+    return convert_back(family.model, own)
 
 
 def is_of(family: Family, folder: Path) -> bool:
@@ -72,7 +72,7 @@ def check_conversion(folder: Path, family: Family, state: Mapping[str, Tensor]) 
     empty = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in state.items()}
     try:
         found = {name: list(tensor.shape) for name, tensor in published_weights(family, empty).items()}
-    except (RuntimeError, ValueError, KeyError, AttributeError) as error:
+    except (RuntimeError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
         raise CheckpointError(f"{folder}: this model's weights could not be saved: {error}") from error
     stored = {name: shape for name, (_, shape) in stored_weights(folder).items()} if is_of(family, folder) else found
     if unlike := sorted(name for name, shape in found.items() if stored.get(name) != shape):

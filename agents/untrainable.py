@@ -11,6 +11,7 @@ from typing import Any, Final
 from transformers import AutoConfig, PreTrainedConfig
 
 from vlmenv.agents.families.base import read_json
+from vlmenv.compat.transformers import set_attention
 from vlmenv.core.errors import ModelError
 
 _log = logging.getLogger(__name__)
@@ -67,9 +68,9 @@ def read_config(folder: Path) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: the model's configuration cannot be read: {error}") from error
-    if _other_attention(folder):
-        config._attn_implementation = _INSTEAD  # of all parts
     assert isinstance(config, PreTrainedConfig)
+    if _other_attention(folder):
+        set_attention(config, _INSTEAD)
     return config
 
 

@@ -8,6 +8,7 @@ same length, which are told once per pass. On GPUs in half precision one call of
 from __future__ import annotations
 
 import copy
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from itertools import groupby
@@ -15,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, PreTrainedModel
 
 from vlmenv.agents.kernels import FlashKernel, Segments, flash_backward, flash_forward, kernel_for
+from vlmenv.compat.transformers import attention_of, set_attention
 
 _NAME = "vlmenv_flash_segments"  # transformers passes the segments' places to names with "flash"
 
@@ -79,15 +80,31 @@ class _Kinds:
             self.orders = order.to(starts.device), torch.argsort(order).to(starts.device)
 
 
-_KINDS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Kinds by the starts of segments, which all blocks of a pass are given as one tensor."""
+_KINDS: dict[int, tuple[weakref.ref[Tensor], _Kinds]] = {}
+"""Starts of segments, which all blocks of a pass are given as one tensor, and their kinds, by the id of the tensor."""
 
 
 def _kinds(starts: Tensor) -> _Kinds:
-    known: _Kinds | None = _KINDS.get(starts)  # type: ignore[no-untyped-call]
-    if known is None:
-        known = _KINDS[starts] = _Kinds(starts)
-    return known
+    place = id(starts)
+    known = _KINDS.get(place)
+    if known is None or known[0]() is not starts:
+        known = _KINDS[place] = weakref.ref(starts, lambda _: _KINDS.pop(place, None)), _Kinds(starts)
+    return known[1]
+
+
+_STARTS: dict[int, tuple[weakref.ref[Tensor], Segments]] = {}
+"""Starts of images, and the length of the longest, by the id of the positions that all blocks of a pass are given."""
+
+
+def _from_positions(positions: Tensor) -> Segments:
+    place = id(positions)
+    known = _STARTS.get(place)
+    if known is None or known[0]() is not positions:
+        firsts = torch.nonzero((positions == 0).all(dim=-1))[:, 0]
+        starts = nn.functional.pad(firsts, (0, 1), value=len(positions)).int()
+        segments = Segments(starts, int(starts.diff().max()))
+        known = _STARTS[place] = weakref.ref(positions, lambda _: _STARTS.pop(place, None)), segments
+    return known[1]
 
 
 def _by_kinds(query: Tensor, key: Tensor, value: Tensor, kinds: _Kinds, scale: float) -> Tensor:
@@ -112,14 +129,21 @@ def _attend(
     attention_mask: Tensor | None,
     *,
     scaling: float,
-    cu_seq_lens_q: Tensor,
-    max_length_q: int,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int = 0,
+    position_ids: Tensor | None = None,
     dropout: float = 0.0,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' attention function: states [1, H, M, D] and starts of segments; returns [1, M, H, D]."""
+    """Transformers' attention function: states [1, H, M, D] and starts of segments; returns [1, M, H, D].
+
+    Pixtral's tower passes positions [M, 2] instead, which begin at the first patch of each image.
+    """
     assert dropout == 0, "attention dropout would not be the same in two passes"
     query, key, value = (one.squeeze(0).transpose(0, 1) for one in (query, key, value))
+    if cu_seq_lens_q is None:
+        assert position_ids is not None, "the vision tower tells no starts of images"
+        cu_seq_lens_q, max_length_q = _from_positions(position_ids)
     if isinstance(kernel_for(query), FlashKernel):
         return _flash(query, key, value, Segments(cu_seq_lens_q, max_length_q), scaling)[None], None
     return _by_kinds(query, key, value, _kinds(cu_seq_lens_q), scaling)[None], None
@@ -132,7 +156,7 @@ def attend_by_segments(tower: PreTrainedModel) -> None:
     """Makes a vision tower, whose blocks take `cu_seqlens`, attend to all segments in one call."""
     known = tower.config
     config = copy.copy(known)  # a copy: new models of the shared configuration would need flash-attn
-    config._attn_implementation = _NAME
+    set_attention(config, _NAME)  # `set_attn_implementation` looks for flash-attn too
     for module in tower.modules():
         if getattr(module, "config", None) is known:
             module.config = config  # type: ignore[assignment]
@@ -140,6 +164,5 @@ def attend_by_segments(tower: PreTrainedModel) -> None:
 
 def attends_by_segments(tower: nn.Module) -> bool:
     """True if `attend_by_segments` has taken effect in every attention of a tower."""
-    layers = [module for module in tower.modules() if "attention" in type(module).__name__.lower()]
-    named = [getattr(getattr(layer, "config", None), "_attn_implementation", None) for layer in layers]
-    return bool(named) and set(named) == {_NAME}
+    layers = [module for module in tower.modules() if type(module).__name__.endswith("Attention")]
+    return bool(layers) and {attention_of(layer) for layer in layers} == {_NAME}

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from vlmenv.agents.checkpoints import (
 from vlmenv.agents.engines.base import Engine, Request
 from vlmenv.agents.engines.fingerprints import fingerprint
 from vlmenv.agents.families import Family, Processor, family_of, weightless_family
-from vlmenv.agents.lora import LoRA, is_adapter
+from vlmenv.agents.lora import LoRA
 from vlmenv.agents.pixels import prepared_folder
 from vlmenv.agents.policy import Policy, ValueHead
 from vlmenv.agents.quantization import Quantization, quantize, quantized_layers
@@ -38,6 +38,7 @@ from vlmenv.agents.sampling import PassLimits, Sampled, sample, token_bytes
 from vlmenv.agents.saving import check_conversion, is_of, published_weights, write_settings, write_weights
 from vlmenv.agents.untrainable import read_config, tell_attention
 from vlmenv.agents.weights import hold_all, hold_frozen
+from vlmenv.compat.peft import is_adapter, plain_name
 from vlmenv.core.errors import ConfigError, ModelError, PromptError, require
 from vlmenv.core.files import atomic_folder
 from vlmenv.core.names import BUILTIN
@@ -95,8 +96,6 @@ class VLMAgent(Agent):
         self.engine: Engine | None = None
         """the engine that generates completions; None: the policy itself"""
         self._is_closed = self._narrow_reference = False
-        # without weights nothing is drawn, and the device of their shapes has no generator
-        self._generator = torch.Generator("cpu" if self.device.type == "meta" else self.device)
 
     @classmethod
     def from_pretrained(
@@ -111,6 +110,7 @@ class VLMAgent(Agent):
         pixels: PixelLimits | None = None,
         quantization: Quantization | None = None,
         quantize_vision: bool = False,
+        empty: bool = False,
     ) -> VLMAgent:
         """Loads a checkpoint in the published layout, or adapters in peft's format onto their base model.
 
@@ -126,6 +126,8 @@ class VLMAgent(Agent):
             quantization: Quantisation of the language model's linear layers, for adapters on them. See
                 `vlmenv.agents.quantization`. Default: none.
             quantize_vision: If true, quantises the vision tower and its projectors too.
+            empty: If true, the model has shapes alone, for a rank that gets its shards of the weights from the main
+                rank (`vlmenv.processes.fsdp`). Neither adapters nor quantisation go with it.
 
         Raises:
             ConfigError: The chat template never reads one of `chat_template_kwargs`, the family has no such limits, or
@@ -136,15 +138,21 @@ class VLMAgent(Agent):
         base, adapter, pixels = find_model(name_or_path), find_adapter(name_or_path), pixels or PixelLimits()
         folder = prepared_folder(name_or_path, pixels)
         tell_attention(base)
-        family = family_of(read_config(folder).model_type)
-        processor = Processor.from_pretrained(folder, chat_template_kwargs)
-        model = load_model(folder, dtype).eval()
-        ours = family(model, processor)
+        if empty:
+            ours = weightless_family(folder, chat_template_kwargs)
+            model = cast(Any, ours.model).eval().to(dtype)
+        else:
+            config = read_config(folder)
+            family = family_of(config.model_type, config)
+            processor = Processor.from_pretrained(folder, chat_template_kwargs)
+            model = load_model(folder, dtype).eval()
+            ours = family(model, processor)
         if quantization is not None:
             seeing = [ours.vision_tower(), *ours.projectors()] * quantize_vision
             parts = [ours.language_model().get_submodule("layers"), *seeing]
             quantize(parts, quantization, torch.device(device))
-        model.to(device)
+        if not empty:
+            model.to(device)
         agent = cls(ours, folder, base=base, sampling=sampling, share_prefixes=share_prefixes)
         agent.pixels = pixels
         if adapter is not None:
@@ -220,8 +228,15 @@ class VLMAgent(Agent):
 
     def _published_weights(self) -> dict[str, Tensor]:
         """The model's weights as `save` writes them, adapters merged. Sharded weights must be gathered before."""
-        model = _under("model.", dict(self.family_policy.named_parameters(remove_duplicate=False)))
+        weights = dict(self.family_policy.named_parameters(remove_duplicate=False)) | self.fixed_weights()
+        model = _under("model.", weights)
         return published_weights(self.family, model if self.lora is None else self.lora.merged(model))
+
+    def fixed_weights(self) -> dict[str, Tensor]:
+        """What checkpoints hold of the model beside its parameters, as biases of routers, by names in the policy."""
+        policy = self.family_policy
+        kept = policy.state_dict(keep_vars=True).keys()
+        return {name: one for name, one in policy.named_buffers() if name in kept}
 
     def logprobs(self, rollout: Rollout) -> LogProbs:
         return super().logprobs(self._with_image(rollout))
@@ -234,6 +249,11 @@ class VLMAgent(Agent):
         if not self.runs_every_module or any(prompt.images for prompt in rollout.prompts):
             return rollout
         return replace(rollout, prompts=[*rollout.prompts, self._blank])
+
+    @functools.cached_property
+    def _generator(self) -> torch.Generator:
+        """The random generator of sampling, on the device that the weights have when it is first used."""
+        return torch.Generator("cpu" if self.device.type == "meta" else self.device)
 
     @property
     def sharded(self) -> bool:
@@ -367,7 +387,9 @@ class VLMAgent(Agent):
             ConfigError: The agent was loaded with adapters, and ranks hold shards of the weights.
         """
         if self.lora is None:
-            return FrozenPolicy(self.family_policy, self._with_image, narrow=self._narrow_reference)
+            return FrozenPolicy(
+                self.family_policy, self._with_image, narrow=self._narrow_reference, empty=self.empty_reference
+            )
         if self.lora.begins_elsewhere:
             if self.sharded:
                 raise ConfigError(
@@ -440,7 +462,7 @@ class VLMAgent(Agent):
         for name, layer in quantized.items():
             state[name] = torch.empty(layer.out_features, layer.in_features, dtype=layer.dtype, device="meta")
             del state[f"{name.removesuffix('weight')}scales"]
-        plain = {name.replace(".base_layer.", "."): state[name] for name in state if not is_adapter(name)}
+        plain = {plain_name(name): state[name] for name in state if not is_adapter(name)}
         check_conversion(self.folder, self.family, plain)
 
     def load(self, folder: Path) -> None:

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from vlmenv.compat.peft import is_adapter
+
 NARROW: Final = torch.bfloat16
 
 
@@ -29,6 +31,12 @@ class WideEmbedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """Embeds token ids [...] as float32 [..., H]."""
         return super().forward(input).float()
+
+
+def tied_names(model: nn.Module) -> set[str]:
+    """Names of weights that are the same tensor as one that has another name before."""
+    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return every - {name for name, _ in model.named_parameters()}
 
 
 def hold_frozen(model: PreTrainedModel) -> int:
@@ -55,19 +63,21 @@ def hold_frozen(model: PreTrainedModel) -> int:
 def hold_all(model: PreTrainedModel) -> None:
     """Holds all weights in bfloat16, but for adapters. The residual stream is bfloat16 too."""
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and ".lora_" not in name:
+        if parameter.is_floating_point() and not is_adapter(name):
             parameter.data = parameter.data.to(NARROW)
 
 
-def narrow_copies(model: PreTrainedModel) -> dict[int, nn.Parameter]:
+def narrow_copies(model: PreTrainedModel, *, empty: bool = False) -> dict[int, nn.Parameter]:
     """Frozen copies, by the id of the parameter, of weights that autocast rounds to bfloat16 anyway.
 
     They serve a model whose weights are never saved. The token embedding is among them only if nothing is rounded.
+    With `empty` they have no values.
     """
     embedding = _embedding(model)
     kept = None if embedding is None else embedding.weight
     chosen = {one for one in _narrowable(model, frozen=False) if one is not kept or _is_narrow(one)}
-    return {id(one): nn.Parameter(one.detach().to(NARROW, copy=True), requires_grad=False) for one in chosen}
+    wide = {id(one): one.detach().to("meta") if empty else one.detach() for one in chosen}
+    return {key: nn.Parameter(one.to(NARROW, copy=True), requires_grad=False) for key, one in wide.items()}
 
 
 def widen_embedding(model: PreTrainedModel, like: PreTrainedModel) -> None:
@@ -80,10 +90,11 @@ def widen_embedding(model: PreTrainedModel, like: PreTrainedModel) -> None:
 def _narrowable(model: PreTrainedModel, *, frozen: bool = True) -> Iterator[nn.Parameter]:
     """The weights that layers under autocast cast to its type, and that of the token embedding."""
     embedding = _embedding(model)
+    scaled = None if embedding is not None else model.get_input_embeddings().weight  # may be the head's too
     for module in model.modules():
         if isinstance(module, nn.Linear) or module is embedding:
             for parameter in module.parameters(recurse=False):
-                if parameter.is_floating_point() and not (frozen and parameter.requires_grad):
+                if parameter.is_floating_point() and not ((frozen and parameter.requires_grad) or parameter is scaled):
                     yield parameter
 
 
@@ -94,6 +105,6 @@ def _embedding(model: PreTrainedModel) -> nn.Embedding | None:
 
 
 def _is_narrow(weight: Tensor) -> bool:
-    """True if bfloat16 holds the values."""
+    """True if bfloat16 holds the values. Of shapes alone this is unknown, and the main rank tells it."""
     weight = weight.detach()
-    return weight.dtype == NARROW or torch.equal(weight.to(NARROW).to(weight.dtype), weight)
+    return weight.is_meta or weight.dtype == NARROW or torch.equal(weight.to(NARROW).to(weight.dtype), weight)

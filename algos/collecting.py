@@ -9,13 +9,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from gymnasium.vector import VectorEnv
-from torch import Tensor
+from torch import distributed
 
 from vlmenv.agents.base import Agent
 from vlmenv.algos.advantages import zero_variance_share
@@ -25,7 +24,7 @@ from vlmenv.algos.batch import Rollouts
 from vlmenv.core.errors import DataError, PromptError
 from vlmenv.core.rollout import Rollout
 from vlmenv.processes import Processes
-from vlmenv.processes.failures import shared_failure
+from vlmenv.processes.failures import on_any_rank, shared_failure
 
 
 @dataclass(slots=True)
@@ -55,9 +54,11 @@ class Collector:
         algorithm: The algorithm. It decides how many rounds fill a batch, and if answers are sampled or imitated.
         processes: The strategy of the accelerator's ranks.
         accelerator: Device and ranks.
+        is_ahead: If true, batches are collected with `ahead`.
 
     Attributes:
         shown: Number of batches of samples so far, also of those that dynamic sampling did not use.
+        shown_ahead: Those of them that the batch collected ahead has used.
     """
 
     def __init__(
@@ -67,10 +68,16 @@ class Collector:
         algorithm: Algorithm,
         processes: Processes,
         accelerator: Accelerator,
+        *,
+        is_ahead: bool = False,
     ) -> None:
         self.agent, self.envs, self.algorithm = agent, envs, algorithm
         self.processes, self.accelerator = processes, accelerator
-        self.shown = 0
+        self.shown, self.shown_ahead = 0, 0
+        self._group: Any = None  # the update has collectives in the main thread, at the same time
+        if is_ahead and accelerator.num_processes > 1:
+            given = accelerator.init_handler
+            self._group = distributed.new_group(backend="gloo", timeout=given and given.timeout)
         self._reset_with: dict[str, Any] = {}  # the arguments of the next reset
         self._seen: dict[str, Any] | None = None  # the environments' state of their samples, as of `shown`
         self._ahead: Collected | Exception | None = None  # the next step's batch, once it is collected
@@ -92,7 +99,7 @@ class Collector:
             TrainingError: Another rank failed.
             EngineError: The engine failed.
         """
-        ahead, self._ahead = self._ahead, None
+        ahead, self._ahead, self.shown_ahead = self._ahead, None, 0
         if ahead is None:
             return self._collect(clock)
         clock |= {"rollout": 0.0, "score": 0.0}
@@ -118,6 +125,7 @@ class Collector:
         if isinstance(self._ahead, Exception):  # a checkpoint must not count this batch
             self.shown, self._seen = shown, seen
             self.agent.set_rng_state(random)
+        self.shown_ahead = self.shown - shown
 
     def snapshot(self) -> dict[str, Any]:
         """What is known of samples now, and the batch that was collected ahead. Nothing is copied."""
@@ -130,14 +138,21 @@ class Collector:
         ahead = {"ahead": snapshot["ahead"].state_dict()} if "ahead" in snapshot else {}
         return snapshot | ahead
 
-    def load_state_dict(self, shown: int, state: Mapping[str, Any]) -> None:
-        """Restores what `shown` was and what `state_dict` returned."""
-        self.shown, self._seen = shown, state.get("seen")
+    def load_state_dict(self, shown: int, shown_ahead: int, state: Mapping[str, Any]) -> None:
+        """Restores what `shown` and `shown_ahead` were and what `state_dict` returned."""
+        self.shown, self.shown_ahead, self._seen = shown, shown_ahead, state.get("seen")
         self._ahead = Collected.from_state(state["ahead"]) if "ahead" in state else None
+        if self._ahead is None:
+            self._show_again()
 
     def forget_samples(self) -> None:
         """Drops what is known of samples by their index, for a data set that has changed since the checkpoint."""
         self._seen, self._ahead = None, None
+        self._show_again()
+
+    def _show_again(self) -> None:
+        """Lets the samples of a batch that was collected ahead, and is dropped, be shown again."""
+        self.shown, self.shown_ahead = self.shown - self.shown_ahead, 0
 
     def _collect(self, clock: dict[str, float]) -> Collected:
         """Collects a batch, in several rounds with dynamic sampling, and the share of groups with equal rewards."""
@@ -158,21 +173,23 @@ class Collector:
         """True if any rank has too few informative groups to fill a batch."""
         size = self.algorithm.config.group_size
         found = sum(rollouts.informative_groups(size).sum() for rollouts in rounds)
-        lacks = torch.tensor([float(found < len(rounds[0].rewards) // size)], device=self.agent.device)
-        return bool(cast(Tensor, self.accelerator.reduce(lacks)).item() > 0)
+        return on_any_rank(bool(found < len(rounds[0].rewards) // size), self.accelerator, self._group)
 
     def _round(self, clock: dict[str, float]) -> Rollouts:
         """Generates and scores completions of the next batch of samples."""
         how, self._reset_with = self._reset_with, {}
-        with shared_failure(self.accelerator):
+        with self._shared_failure():
             observations, infos = self.envs.reset(**how)
         self.shown += 1
-        with self._weights_for_rollout(), shared_failure(self.accelerator), self.agent.generating(1):
+        with self._weights_for_rollout(), self._shared_failure(), self.agent.generating(1):
             with timed(clock, "rollout"), self.processes.autocast():
                 observations, rollout = self._answered(observations, infos)
             with timed(clock, "score"):
                 _, rewards, _, _, infos = self.envs.step(rollout.texts)
             return Rollouts.scored(observations, rollout, rewards, infos)
+
+    def _shared_failure(self) -> AbstractContextManager[None]:
+        return shared_failure(self.accelerator, self._group)
 
     def _answered(self, observations: Any, infos: dict[str, Any]) -> tuple[Any, Rollout]:
         """Generates completions. A sample that the agent cannot take is replaced by the next, or refused."""

@@ -69,11 +69,15 @@ class TrainerConfig:
     beyond the cap are truncated, or set to 0 (mask)."""
     correction_cap: float = 2.0
     """Largest importance weight. A mask leaves out weights below its inverse too."""
+    shard_within: int | None = None
+    """Neighbouring ranks that hold a copy of the model between them with FSDP2, such as those of a machine. None: all
+    ranks."""
     max_staleness: int = 0
     """Maximum staleness in steps, 0 or 1. With 1, a server generates the next step's completions during the update."""
 
     def __post_init__(self) -> None:
         sizes = {"micro_batch_size": self.micro_batch_size, "micro_batch_tokens": self.micro_batch_tokens}
+        sizes["shard_within"] = self.shard_within
         require_at_least(1, steps=self.steps, **sizes)
         require_at_least(0, warmup_steps=self.warmup_steps, max_skipped=self.max_skipped)
         require_weight("weight_decay", self.weight_decay)
@@ -96,12 +100,6 @@ class TrainerConfig:
         left = 1 - (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         shapes = {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}
         return shapes[self.lr_schedule]
-
-
-def check_staleness(config: TrainerConfig, accelerator: Accelerator) -> None:
-    """Raises ConfigError if several ranks are to train with `max_staleness` 1."""
-    if config.max_staleness and accelerator.num_processes > 1:
-        raise ConfigError(f"max_staleness 1 works with one rank, not with {accelerator.num_processes}")
 
 
 @dataclass(slots=True)
@@ -130,8 +128,8 @@ class Trainer:
         step: Number of finished steps.
 
     Raises:
-        ConfigError: The environments have another group size than the algorithm, `vision_lr` is given for a frozen
-            vision tower, or `max_staleness` is 1 with several ranks.
+        ConfigError: The environments have another group size than the algorithm, or `vision_lr` is given for a frozen
+            vision tower.
     """
 
     def __init__(
@@ -148,7 +146,6 @@ class Trainer:
                 f"the environments have group_size={group_size}, "
                 f"but {algorithm.name} has group_size={algorithm.config.group_size}"
             )
-        check_staleness(config, accelerator)
         self.agent, self.envs, self.algorithm = agent, envs, algorithm
         self.config, self.accelerator = config, accelerator
         self.step = 0
@@ -159,9 +156,11 @@ class Trainer:
         self.replay = Replay(algorithm.replay, group_size) if algorithm.replay else None
         self.is_between_steps = True
         """False during an update: then the weights belong to no finished step."""
-        self.processes = processes_of(accelerator)
+        self.processes = processes_of(accelerator, config.shard_within)
         self.processes.configure(agent)
-        self.collector = Collector(agent, envs, algorithm, self.processes, accelerator)
+        self.collector = Collector(
+            agent, envs, algorithm, self.processes, accelerator, is_ahead=config.max_staleness > 0
+        )
         self.reference = agent.reference() if algorithm.wants_reference else None
         self.optimizer = self.processes.prepare(agent, self.reference, self._new_optimizer)
         self.scheduler = LambdaLR(self.optimizer, config.lr_factor)
@@ -260,7 +259,8 @@ class Trainer:
 
     def _remember(self) -> None:
         """Stores the state that a checkpoint of this moment needs."""
-        self._finished = {"step": self.step, "shown": self.collector.shown, "skipped": self._skipped}
+        shown = {"shown": self.collector.shown, "shown_ahead": self.collector.shown_ahead}
+        self._finished = {"step": self.step, "skipped": self._skipped} | shown
         self._own: dict[str, Any] = {"agent": self.agent.rng_state(), "torch": torch.get_rng_state()}
         if self.agent.device.type == "cuda":
             self._own["cuda"] = torch.cuda.get_rng_state()
@@ -273,9 +273,10 @@ class Trainer:
         return self._finished | self.processes.shared_state() | self._kind
 
     @property
-    def _kind(self) -> dict[str, str]:
-        """What a checkpoint must have been saved with."""
-        return {"processes": self.processes.name, "optimizer_name": self.config.optimizer}
+    def _kind(self) -> dict[str, Any]:
+        """What a checkpoint was saved with."""
+        processes = self.processes
+        return {"processes": processes.name, "shards": processes.shards, "optimizer_name": self.config.optimizer}
 
     def process_state(self) -> dict[str, Any]:
         """State of this rank after the last finished step.
@@ -310,7 +311,7 @@ class Trainer:
         if own is not None:
             self._restore_random(own)
         kept = own if own is not None and same_ranks else {}
-        self.collector.load_state_dict(state["shown"], kept)
+        self.collector.load_state_dict(state["shown"], state.get("shown_ahead", 0), kept)
         if self.replay is not None and "replay" in kept:  # replay may have been switched on since the checkpoint
             self.replay.load_state_dict(kept["replay"])
         self._is_synced = False

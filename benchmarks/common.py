@@ -59,6 +59,8 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 """What differs from the built-in model's configuration, by parameters."""
+QWEN35 = "10M, Qwen3.5"
+"""A Qwen3.5 of the same width: six blocks with states, two with attention."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +97,31 @@ class Case:
 
 
 def new_model(size: str) -> PreTrainedModel:
-    """A Qwen3-VL with random weights, the same whenever it is made."""
+    """A Qwen3-VL or Qwen3.5 with random weights, the same whenever it is made."""
     config = AutoConfig.from_pretrained(find_model("builtin"))
-    for part, changes in SIZES[size].items():
+    if size == QWEN35:
+        config = _qwen35(config)
+    for part, changes in SIZES["10M" if size == QWEN35 else size].items():
         for name, value in changes.items():
             setattr(getattr(config, part), name, value)
     return model_from(config)
+
+
+def _qwen35(builtin: Any) -> Any:
+    """A configuration of Qwen3.5 with the built-in model's tokens and patches."""
+    config = AutoConfig.for_model("qwen3_5")
+    text, vision = config.text_config, config.vision_config
+    text.vocab_size, text.eos_token_id = builtin.text_config.vocab_size, builtin.text_config.eos_token_id
+    text.head_dim, text.max_position_embeddings = 32, builtin.text_config.max_position_embeddings
+    text.layer_types = (["linear_attention"] * 3 + ["full_attention"]) * 2
+    text.linear_key_head_dim = text.linear_value_head_dim = 32
+    text.linear_num_key_heads, text.linear_num_value_heads = 4, 8
+    text.rope_parameters |= {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.25}
+    for name in ("patch_size", "num_heads", "num_position_embeddings"):
+        setattr(vision, name, getattr(builtin.vision_config, name))
+    for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
+        setattr(config, name, getattr(builtin, name))
+    return config
 
 
 def model_from(config: Any, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:

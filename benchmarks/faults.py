@@ -10,29 +10,37 @@ with status 1 if anything else happens.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import itertools
 import json
 import os
 import platform
 import random
+import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
+import psutil
 import torch
 import tyro
 from PIL import Image
 from safetensors.torch import load_file
 
+from vlmenv.agents.engines.fingerprints import fingerprint
+from vlmenv.agents.vlm import find_model
 from vlmenv.cli import main as vlmenv
 from vlmenv.core.errors import ModelError
 from vlmenv.runs.checkpoints import find_checkpoint
@@ -91,11 +99,15 @@ class Laboratory:
         self.lines = [json.dumps(_row(i)) for i in range(ROWS)]
         self.paint()
         self.data.write_text("\n".join(self.lines) + "\n")
-        started = time.monotonic()
-        self.whole = folder / "whole"
-        self.begin(self.whole).communicate()
+        self.seconds, self._number = 0.0, 0
+
+    @functools.cached_property
+    def whole(self) -> Path:
+        """The undisturbed run, which is made when it is first asked for."""
+        run, started = self.folder / "whole", time.monotonic()
+        self.begin(run).communicate()
         self.seconds = time.monotonic() - started
-        self._number = 0
+        return run
 
     def paint(self, colour: str | None = None) -> None:
         """Writes the rows' images. Default: each of its own shade."""
@@ -170,6 +182,7 @@ def killed(lab: Laboratory) -> Iterator[Line]:
     """SIGKILL at random moments, a quarter of them in the writing of a checkpoint."""
     anywhere = Line("SIGKILL at a random moment", BIT_FOR_BIT)
     saving = Line("SIGKILL in the writing of a checkpoint", BIT_FOR_BIT)
+    assert lab.whole.exists()  # which tells how long a run takes
     for number in range(lab.args.kills):
         run = lab.new()
         process = lab.begin(run)
@@ -442,9 +455,7 @@ def ranked(lab: Laboratory) -> Iterator[Line]:
         "ranks 2 → 1 → 2, two steps each", "goes on, with a warning that it is not bit for bit; all steps are there"
     )
     run = lab.new()
-    settings = Path(__file__).resolve().parents[1] / "examples" / "accelerate" / "ddp.yaml"
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(settings), "--main_process_port", "0"]
-    two = [sys.executable, *launcher, "--num_processes", "2"]
+    two = _two_ranks()
     printed = [_run([*two, "-m", "vlmenv", *lab.command(run), "--steps", "2"])]
     printed.append(lab.resume(run, "--steps", "4"))
     printed.append(_run([*two, "-m", "vlmenv", "train", "--resume", str(run), "--steps", "6"]))
@@ -480,6 +491,310 @@ def repainted(lab: Laboratory) -> Iterator[Line]:
     printed += lab.resume(run)
     line.count(named and lab.is_whole(run), printed)
     yield line
+
+
+def scored(lab: Laboratory) -> Iterator[Line]:
+    """Scoring workers that others end, as the system does when memory is short."""
+    line = Line("scoring workers killed while they score", "no right answer is wrong; what has no verdict is counted")
+    answers, data, out = (lab.folder / name for name in ("answers.jsonl", "math.jsonl", "scores.jsonl"))
+    rows = [{"image": "0.png", "problem": "?", "answer": f"\\frac{{{i}}}{{7}}"} for i in range(1, 400)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = [f"<think>x</think> <answer>\\frac{{{2 * i}}}{{14}}</answer>" for i in range(1, 400)]
+    answers.write_text("".join(json.dumps({"completion": text}) + "\n" for text in told))
+    command = ["score", str(answers), "--dataset", str(data), "--env", "VLM-Math-v0", "--output", str(out)]
+    process = _started(command)
+    while process.poll() is None:
+        for child in _children(process.pid):
+            child.kill()
+        time.sleep(lab.random.uniform(0.5, 3))
+    printed = process.communicate()[0]
+    verdicts = (
+        [json.loads(row)["rewards"].get("accuracy") for row in out.read_text().splitlines()] if out.exists() else []
+    )
+    lost = verdicts.count(None)
+    right = len(verdicts) == len(rows) and set(verdicts) <= {1.0, None} and (not lost or str(lost) in printed)
+    line.count(right, f"status {process.returncode}: {printed}")
+    yield line
+
+
+def launched(lab: Laboratory) -> Iterator[Line]:
+    """Several ranks that are told to end, or lose their launcher."""
+    ways = {
+        "SIGTERM to all ranks and their launcher at once": lambda process, ranks: [
+            one.terminate() for one in [*ranks, process]
+        ],
+        "the launcher of two ranks killed": lambda process, ranks: process.kill(),
+    }
+    for what, do in ways.items():
+        line = Line(what, "the last step is saved, all processes end, and one rank goes on")
+        run = lab.new()
+        process = subprocess.Popen(
+            [*_two_ranks(), "-m", "vlmenv", *lab.command(run), "--steps", "400"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        lab.await_first_step(process, run)
+        ranks = _children(process.pid)
+        do(process, ranks)
+        printed = process.communicate()[0]
+        _, living = psutil.wait_procs(ranks, timeout=120)
+        last = len(_metrics(run))
+        saved = [RunFolder.step_of(folder) for folder in RunFolder(run).checkpoints()]
+        printed += lab.resume(run, "--steps", str(last + 1))
+        line.count(not living and saved[-1:] == [last] and len(_metrics(run)) == last + 1, printed)
+        yield line
+
+
+def decoded(lab: Laboratory) -> Iterator[Line]:
+    """Images that are none, are too much, or are elsewhere."""
+    folder = lab.new()
+    folder.mkdir()
+    Image.init()
+    line = Line(
+        "an image in each format that Pillow writes, each in turn", "usual ones are read, all others refused by name"
+    )
+    for name in sorted(Image.SAVE):
+        with contextlib.suppress(Exception):
+            Image.new("RGB", (64, 64)).save(folder / f"image-{name}", name)
+            status, told = _checked(folder, f"image-{name}")
+            line.count(status == int(name not in _READ) and (not status or f"image-{name}" in told), f"{name}: {told}")
+    yield line
+    line = Line("a PNG of 400 million pixels in 50 kB", "is refused by name, or read in less than 1 GB")
+    _write_bomb(folder / "bomb.png", 20_000)
+    status, told = _checked(folder, "bomb.png")
+    most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
+    line.count(("bomb.png" in told if status else True) and most < 1, f"{most:.1f} GB: {told}")
+    yield line
+    line = Line(
+        "a FIFO, a device, a folder, a link to itself, a cut file as an image", "is refused by name; does not hang"
+    )
+    os.mkfifo(folder / "pipe.png")
+    (folder / "folder.png").mkdir()
+    (folder / "loop.png").symlink_to("loop.png")
+    (folder / "cut.png").write_bytes((lab.folder / "0.png").read_bytes()[:60])
+    for name in ("pipe.png", "/dev/zero", "folder.png", "loop.png", "cut.png"):
+        status, told = _checked(folder, name)
+        line.count(status == 1 and name in told, told)
+    yield line
+    line = Line("a path that leaves the image root, with --confine-images", "is refused by name")
+    (folder / "link.png").symlink_to(lab.folder / "0.png")
+    for name in ("../0.png", str(lab.folder / "0.png"), "link.png"):
+        status, told = _checked(folder, name, "--confine-images")
+        line.count(status == 1 and "lies outside" in told, told)
+    yield line
+
+
+def misread(lab: Laboratory) -> Iterator[Line]:
+    """Files of data and options that are not as they should be."""
+    row = json.dumps(_row(3))
+    contents = {
+        "nested too deeply": row[:-1] + ', "x": ' + "[" * 100_000 + "]" * 100_000 + "}",
+        "with a key twice": row[:-1] + ', "id": 7}',
+        "with a number of 5,000 digits": row[:-1] + ', "x": ' + "9" * 5000 + "}",
+        "with NaN in a box": row.replace("[1, 2", "[NaN, 2"),
+        "with infinity in a box": row.replace("[1, 2", "[1e999, 2"),
+        "cut in half": row[: len(row) // 2],
+        "of NULs": "\0" * 100,
+        "in UTF-16": row.encode("utf-16"),
+        "in Latin-1": row.encode().replace(b"Where", b"Wh\xe8re"),
+    }
+    line = Line(f"a row {', '.join(contents)}", "is refused with file and line; --skip-broken goes on without it")
+    file = lab.folder / "misread.jsonl"
+    for what, content in contents.items():
+        last = content if isinstance(content, bytes) else content.encode()
+        file.write_bytes("\n".join(lab.lines).encode() + b"\n" + last + b"\n")
+        status, told = _said("train", "--dataset", str(file), "--dry-run", "--device", "cpu")
+        skipped, after = _said("train", "--dataset", str(file), "--dry-run", "--device", "cpu", "--skip-broken")
+        named = f"misread.jsonl:{ROWS + 1}" in told
+        line.count(status == 1 and named and skipped == 0, f"{what}: {told} {after}")
+    yield line
+    line = Line(
+        "a row whose prompt is too long for the model", "is refused before step 1; goes on with --max-prompt-tokens"
+    )
+    long = _row(3)
+    long["conversations"] = [{"from": "human", "value": "word " * 5000}, {"from": "gpt", "value": "[1, 2, 3, 4]"}]
+    file.write_text("\n".join([*lab.lines, json.dumps(long)]) + "\n")
+    options = [*lab.command(lab.new()), "--dataset", str(file), "--steps", "1"]
+    status, told = _said(*options)
+    skipped, after = _said(*options, "--max-prompt-tokens", "300")
+    line.count(status == 1 and f"misread.jsonl:{ROWS + 1}" in told and skipped == 0 and "1 of" in after, told + after)
+    yield line
+
+
+def untrainable(lab: Laboratory) -> Iterator[Line]:
+    """Models that cannot be trained as they are."""
+    line = Line("weights quantised by bitsandbytes, AWQ, GPTQ, FP8, mxfp4", "are refused by name; nothing is loaded")
+    for kind in ("bitsandbytes", "awq", "gptq", "fp8", "mxfp4"):
+        folder = _model_with(lab, quantization_config={"quant_method": kind})
+        (folder / "model.safetensors").unlink()
+        status, told = _said(*lab.command(lab.new()), "--model", str(folder), "--steps", "1")
+        line.count(status == 1 and kind in told.lower() and "quantised" in told, told)
+    yield line
+    line = Line("flash_attention_2 in config.json", "is replaced with a line, and training goes on")
+    folder = _model_with(lab, _attn_implementation="flash_attention_2", attn_implementation="flash_attention_2")
+    status, told = _said(*lab.command(lab.new()), "--model", str(folder), "--steps", "1")
+    line.count(status == 0 and "flash_attention_2" in told, told)
+    yield line
+
+
+def surrounded(lab: Laboratory) -> Iterator[Line]:
+    """Processes that lack what others have."""
+    ways = {
+        "standard input closed": "exec 0<&-",
+        "standard output closed": "exec 1>&-",
+        "all standard streams closed": "exec 0<&- 1>&- 2>&-",
+        "no home folder": "unset HOME",
+        "a home folder that cannot be written": "export HOME=/proc",
+        "a TMPDIR that does not exist": "export TMPDIR=/nonexistent",
+        "the locale C, without UTF-8": "export LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 PYTHONIOENCODING=ascii",
+        "64 open files": "ulimit -n 64",
+        "another time zone": "export TZ=Pacific/Kiritimati",
+    }
+    line = Line(f"a run with {', '.join(ways)}", "goes to its end, and is bit for bit the undisturbed one")
+    for what, way in ways.items():
+        run = lab.new()
+        process = lab.begin(run, before=("bash", "-c", f'{way}; exec "$@"', "bash"))
+        printed = process.communicate()[0]
+        line.count(process.returncode == 0 and lab.is_whole(run), f"{what}: status {process.returncode}: {printed}")
+    yield line
+    line = Line("a run whose files may have 1 MB", f"status 1, tells so; without the limit it {BIT_FOR_BIT}")
+    run = lab.new()
+    process = lab.begin(run, before=("bash", "-c", 'ulimit -f 1000; exec "$@"', "bash"))
+    printed = process.communicate()[0]
+    told = process.returncode == 1 and "File too large" in printed
+    printed += lab.go_on(run)
+    line.count(told and lab.is_whole(run), f"status {process.returncode}: {printed}")
+    yield line
+
+
+def disguised(lab: Laboratory) -> Iterator[Line]:
+    """Text that would change a terminal, and passwords."""
+    line = Line("markup, escape sequences and control characters in names and data", "change nothing on the terminal")
+    folder = lab.folder / "a [b]\x1b[31m\r :smile: \u202e[red]"
+    folder.mkdir()
+    Image.new("RGB", (48, 48)).save(folder / "a.png")
+    texts = ("[/b]", "\x1b[31m", "\x1b]0;x\x07", "a\rb", "[link=x]", ":smile:", "\u202ex", "$\\frac{1$")
+    rows = [{"id": t, "image": "a.png", "problem": f"Which {t}?", "answer": t, "subject": t} for t in texts]
+    file = folder / "rows [red].jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ["--env", "VLM-VQA-v0", "--dataset", str(file), "--device", "cpu", "--max-new-tokens", "4"]
+    run = folder / "run"
+    commands = (
+        ["train", *data, "--steps", "1", "--prompts-per-step", "1", "--group-size", "2", "--output", str(run)],
+        ["eval", *data, "--model", str(run)],
+        ["sample", *data, "--n", "2", "--output", str(folder / "sampled")],
+        ["data", "check", str(file), "--env", "VLM-VQA-v0"],
+        ["export", str(run), str(folder / "exported")],
+    )
+    for command in commands:
+        status, told = _said(*command)
+        line.count(status == 0 and all(one.isprintable() for one in told), told)
+    yield line
+    line = Line("a password in --judge-url", "is in no output and in no file")
+    judge = ["--judge-url", "http://me:geheim@127.0.0.1:9/v1", "--judge-model", "x", "--rewards", "judge", "1"]
+    run = folder / "judged"
+    _, told = _said(*[part for part in commands[0] if part != str(run)], *judge, "--output", str(run))
+    kept = b"".join(one.read_bytes() for one in run.rglob("*") if one.is_file())
+    line.count("geheim" not in told and b"geheim" not in kept and "judge" in told, told)
+    yield line
+
+
+def flipped(lab: Laboratory) -> Iterator[Line]:
+    """Checksums of weights."""
+    line = Line("one bit flipped in each of 32 numbers, in 5,000 vectors", "the checksum is another")
+    draw = torch.Generator().manual_seed(lab.args.seed)
+    for number in range(5_000):
+        bits = torch.randint(-(2**31), 2**31, (32,), generator=draw).int()
+        other = bits ^ (1 << number % 31)
+        line.count(fingerprint([bits]) != fingerprint([other]), f"bit {number % 31} of {bits.tolist()}")
+    yield line
+
+
+def served(lab: Laboratory) -> Iterator[Line]:
+    """Strangers at a server, by the tests that attack a real one."""
+    line = Line(
+        "a stranger, a web page and a trainer beyond its rights at `vlmenv serve`", "get nothing and change nothing"
+    )
+    if find_spec("vllm") is None:
+        yield _left_out(line, "needs vLLM")
+        return
+    tests = Path(__file__).resolve().parents[1] / "tests" / "agents" / "test_vllm_servers.py"
+    chosen = ["-k", "stranger or beyond or fetched or command_line or another_token", "-m", "vllm"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-n", "0", "-q", *chosen, str(tests)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    line.count(done.returncode == 0, done.stdout)
+    yield line
+
+
+_READ: Final = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+"""Formats of images that are read."""
+
+
+def _said(*args: str) -> tuple[int, str]:
+    """The exit status of a command in this process, and what it prints."""
+    printed, status = io.StringIO(), 0
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        try:
+            vlmenv(list(args))
+        except SystemExit as end:
+            status = int(end.code or 0)
+    return status, " ".join(printed.getvalue().split(None))
+
+
+def _started(command: list[str]) -> subprocess.Popen[str]:
+    full = [sys.executable, "-m", "vlmenv", *command]
+    return subprocess.Popen(full, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def _children(process: int) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(process).children(recursive=True)
+    return []
+
+
+def _checked(folder: Path, image: str, *options: str) -> tuple[int, str]:
+    """What `vlmenv data check` says of an image, in a process of its own."""
+    file = folder / "checked.jsonl"
+    file.write_text(json.dumps(_row(0) | {"image": image}) + "\n")
+    process = _started(["data", "check", str(file), "--decode", *options])
+    try:
+        printed, _ = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return -1, "hangs"
+    return process.returncode, " ".join(printed.split())
+
+
+def _write_bomb(file: Path, side: int) -> None:
+    """Writes a black PNG of one bit a pixel."""
+
+    def part(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    packer = zlib.compressobj(9)
+    rows = b"".join(packer.compress(bytes(1 + side // 8)) for _ in range(side)) + packer.flush()
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + part(b"IHDR", header) + part(b"IDAT", rows) + part(b"IEND", b""))
+
+
+def _model_with(lab: Laboratory, **changes: object) -> Path:
+    """A copy of the built-in model with other keys in its config.json."""
+    folder = Path(shutil.copytree(find_model("builtin"), lab.new()))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+def _two_ranks() -> list[str]:
+    settings = Path(__file__).resolve().parents[1] / "examples" / "accelerate" / "ddp.yaml"
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(settings), "--main_process_port", "0"]
+    return [sys.executable, *launcher, "--num_processes", "2"]
 
 
 def _run(command: list[str]) -> str:
@@ -571,6 +886,15 @@ KINDS: Final[dict[str, Callable[[Laboratory], Iterator[Line]]]] = {
     "repainted": repainted,
     "signalled": signalled,
     "killed": killed,
+    "launched": launched,
+    "scored": scored,
+    "decoded": decoded,
+    "misread": misread,
+    "untrainable": untrainable,
+    "surrounded": surrounded,
+    "disguised": disguised,
+    "flipped": flipped,
+    "served": served,
 }
 """By the names that `--only` takes."""
 

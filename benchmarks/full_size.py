@@ -30,6 +30,7 @@ from transformers import AutoModelForImageTextToText
 
 from vlmenv.agents.families import weightless_family
 from vlmenv.agents.saving import published_weights
+from vlmenv.agents.weights import tied_names
 from vlmenv.algos import Trainer, find_algorithm
 from vlmenv.building import adapt, limits_of, load_for_training, task_arguments
 from vlmenv.doctor.forecast import predict
@@ -47,7 +48,7 @@ def write_weights(folder: Path) -> None:
     family = weightless_family(folder)
     shapes = {name: one.shape for name, one in published_weights(family, family.model.state_dict()).items()}
     random, index, part, count = torch.Generator().manual_seed(0), {}, {}, 0
-    tied = set(getattr(family.model, "all_tied_weights_keys", {}))
+    tied = tied_names(family.model)
     for name, shape in shapes.items():
         if name in tied:
             continue

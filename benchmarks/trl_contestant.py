@@ -52,7 +52,7 @@ def without_videos(published: type[ProcessorMixin], family: Family) -> Processor
     return ForImages(parts.image_processor, parts.tokenizer, chat_template=parts.chat_template)
 
 
-PROCESSORS = {"qwen3_vl": Qwen3VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor}
+PROCESSORS = {"qwen3_vl": Qwen3VLProcessor, "qwen3_5": Qwen3VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor}
 
 
 class TRL:

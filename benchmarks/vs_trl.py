@@ -20,6 +20,7 @@ import tyro
 from accelerate import Accelerator
 from common import (
     LETTERS,
+    QWEN35,
     Case,
     Contestant,
     Ours,
@@ -55,6 +56,7 @@ GRID = (
     Case("10M", 34, 8, 4, 24),
     *(Case("10M", 300, size, 4, 24) for size in (4, 8, 16)),
     Case("10M", 1200, 8, 1, 24),
+    Case(QWEN35, 300, 8, 4, 24),
 )
 KINDEST = (Case("1.6M", 34, 8, 16, 24), Case("1.6M", 300, 8, 2, 24))
 """Where TRL is measured as on GPUs too."""
@@ -206,7 +208,8 @@ def head(args: Args) -> list[str]:
         f"{3 * args.rounds} at 1.6M up to 100 tokens; the trainers take turns in one process. The machine is shared: "
         "compare within a row.",
         "",
-        "Qwen3-VL with random weights, the built-in model's tokenizer; every prompt has an image of noise (a quarter "
+        "Qwen3-VL, and Qwen3.5 where it is named, with random weights, the built-in model's tokenizer; "
+        "every prompt has an image of noise (a quarter "
         "to a half of its tokens) and filler words, all prompts of a step are equally long (so TRL has no padding to "
         "compute), and end tokens are banned on both sides, so that all completions have the same length. AdamW, one "
         "iteration, no KL penalty. TRL runs with the fastest settings that it has for this: no gradient checkpointing "

@@ -41,20 +41,23 @@ def shared(path: str) -> Path:
     return found
 
 
-def start(kind: str, *args: str, cwd: Path | None = None) -> subprocess.Popen[str]:
-    """Starts two processes of a script or module by `accelerate launch` with a configuration of the examples."""
+def start(kind: str, *args: str, cwd: Path | None = None, processes: int = 2) -> subprocess.Popen[str]:
+    """Starts processes of a script or module by `accelerate launch` with a configuration of the examples."""
     if kind.startswith("deepspeed"):
         pytest.importorskip("deepspeed")
     config = ["--config_file", str(ROOT / "examples" / "accelerate" / f"{kind}.yaml"), "--main_process_port", "0"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *config, "--num_processes", "2", *args]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "20"}
+    command = [sys.executable, "-m", "accelerate.commands.launch", *config, "--num_processes", str(processes), *args]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120",
+    }  # a busy machine saves slowly
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=cwd, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
-def launch(kind: str, *args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def launch(kind: str, *args: str, cwd: Path | None = None, processes: int = 2) -> subprocess.CompletedProcess[str]:
     """What becomes of them; they are ended where they hang."""
-    with start(kind, *args, cwd=cwd) as process:
+    with start(kind, *args, cwd=cwd, processes=processes) as process:
         try:
             out, err = process.communicate(timeout=300)
         finally:

@@ -18,9 +18,9 @@ import transformers
 from accelerate import PartialState
 
 import vlmenv
-from vlmenv import building
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.algos import RLOO, RLOOConfig
+from vlmenv.core.console import open_console
 from vlmenv.core.errors import ConfigError
 from vlmenv.options.evaluate import EvalConfig
 from vlmenv.options.fields import replaced
@@ -127,7 +127,7 @@ def test_a_notebook_without_widgets_gets_plain_lines(
     monkeypatch.setenv("TERM", "xterm-color")  # an ipykernel's
     vlmenv.train(output=tmp_path / "run", group_size=2, eval_limit=0, **SMALL)
     told = capsys.readouterr().out
-    assert not building.open_console(quiet=True).is_terminal
+    assert not open_console(quiet=True).is_terminal
     assert "\x1b" not in told
     lines = told.splitlines()
     assert sum("install ipywidgets" in line for line in lines) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,7 @@ HEAVY = ("torch", "transformers", "accelerate", "datasets", "matplotlib")
 def test_commands_that_need_no_model_load_none(arguments: list[str]) -> None:
     code = f"""
 import sys
+from pathlib import Path
 from vlmenv.cli import main
 try:
     main({arguments!r})
@@ -43,3 +45,17 @@ def test_the_version_is_the_packages() -> None:
 
     done = subprocess.run([sys.executable, "-m", "vlmenv", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"vlmenv {vlmenv.__version__}\n"
+
+
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+def test_a_stream_that_was_closed_at_the_start_ends_nothing(closed: str, tmp_path: Path) -> None:
+    """Nor is what goes there written into a file that has been opened since."""
+    code = (
+        "import sys; from vlmenv.cli import main\n"
+        "with open('kept', 'w') as stream: main(['recipes']); stream.write('whole')\n"
+    )
+    command = f'exec "{sys.executable}" -c "$0" {closed}'
+    done = subprocess.run(["bash", "-c", command, code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "kept").read_text() == "whole"
+    assert "Traceback" not in done.stderr

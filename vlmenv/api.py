@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import PartialState
-from accelerate.state import AcceleratorState
 
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.algos import Algorithm
 from vlmenv.commands import evaluate as evaluation_command
 from vlmenv.commands import train as training_command
 from vlmenv.commands.train import Parts
+from vlmenv.compat import accelerate
 from vlmenv.core.errors import ConfigError
 from vlmenv.core.loading import import_modules
 from vlmenv.envs.metrics.intervals import Interval
@@ -168,7 +167,7 @@ def _changed(config: TrainConfig[Any], values: dict[str, Any]) -> tuple[str, ...
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
     """Leaves nothing behind in the process: random states, accelerate's state, search path, hooks, progress bars."""
-    shared = bool(PartialState._shared_state)  # a caller's own accelerator, which stays
+    shared = accelerate.is_in_use()  # a caller's own accelerator, which stays
     path, bars = list(sys.path), transformers.utils.logging.is_progress_bar_enabled()
     try:
         with torch.random.fork_rng(range(torch.cuda.device_count()), device_type="cuda"):
@@ -178,4 +177,4 @@ def _alone() -> Iterator[None]:
         if bars:
             transformers.utils.logging.enable_progress_bar()
         if not shared:
-            AcceleratorState._reset_state(reset_partial_state=True)
+            accelerate.forget()

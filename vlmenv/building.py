@@ -26,10 +26,10 @@ from vlmenv.agents.quantization import Quantization
 from vlmenv.agents.remainders import REMAINDERS
 from vlmenv.agents.sampling import PassLimits
 from vlmenv.agents.vlm import VLMAgent
+from vlmenv.core.console import open_console, say
 from vlmenv.core.coordinates import CoordinateSpace
 from vlmenv.core.errors import ConfigError, unknown_name
 from vlmenv.core.loading import load_name
-from vlmenv.core.text import printable
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.options.task import Device, TaskConfig
 from vlmenv.options.train import AdaptationOptions, TrainConfig
@@ -99,24 +99,6 @@ def report_skipped(skipped: Mapping[int, str], total: int | None, console: Conso
 
 
 _TOLD = 5
-
-
-def open_console(quiet: bool) -> Console:
-    """The console of a command.
-
-    In a notebook it shows progress as a widget. Without ipywidgets, which that takes, it prints plain lines.
-    """
-    console = Console(emoji=False, quiet=quiet)
-    if not console.is_jupyter or importlib.util.find_spec("ipywidgets"):
-        return console
-    plain = Console(emoji=False, quiet=quiet, force_jupyter=False, force_terminal=False)
-    say("install ipywidgets to see a progress bar here; until then, lines tell the progress", plain)
-    return plain
-
-
-def say(message: str, console: Console) -> None:
-    """Prints a line that may hold text from data, which changes nothing on the terminal."""
-    console.print(printable(message), highlight=False, emoji=False, soft_wrap=True)
 
 
 def check_device(device: Device) -> None:
@@ -233,6 +215,7 @@ def load_agent(
     *,
     quantization: Quantization | None = None,
     quantize_vision: bool = False,
+    empty: bool = False,
 ) -> VLMAgent:
     """Loads a configuration's model as an agent, without the loader's own progress bars.
 
@@ -243,6 +226,7 @@ def load_agent(
         engine_dtype: Data type of the copy in an engine. Default: `dtype`.
         quantization: Quantisation of the model. Default: none.
         quantize_vision: If true, quantises the vision tower too.
+        empty: See `VLMAgent.from_pretrained`.
 
     Raises:
         ConfigError: The chat template never reads one of `chat_template_kwargs`.
@@ -258,6 +242,7 @@ def load_agent(
         pixels=config.pixels,
         quantization=quantization,
         quantize_vision=quantize_vision,
+        empty=empty,
     )
     agent.limits = PassLimits(cache=config.generation.cache_tokens)
     if config.prompts.system_prompt is not None:
@@ -270,10 +255,16 @@ def load_agent(
     return agent
 
 
-def load_for_training(config: TrainConfig[Any], device: torch.device) -> VLMAgent:
+def load_for_training(config: TrainConfig[Any], device: torch.device, *, gets_shards: bool = False) -> VLMAgent:
     """Loads a model as `load_agent` does, in the data type in which most of its weights are held in training.
 
     Call `adapt` next, which holds the others in theirs.
+
+    Args:
+        config: The options.
+        device: Device of the model.
+        gets_shards: If true, the main rank can give this one its shards of the weights. Then it loads shapes alone,
+            unless adapters, quantisation or an engine of its own need the weights.
 
     Raises:
         ConfigError: As `load_agent`; or `quantize` is given without adapters.
@@ -283,6 +274,8 @@ def load_for_training(config: TrainConfig[Any], device: torch.device) -> VLMAgen
     adapted = options.lora_rank is not None or find_adapter(config.model) is not None
     if options.quantize is not None and not adapted:
         raise ConfigError("quantize is for the base of adapters: give lora_rank, or a folder of adapters as model")
+    needs = options.quantize is not None or find_adapter(config.model) is not None
+    empty = gets_shards and not needs and config.generation.engine in ("hf", "vllm-server")
     frozen = adapted and options.weights == "auto" and precision == "bf16" and _is_stored_in_bf16(config)
     return load_agent(
         config,
@@ -291,6 +284,7 @@ def load_for_training(config: TrainConfig[Any], device: torch.device) -> VLMAgen
         DTYPES[precision],
         quantization=options.quantize,
         quantize_vision=options.lora_vision,
+        empty=empty,
     )
 
 

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import gymnasium
@@ -47,6 +48,7 @@ COMMANDS: Final = {
 def main(args: Sequence[str] | None = None) -> None:
     """Runs a command. Wrong input ends the process with status 1 and one message."""
     args = list(sys.argv[1:] if args is None else args)
+    _open_closed_streams()
     debug = "--debug" in args
     try:
         _run([arg for arg in args if arg != "--debug"])
@@ -61,6 +63,13 @@ def main(args: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _open_closed_streams() -> None:
+    """Opens standard streams that were closed at the start, lest another file be opened under their number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def _run(args: list[str]) -> None:
@@ -114,11 +123,8 @@ def _told(error: BaseException) -> str | None:
 
 
 def _print_error(message: str) -> None:
-    from rich.console import Console  # here, as `--version` need not wait for it
-
-    from vlmenv.core.text import printable_lines
+    from vlmenv.core.console import open_console, styled  # here, as `--version` need not wait for rich
 
     where = f" in process {os.environ.get('RANK')}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-    Console(emoji=False, stderr=True).print(
-        f"[bold red]error{where}:[/] {printable_lines(message)}", soft_wrap=True, highlight=False, emoji=False
-    )
+    told = styled((f"error{where}:", "bold red"), f" {message}")
+    open_console(stderr=True).print(told, soft_wrap=True)

@@ -20,10 +20,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from vlmenv.agents.base import Agent
+from vlmenv.core.console import PlainConsole, PlainTable, open_console, say, styled
 from vlmenv.core.errors import DataError, PromptError, SampleError
 from vlmenv.core.files import read_object, read_objects, write_atomic
 from vlmenv.core.rollout import Observation, told_turns, unbatch
-from vlmenv.core.text import printable, visible
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.metrics.intervals import Interval, metric_interval, paired_interval, wilson_interval
 from vlmenv.envs.rewards.workers import LOSSES
@@ -101,13 +101,9 @@ def evaluate(
     starts = range(0, count, envs.num_groups)
     own = starts if processes is None else processes.share(starts)
     answers: list[dict[str, Any]] = []
-    held = nullcontext() if processes is None or not agent.generates_itself else processes.gathered()
-    stops = nullcontext() if processes is None else shared_failure(processes.accelerator)
-    precision = nullcontext() if processes is None else processes.autocast()
-    most = len(own) if processes is None else max(processes.collect([len(own)]))
     former = LOSSES.snapshot()
     total = sum(min(envs.num_groups, count - start) for start in own)
-    with held, stops, precision, agent.generating(most), progress(title, total, console) as advance:
+    with _generating(agent, len(own), processes), progress(title, total, console) as advance:
         for start in own:
             check()
             stop = min(start + envs.num_groups, count)
@@ -124,6 +120,19 @@ def evaluate(
     if unscored:
         metrics[UNSCORED] = wilson_interval(min(unscored, len(answers)), len(answers))
     return Evaluation(metrics, answers, skipped)
+
+
+@contextmanager
+def _generating(agent: Agent, batches: int, processes: Processes | None) -> Iterator[None]:
+    """Prepares an agent for this rank's batches. With several ranks, weights are gathered, and all fail together."""
+    if processes is None:
+        with agent.generating(batches):
+            yield
+        return
+    held = processes.gathered() if agent.generates_itself else nullcontext()
+    most = max(processes.collect([batches]))
+    with held, shared_failure(processes.accelerator), processes.autocast(), agent.generating(most):
+        yield
 
 
 UNSCORED = "unscored"
@@ -144,7 +153,7 @@ def progress(title: str, total: int, console: Console | None = None, done: int =
     Yields:
         A function that takes the number of samples answered since the last call.
     """
-    console = console or Console(emoji=False)
+    console = console or open_console()
     if not (console.is_terminal or console.is_jupyter):
         yield _Lines(title, total, console, done).advance
         return
@@ -170,7 +179,7 @@ class _Lines:
         self._told = now
         left = (now - self._began) * (self._total - self._done) / (self._done - self._first)
         line = f"{self._title}: {self._done} of {self._total} samples, about {timedelta(seconds=round(left))} left"
-        self._console.print(visible(line), highlight=False, markup=False, soft_wrap=True)
+        say(line, self._console)
 
 
 def skipped_samples(envs: VisualTaskVectorEnv, count: int, processes: Processes | None) -> dict[int, str]:
@@ -324,7 +333,7 @@ def metrics_table(
         width: Width of the console. A wider table has its intervals below their values. Default: any width.
     """
     table = _metrics_table(title, columns, changes, " ")
-    wide = Console(emoji=False, width=10_000)
+    wide = PlainConsole(width=10_000)
     fits = width is None or Measurement.get(wide, wide.options, table).maximum <= width
     return table if fits else _metrics_table(title, columns, changes, "\n")
 
@@ -340,12 +349,11 @@ def _metrics_table(
     )
     last = [] if changes is None else ["change"]
     whole = changes is not None  # else the columns' names may be long folders
-    values = [Column(printable(name), no_wrap=whole) for name in (*columns, *last)]
-    table = Table("metric", *values, title=printable(title), title_justify="left")
-    table.caption, table.caption_justify = printable(caption), "left"
+    values = [Column(styled(name), no_wrap=whole) for name in (*columns, *last)]
+    table = PlainTable("metric", *values, title=title, caption=caption)
     for name in dict.fromkeys(name for one in columns.values() for name in one.metrics):
         cells = [written(one.metrics[name], gap=gap) if name in one.metrics else "" for one in columns.values()]
-        table.add_row(printable(name), *cells, *[_change(name, columns, changes or {}, gap) for _ in last])
+        table.add_row(name, *cells, *[_change(name, columns, changes or {}, gap) for _ in last])
     return table
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.v1.sample.logits_processor import LogitsProcessor
-from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SecondLogitsProcessor
+
+from vlmenv.compat.vllm import logits_processors
 
 
-class BannedTokens(LogitsProcessor, SecondLogitsProcessor):  # type: ignore[misc]
+class BannedTokens(*logits_processors()):  # type: ignore[misc]
     """Sets the logits of the tokens in `additional_config["vlmenv_banned"]` to -inf, in every request.
 
     vLLM has two kinds of runners, and GPUs use the second. Each takes only processors of its own class.

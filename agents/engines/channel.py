@@ -11,7 +11,6 @@ import math
 import os
 import re
 import socket
-import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,13 +24,13 @@ from torch import Tensor, distributed
 
 from vlmenv.agents.engines.background import within
 from vlmenv.agents.engines.fingerprints import Fingerprint
+from vlmenv.compat.torch import gloo_group, nccl_group
 
 _c10d: Any = distributed  # hands on names that it does not declare to be its own
 BUCKET = 256 << 20
 """Bytes of weights per message, so that small weights share one."""
 _WORD = torch.int64
 _DIGEST = 32  # bytes of SHA-256
-_ENVIRONMENT = threading.Lock()
 _EARLY = 0.05
 """Seconds by which torch may give up before its limit, which it rounds to milliseconds."""
 _MAX_MESSAGE = 200  # characters of torch's error message
@@ -109,10 +108,10 @@ class Channel:
         # The group keeps the C++ half of the store alone; its methods are in the Python half.
         self._store = named = _SignedStore(_c10d.PrefixStore(meeting.name, store), self._key)
         if meeting.backend == "nccl":
-            self._group = _nccl_group(named, rank, meeting.size, limit)
+            self._group = nccl_group(named, rank, meeting.size, limit)
         else:
             own = meeting.address if rank == 0 else local_address(meeting.address)
-            self._group = _gloo_group(named, rank, meeting.size, limit, own)
+            self._group = gloo_group(named, rank, meeting.size, limit, own)
         self._prove(rank, meeting.size, deadline)  # NCCL connects at the first message
 
     def _prove(self, rank: int, size: int, deadline: float) -> None:
@@ -281,42 +280,6 @@ def local_address(host: str) -> str:
     with socket.socket(family, kind) as asked:
         asked.connect(place)
         return str(asked.getsockname()[0])
-
-
-def _gloo_group(store: Any, rank: int, size: int, limit: timedelta, address: str) -> Any:
-    """Makes a gloo group that listens only at `address`, instead of the address of this machine's name."""
-    gloo = _c10d.ProcessGroupGloo
-    options = gloo._Options()
-    options._timeout, options._devices = limit, [gloo.create_device(hostname=address)]
-    return gloo(store, rank, size, options)
-
-
-def _nccl_group(store: Any, rank: int, size: int, limit: timedelta) -> Any:
-    """Makes an NCCL group with blocking waits and without a watchdog.
-
-    By default torch's watchdog ends the process when another end dies or hangs (TORCH_NCCL_ASYNC_ERROR_HANDLING). Then
-    a dead server would end the trainer. With blocking waits, `Work.wait` finds errors and timeouts, aborts NCCL's
-    communicator and raises. Each group reads the variable when it is made. Its device is that of the first message.
-    """
-    nccl = _c10d.ProcessGroupNCCL
-    options = nccl.Options()
-    options._timeout = limit
-    with _variable("TORCH_NCCL_BLOCKING_WAIT", "1"):
-        return nccl(store, rank, size, options)
-
-
-@contextmanager
-def _variable(name: str, value: str) -> Iterator[None]:
-    """Sets an environment variable within the context, for one thread at a time."""
-    with _ENVIRONMENT:
-        former = os.environ.get(name)
-        os.environ[name] = value
-        try:
-            yield
-        finally:
-            del os.environ[name]
-            if former is not None:
-                os.environ[name] = former
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vlmenv.agents.engines.base import Request
 from vlmenv.agents.families import Family
+from vlmenv.agents.weights import tied_names
 from vlmenv.core.errors import EngineError, ReadingError
 
 
@@ -38,5 +39,5 @@ def check_names(weights: Mapping[str, Tensor], names: set[str]) -> None:
 
 def untied(shapes: Mapping[str, list[int]], family: Family) -> dict[str, list[int]]:
     """A folder's weights without tied ones: some publishers also write an output head that is tied to the embedding."""
-    tied = getattr(family.model, "all_tied_weights_keys", {})
+    tied = tied_names(family.model)
     return {name: shape for name, shape in shapes.items() if name not in tied}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vlmenv.agents.families import Family
-from vlmenv.agents.torchvision import is_mended
+from vlmenv.compat import vllm as compat
+from vlmenv.compat.torchvision import is_mended
 from vlmenv.core.sampling import Sampling
 
 _ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
@@ -81,8 +81,7 @@ def inspect_in_process() -> None:
     By default vLLM inspects it in another process, so as not to start CUDA here. Such a torch has no CUDA.
     """
     if is_mended():
-        registry = importlib.import_module("vllm.model_executor.models.registry")
-        registry._run_in_subprocess = lambda look: look()  # type: ignore[attr-defined]
+        compat.inspect_in_process()
 
 
 def _bytes_per_token(family: Family, dtype: torch.dtype) -> int:

@@ -30,6 +30,7 @@ from vlmenv.agents.engines.settings import engine_settings, environment, inspect
 from vlmenv.agents.engines.worker import overwrite, weight_shapes
 from vlmenv.agents.families import Family
 from vlmenv.agents.sampling import Sampled
+from vlmenv.compat import vllm as compat
 from vlmenv.core.errors import ConfigError, EngineError
 from vlmenv.core.sampling import Sampling
 
@@ -124,10 +125,10 @@ class VLLMEngine(Engine):
         self._asked += 1
         if self._sharing == 1:
             return jobs, 0
-        group = importlib.import_module("vllm.distributed.parallel_state").get_tp_group()
+        group, place = compat.tensor_parallel_group()
         each: list[list[Any]] = [[] for _ in range(self._sharing)]
-        distributed.all_gather_object(each, jobs, group=group.cpu_group)
-        return [job for own in each for job in own], sum(map(len, each[: group.rank_in_group]))
+        distributed.all_gather_object(each, jobs, group=group)
+        return [job for own in each for job in own], sum(map(len, each[:place]))
 
     @contextmanager
     def generating(self, times: int) -> Iterator[None]:
@@ -153,7 +154,7 @@ class VLLMEngine(Engine):
             # A third cache stays valid: it holds preprocessed images, which do not depend on weights.
             forgotten = self._llm.reset_prefix_cache()
             if not same_vision:
-                self._llm.llm_engine.reset_encoder_cache()
+                compat.forget_features(self._llm)
         if any(missing):
             raise EngineError(f"vLLM did not update all weights: {missing[0][:5]}")
         if not forgotten:
@@ -202,8 +203,8 @@ class VLLMEngine(Engine):
     def close(self) -> None:
         with suppress(EngineError):  # otherwise vLLM frees unallocated memory, an error that the next engine would meet
             self._take_back(_MEMORY)
-        with _keeping_processes() if num_processes() > 1 else nullcontext():
-            self._llm.llm_engine.engine_core.shutdown()
+        with compat.keeping_processes() if num_processes() > 1 else nullcontext():
+            compat.shut_down(self._llm)
 
 
 def check_sharing(tensor_parallel: int, processes: int) -> None:
@@ -246,22 +247,6 @@ def _explained(work: str) -> Iterator[None]:
     except (RuntimeError, ValueError, AssertionError) as error:
         full = "; lower --engine-memory" if "out of memory" in str(error) else ""
         raise EngineError(f"vLLM failed to {work}: {error}{full}") from error
-
-
-@contextmanager
-def _keeping_processes() -> Iterator[None]:
-    """Stops vLLM's shutdown from destroying the training process group."""
-    destroy = distributed.destroy_process_group
-
-    def destroy_own(group: Any = None) -> None:
-        if group is not None:
-            destroy(group)
-
-    distributed.destroy_process_group = destroy_own
-    try:
-        yield
-    finally:
-        distributed.destroy_process_group = destroy
 
 
 def _as_input(request: Request) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from vlmenv.agents.engines.access import server_token
 from vlmenv.agents.engines.channel import Bucket, Channel, ChannelFault, Meeting, gpu_of
 from vlmenv.agents.engines.files import weights_digest
+from vlmenv.compat.vllm import features_of, model_of, pack_tied_heads, tied_heads
 from vlmenv.core.errors import ConfigError
 
 _MAX_MESSAGE = 500  # characters of vLLM's error message, which may name all of a model's weights
@@ -105,11 +106,9 @@ def overwrite(worker: Any, weights: Iterable[tuple[str, Tensor]], same_vision: b
     Returns:
         Names of the worker's parameters that were not updated.
     """
-    model, taken = worker.model_runner.get_model(), set()
-    cache = worker.model_runner.encoder_cache
-    cache = getattr(cache, "encoder_outputs", cache)  # vLLM's second kind of runner
+    model, taken, cache = model_of(worker), set(), features_of(worker)
     features = dict(cache) if same_vision else {}
-    load, tied = model.load_weights, _tied_heads(model)
+    load, tied = model.load_weights, tied_heads(model)
 
     def noting(given: Any) -> set[str]:
         loaded: set[str] = load(given)
@@ -122,20 +121,8 @@ def overwrite(worker: Any, weights: Iterable[tuple[str, Tensor]], same_vision: b
     finally:
         del model.load_weights
     cache.update(features)
-    for head, embedding in tied:
-        # On CPUs the head multiplies by a packed copy, which vLLM renews for untied heads only.
-        head.weight = embedding.weight
-        head.quant_method.process_weights_after_loading(head)
+    pack_tied_heads(tied)
     return sorted({name for name, _ in model.named_parameters()} - taken)
-
-
-def _tied_heads(model: Any) -> list[tuple[Any, Any]]:
-    """Pairs of an output head and the embedding that it is tied to."""
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-
-    found = [module for module in model.modules() if isinstance(module, VocabParallelEmbedding)]
-    heads = [module for module in found if isinstance(module, ParallelLMHead)]
-    return [(head, one) for head in heads for one in found if one is not head and one.weight is head.weight]
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:

@@ -8,22 +8,36 @@ from typing import Any, Final
 
 import torch
 import transformers
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, GenerationConfig
-from transformers.utils.import_utils import is_torchvision_available
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    PreTrainedConfig,
+    is_torchvision_available,
+)
 
 from vlmenv.agents.families.base import Family, Processor, PromptReading, read_json, require_processor
-from vlmenv.agents.families.glm4v import Glm4v
+from vlmenv.agents.families.gemma3 import Gemma3
+from vlmenv.agents.families.glm4v import Glm4v, Glm4vMoe, Glm46V
 from vlmenv.agents.families.idefics3 import Idefics3, SmolVLM
 from vlmenv.agents.families.internvl import InternVL
+from vlmenv.agents.families.layers import unknown_family
+from vlmenv.agents.families.llava_onevision import LlavaOnevision
+from vlmenv.agents.families.mistral3 import Mistral3
 from vlmenv.agents.families.qwen2_5_vl import Qwen25VL
 from vlmenv.agents.families.qwen2_vl import Qwen2VL
+from vlmenv.agents.families.qwen3_5 import Qwen35, Qwen35Moe
 from vlmenv.agents.families.qwen3_vl import Qwen3VL, Qwen3VLMoe
 from vlmenv.agents.untrainable import read_config
 from vlmenv.core.coordinates import CoordinateSpace, ResizeRule
-from vlmenv.core.errors import ConfigError, ModelError, unknown_name
+from vlmenv.core.errors import ConfigError, ModelError
 
 FAMILIES: Final[dict[str, type[Family]]] = {
-    family.model_type: family for family in (Qwen2VL, Qwen25VL, Qwen3VL, Qwen3VLMoe, InternVL, Idefics3, SmolVLM, Glm4v)
+    family.model_type: family
+    for family in (
+        *(Qwen2VL, Qwen25VL, Qwen3VL, Qwen3VLMoe, Qwen35, Qwen35Moe, InternVL, Idefics3, SmolVLM),
+        *(Glm4v, Glm4vMoe, Glm46V, Mistral3, LlavaOnevision, Gemma3),
+    )
 }
 
 
@@ -38,14 +52,18 @@ def register_family(family: type[Family]) -> None:
     FAMILIES[family.model_type] = family
 
 
-def family_of(model_type: str) -> type[Family]:
+def family_of(model_type: str, config: PreTrainedConfig | None = None) -> type[Family]:
     """Finds the family of a configuration's `model_type`.
+
+    Args:
+        model_type: The type.
+        config: The configuration, by which a message tells what a new family would need. Default: the type's usual one.
 
     Raises:
         ModelError: No family has that type.
     """
     if model_type not in FAMILIES:
-        raise ModelError(unknown_name("model family", model_type, FAMILIES))
+        raise ModelError(unknown_family(model_type, FAMILIES, config))
     return FAMILIES[model_type]
 
 
@@ -58,7 +76,7 @@ def weightless_family(folder: Path, chat_template_kwargs: Mapping[str, Any] | No
     """
     transformers.utils.logging.disable_progress_bar()
     config = read_config(folder)
-    family, processor = family_of(config.model_type), Processor.from_pretrained(folder, chat_template_kwargs)
+    family, processor = family_of(config.model_type, config), Processor.from_pretrained(folder, chat_template_kwargs)
     with torch.device("meta"):
         model: Any = AutoModelForImageTextToText.from_config(config)
     if (folder / "generation_config.json").is_file():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -16,13 +15,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.import_utils import is_torchvision_available
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    is_torchvision_available,
+)
 
 from vlmenv.agents.families.chat import ChatTemplate, check_switches
+from vlmenv.agents.families.layers import layer_kinds
 from vlmenv.agents.sending import send
 from vlmenv.core.coordinates import CoordinateSpace, ResizeRule
 from vlmenv.core.errors import ConfigError, ModelError
+from vlmenv.core.files import parse_json
 from vlmenv.core.pixels import PixelLimits
 from vlmenv.core.rollout import IMAGE_MARK, Observation, Prompt
 from vlmenv.core.spaces import Image, blank_image
@@ -77,7 +83,7 @@ def require_processor(folder: Path) -> None:
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if it holds something else. Raises ModelError if it is not JSON."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_bytes())
     except ValueError as error:
         raise ModelError(f"{file}: not JSON: {error}") from error
     return content if isinstance(content, dict) else {}
@@ -118,8 +124,7 @@ class Family(ABC):
     """Encodes observations for one family of models, and lists the tokens that it must never sample.
 
     Raises:
-        ModelError: A layer of the model attends to only a part of the past, which sharing of the prompt's keys and
-            values does not support.
+        ModelError: A layer of the model is of a kind that its family does not have.
     """
 
     model_type: ClassVar[str]
@@ -129,13 +134,19 @@ class Family(ABC):
     packs_images: ClassVar[bool] = False
     """Whether the vision tower takes the patches of all images as one sequence, cut by `cu_seqlens`. Default: False."""
 
+    sees_both_ways: ClassVar[bool] = False
+    """Whether the tokens of an image attend to each other in both directions. Default: False."""
+    layers: ClassVar[frozenset[str]] = frozenset({"full_attention"})
+    """The kinds of layers that the language models have, as in `layer_types`. Default: full attention."""
+
     def __init__(self, model: PreTrainedModel, processor: Processor) -> None:
         self.model = model
         self.processor = processor
-        kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - {"full_attention"}
-        if kinds:
+        unknown = layer_kinds(model.config) - self.layers
+        if unknown:
             raise ModelError(
-                f"the language model has layers of {', '.join(sorted(kinds))}; only full attention is known"
+                f"the language model has layers of {', '.join(sorted(unknown))}; models of type {self.model_type} are "
+                f"known with {', '.join(sorted(self.layers))} alone"
             )
 
     @abstractmethod
@@ -208,12 +219,37 @@ class Family(ABC):
         """The arguments of the model's `get_image_features` for images that are on the host."""
         return {name: send(one, device) for name, one in images.items()}
 
+    def join_images(self, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
+        """Joins the vision inputs of prompts along their first axis; text-only prompts add nothing."""
+        names = {name for prompt in prompts for name in prompt.images}
+        return {
+            name: self.stack_images([prompt.images[name] for prompt in prompts if name in prompt.images])
+            for name in sorted(names)
+        }
+
+    def stack_images(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Joins one vision input of several prompts along its first axis."""
+        return torch.cat(list(parts))
+
     def join_features(self, parts: list[Any]) -> Any:
         """Joins results of the model's `get_image_features` for several prompts, as if it had been called once."""
         found = [part.pooler_output for part in parts]
         if isinstance(found[0], torch.Tensor):
             return type(parts[0])(pooler_output=torch.cat(found))
         return type(parts[0])(pooler_output=tuple(one for images in found for one in images))
+
+    def images_seen_both_ways(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The number [T] of the image whose features attend to each other, for each token of a prompt; -1 for others.
+
+        By default these are runs of image tokens, where the family's `sees_both_ways` is true.
+        """
+        inside = (ids == self.model.config.image_token_id) & self.sees_both_ways
+        starts = inside & ~np.concatenate([[False], inside[:-1]])
+        return np.where(inside, starts.cumsum() - 1, -1)
+
+    def unpacked_arguments(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the model's own pass over padded token ids [N, T] needs besides features of images. Default: nothing."""
+        return {}
 
     def positions(self, ids: NDArray[np.int64], images: Mapping[str, torch.Tensor]) -> NDArray[np.int64]:
         """Positions [axes, T] of a prompt's tokens [T]. Default: consecutive; families may have others for image
@@ -226,7 +262,7 @@ class Family(ABC):
         Raises:
             ValueError: As for `chat`, or the processor refuses an image.
         """
-        first, *rest = self.chat(observation).split(self.image_token)
+        first, *rest = self.chat(observation).split(self.image_mark)
         images, expanded = self.process_images(observation["images"]) if rest else ({}, [])
         text = first + "".join(mark + text for mark, text in zip(expanded, rest, strict=True))
         ids = np.array(self.processor.tokenizer.encode(text, add_special_tokens=False), dtype=np.int64)
@@ -241,7 +277,7 @@ class Family(ABC):
         for observation in observations:
             try:
                 chat, images = self.chat(observation), [image.shape[1::-1] for image in observation["images"]]
-                found.append(sum(self._image_length(*size) - 1 for size in images))
+                found.append(sum(self.image_lengths(images)) - len(images))
                 chats.append(chat)
             except ValueError as error:
                 found.append(error)
@@ -259,6 +295,16 @@ class Family(ABC):
     def _encoded(self, text: str) -> list[int]:
         ids: list[int] = self.processor.tokenizer.encode(text, add_special_tokens=False)
         return ids
+
+    def image_lengths(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        """The tokens of each image of a prompt, from their widths and heights.
+
+        Default: those of `expanded`. Families override it where the number of images matters.
+
+        Raises:
+            ValueError: The processor refuses images of this shape.
+        """
+        return [self._image_length(*size) for size in sizes]
 
     @cached_property
     def _image_length(self) -> Callable[[int, int], int]:
@@ -278,10 +324,15 @@ class Family(ABC):
 
     @cached_property
     def image_token(self) -> str:
-        """The token of one image feature, and in a chat template's text of a whole image."""
+        """The token of one image feature."""
         token = self.processor.tokenizer.convert_ids_to_tokens(self.model.config.image_token_id)
         assert isinstance(token, str)
         return token
+
+    @property
+    def image_mark(self) -> str:
+        """The token that chat templates write for a whole image. Default: that of one feature."""
+        return self.image_token
 
     def token_ids(self, *tokens: str) -> set[int]:
         """Ids of the tokenizer's added tokens with these names.
@@ -360,7 +411,7 @@ class Family(ABC):
         """The chat template that writes observations in the model's format."""
         processor = self.processor
         return ChatTemplate(
-            processor.tokenizer, processor.chat_template, self.image_token, processor.chat_template_kwargs
+            processor.tokenizer, processor.chat_template, self.image_mark, processor.chat_template_kwargs
         )
 
     def require_system_turns(self) -> None:
@@ -392,11 +443,3 @@ class Family(ABC):
         """Finds what may be a control token: tokenizers look for these as they are written."""
         names = self.processor.tokenizer.convert_ids_to_tokens(sorted(self._forbidden))
         return re.compile("|".join(re.escape(name) for name in names if name), re.IGNORECASE)
-
-
-def join_images(prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
-    """Joins the vision inputs of prompts along their first axis; text-only prompts add nothing."""
-    names = {name for prompt in prompts for name in prompt.images}
-    return {
-        name: torch.cat([prompt.images[name] for prompt in prompts if name in prompt.images]) for name in sorted(names)
-    }

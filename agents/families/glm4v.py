@@ -1,4 +1,4 @@
-"""GLM-4.1V: inputs as for Qwen2-VL, with other tokens. It thinks, and marks its answers."""
+"""GLM-4.1V, 4.5V and 4.6V: inputs as for Qwen2-VL, with other tokens. They think, and mark their answers."""
 
 from __future__ import annotations
 
@@ -57,3 +57,15 @@ class Glm4v(Qwen2VL):
         """The module that joins neighbouring patches, widens them to the language model's size, and the layers after
         it."""
         return [self.vision_tower().get_submodule(name) for name in ("downsample", "merger")]
+
+
+class Glm4vMoe(Glm4v):
+    """GLM-4.5V, with mixtures of experts (arXiv 2507.01006)."""
+
+    model_type: ClassVar[str] = "glm4v_moe"
+
+
+class Glm46V(Glm4v):
+    """GLM-4.6V: GLM-4.1V's layers, with a processor of its own."""
+
+    model_type: ClassVar[str] = "glm46v"

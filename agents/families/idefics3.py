@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import nn
 
 from vlmenv.agents.families.base import Family
+from vlmenv.compat.transformers import resized
 from vlmenv.core.coordinates import CoordinateSpace, ResizeRule
 from vlmenv.core.spaces import Image
 
@@ -42,11 +41,13 @@ class Idefics3(Family):
         return {"pixel_values": crops}, [self._expanded(features, int(rows), int(columns)) for rows, columns in grids]
 
     def expanded(self, width: int, height: int) -> str:
-        features = self._features(self.processor.image_processor.max_image_size["longest_edge"]) ** 2
-        return self._expanded(features, *self._grid(width, height))
+        processor = self.processor.image_processor
+        features = self._features(processor.max_image_size["longest_edge"]) ** 2
+        size = resized(processor, width, height) if processor.do_resize else (width, height)
+        return super().expanded(width, height) if size is None else self._expanded(features, *self._grid(*size))
 
     def _grid(self, width: int, height: int) -> tuple[int, int]:
-        """Rows and columns of crops; 0 for an image that is not cut.
+        """Rows and columns of crops of a resized image; 0 for one that is not cut.
 
         The processor's own count (`get_number_of_image_patches`) leaves a rounding out.
         """
@@ -54,10 +55,6 @@ class Idefics3(Family):
         crop = processor.max_image_size["longest_edge"]
         if not processor.do_image_splitting:
             return 0, 0
-        if processor.do_resize:
-            sizes: Any = importlib.import_module(type(processor).__module__)
-            outline = np.broadcast_to(np.zeros((), np.uint8), (3, height, width))
-            height, width = sizes.get_resize_output_image_size(outline, processor.size["longest_edge"])
         ratio = width / height
         if width >= height:
             columns = math.ceil(width / crop)

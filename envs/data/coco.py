@@ -14,7 +14,7 @@ import numpy as np
 from vlmenv.core.answers import Detection
 from vlmenv.core.coordinates import is_box
 from vlmenv.core.errors import DataError
-from vlmenv.core.files import write_atomic
+from vlmenv.core.files import parse_json, write_atomic
 from vlmenv.envs.data.objects import ask_for, detection_question
 from vlmenv.envs.data.rows import Row
 from vlmenv.envs.data.tables import JSONStream, Table
@@ -33,7 +33,7 @@ def filtered_instances(file: Path, most: int = MOST) -> dict[str, Any]:
         DataError: The file is not in COCO's layout, or nothing is left of it.
     """
     try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
+        stored = parse_json(file.read_bytes())
         boxes = Counter((one["image_id"], one["category_id"]) for one in stored["annotations"])
         names = {one["id"]: one["name"] for one in stored["categories"]}
         asked: dict[int, list[str]] = {}
@@ -41,7 +41,7 @@ def filtered_instances(file: Path, most: int = MOST) -> dict[str, Any]:
             asked.setdefault(image, []).append(names[category])
         images = [{**one, "text": sorted(asked[one["id"]])} for one in stored["images"] if one["id"] in asked]
         kept = [one for one in stored["annotations"] if boxes[one["image_id"], one["category_id"]] <= most]
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{file}: not COCO's instances: {type(error).__name__}: {error}") from error
     if not images:
         raise DataError(f"{file}: no image has a category of at most {most} boxes")

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import ExifTags, UnidentifiedImageError
 from PIL import Image as PILImage
 
+from vlmenv.compat.pillow import open_file
 from vlmenv.core.coordinates import ResizeRule
 from vlmenv.core.errors import DataError
 from vlmenv.core.spaces import Image, blank_image, is_blank
@@ -217,7 +218,7 @@ def _turn(picture: PILImage.Image) -> int:
 
 def _tells_early(picture: PILImage.Image) -> bool:
     """True for a PNG without a word after its pixels; for others Pillow would decode these to look for one."""
-    stream = getattr(picture, "fp", None)
+    stream = open_file(picture)
     if picture.format != "PNG" or stream is None:
         return False
     start = stream.tell()

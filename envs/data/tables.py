@@ -108,7 +108,7 @@ class JSONLines(TextFile):
                 offset += len(line)
 
     def read(self, number: int) -> Any:
-        return json.loads(self._stored(number))
+        return _parsed(self._stored(number))
 
 
 class JSONList(TextFile):
@@ -294,7 +294,7 @@ class JSONStream:
     def __init__(self, stream: BinaryIO, file: Path) -> None:
         self._stream, self._file = stream, file
         self._decode = codecs.getincrementaldecoder("utf-8")()
-        self._scan = json.JSONDecoder().raw_decode
+        self._scan = _DECODER.raw_decode
         self._text, self._at, self._ended = "", 0, False
         self._offset, self._line = 0, 1  # of `_at`
         if self._peek() == "\ufeff":
@@ -470,9 +470,34 @@ def _content(value: Any) -> str:
 
 def _loaded(line: bytes) -> Any:
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return ValueError(f"the line is not JSON: {error}")
+        return _parsed(line)
+    except ValueError as error:
+        return error
+
+
+def _parsed(line: bytes) -> Any:
+    """The content of a line. Raises ValueError if it is not JSON in UTF-8, or an object has a key twice."""
+    try:
+        return _DECODER.decode(line.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the line is not text in UTF-8: {error}") from None
+    except RecursionError:
+        raise ValueError("the line is not JSON: it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"the line is not JSON: {error}") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of its pairs, none of which another one hides."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise json.JSONDecodeError(f"the key '{twice}' stands twice in an object", "", 0)
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 _HUB_FILE = re.compile(r"hf://datasets/[^@]+@([0-9a-f]{40})/")

@@ -459,12 +459,13 @@ def _unquoted(text: str) -> str:
 
 
 _COMMA = re.compile(r" ?, ?")
+_DASH = re.compile(r"(?<=\d) ?[-‐-―] ?(?=\d)")
 _BRACKETS: Final = ("[]", "()", "{}")
 
 
 def _same_words(answer: str, truth: str) -> bool:
     """Whether two texts are the same but for what `normalise` leaves out; a list may be without its brackets."""
-    a, b = (_COMMA.sub(", ", normalise(text)) for text in (answer, truth))
+    a, b = (_DASH.sub("-", _COMMA.sub(", ", normalise(text))) for text in (answer, truth))
     return a == b or (bool(a) and (_unbracketed(a) == b or a == _unbracketed(b)))
 
 

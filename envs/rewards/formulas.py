@@ -140,7 +140,7 @@ _REWRITTEN: Final = tuple(
         (r"(?<![\\A-Za-z])(?:LCM|Lcm)(?= ?\()", r"\\lcm "),
         (r"(?<![\\A-Za-z])(?:GCD|GCF|HCF|gcf|hcf)(?= ?\()", r"\\gcd "),
         (r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi "),
-        (r"(?<![\\A-Za-z])(?:infinity|inf|oo)(?![A-Za-z])", r"\\infty "),
+        (r"(?<![\\A-Za-z])(?:positive )?(?:infinity|inf|oo)(?![A-Za-z])|正?无穷大?", r"\\infty "),
         (r"(?<![\\A-Za-z])sqrt(?![A-Za-z])|√|\\sqrt(?![A-Za-z])", r"\\sqrt "),
         (r"(?<=\d) ?[xX] ?(?=10 ?\^|\d)", r"\\times "),
         (r"(?<![A-Za-z\d.\\])(\d+(?:\.\d+)?)[eE]([+-]?\d{1,3})(?![\dA-Za-z.])", r"\1\\times 10^{\2}"),
@@ -155,7 +155,7 @@ _REWRITTEN: Final = tuple(
         (r"(?<![\d.A-Za-z}/]) ?(\d+) (\d+) ?/ ?(\d+)(?![\d.])", "@mixed"),
         (r"(?<![\d.A-Za-z}/^_ ])(\d+) ?/ ?(\d+) (?=\\?[A-Za-z(])", r"\\frac{\1}{\2} "),
         (r"(?<![\d.])\.(?=\d)", "0."),
-        (r"(\d)\.(?!\d)", r"\1"),
+        (r"(\d)\.(?!\d|\(\d|\\overline|\\dot)", r"\1"),
     )
 )
 

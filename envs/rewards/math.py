@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, Final
 
+from vlmenv.compat.sympy import as_mpf, is_complex, is_noise, require_private_parts
 from vlmenv.core.errors import ConfigError
 from vlmenv.envs.rewards.formulas import Form, read_form, written_key
 from vlmenv.envs.rewards.numbers import Number, is_rounded, is_rounding, same_number
-from vlmenv.envs.rewards.units import conversion
+from vlmenv.envs.rewards.units import DEGREES, RADIANS, conversion
 from vlmenv.envs.rewards.workers import LOSSES, Workers
 
 TIME_LIMIT: Final = 0.5
@@ -32,8 +33,13 @@ SPACED_UNIT: Final = r"[gshLNVWJA](?![A-Za-z])"
 """One that must be set apart."""
 
 _CACHED = 10_000
-# Long numbers, huge powers, towers of powers, factorials of thousands.
-_BOMB = re.compile(r"\d{60}|\^\s*\{?\s*\d{5}|(?:\d\s*\^\s*\{?\s*){3}|[)}\]]\s*\^\s*\{?\s*\d{3}|\d{5}\s*!", re.ASCII)
+# Long numbers, huge powers, towers of powers, factorials of thousands, of powers and of large factorials.
+_BOMB = re.compile(
+    r"\d{60}|\^\s*\{?\s*\d{5}|(?:\d\s*\^\s*\{?\s*){3}|[)}\]]\s*\^\s*\{?\s*\d{3}|\d{5}\s*!"
+    r"|(?:\d\d|[89])\s*!\s*[)}\]]\s*!|![)}\]\s]*![)}\]\s]*!|\^\s*\{?\s*(?:\d\d|[5-9])\s*\}?\s*[)}\]]+\s*!"
+    r"|\\binom\s*\{[^{}]*(?:\d{4}|\^)",
+    re.ASCII,
+)
 
 _cache: dict[tuple[str, str], bool] = {}
 _workers = Workers(f"{__name__}:make_comparison", TIME_LIMIT)
@@ -138,6 +144,7 @@ def _same(answer: Form, truth: Form, algebra: Algebra) -> bool:
         return bool(answer.equation) and _same_equation(answer, truth, algebra)
     if answer.kind == "words" and answer.items and truth.kind != "words":
         answer = answer._replace(kind="ratio")  # "5:10" for 1:2
+    answer, truth = _in_radians(answer, truth), _in_radians(truth, answer)
     factor = conversion(answer.unit, truth.unit)
     if factor is None:
         return False
@@ -157,6 +164,15 @@ def _same(answer: Form, truth: Form, algebra: Algebra) -> bool:
         case ("number" | "expression", "sequence" | "relation") | ("sequence" | "relation", "number" | "expression"):
             return False
     return algebra(answer, truth, factor)
+
+
+def _in_radians(form: Form, other: Form) -> Form:
+    """An angle in radians if it is in degrees, and what it is compared with in radians."""
+    unit, others = form.unit, other.unit and other.unit.powers
+    if unit is None or (unit.powers, others) != (DEGREES, RADIANS) or form.kind not in ("number", "expression"):
+        return form
+    turned = f"({form.latex}) \\cdot \\frac{{{unit.scale.numerator} \\pi}}{{{180 * unit.scale.denominator}}}"
+    return Form("expression", turned, name=form.name)
 
 
 _LETTERS = re.compile(r"[a-z]{2,3}")
@@ -252,6 +268,7 @@ def _quotient(form: Form) -> Form:
 
 def make_comparison() -> Callable[[str, str], bool]:
     """What the child processes do; loads math-verify, which takes a while."""
+    require_private_parts()
     algebra = _algebra()
 
     def decide(answer: str, truth: str) -> bool:
@@ -274,21 +291,14 @@ def _exact(match: re.Match[str]) -> str:
 
 def _algebra() -> Algebra:
     from latex2sympy2_extended import latex2sympy  # type: ignore[import-untyped]
-    from latex2sympy2_extended.latex2sympy2 import ConversionConfig  # type: ignore[import-untyped]
     from math_verify import verify  # type: ignore[import-untyped]
-    from math_verify.grader import should_treat_as_complex  # type: ignore[import-untyped]
     from sympy import Expr, MatrixBase, MatrixExpr  # type: ignore[import-untyped]
-
-    # Or else two numbers side by side are a mixed number, and are added.
-    no_sums = ConversionConfig(interpret_as_mixed_fractions=False)
 
     @functools.lru_cache(100)
     def parsed(latex: str) -> Any:
-        is_real = not should_treat_as_complex(latex)
+        is_real = not is_complex(latex)
         exact = _DECIMAL.sub(_exact, latex)
-        return latex2sympy(
-            exact, is_real=is_real, convert_degrees=False, normalization_config=None, conversion_config=no_sums
-        )
+        return latex2sympy(exact, is_real=is_real, convert_degrees=False, normalization_config=None)
 
     def same(found: Any, gold: Any, answer: Form, truth: Form) -> bool:
         if isinstance(found, MatrixExpr | MatrixBase) and isinstance(gold, MatrixExpr | MatrixBase):
@@ -370,7 +380,7 @@ def _value(expression: Any, place: dict[Any, Any]) -> Any:
     real, imaginary = value.as_real_imag()
     if not (real.is_Number and imaginary.is_Number and real.is_finite and imaginary.is_finite):
         return None
-    return mpc(*(0 if getattr(part, "_prec", 100) <= 4 else part._to_mpmath(140) for part in (real, imaginary)))
+    return mpc(*(0 if is_noise(part) else as_mpf(part, 140) for part in (real, imaginary)))
 
 
 def _close(a: Any, b: Any) -> bool:

@@ -124,7 +124,9 @@ _AFTER_ALL: Final = re.compile(
     r"(?<![ ,])[ ,]*+\b(?:is|are|as) (?:the|my|our) (?:\w+ )?(?:answer|result|solution|value|choice)s?[ .!]*$",
     re.IGNORECASE,
 )
-_MINUS = re.compile(r"\b(?:minus|negative) (?=\d|\\frac|\\sqrt|\.\d)(?<!\d minus )(?<!\d negative )", re.IGNORECASE)
+_MINUS = re.compile(
+    r"\b(?:minus|negative) (?=\d|\\frac|\\sqrt|\.\d|infinity|\\infty|∞)(?<!\d minus )(?<!\d negative )", re.IGNORECASE
+)
 _LEAD_IN = re.compile(
     r"^.*(?:\b(?:is|are|was|be|equals?(?: to)?|gives?|gets?|have|has|obtain|finds?|yields?|becomes|approximately|about"
     r"|roughly|around|therefore|thus|hence|so|then|exactly|answer|there are|there is|total of|totals|measures"
@@ -140,7 +142,7 @@ _CHINESE_LEAD_IN = re.compile(
     r" *(?=[-+$\\\d(\[{√π∠A-Za-z.≈=])"
 )
 _CHINESE_ANSWER = re.compile(r"^.*答案(?:应该?|就)?(?:是|为|:)+ *(?=[\u4e00-\u9fff])")
-_NEGATIVE = re.compile(r"负(?= ?[\d.\\])")
+_NEGATIVE = re.compile(r"负(?= ?[\d.\\∞无])")
 _HAS_CHINESE = re.compile(r"[\u4e00-\u9fff]")
 _NEGATION = re.compile(
     r"\b(?:not|never|neither|nor|cannot|wrong|incorrect|except|unlikely)\b|n't\b|[不非没]", re.IGNORECASE

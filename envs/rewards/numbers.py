@@ -50,6 +50,11 @@ _POWER = re.compile(
     r"(?:\{ ?(?P<braced>[+-]? ?\d{1,3}) ?\}|(?P<bare>[+-]?\d{1,3}))",
     re.ASCII,
 )
+_REPEATING = re.compile(
+    r"(?P<sign>[+-]?) ?(?P<whole>\d*)\.(?P<places>\d*)(?:\\overline ?\{ ?(?P<line>\d+) ?\}|\( ?(?P<brackets>\d+) ?\)"
+    r"|\\dot ?\{? ?(?P<first>\d) ?\}?(?:(?P<middle>\d*)\\dot ?\{? ?(?P<last>\d) ?\}?)?)" + _PERCENT + "?",
+    re.ASCII,
+)
 _LONGEST: Final = 100
 
 
@@ -64,7 +69,9 @@ def read_number(text: str) -> Number | None:
         return None
     while text.startswith(("(", "{")) and text.endswith((")", "}")) and _is_wrapped(text):
         text = text[1:-1].strip()
-    for pattern, read in ((_NUMBER, _read_decimal), (_FRACTION, _read_fraction), (_POWER, _read_power)):
+    for pattern, read in (
+        (_NUMBER, _read_decimal), (_FRACTION, _read_fraction), (_POWER, _read_power), (_REPEATING, _read_repeating),
+    ):  # fmt: skip
         if match := pattern.fullmatch(text):
             return read(match)
     return None
@@ -105,6 +112,15 @@ def _read_power(match: re.Match[str]) -> Number | None:
         return None
     value = base**exponent
     return Number(-value if match["sign"] == "-" else value)
+
+
+def _read_repeating(match: re.Match[str]) -> Number:
+    r"""`0.1\overline{6}`, `0.1(6)` and `0.1\dot{6}` are 1/6."""
+    block = match["line"] or match["brackets"] or f"{match['first']}{match['middle'] or ''}{match['last'] or ''}"
+    places = match["places"]
+    value = int(match["whole"] + places or "0") + Fraction(int(block), 10 ** len(block) - 1)
+    value /= 10 ** len(places)
+    return Number(-value if match["sign"] == "-" else value, is_percent=match["percent"] is not None)
 
 
 LEAST_DIGITS: Final = 3

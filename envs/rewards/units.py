@@ -56,7 +56,9 @@ def _conversion_of_primes(unit: Unit, other: Unit) -> Fraction | None:
     return meaning / fixed.scale if arc is unit else fixed.scale / meaning
 
 
-_ARC: Final = (("°", 1),)
+DEGREES: Final = (("°", 1),)
+"""Powers of the base units of an angle in degrees."""
+RADIANS: Final = (("rad", 1),)
 _MEANINGS_OF_PRIMES: Final[dict[tuple[Fraction, tuple[tuple[str, int], ...]], Fraction]] = {
     (Fraction(1, 60), (("m", 1),)): Fraction(381, 1250),
     (Fraction(1, 3600), (("m", 1),)): Fraction(127, 5000),
@@ -327,7 +329,7 @@ _PARTS = re.compile(rf"(.*= ?)?(-?){_PART}{_AND}{_PART}(?:{_AND}{_PART})?")
 _SMALLER: Final[dict[tuple[tuple[str, int], ...], dict[str, Unit]]] = {
     powers: {name: _parsed(value) for value, names in units.items() for name in names.split()}
     for powers, units in (
-        (_ARC, {"1/60 °": "′ 分 min minute minutes", "1/3600 °": "″ 秒 s sec second seconds"}),
+        (DEGREES, {"1/60 °": "′ 分 min minute minutes", "1/3600 °": "″ 秒 s sec second seconds"}),
         ((("s", 1),), {"60 s": "分 ′", "1 s": "秒 ″"}),
         ((("¥", 1),), {"1/100 ¥": "分"}),
     )

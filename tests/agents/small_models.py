@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,16 @@ CROPS = {
     "image_mean": [0.5, 0.5, 0.5],
     "image_std": [0.5, 0.5, 0.5],
 }
+PIXTRAL_SIZES = {
+    "image_processor_type": "PixtralImageProcessor",
+    "size": {"longest_edge": 96},
+    "patch_size": 16,
+}
+ANYRES = {
+    "image_processor_type": "LlavaOnevisionImageProcessor",
+    "size": {"height": 32, "width": 32},
+    "image_grid_pinpoints": [[32, 32], [32, 64], [64, 32], [64, 64], [96, 96]],
+}
 PLACES = tuple(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))
 CROP_TOKENS = ("<end_of_utterance>", "<fake_token_around_image>", "<image>")
 CROP_TEMPLATE = (
@@ -53,6 +63,27 @@ GLM_TEMPLATE = (
     "[gMASK]<sop>{% for message in messages %}<|{{ message.role }}|>\n{% for part in message.content %}"
     "{% if part.type == 'image' %}<|begin_of_image|><|image|><|end_of_image|>{% else %}{{ part.text }}{% endif %}"
     "{% endfor %}{% endfor %}{% if add_generation_prompt %}<|assistant|>\n<think>{% endif %}"
+)
+TURN_TEMPLATE = (
+    "<bos>{% set first = '' %}{% if messages[0].role == 'system' %}"
+    "{% set first = messages[0].content[0].text + '\n\n' %}"
+    "{% set messages = messages[1:] %}{% endif %}{% for message in messages %}<start_of_turn>"
+    "{{ 'model' if message.role == 'assistant' else message.role }}\n{{ first if loop.first }}"
+    "{% for part in message.content %}{% if part.type == 'image' %}<start_of_image>{% else %}{{ part.text | trim }}"
+    "{% endif %}{% endfor %}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+TURN_TOKENS = (
+    *("<bos>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<image_soft_token>"),
+)
+INST_TEMPLATE = (
+    "<s>{% for message in messages %}{% if message.role == 'system' %}[SYSTEM_PROMPT]{% elif message.role == 'user' %}"
+    "[INST]{% endif %}{% for part in message.content %}{% if part.type == 'image' %}[IMG]{% else %}{{ part.text }}"
+    "{% endif %}{% endfor %}{% if message.role == 'system' %}[/SYSTEM_PROMPT]{% elif message.role == 'user' %}[/INST]"
+    "{% else %}</s>{% endif %}{% endfor %}"
+)
+INST_TOKENS = (
+    *("<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
+    *("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
 )
 GLM_TOKENS = (
     *("[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|image|>", "<|video|>"),
@@ -87,11 +118,29 @@ QWEN = Invented(
         ("vision_end_token_id", "<|vision_end|>"),
     ),
 )
+GLM = Invented(
+    GLM_TEMPLATE,
+    QWEN_SIZES | {"image_processor_type": "Glm4vImageProcessor"},
+    GLM_TOKENS,
+    ("<|begin_of_box|>", "<|end_of_box|>"),
+    end="<|user|>",
+    named=(
+        ("image_token_id", "<|image|>"),
+        ("video_token_id", "<|video|>"),
+        *(
+            (f"{kind}_{side}_token_id", f"<|{word}_of_{kind}|>")
+            for kind in ("image", "video")
+            for side, word in (("start", "begin"), ("end", "end"))
+        ),
+    ),
+)
 INVENTED = {
     "qwen2_vl": QWEN,
     "qwen2_5_vl": QWEN,
     "qwen3_vl": QWEN,
     "qwen3_vl_moe": QWEN,
+    "qwen3_5": QWEN,
+    "qwen3_5_moe": QWEN,
     "internvl": Invented(
         CHATML.replace("IMAGE", "<IMG_CONTEXT>\n"),
         TILES,
@@ -119,27 +168,37 @@ INVENTED = {
         end="<end_of_utterance>",
         named=(("image_token_id", "<image>"),),
     ),
-    "glm4v": Invented(
-        GLM_TEMPLATE,
-        QWEN_SIZES | {"image_processor_type": "Glm4vImageProcessor"},
-        GLM_TOKENS,
-        ("<|begin_of_box|>", "<|end_of_box|>"),
-        end="<|user|>",
+    "gemma3": Invented(
+        TURN_TEMPLATE,
+        {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 32, "width": 32}},
+        TURN_TOKENS,
+        end="<end_of_turn>",
         named=(
-            ("image_token_id", "<|image|>"),
-            ("video_token_id", "<|video|>"),
-            *(
-                (f"{kind}_{side}_token_id", f"<|{word}_of_{kind}|>")
-                for kind in ("image", "video")
-                for side, word in (("start", "begin"), ("end", "end"))
-            ),
+            ("image_token_id", "<image_soft_token>"),
+            ("boi_token_id", "<start_of_image>"),
+            ("eoi_token_id", "<end_of_image>"),
+        ),
+        attributes=(
+            ("image_token", "<image_soft_token>"),
+            ("boi_token", "<start_of_image>"),
+            ("eoi_token", "<end_of_image>"),
         ),
     ),
+    "mistral3": Invented(INST_TEMPLATE, PIXTRAL_SIZES, INST_TOKENS, end="</s>", named=(("image_token_id", "[IMG]"),)),
+    "llava_onevision": Invented(
+        CHATML.replace("IMAGE", "<image>"),
+        ANYRES,
+        ("<image>", "<video>"),
+        named=(("image_token_id", "<image>"), ("video_token_id", "<video>")),
+    ),
+    "glm4v": GLM,
+    "glm4v_moe": GLM,
+    "glm46v": replace(GLM, image_processor=QWEN_SIZES | {"image_processor_type": "Glm46VImageProcessor"}),
 }
 
 
-def invent(model_type: str, folder: Path) -> None:
-    """Writes a small model with an invented tokenizer."""
+def invent(model_type: str, folder: Path, head: int = 16) -> None:
+    """Writes a small model with an invented tokenizer, whose attention heads have `head` dimensions."""
     parts = INVENTED[model_type]
     tokenizer = AutoTokenizer.from_pretrained(find_model("builtin"))
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=True) for token in parts.tokens], True)
@@ -158,7 +217,7 @@ def invent(model_type: str, folder: Path) -> None:
     for name, token in parts.named:
         setattr(config, name, tokenizer.convert_tokens_to_ids(token))
     _shrink_images(config)
-    cut(config)
+    cut(config, head)
     save_random(config, folder, tokenizer.eos_token_id)
 
 
@@ -169,6 +228,13 @@ def _shrink_images(config: Any) -> None:
         vision.image_size, vision.patch_size = (32, 32), (8, 8)
     elif config.model_type in ("idefics3", "smolvlm"):
         vision.image_size, vision.patch_size, config.scale_factor = 32, 8, 2
+    elif config.model_type == "mistral3":
+        vision.image_size, vision.patch_size = 96, 8
+    elif config.model_type == "gemma3":
+        vision.image_size, vision.patch_size, vision.vision_use_head, config.mm_tokens_per_image = 32, 8, False, 4
+    elif config.model_type == "llava_onevision":
+        vision.image_size, vision.patch_size = 32, 8
+        config.image_grid_pinpoints, config.vision_aspect_ratio = ANYRES["image_grid_pinpoints"], "anyres_max_4"
     else:
         vision.patch_size = 16
 
@@ -185,23 +251,42 @@ def from_published(name: str, folder: Path) -> None:
     save_random(config, folder, ends)
 
 
-def cut(config: Any) -> None:
+def cut(config: Any, head: int = 16) -> None:
     """Leaves two narrow layers of each kind."""
     text = config.get_text_config()
-    text.hidden_size, text.intermediate_size, text.num_hidden_layers = 32, 48, 2
+    text.hidden_size, text.intermediate_size, text.num_hidden_layers = 2 * head, 48, 2
     text.num_attention_heads, text.num_key_value_heads = 2, 1
     text.initializer_range = 0.1
-    for name, value in {"head_dim": 16, "layer_types": ["full_attention"] * 2}.items():
+    for name, value in {"head_dim": head, "layer_types": ["full_attention"] * 2}.items():
         if hasattr(text, name):
             setattr(text, name, value)
-    if config.model_type == "qwen3_vl_moe":
+    if config.model_type in ("qwen3_vl_moe", "qwen3_5_moe"):
         text.num_experts, text.num_experts_per_tok, text.moe_intermediate_size = 4, 2, 16
-    if not isinstance(text.rope_parameters, dict) or "rope_theta" not in text.rope_parameters:
+    if config.model_type == "qwen3_5_moe":
+        text.hidden_size = 64  # its gate of one output is quantised in blocks of 64
+    if config.model_type.startswith("qwen3_5"):
+        text.layer_types, text.linear_key_head_dim, text.linear_value_head_dim = (
+            ["linear_attention", "full_attention"],
+            8,
+            12,
+        )
+        text.linear_num_key_heads, text.linear_num_value_heads = 2, 4
+    if config.model_type == "gemma3":
+        text.layer_types, text.sliding_window = ["sliding_attention", "full_attention"], 12
+        text.query_pre_attn_scalar = 16
+    if config.model_type == "glm4v_moe":
+        text.n_routed_experts, text.num_experts_per_tok, text.moe_intermediate_size = 4, 2, 16
+    if config.model_type == "mistral3":
+        text.sliding_window = None
+    if not isinstance(text.rope_parameters, dict) or not {"rope_theta", "full_attention"} & text.rope_parameters.keys():
         text.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
-    if config.model_type.startswith("qwen"):
-        text.rope_parameters |= {"mrope_section": [4, 2, 2]}
-    if config.model_type == "glm4v":
+    if config.model_type.startswith("qwen3_5"):
         text.rope_parameters |= {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
+        text.shared_expert_intermediate_size = 16
+    elif config.model_type.startswith("qwen"):
+        text.rope_parameters |= {"mrope_section": [head // 4, head // 8, head // 8]}
+    if config.model_type.startswith("glm4"):
+        text.rope_parameters |= {"mrope_section": [head // 8, head // 16, head // 16], "partial_rotary_factor": 0.5}
     _cut_vision(config.vision_config, text.hidden_size)
 
 
@@ -214,6 +299,8 @@ def _cut_vision(config: Any, out: int) -> None:
         if hasattr(config, depth):
             setattr(config, depth, 2)
             setattr(config, heads, 2)
+    if hasattr(config, "head_dim"):
+        config.head_dim = 16
     if hasattr(config, "out_hidden_size"):
         config.out_hidden_size = out
     if hasattr(config, "fullatt_block_indexes"):

@@ -115,7 +115,7 @@ class Answering:
 
 
 @contextmanager
-def answering(served: Answering, port: int = 0) -> Iterator[Answering]:
+def answering(served: Answering, port: int = 0, host: str = "127.0.0.1") -> Iterator[Answering]:
     """Lets it answer over HTTP."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -150,8 +150,8 @@ def answering(served: Answering, port: int = 0) -> Iterator[Answering]:
         def handle_error(self, request: Any, client_address: Any) -> None:
             pass
 
-    with Silent(("127.0.0.1", port), Handler) as server:
-        served.url = f"http://127.0.0.1:{server.server_address[1]}"
+    with Silent((host, port), Handler) as server:
+        served.url = f"http://{host}:{server.server_address[1]}"
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         thread.start()
         yield served

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from cuda_operators import cuda_operators
 from torch import Tensor
 
 from vlmenv.agents import attention
-from vlmenv.agents.attention import Groups, Prefixes, Siblings, Steps
+from vlmenv.agents.attention import Attention, KeysValues
 from vlmenv.agents.kernels import CPUKernel, EfficientKernel, ExplicitKernel, FlashKernel
 from vlmenv.agents.packing import Packing
+from vlmenv.agents.passes import Groups, Prefixes, Siblings, Steps
 
 HEADS, KEY_HEADS, SIZE, SCALE = 4, 2, 8, 0.3
 CASES = {
@@ -31,7 +33,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     if is_padded:
         monkeypatch.setattr(attention, "attends_in_segments", lambda kernel, query: False)
     monkeypatch.setattr(CPUKernel, "_is_small", lambda self, part: False)  # else it would be the explicit one
-    monkeypatch.setattr(attention, "kernel_for", lambda query: found)
+    monkeypatch.setattr(attention, "kernel_for", lambda query, masked=False: found)
     with cuda_operators():
         yield
 
@@ -42,23 +44,47 @@ def states(tokens: int, generator: torch.Generator) -> list[Tensor]:
     return [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
-def whole(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal attention of one sequence [T, heads, D], each head of keys shared by two of queries."""
+@dataclass
+class Sight:
+    """What a token sees, as a question of two places in a sequence."""
+
+    window: int | None = None
+    images: tuple[int, ...] = ()
+    """the image of each of a prompt's first tokens, -1 for a text's"""
+
+    def within(self, prompt: int) -> Sight:
+        """The same for a prompt of some tokens."""
+        return replace(self, images=self.images[:prompt])
+
+    def __call__(self, place: int, key: int) -> bool:
+        both = [self.images[i] if i < len(self.images) else -1 for i in (place, key)]
+        return (key <= place or -1 < both[0] == both[1]) and (self.window is None or place - key < self.window)
+
+
+def whole(query: Tensor, key: Tensor, value: Tensor, sees: Sight) -> Tensor:
+    """Attention of one sequence [T, heads, D], each head of keys shared by two of queries."""
     key, value = (one.repeat_interleave(HEADS // KEY_HEADS, dim=1) for one in (key, value))
     scores = torch.einsum("shd,thd->hst", query, key) * SCALE
-    later = torch.ones(len(query), len(key), dtype=torch.bool).triu(1)
-    return torch.einsum("hst,thd->shd", scores.masked_fill(later, -torch.inf).softmax(-1), value)
+    hidden = torch.tensor([[not sees(s, t) for t in range(len(key))] for s in range(len(query))])
+    return torch.einsum("hst,thd->shd", scores.masked_fill(hidden, -torch.inf).softmax(-1), value)
 
 
 def expected(
-    prompts: list[int], lengths: list[int], index: list[int], before: list[Tensor], after: list[Tensor]
+    prompts: list[int],
+    lengths: list[int],
+    index: list[int],
+    before: list[Tensor],
+    after: list[Tensor],
+    sees: Sight = Sight(),  # noqa: B008
 ) -> tuple[Tensor, Tensor]:
     """Outputs of the prompts and of the completions, packed."""
     split = [one.split(prompts) for one in before]
     own = [one.split(lengths) for one in after]
-    of_prompts = [whole(*(one[p] for one in split)) for p in range(len(prompts))]
+    of_prompts = [whole(*(one[p] for one in split), sees.within(prompts[p])) for p in range(len(prompts))]
     of_completions = [
-        whole(*(torch.cat([one[p], mine[i]]) for one, mine in zip(split, own, strict=True)))[prompts[p] :]
+        whole(*(torch.cat([one[p], mine[i]]) for one, mine in zip(split, own, strict=True)), sees.within(prompts[p]))[
+            prompts[p] :
+        ]
         for i, p in enumerate(index)
     ]
     return torch.cat(of_prompts), torch.cat(of_completions)
@@ -67,13 +93,28 @@ def expected(
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients(case: str) -> None:
+    check(case, Sight())
+
+
+@pytest.mark.parametrize("kernel", [CPUKernel, ExplicitKernel, EfficientKernel], indirect=True)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("window", [1, 3, 6, 100, None])
+def test_values_and_gradients_within_a_window(kernel: None, case: str, window: int | None) -> None:
+    """In prompts whose images see each other, and without; a window ends within prompts and within completions."""
+    check(case, Sight(window))
+    check(case, Sight(window, (-1, 0, 0, 1, 1, -1, 2)))
+
+
+def check(case: str, sees: Sight) -> None:
     prompts, lengths, index = CASES[case]
     generator, cpu = torch.Generator().manual_seed(0), torch.device("cpu")
     before, after = states(sum(prompts), generator), states(sum(lengths), generator)
-    wanted = expected(prompts, lengths, index, before, after)
-    groups = Groups(Packing(torch.tensor(prompts), cpu), Packing(torch.tensor(lengths), cpu), torch.tensor(index))
+    wanted = expected(prompts, lengths, index, before, after, sees)
+    images = torch.tensor([sees.images[i] for length in prompts for i in range(length)]) if sees.images else None
+    packings = [Packing(torch.tensor(one), cpu) for one in (prompts, lengths)]
+    groups = Groups(*packings, torch.tensor(index), images)
     states_of_both = (torch.cat(pair) for pair in zip(before, after, strict=True))
-    first, second = groups.attend(0, *states_of_both, SCALE).split([sum(prompts), sum(lengths)])
+    first, second = groups.mix(0, Attention(SCALE, sees.window), *states_of_both).split([sum(prompts), sum(lengths)])
     pushes = [torch.randn(one.shape, generator=generator, dtype=torch.float64) for one in wanted]
     for found, right in zip((first, second), wanted, strict=True):
         torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-12)
@@ -87,37 +128,48 @@ def test_values_and_gradients(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_flash_attention_in_segments_is_used_where_it_can_be(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts, lengths, index = CASES[case]
-    monkeypatch.setattr(attention, "kernel_for", lambda query: FlashKernel())
+    monkeypatch.setattr(attention, "kernel_for", lambda query, masked=False: FlashKernel())
     cpu, generator = torch.device("cpu"), torch.Generator().manual_seed(0)
     groups = Groups(Packing(torch.tensor(prompts), cpu), Packing(torch.tensor(lengths), cpu), torch.tensor(index))
     with cuda_operators() as calls:
-        groups.attend(0, *states(sum(prompts) + sum(lengths), generator), SCALE)
+        groups.mix(0, Attention(SCALE), *states(sum(prompts) + sum(lengths), generator))
         calls.clear()
-        groups.attend(0, *states(sum(prompts) + sum(lengths), generator), SCALE)
+        groups.mix(0, Attention(SCALE), *states(sum(prompts) + sum(lengths), generator))
     in_segments = case in ("even", "a completion without tokens")
     assert (calls == {"_flash_attention_forward": 3}) == in_segments
 
 
 @pytest.mark.usefixtures("kernel")
 def test_a_token_at_a_time_while_completions_leave() -> None:
+    check_steps(Sight())
+
+
+@pytest.mark.parametrize("kernel", [CPUKernel, ExplicitKernel, EfficientKernel], indirect=True)
+@pytest.mark.parametrize("window", [1, 2, 3, 5, 100])
+def test_a_token_at_a_time_within_a_window(kernel: None, window: int) -> None:
+    check_steps(Sight(window))
+
+
+def check_steps(sees: Sight) -> None:
     """Four completions of three prompts; after two tokens the second and third go, and with them a prompt."""
     prompts, index, generator, cpu = [3, 5, 2], [0, 1, 1, 2], torch.Generator().manual_seed(0), torch.device("cpu")
     before, after = states(sum(prompts), generator), states(4 * 4, generator)
-    _, wanted = expected(prompts, [4] * 4, index, before, after)
+    _, wanted = expected(prompts, [4] * 4, index, before, after, sees)
     wanted = wanted.view(4, 4, HEADS, SIZE)
     rows = [one.view(4, 4, -1, SIZE) for one in after]
     with torch.no_grad():
         prefixes = Prefixes(Packing(torch.tensor(prompts), cpu))
-        prefixes.attend(7, *before, SCALE)
+        prefixes.mix(7, Attention(SCALE, sees.window), *before)
         steps = Steps(prefixes, torch.tensor(index), 4)
         for place in range(4):
             if place == 2:
                 steps.select(torch.tensor([0, 3]))
             going = [0, 1, 2, 3] if place < 2 else [0, 3]
-            found = steps.attend(7, *(one[going, place] for one in rows), SCALE)
+            found = steps.mix(7, Attention(SCALE, sees.window), *(one[going, place] for one in rows))
             torch.testing.assert_close(found, wanted[going, place], rtol=1e-12, atol=1e-12)
             steps.length += 1
-    assert len(prefixes.keys[7]) == 2
+    assert isinstance(prefixes.past[7], KeysValues)
+    assert len(prefixes.past[7].keys) == 2
 
 
 @pytest.mark.parametrize("lengths", [[3, 3], [1, 4, 0, 2]])

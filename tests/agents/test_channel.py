@@ -273,11 +273,11 @@ def test_groups_of_nccl_start_no_watchdog(monkeypatch: pytest.MonkeyPatch) -> No
         def __init__(self, store: Any, rank: int, size: int, options: Any) -> None:
             seen.append((rank, size, options._timeout.total_seconds(), os.environ["TORCH_NCCL_BLOCKING_WAIT"]))
 
-    monkeypatch.setattr(channels._c10d, "ProcessGroupNCCL", Group, raising=False)
+    monkeypatch.setattr(torch.distributed, "ProcessGroupNCCL", Group, raising=False)
     for former in (None, "0"):
         if former is not None:
             monkeypatch.setenv("TORCH_NCCL_BLOCKING_WAIT", former)
-        channels._nccl_group(None, 1, 3, channels.timedelta(seconds=7))
+        channels.nccl_group(None, 1, 3, channels.timedelta(seconds=7))
         assert os.environ.get("TORCH_NCCL_BLOCKING_WAIT") == former
     assert seen == [(1, 3, 7.0, "1")] * 2
 

@@ -21,7 +21,10 @@ from vlmenv.core.rollout import Rollout
 
 pytestmark = pytest.mark.slow
 
-FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3", "smolvlm", "glm4v"]
+FAMILIES = [
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3", "smolvlm", "glm4v", "glm46v", "glm4v_moe"),
+    *("mistral3", "llava_onevision", "qwen3_5", "qwen3_5_moe", "gemma3"),
+]
 
 
 def results(agent: VLMAgent, rollout: Rollout) -> dict[str, Tensor]:
@@ -99,7 +102,7 @@ def test_with_the_kernels_for_gpus(kernel: Any, monkeypatch: pytest.MonkeyPatch)
     rollout = rollout_of(agent)
     right = results(agent, rollout)
     for module in (attention, vision_attention):
-        monkeypatch.setattr(module, "kernel_for", lambda query: kernel)
+        monkeypatch.setattr(module, "kernel_for", lambda query, masked=False: kernel)
     with elsewhere() as waits, cuda_operators():
         other = bring(other)
         assert rollout_of(other).texts == rollout.texts

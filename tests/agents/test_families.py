@@ -13,7 +13,7 @@ from small_models import invent
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import is_torchvision_available
 
-from vlmenv.agents.families import coordinate_space, resize_rule
+from vlmenv.agents.families import FAMILIES, coordinate_space, family_of, resize_rule
 from vlmenv.agents.families.base import Processor
 from vlmenv.agents.families.internvl import InternVL
 from vlmenv.agents.families.qwen3_vl import Qwen3VL
@@ -191,5 +191,47 @@ def test_a_tokenizer_of_another_family_is_refused(builtin: VLMAgent) -> None:
 def test_layers_that_see_a_part_of_the_past_are_refused(builtin: VLMAgent, tmp_path: Path) -> None:
     config = AutoConfig.from_pretrained(find_model("builtin"))
     config.text_config.layer_types = ["full_attention", "sliding_attention", "full_attention"]
-    with pytest.raises(ModelError, match="layers of sliding_attention; only full attention is known"):
+    with pytest.raises(ModelError, match="layers of sliding_attention; models of type qwen3_vl are known"):
         Qwen3VL(AutoModelForImageTextToText.from_config(config), builtin.family.processor)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "need"),
+    [
+        ("llava", "a file, as its language model has full attention alone"),
+        ("cohere2_vision", "a file, and for its layers with windows (sliding_attention) a mixer"),
+        ("llama4", "a file, and for its layers with windows (chunked_attention) a mixer"),
+        ("minicpmv4_6", "a file, and for its layers with states (linear_attention) a mixer"),
+        ("lfm2_vl", "a file, and for its layers with states a mixer"),
+        ("mllama", "its layers attend to images beside the prompt"),
+        ("florence2", "its answers attend to the output of an encoder"),
+        ("bert", "transformers has no model of this type that reads images and writes text"),
+        ("qwen3_5_vl", "the installed transformers does not know the type either"),
+    ],
+)
+def test_a_family_that_is_not_known_is_told_what_it_would_need(model_type: str, need: str) -> None:
+    with pytest.raises(ModelError, match="are of no known family") as told:
+        family_of(model_type)
+    assert need in str(told.value)
+    assert "Did you mean" not in str(told.value)
+    assert all(name in str(told.value) for name in FAMILIES)
+
+
+def test_what_a_family_would_need_follows_from_its_own_configuration() -> None:
+    """A window may be set or not in models of one type."""
+    for window, need in ((None, "full attention alone"), (4096, "layers with windows (sliding_attention)")):
+        config = AutoConfig.for_model("idefics2")
+        config.text_config.sliding_window = window
+        with pytest.raises(ModelError, match="are of no known family") as told:
+            family_of("idefics2", config)
+        assert need in str(told.value)
+
+
+def test_a_window_that_no_layer_type_tells_is_found(builtin: VLMAgent, tmp_path: Path) -> None:
+    """As in configurations of Mistral, whose layers are all alike."""
+    invent("mistral3", tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings["text_config"]["sliding_window"] = 16
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match="layers of sliding_attention; models of type mistral3 are known with"):
+        VLMAgent.from_pretrained(tmp_path)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from small_models import INVENTED, invent
@@ -36,8 +38,21 @@ def test_all_are_on_in_every_family(family: str, tmp_path: Path) -> None:
     assert lean.on == lean.of > 0
     assert found.pop("lean layers") == f"{lean.on} of {lean.of}"
     assert found.pop("flash attention") == "yes (PyTorch's for CPUs)"
+    parts = {name: found.pop(name) for name in list(found) if name.startswith("parts of ")}
+    assert {"parts of torch", "parts of transformers", "parts of accelerate"} <= parts.keys()
+    assert all(state.split(" of ")[0] == state.split(" of ")[1] for state in parts.values())
     assert set(found.values()) == {"yes"}
     assert ("images in one call" in found) == agent.family.packs_images
+
+
+def test_a_model_leaves_the_global_generators_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the first of a process: new adapters are drawn next, and a seed fixes them."""
+    monkeypatch.setattr(lean_layers, "_tried", {})
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    VLMAgent.from_pretrained("builtin")
+    assert lean_layers._tried
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
 
 
 def test_a_changed_class_of_transformers_is_reported(
@@ -67,7 +82,7 @@ def test_blocks_that_no_longer_ask_for_the_attention_are_an_error(monkeypatch: p
 
     agent = VLMAgent.from_pretrained("builtin")
     monkeypatch.setattr(Qwen3VLTextAttention, "forward", own)
-    with pytest.raises(ModelError, match="have not used the packed attention"):
+    with pytest.raises(ModelError, match="have not used the packed tokens' own pass"):
         agent.rollout([TEXT])
 
 

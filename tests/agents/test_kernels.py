@@ -187,9 +187,9 @@ class TestChoice:
             return "" if len(tried) > 2 - works else "no"
 
         monkeypatch.setattr(kernels, "find_fault", find_fault)
-        assert isinstance(kernels._kernel_for.__wrapped__("cuda", torch.float16, 72), chosen)
+        assert isinstance(kernels._kernel_for.__wrapped__("cuda", torch.float16, 72, False), chosen)
         order = [FlashKernel, EfficientKernel][: min(3 - works, 2)]
-        assert tried == [(kind, "cuda", torch.float16, 72) for kind in order]
+        assert tried == [(kind, "cuda", torch.float16, 72, False) for kind in order]
 
     def test_a_changed_private_operator_is_told(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -198,7 +198,7 @@ class TestChoice:
             return torch.ops.aten._an_operator_that_is_gone(part.query)
 
         monkeypatch.setattr(CPUKernel, "forward", renamed)
-        assert isinstance(kernels._kernel_for.__wrapped__("cpu", torch.float32, 16), ExplicitKernel)
+        assert isinstance(kernels._kernel_for.__wrapped__("cpu", torch.float32, 16, False), ExplicitKernel)
         assert "falls back from CPUKernel for heads of 16 in float32" in caplog.text
         assert "_an_operator_that_is_gone" in caplog.text
 
@@ -207,14 +207,14 @@ class TestChoice:
     ) -> None:
         monkeypatch.setattr(kernels, "find_fault", lambda kernel, *_: "no" if isinstance(kernel, FlashKernel) else "")
         for dtype, told in ((torch.float32, False), (torch.bfloat16, True)):
-            assert isinstance(kernels._kernel_for.__wrapped__("cuda", dtype, 64), EfficientKernel)
+            assert isinstance(kernels._kernel_for.__wrapped__("cuda", dtype, 64, False), EfficientKernel)
             assert ("falls back from FlashKernel" in caplog.text) == told
 
     def test_each_size_of_heads_has_its_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
         asked: list[tuple[Any, ...]] = []
         monkeypatch.setattr(kernels, "_kernel_for", lambda *how: asked.append(how))
         kernel_for(torch.empty(3, 72, dtype=torch.bfloat16))
-        assert asked == [("cpu", torch.bfloat16, 72)]
+        assert asked == [("cpu", torch.bfloat16, 72, False)]
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
     def test_on_a_gpu(self) -> None:

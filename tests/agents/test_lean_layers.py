@@ -5,14 +5,19 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from saved import recording_saved
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.activations import GELUActivation
+from transformers.models.gemma3.configuration_gemma3 import Gemma3TextConfig
+from transformers.models.gemma3.modeling_gemma3 import Gemma3MLP, Gemma3RMSNorm
 from transformers.models.glm4v.configuration_glm4v import Glm4vTextConfig
 from transformers.models.glm4v.modeling_glm4v import Glm4vTextMLP, Glm4vVisionPatchMerger
 from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
 from transformers.models.internvl.modeling_internvl import InternVLVisionMLP
+from transformers.models.pixtral.configuration_pixtral import PixtralVisionConfig
+from transformers.models.pixtral.modeling_pixtral import PixtralMLP
 from transformers.models.qwen2_vl.modeling_qwen2_vl import VisionMlp
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNorm, Qwen3_5RMSNormGated
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextMLP, Qwen3VLTextRMSNorm, Qwen3VLVisionMLP
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
@@ -20,10 +25,21 @@ from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionMLP
 
 from vlmenv.agents import lean_layers
 from vlmenv.agents import saved_activations as machinery
-from vlmenv.agents.lean_layers import FusedGatedMLP, GatedMLP, PlainMLP, RMSNorm, make_lean
-from vlmenv.agents.saved_activations import dropping_recomputable, keeping_activations, recording_saved
+from vlmenv.agents.lean_layers import (
+    CentredRMSNorm,
+    FusedGatedMLP,
+    GatedMLP,
+    GatedRMSNorm,
+    GeluGatedMLP,
+    PlainMLP,
+    RMSNorm,
+    TanhGeluGatedMLP,
+    make_lean,
+)
+from vlmenv.agents.saved_activations import dropping_recomputable, keeping_activations
 from vlmenv.agents.vlm import VLMAgent
 
+GATED = {"glm4v": FusedGatedMLP, "gemma3": TanhGeluGatedMLP, "pixtral": GeluGatedMLP}
 PRECISIONS = ("float32", "bfloat16", "autocast", "autocast of bfloat16")
 
 
@@ -103,6 +119,41 @@ def test_a_norm_is_that_of_transformers_to_the_last_digit(precision: str, shape:
     hidden = 3 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
     assert_equal(norm(shape[-1]), hidden, precision)
     assert_equal([Block(one) for one in norm(shape[-1])], hidden, precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("kind", [Qwen3_5RMSNorm, Gemma3RMSNorm])
+def test_a_centred_norm_is_that_of_transformers_to_the_last_digit(kind: type[nn.Module], precision: str) -> None:
+    plain = kind(64)
+    nn.init.normal_(plain.weight, generator=torch.Generator().manual_seed(1))
+    lean = copy.deepcopy(plain)
+    assert make_lean(lean).on == 1
+    assert type(lean) is CentredRMSNorm
+    hidden = 3 * torch.randn(7, 64, generator=torch.Generator().manual_seed(0))
+    assert_equal([lean, plain], hidden, precision)
+    assert_equal([Block(copy.deepcopy(one)) for one in (lean, plain)], hidden, precision)
+    assert kept_for(plain.float(), hidden.requires_grad_()) - kept_for(lean.float(), hidden) >= 7 * 64
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_gated_norm_is_that_of_transformers_to_the_last_digit(precision: str) -> None:
+    class Both(nn.Module):
+        """Gets its gate from the same input."""
+
+        def __init__(self, norm: nn.Module) -> None:
+            super().__init__()
+            self.inner = norm
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            return self.inner(hidden, hidden.flip(0))
+
+    plain = Qwen3_5RMSNormGated(64)
+    nn.init.normal_(plain.weight, generator=torch.Generator().manual_seed(1))
+    lean = copy.deepcopy(plain)
+    assert make_lean(lean).on == 1
+    assert type(lean) is GatedRMSNorm
+    hidden = 3 * torch.randn(7, 64, generator=torch.Generator().manual_seed(0))
+    assert_equal([Both(one) for one in (lean, plain)], hidden, precision)
 
 
 def test_a_norm_with_frozen_weights_or_input() -> None:
@@ -267,6 +318,8 @@ def plain_mlp(kind: str) -> tuple[nn.Module, nn.Module]:
         "internvl": lambda: InternVLVisionMLP(InternVLVisionConfig(hidden_size=16, intermediate_size=24)),
         "smolvlm": lambda: SmolVLMVisionMLP(SmolVLMVisionConfig(hidden_size=16, intermediate_size=24)),
         "glm4v": lambda: Glm4vTextMLP(Glm4vTextConfig(hidden_size=16, intermediate_size=24)),
+        "gemma3": lambda: Gemma3MLP(Gemma3TextConfig(hidden_size=16, intermediate_size=24)),
+        "pixtral": lambda: PixtralMLP(PixtralVisionConfig(hidden_size=16, intermediate_size=24)),
     }
     plain = made[kind]()
     lean = copy.deepcopy(plain)
@@ -275,14 +328,14 @@ def plain_mlp(kind: str) -> tuple[nn.Module, nn.Module]:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl", "internvl", "smolvlm", "glm4v"])
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl", "internvl", "smolvlm", *GATED])
 def test_other_mlps_are_theirs_to_the_last_digit(kind: str, precision: str) -> None:
     pair = plain_mlp(kind)
-    assert type(pair[0]) is (FusedGatedMLP if kind == "glm4v" else PlainMLP)
+    assert type(pair[0]) is GATED.get(kind, PlainMLP)
     assert_equal(pair, torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0)), precision)
 
 
-@pytest.mark.parametrize(("kind", "saved"), [("qwen3_vl", 1), ("internvl", 1), ("glm4v", 2)])
+@pytest.mark.parametrize(("kind", "saved"), [("qwen3_vl", 1), ("internvl", 1), *((kind, 2) for kind in GATED)])
 def test_other_mlps_keep_fewer(kind: str, saved: int) -> None:
     """The activation's output, or both products of the gates."""
     hidden = torch.randn(15, 16, requires_grad=True)
@@ -336,7 +389,7 @@ class TestMatching:
 
     def test_another_activation_or_other_parts_are_told(self, mlp: tuple[nn.Module, nn.Module]) -> None:
         _, plain = mlp
-        plain.act_fn = GELUActivation()
+        plain.act_fn = nn.Tanh()
         assert "does not compute the same" in make_lean(plain).faults["Qwen3VLTextMLP"]
         plain.more = nn.Linear(2, 2)
         assert "other parts" in make_lean(plain).faults["Qwen3VLTextMLP"]

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from batches import logprobs_of, loss_of, rollout_of, train
+from saved import recording_saved
 
-from vlmenv.agents.saved_activations import recording_saved
 from vlmenv.agents.vlm import Sampling, VLMAgent, find_model
 from vlmenv.core.rollout import Rollout
 

@@ -8,7 +8,7 @@ import torch
 from batches import observations, ragged
 
 from vlmenv.agents import sampling as module
-from vlmenv.agents.attention import Steps
+from vlmenv.agents.passes import Steps
 from vlmenv.agents.policy import Policy
 from vlmenv.agents.sampling import PassLimits, Sampling
 from vlmenv.agents.vlm import VLMAgent
@@ -168,8 +168,8 @@ def test_a_limited_cache_stays_within_its_limit_and_gives_the_same_answers(
 
     def noting(self: Policy, tokens: torch.Tensor, positions: torch.Tensor, attention: Steps) -> torch.Tensor:
         hidden = extend(self, tokens, positions, attention)
-        prefixes = attention._prefixes
-        held.append(sum(one.keys[0].shape[0] * one.keys[0].shape[2] for one in (prefixes, _Own(attention))))
+        pasts = attention.prefixes.past[0], attention.own[0]
+        held.append(sum(one.keys.shape[0] * one.capacity for one in pasts))
         widths.append(len(tokens))
         return hidden
 
@@ -188,11 +188,6 @@ def test_a_limited_cache_stays_within_its_limit_and_gives_the_same_answers(
     assert max(count for count, width in zip(held, widths, strict=True) if width > 1 or cache == 1) <= max(cache, 450)
     assert len(held) > 300  # more than one wave
     assert max(widths) > 1 or cache == 1
-
-
-class _Own:
-    def __init__(self, attention: Steps) -> None:
-        self.keys = attention._keys
 
 
 def test_completions_that_have_room_at_their_full_length_run_once(builtin: VLMAgent) -> None:
@@ -215,24 +210,24 @@ def test_caches_grow_and_shrink_one_block_at_a_time(builtin: VLMAgent) -> None:
     rows = torch.from_numpy(index)
     with torch.no_grad():
         policy.extend(torch.zeros(16, dtype=torch.int64), rows, attention)
-    before = attention._keys[0]
+    before = attention.own[0].keys
     assert before.shape[2] == Steps.GROWTH
     assert attention.next_capacity == Steps.GROWTH
     attention.length = Steps.GROWTH
     with torch.no_grad():
         policy.extend(torch.zeros(16, dtype=torch.int64), rows, attention)
-    assert attention._keys[0].shape[2] == 2 * Steps.GROWTH
-    assert attention._keys[0][:, :, 0].equal(before[:, :, 0])
+    assert attention.own[0].keys.shape[2] == 2 * Steps.GROWTH
+    assert attention.own[0].keys[:, :, 0].equal(before[:, :, 0])
     sizes = []
 
     class Watched(dict):
         def __setitem__(self, block: int, cache: torch.Tensor) -> None:
             super().__setitem__(block, cache)
-            sizes.append(sum(len(one) for one in self.values()))
+            sizes.append(sum(len(one.keys) for one in self.values()))
 
-    attention._keys = Watched(attention._keys)
+    attention.own = Watched(attention.own)
     attention.select(torch.arange(4))
-    blocks = len(attention._keys)
+    blocks = len(attention.own)
     assert sizes == [16 * (blocks - i) + 4 * i for i in range(1, blocks + 1)]
 
 

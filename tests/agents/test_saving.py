@@ -275,12 +275,12 @@ def test_a_model_that_would_be_saved_otherwise_than_it_came_is_found_without_sav
     agent.check_saving()
     agent.add_lora(rank=2, alpha=2)
     agent.check_saving()
-    revert = saving.revert_weight_conversion
+    revert = saving.convert_back
 
     def renamed(model: object, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name.replace("visual", "vision"): tensor for name, tensor in revert(model, state).items()}
 
-    monkeypatch.setattr(saving, "revert_weight_conversion", renamed)
+    monkeypatch.setattr(saving, "convert_back", renamed)
     with pytest.raises(CheckpointError, match=r"could not be saved as they came: \d+ would get names .*vision"):
         agent.check_saving()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -11,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from batches import rollout_of, train
 from logits_elsewhere import logits
-from safetensors.torch import save_file
-from test_other_transformers import inputs_of, merged_weights
+from safetensors.torch import load_file, save_file
+from small_models import invent
+from test_other_transformers import FAMILIES as ALL
+from test_other_transformers import in_the_layout_of_4, inputs_of, merged_weights, trained
 
 from vlmenv.agents.vlm import VLMAgent, find_model
 
@@ -22,93 +24,131 @@ pytestmark = pytest.mark.vllm
 SCRIPT = Path(__file__).with_name("vllm_elsewhere.py")
 TOLERANCE = 2e-5
 """of log-probabilities in float32, that vLLM and transformers compute by other kernels"""
+WAYS = ("full", "frozen", "lora", "vision lora")
+TOKENS = {
+    "internvl": {"image_seq_length": 4, "processor_class": "InternVLProcessor"},
+    "smolvlm": {"image_seq_len": 4, "processor_class": "SmolVLMProcessor"},
+}
+"""What folders of published processors tell vLLM of the number of an image's tokens."""
+REFUSED = {"internvl"}
+"""Families of whose projector vLLM takes no adapters."""
+WITHOUT = "vision lora without the option"
+FAMILIES = [one for one in ALL if one != "smolvlm" or importlib.util.find_spec("num2words")]
+"""transformers' processor of SmolVLM, which vLLM asks for, needs num2words"""
+Found = tuple[list[int], torch.Tensor]
+"""The prompt's tokens, and the log-probability of each after the first."""
 
 
-@pytest.fixture(scope="module", params=["builtin", "qwen2_5_vl"])
-def base(request: pytest.FixtureRequest, qwen2_5_vl_folder: Path) -> Path:
-    return qwen2_5_vl_folder if request.param == "qwen2_5_vl" else find_model("builtin")
-
-
-def trained(base: Path, **lora: Any) -> VLMAgent:
+def adapted(base: Path, *, vision: bool) -> VLMAgent:
+    """A model with adapters as of much training."""
     agent = VLMAgent.from_pretrained(base)
     torch.manual_seed(0)
-    if lora:
-        agent.add_lora(rank=8, alpha=16, **lora)
-        for parameter in agent.parameters():  # as of much training
-            torch.nn.init.normal_(parameter, std=0.1)
-    train(agent, rollout_of(agent))
+    agent.add_lora(rank=8, alpha=16, vision=vision)
+    for parameter in agent.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
     return agent
 
 
-def expected(agent: VLMAgent, base: Path, place: Path) -> tuple[list[int], torch.Tensor]:
-    """By transformers alone: the base model's own files, with the trained weights put into them by name."""
-    inputs = inputs_of(agent)
-    save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, place / "inputs")
-    save_file(merged_weights(agent), place / "weights")
-    job = {"folder": str(base), "adapter": "", "weights": str(place / "weights"), "inputs": str(place / "inputs")}
-    ids = inputs["input_ids"][0]
-    values = logits(job)[0, :-1].log_softmax(-1)
-    return ids.tolist(), values.gather(1, ids[1:, None])[:, 0]
-
-
-def write_prompt(agent: VLMAgent, place: Path) -> Path:
-    """The prompt of `inputs_of` as vLLM takes it."""
-    image = np.random.default_rng(0).integers(256, size=(32, 32, 3), dtype=np.uint8)
+def make(family: str, place: Path) -> None:
+    """Writes a family's base model, and what is saved and published of each way to train it."""
+    base = place / "base"
+    place.mkdir()
+    if family == "builtin":
+        base.symlink_to(find_model("builtin"))
+    else:
+        base.mkdir()
+        invent(family, base, head=32)  # the least that vLLM's attention on CPUs has
+        in_the_layout_of_4(base)
+    if family in TOKENS:
+        (base / "processor_config.json").write_text(json.dumps(TOKENS[family]))
+    for way in WAYS:
+        agent = adapted(base, vision="vision" in way) if "lora" in way else trained(base, way)
+        save_file(merged_weights(agent), place / f"{way}.weights")
+        agent.save_dtype = torch.float32
+        agent.save(place / way)
+        agent.publish(place / f"{way} published", dtype=torch.float32)
+    save_file({name: tensor.contiguous() for name, tensor in inputs_of(agent).items()}, place / "inputs")
+    image = np.random.default_rng(0).integers(256, size=(32, 32, 3), dtype=np.uint8)  # as in inputs_of
     chat = agent.family.chat({"images": (image,), "prompt": "Locate the red circle."})
     ids = agent.family.processor.tokenizer.encode(chat, add_special_tokens=False)
     save_file({"ids": torch.tensor(ids), "image": torch.from_numpy(image)}, place / "prompt")
-    return place / "prompt"
 
 
-def by_vllm(place: Path, prompt: Path, *jobs: dict[str, Any]) -> list[tuple[list[int], torch.Tensor]]:
-    """What plain vLLM finds, one process a job, because an engine keeps its process."""
-    found = []
-    for number, job in enumerate(jobs):
-        asked = {"adapter": None, "tower": False, "inputs": str(prompt), "out": str(place / f"{number}.json")} | job
-        file = place / f"job-{number}.json"
-        file.write_text(json.dumps([asked]))
-        ended = subprocess.run([sys.executable, "-W", "ignore", SCRIPT, file], capture_output=True, text=True)
-        assert ended.returncode == 0, ended.stderr[-3000:]
-        answer = json.loads(Path(asked["out"]).read_text())
-        found.append((answer["ids"], torch.tensor(answer["logprobs"])))
-    return found
+def expected(place: Path, way: str) -> Found:
+    """By transformers alone: the base model's own files, with the trained weights put into them by name."""
+    files = {"weights": str(place / f"{way}.weights"), "inputs": str(place / "inputs")}
+    values = logits({"folder": str(place / "base"), "adapter": "", **files})[0, :-1].log_softmax(-1)
+    ids = load_file(place / "inputs")["input_ids"][0]
+    return ids.tolist(), values.gather(1, ids[1:, None])[:, 0]
 
 
-def difference(found: tuple[list[int], torch.Tensor], right: tuple[list[int], torch.Tensor]) -> float:
-    assert found[0] == right[0]
-    return float((found[1] - right[1]).abs().max())
+def engine(place: Path, folder: str, *adapters: str, tower: bool = True, name: str | None = None) -> dict[str, Any]:
+    """What to start vLLM with, and what to ask it: answers of a folder, or those with adapters on it."""
+    asked = [
+        {"out": str(place / f"{name or one}.json"), "adapter": str(place / one) if adapters else None}
+        for one in adapters or [folder]
+    ]
+    start = {"folder": str(place / folder), "inputs": str(place / "prompt")}
+    return start | {"adapters": bool(adapters), "tower": tower, "asked": asked}
 
 
-def test_a_checkpoint_of_all_weights(base: Path, tmp_path: Path) -> None:
-    agent = trained(base)
-    agent.save_dtype = torch.float32
-    agent.save(tmp_path / "saved")
-    agent.publish(tmp_path / "published", dtype=torch.float32)
-    right = expected(agent, base, tmp_path)
-    jobs = [{"folder": str(folder)} for folder in (tmp_path / "saved", tmp_path / "published", base)]
-    *own, untrained = by_vllm(tmp_path, write_prompt(agent, tmp_path), *jobs)
-    assert [difference(one, right) < TOLERANCE for one in own] == [True, True]
-    assert difference(untrained, right) > 10 * TOLERANCE
+def engines(place: Path) -> list[dict[str, Any]]:
+    """An engine for each whole model, one for adapters, and one without vLLM's option for those of a vision tower.
+
+    What vLLM refuses comes last, as it ends an engine.
+    """
+    whole = [engine(place, name) for name in ("full", "frozen", "lora published", "vision lora published")]
+    alone = engine(place, "base", "lora", "vision lora")
+    return [*whole, alone, engine(place, "base", "vision lora", tower=False, name=WITHOUT)]
 
 
-def test_adapters_of_the_language_model_merged_and_alone(base: Path, tmp_path: Path) -> None:
-    agent = trained(base, vision=False)
-    agent.save(tmp_path / "saved")
-    agent.publish(tmp_path / "published", dtype=torch.float32)
-    right = expected(agent, base, tmp_path)
-    jobs = [{"folder": str(tmp_path / "published")}, {"folder": str(base), "adapter": str(tmp_path / "saved")}]
-    for found in by_vllm(tmp_path, write_prompt(agent, tmp_path), *jobs):
-        assert difference(found, right) < TOLERANCE
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a folder for each family, which holds what plain vLLM has found."""
+    pytest.importorskip("peft")
+    root = tmp_path_factory.mktemp("elsewhere")
+    for family in FAMILIES:
+        make(family, root / family)
+    file = root / "engines.json"
+    file.write_text(json.dumps([engine for family in FAMILIES for engine in engines(root / family)]))
+    ended = subprocess.run([sys.executable, "-W", "ignore", SCRIPT, file], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return root
 
 
-def test_adapters_of_the_vision_tower_are_merged_or_need_a_setting_of_vllm(base: Path, tmp_path: Path) -> None:
-    agent = trained(base, vision=True)
-    agent.save(tmp_path / "saved")
-    agent.publish(tmp_path / "published", dtype=torch.float32)
-    right = expected(agent, base, tmp_path)
-    alone = {"folder": str(base), "adapter": str(tmp_path / "saved")}
-    jobs = [{"folder": str(tmp_path / "published")}, alone, alone | {"tower": True}]
-    found = by_vllm(tmp_path, write_prompt(agent, tmp_path), *jobs)
-    assert difference(found[0], right) < TOLERANCE
-    assert difference(found[1], right) > 10 * TOLERANCE
-    assert difference(found[2], right) < TOLERANCE
+def found(place: Path, name: str) -> Found:
+    if not (file := place / f"{name}.json").exists():
+        pytest.fail("\n".join(f"{error.name}: {error.read_text()[-1500:]}" for error in place.glob("*.error")))
+    answer = json.loads(file.read_text())
+    return answer["ids"], torch.tensor(answer["logprobs"])
+
+
+def difference(one: Found, right: Found) -> float:
+    assert one[0] == right[0]
+    return float((one[1] - right[1]).abs().max())
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpoints_exports_and_adapters_are_what_was_trained(family: str, way: str, made: Path) -> None:
+    """Exports of models without adapters have the weights of the checkpoints, so vLLM is not asked again."""
+    place = made / family
+    right = expected(place, way)
+    if not (family in REFUSED and way == "vision lora"):
+        assert difference(found(place, way), right) < TOLERANCE
+    if "lora" in way:
+        assert difference(found(place, f"{way} published"), right) < TOLERANCE
+    else:
+        saved, published = (place / name / "model.safetensors" for name in (way, f"{way} published"))
+        assert saved.read_bytes() == published.read_bytes()
+    other = "frozen" if way == "full" else "full"
+    assert difference(found(place, other), right) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_of_the_vision_tower_need_a_setting_of_vllm(family: str, made: Path) -> None:
+    place = made / family
+    if family in REFUSED:
+        assert "expected target modules in" in (place / f"{WITHOUT}.error").read_text()
+        return
+    assert difference(found(place, WITHOUT), expected(place, "vision lora")) > 10 * TOLERANCE

@@ -283,7 +283,7 @@ def test_models_that_are_not_there_are_refused(tmp_path: Path) -> None:
 
 def test_a_family_that_is_not_known_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "qwen2_audio"}')
-    with pytest.raises(ModelError, match="unknown model family 'qwen2_audio'"):
+    with pytest.raises(ModelError, match="models of type 'qwen2_audio' are of no known family"):
         VLMAgent.from_pretrained(tmp_path)
 
 

@@ -69,6 +69,37 @@ def test_the_checkpoints_of_a_bfloat16_model_go_on_bit_for_bit(
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["bf16"]
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_several_ranks_roll_out_ahead(kind: str, tmp_path: Path) -> None:
+    """Each samples with weights of a step before; they go on bit for bit, and end together."""
+    script = Path(__file__).parent / "stale_processes.py"
+    done = launch(kind, str(script), NAMES[kind], str(tmp_path))
+    assert done.returncode == 0, done.stderr
+
+
+def test_shards_go_on_as_whole_copies_and_back(tmp_path: Path) -> None:
+    """The optimizer's state is the same, and the next step learns the same."""
+    done = launch("fsdp2", str(Path(__file__).parent / "divided_anew.py"), str(tmp_path))
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_main_process_alone_needs_to_load_weights(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    VLMAgent.from_pretrained("builtin").publish(tmp_path / "base", dtype=torch.bfloat16)
+    done = launch("fsdp2", str(Path(__file__).parent / "weights_of_main.py"), str(tmp_path / "base"))
+    assert done.returncode == 0, done.stderr
+
+
+def test_copies_of_shards_learn_as_one_process(tmp_path: Path) -> None:
+    done = launch("fsdp2", str(Path(__file__).parent / "copies_of_shards.py"), str(tmp_path), processes=4)
+    assert done.returncode == 0, done.stderr
+
+
+def test_copies_of_shards_go_with_fsdp2() -> None:
+    with pytest.raises(ConfigError, match="shard_within goes with several ranks under FSDP2"):
+        processes_of(Accelerator(cpu=True), shard_within=2)
+
+
 @pytest.mark.parametrize("as_slices", [True, False])
 def test_micro_batches_are_cut_until_all_have_as_many(as_slices: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     shares = Sharded(Accelerator(cpu=True))

@@ -1,4 +1,4 @@
-"""The GPU on paper: the roofline by hand-computed cases, operators' bytes and operations, and a small model's counts."""
+"""The GPU on paper: its roofline by hand, operators' bytes and operations, and the counts of a small model."""
 
 from __future__ import annotations
 

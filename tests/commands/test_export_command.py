@@ -11,6 +11,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
+from small_models import invent
 from transformers import AutoModelForImageTextToText
 
 from vlmenv.agents.vlm import VLMAgent, find_model
@@ -88,7 +89,7 @@ def test_a_run_of_all_weights(runs: dict[str, Path], base: Path, tmp_path: Path)
         name: one["value"] for name, one in measured["after"].items()
     }
     for name, one in measured["before"].items():
-        assert f"| {name} | {one['value']:.3f} | {measured['after'][name]['value']:.3f} |" in text
+        assert f"| `{name}` | {one['value']:.3f} | {measured['after'][name]['value']:.3f} |" in text
     assert "task: `VLM-REC-v0`" in text
     assert "Answer as {answer} in {coordinates}, or {none}. {question}" in text
     first = json.loads((run / "rollouts.jsonl").read_text().splitlines()[0])["prompt"]
@@ -122,7 +123,7 @@ def test_adapters_are_written_alone(flags: list[str], runs: dict[str, Path], tmp
     assert card.data.library_name == "peft"
     assert "lora" in card.data.tags
     assert "Be brief." in card.content
-    assert "stages before: full" in card.content
+    assert "stages before: `full`" in card.content
     assert "PeftModel.from_pretrained" in card.content
     assert "--enable-lora --max-lora-rank 8 --lora-modules trained=FOLDER" in card.content
 
@@ -143,6 +144,21 @@ def test_adapters_of_the_vision_tower_are_told_what_vllm_needs(
             card = (out / "README.md").read_text()
             assert ("--enable-lora --enable-tower-connector-lora --max-lora-rank 16" in card) == needed
             assert ("--enable-lora --max-lora-rank 16" in card) == (not vision and not more)
+
+
+@pytest.mark.slow
+def test_adapters_that_vllm_refuses_are_told_to_be_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the projector of InternVL, as tests/agents/test_vllm_elsewhere.py sees."""
+    (tmp_path / "base").mkdir()
+    invent("internvl", tmp_path / "base")
+    for vision in (True, False):
+        agent = VLMAgent.from_pretrained(tmp_path / "base")
+        agent.add_lora(rank=2, alpha=2, vision=vision)
+        agent.save(tmp_path / f"adapters {vision}")
+        main(["export", str(tmp_path / f"adapters {vision}"), str(tmp_path / f"out {vision}")])
+        told = "vLLM takes no adapters of this model's projectors"
+        assert (told in capsys.readouterr().out) == vision
+        assert (told in (tmp_path / f"out {vision}" / "README.md").read_text()) == vision
 
 
 @pytest.mark.slow
@@ -179,7 +195,8 @@ def test_wrong_requests(runs: dict[str, Path], tmp_path: Path, capsys: pytest.Ca
     assert "has no adapters to write alone" in fails(capsys, full, out, "--adapter")
     assert "merged and adapter exclude each other" in fails(capsys, full, out, "--adapter", "--merged")
     assert "step goes with a run's folder" in fails(capsys, "builtin", out, "--step", "1")
-    assert "hub is a repository's name" in fails(capsys, full, out, "--hub", "model")
+    for name in ("model", "me/--model", "me/a..b", "me/" + 100 * "x", "me/a b", "me/model.git"):
+        assert "hub is a name such as me/my-model" in fails(capsys, full, out, f"--hub={name}")
     assert "name the run or model" in fails(capsys)
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()

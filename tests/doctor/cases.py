@@ -19,6 +19,7 @@ from vlmenv.agents.engines.checks import check_names, check_prompt
 from vlmenv.agents.families import Family
 from vlmenv.agents.sampling import Sampled, Sampling, sample
 from vlmenv.agents.vlm import VLMAgent, find_model
+from vlmenv.agents.weights import tied_names
 from vlmenv.doctor import DoctorConfig, Finding, examine
 from vlmenv.options.fields import replaced
 
@@ -63,7 +64,7 @@ class CopyEngine(Engine):
     def __init__(self, folder: Path, family: Family, **options: Any) -> None:
         self.copy = VLMAgent.from_pretrained(folder)
         self.max_length = self.copy.max_length
-        self._names = weight_names(folder) - set(family.model.all_tied_weights_keys)
+        self._names = weight_names(folder) - tied_names(family.model)
 
     def generate(
         self, requests: Sequence[Request], index: NDArray[np.int64], sampling: Sampling, rng: np.random.Generator

@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT
 
 from vlmenv.doctor import DoctorConfig
-from vlmenv.doctor.machine import device, versions, written
+from vlmenv.doctor.machine import device, versions
 from vlmenv.doctor.subject import Subject
 from vlmenv.options.fields import replaced
 
@@ -76,7 +76,3 @@ def test_extras_need_not_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_precision_that_the_device_lacks() -> None:
     assert "fp16 needs a CUDA GPU" in device(subject(precision="fp16"))[1]
     assert device(subject(precision="bf16"))[1] == ""
-
-
-def test_sizes_are_written_for_a_reader() -> None:
-    assert (written(3 * 2**20), written(2**30 * 1.25)) == ("3 MiB", "1.2 GiB")

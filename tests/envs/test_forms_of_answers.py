@@ -162,12 +162,12 @@ The true answer and the model's are read by the same steps.
    ("not \\boxed{3}", "\\boxed{3} is wrong") is not stated.
 3. **Units** are split off: SI units with their prefixes, common others, currencies, Chinese ones, and counted things
    ("people"). A unit that one side lacks is not compared. Two units are converted: `5000 g` is `5 kg`, `90 km/h` is
-   `25 m/s`. A quantity may have several, the largest first: `3 h 30 min` is `3.5 h`, and
+   `25 m/s`, `180°` is `π rad`. A quantity may have several, the largest first: `3 h 30 min` is `3.5 h`, and
    `30°15'` is `30.25°`. `'` and `"` after a number are parts of a degree, or of a foot or an hour beside such a unit.
    Units of different quantities are not equal. A percent sign on one side alone may be left out, or count as 1/100.
 4. **Numbers** are compared exactly, to the precision that the truth states. A truth of three or more significant digits
    with decimals (two, in scientific notation) equals every number that rounds to it. A fraction, a root or a multiple
-   of π equals a decimal that rounds it to six or more significant digits.
+   of π equals a decimal that rounds it to six or more significant digits. `0.1\\overline{6}` and `0.1(6)` are `1/6`.
 5. **Lists and sets** are equal in any order, tuples and intervals only in the same order. A list without brackets may
    stand for a set or a tuple; `{1,2}` is not `(1,2)`. `±2` is `2, -2`. A list with the truth and other values is
    wrong. A formula with `±` within it has two values.

@@ -138,7 +138,15 @@ BOMBS = [
     "(" * 900,
     "(" * 10**7,
     "\\boxed{" * 10**6,
+    "((9!)!)!",
+    "{((9!)!)!}",
+    "(12!)!",
+    "9! ! !",
+    "(9^{9})!",
+    "(10^{99})!",
+    "\\binom{10^6}{500000}",
 ]
+NO_BOMBS = [("(3!)!", "720"), ("(2^{3})!", "40320"), ("\\binom{10}{3}", "120"), ("6!", "720"), ("((9!)!)!", "((9!)!)!")]
 SLOW_BOMBS = ["9^{9^9}", "(x+y+z)^{60}"]
 
 
@@ -176,6 +184,10 @@ def test_equality_by_hand() -> None:
     found = math_equal(EQUAL + UNEQUAL)
     assert [pair for pair, is_equal in zip(EQUAL, found, strict=False) if not is_equal] == []
     assert [pair for pair, is_equal in zip(UNEQUAL, found[len(EQUAL) :], strict=True) if is_equal] == []
+
+
+def test_small_factorials_are_no_bombs() -> None:
+    assert math_equal(NO_BOMBS) == [True] * len(NO_BOMBS)
 
 
 def test_bombs_are_not_even_tried(recorder: Recorder) -> None:

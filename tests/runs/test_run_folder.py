@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,24 @@ def test_a_folder_whose_name_is_no_text_is_refused(tmp_path: Path, capsys: pytes
     told = fails(capsys, "train", "--device", "cpu", "--output", f"{tmp_path}/x\udcff")
     assert "the name is not UTF-8: give another --output" in told
     assert not list(tmp_path.iterdir())
+
+
+def test_options_that_changed_on_the_way_are_known_up_to_a_step(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    assert run.changed_options() == {}
+    run.write_change(2, {"options": {"steps": [4, 6], "lr": [0.1, 0.2]}})
+    run.write_change(4, {"ranks": [2, 1]})
+    run.write_change(6, {"options": {"steps": [6, 8]}})
+    assert run.changed_options(2) == {}
+    assert run.changed_options(3) == run.changed_options(6) == {"steps": 6, "lr": 0.2}
+    assert run.changed_options() == {"steps": 8, "lr": 0.2}
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "rollouts.jsonl", "warnings.jsonl", "changes.jsonl"])
+def test_a_pipe_in_place_of_a_log_is_refused_and_not_opened(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    run = RunFolder(tmp_path)
+    with pytest.raises(ConfigError, match=name):
+        run.cut(0)
+    with pytest.raises(ConfigError):
+        run.check_new()

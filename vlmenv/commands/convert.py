@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
+from vlmenv.core.console import open_console, say
 from vlmenv.core.errors import ConfigError
-from vlmenv.core.text import printable
 from vlmenv.envs.data.convert import Summary, convert
 from vlmenv.options.data import DataConvertConfig
 from vlmenv.options.parsing import parse_plain
@@ -34,15 +32,15 @@ def run(config: DataConvertConfig) -> Summary:
         split=config.split,
         skip_broken=config.skip_broken,
     )
-    console = Console(emoji=False, soft_wrap=True)
+    console = open_console()
     for fault in summary.faults[:_SHOWN]:
-        console.print(printable(fault), style="red", highlight=False, emoji=False)
+        say(fault, console, "red")
     if len(summary.faults) > _SHOWN:
-        console.print(f"… and {len(summary.faults) - _SHOWN} more", style="red", highlight=False)
+        say(f"… and {len(summary.faults) - _SHOWN} more", console, "red")
     for note, count in summary.notes.items():
-        console.print(printable(f"{note} ({count})" if count else note), highlight=False, emoji=False)
+        say(f"{note} ({count})" if count else note, console)
     told = f"{summary.layout}: {summary.rows} rows with {summary.boxes} boxes are in {summary.target}"
-    console.print(printable(told), highlight=False)
+    say(told, console)
     env = f" --env {summary.env}" if summary.env else ""
-    console.print(printable(f"check them by: vlmenv data check {summary.target}{env} --decode"), highlight=False)
+    say(f"check them by: vlmenv data check {summary.target}{env} --decode", console)
     return summary

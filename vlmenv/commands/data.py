@@ -18,10 +18,10 @@ from rich.progress import track
 from rich.table import Table
 
 from vlmenv.core.answers import Detection
+from vlmenv.core.console import PlainTable, open_console, say
 from vlmenv.core.errors import ConfigError
 from vlmenv.core.files import write_atomic
 from vlmenv.core.loading import import_modules
-from vlmenv.core.text import printable
 from vlmenv.envs.base import NoRowsError, VisualTaskEnv
 from vlmenv.envs.data.boxes import BoxForm, BoxOrientation
 from vlmenv.envs.data.check import BoxedRow, Convention, LookedAt, likely_convention, look_at, share
@@ -73,7 +73,7 @@ class Findings:
 
 def run(config: DataCheckConfig) -> None:
     """Checks a data set; ends the process with status 1 if it has a fault."""
-    console = Console(emoji=False, soft_wrap=True)
+    console = open_console()
     task, source, counted = _opened(config, console)
     found = Findings(prompts=counted)
     for fault in source.faults:
@@ -82,7 +82,7 @@ def run(config: DataCheckConfig) -> None:
     given = Convention(None if form is None else BoxForm(form), BoxOrientation(orientation))
     parts, start = _parts(source), 0
     for part in parts:
-        found.good.append(list(_look_through(part, start, config, found, given)))
+        found.good.append(list(_look_through(part, start, config, found, given, console)))
         start += part.size or 0
     _tell_faults(found, console)
     likely = likely_convention(found.boxed, given)
@@ -93,7 +93,7 @@ def run(config: DataCheckConfig) -> None:
     samples = some_samples(source)
     misjudged = [] if task is None else check_answers(task, samples)
     if misjudged:
-        console.print(printable(describe(misjudged, len(samples))), style="red", highlight=False, emoji=False)
+        say(describe(misjudged, len(samples)), console, "red")
     if found.faults or misjudged or likely is not None:
         sys.exit(1)
 
@@ -163,12 +163,13 @@ def _parts(source: Source) -> Sequence[TableSource]:
 
 
 def _look_through(
-    source: TableSource, start: int, config: DataCheckConfig, found: Findings, given: Convention
+    source: TableSource, start: int, config: DataCheckConfig, found: Findings, given: Convention, console: Console
 ) -> Iterator[int]:
     """Checks all rows of a source, whose first sample is number `start`; returns the numbers of the good rows."""
     indices = {source.number(index): index for index in range(source.size or 0)}
     refused = {} if found.prompts is None else found.prompts.faults
-    for one in track(_looked_at(source, indices, config.decode), "reading rows", source.total, transient=True):
+    looked = _looked_at(source, indices, config.decode)
+    for one in track(looked, "reading rows", source.total, transient=True, console=console):
         faults = [("image", fault) for fault in one.faults]
         if one.row is not None:
             _count(one, found)
@@ -213,9 +214,9 @@ _KINDS: Final = {
 def _tell_faults(found: Findings, console: Console) -> None:
     for kind, faults in found.faults.items():
         for fault in faults[:_TOLD]:
-            console.print(printable(fault), style="red", highlight=False, emoji=False)
+            say(fault, console, "red")
         if len(faults) > _TOLD:
-            console.print(f"… and {len(faults) - _TOLD} more rows: {_KINDS[kind]}", style="red", highlight=False)
+            say(f"… and {len(faults) - _TOLD} more rows: {_KINDS[kind]}", console, "red")
 
 
 def _tell_boxes(found: Findings, given: Convention, likely: Convention | None, is_coco: bool, console: Console) -> None:
@@ -234,7 +235,7 @@ def _tell_boxes(found: Findings, given: Convention, likely: Convention | None, i
     told = f"the boxes seem to be {'of ' if likely.form == given.form else ''}{what}: "
     told += f"{now} of {len(rows)} rows fit their image as they are read, {then} would then. "
     told += "COCO's boxes are x, y, width and height in pixels: rewrite them" if is_coco else f"Read them by {how}"
-    console.print(told.replace(" and of --", " --"), style="bold yellow", highlight=False)
+    say(told.replace(" and of --", " --"), console, "bold yellow")
 
 
 _FORMS: Final = {
@@ -246,16 +247,15 @@ _FORMS: Final = {
 
 
 def _summary(config: DataCheckConfig, source: TableSource | Concatenated, found: Findings) -> Table:
-    title = printable(f"{', '.join(config.dataset)} for {config.env}")
-    table = Table(title=title, show_header=False, title_justify="left")
+    table = PlainTable(title=f"{', '.join(config.dataset)} for {config.env}", show_header=False)
     table.add_row("rows", str(sum(part.total for part in _parts(source))))
     table.add_row("good", str(sum(map(len, found.good))))
     for kind, faults in found.faults.items():
         table.add_row(_KINDS[kind], str(len(faults)))
-    table.add_row("made of", "\n".join(map(printable, str(source.usage).splitlines())))
+    table.add_row("made of", str(source.usage))
     if repeated := {name: count for name, count in found.ids.items() if count > 1}:
         named = ", ".join(f"{name} ({count} rows)" for name, count in list(repeated.items())[:5])
-        table.add_row("duplicate ids", printable(f"{len(repeated)}: {named}"))
+        table.add_row("duplicate ids", f"{len(repeated)}: {named}")
     if found.sizes:
         table.add_row("images read", str(found.sizes.total()))
         table.add_row("most frequent sizes", _frequent(found.sizes))
@@ -268,7 +268,7 @@ def _summary(config: DataCheckConfig, source: TableSource | Concatenated, found:
 
 
 def _frequent(counts: Counter[str]) -> str:
-    return printable(", ".join(f"{name} ({count})" for name, count in counts.most_common(5)))
+    return ", ".join(f"{name} ({count})" for name, count in counts.most_common(5))
 
 
 def _write(
@@ -287,6 +287,6 @@ def _write(
     else:
         suffixes = ", ".join(sorted({table.suffix for table in tables}))
         raise ConfigError(f"{file}: good rows are written in their own format, {suffixes}, or rows of JSON as .jsonl")
-    console.print(printable(f"{total} good rows are in {file}"), highlight=False)
+    say(f"{total} good rows are in {file}", console)
     if own_root and file.absolute().parent != Path(parts[0].root).absolute():
-        console.print(printable(f"their images are read by --image-root {parts[0].root}"), highlight=False)
+        say(f"their images are read by --image-root {parts[0].root}", console)

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from accelerate import Accelerator
-from rich.console import Console
 
 from vlmenv.algos import find_algorithm
 from vlmenv.building import check_device
-from vlmenv.core.text import printable
+from vlmenv.core.console import open_console, say, styled
 from vlmenv.doctor import Finding, examine, findings_table
 from vlmenv.doctor.forecast import forecast_on_card
 from vlmenv.options.command_line import Asked, parse_with_files
@@ -33,9 +32,9 @@ def run(asked: Asked) -> list[Finding]:
     """Prints a table of findings, or a card's memory; ends the process with status 1 if a check failed."""
     config: DoctorConfig[Any] = asked.config
     check_device(config.device)
-    console = Console(emoji=False)
+    console = open_console()
     for note in asked.notes:
-        console.print(note, highlight=False, markup=False, soft_wrap=True)
+        say(note, console)
     config = with_checkpoint(config, console)
     if config.card is not None:
         if not forecast_on_card(config, console):
@@ -44,7 +43,7 @@ def run(asked: Asked) -> list[Finding]:
     findings = examine(config, Accelerator(cpu=config.device == "cpu").device, console)
     console.print(findings_table(config, findings))
     if failed := [one.check for one in findings if one.passed is False]:
-        console.print(f"[red]{len(failed)} of {len(findings)} checks failed:[/] {printable(', '.join(failed))}")
+        console.print(styled((f"{len(failed)} of {len(findings)} checks failed:", "red"), f" {', '.join(failed)}"))
         sys.exit(1)
-    console.print("everything adds up")
+    say("everything adds up", console)
     return findings

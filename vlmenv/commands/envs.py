@@ -10,9 +10,8 @@ from typing import Annotated
 import gymnasium
 import tyro
 from gymnasium.envs.registration import load_env_creator
-from rich.console import Console
-from rich.table import Table
 
+from vlmenv.core.console import PlainTable, open_console
 from vlmenv.core.loading import import_modules
 from vlmenv.envs.making import visual_tasks
 from vlmenv.options.parsing import parse_plain
@@ -35,10 +34,10 @@ def parse(args: Sequence[str], program: str) -> EnvsConfig:
 def run(config: EnvsConfig) -> None:
     """Prints a table of environments, each with the first line of its module's docstring."""
     import_modules(config.imports)
-    table = Table("environment", "task")
+    table = PlainTable("environment", "task")
     for name in visual_tasks():
         entry_point = gymnasium.registry[name].entry_point
         assert isinstance(entry_point, str)
         creator = load_env_creator(entry_point)
         table.add_row(name, (sys.modules[creator.__module__].__doc__ or "").partition("\n")[0])
-    Console(emoji=False).print(table)
+    open_console().print(table)

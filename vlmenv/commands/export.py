@@ -12,17 +12,16 @@ import torch
 import transformers
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from rich.console import Console
 
 from vlmenv.agents.checkpoints import find_adapter, find_model
 from vlmenv.agents.saving import BASE_GENERATION, GENERATION
 from vlmenv.agents.vlm import VLMAgent
-from vlmenv.building import say
+from vlmenv.core.console import open_console, say
 from vlmenv.core.errors import ConfigError, ModelError
 from vlmenv.core.loading import import_modules
 from vlmenv.options.export import ExportConfig
 from vlmenv.options.parsing import parse_plain
-from vlmenv.runs.card import TOWER, Origin, write_card
+from vlmenv.runs.card import MERGED, TOWER, UNSERVED, Origin, write_card
 from vlmenv.runs.models import checkpoint_of
 from vlmenv.runs.run_folder import RunFolder
 
@@ -40,7 +39,7 @@ def parse(args: Sequence[str], program: str) -> ExportConfig:
 
 def run(config: ExportConfig) -> Path:
     """Writes the folder, uploads it if asked to, and returns it."""
-    console = Console(emoji=False)
+    console = open_console()
     source, run, step = _source(config)
     target = config.target or Path(f"{Path(config.model).absolute().name}-export")
     if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
@@ -53,9 +52,12 @@ def run(config: ExportConfig) -> Path:
     agent.publish(target, dtype=None if config.dtype is None else _DTYPES[config.dtype], merged=merged)
     _keep_settings(source, target)
     tower = not merged and agent.sees_by_adapters
-    write_card(target, Origin.of(find_model(str(source)), run, step), adapter=not merged, tower=tower)
+    served = not (tower and agent.family.model_type in UNSERVED)
+    write_card(target, Origin.of(find_model(str(source)), run, step), adapter=not merged, tower=tower, served=served)
     say(f"{target} holds {source}{'' if merged else ', adapters alone'}", console)
-    if tower:
+    if not served:
+        say(MERGED, console)
+    elif tower:
         say(f"the vision tower has adapters too, which vLLM leaves out unless it is given {TOWER}", console)
     if config.hub is not None:
         say(f"uploaded to {_upload(target, config.hub)}", console)

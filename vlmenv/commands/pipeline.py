@@ -16,16 +16,15 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from accelerate.state import AcceleratorState
 from rich.console import Console
-from rich.table import Table
 
 from vlmenv.algos import ALGORITHMS
-from vlmenv.building import say
 from vlmenv.commands import evaluate, sample, train
+from vlmenv.compat import accelerate
+from vlmenv.core.console import PlainTable, open_console, say
 from vlmenv.core.errors import ConfigError, ModelError, unknown_name
 from vlmenv.core.files import read_object, read_objects, write_atomic
-from vlmenv.core.text import printable
+from vlmenv.core.text import visible
 from vlmenv.core.urls import MASK, hidden
 from vlmenv.envs.metrics.intervals import Interval
 from vlmenv.envs.rewards.judge import URL as JUDGE_URL
@@ -159,7 +158,7 @@ def run(config: PipelineConfig) -> Path:
     steps = _steps(pipeline)
     for step in steps:
         _parsed(step, pipeline.file, folder)  # raises errors of later stages now
-    console = Console(emoji=False)
+    console = open_console()
     with locked(folder, lambda line: say(f"warning: {line}", console)):
         _go_through(steps, pipeline, folder, config.launch, console)
     return folder
@@ -204,7 +203,7 @@ def _parsed(step: Step, file: Path, folder: Path) -> Asked:
     except ConfigError as error:
         raise ConfigError(f"{file}: {step.name}: {error}") from error
     except SystemExit:
-        Console(emoji=False, stderr=True).print(f"in {file}: {step.name}", highlight=False, markup=False)
+        say(f"in {file}: {step.name}", open_console(stderr=True))
         raise
 
 
@@ -290,7 +289,7 @@ def _do(step: Step, folder: Path, launch: str | None, console: Console) -> None:
             f"Remove that folder and those of the stages after it, or choose another --output"
         )
     if state.get("finished"):
-        console.print("done before", highlight=False)
+        say("done before", console)
         return
     own.mkdir(parents=True, exist_ok=True)
     write_atomic(record, json.dumps({"arguments": args, "finished": False}) + "\n")
@@ -306,7 +305,7 @@ def _do(step: Step, folder: Path, launch: str | None, console: Console) -> None:
 
 def _free() -> None:
     """Frees the resources of a stage in this process, so that the next may choose device and precision anew."""
-    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.forget()
     if torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()
@@ -342,10 +341,9 @@ def _report(pipeline: Pipeline, folder: Path, console: Console) -> None:
     columns = {name: _found(pipeline, folder / "evaluation" / name) for name in names}
     write_atomic(folder / "report.json", json.dumps(columns, indent=2) + "\n")
     rows = [[metric, *(_written(columns[name].get(metric)) for name in names)] for metric in columns[_BASE]]
-    title = printable(f"{pipeline.file.stem}: the model after each stage")
-    table = Table("", *map(printable, names), title=title, title_justify="left")
+    table = PlainTable("", *names, title=f"{pipeline.file.stem}: the model after each stage")
     for row in rows:
-        table.add_row(*map(printable, row))
+        table.add_row(*row)
     changes = _markdown(["change from the base", *pipeline.trained], _change_rows(pipeline, folder, columns))
     text = f"{_markdown(['', *names], rows)}\n{INTERVALS}.\n\n{changes}\nChanges are of the same samples.\n"
     write_atomic(folder / "report.md", text)
@@ -355,7 +353,8 @@ def _report(pipeline: Pipeline, folder: Path, console: Console) -> None:
 
 def _markdown(head: list[str], rows: Sequence[list[str]]) -> str:
     """A table in Markdown."""
-    return "".join(f"| {' | '.join(line)} |\n" for line in (head, ["---"] * len(head), *rows))
+    lines = ([visible(cell).replace("|", "\\|") for cell in line] for line in (head, ["---"] * len(head), *rows))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _change_rows(pipeline: Pipeline, folder: Path, columns: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:

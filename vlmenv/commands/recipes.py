@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich.console import Console
-from rich.table import Table
-
+from vlmenv.core.console import PlainTable, open_console
 from vlmenv.options.files import packaged_files
 from vlmenv.options.parsing import parse_plain
 
@@ -25,8 +23,8 @@ def parse(args: Sequence[str], program: str) -> RecipesConfig:
 
 def run(config: RecipesConfig) -> None:
     """Prints a table of recipes, each with the first comment of its file."""
-    table = Table("recipe", "what it trains", "file")
+    table = PlainTable("recipe", "what it trains", "file")
     for name, file in packaged_files("recipe").items():
         summary = file.read_text(encoding="utf-8").partition("\n#\n")[0]
         table.add_row(name, " ".join(line.removeprefix("#").strip() for line in summary.splitlines()), str(file))
-    Console(emoji=False).print(table)
+    open_console().print(table)

@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from vlmenv.agents.base import Agent
-from vlmenv.building import DTYPES, load_agent, prepared, report_broken_rows, report_skipped, say, task_arguments
+from vlmenv.building import DTYPES, load_agent, prepared, report_broken_rows, report_skipped, task_arguments
+from vlmenv.core.console import PlainTable, say
 from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.core.files import read_objects, write_atomic
-from vlmenv.core.text import printable
 from vlmenv.envs.data.dataset import Concatenated, TableSource
 from vlmenv.envs.data.tables import Rows
 from vlmenv.envs.export import export_sample
@@ -219,15 +219,7 @@ def _summary(config: SampleConfig, envs: VisualTaskVectorEnv, rates: Mapping[int
     counts = Counter(map(level_of, rates.values()))
     caption = f"right from {name} {threshold} on; mean pass rate {np.mean(list(rates.values())):.3f}"
     title = f"{config.env}, {len(rates)} samples, {config.n} answers each at temperature {config.sampling.temperature}"
-    table = Table(
-        "level",
-        "samples",
-        "share",
-        title=printable(title),
-        title_justify="left",
-        caption=printable(caption),
-        caption_justify="left",
-    )
+    table = PlainTable("level", "samples", "share", title=title, caption=caption)
     for level in LEVELS:
         table.add_row(level, str(counts[level]), f"{counts[level] / len(rates):.3f}")
     return table

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from vlmenv.core.console import PlainTable, open_console, say
 from vlmenv.core.errors import ConfigError, DataError
-from vlmenv.core.files import write_atomic
+from vlmenv.core.files import parse_json, write_atomic
 from vlmenv.core.loading import import_modules
-from vlmenv.core.text import printable
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.data.source import Sample
 from vlmenv.envs.making import make_envs
@@ -56,18 +56,17 @@ def run(config: ScoreConfig) -> list[dict[str, Any]]:
     arguments = config.data.arguments() | config.prompts.task_arguments()
     if config.prompts.coordinates == "auto":
         arguments["coordinates"] = "original"
-    former = LOSSES.snapshot()
+    console, former = open_console(), LOSSES.snapshot()
     with closing(make_envs(config.env, 1, extra_terms=config.scorers.terms(), **arguments)) as envs:
-        records = list(_scored(envs.task, lines, config))
-    console = Console(emoji=False, soft_wrap=True)
+        records = list(_scored(envs.task, lines, config, console))
     console.print(_table(config, records))
     if told := LOSSES.since(former).told():
-        console.print(told, highlight=False)
+        say(told, console)
     if config.verdict is not None:
         _compare(records, config.verdict, console)
     if config.output is not None:
         write_atomic(config.output, "".join(json.dumps(record) + "\n" for record in records))
-        console.print(printable(f"each answer's terms are in {config.output}"), highlight=False)
+        say(f"each answer's terms are in {config.output}", console)
     return records
 
 
@@ -81,7 +80,7 @@ def _read(config: ScoreConfig) -> list[Line]:
 
 def _line(config: ScoreConfig, place: str, row: str) -> Line:
     try:
-        content = json.loads(row)
+        content = parse_json(row)
     except ValueError as error:
         raise DataError(f"{place}: the line is not JSON: {error}") from error
     if isinstance(content, str):
@@ -99,10 +98,12 @@ def _line(config: ScoreConfig, place: str, row: str) -> Line:
     return Line(place, text, content)
 
 
-def _scored(task: VisualTaskEnv, lines: Sequence[Line], config: ScoreConfig) -> Iterator[dict[str, Any]]:
+def _scored(
+    task: VisualTaskEnv, lines: Sequence[Line], config: ScoreConfig, console: Console
+) -> Iterator[dict[str, Any]]:
     """A record for each line, in batches."""
     indices = _indices(task, lines)
-    for start in track(range(0, len(lines), _BATCH), "scoring", transient=True):
+    for start in track(range(0, len(lines), _BATCH), "scoring", transient=True, console=console):
         part = lines[start : start + _BATCH]
         samples = [task.source.get(index) for index in indices[start : start + _BATCH]]
         texts = [task.answer_format.write(line.text) if config.bare else line.text for line in part]
@@ -156,13 +157,13 @@ def _checked(line: Line, index: Any, size: int | None) -> int:
 
 
 def _table(config: ScoreConfig, records: Sequence[Mapping[str, Any]]) -> Table:
-    title = printable(f"{config.answers} for {config.env}, {len(records)} answers")
-    table = Table("term", "mean", "95 % interval", title=printable(title), title_justify="left")
+    title = f"{config.answers} for {config.env}, {len(records)} answers"
+    table = PlainTable("term", "mean", "95 % interval", title=title)
     names = list(dict.fromkeys(name for record in records for name in record["rewards"]))
     for name in ["reward", *names]:
         values = [record["reward"] if name == "reward" else record["rewards"].get(name) for record in records]
         found = metric_interval([value for value in values if value is not None])
-        table.add_row(printable(name), f"{found.value:.4f}", f"{found.low:.4f} to {found.high:.4f}")
+        table.add_row(name, f"{found.value:.4f}", f"{found.low:.4f} to {found.high:.4f}")
     return table
 
 
@@ -172,10 +173,10 @@ def _compare(records: Sequence[Mapping[str, Any]], verdict: str, console: Consol
     other = [record for record in records if (record["rewards"].get(term, 0) >= 0.5) != (float(record[verdict]) >= 0.5)]
     share = 1 - len(other) / max(1, len(records))
     told = f"'{verdict}' agrees with {term} on {share:.1%} of {len(records)} answers"
-    console.print(printable(told), highlight=False, emoji=False)
+    say(told, console)
     for record in other[:_SHOWN]:
         values = f"{term} {record['rewards'].get(term)}, {verdict} {record[verdict]}"
         told = f"  {record['id']}: {values}: {record['completion'][:200]}"
-        console.print(printable(told), highlight=False, emoji=False)
+        say(told, console)
     if len(other) > _SHOWN:
-        console.print(f"  … and {len(other) - _SHOWN} more; --output writes all", highlight=False)
+        say(f"  … and {len(other) - _SHOWN} more; --output writes all", console)

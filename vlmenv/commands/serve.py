@@ -31,9 +31,9 @@ from vlmenv.agents.families import weightless_family
 from vlmenv.agents.pixels import prepared_folder
 from vlmenv.agents.vlm import BUILTIN
 from vlmenv.building import DTYPES
+from vlmenv.core.console import open_console, say
 from vlmenv.core.errors import ConfigError, EngineError
 from vlmenv.core.loading import import_modules
-from vlmenv.core.text import printable
 from vlmenv.options.parsing import parse_plain
 from vlmenv.options.serve import ServeConfig
 from vlmenv.runs.models import adapter_folder, checkpoint_name
@@ -71,14 +71,14 @@ def run(config: ServeConfig) -> None:
     else:
         _prepare_socket(config.socket.absolute())
     token = server_token_or_new()
-    console = Console(emoji=False, soft_wrap=True, highlight=False)
-    console.print(printable(f"starting vLLM with {config.model} on {device.type}"))
+    console = open_console()
+    say(f"starting vLLM with {config.model} on {device.type}", console)
     if (adapter := adapter_folder(config.model)) is not None:
         told = f"{adapter} holds adapters: the base model is served until the trainer's first update adds them"
-        console.print(printable(told))
+        say(told, console)
     with _ending_on_signals(), _started(_arguments(config, device), device, token) as process:
         _wait_until_ready(config, process, console, token)
-        console.print(_ready(config), markup=False)
+        console.print(_ready(config), soft_wrap=True)
         raise EngineError(f"vLLM's server ended by itself, with status {process.wait()}; see above for what it said")
 
 
@@ -185,9 +185,10 @@ def _wait_until_ready(config: ServeConfig, process: subprocess.Popen[bytes], con
                     return
             if (waited := time.monotonic() - start) >= (lines + 1) * _EVERY:
                 lines = int(waited / _EVERY)
-                console.print(
+                say(
                     f"vLLM has been starting for {waited:.0f} s. A large model takes minutes to load; with "
-                    "VLLM_LOGGING_LEVEL=INFO in the environment vLLM says what it is at"
+                    "VLLM_LOGGING_LEVEL=INFO in the environment vLLM says what it is at",
+                    console,
                 )
             time.sleep(0.2)
     raise EngineError(f"vLLM's server did not start: it ended with status {process.returncode}; see above for why")

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from contextlib import closing
 
 from PIL import Image
-from rich.console import Console
 
 from vlmenv.agents.families import weightless_family
 from vlmenv.agents.pixels import prepared_folder
-from vlmenv.building import say, task_arguments
+from vlmenv.building import task_arguments
+from vlmenv.core.console import open_console, say
 from vlmenv.core.errors import ConfigError
 from vlmenv.core.loading import import_modules
 from vlmenv.envs.making import make_envs
@@ -37,7 +37,7 @@ def run(config: DataShowConfig) -> ShownSample:
     arguments = config.data.reading_arguments() | task_arguments(task)
     with closing(make_envs(config.env, 1, dataset=dataset, **arguments)) as envs:
         shown = show_sample(envs.task, config.index, family)
-    console = Console(emoji=False, soft_wrap=True)
+    console = open_console()
     console.rule(f"sample {config.index}", align="left")
     say(f"id: {shown.id}", console)
     images = ", ".join(map(str, shown.prompt.image_tokens)) or "none"

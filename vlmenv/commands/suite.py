@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from vlmenv.agents.vlm import VLMAgent
-from vlmenv.building import DTYPES, load_agent, prepared, report_broken_rows, report_skipped, say, task_arguments
+from vlmenv.building import DTYPES, load_agent, prepared, report_broken_rows, report_skipped, task_arguments
+from vlmenv.core.console import PlainTable, say
 from vlmenv.core.errors import ConfigError, DataError, RewardError
-from vlmenv.core.files import write_atomic
-from vlmenv.core.text import printable
+from vlmenv.core.files import parse_json, write_atomic
 from vlmenv.envs.data.benchmarks import hallusion_bench, math_vision, mathverse, mathvista, mmstar
 from vlmenv.envs.data.coco import filtered_instances
 from vlmenv.envs.data.dataset import Published
@@ -308,7 +308,7 @@ def find(suite: Suite, config: EvalConfig, console: Console) -> list[Found]:
         else:
             missing.setdefault(entry.source, []).append(f"{entry.name} ({entry.files[0]})")
     for source, names in missing.items():
-        console.print(f"left out, as not there: {', '.join(names)}; to be had from {source}", markup=False)
+        say(f"left out, as not there: {', '.join(names)}; to be had from {source}", console)
     if not found:
         raise DataError(f"{', '.join(map(str, folders))}: holds none of the data sets of {config.suite}")
     return found
@@ -392,7 +392,7 @@ def _first_image(file: Path) -> str | None:
         return None
     try:
         with file.open(encoding="utf-8") as stream:
-            content = json.loads(stream.readline()) if file.suffix == ".jsonl" else json.load(stream)
+            content = parse_json(stream.readline() if file.suffix == ".jsonl" else stream.read())
         row = content["images"][0] if isinstance(content, dict) and "images" in content else content
         row = row[0] if isinstance(row, list) else row
         found = row.get("file_name", row.get("image"))
@@ -437,7 +437,7 @@ def suite_table(
     how = "greedy" if config.samples is None else f"{config.samples} sampled answers each"
     title = f"{config.suite}: {config.model}, {how}"
     columns = ("data set", "metric", "value", "unparsable")
-    table = Table(*columns, title=printable(title), title_justify="left", caption=INTERVALS, caption_justify="left")
+    table = PlainTable(*columns, title=title, caption=INTERVALS)
     titles = {one.entry.name: one.title for one in found}
     shown = {one.entry.name: (*one.entry.shows, "judge", *one.entry.all_right, UNSCORED) for one in found}
     for name, metrics in results.items():
@@ -445,7 +445,7 @@ def suite_table(
         subjects = [metric for metric in metrics if metric.startswith("accuracy/") and metric not in wanted]
         unparsable = f"{metrics['unparsable'].value:.1%}" if "unparsable" in metrics else ""
         for metric in (metric for metric in (*wanted, *subjects) if metric in metrics):
-            table.add_row(printable(titles.get(name, name)), printable(metric), written(metrics[metric]), unparsable)
+            table.add_row(titles.get(name, name), metric, written(metrics[metric]), unparsable)
     return table
 
 

@@ -13,13 +13,12 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from rich.console import Console
 
 from vlmenv.agents.fast_paths import fast_paths, written
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.algos import ALGORITHMS, Algorithm, Trainer, find_algorithm
-from vlmenv.algos.trainer import check_staleness
 from vlmenv.building import (
     DTYPES,
     adapt,
@@ -28,11 +27,10 @@ from vlmenv.building import (
     check_engine,
     limits_of,
     load_for_training,
-    open_console,
     report_broken_rows,
-    say,
     task_arguments,
 )
+from vlmenv.core.console import open_console, say
 from vlmenv.core.errors import ConfigError
 from vlmenv.doctor.forecast import forecast_here
 from vlmenv.envs.data.dataset import adopt_images, checked_once
@@ -128,9 +126,8 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
         say(note, console)
     if parts.agent is None:
         config = with_checkpoint(config, console)
-    config = _held(config, processes_of(accelerator), console)
+    config = _held(config, processes_of(accelerator, config.trainer.shard_within), console)
     check_engine(config, accelerator.device, accelerator.num_processes)
-    check_staleness(config.trainer, accelerator)
     for note in advice_on_cuda(config, accelerator.device):
         say(note, console)
     envs, held_out, counted = _open_data(config, parts, accelerator, console)
@@ -158,7 +155,7 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
             check_room(cast(VLMAgent, trainer.agent), config, run, console)
     kept = facts(config, data, run, accelerator.num_processes) if accelerator.is_main_process else {}
     say(f"{config.env}, {config.algo}, model {config.model}; writing to {run.path}", console)
-    console.print(written(paths), highlight=False, markup=False)
+    say(written(paths), console)
     tracking = Tracking(accelerator, config.logging.tracker, run, flatten(config), step=found.step)
     stopping = opened.enter_context(Stopping(accelerator))
     try:
@@ -249,7 +246,8 @@ def _make_trainer(
     console: Console,
 ) -> Trainer:
     """The trainer with its agent and algorithm. An agent that is loaded here is closed with `opened`."""
-    agent = parts.agent or load_for_training(config, accelerator.device)
+    gets_shards = not accelerator.is_main_process and processes_of(accelerator).gives_shards
+    agent = parts.agent or load_for_training(config, accelerator.device, gets_shards=gets_shards)
     if parts.agent is None:
         opened.callback(agent.close)
     agent.sleep()  # until the first hand-over: the reference and the shards are made where the engine would be
@@ -318,9 +316,14 @@ def _check_name(folder: Path) -> None:
 
 def _ranks(config: TrainConfig[Any]) -> PartialState:
     """Finds the other ranks, once; whatever asks for them later gets the same."""
+    limit = _time_limit(config)
+    return PartialState(cpu=config.device == "cpu", **({} if limit is None else {"timeout": limit}))
+
+
+def _time_limit(config: TrainConfig[Any]) -> timedelta | None:
+    """How long a rank waits for the others. None: as long as PyTorch lets it."""
     minutes = config.batches.rank_timeout
-    limit = {} if minutes is None else {"timeout": timedelta(minutes=minutes)}
-    return PartialState(cpu=config.device == "cpu", **limit)
+    return None if minutes is None else timedelta(minutes=minutes)
 
 
 def _remove_empty(folder: Path) -> None:
@@ -376,17 +379,18 @@ def _go_on(trainer: Trainer, run: RunFolder, found: Found, changed: dict[str, An
         trainer.forget_samples()
     if changed and trainer.accelerator.is_main_process:
         run.write_change(trainer.step, changed)
-    console.print(f"going on after step {trainer.step}" if trainer.step else "no checkpoint yet: starting over")
+    say(f"going on after step {trainer.step}" if trainer.step else "no checkpoint yet: starting over", console)
 
 
 def _accelerator(config: TrainConfig[Any], run: RunFolder) -> Accelerator:
     precision, tracker = config.batches.precision, config.logging.tracker
+    limit = _time_limit(config)
     return Accelerator(
         cpu=config.device == "cpu",
         mixed_precision="no" if precision == "fp32" else precision,
         log_with=tracker if tracker in THROUGH_ACCELERATE else None,
         project_dir=run.path,
-        kwargs_handlers=[_REPLICAS],
+        kwargs_handlers=[_REPLICAS, *([] if limit is None else [InitProcessGroupKwargs(timeout=limit)])],
     )
 
 

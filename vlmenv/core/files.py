@@ -116,10 +116,18 @@ def read_objects(file: Path) -> list[dict[str, Any]]:
         return [_object(line, f"{file}:{number}") for number, line in enumerate(stream, 1)]
 
 
+def parse_json(content: str | bytes) -> Any:
+    """The content of a JSON document. Raises ValueError, also if it is nested too deeply for the parser."""
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def _object(content: bytes, place: str) -> dict[str, Any]:
     try:
-        found = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        found = parse_json(content)
+    except ValueError as error:
         raise DataError(f"{place} is damaged: it is not JSON ({error})") from error
     if not isinstance(found, dict):
         raise DataError(f"{place} is damaged: it holds no JSON object")

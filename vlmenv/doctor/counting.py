@@ -14,13 +14,22 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from vlmenv.agents.families import Family, weightless_family
 from vlmenv.agents.vlm import VLMAgent
+from vlmenv.compat.torch import (
+    FAKES,
+    FakeTensor,
+    FakeTensorMode,
+    StorageWeakRef,
+    TorchDispatchMode,
+    addresses_of_fakes,
+    storage_place,
+    tree_leaves,
+    weights_stay_in_place,
+)
+from vlmenv.compat.transformers import tap_blocks, tapped_blocks
+from vlmenv.core.errors import ConfigError
 
 _aten = torch.ops.aten
 _CLOSE = 1.002
@@ -55,7 +64,7 @@ class Counter(TorchDispatchMode):
     def add(self, tensor: Tensor) -> None:
         """Counts a tensor from now on, as long as it exists."""
         storage = tensor.untyped_storage()
-        place = storage._cdata
+        place = storage_place(tensor)
         if (known := self._sizes.get(place)) is not None:
             if not known[0].expired():  # type: ignore[no-untyped-call]
                 return
@@ -93,21 +102,8 @@ def _places(indices: Iterable[Any]) -> list[Any]:
 @contextmanager
 def counting() -> Iterator[Counter]:
     """Counts fake tensors within the context."""
-    had = FakeTensor.__dict__.get("data_ptr")
-    FakeTensor.data_ptr = _address  # type: ignore[method-assign,assignment]
-    try:
-        with Counter() as counter:
-            yield counter
-    finally:
-        if had is None:
-            del FakeTensor.data_ptr
-        else:
-            FakeTensor.data_ptr = had  # type: ignore[method-assign]
-
-
-def _address(tensor: Tensor) -> int:
-    """A number in place of the address, by which tensors of the same memory are known."""
-    return int(tensor.untyped_storage()._cdata) * 4096 + int(tensor.storage_offset()) * tensor.element_size()
+    with addresses_of_fakes(), Counter() as counter:
+        yield counter
 
 
 def weightless_agent(
@@ -128,14 +124,17 @@ def weightless_agent(
         vision_blocks: Number of blocks of the vision tower. Default: all.
 
     Raises:
+        ConfigError: This release of PyTorch counts no fake tensors.
         ModelError: As `weightless_family`.
     """
+    if problem := FAKES.problem():
+        raise ConfigError(f"this release of PyTorch does not let bytes be counted without weights: {problem}")
     family = weightless_family(folder)
-    with _adapters_as_made(), Counter(), FakeTensorMode(allow_non_fake_inputs=True):
+    with weights_stay_in_place(), Counter(), FakeTensorMode(allow_non_fake_inputs=True):
         for held, most in zip(block_lists(family), (blocks, vision_blocks), strict=True):
             del held[len(held) if most is None else most :]
-        if vision_blocks is not None and (taps := taps_of(family)):
-            family.vision_tower().deepstack_visual_indexes = list(range(taps))  # type: ignore[assignment]
+        if vision_blocks is not None:
+            tap_blocks(family.vision_tower(), list(range(taps_of(family))))
         _faked(family.model, dtype)
         agent = VLMAgent(family, folder)
         prepare(agent)
@@ -144,7 +143,7 @@ def weightless_agent(
 
 def taps_of(family: Family) -> int:
     """The number of the vision tower's blocks whose outputs the first blocks of the language model take too."""
-    return len(cast("list[int]", getattr(family.vision_tower(), "deepstack_visual_indexes", [])))
+    return len(tapped_blocks(family.vision_tower()))
 
 
 def block_lists(family: Family) -> tuple[nn.ModuleList, nn.ModuleList]:
@@ -154,26 +153,20 @@ def block_lists(family: Family) -> tuple[nn.ModuleList, nn.ModuleList]:
     )
 
 
-@contextmanager
-def _adapters_as_made() -> Iterator[None]:
-    """Leaves new weights on their device and in float32: fake ones cannot be moved in place, and need not be."""
-    swap, torch.utils.swap_tensors = torch.utils.swap_tensors, lambda *_: None
-    try:
-        yield
-    finally:
-        torch.utils.swap_tensors = swap
-
-
 def _faked(model: nn.Module, dtype: torch.dtype) -> None:
     """Puts fake tensors in the places of a model's meta tensors. Tied weights stay tied."""
-    made: dict[int, Any] = {}
+    made: dict[int, tuple[Tensor, Tensor]] = {}
     for module in model.modules():
-        for held, wraps in ((module._parameters, True), (module._buffers, False)):
-            for name, one in held.items():
-                if one is None:
-                    continue
-                if id(one) not in made:
-                    kind = dtype if one.is_floating_point() and wraps else one.dtype
-                    empty = torch.empty(one.shape, dtype=kind, device="cpu")
-                    made[id(one)] = one, nn.Parameter(empty, one.requires_grad) if wraps else empty
-                held[name] = made[id(one)][1]
+        own = [*module.named_parameters(recurse=False, remove_duplicate=False)]
+        for name, one in [*own, *module.named_buffers(recurse=False, remove_duplicate=False)]:
+            if id(one) not in made:
+                made[id(one)] = one, _without_numbers(one, dtype)
+            setattr(module, name, made[id(one)][1])
+
+
+def _without_numbers(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """An empty tensor like another one; a parameter of floats has the data type `dtype`."""
+    wraps = isinstance(tensor, nn.Parameter)
+    kind = dtype if wraps and tensor.is_floating_point() else tensor.dtype
+    empty = torch.empty(tensor.shape, dtype=kind, device="cpu")
+    return nn.Parameter(empty, tensor.requires_grad) if wraps else empty

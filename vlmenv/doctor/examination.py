@@ -11,8 +11,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from vlmenv.core.console import PlainTable, open_console, styled
 from vlmenv.core.errors import VLMEnvError
-from vlmenv.core.text import printable_lines
 from vlmenv.doctor import answers, machine, prompts, weights
 from vlmenv.doctor.subject import GROUP, SAMPLES, Seen, Subject, Unchecked
 from vlmenv.options.doctor import DoctorConfig
@@ -109,14 +109,14 @@ CHECKS = (
     Check("answers read", answers.read, "The task fails on an answer of the model: fix its parse()."),
     Check("answers cut off", answers.cut_off, _FAILS),
     Check("rewards", answers.rewards, "A reward term fails on an answer of the model: its message names the term."),
-    Check("memory", machine.memory, "Memory is too small for a few completions: use a smaller model, or --lora-rank."),
+    Check("memory", machine.memory, "Memory cannot be predicted: try one step before a long run."),
 )
 """In order: later checks need what earlier ones loaded."""
 
 
 def examine(config: DoctorConfig[Any], device: torch.device, console: Console | None = None) -> list[Finding]:
     """Runs all checks. An error in a check fails only that check."""
-    console = console or Console(quiet=True)
+    console = console or open_console(quiet=True)
     with closing(Subject(config, device)) as subject, console.status("") as status:
         found = []
         for check in CHECKS:
@@ -138,11 +138,12 @@ def _looked(check: Check, subject: Subject) -> Finding:
 
 def findings_table(config: DoctorConfig[Any], findings: Sequence[Finding]) -> Table:
     """A table with a line per check."""
-    table = Table(title=f"{config.model}, {config.env}, engine {config.generation.engine}", title_justify="left")
+    table = PlainTable(title=f"{config.model}, {config.env}, engine {config.generation.engine}")
     table.add_column("check", no_wrap=True)
     table.add_column("found", ratio=1, overflow="fold")
     table.add_column("passed, or what to do", ratio=1, overflow="fold")
     for one in findings:
-        verdict = "[yellow]not checked" if one.passed is None else "[green]passed" if one.passed else "[red]failed:[/] "
-        table.add_row(one.check, printable_lines(one.figure), verdict + printable_lines(one.remedy))
+        word, style = ("not checked", "yellow") if one.passed is None else ("passed", "green")
+        verdict = styled(("failed: ", "red"), one.remedy) if one.passed is False else styled((word, style))
+        table.add_row(one.check, one.figure, verdict)
     return table

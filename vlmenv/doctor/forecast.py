@@ -10,11 +10,11 @@ from rich.table import Table
 
 from vlmenv.agents.families import weightless_family
 from vlmenv.agents.pixels import prepared_folder
-from vlmenv.building import say, task_arguments
+from vlmenv.building import task_arguments
+from vlmenv.core.console import PlainTable, say
 from vlmenv.core.errors import ConfigError
 from vlmenv.core.rollout import Observation, unbatch
-from vlmenv.doctor.memory import device_memory
-from vlmenv.doctor.prediction import Layout, Place, Prediction, card_bytes, predict, remedies
+from vlmenv.doctor.prediction import Layout, Place, Prediction, card_bytes, gigabytes, predict, what_helps
 from vlmenv.envs.making import make_envs
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.options.doctor import DoctorConfig
@@ -32,7 +32,7 @@ def forecast_on_card(config: DoctorConfig[Any], console: Console) -> bool:
         True if it fits.
 
     Raises:
-        ConfigError: There is no such card, or the model is a folder of adapters.
+        ConfigError: There is no such card, or as `measure`.
     """
     assert config.card is not None
     place = Place(card_bytes(config.card), config.sharding, config.ranks)
@@ -52,9 +52,7 @@ def forecast_here(
 ) -> None:
     """Prints the memory of a run on this machine's device."""
     device, strategy = accelerator.device, processes_of(accelerator)
-    layout = _LAYOUTS.get(strategy.name) or _zero(strategy)
-    memory = device_memory(device) if device.type == "cuda" else device_memory(device) / accelerator.num_processes
-    place = Place(memory, layout, accelerator.num_processes, device.type == "cuda")
+    place = Place.here(device, _LAYOUTS.get(strategy.name) or _zero(strategy), accelerator.num_processes)
     try:
         with console.status("counting the bytes of a training step"):
             found = predict(config, _longest(config, envs), place)
@@ -62,7 +60,10 @@ def forecast_here(
         say(f"memory: not predicted: {error}", console)
         return
     what = "fits" if found.fits else "does not fit; `vlmenv doctor --card SIZE` with these options tells what helps"
-    say(f"memory: {_gb(found.peak)} a process at its peak, of {_gb(place.memory)} {device.type}: {what}", console)
+    say(
+        f"memory: {gigabytes(found.peak)} a process at its peak, of {gigabytes(place.memory)} {device.type}: {what}",
+        console,
+    )
 
 
 def _zero(strategy: Any) -> Layout:
@@ -79,7 +80,7 @@ def _longest(config: TrainConfig[Any], envs: VisualTaskVectorEnv) -> Observation
 
 def memory_table(found: Prediction, title: str) -> Table:
     """A table with a line per use and a column per moment, in GB."""
-    table = Table(title=title, title_justify="left")
+    table = PlainTable(title=title)
     table.add_column("GB a rank")
     for name in found.moments:
         table.add_column(name, justify="right")
@@ -97,16 +98,12 @@ def memory_table(found: Prediction, title: str) -> Table:
 def _say_what_helps(config: DoctorConfig[Any], observation: Observation, place: Place, console: Console) -> None:
     """Prints the peak with one option after the other, up to the first with which it fits."""
     say("it does not fit. With these options, each beside those before it:", console)
-    for name, changed in remedies(config):
-        found = predict(changed, observation, place)
-        say(f"  {name:28} {_gb(found.peak)}{', which fits' if found.fits else ''}", console)
-        if found.fits:
-            return
-    say(
-        "no option of these is enough: take a larger card, more ranks with --sharding fsdp2, or a smaller model",
-        console,
-    )
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+    fits = False
+    for name, found in what_helps(config, observation, place):
+        fits = found.fits
+        say(f"  {name:28} {gigabytes(found.peak)}{', which fits' if fits else ''}", console)
+    if not fits:
+        say(
+            "no option of these is enough: take a larger card, more ranks with --sharding fsdp2, or a smaller model",
+            console,
+        )

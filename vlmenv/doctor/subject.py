@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
 from torch import Tensor
 
 from vlmenv.agents.engines.checksums import checksums, clear
 from vlmenv.agents.published import PublishedProcessor
 from vlmenv.agents.vlm import Sampling, VLMAgent
 from vlmenv.building import DTYPES, adapt, check_engine, limits_of, load_for_training, task_arguments
+from vlmenv.core.console import open_console
 from vlmenv.core.errors import ConfigError, PromptError, ReadingError
 from vlmenv.core.rollout import IMAGE_MARK, Observation, Prompt, Rollout, unbatch
 from vlmenv.envs.base import VisualTaskEnv
@@ -59,7 +59,6 @@ class Subject:
         blocked: Reason why the model cannot generate; empty if it can.
         engine_fault: Reason why the engine cannot generate; empty if it can.
         engine_reading: The engine's different encoding of a prompt; None if it has none.
-        engine_memory: Bytes of a GPU that the engine took at its start.
         baseline: Completions before the weights are changed.
         took_update: True if the engine took an update.
     """
@@ -69,7 +68,6 @@ class Subject:
         self.blocked = ""
         self.engine_fault = ""
         self.engine_reading: ReadingError | None = None
-        self.engine_memory = 0.0
         self.baseline: Rollout | None = None
         self.took_update = False
         self.ids: list[str] = []
@@ -129,7 +127,7 @@ class Subject:
         data = config.data.arguments() | task_arguments(config)
         envs = self._envs = make_envs(config.env, SAMPLES * GROUP, group_size=GROUP, **data)
         if self._agent is not None and can_be_counted(envs.task):
-            counted = count_tokens(envs.task, self._agent.family, Console(quiet=True))
+            counted = count_tokens(envs.task, self._agent.family, open_console(quiet=True))
             self._lengths = leave_out_longer(envs.task, counted, config.data.max_prompt_tokens)
         batch, infos = envs.reset(seed=config.seed)
         self.ids = [str(one) for one in infos["id"][::GROUP]]
@@ -269,32 +267,20 @@ class Subject:
 
     def _loaded(self) -> VLMAgent:
         """The agent, without its engine if that does not start."""
-        config, before = self.config, used_memory(self.device)
+        config = self.config
         try:
             check_engine(config, self.device)
-            agent = load_for_training(config, self.device)
+            return load_for_training(config, self.device)
         except Exception as error:
             if config.generation.engine == "hf":
                 raise
             self.engine_fault = str(error)
             return load_for_training(_without_engine(config), self.device)
-        if agent.engine is not None:
-            own = sum(one.numel() * one.element_size() for one in agent.policy.parameters())
-            self.engine_memory = max(0.0, used_memory(self.device) - before - own)
-        return agent
 
 
 def _repeated(prompt: str, times: int) -> str:
     """A prompt with its text repeated, and its images once."""
     return "\n".join([prompt, *[prompt.replace(IMAGE_MARK, "")] * (times - 1)])
-
-
-def used_memory(device: torch.device) -> float:
-    """Used bytes of a GPU; 0 for other devices."""
-    if device.type != "cuda":
-        return 0.0
-    free, total = torch.cuda.mem_get_info(device)
-    return float(total - free)
 
 
 def _without_engine(config: DoctorConfig[Any]) -> DoctorConfig[Any]:

@@ -13,6 +13,7 @@ from vlmenv.agents.engines.checksums import UNREADABLE
 from vlmenv.agents.engines.fingerprints import fingerprint
 from vlmenv.agents.saving import published_weights
 from vlmenv.agents.vlm import VLMAgent
+from vlmenv.agents.weights import tied_names
 from vlmenv.core.rollout import Rollout
 from vlmenv.doctor.subject import Numbers, Seen, Subject, Unchecked
 
@@ -29,7 +30,7 @@ def names(subject: Subject) -> Seen:
     agent = subject.agent
     state, model = agent.family.model.state_dict(), agent.family.model
     merged = state if agent.lora is None else agent.lora.merged(state)
-    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    tied = tied_names(model)
     ours, theirs = set(published_weights(agent.family, merged)), weight_names(agent.folder) - tied
     unknown, missing = sorted(ours - theirs), sorted(theirs - ours)
     if not unknown:
@@ -104,7 +105,7 @@ def checksums(subject: Subject) -> Seen:
     subject.need_engine()
     agent = subject.able
     published, held = _digests(agent), subject.checksums()
-    undo = _flip(list(agent.policy.parameters()), _BITS[-1])
+    undo = _flip([*agent.policy.parameters(), *agent.fixed_weights().values()], _BITS[-1])
     try:
         fixed = [name for name, digest in _digests(agent).items() if digest == published[name]]
         stale = _stale(subject, held)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -39,5 +38,15 @@ class ExportConfig:
             raise ConfigError("merged and adapter exclude each other: leave one of them out")
         known = self.step is None or self.step == "best" or self.step.isdecimal()
         require(known, f"step is a number or best, not {self.step}")
-        named = self.hub is None or re.fullmatch(r"[\w.-]+/[\w.-]+", self.hub) is not None
-        require(named, f"hub is a repository's name such as me/my-model, not {self.hub}")
+        require(self.hub is None or _is_repository(self.hub), f"hub is a name such as me/my-model, not {self.hub}")
+
+
+def _is_repository(name: str) -> bool:
+    """True if the hub takes a name with an owner."""
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # here: --help need not wait for it
+
+    try:
+        validate_repo_id(name)
+    except ValueError:
+        return False
+    return "/" in name

@@ -7,7 +7,9 @@ from typing import Any
 
 import tyro
 
+from vlmenv.core.console import open_console, say
 from vlmenv.core.errors import ConfigError
+from vlmenv.core.text import visible
 from vlmenv.options.fields import Option, options_of, takes_several
 from vlmenv.options.names import own_name, unknown_option
 
@@ -26,7 +28,12 @@ def parse(args: Sequence[str], default: Any, program: str) -> Any:
     kind: Any = type(default)
     if hasattr(default, "algorithm"):
         kind = kind[type(default.algorithm)]
-    return tyro.cli(kind, args=list(args), default=default, prog=program, config=(tyro.conf.OmitArgPrefixes,))
+    options: dict[str, Any] = {"default": default, "prog": program, "config": (tyro.conf.OmitArgPrefixes,)}
+    try:
+        return tyro.cli(kind, args=list(args), console_outputs=False, **options)
+    except SystemExit:  # the error repeats what was typed, which must not change the terminal
+        tyro.cli(kind, args=[visible(arg) for arg in args], **options)
+        raise
 
 
 def parse_plain(args: Sequence[str], default: Any, program: str) -> Any:
@@ -36,7 +43,7 @@ def parse_plain(args: Sequence[str], default: Any, program: str) -> Any:
         ConfigError: A flag is no option, or options do not go together.
         SystemExit: As for `parse`.
     """
-    return parse(renamed(args, options_of(default), print), default, program)
+    return parse(renamed(args, options_of(default), lambda line: say(line, open_console())), default, program)
 
 
 def renamed(

@@ -139,7 +139,7 @@ class PromptOptions:
 def _scalar(name: str, text: str) -> Any:
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"chat_template_kwargs: the value of '{name}' is no YAML: {text!r}") from error
     if isinstance(value, dict | list):
         raise ConfigError(f"chat_template_kwargs: the value of '{name}' is no single value: {text!r}")

@@ -33,13 +33,20 @@ class Processes:
     Attributes:
         name: Name of the strategy, which checkpoints record.
         takes_any_dtype: True if weights may have other data types than float32.
+        gives_shards: True if `prepare` gives weights to ranks whose agents have shapes alone.
     """
 
     name: ClassVar[str] = "whole copies"
     takes_any_dtype: ClassVar[bool] = True
+    gives_shards: ClassVar[bool] = False
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
+
+    @property
+    def shards(self) -> int:
+        """Number of shards that the optimizer's state is divided into."""
+        return 1
 
     def configure(self, agent: Agent) -> None:
         """Configures an agent for these ranks, before its reference is made."""
@@ -120,9 +127,17 @@ class Processes:
         return {}
 
     def load(self, folder: Path, shared: dict[str, Any], own: dict[str, Any]) -> None:
-        """Restores weights and optimizer state from a checkpoint."""
+        """Restores weights and optimizer state from a checkpoint.
+
+        Args:
+            folder: Folder with the weights.
+            shared: Result of `shared_state`. If ranks divide the optimizer's state otherwise than those that saved it,
+                `undivided` lists it shard by shard.
+            own: Result of this rank's `rank_state`.
+        """
         self.agent.load(folder)
-        self._optimizer.load_state_dict((shared | own)["optimizer"])
+        state = joined(shared["undivided"]) if "undivided" in shared else (shared | own)["optimizer"]
+        self._optimizer.load_state_dict(state)
         if self.accelerator.scaler is not None and "scaler" in shared:
             self.accelerator.scaler.load_state_dict(shared["scaler"])
 
@@ -139,6 +154,26 @@ class Processes:
         return self.collect([value])[0]
 
 
+def joined(
+    shards: Sequence[dict[str, Any]], keep: Callable[[int, Tensor], Tensor] = lambda index, value: value
+) -> dict[str, Any]:
+    """Joins shards of an optimizer's state, which divide the first dimension of each tensor.
+
+    Args:
+        shards: The state of each shard, as `Optimizer.state_dict` gives it.
+        keep: Gives what to keep of a whole tensor, by the index of its parameter. Default: all.
+    """
+
+    def join(index: int, name: str) -> Any:
+        parts = [shard["state"][index][name] for shard in shards]
+        if not isinstance(parts[0], Tensor) or parts[0].ndim == 0:  # the number of steps
+            return parts[0]
+        return keep(index, torch.cat(parts))
+
+    state = {index: {name: join(index, name) for name in kept} for index, kept in shards[0]["state"].items()}
+    return shards[0] | {"state": state}
+
+
 class Sharded(Processes):
     """Ranks that hold a shard of the model each. Their forward and backward passes are collectives.
 
@@ -147,6 +182,10 @@ class Sharded(Processes):
     """
 
     shards_weights: bool = True
+
+    @property
+    def shards(self) -> int:
+        return int(self.accelerator.num_processes)
 
     def configure(self, agent: Agent) -> None:
         agent.runs_every_module, agent.sharded = True, self.shards_weights

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final, cast
+from typing import Any, Final
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from torch import Tensor
+from torch import distributed
 
 from vlmenv.core.errors import TrainingError
 
@@ -18,10 +17,14 @@ FAILED_ON_ALL_RANKS: Final = "all processes stopped here"
 
 
 @contextmanager
-def shared_failure(accelerator: Accelerator) -> Iterator[None]:
+def shared_failure(accelerator: Accelerator, group: Any = None) -> Iterator[None]:
     """Makes a block that fails on one rank fail on all ranks, so that none waits in a later collective.
 
     A collective: all ranks must enter it. The block itself must contain no collective.
+
+    Args:
+        accelerator: The ranks.
+        group: Process group of the collective, for a thread other than the main one. Default: that of all ranks.
 
     Raises:
         TrainingError: The block failed on another rank. This rank's own error is raised as it is.
@@ -31,7 +34,7 @@ def shared_failure(accelerator: Accelerator) -> Iterator[None]:
         yield
     except Exception as error:
         failure = error
-    others = _failures(accelerator, failure)
+    others = _failures(accelerator, failure, group)
     if failure is None and others:
         failure = TrainingError(others[0])
     if failure is not None:
@@ -44,12 +47,20 @@ def failed_on_all_ranks(error: BaseException, accelerator: Accelerator) -> bool:
     return accelerator.num_processes == 1 or FAILED_ON_ALL_RANKS in getattr(error, "__notes__", ())
 
 
-def _failures(accelerator: Accelerator, failure: Exception | None) -> list[str]:
-    """The error messages of all ranks."""
+def on_any_rank(flag: bool, accelerator: Accelerator, group: Any = None) -> bool:
+    """True if the flag is true on any rank. A collective."""
     if accelerator.num_processes == 1:
+        return flag
+    found = torch.tensor(float(flag), device=accelerator.device if group is None else "cpu")
+    distributed.all_reduce(found, group=group)
+    return bool(found.item())
+
+
+def _failures(accelerator: Accelerator, failure: Exception | None, group: Any) -> list[str]:
+    """The error messages of all ranks."""
+    if not on_any_rank(failure is not None, accelerator, group) or accelerator.num_processes == 1:
         return []
-    failed = torch.tensor([float(failure is not None)], device=accelerator.device)
-    if not cast(Tensor, accelerator.reduce(failed)).item():
-        return []
-    messages = gather_object([None if failure is None else f"{type(failure).__name__}: {failure}"])
-    return [f"rank {process}: {message}" for process, message in enumerate(messages) if message is not None]
+    messages: list[str | None] = [None] * accelerator.num_processes
+    own = None if failure is None else f"{type(failure).__name__}: {failure}"
+    distributed.all_gather_object(messages, own, group=group)
+    return [f"rank {rank}: {message}" for rank, message in enumerate(messages) if message is not None]

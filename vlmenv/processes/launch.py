@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import signal
 import sys
 from collections.abc import Mapping
@@ -13,26 +12,36 @@ from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, DistributedType, DynamoBackend, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import CPUOffloadPolicy
 
+from vlmenv.compat.accelerate import launched_precision, launched_with
 from vlmenv.core.errors import require
 from vlmenv.processes.base import Processes
 from vlmenv.processes.fsdp import FSDP
 from vlmenv.processes.zero import ZeRO
 
 
-def processes_of(accelerator: Accelerator) -> Processes:
+def processes_of(accelerator: Accelerator, shard_within: int | None = None) -> Processes:
     """Chooses the strategy of an accelerator's configuration.
 
     On CPUs accelerate ignores FSDP and DeepSpeed silently. Here they are used on CPUs too.
+
+    Args:
+        accelerator: Device, precision and ranks.
+        shard_within: Number of neighbouring ranks that hold a copy of the model between them, with FSDP2. Default: all.
 
     Raises:
         ConfigError: The configuration asks for something that is not supported, or that would have no effect.
     """
     _check(accelerator)
-    if accelerator.distributed_type != DistributedType.NO and _asks_for("FSDP"):
+    if accelerator.distributed_type != DistributedType.NO and launched_with("FSDP"):
         plugin = getattr(accelerator.state, "fsdp_plugin", None) or FullyShardedDataParallelPlugin()
         check_fsdp(accelerator, plugin)
-        return FSDP(accelerator, plugin.reshard_after_forward)
-    if accelerator.distributed_type != DistributedType.NO and _asks_for("DEEPSPEED"):
+        require(
+            accelerator.num_processes % (shard_within or 1) == 0,
+            f"shard_within={shard_within} does not divide the {accelerator.num_processes} ranks",
+        )
+        return FSDP(accelerator, plugin.reshard_after_forward, shard_within)
+    require(shard_within is None, "shard_within goes with several ranks under FSDP2: see docs/distributed.md")
+    if accelerator.distributed_type != DistributedType.NO and launched_with("DEEPSPEED"):
         plugin = DeepSpeedPlugin()  # as launched; accelerate has filled in its own copy
         check_deepspeed(accelerator, plugin)
         return ZeRO(accelerator, _without_auto(plugin.deepspeed_config["zero_optimization"]))
@@ -48,16 +57,12 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def _asks_for(name: str) -> bool:
-    return os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
-
-
 def _check(accelerator: Accelerator) -> None:
     require(
         accelerator.gradient_accumulation_steps == 1,
         "gradient_accumulation_steps of accelerate must be 1: use --micro-batch-size to save memory",
     )
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    asked = launched_precision()
     require(
         asked in ("no", accelerator.mixed_precision),
         f"mixed_precision {asked} of accelerate has no effect: give --precision {asked}, or remove it there",
@@ -65,7 +70,7 @@ def _check(accelerator: Accelerator) -> None:
     compiles = accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
     require(not compiles, "dynamo_backend of accelerate is not supported: set it to no")
     for name in ("MEGATRON_LM", "PARALLELISM_CONFIG"):
-        require(not _asks_for(name), f"{name.lower()} of accelerate is not supported: see docs/distributed.md")
+        require(not launched_with(name), f"{name.lower()} of accelerate is not supported: see docs/distributed.md")
 
 
 def check_fsdp(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:

@@ -7,17 +7,18 @@ import signal
 import sys
 import threading
 from types import FrameType, TracebackType
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from vlmenv.core.errors import TrainingError
 
 SIGNALS: Final = ("SIGINT", "SIGTERM", "SIGHUP")
 """Signals that end training; a closed terminal sends SIGHUP."""
 _LAST: Final = 3
-"""Number of the signal that ends the process at once. Launchers repeat the first one to all ranks."""
+"""Number of the signal that ends a process without a launcher at once."""
 
 
 class StoppedError(TrainingError):
@@ -29,10 +30,14 @@ class Stopping:
 
     The first asks for the end, the second changes nothing, so that a checkpoint under way is completed, and the third
     ends the process at once. Signals that were ignored before, as `nohup` does, stay ignored.
+
+    Ranks do not count signals: their launcher repeats each one, sends one to the last ranks, and ends ranks that take
+    too long by SIGKILL. After the first signal they ignore all others until their process has ended.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
+        self._launched = accelerator.num_processes > 1
         self._signal: int | None = None
         self._count = 0
         self._former: dict[int, Any] = {}
@@ -45,12 +50,13 @@ class Stopping:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._restore()
+        if not self._launched or self._signal is None:
+            self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signal = self._signal or number
         self._count += 1
-        if self._count == _LAST:
+        if self._count == _LAST and not self._launched:
             self._restore()
             os.kill(os.getpid(), number)
 
@@ -59,11 +65,11 @@ class Stopping:
             signal.signal(*self._former.popitem())
 
     def requested(self) -> bool:
-        """True if any rank got a signal. A collective: all ranks must call it."""
-        if self._accelerator.num_processes == 1:
-            return self._signal is not None
-        asked = torch.tensor([float(self._signal is not None)], device=self._accelerator.device)
-        return bool(self._accelerator.reduce(asked).item() > 0)
+        """True if any rank got a signal, which then counts for all. A collective: all ranks must call it."""
+        if self._launched:
+            own = torch.tensor([self._signal or 0], device=self._accelerator.device)
+            self._signal = int(cast(Tensor, self._accelerator.gather(own)).max()) or None
+        return self._signal is not None
 
     def check(self) -> None:
         """Raises StoppedError if this rank got a signal. For work that can be dropped, such as an evaluation."""

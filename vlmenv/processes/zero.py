@@ -5,7 +5,6 @@ This uses DeepSpeed's engine directly, because accelerate's wrapper takes an opt
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -17,7 +16,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from vlmenv.agents.base import Agent, Reference
-from vlmenv.core.errors import TrainingError
+from vlmenv.compat import deepspeed as compat
+from vlmenv.core.errors import ConfigError, TrainingError
 from vlmenv.processes.base import Sharded
 
 
@@ -59,6 +59,11 @@ class ZeRO(Sharded):
             config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
         plain = optimizer()
         self._engine, *_ = deepspeed.initialize(model=agent.policy, optimizer=plain, config=config)
+        if missing := compat.missing_parts(self._engine, self.stage):
+            raise ConfigError(
+                f"DeepSpeed {deepspeed.__version__} has no {', '.join(missing)}, which vlmenv needs: install a release "
+                "that vlmenv is tested with, or launch with FSDP2 (docs/distributed.md)"
+            )
         self._policy, agent.policy = agent.policy, self._engine
         return plain
 
@@ -70,7 +75,7 @@ class ZeRO(Sharded):
         if self.stage < 3:
             yield
             return
-        with self._gathered(), self._without_hooks():
+        with self._gathered(), compat.without_hooks(self._engine):
             yield
 
     def _gathered(self, writer: int | None = None) -> AbstractContextManager[None]:
@@ -78,18 +83,6 @@ class ZeRO(Sharded):
 
         context: AbstractContextManager[None] = zero.GatheredParameters(list(self._policy.parameters()), writer)
         return context
-
-    @contextmanager
-    def _without_hooks(self) -> Iterator[None]:
-        """Stops modules from gathering and freeing their weights."""
-        gatherer = self._engine.optimizer.parameter_offload
-        for handle in (*gatherer.forward_hooks, *gatherer.backward_hooks):
-            handle.remove()
-        gatherer.forward_hooks, gatherer.backward_hooks = [], []
-        try:
-            yield
-        finally:
-            gatherer._register_deepspeed_module(gatherer.module)
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
@@ -102,10 +95,7 @@ class ZeRO(Sharded):
     def step(self, max_norm: float, *, learn: bool) -> float:
         if not learn:
             raise TrainingError("the loss is not finite, and DeepSpeed cannot skip a step for that")
-        zero = self._engine.optimizer
-        zero.clip_grad = max_norm
-        self._engine.step()
-        return math.inf if zero.overflow else float(self._engine.get_global_grad_norm())
+        return compat.step(self._engine, max_norm)
 
     def weights(self) -> Mapping[str, Tensor] | None:
         if self.stage < 3:
@@ -123,7 +113,8 @@ class ZeRO(Sharded):
     def rank_state(self) -> dict[str, Any]:
         plain = self._engine.optimizer.optimizer
         rates = [group["lr"] for group in plain.param_groups]
-        return {"optimizer": {"lr": rates, "state": [dict(plain.state[share]) for share in self._parts()]}}
+        parts = compat.flat_shards(self._engine, self.stage)
+        return {"optimizer": {"lr": rates, "state": [dict(plain.state[share]) for share in parts]}}
 
     def load(self, folder: Path, shared: dict[str, Any], own: dict[str, Any]) -> None:
         if self.stage < 3:
@@ -131,17 +122,9 @@ class ZeRO(Sharded):
         else:
             with self._gathered(writer=0):
                 self.agent.load(folder)
-        zero, state = self._engine.optimizer, own["optimizer"]
-        zero.refresh_fp32_params()
-        for group, rate in zip(zero.optimizer.param_groups, state["lr"], strict=True):
+        plain, state = self._engine.optimizer.optimizer, own["optimizer"]
+        compat.read_shards(self._engine)
+        for group, rate in zip(plain.param_groups, state["lr"], strict=True):
             group["lr"] = rate
-        for share, kept in zip(self._parts(), state["state"], strict=True):
-            zero.optimizer.state[share] = {name: value.to(share.device) for name, value in kept.items()}
-
-    def _parts(self) -> list[Tensor]:
-        """Flat shards of the weights that this rank's optimizer updates."""
-        zero = self._engine.optimizer
-        parts: list[Tensor] = (
-            zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
-        )
-        return parts
+        for share, kept in zip(compat.flat_shards(self._engine, self.stage), state["state"], strict=True):
+            plain.state[share] = {name: value.to(share.device) for name, value in kept.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 import vlmenv
 from vlmenv.agents.checkpoints import find_model, public_name
 from vlmenv.core.errors import ModelError
+from vlmenv.core.files import parse_json
 from vlmenv.core.names import hub_name
+from vlmenv.core.text import visible, visible_lines
 from vlmenv.options.files import read_options
 from vlmenv.options.resolve import RECORD
 from vlmenv.runs.run_folder import RunFolder
@@ -23,6 +26,9 @@ from vlmenv.runs.run_folder import RunFolder
 _TASK: Final = "image-text-to-text"
 TOWER: Final = "--enable-tower-connector-lora"
 """vLLM's option without which it leaves out adapters of the vision tower and its projectors."""
+MERGED: Final = "vLLM takes no adapters of this model's projectors: give it the export with --merged"
+UNSERVED: Final = {"internvl"}
+"""Families of whose projectors vLLM takes no adapters."""
 _RANKS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as `--max-lora-rank`."""
 _SHOWN: Final = ("algo", "steps", "prompts_per_step", "group_size", "lr", "beta", "rewards", "lora_rank", "seed")
@@ -55,7 +61,7 @@ class Origin:
         """The origin of a checkpoint, or of a model that no run has made."""
         if run is None:
             return cls(public_name(model), model)
-        options = read_options(run.path / "resolved.yaml")
+        options = read_options(run.path / "resolved.yaml") | run.changed_options(step)
         options.pop(RECORD, None)
         name, stages = str(options.get("model")), list[str]()
         while (earlier := _run_of(Path(name))) is not None and str(earlier.path) not in stages:
@@ -109,12 +115,12 @@ def _first_prompt(run: RunFolder) -> str | None:
     with file.open(encoding="utf-8") as stream:
         line = stream.readline()
     try:
-        return str(json.loads(line)["prompt"])
+        return str(parse_json(line)["prompt"])
     except (ValueError, KeyError, TypeError):
         return None
 
 
-def write_card(folder: Path, origin: Origin, *, adapter: bool, tower: bool = False) -> None:
+def write_card(folder: Path, origin: Origin, *, adapter: bool, tower: bool = False, served: bool = True) -> None:
     """Writes README.md of an exported model, and what the licence of its base model is.
 
     Args:
@@ -122,11 +128,12 @@ def write_card(folder: Path, origin: Origin, *, adapter: bool, tower: bool = Fal
         origin: Where it comes from.
         adapter: True if it holds adapters alone.
         tower: True if the vision tower or its projectors have some of them.
+        served: False if vLLM refuses those.
     """
     licence, note = _licence(origin)
     (folder / "LICENSE_NOTE.md").write_text(note, encoding="utf-8")
-    served = [_serving(folder, origin, tower)] if adapter else []
-    parts = [_head(folder, origin, licence, adapter), *_body(folder, origin, adapter), *served]
+    parts = [_head(folder, origin, licence, adapter), *_body(folder, origin, adapter)]
+    parts += [_serving(folder, origin, tower) if served else f"## With vLLM\n\n{MERGED}."] if adapter else []
     parts.append(f"## Licence\n\n{note.strip()}")
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
@@ -153,7 +160,7 @@ def _front(card: Path) -> Mapping[str, Any]:
         content = yaml.safe_load(
             ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_yaml()
         )
-    except (ValueError, OSError, yaml.YAMLError):
+    except (ValueError, OSError, yaml.YAMLError, RecursionError):
         return {}
     return content if isinstance(content, Mapping) else {}
 
@@ -166,12 +173,13 @@ def _head(folder: Path, origin: Origin, licence: str | None, adapter: bool) -> s
         license=licence,
         library_name="peft" if adapter else "transformers",
         pipeline_tag=_TASK,
-        base_model=origin.base if named else None,
+        base_model=visible(origin.base) if named else None,
         tags=["vlmenv", "reinforcement-learning", *([algo] if algo else []), *(["lora"] if adapter else [])],
-        datasets=[name for name in _datasets(origin) if not Path(name).exists() and "/" in name] or None,
-        model_name=folder.name if origin.after else None,
+        datasets=[visible(name) for name in _datasets(origin) if not Path(name).exists() and "/" in name] or None,
+        model_name=visible(folder.name) if origin.after else None,
         eval_results=[
-            EvalResult(_TASK, f"{env}", _measured_on(origin), name, value) for name, value in origin.after.items()
+            EvalResult(_TASK, f"{env}", visible(_measured_on(origin)), visible(name), value)
+            for name, value in origin.after.items()
         ]
         or None,
     )
@@ -189,10 +197,10 @@ def _measured_on(origin: Origin) -> str:
 
 
 def _body(folder: Path, origin: Origin, adapter: bool) -> Iterator[str]:
-    yield f"# {folder.name}"
+    yield f"# {visible(folder.name)}"
     kind = "LoRA adapters for" if adapter else "A model trained from"
     how = f" by reinforcement learning with vlmenv {vlmenv.__version__}"
-    yield f"{kind} `{origin.base}`{how if origin.options else ''}."
+    yield f"{kind} {_code(origin.base)}{how if origin.options else ''}."
     if origin.options:
         yield from _training(origin)
         yield from _table(origin)
@@ -201,12 +209,12 @@ def _body(folder: Path, origin: Origin, adapter: bool) -> Iterator[str]:
 
 def _training(origin: Origin) -> Iterator[str]:
     options = origin.options
-    lines = [f"- task: `{options.get('env')}`"]
-    names = ", ".join(f"`{Path(name).name if Path(name).exists() else name}`" for name in _datasets(origin))
+    lines = [f"- task: {_code(options.get('env'))}"]
+    names = ", ".join(_code(Path(name).name if Path(name).exists() else name) for name in _datasets(origin))
     lines.append(f"- data: {names or 'built-in samples'}")
-    lines += [f"- stages before: {', '.join(origin.stages)}"] if origin.stages else []
+    lines += [f"- stages before: {', '.join(map(_code, origin.stages))}"] if origin.stages else []
     lines.append(f"- step: {origin.step}")
-    lines += [f"- {name}: `{_short(options[name])}`" for name in _SHOWN if options.get(name) is not None]
+    lines += [f"- {name}: {_code(_short(options[name]))}" for name in _SHOWN if options.get(name) is not None]
     yield "## Training"
     yield "\n".join(lines)
 
@@ -221,8 +229,8 @@ def _table(origin: Origin) -> Iterator[str]:
     if not names:
         yield "Nothing was measured."
         return
-    rows = [f"| {name} | {_number(origin.before, name)} | {_number(origin.after, name)} |" for name in names]
-    yield f"Greedy answers to {_measured_on(origin)}, as the run measured them."
+    rows = [f"| {_code(name)} | {_number(origin.before, name)} | {_number(origin.after, name)} |" for name in names]
+    yield f"Greedy answers to {_code(_measured_on(origin))}, as the run measured them."
     yield "\n".join([f"| metric | before | at step {origin.step} |", "|---|---|---|", *rows])
 
 
@@ -268,7 +276,7 @@ def _snippet(origin: Origin, adapter: bool) -> str:
             *put_on,
             'processor = AutoProcessor.from_pretrained("FOLDER")',
             'content = [{"type": "image", "image": Image.open("image.png")}, '
-            f'{{"type": "text", "text": {json.dumps(prompt, ensure_ascii=False)}}}]',
+            f'{{"type": "text", "text": {visible(json.dumps(prompt, ensure_ascii=False))}}}]',
             "inputs = processor.apply_chat_template(",
             '    [{"role": "user", "content": content}],',
             '    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",',
@@ -289,5 +297,17 @@ def _serving(folder: Path, origin: Origin, tower: bool) -> str:
 
 
 def _block(text: Any, language: str = "text") -> str:
-    fence = "`" * (3 if "```" not in str(text) else 5)
-    return f"{fence}{language}\n{text}\n{fence}"
+    """A block that shows a text as it is, whatever is in it."""
+    fence = "`" * max(3, _longest_run(text) + 1)
+    return f"{fence}{language}\n{visible_lines(text)}\n{fence}"
+
+
+def _code(text: Any) -> str:
+    """The same within a line or the cell of a table."""
+    shown, fence = visible(text).replace("|", "\\|"), "`" * (_longest_run(text) + 1)
+    return f"{fence} {shown} {fence}" if "`" in shown else f"`{shown or ' '}`"
+
+
+def _longest_run(text: Any) -> int:
+    """The number of backticks in the longest run of them."""
+    return max(map(len, re.findall("`+", str(text))), default=0)

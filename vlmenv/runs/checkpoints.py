@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, cast
 
 import torch
 from safetensors import SafetensorError
@@ -17,7 +17,7 @@ from vlmenv.algos import Trainer
 from vlmenv.algos.faults import nonfinite_weights
 from vlmenv.core.errors import CheckpointError, ModelError
 from vlmenv.core.files import replace_folder
-from vlmenv.processes.base import Sharded
+from vlmenv.processes.base import Processes, Sharded
 from vlmenv.processes.failures import shared_failure
 from vlmenv.runs.manifest import damage, read_manifest, write_manifest
 from vlmenv.runs.run_folder import RunFolder
@@ -168,32 +168,67 @@ def load_checkpoint(trainer: Trainer, run: RunFolder, found: Found | None = None
 
 def _load(trainer: Trainer, folder: Path) -> list[str]:
     accelerator, saved = trainer.accelerator, len(list(folder.glob("process-*.pt")))
-    own = folder / f"process-{accelerator.process_index}.pt"
-    changed = saved != accelerator.num_processes
-    if changed and isinstance(trainer.processes, Sharded):
-        raise ModelError(
-            f"{folder}: saved by {saved} ranks, not by {accelerator.num_processes}, with a shard of the optimizer's "
-            "state each: launch as many as then"
-        )
+    rank, changed = accelerator.process_index, saved != accelerator.num_processes
     try:
-        state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
-        _check_kind(folder, state["processes"], trainer.processes.name)
+        state = _read(folder / "trainer.pt", mmap=isinstance(trainer.processes, Sharded))
         _check_optimizer(folder, state.get("optimizer_name", "adamw"), trainer.config.optimizer)
-        kept = torch.load(own, map_location="cpu", weights_only=True) if own.is_file() else None
-        trainer.load(folder, state, kept, same_ranks=not changed)
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        own = _read(folder / f"process-{rank}.pt") if rank < saved else None
+        state.setdefault("shards", 1 if "optimizer" in state else saved)  # which earlier versions did not write
+        if _is_divided_anew(folder, state, trainer.processes):
+            state["undivided"] = _shards(folder, state)
+        trainer.load(folder, state, own, same_ranks=not changed)
+    except KeyError as error:
+        raise ModelError(
+            f"{folder}: the checkpoint's state lacks {error}: another version of vlmenv may have written it"
+        ) from error
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise ModelError(f"{folder}: the checkpoint cannot be read: {error}") from error
-    if not changed:
-        return []
-    return [
-        f"{folder} was saved by {saved} ranks, and {accelerator.num_processes} go on: the run is not the same bit for "
-        "bit, as random states differ, and what ranks knew of samples or kept for replay is dropped"
-    ]
+    notes = []
+    if state["processes"] != trainer.processes.name:
+        notes.append(f"{folder} was saved with {state['processes']}, and {trainer.processes.name} goes on")
+    if changed:
+        notes.append(
+            f"{folder} was saved by {saved} ranks, and {accelerator.num_processes} go on: the run is not the same bit "
+            "for bit, as random states differ, and what ranks knew of samples or kept for replay is dropped"
+        )
+    return notes
 
 
-def _check_kind(folder: Path, saved: str, now: str) -> None:
-    if saved != now:
-        raise ModelError(f"{folder}: saved with {saved}, not with {now}: launch as the run was launched")
+def _read(file: Path, *, mmap: bool = False) -> dict[str, Any]:
+    """A part of a checkpoint. With `mmap` tensors stay on the disk until they are used."""
+    return cast(dict[str, Any], torch.load(file, map_location="cpu", weights_only=True, mmap=mmap))
+
+
+def _shards(folder: Path, state: dict[str, Any]) -> list[dict[str, Any]]:
+    """The optimizer's state in its shards; a single one if ranks had whole copies."""
+    if "optimizer" in state:
+        return [state["optimizer"]]
+    return [_read(folder / f"process-{rank}.pt", mmap=True)["optimizer"] for rank in range(state["shards"])]
+
+
+_DIVISIBLE: Final = {"whole copies", "FSDP2"}
+"""Strategies whose optimizer's state other ranks can divide anew."""
+
+
+def _is_divided_anew(folder: Path, state: dict[str, Any], processes: Processes) -> bool:
+    """True if the ranks of now divide the optimizer's state otherwise than those that saved it.
+
+    Raises:
+        ModelError: The strategy or the optimizer does not allow that.
+    """
+    then, now = (state["processes"], state["shards"]), (processes.name, processes.shards)
+    if then == now:
+        return False
+    how = "launch as the run was launched"
+    if then[0] != now[0] and not {then[0], now[0]} <= _DIVISIBLE:
+        raise ModelError(f"{folder}: saved with {then[0]}, not with {now[0]}: {how}")
+    eight_bits = state.get("optimizer_name") == "adamw_8bit"
+    if now[0] not in _DIVISIBLE or eight_bits:
+        raise ModelError(
+            f"{folder}: saved with {then[0]} in {then[1]} shards, not with {now[0]} in {now[1]}, and the optimizer's "
+            f"state of {'adamw_8bit' if eight_bits else now[0]} cannot be divided anew: {how}"
+        )
+    return True
 
 
 def _check_optimizer(folder: Path, saved: str, now: str) -> None:

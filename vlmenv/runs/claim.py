@@ -10,7 +10,7 @@ from typing import Final
 from accelerate import Accelerator
 from rich.console import Console
 
-from vlmenv.building import say
+from vlmenv.core.console import say
 from vlmenv.core.errors import ConfigError
 from vlmenv.core.files import write_atomic
 from vlmenv.options.evaluate import AnswerConfig

@@ -16,7 +16,7 @@ from vlmenv.agents.base import Agent
 from vlmenv.agents.families import Family, weightless_family
 from vlmenv.agents.pixels import prepared_folder
 from vlmenv.agents.vlm import VLMAgent, answer_fault, answer_ids, check_length
-from vlmenv.building import say
+from vlmenv.core.console import say
 from vlmenv.core.errors import ConfigError, DataError, SampleError
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.vector import VisualTaskVectorEnv

@@ -18,7 +18,7 @@ from rich.console import Console
 
 import vlmenv
 from vlmenv.agents.families import Family
-from vlmenv.building import say
+from vlmenv.core.console import open_console, say
 from vlmenv.core.errors import DataError
 from vlmenv.core.files import atomic_file, file_digest
 from vlmenv.core.rollout import Observation
@@ -95,7 +95,7 @@ def count_tokens(task: VisualTaskEnv, family: Family, console: Console, *, first
     file = cache_folder() / f"{_key(task, family, count)}.npy"
     if (kept := _read(file, count)) is not None:
         tried = np.linspace(0, count - 1, _TRIED).astype(int)
-        again = _counted(task, family, tried.tolist(), Console(quiet=True))
+        again = _counted(task, family, tried.tolist(), open_console(quiet=True))
         if not again.faults and np.array_equal(again.tokens, kept[tried]):
             return Lengths(kept)
     lengths = _counted(task, family, range(count), console)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from vlmenv.core.errors import ConfigError
+from vlmenv.core.files import parse_json
 
 LOCK: Final = ".lock"
 """File of a folder that its writer holds locked. It names the writer."""
@@ -101,7 +102,7 @@ def _self() -> dict[str, Any]:
 def _owner(handle: int) -> dict[str, Any] | None:
     """What the lock file says of its owner; None if it says nothing."""
     try:
-        owner = json.loads(os.pread(handle, 4096, 0))
+        owner = parse_json(os.pread(handle, 4096, 0))
     except ValueError:
         return None
     return owner if isinstance(owner, dict) else None

@@ -12,9 +12,9 @@ from typing import Any
 from rich.console import Console
 
 from vlmenv.algos import NonFiniteError, StepResult, Trainer
-from vlmenv.building import report_skipped, say
+from vlmenv.building import report_skipped
+from vlmenv.core.console import say, warn
 from vlmenv.core.errors import DataError, PromptError, SampleError, TrainingError, VLMEnvError
-from vlmenv.core.text import printable
 from vlmenv.envs.rewards.workers import LOSSES
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.evaluation import (
@@ -91,7 +91,7 @@ def look_first(
     if trainer.accelerator.is_main_process:
         for kind, message in first_concerns(rollout.texts, readable, truncated, rewards.tolist()):
             run.write_warning(0, message, f"first {kind}")
-            console.print(f"[bold yellow]warning:[/] {printable(message)}", soft_wrap=True, emoji=False)
+            warn(message, console)
 
 
 def evaluate_now(
@@ -233,7 +233,7 @@ class TrainingLoop:
 
     def _warn(self, step: int, message: str, kind: str) -> None:
         self.run.write_warning(step, message, kind)
-        self.console.print(f"[bold yellow]warning:[/] step {step}: {printable(message)}", soft_wrap=True, emoji=False)
+        warn(f"step {step}: {message}", self.console)
 
     def _save(self) -> None:
         self.saved = self.trainer.step  # once is enough, whatever becomes of it
@@ -333,7 +333,7 @@ class TrainingLoop:
 
     def _say(self, message: str) -> None:
         with suppress(OSError):  # what is printed may go to the disk that is full
-            self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+            say(message, self.console)
 
 
 def compare(

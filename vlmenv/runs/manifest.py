@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
-from vlmenv.core.files import file_digest
+from vlmenv.core.files import file_digest, parse_json
 
 MANIFEST: Final = "manifest.json"
 _THREADS: Final = 4
@@ -38,12 +38,13 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        whole = json.loads(file.read_text(encoding="utf-8"))
+        whole = parse_json(file.read_bytes())
         content: dict[str, Any] = whole["content"]
         intact = whole["sha256"] == _digest(content)
-    except (ValueError, KeyError, TypeError) as error:
+        described = all({"bytes", "sha256"} <= told.keys() for told in content["files"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{MANIFEST} cannot be read") from error
-    if not intact:
+    if not (intact and described):
         raise ValueError(f"{MANIFEST} has been changed since it was written")
     return content
 

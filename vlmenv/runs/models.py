@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from vlmenv.agents.checkpoints import find_adapter, find_model
-from vlmenv.building import say
+from vlmenv.core.console import say
 from vlmenv.core.errors import ModelError
 from vlmenv.options.task import TaskConfig
 from vlmenv.runs.manifest import damage, read_manifest

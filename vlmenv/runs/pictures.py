@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlmenv.algos.batch import NO_TERMS
+from vlmenv.core.text import visible
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.evaluation import Evaluation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _NUM_COLUMNS = 8
 _DRIFTING = ("completion/length", "completion/repetition", "completion/box_ratio")
@@ -60,7 +63,7 @@ def draw_curve(path: Path, history: Sequence[dict[str, float]], warned: Sequence
         axes.set(xlabel="step")
         axes.grid(alpha=0.3)
         axes.legend(loc="lower right" if axes is grid[0] else "upper left")
-    figure.savefig(path, dpi=120)
+    _save(figure, path, dpi=120)
 
 
 def _draw_lines(axes: Axes, history: Sequence[dict[str, float]], names: Sequence[str], relative: bool = False) -> None:
@@ -74,6 +77,7 @@ def _draw_lines(axes: Axes, history: Sequence[dict[str, float]], names: Sequence
         smooth = np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
         label = name.removeprefix("reward/").removeprefix("completion/").replace("eval/", "held-out ")
+        label = visible(label).replace("$", r"\$")  # which would begin a formula
         axes.plot(steps, values if name.startswith("eval/") else smooth, color=colour, label=label)
 
 
@@ -96,8 +100,15 @@ def draw_samples(path: Path, envs: VisualTaskVectorEnv, before: Evaluation, afte
             if column == 0:
                 axes.set_ylabel(name)
     figure.suptitle("before and after training; true boxes are green, predicted boxes are red", fontsize=9)
-    figure.savefig(path, dpi=100)
+    _save(figure, path, dpi=100)
+
+
+def _save(figure: Figure, path: Path, dpi: int) -> None:
+    """Writes a picture. A character that the font lacks is a box in it, which needs no warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        figure.savefig(path, dpi=dpi)
 
 
 def _wrapped(text: str, width: int = 24, lines: int = 3) -> str:
-    return textwrap.fill(text, width, max_lines=lines, placeholder=" …")
+    return textwrap.fill(visible(text.replace("\n", " ")), width, max_lines=lines, placeholder=" …")

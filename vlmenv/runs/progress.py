@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vlmenv.algos.batch import NO_TERMS
-from vlmenv.core.text import printable
+from vlmenv.core.console import say
 
 _EVERY = 10
 
@@ -51,12 +51,10 @@ class TrainingProgress:
         self._progress.update(self._bar, completed=step, reward=reward, speed=speed)
         if step == 1 or step % _EVERY == 0 or step == self._steps:
             terms = "  ".join(f"{name.removeprefix('reward/')} {metrics[name]:.3f}" for name in _terms(metrics))
-            self._progress.console.print(
-                f"step {step:>4}/{self._steps}  reward {reward:.3f}  ({printable(terms)})  "
+            say(
+                f"step {step:>4}/{self._steps}  reward {reward:.3f}  ({terms})  "
                 f"length {metrics['completion/length']:.1f}  {speed:.0f} tokens/s",
-                highlight=False,
-                emoji=False,
-                soft_wrap=True,
+                self._progress.console,
             )
 
 

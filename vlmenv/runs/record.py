@@ -21,6 +21,7 @@ import vlmenv
 from vlmenv.agents.checkpoints import ADAPTER_CONFIG, find_adapter, find_model
 from vlmenv.agents.fast_paths import FastPath
 from vlmenv.agents.lora import ADAPTER_WEIGHTS
+from vlmenv.core.console import say, styled
 from vlmenv.core.files import file_digest
 from vlmenv.core.names import hub_name
 from vlmenv.envs.data.dataset import hub_commits
@@ -229,7 +230,7 @@ def print_dry_run(
     console: Console,
 ) -> None:
     """Prints the resolved options, the files to be read, the folder to be written, and the room on its disk."""
-    console.print(resolved_yaml(config, envs, held_out, accelerator), highlight=False, markup=False, soft_wrap=True)
+    console.print(styled(resolved_yaml(config, envs, held_out, accelerator)), soft_wrap=True)
     samples = "built-in samples" if envs.task.source.size is None else f"{envs.task.source.size} samples"
     lines = [
         f"reads the model {find_model(config.model)}",
@@ -240,4 +241,4 @@ def print_dry_run(
         "nothing has been written: leave out --dry-run to train",
     ]
     for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(line, console)

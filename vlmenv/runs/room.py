@@ -17,7 +17,8 @@ from torch import nn
 from vlmenv.agents.saving import kept_files, usual_type
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.algos.optimizers import OptimizerName, state_bytes
-from vlmenv.building import say
+from vlmenv.compat.deepspeed import whole_size
+from vlmenv.core.console import say
 from vlmenv.core.errors import CheckpointError
 from vlmenv.options.train import TrainConfig
 from vlmenv.runs.run_folder import RunFolder
@@ -37,21 +38,17 @@ class Size:
         """The size of an agent's checkpoints with an optimizer, to a few percent."""
         trained = agent.parameters()
         files = sum(file.stat().st_size for file in kept_files(agent.folder))
-        state = sum(state_bytes(optimizer, one.dtype) * _numel(one) for one in trained)
+        state = sum(state_bytes(optimizer, one.dtype) * whole_size(one) for one in trained)
         return cls(files + _weights(agent, trained), int(state))
 
 
 def _weights(agent: VLMAgent, trained: Sequence[nn.Parameter]) -> int:
     if agent.lora is not None:
-        return torch.float32.itemsize * sum(map(_numel, trained))
+        return torch.float32.itemsize * sum(map(whole_size, trained))
     kind = agent.save_dtype or usual_type(agent.folder)
     lost = {torch.bfloat16: 2, torch.float16: 4}.get(kind, 0)  # see vlmenv.agents.remainders
-    rounded = sum(_numel(one) for one in trained if one.dtype != kind)
-    return sum(map(_numel, agent.policy.parameters())) * kind.itemsize + lost * rounded
-
-
-def _numel(parameter: nn.Parameter) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))  # of a shard, DeepSpeed tells the whole
+    rounded = sum(whole_size(one) for one in trained if one.dtype != kind)
+    return sum(map(whole_size, agent.policy.parameters())) * kind.itemsize + lost * rounded
 
 
 @dataclass(frozen=True, slots=True)

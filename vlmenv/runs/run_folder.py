@@ -51,6 +51,7 @@ class RunFolder:
         """Raises ConfigError if the folder already holds a run."""
         if (self.path / "metrics.jsonl").exists() or self.checkpoints():
             raise ConfigError(f"{self.path} already holds a run: choose another --output, or remove it")
+        self._check_logs()
 
     def create(self, asked: str, resolved: str) -> None:
         """Makes the folder, and writes the options that were asked for and all that are used, both as YAML."""
@@ -123,6 +124,11 @@ class RunFolder:
         """Appends what is different from the step on that the run was resumed at."""
         _append(self.path / "changes.jsonl", [{"step": step, "time": f"{datetime.now():%Y-%m-%d %H:%M:%S}", **what}])
 
+    def changed_options(self, step: int | None = None) -> dict[str, Any]:
+        """The options that changed when the run was resumed, up to a step, with their last values. Default: all."""
+        rows = [row for row in self._rows("changes.jsonl") if step is None or row["step"] < step]
+        return {name: now for row in rows for name, (_, now) in (row.get("options") or {}).items()}
+
     def warned(self, kind: str | None = None) -> list[int]:
         """The steps with a warning; of one kind, if one is given."""
         rows = self._rows("warnings.jsonl") if self._has("warnings.jsonl") else []
@@ -172,6 +178,7 @@ class RunFolder:
             What is wrong with the logs: lines that are lost or cannot be read.
         """
         told: list[str] = []
+        self._check_logs()
         for file in (self.path / name for name in LOGS):
             if not file.is_file():
                 told += [f"{file} is gone"] if (lengths or {}).get(file.name) else []
@@ -182,6 +189,12 @@ class RunFolder:
             _truncate(file, found)
             told += [f"{file}:{line}: the line cannot be read and is passed over" for line in _broken(file)]
         return told
+
+    def _check_logs(self) -> None:
+        """Raises ConfigError if a folder, a pipe or a device has the name of a log: to open one may take for ever."""
+        for file in (self.path / name for name in LOGS):
+            if file.exists() and not file.is_file():
+                raise ConfigError(f"{file} is no regular file: remove it")
 
     def best(self) -> dict[str, Any]:
         """The record of the best model so far; empty if there is none.

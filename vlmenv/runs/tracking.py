@@ -99,13 +99,13 @@ class WandB(Tracker):
         self._accelerator = accelerator
 
     def start(self, run: RunFolder, options: Mapping[str, str], step: int) -> None:
-        from wandb.errors import Error
+        import wandb
 
         how = {"dir": str(run.path), "name": run.path.name, "id": self._id(run), "resume": "allow"}
         project, told = os.environ.get("WANDB_PROJECT", "vlmenv"), None if step else dict(options)
         try:
             self._accelerator.init_trackers(project, told, {"wandb": how})
-        except Error as error:
+        except wandb.Error as error:
             raise ConfigError(f"tracker wandb cannot start, and WANDB_MODE=offline is not set: {error}") from error
 
     def _id(self, run: RunFolder) -> str:

@@ -1,0 +1,31 @@
+"""Run as a script: the stand-in server at an address of this machine, until it is ended."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent / "agents"))
+from stand_in_server import Answering, Worker, answering
+
+from vlmenv.agents.engines import worker as engine_worker
+from vlmenv.agents.engines.channel import Incoming
+from vlmenv.agents.engines.worker import weight_shapes
+from vlmenv.agents.vlm import VLMAgent
+
+
+def load(worker: Worker, incoming: Incoming) -> list[str]:
+    """In place of vLLM's loading."""
+    worker.weights = dict(incoming)
+    return []
+
+
+if __name__ == "__main__":
+    agent = VLMAgent.from_pretrained("builtin")
+    shapes, banned = weight_shapes(agent.folder), agent.family.banned_tokens.tolist()
+    served = Answering({"weights": shapes, "banned": banned, "dtype": "float32", "logprobs": "processed_logprobs"})
+    engine_worker.overwrite = load
+    with answering(served, host=sys.argv[1]):
+        print(served.url, flush=True)
+        threading.Event().wait()

@@ -1,0 +1,136 @@
+"""Private parts of transformers: conversion of weights, processors without videos, and attributes of modules."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+
+from vlmenv.compat import Use
+
+
+def convert_back(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Converts a model's weights to the names and shapes of its published files.
+
+    Raises:
+        ImportError: This release of transformers has no such conversion.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    found: dict[str, Tensor] = revert_weight_conversion(model, dict(weights))
+    return found
+
+
+def _check_conversion() -> str | None:
+    from transformers.core_model_loading import revert_weight_conversion
+
+    arguments = list(inspect.signature(revert_weight_conversion).parameters)
+    return None if arguments == ["model", "state_dict"] else f"the conversion takes {', '.join(arguments)}"
+
+
+def attention_of(module: nn.Module) -> str | None:
+    """The name of the attention that a module is configured for; None if it does not tell."""
+    name: str | None = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    return name
+
+
+def set_attention(config: PreTrainedConfig, name: str) -> None:
+    """Sets the attention of all parts of a configuration, also of one whose file names another."""
+    config._attn_implementation = name
+
+
+def _check_attention() -> str | None:
+    module, config = nn.Module(), PreTrainedConfig.from_dict({"attn_implementation": "eager"})
+    module.config = config  # type: ignore[assignment]
+    before = attention_of(module)
+    set_attention(config, "sdpa")
+    return None if (before, attention_of(module)) == ("eager", "sdpa") else "configurations do not tell their attention"
+
+
+def block_of(attention: nn.Module) -> int:
+    """The index of the block that an attention module belongs to."""
+    return int(attention.layer_idx)  # type: ignore[arg-type]
+
+
+def tapped_blocks(tower: nn.Module) -> list[int]:
+    """Blocks of a vision tower whose outputs the first blocks of the language model take too (DeepStack)."""
+    blocks: Any = tower.deepstack_visual_indexes if hasattr(tower.config, "deepstack_visual_indexes") else []
+    return list(blocks)
+
+
+def tap_blocks(tower: nn.Module, blocks: list[int]) -> None:
+    """Sets `tapped_blocks` of a tower that has some."""
+    if tapped_blocks(tower):
+        tower.deepstack_visual_indexes = blocks  # type: ignore[assignment]
+
+
+def resized(image_processor: Any, width: int, height: int) -> tuple[int, int] | None:
+    """The size that Idefics3's processor brings an image to, before it cuts it; None if it does not tell."""
+    module = importlib.import_module(type(image_processor).__module__)
+    told = getattr(module, "get_resize_output_image_size", None)
+    if told is None:
+        return None
+    outline = np.broadcast_to(np.zeros((), np.uint8), (3, height, width))
+    height, width = told(outline, image_processor.size["longest_edge"])
+    return width, height
+
+
+def _check_sizes() -> str | None:
+    loaded = [module for name, module in sys.modules.items() if _WITH_SIZES.fullmatch(name)]
+    missing = [module.__name__ for module in loaded if not hasattr(module, "get_resize_output_image_size")]
+    return f"{missing[0]} does not tell sizes" if missing else None
+
+
+_WITH_SIZES: Final = re.compile(r"transformers\.models\.\w+\.image_processing_(pil_)?(idefics3|smolvlm)")
+
+
+def processor_without_videos(folder: Path) -> ProcessorMixin:
+    """The processor of a model's type around the folder's tokenizer and image processor. It needs no torchvision.
+
+    Raises:
+        AttributeError: This release of transformers makes processors in another way. (So do other errors tell.)
+    """
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    kind: Any = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(folder))]
+    unchecked: Any = type(kind.__name__, (kind,), {"check_argument_for_proper_class": lambda *_: None})
+    parts = {
+        "image_processor": AutoImageProcessor.from_pretrained(folder, backend="pil"),
+        "tokenizer": AutoTokenizer.from_pretrained(folder),
+    }
+    settings, _ = kind.get_processor_dict(folder)
+    processor = unchecked.from_args_and_dict([parts.get(name) for name in kind.get_attributes()], settings)
+    assert isinstance(processor, ProcessorMixin)
+    return processor
+
+
+def _check_processors() -> str | None:
+    from transformers.models.auto import processing_auto
+
+    names = ("get_processor_dict", "from_args_and_dict", "get_attributes", "check_argument_for_proper_class")
+    missing = [name for name in names if not hasattr(ProcessorMixin, name)]
+    missing += [] if hasattr(processing_auto, "PROCESSOR_MAPPING") else ["PROCESSOR_MAPPING"]
+    return f"processors have no {', '.join(missing)}" if missing else None
+
+
+USES: Final = (
+    Use("sizes of images", _check_sizes, "whole images are processed to count their tokens, which is slower"),
+    Use("weight conversion", _check_conversion, "runs end before step 1, as checkpoints could not be written"),
+    Use("names of attention", _check_attention, "images in one call are reported as off"),
+    Use("processors without videos", _check_processors, "prompts are not compared with the published processor"),
+)
