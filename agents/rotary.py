@@ -72,7 +72,7 @@ def _rotating(own: _Rotation, form: _Form) -> _Rotation:
 
     @functools.wraps(own)
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any, **other: Any) -> tuple[Tensor, Tensor]:
-        if more or other or cos.requires_grad or not fuses(q.device):
+        if more or other or cos.requires_grad or cos.shape[-1] != q.shape[-1] or not fuses(q.device):
             return own(q, k, cos, sin, *more, **other)
         cos, sin, dtype = cos.unsqueeze(form.axis), sin.unsqueeze(form.axis), _output_type(q, cos, form.wide)
         return _Rotated.apply(q, k, cos, sin, form.wide, dtype)  # type: ignore[no-untyped-call,no-any-return]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
-from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
 from vlmenv.agents.families.qwen2_vl import Qwen2VL
 from vlmenv.core.coordinates import CoordinateSpace
@@ -17,17 +15,6 @@ class Qwen3VL(Qwen2VL):
 
     model_type: ClassVar[str] = "qwen3_vl"
     coordinates: ClassVar[CoordinateSpace] = CoordinateSpace.NORM1000
-
-    def vision_places(self, grids: torch.Tensor) -> dict[str, torch.Tensor]:
-        tower: Any = self.vision_tower()
-        places, weights = get_vision_interpolation_indices_and_weights(
-            grids,
-            num_grid_per_side=tower.num_grid_per_side,
-            mode=tower.interpolation_mode,
-            align_corners=tower.interpolation_align_corners,
-            spatial_merge_size=tower.config.spatial_merge_size,
-        )
-        return super().vision_places(grids) | {"interp_indices": places, "interp_weights": weights}
 
     def projectors(self) -> list[nn.Module]:
         """Features of several blocks are merged, each by its own projector (DeepStack)."""

@@ -87,10 +87,11 @@ def test_compiled_functions_compute_the_same(name: str, tmp_path: Path, monkeypa
 
 
 def test_the_gradient_of_a_norm_is_that_of_its_parts() -> None:
-    arguments = [numbers(9, 64, dtype=torch.float64), numbers(9, 1, dtype=torch.float64).abs()]
-    arguments += [numbers(64, dtype=torch.float64), numbers(9, 64, dtype=torch.float64, seed=1)]
-    first, second = lean_layers._norm_parts(*arguments)
-    torch.testing.assert_close(lean_layers._norm_backward.function(*arguments), first + second)
+    hidden, inverse = numbers(9, 64, dtype=torch.float64), numbers(9, 1, dtype=torch.float64).abs()
+    weight, grad = numbers(64, dtype=torch.float64), numbers(9, 64, dtype=torch.float64, seed=1)
+    found = lean_layers._norm_backward.function(hidden, inverse, weight, grad)
+    first, second = lean_layers._through_norm(hidden, inverse, grad * weight)
+    torch.testing.assert_close(found, first + second)
 
 
 def test_rotations_and_their_gradients_are_those_of_transformers(at_once: None) -> None:
