@@ -291,24 +291,26 @@ class _InSegments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, groups: Groups, scale: float) -> Tensor:
         prompts, families, completions = _segments(groups)
-        first, (later, *own) = groups.split(query, key, value)
-        before, prompt_lse = flash_forward(*first, prompts, prompts, scale, causal=True)
-        prefix = flash_forward(later, *first[1:], families, prompts, scale)
-        after = flash_forward(later, *own, completions, completions, scale, causal=True)
+        (first, keys, values), (later, own_keys, own_values) = groups.split(query, key, value)
+        before, prompt_lse = flash_forward(first, keys, values, prompts, prompts, scale, causal=True)
+        prefix = flash_forward(later, keys, values, families, prompts, scale)
+        after = flash_forward(later, own_keys, own_values, completions, completions, scale, causal=True)
         out, lse = _join_packed(before, *prefix, *after)
         ctx.save_for_backward(query, key, value, out, prompt_lse, lse)
         ctx.groups, ctx.scale = groups, scale
-        return out
+        return out  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, prompt_lse, lse = ctx.saved_tensors
         prompts, families, completions = _segments(ctx.groups)
-        (push, out, *first), (later_push, later_out, later, *own) = ctx.groups.split(grad, out, query, key, value)
-        late = later_push, later_out, lse, later
-        before = flash_backward(push, out, prompt_lse, *first, prompts, prompts, ctx.scale, causal=True)
-        shared = flash_backward(*late, *first[1:], families, prompts, ctx.scale)
-        after = flash_backward(*late, *own, completions, completions, ctx.scale, causal=True)
+        first, later = ctx.groups.split(grad, out, query, key, value)
+        push, out, query, key, value = first
+        own_push, own_out, own_query, own_key, own_value = later
+        late, scale = (own_push, own_out, lse, own_query), ctx.scale
+        before = flash_backward(push, out, prompt_lse, query, key, value, prompts, prompts, scale, causal=True)
+        shared = flash_backward(*late, key, value, families, prompts, scale)
+        after = flash_backward(*late, own_key, own_value, completions, completions, scale, causal=True)
         return *_gathered(*before, *shared, *after), None, None
 
 

@@ -20,7 +20,7 @@ from vlmenv.compat.torch import without_modes
 _log = logging.getLogger(__name__)
 ROWS: Final = 9
 """Tokens in the examples."""
-_EMULATED: Final = {"emulate_precision_casts": True}
+_EMULATED: Final[dict[str, str | int | bool | Callable[..., Any]]] = {"emulate_precision_casts": True}
 """Rounds between operations as PyTorch does."""
 
 

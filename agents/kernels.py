@@ -269,16 +269,16 @@ def find_segments_fault(device: str, dtype: torch.dtype, size: int) -> str:
     key, value = torch.randn(2, 100, 2, size, generator=random, device="cpu").to(device, dtype)
     tolerance = 1e-3 if dtype.itemsize > _HALF else 5e-2
     for causal, lengths, key_lengths in ((True, [70, 30], [70, 30]), (False, [20, 80], [65, 35])):
-        places = [Segments(_starts(one, device), max(one)) for one in (lengths, key_lengths)]
-        own, theirs = (
-            [one.split(n) for one in pair] for n, pair in ((lengths, (query, grad)), (key_lengths, (key, value)))
-        )
-        parts = zip(*own, *theirs, strict=True)
-        right = [_explicit(*part, causal) for part in parts]
+        queries, keys = (Segments(_starts(one, device), max(one)) for one in (lengths, key_lengths))
+        pieces = torch.split(query, lengths), torch.split(grad, lengths)
+        others = torch.split(key, key_lengths), torch.split(value, key_lengths)
+        right = [_explicit(q, g, k, v, causal) for q, g, k, v in zip(*pieces, *others, strict=True)]
         expected = [torch.cat(one, dim=1 if one[0].ndim == 2 else 0) for one in zip(*right, strict=True)]
         try:
-            out, lse = flash_forward(query, key, value, *places, 0.1, causal=causal)
-            found = out, lse, *flash_backward(grad, *expected[:2], query, key, value, *places, 0.1, causal=causal)
+            out, lse = flash_forward(query, key, value, queries, keys, 0.1, causal=causal)
+            right_out, right_lse = expected[:2]
+            back = flash_backward(grad, right_out, right_lse, query, key, value, queries, keys, 0.1, causal=causal)
+            found = out, lse, *back
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, AttributeError, TypeError, ValueError) as error:  # private operators may change
@@ -290,12 +290,13 @@ def find_segments_fault(device: str, dtype: torch.dtype, size: int) -> str:
 
 def _explicit(query: Tensor, grad: Tensor, key: Tensor, value: Tensor, causal: bool) -> tuple[Tensor, ...]:
     """Output [S, H, D], log-normalisers [H, S] and gradients of one sequence, whose keys two heads of queries share."""
-    rows = [one.transpose(0, 1)[None] for one in (query, key, value, grad)]
-    wide = [one.repeat_interleave(len(query[0]) // len(key[0]), dim=1) for one in rows[1:3]]
-    part = Part(rows[0], *wide, None, causal, 0.1)
+    times, heads = query.shape[1] // key.shape[1], key.shape[1]
+    rows, keys, values, push = (one.transpose(0, 1)[None] for one in (query, key, value, grad))
+    keys, values = (one.repeat_interleave(times, dim=1) for one in (keys, values))
+    part = Part(rows, keys, values, None, causal, 0.1)
     out, lse = ExplicitKernel().forward(part)
-    own, *shared = ExplicitKernel().backward(part, rows[3], out, lse)
-    shared = [one.unflatten(1, (len(key[0]), -1)).sum(2) for one in shared]
+    own, *shared = ExplicitKernel().backward(part, push, out, lse)
+    shared = [one.view(1, heads, times, *one.shape[2:]).sum(2) for one in shared]
     out, own, *shared = (one[0].transpose(0, 1) for one in (out, own, *shared))
     return out, lse[0], own, *shared
 

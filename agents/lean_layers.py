@@ -90,7 +90,8 @@ class RMSNorm(nn.Module):
         dtype = _output_type(self, hidden)
         if not torch.is_grad_enabled():
             return _norm(hidden, self.weight, self.variance_epsilon, dtype)[0]  # type: ignore[no-any-return]
-        normed, inverse = _Normed.apply(hidden, hidden, self.weight, self.variance_epsilon, dtype)  # type: ignore[no-untyped-call]
+        epsilon = self.variance_epsilon
+        normed, inverse = _Normed.apply(hidden, hidden, self.weight, epsilon, dtype)  # type: ignore[no-untyped-call]
         if drops():
             weight, kept = self.weight.detach().clone(), hidden.detach()  # a clone: sharding may free the weight before
             make_anew(normed, lambda: _norm_again(kept, inverse, weight, dtype))
@@ -134,7 +135,7 @@ class GatedRMSNorm(nn.Module):
         normed = RMSNorm.forward(cast(RMSNorm, self), hidden)
         gate = gate.to(torch.float32)
         if not torch.is_grad_enabled():
-            return _gated(gate, normed, "silu").to(hidden.dtype)
+            return _gated(gate, normed, "silu").to(hidden.dtype)  # type: ignore[no-any-return]
         product: Tensor = _Gated.apply(gate, normed, "silu")  # type: ignore[no-untyped-call]
         return product.to(hidden.dtype)
 
