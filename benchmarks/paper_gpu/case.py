@@ -211,10 +211,10 @@ def _as_on_cards(recorder: Recorder) -> Iterator[None]:
     """Lets what is tried on a card by numbers be as it is there if the trial succeeds."""
     choose = kernels._kernel_for
 
-    def chosen(device: str, dtype: torch.dtype, size: int) -> kernels.Kernel:
+    def chosen(device: str, dtype: torch.dtype, size: int, masked: bool) -> kernels.Kernel:
         if device == "cpu":
-            return choose(device, dtype, size)
-        return kernels.FlashKernel() if dtype.itemsize == 2 else kernels.EfficientKernel()
+            return choose(device, dtype, size, masked)
+        return kernels.FlashKernel() if dtype.itemsize == 2 and not masked else kernels.EfficientKernel()
 
     with (
         patch.object(kernels, "_kernel_for", functools.cache(chosen)),
