@@ -25,6 +25,8 @@ class LogProbs(NamedTuple):
     """bool [N, L], True at the completions' tokens"""
     state_values: Tensor | None = None
     """float32 [N, L], values of the states in which the tokens are chosen; 0 at padding; None without a value head"""
+    router_loss: Tensor | None = None
+    """the routers' load-balancing loss over prompts and completions; None without experts, or with repeated prompts"""
 
 
 class Reference(Protocol):
@@ -124,6 +126,11 @@ class Agent(ABC):
         result = self.policy(rollout)
         assert isinstance(result, LogProbs)
         return result
+
+    @property
+    def routes(self) -> bool:
+        """True if `logprobs` gives a `router_loss`: the policy is a mixture of experts."""
+        return False
 
     def sync(self) -> None:  # noqa: B027 (agents without an engine)
         """Sends the present weights to the engine. Call it after each update."""

@@ -107,12 +107,15 @@ class DeltaRule(Mixer):
     def _heads(self, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [P, T, H, D]; those of a key head serve several value heads."""
         layer = self.layer
-        query, key, value = convolved.split([layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
-        query, key = (one.unflatten(-1, (-1, layer.head_k_dim)) for one in (query, key))
+        query, key, value = torch.split(convolved, [layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
+        query, key, value = (
+            one.reshape(*one.shape[:-1], -1, size)
+            for one, size in ((query, layer.head_k_dim), (key, layer.head_k_dim), (value, layer.head_v_dim))
+        )
         shared = layer.num_v_heads // layer.num_k_heads
         if shared > 1:
             query, key = (one.repeat_interleave(shared, dim=2) for one in (query, key))
-        return query, key, value.unflatten(-1, (-1, layer.head_v_dim))
+        return query, key, value
 
     def _function(self, name: str) -> Callable[..., Any]:
         """A function of the layer's own module in transformers."""

@@ -440,7 +440,7 @@ def _replace(module: nn.Module) -> str:
 
 
 _tried: dict[tuple[object, ...], tuple[type[nn.Module] | None, str]] = {}
-"""by the classes of a module and of its parts: the lean one that computes the same, or how the first that fits differs"""
+"""by the classes of a module and of its parts: the lean one that computes the same, or how the first one differs"""
 _told: set[type] = set()
 
 

@@ -6,8 +6,9 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 
 from vlmenv.agents.checkpoints import ADAPTER_CONFIG, put_back, read_tensors
 from vlmenv.agents.families.base import read_json
+from vlmenv.agents.lazy_weights import LazyWeights
 from vlmenv.agents.quantization import quantized_layers
 from vlmenv.compat.peft import (
     LAYERS,
@@ -185,27 +187,35 @@ class LoRA:
             for layer in self._layers:
                 layer.enable_adapters(True)
 
-    def merged(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Merges the adapters into the model's weights.
+    def merged(self, state: Mapping[str, Tensor]) -> LazyWeights:
+        """The model's weights with the adapters merged into them, each made when it is asked for.
 
-        It merges layer by layer in float32, onto the CPU: the accelerator never holds more than one merged layer. The
-        result is rounded once, to the type of the base's weight. Quantised weights are dequantised.
+        It merges in float32, on the device of the base's weight. The result is rounded once, to the type of the base's
+        weight. Quantised weights are dequantised.
 
         Args:
-            state: The model's state, adapters included.
+            state: The model's state, adapters included. Weights are made from it, so it must not be freed before.
         """
-        result = {}
+        shown, makers = dict[str, Tensor](), dict[str, Callable[[], Tensor]]()
         for name, tensor in state.items():
             quantized = self._quantized.get(name)
             if is_adapter(name) or name.removesuffix("scales") + "weight" in self._quantized:
                 continue
-            if quantized is not None:
-                tensor = quantized.dense(quantized.dtype)
-            if (layer := layer_of(name)) is not None:
-                down, up = (state[one].float() for one in matrix_names(layer))
-                tensor = (tensor.float() + self._scales[layer] * (up @ down)).to(tensor).cpu()
-            result[plain_name(name)] = tensor
-        return result
+            plain = plain_name(name)
+            shown[plain] = tensor
+            if quantized is not None or layer_of(name) is not None:
+                shown[plain] = torch.empty_like(tensor, device="meta") if quantized is None else quantized.outline
+                makers[plain] = partial(self._dense, name, state)
+        return LazyWeights(shown, makers)
+
+    def _dense(self, name: str, state: Mapping[str, Tensor]) -> Tensor:
+        """A weight, dequantised and merged."""
+        quantized, layer = self._quantized.get(name), layer_of(name)
+        base = state[name] if quantized is None else quantized.dense(quantized.dtype)
+        if layer is None:
+            return base
+        down, up = (state[one].float() for one in matrix_names(layer))
+        return (base.float() + self._scales[layer] * (up @ down)).to(base)
 
     def save(self, folder: Path, state: Mapping[str, Tensor], base: str, dtype: torch.dtype = torch.float32) -> None:
         """Writes the adapters in peft's format.

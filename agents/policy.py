@@ -22,6 +22,7 @@ from vlmenv.agents.packing import Packing
 from vlmenv.agents.passes import Groups, Pass, Prefixes
 from vlmenv.agents.patch_embedding import embed_patches_by_matmul
 from vlmenv.agents.rotary import rotate_at_once
+from vlmenv.agents.routing import balancing_loss, recorded_logits, routers_of
 from vlmenv.agents.saved_activations import dropping_recomputable
 from vlmenv.agents.sending import send
 from vlmenv.agents.vision_attention import attend_by_segments
@@ -66,6 +67,7 @@ class Policy(nn.Module):
         sharded: True if ranks hold shards of the weights. Then each pass runs the vision tower, also a frozen one, so
             that the collectives of all ranks match.
         value_head: The critic's head; None without a critic.
+        routers: Routers of the language model's experts.
     """
 
     def __init__(self, family: Family) -> None:
@@ -80,6 +82,7 @@ class Policy(nn.Module):
         self.register_buffer("banned", banned, persistent=False)
         enable_packing(cast(PreTrainedModel, family.language_model()))
         keep_states_apart(family.language_model())
+        self.routers = routers_of(family.language_model())
         embed_patches_by_matmul(family.vision_tower())
         if family.packs_images:
             attend_by_segments(cast(PreTrainedModel, family.vision_tower()))
@@ -88,13 +91,14 @@ class Policy(nn.Module):
 
     def forward(self, rollout: Rollout) -> LogProbs:
         """Computes log-probabilities and entropies of a rollout's completions, and values if there is a value head."""
-        with dropping_recomputable():
+        with dropping_recomputable(), recorded_logits(self.routers if self.share_prefixes else []) as routed:
             hidden, packing = self.hidden_states(rollout)
         targets = self._tokens([completion.token_ids for completion in rollout.completions])
         head, temperature = self._head(), rollout.temperature or 1.0
         logprobs, entropy = linear_logprobs(hidden, head.weight, head.bias, targets, self._banned(), temperature)
         values = None if self.value_head is None else packing.pad(self.value_head(hidden))
-        return LogProbs(packing.pad(logprobs), packing.pad(entropy), packing.mask(), values)
+        balance = balancing_loss(routed, self.family.experts_per_token) if routed else None
+        return LogProbs(packing.pad(logprobs), packing.pad(entropy), packing.mask(), values, balance)
 
     def hidden_states(self, rollout: Rollout) -> tuple[Tensor, Packing]:
         """Computes the final hidden states [M, H] that predict the completions' tokens, and their packing."""

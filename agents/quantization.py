@@ -53,6 +53,11 @@ class QuantizedLinear(nn.Linear):
         if layer.bias is not None:
             layer.bias.requires_grad_(False)
 
+    @property
+    def outline(self) -> Tensor:
+        """The weight before, on the device "meta"."""
+        return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight [O, I] that the layer multiplies with."""
         scales, shape = self.scales.view(torch.float32), (self.out_features, self.in_features)

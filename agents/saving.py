@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 from vlmenv.agents.checkpoints import stored_weights
 from vlmenv.agents.families import Family
 from vlmenv.agents.families.base import read_json
+from vlmenv.agents.lazy_weights import LazyWeights, outlines
 from vlmenv.agents.remainders import REMAINDERS, remainder
 from vlmenv.agents.untrainable import read_config
 from vlmenv.agents.weights import tied_names
@@ -39,11 +40,21 @@ _DTYPE: Final = re.compile(r'("(?:torch_dtype|dtype)"\s*:\s*)"[a-z0-9]+"')
 _TOKENS: Final = ("bos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
-def published_weights(family: Family, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Converts a model's weights to the names and shapes that `write_weights` writes. Tied weights appear once."""
+def published_weights(family: Family, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Converts a model's weights to the names and shapes that `write_weights` writes. Tied weights appear once.
+
+    Weights that are made when they are asked for stay so, if the conversion only renames them.
+    """
     tied = tied_names(family.model)
-    own = {name: tensor.detach() for name, tensor in state.items() if name not in tied}
-    return convert_back(family.model, own)
+    own = {name: tensor.detach() for name, tensor in outlines(state).items() if name not in tied}
+    published = convert_back(family.model, own)
+    if not isinstance(state, LazyWeights):
+        return published
+    makers = {id(own[name]): make for name, make in state.makers.items() if name in own}
+    made = {name: makers[id(tensor)] for name, tensor in published.items() if id(tensor) in makers}
+    if len(made) < len(makers):
+        return published_weights(family, {name: tensor.cpu() for name, tensor in state.items()})
+    return LazyWeights(published, made)
 
 
 def is_of(family: Family, folder: Path) -> bool:
@@ -96,7 +107,7 @@ def write_weights(
     """
     types = types_on_disk(weights, base, dtype)
     plan = split_torch_state_dict_into_shards(
-        {name: torch.empty(tensor.shape, dtype=types[name], device="meta") for name, tensor in weights.items()},
+        {name: torch.empty(one.shape, dtype=types[name], device="meta") for name, one in outlines(weights).items()},
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=_LARGEST,
     )
@@ -119,14 +130,13 @@ def types_on_disk(
     weights: Mapping[str, Tensor], base: Path | None, dtype: torch.dtype | None
 ) -> dict[str, torch.dtype]:
     """The data type of each weight on disk; numbers that are no floats keep theirs."""
+    shown = outlines(weights)
     if base is None:
-        return {
-            name: (dtype if dtype and tensor.is_floating_point() else tensor.dtype) for name, tensor in weights.items()
-        }
+        return {name: (dtype if dtype and one.is_floating_point() else one.dtype) for name, one in shown.items()}
     stored, usual = {name: kind for name, (kind, _) in stored_weights(base).items()}, usual_type(base)
     return {
-        name: (dtype or stored.get(name, usual)) if tensor.is_floating_point() else tensor.dtype
-        for name, tensor in weights.items()
+        name: (dtype or stored.get(name, usual)) if one.is_floating_point() else one.dtype
+        for name, one in shown.items()
     }
 
 

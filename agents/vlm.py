@@ -226,11 +226,18 @@ class VLMAgent(Agent):
         trained = self.family.sees_by_trained_weights()
         return None if trained else fingerprint(weight for part in parts for weight in part.parameters())
 
-    def _published_weights(self) -> dict[str, Tensor]:
-        """The model's weights as `save` writes them, adapters merged. Sharded weights must be gathered before."""
+    def _published_weights(self) -> Mapping[str, Tensor]:
+        """The model's weights as `save` writes them, adapters merged one by one as they are asked for.
+
+        Sharded weights must be gathered before.
+        """
         weights = dict(self.family_policy.named_parameters(remove_duplicate=False)) | self.fixed_weights()
         model = _under("model.", weights)
         return published_weights(self.family, model if self.lora is None else self.lora.merged(model))
+
+    @property
+    def routes(self) -> bool:
+        return bool(self.family_policy.routers) and self.family_policy.share_prefixes
 
     def fixed_weights(self) -> dict[str, Tensor]:
         """What checkpoints hold of the model beside its parameters, as biases of routers, by names in the policy."""
@@ -460,7 +467,7 @@ class VLMAgent(Agent):
         """
         state, quantized = self.family.model.state_dict(), quantized_layers(self.family.model)
         for name, layer in quantized.items():
-            state[name] = torch.empty(layer.out_features, layer.in_features, dtype=layer.dtype, device="meta")
+            state[name] = layer.outline
             del state[f"{name.removesuffix('weight')}scales"]
         plain = {plain_name(name): state[name] for name in state if not is_adapter(name)}
         check_conversion(self.folder, self.family, plain)

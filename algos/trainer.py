@@ -62,6 +62,8 @@ class TrainerConfig:
     micro_batch_tokens: int | None = None
     """Tokens per micro-batch, which has at least one completion, and per prefill without an engine. A prompt counts
     once. Default: no limit."""
+    router_loss: float = 0.0
+    """Weight of the routers' load-balancing loss (arXiv 2101.03961), for mixtures of experts. It is logged anyway."""
     max_skipped: int = 3
     """Maximum optimizer steps in a row that may be skipped because gradient or loss is not finite."""
     correction: Correction = "token"
@@ -81,6 +83,7 @@ class TrainerConfig:
         require_at_least(1, steps=self.steps, **sizes)
         require_at_least(0, warmup_steps=self.warmup_steps, max_skipped=self.max_skipped)
         require_weight("weight_decay", self.weight_decay)
+        require_weight("router_loss", self.router_loss)
         require(0 < self.lr < math.inf, f"lr must be finite and above 0, not {self.lr}")
         require(self.max_grad_norm > 0, f"max_grad_norm must be above 0, not {self.max_grad_norm}")
         vision_lr, cap = self.vision_lr, self.correction_cap
@@ -146,6 +149,10 @@ class Trainer:
                 f"the environments have group_size={group_size}, "
                 f"but {algorithm.name} has group_size={algorithm.config.group_size}"
             )
+        require(
+            not config.router_loss or agent.routes,
+            "router_loss is for mixtures of experts with shared prompts, which this model is not: leave it out",
+        )
         self.agent, self.envs, self.algorithm = agent, envs, algorithm
         self.config, self.accelerator = config, accelerator
         self.step = 0
@@ -498,10 +505,14 @@ class Trainer:
             batch.values,
             batch.returns,
         )
-        output = self.algorithm.loss(inputs)
-        self.processes.backward(output.loss)
-        entropy = now.entropy[mask].sum()
-        return output.sums | {"policy/entropy": entropy, "loss": output.loss.detach() * num_tokens}
+        output, tokens = self.algorithm.loss(inputs), mask.sum()
+        loss, sums = output.loss, output.sums | {"policy/entropy": now.entropy[mask].sum()}
+        if now.router_loss is not None:
+            sums["policy/router_loss"] = now.router_loss.detach() * tokens
+            if self.config.router_loss:
+                loss = loss + self.config.router_loss * now.router_loss * tokens / max(1, num_tokens)
+        self.processes.backward(loss)
+        return sums | {"loss": loss.detach() * num_tokens}
 
     def _over_processes(self, metrics: dict[str, float]) -> dict[str, float]:
         """Means over all ranks; minima and maxima are those over all ranks."""

@@ -24,7 +24,8 @@ DOCUMENTED = {
     *("torch.autograd.function", "torch.autograd.graph", "torch.optim.adamw", "torch.optim.lr_scheduler"),
     *("torch.distributed.checkpoint.state_dict", "torch.distributed.device_mesh", "torch.distributed.fsdp"),
     *("torch.distributed.tensor", "torch.nn", "torch.nn.functional", "torch.utils.checkpoint"),
-    "vllm.entrypoints.openai.api_server",
+    *("vllm.distributed.weight_transfer", "vllm.entrypoints.openai.api_server"),
+    "vllm.model_executor.model_loader.reload",
 }
 """Submodules of other libraries that their documentation names."""
 UNPROMISED = {
@@ -43,6 +44,8 @@ UNPROMISED = {
             "model_runner",
             "encoder_cache",
             "encoder_outputs",
+            "loaded_weights",
+            "load_numel",
             "process_weights_after_loading",
             "engine_core",
             "reset_encoder_cache",

@@ -102,7 +102,8 @@ def test_changes_are_of_the_samples_that_both_answered() -> None:
         "after": Evaluation(summarise(task, after), after),
     }
     table = metrics_table("", columns, found)
-    cells = dict(zip(table.columns[0].cells, table.columns[-1].cells, strict=True))
+    names, changes = (map(str, column.cells) for column in (table.columns[0], table.columns[-1]))
+    cells = dict(zip(names, changes, strict=True))
     assert cells["precision@0.5"].startswith("+0.333 (")
     assert "(" in cells["AP"]
     assert "(" not in cells["APs"]

@@ -17,6 +17,9 @@ import psutil
 import pytest
 from conftest import ROOT
 
+from vlmenv.runs.checkpoints import find_checkpoint
+from vlmenv.runs.run_folder import RunFolder
+
 ADDRESSES = {"a": "10.77.0.1", "b": "10.77.0.2", "server": "10.77.0.3"}
 TINY = ["--prompts-per-step", "4", "--group-size", "2", "--eval-limit", "0", "--device", "cpu", "--output", "run"]
 LIMIT = 300
@@ -134,7 +137,10 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 def test_two_machines_train_with_a_server_on_a_third(machines: Machines, server: str, tmp_path: Path) -> None:
     engine = ["--engine", "vllm-server", "--server", server, "--weight-transfer", "direct", "--max-staleness", "1"]
     engine += ["--max-new-tokens", "3"]  # as many as the stand-in gives
-    with machines.training("--steps", "3", *engine, cwd=tmp_path) as launchers:
+    rows = [{"problem": f"How many are {i} and 3?", "answer": str(i + 3)} for i in range(8)]  # it sees no images
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = ["--env", "VLM-Math-v0", "--dataset", "rows.jsonl"]
+    with machines.training("--steps", "3", *data, *engine, cwd=tmp_path) as launchers:
         told = [launcher.communicate(timeout=LIMIT) for launcher in launchers]
     assert [launcher.returncode for launcher in launchers] == [0, 0], "".join(map("".join, told))
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3]
@@ -145,12 +151,13 @@ def test_two_machines_train_with_a_server_on_a_third(machines: Machines, server:
 @pytest.mark.parametrize("end", ["killed", "unplugged"])
 def test_a_machine_that_is_lost_ends_the_others(end: str, machines: Machines, tmp_path: Path) -> None:
     """One whose rank is killed says so by its connections; of one that is cut off nothing is heard."""
-    options = ["--steps", "100000", "--checkpoint-every", "1", "--rank-timeout", "1.5"]
+    options = ["--steps", "100000", "--checkpoint-every", "1", "--keep", "2", "--rank-timeout", "1.5"]
     with machines.training(*options, cwd=tmp_path) as (first, second):
         deadline = time.monotonic() + LIMIT
-        while not (tmp_path / "run" / "metrics.jsonl").is_file():
+        saved = tmp_path / "run" / "checkpoints"
+        while not list(saved.glob("step-*")):
             assert time.monotonic() < deadline
-            assert first.poll() is None, first.communicate()
+            assert first.poll() is None, "".join(first.communicate())
             time.sleep(0.05)
         if end == "killed":
             (rank,) = psutil.Process(second.pid).children()
@@ -159,5 +166,8 @@ def test_a_machine_that_is_lost_ends_the_others(end: str, machines: Machines, tm
             machines.unplug("b")
         told = [launcher.communicate(timeout=LIMIT)[1] for launcher in (first, second)]
     assert first.returncode == second.returncode == 1
-    print(told)
-    assert 0
+    if end == "killed":
+        assert "error in process 0: another process has ended; its own message says why" in told[0]
+    else:
+        assert all("another process has not answered for 90 seconds" in one for one in told)
+    assert find_checkpoint(RunFolder(tmp_path / "run")).step > 0

@@ -12,7 +12,12 @@ from conftest import launch
 from PIL import Image
 from servers import Served, serve
 
+from vlmenv.agents.engines.checksums import checksums
+from vlmenv.agents.engines.remote import Server
+from vlmenv.agents.engines.server import VLLMServerEngine
+from vlmenv.agents.vlm import Sampling, VLMAgent
 from vlmenv.cli import main
+from vlmenv.core.errors import EngineError
 
 pytestmark = pytest.mark.vllm
 VLLM = ["--engine", "vllm", "--engine-length", "512"]
@@ -49,6 +54,28 @@ def test_what_two_processes_sample_is_what_they_learn_and_save(
     options = ["--model", str(run / "checkpoints" / "step-3"), "--eval-limit", "9", "--device", "cpu"]
     main(["eval", *options, "--output", str(tmp_path / "eval")])
     assert json.loads((tmp_path / "eval" / "metrics.json").read_text()) == after
+
+
+def test_a_fault_of_a_worker_of_two_leaves_the_other_in_step(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM stops reading its workers' answers at the first fault: each further call would get another's answer."""
+    agent = VLMAgent.from_pretrained("builtin", sampling=Sampling(0.0, 8))
+    agent.engine = VLLMServerEngine([served.url], agent.folder, agent.family, transfer="direct")
+    agent.sync()
+    held, update = checksums(agent.engine), Server.update
+
+    async def misnaming(server: Server, order: dict[str, Any]) -> None:
+        plan = [[("model.nobody.weight", shape) for _, shape in bucket] for bucket in order["plan"]]
+        await update(server, order | {"plan": plan})
+
+    for _ in range(2):
+        with monkeypatch.context() as patched:
+            patched.setattr(Server, "update", misnaming)
+            with pytest.raises(EngineError, match="it cannot take over weights: ValueError: There is no module"):
+                agent.sync()
+        with pytest.warns(RuntimeWarning, match="in use again"):
+            agent.sync()
+        assert checksums(agent.engine) == held
+    agent.close()
 
 
 def test_a_prompt_that_fails_in_one_process_ends_both(tmp_path: Path) -> None:

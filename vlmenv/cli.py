@@ -119,6 +119,11 @@ def _told(error: BaseException) -> str | None:
         return f"{type(error).__name__}: {error}"
     if re.search("Connection (closed|reset) by peer", str(error)):
         return "another process has ended; its own message says why"
+    if waited := re.search(r"Timed out waiting (\d+)ms", str(error)):
+        return (
+            f"another process has not answered for {int(waited[1]) / 1000:.0f} seconds: it hangs, its machine is cut "
+            "off, or its work takes longer. Then raise --rank-timeout"
+        )
     return None
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, distributed
 
 from vlmenv.agents.engines.background import within
 from vlmenv.agents.engines.fingerprints import Fingerprint
+from vlmenv.agents.lazy_weights import outlines
 from vlmenv.compat.torch import gloo_group, nccl_group
 
 _c10d: Any = distributed  # hands on names that it does not declare to be its own
@@ -58,8 +59,6 @@ class Meeting:
     """unique name of the channel"""
     size: int
     """number of ends: the trainer and the server's workers"""
-    backend: str
-    """nccl or gloo"""
 
 
 class Channel:
@@ -88,26 +87,26 @@ class Channel:
     ) -> None:
         self.name = meeting.name
         self._key = hmac.digest(token.encode(), meeting.name.encode(), "sha256")  # for this channel alone
-        self._device = device if meeting.backend == "nccl" else torch.device("cpu")
         deadline = time.monotonic() + seconds
         with _faults(deadline):
             # torch's limits do not cover everything: ncclCommInitRank has no limit, and waits forever for an end that
             # died. Its non-blocking mode (config.blocking) has a limit, TORCH_NCCL_NONBLOCKING_TIMEOUT. But torch reads
             # it once for all groups of a process, also vLLM's and accelerate's, and NCCL 2.26 hung in that mode
             # (pytorch's issue 153960). A thread limits every backend.
-            within(seconds, lambda: self._meet(meeting, rank, deadline, store))
+            within(seconds, lambda: self._meet(meeting, rank, device, deadline, store))
 
-    def _meet(self, meeting: Meeting, rank: int, deadline: float, store: Any) -> None:
+    def _meet(self, meeting: Meeting, rank: int, device: torch.device, deadline: float, store: Any) -> None:
         """Makes the group, in a thread that may be abandoned."""
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)  # the current GPU of a new thread is the first one
         limit = _left(deadline)
         store = store or _c10d.TCPStore(
             meeting.address, meeting.port, is_master=False, timeout=limit, wait_for_workers=False
         )
         # The group keeps the C++ half of the store alone; its methods are in the Python half.
         self._store = named = _SignedStore(_c10d.PrefixStore(meeting.name, store), self._key)
-        if meeting.backend == "nccl":
+        nccl = backend_between(_gpus(named, rank, meeting.size, device, deadline)) == "nccl"
+        self._device = device if nccl else torch.device("cpu")
+        if nccl:
+            torch.cuda.set_device(device)  # the current GPU of a new thread is the first one
             self._group = nccl_group(named, rank, meeting.size, limit)
         else:
             own = meeting.address if rank == 0 else local_address(meeting.address)
@@ -244,7 +243,7 @@ def buckets(weights: Mapping[str, Tensor], dtype: torch.dtype, limit: int = BUCK
     """Divides weights, in order, into buckets of at most `limit` bytes; a larger weight has its own bucket."""
     plan: list[list[tuple[str, list[int]]]] = [[]]
     room = limit
-    for name, weight in weights.items():
+    for name, weight in outlines(weights).items():
         size = weight.numel() * dtype.itemsize
         if plan[-1] and size > room:
             plan.append([])
@@ -269,9 +268,21 @@ def hosted(address: str) -> Any:
         )
 
 
-def gpu_of(device: torch.device) -> str | None:
-    """The unique id of a CUDA GPU; None for other devices."""
-    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+def backend_between(gpus: Sequence[str | None]) -> str:
+    """The backend between ends on these GPUs (None: a CPU): NCCL if each end has its own GPU, else gloo.
+
+    NCCL refuses two ends on one GPU. With gloo weights go through the CPUs, which works everywhere.
+    """
+    return "nccl" if None not in gpus and len(set(gpus)) == len(gpus) else "gloo"
+
+
+def _gpus(store: Any, rank: int, size: int, device: torch.device, deadline: float) -> list[str | None]:
+    """The unique ids of all ends' GPUs, None for CPUs. Each end tells its own by the rendezvous store."""
+    own = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+    keys = [f"gpu/{end}" for end in range(size)]
+    store.set(keys[rank], own.encode())
+    store.wait(keys, _left(deadline))
+    return [store.get(key).decode() or None for key in keys]
 
 
 def local_address(host: str) -> str:

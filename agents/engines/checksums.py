@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from hashlib import sha256
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from vlmenv.agents.engines.base import Engine
 from vlmenv.core.errors import EngineError
@@ -14,15 +14,14 @@ UNREADABLE = sha256(b"").hexdigest()
 
 
 @runtime_checkable
-class HasWorkers(Protocol):
-    """An engine with vLLM's workers."""
+class HasChecksums(Protocol):
+    """An engine whose weights have checksums."""
 
-    def ask_workers(self, method: str) -> Mapping[str, list[Any]]:
-        """Calls a method of vLLM on each worker.
+    def checksums(self) -> Mapping[str, Mapping[str, str]]:
+        """SHA-256 of every weight by vLLM's name, by the server's address; "" for this process."""
 
-        Returns:
-            The workers' results by the server's address, "" for this process.
-        """
+    def clear(self) -> None:
+        """Sets every weight to 0, until the next update."""
 
 
 def checksums(engine: Engine) -> dict[str, str]:
@@ -32,25 +31,22 @@ def checksums(engine: Engine) -> dict[str, str]:
         Checksums by the server's address and vLLM's name of the weight.
 
     Raises:
-        EngineError: The engine has no workers of vLLM, or failed.
+        EngineError: The engine has no checksums, or failed.
     """
-    found: dict[str, str] = {}
-    for place, results in _workers_of(engine).ask_workers("compute_weight_checksums").items():
-        for told in results:
-            found |= {f"{place} {name}".strip(): digest for name, digest in told.items()}
-    return found
+    found = _checked(engine).checksums()
+    return {f"{place} {name}".strip(): told for place, one in found.items() for name, told in one.items()}
 
 
 def clear(engine: Engine) -> None:
     """Sets every weight of an engine to 0, until the next update.
 
     Raises:
-        EngineError: The engine has no workers of vLLM, or failed.
+        EngineError: The engine has no checksums, or failed.
     """
-    _workers_of(engine).ask_workers("reset_weights")
+    _checked(engine).clear()
 
 
-def _workers_of(engine: Engine) -> HasWorkers:
-    if not isinstance(engine, HasWorkers):
-        raise EngineError(f"{type(engine).__name__} has no workers of vLLM, which give checksums of weights")
+def _checked(engine: Engine) -> HasChecksums:
+    if not isinstance(engine, HasChecksums):
+        raise EngineError(f"{type(engine).__name__} gives no checksums of its weights")
     return engine

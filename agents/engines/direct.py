@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -18,7 +18,6 @@ from vlmenv.agents.engines.channel import (
     LateFault,
     Meeting,
     buckets,
-    gpu_of,
     hosted,
     local_address,
 )
@@ -31,7 +30,7 @@ T = TypeVar("T")
 class DirectTransfer:
     """Sends weights to servers, with one channel per server.
 
-    A channel stays open for the next updates. It is replaced after an error, or if the server has lost it.
+    A channel stays open for the next updates. It is replaced after an error, also that of a server that has left it.
 
     Args:
         token: Token of `vlmenv serve`.
@@ -59,53 +58,29 @@ class DirectTransfer:
         self._channels.clear()
 
     async def _deliver(self, server: Server, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        channel = await self._channel_to(server, next(iter(weights.values())).device)
+        channel = self._channels.pop(server, None)
+        if channel is None:
+            channel = await self._join(server, next(iter(weights.values())).device)
         plan, limit = buckets(weights, dtype), server.limit
         order = {"name": channel.name, "plan": plan, "dtype": str(dtype).removeprefix("torch."), "seconds": limit}
-        try:
-            await _both(
-                lambda: channel.send(weights, plan, dtype, limit),
-                server.order("vlmenv_receive", order),
-                "its weights cannot be sent",
-            )
-        except BaseException:
-            del self._channels[server]
-            raise
+        await _both(
+            lambda: channel.send(weights, plan, dtype, limit), server.update(order), "its weights cannot be sent"
+        )
+        self._channels[server] = channel
 
-    async def _channel_to(self, server: Server, device: torch.device) -> Channel:
-        """The open channel if all workers of the server still have it, else a new one."""
-        known = self._channels.pop(server, None)
-        workers = await server.order("vlmenv_channel", {})
-        try:
-            names, gpus = [one["name"] for one in workers], [one["gpu"] for one in workers]
-        except (KeyError, TypeError) as error:
-            raise ServerFault(f"unexpected answer: {workers} ({type(error).__name__})") from error
-        if known is None or set(names) != {known.name}:
-            known = await self._join(server, device, 1 + len(workers), backend_between([gpu_of(device), *gpus]))
-        self._channels[server] = known
-        return known
-
-    async def _join(self, server: Server, device: torch.device, size: int, backend: str) -> Channel:
+    async def _join(self, server: Server, device: torch.device) -> Channel:
         """Opens a channel to a server."""
-        limit = server.limit
+        size, limit = 1 + await server.num_workers(), server.limit
         try:
             store = hosted(local_address(server.host))
         except (ChannelFault, OSError) as error:
             raise ServerFault(f"the trainer has no address that it could reach: {error}") from error
-        meeting = Meeting(store.host, store.port, uuid.uuid4().hex, size, backend)
+        meeting = Meeting(store.host, store.port, uuid.uuid4().hex, size)
         return await _both(
             lambda: Channel(meeting, 0, device, limit, self._token, store),
-            server.order("vlmenv_join", asdict(meeting) | {"seconds": limit}),
-            f"there is no {backend} channel to it",
+            server.join(asdict(meeting) | {"seconds": limit}),
+            "there is no channel to it",
         )
-
-
-def backend_between(gpus: Sequence[str | None]) -> str:
-    """The backend between ends on these GPUs (None: a CPU): NCCL if each end has its own GPU, else gloo.
-
-    NCCL refuses two ends on one GPU. With gloo weights go through the CPUs, which works everywhere.
-    """
-    return "nccl" if None not in gpus and len(set(gpus)) == len(gpus) else "gloo"
 
 
 async def _both(work: Callable[[], T], order: Coroutine[Any, Any, Any], what: str) -> T:

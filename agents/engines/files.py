@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
+import torch
+from torch import Tensor
+
 from vlmenv.agents.engines.access import open_own, require_private
+from vlmenv.agents.lazy_weights import outlines
 
 NAME: Final = "vlmenv.safetensors"
 """Name of the file in its folder."""
 _PREFIX: Final = "vlmenv-weights-"
+_TYPES: Final = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""Names of data types in safetensors, of those that a server's weights may have."""
 _IN_MEMORY: Final = Path("/dev/shm")
 _YOUNG: Final = 60.0
 """Seconds in which a folder without a lock may be one whose owner is about to lock it."""
@@ -57,6 +64,43 @@ def remove_stale(place: Path | None = None) -> None:
                 if time.time() - folder.stat().st_mtime > _YOUNG:
                     with _locked(folder):
                         shutil.rmtree(folder)
+
+
+def write_file(file: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) -> str:
+    """Writes weights in the format of safetensors, one at a time: the library's own function needs all at once.
+
+    The format: the header's length in 8 bytes, the header in JSON, and the weights' bytes in the order of the header.
+
+    Args:
+        file: File to write.
+        weights: Weights by name.
+        dtype: Data type of the file.
+
+    Returns:
+        SHA-256 of the file, in hexadecimal.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    digest = hashlib.sha256()
+    with file.open("wb") as stream:
+        for part in _parts(weights, dtype):
+            digest.update(part)
+            stream.write(part)
+    return digest.hexdigest()
+
+
+def _parts(weights: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[bytes | memoryview]:
+    """The contents of a safetensors file, in parts."""
+    header, end = {}, 0
+    for name, tensor in outlines(weights).items():
+        start, end = end, end + tensor.numel() * dtype.itemsize
+        header[name] = {"dtype": _TYPES[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the weights are aligned
+    yield len(text).to_bytes(8, "little") + text
+    for name in header:
+        yield weights[name].detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def weights_digest(file: Path) -> str:

@@ -2,45 +2,46 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
 import json
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from contextlib import nullcontext, suppress
+from pathlib import Path
 from typing import Any, Final
 
 from vlmenv.agents.engines.access import server_token
+from vlmenv.agents.engines.worker import REFUSED, weight_shapes
 
 HOST: Final = "VLMENV_SERVER_HOST"
 """Environment variable of the name or address that the server listens on."""
-_RPC: Final = "/collective_rpc"
+MODEL: Final = "/vlmenv/model"
+"""Route of the guard's own: what the server serves."""
+_START, _UPDATE, _FINISH = "/start_weight_update", "/update_weights", "/finish_weight_update"
+_JOIN: Final = "/init_weight_transfer_engine"
 ROUTES: Final = frozenset(
     {
         ("GET", "/health"),
         ("GET", "/v1/models"),
+        ("GET", MODEL),
+        ("GET", "/get_world_size"),
         ("POST", "/inference/v1/generate"),
         ("POST", "/reset_prefix_cache"),
         ("POST", "/reset_encoder_cache"),
         ("POST", "/update_weight_version"),
-        ("POST", _RPC),
+        ("POST", "/weight_checker"),
+        ("POST", _JOIN),
+        ("POST", _UPDATE),
     }
 )
 """All that trainers use."""
-METHODS: Final = frozenset(
-    {
-        "vlmenv_model",
-        "vlmenv_overwrite",
-        "vlmenv_channel",
-        "vlmenv_join",
-        "vlmenv_receive",
-        "compute_weight_checksums",
-        "reset_weights",
-    }
-)
-"""Methods of workers that trainers call."""
-_LONGEST_ORDER: Final = 16 << 20
-"""Bytes of the body of a call. The longest has the names and shapes of all weights."""
+NOT_TAKEN: Final = 409
+"""Status of an update that a worker could not load, or of a channel that it could not join."""
+_ENDING: Final = "', please check the stack trace above"
+"""What vLLM appends to a worker's fault."""
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -52,8 +53,10 @@ class Guard:
     """Refuses requests without the token, and whatever trainers do not use.
 
     A request needs a known Host, so that no web page reaches the server by a name of its own; the token; a route of
-    `ROUTES`; and for POST the content type application/json, which no web page may send elsewhere unasked. Calls of
-    workers need a method of `METHODS`.
+    `ROUTES`; and for POST the content type application/json, which no web page may send elsewhere unasked.
+
+    An update of weights is one request, and updates come one after the other. For vLLM it is three, and a trainer that
+    ends after the first would leave a server that takes no other update.
 
     Args:
         app: vLLM's application.
@@ -62,6 +65,7 @@ class Guard:
     def __init__(self, app: App) -> None:
         self._app = app
         self._token = f"Bearer {server_token()}".encode()
+        self._updating = asyncio.Lock()
         self._names = {"localhost", socket.gethostname().lower(), os.environ.get(HOST, "localhost").lower()}
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -70,13 +74,42 @@ class Guard:
         elif scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
         elif refusal := self._refusal(scope):
-            await _refuse(send, *refusal)
-        elif scope["path"] != _RPC:
-            await self._app(scope, receive, send)
-        elif (order := _order(await _body(receive))) is None:
-            await _refuse(send, 403, "this method cannot be called here")
+            await _answer(send, refusal[0], {"error": refusal[1]})
+        elif scope["path"] == MODEL:
+            await _answer(send, 200, _described(scope["app"].state.vllm_config))
+        elif scope["path"] == _JOIN:
+            await self._tell_faults(scope, receive, send)
+        elif scope["path"] == _UPDATE:
+            await self._update(scope, receive, send)
         else:
-            await self._app(_resized(scope, order), _replaying(order, receive), send)
+            await self._app(scope, receive, send)
+
+    async def _update(self, scope: Message, receive: Receive, send: Send) -> None:
+        reply: list[Message] = []
+
+        async def keep(message: Message) -> None:
+            reply.append(message)
+
+        async with self._updating:
+            await self._app(_at(scope, _START), _empty, _nowhere)
+            taken = await self._tell_faults(scope, receive, keep)
+            # After a fault the update is over for the worker that raised it, and vLLM refuses to finish it there.
+            with nullcontext() if taken else suppress(Exception):
+                await self._app(_at(scope, _FINISH), _empty, _nowhere)
+        for message in reply:
+            await send(message)
+
+    async def _tell_faults(self, scope: Message, receive: Receive, send: Send) -> bool:
+        """Passes a request on. Answers with `NOT_TAKEN` and the fault if a worker fails, and is then false."""
+        try:
+            await self._app(scope, receive, send)
+        except Exception as error:
+            _, begun, fault = str(error).partition(REFUSED)
+            if not begun:
+                raise
+            await _answer(send, NOT_TAKEN, {"error": REFUSED + fault.partition(_ENDING)[0]})
+            return False
+        return True
 
     def _refusal(self, scope: Message) -> tuple[int, str] | None:
         """The status and the reason of a refusal, from the headers alone."""
@@ -117,47 +150,34 @@ def _is_address(name: str) -> bool:
     return True
 
 
-async def _body(receive: Receive) -> bytes:
-    """The body of a request; empty if it is too long or the client is gone."""
-    body, more = bytearray(), True
-    while more:
-        message = await receive()
-        body += message.get("body", b"")
-        if message["type"] != "http.request" or len(body) > _LONGEST_ORDER:
-            return b""
-        more = message.get("more_body", False)
-    return bytes(body)
+def _described(config: Any) -> dict[str, Any]:
+    """What the trainer compares with its own model."""
+    model = config.model_config
+    return {
+        "weights": weight_shapes(Path(model.model)),
+        "banned": config.additional_config["vlmenv_banned"],
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "logprobs": model.logprobs_mode,
+    }
 
 
-def _order(body: bytes) -> bytes | None:
-    """A call that is allowed, written anew, so that vLLM reads what was checked; None for others."""
-    try:
-        order = json.loads(body)
-        method, arguments = order["method"], order.get("kwargs", {})
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return None
-    if not isinstance(method, str) or method not in METHODS or not isinstance(arguments, dict):
-        return None
-    return json.dumps({"method": method, "kwargs": arguments}).encode()
-
-
-def _resized(scope: Message, body: bytes) -> Message:
+def _at(scope: Message, path: str) -> Message:
+    """The scope of a request without a body, to another route of vLLM."""
     others = [(key, value) for key, value in scope["headers"] if key.lower() != b"content-length"]
-    return {**scope, "headers": [*others, (b"content-length", str(len(body)).encode())]}
+    return {**scope, "path": path, "raw_path": path.encode(), "query_string": b"", "headers": others}
 
 
-def _replaying(body: bytes, receive: Receive) -> Receive:
-    """Receives a body that has been read already, and then what comes after it."""
-    left: Iterator[Message] = iter([{"type": "http.request", "body": body, "more_body": False}])
-
-    async def replay() -> Message:
-        return next(left, None) or await receive()
-
-    return replay
+async def _empty() -> Message:
+    return {"type": "http.request", "body": b"", "more_body": False}
 
 
-async def _refuse(send: Send, status: int, reason: str) -> None:
-    body = json.dumps({"error": reason}).encode()
+async def _nowhere(message: Message) -> None:
+    if message.get("status", 200) >= 400:
+        raise RuntimeError(f"vLLM refused a part of an update, with status {message['status']}")
+
+
+async def _answer(send: Send, status: int, told: Mapping[str, Any]) -> None:
+    body = json.dumps(told).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -12,6 +12,7 @@ import httpx2
 
 from vlmenv.agents.engines.access import VARIABLE
 from vlmenv.agents.engines.addresses import check_address, connection, host_of, require_own_socket
+from vlmenv.agents.engines.guard import MODEL, NOT_TAKEN
 from vlmenv.agents.engines.replies import (
     Answer,
     OtherModelFault,
@@ -22,19 +23,18 @@ from vlmenv.agents.engines.replies import (
     read_answer,
     read_served,
 )
+from vlmenv.agents.engines.worker import LEFT
 from vlmenv.core.errors import ConfigError
 
 SLOWER = "; if the server only needs longer, raise --server-timeout"
 """advice if the time limit `RetryPolicy.answer` was too short"""
-_MAX_MESSAGE = 200  # characters of an unexpected answer
+_MAX_MESSAGE = 600  # characters of a fault or an unexpected answer
 _IDLE = 2.0
 """Seconds after which an idle connection is closed. vLLM closes it after 5, perhaps during the next request."""
 _BRIEF = 2.0
 """Time limit, in seconds, of an excluded server's first answer, for which all other servers wait."""
 _RAREST = 8
 """Largest number of updates between two attempts to use an excluded server again."""
-_GREETING = "vlmenv_model"
-"""a method that only workers of `vlmenv serve` have"""
 
 T = TypeVar("T")
 
@@ -112,7 +112,7 @@ class Server:
         first = min(limit, _BRIEF) if briefly else limit
         models = await self.again(lambda: self._ask("GET", "/v1/models", first), attempts)
         try:
-            told = await self.again(self._ask_what_it_serves, attempts)
+            told = await self.again(lambda: self._ask("GET", MODEL, limit), attempts)
         except _RefusedFault as fault:
             raise OtherModelFault(f"it was not started by `vlmenv serve` ({fault})") from fault
         return read_served(_json(models), _json(told))
@@ -134,34 +134,57 @@ class Server:
             _json(reply), count=asked["n"], longest=asked["max_tokens"], vocabulary=vocabulary, version=version
         )
 
-    async def order(self, method: str, arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Calls a method of `WeightReceiver` on each worker.
-
-        Returns:
-            The workers' results.
-
-        Raises:
-            ServerFault: A worker reports a fault.
-        """
-        body = {"method": method, "kwargs": arguments}
-        told = _json(await self._ask("POST", "/collective_rpc", self.limit, body))
-        if fault := _first_fault(told):
-            raise ServerFault(f"it cannot take over weights: {fault}")
-        return list(told["results"])
-
-    async def ask_workers(self, method: str) -> list[Any]:
-        """Calls a method of vLLM on each worker.
-
-        Returns:
-            The workers' results.
+    async def num_workers(self) -> int:
+        """The number of vLLM's workers.
 
         Raises:
             ServerFault: The request failed.
         """
-        told = _json(await self._ask("POST", "/collective_rpc", self.limit, {"method": method}))
-        if not isinstance(told, dict) or not isinstance(told.get("results"), list):
-            raise ServerFault(f"unexpected answer to {method}: {str(told)[:_MAX_MESSAGE]}")
-        return list(told["results"])
+        told = _json(await self._ask("GET", "/get_world_size", self._retry_policy.greeting))
+        if not isinstance(told, dict) or type(told.get("world_size")) is not int:
+            raise _unexpected(told)
+        return int(told["world_size"])
+
+    async def join(self, meeting: Mapping[str, Any]) -> None:
+        """Lets the workers join a channel.
+
+        Args:
+            meeting: Arguments of `Receiver.join`.
+
+        Raises:
+            ServerFault: The request failed, or a worker did not join.
+        """
+        await self._ask("POST", "/init_weight_transfer_engine", self.limit, {"init_info": meeting})
+
+    async def update(self, order: Mapping[str, Any]) -> None:
+        """Lets the workers load weights.
+
+        Args:
+            order: Arguments of `Receiver.read` or `Receiver.receive`.
+
+        Raises:
+            ServerFault: The request failed, or a worker did not load all weights.
+        """
+        await self._ask("POST", "/update_weights", self.limit, {"update_info": order})
+
+    async def checksums(self) -> dict[str, str]:
+        """Checksums of the weights by vLLM's names.
+
+        Raises:
+            ServerFault: The request failed.
+        """
+        told = _json(await self._ask("POST", "/weight_checker", self.limit, {"action": "checksum"}))
+        if not isinstance(told, dict) or not isinstance(told.get("checksums"), dict):
+            raise _unexpected(told)
+        return dict(told["checksums"])
+
+    async def clear(self) -> None:
+        """Sets all weights to 0.
+
+        Raises:
+            ServerFault: The request failed.
+        """
+        await self._ask("POST", "/weight_checker", self.limit, {"action": "reset"})
 
     async def renew(self, version: str) -> None:
         """Empties the caches of the old weights, and sets the version that completions name.
@@ -186,14 +209,6 @@ class Server:
     async def close(self) -> None:
         await self._http.aclose()
 
-    async def _ask_what_it_serves(self) -> httpx2.Response:
-        try:
-            return await self._ask("POST", "/collective_rpc", self._retry_policy.greeting, {"method": _GREETING})
-        except PassingFault as fault:
-            if _GREETING in str(fault):  # vLLM's status 500 names an unknown method
-                raise _RefusedFault(str(fault)) from fault
-            raise
-
     async def _forget_prompts(self) -> None:
         reply = _json(await self._ask("POST", "/reset_prefix_cache", self._retry_policy.greeting))
         if not (isinstance(reply, dict) and reply.get("success") is True):
@@ -213,6 +228,10 @@ class Server:
             raise PassingFault(f"{type(error).__name__} at {path}: {error or 'no reason given'}") from error
         if reply.status_code == 401:
             raise RefusedTokenFault(f"it has another token: set {VARIABLE} to that of `vlmenv serve`")
+        if reply.status_code == NOT_TAKEN:
+            told = _json(reply)
+            fault = str(told.get("error") if isinstance(told, dict) else told)[:_MAX_MESSAGE]
+            raise (PassingFault if LEFT in fault else ServerFault)(f"it {fault}")
         if reply.status_code >= 500:
             raise PassingFault(_told(path, reply))
         if reply.status_code != 200:
@@ -235,10 +254,5 @@ def _told(path: str, reply: httpx2.Response) -> str:
     return f"status {reply.status_code} from {path}: {reply.text[:_MAX_MESSAGE]!r}"
 
 
-def _first_fault(reply: Any) -> str | None:
-    """The first fault that the workers report."""
-    try:
-        faults = [one["fault"] for one in reply["results"]]
-    except (KeyError, TypeError) as error:
-        return f"unexpected answer: {str(reply)[:_MAX_MESSAGE]} ({type(error).__name__})"
-    return next((str(fault) for fault in faults if fault is not None), None if faults else "no worker answers")
+def _unexpected(told: Any) -> ServerFault:
+    return ServerFault(f"unexpected answer: {str(told)[:_MAX_MESSAGE]}")

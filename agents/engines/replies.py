@@ -53,19 +53,18 @@ class Answer:
     completions: list[Sampled]
 
 
-def read_served(models: Any, results: Any) -> Served:
-    """Reads the answers to `/v1/models` and to `vlmenv_model`.
+def read_served(models: Any, told: Any) -> Served:
+    """Reads the answers to `/v1/models` and to the guard's route `MODEL`.
 
     Args:
         models: Answer to `/v1/models`.
-        results: The workers' answers to `vlmenv_model`.
+        told: Answer to `MODEL`.
 
     Raises:
         ServerFault: The answers are not of vLLM's form.
         OtherModelFault: The log-probabilities are not those of the sampling distribution.
     """
     try:
-        told = results["results"][0]
         weights = {str(name): _integers(shape) for name, shape in told["weights"].items()}
         length, mode = models["data"][0]["max_model_len"], told["logprobs"]
         served = Served(weights, _integers(told["banned"]), str(told["dtype"]), *_integers([length]))

@@ -24,8 +24,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vlmenv.agents.engines.access import server_token
@@ -33,7 +31,7 @@ from vlmenv.agents.engines.background import BackgroundLoop
 from vlmenv.agents.engines.base import Engine, Request, assign_completions
 from vlmenv.agents.engines.checks import check_names, check_prompt, untied
 from vlmenv.agents.engines.direct import DirectTransfer
-from vlmenv.agents.engines.files import NAME, private_folder, remove_stale, roomy
+from vlmenv.agents.engines.files import NAME, private_folder, remove_stale, roomy, write_file
 from vlmenv.agents.engines.ranks import broadcast_from_main
 from vlmenv.agents.engines.remote import RetryPolicy, Server
 from vlmenv.agents.engines.replies import Answer, OtherModelFault, RefusedTokenFault, Served, ServerFault
@@ -42,7 +40,6 @@ from vlmenv.agents.engines.worker import weight_shapes
 from vlmenv.agents.families import Family
 from vlmenv.agents.sampling import Sampled
 from vlmenv.core.errors import EngineError
-from vlmenv.core.files import file_digest
 from vlmenv.core.sampling import Sampling
 
 _AT_ONCE = 64
@@ -143,23 +140,25 @@ class VLLMServerEngine(Engine):
         for server, fault in zip(self._servers, faults, strict=True):
             server.fault = fault
 
-    def ask_workers(self, method: str) -> dict[str, list[Any]]:
-        """Calls a method of vLLM on the workers of each server in use.
-
-        Returns:
-            The workers' results by the server's address.
+    def checksums(self) -> dict[str, dict[str, str]]:
+        """SHA-256 of every weight by vLLM's name, by the address of each server in use.
 
         Raises:
             EngineError: A server does not answer.
         """
-        servers = [server for server in self._servers if server.fault is None]
-        return {server.url: self._run(self._ask_workers(server, method)) for server in servers}
+        return {server.url: self._run(_named(server, server.checksums())) for server in self._used()}
 
-    async def _ask_workers(self, server: Server, method: str) -> list[Any]:
-        try:
-            return await server.ask_workers(method)
-        except ServerFault as fault:
-            raise EngineError(f"{server.url}: {fault}") from fault
+    def clear(self) -> None:
+        """Sets every weight of the servers in use to 0, until the next update.
+
+        Raises:
+            EngineError: A server does not answer.
+        """
+        for server in self._used():
+            self._run(_named(server, server.clear()))
+
+    def _used(self) -> list[Server]:
+        return [server for server in self._servers if server.fault is None]
 
     def close(self) -> None:
         if self._direct is not None:
@@ -242,7 +241,7 @@ class VLLMServerEngine(Engine):
     async def _answer_all(self, jobs: Sequence[_Job], version: str) -> list[Answer]:
         batch = _Batch(jobs, version, deque(range(len(jobs))), {})
         while len(batch.answers) < len(jobs):
-            if not (servers := [server for server in self._servers if server.fault is None]):
+            if not (servers := self._used()):
                 raise self._none_left()
             share = min(_AT_ONCE, math.ceil(len(batch.waiting) / len(servers)))
             await asyncio.gather(*[self._work(server, batch, share) for server in servers])
@@ -287,7 +286,7 @@ class VLLMServerEngine(Engine):
             return
         with self._written(weights) as (file, digest):
             order = {"path": str(file), "digest": digest}
-            yield lambda server: server.again(lambda: server.order("vlmenv_overwrite", order))
+            yield lambda server: server.again(lambda: server.update(order))
 
     @contextmanager
     def _written(self, weights: Mapping[str, Tensor]) -> Iterator[tuple[Path, str]]:
@@ -297,9 +296,8 @@ class VLLMServerEngine(Engine):
         try:
             with private_folder(self._weights_folder or roomy(size)) as folder:
                 file = folder / NAME
-                save_file({name: tensor.to("cpu", dtype).contiguous() for name, tensor in weights.items()}, file)
-                yield file, file_digest(file)
-        except (OSError, SafetensorError) as error:
+                yield file, write_file(file, weights, dtype)
+        except OSError as error:
             raise EngineError(f"the file of weights for the servers cannot be written: {error}") from error
 
     async def _update_all(self, give: _Give, version: str) -> None:
@@ -338,6 +336,14 @@ class VLLMServerEngine(Engine):
 
     async def _close_all(self) -> None:
         await asyncio.gather(*[server.close() for server in self._servers])
+
+
+async def _named(server: Server, work: Awaitable[T]) -> T:
+    """Names the server in an EngineError if a request fails."""
+    try:
+        return await work
+    except ServerFault as fault:
+        raise EngineError(f"{server.url}: {fault}") from fault
 
 
 def _as_url(image: NDArray[np.uint8]) -> str:

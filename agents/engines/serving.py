@@ -11,12 +11,12 @@ import signal
 import threading
 import time
 
-from vlmenv.agents.engines.settings import inspect_in_process
+from vlmenv.agents.engines.settings import prepare_process
 
 GRACE = 20.0
 """Seconds for the server to end after SIGTERM."""
 
-inspect_in_process()
+prepare_process()
 
 
 def _end_with_parent() -> None:

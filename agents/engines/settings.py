@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -12,6 +14,9 @@ from vlmenv.compat import vllm as compat
 from vlmenv.compat.torchvision import is_mended
 from vlmenv.core.sampling import Sampling
 
+IN_PROCESS: Final = "vlmenv"
+TO_SERVER: Final = "vlmenv_server"
+"""vLLM's names of the classes in `vlmenv.agents.engines.transfer`"""
 _ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 _ON_CPU = {"TORCHDYNAMO_DISABLE": "1"}  # compiling takes longer there than most runs
 _CPU_CACHE = 256 << 20
@@ -28,8 +33,12 @@ def engine_settings(
     max_images: int,
     memory_share: float,
     tensor_parallel: int,
+    transfer: str,
 ) -> dict[str, Any]:
-    """Arguments to start vLLM with, in this process or as a server; see `VLLMEngine`."""
+    """Arguments to start vLLM with, in this process or as a server; see `VLLMEngine`.
+
+    `transfer` is the way of weights: `IN_PROCESS` or `TO_SERVER`.
+    """
     cache = max(_CPU_CACHE, 4 * max_length * _bytes_per_token(family, dtype))
     on_cpu: dict[str, Any] = {
         "enforce_eager": True,
@@ -49,6 +58,7 @@ def engine_settings(
         "enable_prefix_caching": True,
         "use_tqdm_on_load": False,
         "tensor_parallel_size": tensor_parallel,
+        "weight_transfer_config": {"backend": transfer},
         **(on_cpu if device.type == "cpu" else {"gpu_memory_utilization": memory_share}),
     }
 
@@ -73,6 +83,15 @@ def sampling_settings(family: Family, sampling: Sampling, count: int, seed: int)
 def environment(device: torch.device) -> dict[str, str]:
     """Defaults of environment variables to set before vLLM is imported."""
     return _ENVIRONMENT | (_ON_CPU if device.type == "cpu" else {})
+
+
+@cache
+def prepare_process() -> None:
+    """Prepares a process of vLLM's: registers the ways of weights, and calls `inspect_in_process`."""
+    factory = importlib.import_module("vllm.distributed.weight_transfer").WeightTransferEngineFactory
+    for name, kind in ((IN_PROCESS, "InProcessTransfer"), (TO_SERVER, "ServerTransfer")):
+        factory.register_engine(name, "vlmenv.agents.engines.transfer", kind)
+    inspect_in_process()
 
 
 def inspect_in_process() -> None:

@@ -26,8 +26,14 @@ from torch import Tensor, distributed
 from vlmenv.agents.engines.base import Engine, Request, assign_completions
 from vlmenv.agents.engines.checks import check_names, check_prompt, untied
 from vlmenv.agents.engines.ranks import num_processes
-from vlmenv.agents.engines.settings import engine_settings, environment, inspect_in_process, sampling_settings
-from vlmenv.agents.engines.worker import overwrite, weight_shapes
+from vlmenv.agents.engines.settings import (
+    IN_PROCESS,
+    engine_settings,
+    environment,
+    prepare_process,
+    sampling_settings,
+)
+from vlmenv.agents.engines.worker import weight_shapes
 from vlmenv.agents.families import Family
 from vlmenv.agents.sampling import Sampled
 from vlmenv.compat import vllm as compat
@@ -89,6 +95,7 @@ class VLLMEngine(Engine):
             max_images=max_images,
             memory_share=memory_share,
             tensor_parallel=tensor_parallel,
+            transfer=IN_PROCESS,
         )
         if num_processes() > 1:  # vLLM uses the training processes, and starts none
             settings["distributed_executor_backend"] = "external_launcher"
@@ -150,13 +157,13 @@ class VLLMEngine(Engine):
         same_vision, self._vision = vision is not None and vision == self._vision, None
         self.wake()
         with _explained("take over the weights"):
-            missing = self._llm.collective_rpc(overwrite, args=(list(weights.items()), same_vision))
+            self._llm.start_weight_update()
+            self._llm.update_weights({"update_info": {"weights": weights.items()}})
+            self._llm.finish_weight_update()
             # A third cache stays valid: it holds preprocessed images, which do not depend on weights.
             forgotten = self._llm.reset_prefix_cache()
             if not same_vision:
                 compat.forget_features(self._llm)
-        if any(missing):
-            raise EngineError(f"vLLM did not update all weights: {missing[0][:5]}")
         if not forgotten:
             raise EngineError("vLLM keeps keys and values of the old weights, because it has unfinished requests")
         self._vision = vision
@@ -164,17 +171,24 @@ class VLLMEngine(Engine):
     def forget_images(self) -> None:
         self._vision = None
 
-    def ask_workers(self, method: str) -> dict[str, list[Any]]:
-        """Calls a method of vLLM on its workers.
-
-        Returns:
-            The workers' results, under the address "".
+    def checksums(self) -> dict[str, dict[str, str]]:
+        """SHA-256 of every weight by vLLM's name, under the address "".
 
         Raises:
-            EngineError: The call failed.
+            EngineError: vLLM failed.
         """
-        with _explained(method):
-            return {"": self._llm.collective_rpc(method)}
+        with _explained("compute checksums"):
+            (told,) = self._llm.collective_rpc("compute_weight_checksums")
+        return {"": told}
+
+    def clear(self) -> None:
+        """Sets every weight to 0, until the next update.
+
+        Raises:
+            EngineError: vLLM failed.
+        """
+        with _explained("clear its weights"):
+            self._llm.collective_rpc("reset_weights")
 
     def sleep(self) -> None:
         """Moves the weights to the CPU's memory, and drops keys, values and features.
@@ -235,7 +249,7 @@ def import_vllm(device: torch.device) -> Any:
         vllm = importlib.import_module("vllm")
     except ImportError as error:
         raise ConfigError(f"{_MISSING} ({error})") from error
-    inspect_in_process()
+    prepare_process()
     return vllm
 
 

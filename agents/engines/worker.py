@@ -1,89 +1,101 @@
-"""Code of vLLM's workers that updates their weights."""
+"""The workers' side of updates of a server's weights. What loads them into vLLM's model is in `transfer`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from vlmenv.agents.engines.access import server_token
-from vlmenv.agents.engines.channel import Bucket, Channel, ChannelFault, Meeting, gpu_of
+from vlmenv.agents.engines.channel import Bucket, Channel, ChannelFault, Incoming, Meeting
 from vlmenv.agents.engines.files import weights_digest
-from vlmenv.compat.vllm import features_of, model_of, pack_tied_heads, tied_heads
-from vlmenv.core.errors import ConfigError
 
-_MAX_MESSAGE = 500  # characters of vLLM's error message, which may name all of a model's weights
+REFUSED: Final = "cannot take over weights: "
+"""Beginning of a worker's fault in vLLM's messages."""
+LEFT: Final = "it has left the trainer's channel"
+"""Fault of a worker without the channel that an update should come by."""
+_MAX_MESSAGE: Final = 500  # characters of vLLM's error message, which may name all of a model's weights
+
+Load = Callable[[Iterable[tuple[str, Tensor]]], None]
 
 
-class WeightReceiver:
-    """Methods of a server's workers beside vLLM's own. Their results can be written as JSON."""
+class Receiver:
+    """A worker's end of a server's updates.
 
-    vllm_config: Any
-    rank: int
-    device: torch.device
-    vlmenv_line: Channel | None = None
-    """channel to the trainer, if it has opened one"""
+    Args:
+        rank: Number of the worker, from 0.
+        device: Device of its model.
+        load: Loads weights into its model.
+    """
 
-    def vlmenv_model(self) -> dict[str, Any]:
-        """Describes the served model, for the trainer to compare with its own."""
-        config = self.vllm_config.model_config
-        return {
-            "weights": weight_shapes(Path(config.model)),
-            "banned": self.vllm_config.additional_config["vlmenv_banned"],
-            "dtype": str(config.dtype).removeprefix("torch."),
-            "logprobs": config.logprobs_mode,
-        }
+    def __init__(self, rank: int, device: torch.device, load: Load) -> None:
+        self._rank, self._device, self._load = rank, device, load
+        self._line: Channel | None = None
 
-    def vlmenv_overwrite(self, path: str, digest: str) -> dict[str, Any]:
-        """Loads the weights of a safetensors file. `fault` is the reason of a failure, or None.
+    def join(self, seconds: float, **meeting: Any) -> None:
+        """Joins a channel, and leaves any former one.
 
-        The file must be one of `vlmenv.agents.engines.files`.
+        Raises:
+            ChannelFault: The rendezvous failed.
+            ConfigError: There is no token.
         """
+        self._line = None
         try:
-            if weights_digest(Path(path)) != digest:
-                return {"fault": f"{path} is not the file that the trainer wrote: its SHA-256 differs"}
-            left = overwrite(self, _tensors(Path(path)))
-        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-            return {"fault": f"{type(error).__name__}: {error}"}
-        return {"fault": _unchanged(left)}
+            self._line = Channel(Meeting(**meeting), 1 + self._rank, self._device, seconds, server_token())
+        except ChannelFault as error:
+            raise ChannelFault(f"{error}, at {meeting['address']}, port {meeting['port']}") from error
 
-    def vlmenv_channel(self) -> dict[str, Any]:
-        """The name of this worker's channel, and the id of its GPU."""
-        line = self.vlmenv_line
-        return {"fault": None, "name": None if line is None else line.name, "gpu": gpu_of(self.device)}
+    def read(self, path: str, digest: str) -> None:
+        """Loads the weights of a safetensors file, which must be one of `vlmenv.agents.engines.files`.
 
-    def vlmenv_join(self, seconds: float, **meeting: Any) -> dict[str, Any]:
-        """Joins a channel and leaves any former one. `fault` is the reason of a failure, or None."""
-        self.vlmenv_line = None
+        Raises:
+            PermissionError: It is not such a file.
+            OSError: It cannot be read.
+            ValueError: Its SHA-256 differs, or its weights cannot be loaded.
+        """
+        if weights_digest(Path(path)) != digest:
+            raise ValueError(f"{path} is not the file that the trainer wrote: its SHA-256 differs")
+        self._load(_tensors(Path(path)))
+
+    def receive(self, name: str, plan: list[Bucket], dtype: str, seconds: float) -> None:
+        """Loads weights from the channel. After a fault it receives the others nevertheless, because the trainer sends.
+
+        Raises:
+            ChannelFault: This worker is not in that channel, or weights did not arrive.
+            ValueError: The weights cannot be loaded.
+        """
+        if self._line is None or self._line.name != name:
+            raise ChannelFault(LEFT)
+        incoming = self._line.receive(plan, getattr(torch, dtype), seconds)
         try:
-            self.vlmenv_line = Channel(Meeting(**meeting), 1 + self.rank, self.device, seconds, server_token())
-        except (ChannelFault, ConfigError) as error:
-            return {"fault": f"{error}, at {meeting['address']}, port {meeting['port']}"}
-        return {"fault": None}
+            self._load(incoming)
+        except Exception:
+            with suppress(ChannelFault):  # the first fault is told
+                self._finish(incoming)
+            raise
+        self._finish(incoming)
 
-    def vlmenv_receive(self, name: str, plan: list[Bucket], dtype: str, seconds: float) -> dict[str, Any]:
-        """Loads weights from a channel. `fault` is the reason of a failure, or None."""
-        if self.vlmenv_line is None or self.vlmenv_line.name != name:
-            return {"fault": "it has left the trainer's channel: another trainer uses it"}
-        incoming, fault = self.vlmenv_line.receive(plan, getattr(torch, dtype), seconds), None
-        try:
-            fault = _unchanged(overwrite(self, incoming))
-        except Exception as error:  # any: the trainer still sends, so `finish` must receive
-            fault = f"{type(error).__name__}: {error}"[:_MAX_MESSAGE]
+    def _finish(self, incoming: Incoming) -> None:
         try:
             incoming.finish()
-        except ChannelFault as error:
-            self.vlmenv_line, fault = None, fault or str(error)
-        return {"fault": fault}
+        except ChannelFault:
+            self._line = None
+            raise
+
+    def leave(self) -> None:
+        """Leaves the channel."""
+        self._line = None
 
 
-def _unchanged(left: list[str]) -> str | None:
-    """The fault if weights were not updated."""
-    return f"weights were not updated: {left[:5]}" if left else None
+def fault_of(error: Exception) -> str:
+    """The text of a fault, for the trainer."""
+    kind = "" if isinstance(error, ChannelFault) else f"{type(error).__name__}: "
+    return f"{kind}{error}"[:_MAX_MESSAGE]
 
 
 def weight_shapes(folder: Path) -> dict[str, list[int]]:
@@ -93,36 +105,6 @@ def weight_shapes(folder: Path) -> dict[str, list[int]]:
         with safe_open(file, "pt") as stream:
             shapes |= {name: list(stream.get_slice(name).get_shape()) for name in stream.keys()}  # noqa: SIM118
     return shapes
-
-
-def overwrite(worker: Any, weights: Iterable[tuple[str, Tensor]], same_vision: bool = False) -> list[str]:
-    """Loads weights into a worker.
-
-    Args:
-        worker: The worker.
-        weights: Published names and tensors.
-        same_vision: If true, features of images are unchanged, and the worker keeps its cached ones.
-
-    Returns:
-        Names of the worker's parameters that were not updated.
-    """
-    model, taken, cache = model_of(worker), set(), features_of(worker)
-    features = dict(cache) if same_vision else {}
-    load, tied = model.load_weights, tied_heads(model)
-
-    def noting(given: Any) -> set[str]:
-        loaded: set[str] = load(given)
-        taken.update(loaded)
-        return loaded
-
-    model.load_weights = noting
-    try:
-        worker.reload_weights(weights_iterator=iter(weights))
-    finally:
-        del model.load_weights
-    cache.update(features)
-    pack_tied_heads(tied)
-    return sorted({name for name, _ in model.named_parameters()} - taken)
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:

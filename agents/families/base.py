@@ -210,6 +210,11 @@ class Family(ABC):
     def projectors(self) -> list[nn.Module]:
         """The projectors from the vision tower's features to the language model."""
 
+    @property
+    def experts_per_token(self) -> int:
+        """Number of experts that a token is sent to, in a mixture of experts."""
+        return int(self.model.config.get_text_config().num_experts_per_tok)
+
     def sees_by_trained_weights(self) -> bool:
         """Whether training changes the features of images."""
         parts = [self.vision_tower(), *self.projectors()]

@@ -36,7 +36,7 @@ class Gemma3(Family):
 
     @property
     def _expanded(self) -> str:
-        start, end = self.processor.tokenizer.convert_ids_to_tokens(self._sides)
+        start, end = list(self.processor.tokenizer.convert_ids_to_tokens(self._sides))
         return f"\n\n{start}{self.image_token * self.model.config.mm_tokens_per_image}{end}\n\n"
 
     @property

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 from transformers import AutoConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TEXT
+
+from vlmenv.compat.transformers import image_text_types
 
 WINDOW: Final = "sliding_attention"
 FULL: Final = "full_attention"
@@ -51,7 +52,7 @@ def _need(model_type: str, config: Any) -> str:
     """What a family of a configuration would need."""
     if config is None:
         return "the installed transformers does not know the type either, so it cannot be said what one would need"
-    if model_type not in IMAGE_TEXT:
+    if model_type not in image_text_types():
         return "transformers has no model of this type that reads images and writes text"
     text = config.get_text_config(decoder=True)
     if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):

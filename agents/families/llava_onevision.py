@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers.image_processing_utils import select_best_resolution
 
 from vlmenv.agents.families.base import Family
+from vlmenv.compat.transformers import best_resolution
 from vlmenv.core.coordinates import CoordinateSpace, ResizeRule
 from vlmenv.core.spaces import Image
 
@@ -56,7 +56,7 @@ class LlavaOnevision(Family):
         Above the limit of the configuration the latter are interpolated to fewer.
         """
         config, side = self.model.config, self._side
-        tall, wide = select_best_resolution((height, width), config.image_grid_pinpoints)
+        tall, wide = best_resolution(width, height, config.image_grid_pinpoints)
         rows, columns = (size // config.vision_config.image_size * side for size in (tall, wide))
         if width / height > columns / rows:
             rows -= (rows - int(round(height * (columns / width), 7))) // 2 * 2
@@ -66,7 +66,7 @@ class LlavaOnevision(Family):
         ratio = math.sqrt(rows * columns / (most * side**2))
         if ratio > 1.1:
             rows, columns = int(rows // ratio), int(columns // ratio)
-        return side**2 + rows * (columns + 1)
+        return int(side**2 + rows * (columns + 1))
 
     @classmethod
     def sizing(cls, settings: Mapping[str, Any]) -> str:

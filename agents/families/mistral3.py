@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import nn
-from transformers.models.pixtral.image_processing_pil_pixtral import get_resize_output_image_size
 
 from vlmenv.agents.families.base import Family
+from vlmenv.compat.transformers import resized_by_pixtral
 from vlmenv.core.coordinates import CoordinateSpace, ResizeRule
 from vlmenv.core.spaces import Image
 
@@ -36,10 +35,9 @@ class Mistral3(Family):
         return {"pixel_values": inputs["pixel_values"], "image_sizes": sizes}, expanded
 
     def expanded(self, width: int, height: int) -> str:
-        longest, outline = self.processor.image_processor.size["longest_edge"], np.zeros((), np.uint8)
-        return self._expanded(
-            *get_resize_output_image_size(np.broadcast_to(outline, (height, width, 3)), longest, self._side)
-        )
+        longest = self.processor.image_processor.size["longest_edge"]
+        size = resized_by_pixtral(width, height, longest, self._side)
+        return super().expanded(width, height) if size is None else self._expanded(*size)
 
     @property
     def _side(self) -> int:

@@ -29,6 +29,8 @@ QWEN_SIZES = {
     "patch_size": 16,
     "merge_size": 2,
     "temporal_patch_size": 2,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],  # as published ones say: vLLM's default is another
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
 TILES = {
     "image_processor_type": "GotOcr2ImageProcessor",
@@ -287,14 +289,14 @@ def cut(config: Any, head: int = 16) -> None:
         text.rope_parameters |= {"mrope_section": [head // 4, head // 8, head // 8]}
     if config.model_type.startswith("glm4"):
         text.rope_parameters |= {"mrope_section": [head // 8, head // 16, head // 16], "partial_rotary_factor": 0.5}
-    _cut_vision(config.vision_config, text.hidden_size)
+    _cut_vision(config.vision_config, text.hidden_size, head)
 
 
-def _cut_vision(config: Any, out: int) -> None:
+def _cut_vision(config: Any, out: int, head: int) -> None:
     if config.model_type.startswith("qwen2_vl"):
-        config.embed_dim, config.hidden_size = 32, out
+        config.embed_dim, config.hidden_size = 2 * head, out
     else:
-        config.hidden_size, config.intermediate_size = 32, 48
+        config.hidden_size, config.intermediate_size = 2 * head, 48
     for depth, heads in (("depth", "num_heads"), ("num_hidden_layers", "num_attention_heads")):
         if hasattr(config, depth):
             setattr(config, depth, 2)

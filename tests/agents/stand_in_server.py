@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 
 from vlmenv.agents.engines.access import server_token
 from vlmenv.agents.engines.files import weights_digest
+from vlmenv.agents.engines.guard import NOT_TAKEN
 from vlmenv.agents.engines.remote import RetryPolicy
 from vlmenv.agents.engines.server import VLLMServerEngine
-from vlmenv.agents.engines.worker import WeightReceiver, weight_shapes
+from vlmenv.agents.engines.worker import REFUSED, Receiver, fault_of, weight_shapes
 from vlmenv.agents.sampling import Sampling
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.core.rollout import Observation
@@ -38,12 +39,19 @@ Reply = tuple[int, bytes]
 Fault = Callable[["Answering", str, Any], Reply]
 
 
-class Worker(WeightReceiver):
+class Worker(Receiver):
     """One of vLLM's, without a model to load weights into."""
 
     def __init__(self, rank: int) -> None:
-        self.rank, self.device = rank, torch.device("cpu")
+        super().__init__(rank, torch.device("cpu"), lambda weights: self.load(weights))
         self.weights: dict[str, torch.Tensor] = {}
+
+    def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self.weights = dict(weights)
+
+
+class NotTakenError(Exception):
+    """What the guard answers for a worker's fault."""
 
 
 @dataclass
@@ -65,7 +73,10 @@ class Answering:
 
     def reply(self, path: str, body: Any) -> Reply:
         self.asked.append((path, body))
-        usual = getattr(self, f"_{path.rpartition('/')[2]}")(body)
+        try:
+            usual = getattr(self, f"_{path.rpartition('/')[2]}")(body)
+        except NotTakenError as error:
+            return NOT_TAKEN, json.dumps({"error": str(error)}).encode()
         if self.fault is not None and path == self.at:
             return self.fault(self, path, usual)
         return 200, b"" if usual is None else json.dumps(usual).encode()
@@ -76,18 +87,32 @@ class Answering:
     def _models(self, body: Any) -> Any:
         return {"data": [{"id": "a", "max_model_len": self.max_length}]}
 
-    def _collective_rpc(self, body: Any) -> Any:
-        method, arguments = body["method"], body.get("kwargs", {})
-        if method == "vlmenv_model":
-            return {"results": [self.model]}
-        if method != "vlmenv_overwrite":
-            with ThreadPoolExecutor() as pool:  # each is a process of vLLM's
-                orders = [pool.submit(getattr(worker, method), **arguments) for worker in self.workers]
-                return {"results": [order.result() for order in orders]}
-        path = Path(body["kwargs"]["path"])
-        assert weights_digest(path) == body["kwargs"]["digest"]
+    def _model(self, body: Any) -> Any:
+        return self.model
+
+    def _get_world_size(self, body: Any) -> Any:
+        return {"world_size": len(self.workers)}
+
+    def _init_weight_transfer_engine(self, body: Any) -> Any:
+        return self._by_workers(lambda worker: worker.join(**body["init_info"]))
+
+    def _update_weights(self, body: Any) -> Any:
+        order = body["update_info"]
+        if "path" not in order:
+            return self._by_workers(lambda worker: worker.receive(**order))
+        path = Path(order["path"])
+        assert weights_digest(path) == order["digest"]
         self.weights = load_file(path)
-        return {"results": [{"fault": None}]}
+        return {"message": "Weights updated"}
+
+    def _by_workers(self, work: Callable[[Worker], None]) -> Any:
+        """Each is a process of vLLM's."""
+        with ThreadPoolExecutor() as pool:
+            faults = [order.exception() for order in [pool.submit(work, worker) for worker in self.workers]]
+        for fault in faults:
+            if isinstance(fault, Exception):
+                raise NotTakenError(REFUSED + fault_of(fault))
+        return {"message": "done"}
 
     def _reset_prefix_cache(self, body: Any) -> Any:
         return {"success": True}

@@ -25,7 +25,7 @@ ONCE = RetryPolicy(answer=5, greeting=5, attempts=1)
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers each worker's method, and notes the requests."""
+    """Answers with a checksum, and notes the requests."""
 
     protocol_version = "HTTP/1.1"
     seen: list[str]
@@ -33,7 +33,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
         self.seen.append(self.headers["Authorization"])
-        body = b'{"results": ["here"]}'
+        body = b'{"checksums": {"a": "here"}}'
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -61,11 +61,11 @@ def handler() -> type[Handler]:
     return type("Noting", (Handler,), {"seen": []})
 
 
-def ask(url: str, ca: Path | None = None) -> list[Any]:
+def ask(url: str, ca: Path | None = None) -> dict[str, str]:
     loop = BackgroundLoop()
     server = Server(url, "a-token-of-16-letters", ONCE, ca)
     try:
-        return loop.run(server.ask_workers("anything"))
+        return loop.run(server.checksums())
     finally:
         loop.run(server.close())
         loop.close()
@@ -77,7 +77,7 @@ def test_a_socket_in_a_private_folder_is_asked_and_in_an_open_one_gets_no_token(
     tmp_path.chmod(0o700)
     path = tmp_path / "a server.sock"
     with running(ThreadingUnixStreamServer(str(path), handler)):
-        assert ask(f"unix:{path}") == ["here"]
+        assert ask(f"unix:{path}") == {"a": "here"}
         assert handler.seen == ["Bearer a-token-of-16-letters"]
         tmp_path.chmod(0o711)
         with pytest.raises(ServerFault, match=f"{tmp_path} is not private to this account"):
@@ -98,7 +98,7 @@ def test_certificates_and_names_are_verified(tmp_path: Path, handler: type[Handl
     server.socket = context.wrap_socket(server.socket, server_side=True)
     port = server.server_address[1]
     with running(server):
-        assert ask(f"https://127.0.0.1:{port}", cert) == ["here"]
+        assert ask(f"https://127.0.0.1:{port}", cert) == {"a": "here"}
         for url, ca in (
             (f"https://127.0.0.1:{port}", None),
             (f"https://127.0.0.1:{port}", other),

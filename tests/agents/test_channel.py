@@ -56,7 +56,7 @@ def weights() -> dict[str, Tensor]:
 def ends(size: int, backend: str = "gloo", address: str = HERE) -> list[Channel]:
     """All ends of a channel, which meet in threads of their own."""
     store = hosted(address)
-    meeting = Meeting(address, store.port, "test", size, backend)
+    meeting = Meeting(address, store.port, "test", size)
     devices = [torch.device("cuda", i) if backend == "nccl" else CPU for i in range(size)]
     made: list[Channel | None] = [None] * size
 
@@ -178,7 +178,7 @@ def test_what_came_otherwise_than_it_went_is_told() -> None:
 
 def _vanish(port: int, how: signal.Signals) -> None:
     """Comes to a channel, takes the first message, and is no more."""
-    end = Channel(Meeting(HERE, port, "test", 2, "gloo"), 1, CPU, SECONDS, TOKEN)
+    end = Channel(Meeting(HERE, port, "test", 2), 1, CPU, SECONDS, TOKEN)
     end._pass(torch.empty(1 << 19, dtype=torch.int64), time.monotonic() + SECONDS)
     os.kill(os.getpid(), how)
 
@@ -193,7 +193,7 @@ def test_an_end_that_vanishes_midway_is_told(how: signal.Signals, fault: type[Ch
     process = multiprocessing.get_context("fork").Process(target=_vanish, args=[store.port, how], daemon=True)
     process.start()
     try:
-        sender = Channel(Meeting(HERE, store.port, "test", 2, "gloo"), 0, CPU, SECONDS, TOKEN, store)
+        sender = Channel(Meeting(HERE, store.port, "test", 2), 0, CPU, SECONDS, TOKEN, store)
         given = {str(i): torch.zeros(1 << 20) for i in range(32)}
         limit = 1.0 if how == signal.SIGSTOP else SECONDS
         with pytest.raises(fault, match=told):
@@ -212,7 +212,7 @@ def test_others_are_waited_for_no_longer_than_given(rank: int) -> None:
         bound.bind((HERE, 0))
         port = store.port if store else bound.getsockname()[1]
         with pytest.raises(LateFault):  # else it waits for ever
-            Channel(Meeting(HERE, port, "test", 2, "gloo"), rank, CPU, 1.0, TOKEN, store)
+            Channel(Meeting(HERE, port, "test", 2), rank, CPU, 1.0, TOKEN, store)
 
 
 class Unanswering(distributed.Store):
@@ -231,7 +231,7 @@ class Unanswering(distributed.Store):
 @pytest.mark.slow
 def test_a_start_that_heeds_no_limit_is_given_up() -> None:
     store, before = Unanswering(), threading.active_count()
-    meeting = Meeting(HERE, 1, "test", 2, "gloo")
+    meeting = Meeting(HERE, 1, "test", 2)
     try:
         with (
             pytest.raises(LateFault, match="time was up"),
@@ -288,7 +288,7 @@ def test_groups_of_nccl_start_no_watchdog(monkeypatch: pytest.MonkeyPatch) -> No
 def meet(*tokens: str, kinds: tuple[type[Channel], ...] = (Channel, Channel)) -> list[object]:
     """What becomes of two ends: a channel, or a fault."""
     store = hosted(HERE)
-    meeting = Meeting(HERE, store.port, "test", 2, "gloo")
+    meeting = Meeting(HERE, store.port, "test", 2)
     made: list[object] = [None, None]
 
     def come(rank: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -31,21 +30,28 @@ from stand_in_server import (
 )
 
 from vlmenv.agents.engines.access import server_token
-from vlmenv.agents.engines.channel import Channel, Incoming, Meeting, buckets, hosted
-from vlmenv.agents.engines.direct import backend_between
+from vlmenv.agents.engines.channel import (
+    Channel,
+    ChannelFault,
+    Incoming,
+    Meeting,
+    backend_between,
+    buckets,
+    hosted,
+)
 from vlmenv.agents.vlm import VLMAgent
 
 opened, model, good, bad = stand_in_server.opened, stand_in_server.model, stand_in_server.good, stand_in_server.bad
 """fixtures"""
 
-Load = Callable[[Worker, Incoming], list[str]]
+Load = Callable[[Worker, Incoming], None]
 
 
-def load(worker: Worker, incoming: Incoming) -> list[str]:
+def load(worker: Worker, incoming: Incoming) -> None:
     worker.weights = dict(incoming)
-    return []
 
 
+JOIN, RECEIVE = "/init_weight_transfer_engine", "/update_weights"
 OVER = threading.Event()
 """set when a test is, for what hangs in it"""
 
@@ -55,7 +61,7 @@ def loading(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Load], None]]
     """Chooses what stands in for vLLM's loading of weights, which come in many buckets."""
     OVER.clear()
     monkeypatch.setattr("vlmenv.agents.engines.direct.buckets", partial(buckets, limit=1 << 18))
-    choose = partial(monkeypatch.setattr, "vlmenv.agents.engines.worker.overwrite")
+    choose = partial(monkeypatch.setattr, Worker, "load")
     choose(load)
     yield choose
     OVER.set()
@@ -63,7 +69,7 @@ def loading(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Load], None]]
 
 def orders(server: Answering) -> list[str]:
     """What its workers have been told to do."""
-    return [body["method"] for path, body in server.asked if path == "/collective_rpc"]
+    return [path for path in server.paths() if path in (JOIN, RECEIVE)]
 
 
 def assert_has_weights(server: Answering, agent: VLMAgent) -> None:
@@ -92,17 +98,33 @@ def test_updates_arrive_whole_by_channels(
         agent.sync()
         for server in (good, bad):
             assert_has_weights(server, agent)
-            told = ["/collective_rpc", "/reset_prefix_cache", "/reset_encoder_cache", "/update_weight_version"]
+            told = [RECEIVE, "/reset_prefix_cache", "/reset_encoder_cache", "/update_weight_version"]
             assert server.paths()[-4:] == told
     assert_answered(agent)
     for server in (good, bad):
-        assert orders(server)[1:3] == ["vlmenv_channel", "vlmenv_join"]
-        assert orders(server)[3:] == ["vlmenv_receive", *["vlmenv_channel", "vlmenv_receive"] * 2]
-        server.workers.clear()
+        assert orders(server) == [JOIN, RECEIVE, RECEIVE, RECEIVE]
+        for worker in server.workers:
+            worker.leave()
     engine = agent.engine
     agent.close()
     assert engine is not None
     assert listening() <= before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transfer", ["direct", "file"])
+def test_merged_adapters_arrive(
+    transfer: str, good: Answering, opened: ExitStack, loading: Callable[[Load], None]
+) -> None:
+    pytest.importorskip("peft")
+    agent = agent_of(opened, good.url, transfer=transfer)
+    agent.add_lora(rank=2, alpha=8, vision=True)
+    for parameter in agent.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    agent.sync()
+    expected, found = agent._published_weights(), good.weights if transfer == "file" else good.workers[0].weights
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.slow
@@ -120,63 +142,65 @@ def test_a_server_that_is_at_the_channel_no_more_comes_to_a_new_one(
         one.sync()
         assert_has_weights(good, one)
         assert_answered(one)
-    assert orders(good).count("vlmenv_join") == orders(good).count("vlmenv_receive") == 6
+    assert orders(good).count(JOIN) == 6
     assert not [one for one in recwarn if one.category is RuntimeWarning]
 
 
-def fail_midway(worker: Worker, incoming: Incoming) -> list[str]:
+def fail_midway(worker: Worker, incoming: Incoming) -> None:
     for _ in range(5):
         next(incoming)
     raise LookupError("no such weight")
 
 
-def stop_midway(worker: Worker, incoming: Incoming) -> list[str]:
+def stop_midway(worker: Worker, incoming: Incoming) -> None:
     next(incoming)
-    return ["model.norm"]
+    raise ValueError("weights were not updated: ['model.norm']")
 
 
-def die_midway(worker: Worker, incoming: Incoming) -> list[str]:
+def die_midway(worker: Worker, incoming: Incoming) -> None:
     """Its connections are closed, but not that over which it was told to receive."""
     next(incoming)
-    worker.vlmenv_line = incoming._channel = None  # type: ignore[assignment]
-    return hang_midway(worker, incoming)
+    worker._line = incoming._channel = None  # type: ignore[assignment]
+    hang_midway(worker, incoming)
 
 
-def hang_midway(worker: Worker, incoming: Incoming) -> list[str]:
+def hang_midway(worker: Worker, incoming: Incoming) -> None:
     OVER.wait(60)
-    return []
 
 
-def come_otherwise(worker: Worker, incoming: Incoming) -> list[str]:
+def come_otherwise(worker: Worker, incoming: Incoming) -> None:
     incoming._fingerprint.total += 1
-    return load(worker, incoming)
+    load(worker, incoming)
 
 
 def cut_after_it(server: Answering, path: str, usual: Any) -> Reply:
-    if server.asked[-1][1]["method"] == "vlmenv_receive":
-        raise Cut
-    return 200, json.dumps(usual).encode()
+    raise Cut
 
 
 def no_channel(server: Answering, path: str, usual: Any) -> Reply:
-    refused = server.asked[-1][1]["method"] == "vlmenv_join"
-    return 200, json.dumps({"results": [{"fault": "no way there"}]} if refused else usual).encode()
+    return 409, b'{"error": "cannot take over weights: no way there"}'
 
 
-DIRECT_FAULTS: dict[str, tuple[Load, Fault | None, str]] = {
-    "a load that fails": (fail_midway, None, "cannot take over weights: LookupError: no such weight"),
-    "a load that leaves weights": (stop_midway, None, r"weights were not updated: \['model.norm'\]"),
+DIRECT_FAULTS: dict[str, tuple[Load, str, Fault | None, str]] = {
+    "a load that fails": (fail_midway, RECEIVE, None, "cannot take over weights: LookupError: no such weight"),
+    "a load that leaves weights": (stop_midway, RECEIVE, None, r"weights were not updated: \['model.norm'\]"),
     "weights that come otherwise": (
         come_otherwise,
+        RECEIVE,
         None,
         r"cannot take over weights: weights arrived with the fingerprint",
     ),
-    "a worker that dies": (die_midway, None, "its weights cannot be sent: .*by peer"),
-    "a worker that hangs": (hang_midway, None, "no answer from /collective_rpc within 3 s|time was up"),
-    "all hang": (load, hang, "no answer from /collective_rpc within 3 s"),
-    "no answer": (load, cut_after_it, "RemoteProtocolError at /collective_rpc"),
-    "no channel": (load, no_channel, "cannot take over weights: no way there"),
-    "another form": (load, changed(lambda reply: reply["results"][0].pop("gpu", 0)), "unexpected answer"),
+    "a worker that dies": (die_midway, RECEIVE, None, "its weights cannot be sent: .*by peer"),
+    "a worker that hangs": (hang_midway, RECEIVE, None, f"no answer from {RECEIVE} within 3 s|time was up"),
+    "all hang": (load, RECEIVE, hang, f"no answer from {RECEIVE} within 3 s"),
+    "no answer": (load, RECEIVE, cut_after_it, f"RemoteProtocolError at {RECEIVE}"),
+    "no channel": (load, JOIN, no_channel, "cannot take over weights: no way there"),
+    "another form": (
+        load,
+        "/get_world_size",
+        changed(lambda reply: reply.pop("world_size")),
+        "unexpected answer",
+    ),
 }
 
 
@@ -187,13 +211,12 @@ def test_a_server_to_which_weights_do_not_get_is_left_out_until_they_do(
 ) -> None:
     """The others are none the worse for it."""
     agent = agent_of(opened, bad.url, good.url, transfer="direct")
-    how, bad.fault, told = DIRECT_FAULTS[fault]
-    bad.at = "/collective_rpc"
+    how, bad.at, bad.fault, told = DIRECT_FAULTS[fault]
     loading(lambda worker, incoming: (how if worker in bad.workers else load)(worker, incoming))
     if "hang" in fault:
         lose_patience(agent, bad)
-    if bad.fault is no_channel:
-        bad.workers = [Worker(0)]
+    if bad.at != RECEIVE:
+        bad.workers = [Worker(0)]  # it has no channel
     change(agent)
     with pytest.warns(RuntimeWarning, match=f"{bad.url} is excluded .*({told})"):
         agent.sync()
@@ -205,7 +228,7 @@ def test_a_server_to_which_weights_do_not_get_is_left_out_until_they_do(
     with pytest.warns(RuntimeWarning, match=f"{bad.url} took the update and is in use again"):
         agent.sync()
     assert_has_weights(bad, agent)
-    assert orders(bad)[-2:] == ["vlmenv_join", "vlmenv_receive"]
+    assert orders(bad)[-2:] == [JOIN, RECEIVE]
 
 
 @pytest.mark.slow
@@ -226,16 +249,18 @@ def test_a_worker_whose_trainer_hangs_answers_and_comes_to_the_next() -> None:
     """The first takes its connection, and is never heard of again."""
     worker = Worker(0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        hung = Meeting("127.0.0.1", silent.getsockname()[1], "hung", 2, "gloo")
-        assert "time was up" in worker.vlmenv_join(1.0, **asdict(hung))["fault"]
-    assert worker.vlmenv_channel() == {"fault": None, "name": None, "gpu": None}
+        hung = Meeting("127.0.0.1", silent.getsockname()[1], "hung", 2)
+        with pytest.raises(ChannelFault, match="time was up"):
+            worker.join(1.0, **asdict(hung))
+    assert worker._line is None
     store = hosted("127.0.0.1")
-    meeting = Meeting("127.0.0.1", store.port, "next", 2, "gloo")
+    meeting = Meeting("127.0.0.1", store.port, "next", 2)
     with ThreadPoolExecutor() as pool:
         trainer = pool.submit(Channel, meeting, 0, torch.device("cpu"), 20.0, server_token(), store)
-        assert worker.vlmenv_join(20.0, **asdict(meeting)) == {"fault": None}
+        worker.join(20.0, **asdict(meeting))
         trainer.result()
-    assert worker.vlmenv_channel() == {"fault": None, "name": "next", "gpu": None}
+    assert worker._line is not None
+    assert worker._line.name == "next"
 
 
 @pytest.mark.parametrize(

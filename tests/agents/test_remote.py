@@ -35,7 +35,7 @@ def test_each_request_has_the_token_and_posts_are_json(bad: Answering, opened: E
     bad.at = "/reset_prefix_cache"
     agent = agent_of(opened, bad.url)
     assert_answered(agent)
-    assert all(body is not None for path, body in bad.asked if path != "/v1/models")
+    assert all(body is not None for path, body in bad.asked if path not in ("/v1/models", "/vlmenv/model"))
 
 
 @pytest.mark.slow
@@ -71,18 +71,9 @@ def test_without_a_token_it_is_told_where_to_get_one(
 
 
 def test_what_is_no_server_of_ours_is_told(bad: Answering, opened: ExitStack) -> None:
-    bad.at, bad.fault = "/collective_rpc", lambda *_: (404, b'{"detail": "Not Found"}')
+    bad.at, bad.fault = "/vlmenv/model", lambda *_: (404, b'{"detail": "Not Found"}')
     with pytest.raises(EngineError, match=f"{bad.url}: it was not started by `vlmenv serve` .*status 404"):
         agent_of(opened, bad.url)
-
-
-def test_workers_that_are_not_ours_are_told_at_once(bad: Answering, opened: ExitStack) -> None:
-    """vLLM in development mode, which takes the question, and whose workers do not know it."""
-    told = b"Call to collective_rpc method failed: Worker failed with error ''CPUWorker' object has no attribute "
-    bad.at, bad.fault = "/collective_rpc", lambda *_: (500, told + b"'vlmenv_model''")
-    with pytest.raises(EngineError, match=f"{bad.url}: it was not started by `vlmenv serve` .*no attribute"):
-        agent_of(opened, bad.url)
-    assert bad.paths() == ["/v1/models", "/collective_rpc"]
 
 
 @pytest.mark.slow
@@ -116,12 +107,11 @@ def test_a_fault_that_passes_is_not_told(good: Answering, opened: ExitStack, rec
 
 UPDATE_FAULTS: dict[str, tuple[str, Fault, str]] = {
     "a fault of a worker": (
-        "/collective_rpc",
-        lambda *_: (200, b'{"results": [{"fault": null}, {"fault": "FileNotFoundError: gone"}]}'),
-        "cannot take over weights: FileNotFoundError: gone",
+        "/update_weights",
+        lambda *_: (409, b'{"error": "cannot take over weights: FileNotFoundError: gone"}'),
+        "it cannot take over weights: FileNotFoundError: gone",
     ),
-    "no worker": ("/collective_rpc", lambda *_: (200, b'{"results": []}'), "no worker answers"),
-    "another form": ("/collective_rpc", lambda *_: (200, b'{"results": 1}'), "unexpected answer"),
+    "a dead engine": ("/update_weights", lambda *_: (500, b"EngineDeadError"), "status 500 from /update_weights"),
     "prompts that it goes on with": (
         "/reset_prefix_cache",
         lambda *_: (200, b'{"success": false}'),

@@ -34,7 +34,6 @@ from stand_in_server import (
 )
 
 from vlmenv.agents.engines.files import NAME, private_folder
-from vlmenv.agents.engines.worker import WeightReceiver
 from vlmenv.core.errors import EngineError
 from vlmenv.core.rollout import Observation, Turn, unbatch
 
@@ -215,7 +214,7 @@ def test_updates_arrive_whole_and_their_files_go(
         assert server.weights.keys() == expected.keys()
         for name, tensor in server.weights.items():
             assert torch.equal(tensor, expected[name].to(getattr(torch, dtype)))
-        told = ["/collective_rpc", "/reset_prefix_cache", "/reset_encoder_cache", "/update_weight_version"]
+        told = ["/update_weights", "/reset_prefix_cache", "/reset_encoder_cache", "/update_weight_version"]
         assert server.paths()[-4:] == told
     assert not list(tmp_path.iterdir())
     agent.close()
@@ -227,12 +226,14 @@ def test_a_folder_that_cannot_be_written_is_named(good: Answering, opened: ExitS
 
 
 def test_a_worker_tells_what_is_wrong_with_a_file(tmp_path: Path) -> None:
-    receiver = WeightReceiver()
+    worker = stand_in_server.Worker(0)
     with private_folder(tmp_path) as folder:
         file = folder / NAME
-        assert "FileNotFoundError" in receiver.vlmenv_overwrite(str(file), "")["fault"]
+        with pytest.raises(FileNotFoundError):
+            worker.read(str(file), "")
         file.write_bytes(b"half of it")
-        assert "its SHA-256 differs" in receiver.vlmenv_overwrite(str(file), "0" * 64)["fault"]
+        with pytest.raises(ValueError, match="its SHA-256 differs"):
+            worker.read(str(file), "0" * 64)
 
 
 # Callers.

@@ -29,6 +29,7 @@ from vlmenv.agents.engines.server import VLLMServerEngine
 from vlmenv.agents.sampling import Sampling
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.core.errors import EngineError
+from vlmenv.core.files import file_digest
 from vlmenv.core.rollout import Observation
 
 pytestmark = pytest.mark.vllm
@@ -163,19 +164,17 @@ def test_a_load_that_fails_midway_is_told_and_does_no_harm(
     lasting: Served, opened: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server takes a weight in the middle for one that its model does not have."""
-    agent, order = agent_of(opened, lasting.url, transfer="direct"), Server.order
+    agent, update = agent_of(opened, lasting.url, transfer="direct"), Server.update
 
-    async def misnaming(server: Server, method: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
-        if method == "vlmenv_receive":
-            plan = [list(bucket) for bucket in arguments["plan"]]
-            middle = len(plan) // 2
-            plan[middle][0] = ("model.nobody.weight", plan[middle][0][1])
-            arguments = arguments | {"plan": plan}
-        return await order(server, method, arguments)
+    async def misnaming(server: Server, order: dict[str, Any]) -> None:
+        plan = [list(bucket) for bucket in order["plan"]]
+        middle = len(plan) // 2
+        plan[middle][0] = ("model.nobody.weight", plan[middle][0][1])
+        await update(server, order | {"plan": plan})
 
     with monkeypatch.context() as patched:
         patched.setattr("vlmenv.agents.engines.direct.buckets", partial(buckets, limit=1 << 18))
-        patched.setattr(Server, "order", misnaming)
+        patched.setattr(Server, "update", misnaming)
         with pytest.raises(
             EngineError, match="it cannot take over weights: ValueError: There is no module or parameter"
         ):
@@ -183,6 +182,7 @@ def test_a_load_that_fails_midway_is_told_and_does_no_harm(
     with pytest.warns(RuntimeWarning, match="in use again"):
         agent.sync()
     assert_in_step(agent)
+    lasting._told["stderr"].clear()  # vLLM logs a worker's fault with a traceback
 
 
 def test_half_an_update_is_refused_and_does_no_harm(
@@ -190,16 +190,18 @@ def test_half_an_update_is_refused_and_does_no_harm(
 ) -> None:
     agent = agent_of(opened, lasting.url)
 
-    def half(weights: object, file: Path) -> None:
+    def half(file: Path, *of_what: object) -> str:
         file.write_bytes(b"\x08" + bytes(7) + b'{"a": 1}')
+        return file_digest(file)
 
     with monkeypatch.context() as patched:
-        patched.setattr("vlmenv.agents.engines.server.save_file", half)
+        patched.setattr("vlmenv.agents.engines.server.write_file", half)
         with pytest.raises(EngineError, match=r"it cannot take over weights: .*Error"):
             agent.sync()
     with pytest.warns(RuntimeWarning, match="in use again"):
         agent.sync()
     assert_in_step(agent)
+    lasting._told["stderr"].clear()
 
 
 def test_a_server_of_another_model_is_refused(lasting: Served, qwen2_5_vl_folder: Path) -> None:
@@ -232,18 +234,18 @@ def test_a_stranger_writes_reads_and_changes_nothing(lasting: Served, opened: Ex
     """A page or another account posts what vLLM's development mode does for anybody."""
     agent = agent_of(opened, lasting.url)
     held = checksums(agent.engine)
-    orders: list[dict[str, Any]] = [
-        {"method": "save_sharded_state", "kwargs": {"path": str(tmp_path), "pattern": "authorized_keys"}},
-        {"method": "reset_weights"},
-        {"method": "vlmenv_overwrite", "kwargs": {"path": "/dev/zero", "digest": ""}},
+    orders: list[tuple[str, dict[str, Any]]] = [
+        ("/collective_rpc", {"method": "save_sharded_state", "kwargs": {"path": str(tmp_path), "pattern": "a"}}),
+        ("/weight_checker", {"action": "reset"}),
+        ("/update_weights", {"update_info": {"path": "/dev/zero", "digest": ""}}),
     ]
-    for order in orders:
-        assert post(lasting, "/collective_rpc", order).status_code == 401
-        assert post(lasting, "/collective_rpc", order, "not-the-token-of-it").status_code == 401
-        assert (
-            post(lasting, "/collective_rpc", order, server_token(), **{"Content-Type": "text/plain"}).status_code == 415
-        )
-        assert post(lasting, "/collective_rpc", order, server_token(), Host="evil.example").status_code == 403
+    for path, order in orders:
+        call = partial(post, lasting, path, order)
+        assert call().status_code == 401
+        assert call("not-the-token-of-it").status_code == 401
+        assert call(server_token(), Host="evil.example").status_code == 403
+        plain = call(server_token(), **{"Content-Type": "text/plain"})
+        assert plain.status_code == (404 if path == "/collective_rpc" else 415)
     for path in ("/health", "/v1/models", "/metrics", "/docs", "/server_info", "/load", "/ping", "/version"):
         assert httpx2.get(lasting.url + path).status_code == 401
     assert not list(tmp_path.iterdir())
@@ -251,18 +253,24 @@ def test_a_stranger_writes_reads_and_changes_nothing(lasting: Served, opened: Ex
 
 
 def test_nor_does_a_trainer_beyond_what_training_needs(lasting: Served, tmp_path: Path) -> None:
-    call, token = partial(post, lasting, "/collective_rpc"), server_token()
+    token = server_token()
     order = {"method": "save_sharded_state", "kwargs": {"path": str(tmp_path), "pattern": "authorized_keys"}}
-    assert call(order, token).status_code == 403
+    assert post(lasting, "/collective_rpc", order, token).status_code == 404
     assert not list(tmp_path.iterdir())
-    for path in ("/sleep", "/pause", "/update_weights", "/weight_checker", "/v1/completions", "/v1/chat/completions"):
+    for path in ("/sleep", "/pause", "/start_weight_update", "/v1/completions", "/v1/chat/completions"):
         assert post(lasting, path, {}, token).status_code == 404
     secret = tmp_path / "id_rsa"
     secret.write_text("a key")
     secret.chmod(0o600)
     for file in ("/dev/zero", "/dev/stdin", str(secret), str(tmp_path), "/proc/self/environ"):
-        (told,) = call({"method": "vlmenv_overwrite", "kwargs": {"path": file, "digest": ""}}, token).json()["results"]
-        assert told == {"fault": f"PermissionError: {file} is not a trainer's file of weights"}
+        told = post(lasting, "/update_weights", {"update_info": {"path": file, "digest": ""}}, token)
+        assert told.status_code == 409
+        fault = f"PermissionError: {file} is not a trainer's file of weights"
+        assert told.json() == {"error": f"cannot take over weights: {fault}"}
+    assert post(lasting, "/update_weights", {"update_info": {"weights": []}}, token).status_code == 409
+    assert post(lasting, "/update_weights", {"update_info": {"path": [], "digest": ""}}, token).status_code == 409
+    assert post(lasting, "/update_weights", {}, token).status_code == 400
+    lasting._told["stderr"].clear()
     assert httpx2.get(f"{lasting.url}/health", headers={"Authorization": f"Bearer {token}"}).status_code == 200
 
 
@@ -313,3 +321,4 @@ def test_a_trainer_with_another_token_has_no_channel(
         agent.sync()
     agent.engine._servers[0].fault = None
     assert checksums(agent.engine) == held
+    lasting._told["stderr"].clear()

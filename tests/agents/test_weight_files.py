@@ -13,10 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from stand_in_server import Worker
 
 from vlmenv.agents.engines import files
-from vlmenv.agents.engines.files import NAME, private_folder, remove_stale, roomy, weights_digest
-from vlmenv.agents.engines.worker import WeightReceiver
+from vlmenv.agents.engines.files import NAME, private_folder, remove_stale, roomy, weights_digest, write_file
+from vlmenv.agents.lazy_weights import LazyWeights
 
 
 @pytest.fixture
@@ -93,12 +97,14 @@ REFUSED: list[Any] = [
 def test_other_files_are_not_read(change: Any, folder: Path) -> None:
     with pytest.raises(PermissionError):
         weights_digest(change(folder))
-    assert WeightReceiver().vlmenv_overwrite(str(change(folder) if change is REFUSED[-1] else folder), "")["fault"]
+    with pytest.raises(PermissionError):
+        Worker(0).read(str(change(folder) if change is REFUSED[-1] else folder), "")
 
 
 def test_a_checksum_is_not_told(folder: Path) -> None:
-    fault = WeightReceiver().vlmenv_overwrite(str(folder / NAME), "0" * 64)["fault"]
-    assert fault == f"{folder / NAME} is not the file that the trainer wrote: its SHA-256 differs"
+    with pytest.raises(ValueError, match=r"differs$") as told:
+        Worker(0).read(str(folder / NAME), "0" * 64)
+    assert str(told.value) == f"{folder / NAME} is not the file that the trainer wrote: its SHA-256 differs"
 
 
 def test_what_killed_trainers_have_left_goes_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,3 +149,34 @@ def test_it_is_in_memory_if_there_is_room(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(files, "_IN_MEMORY", tmp_path)
     assert roomy(1) == tmp_path
     assert roomy(1 << 60) == Path(files.tempfile.gettempdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_file_is_what_safetensors_reads_and_made_of_one_weight_at_a_time(dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    given = {
+        "b.turned": torch.randn(5, 3).T,
+        "a": torch.randn(7),
+        "scalar": torch.randn(()),
+        "none": torch.empty(0, 4),
+        "half": torch.randn(3).bfloat16(),
+        "trained": torch.nn.Parameter(torch.randn(2, 2)),
+    }
+    asked: list[str] = []
+
+    def make(name: str) -> torch.Tensor:
+        asked.append(name)
+        return given[name]
+
+    shown = {name: torch.empty_like(tensor, device="meta") for name, tensor in given.items()}
+    weights = LazyWeights(shown, {name: lambda name=name: make(name) for name in given})
+    told = write_file(tmp_path / NAME, weights, dtype)
+    assert asked == list(given)
+    assert told == hashlib.sha256((tmp_path / NAME).read_bytes()).hexdigest()
+    found = load_file(tmp_path / NAME)
+    assert found.keys() == given.keys()
+    for name, tensor in given.items():
+        assert found[name].dtype == dtype
+        assert torch.equal(found[name], tensor.detach().to(dtype)), name
+    with safe_open(tmp_path / NAME, "pt") as stream:
+        assert stream.get_slice("b.turned").get_shape() == [3, 5]

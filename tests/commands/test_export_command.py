@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
-from small_models import invent
 from transformers import AutoModelForImageTextToText
 
 from vlmenv.agents.vlm import VLMAgent, find_model
 from vlmenv.cli import main
+
+sys.path.append(str(ROOT / "tests" / "agents"))
+from small_models import invent
 
 TINY = ["--prompts-per-step", "2", "--group-size", "4", "--eval-limit", "4", "--device", "cpu", "--steps", "2"]
 

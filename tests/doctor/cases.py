@@ -79,18 +79,14 @@ class CopyEngine(Engine):
         check_names(weights, self._names)
         self.copy.family.model.load_state_dict(weights, strict=False)  # but for those of a second name
 
-    def ask_workers(self, method: str) -> dict[str, list[Any]]:
-        """As vLLM's workers do."""
-        weights = dict(self.copy.family.model.named_parameters())
-        if method == "compute_weight_checksums":
-            digests = {
-                name: hashlib.sha256(one.detach().numpy().tobytes()).hexdigest() for name, one in weights.items()
-            }
-            return {"": [digests]}
-        assert method == "reset_weights"
-        for weight in weights.values():
+    def checksums(self) -> dict[str, dict[str, str]]:
+        """As of vLLM's weights."""
+        weights = self.copy.family.model.named_parameters()
+        return {"": {name: hashlib.sha256(one.detach().numpy().tobytes()).hexdigest() for name, one in weights}}
+
+    def clear(self) -> None:
+        for weight in self.copy.family.model.parameters():
             weight.data.zero_()
-        return {"": [None]}
 
     def close(self) -> None:
         del self.copy

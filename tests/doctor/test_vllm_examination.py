@@ -109,17 +109,18 @@ def test_a_weight_that_stays_old_and_that_bfloat16_hides_is_found(monkeypatch: p
     """A part of what vLLM has joined of three."""
     import torch
 
-    overwrite, name = engines.overwrite, "visual.blocks.1.attn.qkv.bias"
+    engines.import_vllm(torch.device("cpu"))
+    from vlmenv.agents.engines.transfer import InProcessTransfer
 
-    def forgetful(worker: Any, *args: Any) -> list[str]:
-        model = worker.model_runner.get_model()
-        old = model.get_parameter(name)[:8].clone()
-        left = overwrite(worker, *args)
+    load, name = InProcessTransfer.load, "visual.blocks.1.attn.qkv.bias"
+
+    def forgetful(self: InProcessTransfer, weights: Any) -> None:
+        old = self.model.get_parameter(name)[:8].clone()
+        load(self, weights)
         with torch.no_grad():
-            model.get_parameter(name)[:8] = old
-        return left
+            self.model.get_parameter(name)[:8] = old
 
-    monkeypatch.setattr(engines, "overwrite", forgetful)
+    monkeypatch.setattr(InProcessTransfer, "load", forgetful)
     findings = examined_with_vllm(precision="bf16")
     assert failed(findings) == {"weight checksums"}
     assert f"{name} among them" in findings["weight checksums"].figure

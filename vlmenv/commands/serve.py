@@ -25,7 +25,7 @@ from rich.console import Console
 from vlmenv.agents.engines.access import VARIABLE, require_private, server_token_or_new, token_file
 from vlmenv.agents.engines.addresses import LONGEST_SOCKET
 from vlmenv.agents.engines.guard import HOST
-from vlmenv.agents.engines.settings import engine_settings, environment
+from vlmenv.agents.engines.settings import TO_SERVER, engine_settings, environment
 from vlmenv.agents.engines.vllm import require_vllm
 from vlmenv.agents.families import weightless_family
 from vlmenv.agents.pixels import prepared_folder
@@ -86,7 +86,6 @@ def _arguments(config: ServeConfig, device: torch.device) -> dict[str, Any]:
     """What vLLM's server is told."""
     folder = prepared_folder(checkpoint_name(config.model), config.pixels)
     family = weightless_family(folder)
-    alone = device.type == "cpu" and config.vllm.tensor_parallel == 1
     longest = int(family.model.config.get_text_config().max_position_embeddings)
     return engine_settings(
         folder,
@@ -97,10 +96,9 @@ def _arguments(config: ServeConfig, device: torch.device) -> dict[str, Any]:
         max_images=_IMAGES,
         memory_share=config.vllm.engine_memory,
         tensor_parallel=config.vllm.tensor_parallel,
+        transfer=TO_SERVER,
     ) | {
-        **({"distributed_executor_backend": "uni"} if alone else {}),  # one process less
         **_listening(config),
-        "worker_extension_cls": "vlmenv.agents.engines.worker.WeightReceiver",
         "enable_scale_out": True,  # tokens in, tokens out
         "middleware": ["vlmenv.agents.engines.guard.Guard"],
         "allowed_media_domains": ["none.invalid"],  # a name that cannot exist: images come within requests
@@ -132,6 +130,7 @@ def _flags(arguments: Mapping[str, Any]) -> Iterator[str]:
 def _started(arguments: Mapping[str, Any], device: torch.device, token: str) -> Iterator[subprocess.Popen[bytes]]:
     """The server's process, which ends with the context, and with it all those that it has started."""
     divided = _UNBOUND if arguments["tensor_parallel_size"] > 1 else {}
+    # Routes of updates are part of vLLM's development mode; the guard refuses the rest of it.
     own = {"VLLM_SERVER_DEV_MODE": "1", VARIABLE: token, HOST: arguments.get("host", "localhost")}
     with tempfile.TemporaryDirectory(prefix="vlmenv-serve-") as sockets:  # of vLLM's processes, private to this account
         process = subprocess.Popen(

@@ -43,6 +43,17 @@ def _check_conversion() -> str | None:
     return None if arguments == ["model", "state_dict"] else f"the conversion takes {', '.join(arguments)}"
 
 
+def image_text_types() -> frozenset[str]:
+    """Values of `model_type` of the models of images and text that this release of transformers has."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    return frozenset(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+
+
+def _check_types() -> str | None:
+    return None if "qwen2_5_vl" in image_text_types() else "there are no names of models"
+
+
 def attention_of(module: nn.Module) -> str | None:
     """The name of the attention that a module is configured for; None if it does not tell."""
     name: str | None = getattr(getattr(module, "config", None), "_attn_implementation", None)
@@ -90,13 +101,37 @@ def resized(image_processor: Any, width: int, height: int) -> tuple[int, int] | 
     return width, height
 
 
+def resized_by_pixtral(width: int, height: int, longest: int, side: int) -> tuple[int, int] | None:
+    """The height and width that Pixtral's processor brings an image to; None if it does not tell."""
+    try:
+        from transformers.models.pixtral.image_processing_pil_pixtral import get_resize_output_image_size
+    except ImportError:
+        return None
+    outline = np.broadcast_to(np.zeros((), np.uint8), (height, width, 3))
+    height, width = get_resize_output_image_size(outline, longest, side)
+    return int(height), int(width)
+
+
+def best_resolution(width: int, height: int, resolutions: Any) -> tuple[int, int]:
+    """The height and width, among those of LLaVA-OneVision's configuration, that suit an image best.
+
+    Raises:
+        ImportError: This release of transformers does not tell.
+    """
+    from transformers.image_processing_utils import select_best_resolution
+
+    tall, wide = select_best_resolution((height, width), resolutions)
+    return int(tall), int(wide)
+
+
 def _check_sizes() -> str | None:
     loaded = [module for name, module in sys.modules.items() if _WITH_SIZES.fullmatch(name)]
     missing = [module.__name__ for module in loaded if not hasattr(module, "get_resize_output_image_size")]
+    missing += [] if best_resolution(2, 2, [[1, 1], [2, 2]]) == (2, 2) else ["transformers.image_processing_utils"]
     return f"{missing[0]} does not tell sizes" if missing else None
 
 
-_WITH_SIZES: Final = re.compile(r"transformers\.models\.\w+\.image_processing_(pil_)?(idefics3|smolvlm)")
+_WITH_SIZES: Final = re.compile(r"transformers\.models\.\w+\.image_processing_(pil_)?(idefics3|smolvlm|pixtral)")
 
 
 def processor_without_videos(folder: Path) -> ProcessorMixin:
@@ -131,6 +166,7 @@ def _check_processors() -> str | None:
 USES: Final = (
     Use("sizes of images", _check_sizes, "whole images are processed to count their tokens, which is slower"),
     Use("weight conversion", _check_conversion, "runs end before step 1, as checkpoints could not be written"),
+    Use("types of models", _check_types, "reports on models of unknown families fail"),
     Use("names of attention", _check_attention, "images in one call are reported as off"),
     Use("processors without videos", _check_processors, "prompts are not compared with the published processor"),
 )

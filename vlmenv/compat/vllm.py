@@ -14,6 +14,7 @@ from vlmenv.compat import Use
 
 _log = logging.getLogger(__name__)
 _REGISTRY: Final = "vllm.model_executor.models.registry"
+_RELOAD: Final = "vllm.model_executor.model_loader.reload.layerwise"
 _EMBEDDINGS: Final = "vllm.model_executor.layers.vocab_parallel_embedding"
 
 
@@ -49,17 +50,6 @@ def forget_features(llm: Any) -> None:
     llm.llm_engine.reset_encoder_cache()
 
 
-def features_of(worker: Any) -> Any:
-    """A worker's cache of features of images, a dictionary."""
-    cache = worker.model_runner.encoder_cache
-    return getattr(cache, "encoder_outputs", cache)  # of the second kind of runner
-
-
-def model_of(worker: Any) -> Any:
-    """A worker's model."""
-    return worker.model_runner.get_model()
-
-
 def tied_heads(model: Any) -> list[tuple[Any, Any]]:
     """Pairs of an output head and the embedding that it is tied to."""
     kinds: Any = importlib.import_module(_EMBEDDINGS)
@@ -73,6 +63,20 @@ def pack_tied_heads(tied: list[tuple[Any, Any]]) -> None:
     for head, embedding in tied:
         head.weight = embedding.weight
         head.quant_method.process_weights_after_loading(head)
+
+
+def give_up_load(model: Any, config: Any) -> None:
+    """Puts the former weights back into layers that a load has begun: vLLM would mix their parts into the next load."""
+    reload: Any = importlib.import_module(_RELOAD)
+    for layer in model.modules():
+        info = reload.get_layerwise_info(layer)
+        info.loaded_weights, info.load_numel = [], 0
+    reload.finalize_layerwise_reload(model, config)
+
+
+def _check_reload() -> str | None:
+    found = hasattr(importlib.import_module(_RELOAD), "get_layerwise_info")
+    return None if found else "vLLM keeps track of a load in another way"
 
 
 def _check_embeddings() -> str | None:
@@ -116,5 +120,6 @@ USES: Final = (
     Use("inspection of models", _check_registry, "on CPUs vLLM may not start"),
     Use("groups of ranks", _check_group, "ranks cannot share an engine"),
     Use("tied heads", _check_embeddings, "updates of models with tied heads fail"),
+    Use("half-loaded layers", _check_reload, "a load of weights that fails spoils the next one"),
     Use("logits processors", _check_processors, "vLLM does not start, as tokens could not be banned"),
 )

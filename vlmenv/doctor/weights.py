@@ -11,7 +11,6 @@ from torch import Tensor
 from vlmenv.agents.checkpoints import weight_names
 from vlmenv.agents.engines.checksums import UNREADABLE
 from vlmenv.agents.engines.fingerprints import fingerprint
-from vlmenv.agents.saving import published_weights
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.agents.weights import tied_names
 from vlmenv.core.rollout import Rollout
@@ -28,10 +27,8 @@ _MOVED, _POWER = 0.5, 10
 def names(subject: Subject) -> Seen:
     """Compares the names of the trainer's weights with those of the model's folder."""
     agent = subject.agent
-    state, model = agent.family.model.state_dict(), agent.family.model
-    merged = state if agent.lora is None else agent.lora.merged(state)
-    tied = tied_names(model)
-    ours, theirs = set(published_weights(agent.family, merged)), weight_names(agent.folder) - tied
+    tied = tied_names(agent.family.model)
+    ours, theirs = set(agent._published_weights()), weight_names(agent.folder) - tied
     unknown, missing = sorted(ours - theirs), sorted(theirs - ours)
     if not unknown:
         return f"{len(ours)} weights" + (f"; {len(missing)} more in the folder are not used" if missing else ""), ""

@@ -127,8 +127,10 @@ class FSDP(Sharded):
             else:
                 weight = torch.empty(like.shape, dtype=like.dtype, device=self.accelerator.device)
             distributed.broadcast(weight, src=0)
-            shards[name] = _sharded(_cut(weight, like), like)
-        _assign(policy, shards)
+            if like.to_local().is_meta:
+                shards[name] = _sharded(_cut(weight, like), like)
+        if shards:
+            _assign(policy, shards)
 
     @contextmanager
     def gathered(self) -> Iterator[None]:

@@ -78,7 +78,7 @@ def check_fsdp(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin)
     require(plugin.fsdp_version == 2, f"FSDP {plugin.fsdp_version} is not supported: set fsdp_version to 2")
     require(
         not plugin.cpu_ram_efficient_loading,
-        "fsdp_cpu_ram_efficient_loading must be false: every rank reads the model's weights itself",
+        "fsdp_cpu_ram_efficient_loading must be false: the main rank alone loads weights in any case",
     )
     require(not isinstance(plugin.cpu_offload, CPUOffloadPolicy), "fsdp_offload_params must be false")
     require(
