@@ -17,7 +17,19 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from vlmenv.agents.kernels import HIDDEN, Kernel, Part, backward_in_rows, fitted, kernel_for
+from vlmenv.agents.fusing import ROWS, fused, numbers
+from vlmenv.agents.kernels import (
+    HIDDEN,
+    Kernel,
+    Part,
+    Segments,
+    attends_in_segments,
+    backward_in_rows,
+    fitted,
+    flash_backward,
+    flash_forward,
+    kernel_for,
+)
 from vlmenv.agents.packing import Packing
 from vlmenv.agents.passes import Groups, Mixer, Pass, Past, Prefixes, Steps
 from vlmenv.compat.transformers import block_of
@@ -76,6 +88,10 @@ class Attention(Mixer):
     def groups(self, groups: Groups, *packed: Tensor) -> Tensor:
         if (Attention, self.window) not in groups.kept:
             groups.kept[Attention, self.window] = _Masks(groups, self.window)
+        masks = groups.kept[Attention, self.window]
+        assert isinstance(masks, _Masks)
+        if groups.families is not None and not masks.hides and attends_in_segments(kernel_for(packed[0]), packed[0]):
+            return _in_segments(*packed, groups, self.scale)
         return _grouped(*packed, groups, self)
 
     def step(self, steps: Steps, block: int, *packed: Tensor) -> Tensor:
@@ -136,7 +152,7 @@ def _prompt_mask(packing: Packing, images: Tensor | None, window: int | None) ->
     longest = packing.longest
     if images is None and (window is None or longest <= window):
         return None
-    places = torch.arange(longest, device=packing.rows.device)
+    places = torch.arange(longest, device=packing.device)
     rows, keys = places[:, None], places[None, :]
     if images is None:
         return _hiding(_seen(rows, keys, window))[None, None]
@@ -151,7 +167,7 @@ def _prompt_mask(packing: Packing, images: Tensor | None, window: int | None) ->
 def _step_mask(steps: Steps, window: int) -> Tensor:
     """Mask [P, 1, 1, T] of the next tokens of completions to their prompts."""
     packing = steps.prefixes.packing
-    keys = torch.arange(packing.longest, device=packing.rows.device)
+    keys = torch.arange(packing.longest, device=packing.device)
     return _hiding(keys > packing.counts[:, None] + steps.length - window)[:, None, None]
 
 
@@ -164,7 +180,7 @@ class _Masks:
     """
 
     def __init__(self, groups: Groups, window: int | None) -> None:
-        prompts, completions, device = groups.prompts, groups.completions, groups.prompts.rows.device
+        prompts, completions, device = groups.prompts, groups.completions, groups.prompts.device
         self.prompts = _prompt_mask(prompts, groups.images, window)
         """[1 or P, 1, T, T], of prompts to themselves"""
         self.own = _prompt_mask(completions, None, window)
@@ -266,6 +282,87 @@ class _Grouped(torch.autograd.Function):
 _grouped: Callable[..., Tensor] = _Grouped.apply
 
 
+class _InSegments(torch.autograd.Function):
+    """Attention within `Groups` by flash attention of packed sequences, which needs neither padding nor copies of keys.
+
+    Queries share heads of keys within the kernel.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, groups: Groups, scale: float) -> Tensor:
+        prompts, families, completions = _segments(groups)
+        (first, keys, values), (later, own_keys, own_values) = groups.split(query, key, value)
+        before, prompt_lse = flash_forward(first, keys, values, prompts, prompts, scale, causal=True)
+        prefix = flash_forward(later, keys, values, families, prompts, scale)
+        after = flash_forward(later, own_keys, own_values, completions, completions, scale, causal=True)
+        out, lse = _join_packed(before, *prefix, *after)
+        ctx.save_for_backward(query, key, value, out, prompt_lse, lse)
+        ctx.groups, ctx.scale = groups, scale
+        return out  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, prompt_lse, lse = ctx.saved_tensors
+        prompts, families, completions = _segments(ctx.groups)
+        first, later = ctx.groups.split(grad, out, query, key, value)
+        push, out, query, key, value = first
+        own_push, own_out, own_query, own_key, own_value = later
+        late, scale = (own_push, own_out, lse, own_query), ctx.scale
+        before = flash_backward(push, out, prompt_lse, query, key, value, prompts, prompts, scale, causal=True)
+        shared = flash_backward(*late, key, value, families, prompts, scale)
+        after = flash_backward(*late, own_key, own_value, completions, completions, scale, causal=True)
+        return *_gathered(*before, *shared, *after), None, None
+
+
+_in_segments: Callable[..., Tensor] = _InSegments.apply
+
+
+def _segments(groups: Groups) -> tuple[Segments, Segments, Segments]:
+    """Segments of prompts, of the completions by prompt, and of the completions."""
+    assert groups.families is not None
+    prompts, families, own = (
+        Segments(one.starts, one.longest) for one in (groups.prompts, groups.families, groups.completions)
+    )
+    return prompts, families, own
+
+
+@fused(
+    lambda: (*_example(2), numbers(2, ROWS), *_example(1), numbers(2, ROWS, seed=1)),
+    kernels=2,
+)
+def _join_packed(
+    before: Tensor, out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `_join`, for packed outputs [M, H, D] and log-normalisers [H, M]; outputs of prompts come before."""
+    both = torch.logaddexp(lse, other_lse)
+    share, other_share = ((one - both).exp().mT[..., None].to(out.dtype) for one in (lse, other_lse))
+    return torch.cat([before, out * share + other_out * other_share]), both
+
+
+@fused(lambda: _example(9), kernels=3)
+def _gathered(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    to_prompt: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    own_query: Tensor,
+    own_key: Tensor,
+    own_value: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of prompts and completions, packed, from those of the three parts of attention."""
+    return (
+        torch.cat([query, to_prompt + own_query]),
+        torch.cat([key + prompt_key, own_key]),
+        torch.cat([value + prompt_value, own_value]),
+    )
+
+
+def _example(count: int) -> tuple[Tensor, ...]:
+    return tuple(numbers(ROWS, 2, 16, dtype=torch.bfloat16, seed=seed) for seed in range(count))
+
+
 def _longer(cache: Tensor | None, new: Tensor, capacity: int) -> Tensor:
     """A cache [n, K, capacity, D] that begins with an earlier one; `new` [n, K, D] has its layout."""
     longer = new.new_empty(len(new), new.shape[1], capacity, new.shape[2])
@@ -321,7 +418,7 @@ def _attend(
     assert dropout == 0, "attention dropout would not be the same in two passes"
     block, device = block_of(module), query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
-    query, key, value = (one[0].transpose(0, 1).to(dtype) for one in (query, key, value))
+    query, key, value = (one.squeeze(0).transpose(0, 1).to(dtype) for one in (query, key, value))  # no copy backward
     return packed.mix(block, Attention(scaling, sliding_window), query, key, value)[None], None
 
 

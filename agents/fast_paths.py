@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 
 from vlmenv import compat
-from vlmenv.agents.kernels import CPUKernel, ExplicitKernel, FlashKernel, kernel_for
+from vlmenv.agents.fusing import fault_of
+from vlmenv.agents.kernels import CPUKernel, ExplicitKernel, FlashKernel, attends_in_segments, kernel_for
 from vlmenv.agents.patch_embedding import PatchProjection
 from vlmenv.agents.policy import Policy
 from vlmenv.agents.vision_attention import attends_by_segments
@@ -39,7 +40,7 @@ def fast_paths(policy: Policy, dtype: torch.dtype) -> list[FastPath]:
         policy: The policy.
         dtype: Data type in which attention is computed.
     """
-    own = [_shared(policy), _lean(policy), *_vision(policy), _kernel(policy, dtype)]
+    own = [_shared(policy), _lean(policy), *_vision(policy), _kernel(policy, dtype), *_on_gpus(policy, dtype)]
     return [*own, *map(_parts_of, compat.reports())]
 
 
@@ -80,9 +81,28 @@ def _vision(policy: Policy) -> Iterator[FastPath]:
         yield FastPath("images in one call", *(("yes",) if is_on else ("no", "the tower takes no other attention")))
 
 
-def _kernel(policy: Policy, dtype: torch.dtype) -> FastPath:
+def _on_gpus(policy: Policy, dtype: torch.dtype) -> Iterator[FastPath]:
+    """Those that only GPUs have."""
+    if policy.device.type != "cuda":
+        return
+    query = torch.empty(_head_size(policy), device=policy.device, dtype=dtype)
+    kernel = kernel_for(query)
+    if isinstance(kernel, FlashKernel):
+        yield FastPath("attention without padding", "yes" if attends_in_segments(kernel, query) else "no")
+    fault = fault_of(policy.device.type)
+    yield FastPath("compiled elementwise functions", "no" if fault else "yes", fault)
+    rotations = policy.rotations
+    yield FastPath("rotations at once", "no" if fault else f"{rotations.on} of {rotations.of}")
+
+
+def _head_size(policy: Policy) -> int:
+    """Size of the heads of the language model's attention."""
     config = policy.model.config.get_text_config()
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _kernel(policy: Policy, dtype: torch.dtype) -> FastPath:
+    size = _head_size(policy)
     kernel, device = kernel_for(torch.empty(size, device=policy.device, dtype=dtype)), policy.device.type
     if isinstance(kernel, FlashKernel):
         return FastPath("flash attention", "yes")

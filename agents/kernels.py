@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -191,14 +191,32 @@ class Segments(NamedTuple):
     longest: int
 
 
-def flash_forward(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float) -> tuple[Tensor, Tensor]:
-    """Computes flash attention of packed queries to the keys [M, H, D] of their own segments, on CUDA.
+def flash_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    queries: Segments,
+    keys: Segments,
+    scale: float,
+    *,
+    causal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Computes flash attention of packed queries [M, H, D] to the keys [M', K, D] of their segments, on CUDA.
+
+    Args:
+        query: Packed queries.
+        key: Packed keys. Their heads may be fewer than those of queries, which share them in order.
+        value: Packed values.
+        queries: Segments of the queries.
+        keys: As many segments of the keys.
+        scale: Factor of the scores.
+        causal: True if a query sees only keys up to its own place; requires the same segments. Default: False.
 
     Returns:
         The output [M, H, D], and float32 log-normalisers [H, M].
     """
-    places = (segments.starts, segments.starts, segments.longest, segments.longest)
-    out, lse, *_ = operator("flash_attention_forward")(query, key, value, *places, 0.0, False, False, scale=scale)
+    places = (queries.starts, keys.starts, queries.longest, keys.longest)
+    out, lse, *_ = operator("flash_attention_forward")(query, key, value, *places, 0.0, causal, False, scale=scale)
     return out, lse
 
 
@@ -212,14 +230,86 @@ def flash_backward(
     queries: Segments,
     keys: Segments,
     scale: float,
+    *,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes gradients of packed queries [M, H, D], and of the keys and values [M', H, D] of their segments."""
+    """Computes gradients of packed queries [M, H, D], and of the keys and values [M', K, D]; see `flash_forward`."""
     places = (queries.starts, keys.starts, queries.longest, keys.longest)
     lse = lse.contiguous()  # the operator ignores strides
     grads: tuple[Tensor, Tensor, Tensor] = operator("flash_attention_backward")(
-        grad, query, key, value, out, lse, *places, 0.0, False, *_no_dropout(grad), scale=scale
+        grad, query, key, value, out, lse, *places, 0.0, causal, *_no_dropout(grad), scale=scale
     )
     return grads
+
+
+def attends_in_segments(kernel: Kernel, query: Tensor) -> bool:
+    """True if flash attention computes packed sequences rightly, causal or not, with keys shared by heads of queries.
+
+    A trial tells it, once for each device and kind of queries [..., D].
+    """
+    return isinstance(kernel, FlashKernel) and not _segments_fault(query.device.type, query.dtype, query.shape[-1])
+
+
+@functools.cache
+def _segments_fault(device: str, dtype: torch.dtype, size: int) -> str:
+    fault = find_segments_fault(device, dtype, size)
+    if fault:
+        _log.warning(
+            "flash attention on %s does not compute packed sequences for heads of %d in %s: %s. They are padded, "
+            "which is slower; results stay right",
+            *(device, size, str(dtype).removeprefix("torch."), fault),
+        )
+    return fault
+
+
+def find_segments_fault(device: str, dtype: torch.dtype, size: int) -> str:
+    """Says how flash attention within segments differs from the explicit kernel; empty if it is right."""
+    random = torch.Generator().manual_seed(0)
+    query, grad = torch.randn(2, 100, 4, size, generator=random, device="cpu").to(device, dtype)
+    key, value = torch.randn(2, 100, 2, size, generator=random, device="cpu").to(device, dtype)
+    tolerance = 1e-3 if dtype.itemsize > _HALF else 5e-2
+    for causal, lengths, key_lengths in ((True, [70, 30], [70, 30]), (False, [20, 80], [65, 35])):
+        queries, keys = (Segments(_starts(one, device), max(one)) for one in (lengths, key_lengths))
+        pieces = torch.split(query, lengths), torch.split(grad, lengths)
+        others = torch.split(key, key_lengths), torch.split(value, key_lengths)
+        right = [_explicit(q, g, k, v, causal) for q, g, k, v in zip(*pieces, *others, strict=True)]
+        expected = [torch.cat(one, dim=1 if one[0].ndim == 2 else 0) for one in zip(*right, strict=True)]
+        try:
+            out, lse = flash_forward(query, key, value, queries, keys, 0.1, causal=causal)
+            right_out, right_lse = expected[:2]
+            back = flash_backward(grad, right_out, right_lse, query, key, value, queries, keys, 0.1, causal=causal)
+            found = out, lse, *back
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, AttributeError, TypeError, ValueError) as error:  # private operators may change
+            return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        if not _all_close(found, expected, tolerance):
+            return "its results differ from those of matrix products"
+    return ""
+
+
+def _explicit(query: Tensor, grad: Tensor, key: Tensor, value: Tensor, causal: bool) -> tuple[Tensor, ...]:
+    """Output [S, H, D], log-normalisers [H, S] and gradients of one sequence, whose keys two heads of queries share."""
+    times, heads = query.shape[1] // key.shape[1], key.shape[1]
+    rows, keys, values, push = (one.transpose(0, 1)[None] for one in (query, key, value, grad))
+    keys, values = (one.repeat_interleave(times, dim=1) for one in (keys, values))
+    part = Part(rows, keys, values, None, causal, 0.1)
+    out, lse = ExplicitKernel().forward(part)
+    own, *shared = ExplicitKernel().backward(part, push, out, lse)
+    shared = [one.view(1, heads, times, *one.shape[2:]).sum(2) for one in shared]
+    out, own, *shared = (one[0].transpose(0, 1) for one in (out, own, *shared))
+    return out, lse[0], own, *shared
+
+
+def _starts(lengths: list[int], device: str) -> Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+
+
+def _all_close(found: Iterable[Tensor], right: Iterable[Tensor], tolerance: float) -> bool:
+    return all(
+        math.isfinite(float(a.sum())) and torch.allclose(a.float(), b.float(), rtol=tolerance, atol=tolerance)
+        for a, b in zip(found, right, strict=True)
+    )
 
 
 def _even(rows: Tensor) -> Tensor:
@@ -239,8 +329,8 @@ def _as_rows(tokens: Tensor, rows: int) -> Tensor:
 
 
 def _no_dropout(like: Tensor) -> tuple[Tensor, Tensor]:
-    """Placeholder for the random state of dropout, which is not used."""
-    return torch.zeros(2, dtype=torch.uint64, device=like.device), torch.empty(0, device=like.device)
+    """Placeholder for the random state of dropout, which is not read."""
+    return torch.empty(2, dtype=torch.uint64, device=like.device), torch.empty(0, device=like.device)
 
 
 class EfficientKernel:
@@ -385,9 +475,6 @@ def find_fault(kernel: Kernel, device: str, dtype: torch.dtype, size: int, maske
             raise
         except (RuntimeError, AttributeError, TypeError, ValueError) as error:  # private operators may change
             return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        if not all(
-            math.isfinite(float(a.sum())) and torch.allclose(a.float(), b.float(), rtol=tolerance, atol=tolerance)
-            for a, b in zip(found, (*right, *right_grads), strict=True)
-        ):
+        if not _all_close(found, (*right, *right_grads), tolerance):
             return "its results differ from those of matrix products"
     return ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, cast
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from vlmenv.agents.fusing import ROWS, fused, fuses, numbers
 from vlmenv.agents.saved_activations import drops, make_anew
 from vlmenv.compat.torch import without_modes
 
@@ -82,17 +83,28 @@ class RMSNorm(nn.Module):
 
     weight: nn.Parameter
     variance_epsilon: float
+    feeds_products: bool = False
+    """True if only linear layers read the output, so that it may have autocast's data type"""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        kept = hidden.detach()
-        inverse = _wide(kept).pow(2).mean(-1, keepdim=True).add_(self.variance_epsilon).rsqrt_()
+        dtype = _output_type(self, hidden)
         if not torch.is_grad_enabled():
-            return _times(_scaled(hidden, inverse), self.weight)
-        normed: Tensor = _Normed.apply(hidden, hidden, inverse, self.weight)  # type: ignore[no-untyped-call]
+            return _norm(hidden, self.weight, self.variance_epsilon, dtype)[0]  # type: ignore[no-any-return]
+        epsilon = self.variance_epsilon
+        normed, inverse = _Normed.apply(hidden, hidden, self.weight, epsilon, dtype)  # type: ignore[no-untyped-call]
         if drops():
-            weight = self.weight.detach().clone()  # a clone: sharding may free the weight before the backward pass
-            make_anew(normed, lambda: _times(_scaled(kept, inverse), weight))
-        return normed
+            weight, kept = self.weight.detach().clone(), hidden.detach()  # a clone: sharding may free the weight before
+            make_anew(normed, lambda: _norm_again(kept, inverse, weight, dtype))
+        return cast(Tensor, normed)
+
+
+def _output_type(norm: RMSNorm, hidden: Tensor) -> torch.dtype:
+    """That of the product with the weight. Where it is computed at once, linear layers get what they would cast to, so
+    that nothing is cast for each of them."""
+    device = hidden.device
+    if getattr(norm, "feeds_products", False) and fuses(device) and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return torch.result_type(hidden, norm.weight)
 
 
 class CentredRMSNorm(nn.Module):
@@ -123,7 +135,7 @@ class GatedRMSNorm(nn.Module):
         normed = RMSNorm.forward(cast(RMSNorm, self), hidden)
         gate = gate.to(torch.float32)
         if not torch.is_grad_enabled():
-            return _gated(gate, normed).to(hidden.dtype)
+            return _gated(gate, normed, "silu").to(hidden.dtype)  # type: ignore[no-any-return]
         product: Tensor = _Gated.apply(gate, normed, "silu")  # type: ignore[no-untyped-call]
         return product.to(hidden.dtype)
 
@@ -133,33 +145,75 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, kind: str) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.kind = kind
-        return _gated(gate, up, kind)
+        return _gated(gate, up, kind)  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        gate, up = ctx.saved_tensors
-        return _activation_backward(grad * up, gate, ctx.kind), _times(_activated(gate, ctx.kind), grad), None
+        return *_gated_backward(*ctx.saved_tensors, grad, ctx.kind), None
 
 
 class _Normed(torch.autograd.Function):
     """Takes its input twice, so that autograd sums the two parts of its gradient in the same order as without it."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, again: Tensor, inverse: Tensor, weight: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, again: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        normed, inverse = _norm(hidden, weight, epsilon, dtype)
         ctx.save_for_backward(hidden, inverse, weight)
-        return _times(_scaled(hidden, inverse), weight)
+        ctx.mark_non_differentiable(inverse)
+        ctx.set_materialize_grads(False)  # or that of the inverse is made of zeros
+        return normed, inverse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden, inverse, weight = ctx.saved_tensors
         grad_weight = None
-        if ctx.needs_input_grad[3]:
-            grad_weight = _times(_scaled(hidden, inverse), grad).sum_to_size(weight.shape).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_weight = _weight_grad(hidden, inverse, weight, grad)
         if not ctx.needs_input_grad[0]:
-            return None, None, None, grad_weight
-        return *_through_norm(hidden, inverse, _wide((grad * weight).to(hidden.dtype))), None, grad_weight
+            return None, None, grad_weight, None, None
+        if fuses(hidden.device):
+            return _norm_backward(hidden, inverse, weight, grad), None, grad_weight, None, None
+        parts = _through_norm(hidden, inverse, _wide((grad * weight).to(hidden.dtype)))
+        return *parts, grad_weight, None, None
+
+
+def _norm_examples() -> Callable[[], tuple[Tensor, ...]]:
+    """Makes hidden states, their inverse sizes, a norm's weight, and a gradient."""
+    return lambda: (
+        numbers(ROWS, 64),
+        numbers(ROWS, 1).abs(),
+        numbers(64),
+        numbers(ROWS, 64, dtype=torch.bfloat16, seed=1),
+    )
+
+
+@fused(lambda: (numbers(ROWS, 64), numbers(64), 1e-6, torch.bfloat16))
+def _norm(hidden: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The norm, and the inverse size of each token."""
+    inverse = _wide(hidden).pow(2).mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+    return _times(_scaled(hidden, inverse), weight).to(dtype), inverse
+
+
+@fused(lambda: (numbers(ROWS, 64), numbers(ROWS, 1).abs(), numbers(64), torch.bfloat16))
+def _norm_again(hidden: Tensor, inverse: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return _times(_scaled(hidden, inverse), weight).to(dtype)
+
+
+@fused(_norm_examples(), kernels=2)
+def _weight_grad(hidden: Tensor, inverse: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
+    return _times(_scaled(hidden, inverse), grad).sum_to_size(weight.shape).to(weight.dtype)
+
+
+@fused(_norm_examples())
+def _norm_backward(hidden: Tensor, inverse: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of a norm's input."""
+    wide, grad = _wide(hidden), _wide((grad * weight).to(hidden.dtype))
+    grad_mean = -0.5 * (grad * wide).sum(-1, keepdim=True) * inverse.pow(3)
+    return (grad * inverse + wide * (grad_mean / hidden.shape[-1] * 2)).to(hidden.dtype)
 
 
 class _CentredNormed(torch.autograd.Function):
@@ -211,7 +265,12 @@ def _down(gate: Tensor, up: Tensor, down: nn.Module, kind: str = "silu") -> Tens
     return down(product)  # type: ignore[no-any-return]
 
 
-def _gated(gate: Tensor, up: Tensor, kind: str = "silu") -> Tensor:
+def _gate_examples(count: int) -> Callable[[], tuple[Any, ...]]:
+    return lambda: (*(numbers(ROWS, 64, dtype=torch.bfloat16, seed=seed) for seed in range(count)), "silu")
+
+
+@fused(_gate_examples(2))
+def _gated(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     return _times(_activated(gate, kind), up)
 
 
@@ -230,13 +289,18 @@ def _activation_backward(grad: Tensor, gate: Tensor, kind: str) -> Tensor:
     return cast(Tensor, torch.ops.aten.gelu_backward(grad, gate, approximate=_APPROXIMATIONS[kind]))
 
 
+@fused(_gate_examples(3))
+def _gated_backward(gate: Tensor, up: Tensor, grad: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    return _activation_backward(grad * up, gate, kind), _times(_activated(gate, kind), grad)
+
+
 def _scaled(hidden: Tensor, inverse: Tensor) -> Tensor:
     return (_wide(hidden) * inverse).to(hidden.dtype)
 
 
 def _times(own: Tensor, other: Tensor) -> Tensor:
     """The product, in place of the first factor if dtypes allow: on CPUs new memory costs more than multiplying."""
-    return own.mul_(other) if torch.result_type(own, other) == own.dtype else own * other
+    return own.mul_(other) if torch.promote_types(own.dtype, other.dtype) == own.dtype else own * other
 
 
 def _wide(hidden: Tensor) -> Tensor:
@@ -323,6 +387,7 @@ def make_lean(model: nn.Module) -> LeanLayers:
     """
     on, of, faults = 0, 0, dict[str, str]()
     for module in model.modules():
+        _note_readers(module)
         if not isinstance(module, _LEAN) and not _is_expected(module):
             continue
         of += 1
@@ -332,6 +397,18 @@ def make_lean(model: nn.Module) -> LeanLayers:
         else:
             on += 1
     return LeanLayers(on, of, faults)
+
+
+_BEFORE_PRODUCTS: Final = ({"input_layernorm", "post_attention_layernorm"}, {"norm1", "norm2"})
+"""The norms of a block before attention and before its MLP, which begin with linear layers."""
+
+
+def _note_readers(block: nn.Module) -> None:
+    """Notes which norms of a block only linear layers read: both, if it has no others."""
+    norms = {name: one for name, one in block.named_children() if "norm" in name.lower()}
+    if norms.keys() in _BEFORE_PRODUCTS:
+        for one in norms.values():
+            one.feeds_products = True  # type: ignore[assignment]
 
 
 def _is_expected(module: nn.Module) -> bool:

@@ -6,10 +6,12 @@ Shapes: M hidden states of size H, a vocabulary of V tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from vlmenv.agents.fusing import ROWS, fused, fuses, numbers
 
 _LOGITS = {"cuda": 2**28}
 """Largest number of logits in memory, by device. On GPUs each chunk reads the whole head, and few chunks are faster."""
@@ -57,7 +59,13 @@ class _LinearLogProbs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logprobs, entropy, normalisers = torch.empty(3, len(hidden), dtype=dtype, device=hidden.device)
-        for rows in _chunks(hidden, len(weight)):
+        at_once = _computes_at_once(hidden, bias)
+        for rows in _chunks(hidden, len(weight), at_once):
+            if at_once:
+                logits, mask = nn.functional.linear(hidden[rows], weight), _mask(banned, len(weight))
+                found = _scored(logits, mask, targets[rows], temperature)
+                normalisers[rows], logprobs[rows], entropy[rows] = found
+                continue
             logits = _logits(hidden[rows], weight, bias, banned, temperature)
             normalisers[rows] = logits.logsumexp(dim=-1)
             logits -= normalisers[rows, None]
@@ -75,11 +83,14 @@ class _LinearLogProbs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=grad.dtype) if wants_bias else None
-        for rows in _chunks(hidden, len(weight)):
-            logits = _logits(hidden[rows], weight, bias, banned, ctx.temperature)
-            errors = logits.sub_(normalisers[rows, None]).exp_()
-            errors.scatter_add_(1, targets[rows, None], -torch.ones_like(errors[:, :1]))
-            errors *= -grad[rows, None] / ctx.temperature
+        at_once = _computes_at_once(hidden, bias)
+        for rows in _chunks(hidden, len(weight), at_once):
+            known = normalisers[rows], targets[rows], grad[rows], ctx.temperature
+            if at_once:
+                logits, mask = nn.functional.linear(hidden[rows], weight), _mask(banned, len(weight))
+                errors = _errors_at_once(logits, mask, *known)
+            else:
+                errors = _errors(_logits(hidden[rows], weight, bias, banned, ctx.temperature), *known)
             if grad_bias is not None:
                 grad_bias += errors.sum(dim=0)
             errors = errors.to(hidden.dtype)
@@ -95,14 +106,65 @@ class _LinearLogProbs(torch.autograd.Function):
 _linear_logprobs: Callable[..., tuple[Tensor, Tensor]] = _LinearLogProbs.apply
 
 
-def _chunks(hidden: Tensor, vocabulary: int) -> list[slice]:
-    size = max(1, _LOGITS.get(hidden.device.type, _FEW_LOGITS) // vocabulary)
+def _chunks(hidden: Tensor, vocabulary: int, at_once: bool) -> list[slice]:
+    most = _LOGITS.get(hidden.device.type, _FEW_LOGITS)
+    size = max(1, (2 * most if at_once else most) // vocabulary)  # at once, there are no logits in float32
     return [slice(start, start + size) for start in range(0, len(hidden), size)]
+
+
+def _computes_at_once(hidden: Tensor, bias: Tensor | None) -> bool:
+    """True if a compiled function goes from logits to results."""
+    return bias is None and hidden.dtype.itemsize < torch.float32.itemsize and fuses(hidden.device)
+
+
+def _mask(banned: Tensor, vocabulary: int) -> Tensor:
+    """Bool [V], True at banned tokens."""
+    return torch.zeros(vocabulary, dtype=torch.bool, device=banned.device).index_fill_(0, banned, True)
+
+
+def _example(*more: Tensor) -> tuple[Tensor, ...]:
+    return (8 * numbers(ROWS, 40)).to(torch.bfloat16), numbers(40, seed=1) > 1, *more
+
+
+_TARGETS: Final = [3, 0, 39, 7, 7, 1, 2, 38, 11]
+
+
+@fused(lambda: (*_example(torch.tensor(_TARGETS)), 0.9), reads=3)
+def _scored(logits: Tensor, banned: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalisers, log-probabilities and entropies [m] from logits [m, V] before temperature."""
+    logits = _tempered(logits, banned, temperature)
+    normaliser = logits.logsumexp(dim=-1, keepdim=True)
+    logits = logits - normaliser
+    entropy = -(logits.exp() * logits).sum(dim=-1)
+    return normaliser[:, 0], logits.gather(-1, targets[:, None])[:, 0], entropy
+
+
+@fused(lambda: (*_example(4 + numbers(ROWS).abs(), torch.tensor(_TARGETS), numbers(ROWS, seed=2)), 0.9))
+def _errors_at_once(
+    logits: Tensor, banned: Tensor, normalisers: Tensor, targets: Tensor, grad: Tensor, temperature: float
+) -> Tensor:
+    """Gradient of logits [m, V], in their data type."""
+    probs = (_tempered(logits, banned, temperature) - normalisers[:, None]).exp()
+    chosen = torch.arange(logits.shape[-1], device=logits.device) == targets[:, None]
+    return ((probs - chosen.to(probs.dtype)) * (-grad[:, None] / temperature)).to(logits.dtype)
+
+
+def _tempered(logits: Tensor, banned: Tensor, temperature: float) -> Tensor:
+    """As `_logits`, from the product."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.where(banned, torch.finfo(logits.dtype).min, logits / temperature)
+
+
+def _errors(logits: Tensor, normalisers: Tensor, targets: Tensor, grad: Tensor, temperature: float) -> Tensor:
+    """Gradient of the product that makes logits [m, V], in their place."""
+    errors = logits.sub_(normalisers[:, None]).exp_()
+    errors.scatter_add_(1, targets[:, None], -torch.ones_like(errors[:, :1]))
+    return errors.mul_(-grad[:, None] / temperature)
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, banned: Tensor, temperature: float) -> Tensor:
     """Logits [m, V]. Banned tokens get the lowest finite number: probability and entropy 0, but no NaN."""
-    logits = torch.nn.functional.linear(hidden, weight, bias)
+    logits = nn.functional.linear(hidden, weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature != 1:
         logits /= temperature

@@ -7,6 +7,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from vlmenv.agents.sending import send
+
 
 class Packing:
     """The places of tokens of N sequences that are concatenated without padding.
@@ -19,18 +21,34 @@ class Packing:
 
     def __init__(self, lengths: Tensor, device: torch.device, longest: int | None = None) -> None:
         self.lengths = lengths
-        self._on_device = lengths.to(device)
+        self.device = device
         self.longest = int(lengths.max()) if longest is None else longest
         self.is_even = bool((lengths == self.longest).all())
-        ends = lengths.cumsum(0)
-        self.total = int(ends[-1])
-        rows = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-        self.rows = rows.to(device)
+        self._ends = lengths.cumsum(0)
+        self.total = int(self._ends[-1])
+
+    @cached_property
+    def rows(self) -> Tensor:
         """[M], the sequence of each token"""
-        self.places = (torch.arange(self.total) - (ends - lengths)[rows]).to(device)
+        return send(self._rows, self.device)
+
+    @cached_property
+    def places(self) -> Tensor:
         """[M], the place of each token in its sequence"""
-        self.ends = (ends - 1).to(device)
+        return send(torch.arange(self.total) - (self._ends - self.lengths)[self._rows], self.device)
+
+    @cached_property
+    def ends(self) -> Tensor:
         """[N], the index of each sequence's last token"""
+        return send(self._ends - 1, self.device)
+
+    @cached_property
+    def _rows(self) -> Tensor:
+        return torch.repeat_interleave(torch.arange(len(self.lengths)), self.lengths)
+
+    @cached_property
+    def _on_device(self) -> Tensor:
+        return send(self.lengths, self.device)
 
     def pad(self, packed: Tensor) -> Tensor:
         """Converts [M, ...] to [N, L, ...], padded with zeros at the right."""
@@ -47,7 +65,7 @@ class Packing:
 
     def mask(self) -> Tensor:
         """Bool [N, L], True at tokens."""
-        return torch.arange(self.longest, device=self._on_device.device) < self._on_device[:, None]
+        return torch.arange(self.longest, device=self.device) < self._on_device[:, None]
 
     @cached_property
     def bias(self) -> Tensor:
@@ -58,7 +76,7 @@ class Packing:
     @cached_property
     def starts(self) -> Tensor:
         """int32 [N + 1], the index of each sequence's first token, and the end of the last sequence."""
-        return nn.functional.pad(self.ends + 1, (1, 0)).int()
+        return send(nn.functional.pad(self._ends, (1, 0)).int(), self.device)
 
     @cached_property
     def counts(self) -> Tensor:
@@ -67,8 +85,8 @@ class Packing:
 
     def select(self, rows: Tensor) -> Packing:
         """The packing of some sequences [n], indices on the CPU, with the same padded length."""
-        return Packing(self.lengths[rows], self.rows.device, self.longest)
+        return Packing(self.lengths[rows], self.device, self.longest)
 
     def repeated(self, times: int) -> Packing:
         """The packing of sequences that are each repeated several times, with the same padded length."""
-        return Packing(self.lengths.repeat_interleave(times), self.rows.device, self.longest)
+        return Packing(self.lengths.repeat_interleave(times), self.device, self.longest)

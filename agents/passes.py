@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from vlmenv.agents.packing import Packing
+from vlmenv.agents.sending import send
 
 
 class Past(ABC):
@@ -110,7 +112,7 @@ class Prefixes(Pass):
         if len(parts) == 1:
             return parts[0]
         packing = parts[0].packing
-        whole = cls(Packing(torch.cat([part.packing.lengths for part in parts]), packing.rows.device))
+        whole = cls(Packing(torch.cat([part.packing.lengths for part in parts]), packing.device))
         for block in list(parts[0].past):
             own = [part.past.pop(block) for part in parts]
             whole.past[block] = type(own[0]).joined(own)
@@ -130,7 +132,7 @@ class Prefixes(Pass):
         if len(rows) == len(self.packing.lengths):
             return
         self.packing = self.packing.select(rows)
-        select_each(rows.to(self.packing.rows.device), self.past)
+        select_each(rows.to(self.packing.device), self.past)
 
 
 class Groups(Pass):
@@ -148,9 +150,17 @@ class Groups(Pass):
         self.prompts, self.completions, self.images = prompts, completions, images
         self.kept: dict[object, object] = {}
         """what mixers compute once for all layers of their kind"""
-        self.siblings = Siblings(index, len(prompts.lengths), prompts.rows.device)
-        self.index = index.to(prompts.rows.device)
-        """the same, on the device"""
+        self.siblings = Siblings(index, len(prompts.lengths), prompts.device)
+        self._index = index
+        tokens = torch.zeros(len(prompts.lengths), dtype=torch.int64).index_add(0, index, completions.lengths)
+        self.families = Packing(tokens, prompts.device) if _are_in_order(index, tokens, completions) else None
+        """packing of the completions by prompt; None if they are not in the order of their prompts, or if a prompt or a
+        segment is too small for flash attention in segments"""
+
+    @cached_property
+    def index(self) -> Tensor:
+        """int64 [N] on the device, the prompt of each completion"""
+        return send(self._index, self.prompts.device)
 
     def _mix(self, block: int, mixer: Mixer, *packed: Tensor) -> Tensor:
         return mixer.groups(self, *packed)
@@ -159,6 +169,11 @@ class Groups(Pass):
         """Cuts tensors [M, ...] to those of the prompts and those of the completions."""
         halves = [torch.split(one, [self.prompts.total, self.completions.total]) for one in packed]
         return [one for one, _ in halves], [one for _, one in halves]
+
+
+def _are_in_order(index: Tensor, tokens: Tensor, completions: Packing) -> bool:
+    """True if completions are in the order of their prompts, each prompt has some, and the longest has two tokens."""
+    return bool((index.diff() >= 0).all()) and int(tokens.min()) > 0 and completions.longest > 1
 
 
 class Steps(Pass):
@@ -176,7 +191,7 @@ class Steps(Pass):
     def __init__(self, prefixes: Prefixes, index: Tensor, most: int) -> None:
         super().__init__()
         self.prefixes, self._most = prefixes, most
-        self._index, self._device = index, prefixes.packing.rows.device
+        self._index, self._device = index, prefixes.packing.device
         self.siblings = Siblings(index, len(prefixes.packing.lengths), self._device)
         self.own: dict[int, Past] = {}
         """by layer, the completions' own"""
@@ -234,7 +249,12 @@ class Siblings:
         slots[order] = torch.arange(len(index)) - (counts.cumsum(0) - counts)[index[order]]
         places = index * self.most + slots
         self._is_even = torch.equal(places, torch.arange(prompts * self.most))
-        self._places = places.to(device)
+        self._slots, self._device = places, device
+
+    @cached_property
+    def _places(self) -> Tensor:
+        """int64 [N], the place of each completion among those of all prompts, each with the largest group"""
+        return send(self._slots, self._device)
 
     def fold(self, rows: Tensor, key_heads: int) -> Tensor:
         """Converts [N, H, L, D] to [P, K, H / K * largest group * L, D]: the queries of each prompt's key heads."""

@@ -21,8 +21,10 @@ from vlmenv.agents.linear_logprobs import linear_logprobs
 from vlmenv.agents.packing import Packing
 from vlmenv.agents.passes import Groups, Pass, Prefixes
 from vlmenv.agents.patch_embedding import embed_patches_by_matmul
+from vlmenv.agents.rotary import rotate_at_once
 from vlmenv.agents.routing import balancing_loss, recorded_logits, routers_of
 from vlmenv.agents.saved_activations import dropping_recomputable
+from vlmenv.agents.sending import send
 from vlmenv.agents.vision_attention import attend_by_segments
 from vlmenv.core.errors import ModelError
 from vlmenv.core.rollout import Prompt, Rollout
@@ -85,6 +87,7 @@ class Policy(nn.Module):
         if family.packs_images:
             attend_by_segments(cast(PreTrainedModel, family.vision_tower()))
         self.lean_layers = make_lean(family.model)
+        self.rotations = rotate_at_once(family.model)
 
     def forward(self, rollout: Rollout) -> LogProbs:
         """Computes log-probabilities and entropies of a rollout's completions, and values if there is a value head."""
@@ -156,7 +159,7 @@ class Policy(nn.Module):
                 "that vlmenv's requirements name"
             )
         hidden: Tensor = output.last_hidden_state
-        return hidden[0]
+        return hidden.squeeze(0)  # whose backward pass, unlike that of an index, copies nothing
 
     def extend(self, tokens: Tensor, positions: Tensor, through: Pass) -> Tensor:
         """Runs tokens of completions through the language model.
@@ -180,7 +183,7 @@ class Policy(nn.Module):
             packed=through,
         )
         hidden: Tensor = output.last_hidden_state
-        return hidden[0]
+        return hidden.squeeze(0)  # whose backward pass, unlike that of an index, copies nothing
 
     @property
     def _layers(self) -> int:
@@ -199,14 +202,15 @@ class Policy(nn.Module):
         inputs = Packing(packing.lengths - 1, self.device)  # the last token predicts nothing
         images = self._images(rollout.prompts)
         fed = [one.token_ids[:-1] for one in rollout.completions]
-        starts = torch.tensor([next_position(prompt) for prompt in rollout.prompts])[index].to(self.device)
+        starts = torch.tensor([next_position(prompt) for prompt in rollout.prompts])[index]
+        starts, owners = send(starts, self.device), send(index, self.device)
         hidden = self._run(
             rollout.prompts,
             Groups(prompts, inputs, index, images) if inputs.total else Prefixes(prompts, images),
             fed,
             starts[inputs.rows] + inputs.places,
         )
-        firsts = prompts.ends[index.to(self.device)][packing.rows]
+        firsts = prompts.ends[owners][packing.rows]
         later = prompts.total + torch.arange(packing.total, device=self.device) - packing.rows - 1  # the token before
         return hidden[torch.where(packing.places == 0, firsts, later)]
 
@@ -253,7 +257,8 @@ class Policy(nn.Module):
 
     def _look(self, prompts: Sequence[Prompt]) -> Any:
         """Runs images through the vision tower."""
-        return self.model.model.get_image_features(**self.family.join_images(prompts, self.device), return_dict=True)
+        inputs = self.family.vision_inputs(self.family.join_images(prompts), self.device)
+        return self.model.model.get_image_features(**inputs, return_dict=True)
 
     def _images(self, prompts: Sequence[Prompt]) -> Tensor | None:
         """Images whose tokens attend to each other in both directions, as `Prefixes` takes them."""
@@ -263,12 +268,12 @@ class Policy(nn.Module):
 
     def _tokens(self, rows: Sequence[NDArray[np.int64]]) -> Tensor:
         """Concatenates rows of token ids to [M]."""
-        return torch.from_numpy(np.concatenate(rows)).to(self.device)
+        return send(torch.from_numpy(np.concatenate(rows)), self.device)
 
     def _positions(self, prompts: Sequence[Prompt], after: Tensor | None) -> Tensor:
         """Positions of packed prompts and what follows, [axes, 1, M], or [1, M] for a single axis."""
         positions = torch.from_numpy(np.concatenate([prompt.position_ids for prompt in prompts], axis=1))
-        self._axes, positions = len(positions), positions.to(self.device)
+        self._axes, positions = len(positions), send(positions, self.device)
         return self._on_axes(positions if after is None else torch.cat([positions, after.expand(self._axes, -1)], 1))
 
     def _on_axes(self, positions: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float) -> Tensor:
-        out, lse = flash_forward(query, key, value, segments, scale)
+        out, lse = flash_forward(query, key, value, segments, segments, scale)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.segments, ctx.scale = segments, scale
         return out
@@ -140,7 +140,7 @@ def _attend(
     Pixtral's tower passes positions [M, 2] instead, which begin at the first patch of each image.
     """
     assert dropout == 0, "attention dropout would not be the same in two passes"
-    query, key, value = (one[0].transpose(0, 1) for one in (query, key, value))
+    query, key, value = (one.squeeze(0).transpose(0, 1) for one in (query, key, value))
     if cu_seq_lens_q is None:
         assert position_ids is not None, "the vision tower tells no starts of images"
         cu_seq_lens_q, max_length_q = _from_positions(position_ids)

@@ -25,6 +25,7 @@ from transformers import (
 
 from vlmenv.agents.families.chat import ChatTemplate, check_switches
 from vlmenv.agents.families.layers import layer_kinds
+from vlmenv.agents.sending import send
 from vlmenv.core.coordinates import CoordinateSpace, ResizeRule
 from vlmenv.core.errors import ConfigError, ModelError
 from vlmenv.core.files import parse_json
@@ -219,11 +220,15 @@ class Family(ABC):
         parts = [self.vision_tower(), *self.projectors()]
         return any(parameter.requires_grad for part in parts for parameter in part.parameters())
 
-    def join_images(self, prompts: Sequence[Prompt], device: torch.device) -> dict[str, torch.Tensor]:
+    def vision_inputs(self, images: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, Any]:
+        """The arguments of the model's `get_image_features` for images that are on the host."""
+        return {name: send(one, device) for name, one in images.items()}
+
+    def join_images(self, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
         """Joins the vision inputs of prompts along their first axis; text-only prompts add nothing."""
         names = {name for prompt in prompts for name in prompt.images}
         return {
-            name: self.stack_images([prompt.images[name] for prompt in prompts if name in prompt.images]).to(device)
+            name: self.stack_images([prompt.images[name] for prompt in prompts if name in prompt.images])
             for name in sorted(names)
         }
 

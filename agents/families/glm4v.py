@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from vlmenv.agents.families.base import Family
 from vlmenv.agents.families.qwen2_vl import Qwen2VL
 from vlmenv.core.coordinates import CoordinateSpace
 
@@ -35,6 +38,10 @@ class Glm4v(Qwen2VL):
     def decode(self, token_ids: NDArray[np.int64]) -> str:
         """As in the base class, without the marks of answers, which are not part of the answer."""
         return super().decode(token_ids[~np.isin(token_ids, list(self._marks))])
+
+    def vision_inputs(self, images: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, Any]:
+        """All on the device: the tower's embeddings take the sizes of images there."""
+        return Family.vision_inputs(self, images, device)
 
     @classmethod
     def frames(cls, temporal_patch_size: int) -> int:

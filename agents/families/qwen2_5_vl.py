@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from transformers.vision_utils import get_vision_window_index
 
 from vlmenv.agents.families.qwen2_vl import Qwen2VL
 from vlmenv.core.coordinates import CoordinateSpace
@@ -13,3 +17,13 @@ class Qwen25VL(Qwen2VL):
 
     model_type: ClassVar[str] = "qwen2_5_vl"
     coordinates: ClassVar[CoordinateSpace] = CoordinateSpace.RESIZED
+
+    def vision_places(self, grids: torch.Tensor) -> dict[str, torch.Tensor]:
+        config: Any = self.vision_tower().config
+        sizes = {name: getattr(config, name) for name in ("spatial_merge_size", "window_size", "patch_size")}
+        order, starts = get_vision_window_index(grids, **sizes)
+        return super().vision_places(grids) | {"window_index": order, "cu_window_seqlens": starts}
+
+    def longest_segments(self, places: Mapping[str, torch.Tensor]) -> dict[str, int]:
+        longest = int(places["cu_window_seqlens"].diff().max())
+        return super().longest_segments(places) | {"max_window_seqlen": longest}

@@ -9,6 +9,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from transformers.vision_utils import (
+    get_vision_cu_seqlens,
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+)
 
 from vlmenv.agents.families.base import Family
 from vlmenv.core.coordinates import CoordinateSpace, ResizeRule
@@ -16,6 +21,7 @@ from vlmenv.core.errors import ConfigError
 from vlmenv.core.pixels import PixelLimits
 from vlmenv.core.spaces import Image
 
+_GRIDS: Final = "image_grid_thw"
 _LIMITS: Final = ("min_pixels", "max_pixels")
 _EDGES: Final = ("shortest_edge", "longest_edge")
 """Names of the same limits within `size`."""
@@ -66,6 +72,32 @@ class Qwen2VL(Family):
         size, frames = image_processor.size, cls.frames(image_processor.temporal_patch_size)
         factor = image_processor.patch_size * image_processor.merge_size
         return ResizeRule(factor, size["shortest_edge"] // frames, size["longest_edge"] // frames)
+
+    def vision_inputs(self, images: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, Any]:
+        """Keeps the sizes of images on the host, with all that the tower computes from them: it asks for numbers."""
+        rest = {name: one for name, one in images.items() if name != _GRIDS}
+        places = self.vision_places(images[_GRIDS])
+        sent = super().vision_inputs({**rest, **places}, device)
+        return {**sent, _GRIDS: images[_GRIDS], **self.longest_segments(places)}
+
+    def vision_places(self, grids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the tower computes from sizes of images, in patches, by the names of its arguments."""
+        tower: Any = self.vision_tower()
+        size = int(tower.config.spatial_merge_size)
+        places = {"position_ids": get_vision_position_ids(grids, size), "cu_seqlens": get_vision_cu_seqlens(grids)}
+        if hasattr(tower, "num_grid_per_side"):  # positions learned on a grid, between whose points it interpolates
+            places["interp_indices"], places["interp_weights"] = get_vision_interpolation_indices_and_weights(
+                grids,
+                num_grid_per_side=tower.num_grid_per_side,
+                mode=tower.interpolation_mode,
+                align_corners=tower.interpolation_align_corners,
+                spatial_merge_size=size,
+            )
+        return places
+
+    def longest_segments(self, places: Mapping[str, torch.Tensor]) -> dict[str, int]:
+        """Lengths of the longest segments within which the tower attends, by the names of its arguments."""
+        return {"max_seqlen": int(places["cu_seqlens"].diff().max())}
 
     def positions(self, ids: NDArray[np.int64], images: Mapping[str, torch.Tensor]) -> NDArray[np.int64]:
         """M-RoPE positions [3, T]: time, height and width for image tokens, thrice the same for text."""

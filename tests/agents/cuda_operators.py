@@ -135,11 +135,12 @@ def _flash_attention_forward(
     **other: None,
 ) -> Any:
     _check(query, key, value)
-    assert (dropout, causal, debug) == (0, False, False)
+    assert (dropout, debug) == (0, False)
     assert not any(one is not None for one in other.values())
     outs, normalisers = [], []
     for here, there in _segments(query, key, starts, key_starts, longest, longest_key, seqused_k):
-        out, lse = attend(*_heads(query[here], key[there], value[there]), None, False, scale)
+        assert not causal or here == there  # causal masks of unequal lengths are aligned elsewhere
+        out, lse = attend(*_heads(query[here], *_shared(query, key[there], value[there])), None, causal, scale)
         outs.append(out.transpose(0, 1))
         normalisers.append(lse)
     return torch.cat(outs), torch.cat(normalisers, dim=-1), *_states(), torch.empty(0)
@@ -165,16 +166,18 @@ def _flash_attention_backward(
     **other: None,
 ) -> Any:
     _check(query, key, value, grad, out)
-    assert (dropout, causal) == (0, False)
+    assert dropout == 0
     assert not any(one is not None for one in other.values())
     assert lse.is_contiguous()
     assert lse.shape == (query.shape[1], query.shape[0])
     grads: list[list[Tensor]] = [[], [], []]
     for here, there in _segments(query, key, starts, key_starts, longest, longest_key):
-        push, mine, *theirs, output = _heads(grad[here], query[here], key[there], value[there], out[here])
-        found = push_back(push, (mine, *theirs), output, lse[:, here], None, False, scale)
-        for collected, one in zip(grads, found, strict=True):
-            collected.append(one.transpose(0, 1))
+        assert not causal or here == there
+        states = grad[here], query[here], *_shared(query, key[there], value[there]), out[here]
+        push, mine, *theirs, output = _heads(*states)
+        found = push_back(push, (mine, *theirs), output, lse[:, here], None, causal, scale)
+        for collected, one, heads in zip(grads, found, (query, key, value), strict=True):
+            collected.append(one.unflatten(0, (heads.shape[1], -1)).sum(1).transpose(0, 1))
     return tuple(torch.cat(one) for one in grads)
 
 
@@ -257,6 +260,11 @@ def _segments(
             assert first + int(used[row]) <= end
             end = first + int(used[row])
         yield slice(*starts[row : row + 2].tolist()), slice(first, end)
+
+
+def _shared(query: Tensor, *states: Tensor) -> Iterator[Tensor]:
+    """Keys or values [M, K, D], each head repeated for the heads of queries that share it."""
+    return (one.repeat_interleave(query.shape[1] // one.shape[1], dim=1) for one in states)
 
 
 def _heads(*states: Tensor) -> Iterator[Tensor]:

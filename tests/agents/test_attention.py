@@ -26,9 +26,12 @@ CASES = {
 }
 
 
-@pytest.fixture(params=[CPUKernel, ExplicitKernel, FlashKernel, EfficientKernel])
+@pytest.fixture(params=[CPUKernel, ExplicitKernel, FlashKernel, EfficientKernel, "padded flash"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    found = request.param()
+    is_padded = request.param == "padded flash"
+    found = FlashKernel() if is_padded else request.param()
+    if is_padded:
+        monkeypatch.setattr(attention, "attends_in_segments", lambda kernel, query: False)
     monkeypatch.setattr(CPUKernel, "_is_small", lambda self, part: False)  # else it would be the explicit one
     monkeypatch.setattr(attention, "kernel_for", lambda query, masked=False: found)
     with cuda_operators():
@@ -120,6 +123,20 @@ def check(case: str, sees: Sight) -> None:
         for outs in ((first, second), wanted)
     ]
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_flash_attention_in_segments_is_used_where_it_can_be(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, lengths, index = CASES[case]
+    monkeypatch.setattr(attention, "kernel_for", lambda query, masked=False: FlashKernel())
+    cpu, generator = torch.device("cpu"), torch.Generator().manual_seed(0)
+    groups = Groups(Packing(torch.tensor(prompts), cpu), Packing(torch.tensor(lengths), cpu), torch.tensor(index))
+    with cuda_operators() as calls:
+        groups.mix(0, Attention(SCALE), *states(sum(prompts) + sum(lengths), generator))
+        calls.clear()
+        groups.mix(0, Attention(SCALE), *states(sum(prompts) + sum(lengths), generator))
+    in_segments = case in ("even", "a completion without tokens")
+    assert (calls == {"_flash_attention_forward": 3}) == in_segments
 
 
 @pytest.mark.usefixtures("kernel")

@@ -1,0 +1,113 @@
+"""Functions of tensors that a compiler makes into few kernels on GPUs.
+
+There each elementwise operation of PyTorch is a kernel of its own, which reads and writes memory. `torch.compile` makes
+one of many. On CPUs, where compiling takes longer than it saves, the functions run as they are written.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, Final
+
+import torch
+from torch import Tensor
+
+from vlmenv.compat.torch import without_modes
+
+_log = logging.getLogger(__name__)
+ROWS: Final = 9
+"""Tokens in the examples."""
+_EMULATED: Final[dict[str, str | int | bool | Callable[..., Any]]] = {"emulate_precision_casts": True}
+"""Rounds between operations as PyTorch does."""
+
+
+class Fused:
+    """A function without side effects on its arguments, which is compiled on CUDA.
+
+    Args:
+        function: The function, of tensors, numbers and data types. It has no gradient.
+        example: Makes arguments for a trial, on the CPU.
+        kernels: Number of kernels that the compiler makes of it.
+        reads: Number of times that these read their inputs. Default: once.
+
+    Attributes:
+        every: All such functions.
+    """
+
+    every: ClassVar[list[Fused]] = []
+
+    def __init__(
+        self, function: Callable[..., Any], example: Callable[[], tuple[Any, ...]], kernels: int, reads: int
+    ) -> None:
+        self.function, self.example, self.kernels, self.reads = function, example, kernels, reads
+        self.every.append(self)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Computes the function."""
+        device = next(one.device for one in arguments if isinstance(one, Tensor))
+        return (self.compiled if fuses(device) else self.function)(*arguments)
+
+    @functools.cached_property
+    def compiled(self) -> Callable[..., Any]:
+        """The compiled function, for tensors of any length."""
+        compiled: Callable[..., Any] = torch.compile(self.function, dynamic=True, fullgraph=True, options=_EMULATED)
+        return compiled
+
+    def find_fault(self, device: torch.device) -> str:
+        """Says how the compiled function differs from the function as it is written; empty if it does not."""
+        arguments = [one.to(device) if isinstance(one, Tensor) else one for one in self.example()]
+        with without_modes(), torch.no_grad():
+            results = self.function(*arguments), self.compiled(*arguments)
+        expected, found = ((one,) if isinstance(one, Tensor) else one for one in results)
+        for right, other in zip(expected, found, strict=True):
+            if right.dtype != other.dtype or not _is_close(right, other):
+                return "its compiled form computes something else"
+        return ""
+
+
+def fused(
+    example: Callable[[], tuple[Any, ...]], *, kernels: int = 1, reads: int = 1
+) -> Callable[[Callable[..., Any]], Fused]:
+    """Decorates a function that is compiled on CUDA; see `Fused`."""
+    return lambda function: Fused(function, example, kernels, reads)
+
+
+def fuses(device: torch.device) -> bool:
+    """True if `Fused` functions are compiled on a device."""
+    return device.type == "cuda" and not fault_of(device.type)
+
+
+@functools.cache
+def fault_of(device: str) -> str:
+    """Why functions are not compiled on a device, after a trial of all; empty if they are. A warning tells it once."""
+    for one in Fused.every:
+        try:
+            fault = one.find_fault(torch.device(device))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a compiler stumbles over
+            fault = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        if fault:
+            _log.warning(
+                "functions of many elementwise operations are not compiled on %s, and are slower: %s: %s. Results stay "
+                "right; PyTorch's own wheels for CUDA have what its compiler needs, beside a C compiler",
+                *(device, getattr(one.function, "__name__", "a function"), fault),
+            )
+            return fault
+    return ""
+
+
+def _is_close(right: Tensor, other: Tensor) -> bool:
+    """True if two results differ by rounding only."""
+    digits = torch.finfo(right.dtype).eps if right.is_floating_point() else 0.0
+    size = float(right.abs().max()) if right.is_floating_point() else 0.0
+    wide, found = right.double(), other.double()
+    return math.isfinite(float(found.sum())) and bool(((wide - found).abs() <= 2 * digits * (size + wide.abs())).all())
+
+
+def numbers(*sizes: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """Random numbers for an example."""
+    return torch.randn(*sizes, generator=torch.Generator().manual_seed(seed), device="cpu").to(dtype)

@@ -1,0 +1,225 @@
+"""A micro-batch of an update on paper: a model's configuration, how it is trained, and the lengths of its sequences."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, cast
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from paper_gpu.card import Card, Kernel, Kind, utilization
+from paper_gpu.recording import Recorder
+from vlmenv.agents import fusing, kernels
+from vlmenv.agents.quantization import quantize
+from vlmenv.agents.vlm import VLMAgent
+from vlmenv.algos.optimizers import state_bytes
+from vlmenv.building import DTYPES, adapt
+from vlmenv.core.rollout import Completion, Rollout
+from vlmenv.doctor.counting import counting, weightless_agent
+from vlmenv.options.fields import replaced
+from vlmenv.options.train import TrainConfig, default_config
+
+Mode = Literal["full", "lora", "nf4"]
+_MODES: Final[dict[Mode, dict[str, Any]]] = {
+    "full": {},
+    "lora": {"lora_rank": 64},
+    "nf4": {"lora_rank": 64, "quantize": "nf4"},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A micro-batch.
+
+    Attributes:
+        folder: Folder with the model's configuration and processor.
+        mode: What is trained: all weights, adapters of rank 64, or these on a base in nf4.
+        prompt: Tokens of a prompt, at least; its image makes most of them.
+        completion: The most tokens of a completion.
+        group: Completions of the prompt.
+        uneven: If true, completions have from a quarter of `completion` to all of it, evenly drawn. Else all have
+            the most.
+        precision: As the option of training.
+        checkpointing: If true, blocks are recomputed in the backward pass.
+        blocks: Number of blocks of the language model, and of the vision tower. None: all.
+    """
+
+    folder: Path
+    mode: Mode
+    prompt: int
+    completion: int
+    group: int
+    uneven: bool = True
+    precision: Literal["bf16", "fp32"] = "bf16"
+    checkpointing: bool = True
+    blocks: int | None = None
+
+    @property
+    def config(self) -> TrainConfig[Any]:
+        """The options of such a run."""
+        own = {"model": str(self.folder), "gradient_checkpointing": self.checkpointing, "precision": self.precision}
+        return replaced(default_config(), own | _MODES[self.mode])
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass on the card: kernels, and the host's waits by kind and place."""
+
+    kernels: list[Kernel]
+    waits: dict[tuple[str, str], int]
+
+    @property
+    def launches(self) -> int:
+        """Number of kernels."""
+        return sum(one.launches for one in self.kernels)
+
+
+@dataclass(frozen=True)
+class Paper:
+    """What a micro-batch takes."""
+
+    prompt: int
+    """tokens"""
+    completions: int
+    """tokens of all completions"""
+    memory: dict[str, float]
+    """bytes by what they are for; that of passes is at their peak, beyond what is above it"""
+    forward: Pass
+    backward: Pass
+    times: int = 3
+    """how many times the forward pass's operations both passes take, without recomputation"""
+
+    @property
+    def launches(self) -> int:
+        """Number of kernels."""
+        return self.forward.launches + self.backward.launches
+
+    @property
+    def waits(self) -> int:
+        """Number of times that the host waits for the card."""
+        return sum(self.forward.waits.values()) + sum(self.backward.waits.values())
+
+    def seconds(self, card: Card) -> dict[Kind, float]:
+        """The modelled time by kind."""
+        times = dict.fromkeys(Kind, 0.0)
+        for one in (*self.forward.kernels, *self.backward.kernels):
+            times[one.kind] += one.seconds(card)
+        return {kind: time for kind, time in times.items() if time}
+
+    def utilization(self, card: Card) -> float:
+        """Modelled model FLOPs utilisation."""
+        operations = sum(one.operations for one in self.forward.kernels)
+        return utilization(operations, self.times, sum(self.seconds(card).values()), card)
+
+
+def measure(case: Case) -> Paper:
+    """Runs a micro-batch forward and backward on paper."""
+    config = case.config
+    agent = _agent(config, case.blocks)
+    rollout = _rollout(agent, case)
+    dtype = DTYPES[case.precision] if case.precision != "fp32" else torch.float32
+    with counting(), Recorder(_mode_of(agent)) as recorder, _as_on_cards(recorder):
+        _onto_card(agent, recorder)
+        memory = {"weights": float(recorder.restart())}
+        trained = agent.parameters()
+        gradients = float(sum(one.numel() * one.element_size() for one in trained))
+        with torch.autocast("cuda", dtype, enabled=case.precision != "fp32"):
+            out = agent.logprobs(rollout)
+            values = out.values
+        del out
+        kept, peak = recorder.live(), recorder.peak
+        memory["kept for the backward pass"] = kept - memory["weights"]
+        memory["forward pass at its peak"] = float(peak - kept)
+        forward = Pass(recorder.kernels, dict(recorder.waits))
+        recorder.clear()
+        recorder.restart()
+        values.sum().backward()
+        del values
+        memory["backward pass at its peak, gradients included"] = float(recorder.peak - kept)
+        backward = Pass(recorder.kernels, dict(recorder.waits))
+    memory["gradients"] = gradients
+    memory["optimizer"] = float(sum(one.numel() * state_bytes(config.trainer.optimizer, one.dtype) for one in trained))
+    lengths = [len(one.token_ids) for one in rollout.completions]
+    prompt, times = len(rollout.prompts[0].input_ids), 3 if case.mode == "full" else 2
+    return Paper(prompt, sum(lengths), memory, forward, backward, times)
+
+
+def _agent(config: TrainConfig[Any], blocks: int | None) -> VLMAgent:
+    """The agent as it is prepared for training, without numbers."""
+
+    def prepare(agent: VLMAgent) -> None:
+        if config.adaptation.quantize is not None:
+            quantize([agent.family.language_model()], config.adaptation.quantize, torch.device("cpu"))
+        adapt(agent, config.adaptation, config.batches.precision)
+
+    return weightless_agent(Path(config.model), prepare, torch.float32, blocks=blocks, vision_blocks=blocks)
+
+
+def _mode_of(agent: VLMAgent) -> FakeTensorMode:
+    return cast(FakeTensor, next(agent.family_policy.parameters())).fake_mode
+
+
+def _onto_card(agent: VLMAgent, recorder: Recorder) -> None:
+    """Moves weights and buffers to the card. Tied weights stay tied."""
+    moved: dict[int, Any] = {}
+    for module in agent.family_policy.modules():
+        for held in (module._parameters, module._buffers):
+            for name, one in held.items():
+                if one is None:
+                    continue
+                if id(one) not in moved:
+                    empty = torch.empty(one.shape, dtype=one.dtype, device="cuda")
+                    moved[id(one)] = (
+                        one,
+                        nn.Parameter(empty, one.requires_grad) if held is module._parameters else empty,
+                    )
+                held[name] = moved[id(one)][1]
+
+
+def _rollout(agent: VLMAgent, case: Case) -> Rollout:
+    """A prompt with an image, and its completions."""
+    draw = np.random.default_rng(0)
+    prompt = agent.family.encode(_observation(agent, case.prompt))
+    shortest = case.completion // 4 if case.uneven else case.completion
+    lengths = draw.integers(shortest, case.completion + 1, size=case.group)
+    completions = [Completion("", np.zeros(n, np.int64), np.zeros(n, np.float32), "stop") for n in lengths]
+    return Rollout([prompt], np.zeros(case.group, np.int64), completions, 0.9)
+
+
+def _observation(agent: VLMAgent, tokens: int) -> dict[str, Any]:
+    """An observation whose square image and text take about as many tokens."""
+    text = "Please provide the bounding box of the red cup on the left of the table. "
+    side = 28
+    while True:
+        image = np.zeros((side, side, 3), np.uint8)
+        observation = {"images": (image,), "prompt": text}
+        if len(agent.family.encode(observation).input_ids) >= tokens:
+            return observation
+        side += 28
+
+
+@contextmanager
+def _as_on_cards(recorder: Recorder) -> Iterator[None]:
+    """Lets what is tried on a card by numbers be as it is there if the trial succeeds."""
+    choose = kernels._kernel_for
+
+    def chosen(device: str, dtype: torch.dtype, size: int, masked: bool) -> kernels.Kernel:
+        if device == "cpu":
+            return choose(device, dtype, size, masked)
+        return kernels.FlashKernel() if dtype.itemsize == 2 and not masked else kernels.EfficientKernel()
+
+    with (
+        patch.object(kernels, "_kernel_for", functools.cache(chosen)),
+        patch.object(kernels, "_segments_fault", lambda *kind: ""),
+        patch.object(fusing, "fault_of", lambda device: ""),
+        patch.object(fusing.Fused, "__call__", lambda own, *arguments: recorder.compute(own, arguments)),
+    ):
+        yield
