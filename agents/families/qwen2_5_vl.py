@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from transformers.vision_utils import get_vision_window_index
 
 from vlmenv.agents.families.qwen2_vl import Qwen2VL
+from vlmenv.compat.transformers import places_of_windows
 from vlmenv.core.coordinates import CoordinateSpace
 
 
@@ -19,10 +19,7 @@ class Qwen25VL(Qwen2VL):
     coordinates: ClassVar[CoordinateSpace] = CoordinateSpace.RESIZED
 
     def vision_places(self, grids: torch.Tensor) -> dict[str, torch.Tensor]:
-        config: Any = self.vision_tower().config
-        sizes = {name: getattr(config, name) for name in ("spatial_merge_size", "window_size", "patch_size")}
-        order, starts = get_vision_window_index(grids, **sizes)
-        return super().vision_places(grids) | {"window_index": order, "cu_window_seqlens": starts}
+        return super().vision_places(grids) | places_of_windows(self.vision_tower(), grids)
 
     def longest_segments(self, places: Mapping[str, torch.Tensor]) -> dict[str, int]:
         longest = int(places["cu_window_seqlens"].diff().max())

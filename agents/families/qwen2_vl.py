@@ -9,13 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from transformers.vision_utils import (
-    get_vision_cu_seqlens,
-    get_vision_interpolation_indices_and_weights,
-    get_vision_position_ids,
-)
 
 from vlmenv.agents.families.base import Family
+from vlmenv.compat.transformers import places_of_patches
 from vlmenv.core.coordinates import CoordinateSpace, ResizeRule
 from vlmenv.core.errors import ConfigError
 from vlmenv.core.pixels import PixelLimits
@@ -82,18 +78,7 @@ class Qwen2VL(Family):
 
     def vision_places(self, grids: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the tower computes from sizes of images, in patches, by the names of its arguments."""
-        tower: Any = self.vision_tower()
-        size = int(tower.config.spatial_merge_size)
-        places = {"position_ids": get_vision_position_ids(grids, size), "cu_seqlens": get_vision_cu_seqlens(grids)}
-        if hasattr(tower, "num_grid_per_side"):  # positions learned on a grid, between whose points it interpolates
-            places["interp_indices"], places["interp_weights"] = get_vision_interpolation_indices_and_weights(
-                grids,
-                num_grid_per_side=tower.num_grid_per_side,
-                mode=tower.interpolation_mode,
-                align_corners=tower.interpolation_align_corners,
-                spatial_merge_size=size,
-            )
-        return places
+        return places_of_patches(self.vision_tower(), grids)
 
     def longest_segments(self, places: Mapping[str, torch.Tensor]) -> dict[str, int]:
         """Lengths of the longest segments within which the tower attends, by the names of its arguments."""

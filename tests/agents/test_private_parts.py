@@ -66,6 +66,9 @@ BROKEN: dict[tuple[str, str], Break] = {
         compat_transformers, "attention_of", lambda _: None
     ),
     ("transformers", "processors without videos"): lambda patch: patch.delattr(processing_auto, "PROCESSOR_MAPPING"),
+    ("transformers", "places of patches"): lambda patch: patch.delattr(
+        "transformers.vision_utils.get_vision_cu_seqlens"
+    ),
     ("transformers", "types of models"): lambda patch: patch.delattr(
         "transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"
     ),

@@ -8,9 +8,11 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -134,6 +136,49 @@ def _check_sizes() -> str | None:
 _WITH_SIZES: Final = re.compile(r"transformers\.models\.\w+\.image_processing_(pil_)?(idefics3|smolvlm|pixtral)")
 
 
+def places_of_patches(tower: Any, grids: Tensor) -> dict[str, Tensor]:
+    """What a tower of Qwen's families computes from sizes of images, by the names of its arguments.
+
+    Args:
+        tower: The vision tower.
+        grids: int64 [images, 3], numbers of patches in time, height and width.
+
+    Raises:
+        ImportError: This release of transformers does not tell.
+    """
+    from transformers.vision_utils import get_vision_cu_seqlens, get_vision_interpolation_indices_and_weights
+    from transformers.vision_utils import get_vision_position_ids as positions
+
+    size = int(tower.config.spatial_merge_size)
+    places = {"position_ids": positions(grids, size), "cu_seqlens": get_vision_cu_seqlens(grids)}
+    if hasattr(tower, "num_grid_per_side"):  # positions learned on a grid, between whose points it interpolates
+        places["interp_indices"], places["interp_weights"] = get_vision_interpolation_indices_and_weights(
+            grids,
+            num_grid_per_side=tower.num_grid_per_side,
+            mode=tower.interpolation_mode,
+            align_corners=tower.interpolation_align_corners,
+            spatial_merge_size=size,
+        )
+    return places
+
+
+def places_of_windows(tower: Any, grids: Tensor) -> dict[str, Tensor]:
+    """The windows of Qwen2.5-VL's tower, as `places_of_patches`."""
+    from transformers.vision_utils import get_vision_window_index
+
+    sizes = {name: getattr(tower.config, name) for name in ("spatial_merge_size", "window_size", "patch_size")}
+    order, starts = get_vision_window_index(grids, **sizes)
+    return {"window_index": order, "cu_window_seqlens": starts}
+
+
+def _check_places() -> str | None:
+    grids = torch.tensor([[1, 4, 4]])
+    tower = SimpleNamespace(config=SimpleNamespace(spatial_merge_size=2, window_size=28, patch_size=14))
+    found = places_of_patches(tower, grids) | places_of_windows(tower, grids)
+    ends = found["cu_seqlens"].tolist(), found["cu_window_seqlens"].tolist()
+    return None if ends == ([0, 16], [0, 4, 8, 12, 16]) else "towers place patches in another way"
+
+
 def processor_without_videos(folder: Path) -> ProcessorMixin:
     """The processor of a model's type around the folder's tokenizer and image processor. It needs no torchvision.
 
@@ -166,6 +211,7 @@ def _check_processors() -> str | None:
 USES: Final = (
     Use("sizes of images", _check_sizes, "whole images are processed to count their tokens, which is slower"),
     Use("weight conversion", _check_conversion, "runs end before step 1, as checkpoints could not be written"),
+    Use("places of patches", _check_places, "Qwen's families cannot see images"),
     Use("types of models", _check_types, "reports on models of unknown families fail"),
     Use("names of attention", _check_attention, "images in one call are reported as off"),
     Use("processors without videos", _check_processors, "prompts are not compared with the published processor"),
