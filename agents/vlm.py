@@ -88,6 +88,8 @@ class VLMAgent(Agent):
         policy = Policy(family)
         policy.share_prefixes = share_prefixes
         self.policy: nn.Module = policy
+        kept = policy.state_dict(keep_vars=True).keys()  # now: under FSDP2 it would free gathered weights
+        self._fixed = {name for name, _ in policy.named_buffers() if name in kept}
         self.lora: LoRA | None = None
         self.adapter: Path | None = None
         self.save_dtype: torch.dtype | None = None
@@ -241,9 +243,7 @@ class VLMAgent(Agent):
 
     def fixed_weights(self) -> dict[str, Tensor]:
         """What checkpoints hold of the model beside its parameters, as biases of routers, by names in the policy."""
-        policy = self.family_policy
-        kept = policy.state_dict(keep_vars=True).keys()
-        return {name: one for name, one in policy.named_buffers() if name in kept}
+        return {name: one for name, one in self.family_policy.named_buffers() if name in self._fixed}
 
     def logprobs(self, rollout: Rollout) -> LogProbs:
         return super().logprobs(self._with_image(rollout))

@@ -62,6 +62,10 @@ def commands(program: str) -> list[str]:
     return [line.partition("#")[0].strip() for line in lines if line.startswith(f"{program} ")]
 
 
+AT_OTHER_ADDRESSES = re.compile(r" --socket | --tls-cert | unix:")
+"""Commands at sockets and with certificates; `agents/test_vllm_addresses.py` starts such servers."""
+
+
 def with_vllm(shown: str) -> Any:
     """A parameter whose test runs vLLM where that is what it shows."""
     return pytest.param(shown, marks=[pytest.mark.vllm] if "vllm" in shown or " serve" in shown else [])
@@ -79,7 +83,8 @@ def small(args: list[str]) -> list[str]:
 @pytest.fixture(scope="module")
 def servers() -> Iterator[dict[str, Served]]:
     """The servers that the pages start, each by the port that is shown for it, at other ports."""
-    shown = [small(shlex.split(command)[2:]) for command in commands("vlmenv") if command.startswith("vlmenv serve")]
+    every = [command for command in commands("vlmenv") if command.startswith("vlmenv serve")]
+    shown = [small(shlex.split(command)[2:]) for command in every if not AT_OTHER_ADDRESSES.search(command)]
     with ExitStack() as opened:
         started = {}
         for args in shown:
@@ -132,7 +137,10 @@ def of_recipe(name: str, folder: Path) -> list[str]:
     return [*small, *(["--group-size", "1"] if warmup else []), *shlex.split(WITHOUT_HUB.get(name, ""))]
 
 
-@pytest.mark.parametrize("command", [with_vllm(one) for one in commands("vlmenv") if " serve" not in one])
+COMMANDS = [one for one in commands("vlmenv") if " serve" not in one and not AT_OTHER_ADDRESSES.search(one)]
+
+
+@pytest.mark.parametrize("command", [with_vllm(one) for one in COMMANDS])
 def test_the_commands_run(
     command: str,
     tmp_path: Path,

@@ -264,7 +264,7 @@ def load_for_training(config: TrainConfig[Any], device: torch.device, *, gets_sh
         config: The options.
         device: Device of the model.
         gets_shards: If true, the main rank can give this one its shards of the weights. Then it loads shapes alone,
-            unless adapters, quantisation or an engine of its own need the weights.
+            unless adapters, quantisation or an engine need the weights.
 
     Raises:
         ConfigError: As `load_agent`; or `quantize` is given without adapters.
@@ -275,7 +275,7 @@ def load_for_training(config: TrainConfig[Any], device: torch.device, *, gets_sh
     if options.quantize is not None and not adapted:
         raise ConfigError("quantize is for the base of adapters: give lora_rank, or a folder of adapters as model")
     needs = options.quantize is not None or find_adapter(config.model) is not None
-    empty = gets_shards and not needs and config.generation.engine in ("hf", "vllm-server")
+    empty = gets_shards and not needs and config.generation.engine == "hf"
     frozen = adapted and options.weights == "auto" and precision == "bf16" and _is_stored_in_bf16(config)
     return load_agent(
         config,

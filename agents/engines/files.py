@@ -100,7 +100,8 @@ def _parts(weights: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[bytes 
     text += b" " * (-len(text) % 8)  # so that the weights are aligned
     yield len(text).to_bytes(8, "little") + text
     for name in header:
-        yield weights[name].detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy().data
+        whole = weights[name].detach().to("cpu", dtype, copy=True)  # an array pins the storage, which FSDP2 frees
+        yield whole.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def weights_digest(file: Path) -> str:

@@ -76,10 +76,10 @@ def test_another_chat_template_is_found(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_renamed_weight_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    convert = saving.revert_weight_conversion
+    convert = saving.convert_back
     monkeypatch.setattr(
         saving,
-        "revert_weight_conversion",
+        "convert_back",
         lambda *args: {name.replace("blocks.0", "layers.0"): one for name, one in convert(*args).items()},
     )
     findings = examined_with_vllm()
