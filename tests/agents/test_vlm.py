@@ -207,6 +207,12 @@ def test_an_engine_is_given_the_weights_by_the_names_that_are_saved(agent: VLMAg
         assert torch.equal(handed[name].to(tensor.dtype), tensor), name
 
 
+def test_weights_are_handed_over_without_the_policys_state(builtin: VLMAgent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under FSDP2 to ask for the state would free the gathered weights."""
+    monkeypatch.setattr(builtin.policy, "state_dict", lambda *_, **__: pytest.fail("the state was asked for"))
+    assert builtin._published_weights()
+
+
 def test_generation_settings_that_transformers_would_not_save_are_no_obstacle(
     builtin: VLMAgent, tmp_path: Path
 ) -> None:

@@ -180,3 +180,10 @@ def test_a_file_is_what_safetensors_reads_and_made_of_one_weight_at_a_time(dtype
         assert torch.equal(found[name], tensor.detach().to(dtype)), name
     with safe_open(tmp_path / NAME, "pt") as stream:
         assert stream.get_slice("b.turned").get_shape() == [3, 5]
+
+
+def test_a_written_weight_may_be_freed(tmp_path: Path) -> None:
+    """As FSDP2 does with gathered weights: it shrinks their storage."""
+    weight = torch.ones(3)
+    write_file(tmp_path / NAME, {"weight": weight}, torch.float32)
+    weight.untyped_storage().resize_(0)
