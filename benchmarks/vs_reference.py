@@ -69,7 +69,7 @@ class FullLogits(Policy):
             attention_mask=mask,
             mm_token_type_ids=(padded == self.model.config.image_token_id).int(),
             use_cache=False,
-            **self.family.vision_inputs(self.family.join_images(prompts), self.device),
+            **{name: one.to(self.device) for name, one in self.family.join_images(prompts).items()},
         ).logits.index_fill_(-1, self._banned(), -torch.inf)
         rows = zip(logits[:, :-1] / (rollout.temperature or 1.0), padded[:, 1:, None], strict=True)
         logprobs = torch.stack([row.log_softmax(dim=-1).gather(-1, chosen)[:, 0] for row, chosen in rows])

@@ -197,7 +197,11 @@ def test_the_servers_say_what_to_type(servers: dict[str, Served]) -> None:
         assert f"vlmenv train --engine vllm-server --server {server.url}\n" in server.told()
 
 
-@pytest.mark.parametrize("command", [with_vllm(one) for one in commands("accelerate launch")])
+ON_ONE_MACHINE = [one for one in commands("accelerate launch") if "--num_machines" not in one]
+"""`test_machines.py` launches on several."""
+
+
+@pytest.mark.parametrize("command", [with_vllm(one) for one in ON_ONE_MACHINE])
 def test_the_commands_run_in_two_processes(command: str, tmp_path: Path) -> None:
     launched = re.fullmatch(r"--config_file examples/accelerate/(\w+).yaml --num_processes \d (.*)", command[18:])
     assert launched

@@ -314,10 +314,10 @@ def test_a_run_is_resumed_by_processes_of_its_kind(copied: Path, capsys: pytest.
     folder = copied / "checkpoints" / "step-5"
     manifest = read_manifest(folder)
     assert manifest is not None
-    torch.save(torch.load(folder / "trainer.pt") | {"processes": "FSDP2"}, folder / "trainer.pt")
+    torch.save(torch.load(folder / "trainer.pt") | {"processes": "ZeRO"}, folder / "trainer.pt")
     (folder / "manifest.json").unlink()
     write_manifest(folder, manifest)
-    assert "saved with FSDP2, not with whole copies" in told(capsys, "--resume", str(copied))
+    assert "saved with ZeRO, not with whole copies" in told(capsys, "--resume", str(copied))
 
 
 def test_another_number_of_ranks_goes_on_with_a_warning(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,7 +33,7 @@ def test_shared_is_as_near_to_float32_as_plain(way: str, monkeypatch: pytest.Mon
         agent = VLMAgent.from_pretrained("builtin", dtype=torch.bfloat16)
     asked: list[torch.dtype] = []
 
-    def kernel_for(query: torch.Tensor) -> Kernel:
+    def kernel_for(query: torch.Tensor, *, masked: bool = False) -> Kernel:
         asked.append(query.dtype)
         return CPUKernel()
 
