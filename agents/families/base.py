@@ -194,21 +194,21 @@ class Family(ABC):
     def modality_tokens(self) -> set[int]:
         """Ids of image and video features, and of the tokens that enclose them."""
 
-    @abstractmethod
     def language_model(self) -> nn.Module:
-        """The text decoder, whose blocks are its `layers`; without the head."""
+        """The text decoder, whose blocks are its `layers`; without the head. Default: `model.language_model`."""
+        return self.model.get_submodule("model.language_model")
 
-    @abstractmethod
     def vision_tower(self) -> nn.Module:
-        """The vision tower; it may contain the projectors."""
+        """The vision tower; it may contain the projectors. Default: `model.vision_tower`."""
+        return self.model.get_submodule("model.vision_tower")
 
-    @abstractmethod
     def vision_blocks(self) -> nn.Module:
-        """The list of the vision tower's blocks."""
+        """The list of the vision tower's blocks. Default: the tower's `encoder.layers`."""
+        return self.vision_tower().get_submodule("encoder.layers")
 
-    @abstractmethod
     def projectors(self) -> list[nn.Module]:
-        """The projectors from the vision tower's features to the language model."""
+        """What maps the vision tower's features into the language model. Default: `model.multi_modal_projector`."""
+        return [self.model.get_submodule("model.multi_modal_projector")]
 
     @property
     def experts_per_token(self) -> int:

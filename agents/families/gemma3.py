@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
 from vlmenv.agents.families.base import Family
 from vlmenv.core.coordinates import CoordinateSpace, ResizeRule
@@ -65,15 +64,3 @@ class Gemma3(Family):
 
     def modality_tokens(self) -> set[int]:
         return {self.model.config.image_token_id, *self._sides}
-
-    def language_model(self) -> nn.Module:
-        return self.model.get_submodule("model.language_model")
-
-    def vision_tower(self) -> nn.Module:
-        return self.model.get_submodule("model.vision_tower")
-
-    def vision_blocks(self) -> nn.Module:
-        return self.vision_tower().get_submodule("encoder.layers")
-
-    def projectors(self) -> list[nn.Module]:
-        return [self.model.get_submodule("model.multi_modal_projector")]

@@ -103,9 +103,6 @@ class Idefics3(Family):
     def vision_tower(self) -> nn.Module:
         return self.model.get_submodule("model.vision_model")
 
-    def vision_blocks(self) -> nn.Module:
-        return self.vision_tower().get_submodule("encoder.layers")
-
     def projectors(self) -> list[nn.Module]:
         return [self.model.get_submodule("model.connector")]
 

@@ -59,14 +59,5 @@ class InternVL(Family):
     def modality_tokens(self) -> set[int]:
         return {self.model.config.image_token_id, *self.token_ids("<img>", "</img>")}
 
-    def language_model(self) -> nn.Module:
-        return self.model.get_submodule("model.language_model")
-
-    def vision_tower(self) -> nn.Module:
-        return self.model.get_submodule("model.vision_tower")
-
     def vision_blocks(self) -> nn.Module:
         return self.vision_tower().get_submodule("encoder.layer")
-
-    def projectors(self) -> list[nn.Module]:
-        return [self.model.get_submodule("model.multi_modal_projector")]

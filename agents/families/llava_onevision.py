@@ -84,16 +84,7 @@ class LlavaOnevision(Family):
     def modality_tokens(self) -> set[int]:
         return {self.model.config.image_token_id, self.model.config.video_token_id}
 
-    def language_model(self) -> nn.Module:
-        return self.model.get_submodule("model.language_model")
-
-    def vision_tower(self) -> nn.Module:
-        return self.model.get_submodule("model.vision_tower")
-
-    def vision_blocks(self) -> nn.Module:
-        return self.vision_tower().get_submodule("encoder.layers")
-
     def projectors(self) -> list[nn.Module]:
         """The projector, and the feature that ends a line, which is the model's own."""
         newline = nn.ParameterList([self.model.get_parameter("model.image_newline")])
-        return [self.model.get_submodule("model.multi_modal_projector"), newline]
+        return [*super().projectors(), newline]

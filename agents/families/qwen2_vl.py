@@ -98,9 +98,6 @@ class Qwen2VL(Family):
         config = self.model.config
         return {config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id}
 
-    def language_model(self) -> nn.Module:
-        return self.model.get_submodule("model.language_model")
-
     def vision_tower(self) -> nn.Module:
         return self.model.get_submodule("model.visual")
 
