@@ -29,6 +29,14 @@ def rows_with_a_broken_image(folder: Path) -> None:
     (folder / "rec.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
+def wait_for_a_step(run: Path) -> None:
+    """Waits until the first step of a run is done, 5 minutes at most."""
+    deadline = time.monotonic() + 300
+    while not (run / "metrics.jsonl").is_file():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_an_error_in_one_process_is_told_and_ends_the_other(kind: str, tmp_path: Path) -> None:
     rows_with_a_broken_image(tmp_path)
@@ -48,10 +56,7 @@ def test_an_error_in_one_process_is_told_and_ends_the_other(kind: str, tmp_path:
 def test_a_signal_to_the_launcher_ends_the_run_after_its_step(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with start("ddp", "-m", "vlmenv", "train", *LONG, *TINY, cwd=tmp_path) as process:
-        deadline = time.monotonic() + 120
-        while not (run / "metrics.jsonl").is_file():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for_a_step(run)
         process.terminate()
         out, _ = process.communicate(timeout=120)
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -63,10 +68,7 @@ def test_a_signal_to_the_launcher_ends_the_run_after_its_step(tmp_path: Path) ->
 def test_the_ranks_of_a_launcher_that_is_killed_save_and_end(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with start("ddp", "-m", "vlmenv", "train", *LONG, *TINY, cwd=tmp_path) as process:
-        deadline = time.monotonic() + 300
-        while not (run / "metrics.jsonl").is_file():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for_a_step(run)
         ranks = psutil.Process(process.pid).children(recursive=True)
         process.kill()
         _, alive = psutil.wait_procs(ranks, timeout=120)
@@ -87,10 +89,7 @@ def test_all_ranks_are_told_at_once_and_another_number_goes_on(tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "run"
     with start("ddp", "-m", "vlmenv", "train", *LONG, *TINY, cwd=tmp_path) as process:
-        deadline = time.monotonic() + 300
-        while not (run / "metrics.jsonl").is_file():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for_a_step(run)
         second = launch("ddp", "-m", "vlmenv", "train", "--resume", "run", cwd=tmp_path)
         assert second.returncode == 1
         assert second.stderr.count("run is written by process ") >= 1
@@ -133,10 +132,7 @@ def test_another_number_of_ranks_with_shards_goes_on(tmp_path: Path, monkeypatch
 def test_a_signal_to_one_rank_ends_all(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with start("ddp", "-m", "vlmenv", "train", *LONG, *TINY, cwd=tmp_path) as process:
-        deadline = time.monotonic() + 300
-        while not (run / "metrics.jsonl").is_file():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for_a_step(run)
         psutil.Process(process.pid).children()[-1].terminate()
         out, err = process.communicate(timeout=300)
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
