@@ -164,11 +164,6 @@ class Trainer:
         self.is_between_steps = True
         """False during an update: then the weights belong to no finished step."""
         self.processes = processes_of(accelerator, config.shard_within)
-        require(
-            not config.max_staleness or self.processes.shards == 1,
-            f"max_staleness 1 goes with whole copies of the model (DDP), not with {self.processes.name}: a process "
-            "has crashed there. Leave it out",
-        )
         self.processes.configure(agent)
         self.collector = Collector(
             agent, envs, algorithm, self.processes, accelerator, is_ahead=config.max_staleness > 0
