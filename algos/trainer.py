@@ -164,6 +164,10 @@ class Trainer:
         self.is_between_steps = True
         """False during an update: then the weights belong to no finished step."""
         self.processes = processes_of(accelerator, config.shard_within)
+        require(
+            not config.max_staleness or self.processes.samples_ahead,
+            f"max_staleness 1 has not been tested with {self.processes.name}: leave it out, or use FSDP2 or DDP",
+        )
         self.processes.configure(agent)
         self.collector = Collector(
             agent, envs, algorithm, self.processes, accelerator, is_ahead=config.max_staleness > 0
