@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from vlmenv.agents.fusing import ROWS, fused, fuses, numbers
+from vlmenv.compat.deepspeed import is_gathered_by_call
 from vlmenv.compat.torch import without_modes
 
 _log = logging.getLogger(__name__)
@@ -37,16 +38,11 @@ def widen_gradients(model: nn.Module) -> None:
 
 def both(hidden: Tensor, first: nn.Module, second: nn.Module) -> tuple[Tensor, Tensor]:
     """Computes two linear layers of the same input, on GPUs in one product if both are `WideLinear`."""
-    layers = [one for one in (first, second) if isinstance(one, WideLinear) and not _has_hooks(one)]
+    layers = [one for one in (first, second) if isinstance(one, WideLinear) and not is_gathered_by_call(one.weight)]
     if len(layers) == 2 and (first.bias is None) == (second.bias is None) and _applies(layers):
         gate, up = _products(hidden, layers)
         return gate, up
     return first(hidden), second(hidden)
-
-
-def _has_hooks(layer: nn.Module) -> bool:
-    """True if something is to happen when the layer is called, as gathering its weights."""
-    return bool(layer._forward_pre_hooks or layer._forward_hooks)
 
 
 def _applies(layers: Sequence[WideLinear]) -> bool:
