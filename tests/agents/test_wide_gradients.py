@@ -25,7 +25,8 @@ def summed(left: Tensor, right: Tensor) -> Tensor:
 @pytest.fixture
 def as_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Fused, "__call__", lambda self, *arguments: self.function(*arguments))
-    monkeypatch.setattr(wide_gradients, "sums_wide", lambda device, dtype: True)
+    monkeypatch.setattr(wide_gradients, "fuses", lambda device: True)
+    monkeypatch.setattr(wide_gradients, "fault_of", lambda device, dtype: "")
     monkeypatch.setattr(wide_gradients, "_wide_product", summed)
 
 
@@ -114,8 +115,11 @@ def test_other_layers_compute_as_ever(
         both(numbers(5, 16).to(layers[0].weight.dtype if case == "narrow" else torch.float32), *layers)
 
 
-def test_cpus_compute_as_ever() -> None:
-    assert not wide_gradients.sums_wide("cpu", BF16)
+def test_cpus_compute_as_ever(layers: nn.ModuleList, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wide_gradients, "_products", lambda *_: pytest.fail("CPUs have nothing to widen"))
+    plain = passes(layers)
+    widen_gradients(layers)
+    assert all(torch.equal(a, b) for a, b in zip(passes(layers), plain, strict=True))
 
 
 class TestTrial:
