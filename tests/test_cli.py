@@ -103,7 +103,7 @@ def test_two_processes_leave_one_run_folder(tmp_path: Path) -> None:
 
 def timeless(run: Path) -> list[dict]:
     kept = rows(run / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"} for row in kept]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/", "tokens_per_second"))} for row in kept]
 
 
 def test_eval_writes_and_shows_the_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
