@@ -33,6 +33,7 @@ COMMANDS: Final = {
     "sample": Command("sample", "divide a data set into easy, medium and hard rows by a model's pass rates"),
     "pipeline": Command("pipeline", "run stages of training and sampling, one after the other"),
     "export": Command("export", "write a trained model with a model card, to keep or to upload"),
+    "report": Command("report", "write a run's report for the browser, or serve it while the run goes on"),
     "serve": Command("serve", "serve a model with vLLM, to generate for training"),
     "doctor": Command("doctor", "check that model, processor, engine and data fit together"),
     "score": Command("score", "score answers that exist already, with every reward term"),

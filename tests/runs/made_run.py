@@ -12,7 +12,6 @@ from vlmenv.algos.trainer import StepResult
 from vlmenv.core.files import jsonable
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.rec import RECEnv
-from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.evaluation import Evaluation, summarise, write_evaluation
 from vlmenv.runs.album import Album, groups_shown, is_right
 from vlmenv.runs.run_folder import RunFolder
@@ -147,7 +146,3 @@ def embedded(html: str) -> dict[str, Any]:
     """The data of a report."""
     data: dict[str, Any] = json.loads(html.partition('id="data">')[2].partition("</script>")[0])
     return data
-
-
-def vector_envs(task: type[VisualTaskEnv], **options: Any) -> VisualTaskVectorEnv:
-    return VisualTaskVectorEnv(task, 4, group_size=2, **options)

@@ -81,7 +81,9 @@ class RunFiles:
     def check(self) -> None:
         """Raises ConfigError if the folder holds no run."""
         if not self.metrics and not self.evaluations:
-            raise ConfigError(f"{self.run} holds no run to report: it has neither steps in metrics.jsonl nor evaluations")
+            raise ConfigError(
+                f"{self.run} holds no run to report: it has neither steps in metrics.jsonl nor evaluations"
+            )
 
     @cached_property
     def options(self) -> Content:
@@ -139,7 +141,9 @@ class RunFiles:
             "origin": {name: _written(value) for name, value in self.origin.items()},
             "curves": thinned(self.metrics),
             "machine": _machine(self.metrics),
-            "warnings": [[number(one.get("step")), visible(one.get("kind")), visible(one.get("message"))] for one in warnings],
+            "warnings": [
+                [number(one.get("step")), visible(one.get("kind")), visible(one.get("message"))] for one in warnings
+            ],
             "changes": [visible(json.dumps(one)) for one in readable_objects(self.run / "changes.jsonl")],
             "headline": self._headline(),
             "held_out": [[step, _intervals(_object(folder / "metrics.json"))] for step, folder in self.evaluations],

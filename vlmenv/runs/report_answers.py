@@ -196,7 +196,9 @@ def evenly(groups: Sequence[Sequence[Answer]], room: float, most: int) -> list[A
     """Groups at even distances, as many as have room."""
     size, count = sum(answer.size for group in groups for answer in group), sum(map(len, groups))
     share = min(1.0, room / max(1, size), most / max(1, count))
-    wanted = [group for i, group in enumerate(groups) if math.floor((i + 1) * share + 1e-9) > math.floor(i * share + 1e-9)]
+    wanted = [
+        group for i, group in enumerate(groups) if math.floor((i + 1) * share + 1e-9) > math.floor(i * share + 1e-9)
+    ]
     return leading(wanted, room, most)
 
 
@@ -238,7 +240,9 @@ def _sample(answer: Answer, kept: Row) -> Content:
     """What is told of a sample: of the album, or of a completion alone."""
     row = answer.row
     prompt = str(row.get("prompt", ""))
-    turns = "".join(f"[{turn.get('role')}] {turn.get('text')}\n\n" for turn in row.get("turns") or () if isinstance(turn, dict))
+    turns = "".join(
+        f"[{turn.get('role')}] {turn.get('text')}\n\n" for turn in row.get("turns") or () if isinstance(turn, dict)
+    )
     images = [image for image in kept.get("images") or () if isinstance(image, dict) and "file" in image]
     return {
         "key": visible(answer.key),
@@ -247,7 +251,9 @@ def _sample(answer: Answer, kept: Row) -> Content:
         "prompt": shortened(turns + prompt),
         "subject": visible(row.get("subject", ""))[:200],
         "truth": written(row.get("target")),
-        "images": [{"file": one["file"], "w": _side(one.get("width")), "h": _side(one.get("height"))} for one in images],
+        "images": [
+            {"file": one["file"], "w": _side(one.get("width")), "h": _side(one.get("height"))} for one in images
+        ],
         "left_out": kept.get("left_out") or 0,
         "asked": kept.get("asked") or 0,
         "true": [[visible(label)[:100], place] for label, place in kept.get("true") or ()],
@@ -309,4 +315,3 @@ def number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return float(f"{value:.5g}")
-

@@ -29,11 +29,11 @@ const spread = (one, sign) => {
   const plus = sign && one[0] > 0 ? "+" : "";
   return plus + written(one[0]) + (known(one[1]) ? ` (${written(one[1])} to ${written(one[2])})` : "");
 };
-const table = (head, rows, caption) =>
+const table = (head, rows, caption, numbers = false) =>
   h("div", { class: "wide", tabindex: "0", role: "region", "aria-label": caption },
     h("table", {},
       h("caption", { class: "quiet" }, caption),
-      h("thead", {}, h("tr", {}, ...head.map((one) => h("th", { scope: "col" }, one)))),
+      h("thead", {}, h("tr", {}, ...head.map((one, i) => h("th", { scope: "col", class: i && numbers ? "number" : null }, one)))),
       h("tbody", {}, ...rows)));
 
 // --- result ---------------------------------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ function headline(run) {
       ...[spread(before), spread(after), change ? spread(change, true) : plain(before, after)].map((text) =>
         h("td", { class: "number" }, text))));
   return table(["metric", "before", "after", "change"], rows,
-    "Held-out metrics of greedy answers, with 95 % intervals; the change is of the same samples");
+    "Held-out metrics of greedy answers, with 95 % intervals; the change is of the same samples", true);
 }
 const plain = (before, after) => (before && after ? written(after[0] - before[0]) : "–");
 
@@ -80,7 +80,7 @@ function comparison() {
   const rows = names.map((name, i) =>
     h("tr", { class: i === 0 ? "main" : null }, h("th", { scope: "row" }, name),
       ...runs.map((run) => h("td", { class: "number" }, `${spread(of(run, name)[1])} → ${spread(of(run, name)[2])}`))));
-  return table(["metric", ...runs.map((run) => run.name)], rows, "Held-out metrics before → after, with 95 % intervals");
+  return table(["metric", ...runs.map((run) => run.name)], rows, "Held-out metrics before → after, with 95 % intervals", true);
 }
 
 // --- curves ---------------------------------------------------------------------------------------------------------
@@ -206,7 +206,8 @@ function panel(title, unit, series) {
   const [first, last] = [steps[0], steps[steps.length - 1]];
   let low = Math.min(...all.map((p) => (p[2] ?? p[1])));
   let high = Math.max(...all.map((p) => (p[3] ?? p[1])));
-  if (low === high) [low, high] = [low - Math.abs(low) * 0.1 - 1e-9, high + Math.abs(high) * 0.1 + 1e-9];
+  const margin = Math.abs(high) * 0.1 || 1;
+  if (low === high) [low, high] = [low - margin, high + margin];
   const x = (step) => L + (W - L - R) * (last === first ? 0.5 : (step - first) / (last - first));
   const y = (value) => H - B - (H - B - T) * (value - low) / (high - low);
   const path = (points) => points.map((p, i) => `${i ? "L" : "M"}${x(p[0]).toFixed(1)} ${y(p[1]).toFixed(1)}`).join("");
@@ -214,7 +215,7 @@ function panel(title, unit, series) {
   const picture = s("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": `${title}, steps ${first} to ${last}: ${ends.join("; ")}` });
   for (const value of ticks(low, high, 4)) {
     picture.append(s("line", { x1: L, x2: W - R, y1: y(value), y2: y(value), class: "tick" }),
-      s("text", { x: L - 5, y: y(value) + 4, "text-anchor": "end" }, written(value, 2)));
+      s("text", { x: L - 5, y: y(value) + 4, "text-anchor": "end" }, value !== 0 && Math.abs(value) < 1e-3 ? value.toExponential() : String(value)));
   }
   for (const value of ticks(first, last, 5).filter(Number.isInteger)) {
     picture.append(s("text", { x: x(value), y: H - 10, "text-anchor": "middle" }, String(value)));
@@ -239,7 +240,7 @@ function panel(title, unit, series) {
   }
   const cursor = s("line", { y1: T, y2: H - B, class: "cursor", visibility: "hidden" });
   picture.append(cursor);
-  const outputs = series.map(() => h("output", {}, ""));
+  const outputs = series.map(() => h("span", { class: "value" }));
   const range = h("input", { type: "range", min: 0, max: steps.length - 1, value: steps.length - 1, "aria-label": `Step of ${title}` });
   const stepText = h("span", { class: "quiet" }, "");
   const show = () => {
@@ -318,24 +319,25 @@ function showAnswers() {
   }
   const asked = new URLSearchParams(location.hash.startsWith("#!") ? location.hash.slice(2) : "");
   const choice = (name, label, options, first) => {
-    const select = h("select", { name }, ...options.map(([value, text]) => h("option", { value }, text)));
+    const select = h("select", { name, id: `filter-${name}` }, ...options.map(([value, text]) => h("option", { value }, text)));
     select.value = options.some(([value]) => value === asked.get(name)) ? asked.get(name) : first;
-    return [h("label", {}, label, select), select];
+    return [labelled(name, label, select), select];
   };
   const entry = (name, label, type) => {
-    const input = h("input", { name, type, step: type === "number" ? "any" : null });
+    const input = h("input", { name, id: `filter-${name}`, type, step: type === "number" ? "any" : null });
     input.value = asked.get(name) ?? "";
-    return [h("label", {}, label, input), input];
+    return [labelled(name, label, input), input];
   };
+  const labelled = (name, label, field) => h("div", {}, h("label", { for: `filter-${name}` }, label), field);
   const views = [...(beside.length ? [["beside", "before and after, side by side"]] : []), ["single", "one by one"]];
   const fields = {
     view: choice("view", "Show", views, views[0][0]),
     run: choice("run", "Run", [["", "all"], ...runs.map((run, r) => [String(r), run.name])], ""),
     when: choice("when", "From", [["", "all"], ...WHEN.map((text, i) => [String(i), text]).filter(([i]) => answers.some((a) => a.when === Number(i)))], ""),
     from: entry("from", "Steps from", "number"),
-    to: entry("to", "to", "number"),
+    to: entry("to", "Steps to", "number"),
     least: entry("least", "Reward from", "number"),
-    most: entry("most", "to", "number"),
+    most: entry("most", "Reward to", "number"),
     verdict: choice("verdict", "Verdict", Object.entries(VERDICTS).map(([name, [text]]) => [name, text]), "all"),
     text: entry("text", "Text contains", "search"),
     sort: choice("sort", "Order", Object.entries(ORDERS).map(([name, [text]]) => [name, text]), beside.length ? "change" : "order"),
@@ -526,7 +528,7 @@ function showMachine() {
       h("td", { class: "number" }, duration(value)), h("td", { class: "number" }, `${written(100 * value / (sum || 1), 1)} %`)));
     const origin = Object.entries(run.origin).filter(([, value]) => value && value !== "null").map(([name, value]) => `${name} ${value}`);
     section.append(runs.length > 1 ? h("h3", {}, run.name) : "",
-      rows.length ? table(["phase", "time", "share"], rows, `Time of all steps, ${duration(sum)} together`) : h("p", {}, "No time was recorded."),
+      rows.length ? table(["phase", "time", "share"], rows, `Time of all steps, ${duration(sum)} together`, true) : h("p", {}, "No time was recorded."),
       h("p", { class: "facts" }, [known(speed) ? `${written(speed, 0)} tokens per second, mean over steps` : null,
         known(memory) ? `largest memory ${written(memory, 2)} GiB` : null, ...origin].filter(Boolean).join("; ")));
   }
@@ -551,7 +553,7 @@ function follow() {
       if (now !== null && version !== now && box.checked) location.reload();
       now = version;
     } catch { /* the server has ended: the page stays as it is */ }
-  }, 3000);
+  }, 10000);
 }
 
 showResult();
