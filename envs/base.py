@@ -24,7 +24,7 @@ from vlmenv.envs.data.rows import Row, missing
 from vlmenv.envs.data.rows import places as columns_of
 from vlmenv.envs.data.scenes import Split
 from vlmenv.envs.data.source import Sample, SampleOrder, Source
-from vlmenv.envs.geometry import Geometry, changed_place, convert, places
+from vlmenv.envs.geometry import Geometry, changed_place, convert, labelled_places
 from vlmenv.envs.metrics.intervals import Interval
 from vlmenv.envs.rendering import ANSWERED, TRUE, draw_places, picture_of
 from vlmenv.envs.rewards.registry import registered_rewards
@@ -320,8 +320,11 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         if self.geometry is None:
             return picture_of(sample.images)
         width, height = _image_size(sample)
-        true = [(place, TRUE) for place in places(sample.target)]
-        answered = [(self.coordinates.to_pixels(place, width, height), ANSWERED) for place in places(prediction)]
+        true = [(label, place, TRUE) for label, place in labelled_places(sample.target)]
+        answered = [
+            (label, self.coordinates.to_pixels(place, width, height), ANSWERED)
+            for label, place in labelled_places(prediction)
+        ]
         return draw_places(sample.asked_images[0], true + answered, (width, height))
 
     def reset(
@@ -372,7 +375,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         return self.observe(self._sample), score.reward, True, False, info
 
     def render(self) -> Image | None:
-        """In `rgb_array` mode a picture, uint8 [H, W, 3]: true places in green, answered ones in red."""
+        """In `rgb_array` mode a picture, uint8 [H, W, 3]: true places in blue, answered ones in orange."""
         if self.render_mode is None or self._sample is None:
             return None
         return self.draw(self._sample, self._prediction)

@@ -84,7 +84,7 @@ def test_a_point_is_asked_for_and_scored_in_one_convention(way: str) -> None:
         picture = env.render()
         assert picture is not None
         scale = picture.shape[0] // HEIGHT
-        drawn = np.argwhere((picture == (220, 20, 30)).all(axis=2))
+        drawn = np.argwhere((picture == (213, 94, 0)).all(axis=2))
         assert drawn.mean(axis=0) == pytest.approx((y * HEIGHT * scale, x * WIDTH * scale), abs=scale)
     assert env.write_answer(source.get(0)).endswith(f"[{0.3 * right:.0f},{0.3 * bottom:.0f}]</answer>")
     assert env.write_answer(source.get(1)).endswith("None</answer>")

@@ -96,11 +96,11 @@ def test_the_picture_shows_true_and_answered_boxes() -> None:
     after = env.render()
     assert before is not None
     assert after is not None
-    green, red = [20, 150, 40], [220, 20, 30]
+    blue, orange = [0, 114, 178], [213, 94, 0]
     x1, y1 = (int(4 * v) for v in env.source.get(0).target[:2])
-    assert before[y1, x1 + 8].tolist() == after[y1, x1 + 8].tolist() == green
-    assert before[0, 0].tolist() != red
-    assert after[0, 0].tolist() == after[-1, -1].tolist() == red
+    assert before[y1, x1 + 8].tolist() == after[y1, x1 + 8].tolist() == blue
+    assert before[0, 0].tolist() != orange
+    assert after[0, 0].tolist() == after[-1, -1].tolist() == orange
 
 
 def test_rewards_are_named_and_weighted() -> None:
