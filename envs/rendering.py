@@ -21,7 +21,7 @@ TRUE: Final[Colour] = (0, 114, 178)
 ANSWERED: Final[Colour] = (213, 94, 0)
 RIM: Final[Colour] = (255, 255, 255)
 _LEAST_SIDE = 320
-_LINE = 3  # pixels, of a picture whose shorter side has 320
+_LINE = 4  # pixels, of a picture whose shorter side has 320
 _LONGEST_LABEL = 40
 _GAP = 8
 
@@ -47,7 +47,7 @@ def draw_places(
     picture, scale = _enlarged(image)
     shrunk = np.array(image.shape[1::-1]) / (size or image.shape[1::-1])
     draw = ImageDraw.Draw(picture)
-    line = max(_LINE, min(picture.size) // 100)
+    line = max(_LINE, min(picture.size) // 80)
     for label, place, colour in found:
         corners = np.clip(np.array(place).reshape(-1, 2) * shrunk * scale, -1, picture.size)
         _draw_shape(draw, corners, colour, line)

@@ -31,6 +31,7 @@ COMMANDS: Final = {
     "train": Command("train", "train a model by reinforcement learning"),
     "eval": Command("evaluate", "measure how well a model answers, on one data set or on a paper's"),
     "sample": Command("sample", "divide a data set into easy, medium and hard rows by a model's pass rates"),
+    "answer": Command("answer", "ask a model about your own pictures, and draw what it answers"),
     "pipeline": Command("pipeline", "run stages of training and sampling, one after the other"),
     "export": Command("export", "write a trained model with a model card, to keep or to upload"),
     "report": Command("report", "write a run's report for the browser, or serve it while the run goes on"),

@@ -315,7 +315,8 @@ class TrainingLoop:
 
     def _draw(self) -> None:
         if self.trainer.accelerator.is_main_process and self.history:
-            draw_curve(self.run.path / "curve.png", self.history, self.run.warned())
+            title = f"{self.run.path.name}: {self.config.env}, {self.config.algo}"
+            draw_curve(self.run.path / "curve.png", self.history, self.run.warned(), title)
 
     def _fail_tracking(self) -> None:
         self.tracking.close(failed=True)

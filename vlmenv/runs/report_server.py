@@ -30,8 +30,8 @@ Signature = tuple[tuple[str, int, int], ...]
 class ReportServer(ThreadingHTTPServer):
     """A server of a report at a path that nobody can guess.
 
-    It answers GET alone, of requests that name it by 127.0.0.1 or localhost, so that no web page reaches it by a name of
-    its own. The report is made anew if a file of the runs has changed since.
+    It answers GET alone, of requests that name it by 127.0.0.1 or localhost, so that no web page reaches it by a name
+    of its own. The report is made anew if a file of the runs has changed since.
 
     Args:
         runs: Folders of runs.
