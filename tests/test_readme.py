@@ -34,6 +34,8 @@ SMALL = {
     "recipes": [],
     "score": [],
     "export": [],
+    "report": [],
+    "answer": ["--device", "cpu"],
 }
 
 
@@ -137,7 +139,8 @@ def of_recipe(name: str, folder: Path) -> list[str]:
     return [*small, *(["--group-size", "1"] if warmup else []), *shlex.split(WITHOUT_HUB.get(name, ""))]
 
 
-COMMANDS = [one for one in commands("vlmenv") if " serve" not in one and not AT_OTHER_ADDRESSES.search(one)]
+SERVERS = re.compile(r" serve| --serve")
+COMMANDS = [one for one in commands("vlmenv") if not SERVERS.search(one) and not AT_OTHER_ADDRESSES.search(one)]
 
 
 @pytest.mark.parametrize("command", [with_vllm(one) for one in COMMANDS])
@@ -168,6 +171,10 @@ def test_the_commands_run(
         monkeypatch.setattr(HfApi, "upload_folder", lambda *_, **__: None)
         main(["train", *SMALL["train"], "--output", args[1], *(["--lora-rank", "2"] if "lora" in args[1] else [])])
         main(["1" if before == "--step" else arg for before, arg in zip(["", *args], args, strict=False)])
+    elif args[0] == "report":
+        for run in {arg for arg in args if arg.startswith("runs/")}:
+            main(["train", *SMALL["train"], "--output", run])
+        main(args)
     elif "--recipe" in args:
         main([*args, *SMALL[args[0]], *of_recipe(args[args.index("--recipe") + 1], tmp_path)])
     elif args[0] == "pipeline":
@@ -185,6 +192,8 @@ def test_the_commands_run(
         "envs": "VLM-REC-v0",
         "recipes": "vlm_r1_rec",
         "export": "holds",
+        "report": "open it in a browser",
+        "answer": "asked by the prompt of VLM-REC-v0",
     }
     assert expected[args[0]] in capsys.readouterr().out
 

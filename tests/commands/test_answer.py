@@ -84,7 +84,8 @@ def test_several_pictures_are_asked_about_one_by_one(scene: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ("It is at [1, 2, 30, 40].", ((1, 2, 30, 40),)),
+        ("It is at [1, 2, 30, 40].", (Detection("It is at", (1, 2, 30, 40)),)),
+        ("[1, 2, 30, 40]", ((1, 2, 30, 40),)),
         ("<answer>[[1,2],[3,4]]</answer>", ((1, 2), (3, 4))),
         ('```json\n[{"bbox_2d": [1, 2, 3, 4], "label": "cat"}]\n```', (Detection("cat", (1, 2, 3, 4)),)),
         ("There is nothing there.", None),

@@ -13,7 +13,6 @@ from vlmenv.runs.pictures import _panels, _wrapped_end, chosen, draw_curve
 
 DRAW = """
 from pathlib import Path
-from typing import Any
 from vlmenv.runs.pictures import draw_curve
 draw_curve(Path("curve.png"), [{"reward/mean": 0.1, "reward/iou": 0.1}, {"reward/mean": 0.2, "reward/iou": 0.2}])
 """
@@ -36,7 +35,7 @@ def test_a_curve_has_a_panel_for_what_the_run_has(tmp_path: Path) -> None:
     ]
     draw_curve(tmp_path / "sft.png", sft, title="a $x^2 run")
     whole = {"reward/mean": 0.1, "reward/iou": 0.1, "reward/std": 0.1, "eval/map": 0.2, "policy/kl": 0.0}
-    labels = {label: names for label, names in _panels(whole)}
+    labels = dict(_panels(whole))
     assert labels["reward terms, unweighted"] == ["reward/iou"]
     assert labels["held-out map"] == ["eval/map"]
     with Image.open(tmp_path / "sft.png") as picture:
@@ -76,6 +75,6 @@ def test_long_questions_show_their_end() -> None:
     text = "Please provide the bounding box coordinate of the region this sentence describes: the left red cup"
     shown = _wrapped_end(text, 26, 3)
     assert shown.startswith("…\n")
-    assert shown.endswith("left red cup")
+    assert " ".join(shown.split()).endswith("describes: the left red cup")
     assert all(len(line) <= 26 for line in shown.split("\n"))
     assert _wrapped_end("short", 26, 3) == "short"

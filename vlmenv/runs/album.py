@@ -40,9 +40,13 @@ _THREADS: Final = 8
 class Album:
     """Pictures of samples in a folder, a few kilobytes each, and a line per sample in index.jsonl.
 
-    A line has `key` ("train/INDEX" or "eval/INDEX"), `id`, `question`, `images` (`file`, `width` and `height` of the
-    full image), `asked` (the image that places refer to), `true` (labelled places in pixels of the full image) and
-    `scale` (pixels per unit of an answer's coordinates, by axis; None for a task without places).
+    A line has these entries:
+
+    - `key`: "train/INDEX" or "eval/INDEX"; `id`; `question`.
+    - `images`: `file`, and `width` and `height` of the full image; `left_out`: the number of further ones.
+    - `asked`: the number of the image that places refer to.
+    - `true`: labelled places in pixels of the full image.
+    - `scale`: pixels per unit of an answer's coordinates, by axis. None: the task has no places.
 
     Args:
         folder: The folder, which is made with the first sample.
