@@ -85,11 +85,12 @@ class Answers:
             text: Bytes for them.
             pictures: Bytes of pictures.
         """
-        groups = {0: self._pairs(), 1: self._training(), 2: self._on_the_way()}
-        total = [sum(map(len, own)) for own in groups.values()]
+        groups = [self._pairs(), self._training(), self._on_the_way()]
+        total = [sum(map(len, own)) for own in groups]
         total[1] = _count_lines(self.run / "rollouts.jsonl")
         shown: list[Answer] = []
-        for number, share in enumerate(SHARES):
+        for number, part in enumerate(SHARES):
+            share = part if any(groups[later] for later in range(number + 1, len(groups))) else 1.0
             used = sum(answer.size for answer in shown)
             pick = leading if number == 0 else evenly
             shown += pick(groups[number], share * text - used, int(share * most) - len(shown))

@@ -498,7 +498,7 @@ function mark(label, place, kind, image) {
   const size = unit / 18;
   const name = label ? s("text", { class: `name ${kind}`, x: Math.max(0, left), y: kind === "true" ? Math.max(size, top - size / 4) : Math.min(image.h - 1, Math.max(...ys) + size),
     "font-size": size, "stroke-width": size / 5 }, label.slice(0, 40)) : null;
-  return s("g", { class: "place", tabindex: "0", role: "img", "aria-label": told }, s("title", {}, told), shape("rim"), shape(`mark ${kind}`), name);
+  return s("g", { class: "place", tabindex: "0", role: "img", "aria-label": told }, s("title", {}, told), shape(`rim ${kind}`), shape(`mark ${kind}`), name);
 }
 
 // --- options, time and memory ---------------------------------------------------------------------------------------
