@@ -20,7 +20,7 @@ from PIL import Image as PILImage
 
 from vlmenv.core.coordinates import ResizeRule
 from vlmenv.core.errors import ConfigError, SampleError, require
-from vlmenv.core.rollout import IMAGE_MARK, Observation, count_marks
+from vlmenv.core.rollout import IMAGE_MARK, Observation, Turn, count_marks
 from vlmenv.core.spaces import Image
 from vlmenv.envs.data.source import SampleOrder
 from vlmenv.envs.making import make_envs
@@ -205,7 +205,8 @@ def imported(module: str, package: str, extra: str) -> ModuleType:
 
 def _pieces(observation: Observation) -> list[tuple[str, list[str | None]]]:
     """The turns by their roles, each as texts with None in the place of an image."""
-    turns = [*observation.get("turns", ()), {"role": "user", "text": observation["prompt"]}]
+    asked: Turn = {"role": "user", "text": observation["prompt"]}
+    turns = [*observation.get("turns", ()), asked]
     if count_marks(observation["prompt"], observation.get("turns", ())) and observation["images"]:
         return [(one["role"], [one["text"]] if one["role"] == "assistant" else _split(one["text"])) for one in turns]
     found: list[tuple[str, list[str | None]]] = [(one["role"], [one["text"]]) for one in turns]
