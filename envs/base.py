@@ -67,9 +67,6 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         box_orientation: Orientation of the image that the data set's boxes refer to, if EXIF turns it: as it is
             `"shown"`, or as it is `"stored"`. The width and height in a COCO file decide if they fit only one. Default:
             `"shown"`.
-        box_orientation: Orientation of the image that the data set's boxes refer to, if EXIF turns it: as it is
-            `"shown"`, or as it is `"stored"`. The width and height in a COCO file decide if they fit only one. Default:
-            `"shown"`.
         confine_images: If true, a row whose image lies outside `image_root` is broken: by an absolute path, `..` or a
             link that leads out of it. Default: False.
         rewards: Terms with weights. A term is the name of a task's own or of a registered term, a `"module:function"`,
