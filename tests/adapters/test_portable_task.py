@@ -130,6 +130,7 @@ def test_scores_come_in_the_order_of_the_answers() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_sample_is_the_same_in_another_folder_and_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_rows(tmp_path)
     code = "import sys; from vlmenv.adapters.task import judged; print(judged(sys.argv[1:2], sys.argv[2:])[0].reward)"

@@ -35,6 +35,7 @@ def parquet(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
+@pytest.mark.slow
 def test_verl(tmp_path: Path) -> None:
     task = PortableTask("VLM-VQA-v0", dataset=str(write_rows(tmp_path)))
     done = export(task, "verl", tmp_path / "out" / "train.parquet")
@@ -55,6 +56,7 @@ def test_verl(tmp_path: Path) -> None:
             assert found == {"score": expected.reward, **expected.terms}
 
 
+@pytest.mark.slow
 def test_easyr1(tmp_path: Path) -> None:
     task = PortableTask("VLM-REC-v0", coordinates="norm1000")
     done = export(task, "easyr1", tmp_path / "train.parquet", rows=70)  # more than are held at a time
@@ -81,6 +83,7 @@ def test_easyr1_takes_one_turn(tmp_path: Path) -> None:
         export(task, "easyr1", tmp_path / "train.parquet", rows=1)
 
 
+@pytest.mark.slow
 def test_swift(tmp_path: Path, qwen2_5_vl_folder: Path) -> None:
     """Qwen2.5-VL's boxes are in pixels of the image at the model's size."""
     model = ["--model", str(qwen2_5_vl_folder)]

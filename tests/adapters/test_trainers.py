@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import gymnasium
+import httpx2
 import numpy as np
 import pytest
 import torch
 from adapter_rows import write_rows
 from PIL import Image
+from servers import free_port
 
 import vlmenv.adapters
 from vlmenv.adapters.task import PortableTask
@@ -45,6 +48,7 @@ def answered(task: PortableTask) -> list[tuple[int, str, float]]:
     return found
 
 
+@pytest.mark.slow
 def test_trl_takes_steps(builtin: VLMAgent, tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
     processor: Any = processor_without_videos(find_model("builtin"))
@@ -133,6 +137,7 @@ def test_skyrl(task: PortableTask, answered: list[tuple[int, str, float]]) -> No
         gym.make("vlm_rec_of_tests", env_config={}, extras={})
 
 
+@pytest.mark.slow
 def test_gem(task: PortableTask, answered: list[tuple[int, str, float]]) -> None:
     gem = pytest.importorskip("gem")
     gem.register("vlm:rec-of-tests", vlmenv.adapters.gem("VLM-REC-v0", coordinates="norm1000"))
@@ -147,6 +152,7 @@ def test_gem(task: PortableTask, answered: list[tuple[int, str, float]]) -> None
     assert first["problem"] == again["problem"]
 
 
+@pytest.mark.slow
 def test_openenv(task: PortableTask, answered: list[tuple[int, str, float]]) -> None:
     pytest.importorskip("openenv.core.env_server.http_server")
     from fastapi.testclient import TestClient
@@ -165,6 +171,7 @@ def test_openenv(task: PortableTask, answered: list[tuple[int, str, float]]) -> 
         assert "reset" in str(session.receive_json())
 
 
+@pytest.mark.slow
 def test_verifiers(task: PortableTask, answered: list[tuple[int, str, float]]) -> None:
     vf = pytest.importorskip("verifiers.v1")
     kind = vlmenv.adapters.verifiers("VLM-REC-v0", rows=COUNT, coordinates="norm1000")
@@ -178,6 +185,7 @@ def test_verifiers(task: PortableTask, answered: list[tuple[int, str, float]]) -
         assert asyncio.run(one.score(Trace())) == pytest.approx(reward, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_swift(task: PortableTask, answered: list[tuple[int, str, float]]) -> None:
     pytest.importorskip("swift.rewards.orm")
     function = vlmenv.adapters.swift()()
@@ -226,3 +234,20 @@ def test_web_pages_are_not_served(kind: str) -> None:
     assert not served(own, kind)
     assert served(None, kind, host="node7:8001")
     assert not served(None, kind, host="node7:8001", origin="null")
+
+
+@pytest.mark.slow
+def test_an_environment_is_served(task: PortableTask) -> None:
+    pytest.importorskip("openenv.core.env_server.http_server")
+    port = free_port()
+    command = [sys.executable, "-m", "vlmenv", "serve-env", "VLM-REC-v0", "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            assert f"http://127.0.0.1:{port}" in server.stdout.readline()
+            url = f"http://127.0.0.1:{port}"
+            answer = httpx2.Client(transport=httpx2.HTTPTransport(retries=8)).post(f"{url}/reset", json={"seed": 1})
+            assert answer.json()["observation"]["messages"][-1]["role"] == "user"
+            assert httpx2.post(f"{url}/reset", json={}, headers={"Origin": "https://evil.example"}).status_code == 403
+        finally:
+            server.terminate()
