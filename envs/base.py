@@ -118,6 +118,8 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
     """Whether every sample must have an image."""
     needs_answer: ClassVar[bool] = True
     """Whether every row must have an answer."""
+    knows_answers: ClassVar[bool] = True
+    """Whether `write_answer` knows right answers."""
     takes_coco: ClassVar[bool] = False
     """Whether the task reads COCO's instances."""
     unread: ClassVar[Collection[str]] = ()
