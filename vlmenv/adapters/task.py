@@ -22,7 +22,7 @@ from vlmenv.core.coordinates import ResizeRule
 from vlmenv.core.errors import ConfigError, SampleError, require
 from vlmenv.core.rollout import IMAGE_MARK, Observation, Turn, count_marks
 from vlmenv.core.spaces import Image
-from vlmenv.envs.data.source import SampleOrder
+from vlmenv.envs.data.source import order_of
 from vlmenv.envs.making import make_envs
 from vlmenv.envs.scoring import Score
 
@@ -73,7 +73,7 @@ class PortableTask:
 
     def numbers(self, seed: int) -> Iterator[int]:
         """The numbers of the samples in the order of a seed, without end. A data set begins again, shuffled anew."""
-        order = SampleOrder(self.task.source.size, key=int(np.random.default_rng(seed).integers(2**62)))
+        order = order_of(np.random.default_rng(seed), self.task.source.size)
         return (order[place] % PORTABLE for place in itertools.count())
 
     def readable(self, rows: int | None, seed: int) -> Iterator[tuple[int, Observation]]:
