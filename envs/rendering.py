@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+import warnings
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -21,9 +23,47 @@ TRUE: Final[Colour] = (0, 114, 178)
 ANSWERED: Final[Colour] = (213, 94, 0)
 RIM: Final[Colour] = (255, 255, 255)
 _LEAST_SIDE = 320
-_LINE = 4  # pixels, of a picture whose shorter side has 320
+_STROKE = 4  # pixels, of a picture whose shorter side has 320
 _LONGEST_LABEL = 40
 _GAP = 8
+_LINE, _LINES = 90, 12
+"""Characters of a line in a window, and lines above its picture."""
+_MOMENT = 0.01
+"""Seconds in which a window draws itself."""
+
+
+class Window:
+    """A window for pictures, with a text above each. Without a display it warns, and nothing is shown."""
+
+    def __init__(self) -> None:
+        from matplotlib import pyplot
+        from matplotlib.backends.registry import BackendFilter, backend_registry
+
+        backend = pyplot.get_backend()
+        known = backend_registry.list_builtin(BackendFilter.NON_INTERACTIVE)  # type: ignore[no-untyped-call]
+        if backend.lower() in known:
+            warnings.warn(
+                f"render_mode 'human' shows nothing here: matplotlib's backend {backend} opens no windows. Take "
+                "'rgb_array' or 'ansi', or set MPLBACKEND to one that does",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        self._pyplot = pyplot
+        self._figure, self._axes = pyplot.subplots(layout="constrained")
+
+    def show(self, picture: Image, text: str) -> None:
+        """Shows a picture in place of the one before."""
+        self._axes.clear()
+        self._axes.imshow(picture)
+        self._axes.set_axis_off()
+        lines = [line for one in text.split("\n") for line in textwrap.wrap(one, _LINE) or [""]]
+        self._axes.set_title("\n".join(lines[-_LINES:]), loc="left", fontsize="small", parse_math=False)
+        self._figure.canvas.draw_idle()
+        self._pyplot.pause(_MOMENT)
+
+    def close(self) -> None:
+        """Closes the window."""
+        self._pyplot.close(self._figure)
 
 
 def draw_places(
@@ -47,7 +87,7 @@ def draw_places(
     picture, scale = _enlarged(image)
     shrunk = np.array(image.shape[1::-1]) / (size or image.shape[1::-1])
     draw = ImageDraw.Draw(picture)
-    line = max(_LINE, min(picture.size) // 80)
+    line = max(_STROKE, min(picture.size) // 80)
     for label, place, colour in found:
         corners = np.clip(np.array(place).reshape(-1, 2) * shrunk * scale, -1, picture.size)
         _draw_shape(draw, corners, colour, line)

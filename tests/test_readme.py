@@ -85,7 +85,7 @@ def small(args: list[str]) -> list[str]:
 @pytest.fixture(scope="module")
 def servers() -> Iterator[dict[str, Served]]:
     """The servers that the pages start, each by the port that is shown for it, at other ports."""
-    every = [command for command in commands("vlmenv") if command.startswith("vlmenv serve")]
+    every = [command for command in commands("vlmenv") if re.match(r"vlmenv serve( |$)", command)]
     shown = [small(shlex.split(command)[2:]) for command in every if not AT_OTHER_ADDRESSES.search(command)]
     with ExitStack() as opened:
         started = {}
@@ -188,7 +188,7 @@ def test_the_commands_run(
         "doctor": "room for tensors" if "--card" in args else "everything adds up",
         "sample": "medium",
         "pipeline": "the stages and this table are in",
-        "data": "sample 0" if args[1:2] == ["show"] else "good",
+        "data": {"show": "sample 0", "export": "rows are in"}.get(args[1], "good"),
         "envs": "VLM-REC-v0",
         "recipes": "vlm_r1_rec",
         "export": "holds",
