@@ -77,6 +77,15 @@ TURN_TEMPLATE = (
 TURN_TOKENS = (
     *("<bos>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<image_soft_token>"),
 )
+BRIEF_TURN_TEMPLATE = (
+    "<bos>{% for message in messages %}<|turn>{{ 'model' if message.role == 'assistant' else message.role }}\n"
+    "{% for part in message.content %}{% if part.type == 'image' %}<|image|>{% else %}{{ part.text | trim }}"
+    "{% endif %}{% endfor %}<turn|>\n{% endfor %}{% if add_generation_prompt %}<|turn>model\n{% endif %}"
+)
+BRIEF_TURN_TOKENS = (
+    *("<pad>", "<bos>", "<|turn>", "<turn|>", "<|video|>"),
+    *("<|image>", "<|image|>", "<image|>", "<|audio>", "<|audio|>", "<audio|>"),
+)
 INST_TEMPLATE = (
     "<s>{% for message in messages %}{% if message.role == 'system' %}[SYSTEM_PROMPT]{% elif message.role == 'user' %}"
     "[INST]{% endif %}{% for part in message.content %}{% if part.type == 'image' %}[IMG]{% else %}{{ part.text }}"
@@ -136,6 +145,29 @@ GLM = Invented(
         ),
     ),
 )
+GEMMA4 = Invented(
+    BRIEF_TURN_TEMPLATE,
+    {"image_processor_type": "Gemma4ImageProcessor", "patch_size": 8, "max_soft_tokens": 70, "pooling_kernel_size": 2},
+    BRIEF_TURN_TOKENS,
+    end="<turn|>",
+    named=(
+        ("image_token_id", "<|image|>"),
+        ("boi_token_id", "<|image>"),
+        ("eoi_token_id", "<image|>"),
+        ("video_token_id", "<|video|>"),
+        ("audio_token_id", "<|audio|>"),
+        ("boa_token_id", "<|audio>"),
+        ("eoa_token_index", "<audio|>"),
+    ),
+    attributes=(
+        ("image_token", "<|image|>"),
+        ("boi_token", "<|image>"),
+        ("eoi_token", "<image|>"),
+        ("audio_token", "<|audio|>"),
+        ("boa_token", "<|audio>"),
+        ("eoa_token", "<audio|>"),
+    ),
+)
 INVENTED = {
     "qwen2_vl": QWEN,
     "qwen2_5_vl": QWEN,
@@ -186,6 +218,8 @@ INVENTED = {
             ("eoi_token", "<end_of_image>"),
         ),
     ),
+    "gemma4": GEMMA4,
+    "gemma4 experts": GEMMA4,
     "mistral3": Invented(INST_TEMPLATE, PIXTRAL_SIZES, INST_TOKENS, end="</s>", named=(("image_token_id", "[IMG]"),)),
     "llava_onevision": Invented(
         CHATML.replace("IMAGE", "<image>"),
@@ -199,9 +233,15 @@ INVENTED = {
 }
 
 
-def invent(model_type: str, folder: Path, head: int = 16) -> None:
-    """Writes a small model with an invented tokenizer, whose attention heads have `head` dimensions."""
-    parts = INVENTED[model_type]
+def invent(name: str, folder: Path, head: int = 16) -> None:
+    """Writes a small model with an invented tokenizer, whose attention heads have `head` dimensions.
+
+    Args:
+        name: The model's type, and perhaps a word for a variant of it.
+        folder: The folder.
+        head: See above.
+    """
+    parts, (model_type, *variant) = INVENTED[name], name.split()
     tokenizer = AutoTokenizer.from_pretrained(find_model("builtin"))
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=True) for token in parts.tokens], True)
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in parts.unspecial])
@@ -216,11 +256,61 @@ def invent(model_type: str, folder: Path, head: int = 16) -> None:
     text = config.get_text_config()
     text.vocab_size, text.pad_token_id, text.bos_token_id = len(tokenizer) + 3, None, None
     text.eos_token_id = tokenizer.eos_token_id
-    for name, token in parts.named:
-        setattr(config, name, tokenizer.convert_tokens_to_ids(token))
+    if model_type == "gemma4":
+        config = _gemma4(text, "experts" in variant)
+        text = config.get_text_config()
+        text.pad_token_id = tokenizer.convert_tokens_to_ids("<pad>")
+    for key, token in parts.named:
+        setattr(config, key, tokenizer.convert_tokens_to_ids(token))
     _shrink_images(config)
-    cut(config, head)
+    if model_type != "gemma4":
+        cut(config, head)
     save_random(config, folder, tokenizer.eos_token_id)
+
+
+def _gemma4(text: Any, has_experts: bool) -> Any:
+    """Gemma 4 in the forms of its small models, and of that with experts."""
+    sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.1}
+    small: dict[str, Any] = {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": text.vocab_size,
+        "use_double_wide_mlp": True,
+    }
+    experts: dict[str, Any] = {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "hidden_size_per_layer_input": 0,
+        "use_bidirectional_attention": "vision",
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 2,
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 16,
+    }
+    own = experts if has_experts else small
+    language = {
+        **sizes,
+        **own,
+        "num_hidden_layers": len(own["layer_types"]),
+        "vocab_size": text.vocab_size,
+        "eos_token_id": text.eos_token_id,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "sliding_window": 12,
+        "final_logit_softcapping": 3.0,
+        "bos_token_id": None,
+    }
+    vision = {
+        **sizes,
+        **{"num_hidden_layers": 2, "num_key_value_heads": 2, "hidden_size": 64, "intermediate_size": 64},
+        **{"head_dim": 16, "patch_size": 8, "pooling_kernel_size": 2, "position_embedding_size": 80},
+        **{"standardize": True, "use_clipped_linears": True},
+    }
+    return AutoConfig.for_model("gemma4", text_config=language, vision_config=vision)
 
 
 def _shrink_images(config: Any) -> None:
@@ -237,7 +327,7 @@ def _shrink_images(config: Any) -> None:
     elif config.model_type == "llava_onevision":
         vision.image_size, vision.patch_size = 32, 8
         config.image_grid_pinpoints, config.vision_aspect_ratio = ANYRES["image_grid_pinpoints"], "anyres_max_4"
-    else:
+    elif config.model_type != "gemma4":
         vision.patch_size = 16
 
 

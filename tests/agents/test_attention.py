@@ -112,7 +112,8 @@ def check(case: str, sees: Sight) -> None:
     wanted = expected(prompts, lengths, index, before, after, sees)
     images = torch.tensor([sees.images[i] for length in prompts for i in range(length)]) if sees.images else None
     packings = [Packing(torch.tensor(one), cpu) for one in (prompts, lengths)]
-    groups = Groups(*packings, torch.tensor(index), images)
+    kinds = {} if images is None else dict.fromkeys(("full_attention", "sliding_attention"), images)
+    groups = Groups(*packings, torch.tensor(index), kinds)
     states_of_both = (torch.cat(pair) for pair in zip(before, after, strict=True))
     first, second = groups.mix(0, Attention(SCALE, sees.window), *states_of_both).split([sum(prompts), sum(lengths)])
     pushes = [torch.randn(one.shape, generator=generator, dtype=torch.float64) for one in wanted]
