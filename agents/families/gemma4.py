@@ -34,8 +34,8 @@ class Gemma4(Family):
         both_ways = model.config.get_text_config().use_bidirectional_attention
         if both_ways not in (None, "vision"):
             raise ModelError(
-                f"use_bidirectional_attention is {both_ways!r} in config.json: such a model attends to later tokens, and "
-                "writes no text"
+                f"use_bidirectional_attention is {both_ways!r} in config.json: such a model attends to later tokens, "
+                "and writes no text"
             )
         if both_ways:
             self.sees_both_ways = frozenset({WINDOW})

@@ -306,9 +306,16 @@ def _gemma4(text: Any, has_experts: bool) -> Any:
     }
     vision = {
         **sizes,
-        **{"num_hidden_layers": 2, "num_key_value_heads": 2, "hidden_size": 64, "intermediate_size": 64},
-        **{"head_dim": 16, "patch_size": 8, "pooling_kernel_size": 2, "position_embedding_size": 80},
-        **{"standardize": True, "use_clipped_linears": True},
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "head_dim": 16,
+        "patch_size": 8,
+        "pooling_kernel_size": 2,
+        "position_embedding_size": 80,
+        "standardize": True,
+        "use_clipped_linears": True,
     }
     return AutoConfig.for_model("gemma4", text_config=language, vision_config=vision)
 
@@ -406,9 +413,11 @@ def save_random(config: Any, folder: Path, ends: int | list[int]) -> None:
     """Writes random weights, those among them too that models begin with at zero or at one."""
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.ndim == 1 or not parameter.any():
             nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.1)
+        if config.model_type == "gemma4" and "q_norm" in name:  # which stands for the root of the head's size
+            parameter.data.mul_(0.25)
     model.generation_config.eos_token_id = ends
     generation = folder / "generation_config.json"
     kept = generation.read_bytes() if generation.is_file() else None

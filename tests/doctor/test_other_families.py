@@ -32,6 +32,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "vision_aspect_ratio": "anyres_max_4",
     },
     "gemma3": {"image_seq_length": 4},
+    "gemma4": {},
+    "gemma4 experts": {},
 }
 PROCESSORS = {
     "qwen2_5_vl": "Qwen2_5_VLProcessor",
@@ -44,8 +46,10 @@ PROCESSORS = {
     "mistral3": "PixtralProcessor",
     "llava_onevision": "LlavaOnevisionProcessor",
     "gemma3": "Gemma3Processor",
+    "gemma4": "Gemma4Processor",
+    "gemma4 experts": "Gemma4Processor",
 }
-NEEDS_TORCHVISION = {"mistral3": {"prompt text", "prompt images"}}
+NEEDS_TORCHVISION = dict.fromkeys(("mistral3", "gemma4", "gemma4 experts"), {"prompt text", "prompt images"})
 """what is not checked without it, as the published processor cannot be loaded"""
 
 
