@@ -49,7 +49,7 @@ PROCESSORS = {
     "gemma4": "Gemma4Processor",
     "gemma4 experts": "Gemma4Processor",
 }
-NEEDS_TORCHVISION = dict.fromkeys(("mistral3", "gemma4", "gemma4 experts"), {"prompt text", "prompt images"})
+NEEDS_TORCHVISION = {one: {"prompt text", "prompt images"} for one in ("mistral3", "gemma4", "gemma4 experts")}
 """what is not checked without it, as the published processor cannot be loaded"""
 
 
