@@ -12,6 +12,7 @@ import torch
 from vlmenv.agents.families import Family
 from vlmenv.compat import vllm as compat
 from vlmenv.compat.torchvision import is_mended
+from vlmenv.compat.transformers import keys_of_blocks
 from vlmenv.core.sampling import Sampling
 
 IN_PROCESS: Final = "vlmenv"
@@ -104,7 +105,7 @@ def inspect_in_process() -> None:
 
 
 def _bytes_per_token(family: Family, dtype: torch.dtype) -> int:
-    """Bytes of a token's keys and values."""
+    """The most bytes that a token's keys and values take: vLLM gives all blocks as much as the largest."""
     config = family.model.config.get_text_config()
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * config.num_key_value_heads * size * dtype.itemsize)
+    largest = max(heads * size for heads, size in keys_of_blocks(config))
+    return int(2 * config.num_hidden_layers * largest * dtype.itemsize)
