@@ -34,6 +34,7 @@ from vlmenv.agents.kernels import (
 from vlmenv.agents.packing import Packing
 from vlmenv.agents.passes import Groups, Mixer, Pass, Past, Prefixes, Steps
 from vlmenv.compat.transformers import block_of, source_of
+from vlmenv.core.errors import ModelError
 
 _NAME = "vlmenv_packed"
 
@@ -419,6 +420,10 @@ def _attend(
             **arguments,
         )
     assert dropout == 0, "attention dropout would not be the same in two passes"
+    if other := [name for name in ("s_aux", "softcap") if arguments.get(name) is not None]:
+        raise ModelError(
+            f"{type(module).__name__} has attention with sinks or capped scores ({other[0]}), which is not known"
+        )
     device = query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     query, key, value = (one.squeeze(0).transpose(0, 1).to(dtype) for one in (query, key, value))  # no copy backward

@@ -145,6 +145,18 @@ GLM = Invented(
         ),
     ),
 )
+TILED = Invented(
+    CHATML.replace("IMAGE", "<IMG_CONTEXT>\n"),
+    TILES,
+    ("<img>", "</img>", "<IMG_CONTEXT>", "<video>"),
+    named=(("image_token_id", "<IMG_CONTEXT>"),),
+    attributes=(
+        ("start_image_token", "<img>"),
+        ("end_image_token", "</img>"),
+        ("context_image_token", "<IMG_CONTEXT>"),
+        ("video_token", "<video>"),
+    ),
+)
 GEMMA4 = Invented(
     BRIEF_TURN_TEMPLATE,
     {"image_processor_type": "Gemma4ImageProcessor", "patch_size": 8, "max_soft_tokens": 70, "pooling_kernel_size": 2},
@@ -175,18 +187,7 @@ INVENTED = {
     "qwen3_vl_moe": QWEN,
     "qwen3_5": QWEN,
     "qwen3_5_moe": QWEN,
-    "internvl": Invented(
-        CHATML.replace("IMAGE", "<IMG_CONTEXT>\n"),
-        TILES,
-        ("<img>", "</img>", "<IMG_CONTEXT>", "<video>"),
-        named=(("image_token_id", "<IMG_CONTEXT>"),),
-        attributes=(
-            ("start_image_token", "<img>"),
-            ("end_image_token", "</img>"),
-            ("context_image_token", "<IMG_CONTEXT>"),
-            ("video_token", "<video>"),
-        ),
-    ),
+    **dict.fromkeys(("internvl", "internvl qwen3", "internvl qwen3_moe"), TILED),
     "idefics3": Invented(
         CROP_TEMPLATE,
         CROPS | {"image_processor_type": "Idefics3ImageProcessor"},
@@ -253,6 +254,8 @@ def invent(name: str, folder: Path, head: int = 16) -> None:
     (folder / "chat_template.jinja").write_text(parts.template)
     (folder / "preprocessor_config.json").write_text(json.dumps(parts.image_processor))
     config = AutoConfig.for_model(model_type)
+    if model_type == "internvl" and variant:
+        config.text_config = AutoConfig.for_model(variant[0])
     text = config.get_text_config()
     text.vocab_size, text.pad_token_id, text.bos_token_id = len(tokenizer) + 3, None, None
     text.eos_token_id = tokenizer.eos_token_id
@@ -359,7 +362,7 @@ def cut(config: Any, head: int = 16) -> None:
     for name, value in {"head_dim": head, "layer_types": ["full_attention"] * 2}.items():
         if hasattr(text, name):
             setattr(text, name, value)
-    if config.model_type in ("qwen3_vl_moe", "qwen3_5_moe"):
+    if config.model_type in ("qwen3_vl_moe", "qwen3_5_moe") or text.model_type == "qwen3_moe":
         text.num_experts, text.num_experts_per_tok, text.moe_intermediate_size = 4, 2, 16
     if config.model_type == "qwen3_5_moe":
         text.hidden_size = 64  # its gate of one output is quantised in blocks of 64

@@ -15,6 +15,7 @@ from vlmenv.agents.attention import Attention, KeysValues
 from vlmenv.agents.kernels import CPUKernel, EfficientKernel, ExplicitKernel, FlashKernel
 from vlmenv.agents.packing import Packing
 from vlmenv.agents.passes import Groups, Prefixes, Siblings, Steps
+from vlmenv.core.errors import ModelError
 
 HEADS, KEY_HEADS, SIZE, SCALE = 4, 2, 8, 0.3
 CASES = {
@@ -171,6 +172,23 @@ def check_steps(sees: Sight) -> None:
             steps.length += 1
     assert isinstance(prefixes.past[7], KeysValues)
     assert len(prefixes.past[7].keys) == 2
+
+
+def test_attention_with_sinks_or_capped_scores_is_refused() -> None:
+    """As gpt-oss's and Gemma 2's, in whatever family: they would be left out."""
+    query, prefixes = torch.zeros(1, HEADS, 3, SIZE), Prefixes(Packing(torch.tensor([3]), torch.device("cpu")))
+    for name in ("s_aux", "softcap"):
+        with pytest.raises(ModelError, match=name):
+            attention._attend(
+                torch.nn.Identity(),
+                query,
+                query,
+                query,
+                None,
+                scaling=1.0,
+                packed=prefixes,
+                **{name: torch.ones(HEADS)},
+            )
 
 
 @pytest.mark.parametrize("lengths", [[3, 3], [1, 4, 0, 2]])

@@ -144,6 +144,12 @@ CASES = {
         counts={(64, 96): (4 + 1) * 4, (40, 120): (3 + 1) * 4, (16, 16): 4},
         processor_arguments={"image_seq_length": 4},
     ),
+    **{
+        f"internvl {text}": tiles(
+            counts={(64, 96): (4 + 1) * 4, (16, 16): 4}, processor_arguments={"image_seq_length": 4}
+        )
+        for text in ("qwen3", "qwen3_moe")
+    },
     # Brought to a longest side of 64, and then to whole crops of 32: 4 features each, and a crop of the whole.
     "idefics3": crops(
         Idefics3Processor,
