@@ -10,6 +10,7 @@ from typing import Any, Final
 import torch
 
 from vlmenv.agents.families import Family
+from vlmenv.agents.families.layers import STATE, layer_kinds
 from vlmenv.compat import vllm as compat
 from vlmenv.compat.torchvision import is_mended
 from vlmenv.compat.transformers import keys_of_blocks
@@ -56,7 +57,8 @@ def engine_settings(
         "logprobs_mode": "processed_logprobs",
         "logits_processors": ["vlmenv.agents.engines.banning:BannedTokens"],
         "additional_config": {"vlmenv_banned": family.banned_tokens.tolist()},
-        "enable_prefix_caching": True,
+        # Prefixes with states are cached only where prompts are cut.
+        "enable_prefix_caching": device.type != "cpu" or STATE not in layer_kinds(family.model.config),
         "use_tqdm_on_load": False,
         "tensor_parallel_size": tensor_parallel,
         "weight_transfer_config": {"backend": transfer},

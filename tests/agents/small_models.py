@@ -48,6 +48,8 @@ PIXTRAL_SIZES = {
     "image_processor_type": "PixtralImageProcessor",
     "size": {"longest_edge": 96},
     "patch_size": 16,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
 ANYRES = {
     "image_processor_type": "LlavaOnevisionImageProcessor",
@@ -159,7 +161,13 @@ TILED = Invented(
 )
 GEMMA4 = Invented(
     BRIEF_TURN_TEMPLATE,
-    {"image_processor_type": "Gemma4ImageProcessor", "patch_size": 8, "max_soft_tokens": 70, "pooling_kernel_size": 2},
+    {
+        "image_processor_type": "Gemma4ImageProcessor",
+        "patch_size": 8,
+        "max_soft_tokens": 70,
+        "pooling_kernel_size": 2,
+        "do_normalize": False,
+    },
     BRIEF_TURN_TOKENS,
     end="<turn|>",
     named=(
@@ -205,8 +213,14 @@ INVENTED = {
     ),
     "gemma3": Invented(
         TURN_TEMPLATE,
-        {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 32, "width": 32}},
+        {
+            "image_processor_type": "Gemma3ImageProcessor",
+            "size": {"height": 32, "width": 32},
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+        },
         TURN_TOKENS,
+        ("\n", "\n\n", "\n\n\n", "\n\n\n\n"),  # as the published tokenizer has them, for vLLM
         end="<end_of_turn>",
         named=(
             ("image_token_id", "<image_soft_token>"),
@@ -232,6 +246,36 @@ INVENTED = {
     "glm4v_moe": GLM,
     "glm46v": replace(GLM, image_processor=QWEN_SIZES | {"image_processor_type": "Glm46VImageProcessor"}),
 }
+
+
+_ANYRES_SETTINGS: dict[str, Any] = {
+    "num_image_tokens": 16,
+    "vision_feature_select_strategy": "full",
+    "vision_aspect_ratio": "anyres_max_9",
+}
+_TILED = {"processor_class": "InternVLProcessor", "image_seq_length": 4}
+PROCESSORS: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl": {"processor_class": "Qwen2_5_VLProcessor"},
+    "glm4v": {"processor_class": "Glm4vProcessor"},
+    "glm4v_moe": {"processor_class": "Glm4vProcessor"},
+    "glm46v": {"processor_class": "Glm46VProcessor"},
+    "qwen3_5": {"processor_class": "Qwen3VLProcessor"},
+    "qwen3_5_moe": {"processor_class": "Qwen3VLProcessor"},
+    "internvl": _TILED,
+    "internvl qwen3": _TILED,
+    "internvl qwen3_moe": _TILED,
+    "mistral3": {"processor_class": "PixtralProcessor", "patch_size": 8, "spatial_merge_size": 2},
+    "llava_onevision": {"processor_class": "LlavaOnevisionProcessor", **_ANYRES_SETTINGS},
+    "gemma3": {"processor_class": "Gemma3Processor", "image_seq_length": 4},
+    "gemma4": {"processor_class": "Gemma4Processor"},
+    "gemma4 experts": {"processor_class": "Gemma4Processor"},
+}
+"""Settings of the published processors, by the names of small models."""
+
+
+def tell_processor(name: str, folder: Path) -> None:
+    """Writes the settings of a small model's published processor."""
+    (folder / "processor_config.json").write_text(json.dumps(PROCESSORS[name]))
 
 
 def invent(name: str, folder: Path, head: int = 16) -> None:
@@ -260,7 +304,7 @@ def invent(name: str, folder: Path, head: int = 16) -> None:
     text.vocab_size, text.pad_token_id, text.bos_token_id = len(tokenizer) + 3, None, None
     text.eos_token_id = tokenizer.eos_token_id
     if model_type == "gemma4":
-        config = _gemma4(text, "experts" in variant)
+        config = _gemma4(text, "experts" in variant, head)
         text = config.get_text_config()
         text.pad_token_id = tokenizer.convert_tokens_to_ids("<pad>")
     for key, token in parts.named:
@@ -271,7 +315,7 @@ def invent(name: str, folder: Path, head: int = 16) -> None:
     save_random(config, folder, tokenizer.eos_token_id)
 
 
-def _gemma4(text: Any, has_experts: bool) -> Any:
+def _gemma4(text: Any, has_experts: bool, head: int) -> Any:
     """Gemma 4 in the forms of its small models, and of that with experts."""
     sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.1}
     small: dict[str, Any] = {
@@ -301,8 +345,8 @@ def _gemma4(text: Any, has_experts: bool) -> Any:
         "eos_token_id": text.eos_token_id,
         "hidden_size": 64,
         "intermediate_size": 64,
-        "head_dim": 16,
-        "global_head_dim": 32,
+        "head_dim": head,
+        "global_head_dim": 2 * head,
         "sliding_window": 12,
         "final_logit_softcapping": 3.0,
         "bos_token_id": None,
@@ -317,6 +361,7 @@ def _gemma4(text: Any, has_experts: bool) -> Any:
         "patch_size": 8,
         "pooling_kernel_size": 2,
         "position_embedding_size": 80,
+        "default_output_length": 70,  # as published, for vLLM
         "standardize": True,
         "use_clipped_linears": True,
     }
@@ -336,7 +381,7 @@ def _shrink_images(config: Any) -> None:
         vision.image_size, vision.patch_size, vision.vision_use_head, config.mm_tokens_per_image = 32, 8, False, 4
     elif config.model_type == "llava_onevision":
         vision.image_size, vision.patch_size = 32, 8
-        config.image_grid_pinpoints, config.vision_aspect_ratio = ANYRES["image_grid_pinpoints"], "anyres_max_4"
+        config.image_grid_pinpoints, config.vision_aspect_ratio = ANYRES["image_grid_pinpoints"], "anyres_max_9"
     elif config.model_type != "gemma4":
         vision.patch_size = 16
 
@@ -376,14 +421,17 @@ def cut(config: Any, head: int = 16) -> None:
     if config.model_type == "gemma3":
         text.layer_types, text.sliding_window = ["sliding_attention", "full_attention"], 12
         text.query_pre_attn_scalar = 16
+    if config.model_type.startswith("glm4"):
+        text.attention_bias = True  # as published, for vLLM
     if config.model_type == "glm4v_moe":
+        text.head_dim, text.use_qk_norm = head, False
         text.n_routed_experts, text.num_experts_per_tok, text.moe_intermediate_size = 4, 2, 16
     if config.model_type == "mistral3":
         text.sliding_window = None
     if not isinstance(text.rope_parameters, dict) or not {"rope_theta", "full_attention"} & text.rope_parameters.keys():
         text.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
     if config.model_type.startswith("qwen3_5"):
-        text.rope_parameters |= {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
+        text.rope_parameters |= {"mrope_section": [head // 8, head // 16, head // 16], "partial_rotary_factor": 0.5}
         text.shared_expert_intermediate_size = 16
     elif config.model_type.startswith("qwen"):
         text.rope_parameters |= {"mrope_section": [head // 4, head // 8, head // 8]}
@@ -402,7 +450,7 @@ def _cut_vision(config: Any, out: int, head: int) -> None:
             setattr(config, depth, 2)
             setattr(config, heads, 2)
     if hasattr(config, "head_dim"):
-        config.head_dim = 16
+        config.head_dim = head
     if hasattr(config, "out_hidden_size"):
         config.out_hidden_size = out
     if hasattr(config, "fullatt_block_indexes"):

@@ -191,21 +191,20 @@ CASES = {
         blocks=r"model\.(vision_tower\.transformer|language_model)\.layers\.\d+",
         processor_arguments={"patch_size": 8, "spatial_merge_size": 2},
     ),
-    # Tiles of 4 x 4 features, the whole first. 96 x 96 has 12 x 12 in its tiles, of which no more than those of 4 may
-    # stay: 8 x 8, with an end of line each.
+    # Tiles of 4 x 4 features, the whole first, with an end of line each.
     "llava_onevision": Case(
         LlavaOnevisionProcessor,
         "norm1000",
         ("<image>", "<video>", "<|im_start|>"),
         ("<|im_end|>",),
-        {(32, 32): 16 + 4 * 5, (64, 32): 16 + 8 * 5, (96, 96): 16 + 8 * 9},
+        {(32, 32): 16 + 4 * 5, (64, 32): 16 + 8 * 5, (96, 96): 16 + 12 * 13},
         vision=r"model\.(vision_tower|multi_modal_projector|image_newline)",
         projector=r"model\.(multi_modal_projector|image_newline)",
         blocks=r"model\.(vision_tower\.encoder|language_model)\.layers\.\d+",
         processor_arguments={
             "num_image_tokens": 16,
             "vision_feature_select_strategy": "full",
-            "vision_aspect_ratio": "anyres_max_4",
+            "vision_aspect_ratio": "anyres_max_9",
         },
         unused=r"model\.vision_tower\.post_layernorm\.",
     ),
