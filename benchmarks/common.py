@@ -316,12 +316,17 @@ class Spread:
 
 
 def alternate(contestants: dict[str, Contestant], rounds: int) -> dict[str, dict[str, Spread]]:
-    """Times of each contestant by phase, `logprobs` among them, taken in turn; a first round is not counted."""
+    """Times of each contestant by phase, taken in turn; a first round is not counted.
+
+    Among them are `logprobs`, and `cpu`: the processor's time of the whole step, which other processes change little.
+    """
     taken: dict[str, list[dict[str, float]]] = {name: [] for name in contestants}
     for _ in range(rounds + 1):
         gc.collect()
         for name, contestant in contestants.items():
-            taken[name].append(contestant.step() | {"logprobs": seconds_of(contestant.logprobs)})
+            started = time.process_time()
+            times = contestant.step() | {"cpu": time.process_time() - started}
+            taken[name].append(times | {"logprobs": seconds_of(contestant.logprobs)})
     return {
         name: {phase: Spread(tuple(one[phase] for one in found[1:])) for phase in found[0]}
         for name, found in taken.items()

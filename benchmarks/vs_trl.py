@@ -228,14 +228,14 @@ def speeds(found: list[Measured]) -> list[str]:
         "How many times as fast vlmenv is: in the whole step; in the rollout, from observations to scored completions; "
         "in generating alone, which is most of it; in the update, which is forward and backward pass and optimiser; "
         "and in a pass without gradient over the same completions, as old or reference log-probabilities take (no part "
-        "of this step).",
+        "of this step). CPU: the whole step by the processor's time, which other processes on the machine change little.",
         "",
-        "| model | T | G | P | L | step, TRL | step, vlmenv | faster | rollout | generate | update | log-probs |",
-        "|---" * 12 + "|",
+        "| model | T | G | P | L | step, TRL | step, vlmenv | faster | CPU | rollout | generate | update | log-probs |",
+        "|---" * 13 + "|",
     ]
     for one in found:
         theirs, ours = one.times["TRL"], one.times["ours"]
-        phases = [ratio(theirs, ours, name) for name in ("rollout", "generate", "update", "logprobs")]
+        phases = [ratio(theirs, ours, name) for name in ("cpu", "rollout", "generate", "update", "logprobs")]
         cells = [*one.case.cells, str(theirs["step"]), str(ours["step"]), f"**{ratio(theirs, ours, 'step')}**", *phases]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
