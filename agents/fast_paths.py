@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from vlmenv import compat
+from vlmenv.agents import wide_gradients
 from vlmenv.agents.fusing import fault_of
 from vlmenv.agents.kernels import CPUKernel, ExplicitKernel, FlashKernel, attends_in_segments, kernel_for
 from vlmenv.agents.patch_embedding import PatchProjection
@@ -92,6 +93,9 @@ def _on_gpus(policy: Policy, dtype: torch.dtype) -> Iterator[FastPath]:
         yield FastPath("attention without padding", "yes" if attends_in_segments(kernel, query) else "no")
     fault = fault_of(policy.device.type)
     yield FastPath("compiled elementwise functions", "no" if fault else "yes", fault)
+    if dtype.itemsize == 2 and not fault:
+        unsummed = wide_gradients.fault_of(policy.device.type, dtype)
+        yield FastPath("float32 gradients at once", "no" if unsummed else "yes", unsummed)
     rotations = policy.rotations
     yield FastPath("rotations at once", "no" if fault else f"{rotations.on} of {rotations.of}")
 

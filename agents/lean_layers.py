@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from vlmenv.agents.fusing import ROWS, fused, fuses, numbers
 from vlmenv.agents.saved_activations import drops, make_anew
+from vlmenv.agents.wide_gradients import both
 from vlmenv.compat.torch import without_modes
 
 _log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class GatedMLP(nn.Module):
     kind: ClassVar[str] = "silu"
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return _down(self.gate_proj(hidden), self.up_proj(hidden), self.down_proj, self.kind)
+        return _down(*both(hidden, self.gate_proj, self.up_proj), self.down_proj, self.kind)
 
 
 class GeluGatedMLP(GatedMLP):

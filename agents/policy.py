@@ -26,6 +26,7 @@ from vlmenv.agents.routing import balancing_loss, recorded_logits, routers_of
 from vlmenv.agents.saved_activations import dropping_recomputable
 from vlmenv.agents.sending import send
 from vlmenv.agents.vision_attention import attend_by_segments
+from vlmenv.agents.wide_gradients import widen_gradients
 from vlmenv.core.errors import ModelError
 from vlmenv.core.rollout import Prompt, Rollout
 
@@ -88,6 +89,7 @@ class Policy(nn.Module):
             attend_by_segments(cast(PreTrainedModel, family.vision_tower()))
         self.lean_layers = make_lean(family.model)
         self.rotations = rotate_at_once(family.model)
+        widen_gradients(family.model)
 
     def forward(self, rollout: Rollout) -> LogProbs:
         """Computes log-probabilities and entropies of a rollout's completions, and values if there is a value head."""
