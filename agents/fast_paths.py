@@ -17,6 +17,7 @@ from vlmenv.agents.kernels import CPUKernel, ExplicitKernel, FlashKernel, attend
 from vlmenv.agents.patch_embedding import PatchProjection
 from vlmenv.agents.policy import Policy
 from vlmenv.agents.vision_attention import attends_by_segments
+from vlmenv.compat.transformers import keys_of_blocks
 
 
 class FastPath(NamedTuple):
@@ -100,9 +101,8 @@ def _on_gpus(policy: Policy, dtype: torch.dtype) -> Iterator[FastPath]:
 
 
 def _head_size(policy: Policy) -> int:
-    """Size of the heads of the language model's attention."""
-    config = policy.model.config.get_text_config()
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    """Size of the largest heads of the language model's attention."""
+    return max(size for _, size in keys_of_blocks(policy.model.config.get_text_config()))
 
 
 def _kernel(policy: Policy, dtype: torch.dtype) -> FastPath:

@@ -350,6 +350,7 @@ class Trainer:
             batch = self._credited(rollouts)
             self.replay.keep(rollouts, batch.advantages, batch.mask, replayed)
             told["replayed"] = float(replayed.mean())
+        rollouts.record_advantages(batch.advantages, batch.mask)
         told |= self._correct(batch, rollouts.rollout)
         config, logged = self.algorithm.config, []
         for _ in range(config.mu):
