@@ -32,9 +32,10 @@ def as_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=[True, False], ids=["bias", "no bias"])
 def layers(request: pytest.FixtureRequest) -> nn.ModuleList:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return nn.ModuleList([nn.Linear(16, size, bias=request.param) for size in (24, 40)])
+    made = nn.ModuleList([nn.Linear(16, size, bias=request.param) for size in (24, 40)])
+    for seed, parameter in enumerate(made.parameters()):
+        parameter.data = 0.1 * numbers(*parameter.shape, seed=seed)
+    return made
 
 
 def passes(layers: nn.ModuleList, dtype: torch.dtype = torch.float32) -> list[Tensor]:
