@@ -16,6 +16,7 @@ FOLDERS = ("vlmenv", "agents", "algos", "envs")
 
 DOCUMENTED = {
     *("PIL.Image", "gymnasium.envs.registration", "gymnasium.vector", "gymnasium.vector.utils", "gymnasium.spaces"),
+    *("gymnasium.utils.seeding", "matplotlib.backends.registry", "matplotlib.ticker"),
     *("huggingface_hub.errors", "huggingface_hub.utils", "numpy.typing", "packaging.requirements", "packaging.utils"),
     *("pycocotools.coco", "pycocotools.cocoeval"),
     *("rich.console", "rich.markup", "rich.measure", "rich.progress", "rich.table", "rich.text"),
