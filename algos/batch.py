@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vlmenv.core.errors import RewardError
+from vlmenv.core.files import jsonable
 from vlmenv.core.rollout import Completion, Prompt, Rollout, Rows, told_turns, unbatch
 from vlmenv.core.spaces import Image
 
@@ -28,7 +30,9 @@ class Rollouts:
     """float32 [N]"""
     records: list[dict[str, Any]]
     """[N], one dictionary per completion: the sample's `id` and `index`, earlier `turns` if any, `prompt`,
-    `completion`, `finish_reason`, `reward`, `rewards` (terms by name) and `traits` (the environment's other numbers)"""
+    `completion`, `finish_reason`, `reward`, `rewards` (terms by name), `traits` (the environment's other numbers),
+    `prediction` and `target` as JSON can hold them, and `advantage` (the mean over the completion's tokens; None before
+    the update, or if the update left the completion out)"""
     images: list[tuple[Image, ...]] = field(default_factory=list)
     """[N], the images of each prompt, by reference; empty if unknown"""
 
@@ -58,6 +62,9 @@ class Rollouts:
                 "reward": float(rewards[i]),
                 "rewards": _told(infos, "rewards", i),
                 "traits": _told(infos, "traits", i),
+                "prediction": jsonable(infos["prediction"][i]) if "prediction" in infos else None,
+                "target": jsonable(infos["target"][i]) if "target" in infos else None,
+                "advantage": None,
             }
             for i, completion in enumerate(rollout.completions)
         ]
@@ -125,6 +132,18 @@ class Rollouts:
         images = [self.images[i] for i in numbers] if self.images else []
         rewards = self.rewards[rows if isinstance(rows, slice) else torch.from_numpy(rows)]
         return Rollouts(self.rollout[rows], rewards, [self.records[i] for i in numbers], images)
+
+    def record_advantages(self, advantages: Tensor, mask: Tensor) -> None:
+        """Sets the `advantage` of each record.
+
+        Args:
+            advantages: [N, L] or [N, 1].
+            mask: bool [N, L], True at the tokens to learn from.
+        """
+        counts = mask.sum(dim=1)
+        means = (advantages * mask).sum(dim=1) / counts.clamp(min=1)
+        for record, mean, count in zip(self.records, means.tolist(), counts.tolist(), strict=True):
+            record["advantage"] = mean if count and math.isfinite(mean) else None
 
     def informative_groups(self, group_size: int) -> Tensor:
         """Bool [N / G], True for groups with differing rewards."""

@@ -188,7 +188,7 @@ def _row(i: int) -> dict[str, object]:
 
 
 def _metrics(run: Path) -> list[dict[str, float]]:
-    timed = ("time/", "tokens_per_second")
+    timed = ("time/", "memory/", "tokens_per_second")
     return [{n: v for n, v in row.items() if not n.startswith(timed)} for row in RunFolder(run).history()]
 
 

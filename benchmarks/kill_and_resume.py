@@ -260,7 +260,9 @@ def timeless(run: Path) -> list[dict[str, Any]] | None:
     if (lines := text(run / "metrics.jsonl")) is None:
         return None
     rows = [json.loads(line) for line in lines.splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"} for row in rows]
+    return [
+        {k: v for k, v in row.items() if not k.startswith(("time/", "memory/", "tokens_per_second"))} for row in rows
+    ]
 
 
 def stored_in(file: Path) -> Any:

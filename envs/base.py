@@ -17,16 +17,17 @@ from vlmenv.core.errors import ConfigError, DataError, SampleError, unknown_name
 from vlmenv.core.formats import AnswerFormat
 from vlmenv.core.rollout import IMAGE_MARK, ROLES, Observation, Turn, split_marks
 from vlmenv.core.spaces import FreeText, Image, OneOfTexts, RGBImage
+from vlmenv.core.text import visible_lines
 from vlmenv.envs.data.boxes import BoxForm, BoxOrientation, BoxReading
 from vlmenv.envs.data.dataset import Concatenated, Dataset, Reading, TableSource, open_dataset
 from vlmenv.envs.data.images import bounded_size, resized
 from vlmenv.envs.data.rows import Row, missing
 from vlmenv.envs.data.rows import places as columns_of
 from vlmenv.envs.data.scenes import Split
-from vlmenv.envs.data.source import Sample, SampleOrder, Source
-from vlmenv.envs.geometry import Geometry, changed_place, convert, places
+from vlmenv.envs.data.source import Sample, SampleOrder, Source, order_of
+from vlmenv.envs.geometry import Geometry, changed_place, convert, labelled_places
 from vlmenv.envs.metrics.intervals import Interval
-from vlmenv.envs.rendering import ANSWERED, TRUE, draw_places, picture_of
+from vlmenv.envs.rendering import ANSWERED, TRUE, Window, draw_places, picture_of
 from vlmenv.envs.rewards.registry import registered_rewards
 from vlmenv.envs.rewards.terms import RewardTerm
 from vlmenv.envs.rewards.text import count_words
@@ -67,9 +68,6 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         box_orientation: Orientation of the image that the data set's boxes refer to, if EXIF turns it: as it is
             `"shown"`, or as it is `"stored"`. The width and height in a COCO file decide if they fit only one. Default:
             `"shown"`.
-        box_orientation: Orientation of the image that the data set's boxes refer to, if EXIF turns it: as it is
-            `"shown"`, or as it is `"stored"`. The width and height in a COCO file decide if they fit only one. Default:
-            `"shown"`.
         confine_images: If true, a row whose image lies outside `image_root` is broken: by an absolute path, `..` or a
             link that leads out of it. Default: False.
         rewards: Terms with weights. A term is the name of a task's own or of a registered term, a `"module:function"`,
@@ -87,7 +85,8 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
             memory does not follow the camera. Places stay those of the full image. Default: no bound.
         count_tokens: Function that counts the tokens of a text, for length terms. Default: words and marks are counted.
         timing: If true, `info["seconds"]` has the seconds of each reward term. Default: False.
-        render_mode: `"rgb_array"` or None.
+        render_mode: `"rgb_array"` (a picture), `"ansi"` (prompt, answer and rewards as text), `"human"` (a window that
+            follows each reset and step) or None.
 
     Raises:
         ConfigError: An argument does not fit the others, or a name is unknown.
@@ -95,7 +94,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         ModelError: A reward term's model cannot be loaded.
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 1}  # noqa: RUF012 (Gymnasium's own type)
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array", "ansi", "human"], "render_fps": 1}  # noqa: RUF012 (Gymnasium's own type)
     terms: ClassVar[Mapping[str, RewardTerm]]
     """The task's reward terms by name."""
     default_rewards: ClassVar[Mapping[str, float]]
@@ -121,6 +120,8 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
     """Whether every sample must have an image."""
     needs_answer: ClassVar[bool] = True
     """Whether every row must have an answer."""
+    knows_answers: ClassVar[bool] = True
+    """Whether `write_answer` knows right answers."""
     takes_coco: ClassVar[bool] = False
     """Whether the task reads COCO's instances."""
     unread: ClassVar[Collection[str]] = ()
@@ -181,6 +182,14 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         self._index = 0
         self._prediction: Any = None
         self._answered = False
+        self._said: tuple[str, Score] | None = None
+        self._window: Window | None = None
+
+    def __repr__(self) -> str:
+        shown = [f"rewards={self.rewards}"]
+        shown += [f"samples={self.source.size}"] if self.source.size is not None else []
+        shown += [f"coordinates={self.coordinates.space.value!r}"] if self.geometry is not None else []
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     @property
     def rewards(self) -> dict[str, float]:
@@ -320,8 +329,11 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         if self.geometry is None:
             return picture_of(sample.images)
         width, height = _image_size(sample)
-        true = [(place, TRUE) for place in places(sample.target)]
-        answered = [(self.coordinates.to_pixels(place, width, height), ANSWERED) for place in places(prediction)]
+        true = [(label, place, TRUE) for label, place in labelled_places(sample.target)]
+        answered = [
+            (label, self.coordinates.to_pixels(place, width, height), ANSWERED)
+            for label, place in labelled_places(prediction)
+        ]
         return draw_places(sample.asked_images[0], true + answered, (width, height))
 
     def reset(
@@ -337,7 +349,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         """
         super().reset(seed=seed)
         if seed is not None or self._order is None:
-            self._order = SampleOrder(self.source.size, key=int(self.np_random.integers(2**62)))
+            self._order = order_of(self.np_random, self.source.size)
             self._position = 0
         if unknown := set(options or {}) - {"index"}:
             raise ConfigError(f"reset knows no option {', '.join(sorted(unknown))}; it knows 'index'")
@@ -346,7 +358,8 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
             self._sample, observation = self.show(self._index)
         else:
             self._sample, observation = self._show_next(self._order)
-        self._prediction, self._answered = None, False
+        self._prediction, self._answered, self._said = None, False, None
+        self._follow()
         return observation, self.identify(self._sample, self._index)
 
     def _show_next(self, order: SampleOrder) -> tuple[Sample, Observation]:
@@ -367,15 +380,40 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         if self._sample is None or self._answered:
             raise gymnasium.error.ResetNeeded("an episode is one step: call reset() before each step()")
         score = self.score(action, self._sample)
-        self._prediction, self._answered = score.prediction, True
+        self._prediction, self._answered, self._said = score.prediction, True, (action, score)
+        self._follow()
         info = self.identify(self._sample, self._index) | self.explain(score, self._sample)
         return self.observe(self._sample), score.reward, True, False, info
 
-    def render(self) -> Image | None:
-        """In `rgb_array` mode a picture, uint8 [H, W, 3]: true places in green, answered ones in red."""
-        if self.render_mode is None or self._sample is None:
+    def render(self) -> Any:
+        """A picture, uint8 [H, W, 3], of true places in blue and answered ones in orange; or text, by `render_mode`.
+
+        In `human` mode it returns None: the window follows by itself.
+        """
+        if self._sample is None or self.render_mode in (None, "human"):
             return None
-        return self.draw(self._sample, self._prediction)
+        return self._told(self._sample) if self.render_mode == "ansi" else self.draw(self._sample, self._prediction)
+
+    def close(self) -> None:
+        """Closes the window."""
+        if self._window is not None:
+            self._window.close()
+
+    def _follow(self) -> None:
+        """Shows the sample and the answer to it in the window, if there is one."""
+        if self.render_mode == "human" and self._sample is not None:
+            self._window = self._window or Window()
+            self._window.show(self.draw(self._sample, self._prediction), self._told(self._sample))
+
+    def _told(self, sample: Sample) -> str:
+        """The conversation, and the answer's reward with its terms."""
+        turns = [f"{turn['role']}: {turn['text']}" for turn in self.turns(sample)]
+        told = [*turns, f"prompt: {self._placed_prompt(sample)}"]
+        if self._said is not None:
+            text, score = self._said
+            terms = ", ".join(f"{name} {value:.3g}" for name, value in score.terms.items())
+            told += [f"answer: {text}", f"reward: {score.reward:.3g} ({terms})", f"truth: {self.target(sample)}"]
+        return visible_lines("\n".join(told))
 
     def show(self, index: int) -> tuple[Sample, Observation]:
         """Loads a sample, and returns it with its observation.

@@ -102,6 +102,25 @@ def places(value: Any) -> Iterator[tuple[float, ...]]:
         yield from places(list(value.values()))
 
 
+def labelled_places(value: Any, label: str = "") -> Iterator[tuple[str, tuple[float, ...]]]:
+    """Every place in a truth or an answer, with the text that stands beside it, such as a category.
+
+    Args:
+        value: A place, or a container of places at any depth, also as JSON holds it.
+        label: The label of places without a text of their own.
+    """
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if not isinstance(value, (tuple, list)):
+        return
+    if _is_place(value):
+        yield label, tuple(value)
+        return
+    own = next((part for part in value if isinstance(part, str)), label)
+    for part in value:
+        yield from labelled_places(part, own)
+
+
 def changed_place(place: tuple[float, ...], change: Callable[[Box], Box]) -> tuple[float, ...]:
     """Converts a place by a function for boxes: a box by its edges, any other place corner by corner."""
     if len(place) == 4:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import difflib
+from functools import partial
 from typing import Any
 
 import gymnasium
 
 from vlmenv.core.errors import ConfigError
 from vlmenv.core.loading import import_module
+from vlmenv.envs.hosted import HostedTask
 from vlmenv.envs.registration import VectorEntryPoint
 from vlmenv.envs.vector import VisualTaskVectorEnv
 
 
 def make_envs(env: str, num_envs: int, **arguments: Any) -> VisualTaskVectorEnv:
-    """The vector environment of a registered task; `module:Id` imports the module that registers it.
+    """The vector environment of a registered environment; `module:Id` imports the module that registers it.
+
+    An environment that is no visual task is made into one; see `HostedTask`.
 
     Raises:
-        ConfigError: There is no such environment, or it is no visual task.
+        ConfigError: There is no such environment, or it cannot be trained.
     """
     module, _, name = env.rpartition(":")
     if module:
@@ -25,7 +29,7 @@ def make_envs(env: str, num_envs: int, **arguments: Any) -> VisualTaskVectorEnv:
     if name not in gymnasium.registry:
         raise ConfigError(_unknown(name, module))
     if name not in visual_tasks():
-        raise ConfigError(f"{env} is no visual task: register it with vlmenv.register_task")
+        return VisualTaskVectorEnv(partial(HostedTask, name), num_envs, **arguments)
     envs = gymnasium.make_vec(name, num_envs=num_envs, **arguments)
     assert isinstance(envs, VisualTaskVectorEnv)
     return envs

@@ -10,6 +10,7 @@ from vlmenv.envs.data.rows import Row
 from vlmenv.envs.data.scenes import Reference, Scene, Scenes, Shape, Split, choose_reference, sample_scene
 from vlmenv.envs.data.source import Sample, Source
 from vlmenv.envs.geometry import BOX, BOXES, DETECTIONS, POINT, POINTS, Geometry
+from vlmenv.envs.hosted import HostedTask
 from vlmenv.envs.metrics.intervals import Interval, metric_interval, paired_interval, ratio_interval
 from vlmenv.envs.registration import register_task
 from vlmenv.envs.rewards.boxes import iou_reward
@@ -40,6 +41,7 @@ __all__ = [
     "DataError",
     "Detection",
     "Geometry",
+    "HostedTask",
     "Interval",
     "Judge",
     "Observation",

@@ -1,50 +1,125 @@
-"""Pictures of answers: true places in green, answered ones in red."""
+"""Pictures of answers: true places in blue, answered ones in orange, which colour-blind eyes tell apart."""
 
 from __future__ import annotations
 
+import textwrap
+import warnings
 from collections.abc import Sequence
+from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image as PILImage
-from PIL import ImageDraw
+from PIL import ImageDraw, ImageFont
 
 from vlmenv.core.spaces import Image
+from vlmenv.core.text import visible
 
-TRUE, ANSWERED = (20, 150, 40), (220, 20, 30)
+Colour = tuple[int, int, int]
+Mark = tuple[str, tuple[float, ...], Colour]
+"""A label, a place and a colour."""
+
+TRUE: Final[Colour] = (0, 114, 178)
+ANSWERED: Final[Colour] = (213, 94, 0)
+RIM: Final[Colour] = (255, 255, 255)
 _LEAST_SIDE = 320
+_STROKE = 4  # pixels, of a picture whose shorter side has 320
+_LONGEST_LABEL = 40
 _GAP = 8
-_DOT = 7
+_LINE, _LINES = 90, 12
+"""Characters of a line in a window, and lines above its picture."""
+_MOMENT = 0.01
+"""Seconds in which a window draws itself."""
+
+
+class Window:
+    """A window for pictures, with a text above each. Without a display it warns, and nothing is shown."""
+
+    def __init__(self) -> None:
+        from matplotlib import pyplot
+        from matplotlib.backends.registry import BackendFilter, backend_registry
+
+        backend = pyplot.get_backend()
+        known = backend_registry.list_builtin(BackendFilter.NON_INTERACTIVE)  # type: ignore[no-untyped-call]
+        if backend.lower() in known:
+            warnings.warn(
+                f"render_mode 'human' shows nothing here: matplotlib's backend {backend} opens no windows. Take "
+                "'rgb_array' or 'ansi', or set MPLBACKEND to one that does",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        self._pyplot = pyplot
+        self._figure, self._axes = pyplot.subplots(layout="constrained")
+
+    def show(self, picture: Image, text: str) -> None:
+        """Shows a picture in place of the one before."""
+        self._axes.clear()
+        self._axes.imshow(picture)
+        self._axes.set_axis_off()
+        lines = [line for one in text.split("\n") for line in textwrap.wrap(one, _LINE) or [""]]
+        self._axes.set_title("\n".join(lines[-_LINES:]), loc="left", fontsize="small", parse_math=False)
+        self._figure.canvas.draw_idle()
+        self._pyplot.pause(_MOMENT)
+
+    def close(self) -> None:
+        """Closes the window."""
+        self._pyplot.close(self._figure)
 
 
 def draw_places(
     image: Image,
-    found: Sequence[tuple[tuple[float, ...], tuple[int, int, int]]],
+    found: Sequence[Mark],
     size: tuple[int, int] | None = None,
 ) -> Image:
-    """Draws points, boxes and polygons on an enlarged copy of an image.
+    """Draws points, boxes and polygons on an enlarged copy of an image, with a white rim, and their labels.
+
+    Lines and labels are as wide as the picture demands, so that they are seen on a photo that is shown small too.
 
     Args:
         image: uint8 [H, W, 3].
-        found: Places of 2 numbers (a point), 4 (a box) or more (corners of a polygon), each with its colour.
+        found: Labels, places of 2 numbers (a point), 4 (a box) or more (corners of a polygon), and colours. Labels of
+            true places stand above them, others below.
         size: Width and height of the image whose pixels the places are in. Default: those of `image`.
 
     Returns:
         uint8 [S·H, S·W, 3], with the least whole S that makes the shorter side at least 320.
     """
     picture, scale = _enlarged(image)
-    width, height = picture.size
     shrunk = np.array(image.shape[1::-1]) / (size or image.shape[1::-1])
     draw = ImageDraw.Draw(picture)
-    for place, colour in found:
-        corners = np.clip(np.array(place).reshape(-1, 2) * shrunk * scale, -1, (width, height))
-        (x1, y1), (x2, y2) = corners.min(0).tolist(), corners.max(0).tolist()
-        if len(corners) == 1:
-            draw.ellipse((x1 - _DOT, y1 - _DOT, x1 + _DOT, y1 + _DOT), outline=colour, width=3)
-        elif len(corners) == 2:
-            draw.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour, width=3)
-        else:
-            draw.polygon([(x, y) for x, y in corners.tolist()], outline=colour, width=3)
+    line = max(_STROKE, min(picture.size) // 80)
+    for label, place, colour in found:
+        corners = np.clip(np.array(place).reshape(-1, 2) * shrunk * scale, -1, picture.size)
+        _draw_shape(draw, corners, colour, line)
+        if label:
+            _draw_label(draw, corners, label, colour, line)
     return np.asarray(picture)
+
+
+def _draw_shape(draw: ImageDraw.ImageDraw, corners: NDArray[Any], colour: Colour, line: int) -> None:
+    (x1, y1), (x2, y2) = corners.min(0).tolist(), corners.max(0).tolist()
+    rim = max(1, line // 3)
+    for out, width, ink in ((rim, line + 2 * rim, RIM), (0, line, colour)):
+        if len(corners) == 1:
+            radius = 2.4 * line + out
+            draw.ellipse((x1 - radius, y1 - radius, x1 + radius, y1 + radius), outline=ink, width=width)
+        elif len(corners) == 2:
+            right, bottom = max(x1, x2 - 1), max(y1, y2 - 1)
+            draw.rectangle((x1 - out, y1 - out, right + out, bottom + out), outline=ink, width=width)
+        else:
+            draw.polygon([(x, y) for x, y in corners.tolist()], outline=ink, width=width)
+
+
+def _draw_label(draw: ImageDraw.ImageDraw, corners: NDArray[Any], label: str, colour: Colour, line: int) -> None:
+    """Writes a label above a true place, or below another one, within the picture."""
+    font = ImageFont.load_default(5 * line)
+    text = visible(label)[:_LONGEST_LABEL]
+    left, top, right, bottom = draw.textbbox((0, 0), text, font=font, stroke_width=line // 2)
+    width, height = right - left, bottom - top
+    x, y = corners.min(0)[0], (corners.min(0)[1] - height - line if colour == TRUE else corners.max(0)[1] + line)
+    widest, highest = draw.im.size
+    place = (min(max(0, x), max(0, widest - width)) - left, min(max(0, y), max(0, highest - height)) - top)
+    draw.text(place, text, fill=colour, font=font, stroke_width=line // 2, stroke_fill=RIM)
 
 
 def picture_of(images: Sequence[Image]) -> Image:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from gymnasium.utils.seeding import np_random
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from vlmenv.core.errors import ConfigError, DataError, SampleError
 from vlmenv.core.spaces import Image
 from vlmenv.envs.base import VisualTaskEnv, check_index
-from vlmenv.envs.data.source import SampleOrder
+from vlmenv.envs.data.source import SampleOrder, order_of
 from vlmenv.envs.prefetching import SampleLoader, Shown
 
 BatchedObservations = dict[str, tuple[Any, ...]]
@@ -77,6 +78,8 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         if not 0 <= shard < num_shards:
             raise ConfigError(f"shard={shard} is not one of num_shards={num_shards}, counted from 0")
         self.task = task(**kwargs)
+        if self.task.render_mode not in (None, *self.metadata["render_modes"]):
+            raise ConfigError(f"render_mode {self.task.render_mode} is for a single environment: take rgb_array")
         self.num_envs = num_envs
         self.group_size = group_size
         self.render_mode = self.task.render_mode
@@ -113,9 +116,12 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         return self.num_envs // self.group_size
 
     def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+        self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[BatchedObservations, dict[str, Any]]:
         """Shows P new samples, or those of `options={"index": [P indices]}`, G times each.
+
+        With P seeds, each group shows what a single environment shows after a reset with its seed. Later resets go on
+        in the order from before.
 
         With a seed, `options={"skip": k}` continues after k batches of its order, as after k resets that left nothing
         out. `options={"state": s}` continues from a `state_dict`. For `replace` see the class.
@@ -127,10 +133,13 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
             DataError: No sample is left.
         """
         self._require_open()
-        super().reset(seed=seed)
         options = self._checked(options or {})
+        if isinstance(seed, Sequence | np.ndarray):
+            options["index"] = self._seeded(seed, options)
+            seed = None
+        super().reset(seed=seed)
         if seed is not None or self._order is None:
-            self._order = SampleOrder(self.task.source.size, key=int(self.np_random.integers(2**62)))
+            self._order = order_of(self.np_random, self.task.source.size)
             self._taken, self._settled = 0, set()
         if "skip" in options:
             self._taken += int(options["skip"]) * self.num_groups
@@ -255,6 +264,15 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
                 f"reset knows no option {', '.join(sorted(unknown))}; it knows {', '.join(sorted(_OPTIONS))}"
             )
         return options
+
+    def _seeded(self, seeds: Sequence[int] | NDArray[Any], options: dict[str, Any]) -> list[int]:
+        """The samples that single environments show for these seeds."""
+        if len(seeds) != self.num_groups or options:
+            raise ConfigError(
+                f"reset wants {self.num_groups} seeds, one per group, and no other option; it got {len(seeds)} seeds"
+                + f" and {', '.join(options)}" * bool(options)
+            )
+        return [order_of(np_random(int(seed))[0], self.task.source.size)[0] for seed in seeds]
 
     def _given(self, wanted: Sequence[Any]) -> list[Shown]:
         """The samples at these indices."""

@@ -53,6 +53,7 @@ def test_train_leaves_a_whole_run_folder(tmp_path: Path, capsys: pytest.CaptureF
     completions = rows(run / "rollouts.jsonl")
     assert len(completions) == 2 * 8
     told = {"step", "id", "index", "prompt", "completion", "finish_reason", "reward", "rewards", "traits"}
+    told |= {"prediction", "target", "advantage", "right"}
     assert completions[0].keys() == told
     assert completions[0]["rewards"].keys() == {"iou", "format"}
     for picture in ("curve.png", "samples.png"):
@@ -103,7 +104,9 @@ def test_two_processes_leave_one_run_folder(tmp_path: Path) -> None:
 
 def timeless(run: Path) -> list[dict]:
     kept = rows(run / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"} for row in kept]
+    return [
+        {k: v for k, v in row.items() if not k.startswith(("time/", "memory/", "tokens_per_second"))} for row in kept
+    ]
 
 
 def test_eval_writes_and_shows_the_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -145,5 +145,5 @@ def test_a_question_with_a_control_token_is_named(dataset: Path) -> None:
 def test_true_boxes_are_in_the_picture() -> None:
     task = make_envs("VLM-REC-v0", 1).task
     shown = show_sample(task, 5, weightless_family(find_model("builtin")))
-    green = torch.from_numpy(shown.picture.copy()).eq(torch.tensor([20, 150, 40])).all(dim=-1)
-    assert green.sum() > 50
+    blue = torch.from_numpy(shown.picture.copy()).eq(torch.tensor([0, 114, 178])).all(dim=-1)
+    assert blue.sum() > 50

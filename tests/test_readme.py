@@ -34,6 +34,8 @@ SMALL = {
     "recipes": [],
     "score": [],
     "export": [],
+    "report": [],
+    "answer": ["--device", "cpu"],
 }
 
 
@@ -83,7 +85,7 @@ def small(args: list[str]) -> list[str]:
 @pytest.fixture(scope="module")
 def servers() -> Iterator[dict[str, Served]]:
     """The servers that the pages start, each by the port that is shown for it, at other ports."""
-    every = [command for command in commands("vlmenv") if command.startswith("vlmenv serve")]
+    every = [command for command in commands("vlmenv") if re.match(r"vlmenv serve( |$)", command)]
     shown = [small(shlex.split(command)[2:]) for command in every if not AT_OTHER_ADDRESSES.search(command)]
     with ExitStack() as opened:
         started = {}
@@ -137,7 +139,8 @@ def of_recipe(name: str, folder: Path) -> list[str]:
     return [*small, *(["--group-size", "1"] if warmup else []), *shlex.split(WITHOUT_HUB.get(name, ""))]
 
 
-COMMANDS = [one for one in commands("vlmenv") if " serve" not in one and not AT_OTHER_ADDRESSES.search(one)]
+SERVERS = re.compile(r" serve| --serve")
+COMMANDS = [one for one in commands("vlmenv") if not SERVERS.search(one) and not AT_OTHER_ADDRESSES.search(one)]
 
 
 @pytest.mark.parametrize("command", [with_vllm(one) for one in COMMANDS])
@@ -168,6 +171,10 @@ def test_the_commands_run(
         monkeypatch.setattr(HfApi, "upload_folder", lambda *_, **__: None)
         main(["train", *SMALL["train"], "--output", args[1], *(["--lora-rank", "2"] if "lora" in args[1] else [])])
         main(["1" if before == "--step" else arg for before, arg in zip(["", *args], args, strict=False)])
+    elif args[0] == "report":
+        for run in {arg for arg in args if arg.startswith("runs/")}:
+            main(["train", *SMALL["train"], "--output", run])
+        main(args)
     elif "--recipe" in args:
         main([*args, *SMALL[args[0]], *of_recipe(args[args.index("--recipe") + 1], tmp_path)])
     elif args[0] == "pipeline":
@@ -181,10 +188,12 @@ def test_the_commands_run(
         "doctor": "room for tensors" if "--card" in args else "everything adds up",
         "sample": "medium",
         "pipeline": "the stages and this table are in",
-        "data": "sample 0" if args[1:2] == ["show"] else "good",
+        "data": {"show": "sample 0", "export": "rows are in"}.get(args[1], "good"),
         "envs": "VLM-REC-v0",
         "recipes": "vlm_r1_rec",
         "export": "holds",
+        "report": "open it in a browser",
+        "answer": "asked by the prompt of VLM-REC-v0",
     }
     assert expected[args[0]] in capsys.readouterr().out
 

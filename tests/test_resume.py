@@ -50,7 +50,9 @@ def rows(file: Path) -> list[dict]:
 
 def timeless(run: Path) -> list[dict]:
     kept = rows(run / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"} for row in kept]
+    return [
+        {k: v for k, v in row.items() if not k.startswith(("time/", "memory/", "tokens_per_second"))} for row in kept
+    ]
 
 
 def train(run: Path, *options: str) -> None:

@@ -133,3 +133,8 @@ class SampleOrder:
     def chance(self, position: int) -> float:
         """A random number in [0, 1) for a position."""
         return float(np.random.default_rng([self._key, position, 1]).random())
+
+
+def order_of(rng: np.random.Generator, size: int | None) -> SampleOrder:
+    """The order that a generator of random numbers draws for a source of `size` samples."""
+    return SampleOrder(size, key=int(rng.integers(2**62)))

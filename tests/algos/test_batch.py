@@ -149,3 +149,22 @@ def test_repeated_runs_of_tokens() -> None:
     made.completions[1].token_ids[:] = 7
     metrics = Rollouts.scored(shown(2), made, np.ones(2), {}).metrics()
     assert metrics["completion/repetition"] == pytest.approx(5 / 6 / 2)
+
+
+def test_records_have_the_mean_advantage_of_their_tokens() -> None:
+    rollouts = scored([1.0, 0.0, 0.5])
+    mask = torch.tensor([[True, True, False], [True, False, False], [False, False, False]])
+    rollouts.record_advantages(torch.tensor([[1.0, 2.0, 9.0], [-1.0, 9.0, 9.0], [5.0, 5.0, 5.0]]), mask)
+    assert [record["advantage"] for record in rollouts.records] == [1.5, -1.0, None]
+    rollouts.record_advantages(torch.tensor([[0.5], [float("nan")], [1.0]]), mask)
+    assert [record["advantage"] for record in rollouts.records] == [0.5, None, None]
+
+
+def test_records_have_prediction_and_truth_as_json() -> None:
+    infos = {
+        "prediction": np.array([None, (1.0, 2.0)], dtype=object),
+        "target": np.array(["None", {1: "a"}], dtype=object),
+    }
+    made = Rollouts.scored(shown(2), rollout([1, 1], [1], 2), np.zeros(2), infos)
+    assert [record["prediction"] for record in made.records] == [None, [1.0, 2.0]]
+    assert [record["target"] for record in made.records] == ["None", {"1": "a"}]

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from vlmenv.core.errors import DataError
-from vlmenv.core.files import atomic_folder, read_object, read_objects, write_atomic
+from vlmenv.core.files import atomic_folder, jsonable, read_object, read_objects, readable_objects, write_atomic
 
 
 def test_a_file_is_complete_or_stays_as_it_was(tmp_path: Path) -> None:
@@ -47,3 +49,18 @@ def test_what_is_no_object_is_named_by_file_and_line(content: bytes, tmp_path: P
         read_objects(file)
     file.write_bytes(b'{"a": "\xe2\x80\xa8"}\n{"a": 2}\n')
     assert read_objects(file) == [{"a": "\u2028"}, {"a": 2}]
+
+
+def test_any_value_becomes_json() -> None:
+    value = {"a": (1, 2.5, True, None, "x"), 3: [np.float32(0.5), np.int64(7)], "odd": float("inf"), "set": {1}}
+    found = jsonable(value)
+    assert found == {"a": [1, 2.5, True, None, "x"], "3": [0.5, 7], "odd": "inf", "set": "{1}"}
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_lines_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
+    file = tmp_path / "lines.jsonl"
+    file.write_bytes(b'{"a": 1}\n[2]\n\xff\n' + b"[" * 100_000 + b'\n{"b": 2}\n{"a": 3}')
+    assert list(readable_objects(file)) == [{"a": 1}, {"b": 2}]
+    assert list(readable_objects(file, b'"b"')) == [{"b": 2}]
+    assert list(readable_objects(tmp_path)) == list(readable_objects(tmp_path / "none")) == []

@@ -159,8 +159,7 @@ def test_another_chat_template_is_found(tmp_path: Path, with_engine: Callable[..
 
 
 def test_a_renamed_weight_is_found(monkeypatch: pytest.MonkeyPatch, with_engine: Callable[..., None]) -> None:
-    convert = saving.revert_weight_conversion
-    monkeypatch.setattr(saving, "revert_weight_conversion", renaming(convert))
+    monkeypatch.setattr(saving, "convert_back", renaming(saving.convert_back))
     findings = examined()
     assert failed(findings) == {"weight names"}
     assert "2 are not in the model's folder, model.visual.layers.0.norm1.bias" in findings["weight names"].figure

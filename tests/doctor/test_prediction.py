@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,6 +24,7 @@ from vlmenv.building import adapt, limits_of
 from vlmenv.cli import main
 from vlmenv.core.errors import ConfigError
 from vlmenv.doctor import prediction
+from vlmenv.doctor.counting import counting
 from vlmenv.doctor.prediction import Batch, Place, card_bytes, gigabytes, measure, moments
 from vlmenv.options.train import AdaptationOptions, TrainConfig, default_config
 
@@ -256,3 +258,22 @@ def peak(work: Callable[[], object]) -> int:
     del held
     sizes = [event.nbytes() for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
     return max(itertools.accumulate(sizes))
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "grouped_mm"), reason="this PyTorch multiplies no groups")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_experts_take_the_bytes_of_real_ones(dtype: torch.dtype) -> None:
+    def shapes() -> list[tuple[Any, ...]]:
+        tokens = torch.zeros(6, 16, dtype=dtype, requires_grad=True)
+        experts = torch.zeros(3, 16, 32, dtype=dtype, requires_grad=True)
+        ends = torch.arange(2, 7, 2, dtype=torch.int32)
+        product = torch.nn.functional.grouped_mm(tokens, experts, offs=ends)
+        product.backward(torch.ones_like(product))  # type: ignore[no-untyped-call]
+        return [(one.shape, one.dtype) for one in (product, tokens.grad, experts.grad) if one is not None]
+
+    real = shapes()
+    with FakeTensorMode(), counting():
+        assert shapes() == real
+    with FakeTensorMode(), counting() as counter:
+        torch.nn.functional.grouped_mm(torch.zeros(6, 16), torch.zeros(3, 16, 32), offs=torch.zeros(3).int())
+    assert counter.peak == 4 * (6 * 16 + 3 * 16 * 32 + 3 + 6 * 32)

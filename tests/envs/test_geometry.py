@@ -30,7 +30,7 @@ from vlmenv.envs import (
     self_check,
 )
 from vlmenv.envs.data.boxes import turned
-from vlmenv.envs.geometry import changed_place, convert, places
+from vlmenv.envs.geometry import changed_place, convert, labelled_places, places
 
 WIDTH, HEIGHT = 100, 50
 
@@ -84,7 +84,7 @@ def test_a_point_is_asked_for_and_scored_in_one_convention(way: str) -> None:
         picture = env.render()
         assert picture is not None
         scale = picture.shape[0] // HEIGHT
-        drawn = np.argwhere((picture == (220, 20, 30)).all(axis=2))
+        drawn = np.argwhere((picture == (213, 94, 0)).all(axis=2))
         assert drawn.mean(axis=0) == pytest.approx((y * HEIGHT * scale, x * WIDTH * scale), abs=scale)
     assert env.write_answer(source.get(0)).endswith(f"[{0.3 * right:.0f},{0.3 * bottom:.0f}]</answer>")
     assert env.write_answer(source.get(1)).endswith("None</answer>")
@@ -264,3 +264,26 @@ def test_data_check_takes_points(tmp_path: Path, capsys: pytest.CaptureFixture[s
     finally:
         del gymnasium.registry["Test-Point-v0"]
     assert "good" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ((1, 2, 3, 4), [("", (1, 2, 3, 4))]),
+        (
+            (Detection("a", (1, 2, 3, 4)), Detection("b", (5, 6, 7, 8), crowd=True)),
+            [("a", (1, 2, 3, 4)), ("b", (5, 6, 7, 8))],
+        ),
+        ([["a", [1, 2, 3, 4], False, None]], [("a", (1, 2, 3, 4))]),  # the same as JSON holds it
+        ({"label": "a", "points": [[1, 2], [3, 4]]}, [("a", (1, 2)), ("a", (3, 4))]),
+        (((1, 2), (3, 4)), [("", (1, 2)), ("", (3, 4))]),
+        ("None", []),
+        (None, []),
+        ((), []),
+        (3.5, []),
+    ],
+)
+def test_places_have_the_labels_beside_them(value: Any, found: list[Any]) -> None:
+    assert list(labelled_places(value)) == found
+    if not isinstance(value, str | float | None):
+        assert [place for _, place in labelled_places(value)] == list(places(value))

@@ -131,7 +131,7 @@ def test_places_stay_in_pixels_of_the_full_image(tmp_path: Path) -> None:
         outline = bounded.observe(bounded.source.outline(0))
         assert outline["images"][0].shape[1::-1] == shown
         green = [
-            np.argwhere((env.draw(one, None) == (20, 150, 40)).all(-1))
+            np.argwhere((env.draw(one, None) == (0, 114, 178)).all(-1))
             for env, one in zip((plain, bounded), samples, strict=True)
         ]
         share = [

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
+import vlmenv.adapters
 import vlmenv.agents
 import vlmenv.algos
 import vlmenv.envs
@@ -48,7 +49,7 @@ def test_importing_is_light(code: str, unwanted: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [vlmenv, vlmenv.envs, vlmenv.agents, vlmenv.algos], ids=lambda module: module.__name__
+    "module", [vlmenv, vlmenv.adapters, vlmenv.envs, vlmenv.agents, vlmenv.algos], ids=lambda module: module.__name__
 )
 def test_the_page_lists_what_is_public(module: Any) -> None:
     """Each package has a section that names all of its public names in tables, and no others."""

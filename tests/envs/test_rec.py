@@ -23,7 +23,7 @@ from vlmenv.envs.rewards.terms import BatchTerm
 def test_gymnasiums_checker_is_content(recwarn: pytest.WarningsRecorder) -> None:
     env = gymnasium.make("VLM-REC-v0", render_mode="rgb_array")
     check_env(env.unwrapped)
-    assert not recwarn.list
+    assert all("shows nothing here" in str(one.message) for one in recwarn.list)  # there may be no display
     assert gymnasium.make("vlmenv:VLM-REC-v0").spec is not None
 
 
@@ -96,11 +96,11 @@ def test_the_picture_shows_true_and_answered_boxes() -> None:
     after = env.render()
     assert before is not None
     assert after is not None
-    green, red = [20, 150, 40], [220, 20, 30]
+    blue, orange = [0, 114, 178], [213, 94, 0]
     x1, y1 = (int(4 * v) for v in env.source.get(0).target[:2])
-    assert before[y1, x1 + 8].tolist() == after[y1, x1 + 8].tolist() == green
-    assert before[0, 0].tolist() != red
-    assert after[0, 0].tolist() == after[-1, -1].tolist() == red
+    assert before[y1, x1 + 8].tolist() == after[y1, x1 + 8].tolist() == blue
+    assert before[0, 0].tolist() != orange
+    assert after[0, 0].tolist() == after[-1, -1].tolist() == orange
 
 
 def test_rewards_are_named_and_weighted() -> None:
@@ -192,7 +192,7 @@ def test_the_number_of_boxes_is_told() -> None:
         ({"rewards": {"iou": float("inf")}}, "must be finite"),
         ({"coordinates": "norm100"}, "Did you mean 'norm1000'?"),
         ({"split": "evil"}, "Did you mean 'eval'?"),
-        ({"render_mode": "human"}, "render_mode"),
+        ({"render_mode": "rgb"}, "render_mode"),
         ({"image_root": "x"}, "give dataset too"),
         ({"answer_format": "tag"}, "Did you mean 'tags'?"),
         ({"prompt_template": "hello"}, "{question}"),

@@ -144,3 +144,15 @@ def test_a_pipe_in_place_of_a_log_is_refused_and_not_opened(name: str, tmp_path:
         run.cut(0)
     with pytest.raises(ConfigError):
         run.check_new()
+
+
+def test_evaluations_after_the_step_to_go_on_from_are_removed(run: RunFolder) -> None:
+    for name in ("step-1", "step-2", "step-3", "step-3-good", "notes"):
+        (run.path / "evaluations" / name).mkdir(parents=True)
+    run.cut(2)
+    assert sorted(one.name for one in (run.path / "evaluations").iterdir()) == [
+        "notes",
+        "step-1",
+        "step-2",
+        "step-3-good",
+    ]

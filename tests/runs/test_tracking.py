@@ -145,7 +145,9 @@ def test_wandb_shows_metrics_and_samples_and_goes_on(
         told, tables = sent(file)
         assert [step for step, values in told if "reward/mean" in values] == steps
         for step, values in told:
-            same = [name for name in metrics[0] if not name.startswith(("step", "time/", "tokens_per_second"))]
+            same = [
+                name for name in metrics[0] if not name.startswith(("step", "time/", "memory/", "tokens_per_second"))
+            ]
             assert {name: values[name] for name in same} == {name: metrics[step - 1][name] for name in same}
         assert [table["data"][0][0] for table, _ in tables] == steps
         for table, pictures in tables:

@@ -73,7 +73,7 @@ def test_a_run_whose_answers_fall_apart_is_warned_of(tmp_path: Path, capsys: pyt
     assert all(one["message"].startswith("completions drift while iou/mean falls: it was 0.") for one in warnings)
     assert "completions drift while iou/mean falls" in capsys.readouterr().out
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    draw_curve(tmp_path / "without.png", metrics)
+    draw_curve(tmp_path / "without.png", metrics, title="run: VLM-REC-v0, grpo")
     shown, without = (np.asarray(Image.open(path)) for path in (run / "curve.png", tmp_path / "without.png"))
     assert not np.array_equal(shown, without), "the warnings are not drawn"
 

@@ -45,6 +45,7 @@ from vlmenv.processes.failures import shared_failure
 from vlmenv.processes.stopping import StoppedError, Stopping
 from vlmenv.runs.checkpoints import Found, find_checkpoint, load_checkpoint
 from vlmenv.runs.fitting import fit_answers, fit_engine, fit_prompts
+from vlmenv.runs.keeping import Keeping
 from vlmenv.runs.lengths import Lengths
 from vlmenv.runs.lock import locked
 from vlmenv.runs.loop import TrainingLoop, compare, evaluate_now, look_first, measured_before
@@ -161,13 +162,16 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
     say(written(paths), console)
     tracking = Tracking(accelerator, config.logging.tracker, run, flatten(config), step=found.step)
     stopping = opened.enter_context(Stopping(accelerator))
+    keeping = Keeping(run, envs, held_out, config.trainer.steps, console, active=accelerator.is_main_process)
     try:
         if config.resume is None:
             look_first(trainer, envs, config, run, console)
-        before = measured_before(trainer, held_out, config, run, console, stopping)
+        before = measured_before(trainer, held_out, config, run, console, stopping, keeping)
         if config.resume is not None:
             _go_on(trainer, run, found, changed, console)
-        training = TrainingLoop(trainer, envs, held_out, config, run, tracking, console, before, stopping, kept)
+        training = TrainingLoop(
+            trainer, envs, held_out, config, run, tracking, console, before, stopping, keeping, kept
+        )
         training()
         after = training.measured.get(trainer.step)
         after = after or evaluate_now(trainer, held_out, config, "after training", console, stopping)
@@ -176,8 +180,9 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
         stopping.end_process()
         raise
     if accelerator.is_main_process and held_out is not None and before is not None and after is not None:
-        compare(config, run, held_out, before, after, console)
-    say(f"model, metrics and pictures are in {run.path}", console)
+        compare(config, run, held_out, before, after, console, keeping)
+    keeping.report()
+    say(f"model, metrics and pictures are in {run.path}; look at {run.path / 'report.html'} in a browser", console)
     if parts.agent is None:
         trainer.agent.close()  # before the processes part: vLLM has a group of its own among them
     accelerator.state.destroy_process_group()

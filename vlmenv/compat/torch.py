@@ -41,6 +41,10 @@ _OPERATORS: Final = (
 _c10d: Any = distributed  # hands on names that it does not declare to be its own
 
 
+GROUPED_PRODUCT: Final = getattr(getattr(torch.ops.aten, "_grouped_mm", None), "default", None)
+"""the product of experts with groups of tokens; None if this PyTorch has none"""
+
+
 def operator(name: str) -> Callable[..., Any]:
     """An operator of attention by its name without the leading underscore.
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +118,48 @@ def read_objects(file: Path) -> list[dict[str, Any]]:
         return [_object(line, f"{file}:{number}") for number, line in enumerate(stream, 1)]
 
 
+def readable_objects(file: Path, contains: bytes = b"") -> Iterator[dict[str, Any]]:
+    """The objects of a file of JSON lines. Lines that cannot be read, or were not written to their end, are left out.
+
+    Args:
+        file: The file. Nothing is yielded if there is none, or if it is no regular file.
+        contains: Bytes that a line must contain to be parsed at all.
+    """
+    if not file.is_file():
+        return
+    with file.open("rb") as stream:
+        for line in stream:
+            if contains not in line or not line.endswith(b"\n"):
+                continue
+            try:
+                row = parse_json(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict):
+                yield row
+
+
 def parse_json(content: str | bytes) -> Any:
     """The content of a JSON document. Raises ValueError, also if it is nested too deeply for the parser."""
     try:
         return json.loads(content)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def jsonable(value: Any) -> Any:
+    """A value as JSON can hold it: sequences become lists, and what JSON has no form for becomes its text."""
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value) if math.isfinite(value) else str(float(value))
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(part) for part in value]
+    return str(value)
 
 
 def _object(content: bytes, place: str) -> dict[str, Any]:

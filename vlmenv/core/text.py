@@ -10,9 +10,12 @@ _HIDDEN = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
 
 def visible(text: object) -> str:
     """A text in one line of visible characters: what a terminal would obey is written as an escape, such as `\\x1b`."""
+    whole = str(text)
+    if whole.isprintable():  # most texts are, and a look at each character takes long
+        return whole
     return "".join(
         one if unicodedata.category(one) not in _HIDDEN else one.encode("unicode_escape", "surrogatepass").decode()
-        for one in str(text)
+        for one in whole
     )
 
 

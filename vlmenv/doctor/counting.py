@@ -19,6 +19,7 @@ from vlmenv.agents.families import Family, weightless_family
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.compat.torch import (
     FAKES,
+    GROUPED_PRODUCT,
     FakeTensor,
     FakeTensorMode,
     StorageWeakRef,
@@ -55,7 +56,7 @@ class Counter(TorchDispatchMode):
             return True  # weights without numbers stand for those that no cast would round
         if fakes and func is _aten.index.Tensor:
             args = args[0], _places(args[1])
-        out = func(*args, **kwargs)
+        out = _grouped(*args, **kwargs) if fakes and func is GROUPED_PRODUCT else func(*args, **kwargs)
         for one in tree_leaves(out):
             if isinstance(one, FakeTensor):
                 self.add(one)
@@ -86,6 +87,18 @@ class Counter(TorchDispatchMode):
         """Forgets the peak, and returns the bytes of the tensors that exist now."""
         self.peak = self.live()
         return self.peak
+
+
+def _grouped(left: Tensor, right: Tensor, ends: Tensor, *_: Any, **__: Any) -> Tensor:
+    """The shape of a product of experts. PyTorch's own rule for fake tensors takes bfloat16 alone.
+
+    Args:
+        left: [tokens, inputs], or [inputs, tokens] in the gradient of the experts.
+        right: [experts, inputs, outputs], or [tokens, outputs].
+        ends: [experts], where the tokens of each expert end.
+    """
+    shape = [left.shape[0], right.shape[-1]]
+    return left.new_empty(shape if right.ndim == 3 else [ends.numel(), *shape])
 
 
 def _places(indices: Iterable[Any]) -> list[Any]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from vlmenv.core.errors import ConfigError, require
 from vlmenv.core.names import BUILTIN
 from vlmenv.core.pixels import PixelLimits
-from vlmenv.options.task import PromptOptions, ReadingOptions
+from vlmenv.options.task import DataOptions, PromptOptions, ReadingOptions
 
 
 @dataclass(frozen=True)
@@ -98,3 +98,33 @@ class DataShowConfig:
     data: ReadingOptions = field(default_factory=ReadingOptions)
     pixels: PixelLimits = field(default_factory=PixelLimits)
     prompts: PromptOptions = field(default_factory=PromptOptions)
+
+
+@dataclass(frozen=True)
+class DataExportConfig:
+    """Write a task's samples and its rewards as files for another trainer. docs/adapters.md has more."""
+
+    target: tyro.conf.Positional[Path]
+    """File of rows to write: .parquet for verl and EasyR1, .jsonl for ms-swift. reward.py is written beside it."""
+    to: Literal["verl", "easyr1", "swift"] = "verl"
+    """Trainer that reads the files."""
+    env: str = "VLM-REC-v0"
+    """Environment; one of your own is named with its module, as in my_task:My-Task-v0."""
+    rows: int | None = None
+    """Number of rows. None: all of the data set."""
+    seed: int = 0
+    """Seed of the samples and their order."""
+    model: str | None = None
+    """Model that is to be trained, for its convention of coordinates and its sizes of images. No weights are loaded.
+    None: coordinates are pixels of the stored image."""
+    data: DataOptions = field(default_factory=DataOptions)
+    prompts: PromptOptions = field(default_factory=PromptOptions)
+    pixels: PixelLimits = field(default_factory=PixelLimits)
+
+    def __post_init__(self) -> None:
+        require(self.rows is None or self.rows >= 1, f"rows must be at least 1, not {self.rows}")
+        require(self.seed >= 0, f"seed must be at least 0, not {self.seed}")
+        if self.prompts.chat_template_kwargs is not None:
+            raise ConfigError("chat_template_kwargs are the trainer's own option: it fills in the chat template")
+        if self.model is None and (self.pixels.given or self.prompts.coordinates == "resized"):
+            raise ConfigError("min_pixels, max_pixels and coordinates resized go with model, whose sizes they concern")

@@ -11,7 +11,7 @@ import tyro
 from vlmenv.core.errors import require
 from vlmenv.core.names import BUILTIN
 from vlmenv.core.pixels import PixelLimits
-from vlmenv.options.task import VLLMOptions
+from vlmenv.options.task import DataOptions, PromptOptions, VLLMOptions
 
 
 def _whole_gpu() -> VLLMOptions:
@@ -50,3 +50,28 @@ class ServeConfig:
             others = {"host": self.host != ServeConfig.host, "port": self.port != ServeConfig.port, "tls_cert": tls}
             given = [name for name, changed in others.items() if changed]
             require(not given, f"{' and '.join(given)} cannot go with socket: a socket replaces host and port")
+
+
+@dataclass(frozen=True)
+class ServeEnvConfig:
+    """Serve an environment over HTTP and WebSocket in OpenEnv's form. It needs `pip install "vlmenv[openenv]"`."""
+
+    env: tyro.conf.Positional[str] = "VLM-REC-v0"
+    """Environment; one of your own is named with its module, as in my_task:My-Task-v0."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Nothing is encrypted, and whoever reaches it may use it."""
+    port: int = 8001
+    """Port to listen on."""
+    sessions: int = 8
+    """Most sessions at a time."""
+    seed: int = 0
+    """Seed of the samples that are shown."""
+    data: DataOptions = field(default_factory=DataOptions)
+    prompts: PromptOptions = field(default_factory=PromptOptions)
+
+    def __post_init__(self) -> None:
+        require(0 < self.port < 65536, f"port is a number from 1 to 65535, not {self.port}")
+        require(self.sessions >= 1, f"sessions must be at least 1, not {self.sessions}")
+        require(self.seed >= 0, f"seed must be at least 0, not {self.seed}")
+        require(self.prompts.chat_template_kwargs is None, "chat_template_kwargs belong to whoever calls the model")
+        require(self.prompts.coordinates != "resized", "coordinates resized need a model's sizes: name another")

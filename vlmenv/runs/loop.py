@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext, suppress
@@ -9,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from vlmenv.algos import NonFiniteError, StepResult, Trainer
@@ -31,6 +34,7 @@ from vlmenv.options.train import TrainConfig
 from vlmenv.processes.failures import FAILED_ON_ALL_RANKS, failed_on_all_ranks, shared_failure
 from vlmenv.processes.stopping import Stopping
 from vlmenv.runs.checkpoints import prune, save_best, save_checkpoint
+from vlmenv.runs.keeping import Keeping
 from vlmenv.runs.nonfinite import write_nonfinite
 from vlmenv.runs.pictures import draw_curve, draw_samples
 from vlmenv.runs.progress import TrainingProgress
@@ -46,6 +50,7 @@ def measured_before(
     run: RunFolder,
     console: Console,
     stopping: Stopping,
+    keeping: Keeping,
 ) -> Evaluation | None:
     """What the model can do before training; a resumed run has it in its folder. A damaged one is measured again."""
     if envs is not None and config.resume is not None and (run.path / "before" / "metrics.json").is_file():
@@ -56,6 +61,8 @@ def measured_before(
     before = evaluate_now(trainer, envs, config, "before training", console, stopping)
     if before is not None and trainer.accelerator.is_main_process:
         write_evaluation(before, run.path / "before")
+        keeping.evaluation(before)
+        keeping.report()
     return before
 
 
@@ -137,6 +144,7 @@ class TrainingLoop:
     before: Evaluation | None
     """what the model could do before training, where that was measured"""
     stopping: Stopping
+    keeping: Keeping
     facts: Mapping[str, Any] = field(default_factory=dict)
     """what checkpoints keep for resuming to compare"""
     last: StepResult | None = None
@@ -179,7 +187,8 @@ class TrainingLoop:
         every = config.logging.log_samples
         self.last = result
         result.rollouts.records = self.trainer.processes.collect(result.rollouts.records)
-        result.metrics |= self._losses()
+        self.keeping.completions(step, result.rollouts.records)
+        result.metrics |= self._losses() | {"memory/peak": peak_memory()}
         if config.measuring.eval_every and step % config.measuring.eval_every == 0:
             result.metrics |= self._keep_best()
         with shared_failure(self.trainer.accelerator):
@@ -189,6 +198,8 @@ class TrainingLoop:
                 self._watch(result)
             samples = every > 0 and (step % every == 0 or step in (1, steps))
             self.tracking.log(result, self.envs.task, samples=samples)
+        if self.measured.get(step) is not None:
+            self.keeping.report()
         if self._is_due(step):
             self._save()
             self._prune()
@@ -252,6 +263,10 @@ class TrainingLoop:
         )
         assert evaluation is not None
         self.measured = {trainer.step: evaluation}
+        with shared_failure(trainer.accelerator):
+            if trainer.accelerator.is_main_process:
+                write_evaluation(evaluation, run.evaluation(trainer.step))
+                self.keeping.evaluation(evaluation)
         name, interval = next(iter(evaluation.metrics.items()))
         if trainer.processes.broadcast(interval.value > run.best().get("value", float("-inf"))):
             save_best(trainer, run)
@@ -269,11 +284,13 @@ class TrainingLoop:
         self.tracking.close()
         report_skipped(self.trainer.collector.skipped() or {}, self.envs.task.source.size, self.console)
         if self.trainer.step < self.config.trainer.steps:
+            self.keeping.report()
             self._say_how_to_go_on()
 
     def _rescue(self, error: BaseException) -> None:
         """Saves what can be saved of training that an error ends. What fails in this is told, and hides nothing."""
         work: dict[str, Callable[[], None]] = {"the curve": self._draw, "the tracker's log": self._fail_tracking}
+        work["the report"] = self.keeping.report
         if self.trainer.is_between_steps and failed_on_all_ranks(error, self.trainer.accelerator):
             work = {f"the state after step {self.trainer.step}": self._save_last} | work
         if isinstance(error, NonFiniteError):
@@ -298,7 +315,8 @@ class TrainingLoop:
 
     def _draw(self) -> None:
         if self.trainer.accelerator.is_main_process and self.history:
-            draw_curve(self.run.path / "curve.png", self.history, self.run.warned())
+            title = f"{self.run.path.name}: {self.config.env}, {self.config.algo}"
+            draw_curve(self.run.path / "curve.png", self.history, self.run.warned(), title)
 
     def _fail_tracking(self) -> None:
         self.tracking.close(failed=True)
@@ -336,6 +354,14 @@ class TrainingLoop:
             say(message, self.console)
 
 
+def peak_memory() -> float:
+    """Largest memory of this rank so far, in GiB: what tensors on its GPU take, or without one the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
 def compare(
     config: TrainConfig[Any],
     run: RunFolder,
@@ -343,10 +369,12 @@ def compare(
     before: Evaluation,
     after: Evaluation,
     console: Console,
+    keeping: Keeping,
 ) -> None:
     """Shows and writes what changed."""
     draw_samples(run.path / "samples.png", envs, before, after)
     write_evaluation(after, run.path / "after")
+    keeping.evaluation(after)
     changes = differences(envs.task, before.answers, after.answers)
     told = {"before": before.as_json(), "after": after.as_json(), "change": as_json(changes)}
     run.write_json("evaluation.json", told)

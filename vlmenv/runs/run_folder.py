@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from itertools import count
@@ -31,7 +32,10 @@ class RunFolder:
     - `config.yaml`: the options that were asked for.
     - `resolved.yaml`: all options and values that are used.
     - `metrics.jsonl`: one object per step.
-    - `rollouts.jsonl`: each completion with its reward terms.
+    - `rollouts.jsonl`: each completion with its reward terms, prediction, truth and advantage.
+    - `before/`, `after/`, `evaluations/step-N/`: answers and metrics of evaluations.
+    - `samples/`: small pictures and true places of the samples that the report shows.
+    - `report.html`: the report.
     - `checkpoints/step-N/`: the model and the trainer's state.
     - `warnings.jsonl`: steps with a sign that training goes wrong.
     - `changes.jsonl`: options, data and ranks that changed when the run was resumed.
@@ -95,6 +99,10 @@ class RunFolder:
         """The folder of a step's non-finite batch."""
         return self.path / "nonfinite" / f"step-{step}"
 
+    def evaluation(self, step: int) -> Path:
+        """The folder of the evaluation after a step."""
+        return self.path / "evaluations" / f"step-{step}"
+
     def write_step(self, result: StepResult) -> None:
         """Appends a step's metrics and completions, unless they are written already.
 
@@ -140,9 +148,9 @@ class RunFolder:
         return sorted((file.parent for file in found if _STEP.fullmatch(file.parent.name)), key=self.step_of)
 
     @staticmethod
-    def step_of(checkpoint: Path) -> int:
-        """The step of a checkpoint."""
-        return int(checkpoint.name.removeprefix("step-"))
+    def step_of(folder: Path) -> int:
+        """The step of the folder of a checkpoint or an evaluation."""
+        return int(folder.name.removeprefix("step-"))
 
     def rests(self, before: int | None = None) -> list[Path]:
         """Folders of checkpoints that were not written to their end, or are older than step `before`."""
@@ -179,6 +187,9 @@ class RunFolder:
         """
         told: list[str] = []
         self._check_logs()
+        for folder in (self.path / "evaluations").glob("step-*"):
+            if _STEP.fullmatch(folder.name) and self.step_of(folder) > step:
+                shutil.rmtree(folder)
         for file in (self.path / name for name in LOGS):
             if not file.is_file():
                 told += [f"{file} is gone"] if (lengths or {}).get(file.name) else []

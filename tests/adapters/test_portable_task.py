@@ -1,0 +1,166 @@
+"""Samples by portable numbers, and observations as messages."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+from adapter_rows import write_rows
+from PIL import Image
+
+from vlmenv.adapters.task import (
+    PORTABLE,
+    PortableTask,
+    completion_text,
+    flat,
+    image_url,
+    judged,
+    marked_messages,
+    messages,
+)
+from vlmenv.core.coordinates import ResizeRule
+from vlmenv.core.errors import ConfigError
+from vlmenv.core.rollout import Observation
+
+IMAGES = tuple(np.full((2, 3, 3), value, np.uint8) for value in (10, 20, 30))
+
+
+def numbered(observation: Observation) -> list[tuple[str, list[Any]]]:
+    """Roles, and blocks as texts or as the value of an image's pixels."""
+    told = messages(observation, lambda image: {"type": "image", "value": int(image[0, 0, 0])})
+    return [(turn["role"], [one.get("text", one.get("value")) for one in turn["content"]]) for turn in told]
+
+
+def test_images_are_in_their_places() -> None:
+    turns = (
+        {"role": "system", "text": "See <image>."},
+        {"role": "user", "text": "<image>here"},
+        {"role": "assistant", "text": "an <image> in words"},
+    )
+    asked: Any = {"images": IMAGES, "prompt": "and <image>", "turns": turns}
+    assert numbered(asked) == [
+        ("system", ["See ", 10, "."]),
+        ("user", [20, "here"]),
+        ("assistant", ["an <image> in words"]),
+        ("user", ["and ", 30]),
+    ]
+    with pytest.raises(ConfigError, match="where no image is"):
+        marked_messages(asked)
+
+
+def test_images_without_places_precede_the_prompt() -> None:
+    asked: Any = {"images": IMAGES[:2], "prompt": "Q", "turns": ({"role": "user", "text": "Hi"},)}
+    assert numbered(asked) == [("user", ["Hi"]), ("user", [10, 20, "Q"])]
+    assert marked_messages(asked)[-1] == {"role": "user", "content": "<image><image>Q"}
+
+
+def test_a_text_alone_stays_text() -> None:
+    asked: Any = {"images": (), "prompt": "What does <image> mean?"}
+    assert numbered(asked) == [("user", ["What does <image> mean?"])]
+    with pytest.raises(ConfigError, match="where no image is"):
+        marked_messages(asked)
+
+
+def test_an_image_keeps_every_pixel() -> None:
+    image = np.random.default_rng(0).integers(256, size=(7, 5, 3), dtype=np.uint8)
+    coded = image_url(image)["image_url"]["url"].removeprefix("data:image/png;base64,")
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(coded)))), image)
+
+
+@pytest.mark.parametrize(
+    ("completion", "text"),
+    [
+        ("a", "a"),
+        ([{"role": "assistant", "content": "a"}], "a"),
+        ([{"role": "user", "content": "q"}, {"role": "assistant", "content": [{"type": "text", "text": "a"}]}], "a"),
+        ([{"role": "assistant", "content": None}], ""),
+        ([], ""),
+    ],
+)
+def test_texts_of_completions(completion: Any, text: str) -> None:
+    assert completion_text(completion) == text
+
+
+def test_numbers_survive_readers_that_use_float64() -> None:
+    numbers = PortableTask("VLM-REC-v0").indices(200, seed=0)
+    assert all(int(float(number)) == number for number in numbers)
+    assert max(numbers) > PORTABLE / 4  # so that few samples come twice
+    assert numbers == PortableTask("VLM-REC-v0").indices(200, seed=0)
+    assert numbers != PortableTask("VLM-REC-v0").indices(200, seed=1)
+
+
+def test_a_data_set_is_taken_whole(tmp_path: Path) -> None:
+    task = PortableTask("VLM-VQA-v0", dataset=str(write_rows(tmp_path)))
+    assert sorted(task.indices(None, seed=0)) == [0, 1]
+    with pytest.raises(ConfigError, match="rows is 3, but the data set has 2"):
+        task.indices(3, seed=0)
+    with pytest.raises(ConfigError, match="say how many rows"):
+        PortableTask("VLM-VQA-v0").indices(None, seed=0)
+
+
+def test_scores_are_those_of_the_environment() -> None:
+    env: Any = gymnasium.make("VLM-REC-v0", coordinates="norm1000")
+    task = PortableTask("VLM-REC-v0", coordinates="norm1000")
+    for index in task.indices(20, seed=3):
+        env.reset(options={"index": index})
+        right = env.unwrapped.write_answer(env.unwrapped.source.get(index))
+        text = right.replace("[", "[1", 1) if index % 2 else right
+        _, reward, _, _, info = env.step(text)
+        for score in (task.score([text], [index])[0], judged([text], [task.key(index)])[0]):
+            assert (score.reward, score.terms) == (reward, info["rewards"])
+
+
+def test_scores_come_in_the_order_of_the_answers() -> None:
+    first, second = PortableTask("VLM-REC-v0"), PortableTask("VLM-REC-v0", rewards={"format": 3.0})
+    index = first.indices(1, seed=0)[0]
+    right = first.task.write_answer(first.task.source.get(index))
+    keys = [first.key(index), second.key(index), first.key(index)]
+    assert [score.reward for score in judged(["", right, right], keys)] == [
+        0.0,
+        3.0,
+        pytest.approx(sum(first.task.rewards.values())),
+    ]
+
+
+@pytest.mark.slow
+def test_a_sample_is_the_same_in_another_folder_and_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_rows(tmp_path)
+    code = "import sys; from vlmenv.adapters.task import judged; print(judged(sys.argv[1:2], sys.argv[2:])[0].reward)"
+    monkeypatch.chdir(tmp_path)
+    task = PortableTask("VLM-VQA-v0", dataset="rows.jsonl", image_bound=ResizeRule(max_pixels=28 * 28 * 4))
+    monkeypatch.chdir("/")
+    key = task.key(1)
+    right = task.task.write_answer(task.task.source.get(1))
+    ran = subprocess.run([sys.executable, "-c", code, right, key], capture_output=True, text=True, check=True)
+    assert float(ran.stdout) == task.score([right], [1])[0].reward > 0
+
+
+def test_what_no_process_could_make_again_is_refused() -> None:
+    with pytest.raises(ConfigError, match="count_tokens is a builtin_function"):
+        PortableTask("VLM-REC-v0", count_tokens=len).key(0)
+
+
+@pytest.mark.parametrize("key", ["", "3", "[]", '{"env": "VLM-REC-v0"}', '{"env": 1, "arguments": {}, "index": "x"}'])
+def test_a_truth_of_another_origin_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match="names no sample"):
+        judged(["a"], [key])
+
+
+def test_a_term_does_not_take_the_place_of_the_total() -> None:
+    class Scored:
+        reward, terms = 2.0, {"score": 0.5, "format": 1.0}
+
+    found: Any = Scored()
+    assert flat(found, "score") == {"score": 2.0, "term_score": 0.5, "format": 1.0}
+
+
+def test_keys_are_json() -> None:
+    assert json.loads(PortableTask("VLM-REC-v0").key(5)) == {"env": "VLM-REC-v0", "index": 5, "arguments": {}}

@@ -1,0 +1,121 @@
+"""Files for verl, EasyR1 and ms-swift: what they read, and how they are scored."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from adapter_rows import write_rows
+from PIL import Image
+
+from vlmenv.adapters.export import export
+from vlmenv.adapters.task import PortableTask, judged
+from vlmenv.agents.families import resize_rule
+from vlmenv.cli import main
+from vlmenv.core.errors import ConfigError
+
+
+def loaded(file: Path) -> Any:
+    spec = importlib.util.spec_from_file_location("reward", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def parquet(file: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pyarrow.parquet.read_table(file).to_pylist()
+    return rows
+
+
+@pytest.mark.slow
+def test_verl(tmp_path: Path) -> None:
+    task = PortableTask("VLM-VQA-v0", dataset=str(write_rows(tmp_path)))
+    done = export(task, "verl", tmp_path / "out" / "train.parquet")
+    rows = {row["extra_info"]["index"]: row for row in parquet(tmp_path / "out" / "train.parquet")}
+    assert done.rows == len(rows) == 2
+    assert [turn["role"] for turn in rows[0]["prompt"]] == ["system", "user"]
+    assert rows[1]["prompt"][0] == {"role": "user", "content": "<image>Colour?"}
+    assert sum(turn["content"].count("<image>") for turn in rows[1]["prompt"]) == len(rows[1]["images"]) == 2
+    first = np.asarray(Image.open(io.BytesIO(rows[0]["images"][0]["bytes"])))
+    np.testing.assert_array_equal(first, task.observation(0)["images"][0])
+    score = loaded(done.reward).compute_score
+    for index, row in rows.items():
+        right = task.task.write_answer(task.task.source.get(index))
+        for text in (right, "blue", ""):
+            truth = row["reward_model"]["ground_truth"]
+            found = score(data_source=row["data_source"], solution_str=text, ground_truth=truth, extra_info={})
+            expected = task.score([text], [index])[0]
+            assert found == {"score": expected.reward, **expected.terms}
+
+
+@pytest.mark.slow
+def test_easyr1(tmp_path: Path) -> None:
+    task = PortableTask("VLM-REC-v0", coordinates="norm1000")
+    done = export(task, "easyr1", tmp_path / "train.parquet", rows=70)  # more than are held at a time
+    rows = parquet(tmp_path / "train.parquet")
+    assert done.rows == len(rows) == 70
+    assert rows[0]["problem"].startswith("<image>")
+    indices = task.indices(70, seed=0)
+    texts = [task.task.write_answer(task.task.source.get(index)) if index % 2 else "?" for index in indices]
+    reward = loaded(done.reward)
+    given = [
+        {"response": text, "response_length": 1, "ground_truth": row["answer"]}
+        for text, row in zip(texts, rows, strict=True)
+    ]
+    assert [one["overall"] for one in reward.compute_score(given)] == [
+        score.reward for score in task.score(texts, indices)
+    ]
+    assert reward.REWARD_TYPE == "batch"
+    assert "worker.reward.reward_function=" in done.options
+
+
+def test_easyr1_takes_one_turn(tmp_path: Path) -> None:
+    task = PortableTask("VLM-REC-v0", system_prompt="Look twice.")
+    with pytest.raises(ConfigError, match="earlier turns"):
+        export(task, "easyr1", tmp_path / "train.parquet", rows=1)
+
+
+@pytest.mark.slow
+def test_swift(tmp_path: Path, qwen2_5_vl_folder: Path) -> None:
+    """Qwen2.5-VL's boxes are in pixels of the image at the model's size."""
+    model = ["--model", str(qwen2_5_vl_folder)]
+    main(["data", "export", str(tmp_path / "train.jsonl"), "--to", "swift", "--rows", "3", *model])
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    task = PortableTask("VLM-REC-v0", coordinates="resized", resize=resize_rule(qwen2_5_vl_folder))
+    assert len(rows) == 3
+    for row, index in zip(rows, task.indices(3, seed=0), strict=True):
+        assert json.loads(row["solution"])["index"] == index
+        np.testing.assert_array_equal(np.asarray(Image.open(row["images"][0])), task.observation(index)["images"][0])
+        right = task.task.write_answer(task.task.source.get(index))
+        assert judged([right], [row["solution"]])[0].reward == task.score([right], [index])[0].reward > 1
+    assert (tmp_path / "reward.py").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x.json", "--to", "verl", "--rows", "1"], "verl reads .parquet"),
+        (["x.parquet", "--to", "swift", "--rows", "1"], "swift reads .jsonl"),
+        (["x.parquet"], "say how many rows"),
+        (["x.parquet", "--rows", "0"], "rows must be at least 1"),
+        (["x.parquet", "--rows", "1", "--coordinates", "resized"], "go with model"),
+        (["x.parquet", "--rows", "1", "--chat-template-kwargs", "a", "1"], "trainer's own"),
+        ([], "name the file to write"),
+    ],
+)
+def test_wrong_options_are_refused(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    placed = [str(tmp_path / one) if one.startswith("x.") else one for one in arguments]
+    with pytest.raises(SystemExit):
+        main(["data", "export", *placed])
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.iterdir())

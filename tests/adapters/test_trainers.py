@@ -1,0 +1,253 @@
+"""The environments in other frameworks: their own loops and scorers, and the same rewards."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import httpx2
+import numpy as np
+import pytest
+import torch
+from adapter_rows import write_rows
+from PIL import Image
+from servers import free_port
+
+import vlmenv.adapters
+from vlmenv.adapters.task import PortableTask
+from vlmenv.agents.vlm import VLMAgent, find_model
+from vlmenv.commands.serve_env import Guarded
+from vlmenv.compat.transformers import processor_without_videos
+from vlmenv.core.errors import ConfigError
+
+COUNT = 20
+
+
+@pytest.fixture(scope="module")
+def task() -> PortableTask:
+    return PortableTask("VLM-REC-v0", coordinates="norm1000")
+
+
+@pytest.fixture(scope="module")
+def answered(task: PortableTask) -> list[tuple[int, str, float]]:
+    """Numbers of samples, answers and the environment's own rewards."""
+    env: Any = gymnasium.make("VLM-REC-v0", coordinates="norm1000")
+    found = []
+    for place, index in enumerate(task.indices(COUNT, seed=0)):
+        env.reset(options={"index": index})
+        right = env.unwrapped.write_answer(env.unwrapped.source.get(index))
+        text = (right, right.replace("[", "[1", 1), "no")[place % 3]
+        found.append((index, text, float(env.step(text)[1])))
+    assert len({reward for _, _, reward in found}) > 2
+    return found
+
+
+@pytest.mark.slow
+def test_trl_takes_steps(builtin: VLMAgent, tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    processor: Any = processor_without_videos(find_model("builtin"))
+    processor.tokenizer.padding_side = "left"
+    spec = vlmenv.adapters.trl("VLM-REC-v0", rows=4, coordinates="norm1000")
+    given: list[tuple[Any, Any, list[float]]] = []
+
+    def watched(completions: Any, index: Any, **columns: Any) -> list[float]:
+        rewards = spec.reward_funcs[0](completions=completions, index=index, **columns)
+        given.append((completions, index, rewards))
+        return rewards
+
+    trainer = trl.GRPOTrainer(
+        model=builtin.family.model,
+        reward_funcs=watched,
+        args=trl.GRPOConfig(
+            str(tmp_path),
+            max_steps=2,
+            per_device_train_batch_size=4,
+            num_generations=2,
+            max_completion_length=24,
+            report_to=[],
+            use_cpu=True,
+            logging_steps=1,
+            save_strategy="no",
+        ),
+        train_dataset=spec.train_dataset,
+        processing_class=processor,
+    )
+    before = [one.detach().clone() for one in trainer.model.parameters()]
+    trainer.train()
+    assert any(not torch.equal(*pair) for pair in zip(before, trainer.model.parameters(), strict=True))
+    logged = {name for line in trainer.state.log_history for name in line}
+    assert {"rewards/iou", "rewards/format"} <= logged
+    env: Any = gymnasium.make("VLM-REC-v0", coordinates="norm1000")
+    assert given
+    for completions, index, rewards in given:
+        for completion, number, reward in zip(completions, index, rewards, strict=True):
+            env.reset(options={"index": number})
+            content = completion[-1]["content"]
+            text = content if isinstance(content, str) else content[0]["text"]
+            assert env.step(text)[1] == pytest.approx(reward, abs=1e-9)
+
+
+def test_trl_places_images(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    from trl.data_utils import prepare_multimodal_messages
+
+    spec = vlmenv.adapters.trl("VLM-VQA-v0", dataset=str(write_rows(tmp_path)))
+    rows = {row["index"]: row for row in spec.train_dataset}
+    told = prepare_multimodal_messages(rows[0]["prompt"], rows[0]["images"])
+    kinds = [[block["type"] for block in turn["content"]] for turn in told]
+    assert kinds == [["text"], ["text", "image", "text", "image", "text"]]
+    shown = [block["image"].getpixel((0, 0)) for block in told[1]["content"] if block["type"] == "image"]
+    assert shown == [(255, 0, 0), (0, 0, 255)]
+    assert len(spec.train_dataset.select([0])) == 1
+
+
+def test_trl_leaves_out_what_is_broken(tmp_path: Path) -> None:
+    file = write_rows(tmp_path)
+    (tmp_path / "a.png").write_bytes(b"no image")
+    file.write_text(file.read_text() + file.read_text().splitlines()[1].replace("a.png", "b.png") + "\n")
+    spec = vlmenv.adapters.trl("VLM-VQA-v0", dataset=str(file), skip_broken=True)
+    assert [row["index"] for row in spec.train_dataset] == [2]
+
+
+def pixels(url: str) -> Any:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,")))))
+
+
+def test_skyrl(task: PortableTask, answered: list[tuple[int, str, float]]) -> None:
+    gym = pytest.importorskip("skyrl_gym")
+    kind = vlmenv.adapters.skyrl("VLM-REC-v0", coordinates="norm1000")
+    gym.register("vlm_rec_of_tests", entry_point=kind)
+    for index, text, reward in answered:
+        env = gym.make("vlm_rec_of_tests", env_config={}, extras={"extra_info": {"index": index}})
+        told, _ = env.init([])
+        image, question = told[-1]["content"]
+        np.testing.assert_array_equal(pixels(image["image_url"]["url"]), task.observation(index)["images"][0])
+        assert question["text"] == task.observation(index)["prompt"]
+        output = env.step(text)
+        assert output["done"]
+        assert output["reward"] == pytest.approx(reward, abs=1e-9)
+        assert env.get_metrics()["reward"] == output["reward"]
+    with pytest.raises(ConfigError, match="extra_info"):
+        gym.make("vlm_rec_of_tests", env_config={}, extras={})
+
+
+@pytest.mark.slow
+def test_gem(task: PortableTask, answered: list[tuple[int, str, float]]) -> None:
+    gem = pytest.importorskip("gem")
+    gem.register("vlm:rec-of-tests", vlmenv.adapters.gem("VLM-REC-v0", coordinates="norm1000"))
+    env = gem.make("vlm:rec-of-tests")
+    for index, text, reward in answered:
+        observation, info = env.reset(idx=index)
+        assert (observation["problem"], info["index"]) == (task.observation(index)["prompt"], index)
+        assert env.spawn(same_state=True).step(text)[1] == pytest.approx(reward, abs=1e-9)
+        _, got, terminated, truncated, _ = env.step(text)
+        assert (got, terminated, truncated) == (pytest.approx(reward, abs=1e-9), True, False)
+    first, again = env.reset(seed=4)[0], env.spawn().reset(seed=4)[0]
+    assert first["problem"] == again["problem"]
+
+
+@pytest.mark.slow
+def test_openenv(task: PortableTask, answered: list[tuple[int, str, float]]) -> None:
+    pytest.importorskip("openenv.core.env_server.http_server")
+    from fastapi.testclient import TestClient
+
+    spec = vlmenv.adapters.openenv("VLM-REC-v0", coordinates="norm1000")
+    with TestClient(spec.app(sessions=2)) as client, client.websocket_connect("/ws") as session:
+        for index, text, reward in answered:
+            session.send_json({"type": "reset", "data": {"index": index}})
+            shown = session.receive_json()["data"]["observation"]
+            assert shown["messages"][-1]["content"][1]["text"] == task.observation(index)["prompt"]
+            session.send_json({"type": "step", "data": {"text": text}})
+            told = session.receive_json()["data"]
+            assert told["done"]
+            assert told["reward"] == pytest.approx(reward, abs=1e-9)
+        session.send_json({"type": "step", "data": {"text": "again"}})
+        assert "reset" in str(session.receive_json())
+
+
+@pytest.mark.slow
+def test_verifiers(task: PortableTask, answered: list[tuple[int, str, float]]) -> None:
+    vf = pytest.importorskip("verifiers.v1")
+    kind = vlmenv.adapters.verifiers("VLM-REC-v0", rows=COUNT, coordinates="norm1000")
+    for one, (index, text, reward) in zip(kind(vf.TasksetConfig()), answered, strict=True):
+        assert one.data.index == index
+        assert one.data.prompt_text.endswith(task.observation(index)["prompt"])
+
+        class Trace:
+            last_reply = text
+
+        assert asyncio.run(one.score(Trace())) == pytest.approx(reward, abs=1e-9)
+
+
+@pytest.mark.slow
+def test_swift(task: PortableTask, answered: list[tuple[int, str, float]]) -> None:
+    pytest.importorskip("swift.rewards.orm")
+    function = vlmenv.adapters.swift()()
+    texts, keys = [text for _, text, _ in answered], [task.key(index) for index, _, _ in answered]
+    assert function(texts, solution=keys) == pytest.approx([reward for _, _, reward in answered], abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["skyrl", "gem", "openenv", "verifiers", "swift"])
+def test_a_missing_framework_is_told_with_its_extra(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("skyrl_gym", "gem", "openenv", "verifiers", "swift"):
+        monkeypatch.setitem(sys.modules, module, None)
+        for known in [one for one in sys.modules if one.startswith(f"{module}.")]:
+            monkeypatch.delitem(sys.modules, known)
+    adapter = getattr(vlmenv.adapters, name)
+    with pytest.raises(ConfigError, match=rf"vlmenv\[{name}\]"):
+        adapter() if name == "swift" else adapter("VLM-REC-v0")
+
+
+def served(hosts: set[str] | None, kind: str = "http", **headers: str) -> bool:
+    """Whether a request with these headers reaches the app."""
+    reached = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        reached.append(scope)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {}
+
+    sent: list[Any] = []
+    scope = {"type": kind, "headers": [(name.encode(), value.encode()) for name, value in headers.items()]}
+    asyncio.run(Guarded(app, hosts)(scope, receive, send))
+    assert bool(reached) != bool(sent)
+    return bool(reached)
+
+
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+def test_web_pages_are_not_served(kind: str) -> None:
+    own = {"127.0.0.1", "localhost"}
+    assert served(own, kind, host="127.0.0.1:8001")
+    assert served(own, kind, host="localhost:8001", origin="http://localhost:8001")
+    assert not served(own, kind, host="evil.example:8001")
+    assert not served(own, kind, host="127.0.0.1:8001", origin="https://evil.example")
+    assert not served(own, kind)
+    assert served(None, kind, host="node7:8001")
+    assert not served(None, kind, host="node7:8001", origin="null")
+
+
+@pytest.mark.slow
+def test_an_environment_is_served(task: PortableTask) -> None:
+    pytest.importorskip("openenv.core.env_server.http_server")
+    port = free_port()
+    command = [sys.executable, "-m", "vlmenv", "serve-env", "VLM-REC-v0", "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            assert f"http://127.0.0.1:{port}" in server.stdout.readline()
+            url = f"http://127.0.0.1:{port}"
+            answer = httpx2.Client(transport=httpx2.HTTPTransport(retries=8)).post(f"{url}/reset", json={"seed": 1})
+            assert answer.json()["observation"]["messages"][-1]["role"] == "user"
+            assert httpx2.post(f"{url}/reset", json={}, headers={"Origin": "https://evil.example"}).status_code == 403
+        finally:
+            server.terminate()

@@ -1,0 +1,165 @@
+"""Gymnasium environments that are no visual tasks of ours, as tasks."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+
+from vlmenv.core.errors import ConfigError, RewardError
+from vlmenv.envs.hosted import HostedTask
+from vlmenv.envs.making import make_envs
+from vlmenv.envs.selfcheck import self_check
+from vlmenv.envs.vector import VisualTaskVectorEnv
+
+
+class Squares(gymnasium.Env[Any, str]):
+    """How many of two squares are red?"""
+
+    steps = 1
+
+    def __init__(self) -> None:
+        self.observation_space = gymnasium.spaces.Dict(
+            {"images": gymnasium.spaces.Box(0, 255, (8, 4, 3), np.uint8), "prompt": gymnasium.spaces.Text(100)}
+        )
+        self.action_space = gymnasium.spaces.Text(1000)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.red, self.left = int(self.np_random.integers(3)), self.steps
+        return self.seen(), {}
+
+    def seen(self) -> Any:
+        image = np.zeros((8, 4, 3), np.uint8)
+        image[: 4 * self.red, :, 0] = 255
+        return {"images": image, "prompt": "How many are red?"}
+
+    def step(self, action: str) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.left -= 1
+        return self.seen(), float(str(self.red) in action), not self.left, False, {}
+
+
+def red(observation: Any) -> int:
+    return int((observation["images"][0][:, 0, 0] == 255).sum()) // 4
+
+
+def test_its_rewards_are_its_own() -> None:
+    task = HostedTask(Squares)
+    found = set()
+    for index in range(12):
+        observation, info = task.reset(options={"index": index})
+        for text in "012":
+            assert task.score(text, task.source.get(index)).reward == float(text == str(red(observation)))
+        found.add(red(observation))
+        assert info["index"] == index
+    assert found == {0, 1, 2}
+
+
+def test_groups_show_the_same_start() -> None:
+    envs = VisualTaskVectorEnv(partial(HostedTask, Squares), 6, group_size=3)
+    observations, _ = envs.reset(seed=0)
+    _, rewards, _, _, infos = envs.step(["0", "1", "2"] * 2)
+    images = observations["images"]
+    wanted = [red({"images": image}) for image in images]
+    assert wanted == [wanted[0]] * 3 + [wanted[3]] * 3
+    assert rewards.tolist() == [float(i % 3 == wanted[i]) for i in range(6)]
+    assert infos["rewards"]["environment"].tolist() == rewards.tolist()
+
+
+def test_training_and_evaluation_have_seeds_of_their_own() -> None:
+    train, held_out = (HostedTask(Squares, split=split).source for split in ("train", "eval"))
+    seeds = [[source.get(index).target for index in (0, 1, 2**62)] for source in (train, held_out)]
+    assert all(seed % 2 == 0 for seed in seeds[0])
+    assert all(seed % 2 == 1 for seed in seeds[1])
+    assert max(itertools.chain(*seeds)) < 2**31
+
+
+def test_other_terms_are_added() -> None:
+    task = HostedTask(Squares, rewards={"environment": 1.0, "short": 0.5}, extra_terms={"short": lambda text, _: 1.0})
+    assert task.score("0 1 2", task.source.get(0)).reward == 1.5
+
+
+def test_there_is_no_right_answer_to_imitate() -> None:
+    task = HostedTask(Squares)
+    assert self_check(task) == []
+    with pytest.raises(ConfigError, match="no right answers"):
+        task.write_answer(task.source.get(0))
+
+
+def test_a_registered_one_is_found_by_its_name() -> None:
+    gymnasium.register("Squares-v0", entry_point=Squares)
+    try:
+        envs = make_envs("Squares-v0", 2, group_size=2)
+        assert envs.reset(seed=0)[0]["prompt"] == ("How many are red?",) * 2
+    finally:
+        del gymnasium.registry["Squares-v0"]
+
+
+class Text(Squares):
+    def seen(self) -> Any:
+        return f"Say {self.red}."
+
+
+def test_text_alone_will_do() -> None:
+    observation, _ = HostedTask(Text).reset(seed=0)
+    assert observation["images"] == ()
+    assert observation["prompt"].startswith("Say ")
+
+
+class Long(Squares):
+    steps = 2
+
+
+class Unseeded(Squares):
+    def seen(self) -> Any:
+        return super().seen() | {"prompt": f"{np.random.default_rng().integers(2**60)}"}
+
+
+class Numbers(Squares):
+    def seen(self) -> Any:
+        return np.zeros(3)
+
+
+class Keys(Squares):
+    def seen(self) -> Any:
+        return {"question": "?", "image": None}
+
+
+class Floats(Squares):
+    def seen(self) -> Any:
+        return {"prompt": "?", "images": [np.zeros((2, 2, 3))]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Long, "Long goes on after an answer"),
+        (Unseeded, "Unseeded starts differently with one seed"),
+        (Numbers, "Numbers is no visual task: its observation, of type ndarray"),
+        (Keys, "of keys question, image"),
+        (Floats, "uint8 .*not float64"),
+    ],
+)
+def test_others_are_refused(kind: type[Squares], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        HostedTask(kind)
+
+
+class Failing(Squares):
+    def step(self, action: str) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return (self.seen(), 1 / len(action) if action else 0.0, True, False, {}) if action != "x" else 1 / 0  # type: ignore[return-value]
+
+
+def test_its_failures_are_told() -> None:
+    task = HostedTask(Failing)
+    with pytest.raises(RewardError, match="Failing failed on the answer 'x': division by zero"):
+        task.score("x", task.source.get(0))
+
+
+def test_a_data_set_is_refused() -> None:
+    with pytest.raises(ConfigError, match="draws its own samples"):
+        HostedTask(Squares, dataset="rows.jsonl")

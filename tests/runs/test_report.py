@@ -1,0 +1,278 @@
+"""What a report is made of, without a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from made_run import embedded, make_run
+from test_cli import fails
+
+from vlmenv.cli import main
+from vlmenv.core.errors import ConfigError
+from vlmenv.envs.rec import RECEnv
+from vlmenv.runs.report import embedded as escaped
+from vlmenv.runs.report import make_report, thinned, write_report
+from vlmenv.runs.report_answers import FIELDS, LONGEST, Answer, evenly
+from vlmenv.runs.report_server import ReportServer
+
+HOSTILE = "</script><script>alert(1)</script><!--\u202e\x1b[31m\ud800" + "é" * 1_000_000
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("made") / "run", on_the_way=3, hostile=HOSTILE)
+
+
+@pytest.fixture(scope="module")
+def told(run: Path) -> dict[str, Any]:
+    return embedded(make_report([run]))
+
+
+def completions(told: dict[str, Any], run: int = 0) -> list[dict[str, Any]]:
+    return [dict(zip(FIELDS, one, strict=True)) for one in told["runs"][run]["completions"]]
+
+
+class Elements(HTMLParser):
+    """The elements of a page with their attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+def test_the_page_is_self_contained_and_runs_its_own_script_alone(run: Path) -> None:
+    html = make_report([run])
+    page = Elements()
+    page.feed(html)
+    scripts = [attributes for tag, attributes in page.found if tag == "script"]
+    assert scripts == [{"type": "application/json", "id": "data"}, {}]
+    assert not [one for _, one in page.found if one.get("src") or (one.get("href") or "#")[0] not in "#d"]
+    assert not [name for _, one in page.found for name in one if name.startswith("on")]
+    (policy,) = (one["content"] for tag, one in page.found if tag == "meta" and "http-equiv" in one)
+    assert policy is not None
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert "unsafe" not in policy
+    assert "connect-src" not in policy
+
+
+def test_hostile_text_stays_text(run: Path, told: dict[str, Any]) -> None:
+    html = make_report([run])
+    assert html.lower().count("</script") == 2
+    assert "<script>alert" not in html
+    (text,) = (one["text"] for one in completions(told) if "alert" in str(one["text"]))
+    head, left_out, tail = text
+    assert head.startswith("</script><script>alert(1)</script><!--\\u202e\\x1b[31m\\ud800é")
+    assert left_out == len(HOSTILE) - LONGEST
+    assert set(tail) == {"é"}
+
+
+@pytest.mark.parametrize("text", ["</script>", "<!--<script>", "&amp;", "\u2028", "\udcff", 'a"b\\'])
+def test_any_text_survives_within_a_script_element(text: str) -> None:
+    found = escaped({"text": text})
+    assert not set("<>&\u2028") & set(found)
+    assert json.loads(found) == {"text": text}
+
+
+def test_what_is_told_is_what_the_files_say(run: Path, told: dict[str, Any]) -> None:
+    (one,) = told["runs"]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert one["curves"]["step"] == [1, 2, 3, 4, 5, 6]
+    assert one["curves"]["values"]["reward/mean"] == [pytest.approx(row["reward/mean"], rel=1e-4) for row in rows]
+    before = json.loads((run / "before" / "metrics.json").read_text())["iou/mean"]
+    name, first, last, change = one["headline"][0]
+    assert (name, change) == ("iou/mean", None)
+    assert first == [pytest.approx(before[part], rel=1e-4) for part in ("value", "low", "high")]
+    assert [step for step, _ in one["held_out"]] == [0, 3, 6]
+    assert last[0] == one["held_out"][-1][1]["iou/mean"][0]
+    assert one["options"]["epsilon"] == "0.2"
+    assert "record" not in one["options"]
+    assert one["machine"]["seconds"] == {"rollout": 3.0, "update": 1.5}
+    assert one["totals"] == {"measured": 16, "training": 48, "on_the_way": 8}
+
+
+def test_completions_have_their_samples_places_and_verdicts(run: Path, told: dict[str, Any]) -> None:
+    """In the convention of the environment, pixels of the stored image."""
+    task, samples = RECEnv(split="eval"), told["runs"][0]["samples"]
+    answers = [json.loads(line) for line in (run / "after" / "answers.jsonl").read_text().splitlines()]
+    found = {samples[one["sample"]]["key"]: one for one in completions(told) if one["when"] == 2}
+    for answer in answers:
+        one, sample = found[f"eval/{answer['index']}"], samples[found[f"eval/{answer['index']}"]["sample"]]
+        truth = task.source.get(answer["index"]).target
+        assert sample["true"] == ([] if truth == "None" else [["", list(truth)]])
+        is_box = isinstance(answer["prediction"], list)
+        assert one["places"] == ([["", answer["prediction"]]] if is_box else [])
+        assert one["right"] == (answer["measures"]["iou/mean"] >= 0.5)
+        assert one["reward"] == pytest.approx(answer["rewards"]["iou"] + 0.1 * answer["rewards"]["format"], rel=1e-3)
+        assert sample["images"][0]["src"].startswith("data:image/webp;base64,")
+    training = [one for one in completions(told) if one["when"] == 3]
+    rows = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
+    assert [one["advantage"] for one in training] == [pytest.approx(row["advantage"], rel=1e-4) for row in rows]
+    assert {one["right"] for one in training} == {True, False}
+
+
+def test_places_in_thousandths_are_drawn_in_pixels(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=2, measured=2)
+    album = run / "samples" / "index.jsonl"
+    lines = [json.loads(line) | {"scale": [0.096, 0.048]} for line in album.read_text().splitlines()]
+    album.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
+    text = "".join(json.dumps(row | {"prediction": [["cat", [100, 200, 500, 1000]]]}) + "\n" for row in rows)
+    (run / "rollouts.jsonl").write_text(text)
+    training = [one for one in completions(embedded(make_report([run]))) if one["when"] == 3]
+    assert training[0]["places"] == [["cat", [9.6, 9.6, 48.0, 48.0]]]
+
+
+def test_runs_that_differ_in_their_seed_are_one_curve(tmp_path: Path) -> None:
+    options = {"a": {"seed": 1}, "b": {"seed": 2}, "c": {"seed": 1, "lr": 0.1}}
+    runs = [make_run(tmp_path / name, steps=2, measured=2, **one) for name, one in options.items()]  # type: ignore[arg-type]
+    told = embedded(make_report(runs))
+    assert [one["name"] for one in told["runs"]] == ["a", "b", "c"]
+    assert told["groups"] == [{"name": "lr 0.0003 (2 seeds)", "runs": [0, 1]}, {"name": "c", "runs": [2]}]
+    assert told["differences"] == [["seed", ["1", "2", "1"]], ["lr", ["0.0003", "0.0003", "0.1"]]]
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name / "run", steps=1, measured=1) for name in "ab"]
+    assert [one["name"] for one in embedded(make_report(runs))["runs"]] == ["a/run", "b/run"]
+
+
+def without_new_records(run: Path) -> None:
+    """As earlier versions wrote it."""
+    shutil.rmtree(run / "samples")
+    new = ("prediction", "target", "advantage", "right")
+    rows = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
+    kept = [{name: value for name, value in row.items() if name not in new} for row in rows]
+    (run / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+
+def test_a_run_of_an_earlier_version_has_a_report_without_pictures(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=2, measured=2)
+    without_new_records(run)
+    told = embedded(make_report([run]))
+    training = [one for one in completions(told) if one["when"] == 3]
+    assert len(training) == 16
+    assert {one["right"] for one in training} == {None}
+    assert not any(sample["images"] for sample in told["runs"][0]["samples"])
+
+
+@pytest.mark.parametrize(
+    "name", ["rollouts.jsonl", "samples/index.jsonl", "after/answers.jsonl", "before/metrics.json"]
+)
+@pytest.mark.parametrize(
+    "content", [b"", b'{"step": 1, "ri', b"\xff\n[]\n{}\n", b'{"key": 1, "step": "x"}\n', b"[" * 9999]
+)
+def test_damaged_files_give_what_they_have(name: str, content: bytes, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=1, measured=2)
+    (run / name).write_bytes(content)
+    assert embedded(make_report([run]))["runs"][0]["curves"]["step"] == [1]
+
+
+def test_what_is_no_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="holds no run to report"):
+        make_report([tmp_path])
+    assert "holds no run to report" in fails(capsys, "report", str(tmp_path))
+    assert "name the folder of a run" in fails(capsys, "report")
+    assert "an .html file" in fails(capsys, "report", str(tmp_path), "--output", "report.pdf")
+
+
+def test_the_command_writes_where_it_is_told(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    main(["report", str(copy)])
+    assert "vlmenv report" in (copy / "report.html").read_text()
+    monkeypatch.chdir(tmp_path)
+    main(["report", str(run), str(copy)])
+    main(["report", str(copy), "--output", str(tmp_path / "other.html")])
+    assert len(embedded((tmp_path / "report.html").read_text())["runs"]) == 2
+    assert (tmp_path / "other.html").is_file()
+
+
+def test_a_report_needs_no_torch(run: Path, tmp_path: Path) -> None:
+    code = (
+        f"import sys; from vlmenv.cli import main; main(['report', {str(run)!r}, '--output', 'report.html']);"
+        "print([name for name in ('torch', 'transformers', 'matplotlib') if name in sys.modules])"
+    )
+    environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, env=environment
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_long_curves_are_thinned_to_means() -> None:
+    rows = [{"step": step, "loss": float(step), "odd": 1.0} for step in range(1, 1801)]
+    del rows[0]["odd"]
+    rows[1]["loss"] = float("nan")
+    found = thinned(rows)
+    assert found["step"][:2] == [3, 6]
+    assert len(found["step"]) == 600
+    assert found["values"]["loss"][:2] == [2.0, 5.0]  # of 1 and 3; of 4, 5 and 6
+    assert found["values"]["odd"][0] == 1.0
+
+
+def test_groups_are_taken_at_even_distances() -> None:
+    groups = [[Answer("train", "training", step, {"completion": "x" * 750})] * 2 for step in range(10)]
+    assert [one.step for one in evenly(groups, 10_000, 10)] == [1, 1, 3, 3, 5, 5, 7, 7, 9, 9]
+    assert [one.step for one in evenly(groups, 4_000, 100)] == [4, 4, 9, 9]
+    assert len(evenly(groups, 1e6, 100)) == 20
+
+
+def test_a_report_with_many_completions_stays_small(tmp_path: Path) -> None:
+    """Long completions are more than have room; which are shown is told."""
+    run = make_run(tmp_path / "run", steps=2, measured=2)
+    row = json.loads((run / "rollouts.jsonl").read_text().splitlines()[0])
+    lines = (
+        json.dumps(row | {"step": 1 + i // 8, "index": i // 8, "completion": f"{i} " * 500}) for i in range(20_000)
+    )
+    (run / "rollouts.jsonl").write_text("\n".join(lines) + "\n")
+    write_report([run], tmp_path / "report.html")
+    assert 2e6 < (tmp_path / "report.html").stat().st_size < 5e6
+    told = embedded((tmp_path / "report.html").read_text())
+    training = [one["step"] for one in completions(told) if one["when"] == 3]
+    assert min(training) < 50
+    assert max(training) > 2490
+    assert told["runs"][0]["totals"]["training"] == 20_000
+
+
+@pytest.fixture
+def server(run: Path) -> Any:
+    with ReportServer([run]) as made:
+        yield made
+
+
+def test_the_server_answers_known_requests_alone(server: ReportServer) -> None:
+    port, token = server.server_port, server.url.split("/")[-2]
+    assert server.server_address[0] == "127.0.0.1"
+    assert len(token) >= 32
+    status, kind, body = server.content(f"/{token}/", f"127.0.0.1:{port}")
+    assert (status, kind) == (200, "text/html; charset=utf-8")
+    assert embedded(body.decode())["live"]
+    assert re.search("connect-src 'self'", body.decode())
+    assert server.content(f"/{token}/", "evil.example")[0] == 403
+    assert server.content(f"/{token}/", f"evil.example:{port}")[0] == 403
+    assert server.content(f"/{token}/", "")[0] == 403
+    for path in ("/", "/x/", f"/{token}", f"/{token}/../run", f"/{token}x/", "/%00/"):
+        assert server.content(path, f"localhost:{port}")[0] in ((200,) if path == f"/{token}" else (404,))
+
+
+def test_the_server_tells_of_new_results(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=1, measured=1)
+    with ReportServer([run]) as server:
+        first, page = server.version(), server.report()
+        assert (server.version(), server.report()) == (first, page)
+        with (run / "metrics.jsonl").open("a") as stream:
+            stream.write('{"step": 2, "loss": 0.5}\n')
+        assert server.version() != first
+        assert embedded(server.report().decode())["runs"][0]["curves"]["step"] == [1, 2]

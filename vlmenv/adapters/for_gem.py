@@ -1,0 +1,61 @@
+"""GEM: a task as one of its environments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium
+
+from vlmenv.adapters.task import PortableTask, imported, picture
+from vlmenv.core.errors import ConfigError
+
+
+def gem(env: str, **arguments: Any) -> type:
+    """A class for `gem.register(id, entry_point)`, with the observations of GEM's own visual environments.
+
+    An observation is `{"problem": str, "images": list of PIL images}`. An episode is one step.
+
+    Args:
+        env: Id of a visual task.
+        arguments: The task's own arguments, as for `gymnasium.make`.
+
+    Raises:
+        ConfigError: gem-llm is not installed, or an argument does not fit.
+        DataError: The data set cannot be read.
+    """
+    core = imported("gem.core", "gem-llm", "gem")
+    PortableTask(env, **arguments)  # raises what it has to before an environment is registered
+
+    class Environment(core.Env):  # type: ignore[misc, name-defined]
+        """The task."""
+
+        def __init__(self, **given: Any) -> None:
+            self._given = {**arguments, **given}
+            self._env = gymnasium.make(env, **self._given).unwrapped
+            self._index: int | None = None
+
+        def reset(self, seed: int | None = None, idx: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+            super().reset(seed)
+            observation, info = self._env.reset(seed=seed, options=None if idx is None else {"index": idx})
+            self._index = info["index"]
+            if observation.get("turns"):
+                raise ConfigError(
+                    "GEM takes a prompt without earlier turns: give no system_prompt, and rows of one turn"
+                )
+            return _problem(observation), info
+
+        def step(self, action: str) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+            _, reward, terminated, truncated, info = self._env.step(action)
+            return {"problem": "", "images": []}, float(reward), terminated, truncated, info
+
+        def spawn(self, same_state: bool = False, **kwargs: Any) -> Any:
+            made = type(self)(**{**self._given, **kwargs})
+            if same_state and self._index is not None:
+                made.reset(idx=self._index)
+            return made
+
+    return Environment
+
+
+def _problem(observation: Any) -> dict[str, Any]:
+    return {"problem": observation["prompt"], "images": [picture(image) for image in observation["images"]]}

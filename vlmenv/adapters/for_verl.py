@@ -1,0 +1,21 @@
+"""verl and EasyR1: the functions that score for them, by the keys that `vlmenv data export` writes as the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vlmenv.adapters.task import flat, judged
+
+
+def verl_score(
+    data_source: str, solution_str: str, ground_truth: str, extra_info: Mapping[str, Any] | None = None, **_: Any
+) -> dict[str, float]:
+    """verl's `custom_reward_function`: the weighted reward as `score`, and each term by its name."""
+    return flat(judged([solution_str], [ground_truth])[0], "score")
+
+
+def easyr1_scores(reward_inputs: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """EasyR1's batch reward function: for each answer the weighted reward as `overall`, and each term by its name."""
+    texts = [str(one["response"]) for one in reward_inputs]
+    return [flat(score, "overall") for score in judged(texts, [one["ground_truth"] for one in reward_inputs])]

@@ -1,0 +1,271 @@
+"""A task as other trainers take it: samples by portable numbers, messages, keys, scores."""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import io
+import itertools
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+import numpy as np
+from PIL import Image as PILImage
+
+from vlmenv.core.coordinates import ResizeRule
+from vlmenv.core.errors import ConfigError, SampleError, require
+from vlmenv.core.rollout import IMAGE_MARK, Observation, Turn, count_marks
+from vlmenv.core.spaces import Image
+from vlmenv.envs.data.source import order_of
+from vlmenv.envs.making import make_envs
+from vlmenv.envs.scoring import Score
+
+PORTABLE: Final = 2**53
+"""Sample numbers that leave the process are below this: readers of JSON that use float64 keep them."""
+
+_RULES: Final = ("resize", "image_bound")
+
+Part = dict[str, Any]
+"""A block of a message's content, as `{"type": "text", "text": …}`."""
+
+
+class PortableTask:
+    """A task whose samples other processes and frameworks name by number. Several threads may use it.
+
+    Args:
+        env: Id of a visual task, as in `gymnasium.make`; `module:Id` imports the module that registers it.
+        arguments: The task's own arguments.
+
+    Raises:
+        ConfigError: There is no such environment, or it is no visual task.
+        DataError: The data set cannot be read.
+    """
+
+    def __init__(self, env: str, **arguments: Any) -> None:
+        self.env = env
+        paths = {name: _absolute(arguments[name]) for name in ("dataset", "image_root") if name in arguments}
+        self.arguments = arguments | paths  # which hold in processes with another working directory
+        self.task = make_envs(env, 1, **self.arguments).task
+        self._lock = threading.Lock()
+
+    def indices(self, rows: int | None, seed: int) -> list[int]:
+        """The numbers of the first samples in the order of a seed.
+
+        Args:
+            rows: How many. None: all of a data set.
+            seed: Seed of the order.
+
+        Raises:
+            ConfigError: There are not as many, or an endless source is to be taken whole.
+        """
+        size = self.task.source.size
+        if rows is None and size is None:
+            raise ConfigError(f"{self.env} draws endlessly many samples: say how many rows you want")
+        require(rows is None or rows >= 1, f"rows must be at least 1, not {rows}")
+        require(not size or (rows or 0) <= size, f"rows is {rows}, but the data set has {size} samples")
+        return list(itertools.islice(self.numbers(seed), rows or size))
+
+    def numbers(self, seed: int) -> Iterator[int]:
+        """The numbers of the samples in the order of a seed, without end. A data set begins again, shuffled anew."""
+        order = order_of(np.random.default_rng(seed), self.task.source.size)
+        return (order[place] % PORTABLE for place in itertools.count())
+
+    def readable(self, rows: int | None, seed: int) -> Iterator[tuple[int, Observation]]:
+        """The samples of `indices` with their observations; with `skip_broken`, those that can be read.
+
+        Raises:
+            SampleError: A sample cannot be read.
+        """
+        for index in self.indices(rows, seed):
+            try:
+                yield index, self.observation(index)
+            except SampleError:
+                if not self.task.skip_broken:
+                    raise
+
+    def observation(self, index: int) -> Observation:
+        """A sample's observation.
+
+        Raises:
+            SampleError: The sample cannot be read.
+        """
+        return self.task.show(index)[1]
+
+    def score(self, texts: Sequence[str], indices: Sequence[int]) -> list[Score]:
+        """Scores N completions, each to the sample of its number."""
+        with self._lock:
+            samples = {index: self.task.show(index)[0] for index in dict.fromkeys(map(int, indices))}
+            return self.task.score_batch(list(texts), [samples[int(index)] for index in indices])
+
+    def key(self, index: int) -> str:
+        """A sample as text that `judged` reads in any process.
+
+        Raises:
+            ConfigError: An argument of the task cannot be written as JSON.
+        """
+        return json.dumps({"env": self.env, "index": index, "arguments": _portable(self.arguments)})
+
+
+def judged(texts: Sequence[str], keys: Sequence[str]) -> list[Score]:
+    """Scores N completions, each to the sample that a `PortableTask.key` names. Tasks are made once per process."""
+    scores: list[Score | None] = [None] * len(keys)
+    for task, rows in _by_task(keys).items():
+        found = _opened(task).score([texts[row] for row, _ in rows], [index for _, index in rows])
+        for (row, _), score in zip(rows, found, strict=True):
+            scores[row] = score
+    return [score for score in scores if score is not None]
+
+
+def flat(score: Score, total: str) -> dict[str, float]:
+    """A score as numbers by name: its reward under the name `total`, and its terms."""
+    terms = {(f"term_{name}" if name == total else name): value for name, value in score.terms.items()}
+    return {total: score.reward, **terms}
+
+
+def messages(observation: Observation, part: Callable[[Image], Part]) -> list[dict[str, Any]]:
+    """An observation as messages whose contents are lists of blocks, with the images in their places.
+
+    Args:
+        observation: The observation.
+        part: Gives the block of an image.
+    """
+    images = iter(observation["images"])
+    return [
+        {"role": role, "content": [part(next(images)) if one is None else _text(one) for one in pieces]}
+        for role, pieces in _pieces(observation)
+    ]
+
+
+def marked_messages(observation: Observation) -> list[dict[str, str]]:
+    """An observation as messages of text, with `<image>` in the place of each image.
+
+    Raises:
+        ConfigError: `<image>` stands in a text where no image is.
+    """
+    turns = _pieces(observation)
+    if any(IMAGE_MARK in one for _, pieces in turns for one in pieces if one is not None):
+        raise ConfigError(f"a text says {IMAGE_MARK} where no image is; this trainer would look for one there")
+    return [
+        {"role": role, "content": "".join(IMAGE_MARK if one is None else one for one in pieces)}
+        for role, pieces in turns
+    ]
+
+
+def completion_text(completion: Any) -> str:
+    """The text of a completion: a string, or messages whose last one has a string or blocks as content."""
+    if isinstance(completion, str):
+        return completion
+    content = completion[-1].get("content") if completion else ""
+    if isinstance(content, str):
+        return content
+    return "".join(one if isinstance(one, str) else str(one.get("text") or "") for one in content or ())
+
+
+def picture(image: Image) -> PILImage.Image:
+    """An image for Pillow."""
+    return PILImage.fromarray(image)
+
+
+def png(image: Image) -> bytes:
+    """An image as the bytes of a PNG file, which keeps every pixel."""
+    buffer = io.BytesIO()
+    picture(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def image_url(image: Image) -> Part:
+    """An image as a block of OpenAI's messages."""
+    return {"type": "image_url", "image_url": {"url": data_url(image)}}
+
+
+def data_url(image: Image) -> str:
+    """An image as a `data:` URL."""
+    return "data:image/png;base64," + base64.b64encode(png(image)).decode()
+
+
+def imported(module: str, package: str, extra: str) -> ModuleType:
+    """A framework's module.
+
+    Raises:
+        ConfigError: It is not installed; the message names the extra.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(
+            f'{package} cannot be imported ({error}). Install it with pip install "vlmenv[{extra}]"'
+        ) from error
+
+
+def _pieces(observation: Observation) -> list[tuple[str, list[str | None]]]:
+    """The turns by their roles, each as texts with None in the place of an image."""
+    asked: Turn = {"role": "user", "text": observation["prompt"]}
+    turns = [*observation.get("turns", ()), asked]
+    if count_marks(observation["prompt"], observation.get("turns", ())) and observation["images"]:
+        return [(one["role"], [one["text"]] if one["role"] == "assistant" else _split(one["text"])) for one in turns]
+    found: list[tuple[str, list[str | None]]] = [(one["role"], [one["text"]]) for one in turns]
+    found[-1][1][:0] = [None] * len(observation["images"])  # images without marks precede the prompt
+    return found
+
+
+def _split(text: str) -> list[str | None]:
+    """A text with None in the place of each mark."""
+    split: list[str | None] = []
+    for part in text.split(IMAGE_MARK):
+        split += [None, part]
+    return [one for one in split[1:] if one != ""]
+
+
+def _text(text: str) -> Part:
+    return {"type": "text", "text": text}
+
+
+def _by_task(keys: Sequence[str]) -> dict[str, list[tuple[int, int]]]:
+    """Rows with their samples' numbers, by task."""
+    rows: dict[str, list[tuple[int, int]]] = {}
+    for row, key in enumerate(keys):
+        try:
+            read = json.loads(key)
+            task = json.dumps([read["env"], read["arguments"]], sort_keys=True)
+            rows.setdefault(task, []).append((row, int(read["index"])))
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(
+                f"'{key[:80]}' names no sample: the truth of a row is what `vlmenv data export` has written in it"
+            ) from None
+    return rows
+
+
+@lru_cache(maxsize=16)
+def _opened(task: str) -> PortableTask:
+    env, arguments = json.loads(task)
+    rules = {name: ResizeRule(**arguments[name]) for name in _RULES if arguments.get(name) is not None}
+    return PortableTask(env, **arguments | rules)
+
+
+def _portable(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments as JSON can hold them."""
+    found = {name: asdict(one) if isinstance(one, ResizeRule) else one for name, one in arguments.items()}
+    for name, value in found.items():
+        try:
+            json.dumps(value)
+        except TypeError:
+            raise ConfigError(
+                f"{name} is a {type(value).__name__}, which the processes that score could not make again: give names "
+                "and paths, as on the command line"
+            ) from None
+    return found
+
+
+def _absolute(given: Any) -> Any:
+    """A path, or several, that do not depend on the working directory. Names of data sets stay."""
+    if isinstance(given, list | tuple):
+        return [_absolute(one) for one in given]
+    if isinstance(given, str | Path):
+        return str(Path(given).resolve()) if Path(given).exists() else str(given)
+    return given

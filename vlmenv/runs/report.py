@@ -1,0 +1,291 @@
+"""The report of one or several runs: a self-contained HTML file, made of the files in the runs' folders."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Final
+
+import vlmenv
+from vlmenv.core.errors import ConfigError, DataError
+from vlmenv.core.files import read_object, readable_objects, write_atomic
+from vlmenv.core.text import visible, visible_lines
+from vlmenv.options.files import read_options
+from vlmenv.runs.album import TASK
+from vlmenv.runs.report_answers import Answers, Content, number
+
+MOST_COMPLETIONS: Final = 10_000
+MOST_TEXT: Final = 3_000_000
+"""Bytes of completions in a report."""
+MOST_PICTURES: Final = 1_100_000
+"""Bytes of pictures in a report; as text they take a third more."""
+MOST_POINTS: Final = 600
+"""Points of a curve. Longer runs have means over neighbouring steps."""
+WITHIN_A_GROUP: Final = ("seed",)
+"""Options in which runs may differ that are drawn as one curve with a band."""
+_RECORD: Final = "record"
+
+
+def write_report(runs: Sequence[Path], file: Path) -> None:
+    """Writes the report of runs.
+
+    Args:
+        runs: Folders of runs.
+        file: The file to write, atomically.
+
+    Raises:
+        ConfigError: A folder holds no run.
+        OSError: The file cannot be written.
+    """
+    write_atomic(file, make_report(runs))
+
+
+def make_report(runs: Sequence[Path], *, live: bool = False) -> str:
+    """The HTML of a report; see `write_report`.
+
+    Args:
+        runs: Folders of runs.
+        live: If true, the page asks its server for changes.
+    """
+    read = [RunFiles(run) for run in runs]
+    for one in read:
+        one.check()
+    names = _names(runs)
+    data = {
+        "version": vlmenv.__version__,
+        "made": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
+        "live": live,
+        "runs": [{"name": name} | one.content(len(runs)) for one, name in zip(read, names, strict=True)],
+        "groups": _groups(read, names),
+        "differences": [[name, values] for name, values in _differences(read)],
+    }
+    return page(data)
+
+
+class RunFiles:
+    """The files of a run's folder, as a report reads them. Files of any version, and damaged ones, give what they have.
+
+    Args:
+        run: The run's folder.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+
+    def check(self) -> None:
+        """Raises ConfigError if the folder holds no run."""
+        if not self.metrics and not self.evaluations:
+            raise ConfigError(
+                f"{self.run} holds no run to report: it has neither steps in metrics.jsonl nor evaluations"
+            )
+
+    @cached_property
+    def options(self) -> Content:
+        """All options that are used; empty if the run has no record of them."""
+        options = self._yaml
+        own = options.pop(str(options.get("algo")), {})
+        options.pop(_RECORD, None)
+        return options | (own if isinstance(own, dict) else {})
+
+    @cached_property
+    def origin(self) -> Content:
+        """The programs, the device and the source of the run."""
+        record = self._yaml.get(_RECORD)
+        record = record if isinstance(record, dict) else {}
+        versions = record.get("versions")
+        told = {name: record.get(name) for name in ("device", "ranks", "threads", "git", "run")}
+        return told | {name: (versions or {}).get(name) for name in ("vlmenv", "torch", "transformers", "python")}
+
+    @property
+    def _yaml(self) -> Content:
+        for name in ("resolved.yaml", "config.yaml"):
+            try:
+                return read_options(self.run / name)
+            except ConfigError:
+                continue
+        return {}
+
+    @cached_property
+    def metrics(self) -> list[Content]:
+        """The metrics of each step, in order."""
+        rows = (row for row in readable_objects(self.run / "metrics.jsonl") if isinstance(row.get("step"), int))
+        return [row for _, row in sorted({row["step"]: row for row in rows}.items())]
+
+    @cached_property
+    def evaluations(self) -> list[tuple[int, Path]]:
+        """Steps and folders of the evaluations: step 0 before training, the last step after it."""
+        last = self.metrics[-1]["step"] if self.metrics else 0
+        found = {last: self.run / "after"} if last else {}
+        for folder in (self.run / "evaluations").glob("step-*"):
+            step = folder.name.removeprefix("step-")
+            if step.isascii() and step.isdigit():
+                found[int(step)] = folder
+        found[0] = self.run / "before"
+        return sorted((step, folder) for step, folder in found.items() if (folder / "metrics.json").is_file())
+
+    def content(self, runs: int) -> Content:
+        """What a report of `runs` runs tells of this one, as JSON can hold it."""
+        task = _object(self.run / "samples" / TASK)
+        right, weights = _right(task.get("right")), task.get("rewards") or self.options.get("rewards") or {}
+        known = {str(name): float(weight) for name, weight in weights.items() if isinstance(weight, int | float)}
+        answers = Answers(self.run, self.evaluations, right, known)
+        warnings = readable_objects(self.run / "warnings.jsonl")
+        return {
+            "options": {visible(name): _written(value) for name, value in self.options.items()},
+            "origin": {name: _written(value) for name, value in self.origin.items()},
+            "curves": thinned(self.metrics),
+            "machine": _machine(self.metrics),
+            "warnings": [
+                [number(one.get("step")), visible(one.get("kind")), visible(one.get("message"))] for one in warnings
+            ],
+            "changes": [visible(json.dumps(one)) for one in readable_objects(self.run / "changes.jsonl")],
+            "headline": self._headline(),
+            "held_out": [[step, _intervals(_object(folder / "metrics.json"))] for step, folder in self.evaluations],
+            "right": None if right is None else [visible(right[0]), right[1]],
+        } | answers.content(MOST_COMPLETIONS // runs, MOST_TEXT // runs, MOST_PICTURES // runs)
+
+    def _headline(self) -> list[list[Any]]:
+        """Each metric by name: before, after (or last), and the paired change."""
+        told = _object(self.run / "evaluation.json")
+        if not told:
+            ends = [(step, _object(folder / "metrics.json")) for step, folder in self.evaluations]
+            told = {"before": ends[0][1] if ends and ends[0][0] == 0 else {}, "after": ends[-1][1] if ends[1:] else {}}
+        parts = [_intervals(told.get(part)) for part in ("before", "after", "change")]
+        names = dict.fromkeys(name for part in parts for name in part)
+        return [[name, *(part.get(name) for part in parts)] for name in names]
+
+
+def thinned(rows: Sequence[Mapping[str, Any]]) -> Content:
+    """The curve of each metric: `step`, and `values` by name, None where a step has none.
+
+    Of more than `MOST_POINTS` steps, neighbours are joined by their means, and have the last one's step.
+    """
+    size = -(-len(rows) // MOST_POINTS) or 1
+    parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+    names = dict.fromkeys(name for row in rows for name in row if name != "step")
+    values = {visible(name): [_mean(row.get(name) for row in part) for part in parts] for name in names}
+    return {"step": [part[-1]["step"] for part in parts], "values": values}
+
+
+def _mean(values: Iterator[Any]) -> float | None:
+    known = [found for value in values if (found := number(value)) is not None]
+    return number(sum(known) / len(known)) if known else None
+
+
+def _machine(rows: Sequence[Mapping[str, Any]]) -> Content:
+    """Seconds by phase, tokens per second and memory."""
+    names = dict.fromkeys(name for row in rows for name in row if name.startswith("time/"))
+    sums = {name: sum(number(row.get(name)) or 0 for row in rows) for name in names}
+    memory = [number(row.get("memory/peak")) or 0.0 for row in rows]
+    return {
+        "seconds": {visible(name.removeprefix("time/")): number(value) for name, value in sums.items()},
+        "tokens_per_second": _mean(row.get("tokens_per_second") for row in rows),
+        "memory": max(memory, default=0.0) or None,
+    }
+
+
+def _intervals(metrics: Any) -> dict[str, list[float | None]]:
+    """Value, lower and upper bound of each metric."""
+    if not isinstance(metrics, dict):
+        return {}
+    found = {name: one for name, one in metrics.items() if isinstance(one, dict)}
+    return {visible(name): [number(one.get(part)) for part in ("value", "low", "high")] for name, one in found.items()}
+
+
+def _right(value: Any) -> tuple[str, float] | None:
+    if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], int | float):
+        return value[0], float(value[1])
+    return None
+
+
+def _object(file: Path) -> Content:
+    """The content of a JSON file; empty if there is none that can be read."""
+    try:
+        return read_object(file) if file.is_file() else {}
+    except (DataError, OSError):
+        return {}
+
+
+def _written(value: Any) -> str:
+    """An option's value in one or more lines of text."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return visible_lines(text[:2000])
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    """The names of the runs' folders, with those of their parents as far as names are alike."""
+    paths = [run.resolve() for run in runs]
+    for parts in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-parts:]) for path in paths]
+        if len(set(names)) == len(set(paths)):
+            break
+    return [visible(name) for name in names]
+
+
+def _differences(runs: Sequence[RunFiles]) -> Iterator[tuple[str, list[str | None]]]:
+    """Options whose values differ between runs, with each run's value; None for a run without the option."""
+    for name in dict.fromkeys(name for run in runs for name in run.options):
+        values = [_written(run.options[name]) if name in run.options else None for run in runs]
+        if len(set(values)) > 1:
+            yield visible(name), values
+
+
+def _groups(runs: Sequence[RunFiles], names: Sequence[str]) -> list[Content]:
+    """Runs that differ in their seed alone, each with a name by what differs from other groups."""
+    different = [(name, values) for name, values in _differences(runs) if name not in WITHIN_A_GROUP]
+    groups: dict[tuple[str | None, ...], list[int]] = {}
+    for i, run in enumerate(runs):
+        key = tuple(values[i] for _, values in different) if run.options else (names[i],)
+        groups.setdefault(key, []).append(i)
+    shown = different[:3]
+    return [
+        {
+            "name": names[own[0]] if len(own) == 1 else _group_name([(n, v[own[0]]) for n, v in shown], len(own)),
+            "runs": own,
+        }
+        for own in groups.values()
+    ]
+
+
+def _group_name(options: Sequence[tuple[str, str | None]], size: int) -> str:
+    told = ", ".join(f"{name} {(value or 'none')[:40]}" for name, value in options)
+    return f"{told or 'all runs'} ({size} seeds)"
+
+
+def page(data: Mapping[str, Any]) -> str:
+    """The page with its data.
+
+    Scripts and styles run by their checksums alone, so that nothing in the data can run, wherever it stands.
+    """
+    style, script = (_asset(name) for name in ("report.css", "report.js"))
+    connect = "connect-src 'self'; " if data["live"] else ""
+    policy = (
+        f"default-src 'none'; script-src '{_checksum(script)}'; style-src '{_checksum(style)}'; img-src data:; "
+        f"{connect}base-uri 'none'; form-action 'none'"
+    )
+    parts = {"POLICY": policy, "STYLE": style, "DATA": embedded(data), "SCRIPT": script}
+    first, *rest = _asset("report.html").split("{{")
+    pieces = [piece.partition("}}") for piece in rest]
+    return first + "".join(parts[name] + after for name, _, after in pieces)
+
+
+def embedded(data: Any) -> str:
+    """JSON that ends no script element, whatever is in it."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for one in "<>&\u2028\u2029":
+        text = text.replace(one, f"\\u{ord(one):04x}")
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _asset(name: str) -> str:
+    return (files("vlmenv.runs") / "page" / name).read_text(encoding="utf-8")
+
+
+def _checksum(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
