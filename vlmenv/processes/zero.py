@@ -170,12 +170,13 @@ class ZeRO(Sharded):
             ]
             return [_share(whole, length, rank) for whole, length in zip(wholes, lengths, strict=True)]
         weights = [size for group in sizes for size in group]
-        then = [torch.cat(list(shards)).split([-(-size // len(saved)) for size in weights]) for shards in saved]
+        lengths_then = [-(-size // len(saved)) for size in weights]
+        then = [torch.split(torch.cat(list(shards)), lengths_then) for shards in saved]
         shares = [
             _share(torch.cat(parts)[:size], -(-size // ranks), rank)
             for size, parts in zip(weights, zip(*then, strict=True), strict=True)
         ]
-        return torch.cat(shares).split(list(lengths))
+        return torch.split(torch.cat(shares), list(lengths))
 
 
 def _share(whole: Tensor, length: int, rank: int) -> Tensor:
