@@ -46,14 +46,12 @@ def both(hidden: Tensor, first: nn.Module, second: nn.Module) -> tuple[Tensor, T
 
 
 def _applies(layers: Sequence[WideLinear]) -> bool:
+    device = layers[0].weight.device
+    if not (torch.is_grad_enabled() and fuses(device) and torch.is_autocast_enabled(device.type)):
+        return False
     weights = [weight for one in layers for weight in one.parameters(recurse=False)]
-    device = weights[0].device.type
-    return (
-        torch.is_grad_enabled()
-        and all(one.requires_grad and one.dtype == torch.float32 for one in weights)
-        and torch.is_autocast_enabled(device)
-        and sums_wide(device, torch.get_autocast_dtype(device))
-    )
+    are_cast = all(one.requires_grad and one.dtype == torch.float32 for one in weights)
+    return are_cast and not fault_of(device.type, torch.get_autocast_dtype(device.type))
 
 
 def _products(hidden: Tensor, layers: Sequence[WideLinear]) -> tuple[Tensor, ...]:
@@ -102,7 +100,7 @@ class _Values(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *places: Tensor) -> tuple[Tensor, ...]:
-        return nn.functional.linear(hidden, weight, bias).split([one.shape[-1] for one in places], dim=-1)
+        return torch.split(nn.functional.linear(hidden, weight, bias), [one.shape[-1] for one in places], dim=-1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -132,11 +130,6 @@ def _sum_of_products(rows: Sequence[Tensor], weights: Sequence[Tensor]) -> Tenso
 
 def _wide_product(left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left, right, out_dtype=torch.float32)
-
-
-def sums_wide(device: str, dtype: torch.dtype) -> bool:
-    """True if products of a data type can have float32 results on a device."""
-    return fuses(torch.device(device)) and not fault_of(device, dtype)
 
 
 @functools.cache

@@ -28,9 +28,9 @@ CPU = torch.device("cpu")
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPUs take the ways of GPUs, with functions as they are written."""
     monkeypatch.setattr(Fused, "__call__", lambda self, *arguments: self.function(*arguments))
-    for module in (lean_layers, linear_logprobs, rotary):
+    for module in (lean_layers, linear_logprobs, rotary, wide_gradients):
         monkeypatch.setattr(module, "fuses", lambda device: True)
-    monkeypatch.setattr(wide_gradients, "sums_wide", lambda device, dtype: True)
+    monkeypatch.setattr(wide_gradients, "fault_of", lambda device, dtype: "")
     monkeypatch.setattr(wide_gradients, "_wide_product", lambda left, right: left.float() @ right.float())
 
 

@@ -25,15 +25,17 @@ def summed(left: Tensor, right: Tensor) -> Tensor:
 @pytest.fixture
 def as_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Fused, "__call__", lambda self, *arguments: self.function(*arguments))
-    monkeypatch.setattr(wide_gradients, "sums_wide", lambda device, dtype: True)
+    monkeypatch.setattr(wide_gradients, "fuses", lambda device: True)
+    monkeypatch.setattr(wide_gradients, "fault_of", lambda device, dtype: "")
     monkeypatch.setattr(wide_gradients, "_wide_product", summed)
 
 
 @pytest.fixture(params=[True, False], ids=["bias", "no bias"])
 def layers(request: pytest.FixtureRequest) -> nn.ModuleList:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return nn.ModuleList([nn.Linear(16, size, bias=request.param) for size in (24, 40)])
+    made = nn.ModuleList([nn.Linear(16, size, bias=request.param) for size in (24, 40)])
+    for seed, parameter in enumerate(made.parameters()):
+        parameter.data = 0.1 * numbers(*parameter.shape, seed=seed)
+    return made
 
 
 def passes(layers: nn.ModuleList, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -69,14 +71,25 @@ def test_gradients_of_weights_are_not_rounded_to_half_precision(as_on_gpus: None
         assert own < before < 0.02
 
 
-def test_one_product_computes_both(as_on_gpus: None, layers: nn.ModuleList, monkeypatch: pytest.MonkeyPatch) -> None:
+def widths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that gets the width of each product's output."""
     calls: list[int] = []
     linear: Callable[..., Tensor] = nn.functional.linear
-    monkeypatch.setattr(nn.functional, "linear", lambda *args: calls.append(len(args[1])) or linear(*args))
+
+    def noted(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        calls.append(len(weight))
+        return linear(hidden, weight, bias)
+
+    monkeypatch.setattr(nn.functional, "linear", noted)
+    return calls
+
+
+def test_one_product_computes_both(as_on_gpus: None, layers: nn.ModuleList, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = widths(monkeypatch)
     widen_gradients(layers)
     passes(layers)
     assert calls == [64]
-    layers[0].weight.ds_numel = 24 * 16  # of ZeRO of stage 3, which gathers the weights of a layer that is called
+    layers.get_parameter("0.weight").ds_numel = 24 * 16  # type: ignore[attr-defined] # of ZeRO of stage 3, which gathers the weights of a layer that is called
     passes(layers)
     assert calls == [64, 24, 40]
 
@@ -84,9 +97,7 @@ def test_one_product_computes_both(as_on_gpus: None, layers: nn.ModuleList, monk
 def test_a_recomputed_block_does_not_compute_its_last_product_again(
     as_on_gpus: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[int] = []
-    linear: Callable[..., Tensor] = nn.functional.linear
-    monkeypatch.setattr(nn.functional, "linear", lambda *args: calls.append(len(args[1])) or linear(*args))
+    calls = widths(monkeypatch)
     block = nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 8))
     widen_gradients(block)
     with torch.autocast("cpu", BF16):
@@ -111,11 +122,14 @@ def test_other_layers_compute_as_ever(
     if case == "narrow":
         layers.to(BF16)
     with torch.autocast("cpu", BF16, enabled=case != "no autocast"), torch.set_grad_enabled(case != "no gradient"):
-        both(numbers(5, 16).to(layers[0].weight.dtype if case == "narrow" else torch.float32), *layers)
+        both(numbers(5, 16, dtype=BF16 if case == "narrow" else torch.float32), *layers)
 
 
-def test_cpus_compute_as_ever() -> None:
-    assert not wide_gradients.sums_wide("cpu", BF16)
+def test_cpus_compute_as_ever(layers: nn.ModuleList, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wide_gradients, "_products", lambda *_: pytest.fail("CPUs have nothing to widen"))
+    plain = passes(layers)
+    widen_gradients(layers)
+    assert all(torch.equal(a, b) for a, b in zip(passes(layers), plain, strict=True))
 
 
 class TestTrial:
