@@ -83,6 +83,18 @@ def test_shards_go_on_as_whole_copies_and_back(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_other_ranks_go_on_with_shards_of_deepspeed(stage: int, tmp_path: Path) -> None:
+    """From two to one to three to two: the optimizer's state of each weight stays the same."""
+    pytest.importorskip("deepspeed")
+    script, saved = str(Path(__file__).parent / "shards_divided_anew.py"), ["nothing", "two", "one", "three", "again"]
+    for source, target, ranks in zip(saved, saved[1:], (2, 1, 3, 2), strict=False):
+        done = launch(f"deepspeed_zero{stage}", script, source, target, str(tmp_path), processes=ranks)
+        assert done.returncode == 0, done.stderr
+    done = launch(f"deepspeed_zero{5 - stage}", script, "again", "never", str(tmp_path))
+    assert f"saved with ZeRO's stage {stage}, not {5 - stage}: launch as" in done.stderr
+
+
 def test_the_main_process_alone_needs_to_load_weights(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     VLMAgent.from_pretrained("builtin").publish(tmp_path / "base", dtype=torch.bfloat16)

@@ -56,7 +56,7 @@ def build(sort: str) -> VLMAgent:
 
 
 def trainer_of(agent: VLMAgent, accelerator: Accelerator, beta: float = 0.0, **options: Any) -> Trainer:
-    shard = {"shard": accelerator.process_index, "num_shards": 2}
+    shard = {"shard": accelerator.process_index, "num_shards": accelerator.num_processes}
     envs = gymnasium.make_vec("VLM-REC-v0", num_envs=8, group_size=4, **shard)
     config = TrainerConfig(**({"micro_batch_tokens": TOKENS, "steps": 2, "warmup_steps": 0} | options))
     return Trainer(agent, envs, GRPO(GRPOConfig(group_size=4, beta=beta)), config, accelerator)

@@ -24,6 +24,12 @@ def flat_shards(engine: Any, stage: int) -> list[Tensor]:
     return found
 
 
+def sizes(engine: Any, stage: int) -> list[list[int]]:
+    """Numbers of elements of the weights, in the order of the flat shards; up to stage 2 a list for each shard."""
+    groups = engine.optimizer.bit16_groups if stage < 3 else engine.optimizer.fp16_groups
+    return [[whole_size(parameter) for parameter in group] for group in groups]
+
+
 def read_shards(engine: Any) -> None:
     """Makes the float32 shards anew from the weights."""
     engine.optimizer.refresh_fp32_params()
@@ -64,7 +70,11 @@ def missing_parts(engine: Any, stage: int) -> list[str]:
     zero = engine.optimizer
     missing = [
         name
-        for name in (_FLAT.get(stage, _FLAT_OF_WEIGHTS), "refresh_fp32_params", "clip_grad", "overflow")
+        for name in (
+            _FLAT.get(stage, _FLAT_OF_WEIGHTS),
+            "bit16_groups" if stage < 3 else "fp16_groups",
+            *("refresh_fp32_params", "clip_grad", "overflow"),
+        )
         if not hasattr(zero, name)
     ]
     if stage == 3:

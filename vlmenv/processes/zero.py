@@ -6,10 +6,10 @@ This uses DeepSpeed's engine directly, because accelerate's wrapper takes an opt
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import torch
 from accelerate import Accelerator
@@ -17,8 +17,10 @@ from torch import Tensor
 
 from vlmenv.agents.base import Agent, Reference
 from vlmenv.compat import deepspeed as compat
-from vlmenv.core.errors import ConfigError, TrainingError
+from vlmenv.core.errors import ConfigError, ModelError, TrainingError
 from vlmenv.processes.base import Sharded
+
+_AS_LAUNCHED: Final = "launch as the run was launched"
 
 
 class ZeRO(Sharded):
@@ -115,17 +117,69 @@ class ZeRO(Sharded):
         plain = self._engine.optimizer.optimizer
         rates = [group["lr"] for group in plain.param_groups]
         parts = compat.flat_shards(self._engine, self.stage)
-        return {"optimizer": {"lr": rates, "state": [dict(plain.state[share]) for share in parts]}}
+        state = [dict(plain.state[share]) for share in parts]
+        return {"optimizer": {"lr": rates, "state": state, "stage": self.stage}}
 
     def load(self, folder: Path, shared: dict[str, Any], own: dict[str, Any]) -> None:
+        state = shared["undivided"][0] if "undivided" in shared else own["optimizer"]
+        if (stage := state.get("stage", self.stage)) != self.stage:
+            raise ModelError(f"{folder}: saved with ZeRO's stage {stage}, not {self.stage}: {_AS_LAUNCHED}")
+        if "undivided" in shared and self._options.get("round_robin_gradients"):
+            raise ModelError(f"{folder}: round_robin_gradients orders shards by the number of ranks: {_AS_LAUNCHED}")
+        if "undivided" in shared:
+            state = state | {"state": self._divided_anew([one["state"] for one in shared["undivided"]])}
         if self.stage < 3:
             self.agent.load(folder)
         else:
             with self._gathered(writer=0):
                 self.agent.load(folder)
-        plain, state = self._engine.optimizer.optimizer, own["optimizer"]
+        plain = self._engine.optimizer.optimizer
         compat.read_shards(self._engine)
         for group, rate in zip(plain.param_groups, state["lr"], strict=True):
             group["lr"] = rate
         for share, kept in zip(compat.flat_shards(self._engine, self.stage), state["state"], strict=True):
             plain.state[share] = {name: value.to(share.device) for name, value in kept.items()}
+
+    def _divided_anew(self, saved: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+        """This rank's optimizer state for each of its flat shards.
+
+        Args:
+            saved: The states of the flat shards of each rank that saved them.
+        """
+        parts = compat.flat_shards(self._engine, self.stage)
+        kinds: Mapping[str, Any] = saved[0][0]
+        numbers = {name: value for name, value in kinds.items() if not isinstance(value, Tensor) or not value.ndim}
+        state: list[dict[str, Any]] = [dict(numbers) for _ in parts]
+        for name in kinds.keys() - numbers.keys():
+            flat = [[one[name] for one in rank] for rank in saved]
+            for one, share in zip(state, self._shares(flat, [part.numel() for part in parts]), strict=True):
+                one[name] = share
+        return state
+
+    def _shares(self, saved: Sequence[Sequence[Tensor]], lengths: Sequence[int]) -> Sequence[Tensor]:
+        """This rank's flat shards of some lengths, from those of all ranks that saved them.
+
+        Up to stage 2 a flat shard is a part of all weights of a parameter group, one after the other. At stage 3 flat
+        shards have a part of each weight.
+        """
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        sizes = compat.sizes(self._engine, self.stage)
+        if self.stage < 3:
+            wholes = [
+                torch.cat(shards)[: sum(group)] for shards, group in zip(zip(*saved, strict=True), sizes, strict=True)
+            ]
+            return [_share(whole, length, rank) for whole, length in zip(wholes, lengths, strict=True)]
+        weights = [size for group in sizes for size in group]
+        lengths_then = [-(-size // len(saved)) for size in weights]
+        then = [torch.split(torch.cat(list(shards)), lengths_then) for shards in saved]
+        shares = [
+            _share(torch.cat(parts)[:size], -(-size // ranks), rank)
+            for size, parts in zip(weights, zip(*then, strict=True), strict=True)
+        ]
+        return torch.split(torch.cat(shares), list(lengths))
+
+
+def _share(whole: Tensor, length: int, rank: int) -> Tensor:
+    """A rank's share of a flat tensor, of some length, with zeros where the tensor has ended."""
+    share = whole[rank * length : (rank + 1) * length]
+    return torch.nn.functional.pad(share, (0, length - len(share)))

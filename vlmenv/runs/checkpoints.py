@@ -206,8 +206,8 @@ def _shards(folder: Path, state: dict[str, Any]) -> list[dict[str, Any]]:
     return [_read(folder / f"process-{rank}.pt", mmap=True)["optimizer"] for rank in range(state["shards"])]
 
 
-_DIVISIBLE: Final = {"whole copies", "FSDP2"}
-"""Strategies whose optimizer's state other ranks can divide anew."""
+_CONVERTIBLE: Final = {"whole copies", "FSDP2"}
+"""Strategies that go on with one another's optimizer state."""
 
 
 def _is_divided_anew(folder: Path, state: dict[str, Any], processes: Processes) -> bool:
@@ -220,13 +220,12 @@ def _is_divided_anew(folder: Path, state: dict[str, Any], processes: Processes) 
     if then == now:
         return False
     how = "launch as the run was launched"
-    if then[0] != now[0] and not {then[0], now[0]} <= _DIVISIBLE:
+    if then[0] != now[0] and not {then[0], now[0]} <= _CONVERTIBLE:
         raise ModelError(f"{folder}: saved with {then[0]}, not with {now[0]}: {how}")
-    eight_bits = state.get("optimizer_name") == "adamw_8bit"
-    if now[0] not in _DIVISIBLE or eight_bits:
+    if state.get("optimizer_name") == "adamw_8bit":
         raise ModelError(
             f"{folder}: saved with {then[0]} in {then[1]} shards, not with {now[0]} in {now[1]}, and the optimizer's "
-            f"state of {'adamw_8bit' if eight_bits else now[0]} cannot be divided anew: {how}"
+            f"state of adamw_8bit cannot be divided anew: {how}"
         )
     return True
 
