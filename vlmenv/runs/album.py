@@ -118,9 +118,9 @@ def marks(value: Any, scale: Sequence[float] = (1.0, 1.0)) -> list[list[Any]]:
     """Labelled places of a truth or an answer, in pixels, as JSON can hold them: a label and a flat list of x and y."""
     try:
         found = list(labelled_places(value))
-    except ConfigError:  # an odd number of coordinates
+        return [[label, [round(number * scale[i % 2], 2) for i, number in enumerate(place)]] for label, place in found]
+    except (ConfigError, OverflowError):  # an odd number of coordinates, or a number that is no coordinate
         return []
-    return [[label, [round(number * scale[i % 2], 2) for i, number in enumerate(place)]] for label, place in found]
 
 
 def is_right(task: VisualTaskEnv, sample: Sample, completion: str, terms: Mapping[str, float]) -> bool | None:
