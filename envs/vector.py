@@ -123,6 +123,11 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         """P, the number of distinct samples in a batch."""
         return self.num_envs // self.group_size
 
+    @property
+    def shown(self) -> dict[int, Sample]:
+        """The samples that the environments show now, by index."""
+        return {one.index: one.sample for one in self._shown}
+
     def reset(
         self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[BatchedObservations, dict[str, Any]]:

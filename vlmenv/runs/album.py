@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from PIL import Image as PILImage
@@ -58,8 +59,12 @@ class Album:
         self._folder, self._task, self._part = folder, task, part
         self._known = set(read_album(folder))
 
-    def keep(self, indices: Iterable[int]) -> dict[int, Sample]:
+    def keep(self, indices: Iterable[int], loaded: Mapping[int, Sample] = MappingProxyType({})) -> dict[int, Sample]:
         """Keeps samples, and returns those that can be read.
+
+        Args:
+            indices: Their indices.
+            loaded: Samples that need not be read again, by index.
 
         Raises:
             OSError: The folder cannot be written.
@@ -67,17 +72,17 @@ class Album:
         self._begin()
         wanted = list(dict.fromkeys(indices))
         with ThreadPoolExecutor(_THREADS) as pool:
-            kept = list(pool.map(self._kept, wanted))
+            kept = list(pool.map(lambda index: self._kept(index, loaded.get(index)), wanted))
         new = [(sample, line) for sample, line in kept if line is not None]
         if new:
             with (self._folder / INDEX).open("a", encoding="utf-8") as stream:
                 stream.writelines(json.dumps(line) + "\n" for _, line in new)
         return {index: sample for (sample, _), index in zip(kept, wanted, strict=True) if sample}
 
-    def _kept(self, index: int) -> tuple[Sample | None, dict[str, Any] | None]:
+    def _kept(self, index: int, loaded: Sample | None) -> tuple[Sample | None, dict[str, Any] | None]:
         """The sample and, if it is new, its line."""
         try:
-            sample = self._task.source.get(index)
+            sample = loaded or self._task.source.get(index)
         except DataError:
             return None, None
         key = f"{self._part}/{index}"
