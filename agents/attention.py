@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from vlmenv.agents.families.layers import FULL, WINDOW
 from vlmenv.agents.fusing import ROWS, fused, numbers
 from vlmenv.agents.kernels import (
     HIDDEN,
@@ -32,7 +33,8 @@ from vlmenv.agents.kernels import (
 )
 from vlmenv.agents.packing import Packing
 from vlmenv.agents.passes import Groups, Mixer, Pass, Past, Prefixes, Steps
-from vlmenv.compat.transformers import block_of
+from vlmenv.compat.transformers import block_of, source_of
+from vlmenv.core.errors import ModelError
 
 _NAME = "vlmenv_packed"
 
@@ -73,12 +75,13 @@ class Attention(Mixer):
 
     def __init__(self, scale: float, window: int | None = None) -> None:
         self.scale, self.window = scale, window
+        self.kind = FULL if window is None else WINDOW
 
     def prompts(self, prefixes: Prefixes, *packed: Tensor) -> tuple[Tensor, KeysValues]:
         # Padding is at the right, where causal attention does not look.
         packing = prefixes.packing
         query, key, value = (packing.pad(one).transpose(1, 2) for one in packed)
-        mask = _prompt_mask(packing, prefixes.images, self.window)
+        mask = _prompt_mask(packing, prefixes.images.get(self.kind), self.window)
         mask = None if mask is None else fitted(mask, query.dtype)
         out = nn.functional.scaled_dot_product_attention(
             query, *_for_each_query(query, key, value), mask, is_causal=mask is None, scale=self.scale
@@ -87,7 +90,7 @@ class Attention(Mixer):
 
     def groups(self, groups: Groups, *packed: Tensor) -> Tensor:
         if (Attention, self.window) not in groups.kept:
-            groups.kept[Attention, self.window] = _Masks(groups, self.window)
+            groups.kept[Attention, self.window] = _Masks(groups, self)
         masks = groups.kept[Attention, self.window]
         assert isinstance(masks, _Masks)
         if groups.families is not None and not masks.hides and attends_in_segments(kernel_for(packed[0]), packed[0]):
@@ -176,12 +179,13 @@ class _Masks:
 
     Args:
         groups: The pass.
-        window: See `Attention`.
+        mixer: The kind of attention.
     """
 
-    def __init__(self, groups: Groups, window: int | None) -> None:
+    def __init__(self, groups: Groups, mixer: Attention) -> None:
         prompts, completions, device = groups.prompts, groups.completions, groups.prompts.device
-        self.prompts = _prompt_mask(prompts, groups.images, window)
+        window = mixer.window
+        self.prompts = _prompt_mask(prompts, groups.images.get(mixer.kind), window)
         """[1 or P, 1, T, T], of prompts to themselves"""
         self.own = _prompt_mask(completions, None, window)
         """[1, 1, L, L], of completions to themselves"""
@@ -416,10 +420,15 @@ def _attend(
             **arguments,
         )
     assert dropout == 0, "attention dropout would not be the same in two passes"
-    block, device = block_of(module), query.device.type
+    if other := [name for name in ("s_aux", "softcap") if arguments.get(name) is not None]:
+        raise ModelError(
+            f"{type(module).__name__} has attention with sinks or capped scores ({other[0]}), which is not known"
+        )
+    device = query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     query, key, value = (one.squeeze(0).transpose(0, 1).to(dtype) for one in (query, key, value))  # no copy backward
-    return packed.mix(block, Attention(scaling, sliding_window), query, key, value)[None], None
+    mixer, source = Attention(scaling, sliding_window), source_of(module)
+    return packed.mix(block_of(module), mixer, query, key, value, source=source)[None], None
 
 
 AttentionInterface.register(_NAME, _attend)

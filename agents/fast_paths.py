@@ -11,11 +11,13 @@ from typing import NamedTuple
 import torch
 
 from vlmenv import compat
+from vlmenv.agents import wide_gradients
 from vlmenv.agents.fusing import fault_of
 from vlmenv.agents.kernels import CPUKernel, ExplicitKernel, FlashKernel, attends_in_segments, kernel_for
 from vlmenv.agents.patch_embedding import PatchProjection
 from vlmenv.agents.policy import Policy
 from vlmenv.agents.vision_attention import attends_by_segments
+from vlmenv.compat.transformers import keys_of_blocks
 
 
 class FastPath(NamedTuple):
@@ -91,14 +93,16 @@ def _on_gpus(policy: Policy, dtype: torch.dtype) -> Iterator[FastPath]:
         yield FastPath("attention without padding", "yes" if attends_in_segments(kernel, query) else "no")
     fault = fault_of(policy.device.type)
     yield FastPath("compiled elementwise functions", "no" if fault else "yes", fault)
+    if dtype.itemsize == 2 and not fault:
+        unsummed = wide_gradients.fault_of(policy.device.type, dtype)
+        yield FastPath("float32 gradients at once", "no" if unsummed else "yes", unsummed)
     rotations = policy.rotations
     yield FastPath("rotations at once", "no" if fault else f"{rotations.on} of {rotations.of}")
 
 
 def _head_size(policy: Policy) -> int:
-    """Size of the heads of the language model's attention."""
-    config = policy.model.config.get_text_config()
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    """Size of the largest heads of the language model's attention."""
+    return max(size for _, size in keys_of_blocks(policy.model.config.get_text_config()))
 
 
 def _kernel(policy: Policy, dtype: torch.dtype) -> FastPath:

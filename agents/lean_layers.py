@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from vlmenv.agents.fusing import ROWS, fused, fuses, numbers
 from vlmenv.agents.saved_activations import drops, make_anew
+from vlmenv.agents.wide_gradients import both
 from vlmenv.compat.torch import without_modes
 
 _log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class GatedMLP(nn.Module):
     kind: ClassVar[str] = "silu"
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return _down(self.gate_proj(hidden), self.up_proj(hidden), self.down_proj, self.kind)
+        return _down(*both(hidden, self.gate_proj, self.up_proj), self.down_proj, self.kind)
 
 
 class GeluGatedMLP(GatedMLP):
@@ -122,6 +123,25 @@ class CentredRMSNorm(nn.Module):
         if drops():
             weight = self.weight.detach().clone()  # a clone: sharding may free the weight before the backward pass
             make_anew(normed, lambda: _centred(kept, inverse, weight))
+        return normed
+
+
+class PowerRMSNorm(nn.Module):
+    """`weight * x * (mean(x²) + eps) ** -0.5` in float32, which keeps as little as `RMSNorm`; without a weight too."""
+
+    weight: nn.Parameter
+    eps: float
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        weight = self.weight if hasattr(self, "weight") else None
+        kept = hidden.detach()
+        size = _wide(kept).pow(2).mean(-1, keepdim=True).add_(self.eps)
+        if not torch.is_grad_enabled():
+            return _powered(hidden, size, weight)
+        normed: Tensor = _PowerNormed.apply(hidden, hidden, size, weight)  # type: ignore[no-untyped-call]
+        if drops():
+            own = None if weight is None else weight.detach().clone()  # a clone: sharding may free the weight before
+            make_anew(normed, lambda: _powered(kept, size, own))
         return normed
 
 
@@ -236,14 +256,45 @@ class _CentredNormed(torch.autograd.Function):
         return *_through_norm(hidden, inverse, grad * (1.0 + _wide(weight))), None, grad_weight
 
 
-def _through_norm(hidden: Tensor, inverse: Tensor, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+class _PowerNormed(torch.autograd.Function):
+    """As `_Normed`, for `PowerRMSNorm`."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, again: Tensor, size: Tensor, weight: Tensor | None) -> Tensor:
+        ctx.save_for_backward(hidden, size, weight)
+        return _powered(hidden, size, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, size, weight = ctx.saved_tensors
+        grad, grad_weight, inverse = _wide(grad), None, size.pow(-0.5)
+        if ctx.needs_input_grad[3]:
+            grad_weight = (_wide(hidden) * inverse).mul_(grad).sum_to_size(weight.shape).to(weight.dtype)
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, grad_weight
+        grad = grad.clone() if weight is None else grad * _wide(weight)
+        parts = _through_norm(hidden, inverse, grad, lambda total: total * (-0.5 * size.pow(-1.5)))
+        return *parts, None, grad_weight
+
+
+def _powered(hidden: Tensor, size: Tensor, weight: Tensor | None) -> Tensor:
+    normed = _wide(hidden) * size.pow(-0.5)
+    return (normed if weight is None else normed.mul_(_wide(weight))).to(hidden.dtype)
+
+
+def _through_norm(
+    hidden: Tensor, inverse: Tensor, grad: Tensor, through_root: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor | None]:
     """The two parts of the gradient of a norm's input, from that of `x / sqrt(mean(x²) + eps)`.
 
-    The latter must be float32 or finer, and serves as room.
+    The latter must be float32 or finer, and serves as room. `through_root` turns the gradient of the root's inverse
+    into that of the mean, and rounds as the model's own. Default: by `inverse`.
     """
     wide = _wide(hidden)
     product = grad * wide
-    grad_mean = -0.5 * product.sum(-1, keepdim=True) * inverse.pow(3)
+    total = product.sum(-1, keepdim=True)
+    grad_mean = -0.5 * total * inverse.pow(3) if through_root is None else through_root(total)
     parts = grad.mul_(inverse), torch.mul(wide, grad_mean / hidden.shape[-1] * 2, out=product)
     if wide.dtype == hidden.dtype:
         return parts
@@ -365,9 +416,11 @@ _FORMS: Final = (
     _Form(PlainMLP, {"linear_fc1": _IN, "linear_fc2": _OUT}, activations=1),
     _Form(RMSNorm, weights={"weight": 8}),
     _Form(CentredRMSNorm, weights={"weight": 8}),
+    _Form(PowerRMSNorm, weights={"weight": 8}),
+    _Form(PowerRMSNorm),
     _Form(GatedRMSNorm, weights={"weight": 8}),
 )
-_LEAN: Final = (GatedMLP, FusedGatedMLP, PlainMLP, RMSNorm, CentredRMSNorm, GatedRMSNorm)
+_LEAN: Final = (GatedMLP, FusedGatedMLP, PlainMLP, RMSNorm, CentredRMSNorm, PowerRMSNorm, GatedRMSNorm)
 
 
 @dataclass(frozen=True)
@@ -422,7 +475,8 @@ def _replace(module: nn.Module) -> str:
     if isinstance(module, _LEAN):
         return ""
     names = frozenset(name for name, _ in module.named_children())
-    key = type(module), type(module).forward, names, *(type(child) for child in module.children())
+    own = frozenset(name for name, _ in module.named_parameters(recurse=False))
+    key = type(module), type(module).forward, names, own, *(type(child) for child in module.children())
     if key not in _tried:
         _tried[key] = _first_right(module)
     lean, fault = _tried[key]
@@ -465,7 +519,7 @@ def _trial(form: _Form, module: nn.Module) -> str:
             lean.__class__ = form.lean
             for dtype in (torch.float32, torch.bfloat16):
                 for scale in (1.0, 1e-3):  # of the size of a norm's epsilon
-                    found, right = (_passes(one.to(dtype), scale) for one in (lean, plain))
+                    found, right = (_passes(one.to(dtype), scale, dtype) for one in (lean, plain))
                     if not all(torch.equal(a, b) for a, b in zip(found, right, strict=True)):
                         return f"it does not compute the same as {form.lean.__name__}"
         except (RuntimeError, AttributeError, TypeError, ValueError, KeyError) as error:
@@ -473,11 +527,11 @@ def _trial(form: _Form, module: nn.Module) -> str:
     return ""
 
 
-def _passes(module: nn.Module, scale: float) -> list[Tensor]:
+def _passes(module: nn.Module, scale: float, dtype: torch.dtype) -> list[Tensor]:
     """Output and gradients for random input."""
     parameters = list(module.parameters())
     *inputs, push = torch.randn(3, 3, 5, 8, generator=torch.Generator().manual_seed(1), device="cpu")
-    given = [(scale * one).to(parameters[0].dtype).requires_grad_() for one in inputs[: _inputs(module)]]
+    given = [(scale * one).to(dtype).requires_grad_() for one in inputs[: _inputs(module)]]
     out = module(*given)
     return [out, *torch.autograd.grad(out, [*given, *parameters], push.to(out.dtype))]
 

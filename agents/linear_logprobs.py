@@ -19,10 +19,21 @@ _FEW_LOGITS = 2**24
 """The same on other devices, where small chunks stay in caches."""
 
 
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """Logits within `-cap` and `cap`, as Gemma's (arXiv 2408.00118, section 2); without a cap as they are."""
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
 def linear_logprobs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, banned: Tensor, temperature: float
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    banned: Tensor,
+    temperature: float,
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Computes log-probabilities and entropies under `softmax((hidden @ weight.T + bias) / temperature)`.
+    """Computes log-probabilities and entropies under `softmax(capped(hidden @ weight.T + bias) / temperature)`.
 
     Only the logits of a chunk are in memory at a time. The backward pass recomputes them, and accumulates the weight's
     gradient in place.
@@ -34,6 +45,7 @@ def linear_logprobs(
         targets: int64 [M], the sampled tokens.
         banned: int64 [B], tokens with probability 0.
         temperature: Sampling temperature, above 0.
+        cap: See `capped`. Default: none.
 
     Returns:
         Log-probabilities [M] of the targets; and entropies [M] in nats, without gradient. Both are float32, or float64
@@ -42,7 +54,7 @@ def linear_logprobs(
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     bias = None if bias is None else bias.to(dtype)
-    logprobs, entropy = _linear_logprobs(hidden.to(dtype), weight.to(dtype), bias, targets, banned, temperature)
+    logprobs, entropy = _linear_logprobs(hidden.to(dtype), weight.to(dtype), bias, targets, banned, temperature, cap)
     return logprobs, entropy
 
 
@@ -56,23 +68,24 @@ class _LinearLogProbs(torch.autograd.Function):
         targets: Tensor,
         banned: Tensor,
         temperature: float,
+        cap: float | None,
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logprobs, entropy, normalisers = torch.empty(3, len(hidden), dtype=dtype, device=hidden.device)
-        at_once = _computes_at_once(hidden, bias)
+        at_once = _computes_at_once(hidden, bias, cap)
         for rows in _chunks(hidden, len(weight), at_once):
             if at_once:
                 logits, mask = nn.functional.linear(hidden[rows], weight), _mask(banned, len(weight))
                 found = _scored(logits, mask, targets[rows], temperature)
                 normalisers[rows], logprobs[rows], entropy[rows] = found
                 continue
-            logits = _logits(hidden[rows], weight, bias, banned, temperature)
+            logits = _logits(hidden[rows], weight, bias, banned, temperature, cap)
             normalisers[rows] = logits.logsumexp(dim=-1)
             logits -= normalisers[rows, None]
             logprobs[rows] = logits.gather(-1, targets[rows, None])[:, 0]
             entropy[rows] = -logits.exp().mul_(logits).sum(dim=-1)
         ctx.save_for_backward(hidden, weight, bias, targets, banned, normalisers)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.cap = temperature, cap
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
@@ -83,14 +96,17 @@ class _LinearLogProbs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=grad.dtype) if wants_bias else None
-        at_once = _computes_at_once(hidden, bias)
+        at_once = _computes_at_once(hidden, bias, ctx.cap)
         for rows in _chunks(hidden, len(weight), at_once):
             known = normalisers[rows], targets[rows], grad[rows], ctx.temperature
             if at_once:
                 logits, mask = nn.functional.linear(hidden[rows], weight), _mask(banned, len(weight))
                 errors = _errors_at_once(logits, mask, *known)
             else:
-                errors = _errors(_logits(hidden[rows], weight, bias, banned, ctx.temperature), *known)
+                logits = _logits(hidden[rows], weight, bias, banned, ctx.temperature, ctx.cap)
+                slope = None if ctx.cap is None else _slope(logits, ctx.temperature / ctx.cap)
+                errors = _errors(logits, *known)
+                errors = errors if slope is None else errors.mul_(slope)
             if grad_bias is not None:
                 grad_bias += errors.sum(dim=0)
             errors = errors.to(hidden.dtype)
@@ -100,7 +116,7 @@ class _LinearLogProbs(torch.autograd.Function):
                 _add_product(grad_weight, errors, hidden[rows])
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         grad_bias = None if grad_bias is None else grad_bias.to(weight.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
 _linear_logprobs: Callable[..., tuple[Tensor, Tensor]] = _LinearLogProbs.apply
@@ -112,9 +128,9 @@ def _chunks(hidden: Tensor, vocabulary: int, at_once: bool) -> list[slice]:
     return [slice(start, start + size) for start in range(0, len(hidden), size)]
 
 
-def _computes_at_once(hidden: Tensor, bias: Tensor | None) -> bool:
+def _computes_at_once(hidden: Tensor, bias: Tensor | None, cap: float | None) -> bool:
     """True if a compiled function goes from logits to results."""
-    return bias is None and hidden.dtype.itemsize < torch.float32.itemsize and fuses(hidden.device)
+    return bias is None and cap is None and hidden.dtype.itemsize < torch.float32.itemsize and fuses(hidden.device)
 
 
 def _mask(banned: Tensor, vocabulary: int) -> Tensor:
@@ -162,10 +178,17 @@ def _errors(logits: Tensor, normalisers: Tensor, targets: Tensor, grad: Tensor, 
     return errors.mul_(-grad[:, None] / temperature)
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, banned: Tensor, temperature: float) -> Tensor:
+def _slope(logits: Tensor, share: float) -> Tensor:
+    """The derivative [m, V] of capped logits, which times `share` are from -1 to 1, by the logits before the cap."""
+    return logits.mul(share).clamp_(-1, 1).square_().neg_().add_(1)
+
+
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, banned: Tensor, temperature: float, cap: float | None
+) -> Tensor:
     """Logits [m, V]. Banned tokens get the lowest finite number: probability and entropy 0, but no NaN."""
     logits = nn.functional.linear(hidden, weight, bias)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = capped(logits.to(torch.promote_types(logits.dtype, torch.float32)), cap)
     if temperature != 1:
         logits /= temperature
     return logits.index_fill_(-1, banned, torch.finfo(logits.dtype).min)

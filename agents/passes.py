@@ -10,7 +10,7 @@ Shapes: P prompts; N completions; M packed tokens of either or both.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import ClassVar, Self
 
@@ -76,16 +76,17 @@ class Pass(ABC):
     def __init__(self) -> None:
         self.ran: set[int] = set()
 
-    def mix(self, block: int, mixer: Mixer, *packed: Tensor) -> Tensor:
+    def mix(self, block: int, mixer: Mixer, *packed: Tensor, source: int | None = None) -> Tensor:
         """Computes a layer for all packed tokens.
 
         Args:
             block: Index of the layer.
             mixer: The kind of the layer.
             packed: The layer's own tensors [M, ...].
+            source: Index of the earlier layer whose past is also this layer's. Default: it has its own.
         """
         self.ran.add(block)
-        return self._mix(block, mixer, *packed)
+        return self._mix(block if source is None else source, mixer, *packed)
 
     @abstractmethod
     def _mix(self, block: int, mixer: Mixer, *packed: Tensor) -> Tensor: ...
@@ -96,13 +97,13 @@ class Prefixes(Pass):
 
     Args:
         packing: Packing of the prompts.
-        images: int64 [M], the image of each token whose features attend to each other in both directions, and -1 for
-            other tokens. Default: none do.
+        images: By kind of layer, int64 [M]: the image of each token whose features attend to each other in both
+            directions, and -1 for other tokens. Default: none do.
     """
 
-    def __init__(self, packing: Packing, images: Tensor | None = None) -> None:
+    def __init__(self, packing: Packing, images: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
-        self.packing, self.images = packing, images
+        self.packing, self.images = packing, images or {}
         self.past: dict[int, Past] = {}
         """by layer"""
 
@@ -119,7 +120,8 @@ class Prefixes(Pass):
         return whole
 
     def _mix(self, block: int, mixer: Mixer, *packed: Tensor) -> Tensor:
-        out, self.past[block] = mixer.prompts(self, *packed)
+        out, past = mixer.prompts(self, *packed)
+        self.past.setdefault(block, past)  # of a source there is one already
         return out
 
     @property
@@ -145,9 +147,11 @@ class Groups(Pass):
         images: See `Prefixes`, of the prompts.
     """
 
-    def __init__(self, prompts: Packing, completions: Packing, index: Tensor, images: Tensor | None = None) -> None:
+    def __init__(
+        self, prompts: Packing, completions: Packing, index: Tensor, images: Mapping[str, Tensor] | None = None
+    ) -> None:
         super().__init__()
-        self.prompts, self.completions, self.images = prompts, completions, images
+        self.prompts, self.completions, self.images = prompts, completions, images or {}
         self.kept: dict[object, object] = {}
         """what mixers compute once for all layers of their kind"""
         self.siblings = Siblings(index, len(prompts.lengths), prompts.device)

@@ -17,7 +17,7 @@ from vlmenv.agents.base import LogProbs
 from vlmenv.agents.delta_rule import keep_states_apart
 from vlmenv.agents.families.base import Family
 from vlmenv.agents.lean_layers import make_lean
-from vlmenv.agents.linear_logprobs import linear_logprobs
+from vlmenv.agents.linear_logprobs import capped, linear_logprobs
 from vlmenv.agents.packing import Packing
 from vlmenv.agents.passes import Groups, Pass, Prefixes
 from vlmenv.agents.patch_embedding import embed_patches_by_matmul
@@ -26,6 +26,7 @@ from vlmenv.agents.routing import balancing_loss, recorded_logits, routers_of
 from vlmenv.agents.saved_activations import dropping_recomputable
 from vlmenv.agents.sending import send
 from vlmenv.agents.vision_attention import attend_by_segments
+from vlmenv.agents.wide_gradients import widen_gradients
 from vlmenv.core.errors import ModelError
 from vlmenv.core.rollout import Prompt, Rollout
 
@@ -88,6 +89,7 @@ class Policy(nn.Module):
             attend_by_segments(cast(PreTrainedModel, family.vision_tower()))
         self.lean_layers = make_lean(family.model)
         self.rotations = rotate_at_once(family.model)
+        widen_gradients(family.model)
 
     def forward(self, rollout: Rollout) -> LogProbs:
         """Computes log-probabilities and entropies of a rollout's completions, and values if there is a value head."""
@@ -95,7 +97,8 @@ class Policy(nn.Module):
             hidden, packing = self.hidden_states(rollout)
         targets = self._tokens([completion.token_ids for completion in rollout.completions])
         head, temperature = self._head(), rollout.temperature or 1.0
-        logprobs, entropy = linear_logprobs(hidden, head.weight, head.bias, targets, self._banned(), temperature)
+        given = hidden, head.weight, head.bias, targets, self._banned(), temperature, self.family.logit_cap
+        logprobs, entropy = linear_logprobs(*given)
         values = None if self.value_head is None else packing.pad(self.value_head(hidden))
         balance = balancing_loss(routed, self.family.experts_per_token) if routed else None
         return LogProbs(packing.pad(logprobs), packing.pad(entropy), packing.mask(), values, balance)
@@ -109,7 +112,7 @@ class Policy(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Computes float32 logits of hidden states [..., H]. Banned tokens have -inf."""
-        logits: Tensor = self._head()(hidden).float()
+        logits = capped(self._head()(hidden).float(), self.family.logit_cap)
         return logits.index_fill_(-1, self._banned(), -torch.inf)
 
     def prefill(self, prompts: Sequence[Prompt]) -> tuple[Prefixes, Tensor]:
@@ -260,11 +263,12 @@ class Policy(nn.Module):
         inputs = self.family.vision_inputs(self.family.join_images(prompts), self.device)
         return self.model.model.get_image_features(**inputs, return_dict=True)
 
-    def _images(self, prompts: Sequence[Prompt]) -> Tensor | None:
+    def _images(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """Images whose tokens attend to each other in both directions, as `Prefixes` takes them."""
         if not self.family.sees_both_ways or not any(prompt.images for prompt in prompts):
-            return None
-        return self._tokens([self.family.images_seen_both_ways(prompt.input_ids) for prompt in prompts])
+            return {}
+        images = self._tokens([self.family.images_seen_both_ways(prompt.input_ids) for prompt in prompts])
+        return dict.fromkeys(self.family.sees_both_ways, images)
 
     def _tokens(self, rows: Sequence[NDArray[np.int64]]) -> Tensor:
         """Concatenates rows of token ids to [M]."""

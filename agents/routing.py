@@ -10,12 +10,19 @@ import torch
 from torch import Tensor, nn
 
 _ROUTER = "topkrouter"
-"""End of the names of transformers' classes of routers, in lower case."""
+"""End of the names of transformers' classes of routers whose first output is logits, in lower case."""
+_WITH_PROJECTION = "gemma4textrouter"
+"""The name of a class of routers that give probabilities, of the logits that their `proj` gives."""
 
 
 def routers_of(language_model: nn.Module) -> list[nn.Module]:
-    """The routers of a language model, whose first output is the logits [M, E] of the experts."""
-    return [module for module in language_model.modules() if type(module).__name__.lower().endswith(_ROUTER)]
+    """The routers of a language model, whose first or only output is the logits [M, E] of the experts."""
+    named = [(type(module).__name__.lower(), module) for module in language_model.modules()]
+    return [
+        module.get_submodule("proj") if name == _WITH_PROJECTION else module
+        for name, module in named
+        if name.endswith((_ROUTER, _WITH_PROJECTION))
+    ]
 
 
 @contextmanager
@@ -24,7 +31,7 @@ def recorded_logits(routers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     found: list[Tensor] = []
 
     def note(module: nn.Module, inputs: Any, outputs: Any) -> None:
-        found.append(outputs[0])
+        found.append(outputs if isinstance(outputs, Tensor) else outputs[0])
 
     handles = [router.register_forward_hook(note) for router in routers]
     try:

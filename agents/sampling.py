@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vlmenv.agents.passes import Prefixes, Steps
 from vlmenv.agents.policy import Policy, next_position
+from vlmenv.compat.transformers import keys_of_blocks
 from vlmenv.core.errors import ModelError
 from vlmenv.core.rollout import FinishReason, Prompt
 from vlmenv.core.sampling import Sampling
@@ -87,11 +88,7 @@ class PassLimits:
 
 def token_bytes(config: Any, dtype: torch.dtype) -> int:
     """Bytes of a token's keys and values in all blocks of a model's configuration. Those with a state have none."""
-    text = config.get_text_config()
-    heads = text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    keys = getattr(text, "num_key_value_heads", None) or heads
-    return int(2 * (text.num_hidden_layers - _with_states(text)) * keys * size * dtype.itemsize)
+    return 2 * dtype.itemsize * sum(heads * size for heads, size in keys_of_blocks(config.get_text_config()))
 
 
 def state_bytes(config: Any, dtype: torch.dtype) -> int:

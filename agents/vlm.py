@@ -317,8 +317,8 @@ class VLMAgent(Agent):
         """
         model = self.family.model
         whole = quantized_layers(model).values()
-        quantized = {parameter for layer in whole for parameter in layer.parameters()}
-        if not all(parameter.requires_grad or parameter in quantized for parameter in model.parameters()):
+        kept = _parameters([*whole, *self.family.unused()])
+        if not all(parameter.requires_grad or parameter in kept for parameter in model.parameters()):
             raise ConfigError(
                 "LoRA freezes the whole model: it works neither with frozen parts nor with other adapters"
             )

@@ -165,9 +165,8 @@ class Trainer:
         """False during an update: then the weights belong to no finished step."""
         self.processes = processes_of(accelerator, config.shard_within)
         require(
-            not config.max_staleness or self.processes.shards == 1,
-            f"max_staleness 1 goes with whole copies of the model (DDP), not with {self.processes.name}: a process "
-            "has crashed there. Leave it out",
+            not config.max_staleness or self.processes.samples_ahead,
+            f"max_staleness 1 has not been tested with {self.processes.name}: leave it out, or use FSDP2 or DDP",
         )
         self.processes.configure(agent)
         self.collector = Collector(

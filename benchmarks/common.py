@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
 from vlmenv.agents.families import Family, Processor, family_of
 from vlmenv.agents.policy import Policy
@@ -61,6 +62,9 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
 """What differs from the built-in model's configuration, by parameters."""
 QWEN35 = "10M, Qwen3.5"
 """A Qwen3.5 of the same width: six blocks with states, two with attention."""
+GEMMA3 = "10M, Gemma 3"
+"""A Gemma 3 of the same width: seven blocks with windows of 128 tokens, one without; images of 121 features."""
+GEMMA3_FEATURES = 121
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,9 @@ class Case:
 
 
 def new_model(size: str) -> PreTrainedModel:
-    """A Qwen3-VL or Qwen3.5 with random weights, the same whenever it is made."""
+    """A Qwen3-VL, Qwen3.5 or Gemma 3 with random weights, the same whenever it is made."""
+    if size == GEMMA3:
+        return model_from(_gemma3())
     config = AutoConfig.from_pretrained(find_model("builtin"))
     if size == QWEN35:
         config = _qwen35(config)
@@ -124,6 +130,24 @@ def _qwen35(builtin: Any) -> Any:
     return config
 
 
+def _gemma3() -> Any:
+    """A configuration of Gemma 3 with the built-in model's tokens, and those around images behind them."""
+    config = AutoConfig.for_model("gemma3")
+    text, vision = config.text_config, config.vision_config
+    builtin = AutoConfig.from_pretrained(find_model("builtin"))
+    for name, value in SIZES["10M"]["text_config"].items():
+        setattr(text, name, value)
+    text.vocab_size, text.eos_token_id = builtin.text_config.vocab_size, builtin.text_config.eos_token_id
+    text.head_dim, text.query_pre_attn_scalar, text.sliding_window = 32, 32, 128
+    text.layer_types = ["sliding_attention"] * 5 + ["full_attention"] + ["sliding_attention"] * 2
+    text.pad_token_id, text.bos_token_id = builtin.text_config.pad_token_id, None
+    vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers, vision.num_attention_heads = 256, 768, 3, 8
+    vision.image_size, vision.patch_size, vision.vision_use_head = 32 * math.isqrt(GEMMA3_FEATURES), 16, False
+    config.mm_tokens_per_image, config.image_token_id = GEMMA3_FEATURES, builtin.image_token_id
+    config.boi_token_id, config.eoi_token_id = builtin.vision_start_token_id, builtin.vision_end_token_id
+    return config
+
+
 def model_from(config: Any, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A model of random weights, the same whenever it is made."""
     torch.manual_seed(0)
@@ -138,6 +162,17 @@ def processor_of(folder: Path) -> Processor:
     processor = Processor.from_pretrained(folder)
     processor.image_processor.size = {"shortest_edge": 1, "longest_edge": 2**24}
     return processor
+
+
+def processor_for(size: str) -> Processor:
+    """The processor for a model of `new_model`: the built-in model's, for Gemma 3 with its own images."""
+    built_in = processor_of(find_model("builtin"))
+    if size != GEMMA3:
+        return built_in
+    side = 32 * math.isqrt(GEMMA3_FEATURES)
+    images = Gemma3ImageProcessorPil(size={"height": side, "width": side})
+    template = built_in.chat_template.replace("<|image_pad|><|vision_end|>", "")
+    return Processor(built_in.tokenizer, images, template)
 
 
 def family_without_end(model: PreTrainedModel, processor: Processor) -> Family:
@@ -155,8 +190,9 @@ def family_without_end(model: PreTrainedModel, processor: Processor) -> Family:
 def observations(family: Family, case: Case) -> list[Observation]:
     """Prompts of exactly so many tokens, with an image of noise, each once."""
     rng = np.random.default_rng(0)
-    image_processor = family.processor.image_processor
-    side = math.isqrt(case.image_tokens) * image_processor.patch_size * image_processor.merge_size
+    images = family.processor.image_processor
+    unit = images.patch_size * images.merge_size if hasattr(images, "merge_size") else 32  # Gemma's, of two patches
+    side = unit * math.isqrt(case.image_tokens)
     return [
         of_length(family, case.tokens, rng.integers(256, size=(side, side, 3), dtype=np.uint8))
         for _ in range(case.prompts)
@@ -316,12 +352,17 @@ class Spread:
 
 
 def alternate(contestants: dict[str, Contestant], rounds: int) -> dict[str, dict[str, Spread]]:
-    """Times of each contestant by phase, `logprobs` among them, taken in turn; a first round is not counted."""
+    """Times of each contestant by phase, taken in turn; a first round is not counted.
+
+    Among them are `logprobs`, and `cpu`: the processor's time of the whole step, which other processes change little.
+    """
     taken: dict[str, list[dict[str, float]]] = {name: [] for name in contestants}
     for _ in range(rounds + 1):
         gc.collect()
         for name, contestant in contestants.items():
-            taken[name].append(contestant.step() | {"logprobs": seconds_of(contestant.logprobs)})
+            started = time.process_time()
+            times = contestant.step() | {"cpu": time.process_time() - started}
+            taken[name].append(times | {"logprobs": seconds_of(contestant.logprobs)})
     return {
         name: {phase: Spread(tuple(one[phase] for one in found[1:])) for phase in found[0]}
         for name, found in taken.items()

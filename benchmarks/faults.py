@@ -106,7 +106,10 @@ class Laboratory:
     def whole(self) -> Path:
         """The undisturbed run, which is made when it is first asked for."""
         run, started = self.folder / "whole", time.monotonic()
-        self.begin(run).communicate()
+        process = self.begin(run)
+        printed, _ = process.communicate()
+        if process.returncode:
+            sys.exit(f"the undisturbed run ended with status {process.returncode}: {printed}")
         self.seconds = time.monotonic() - started
         return run
 
@@ -159,14 +162,24 @@ class Laboratory:
         return " ".join(printed.getvalue().split())
 
     def is_whole(self, run: Path) -> bool:
-        """True if a run has become what the undisturbed one is."""
-        with contextlib.suppress(OSError, ValueError):
-            weights = f"checkpoints/step-{STEPS}/model.safetensors"
-            ours, theirs = load_file(run / weights), load_file(self.whole / weights)
-            equal = all(torch.equal(ours[name], theirs[name]) for name in theirs)
-            completions = [(one / "rollouts.jsonl").read_bytes() for one in (run, self.whole)]
-            return equal and _metrics(run) == _metrics(self.whole) and completions[0] == completions[1]
-        return False
+        """True if a run has become what the undisturbed one is; else the difference is printed."""
+        try:
+            different = self._difference(run)
+        except (OSError, ValueError) as error:
+            different = str(error)
+        if different:
+            print(f"    {run.name} is not the undisturbed run: {different}", flush=True)
+        return not different
+
+    def _difference(self, run: Path) -> str:
+        weights = f"checkpoints/step-{STEPS}/model.safetensors"
+        ours, theirs = load_file(run / weights), load_file(self.whole / weights)
+        rows = zip(_metrics(run), _metrics(self.whole), strict=True)
+        others = [name for row, same in rows for name in row if row[name] != same.get(name)]
+        others += [name for name in theirs if not torch.equal(ours[name], theirs[name])]
+        if len({(one / "rollouts.jsonl").read_bytes() for one in (run, self.whole)}) > 1:
+            others.append("rollouts.jsonl")
+        return ", ".join(others)
 
 
 def _row(i: int) -> dict[str, object]:

@@ -25,6 +25,7 @@ from datasets import Dataset
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
+from transformers.models.gemma3.processing_gemma3 import Gemma3Processor
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from trl import GRPOConfig, GRPOTrainer
@@ -42,17 +43,33 @@ def without_videos(published: type[ProcessorMixin], family: Family) -> Processor
             self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None
         ) -> None:
             ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
-            for name in ("image", "video", "vision_start", "vision_end"):
-                token = f"<|{name}_pad|>" if name in ("image", "video") else f"<|{name}|>"
-                setattr(self, f"{name}_token", token)
-                setattr(self, f"{name}_token_id", tokenizer.convert_tokens_to_ids(token))
+            for name, token in NAMED.items():
+                for part in (self, tokenizer):
+                    setattr(part, f"{name}_token", token)
+                    setattr(part, f"{name}_token_id", tokenizer.convert_tokens_to_ids(token))
+            if published is Gemma3Processor:
+                features = "<|image_pad|>" * family.model.config.mm_tokens_per_image
+                self.full_image_sequence = f"\n\n<|vision_start|>{features}<|vision_end|>\n\n"
+                self.image_token, self.image_token_id = self.boi_token, self.boi_token_id  # the mark, not a feature
 
     parts = family.processor
     parts.tokenizer.padding_side = "left"  # as TRL wants it
     return ForImages(parts.image_processor, parts.tokenizer, chat_template=parts.chat_template)
 
 
-PROCESSORS = {"qwen3_vl": Qwen3VLProcessor, "qwen3_5": Qwen3VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor}
+NAMED = {
+    **{name: f"<|{name}_pad|>" for name in ("image", "video")},
+    **{name: f"<|{name}|>" for name in ("vision_start", "vision_end")},
+    "boi": "<|vision_start|>",
+    "eoi": "<|vision_end|>",
+}
+"""Tokens by the names that the published processors give them."""
+PROCESSORS = {
+    "gemma3": Gemma3Processor,
+    "qwen3_vl": Qwen3VLProcessor,
+    "qwen3_5": Qwen3VLProcessor,
+    "qwen2_5_vl": Qwen2_5_VLProcessor,
+}
 
 
 class TRL:
@@ -121,7 +138,8 @@ class TRL:
         inputs = self.inputs
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        given = {name: inputs[name] for name in ("pixel_values", "image_grid_thw", "mm_token_type_ids", "num_images")}
+        names = ("pixel_values", "image_grid_thw", "mm_token_type_ids", "token_type_ids", "num_images")
+        given = {name: inputs[name] for name in names if name in inputs}
         with self._head():
             found, _, _ = self.trainer._get_per_token_logps_and_entropies(
                 self.trainer.model, ids, mask, inputs["completion_ids"].shape[1], batch_size=len(ids), **given

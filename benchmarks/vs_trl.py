@@ -19,6 +19,7 @@ import torch
 import tyro
 from accelerate import Accelerator
 from common import (
+    GEMMA3,
     LETTERS,
     QWEN35,
     Case,
@@ -35,7 +36,7 @@ from common import (
     none_banned,
     observations,
     peak_memory,
-    processor_of,
+    processor_for,
     ratio,
     report,
 )
@@ -43,7 +44,6 @@ from transformers import __version__ as transformers_version
 from trl import __version__ as trl_version
 from trl_contestant import TRL
 
-from vlmenv.agents.vlm import find_model
 from vlmenv.core.rollout import Completion, Rollout
 
 GRID = (
@@ -57,6 +57,7 @@ GRID = (
     *(Case("10M", 300, size, 4, 24) for size in (4, 8, 16)),
     Case("10M", 1200, 8, 1, 24),
     Case(QWEN35, 300, 8, 4, 24),
+    Case(GEMMA3, 300, 8, 4, 24),
 )
 KINDEST = (Case("1.6M", 34, 8, 16, 24), Case("1.6M", 300, 8, 2, 24))
 """Where TRL is measured as on GPUs too."""
@@ -135,12 +136,12 @@ def in_our_ways(case: Case, rounds: int) -> Measured:
 
 def new_trl(case: Case, *, as_on_gpus: bool = False) -> TRL:
     model = new_model(case.size)
-    family = family_without_end(model, processor_of(find_model("builtin")))
+    family = family_without_end(model, processor_for(case.size))
     return TRL(model, family, observations(family, case), case, as_on_gpus=as_on_gpus)
 
 
 def new_ours(case: Case, way: str) -> Ours:
-    family = family_without_end(new_model(case.size), processor_of(find_model("builtin")))
+    family = family_without_end(new_model(case.size), processor_for(case.size))
     agent = new_agent(family, way, case.new_tokens)  # type: ignore[arg-type]
     return Ours(agent, observations(family, case), case, Accelerator(cpu=True))
 
@@ -228,14 +229,14 @@ def speeds(found: list[Measured]) -> list[str]:
         "How many times as fast vlmenv is: in the whole step; in the rollout, from observations to scored completions; "
         "in generating alone, which is most of it; in the update, which is forward and backward pass and optimiser; "
         "and in a pass without gradient over the same completions, as old or reference log-probabilities take (no part "
-        "of this step).",
+        "of this step). CPU: the whole step by the processor's time, which other processes change little.",
         "",
-        "| model | T | G | P | L | step, TRL | step, vlmenv | faster | rollout | generate | update | log-probs |",
-        "|---" * 12 + "|",
+        "| model | T | G | P | L | step, TRL | step, vlmenv | faster | CPU | rollout | generate | update | log-probs |",
+        "|---" * 13 + "|",
     ]
     for one in found:
         theirs, ours = one.times["TRL"], one.times["ours"]
-        phases = [ratio(theirs, ours, name) for name in ("rollout", "generate", "update", "logprobs")]
+        phases = [ratio(theirs, ours, name) for name in ("cpu", "rollout", "generate", "update", "logprobs")]
         cells = [*one.case.cells, str(theirs["step"]), str(ours["step"]), f"**{ratio(theirs, ours, 'step')}**", *phases]
         lines.append(f"| {' | '.join(cells)} |")
     return lines

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,22 +12,13 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from vlmenv.core.errors import ConfigError, DataError, SampleError
-from vlmenv.core.rollout import Observation
 from vlmenv.core.spaces import Image
 from vlmenv.envs.base import VisualTaskEnv, check_index
-from vlmenv.envs.data.source import Sample, SampleOrder, order_of
+from vlmenv.envs.data.source import SampleOrder, order_of
+from vlmenv.envs.prefetching import SampleLoader, Shown
 
 BatchedObservations = dict[str, tuple[Any, ...]]
 """`{"images": N tuples of arrays, "prompt": N strings, "turns": N tuples of turns}`"""
-
-
-@dataclass(frozen=True, slots=True)
-class Shown:
-    """A sample that a group of environments shows."""
-
-    index: int
-    sample: Sample
-    observation: Observation
 
 
 class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[Any]]):
@@ -39,6 +27,9 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
     The images of a group are one array, shared by its G observations: do not write to it. Every step ends all episodes
     and nothing resets by itself, so call `reset` before each `step`. `reset(options={"index": [...]})` shows given
     samples, one per group. Infos have the layout of Gymnasium's own vector environments.
+
+    Each `step` starts to load the next samples in their order, if the task's source reads files. It is for speed alone:
+    what is shown, and when an error is raised, stays the same. `close` ends it.
 
     With the task's `skip_broken`, the next sample replaces a sample that cannot be shown, for its whole group. The
     order is then as if that sample had never been in the data set. `reset(options={"replace": {i: reason}})` replaces
@@ -104,6 +95,7 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
             raise ConfigError("revisit is for a data set: of the built-in samples none is seen twice")
         self._revisit = revisit
         self._order: SampleOrder | None = None
+        self._in_order = False  # whether the shown samples are the order's
         self._taken = 0  # places in this shard's part of the order
         self._settled: set[int] = set()
         """Samples whose answers all got the same reward last time."""
@@ -111,7 +103,7 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         self._shown: list[Shown] = []
         self._observations: BatchedObservations = {}
         self._predictions: list[Any] | None = None
-        self._pool = _image_pool()
+        self._loader = SampleLoader(self.task)
 
     @property
     def skips_broken(self) -> bool:
@@ -158,7 +150,8 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
             self._taken += int(options["skip"]) * self.num_groups
         if "state" in options:
             self._go_on(options["state"])
-        if "index" in options:
+        self._in_order = "index" not in options
+        if not self._in_order:
             self._shown = self._given(options["index"])
         else:
             self._shown = self._kept(options["replace"]) if "replace" in options else []
@@ -193,6 +186,7 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         infos = self._infos([self.task.explain(score, sample) for score, sample in zip(scores, samples, strict=True)])
         rewards = np.array([score.reward for score in scores], dtype=np.float64)
         self._settle(rewards)
+        self._load_next()
         ended = np.ones(self.num_envs, dtype=np.bool_)
         return self._observations, rewards, ended, np.zeros_like(ended), infos
 
@@ -207,15 +201,15 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state without the threads that load images: a copy has its own."""
-        return {name: value for name, value in vars(self).items() if name != "_pool"}
+        """The state without the threads that load samples: a copy has its own."""
+        return {name: value for name, value in vars(self).items() if name != "_loader"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._pool = _image_pool()
+        self._loader = SampleLoader(self.task)
 
     def close_extras(self, **kwargs: Any) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._loader.close()
 
     def _require_open(self) -> None:
         if self.closed:
@@ -290,7 +284,7 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         indices = [check_index(index, self.task.source.size) for index in wanted]
         if len(indices) != self.num_groups:
             raise ConfigError(f"reset wants {self.num_groups} indices, one per group, not {len(indices)}")
-        loaded = list(self._pool.map(self._load, indices))
+        loaded = list(self._loader.load(indices))
         for one in loaded:
             if isinstance(one, SampleError):
                 raise one
@@ -305,17 +299,19 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
     def _fill(self, order: SampleOrder) -> None:
         """Adds the next samples until there are P."""
         while (missing := self.num_groups - len(self._shown)) > 0:
-            for one in self._pool.map(self._load, self._take(order, missing)):
+            for one in self._loader.load(self._take(order, missing)):
                 if isinstance(one, SampleError):
                     self.skip(one)
                 else:
                     self._shown.append(one)
 
-    def _load(self, index: int) -> Shown | SampleError:
-        try:
-            return Shown(index, *self.task.show(index))
-        except SampleError as error:
-            return error
+    def _load_next(self) -> None:
+        """Starts to load the samples that come next, unless a later reset says otherwise."""
+        if self._order is None or not self._in_order or not self.task.source.reads_files:
+            return
+        taken = self._taken
+        self._loader.begin(self._take(self._order, self.num_groups))
+        self._taken = taken
 
     def _take(self, order: SampleOrder, count: int) -> list[int]:
         """The next samples of this shard's part of the order.
@@ -353,11 +349,6 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
             for i, detail in enumerate(details):
                 infos[name][i] = detail[name]
         return infos
-
-
-def _image_pool() -> ThreadPoolExecutor:
-    """Threads that load images."""
-    return ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1)), thread_name_prefix="vlmenv-images")
 
 
 _OPTIONS = {"index", "skip", "state", "replace"}

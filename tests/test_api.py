@@ -16,12 +16,13 @@ import pytest
 import torch
 import transformers
 from accelerate import PartialState
+from broken_rows import write_rows
 
 import vlmenv
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.algos import RLOO, RLOOConfig
 from vlmenv.core.console import open_console
-from vlmenv.core.errors import ConfigError
+from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.options.evaluate import EvalConfig
 from vlmenv.options.fields import replaced
 from vlmenv.options.files import read_options
@@ -53,6 +54,24 @@ def test_a_run_is_given_back_with_its_metrics_and_leaves_nothing_behind(tmp_path
     measured = vlmenv.evaluate(model=run.path, eval_limit=2, device="cpu", split="eval")
     assert measured.metrics["iou/mean"].value == pytest.approx(run.after["iou/mean"].value)
     assert state() == before
+
+
+@pytest.mark.slow
+def test_the_end_of_a_run_ends_the_threads_that_load_its_samples(tmp_path: Path) -> None:
+    """Also that by an error, which keeps the environments in its traceback."""
+
+    def living() -> set[threading.Thread]:
+        return {thread for thread in threading.enumerate() if thread.name.startswith("vlmenv-images")}
+
+    before = living()
+    rows = write_rows(tmp_path)
+    rows.write_text("\n".join(rows.read_text().split("\n")[1:6:2]))  # whole, whole and half an image
+    with pytest.raises(DataError, match=r"half\.jpg cannot be read") as told:
+        vlmenv.train(output=tmp_path / "run", dataset=[str(rows)], group_size=2, eval_limit=0, **SMALL | {"steps": 2})
+    for thread in living() - before:
+        thread.join(30)
+        assert not thread.is_alive()
+    del told
 
 
 @pytest.mark.slow

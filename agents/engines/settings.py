@@ -10,8 +10,10 @@ from typing import Any, Final
 import torch
 
 from vlmenv.agents.families import Family
+from vlmenv.agents.families.layers import STATE, layer_kinds
 from vlmenv.compat import vllm as compat
 from vlmenv.compat.torchvision import is_mended
+from vlmenv.compat.transformers import keys_of_blocks
 from vlmenv.core.sampling import Sampling
 
 IN_PROCESS: Final = "vlmenv"
@@ -55,7 +57,8 @@ def engine_settings(
         "logprobs_mode": "processed_logprobs",
         "logits_processors": ["vlmenv.agents.engines.banning:BannedTokens"],
         "additional_config": {"vlmenv_banned": family.banned_tokens.tolist()},
-        "enable_prefix_caching": True,
+        # Prefixes with states are cached only where prompts are cut.
+        "enable_prefix_caching": device.type != "cpu" or STATE not in layer_kinds(family.model.config),
         "use_tqdm_on_load": False,
         "tensor_parallel_size": tensor_parallel,
         "weight_transfer_config": {"backend": transfer},
@@ -104,7 +107,7 @@ def inspect_in_process() -> None:
 
 
 def _bytes_per_token(family: Family, dtype: torch.dtype) -> int:
-    """Bytes of a token's keys and values."""
+    """The most bytes that a token's keys and values take: vLLM gives all blocks as much as the largest."""
     config = family.model.config.get_text_config()
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * config.num_key_value_heads * size * dtype.itemsize)
+    largest = max(heads * size for heads, size in keys_of_blocks(config))
+    return int(2 * config.num_hidden_layers * largest * dtype.itemsize)

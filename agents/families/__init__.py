@@ -18,6 +18,7 @@ from transformers import (
 
 from vlmenv.agents.families.base import Family, Processor, PromptReading, read_json, require_processor
 from vlmenv.agents.families.gemma3 import Gemma3
+from vlmenv.agents.families.gemma4 import Gemma4
 from vlmenv.agents.families.glm4v import Glm4v, Glm4vMoe, Glm46V
 from vlmenv.agents.families.idefics3 import Idefics3, SmolVLM
 from vlmenv.agents.families.internvl import InternVL
@@ -36,7 +37,7 @@ FAMILIES: Final[dict[str, type[Family]]] = {
     family.model_type: family
     for family in (
         *(Qwen2VL, Qwen25VL, Qwen3VL, Qwen3VLMoe, Qwen35, Qwen35Moe, InternVL, Idefics3, SmolVLM),
-        *(Glm4v, Glm4vMoe, Glm46V, Mistral3, LlavaOnevision, Gemma3),
+        *(Glm4v, Glm4vMoe, Glm46V, Mistral3, LlavaOnevision, Gemma3, Gemma4),
     )
 }
 

@@ -134,14 +134,16 @@ class Family(ABC):
     packs_images: ClassVar[bool] = False
     """Whether the vision tower takes the patches of all images as one sequence, cut by `cu_seqlens`. Default: False."""
 
-    sees_both_ways: ClassVar[bool] = False
-    """Whether the tokens of an image attend to each other in both directions. Default: False."""
+    sees_both_ways: frozenset[str] = frozenset()
+    """The kinds of layers in which the tokens of an image attend to each other in both directions. Default: none."""
     layers: ClassVar[frozenset[str]] = frozenset({"full_attention"})
     """The kinds of layers that the language models have, as in `layer_types`. Default: full attention."""
 
     def __init__(self, model: PreTrainedModel, processor: Processor) -> None:
         self.model = model
         self.processor = processor
+        for part in self.unused():
+            part.requires_grad_(False)
         unknown = layer_kinds(model.config) - self.layers
         if unknown:
             raise ModelError(
@@ -210,6 +212,16 @@ class Family(ABC):
         """What maps the vision tower's features into the language model. Default: `model.multi_modal_projector`."""
         return [self.model.get_submodule("model.multi_modal_projector")]
 
+    def unused(self) -> list[nn.Module]:
+        """Parts of the model that no pass runs, as a tower for sound. They stay as they are. Default: none."""
+        return []
+
+    @property
+    def logit_cap(self) -> float | None:
+        """The bound of the logits, as of `linear_logprobs`. Default: by the configuration; None without one."""
+        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        return None if cap is None else float(cap)
+
     @property
     def experts_per_token(self) -> int:
         """Number of experts that a token is sent to, in a mixture of experts."""
@@ -246,9 +258,9 @@ class Family(ABC):
     def images_seen_both_ways(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """The number [T] of the image whose features attend to each other, for each token of a prompt; -1 for others.
 
-        By default these are runs of image tokens, where the family's `sees_both_ways` is true.
+        By default these are runs of image tokens, in families with `sees_both_ways`.
         """
-        inside = (ids == self.model.config.image_token_id) & self.sees_both_ways
+        inside = (ids == self.model.config.image_token_id) & bool(self.sees_both_ways)
         starts = inside & ~np.concatenate([[False], inside[:-1]])
         return np.where(inside, starts.cumsum() - 1, -1)
 

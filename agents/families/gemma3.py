@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from vlmenv.agents.families.base import Family
+from vlmenv.agents.families.layers import FULL, WINDOW
 from vlmenv.core.coordinates import CoordinateSpace, ResizeRule
 from vlmenv.core.spaces import Image
 
@@ -21,8 +22,8 @@ class Gemma3(Family):
 
     model_type: ClassVar[str] = "gemma3"
     coordinates: ClassVar[CoordinateSpace] = CoordinateSpace.NORM1000
-    sees_both_ways: ClassVar[bool] = True
-    layers: ClassVar[frozenset[str]] = frozenset({"full_attention", "sliding_attention"})
+    layers: ClassVar[frozenset[str]] = frozenset({FULL, WINDOW})
+    sees_both_ways = layers
 
     def process_images(self, images: tuple[Image, ...]) -> tuple[dict[str, torch.Tensor], list[str]]:
         inputs = self.processor.image_processor(

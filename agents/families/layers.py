@@ -11,7 +11,8 @@ from vlmenv.compat.transformers import image_text_types
 
 WINDOW: Final = "sliding_attention"
 FULL: Final = "full_attention"
-_STATES: Final = ("linear_attention", "conv", "mamba", "recurrent", "ssm", "kda", "rwkv", "hybrid")
+STATE: Final = "linear_attention"
+_STATES: Final = (STATE, "conv", "mamba", "recurrent", "ssm", "kda", "rwkv", "hybrid")
 _WINDOWS: Final = ("sliding", "chunked", "local", "sparse")
 _STATE_KEYS: Final = ("mamba_", "ssm_", "hybrid_", "conv_l_cache", "linear_conv_", "attn_layer_indices")
 

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from paper_gpu.card import Card, Kernel, Kind, utilization
 from paper_gpu.recording import Recorder
-from vlmenv.agents import fusing, kernels
+from vlmenv.agents import fusing, kernels, wide_gradients
 from vlmenv.agents.quantization import quantize
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.algos.optimizers import state_bytes
@@ -220,6 +220,7 @@ def _as_on_cards(recorder: Recorder) -> Iterator[None]:
         patch.object(kernels, "_kernel_for", functools.cache(chosen)),
         patch.object(kernels, "_segments_fault", lambda *kind: ""),
         patch.object(fusing, "fault_of", lambda device: ""),
+        patch.object(wide_gradients, "fault_of", lambda *kind: ""),
         patch.object(fusing.Fused, "__call__", lambda own, *arguments: recorder.compute(own, arguments)),
     ):
         yield

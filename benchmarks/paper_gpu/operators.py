@@ -65,6 +65,8 @@ _LAUNCHES: Final = {
 """Kernels of a call, where they are several."""
 _PASSES: Final = {"logsumexp": 6}
 """Times that an operator reads or writes its input; reading and writing what it makes is counted otherwise."""
+_FUSED: Final = {"agents/linear_logprobs.py": Kind.HEAD_ELEMENTWISE, "agents/wide_gradients.py": Kind.CAST}
+"""Kinds of compiled functions, by file, where they are special."""
 _TILE: Final = 128
 """Keys that a thread block of flash attention's backward pass takes, and queries of its forward pass."""
 _VOCABULARY: Final = 30_000
@@ -112,7 +114,7 @@ def kernel_of(
 def fused_kernel(fused: Fused, arguments: Any, out: Any, place: str) -> Kernel:
     """The kernels of a compiled function."""
     read, made = (sum(_size(one) for one in tree_leaves(part) if isinstance(one, Tensor)) for part in (arguments, out))
-    kind = Kind.HEAD_ELEMENTWISE if "linear_logprobs" in place else Kind.FUSED
+    kind = _FUSED.get(place.partition(":")[0], Kind.FUSED)
     moved = float(fused.reads * read + made)
     return Kernel(kind, moved, 0.0, None, fused.kernels, True, place, fused.function.__name__)
 

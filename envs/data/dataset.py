@@ -225,6 +225,8 @@ class TableSource(Source):
         DataError: A row is broken, unless such rows are to be left out; the message names its place.
     """
 
+    reads_files = True
+
     def __init__(self, table: Table, image_root: str, reading: Reading, name: str = "") -> None:
         self.table, self.root, self._reading = table, image_root, reading
         self.key = (name, image_root, reading.min_image_side)
@@ -434,6 +436,8 @@ class TableSource(Source):
 
 class Concatenated(Source):
     """Several sources, one after the other."""
+
+    reads_files = True
 
     def __init__(self, sources: Sequence[TableSource]) -> None:
         self.sources = sources

@@ -75,6 +75,8 @@ class Source(ABC):
     """Number of rows left out on request, by the reason."""
     usage: Usage | None = None
     """The columns that samples are made of; None for built-in samples."""
+    reads_files: bool = False
+    """Whether `get` reads files, so that it pays to load samples ahead."""
 
     @abstractmethod
     def get(self, index: int) -> Sample:

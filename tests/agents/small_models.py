@@ -48,6 +48,8 @@ PIXTRAL_SIZES = {
     "image_processor_type": "PixtralImageProcessor",
     "size": {"longest_edge": 96},
     "patch_size": 16,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
 ANYRES = {
     "image_processor_type": "LlavaOnevisionImageProcessor",
@@ -76,6 +78,15 @@ TURN_TEMPLATE = (
 )
 TURN_TOKENS = (
     *("<bos>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<image_soft_token>"),
+)
+BRIEF_TURN_TEMPLATE = (
+    "<bos>{% for message in messages %}<|turn>{{ 'model' if message.role == 'assistant' else message.role }}\n"
+    "{% for part in message.content %}{% if part.type == 'image' %}<|image|>{% else %}{{ part.text | trim }}"
+    "{% endif %}{% endfor %}<turn|>\n{% endfor %}{% if add_generation_prompt %}<|turn>model\n{% endif %}"
+)
+BRIEF_TURN_TOKENS = (
+    *("<pad>", "<bos>", "<|turn>", "<turn|>", "<|video|>"),
+    *("<|image>", "<|image|>", "<image|>", "<|audio>", "<|audio|>", "<audio|>"),
 )
 INST_TEMPLATE = (
     "<s>{% for message in messages %}{% if message.role == 'system' %}[SYSTEM_PROMPT]{% elif message.role == 'user' %}"
@@ -136,6 +147,47 @@ GLM = Invented(
         ),
     ),
 )
+TILED = Invented(
+    CHATML.replace("IMAGE", "<IMG_CONTEXT>\n"),
+    TILES,
+    ("<img>", "</img>", "<IMG_CONTEXT>", "<video>"),
+    named=(("image_token_id", "<IMG_CONTEXT>"),),
+    attributes=(
+        ("start_image_token", "<img>"),
+        ("end_image_token", "</img>"),
+        ("context_image_token", "<IMG_CONTEXT>"),
+        ("video_token", "<video>"),
+    ),
+)
+GEMMA4 = Invented(
+    BRIEF_TURN_TEMPLATE,
+    {
+        "image_processor_type": "Gemma4ImageProcessor",
+        "patch_size": 8,
+        "max_soft_tokens": 70,
+        "pooling_kernel_size": 2,
+        "do_normalize": False,
+    },
+    BRIEF_TURN_TOKENS,
+    end="<turn|>",
+    named=(
+        ("image_token_id", "<|image|>"),
+        ("boi_token_id", "<|image>"),
+        ("eoi_token_id", "<image|>"),
+        ("video_token_id", "<|video|>"),
+        ("audio_token_id", "<|audio|>"),
+        ("boa_token_id", "<|audio>"),
+        ("eoa_token_index", "<audio|>"),
+    ),
+    attributes=(
+        ("image_token", "<|image|>"),
+        ("boi_token", "<|image>"),
+        ("eoi_token", "<image|>"),
+        ("audio_token", "<|audio|>"),
+        ("boa_token", "<|audio>"),
+        ("eoa_token", "<audio|>"),
+    ),
+)
 INVENTED = {
     "qwen2_vl": QWEN,
     "qwen2_5_vl": QWEN,
@@ -143,18 +195,7 @@ INVENTED = {
     "qwen3_vl_moe": QWEN,
     "qwen3_5": QWEN,
     "qwen3_5_moe": QWEN,
-    "internvl": Invented(
-        CHATML.replace("IMAGE", "<IMG_CONTEXT>\n"),
-        TILES,
-        ("<img>", "</img>", "<IMG_CONTEXT>", "<video>"),
-        named=(("image_token_id", "<IMG_CONTEXT>"),),
-        attributes=(
-            ("start_image_token", "<img>"),
-            ("end_image_token", "</img>"),
-            ("context_image_token", "<IMG_CONTEXT>"),
-            ("video_token", "<video>"),
-        ),
-    ),
+    **dict.fromkeys(("internvl", "internvl qwen3", "internvl qwen3_moe"), TILED),
     "idefics3": Invented(
         CROP_TEMPLATE,
         CROPS | {"image_processor_type": "Idefics3ImageProcessor"},
@@ -172,8 +213,14 @@ INVENTED = {
     ),
     "gemma3": Invented(
         TURN_TEMPLATE,
-        {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 32, "width": 32}},
+        {
+            "image_processor_type": "Gemma3ImageProcessor",
+            "size": {"height": 32, "width": 32},
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+        },
         TURN_TOKENS,
+        ("\n", "\n\n", "\n\n\n", "\n\n\n\n"),  # as the published tokenizer has them, for vLLM
         end="<end_of_turn>",
         named=(
             ("image_token_id", "<image_soft_token>"),
@@ -186,6 +233,8 @@ INVENTED = {
             ("eoi_token", "<end_of_image>"),
         ),
     ),
+    "gemma4": GEMMA4,
+    "gemma4 experts": GEMMA4,
     "mistral3": Invented(INST_TEMPLATE, PIXTRAL_SIZES, INST_TOKENS, end="</s>", named=(("image_token_id", "[IMG]"),)),
     "llava_onevision": Invented(
         CHATML.replace("IMAGE", "<image>"),
@@ -199,9 +248,45 @@ INVENTED = {
 }
 
 
-def invent(model_type: str, folder: Path, head: int = 16) -> None:
-    """Writes a small model with an invented tokenizer, whose attention heads have `head` dimensions."""
-    parts = INVENTED[model_type]
+_ANYRES_SETTINGS: dict[str, Any] = {
+    "num_image_tokens": 16,
+    "vision_feature_select_strategy": "full",
+    "vision_aspect_ratio": "anyres_max_9",
+}
+_TILED = {"processor_class": "InternVLProcessor", "image_seq_length": 4}
+PROCESSORS: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl": {"processor_class": "Qwen2_5_VLProcessor"},
+    "glm4v": {"processor_class": "Glm4vProcessor"},
+    "glm4v_moe": {"processor_class": "Glm4vProcessor"},
+    "glm46v": {"processor_class": "Glm46VProcessor"},
+    "qwen3_5": {"processor_class": "Qwen3VLProcessor"},
+    "qwen3_5_moe": {"processor_class": "Qwen3VLProcessor"},
+    "internvl": _TILED,
+    "internvl qwen3": _TILED,
+    "internvl qwen3_moe": _TILED,
+    "mistral3": {"processor_class": "PixtralProcessor", "patch_size": 8, "spatial_merge_size": 2},
+    "llava_onevision": {"processor_class": "LlavaOnevisionProcessor", **_ANYRES_SETTINGS},
+    "gemma3": {"processor_class": "Gemma3Processor", "image_seq_length": 4},
+    "gemma4": {"processor_class": "Gemma4Processor"},
+    "gemma4 experts": {"processor_class": "Gemma4Processor"},
+}
+"""Settings of the published processors, by the names of small models."""
+
+
+def tell_processor(name: str, folder: Path) -> None:
+    """Writes the settings of a small model's published processor."""
+    (folder / "processor_config.json").write_text(json.dumps(PROCESSORS[name]))
+
+
+def invent(name: str, folder: Path, head: int = 16) -> None:
+    """Writes a small model with an invented tokenizer, whose attention heads have `head` dimensions.
+
+    Args:
+        name: The model's type, and perhaps a word for a variant of it.
+        folder: The folder.
+        head: See above.
+    """
+    parts, (model_type, *variant) = INVENTED[name], name.split()
     tokenizer = AutoTokenizer.from_pretrained(find_model("builtin"))
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=True) for token in parts.tokens], True)
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in parts.unspecial])
@@ -213,14 +298,74 @@ def invent(model_type: str, folder: Path, head: int = 16) -> None:
     (folder / "chat_template.jinja").write_text(parts.template)
     (folder / "preprocessor_config.json").write_text(json.dumps(parts.image_processor))
     config = AutoConfig.for_model(model_type)
+    if model_type == "internvl" and variant:
+        config.text_config = AutoConfig.for_model(variant[0])
     text = config.get_text_config()
     text.vocab_size, text.pad_token_id, text.bos_token_id = len(tokenizer) + 3, None, None
     text.eos_token_id = tokenizer.eos_token_id
-    for name, token in parts.named:
-        setattr(config, name, tokenizer.convert_tokens_to_ids(token))
+    if model_type == "gemma4":
+        config = _gemma4(text, "experts" in variant, head)
+        text = config.get_text_config()
+        text.pad_token_id = tokenizer.convert_tokens_to_ids("<pad>")
+    for key, token in parts.named:
+        setattr(config, key, tokenizer.convert_tokens_to_ids(token))
     _shrink_images(config)
-    cut(config, head)
+    if model_type != "gemma4":
+        cut(config, head)
     save_random(config, folder, tokenizer.eos_token_id)
+
+
+def _gemma4(text: Any, has_experts: bool, head: int) -> Any:
+    """Gemma 4 in the forms of its small models, and of that with experts."""
+    sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.1}
+    small: dict[str, Any] = {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": text.vocab_size,
+        "use_double_wide_mlp": True,
+    }
+    experts: dict[str, Any] = {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "hidden_size_per_layer_input": 0,
+        "use_bidirectional_attention": "vision",
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 2,
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 16,
+    }
+    own = experts if has_experts else small
+    language = {
+        **sizes,
+        **own,
+        "num_hidden_layers": len(own["layer_types"]),
+        "vocab_size": text.vocab_size,
+        "eos_token_id": text.eos_token_id,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "head_dim": head,
+        "global_head_dim": 2 * head,
+        "sliding_window": 12,
+        "final_logit_softcapping": 3.0,
+        "bos_token_id": None,
+    }
+    vision = {
+        **sizes,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "head_dim": 16,
+        "patch_size": 8,
+        "pooling_kernel_size": 2,
+        "position_embedding_size": 80,
+        "default_output_length": 70,  # as published, for vLLM
+        "standardize": True,
+        "use_clipped_linears": True,
+    }
+    return AutoConfig.for_model("gemma4", text_config=language, vision_config=vision)
 
 
 def _shrink_images(config: Any) -> None:
@@ -236,8 +381,8 @@ def _shrink_images(config: Any) -> None:
         vision.image_size, vision.patch_size, vision.vision_use_head, config.mm_tokens_per_image = 32, 8, False, 4
     elif config.model_type == "llava_onevision":
         vision.image_size, vision.patch_size = 32, 8
-        config.image_grid_pinpoints, config.vision_aspect_ratio = ANYRES["image_grid_pinpoints"], "anyres_max_4"
-    else:
+        config.image_grid_pinpoints, config.vision_aspect_ratio = ANYRES["image_grid_pinpoints"], "anyres_max_9"
+    elif config.model_type != "gemma4":
         vision.patch_size = 16
 
 
@@ -262,7 +407,7 @@ def cut(config: Any, head: int = 16) -> None:
     for name, value in {"head_dim": head, "layer_types": ["full_attention"] * 2}.items():
         if hasattr(text, name):
             setattr(text, name, value)
-    if config.model_type in ("qwen3_vl_moe", "qwen3_5_moe"):
+    if config.model_type in ("qwen3_vl_moe", "qwen3_5_moe") or text.model_type == "qwen3_moe":
         text.num_experts, text.num_experts_per_tok, text.moe_intermediate_size = 4, 2, 16
     if config.model_type == "qwen3_5_moe":
         text.hidden_size = 64  # its gate of one output is quantised in blocks of 64
@@ -276,14 +421,17 @@ def cut(config: Any, head: int = 16) -> None:
     if config.model_type == "gemma3":
         text.layer_types, text.sliding_window = ["sliding_attention", "full_attention"], 12
         text.query_pre_attn_scalar = 16
+    if config.model_type.startswith("glm4"):
+        text.attention_bias = True  # as published, for vLLM
     if config.model_type == "glm4v_moe":
+        text.head_dim, text.use_qk_norm = head, False
         text.n_routed_experts, text.num_experts_per_tok, text.moe_intermediate_size = 4, 2, 16
     if config.model_type == "mistral3":
         text.sliding_window = None
     if not isinstance(text.rope_parameters, dict) or not {"rope_theta", "full_attention"} & text.rope_parameters.keys():
         text.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
     if config.model_type.startswith("qwen3_5"):
-        text.rope_parameters |= {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
+        text.rope_parameters |= {"mrope_section": [head // 8, head // 16, head // 16], "partial_rotary_factor": 0.5}
         text.shared_expert_intermediate_size = 16
     elif config.model_type.startswith("qwen"):
         text.rope_parameters |= {"mrope_section": [head // 4, head // 8, head // 8]}
@@ -302,7 +450,7 @@ def _cut_vision(config: Any, out: int, head: int) -> None:
             setattr(config, depth, 2)
             setattr(config, heads, 2)
     if hasattr(config, "head_dim"):
-        config.head_dim = 16
+        config.head_dim = head
     if hasattr(config, "out_hidden_size"):
         config.out_hidden_size = out
     if hasattr(config, "fullatt_block_indexes"):
@@ -316,9 +464,11 @@ def save_random(config: Any, folder: Path, ends: int | list[int]) -> None:
     """Writes random weights, those among them too that models begin with at zero or at one."""
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.ndim == 1 or not parameter.any():
             nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.1)
+        if config.model_type == "gemma4" and "q_norm" in name:  # which stands for the root of the head's size
+            parameter.data.mul_(0.25)
     model.generation_config.eos_token_id = ends
     generation = folder / "generation_config.json"
     kept = generation.read_bytes() if generation.is_file() else None

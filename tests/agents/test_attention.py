@@ -15,6 +15,7 @@ from vlmenv.agents.attention import Attention, KeysValues
 from vlmenv.agents.kernels import CPUKernel, EfficientKernel, ExplicitKernel, FlashKernel
 from vlmenv.agents.packing import Packing
 from vlmenv.agents.passes import Groups, Prefixes, Siblings, Steps
+from vlmenv.core.errors import ModelError
 
 HEADS, KEY_HEADS, SIZE, SCALE = 4, 2, 8, 0.3
 CASES = {
@@ -112,7 +113,8 @@ def check(case: str, sees: Sight) -> None:
     wanted = expected(prompts, lengths, index, before, after, sees)
     images = torch.tensor([sees.images[i] for length in prompts for i in range(length)]) if sees.images else None
     packings = [Packing(torch.tensor(one), cpu) for one in (prompts, lengths)]
-    groups = Groups(*packings, torch.tensor(index), images)
+    kinds = {} if images is None else dict.fromkeys(("full_attention", "sliding_attention"), images)
+    groups = Groups(*packings, torch.tensor(index), kinds)
     states_of_both = (torch.cat(pair) for pair in zip(before, after, strict=True))
     first, second = groups.mix(0, Attention(SCALE, sees.window), *states_of_both).split([sum(prompts), sum(lengths)])
     pushes = [torch.randn(one.shape, generator=generator, dtype=torch.float64) for one in wanted]
@@ -170,6 +172,23 @@ def check_steps(sees: Sight) -> None:
             steps.length += 1
     assert isinstance(prefixes.past[7], KeysValues)
     assert len(prefixes.past[7].keys) == 2
+
+
+def test_attention_with_sinks_or_capped_scores_is_refused() -> None:
+    """As gpt-oss's and Gemma 2's, in whatever family: they would be left out."""
+    query, prefixes = torch.zeros(1, HEADS, 3, SIZE), Prefixes(Packing(torch.tensor([3]), torch.device("cpu")))
+    for name in ("s_aux", "softcap"):
+        with pytest.raises(ModelError, match=name):
+            attention._attend(
+                torch.nn.Identity(),
+                query,
+                query,
+                query,
+                None,
+                scaling=1.0,
+                packed=prefixes,
+                **{name: torch.ones(HEADS)},
+            )
 
 
 @pytest.mark.parametrize("lengths", [[3, 3], [1, 4, 0, 2]])

@@ -24,6 +24,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForImageTextToText
 from transformers.models.gemma3.processing_gemma3 import Gemma3Processor
+from transformers.models.gemma4 import image_processing_pil_gemma4
 from transformers.models.glm4v.processing_glm4v import Glm4vProcessor
 from transformers.models.glm46v.processing_glm46v import Glm46VProcessor
 from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
@@ -49,8 +50,10 @@ from vlmenv.agents.vlm import Sampling, VLMAgent
 from vlmenv.core.errors import ConfigError, ModelError, PromptError
 from vlmenv.core.rollout import IMAGE_MARK, Observation, Rollout, Turn
 
-if not is_torchvision_available():  # which Pixtral's processor wants only for a function that Pillow's part has too
+if not is_torchvision_available():  # which these processors want only for functions that Pillow's parts have too
     sys.modules["transformers.models.pixtral.image_processing_pixtral"] = image_processing_pil_pixtral
+    sys.modules["transformers.models.gemma4.image_processing_gemma4"] = image_processing_pil_gemma4
+from transformers.models.gemma4.processing_gemma4 import Gemma4Processor
 from transformers.models.pixtral.processing_pixtral import PixtralProcessor
 
 pytestmark = pytest.mark.slow
@@ -81,6 +84,8 @@ class Case:
     """largest difference in float32"""
     unused: str = "^$"
     """names of the weights that no pass uses"""
+    layers: int = 2
+    """blocks of the language model"""
 
 
 QWEN_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_start|>")
@@ -114,6 +119,18 @@ glm = functools.partial(
     counts={(64, 96): 6},
     projector=r"model\.visual\.(merger|downsample)\.",
 )
+gemma4 = functools.partial(
+    Case,
+    Gemma4Processor,
+    "norm1000",
+    ("<|image|>", "<|image>", "<image|>", "<|audio|>", "<|audio>", "<|video|>", "<bos>", "<|turn>"),
+    ("<turn|>",),
+    # Enlarged to at most 70 features of 16 x 16 pixels: 6 x 10 of 64 x 96, and 4 x 14 of 40 x 120.
+    {(64, 96): 6 * 10, (40, 120): 4 * 14, (200, 200): 8 * 8},
+    vision=r"model\.(vision_tower|embed_vision)\.",
+    projector=r"model\.embed_vision\.",
+    blocks=r"model\.(vision_tower\.encoder|language_model)\.layers\.\d+",
+)
 DEEPSTACK = r"model\.visual\.(deepstack_)?merger"
 CASES = {
     "qwen2_vl": qwen(Qwen2VLProcessor, "norm1000"),
@@ -127,6 +144,12 @@ CASES = {
         counts={(64, 96): (4 + 1) * 4, (40, 120): (3 + 1) * 4, (16, 16): 4},
         processor_arguments={"image_seq_length": 4},
     ),
+    **{
+        f"internvl {text}": tiles(
+            counts={(64, 96): (4 + 1) * 4, (16, 16): 4}, processor_arguments={"image_seq_length": 4}
+        )
+        for text in ("qwen3", "qwen3_moe")
+    },
     # Brought to a longest side of 64, and then to whole crops of 32: 4 features each, and a crop of the whole.
     "idefics3": crops(
         Idefics3Processor,
@@ -153,6 +176,9 @@ CASES = {
         blocks=r"model\.(vision_tower\.encoder|language_model)\.layers\.\d+",
         processor_arguments={"image_seq_length": 4},
     ),
+    # The later half of the layers takes keys and values of the earlier.
+    "gemma4": gemma4(layers=4),
+    "gemma4 experts": gemma4(),
     # 2 x 2 patches of 8: a feature for each 16 pixels.
     "mistral3": Case(
         PixtralProcessor,
@@ -165,21 +191,20 @@ CASES = {
         blocks=r"model\.(vision_tower\.transformer|language_model)\.layers\.\d+",
         processor_arguments={"patch_size": 8, "spatial_merge_size": 2},
     ),
-    # Tiles of 4 x 4 features, the whole first. 96 x 96 has 12 x 12 in its tiles, of which no more than those of 4 may
-    # stay: 8 x 8, with an end of line each.
+    # Tiles of 4 x 4 features, the whole first, with an end of line each.
     "llava_onevision": Case(
         LlavaOnevisionProcessor,
         "norm1000",
         ("<image>", "<video>", "<|im_start|>"),
         ("<|im_end|>",),
-        {(32, 32): 16 + 4 * 5, (64, 32): 16 + 8 * 5, (96, 96): 16 + 8 * 9},
+        {(32, 32): 16 + 4 * 5, (64, 32): 16 + 8 * 5, (96, 96): 16 + 12 * 13},
         vision=r"model\.(vision_tower|multi_modal_projector|image_newline)",
         projector=r"model\.(multi_modal_projector|image_newline)",
         blocks=r"model\.(vision_tower\.encoder|language_model)\.layers\.\d+",
         processor_arguments={
             "num_image_tokens": 16,
             "vision_feature_select_strategy": "full",
-            "vision_aspect_ratio": "anyres_max_4",
+            "vision_aspect_ratio": "anyres_max_9",
         },
         unused=r"model\.vision_tower\.post_layernorm\.",
     ),
@@ -579,7 +604,7 @@ def test_where_weights_are_divided_every_pass_runs_every_block_once(
     for part, values in zip(parts, expected, strict=True):
         ran.clear()
         torch.testing.assert_close(agent.logprobs(part).values, values, atol=1e-5, rtol=0)
-        assert [ran.count(block) for block in agent.blocks()] == [1, 1, 1, 1]
+        assert [ran.count(block) for block in agent.blocks()] == [1] * (2 + case.layers)
 
 
 def test_images_matter(agent: VLMAgent, rollout: Rollout) -> None:
@@ -601,7 +626,7 @@ def test_recomputing_activations_gives_the_same_gradients(agent: VLMAgent, rollo
     """And every block is run again in the backward pass."""
     runs: list[str] = []
     blocks = [name for name, _ in agent.family.model.named_modules() if re.fullmatch(case.blocks, name)]
-    assert len(blocks) == 4
+    assert len(blocks) == 2 + case.layers
     for name in blocks:
         norm = next(agent.family.model.get_submodule(name).children())
         norm.register_forward_pre_hook(lambda *_, name=name: runs.append(name))
@@ -609,8 +634,8 @@ def test_recomputing_activations_gives_the_same_gradients(agent: VLMAgent, rollo
     once = [runs.count(name) for name in blocks]
     agent.enable_gradient_checkpointing()
     assert_alike(gradients(agent, loss_of(agent, rollout)), expected, within=1e-6)
-    assert once == [1, 1, 1, 1]
-    assert [runs.count(name) for name in blocks] == [3, 3, 3, 3]
+    assert once == [1] * len(blocks)
+    assert [runs.count(name) for name in blocks] == [3] * len(blocks)
 
 
 def test_blocks_are_listed_in_the_order_in_which_they_run(agent: VLMAgent, rollout: Rollout, case: Case) -> None:
@@ -620,7 +645,7 @@ def test_blocks_are_listed_in_the_order_in_which_they_run(agent: VLMAgent, rollo
             module.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
     agent.logprobs(rollout)
     assert [named[block] for block in agent.blocks()] == list(dict.fromkeys(ran))
-    assert len(set(ran)) == 4
+    assert len(set(ran)) == 2 + case.layers
 
 
 def test_a_saved_model_is_loaded_bit_for_bit(agent: VLMAgent, folder: Path, case: Case, tmp_path: Path) -> None:
@@ -714,7 +739,8 @@ def published(monkeypatch: pytest.MonkeyPatch, folder: Path, case: Case) -> Proc
     videos = (
         {} if case.processor in (Idefics3Processor, PixtralProcessor, Gemma3Processor) else {"video_processor": None}
     )
-    parts = {"image_processor": processor.image_processor, "tokenizer": processor.tokenizer}
+    sounds = {"feature_extractor": None} if case.processor is Gemma4Processor else {}
+    parts = {"image_processor": processor.image_processor, "tokenizer": processor.tokenizer, **sounds}
     return published_processor(case.processor, **parts, **videos, **case.processor_arguments)
 
 
@@ -726,7 +752,7 @@ def as_published(
         processor, conversation, chat_template=template, add_generation_prompt=True
     )
     images = list(observation["images"])
-    by_prompt = Gemma3Processor | Idefics3Processor | SmolVLMProcessor | LlavaOnevisionProcessor
+    by_prompt = Gemma3Processor | Gemma4Processor | Idefics3Processor | SmolVLMProcessor | LlavaOnevisionProcessor
     nested = [images] if isinstance(processor, by_prompt) else images
     return dict(processor(text=[text], return_tensors="pt", **({"images": nested} if images else {})))
 

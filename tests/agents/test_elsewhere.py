@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 # Without mixtures of experts: off the CPU, transformers counts their tokens by an operator that CPUs lack.
 FAMILIES = [
     *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3", "smolvlm", "glm4v", "glm46v"),
-    *("mistral3", "llava_onevision", "qwen3_5", "gemma3"),
+    *("mistral3", "llava_onevision", "qwen3_5", "gemma3", "gemma4"),
 ]
 
 

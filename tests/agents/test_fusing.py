@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
 
 import vlmenv.agents.policy  # noqa: F401 (whose modules define the functions)
-from vlmenv.agents import attention, fusing, lean_layers, linear_logprobs, rotary
+from vlmenv.agents import attention, fusing, lean_layers, linear_logprobs, rotary, wide_gradients
 from vlmenv.agents.fusing import Fused, fuses, numbers
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.core.rollout import Completion, Rollout
@@ -30,6 +30,8 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Fused, "__call__", lambda self, *arguments: self.function(*arguments))
     for module in (lean_layers, linear_logprobs, rotary):
         monkeypatch.setattr(module, "fuses", lambda device: True)
+    monkeypatch.setattr(wide_gradients, "sums_wide", lambda device, dtype: True)
+    monkeypatch.setattr(wide_gradients, "_wide_product", lambda left, right: left.float() @ right.float())
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.gemma3.configuration_gemma3 import Gemma3TextConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3MLP, Gemma3RMSNorm
+from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
 from transformers.models.glm4v.configuration_glm4v import Glm4vTextConfig
 from transformers.models.glm4v.modeling_glm4v import Glm4vTextMLP, Glm4vVisionPatchMerger
 from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
@@ -32,6 +33,7 @@ from vlmenv.agents.lean_layers import (
     GatedRMSNorm,
     GeluGatedMLP,
     PlainMLP,
+    PowerRMSNorm,
     RMSNorm,
     TanhGeluGatedMLP,
     make_lean,
@@ -133,6 +135,24 @@ def test_a_centred_norm_is_that_of_transformers_to_the_last_digit(kind: type[nn.
     assert_equal([lean, plain], hidden, precision)
     assert_equal([Block(copy.deepcopy(one)) for one in (lean, plain)], hidden, precision)
     assert kept_for(plain.float(), hidden.requires_grad_()) - kept_for(lean.float(), hidden) >= 7 * 64
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("with_scale", [True, False])
+def test_a_norm_by_a_power_is_that_of_transformers_to_the_last_digit(with_scale: bool, precision: str) -> None:
+    plain = Gemma4RMSNorm(64, with_scale=with_scale)
+    for weight in plain.parameters():
+        nn.init.normal_(weight, generator=torch.Generator().manual_seed(1))
+    lean = copy.deepcopy(plain)
+    assert make_lean(lean).on == 1
+    assert type(lean) is PowerRMSNorm
+    hidden = 3 * torch.randn(7, 64, generator=torch.Generator().manual_seed(0))
+    after = [nn.Sequential(copy.deepcopy(one), nn.Linear(64, 8)) for one in (lean, plain)]
+    after[1][1].load_state_dict(after[0][1].state_dict())
+    assert_equal(after, hidden, precision)
+    assert kept_for(plain.float(), hidden.requires_grad_()) - kept_for(lean.float(), hidden) >= 7 * (
+        64 if with_scale else 1
+    )
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

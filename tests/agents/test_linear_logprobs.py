@@ -25,16 +25,18 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("cap", [None, 1.5])
 @pytest.mark.parametrize("bias", [False, True])
-def test_values_and_gradients_are_those_of_full_logits(bias: bool) -> None:
+def test_values_and_gradients_are_those_of_full_logits(bias: bool, cap: float | None) -> None:
     hidden, weight, offset = inputs(torch.float64, bias)
     targets, push = torch.arange(1, 14) % 6 + 1, torch.linspace(-1, 1, 13, dtype=torch.float64)
     leaves = [one.requires_grad_() for one in (hidden, weight, offset) if one is not None]
-    logits = torch.nn.functional.linear(hidden, weight, offset) / 0.7
+    logits = torch.nn.functional.linear(hidden, weight, offset)
+    logits = (logits if cap is None else cap * torch.tanh(logits / cap)) / 0.7
     kept = [i for i in range(50) if i not in BANNED]
     expected = torch.log_softmax(logits.index_fill(-1, BANNED, -torch.inf), -1).gather(-1, targets[:, None])[:, 0]
     wanted = torch.autograd.grad((push * expected).sum(), leaves)
-    found, entropy = linear_logprobs(hidden, weight, offset, targets, BANNED, 0.7)
+    found, entropy = linear_logprobs(hidden, weight, offset, targets, BANNED, 0.7, cap)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(entropy, torch.distributions.Categorical(logits=logits[:, kept]).entropy())
     assert not entropy.requires_grad
@@ -42,12 +44,13 @@ def test_values_and_gradients_are_those_of_full_logits(bias: bool) -> None:
     torch.testing.assert_close(gradients, wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_autograd_agrees_with_differences() -> None:
+@pytest.mark.parametrize("cap", [None, 0.5])
+def test_autograd_agrees_with_differences(cap: float | None) -> None:
     hidden, weight, offset = (None if one is None else one[:5].requires_grad_() for one in inputs(torch.float64, True))
     targets = torch.tensor([1, 2, 3, 4, 2])
     banned = torch.tensor([0])
     assert torch.autograd.gradcheck(
-        lambda *given: linear_logprobs(*given, targets, banned, 1.3)[0], (hidden, weight, offset)
+        lambda *given: linear_logprobs(*given, targets, banned, 1.3, cap)[0], (hidden, weight, offset)
     )
 
 

@@ -54,6 +54,24 @@ def test_it_is_that_of_transformers(model_type: str, recomputes: bool, tmp_path:
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_routers_that_give_probabilities_are_heard_before(tmp_path: Path) -> None:
+    """Gemma 4's, of which transformers records probabilities; its load-balancing loss is by hand here."""
+    invent("gemma4 experts", tmp_path)
+    agent = VLMAgent.from_pretrained(tmp_path, sampling=Sampling(max_new_tokens=6))
+    agent.seed(0)
+    rollout = agent.rollout([{"images": (), "prompt": "How many is 2 and 3?"}])
+    found = agent.logprobs(rollout).router_loss
+    ids = np.concatenate([rollout.prompts[0].input_ids, rollout.completions[0].token_ids[:-1]])
+    model = agent.family.model
+    probs = model(input_ids=torch.from_numpy(ids)[None], output_router_logits=True, use_cache=False).router_logits
+    assert len(probs) == len(agent.family_policy.routers) == 2
+    both = torch.cat(probs)
+    torch.testing.assert_close(both.sum(dim=-1), torch.ones(len(both)))
+    chosen = torch.stack([(row >= row.topk(2).values[-1]).float() for row in both])
+    torch.testing.assert_close(found, 4 * (chosen.mean(0) * both.mean(0)).sum())
+
+
 def test_without_experts_there_is_none(builtin: VLMAgent) -> None:
     assert not builtin.routes
     rollout = builtin.rollout([{"images": (), "prompt": "How many?"}])

@@ -71,7 +71,7 @@ def test_the_checkpoints_of_a_bfloat16_model_go_on_bit_for_bit(
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_several_ranks_roll_out_ahead(kind: str, tmp_path: Path) -> None:
-    """Each samples with weights of a step before; they go on bit for bit, and end together. Shards are refused."""
+    """Each samples with weights of a step before; they go on bit for bit, and end together."""
     script = Path(__file__).parent / "stale_processes.py"
     done = launch(kind, str(script), NAMES[kind], str(tmp_path))
     assert done.returncode == 0, done.stderr

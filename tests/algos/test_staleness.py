@@ -25,6 +25,7 @@ from vlmenv.agents.vlm import VLMAgent
 from vlmenv.algos import SFT, GRPOConfig, SFTConfig, StepResult, Trainer, TrainerConfig
 from vlmenv.algos.background import Background
 from vlmenv.core.errors import ConfigError, EngineError
+from vlmenv.processes.zero import ZeRO
 
 GRPO = GRPOConfig(group_size=4)
 
@@ -220,6 +221,12 @@ def test_a_rollout_ahead_that_fails_leaves_the_step_before_it_whole(builtin: VLM
     assert trainer.is_between_steps
     assert "ahead" not in trainer.process_state()
     assert trainer.state_dict()["shown"] == 2
+
+
+def test_zero_takes_no_batches_ahead(builtin: VLMAgent, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlmenv.algos.trainer.processes_of", lambda accelerator, _: ZeRO(accelerator, {"stage": 2}))
+    with pytest.raises(ConfigError, match="has not been tested with ZeRO"):
+        trainer_of(builtin, max_staleness=1)
 
 
 def test_a_thread_hands_over_a_result_or_an_error() -> None:

@@ -132,6 +132,9 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
     for note in advice_on_cuda(config, accelerator.device):
         say(note, console)
     envs, held_out, counted = _open_data(config, parts, accelerator, console)
+    for made, given in ((envs, parts.envs), (held_out, parts.held_out)):
+        if made is not None and made is not given:
+            opened.callback(made.close)
     config = _in_steps(config, envs.task.source.size)
     if config.dry_run:
         with shared_failure(accelerator):

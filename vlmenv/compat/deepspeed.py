@@ -54,6 +54,11 @@ def whole_size(parameter: Tensor) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
+def is_gathered_by_call(parameter: Tensor) -> bool:
+    """True if ZeRO of stage 3 gathers a weight when its layer is called, and not before."""
+    return hasattr(parameter, "ds_numel")
+
+
 def missing_parts(engine: Any, stage: int) -> list[str]:
     """Names of what these functions need and an engine does not have."""
     zero = engine.optimizer

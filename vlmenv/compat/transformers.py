@@ -80,6 +80,31 @@ def block_of(attention: nn.Module) -> int:
     return int(attention.layer_idx)  # type: ignore[arg-type]
 
 
+def source_of(attention: nn.Module) -> int | None:
+    """The index of the earlier block whose keys and values an attention module takes; None if it has its own."""
+    if not getattr(attention, "is_kv_shared_layer", False):
+        return None
+    config: Any = attention.config
+    kinds = list(config.layer_types)
+    own = kinds[: config.num_hidden_layers - config.num_kv_shared_layers]
+    return max(i for i, kind in enumerate(own) if kind == kinds[block_of(attention)])
+
+
+def keys_of_blocks(text: PreTrainedConfig) -> list[tuple[int, int]]:
+    """Heads of keys, and their size, in each block of a language model that keeps keys and values of its own."""
+    own = text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", 0) or 0)
+    kinds = getattr(text, "layer_types", None) or [None] * own
+    parts = getattr(text, "per_layer_config", None)
+    configs: list[Any] = [text if parts is None else parts[i] for i in range(own)]
+    return [_keys(one) for one, kind in zip(configs, kinds, strict=False) if kind != "linear_attention"]
+
+
+def _keys(text: Any) -> tuple[int, int]:
+    heads = text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return getattr(text, "num_key_value_heads", None) or heads, size
+
+
 def tapped_blocks(tower: nn.Module) -> list[int]:
     """Blocks of a vision tower whose outputs the first blocks of the language model take too (DeepStack)."""
     blocks: Any = tower.deepstack_visual_indexes if hasattr(tower.config, "deepstack_visual_indexes") else []
@@ -111,6 +136,21 @@ def resized_by_pixtral(width: int, height: int, longest: int, side: int) -> tupl
         return None
     outline = np.broadcast_to(np.zeros((), np.uint8), (height, width, 3))
     height, width = get_resize_output_image_size(outline, longest, side)
+    return int(height), int(width)
+
+
+def resized_by_gemma4(image_processor: Any, width: int, height: int) -> tuple[int, int] | None:
+    """The height and width that Gemma 4's processor brings an image to; None if it does not tell.
+
+    Raises:
+        ValueError: It refuses images of this shape.
+    """
+    module = importlib.import_module(type(image_processor).__module__)
+    told = getattr(module, "get_aspect_ratio_preserving_size", None)
+    if told is None:
+        return None
+    patch, pool = image_processor.patch_size, image_processor.pooling_kernel_size
+    height, width = told(height, width, patch, image_processor.max_soft_tokens * pool**2, pool)
     return int(height), int(width)
 
 

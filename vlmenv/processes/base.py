@@ -34,11 +34,13 @@ class Processes:
         name: Name of the strategy, which checkpoints record.
         takes_any_dtype: True if weights may have other data types than float32.
         gives_shards: True if `prepare` gives weights to ranks whose agents have shapes alone.
+        samples_ahead: True if another thread may collect a batch during the update.
     """
 
     name: ClassVar[str] = "whole copies"
     takes_any_dtype: ClassVar[bool] = True
     gives_shards: ClassVar[bool] = False
+    samples_ahead: ClassVar[bool] = True
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator

@@ -34,6 +34,7 @@ class ZeRO(Sharded):
 
     name: ClassVar[str] = "ZeRO"
     takes_any_dtype: ClassVar[bool] = False
+    samples_ahead: ClassVar[bool] = False  # it has never been run so
 
     def __init__(self, accelerator: Accelerator, options: Mapping[str, Any]) -> None:
         super().__init__(accelerator)
