@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from vlmenv.core.errors import ConfigError, DataError, SampleError
 from vlmenv.core.spaces import Image
 from vlmenv.envs.base import VisualTaskEnv, check_index
-from vlmenv.envs.data.source import SampleOrder, order_of
+from vlmenv.envs.data.source import Sample, SampleOrder, order_of
 from vlmenv.envs.prefetching import SampleLoader, Shown
 
 BatchedObservations = dict[str, tuple[Any, ...]]
