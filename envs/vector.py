@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from vlmenv.core.errors import ConfigError, DataError, SampleError
 from vlmenv.core.spaces import Image
 from vlmenv.envs.base import VisualTaskEnv, check_index
-from vlmenv.envs.data.source import SampleOrder, order_of
+from vlmenv.envs.data.source import Sample, SampleOrder, order_of
 from vlmenv.envs.prefetching import SampleLoader, Shown
 
 BatchedObservations = dict[str, tuple[Any, ...]]
@@ -114,6 +114,11 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
     def num_groups(self) -> int:
         """P, the number of distinct samples in a batch."""
         return self.num_envs // self.group_size
+
+    @property
+    def shown(self) -> dict[int, Sample]:
+        """The samples that the environments show now, by index."""
+        return {one.index: one.sample for one in self._shown}
 
     def reset(
         self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None

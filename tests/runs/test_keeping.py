@@ -41,8 +41,9 @@ def test_samples_are_kept_once_small_and_in_pixels(tmp_path: Path) -> None:
     assert list(album.keep([0, 1, 2, 0])) == [0, 2]
     again = Album(tmp_path / "samples", task, "train")
     assert list(again.keep([2])) == [2]
+    assert list(again.keep([1], {1: Photos().get(0)})) == [1]  # its image has gone since it was shown
     lines = (tmp_path / "samples" / "index.jsonl").read_text().splitlines()
-    assert [json.loads(line)["key"] for line in lines] == ["train/0", "train/2"]
+    assert [json.loads(line)["key"] for line in lines] == ["train/0", "train/2", "train/1"]
     kept = read_album(tmp_path / "samples")["train/2"]
     assert kept["true"] == [["", [100.0, 60.0, 400.0, 300.0]]]
     assert kept["scale"] == [1.6, 1.2]  # thousandths of the full image, which was decoded at half its size

@@ -146,7 +146,7 @@ def test_boxes_lie_where_they_should(page: Any, run: Path) -> None:
                 width, height = sample["images"][0]["w"], sample["images"][0]["h"]
                 wanted = [frame["x"] + x1 * frame["width"] / width, frame["y"] + y1 * frame["height"] / height]
                 wanted += [frame["x"] + x2 * frame["width"] / width, frame["y"] + y2 * frame["height"] / height]
-                assert box == pytest.approx(wanted, abs=3)  # the line has its width
+                assert box == pytest.approx(wanted, abs=1)
                 place = page.locator("g.place").first
     place.hover()
     assert "pixels" in place.get_attribute("aria-label")

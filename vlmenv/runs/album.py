@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from PIL import Image as PILImage
@@ -58,8 +59,12 @@ class Album:
         self._folder, self._task, self._part = folder, task, part
         self._known = set(read_album(folder))
 
-    def keep(self, indices: Iterable[int]) -> dict[int, Sample]:
+    def keep(self, indices: Iterable[int], loaded: Mapping[int, Sample] = MappingProxyType({})) -> dict[int, Sample]:
         """Keeps samples, and returns those that can be read.
+
+        Args:
+            indices: Their indices.
+            loaded: Samples that need not be read again, by index.
 
         Raises:
             OSError: The folder cannot be written.
@@ -67,17 +72,17 @@ class Album:
         self._begin()
         wanted = list(dict.fromkeys(indices))
         with ThreadPoolExecutor(_THREADS) as pool:
-            kept = list(pool.map(self._kept, wanted))
+            kept = list(pool.map(lambda index: self._kept(index, loaded.get(index)), wanted))
         new = [(sample, line) for sample, line in kept if line is not None]
         if new:
             with (self._folder / INDEX).open("a", encoding="utf-8") as stream:
                 stream.writelines(json.dumps(line) + "\n" for _, line in new)
         return {index: sample for (sample, _), index in zip(kept, wanted, strict=True) if sample}
 
-    def _kept(self, index: int) -> tuple[Sample | None, dict[str, Any] | None]:
+    def _kept(self, index: int, loaded: Sample | None) -> tuple[Sample | None, dict[str, Any] | None]:
         """The sample and, if it is new, its line."""
         try:
-            sample = self._task.source.get(index)
+            sample = loaded or self._task.source.get(index)
         except DataError:
             return None, None
         key = f"{self._part}/{index}"
@@ -118,9 +123,9 @@ def marks(value: Any, scale: Sequence[float] = (1.0, 1.0)) -> list[list[Any]]:
     """Labelled places of a truth or an answer, in pixels, as JSON can hold them: a label and a flat list of x and y."""
     try:
         found = list(labelled_places(value))
-    except ConfigError:  # an odd number of coordinates
+        return [[label, [round(number * scale[i % 2], 2) for i, number in enumerate(place)]] for label, place in found]
+    except (ConfigError, OverflowError):  # an odd number of coordinates, or a number that is no coordinate
         return []
-    return [[label, [round(number * scale[i % 2], 2) for i, number in enumerate(place)]] for label, place in found]
 
 
 def is_right(task: VisualTaskEnv, sample: Sample, completion: str, terms: Mapping[str, float]) -> bool | None:

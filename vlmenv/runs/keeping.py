@@ -55,7 +55,8 @@ class Keeping:
         size, task = self._envs.group_size, self._envs.task
         shown = records[: size * groups_shown(step, self._steps, size)]
         with self._harmless():
-            samples = self._album("train").keep(one["index"] for one in shown if one["index"] is not None)
+            indices = [one["index"] for one in shown if one["index"] is not None]
+            samples = self._album("train").keep(indices, self._envs.shown)
             for one in shown:
                 if (sample := samples.get(one["index"])) is not None:
                     one["right"] = is_right(task, sample, one["completion"], one["rewards"])

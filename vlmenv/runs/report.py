@@ -18,7 +18,7 @@ from vlmenv.core.files import read_object, readable_objects, write_atomic
 from vlmenv.core.text import visible, visible_lines
 from vlmenv.options.files import read_options
 from vlmenv.runs.album import TASK
-from vlmenv.runs.report_answers import Answers, Content, number
+from vlmenv.runs.report_answers import Answers, Content, entries, items, number
 
 MOST_COMPLETIONS: Final = 10_000
 MOST_TEXT: Final = 3_000_000
@@ -89,18 +89,16 @@ class RunFiles:
     def options(self) -> Content:
         """All options that are used; empty if the run has no record of them."""
         options = self._yaml
-        own = options.pop(str(options.get("algo")), {})
         options.pop(_RECORD, None)
-        return options | (own if isinstance(own, dict) else {})
+        return options | entries(options.pop(str(options.get("algo")), None))
 
     @cached_property
     def origin(self) -> Content:
         """The programs, the device and the source of the run."""
-        record = self._yaml.get(_RECORD)
-        record = record if isinstance(record, dict) else {}
-        versions = record.get("versions")
+        record = entries(self._yaml.get(_RECORD))
+        versions = entries(record.get("versions"))
         told = {name: record.get(name) for name in ("device", "ranks", "threads", "git", "run")}
-        return told | {name: (versions or {}).get(name) for name in ("vlmenv", "torch", "transformers", "python")}
+        return told | {name: versions.get(name) for name in ("vlmenv", "torch", "transformers", "python")}
 
     @property
     def _yaml(self) -> Content:
@@ -132,8 +130,9 @@ class RunFiles:
     def content(self, runs: int) -> Content:
         """What a report of `runs` runs tells of this one, as JSON can hold it."""
         task = _object(self.run / "samples" / TASK)
-        right, weights = _right(task.get("right")), task.get("rewards") or self.options.get("rewards") or {}
-        known = {str(name): float(weight) for name, weight in weights.items() if isinstance(weight, int | float)}
+        right = _right(task.get("right"))
+        weights = entries(task.get("rewards")) or entries(self.options.get("rewards"))
+        known = {str(name): weight for name, value in weights.items() if (weight := number(value)) is not None}
         answers = Answers(self.run, self.evaluations, right, known)
         warnings = readable_objects(self.run / "warnings.jsonl")
         return {
@@ -192,16 +191,14 @@ def _machine(rows: Sequence[Mapping[str, Any]]) -> Content:
 
 def _intervals(metrics: Any) -> dict[str, list[float | None]]:
     """Value, lower and upper bound of each metric."""
-    if not isinstance(metrics, dict):
-        return {}
-    found = {name: one for name, one in metrics.items() if isinstance(one, dict)}
+    found = {name: one for name, one in entries(metrics).items() if isinstance(one, dict)}
     return {visible(name): [number(one.get(part)) for part in ("value", "low", "high")] for name, one in found.items()}
 
 
 def _right(value: Any) -> tuple[str, float] | None:
-    if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], int | float):
-        return value[0], float(value[1])
-    return None
+    name, least = (*items(value), None, None)[:2]
+    bound = number(least)
+    return (name, bound) if isinstance(name, str) and bound is not None else None
 
 
 def _object(file: Path) -> Content:

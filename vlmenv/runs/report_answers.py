@@ -143,8 +143,8 @@ class Answers:
         return list(by_key.values())
 
     def _completion(self, answer: Answer, numbers: Mapping[str, int], sample: Row) -> list[Any]:
-        row, scale = answer.row, sample.get("scale")
-        terms = row.get("rewards") if isinstance(row.get("rewards"), Mapping) else {}
+        row, scale = answer.row, _scale(sample.get("scale"))
+        terms = entries(row.get("rewards"))
         self.terms += [name for name in terms if name not in self.terms]
         found = {
             "sample": numbers[answer.key],
@@ -172,8 +172,7 @@ class Answers:
 
     def _score(self, row: Row) -> float | None:
         """The measure that decides whether an answer is right."""
-        measures = row.get("measures")
-        return number(measures.get(self.right[0])) if self.right and isinstance(measures, Mapping) else None
+        return number(entries(row.get("measures")).get(self.right[0])) if self.right else None
 
     def _is_right(self, row: Row) -> bool | None:
         if "right" in row:
@@ -209,7 +208,7 @@ def embed_pictures(samples: Sequence[Content], folder: Path, room: int) -> int:
     The first ones are kept if all do not fit at the smallest size.
     """
     files = [(image, folder / Path(str(image["file"])).name) for sample in samples for image in sample["images"]]
-    stored = [(image, file.read_bytes() if file.is_file() else b"") for image, file in files]
+    stored = [(image, _content(file)) for image, file in files]
     for side in (None, *SIDES):
         encoded = [(image, content if side is None else _smaller(content, side)) for image, content in stored]
         if sum(len(content) for _, content in encoded) <= room:
@@ -223,6 +222,14 @@ def embed_pictures(samples: Sequence[Content], folder: Path, room: int) -> int:
         else:
             missing += 1
     return missing
+
+
+def _content(file: Path) -> bytes:
+    """The bytes of a regular file; empty if it cannot be read."""
+    try:
+        return file.read_bytes() if file.is_file() else b""
+    except (OSError, ValueError):  # ValueError: the name has a null character
+        return b""
 
 
 def _smaller(content: bytes, side: int) -> bytes:
@@ -241,33 +248,59 @@ def _sample(answer: Answer, kept: Row) -> Content:
     """What is told of a sample: of the album, or of a completion alone."""
     row = answer.row
     prompt = str(row.get("prompt", ""))
-    turns = "".join(
-        f"[{turn.get('role')}] {turn.get('text')}\n\n" for turn in row.get("turns") or () if isinstance(turn, dict)
-    )
-    images = [image for image in kept.get("images") or () if isinstance(image, dict) and "file" in image]
+    turns = (entries(turn) for turn in items(row.get("turns")))
+    before = "".join(f"[{turn.get('role')}] {turn.get('text')}\n\n" for turn in turns)
+    images = [image for one in items(kept.get("images")) if "file" in (image := entries(one))]
+    true = (items(one) for one in items(kept.get("true")))
     return {
         "key": visible(answer.key),
         "id": visible(row.get("id", ""))[:200],
         "question": shortened(kept.get("question") or prompt.rstrip().rpartition("\n")[2]),
-        "prompt": shortened(turns + prompt),
+        "prompt": shortened(before + prompt),
         "subject": visible(row.get("subject", ""))[:200],
         "truth": written(row.get("target")),
         "images": [
             {"file": one["file"], "w": _side(one.get("width")), "h": _side(one.get("height"))} for one in images
         ],
-        "left_out": kept.get("left_out") or 0,
-        "asked": kept.get("asked") or 0,
-        "true": [[visible(label)[:100], place] for label, place in kept.get("true") or ()],
+        "left_out": number(kept.get("left_out")) or 0,
+        "asked": number(kept.get("asked")) or 0,
+        "true": [[visible(one[0])[:100], place] for one in true if len(one) == 2 and (place := _place(one[1]))],
     }
 
 
 def _side(value: Any) -> float:
-    return number(value) or 1.0
+    """The width or height of an image, in pixels."""
+    side = number(value)
+    return side if side is not None and side > 0 else 1.0
+
+
+def _scale(value: Any) -> list[float]:
+    """Pixels per unit of an answer's coordinates, by axis; empty if they are not known."""
+    scale = [number(part) for part in items(value)]
+    return [part for part in scale if part is not None] if len(scale) == 2 and None not in scale else []
+
+
+def _place(value: Any) -> list[float]:
+    """The coordinates of a place; empty if it is none that can be drawn."""
+    found = [number(part) for part in items(value)]
+    known = [part for part in found if part is not None]
+    return known if len(known) == len(found) and len(known) % 2 == 0 else []
+
+
+def entries(value: Any) -> Content:
+    """A mapping of a file; empty for anything else."""
+    return value if isinstance(value, dict) else {}
+
+
+def items(value: Any) -> list[Any]:
+    """A list of a file; empty for anything else."""
+    return value if isinstance(value, list) else []
 
 
 def _visible_marks(prediction: Any, scale: Sequence[float]) -> list[list[Any]]:
     found = marks(prediction, scale)
-    return [[visible(label)[:100], place] for label, place in found if all(map(math.isfinite, place))][:_MOST_PLACES]
+    drawn = [[visible(label)[:100], place] for label, own in found if (place := _place(own))]
+    return drawn[:_MOST_PLACES]
 
 
 _MOST_PLACES: Final = 300
@@ -313,6 +346,10 @@ def written(value: Any) -> str:
 
 def number(value: Any) -> float | None:
     """A number with five digits; None for anything else, also for what is not finite."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(f"{value:.5g}")
+    try:
+        rounded = float(f"{value:.5g}")
+    except OverflowError:
+        return None
+    return rounded if math.isfinite(rounded) else None
