@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from vlmenv.agents.wide_gradients import WideLinear
 from vlmenv.core.errors import ConfigError
 
 Quantization = Literal["nf4", "int8"]
@@ -110,7 +111,7 @@ def quantize(parts: Iterable[nn.Module], kind: Quantization, device: torch.devic
     count = 0
     for part in parts:
         for name, layer in list(part.named_modules()):
-            if type(layer) is nn.Linear:
+            if type(layer) in (nn.Linear, WideLinear):
                 part.set_submodule(name, QuantizedLinear(layer, kind, device))
                 count += 1
     return count
