@@ -206,8 +206,8 @@ function panel(title, unit, series) {
   const [first, last] = [steps[0], steps[steps.length - 1]];
   let low = Math.min(...all.map((p) => (p[2] ?? p[1])));
   let high = Math.max(...all.map((p) => (p[3] ?? p[1])));
-  const margin = Math.abs(high) * 0.1 || 1;
-  if (low === high) [low, high] = [low - margin, high + margin];
+  const margin = Math.abs(high) * 0.1;
+  if (low === high) [low, high] = high === 0 ? [0, 1] : [low - margin, high + margin];
   const x = (step) => L + (W - L - R) * (last === first ? 0.5 : (step - first) / (last - first));
   const y = (value) => H - B - (H - B - T) * (value - low) / (high - low);
   const path = (points) => points.map((p, i) => `${i ? "L" : "M"}${x(p[0]).toFixed(1)} ${y(p[1]).toFixed(1)}`).join("");
@@ -220,7 +220,7 @@ function panel(title, unit, series) {
   for (const value of ticks(first, last, 5).filter(Number.isInteger)) {
     picture.append(s("text", { x: x(value), y: H - 10, "text-anchor": "middle" }, String(value)));
   }
-  picture.append(s("text", { x: W - R, y: H, "text-anchor": "end" }, "step"));
+  picture.append(s("text", { x: W - R, y: H - 2, "text-anchor": "end" }, "step"));
   for (const [step, kind] of data.groups.length === 1 ? runs.flatMap((run) => run.warnings) : []) {
     if (known(step) && step >= first && step <= last) {
       picture.append(s("line", { x1: x(step), x2: x(step), y1: T, y2: H - B, class: "warned" }, s("title", {}, `warning: ${kind}`)));
