@@ -291,11 +291,12 @@ class Family(ABC):
         Of images only the sizes are looked at.
         """
         found, chats = list[int | ValueError](), list[str]()
+        mark = len(self._encoded(self.spaced_mark))
         for observation in observations:
             try:
                 chat, images = self.chat(observation), [image.shape[1::-1] for image in observation["images"]]
-                found.append(sum(self.image_lengths(images)) - len(images))
-                chats.append(chat)
+                found.append(sum(self.image_lengths(images)) - len(images) * mark)
+                chats.append(chat.replace(self.image_mark, self.spaced_mark) if images else chat)
             except ValueError as error:
                 found.append(error)
         texts = iter(self._text_lengths(chats))
@@ -312,6 +313,14 @@ class Family(ABC):
     def _encoded(self, text: str) -> list[int]:
         ids: list[int] = self.processor.tokenizer.encode(text, add_special_tokens=False)
         return ids
+
+    @property
+    def spaced_mark(self) -> str:
+        """An image's mark with the text that `expanded` puts around it, whose tokens may join the text beside it.
+
+        Default: the mark alone.
+        """
+        return self.image_mark
 
     def image_lengths(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
         """The tokens of each image of a prompt, from their widths and heights.

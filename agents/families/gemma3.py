@@ -40,6 +40,10 @@ class Gemma3(Family):
         return f"\n\n{start}{self.image_token * self.model.config.mm_tokens_per_image}{end}\n\n"
 
     @property
+    def spaced_mark(self) -> str:
+        return f"\n\n{self.image_mark}\n\n"  # the tokenizer has tokens for several line breaks
+
+    @property
     def _sides(self) -> list[int]:
         """Ids of the tokens around an image."""
         config = self.model.config

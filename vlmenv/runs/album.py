@@ -131,7 +131,9 @@ def marks(value: Any, scale: Sequence[float] = (1.0, 1.0)) -> list[list[Any]]:
 def is_right(task: VisualTaskEnv, sample: Sample, completion: str, terms: Mapping[str, float]) -> bool | None:
     """Whether the task counts a completion as right; None if the task's measure does not tell."""
     name, least = task.right
-    value = task.measure(completion, task.target(sample), terms).get(name)
+    value = terms.get(name)  # first, as some measures compare answers again
+    if value is None:
+        value = task.measure(completion, task.target(sample), terms).get(name)
     return None if value is None else bool(value >= least)
 
 
