@@ -188,7 +188,7 @@ def test_the_commands_run(
         "doctor": "room for tensors" if "--card" in args else "everything adds up",
         "sample": "medium",
         "pipeline": "the stages and this table are in",
-        "data": {"show": "sample 0", "export": "rows are in"}.get(args[1], "good"),
+        "data": {"show": "sample 0", "export": "rows are in"}.get("".join(args[1:2]), "good"),
         "envs": "VLM-REC-v0",
         "recipes": "vlm_r1_rec",
         "export": "holds",
