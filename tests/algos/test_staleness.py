@@ -179,7 +179,9 @@ def test_the_gradient_is_that_of_the_weighted_loss(builtin: VLMAgent, how: str) 
     loss.backward()
     expected = torch.cat([p.grad.flatten() for p in builtin.parameters() if p.grad is not None])
     torch.testing.assert_close(found, expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-4)
-    assert (mismatch["policy/correction_clipped"] > 0) == (how != "none")
+    outside = ~kept if how.endswith("mask") else ratio >= 1.1
+    share = (outside * now.mask).sum() / now.mask.sum()
+    assert mismatch["policy/correction_clipped"] == pytest.approx(0.0 if how == "none" else float(share), abs=1e-6)
 
 
 def gradient(trainer: Trainer, batch: Any) -> torch.Tensor:
