@@ -1,7 +1,7 @@
-"""The token: the secret that `vlmenv serve` and its trainers share.
+"""The token: the secret that servers (`vlmenv serve`, `vlmenv serve-env`) and their users share.
 
 It is the value of VLMENV_SERVER_TOKEN. Without that variable it is in a file that only its account can read. The
-first `vlmenv serve` of an account writes it, with a random token.
+first server of an account writes it, with a random token.
 """
 
 from __future__ import annotations
@@ -58,6 +58,13 @@ def server_token_or_new() -> str:
         except OSError as error:
             raise ConfigError(f"{file} cannot be written ({error.strerror}): set {VARIABLE} to a secret") from error
     return server_token()
+
+
+def whose_token(users: str) -> str:
+    """What the users of a server need, as a sentence without the token itself."""
+    if VARIABLE in os.environ:
+        return f"{users} need the same {VARIABLE} as this command."
+    return f"{users} of this account read the token from {token_file()}; others need it as {VARIABLE}."
 
 
 def _write(file: Path, token: str) -> None:

@@ -21,6 +21,7 @@ from servers import free_port
 
 import vlmenv.adapters
 from vlmenv.adapters.task import PortableTask
+from vlmenv.agents.engines.access import VARIABLE, server_token
 from vlmenv.agents.vlm import VLMAgent, find_model
 from vlmenv.commands.serve_env import Guarded
 from vlmenv.compat.transformers import processor_without_videos
@@ -204,9 +205,9 @@ def test_a_missing_framework_is_told_with_its_extra(name: str, monkeypatch: pyte
         adapter() if name == "swift" else adapter("VLM-REC-v0")
 
 
-def served(hosts: set[str] | None, kind: str = "http", **headers: str) -> bool:
-    """Whether a request with these headers reaches the app."""
-    reached = []
+def served(kind: str, path: str, **headers: str) -> bool:
+    """Whether a request reaches the app."""
+    reached, sent = [], []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         reached.append(scope)
@@ -217,37 +218,53 @@ def served(hosts: set[str] | None, kind: str = "http", **headers: str) -> bool:
     async def receive() -> Any:
         return {}
 
-    sent: list[Any] = []
-    scope = {"type": kind, "headers": [(name.encode(), value.encode()) for name, value in headers.items()]}
-    asyncio.run(Guarded(app, hosts)(scope, receive, send))
+    method = {} if kind == "websocket" else {"method": "GET"}
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": kind, "path": path, "headers": raw, **method}
+    asyncio.run(Guarded(app, "gpu-box.lan")(scope, receive, send))
     assert bool(reached) != bool(sent)
     return bool(reached)
 
 
-@pytest.mark.parametrize("kind", ["http", "websocket"])
-def test_web_pages_are_not_served(kind: str) -> None:
-    own = {"127.0.0.1", "localhost"}
-    assert served(own, kind, host="127.0.0.1:8001")
-    assert served(own, kind, host="localhost:8001", origin="http://localhost:8001")
-    assert not served(own, kind, host="evil.example:8001")
-    assert not served(own, kind, host="127.0.0.1:8001", origin="https://evil.example")
-    assert not served(own, kind)
-    assert served(None, kind, host="node7:8001")
-    assert not served(None, kind, host="node7:8001", origin="null")
+@pytest.mark.parametrize(("kind", "path"), [("http", "/state"), ("websocket", "/ws")])
+def test_a_served_environment_needs_the_token(kind: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "the-token-of-this-server")
+    right = {"authorization": "Bearer the-token-of-this-server"}
+    assert served(kind, path, host="127.0.0.1:8001", **right)
+    assert served(kind, path, host="gpu-box.lan:8001", **right)
+    assert not served(kind, path, host="127.0.0.1:8001")
+    assert not served(kind, path, host="127.0.0.1:8001", authorization="Bearer the-token-of-another")
+    assert not served(kind, path, host="evil.example:8001", **right)
+    for other in ("/mcp", "/harness", "/docs", "/openapi.json", "/ws/", "/STATE"):
+        assert not served(kind, other, host="127.0.0.1:8001", **right)
 
 
 @pytest.mark.slow
 def test_an_environment_is_served(task: PortableTask) -> None:
     pytest.importorskip("openenv.core.env_server.http_server")
+    from openenv.core import GenericEnvClient
+
     port = free_port()
     command = [sys.executable, "-m", "vlmenv", "serve-env", "VLM-REC-v0", "--port", str(port)]
+    command += ["--coordinates", "norm1000"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
             assert f"http://127.0.0.1:{port}" in server.stdout.readline()
             url = f"http://127.0.0.1:{port}"
-            answer = httpx2.Client(transport=httpx2.HTTPTransport(retries=8)).post(f"{url}/reset", json={"seed": 1})
-            assert answer.json()["observation"]["messages"][-1]["role"] == "user"
-            assert httpx2.post(f"{url}/reset", json={}, headers={"Origin": "https://evil.example"}).status_code == 403
+            right = {"Authorization": f"Bearer {server_token()}"}
+            with httpx2.Client(transport=httpx2.HTTPTransport(retries=8), base_url=url) as client:
+                answer = client.post("/reset", json={"seed": 1}, headers=right)
+                assert answer.json()["observation"]["messages"][-1]["role"] == "user"
+                assert client.post("/reset", json={"seed": 1}).status_code == 401
+                plain = right | {"Content-Type": "text/plain"}
+                assert client.post("/reset", content="{}", headers=plain).status_code == 415
+            with GenericEnvClient(base_url=url, headers=right).sync() as env:
+                index = task.indices(1, seed=0)[0]
+                env.reset(index=index)
+                right_answer = task.task.write_answer(task.task.source.get(index))
+                told = env.step({"text": right_answer})
+                expected = task.score([right_answer], [index])[0].reward
+                assert (told.done, told.reward) == (True, pytest.approx(expected, abs=1e-9))
         finally:
             server.terminate()

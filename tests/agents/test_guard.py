@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from vlmenv.agents.engines.access import VARIABLE
-from vlmenv.agents.engines.guard import HOST, MODEL, NOT_TAKEN, ROUTES, Guard, Message, Receive, Send
+from vlmenv.agents.engines.admission import Message, Receive, Send
+from vlmenv.agents.engines.guard import HOST, MODEL, NOT_TAKEN, ROUTES, Guard
 
 TOKEN = "the-token-of-this-server"
 RIGHT = {"Authorization": f"Bearer {TOKEN}"}

@@ -22,8 +22,9 @@ import httpx2
 import torch
 from rich.console import Console
 
-from vlmenv.agents.engines.access import VARIABLE, require_private, server_token_or_new, token_file
+from vlmenv.agents.engines.access import VARIABLE, require_private, server_token_or_new, whose_token
 from vlmenv.agents.engines.addresses import LONGEST_SOCKET
+from vlmenv.agents.engines.admission import LOCAL
 from vlmenv.agents.engines.guard import HOST
 from vlmenv.agents.engines.settings import TO_SERVER, engine_settings, environment
 from vlmenv.agents.engines.vllm import require_vllm
@@ -290,7 +291,7 @@ def _ready(config: ServeConfig) -> str:
         url = _address(config, socket.gethostname() if config.host in _EVERYWHERE else None)
     model = "" if config.model == BUILTIN else f" --model {config.model}"
     return (
-        f"ready: {config.model} is served at {url}.{_risk(config)} {_whose_token()} Train with:\n"
+        f"ready: {config.model} is served at {url}.{_risk(config)} {whose_token('Trainers')} Train with:\n"
         f"vlmenv train --engine vllm-server --server {url if config.socket is None else shlex.quote(url)}{model}"
     )
 
@@ -301,13 +302,6 @@ def _risk(config: ServeConfig) -> str:
             " Requests are encrypted; weights are not if they are sent with --weight-transfer direct. A "
             "certificate that no authority of the system has signed goes to trainers as --server-ca."
         )
-    if config.socket is not None or config.host in ("127.0.0.1", "localhost", "::1"):
+    if config.socket is not None or config.host in LOCAL:
         return ""
     return " Nothing is encrypted, the token included: give --tls-cert, or use a network that nobody else is on."
-
-
-def _whose_token() -> str:
-    """What a trainer needs, without the token itself."""
-    if VARIABLE in os.environ:
-        return f"Trainers need the same {VARIABLE} as this command."
-    return f"Trainers of this account read the token from {token_file()}; others need it as {VARIABLE}."

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 from vlmenv.adapters.for_openenv import openenv
 from vlmenv.adapters.task import imported
+from vlmenv.agents.engines.access import server_token_or_new, whose_token
+from vlmenv.agents.engines.admission import LOCAL, Admission, App, Message, Receive, Send, refuse
 from vlmenv.core.console import open_console, say
 from vlmenv.options.parsing import parse_plain
 from vlmenv.options.serve import ServeEnvConfig
 
-_EVERYWHERE: Final = ("0.0.0.0", "::")
-_Message = MutableMapping[str, Any]
+ROUTES: Final = frozenset(
+    {
+        *(("GET", path) for path in ("/health", "/metadata", "/schema", "/state")),
+        *(("POST", path) for path in ("/reset", "/step")),
+        ("WEBSOCKET", "/ws"),
+    }
+)
+"""What OpenEnv's clients use to reset an environment and step in it."""
 
 
 def parse(args: Sequence[str], program: str) -> ServeEnvConfig:
@@ -30,44 +37,28 @@ def run(config: ServeEnvConfig) -> None:
         arguments["coordinates"] = "original"
     given = {name: value for name, value in arguments.items() if value is not None}
     app = openenv(config.env, seed=config.seed, **given).app(config.sessions)
+    server_token_or_new()
     console = open_console()
-    say(f"{config.env} is at http://{config.host}:{config.port}; its interface is at /docs", console)
-    if config.host in _EVERYWHERE:
-        say("it listens to every network of this machine: whoever reaches it may use it", console, "yellow")
-    hosts = None if config.host in _EVERYWHERE else {"127.0.0.1", "localhost", "::1", config.host}
-    server.run(Guarded(app, hosts), host=config.host, port=config.port, log_level="warning")
+    say(f"{config.env} is at http://{config.host}:{config.port}. {whose_token('Clients')}", console)
+    if config.host not in LOCAL:
+        say("nothing is encrypted, the token included: use a network that nobody else is on", console, "yellow")
+    server.run(Guarded(app, config.host), host=config.host, port=config.port, log_level="warning")
 
 
 class Guarded:
-    """An ASGI app that answers no web page of another origin, and no other name of this machine.
-
-    Pages reach servers on their reader's own machine, by a name that they make point there, or by a WebSocket, which
-    no browser confines to its origin.
+    """Passes on to an app what `Admission` admits.
 
     Args:
         app: The app.
-        hosts: Names under which it may be called. None: any.
+        host: Name or address that it listens on.
     """
 
-    def __init__(self, app: Callable[..., Awaitable[None]], hosts: set[str] | None) -> None:
+    def __init__(self, app: App, host: str) -> None:
         self._app = app
-        self._hosts = hosts
+        self._admission = Admission("vlmenv serve-env", host, ROUTES)
 
-    async def __call__(
-        self,
-        scope: MutableMapping[str, Any],
-        receive: Callable[[], Awaitable[_Message]],
-        send: Callable[[_Message], Awaitable[None]],
-    ) -> None:
-        if scope["type"] == "lifespan" or self._admits({k.decode(): v.decode() for k, v in scope["headers"]}):
-            await self._app(scope, receive, send)
-        elif scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008})
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan" and (refusal := self._admission.refusal(scope)):
+            await refuse(scope, send, *refusal)
         else:
-            await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
-            await send({"type": "http.response.body", "body": b"this origin or host is not served\n"})
-
-    def _admits(self, headers: Mapping[str, str]) -> bool:
-        host = headers.get("host", "")
-        named = self._hosts is None or urlsplit(f"//{host}").hostname in self._hosts
-        return named and headers.get("origin", f"http://{host}") == f"http://{host}"
+            await self._app(scope, receive, send)

@@ -59,7 +59,7 @@ class ServeEnvConfig:
     env: tyro.conf.Positional[str] = "VLM-REC-v0"
     """Environment; one of your own is named with its module, as in my_task:My-Task-v0."""
     host: str = "127.0.0.1"
-    """Address to listen on. Nothing is encrypted, and whoever reaches it may use it."""
+    """Address to listen on. Nothing is encrypted."""
     port: int = 8001
     """Port to listen on."""
     sessions: int = 8
