@@ -248,12 +248,7 @@ class _CentredNormed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, inverse, weight = ctx.saved_tensors
-        grad, grad_weight = _wide(grad), None
-        if ctx.needs_input_grad[3]:
-            grad_weight = (_wide(hidden) * inverse).mul_(grad).sum_to_size(weight.shape).to(weight.dtype)
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, grad_weight
-        return *_through_norm(hidden, inverse, grad * (1.0 + _wide(weight))), None, grad_weight
+        return _norm_grads(ctx, hidden, weight, grad, inverse, 1.0 + _wide(weight))
 
 
 class _PowerNormed(torch.autograd.Function):
@@ -268,19 +263,41 @@ class _PowerNormed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, size, weight = ctx.saved_tensors
-        grad, grad_weight, inverse = _wide(grad), None, size.pow(-0.5)
-        if ctx.needs_input_grad[3]:
-            grad_weight = (_wide(hidden) * inverse).mul_(grad).sum_to_size(weight.shape).to(weight.dtype)
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, grad_weight
-        grad = grad.clone() if weight is None else grad * _wide(weight)
-        parts = _through_norm(hidden, inverse, grad, lambda total: total * (-0.5 * size.pow(-1.5)))
-        return *parts, None, grad_weight
+        given = hidden, weight, grad, size.pow(-0.5), 1.0 if weight is None else _wide(weight)
+        return _norm_grads(ctx, *given, lambda total: total * (-0.5 * size.pow(-1.5)))
 
 
 def _powered(hidden: Tensor, size: Tensor, weight: Tensor | None) -> Tensor:
     normed = _wide(hidden) * size.pow(-0.5)
     return (normed if weight is None else normed.mul_(_wide(weight))).to(hidden.dtype)
+
+
+def _norm_grads(
+    ctx: Any,
+    hidden: Tensor,
+    weight: Tensor | None,
+    grad: Tensor,
+    inverse: Tensor,
+    factor: Tensor | float,
+    through_root: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of what `_CentredNormed` and `_PowerNormed` take.
+
+    Args:
+        ctx: Tells which gradients are needed.
+        hidden: The norm's input.
+        weight: Its weight, or None.
+        grad: Gradient of the output.
+        inverse: [..., 1], by which the input is multiplied.
+        factor: What multiplies the normed input.
+        through_root: See `_through_norm`.
+    """
+    grad, grad_weight = _wide(grad), None
+    if weight is not None and ctx.needs_input_grad[3]:
+        grad_weight = (_wide(hidden) * inverse).mul_(grad).sum_to_size(weight.shape).to(weight.dtype)
+    if not ctx.needs_input_grad[0]:
+        return None, None, None, grad_weight
+    return *_through_norm(hidden, inverse, grad * factor, through_root), None, grad_weight
 
 
 def _through_norm(

@@ -6,7 +6,7 @@ Shapes: M hidden states of size H, a vocabulary of V tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,24 @@ _FEW_LOGITS = 2**24
 """The same on other devices, where small chunks stay in caches."""
 
 
+class _Softmax(NamedTuple):
+    """What turns logits into probabilities; see `linear_logprobs`."""
+
+    banned: Tensor
+    temperature: float
+    cap: float | None
+
+
 def capped(logits: Tensor, cap: float | None) -> Tensor:
-    """Logits within `-cap` and `cap`, as Gemma's (arXiv 2408.00118, section 2); without a cap as they are."""
+    """Bounds logits by a cap, as Gemma's models do (arXiv 2408.00118, section 2).
+
+    Args:
+        logits: Of any shape.
+        cap: The bound, above 0; None leaves logits as they are.
+
+    Returns:
+        `cap * tanh(logits / cap)`, of the shape and the data type of `logits`.
+    """
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
@@ -45,7 +61,7 @@ def linear_logprobs(
         targets: int64 [M], the sampled tokens.
         banned: int64 [B], tokens with probability 0.
         temperature: Sampling temperature, above 0.
-        cap: See `capped`. Default: none.
+        cap: Bound of the logits, above 0; see `capped`. Default: none.
 
     Returns:
         Log-probabilities [M] of the targets; and entropies [M] in nats, without gradient. Both are float32, or float64
@@ -54,57 +70,52 @@ def linear_logprobs(
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     bias = None if bias is None else bias.to(dtype)
-    logprobs, entropy = _linear_logprobs(hidden.to(dtype), weight.to(dtype), bias, targets, banned, temperature, cap)
+    softmax = _Softmax(banned, temperature, cap)
+    logprobs, entropy = _linear_logprobs(hidden.to(dtype), weight.to(dtype), bias, targets, softmax)
     return logprobs, entropy
 
 
 class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        banned: Tensor,
-        temperature: float,
-        cap: float | None,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softmax: _Softmax
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logprobs, entropy, normalisers = torch.empty(3, len(hidden), dtype=dtype, device=hidden.device)
-        at_once = _computes_at_once(hidden, bias, cap)
+        at_once = _computes_at_once(hidden, bias, softmax)
         for rows in _chunks(hidden, len(weight), at_once):
             if at_once:
-                logits, mask = nn.functional.linear(hidden[rows], weight), _mask(banned, len(weight))
-                found = _scored(logits, mask, targets[rows], temperature)
+                logits, mask = nn.functional.linear(hidden[rows], weight), _mask(softmax.banned, len(weight))
+                found = _scored(logits, mask, targets[rows], softmax.temperature)
                 normalisers[rows], logprobs[rows], entropy[rows] = found
                 continue
-            logits = _logits(hidden[rows], weight, bias, banned, temperature, cap)
+            logits = _logits(hidden[rows], weight, bias, softmax)
             normalisers[rows] = logits.logsumexp(dim=-1)
             logits -= normalisers[rows, None]
             logprobs[rows] = logits.gather(-1, targets[rows, None])[:, 0]
             entropy[rows] = -logits.exp().mul_(logits).sum(dim=-1)
-        ctx.save_for_backward(hidden, weight, bias, targets, banned, normalisers)
-        ctx.temperature, ctx.cap = temperature, cap
+        ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
+        ctx.softmax = softmax
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, banned, normalisers = ctx.saved_tensors
+        hidden, weight, bias, targets, normalisers = ctx.saved_tensors
+        softmax: _Softmax = ctx.softmax
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=grad.dtype) if wants_bias else None
-        at_once = _computes_at_once(hidden, bias, ctx.cap)
+        at_once = _computes_at_once(hidden, bias, softmax)
         for rows in _chunks(hidden, len(weight), at_once):
-            known = normalisers[rows], targets[rows], grad[rows], ctx.temperature
+            known = normalisers[rows], targets[rows], grad[rows], softmax.temperature
             if at_once:
-                logits, mask = nn.functional.linear(hidden[rows], weight), _mask(banned, len(weight))
+                logits, mask = nn.functional.linear(hidden[rows], weight), _mask(softmax.banned, len(weight))
                 errors = _errors_at_once(logits, mask, *known)
             else:
-                logits = _logits(hidden[rows], weight, bias, banned, ctx.temperature, ctx.cap)
-                slope = None if ctx.cap is None else _slope(logits, ctx.temperature / ctx.cap)
+                logits = _logits(hidden[rows], weight, bias, softmax)
+                slope = _slope(logits, softmax)  # now, because the errors take the place of the logits
                 errors = _errors(logits, *known)
                 errors = errors if slope is None else errors.mul_(slope)
             if grad_bias is not None:
@@ -116,7 +127,7 @@ class _LinearLogProbs(torch.autograd.Function):
                 _add_product(grad_weight, errors, hidden[rows])
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         grad_bias = None if grad_bias is None else grad_bias.to(weight.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None
 
 
 _linear_logprobs: Callable[..., tuple[Tensor, Tensor]] = _LinearLogProbs.apply
@@ -128,9 +139,11 @@ def _chunks(hidden: Tensor, vocabulary: int, at_once: bool) -> list[slice]:
     return [slice(start, start + size) for start in range(0, len(hidden), size)]
 
 
-def _computes_at_once(hidden: Tensor, bias: Tensor | None, cap: float | None) -> bool:
+def _computes_at_once(hidden: Tensor, bias: Tensor | None, softmax: _Softmax) -> bool:
     """True if a compiled function goes from logits to results."""
-    return bias is None and cap is None and hidden.dtype.itemsize < torch.float32.itemsize and fuses(hidden.device)
+    return (
+        bias is None and softmax.cap is None and hidden.dtype.itemsize < torch.float32.itemsize and fuses(hidden.device)
+    )
 
 
 def _mask(banned: Tensor, vocabulary: int) -> Tensor:
@@ -178,20 +191,21 @@ def _errors(logits: Tensor, normalisers: Tensor, targets: Tensor, grad: Tensor, 
     return errors.mul_(-grad[:, None] / temperature)
 
 
-def _slope(logits: Tensor, share: float) -> Tensor:
-    """The derivative [m, V] of capped logits, which times `share` are from -1 to 1, by the logits before the cap."""
-    return logits.mul(share).clamp_(-1, 1).square_().neg_().add_(1)
+def _slope(logits: Tensor, softmax: _Softmax) -> Tensor | None:
+    """The derivative [m, V] of the cap, from the logits that `_logits` gives; None without a cap."""
+    if softmax.cap is None:
+        return None
+    tanh = logits.mul(softmax.temperature / softmax.cap).clamp_(-1, 1)  # -1 for banned tokens
+    return tanh.square_().neg_().add_(1)
 
 
-def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, banned: Tensor, temperature: float, cap: float | None
-) -> Tensor:
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softmax: _Softmax) -> Tensor:
     """Logits [m, V]. Banned tokens get the lowest finite number: probability and entropy 0, but no NaN."""
     logits = nn.functional.linear(hidden, weight, bias)
-    logits = capped(logits.to(torch.promote_types(logits.dtype, torch.float32)), cap)
-    if temperature != 1:
-        logits /= temperature
-    return logits.index_fill_(-1, banned, torch.finfo(logits.dtype).min)
+    logits = capped(logits.to(torch.promote_types(logits.dtype, torch.float32)), softmax.cap)
+    if softmax.temperature != 1:
+        logits /= softmax.temperature
+    return logits.index_fill_(-1, softmax.banned, torch.finfo(logits.dtype).min)
 
 
 def _add_product(total: Tensor, errors: Tensor, hidden: Tensor) -> None:

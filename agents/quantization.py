@@ -7,8 +7,7 @@ for each row). A layer dequantises its weights in each pass, and again in the ba
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any, Final, Literal, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from vlmenv.agents.wide_gradients import WideLinear
 from vlmenv.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vlmenv.agents.families.base import Family
 
 Quantization = Literal["nf4", "int8"]
 _BLOCK: Final = 64
@@ -94,13 +96,14 @@ class _Product(torch.autograd.Function):
         return grad @ ctx.layer.dense(grad.dtype), None
 
 
-def quantize(parts: Iterable[nn.Module], kind: Quantization, device: torch.device) -> int:
-    """Quantises the linear layers of some modules in place, one at a time.
+def quantize(family: Family, kind: Quantization, device: torch.device, *, vision: bool) -> int:
+    """Quantises the linear layers of a language model's blocks in place, one at a time.
 
     Args:
-        parts: The modules.
+        family: The model.
         kind: See `QuantizedLinear`.
         device: Device of the quantised layers.
+        vision: If true, also quantises those of the vision tower and its projectors.
 
     Returns:
         The number of layers.
@@ -109,6 +112,8 @@ def quantize(parts: Iterable[nn.Module], kind: Quantization, device: torch.devic
         ConfigError: See `QuantizedLinear`.
     """
     count = 0
+    parts = [family.language_model().get_submodule("layers")]
+    parts += [family.vision_tower(), *family.projectors()] if vision else []
     for part in parts:
         for name, layer in list(part.named_modules()):
             if type(layer) in (nn.Linear, WideLinear):

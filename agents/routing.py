@@ -16,29 +16,34 @@ _WITH_PROJECTION = "gemma4textrouter"
 
 
 def routers_of(language_model: nn.Module) -> list[nn.Module]:
-    """The routers of a language model, whose first or only output is the logits [M, E] of the experts."""
-    named = [(type(module).__name__.lower(), module) for module in language_model.modules()]
-    return [
-        module.get_submodule("proj") if name == _WITH_PROJECTION else module
-        for name, module in named
-        if name.endswith((_ROUTER, _WITH_PROJECTION))
-    ]
+    """The routers of a language model."""
+    ends = _ROUTER, _WITH_PROJECTION
+    return [module for module in language_model.modules() if type(module).__name__.lower().endswith(ends)]
 
 
 @contextmanager
 def recorded_logits(routers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Records the logits [M, E] of each router within the context."""
+    """Records the logits [M, E] of each router within the context.
+
+    Args:
+        routers: From `routers_of`.
+    """
     found: list[Tensor] = []
 
     def note(module: nn.Module, inputs: Any, outputs: Any) -> None:
         found.append(outputs if isinstance(outputs, Tensor) else outputs[0])
 
-    handles = [router.register_forward_hook(note) for router in routers]
+    handles = [_giver(router).register_forward_hook(note) for router in routers]
     try:
         yield found
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _giver(router: nn.Module) -> nn.Module:
+    """The module whose first or only output is a router's logits; adapters and quantisation put others in its place."""
+    return router.get_submodule("proj") if type(router).__name__.lower() == _WITH_PROJECTION else router
 
 
 def balancing_loss(logits: Sequence[Tensor], top_k: int) -> Tensor:

@@ -150,9 +150,7 @@ class VLMAgent(Agent):
             model = load_model(folder, dtype).eval()
             ours = family(model, processor)
         if quantization is not None:
-            seeing = [ours.vision_tower(), *ours.projectors()] * quantize_vision
-            parts = [ours.language_model().get_submodule("layers"), *seeing]
-            quantize(parts, quantization, torch.device(device))
+            quantize(ours, quantization, torch.device(device), vision=quantize_vision)
         if not empty:
             model.to(device)
         agent = cls(ours, folder, base=base, sampling=sampling, share_prefixes=share_prefixes)

@@ -55,13 +55,22 @@ def test_it_is_that_of_transformers(model_type: str, recomputes: bool, tmp_path:
 
 
 @pytest.mark.slow
-def test_routers_that_give_probabilities_are_heard_before(tmp_path: Path) -> None:
+@pytest.mark.parametrize("adapted", [False, True])
+def test_routers_that_give_probabilities_are_heard_before(adapted: bool, tmp_path: Path) -> None:
     """Gemma 4's, of which transformers records probabilities; its load-balancing loss is by hand here."""
     invent("gemma4 experts", tmp_path)
     agent = VLMAgent.from_pretrained(tmp_path, sampling=Sampling(max_new_tokens=6))
     agent.seed(0)
+    if adapted:
+        pytest.importorskip("peft")
+        agent.add_lora(rank=4, alpha=8)
+        for name, weight in agent.policy.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight)
     rollout = agent.rollout([{"images": (), "prompt": "How many is 2 and 3?"}])
     found = agent.logprobs(rollout).router_loss
+    assert found is not None
+    assert found.requires_grad
     ids = np.concatenate([rollout.prompts[0].input_ids, rollout.completions[0].token_ids[:-1]])
     model = agent.family.model
     probs = model(input_ids=torch.from_numpy(ids)[None], output_router_logits=True, use_cache=False).router_logits

@@ -205,16 +205,15 @@ def test_a_card_that_is_too_small_is_refused_with_what_helps(capsys: pytest.Capt
 
 
 @pytest.mark.slow
-def test_adapters_as_a_model_take_what_new_ones_take(tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_adapters_as_a_model_take_what_new_ones_take(quantize: Any, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     agent = VLMAgent.from_pretrained("builtin")
     agent.add_lora(rank=8, alpha=16)
     agent.save(tmp_path / "adapters")
-    config = configured("fp32", 8)
-    old, new = (
-        measure(one, OBSERVATION)[0]
-        for one in (replace(config, model=str(tmp_path / "adapters")), configured("fp32", 8, lora_rank=8))
-    )
+    config = configured("fp32", 8, quantize=quantize)
+    begun = configured("fp32", 8, quantize=quantize, lora_rank=8)
+    old, new = (measure(one, OBSERVATION)[0] for one in (replace(config, model=str(tmp_path / "adapters")), begun))
     assert old == new
     assert new.gradients == sum(one.numel() * 4 for one in agent.parameters())
 

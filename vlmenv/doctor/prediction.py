@@ -242,11 +242,10 @@ def _sizes(
 
     def prepare(agent: VLMAgent) -> None:
         adapter = find_adapter(config.model)
+        if options.quantize is not None:  # first, or adapters would be quantised too
+            quantize(agent.family, options.quantize, torch.device("cpu"), vision=options.lora_vision)
         if adapter is not None:
             agent.adapter, agent.lora = adapter, LoRA.from_folder(agent.family.model, adapter)
-        if options.quantize is not None:
-            parts = [agent.family.language_model(), *[agent.family.vision_tower()] * options.lora_vision]
-            quantize(parts, options.quantize, torch.device("cpu"))
         adapt(agent, options, config.batches.precision)
         if algorithm.wants_values:
             agent.add_value_head()
