@@ -167,3 +167,19 @@ def test_a_full_disk_ends_reports_alone(said: io.StringIO, tmp_path: Path, monke
     made.completions(2, records(RECEnv(), [3, 3]))
     assert (tmp_path / "report.html").read_text() == before
     assert not (tmp_path / ".report.html").exists()
+
+
+class Albums(Source):
+    """Six photos, of which an album keeps four."""
+
+    size = 1
+
+    def get(self, index: int) -> Sample:
+        image = np.zeros((30, 40, 3), dtype=np.uint8)
+        return Sample("six", (image,) * 6, "the cup", (1.0, 2.0, 3.0, 4.0), sizes=((40, 30),) * 6)
+
+
+def test_images_without_end_are_counted(tmp_path: Path) -> None:
+    Album(tmp_path, RECEnv(dataset=Albums()), "train").keep([0])
+    kept = read_album(tmp_path)["train/0"]
+    assert (len(kept["images"]), kept["left_out"]) == (4, 2)

@@ -400,3 +400,32 @@ def test_the_server_tells_of_new_results(tmp_path: Path) -> None:
             stream.write('{"step": 2, "loss": 0.5}\n')
         assert server.version() != first
         assert embedded(server.report().decode())["runs"][0]["curves"]["step"] == [1, 2]
+
+
+def test_the_paired_change_is_told(run_of_one_step: Path) -> None:
+    """Of evaluation.json, which alone has it."""
+    wanted = json.loads((run_of_one_step / "evaluation.json").read_text())["change"]
+    (one,) = embedded(make_report([run_of_one_step]))["runs"]
+    for name, _, _, change in one["headline"]:
+        assert change[0] == pytest.approx(wanted[name]["value"], rel=1e-4)
+
+
+def test_samples_that_changed_most_come_first(told: dict[str, Any]) -> None:
+    """So that they are in a report that has no room for all."""
+    scores: dict[int, list[float]] = {}
+    for one in completions(told):
+        if one["when"] in (0, 2):
+            scores.setdefault(one["sample"], []).append(one["score"])
+    changes = [abs(after - before) for before, after in scores.values()]
+    assert changes == sorted(changes, reverse=True)
+    assert changes[0] > changes[-1]
+
+
+def test_of_a_long_run_of_an_earlier_version_some_steps_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run", steps=6, measured=1)  # 8 completions each
+    without_new_records(run)
+    monkeypatch.setattr("vlmenv.runs.report_answers.SHOWN", 16)
+    training = [one["step"] for one in completions(embedded(make_report([run]))) if one["when"] == 3]
+    assert training == [1] * 8 + [4] * 8
