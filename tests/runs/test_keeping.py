@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from made_run import make_run
 from PIL import Image as PILImage
 
 from vlmenv.core.console import PlainConsole
@@ -18,6 +20,7 @@ from vlmenv.envs.data.source import Sample, Source
 from vlmenv.envs.ovd import OVDEnv
 from vlmenv.envs.rec import RECEnv
 from vlmenv.envs.vector import VisualTaskVectorEnv
+from vlmenv.evaluation import Evaluation
 from vlmenv.runs.album import LONGEST_SIDE, Album, groups_shown, read_album
 from vlmenv.runs.keeping import Keeping
 from vlmenv.runs.run_folder import RunFolder
@@ -109,3 +112,74 @@ def test_a_fault_is_told_once_and_ends_nothing(tmp_path: Path) -> None:
     assert said.getvalue().count("warning: the report is not kept any more, training goes on") == 1
     assert "KeyError: 'no such thing'" in said.getvalue()
     assert not (tmp_path / "report.html").exists()
+
+
+def test_a_sample_is_read_and_drawn_once_for_all_evaluations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = RECEnv(split="eval")
+    held_out = VisualTaskVectorEnv(lambda: task, 4)
+    made = Keeping(RunFolder(tmp_path), held_out, held_out, 10, PlainConsole(), active=True)
+    answers = [{"index": index, "id": task.source.get(index).id} for index in range(3)]
+    made.evaluation(Evaluation({}, answers[:2]))
+    read, get = [], task.source.get
+    monkeypatch.setattr(task.source, "get", lambda index: read.append(index) or get(index))
+    made.evaluation(Evaluation({}, answers))
+    assert read == [2]
+    assert set(read_album(tmp_path / "samples")) == {"eval/0", "eval/1", "eval/2"}
+
+
+def test_an_album_goes_on_after_a_line_that_was_cut_off(tmp_path: Path) -> None:
+    Album(tmp_path, RECEnv(), "train").keep([1, 2])
+    index = tmp_path / "index.jsonl"
+    index.write_bytes(index.read_bytes()[:-20])
+    Album(tmp_path, RECEnv(), "train").keep([2])
+    assert set(read_album(tmp_path)) == {"train/1", "train/2"}
+
+
+def test_an_album_follows_data_and_rewards_that_change(tmp_path: Path) -> None:
+    Album(tmp_path, RECEnv(), "train").keep([0])
+    assert read_album(tmp_path)["train/0"]["images"][0]["width"] == 96
+    Album(tmp_path, RECEnv(dataset=Photos(), rewards={"iou": 2.0}), "train").keep([0])
+    kept = read_album(tmp_path)["train/0"]
+    assert (kept["id"], kept["images"][0]["width"]) == ("photo 0", 1600)
+    assert json.loads((tmp_path / "task.json").read_text())["rewards"] == {"iou": 2.0}
+
+
+class FullDisk(io.StringIO):
+    """A log on a disk without room."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("said", [io.StringIO(), FullDisk()], ids=["free", "full"])
+def test_a_full_disk_ends_reports_alone(said: io.StringIO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path, steps=1, measured=1)
+    made = keeping(RECEnv, tmp_path, said)
+    assert made.report()
+    before = (tmp_path / "report.html").read_text()
+
+    def fill(self: Path, text: str, **options: Any) -> int:
+        self.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fill)
+    assert not made.report()
+    made.completions(2, records(RECEnv(), [3, 3]))
+    assert (tmp_path / "report.html").read_text() == before
+    assert not (tmp_path / ".report.html").exists()
+
+
+class Albums(Source):
+    """Six photos, of which an album keeps four."""
+
+    size = 1
+
+    def get(self, index: int) -> Sample:
+        image = np.zeros((30, 40, 3), dtype=np.uint8)
+        return Sample("six", (image,) * 6, "the cup", (1.0, 2.0, 3.0, 4.0), sizes=((40, 30),) * 6)
+
+
+def test_images_without_end_are_counted(tmp_path: Path) -> None:
+    Album(tmp_path, RECEnv(dataset=Albums()), "train").keep([0])
+    kept = read_album(tmp_path)["train/0"]
+    assert (len(kept["images"]), kept["left_out"]) == (4, 2)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from made_run import embedded, make_run
+from PIL import Image
 from test_cli import fails
 
 from vlmenv.cli import main
@@ -22,7 +26,7 @@ from vlmenv.core.errors import ConfigError
 from vlmenv.envs.rec import RECEnv
 from vlmenv.runs.report import embedded as escaped
 from vlmenv.runs.report import make_report, thinned, write_report
-from vlmenv.runs.report_answers import FIELDS, LONGEST, Answer, evenly
+from vlmenv.runs.report_answers import FIELDS, LONGEST, Answer, embed_pictures, evenly
 from vlmenv.runs.report_server import ReportServer
 
 HOSTILE = "</script><script>alert(1)</script><!--\u202e\x1b[31m\ud800" + "é" * 1_000_000
@@ -265,11 +269,17 @@ def test_long_curves_are_thinned_to_means() -> None:
     assert found["values"]["odd"][0] == 1.0
 
 
+def steps_of(groups: Sequence[Sequence[Answer]]) -> list[int]:
+    return [one.step for group in groups for one in group]
+
+
 def test_groups_are_taken_at_even_distances() -> None:
-    groups = [[Answer("train", "training", step, {"completion": "x" * 750})] * 2 for step in range(10)]
-    assert [one.step for one in evenly(groups, 10_000, 10)] == [1, 1, 3, 3, 5, 5, 7, 7, 9, 9]
-    assert [one.step for one in evenly(groups, 4_000, 100)] == [4, 4, 9, 9]
-    assert len(evenly(groups, 1e6, 100)) == 20
+    row = {"completion": "x" * 625, "prediction": "p" * 125, "prompt": "q" * 700, "target": "t" * 50}
+    groups = [[Answer("train", "training", step, row)] * 2 for step in range(10)]  # 3000 bytes each
+    assert steps_of(evenly(groups, 15_000, 100)) == [1, 1, 3, 3, 5, 5, 7, 7, 9, 9]
+    assert steps_of(evenly(groups, 14_999, 100)) == [2, 2, 4, 4, 6, 6, 8, 8]
+    assert steps_of(evenly(groups, 1e6, 10)) == [1, 1, 3, 3, 5, 5, 7, 7, 9, 9]
+    assert len(steps_of(evenly(groups, 1e6, 100))) == 20
 
 
 @pytest.mark.slow
@@ -288,6 +298,76 @@ def test_a_report_with_many_completions_stays_small(tmp_path: Path) -> None:
     assert min(training) < 50
     assert max(training) > 2400
     assert told["runs"][0]["totals"]["training"] == 20_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["\u6771" * 4000, "x" * 4000], ids=["three bytes", "one byte"])
+def test_a_report_with_long_prompts_and_many_places_stays_small(text: str, tmp_path: Path) -> None:
+    """Texts of samples and places take room too, and so do characters of several bytes."""
+    run = make_run(tmp_path / "run", steps=1, measured=1)
+    row = json.loads((run / "rollouts.jsonl").read_text().splitlines()[0])
+    row |= {"prompt": text, "completion": text[:200], "prediction": [[1.25, 2.5, 30.75, 40.5]] * 200}
+    with (run / "rollouts.jsonl").open("w") as stream:
+        stream.writelines(json.dumps(row | {"step": 1 + i, "index": i}) + "\n" for i in range(3000))
+    write_report([run], tmp_path / "report.html")
+    assert 1e6 < (tmp_path / "report.html").stat().st_size < 5e6
+
+
+def test_notes_terms_and_metrics_without_end_are_cut(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=1, measured=1)
+    many = {f"name {i}": 1.0 for i in range(5000)}
+    rows = [json.loads(line) | {"rewards": many} for line in (run / "rollouts.jsonl").read_text().splitlines()]
+    (run / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 1} | many) + "\n")
+    for name in ("warnings", "changes"):
+        note = {"step": 1, "kind": "k" * 9999, "message": "m" * 9999}
+        (run / f"{name}.jsonl").write_text(f"{json.dumps(note)}\n" * 1000)
+    (one,) = embedded(html := make_report([run]))["runs"]
+    assert len(html) < 2e6
+    assert len(one["terms"]) < 100
+    assert len(one["curves"]["values"]) < 500
+    assert (one["warnings"][0][1], one["warnings"][0][2]) == ("k" * 100, "m" * 2000)
+
+
+def picture(file: Path, side: int, seed: int) -> None:
+    noise = np.random.default_rng(seed).integers(256, size=(side, side, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file, "WEBP", quality=90)
+
+
+def test_pictures_are_made_smaller_to_fit(tmp_path: Path) -> None:
+    for i in range(40):
+        picture(tmp_path / f"{i}.webp", 256, i)
+    whole = sum(file.stat().st_size for file in tmp_path.glob("*.webp"))
+
+    def embed(room: int) -> tuple[int, list[Image.Image]]:
+        samples = [{"images": [{"file": f"{i}.webp"}]} for i in range(40)]
+        left = embed_pictures(samples, tmp_path, room)
+        images = [image for sample in samples for image in sample["images"]]
+        assert not any("file" in image for image in images)
+        content = [base64.b64decode(image["src"].partition(",")[2]) for image in images if "src" in image]
+        assert sum(map(len, content)) <= room
+        return left, [Image.open(io.BytesIO(one)) for one in content]
+
+    left, found = embed(whole)
+    assert (left, {one.size for one in found}) == (0, {(256, 256)})
+    left, found = embed(whole // 2)
+    assert (left, len({one.size for one in found})) == (0, 1)
+    assert max(found[0].size) < 256
+    left, found = embed(whole // 100)
+    assert left + len(found) == 40
+    assert left > 20
+
+
+def test_a_picture_of_another_data_set_is_not_shown(tmp_path: Path) -> None:
+    """The data set was changed at resuming: indices mean other samples."""
+    run = make_run(tmp_path / "run", steps=1, measured=2)
+    rows = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
+    rows[0]["id"] = "another"
+    (run / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:1]))
+    told = embedded(make_report([run]))
+    shown = {one["id"]: one for one in told["runs"][0]["samples"]}
+    assert shown["another"]["images"] == shown["another"]["true"] == []
+    assert all(one["images"] for name, one in shown.items() if name != "another")
 
 
 @pytest.fixture
@@ -320,3 +400,32 @@ def test_the_server_tells_of_new_results(tmp_path: Path) -> None:
             stream.write('{"step": 2, "loss": 0.5}\n')
         assert server.version() != first
         assert embedded(server.report().decode())["runs"][0]["curves"]["step"] == [1, 2]
+
+
+def test_the_paired_change_is_told(run_of_one_step: Path) -> None:
+    """Of evaluation.json, which alone has it."""
+    wanted = json.loads((run_of_one_step / "evaluation.json").read_text())["change"]
+    (one,) = embedded(make_report([run_of_one_step]))["runs"]
+    for name, _, _, change in one["headline"]:
+        assert change[0] == pytest.approx(wanted[name]["value"], rel=1e-4)
+
+
+def test_samples_that_changed_most_come_first(told: dict[str, Any]) -> None:
+    """So that they are in a report that has no room for all."""
+    scores: dict[int, list[float]] = {}
+    for one in completions(told):
+        if one["when"] in (0, 2):
+            scores.setdefault(one["sample"], []).append(one["score"])
+    changes = [abs(after - before) for before, after in scores.values()]
+    assert changes == sorted(changes, reverse=True)
+    assert changes[0] > changes[-1]
+
+
+def test_of_a_long_run_of_an_earlier_version_some_steps_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run", steps=6, measured=1)  # 8 completions each
+    without_new_records(run)
+    monkeypatch.setattr("vlmenv.runs.report_answers.SHOWN", 16)
+    training = [one["step"] for one in completions(embedded(make_report([run]))) if one["when"] == 3]
+    assert training == [1] * 8 + [4] * 8

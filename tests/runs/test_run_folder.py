@@ -156,3 +156,16 @@ def test_evaluations_after_the_step_to_go_on_from_are_removed(run: RunFolder) ->
         "step-2",
         "step-3-good",
     ]
+
+
+@pytest.mark.parametrize(("step", "kept"), [(3, ["step-3"]), (2, [])])
+def test_what_an_earlier_end_measured_is_no_end_any_more(step: int, kept: list[str], run: RunFolder) -> None:
+    """Of the step to go on from it is an evaluation on the way; of a later one it is gone."""
+    (run.path / "after").mkdir()
+    (run.path / "after" / "metrics.json").write_text("{}")
+    (run.path / "evaluation.json").write_text("{}")
+    run.cut(step)
+    found = sorted((run.path / "evaluations").glob("*/metrics.json"))
+    assert [one.parent.name for one in found] == kept
+    assert not (run.path / "after").exists()
+    assert not (run.path / "evaluation.json").exists()

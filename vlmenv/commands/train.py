@@ -131,17 +131,10 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
     check_engine(config, accelerator.device, accelerator.num_processes)
     for note in advice_on_cuda(config, accelerator.device):
         say(note, console)
-    envs, held_out, counted = _open_data(config, parts, accelerator, console)
-    for made, given in ((envs, parts.envs), (held_out, parts.held_out)):
-        if made is not None and made is not given:
-            opened.callback(made.close)
+    envs, held_out, counted = _open_data(config, parts, accelerator, opened, console)
     config = _in_steps(config, envs.task.source.size)
     if config.dry_run:
-        with shared_failure(accelerator):
-            if accelerator.is_main_process:
-                disk = _room_of_shapes(config, parts, run)
-                print_dry_run(config, envs, held_out, run, accelerator, disk, console)
-                forecast_here(config, envs, accelerator, console)
+        _show(config, parts, envs, held_out, run, accelerator, console)
         return run.path
     data = DataSets.of(envs, held_out)
     changed = _compared(config, found, data, accelerator, console)
@@ -181,8 +174,8 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
         raise
     if accelerator.is_main_process and held_out is not None and before is not None and after is not None:
         compare(config, run, held_out, before, after, console, keeping)
-    keeping.report()
-    say(f"model, metrics and pictures are in {run.path}; look at {run.path / 'report.html'} in a browser", console)
+    seen = f"; look at {run.path / 'report.html'} in a browser" if keeping.report() else ""
+    say(f"model, metrics and pictures are in {run.path}{seen}", console)
     if parts.agent is None:
         trainer.agent.close()  # before the processes part: vLLM has a group of its own among them
     accelerator.state.destroy_process_group()
@@ -201,11 +194,11 @@ def _check(config: TrainConfig[Any]) -> None:
 
 
 def _open_data(
-    config: TrainConfig[Any], parts: Parts, accelerator: Accelerator, console: Console
+    config: TrainConfig[Any], parts: Parts, accelerator: Accelerator, opened: ExitStack, console: Console
 ) -> tuple[VisualTaskVectorEnv, VisualTaskVectorEnv | None, list[tuple[VisualTaskVectorEnv, Lengths]]]:
     """The environments to train in and those to measure in, and the lengths of the prompts of those with a data set.
 
-    Prints what is wrong with their rows and answers.
+    Prints what is wrong with their rows and answers. Environments that are made here are closed with `opened`.
     """
     measuring = config.measuring
     look = accelerator.is_main_process  # for images, whose disk may be slow
@@ -214,10 +207,13 @@ def _open_data(
         held_out = None if measuring.eval_limit == 0 else parts.held_out
         if measuring.eval_limit > 0 and held_out is None and parts.envs is None:
             held_out = _evaluation_envs(config)
+    for made, given in ((envs, parts.envs), (held_out, parts.held_out)):
+        if made is not None and made is not given:
+            opened.callback(made.close)
     (images,) = broadcast_object_list([images])
-    for opened in (envs, held_out):
-        if opened is not None and not look:
-            adopt_images(opened.task.source, images)
+    for own in (envs, held_out):
+        if own is not None and not look:
+            adopt_images(own.task.source, images)
     firsts = [(envs, None)] if held_out is None else [(envs, None), (held_out, measuring.eval_limit)]
     found = [
         (shown, fit_prompts(config, shown, accelerator, console, agent=parts.agent, first=first))
@@ -231,6 +227,23 @@ def _open_data(
     if accelerator.is_main_process and (misjudged := self_check(envs.task, imitated=_imitates(config))):
         say(f"warning: {describe(misjudged, CHECKED)}", console)
     return envs, held_out, [(shown, lengths) for shown, lengths in found if lengths is not None]
+
+
+def _show(
+    config: TrainConfig[Any],
+    parts: Parts,
+    envs: VisualTaskVectorEnv,
+    held_out: VisualTaskVectorEnv | None,
+    run: RunFolder,
+    accelerator: Accelerator,
+    console: Console,
+) -> None:
+    """Prints what a run would do and take, on the main rank."""
+    with shared_failure(accelerator):
+        if accelerator.is_main_process:
+            disk = _room_of_shapes(config, parts, run)
+            print_dry_run(config, envs, held_out, run, accelerator, disk, console)
+            forecast_here(config, envs, accelerator, console)
 
 
 def _room_of_shapes(config: TrainConfig[Any], parts: Parts, run: RunFolder) -> str:

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,19 @@ from vlmenv.core.errors import DataError
 
 @contextmanager
 def atomic_file(file: Path) -> Iterator[Path]:
-    """Atomic file write: a temporary file, which replaces `file` when the block succeeds.
+    """Atomic file write: a temporary file, which replaces `file` on success and is removed on failure.
 
     Yields:
         The temporary file to write to.
     """
     partial = file.with_name(f".{file.name}")
-    yield partial
-    partial.replace(file)
+    try:
+        yield partial
+        partial.replace(file)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def write_atomic(file: Path, text: str) -> None:

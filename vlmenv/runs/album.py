@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -57,7 +58,20 @@ class Album:
 
     def __init__(self, folder: Path, task: VisualTaskEnv, part: Part) -> None:
         self._folder, self._task, self._part = folder, task, part
-        self._known = set(read_album(folder))
+        self._known = {key: (row.get("id"), row.get("question")) for key, row in read_album(folder).items()}
+        self._begun = False
+
+    def lacks(self, index: int, name: str) -> bool:
+        """Whether a sample is not kept yet.
+
+        Args:
+            index: Its index.
+            name: Its id.
+        """
+        return self._known.get(self._key(index), (None, None))[0] != name
+
+    def _key(self, index: int) -> str:
+        return f"{self._part}/{index}"
 
     def keep(self, indices: Iterable[int], loaded: Mapping[int, Sample] = MappingProxyType({})) -> dict[int, Sample]:
         """Keeps samples, and returns those that can be read.
@@ -85,17 +99,22 @@ class Album:
             sample = loaded or self._task.source.get(index)
         except DataError:
             return None, None
-        key = f"{self._part}/{index}"
-        if key in self._known:
+        key, what = self._key(index), (sample.id, sample.question)
+        if self._known.get(key) == what:
             return sample, None
-        self._known.add(key)
+        self._known[key] = what
         return sample, {"key": key, "id": sample.id, "question": sample.question, **self._pictures(sample, index)}
 
     def _begin(self) -> None:
-        """Makes the folder, with the facts of the task."""
+        """Makes the folder, with the facts of the task; what is written behind a cut-off line gets its own line."""
+        if self._begun:
+            return
         self._folder.mkdir(parents=True, exist_ok=True)
-        if not (self._folder / TASK).is_file():
-            write_atomic(self._folder / TASK, json.dumps(describe_task(self._task), indent=2) + "\n")
+        write_atomic(self._folder / TASK, json.dumps(describe_task(self._task), indent=2) + "\n")
+        with (self._folder / INDEX).open("a+b") as stream:
+            if stream.tell() and (stream.seek(-1, os.SEEK_END), stream.read(1))[1] != b"\n":
+                stream.write(b"\n")
+        self._begun = True
 
     def _pictures(self, sample: Sample, index: int) -> dict[str, Any]:
         shown = list(zip(sample.images, sample.full_sizes, strict=True))
@@ -124,7 +143,7 @@ def marks(value: Any, scale: Sequence[float] = (1.0, 1.0)) -> list[list[Any]]:
     try:
         found = list(labelled_places(value))
         return [[label, [round(number * scale[i % 2], 2) for i, number in enumerate(place)]] for label, place in found]
-    except (ConfigError, OverflowError):  # an odd number of coordinates, or a number that is no coordinate
+    except (ConfigError, OverflowError, RecursionError):  # an odd number of coordinates, or no coordinate; depth
         return []
 
 

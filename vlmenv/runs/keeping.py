@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 from rich.console import Console
@@ -12,7 +12,7 @@ from vlmenv.core.console import warn
 from vlmenv.core.errors import VLMEnvError
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.evaluation import Evaluation
-from vlmenv.runs.album import Album, groups_shown, is_right
+from vlmenv.runs.album import Album, Part, groups_shown, is_right
 from vlmenv.runs.report import write_report
 from vlmenv.runs.run_folder import RunFolder
 
@@ -65,15 +65,17 @@ class Keeping:
         """Keeps the samples of an evaluation."""
         if self._active:
             with self._harmless():
-                self._album("eval").keep([one["index"] for one in evaluation.answers][:MOST_MEASURED])
+                album, answers = self._album("eval"), evaluation.answers[:MOST_MEASURED]
+                album.keep([one["index"] for one in answers if album.lacks(one["index"], one["id"])])
 
-    def report(self) -> None:
-        """Writes report.html anew."""
+    def report(self) -> bool:
+        """Writes report.html anew. Returns false if it is not kept."""
         if self._active:
             with self._harmless():
                 write_report([self._run.path], self._run.path / "report.html")
+        return self._active
 
-    def _album(self, part: Any) -> Album:
+    def _album(self, part: Part) -> Album:
         if part not in self._albums:
             envs = self._envs if part == "train" else self._held_out
             assert envs is not None
@@ -88,4 +90,5 @@ class Keeping:
         except Exception as error:  # a task's own code may raise anything
             told = str(error) if isinstance(error, VLMEnvError) else f"{type(error).__name__}: {error}"
             self._active = False
-            warn(f"the report is not kept any more, training goes on: {told}", self._console)
+            with suppress(OSError):  # what is printed may go to the disk that is full
+                warn(f"the report is not kept any more, training goes on: {told}", self._console)

@@ -289,7 +289,7 @@ class TrainingLoop:
 
     def _rescue(self, error: BaseException) -> None:
         """Saves what can be saved of training that an error ends. What fails in this is told, and hides nothing."""
-        work: dict[str, Callable[[], None]] = {"the curve": self._draw, "the tracker's log": self._fail_tracking}
+        work: dict[str, Callable[[], object]] = {"the curve": self._draw, "the tracker's log": self._fail_tracking}
         work["the report"] = self.keeping.report
         if self.trainer.is_between_steps and failed_on_all_ranks(error, self.trainer.accelerator):
             work = {f"the state after step {self.trainer.step}": self._save_last} | work

@@ -32,6 +32,7 @@ _FEW: Final = 40  # values whose points are marked
 _COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#333333")
 """Of Okabe and Ito, which colour-blind eyes tell apart."""
 _DASHES: Final = ("-", "--", ":", "-.")
+_NAMES: Final = 3  # names of lines side by side
 _DRIFTING: Final = ("completion/length", "completion/repetition", "completion/box_ratio")
 
 
@@ -64,9 +65,8 @@ def draw_curve(
     every = dict.fromkeys(name for metrics in history for name in metrics)
     panels = [(told, own) for told, wanted in _panels(every) if (own := [name for name in wanted if name in every])]
     columns = min(2, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = _matplotlib().figure.Figure(figsize=(5.5 * columns, 0.5 + 2.6 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    rows, lines = -(-len(panels) // columns), max(-(-len(own) // _NAMES) for _, own in panels)
+    figure, grid = _grid(rows, columns, above=0.2 * lines)
     for axes, (label, names) in zip(grid, panels, strict=False):
         _draw_lines(axes, history, names, relative=label == _RELATIVE)
         axes.set(ylabel=label, xlabel="step")
@@ -77,8 +77,24 @@ def draw_curve(
         _name_lines(axes)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
-    figure.suptitle(visible(title), fontsize=11, parse_math=False)
+    figure.suptitle(visible(title), y=1 - 0.08 / figure.get_figheight(), va="top", fontsize=11, parse_math=False)
     _save(figure, path, dpi=120)
+
+
+def _grid(rows: int, columns: int, above: float) -> tuple[Figure, np.ndarray[Any, Any]]:
+    """A figure with panels of a fixed size, and its panels row by row. A layout by contents takes twice as long.
+
+    Args:
+        rows: Rows of panels.
+        columns: Columns of panels.
+        above: Room for names above each panel, in inches.
+    """
+    width, height, left, below, title = 4.5, 2.0, 0.85, 0.55, 0.35
+    size = (columns * (left + width) + 0.15, title + rows * (above + height + below))
+    figure = _matplotlib().figure.Figure(figsize=size)
+    edges = {"left": left / size[0], "right": 1 - 0.15 / size[0], "bottom": below / size[1]}
+    spaces = {"top": 1 - (title + above) / size[1], "wspace": left / width, "hspace": (above + below) / height}
+    return figure, figure.subplots(rows, columns, squeeze=False, gridspec_kw=edges | spaces).ravel()
 
 
 _RELATIVE: Final = "multiple of the first value"
@@ -103,7 +119,7 @@ def _panels(every: Collection[str]) -> list[tuple[str, list[str]]]:
 def _name_lines(axes: Axes) -> None:
     """Names the lines above the panel, where the legend hides none of them."""
     if len(axes.get_legend_handles_labels()[1]) > 1:
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=8, frameon=False)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=_NAMES, fontsize=8, frameon=False)
 
 
 def _draw_lines(axes: Axes, history: Sequence[dict[str, float]], names: Sequence[str], relative: bool = False) -> None:

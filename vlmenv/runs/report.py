@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,10 +27,17 @@ MOST_TEXT: Final = 3_000_000
 MOST_PICTURES: Final = 1_100_000
 """Bytes of pictures in a report; as text they take a third more."""
 MOST_POINTS: Final = 600
-"""Points of a curve. Longer runs have means over neighbouring steps."""
+"""Points of a curve; fewer if more than four runs are reported. Longer runs have means over neighbouring steps."""
+_MOST_METRICS: Final = 200
+_MOST_NOTES: Final = 200
+"""Warnings, and changes at resuming."""
+_LONGEST: Final = 2000
+"""Characters of an option, a warning or a change."""
 WITHIN_A_GROUP: Final = ("seed",)
 """Options in which runs may differ that are drawn as one curve with a band."""
 _RECORD: Final = "record"
+Difference = tuple[str, list[str | None]]
+"""An option, and its value in each run; None for a run without it."""
 
 
 def write_report(runs: Sequence[Path], file: Path) -> None:
@@ -56,14 +64,14 @@ def make_report(runs: Sequence[Path], *, live: bool = False) -> str:
     read = [RunFiles(run) for run in runs]
     for one in read:
         one.check()
-    names = _names(runs)
+    names, different = _names(runs), list(_differences(read))
     data = {
         "version": vlmenv.__version__,
         "made": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
         "live": live,
         "runs": [{"name": name} | one.content(len(runs)) for one, name in zip(read, names, strict=True)],
-        "groups": _groups(read, names),
-        "differences": [[name, values] for name, values in _differences(read)],
+        "groups": _groups(read, names, different),
+        "differences": different,
     }
     return page(data)
 
@@ -88,8 +96,7 @@ class RunFiles:
     @cached_property
     def options(self) -> Content:
         """All options that are used; empty if the run has no record of them."""
-        options = self._yaml
-        options.pop(_RECORD, None)
+        options = {name: value for name, value in self._yaml.items() if name != _RECORD}
         return options | entries(options.pop(str(options.get("algo")), None))
 
     @cached_property
@@ -100,7 +107,7 @@ class RunFiles:
         told = {name: record.get(name) for name in ("device", "ranks", "threads", "git", "run")}
         return told | {name: versions.get(name) for name in ("vlmenv", "torch", "transformers", "python")}
 
-    @property
+    @cached_property
     def _yaml(self) -> Content:
         for name in ("resolved.yaml", "config.yaml"):
             try:
@@ -134,16 +141,17 @@ class RunFiles:
         weights = entries(task.get("rewards")) or entries(self.options.get("rewards"))
         known = {str(name): weight for name, value in weights.items() if (weight := number(value)) is not None}
         answers = Answers(self.run, self.evaluations, right, known)
-        warnings = readable_objects(self.run / "warnings.jsonl")
+        warnings, changes = (readable_objects(self.run / f"{name}.jsonl") for name in ("warnings", "changes"))
         return {
             "options": {visible(name): _written(value) for name, value in self.options.items()},
             "origin": {name: _written(value) for name, value in self.origin.items()},
-            "curves": thinned(self.metrics),
+            "curves": thinned(self.metrics, max(100, min(MOST_POINTS, 4 * MOST_POINTS // runs))),
             "machine": _machine(self.metrics),
             "warnings": [
-                [number(one.get("step")), visible(one.get("kind")), visible(one.get("message"))] for one in warnings
+                [number(one.get("step")), visible(one.get("kind"))[:100], visible(one.get("message"))[:_LONGEST]]
+                for one in islice(warnings, _MOST_NOTES)
             ],
-            "changes": [visible(json.dumps(one)) for one in readable_objects(self.run / "changes.jsonl")],
+            "changes": [visible(json.dumps(one))[:_LONGEST] for one in islice(changes, _MOST_NOTES)],
             "headline": self._headline(),
             "held_out": [[step, _intervals(_object(folder / "metrics.json"))] for step, folder in self.evaluations],
             "right": None if right is None else [visible(right[0]), right[1]],
@@ -160,14 +168,16 @@ class RunFiles:
         return [[name, *(part.get(name) for part in parts)] for name in names]
 
 
-def thinned(rows: Sequence[Mapping[str, Any]]) -> Content:
+def thinned(rows: Sequence[Mapping[str, Any]], most: int = MOST_POINTS) -> Content:
     """The curve of each metric: `step`, and `values` by name, None where a step has none.
 
-    Of more than `MOST_POINTS` steps, neighbours are joined by their means, and have the last one's step.
+    Args:
+        rows: Metrics of each step.
+        most: Points of a curve. Of more steps, neighbours are joined by their means, and have the last one's step.
     """
-    size = -(-len(rows) // MOST_POINTS) or 1
+    size = -(-len(rows) // most) or 1
     parts = [rows[i : i + size] for i in range(0, len(rows), size)]
-    names = dict.fromkeys(name for row in rows for name in row if name != "step")
+    names = list(dict.fromkeys(name for row in rows for name in row if name != "step"))[:_MOST_METRICS]
     values = {visible(name): [_mean(row.get(name) for row in part) for part in parts] for name in names}
     return {"step": [part[-1]["step"] for part in parts], "values": values}
 
@@ -212,7 +222,7 @@ def _object(file: Path) -> Content:
 def _written(value: Any) -> str:
     """An option's value in one or more lines of text."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return visible_lines(text[:2000])
+    return visible_lines(text[:_LONGEST])
 
 
 def _names(runs: Sequence[Path]) -> list[str]:
@@ -225,7 +235,7 @@ def _names(runs: Sequence[Path]) -> list[str]:
     return [visible(name) for name in names]
 
 
-def _differences(runs: Sequence[RunFiles]) -> Iterator[tuple[str, list[str | None]]]:
+def _differences(runs: Sequence[RunFiles]) -> Iterator[Difference]:
     """Options whose values differ between runs, with each run's value; None for a run without the option."""
     for name in dict.fromkeys(name for run in runs for name in run.options):
         values = [_written(run.options[name]) if name in run.options else None for run in runs]
@@ -233,9 +243,9 @@ def _differences(runs: Sequence[RunFiles]) -> Iterator[tuple[str, list[str | Non
             yield visible(name), values
 
 
-def _groups(runs: Sequence[RunFiles], names: Sequence[str]) -> list[Content]:
+def _groups(runs: Sequence[RunFiles], names: Sequence[str], differences: Sequence[Difference]) -> list[Content]:
     """Runs that differ in their seed alone, each with a name by what differs from other groups."""
-    different = [(name, values) for name, values in _differences(runs) if name not in WITHIN_A_GROUP]
+    different = [(name, values) for name, values in differences if name not in WITHIN_A_GROUP]
     groups: dict[tuple[str | None, ...], list[int]] = {}
     for i, run in enumerate(runs):
         key = tuple(values[i] for _, values in different) if run.options else (names[i],)

@@ -15,7 +15,7 @@ from PIL import Image as PILImage
 
 from vlmenv.core.files import readable_objects
 from vlmenv.core.text import visible, visible_lines
-from vlmenv.runs.album import SHOWN, marks, read_album
+from vlmenv.runs.album import MOST_IMAGES, SHOWN, marks, read_album
 
 SHARES: Final = (0.45, 0.85, 1.0)
 """Shares of the room that are full after the answers before and after training, those in training, and those of
@@ -25,7 +25,12 @@ SIDES: Final = (224, 160, 112)
 LONGEST: Final = 4000
 """Characters of a text. The middle of longer ones is left out."""
 _AROUND: Final = 250
-"""Bytes of a completion in the report besides its text."""
+"""Bytes of a completion, or of a sample, in the report besides its texts."""
+_MOST_PLACES: Final = 300
+"""True or answered places of a sample."""
+_MOST_TERMS: Final = 50
+_TRIED: Final = 32
+"""About so many pictures are tried to find a size at which all fit."""
 FIELDS: Final = (
     *("sample", "when", "step", "text", "reward", "terms", "advantage", "right", "readable", "score"),
     *("truncated", "places", "prediction"),
@@ -56,7 +61,16 @@ class Answer:
     @property
     def size(self) -> int:
         """About as many bytes as it takes in the report."""
-        return _AROUND + min(len(str(self.row.get("completion", ""))), LONGEST)
+        return _AROUND + sum(_bytes(self.row.get(name)) for name in ("completion", "prediction"))
+
+    @property
+    def sample_size(self) -> int:
+        """About as many bytes as its sample takes in the report, besides pictures."""
+        return _AROUND + sum(_bytes(self.row.get(name)) for name in ("prompt", "target"))
+
+
+Group = Sequence[Answer]
+"""Completions of one sample, at least one."""
 
 
 @dataclass
@@ -88,18 +102,20 @@ class Answers:
         groups = [self._pairs(), self._training(), self._on_the_way()]
         total = [sum(map(len, own)) for own in groups]
         total[1] = _count_lines(self.run / "rollouts.jsonl")
-        shown: list[Answer] = []
-        for number, part in enumerate(SHARES):
-            share = part if any(groups[later] for later in range(number + 1, len(groups))) else 1.0
-            used = sum(answer.size for answer in shown)
-            pick = leading if number == 0 else evenly
-            shown += pick(groups[number], share * text - used, int(share * most) - len(shown))
+        taken: list[Group] = []
+        for i, part in enumerate(SHARES):
+            share = part if any(groups[i + 1 :]) else 1.0
+            used, count = sum(map(_size, taken)), sum(map(len, taken))
+            pick = leading if i == 0 else evenly
+            taken += pick(groups[i], share * text - used, int(share * most) - count)
+        shown = [answer for group in taken for answer in group]
         album = read_album(self.run / "samples")
-        numbers = {key: number for number, key in enumerate(dict.fromkeys(answer.key for answer in shown))}
+        numbers = {key: i for i, key in enumerate(dict.fromkeys(answer.key for answer in shown))}
         firsts = {answer.key: answer for answer in reversed(shown)}
-        samples = [_sample(firsts[key], album.get(key, {})) for key in numbers]
+        kept = {key: _of_sample(album.get(key, {}), first) for key, first in firsts.items()}
+        samples = [_sample(firsts[key], kept[key]) for key in numbers]
         left = embed_pictures(samples, self.run / "samples", pictures)
-        completions = [self._completion(answer, numbers, album.get(answer.key, {})) for answer in shown]
+        completions = [self._completion(answer, numbers, kept[answer.key]) for answer in shown]
         return {
             "samples": samples,
             "fields": FIELDS,
@@ -145,7 +161,7 @@ class Answers:
     def _completion(self, answer: Answer, numbers: Mapping[str, int], sample: Row) -> list[Any]:
         row, scale = answer.row, _scale(sample.get("scale"))
         terms = entries(row.get("rewards"))
-        self.terms += [name for name in terms if name not in self.terms]
+        self.terms += [name for name in terms if name not in self.terms][: _MOST_TERMS - len(self.terms)]
         found = {
             "sample": numbers[answer.key],
             "when": WHEN.index(answer.when),
@@ -181,20 +197,26 @@ class Answers:
         return None if score is None or self.right is None else score >= self.right[1]
 
 
-def leading(groups: Sequence[Sequence[Answer]], room: float, most: int) -> list[Answer]:
-    """The first groups, as long as there is room."""
-    taken: list[Answer] = []
+def leading(groups: Sequence[Group], room: float, most: int) -> list[Group]:
+    """The first groups, as long as there is room.
+
+    Args:
+        groups: Groups to take from.
+        room: Bytes for them.
+        most: Largest number of completions.
+    """
+    taken: list[Group] = []
     for group in groups:
-        room -= sum(answer.size for answer in group)
-        if room < 0 or len(taken) + len(group) > most:
+        room, most = room - _size(group), most - len(group)
+        if room < 0 or most < 0:
             break
-        taken += group
+        taken.append(group)
     return taken
 
 
-def evenly(groups: Sequence[Sequence[Answer]], room: float, most: int) -> list[Answer]:
-    """Groups at even distances, as many as have room."""
-    size, count = sum(answer.size for group in groups for answer in group), sum(map(len, groups))
+def evenly(groups: Sequence[Group], room: float, most: int) -> list[Group]:
+    """Groups at even distances, as many as have room; see `leading`."""
+    size, count = sum(map(_size, groups)), sum(map(len, groups))
     share = min(1.0, room / max(1, size), most / max(1, count))
     wanted = [
         group for i, group in enumerate(groups) if math.floor((i + 1) * share + 1e-9) > math.floor(i * share + 1e-9)
@@ -202,26 +224,52 @@ def evenly(groups: Sequence[Sequence[Answer]], room: float, most: int) -> list[A
     return leading(wanted, room, most)
 
 
-def embed_pictures(samples: Sequence[Content], folder: Path, room: int) -> int:
-    """Sets `src` of the samples' images, at the largest size at which all fit; returns how many have none.
+def _size(group: Group) -> int:
+    """About as many bytes as a group takes in the report, with its sample."""
+    return group[0].sample_size + sum(answer.size for answer in group)
 
-    The first ones are kept if all do not fit at the smallest size.
+
+def _bytes(value: Any) -> int:
+    """The bytes of a text, or of a value as text, as far as a report shows them."""
+    return len(str(value)[:LONGEST].encode("utf-8", "replace"))
+
+
+def embed_pictures(samples: Sequence[Content], folder: Path, room: int) -> int:
+    """Sets `src` of the samples' images, at the largest size at which all fit.
+
+    The first ones are kept if all do not fit at the smallest size. A few are tried to find the size, as a report is
+    also made while training waits.
+
+    Args:
+        samples: Samples, whose images lose their `file`.
+        folder: The folder of the files.
+        room: Bytes of all pictures.
+
+    Returns:
+        Number of images without a picture.
     """
     files = [(image, folder / Path(str(image["file"])).name) for sample in samples for image in sample["images"]]
-    stored = [(image, _content(file)) for image, file in files]
-    for side in (None, *SIDES):
-        encoded = [(image, content if side is None else _smaller(content, side)) for image, content in stored]
-        if sum(len(content) for _, content in encoded) <= room:
-            break
+    side = _fitting([file for _, file in files], room)
     missing = 0
-    for image, content in encoded:
+    for image, file in files:
         del image["file"]
+        content = _sized(_content(file), side) if room > 0 else b""
         room -= len(content)
         if content and room >= 0:
             image["src"] = f"data:image/webp;base64,{base64.b64encode(content).decode()}"
         else:
             missing += 1
     return missing
+
+
+def _fitting(files: Sequence[Path], room: int) -> int | None:
+    """The longer side at which pictures are likely to fit. None: as they are."""
+    tried = [_content(file) for file in files[:: max(1, len(files) // _TRIED)]]
+    for side in (None, *SIDES):
+        mean = sum(len(_sized(content, side)) for content in tried) / max(1, len(tried))
+        if mean * len(files) <= room:
+            return side
+    return SIDES[-1]
 
 
 def _content(file: Path) -> bytes:
@@ -232,16 +280,23 @@ def _content(file: Path) -> bytes:
         return b""
 
 
-def _smaller(content: bytes, side: int) -> bytes:
-    """A picture whose longer side has at most `side` pixels; empty if it cannot be read."""
+def _sized(content: bytes, side: int | None) -> bytes:
+    """A picture whose longer side has at most `side` pixels, if that is given; empty if it cannot be read."""
+    if side is None:
+        return content
     try:
         with PILImage.open(io.BytesIO(content), formats=["WEBP"]) as picture:
             picture.thumbnail((side, side))
             stream = io.BytesIO()
             picture.save(stream, "WEBP", quality=55, method=2)
             return min(content, stream.getvalue(), key=len)
-    except (OSError, ValueError):
+    except (OSError, ValueError, PILImage.DecompressionBombError):
         return b""
+
+
+def _of_sample(kept: Row, answer: Answer) -> Row:
+    """The album's line for a completion's sample; empty if it is of another sample, as after a change of data."""
+    return kept if kept.get("id") == answer.row.get("id") else {}
 
 
 def _sample(answer: Answer, kept: Row) -> Content:
@@ -260,11 +315,14 @@ def _sample(answer: Answer, kept: Row) -> Content:
         "subject": visible(row.get("subject", ""))[:200],
         "truth": written(row.get("target")),
         "images": [
-            {"file": one["file"], "w": _side(one.get("width")), "h": _side(one.get("height"))} for one in images
+            {"file": one["file"], "w": _side(one.get("width")), "h": _side(one.get("height"))}
+            for one in images[:MOST_IMAGES]
         ],
         "left_out": number(kept.get("left_out")) or 0,
         "asked": number(kept.get("asked")) or 0,
-        "true": [[visible(one[0])[:100], place] for one in true if len(one) == 2 and (place := _place(one[1]))],
+        "true": [[visible(one[0])[:100], place] for one in true if len(one) == 2 and (place := _place(one[1]))][
+            :_MOST_PLACES
+        ],
     }
 
 
@@ -303,9 +361,6 @@ def _visible_marks(prediction: Any, scale: Sequence[float]) -> list[list[Any]]:
     return drawn[:_MOST_PLACES]
 
 
-_MOST_PLACES: Final = 300
-
-
 def _measured(folder: Path, when: str, step: int) -> Iterator[Answer]:
     return (Answer("eval", when, step, row) for row in readable_objects(folder / "answers.jsonl"))
 
@@ -340,7 +395,10 @@ def written(value: Any) -> str:
     """A truth or a prediction as a short text; empty for none."""
     if value is None:
         return ""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        text = "nested too deeply"
     return visible_lines(text[:500]) + (" …" if len(text) > 500 else "")
 
 

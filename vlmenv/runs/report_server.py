@@ -111,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         try:
             status, kind, body = self.server.content(self.path, self.headers.get("Host", ""))
-        except ConfigError as error:  # the run's files are gone
+        except (ConfigError, OSError) as error:  # the run's files are gone
             status, kind, body = HTTPStatus.NOT_FOUND, "text/plain; charset=utf-8", f"{error}\n".encode()
         self.send_response(status)
         for name, value in (_HEADERS | {"Content-Type": kind, "Content-Length": str(len(body))}).items():

@@ -190,6 +190,7 @@ class RunFolder:
         for folder in (self.path / "evaluations").glob("step-*"):
             if _STEP.fullmatch(folder.name) and self.step_of(folder) > step:
                 shutil.rmtree(folder)
+        self._reopen_end(step)
         for file in (self.path / name for name in LOGS):
             if not file.is_file():
                 told += [f"{file} is gone"] if (lengths or {}).get(file.name) else []
@@ -200,6 +201,15 @@ class RunFolder:
             _truncate(file, found)
             told += [f"{file}:{line}: the line cannot be read and is passed over" for line in _broken(file)]
         return told
+
+    def _reopen_end(self, step: int) -> None:
+        """Takes back what an earlier end of the run has measured: that step is on the way now, or after `step`."""
+        after, last = self.path / "after", max((row["step"] for row in self._rows("metrics.jsonl")), default=0)
+        (self.path / "evaluation.json").unlink(missing_ok=True)
+        if after.is_dir() and last == step and not self.evaluation(step).exists():
+            self.evaluation(step).parent.mkdir(exist_ok=True)
+            after.rename(self.evaluation(step))
+        shutil.rmtree(after, ignore_errors=True)
 
     def _check_logs(self) -> None:
         """Raises ConfigError if a folder, a pipe or a device has the name of a log: to open one may take for ever."""
