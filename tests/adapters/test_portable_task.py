@@ -234,6 +234,18 @@ def test_a_link_to_a_data_set_keeps_its_own_folder(tmp_path: Path) -> None:
     assert len(task.observation(0)["images"]) == 2
 
 
+def test_the_folder_of_images_does_not_depend_on_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "images").mkdir()
+    write_rows(tmp_path / "images").rename(tmp_path / "rows.jsonl")
+    monkeypatch.chdir(tmp_path)
+    key = PortableTask("VLM-VQA-v0", dataset="rows.jsonl", image_root=Path("images")).key(0)
+    monkeypatch.chdir("/")
+    assert json.loads(key)["arguments"]["image_root"] == str(tmp_path / "images")
+    judged(["a"], [key])
+
+
 def test_a_term_does_not_take_the_place_of_the_total() -> None:
     class Scored:
         reward, terms = 2.0, {"score": 0.5, "format": 1.0}

@@ -160,7 +160,15 @@ class PortableTask:
 
 
 def judged(texts: Sequence[str], keys: Sequence[str]) -> list[Score]:
-    """Scores N completions, each to the sample that a `PortableTask.key` names. Tasks are made once per process."""
+    """Scores N completions, each to the sample that a `PortableTask.key` names. Tasks are made once per process.
+
+    Several threads may call it.
+
+    Raises:
+        ConfigError: A key names no sample.
+        SampleError: A sample cannot be read.
+        RewardError: A term failed, or its value is not finite.
+    """
     scores: list[Score | None] = [None] * len(keys)
     for task, rows in _by_task(keys).items():
         with _OPENING:
