@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
 
 from vlmenv.core.errors import ConfigError, DataError, RewardError
-from vlmenv.core.formats import AnswerFormat
 from vlmenv.core.rollout import Observation
 from vlmenv.core.spaces import Image
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.data.scenes import Split
 from vlmenv.envs.data.source import Sample, Source
-from vlmenv.envs.rewards.terms import BatchTerm, RewardTerm
+from vlmenv.envs.rewards.terms import RewardTerm
 
 _SEEDS = 2**30
 """Seeds of a split; environments pass theirs on to generators that take no more than 32 bits."""
@@ -51,7 +51,7 @@ class HostedTask(VisualTaskEnv):
 
     def __init__(self, env: Any, split: str | None = None, **arguments: Any) -> None:
         self.hosted = Hosted(env)
-        extra = {"environment": _EnvironmentReward(self.hosted), **(arguments.pop("extra_terms", None) or {})}
+        extra = {"environment": self.hosted.reward, **(arguments.pop("extra_terms", None) or {})}
         if arguments.get("dataset") is not None:
             raise ConfigError(f"{self.hosted.name} draws its own samples: give no dataset")
         super().__init__(split=split, extra_terms=extra, **arguments)
@@ -61,6 +61,11 @@ class HostedTask(VisualTaskEnv):
 
     def parse(self, text: str) -> Any:
         return text
+
+    def close(self) -> None:
+        """Closes the window and the environment."""
+        super().close()
+        self.hosted.env.close()
 
     def write_answer(self, sample: Sample) -> str:
         raise ConfigError(f"{self.hosted.name} tells no right answers, which sft would imitate: take another algorithm")
@@ -79,34 +84,40 @@ class Hosted:
                 f"{self.name} starts differently with one seed, so no group of answers could be compared: draw its "
                 "samples from self.np_random alone, after super().reset(seed=seed)"
             )
-        self.reward(0, "")
+        self.reward("", 0)
 
     def observe(self, seed: int) -> Observation:
         """The observation after a reset with a seed.
 
         Raises:
-            ConfigError: It has another form.
+            ConfigError: The environment fails, or its observation has another form.
         """
         with self._lock:
-            observation, _ = self.env.reset(seed=seed)
-        return _observation(observation, self.name)
+            try:
+                observation, _ = self.env.reset(seed=seed)
+            except Exception as error:
+                raise ConfigError(f"{self.name} cannot be reset with seed {seed}: {error}") from error
+            return _observation(observation, self.name)
 
-    def reward(self, seed: int, text: str) -> float:
+    def reward(self, text: str, seed: int) -> float:
         """The reward of an answer to the observation of a seed.
 
         Raises:
             ConfigError: The environment goes on after it.
-            RewardError: The environment fails.
+            RewardError: The environment fails, or its reward is no number.
         """
         with self._lock:
-            self.env.reset(seed=seed)
             try:
+                self.env.reset(seed=seed)
                 _, reward, terminated, truncated, _ = self.env.step(text)
             except Exception as error:
                 raise RewardError(f"{self.name} failed on the answer {text[:80]!r}: {error}") from error
         if not (terminated or truncated):
             raise ConfigError(f"{self.name} goes on after an answer; episodes of one step can be trained")
-        return float(reward)
+        try:
+            return float(reward)
+        except (TypeError, ValueError, OverflowError):
+            raise RewardError(f"{self.name} gave the reward {str(reward)[:80]}; it must be a number") from None
 
 
 class _Seeds(Source):
@@ -127,24 +138,6 @@ class _Seeds(Source):
         return Sample(f"seed-{seed}", seen["images"], seen["prompt"], seed)
 
 
-class _EnvironmentReward(BatchTerm):
-    """The environment's own reward; the target is the seed."""
-
-    name = "environment"
-
-    def __init__(self, hosted: Hosted) -> None:
-        self._hosted = hosted
-
-    def batch(
-        self,
-        texts: Sequence[str],
-        targets: Sequence[Any],
-        images: Sequence[tuple[Image, ...]],
-        answer_format: AnswerFormat,
-    ) -> Sequence[float]:
-        return [self._hosted.reward(seed, text) for text, seed in zip(texts, targets, strict=True)]
-
-
 def _observation(given: Any, name: str) -> Observation:
     """An observation as tasks have it.
 
@@ -159,12 +152,26 @@ def _observation(given: Any, name: str) -> Observation:
             f"{name} is no visual task: its observation, of {kind}, is neither text nor a mapping with `prompt` and "
             "`images`. Wrap it in gymnasium.wrappers.TransformObservation, which gives it this form, and register that"
         )
-    images = given.get("images", ())
-    images = (images,) if isinstance(images, np.ndarray) and images.ndim == 3 else tuple(images)
-    for image in map(np.asarray, images):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+    if unused := sorted(map(str, set(given) - {"prompt", "images"})):
+        warnings.warn(
+            f"{name}: models see prompt and images alone, not {', '.join(unused)}", RuntimeWarning, stacklevel=2
+        )
+    return {"images": _images(given.get("images", ()), name), "prompt": given["prompt"]}
+
+
+def _images(given: Any, name: str) -> tuple[Image, ...]:
+    """Copies of an observation's images: an environment may write the next ones into the same arrays.
+
+    Raises:
+        ConfigError: They have another form.
+    """
+    if not isinstance(given, np.ndarray | list | tuple):
+        raise ConfigError(f"{name}: images is one array or a tuple of arrays, not {type(given).__name__}")
+    images = tuple(map(np.array, (given,) if isinstance(given, np.ndarray) and given.ndim == 3 else given))
+    for image in images:
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or not image.size:
             raise ConfigError(f"{name}: an image is uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
-    return {"images": tuple(map(np.asarray, images)), "prompt": given["prompt"]}
+    return images
 
 
 def _equal(one: Observation, other: Observation) -> bool:

@@ -210,6 +210,7 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
 
     def close_extras(self, **kwargs: Any) -> None:
         self._loader.close()
+        self.task.close()
 
     def _require_open(self) -> None:
         if self.closed:

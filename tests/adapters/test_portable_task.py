@@ -7,6 +7,8 @@ import io
 import json
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 from adapter_rows import write_rows
 from PIL import Image
 
+from vlmenv.adapters import task as task_module
 from vlmenv.adapters.task import (
     PORTABLE,
     PortableTask,
@@ -27,7 +30,7 @@ from vlmenv.adapters.task import (
     messages,
 )
 from vlmenv.core.coordinates import ResizeRule
-from vlmenv.core.errors import ConfigError
+from vlmenv.core.errors import ConfigError, DataError, SampleError
 from vlmenv.core.rollout import Observation
 
 IMAGES = tuple(np.full((2, 3, 3), value, np.uint8) for value in (10, 20, 30))
@@ -152,6 +155,95 @@ def test_what_no_process_could_make_again_is_refused() -> None:
 def test_a_truth_of_another_origin_is_refused(key: str) -> None:
     with pytest.raises(ConfigError, match="names no sample"):
         judged(["a"], [key])
+
+
+@pytest.mark.parametrize("index", [-1, 2, 1.5, True, "0", None, [0]])
+def test_a_number_of_no_sample_is_refused(index: Any, tmp_path: Path) -> None:
+    task = PortableTask("VLM-VQA-v0", dataset=str(write_rows(tmp_path)))
+    with pytest.raises(ConfigError, match=r"whole number|no sample"):
+        task.observation(index)
+    with pytest.raises(ConfigError, match=r"whole number|no sample"):
+        task.score(["a"], [index])
+    with pytest.raises(ConfigError, match=r"whole number|no sample"):
+        judged(["a"], [json.dumps({"env": task.env, "arguments": task.arguments, "index": index})])
+
+
+def test_a_number_may_come_back_as_a_float() -> None:
+    task = PortableTask("VLM-REC-v0")
+    index = task.indices(1, seed=0)[0]
+    assert task.observation(float(index))["prompt"] == task.observation(index)["prompt"]  # type: ignore[arg-type]
+    assert task.observation(np.int64(index))["prompt"] == task.observation(index)["prompt"]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", [-1, "x", 1.5])
+def test_a_seed_is_a_whole_number(seed: Any) -> None:
+    with pytest.raises(ConfigError, match="seed is a whole number of at least 0"):
+        PortableTask("VLM-REC-v0").indices(1, seed)
+
+
+def test_marks_and_images_differ_in_number() -> None:
+    asked: Any = {"images": IMAGES[:1], "prompt": "<image> or <image>?"}
+    for form in (marked_messages, numbered):
+        with pytest.raises(ConfigError, match="2 <image> marks for 1 images"):
+            form(asked)
+
+
+def test_broken_samples_are_left_out_and_told(tmp_path: Path) -> None:
+    file = write_rows(tmp_path)
+    plain = Path(file).read_text().splitlines()[1].replace("a.png", "b.png")
+    file.write_text(file.read_text() + plain + "\n")
+    (tmp_path / "a.png").write_bytes(b"no image")
+    task = PortableTask("VLM-VQA-v0", dataset=str(file), skip_broken=True)
+    with pytest.warns(RuntimeWarning, match=r"2 of 3 samples cannot be read; the first: .*a\.png"):
+        assert [index for index, _ in task.readable(task.indices(None, seed=0))] == [2]
+    order = task.numbers(0)
+    assert [task.next_readable(order)[0] for _ in range(3)] == [2, 2, 2]
+    (tmp_path / "b.png").write_bytes(b"no image")
+    for take in (lambda: list(task.readable(range(3))), lambda: task.next_readable(order)):
+        with pytest.raises(DataError, match="samples cannot be read"):
+            take()
+    strict = PortableTask("VLM-VQA-v0", dataset=str(file))
+    with pytest.raises(SampleError):
+        strict.next_readable(strict.numbers(0))
+
+
+def test_threads_that_score_make_a_task_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    make = task_module.make_envs
+
+    def slow(env: str, *args: Any, **options: Any) -> Any:
+        made.append(env)
+        time.sleep(0.05)  # long enough for the others to come
+        return make(env, *args, **options)
+
+    key = PortableTask("VLM-REC-v0", rewards={"iou": 2.0}).key(3)
+    right = PortableTask("VLM-REC-v0").task.write_answer(PortableTask("VLM-REC-v0").task.source.get(3))
+    monkeypatch.setattr(task_module, "make_envs", slow)
+    with ThreadPoolExecutor(8) as pool:
+        scores = list(pool.map(lambda i: judged([right if i % 2 else ""], [key])[0].reward, range(32)))
+    assert scores == [0.0, 2.0] * 16
+    assert len(made) == 1
+
+
+def test_a_link_to_a_data_set_keeps_its_own_folder(tmp_path: Path) -> None:
+    for name in ("store", "used"):
+        (tmp_path / name).mkdir()
+    write_rows(tmp_path / "used").rename(tmp_path / "store" / "rows.jsonl")
+    (tmp_path / "used" / "rows.jsonl").symlink_to(tmp_path / "store" / "rows.jsonl")
+    task = PortableTask("VLM-VQA-v0", dataset=str(tmp_path / "used" / "rows.jsonl"))
+    assert len(task.observation(0)["images"]) == 2
+
+
+def test_the_folder_of_images_does_not_depend_on_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "images").mkdir()
+    write_rows(tmp_path / "images").rename(tmp_path / "rows.jsonl")
+    monkeypatch.chdir(tmp_path)
+    key = PortableTask("VLM-VQA-v0", dataset="rows.jsonl", image_root=Path("images")).key(0)
+    monkeypatch.chdir("/")
+    assert json.loads(key)["arguments"]["image_root"] == str(tmp_path / "images")
+    judged(["a"], [key])
 
 
 def test_a_term_does_not_take_the_place_of_the_total() -> None:

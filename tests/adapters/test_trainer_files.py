@@ -18,7 +18,7 @@ from vlmenv.adapters.export import export
 from vlmenv.adapters.task import PortableTask, judged
 from vlmenv.agents.families import resize_rule
 from vlmenv.cli import main
-from vlmenv.core.errors import ConfigError
+from vlmenv.core.errors import ConfigError, DataError
 
 
 def loaded(file: Path) -> Any:
@@ -81,6 +81,26 @@ def test_easyr1_takes_one_turn(tmp_path: Path) -> None:
     task = PortableTask("VLM-REC-v0", system_prompt="Look twice.")
     with pytest.raises(ConfigError, match="earlier turns"):
         export(task, "easyr1", tmp_path / "train.parquet", rows=1)
+
+
+@pytest.mark.parametrize(("to", "name"), [("verl", "x.parquet"), ("swift", "x.jsonl")])
+def test_rows_that_are_all_broken_are_told(to: Any, name: str, tmp_path: Path) -> None:
+    task = PortableTask("VLM-VQA-v0", dataset=str(write_rows(tmp_path)), skip_broken=True)
+    for file in tmp_path.glob("*.png"):
+        file.write_bytes(b"no image")
+    with pytest.raises(DataError, match="2 of 2 samples cannot be read"):
+        export(task, to, tmp_path / name)
+    assert not (tmp_path / name).exists()
+
+
+def test_rows_of_texts_alone(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"id": 1, "problem": "What is 2 + 2?", "solution": "4"}\n' * 2)
+    task = PortableTask("VLM-Math-v0", dataset=str(tmp_path / "rows.jsonl"))
+    export(task, "verl", tmp_path / "verl.parquet")
+    export(task, "swift", tmp_path / "swift.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "swift.jsonl").read_text().splitlines()]
+    assert [row["images"] for row in (*parquet(tmp_path / "verl.parquet"), *lines)] == [[]] * 4
+    assert "2 + 2" in lines[0]["messages"][-1]["content"]
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import base64
 import io
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from vlmenv.agents.engines.access import VARIABLE, server_token
 from vlmenv.agents.vlm import VLMAgent, find_model
 from vlmenv.commands.serve_env import Guarded
 from vlmenv.compat.transformers import processor_without_videos
-from vlmenv.core.errors import ConfigError
+from vlmenv.core.errors import ConfigError, SampleError
 
 COUNT = 20
 
@@ -112,7 +113,8 @@ def test_trl_leaves_out_what_is_broken(tmp_path: Path) -> None:
     file = write_rows(tmp_path)
     (tmp_path / "a.png").write_bytes(b"no image")
     file.write_text(file.read_text() + file.read_text().splitlines()[1].replace("a.png", "b.png") + "\n")
-    spec = vlmenv.adapters.trl("VLM-VQA-v0", dataset=str(file), skip_broken=True)
+    with pytest.warns(RuntimeWarning, match="left out: 2 of 3 samples"):
+        spec = vlmenv.adapters.trl("VLM-VQA-v0", dataset=str(file), skip_broken=True)
     assert [row["index"] for row in spec.train_dataset] == [2]
 
 
@@ -170,6 +172,108 @@ def test_openenv(task: PortableTask, answered: list[tuple[int, str, float]]) -> 
             assert told["reward"] == pytest.approx(reward, abs=1e-9)
         session.send_json({"type": "step", "data": {"text": "again"}})
         assert "reset" in str(session.receive_json())
+
+
+def test_gem_takes_other_environments() -> None:
+    """Those that are no visual tasks are made into one, as in training."""
+    pytest.importorskip("gem")
+    gymnasium.register("Fixed-v0", entry_point=Fixed)
+    try:
+        env = vlmenv.adapters.gem("Fixed-v0")()
+        observation, info = env.reset(idx=2)
+        assert observation == {"problem": "Say seed 4.", "images": []}
+        assert info["index"] == 2
+        assert env.spawn(same_state=True).step("4")[1] == 1.0
+        assert env.step("5")[1:4] == (0.0, True, False)
+    finally:
+        del gymnasium.registry["Fixed-v0"]
+
+
+class Fixed(gymnasium.Env[Any, str]):
+    """The right answer is the seed."""
+
+    observation_space = gymnasium.spaces.Text(100)
+    action_space = gymnasium.spaces.Text(100)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.seed = seed
+        return f"Say seed {seed}.", {}
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        return "", float(action == str(self.seed)), True, False, {}
+
+
+def test_gem_refuses_earlier_turns() -> None:
+    pytest.importorskip("gem")
+    with pytest.raises(ConfigError, match="without earlier turns"):
+        vlmenv.adapters.gem("VLM-REC-v0", system_prompt="Look twice.")().reset(seed=0)
+
+
+@pytest.fixture
+def openenv_client() -> Iterator[Any]:
+    pytest.importorskip("openenv.core.env_server.http_server")
+    from fastapi.testclient import TestClient
+
+    app = vlmenv.adapters.openenv("VLM-REC-v0", coordinates="norm1000").app(sessions=2)
+    with TestClient(app) as client:
+        yield client
+
+
+@pytest.mark.slow
+def test_openenv_tells_wrong_requests_and_goes_on(openenv_client: Any) -> None:
+    wrong = [{"index": one} for one in ("x", -1, 1.5, True, [1])]
+    for data in wrong:
+        answer = openenv_client.post("/reset", json=data)
+        assert answer.status_code == 422
+        assert "sample" in answer.json()["detail"]
+    with openenv_client.websocket_connect("/ws") as session:
+
+        def ask(kind: str, data: Any) -> Any:
+            session.send_json({"type": kind, "data": data})
+            return session.receive_json()
+
+        for data in wrong:
+            assert "sample" in ask("reset", data)["data"]["message"]
+        assert "seed is a whole number" in ask("reset", {"seed": -1})["data"]["message"]
+        ask("reset", {"index": 3})
+        for data in ({"text": 3}, {"text": None}, {}, {"text": ["a"]}):
+            assert ask("step", data)["data"]["code"] == "VALIDATION_ERROR"
+        assert ask("step", {"text": "\ud800 \0 " + "[" * 5000})["data"]["done"]
+
+
+@pytest.mark.slow
+def test_openenv_sessions_do_not_disturb_each_other(
+    openenv_client: Any, answered: list[tuple[int, str, float]]
+) -> None:
+    (first, text, reward), (second, _, _) = answered[0], answered[1]
+    connect = openenv_client.websocket_connect
+    with connect("/ws") as one, connect("/ws") as other:
+        seen = []
+        for session, data in ((one, {"index": first}), (other, {"index": second})):
+            session.send_json({"type": "reset", "data": data})
+            session.receive_json()
+        for session in (one, other):
+            session.send_json({"type": "step", "data": {"text": text}})
+            seen.append(session.receive_json()["data"]["reward"])
+        assert seen[0] == pytest.approx(reward, abs=1e-9)
+        assert seen[1] < seen[0]
+        for session in (one, other):  # without seed and index, both follow one order
+            session.send_json({"type": "reset", "data": {}})
+            seen.append(session.receive_json()["data"]["observation"]["metadata"]["index"])
+        assert seen[2:] == [index for index, _, _ in answered[:2]]
+
+
+def test_openenv_leaves_out_what_is_broken(tmp_path: Path) -> None:
+    pytest.importorskip("openenv.core.env_server.interfaces")
+    file = write_rows(tmp_path)
+    file.write_text(file.read_text() + file.read_text().splitlines()[1].replace("a.png", "b.png") + "\n")
+    (tmp_path / "a.png").write_bytes(b"no image")
+    env = vlmenv.adapters.openenv("VLM-VQA-v0", dataset=str(file), skip_broken=True).environment()
+    for given in ({}, {}, {"seed": 5}):
+        assert env.reset(**given).metadata == {"index": 2}
+    with pytest.raises(SampleError, match=r"a\.png"):
+        env.reset(index=0)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import gymnasium
 import numpy as np
 import pytest
 
-from vlmenv.core.errors import ConfigError, RewardError
+from vlmenv.core.errors import ConfigError, RewardError, SampleError
 from vlmenv.envs.hosted import HostedTask
 from vlmenv.envs.making import make_envs
 from vlmenv.envs.selfcheck import self_check
@@ -147,6 +147,113 @@ class Floats(Squares):
 def test_others_are_refused(kind: type[Squares], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         HostedTask(kind)
+
+
+class Nothing(Squares):
+    def seen(self) -> Any:
+        return {"prompt": "?", "images": None}
+
+
+class NoPixels(Squares):
+    def seen(self) -> Any:
+        return {"prompt": "?", "images": np.zeros((0, 4, 3), np.uint8)}
+
+
+class Unstarted(Squares):
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        raise FileNotFoundError("no simulator")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Nothing, "images is one array or a tuple of arrays, not NoneType"),
+        (NoPixels, r"not uint8 \[0, 4, 3\]"),
+        (Unstarted, "Unstarted cannot be reset with seed 0: no simulator"),
+    ],
+)
+def test_what_gives_no_images_is_refused(kind: type[Squares], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        HostedTask(kind)
+
+
+class Late(Squares):
+    """Fails with other seeds than those that it is tried with."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        if seed == 6:
+            raise FileNotFoundError("scene 6 is lost")
+        return super().reset(seed=seed)
+
+
+def test_a_start_that_fails_later_is_told_with_its_seed() -> None:
+    task = HostedTask(Late)
+    with pytest.raises(SampleError, match=r"seed 6.*scene 6 is lost"):
+        task.reset(options={"index": 3})
+    with pytest.raises(RewardError, match="scene 6 is lost"):
+        task.hosted.reward("1", 6)
+
+
+class Buffered(Squares):
+    """Writes every picture into the same array."""
+
+    buffer = np.zeros((8, 4, 3), np.uint8)
+
+    def seen(self) -> Any:
+        self.buffer[:] = super().seen()["images"]
+        return {"images": self.buffer, "prompt": "?"}
+
+
+def test_samples_keep_their_images() -> None:
+    samples = [HostedTask(kind).source for kind in (Buffered, Squares)]
+    shown, expected = ([source.get(index).images[0] for index in range(8)] for source in samples)
+    assert all(map(np.array_equal, shown, expected))
+    assert len({image.tobytes() for image in shown}) > 1
+
+
+class Rating(Squares):
+    value: Any = None
+
+    def step(self, action: str) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return self.seen(), self.value if action else 0.0, True, False, {}
+
+
+@pytest.mark.parametrize("value", [None, np.zeros(2), 1j, float("nan"), np.float32("inf"), 10**400])
+def test_a_reward_that_is_no_finite_number_is_told(value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Rating, "value", value)
+    task = HostedTask(Rating)
+    with pytest.raises(RewardError, match="must be"):
+        task.score("x", task.source.get(0))
+
+
+@pytest.mark.parametrize("value", [True, np.True_, np.float32(1), np.int64(1)])
+def test_a_reward_is_any_number(value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Rating, "value", value)
+    task = HostedTask(Rating)
+    reward = task.score("x", task.source.get(0)).reward
+    assert (type(reward), reward) == (float, 1.0)
+
+
+class Singular(Squares):
+    def seen(self) -> Any:
+        return {"prompt": "?", "image": np.zeros((2, 2, 3), np.uint8)}
+
+
+def test_parts_that_models_do_not_see_are_told() -> None:
+    with pytest.warns(RuntimeWarning, match="Singular: models see prompt and images alone, not image"):
+        HostedTask(Singular)
+
+
+class Closing(Squares):
+    closed = 0
+
+    def close(self) -> None:
+        Closing.closed += 1
+
+
+def test_closing_closes_it() -> None:
+    VisualTaskVectorEnv(partial(HostedTask, Closing), 2).close()
+    assert Closing.closed == 1
 
 
 class Failing(Squares):

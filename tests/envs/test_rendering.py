@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlmenv.core.text import visible
 from vlmenv.envs.rendering import ANSWERED, RIM, TRUE, draw_places
 
 
@@ -33,3 +34,26 @@ def test_labels_are_written_within_the_picture() -> None:
     changed = np.argwhere((below != draw_places(image, [("", (100, 100, 200, 200), ANSWERED)])).any(axis=-1))
     assert changed[:, 0].min() >= 200
     assert (below == RIM).all(axis=-1).any()
+
+
+def test_labels_of_true_places_stand_above_them() -> None:
+    image = np.full((400, 400, 3), 128, dtype=np.uint8)
+    plain, labelled = (draw_places(image, [(label, (100, 200, 300, 300), TRUE)]) for label in ("", "cat"))
+    changed = np.argwhere((plain != labelled).any(axis=-1))
+    assert changed[:, 0].max() <= 200
+
+
+def test_lines_grow_with_the_picture() -> None:
+    widths = []
+    for side in (400, 1600):
+        drawn = draw_places(np.full((side, side, 3), 128, np.uint8), [("", (side // 4,) * 2 + (side // 2,) * 2, TRUE)])
+        widths.append(int((drawn[3 * side // 8] == TRUE).all(axis=-1).sum()))
+    assert widths[1] >= 3 * widths[0] > 0
+
+
+def test_labels_are_short_and_visible() -> None:
+    image = np.full((400, 400, 3), 128, dtype=np.uint8)
+    long, hidden = "i" * 60, "a\u202eb"
+    for label, same in ((long, long[:40]), (hidden, visible(hidden))):
+        drawn, expected = (draw_places(image, [(text, (0, 50, 9, 60), TRUE)]) for text in (label, same))
+        np.testing.assert_array_equal(drawn, expected)

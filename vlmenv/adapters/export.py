@@ -68,7 +68,7 @@ def export(task: PortableTask, to: Trainer, target: Path, rows: int | None = Non
     ending = ".jsonl" if to == "swift" else ".parquet"
     if target.suffix != ending:
         raise ConfigError(f"{target}: {to} reads {ending} files; name the file so")
-    samples = task.readable(rows, seed)
+    samples = task.readable(task.indices(rows, seed))
     target.parent.mkdir(parents=True, exist_ok=True)
     if to == "swift":
         count = _write_lines(target, _swift_rows(task, samples, target.with_suffix("")))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import gymnasium
-
 from vlmenv.adapters.task import PortableTask, imported, picture
 from vlmenv.core.errors import ConfigError
 
@@ -31,7 +29,7 @@ def gem(env: str, **arguments: Any) -> type:
 
         def __init__(self, **given: Any) -> None:
             self._given = {**arguments, **given}
-            self._env = gymnasium.make(env, **self._given).unwrapped
+            self._env = PortableTask(env, **self._given).task
             self._index: int | None = None
 
         def reset(self, seed: int | None = None, idx: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -42,7 +40,8 @@ def gem(env: str, **arguments: Any) -> type:
                 raise ConfigError(
                     "GEM takes a prompt without earlier turns: give no system_prompt, and rows of one turn"
                 )
-            return _problem(observation), info
+            images = [picture(image) for image in observation["images"]]
+            return {"problem": observation["prompt"], "images": images}, info
 
         def step(self, action: str) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
             _, reward, terminated, truncated, info = self._env.step(action)
@@ -55,7 +54,3 @@ def gem(env: str, **arguments: Any) -> type:
             return made
 
     return Environment
-
-
-def _problem(observation: Any) -> dict[str, Any]:
-    return {"problem": observation["prompt"], "images": [picture(image) for image in observation["images"]]}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlmenv.adapters.task import PortableTask, image_url, imported, messages
-from vlmenv.core.errors import require
+from vlmenv.core.errors import ConfigError, VLMEnvError
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,9 @@ class OpenEnvSpec:
             sessions: Most sessions at a time.
         """
         server = imported("openenv.core.env_server.http_server", "openenv", "openenv")
-        return server.create_fastapi_app(self.environment, self.action, self.observation, max_concurrent_envs=sessions)
+        app = server.create_fastapi_app(self.environment, self.action, self.observation, max_concurrent_envs=sessions)
+        app.add_exception_handler(VLMEnvError, _told)
+        return app
 
 
 def openenv(env: str, *, seed: int = 0, **arguments: Any) -> OpenEnvSpec:
@@ -44,16 +46,22 @@ def openenv(env: str, *, seed: int = 0, **arguments: Any) -> OpenEnvSpec:
         ConfigError: openenv is not installed, or an argument does not fit.
         DataError: The data set cannot be read.
     """
-    base = imported("openenv.core.env_server.interfaces", "openenv", "openenv")
-    types = imported("openenv.core.env_server.types", "openenv", "openenv")
     task = PortableTask(env, **arguments)
-    order, one_at_a_time = task.numbers(seed), threading.Lock()
+    types = imported("openenv.core.env_server.types", "openenv", "openenv")
 
     class Answer(types.Action):  # type: ignore[misc, name-defined]
         text: str
 
     class Shown(types.Observation):  # type: ignore[misc, name-defined]
         messages: list[dict[str, Any]] = []  # noqa: RUF012 (pydantic copies it)
+
+    return OpenEnvSpec(_environment(task, seed, types.State, Shown), Answer, Shown)
+
+
+def _environment(task: PortableTask, seed: int, make_state: type, make_shown: type) -> type:
+    """The class of the environment, whose instances take their samples from one order."""
+    base = imported("openenv.core.env_server.interfaces", "openenv", "openenv")
+    order, one_at_a_time = task.numbers(seed), threading.Lock()
 
     class Environment(base.Environment):  # type: ignore[misc, name-defined]
         """A sample of the task."""
@@ -63,27 +71,36 @@ def openenv(env: str, *, seed: int = 0, **arguments: Any) -> OpenEnvSpec:
         def __init__(self) -> None:
             super().__init__()
             self._index: int | None = None
-            self._state = types.State()
+            self._state = make_state()
 
         def reset(
             self, seed: int | None = None, episode_id: str | None = None, index: int | None = None, **_: Any
         ) -> Any:
-            if index is None:
+            if index is not None:
+                shown = task.observation(index)
+            elif seed is not None:
+                index, shown = task.next_readable(task.numbers(seed))
+            else:
                 with one_at_a_time:
-                    index = next(order if seed is None else task.numbers(seed))
-            shown = messages(task.observation(index), image_url)
-            self._index, self._state = index, types.State(episode_id=episode_id, step_count=0)
-            return Shown(messages=shown, metadata={"index": index})
+                    index, shown = task.next_readable(order)
+            self._index, self._state = index, make_state(episode_id=episode_id, step_count=0)
+            return make_shown(messages=messages(shown, image_url), metadata={"index": index})
 
         def step(self, action: Any, timeout_s: float | None = None, **_: Any) -> Any:
-            require(self._index is not None, "an episode is one step: call reset() before each step()")
-            assert self._index is not None
+            if self._index is None:
+                raise ConfigError("an episode is one step: call reset() before each step(), in one session over /ws")
             score, self._index = task.score([action.text], [self._index])[0], None
             self._state.step_count += 1
-            return Shown(done=True, reward=score.reward, metadata={"rewards": dict(score.terms)})
+            return make_shown(done=True, reward=score.reward, metadata={"rewards": dict(score.terms)})
 
         @property
         def state(self) -> Any:
             return self._state
 
-    return OpenEnvSpec(Environment, Answer, Shown)
+    return Environment
+
+
+async def _told(request: Any, error: Exception) -> Any:
+    """The answer to a request that cannot be met. On a WebSocket, OpenEnv's session tells the error by itself."""
+    responses = imported("fastapi.responses", "fastapi", "openenv")
+    return responses.JSONResponse({"detail": str(error)}, 422)

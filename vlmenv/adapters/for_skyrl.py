@@ -34,7 +34,7 @@ def skyrl(env: str, **arguments: Any) -> type:
             index = ((extras or {}).get("extra_info") or {}).get("index")
             if index is None:
                 raise ConfigError('the row names no sample: its extra_info needs an "index", a number of the task')
-            self._index = int(index)
+            self._index = index
             self._metrics: dict[str, float] = {}
 
         def init(self, prompt: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:

@@ -41,8 +41,9 @@ def trl(env: str, *, rows: int | None = None, seed: int = 0, **arguments: Any) -
     """
     datasets = imported("datasets", "datasets", "trl")
     task = PortableTask(env, **arguments)
-    broken = task.task.skip_broken
-    indices = [index for index, _ in task.readable(rows, seed)] if broken else task.indices(rows, seed)
+    indices = task.indices(rows, seed)
+    if task.task.skip_broken:
+        indices = [index for index, _ in task.readable(indices)]
     rows_by_index = datasets.Dataset.from_dict({"index": indices})
     return TRLSpec(rows_by_index.with_transform(_Rows(task)), [_reward(task)])
 

@@ -41,7 +41,7 @@ def verifiers(env: str, *, rows: int | None = None, seed: int = 0, **arguments: 
         """Samples of the task."""
 
         def load(self) -> Iterator[Any]:
-            for index, observation in task.readable(rows, seed):
+            for index, observation in task.readable(task.indices(rows, seed)):
                 yield Sample(Data(prompt=messages(observation, image_url), index=index), self.config.task)
 
     return Samples

@@ -7,8 +7,10 @@ import importlib
 import io
 import itertools
 import json
+import operator
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -19,9 +21,11 @@ import numpy as np
 from PIL import Image as PILImage
 
 from vlmenv.core.coordinates import ResizeRule
-from vlmenv.core.errors import ConfigError, SampleError, require
+from vlmenv.core.errors import ConfigError, DataError, SampleError, require
+from vlmenv.core.files import located_name
 from vlmenv.core.rollout import IMAGE_MARK, Observation, Turn, count_marks
 from vlmenv.core.spaces import Image
+from vlmenv.envs.base import check_index
 from vlmenv.envs.data.source import order_of
 from vlmenv.envs.making import make_envs
 from vlmenv.envs.scoring import Score
@@ -30,6 +34,9 @@ PORTABLE: Final = 2**53
 """Sample numbers that leave the process are below this: readers of JSON that use float64 keep them."""
 
 _RULES: Final = ("resize", "image_bound")
+
+_OPENING: Final = threading.Lock()
+"""Held while a task is made, so that threads that score do not make it several times."""
 
 Part = dict[str, Any]
 """A block of a message's content, as `{"type": "text", "text": …}`."""
@@ -72,36 +79,76 @@ class PortableTask:
         return list(itertools.islice(self.numbers(seed), rows or size))
 
     def numbers(self, seed: int) -> Iterator[int]:
-        """The numbers of the samples in the order of a seed, without end. A data set begins again, shuffled anew."""
+        """The numbers of the samples in the order of a seed, without end. A data set begins again, shuffled anew.
+
+        Raises:
+            ConfigError: The seed is no whole number of at least 0.
+        """
+        require(isinstance(seed, int) and seed >= 0, f"seed is a whole number of at least 0, not {seed!r}")
         order = order_of(np.random.default_rng(seed), self.task.source.size)
         return (order[place] % PORTABLE for place in itertools.count())
 
-    def readable(self, rows: int | None, seed: int) -> Iterator[tuple[int, Observation]]:
-        """The samples of `indices` with their observations; with `skip_broken`, those that can be read.
+    def readable(self, numbers: Iterable[int]) -> Iterator[tuple[int, Observation]]:
+        """The samples of some numbers with their observations; with `skip_broken`, those that can be read.
+
+        The end of the numbers warns about samples that have been left out.
 
         Raises:
             SampleError: A sample cannot be read.
+            DataError: With `skip_broken`, none of the samples can be read.
         """
-        for index in self.indices(rows, seed):
+        broken: list[SampleError] = []
+        count = 0
+        for count, index in enumerate(numbers, 1):  # noqa: B007
             try:
                 yield index, self.observation(index)
-            except SampleError:
+            except SampleError as error:
                 if not self.task.skip_broken:
                     raise
+                broken.append(error)
+        if not broken:
+            return
+        told = f"{len(broken)} of {count} samples cannot be read; the first: {broken[0]}"
+        if len(broken) == count:
+            raise DataError(told)
+        warnings.warn(f"left out: {told}", RuntimeWarning, stacklevel=2)
+
+    def next_readable(self, numbers: Iterator[int]) -> tuple[int, Observation]:
+        """The first sample of `readable`, from numbers without end.
+
+        Raises:
+            SampleError: The sample cannot be read.
+            DataError: With `skip_broken`, no sample of the data set can be read.
+        """
+        size = self.task.source.size
+        tried = itertools.islice(numbers, size and 2 * size)  # an order may end and begin with one sample
+        return next(self.readable(tried))
 
     def observation(self, index: int) -> Observation:
         """A sample's observation.
 
         Raises:
+            ConfigError: There is no such sample.
             SampleError: The sample cannot be read.
         """
-        return self.task.show(index)[1]
+        return self.task.show(self._number(index))[1]
 
     def score(self, texts: Sequence[str], indices: Sequence[int]) -> list[Score]:
-        """Scores N completions, each to the sample of its number."""
+        """Scores N completions, each to the sample of its number.
+
+        Raises:
+            ConfigError: There is no such sample.
+            SampleError: A sample cannot be read.
+            TypeError: A completion is no string.
+            RewardError: A term failed, or its value is not finite.
+        """
         with self._lock:
-            samples = {index: self.task.show(index)[0] for index in dict.fromkeys(map(int, indices))}
-            return self.task.score_batch(list(texts), [samples[int(index)] for index in indices])
+            numbers = list(map(self._number, indices))
+            samples = {number: self.task.show(number)[0] for number in dict.fromkeys(numbers)}
+            return self.task.score_batch(list(texts), [samples[number] for number in numbers])
+
+    def _number(self, index: Any) -> int:
+        return check_index(_whole(index), self.task.source.size)
 
     def key(self, index: int) -> str:
         """A sample as text that `judged` reads in any process.
@@ -113,10 +160,20 @@ class PortableTask:
 
 
 def judged(texts: Sequence[str], keys: Sequence[str]) -> list[Score]:
-    """Scores N completions, each to the sample that a `PortableTask.key` names. Tasks are made once per process."""
+    """Scores N completions, each to the sample that a `PortableTask.key` names. Tasks are made once per process.
+
+    Several threads may call it.
+
+    Raises:
+        ConfigError: A key names no sample.
+        SampleError: A sample cannot be read.
+        RewardError: A term failed, or its value is not finite.
+    """
     scores: list[Score | None] = [None] * len(keys)
     for task, rows in _by_task(keys).items():
-        found = _opened(task).score([texts[row] for row, _ in rows], [index for _, index in rows])
+        with _OPENING:
+            portable = _opened(task)
+        found = portable.score([texts[row] for row, _ in rows], [index for _, index in rows])
         for (row, _), score in zip(rows, found, strict=True):
             scores[row] = score
     return [score for score in scores if score is not None]
@@ -134,6 +191,9 @@ def messages(observation: Observation, part: Callable[[Image], Part]) -> list[di
     Args:
         observation: The observation.
         part: Gives the block of an image.
+
+    Raises:
+        ConfigError: Marks and images differ in number.
     """
     images = iter(observation["images"])
     return [
@@ -146,7 +206,7 @@ def marked_messages(observation: Observation) -> list[dict[str, str]]:
     """An observation as messages of text, with `<image>` in the place of each image.
 
     Raises:
-        ConfigError: `<image>` stands in a text where no image is.
+        ConfigError: `<image>` stands in a text where no image is, or marks and images differ in number.
     """
     turns = _pieces(observation)
     if any(IMAGE_MARK in one for _, pieces in turns for one in pieces if one is not None):
@@ -207,10 +267,13 @@ def _pieces(observation: Observation) -> list[tuple[str, list[str | None]]]:
     """The turns by their roles, each as texts with None in the place of an image."""
     asked: Turn = {"role": "user", "text": observation["prompt"]}
     turns = [*observation.get("turns", ()), asked]
-    if count_marks(observation["prompt"], observation.get("turns", ())) and observation["images"]:
+    images = len(observation["images"])
+    marks = count_marks(observation["prompt"], observation.get("turns", ())) if images else 0
+    require(marks in (0, images), f"the prompt has {marks} {IMAGE_MARK} marks for {images} images")
+    if marks:
         return [(one["role"], [one["text"]] if one["role"] == "assistant" else _split(one["text"])) for one in turns]
     found: list[tuple[str, list[str | None]]] = [(one["role"], [one["text"]]) for one in turns]
-    found[-1][1][:0] = [None] * len(observation["images"])  # images without marks precede the prompt
+    found[-1][1][:0] = [None] * images  # images without marks precede the prompt
     return found
 
 
@@ -233,12 +296,22 @@ def _by_task(keys: Sequence[str]) -> dict[str, list[tuple[int, int]]]:
         try:
             read = json.loads(key)
             task = json.dumps([read["env"], read["arguments"]], sort_keys=True)
-            rows.setdefault(task, []).append((row, int(read["index"])))
+            rows.setdefault(task, []).append((row, operator.index(_whole(read["index"]))))
         except (ValueError, KeyError, TypeError):
             raise ConfigError(
                 f"'{key[:80]}' names no sample: the truth of a row is what `vlmenv data export` has written in it"
             ) from None
     return rows
+
+
+def _whole(index: Any) -> Any:
+    """A sample's number, which readers of JSON and of tables may have made a float.
+
+    Raises:
+        ConfigError: It is a truth value, which would pass as 0 or 1.
+    """
+    require(not isinstance(index, bool), f"a sample's index is a whole number, not {index}")
+    return int(index) if isinstance(index, float) and index.is_integer() else index
 
 
 @lru_cache(maxsize=16)
@@ -266,6 +339,4 @@ def _absolute(given: Any) -> Any:
     """A path, or several, that do not depend on the working directory. Names of data sets stay."""
     if isinstance(given, list | tuple):
         return [_absolute(one) for one in given]
-    if isinstance(given, str | Path):
-        return str(Path(given).resolve()) if Path(given).exists() else str(given)
-    return given
+    return located_name(str(given)) if isinstance(given, str | Path) else given

@@ -11,6 +11,7 @@ from vlmenv.core.console import open_console, say
 from vlmenv.core.errors import ConfigError
 from vlmenv.options.data import DataExportConfig
 from vlmenv.options.parsing import parse_plain
+from vlmenv.options.task import given_arguments
 
 
 def parse(args: Sequence[str], program: str) -> DataExportConfig:
@@ -23,12 +24,8 @@ def parse(args: Sequence[str], program: str) -> DataExportConfig:
 
 def run(config: DataExportConfig) -> Exported:
     """Writes the files, and prints the options of the trainer that take them."""
-    arguments = config.data.arguments() | config.prompts.task_arguments()
-    if config.model is not None:
-        arguments |= _of_model(config)
-    elif config.prompts.coordinates == "auto":
-        arguments["coordinates"] = "original"
-    task = PortableTask(config.env, **{name: value for name, value in arguments.items() if value is not None})
+    of_model = {} if config.model is None else _of_model(config)
+    task = PortableTask(config.env, **given_arguments(config.data, config.prompts) | of_model)
     done = export(task, config.to, config.target, config.rows, config.seed)
     console = open_console()
     say(f"{done.rows} rows are in {config.target}, and the function that scores them in {done.reward}", console)
@@ -45,4 +42,4 @@ def _of_model(config: DataExportConfig) -> dict[str, object]:
     assert config.model is not None
     model = checkpoint_name(config.model)
     own = task_arguments(TaskConfig(env=config.env, model=model, prompts=config.prompts, pixels=config.pixels))
-    return {name: own[name] for name in ("coordinates", "resize", "image_bound")}
+    return {name: own[name] for name in ("coordinates", "resize", "image_bound") if own[name] is not None}

@@ -12,6 +12,7 @@ from vlmenv.agents.engines.admission import LOCAL, Admission, App, Message, Rece
 from vlmenv.core.console import open_console, say
 from vlmenv.options.parsing import parse_plain
 from vlmenv.options.serve import ServeEnvConfig
+from vlmenv.options.task import given_arguments
 
 ROUTES: Final = frozenset(
     {
@@ -32,10 +33,7 @@ def parse(args: Sequence[str], program: str) -> ServeEnvConfig:
 def run(config: ServeEnvConfig) -> None:
     """Serves until it is interrupted."""
     server: Any = imported("uvicorn", "uvicorn", "openenv")
-    arguments = config.data.arguments() | config.prompts.task_arguments()
-    if config.prompts.coordinates == "auto":
-        arguments["coordinates"] = "original"
-    given = {name: value for name, value in arguments.items() if value is not None}
+    given = given_arguments(config.data, config.prompts)
     app = openenv(config.env, seed=config.seed, **given).app(config.sessions)
     server_token_or_new()
     console = open_console()

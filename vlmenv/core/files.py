@@ -16,6 +16,11 @@ from typing import Any
 from vlmenv.core.errors import DataError
 
 
+def located_name(name: str) -> str:
+    """The absolute path of what exists under a name. Other names, such as those of data sets on a hub, stay."""
+    return str(Path(name).absolute()) if Path(name).exists() else name
+
+
 @contextmanager
 def atomic_file(file: Path) -> Iterator[Path]:
     """Atomic file write: a temporary file, which replaces `file` on success and is removed on failure.

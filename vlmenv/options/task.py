@@ -10,6 +10,7 @@ import tyro
 import yaml
 
 from vlmenv.core.errors import ConfigError, require
+from vlmenv.core.files import located_name
 from vlmenv.core.names import BUILTIN
 from vlmenv.core.pixels import PixelLimits
 from vlmenv.core.sampling import Sampling
@@ -90,10 +91,6 @@ def located_names(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
     return None if names is None else tuple(map(located_name, names))
 
 
-def located_name(name: str) -> str:
-    return str(Path(name).absolute()) if Path(name).exists() else name
-
-
 @dataclass(frozen=True)
 class PromptOptions:
     """Prompts, and the scoring of answers."""
@@ -134,6 +131,14 @@ class PromptOptions:
             ConfigError: A value is no YAML scalar.
         """
         return {name: _scalar(name, text) for name, text in (self.chat_template_kwargs or {}).items()}
+
+
+def given_arguments(data: DataOptions, prompts: PromptOptions) -> dict[str, Any]:
+    """Arguments of the environment without a model: "auto" is then the convention of the stored image's pixels."""
+    given = data.arguments() | prompts.task_arguments()
+    if prompts.coordinates == "auto":
+        given["coordinates"] = "original"
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _scalar(name: str, text: str) -> Any:
