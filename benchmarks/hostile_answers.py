@@ -30,11 +30,12 @@ from vlmenv.core.formats import AnswerFormat
 from vlmenv.envs.captioning import answer_reward, described_keywords_reward
 from vlmenv.envs.rewards.answers import accuracy_term, read_answer
 from vlmenv.envs.rewards.boxes import iou_reward
+from vlmenv.envs.rewards.counts import count_reward, parse_count
 from vlmenv.envs.rewards.detection import TERMS
 from vlmenv.envs.rewards.math import math_equal
 
 BLOCK = 500
-ANSWERS = {"math": 100_000, "choices": 80_000, "captions": 40_000, "boxes": 80_000}
+ANSWERS = {"math": 100_000, "choices": 80_000, "captions": 40_000, "boxes": 80_000, "counts": 100_000}
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Args:
     """Score hostile answers."""
 
     answers: dict[str, int] = field(default_factory=lambda: dict(ANSWERS))
-    """Number of answers by task: math, choices, captions, boxes."""
+    """Number of answers by task: math, choices, captions, boxes, counts."""
     first: int = 0
     """Number of the first block of 500."""
     log: Path | None = None
@@ -628,6 +629,40 @@ def caption_task(rng: random.Random) -> Task:
     return Task(answer, score, lacks, AnswerFormat.SECTIONS)
 
 
+# Counts
+
+
+def count_task(rng: random.Random) -> Task:
+    truth = rng.randint(21, 9999)  # no word is read as these
+
+    def lacks(text: str) -> bool:
+        return "<point" not in text.lower() and lacks_number(Fraction(truth))(text)
+
+    def answer(rng: random.Random) -> Hostile:
+        kind = rng.randrange(5)
+        digits = [str(rng.randint(0, 9999)) for _ in range(4)]
+        if kind == 0:
+            return Hostile(
+                soup(rng, _JUNK, digits, ("five", "twenty", "no", '<points x1="1" y1="2"', 'x2="3" y2="4">'))
+            )
+        if kind == 1:
+            return Hostile(wrapped(rng, rng.choice(_JOINS).join(str(rng.randint(0, 2 * truth)) for _ in range(4))))
+        if kind == 2:
+            return Hostile(rng.choice((wild(rng), large(rng, rng.choice((*_JUNK, *digits, '<point x="1" y="2">'))))))
+        if kind == 3:
+            near = rng.choice((truth + 1, truth - 1, truth * 10, -truth, truth + 0.5, f"{truth}.5", f"{truth}x"))
+            return Hostile(wrapped(rng, str(near)))
+        listed = [str(truth), *map(str, rng.sample(range(truth + 1, truth + 40), rng.randint(1, 8)))]
+        rng.shuffle(listed)
+        return Hostile(rng.choice((", ", " or ", " and ", "; ", " / ", "\n", "、", "或", "-")).join(listed), True)
+
+    def score(text: str) -> float:
+        content = AnswerFormat.TAGS.extract(text)
+        return count_reward(text, truth, None if content is None else parse_count(content))
+
+    return Task(answer, score, lacks)
+
+
 # Boxes
 
 _LEAST = 500
@@ -702,6 +737,7 @@ TASKS: dict[str, Callable[[random.Random], Task]] = {
     "choices": choice_task,
     "captions": caption_task,
     "boxes": box_task,
+    "counts": count_task,
 }
 
 

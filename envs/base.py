@@ -21,6 +21,7 @@ from vlmenv.core.text import visible_lines
 from vlmenv.envs.data.boxes import BoxForm, BoxOrientation, BoxReading
 from vlmenv.envs.data.dataset import Concatenated, Dataset, Reading, TableSource, open_dataset
 from vlmenv.envs.data.images import bounded_size, resized
+from vlmenv.envs.data.layouts import RowLayout
 from vlmenv.envs.data.rows import Row, missing
 from vlmenv.envs.data.rows import places as columns_of
 from vlmenv.envs.data.scenes import Split
@@ -126,6 +127,8 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
     """Whether the task reads COCO's instances."""
     unread: ClassVar[Collection[str]] = ()
     """Parts of a row, by their names in `COLUMNS`, that the task does not use. Their presence is reported."""
+    layouts: ClassVar[tuple[RowLayout, ...]] = ()
+    """Layouts of public data sets for this task, for rows whose question stands in no common column."""
 
     def __init__(
         self,
@@ -534,6 +537,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
             boxes=boxes if has_boxes else None,
             bound=self.image_bound,
             confine_images=confine_images,
+            layouts=self.layouts,
         )
 
     def map_boxes(self, target: Any, change: Callable[[Box], Box]) -> Any:

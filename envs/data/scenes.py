@@ -102,6 +102,16 @@ class ReferringScenes(Scenes):
         )
 
 
+class CountScenes(Scenes):
+    """Built-in scenes of up to nine shapes, with the question how many of some kind there are."""
+
+    def get(self, index: int) -> Sample:
+        scene, rng = sample_scene(self.split, index, (1, 9))
+        noun, group = choose_group(scene.shapes, rng)
+        question = f"How many {noun} are there?"
+        return Sample(f"count-{self.split}-{index}", (scene.image,), question, len(group), list_shapes(group))
+
+
 class DetectionScenes(Scenes):
     """Built-in scenes with questions for several kinds of shapes; some kinds are absent."""
 
@@ -172,6 +182,24 @@ def choose_reference(scene: Scene, rng: np.random.Generator) -> Reference:
     kinds = sorted(by_kind)
     chosen = by_kind[kinds[rng.integers(len(kinds))]]
     return chosen[rng.integers(len(chosen))]
+
+
+def choose_group(shapes: Sequence[Shape], rng: np.random.Generator) -> tuple[str, list[Shape]]:
+    """Picks shapes of a kind or colour, or all of them, by their number, and their noun in the plural."""
+    groups = {"shapes": list(shapes)}
+    groups |= {f"{kind}s": [shape for shape in shapes if shape.kind == kind] for kind in SHAPES}
+    groups |= {f"{colour} shapes": [shape for shape in shapes if shape.colour == colour] for colour in COLOURS}
+    # The number comes first: most groups are empty, or of one.
+    numbers = sorted({len(group) for group in groups.values()})
+    number = numbers[int(rng.integers(len(numbers)))]
+    nouns = [noun for noun, group in groups.items() if len(group) == number]
+    noun = nouns[int(rng.integers(len(nouns)))]
+    return noun, groups[noun]
+
+
+def list_shapes(shapes: Sequence[Shape]) -> str:
+    """Shapes in words, such as "a large red circle, a small blue star"."""
+    return ", ".join(f"a {shape}" for shape in shapes) or "none of them"
 
 
 def sample_layout(rng: np.random.Generator, counts: tuple[int, int]) -> Layout:

@@ -26,7 +26,7 @@ from vlmenv.envs.making import visual_tasks
 from vlmenv.envs.rewards.answers import accuracy_reward, read_answer
 from vlmenv.envs.rewards.text import keywords_reward
 
-TASKS = ["VLM-Caption-v0", "VLM-Math-v0", "VLM-OVD-v0", "VLM-REC-v0", "VLM-VQA-v0"]
+TASKS = ["VLM-Caption-v0", "VLM-Count-v0", "VLM-Math-v0", "VLM-OVD-v0", "VLM-REC-v0", "VLM-VQA-v0"]
 ROWS: dict[str, list[tuple[str, Any]]] = {
     "VLM-REC-v0": [("Find it.", "[1, 2, 30, 40]"), ("Find the other.", "None")],
     "VLM-OVD-v0": [
@@ -35,6 +35,7 @@ ROWS: dict[str, list[tuple[str, Any]]] = {
     ],
     "VLM-Math-v0": [("How long is x?", "\\frac{7}{3}"), ("(A) 1 (B) 2", "B")],
     "VLM-VQA-v0": [("Is it red?", "yes"), ("How many?", "3"), ("(A) 1 (B) 2", "(A)"), ("Which?", "a red cat")],
+    "VLM-Count-v0": [("How many cats?", "3"), ("How many dogs?", "0")],
     "VLM-Caption-v0": [("Describe it. How many?", "2"), ("Describe it.", "red")],
 }
 
@@ -178,8 +179,10 @@ def ceilings(env: VisualTaskEnv, index: int) -> dict[str, tuple[str, float]]:
 
     The format's own tenth, and the caption's two for length and format, may be had by anyone who keeps to the format.
     """
-    sample, other = env.source.get(index), env.source.get(index + 1)
+    sample = env.source.get(index)
     right = env.write_answer(sample)
+    others = map(env.source.get, range(index + 1, index + 20))
+    other = next(one for one in others if env.target(one) != env.target(sample))
     answer = env.answer_format.extract(right) or ""
     form = sum(weight for name, weight in env.default_rewards.items() if name in ("format", "length"))
     write = env.answer_format.write
