@@ -27,15 +27,24 @@ import tyro
 
 from vlmenv.core.answers import Answer, Caption, Detection
 from vlmenv.core.formats import AnswerFormat
+from vlmenv.core.points import parse_points
 from vlmenv.envs.captioning import answer_reward, described_keywords_reward
 from vlmenv.envs.rewards.answers import accuracy_term, read_answer
 from vlmenv.envs.rewards.boxes import iou_reward
 from vlmenv.envs.rewards.counts import count_reward, parse_count
 from vlmenv.envs.rewards.detection import TERMS
 from vlmenv.envs.rewards.math import math_equal
+from vlmenv.envs.rewards.points import Pointing, point_f1_reward
 
 BLOCK = 500
-ANSWERS = {"math": 100_000, "choices": 80_000, "captions": 40_000, "boxes": 80_000, "counts": 100_000}
+ANSWERS = {
+    "math": 100_000,
+    "choices": 80_000,
+    "captions": 40_000,
+    "boxes": 80_000,
+    "counts": 100_000,
+    "points": 100_000,
+}
 
 
 @dataclass
@@ -43,7 +52,7 @@ class Args:
     """Score hostile answers."""
 
     answers: dict[str, int] = field(default_factory=lambda: dict(ANSWERS))
-    """Number of answers by task: math, choices, captions, boxes, counts."""
+    """Number of answers by task: math, choices, captions, boxes, counts, points."""
     first: int = 0
     """Number of the first block of 500."""
     log: Path | None = None
@@ -669,6 +678,43 @@ _LEAST = 500
 """Left and top edge of the true boxes: no box of numbers up to half of it reaches them, read in whatever way."""
 
 
+def point_task(rng: random.Random) -> Task:
+    x, y = rng.randint(_LEAST, 700), rng.randint(_LEAST, 700)
+    target = Pointing(((float(x), float(y), x + 100.0, y + 80.0),), (20.0, 20.0))
+
+    def score(text: str) -> float:
+        content = AnswerFormat.TAGS.extract(text)
+        return point_f1_reward(text, target, None if content is None else parse_points(content))
+
+    def answer(rng: random.Random) -> Hostile:
+        kind = rng.randrange(5)
+        low = [str(rng.randint(0, _LEAST // 2)) for _ in range(4)]
+        if kind == 0:
+            marks = ('<points x1="', '" y1="', '" x2="', '">', "point_2d", "[", "]", "{", "}", ",", ":")
+            return Hostile(soup(rng, _JUNK, low, marks))
+        if kind == 1:
+            rows = [{rng.choice(("point_2d", "point", "x", "label")): rng.choice((low[:2], low, [1, 2], "x", None))}]
+            text = json.dumps(rows * rng.randint(1, 5))
+            return Hostile(rng.choice((text, text[: rng.randint(0, len(text))], text.replace("]", ""))))
+        if kind == 2:
+            piece = rng.choice((*_JUNK, "[1,2],", '<point x="1" y="2">', '{"point_2d":[1,2]},'))
+            return Hostile(rng.choice((wild(rng), large(rng, piece))))
+        if kind == 3:
+            numbers = ("NaN", "Infinity", "-1", "1e400", "0", "1.5", "null", '"7"', "9" * 400)
+            return Hostile(f"[{rng.choice(numbers)}, {rng.choice(numbers)}]")
+        step = rng.choice((15, 40, 60))  # a grid over everything
+        return Hostile(json.dumps([[i, j] for i in range(0, 1000, step) for j in range(0, 1000, step)]), True)
+
+    return Task(answer, score, _lacks_large)
+
+
+def _lacks_large(text: str) -> bool:
+    """The rule for places of which all coordinates are at least `_LEAST`."""
+    plain = unicodedata.normalize("NFKC", text) if len(text) < 100_000 else text
+    found = [int(one[:9]) for one in re.findall(r"\d+", plain)[:20_000]]
+    return not found or (max(found) <= _LEAST // 2 and not re.search(r"\d[eE]\+?\d", plain))
+
+
 def box_task(rng: random.Random) -> Task:
     x, y = rng.randint(_LEAST, 700), rng.randint(_LEAST, 700)
     box = (float(x), float(y), x + 100.0, y + 80.0)
@@ -678,11 +724,6 @@ def box_task(rng: random.Random) -> Task:
 
     def score(text: str) -> float:
         return iou_reward(text, box) if is_one else max(TERMS[name](text, detections) for name in names)
-
-    def lacks(text: str) -> bool:
-        plain = unicodedata.normalize("NFKC", text) if len(text) < 100_000 else text
-        found = [int(one[:9]) for one in re.findall(r"\d+", plain)[:20_000]]
-        return not found or (max(found) <= _LEAST // 2 and not re.search(r"\d[eE]\+?\d", plain))
 
     def answer(rng: random.Random) -> Hostile:
         kind = rng.randrange(6)
@@ -729,7 +770,7 @@ def box_task(rng: random.Random) -> Task:
             boxes += [[i, j, i + 200, j + 200] for i in range(0, 1000, 200) for j in range(0, 1000, 200)]
         return Hostile(json.dumps([{"bbox_2d": one, "label": "zebra"} for one in [[0, 0, 1000, 1000], *boxes]]), is_one)
 
-    return Task(answer, score, lacks)
+    return Task(answer, score, _lacks_large)
 
 
 TASKS: dict[str, Callable[[random.Random], Task]] = {
@@ -738,6 +779,7 @@ TASKS: dict[str, Callable[[random.Random], Task]] = {
     "captions": caption_task,
     "boxes": box_task,
     "counts": count_task,
+    "points": point_task,
 }
 
 

@@ -315,6 +315,10 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         write = str if self.geometry is None else self.geometry.write
         return self.answer_format.write(write(self.target(sample)), sample.rationale)
 
+    def stored_answer(self, sample: Sample) -> str | None:
+        """The answer of a data set's row from which the task reads the sample's truth. Default: the right answer."""
+        return self.answer_format.extract(self.write_answer(sample))
+
     def target(self, sample: Sample) -> Any:
         """A sample's truth in the coordinates that the prompt asks for, as in `info` and for reward terms."""
         if self.geometry is None:

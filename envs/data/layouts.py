@@ -22,13 +22,15 @@ class RowLayout:
         asked: Columns that the question is made of. The first must hold something; the others may be missing.
         true: Columns that the answer is made of. A row must have all of them.
         question: Makes the question of the contents of `asked`. A missing one is None.
-        answer: Makes the answer of the contents of `true`. Default: the content of the only one.
+        answer: Makes the answer of the contents of `true`. Default: the content of the first.
+        form: Names the form of the boxes and points in the contents of `true`, as `--boxes-in` does. Default: pixels.
     """
 
     asked: tuple[str, ...]
     true: tuple[str, ...]
     question: Callable[..., str] = str
-    answer: Callable[..., Any] = lambda content: content
+    answer: Callable[..., Any] = lambda content, *others: content
+    form: Callable[..., str] = lambda *contents: "xyxy"
 
     def fits(self, raw: Mapping[str, Any], taken: Collection[str]) -> bool:
         """Whether a row has this layout.
@@ -41,20 +43,20 @@ class RowLayout:
             return False
         return is_filled(raw.get(self.asked[0])) and all(raw.get(column) is not None for column in self.true)
 
-    def rewritten(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """A row of this layout with its question and its answer in `question` and `answer`.
+    def rewritten(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+        """A row of this layout with its question and its answer in `question` and `answer`, and the form of its boxes.
 
         Raises:
             ValueError: A column holds something else.
         """
         left = {column: cell for column, cell in raw.items() if column not in (*self.asked, *self.true)}
+        true = [raw[column] for column in self.true]
         try:
-            question = self.question(*(raw.get(column) for column in self.asked))
-            answer = self.answer(*(raw[column] for column in self.true))
+            question, answer = self.question(*(raw.get(column) for column in self.asked)), self.answer(*true)
+            return left | {"question": question, "answer": answer}, self.form(*true)
         except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
             named = ", ".join(f"'{column}'" for column in (*self.asked, *self.true))
             raise ValueError(f"the columns {named} do not hold what they should: {error}") from None
-        return left | {"question": question, "answer": answer}
 
     @property
     def used(self) -> tuple[tuple[str, str], ...]:

@@ -82,6 +82,8 @@ class Row:
     """the items of an answer that is a list of texts and numbers"""
     detections: tuple[Detection, ...] | None = None
     """true boxes, if the data set has separate ones"""
+    form: str = ""
+    """form of the boxes in the answer, if the row's layout has one; empty: edges in pixels"""
     size: tuple[int, int] | None = None
     """width and height of the image that the boxes refer to, if the data set states them"""
     turns: tuple[Turn, ...] = ()
@@ -124,7 +126,8 @@ def read_row(
         raise ValueError("the row is not a JSON object")
     refuse_other_media(raw)
     layout = _layout_of(raw, columns, layouts)
-    cells = _Cells(raw if layout is None else layout.rewritten(raw), columns, unread)
+    content, form = (raw, "") if layout is None else layout.rewritten(raw)
+    cells = _Cells(content, columns, unread)
     row_id = cells.take("id")
     check_text("id", row_id)
     key = str(number if row_id is None else row_id)
@@ -145,6 +148,7 @@ def read_row(
         tolerance=_tolerance(cells.take("tolerance")),
         choices=choices,
         detections=detections,
+        form=form,
         turns=turns,
         used=tuple(cells.used) if layout is None else _used_of(cells, layout, raw),
         unused=cells.unused(bool(images)),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image as PILImage
 from PIL import ImageDraw
 
@@ -69,6 +70,12 @@ class Scene:
 
     image: Image
     shapes: tuple[Shape, ...]
+    layout: Layout = ()
+    """the shapes as they are drawn, in the same order"""
+
+    def mask(self, number: int) -> NDArray[np.bool_]:
+        """The pixels [H, W] of a shape, by its number."""
+        return np.asarray(_mask_of(self.layout[number]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,13 +259,18 @@ def draw_layout(layout: Layout, rng: np.random.Generator) -> Scene:
     picture = PILImage.new("RGB", (SIDE, SIDE), sample_background(rng))
     shapes = []
     for size, colour, kind, x, y, width, height in layout:
-        mask = PILImage.new("1", (SIDE, SIDE))
-        _draw_kind(ImageDraw.Draw(mask), kind, x, y, width, height)
+        mask = _mask_of((size, colour, kind, x, y, width, height))
         picture.paste(sample_tint(colour, rng), mask=mask)
         box = mask.getbbox()
         assert box is not None
         shapes.append(Shape(size, colour, kind, tuple(float(v) for v in box)))  # type: ignore[arg-type]
-    return Scene(np.asarray(picture), tuple(shapes))
+    return Scene(np.asarray(picture), tuple(shapes), layout)
+
+
+def _mask_of(placed: Placed) -> PILImage.Image:
+    mask = PILImage.new("1", (SIDE, SIDE))
+    _draw_kind(ImageDraw.Draw(mask), *placed[2:])
+    return mask
 
 
 def sample_background(rng: np.random.Generator) -> tuple[int, ...]:

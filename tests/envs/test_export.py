@@ -12,8 +12,14 @@ from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.export import export_sample
 
 
+TASKS = (
+    *("VLM-REC-v0", "VLM-OVD-v0", "VLM-Math-v0", "VLM-Caption-v0", "VLM-VQA-v0"),
+    *("VLM-Count-v0", "VLM-Point-v0"),
+)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["VLM-REC-v0", "VLM-OVD-v0", "VLM-Math-v0", "VLM-Caption-v0", "VLM-VQA-v0", "VLM-Count-v0"])
+@pytest.mark.parametrize("name", TASKS)
 def test_what_is_exported_is_read_back_as_it_was(name: str, tmp_path: Path) -> None:
     task = gymnasium.make(name, split="eval").unwrapped
     assert isinstance(task, VisualTaskEnv)

@@ -23,10 +23,11 @@ from vlmenv.core.formats import AnswerFormat
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.geometry import DETECTIONS
 from vlmenv.envs.making import visual_tasks
+from vlmenv.envs.pointing import REGIONS
 from vlmenv.envs.rewards.answers import accuracy_reward, read_answer
 from vlmenv.envs.rewards.text import keywords_reward
 
-TASKS = ["VLM-Caption-v0", "VLM-Count-v0", "VLM-Math-v0", "VLM-OVD-v0", "VLM-REC-v0", "VLM-VQA-v0"]
+TASKS = ["VLM-Caption-v0", "VLM-Count-v0", "VLM-Math-v0", "VLM-OVD-v0", "VLM-Point-v0", "VLM-REC-v0", "VLM-VQA-v0"]
 ROWS: dict[str, list[tuple[str, Any]]] = {
     "VLM-REC-v0": [("Find it.", "[1, 2, 30, 40]"), ("Find the other.", "None")],
     "VLM-OVD-v0": [
@@ -35,6 +36,7 @@ ROWS: dict[str, list[tuple[str, Any]]] = {
     ],
     "VLM-Math-v0": [("How long is x?", "\\frac{7}{3}"), ("(A) 1 (B) 2", "B")],
     "VLM-VQA-v0": [("Is it red?", "yes"), ("How many?", "3"), ("(A) 1 (B) 2", "(A)"), ("Which?", "a red cat")],
+    "VLM-Point-v0": [("Point at cats.", "[[1, 2, 30, 40], [35, 5, 60, 40]]"), ("Point at dogs.", "None")],
     "VLM-Count-v0": [("How many cats?", "3"), ("How many dogs?", "0")],
     "VLM-Caption-v0": [("Describe it. How many?", "2"), ("Describe it.", "red")],
 }
@@ -188,7 +190,7 @@ def ceilings(env: VisualTaskEnv, index: int) -> dict[str, tuple[str, float]]:
     write = env.answer_format.write
     tags = env.answer_format is AnswerFormat.TAGS
     caption = env.answer_format is AnswerFormat.SECTIONS  # says "reasoning" where the description goes
-    lists = env.geometry is DETECTIONS  # whose objects are whole, though the fence is not
+    lists = env.geometry in (DETECTIONS, REGIONS)  # whose objects are whole, though the list is not
     low = form + 0.25 if caption else form
     return {
         "empty": ("", 0),
