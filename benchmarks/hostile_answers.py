@@ -29,6 +29,7 @@ from vlmenv.core.answers import Answer, Caption, Detection
 from vlmenv.core.formats import AnswerFormat
 from vlmenv.core.points import parse_points
 from vlmenv.envs.captioning import answer_reward, described_keywords_reward
+from vlmenv.envs.rewards.actions import Action, parse_action, step_reward
 from vlmenv.envs.rewards.answers import accuracy_term, read_answer
 from vlmenv.envs.rewards.boxes import iou_reward
 from vlmenv.envs.rewards.counts import count_reward, parse_count
@@ -52,7 +53,7 @@ class Args:
     """Score hostile answers."""
 
     answers: dict[str, int] = field(default_factory=lambda: dict(ANSWERS))
-    """Number of answers by task: math, choices, captions, boxes, counts, points."""
+    """Number of answers by task: math, choices, captions, boxes, counts, points, screens."""
     first: int = 0
     """Number of the first block of 500."""
     log: Path | None = None
@@ -708,6 +709,56 @@ def point_task(rng: random.Random) -> Task:
     return Task(answer, score, _lacks_large)
 
 
+def gui_task(rng: random.Random) -> Task:
+    x, y = rng.randint(_LEAST, 700), rng.randint(_LEAST, 700)
+    types = rng.random() < 0.3
+    word = rng.choice(("zebra", "violin", "lantern"))
+    box = (float(x), float(y), x + 100.0, y + 80.0)
+    target = Action("type", None, word) if types else Action("click", box)
+
+    def score(text: str) -> float:
+        content = AnswerFormat.TAGS.extract(text)
+        return step_reward(text, target, None if content is None else parse_action(content))
+
+    def lacks(text: str) -> bool:
+        return word not in text.lower() if types else _lacks_large(text)
+
+    def answer(rng: random.Random) -> Hostile:
+        kind = rng.randrange(4)
+        low = [str(rng.randint(0, _LEAST // 2)) for _ in range(4)]
+        names = ("click", "type", "scroll", "wait", "open_app")
+        if kind == 0:
+            pieces = (
+                '{"action": "',
+                '", "point": ',
+                '", "text": "',
+                "click(",
+                "type(",
+                "[",
+                "]",
+                "{",
+                "}",
+                "x=",
+                "cat",
+            )
+            return Hostile(soup(rng, _JUNK, low, names, pieces))
+        if kind == 1:
+            row = {
+                "action": rng.choice((*names, None, 3)),
+                rng.choice(("point", "text", "arguments")): rng.choice(names),
+            }
+            text = json.dumps([row | {"coordinate": rng.choice((low, [1, 2], "x", {"x": 1}))}] * rng.randint(1, 3))
+            return Hostile(rng.choice((text, text[: rng.randint(0, len(text))], text.replace('"', "'"))))
+        if kind == 2:
+            piece = rng.choice((*_JUNK, '{"action":"click"},', "click(1,2)", '{"arguments":'))
+            return Hostile(rng.choice((wild(rng), large(rng, piece))))
+        rows = [{"action": "click", "point": [i, j]} for i in range(0, 1000, 60) for j in range(0, 1000, 60)]
+        rows += [{"action": "type", "text": one} for one in (word, "cat", "dog")]
+        return Hostile(json.dumps(rows), True)
+
+    return Task(answer, score, lacks)
+
+
 def _lacks_large(text: str) -> bool:
     """The rule for places of which all coordinates are at least `_LEAST`."""
     plain = unicodedata.normalize("NFKC", text) if len(text) < 100_000 else text
@@ -780,6 +831,7 @@ TASKS: dict[str, Callable[[random.Random], Task]] = {
     "boxes": box_task,
     "counts": count_task,
     "points": point_task,
+    "screens": gui_task,
 }
 
 

@@ -29,9 +29,9 @@ _OUTLINE_KEYS: Final = ("segmentation", "polygon", "polygons", "mask")
 def read_regions(answer: str) -> Regions:
     """The regions in the answer of a data set's row, written as JSON; "None" and the empty list are none.
 
-    A region is `[x, y]`, `[x1, y1, x2, y2]`, or a longer list of corners. It may be an object: COCO's `segmentation` of
-    polygons or RLE, `outlines` of which an odd number counts, or `bbox_2d` and `point_2d`, as VisionReasoner's rows have
-    them. Of an object's regions the first of these counts.
+    A region is `[x, y]`, `[x1, y1, x2, y2]`, or a longer list of corners. It may be an object. Then the first of these
+    counts: COCO's `segmentation` of polygons or RLE, `outlines` of which an odd number counts, VisionReasoner's
+    `bbox_2d` and `point_2d`.
 
     Raises:
         ValueError: The answer holds something else.

@@ -43,7 +43,18 @@ _SAME: Final = {
 }
 _KIND_KEYS = ("action", "action_type", "gt_action")
 _PLACE_KEYS = ("point", "point_2d", "coordinate", "coordinates", "position", "start_box", "bbox_2d", "bbox", "gt_bbox")
-_TEXT_KEYS = ("text", "input_text", "gt_input_text", "value", "content", "direction", "app_name", "app", "button", "keys")
+_TEXT_KEYS = (
+    "text",
+    "input_text",
+    "gt_input_text",
+    "value",
+    "content",
+    "direction",
+    "app_name",
+    "app",
+    "button",
+    "keys",
+)
 _CALL = re.compile(r"\s*(?:pyautogui\.)?([A-Za-z_]{2,20})\s*(?=\()")
 _NUMBER = re.compile(r"[+-]?[0-9]{1,9}(?:\.[0-9]{0,17})?")
 _NO_TEXT = ("", "no input text", "none", "null")
@@ -119,7 +130,10 @@ def _point(value: Any) -> Point | None:
     """A point, or the centre of a box."""
     if isinstance(value, str):
         value = [float(one) for one in _NUMBER.findall(value[:200])]
-    numbers = [one for one in value if type(one) in (int, float)] if isinstance(value, list) else []
+    try:
+        numbers = [float(one) for one in value if type(one) in (int, float)] if isinstance(value, list) else []
+    except OverflowError:
+        return None
     if len(numbers) == 4:
         numbers = [(numbers[0] + numbers[2]) / 2, (numbers[1] + numbers[3]) / 2]
     point = tuple(numbers)

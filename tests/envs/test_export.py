@@ -11,10 +11,9 @@ import vlmenv  # noqa: F401 (registers the environments)
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.export import export_sample
 
-
 TASKS = (
     *("VLM-REC-v0", "VLM-OVD-v0", "VLM-Math-v0", "VLM-Caption-v0", "VLM-VQA-v0"),
-    *("VLM-Count-v0", "VLM-Point-v0"),
+    *("VLM-Count-v0", "VLM-Point-v0", "VLM-GUI-v0"),
 )
 
 

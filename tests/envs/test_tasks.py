@@ -27,7 +27,10 @@ from vlmenv.envs.pointing import REGIONS
 from vlmenv.envs.rewards.answers import accuracy_reward, read_answer
 from vlmenv.envs.rewards.text import keywords_reward
 
-TASKS = ["VLM-Caption-v0", "VLM-Count-v0", "VLM-Math-v0", "VLM-OVD-v0", "VLM-Point-v0", "VLM-REC-v0", "VLM-VQA-v0"]
+TASKS = [
+    *("VLM-Caption-v0", "VLM-Count-v0", "VLM-GUI-v0", "VLM-Math-v0"),
+    *("VLM-OVD-v0", "VLM-Point-v0", "VLM-REC-v0", "VLM-VQA-v0"),
+]
 ROWS: dict[str, list[tuple[str, Any]]] = {
     "VLM-REC-v0": [("Find it.", "[1, 2, 30, 40]"), ("Find the other.", "None")],
     "VLM-OVD-v0": [
@@ -37,6 +40,7 @@ ROWS: dict[str, list[tuple[str, Any]]] = {
     "VLM-Math-v0": [("How long is x?", "\\frac{7}{3}"), ("(A) 1 (B) 2", "B")],
     "VLM-VQA-v0": [("Is it red?", "yes"), ("How many?", "3"), ("(A) 1 (B) 2", "(A)"), ("Which?", "a red cat")],
     "VLM-Point-v0": [("Point at cats.", "[[1, 2, 30, 40], [35, 5, 60, 40]]"), ("Point at dogs.", "None")],
+    "VLM-GUI-v0": [("Click on Save.", "[1, 2, 30, 40]"), ("Enter tea.", '{"action": "type", "text": "tea"}')],
     "VLM-Count-v0": [("How many cats?", "3"), ("How many dogs?", "0")],
     "VLM-Caption-v0": [("Describe it. How many?", "2"), ("Describe it.", "red")],
 }
