@@ -36,6 +36,7 @@ from vlmenv.envs.rewards.counts import count_reward, parse_count
 from vlmenv.envs.rewards.detection import TERMS
 from vlmenv.envs.rewards.math import math_equal
 from vlmenv.envs.rewards.points import Pointing, point_f1_reward
+from vlmenv.envs.rewards.transcripts import cer_reward, exact_text_reward, read_transcript, wer_reward
 
 BLOCK = 500
 ANSWERS = {
@@ -53,7 +54,7 @@ class Args:
     """Score hostile answers."""
 
     answers: dict[str, int] = field(default_factory=lambda: dict(ANSWERS))
-    """Number of answers by task: math, choices, captions, boxes, counts, points, screens."""
+    """Number of answers by task: math, choices, captions, boxes, counts, points, screens, texts."""
     first: int = 0
     """Number of the first block of 500."""
     log: Path | None = None
@@ -824,6 +825,31 @@ def box_task(rng: random.Random) -> Task:
     return Task(answer, score, _lacks_large)
 
 
+# Texts
+
+
+def text_task(rng: random.Random) -> Task:
+    target = " ".join(rng.choices(("ЖЩЮ", "ФЫЯ", "ЪЭЦ", "ЙЁБ"), k=rng.randint(1, 4)))
+    letters = set(target) - {" "}
+
+    def score(text: str) -> float:
+        answered = read_transcript(text, AnswerFormat.TAGS)
+        return max(term(text, target, answered) for term in (cer_reward, wer_reward, exact_text_reward))
+
+    def lacks(text: str) -> bool:
+        return not letters & set(unicodedata.normalize("NFC", text) if len(text) < 5000 else text)
+
+    def answer(rng: random.Random) -> Hostile:
+        kind = rng.randrange(3)
+        if kind == 0:
+            return Hostile(soup(rng, _JUNK, "ABCXYZ0123456789"))
+        if kind == 1:
+            return Hostile(rng.choice((wild(rng), large(rng, rng.choice((*_JUNK, "cat ", "a\u0315\u0300"))))))
+        return Hostile(" ".join([target] * rng.randint(3, 900)), True)
+
+    return Task(answer, score, lacks)
+
+
 TASKS: dict[str, Callable[[random.Random], Task]] = {
     "math": math_task,
     "choices": choice_task,
@@ -832,6 +858,7 @@ TASKS: dict[str, Callable[[random.Random], Task]] = {
     "counts": count_task,
     "points": point_task,
     "screens": gui_task,
+    "texts": text_task,
 }
 
 

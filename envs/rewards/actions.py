@@ -12,7 +12,7 @@ import numpy as np
 from vlmenv.core.answers import parse_box
 from vlmenv.core.coordinates import Point, is_point
 from vlmenv.core.formats import AnswerFormat
-from vlmenv.core.literals import find_values
+from vlmenv.core.literals import Cut, find_values
 from vlmenv.core.points import LONGEST, parse_points
 from vlmenv.envs.regions import Region, holds
 
@@ -89,13 +89,15 @@ def parse_action(content: str) -> Action | None:
         content: Any text.
 
     Returns:
-        The action in the coordinates that the text uses; None if there is none, or several that differ.
+        The action in the coordinates that the text uses; None if there is none, one is cut off, or several differ.
     """
     if len(content) > LONGEST:
         return None
     values = [found.value for found in find_values(content)]
     called = _CALL.match(content)
     rows = [row for value in values for row in (value if isinstance(value, list) else [value]) if isinstance(row, dict)]
+    if any(isinstance(row, Cut) for row in rows):
+        return None
     found = {action for row in rows if (action := _action(row)) is not None}
     if found:
         return found.pop() if len(found) == 1 else None

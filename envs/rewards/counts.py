@@ -9,34 +9,11 @@ from vlmenv.envs.rewards.answers import normalise, parse_number
 
 MOST: Final = 99_999
 """Greatest count that is read."""
-_WORDS: Final = {
-    word: number
-    for number, word in enumerate(
-        [
-            "zero",
-            "one",
-            "two",
-            "three",
-            "four",
-            "five",
-            "six",
-            "seven",
-            "eight",
-            "nine",
-            "ten",
-            "eleven",
-            "twelve",
-            "thirteen",
-            "fourteen",
-            "fifteen",
-            "sixteen",
-            "seventeen",
-            "eighteen",
-            "nineteen",
-            "twenty",
-        ]
-    )
-} | {"no": 0, "none": 0}
+_WRITTEN: Final = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen twenty"
+)
+_WORDS: Final = {word: number for number, word in enumerate(_WRITTEN.split())} | {"no": 0, "none": 0}
 
 
 def parse_count(content: str) -> int | None:

@@ -43,6 +43,7 @@ PICTURE = Image.new("RGB", (400, 200))
         ('{"action": "click", "point": [1, 2]} {"action": "click", "point": [3, 4]}', None, False),
         ('{"action": 3, "point": "x"}', None, False),
         ("I click.", None, False),
+        ('{"action": "click", "point": [1, 2]', None, False),
         ("", None, False),
         ('{"action": "click", "point": [1e999, 2]}', Action("click"), False),
         ('{"action": "click", "point": [' + "9" * 500 + ", 2]}", Action("click"), False),

@@ -29,7 +29,7 @@ from vlmenv.envs.rewards.text import keywords_reward
 
 TASKS = [
     *("VLM-Caption-v0", "VLM-Count-v0", "VLM-GUI-v0", "VLM-Math-v0"),
-    *("VLM-OVD-v0", "VLM-Point-v0", "VLM-REC-v0", "VLM-VQA-v0"),
+    *("VLM-OCR-v0", "VLM-OVD-v0", "VLM-Point-v0", "VLM-REC-v0", "VLM-VQA-v0"),
 ]
 ROWS: dict[str, list[tuple[str, Any]]] = {
     "VLM-REC-v0": [("Find it.", "[1, 2, 30, 40]"), ("Find the other.", "None")],
@@ -41,6 +41,7 @@ ROWS: dict[str, list[tuple[str, Any]]] = {
     "VLM-VQA-v0": [("Is it red?", "yes"), ("How many?", "3"), ("(A) 1 (B) 2", "(A)"), ("Which?", "a red cat")],
     "VLM-Point-v0": [("Point at cats.", "[[1, 2, 30, 40], [35, 5, 60, 40]]"), ("Point at dogs.", "None")],
     "VLM-GUI-v0": [("Click on Save.", "[1, 2, 30, 40]"), ("Enter tea.", '{"action": "type", "text": "tea"}')],
+    "VLM-OCR-v0": [("Read it.", "a red cat"), ("Read the sign.", "STOP 12")],
     "VLM-Count-v0": [("How many cats?", "3"), ("How many dogs?", "0")],
     "VLM-Caption-v0": [("Describe it. How many?", "2"), ("Describe it.", "red")],
 }
