@@ -196,7 +196,8 @@ def ceilings(env: VisualTaskEnv, index: int) -> dict[str, tuple[str, float]]:
     tags = env.answer_format is AnswerFormat.TAGS
     caption = env.answer_format is AnswerFormat.SECTIONS  # says "reasoning" where the description goes
     lists = env.geometry in (DETECTIONS, REGIONS)  # whose objects are whole, though the list is not
-    low = form + 0.25 if caption else form
+    graded = "similarity" in env.default_rewards  # any text is a little like any other
+    low = form + (0.35 if graded else 0.25 if caption else 0)
     return {
         "empty": ("", 0),
         "white space": (" \n", 0),
@@ -205,7 +206,7 @@ def ceilings(env: VisualTaskEnv, index: int) -> dict[str, tuple[str, float]]:
         "the answer block twice": (right + right, 0.9 if caption else 0),
         "nested tags": (f"<think><think></think><answer><answer>{answer}</answer></answer>", low if caption else 0),
         "answer only inside think": (f"<think><answer>{answer}</answer></think>" if tags else answer, low),
-        "answer cut off": (right.removesuffix("</answer>")[:-1], 1.0 if caption or lists else 0),
+        "answer cut off": (right.removesuffix("</answer>")[:-1], 1.0 if caption or lists or graded else 0),
         "surrogates": (write("\ud800\udfff" * 50), low),
         "null bytes": (write("\0" * 50), low),
         "NaN": (write("[NaN, NaN, NaN, NaN]"), low),
