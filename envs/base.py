@@ -199,6 +199,15 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         """The reward terms in use, with their weights."""
         return dict(self._scorer.weights)
 
+    @property
+    def progress(self) -> float:
+        """Part of the training that is done, in [0, 1], for reward terms with an argument `progress`. Default: 1."""
+        return self._scorer.progress
+
+    @progress.setter
+    def progress(self, done: float) -> None:
+        self._scorer.progress = done
+
     def builtin_source(self, split: Split) -> Source:
         """The task's built-in samples. Default: none; the task needs a data set.
 

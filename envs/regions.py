@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import reduce
 from typing import Any, Final
 
@@ -200,11 +200,3 @@ def as_object(region: Region) -> Any:
     if _is_number(region[0]):
         return list(region)
     return {"outlines": [list(outline) for outline in region]}
-
-
-def best_pairs(values: NDArray[np.float64]) -> Sequence[tuple[int, int]]:
-    """Pairs (row, column), none used twice, with the greatest sum of values [A, B] (the Hungarian method)."""
-    from scipy.optimize import linear_sum_assignment
-
-    rows, columns = linear_sum_assignment(values, maximize=True)
-    return list(zip(rows.tolist(), columns.tolist(), strict=True))

@@ -111,6 +111,15 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         return self.task.skip_broken
 
     @property
+    def progress(self) -> float:
+        """Part of the training that is done, in [0, 1]; see the task."""
+        return self.task.progress
+
+    @progress.setter
+    def progress(self, done: float) -> None:
+        self.task.progress = done
+
+    @property
     def num_groups(self) -> int:
         """P, the number of distinct samples in a batch."""
         return self.num_envs // self.group_size

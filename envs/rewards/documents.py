@@ -11,8 +11,8 @@ import numpy as np
 
 from vlmenv.core.answers import Answer
 from vlmenv.core.formats import AnswerFormat
-from vlmenv.envs.regions import best_pairs
 from vlmenv.envs.rewards.answers import accuracy_reward, edit_ratio, normalise, parse_number
+from vlmenv.envs.rewards.matching import best_pairs
 
 TOLERANCE: Final = 0.05
 """Greatest relative error of a number (ChartQA, arXiv 2203.10244)."""

@@ -13,7 +13,8 @@ from vlmenv.core.answers import NONE
 from vlmenv.core.coordinates import Point, is_point
 from vlmenv.core.formats import AnswerFormat
 from vlmenv.core.points import LONGEST, parse_marked_points
-from vlmenv.envs.regions import Regions, best_pairs, holds
+from vlmenv.envs.regions import Regions, holds
+from vlmenv.envs.rewards.matching import best_pairs
 
 MOST: Final = 1_000
 """Points of an answer that are matched; later ones miss."""
