@@ -200,3 +200,13 @@ def as_object(region: Region) -> Any:
     if _is_number(region[0]):
         return list(region)
     return {"outlines": [list(outline) for outline in region]}
+
+
+def simple_outlines(region: Region, corners: int) -> Regions:
+    """A region's outlines, with so many corners at most in all; the tolerance of simplification grows until they fit."""
+    outlines = (region,) if _is_number(region[0]) else region
+    shape, tolerance = shape_of(region), 0.25
+    while sum(map(len, outlines)) > 2 * corners and tolerance < MAX_COORDINATE:
+        simple = _as_region(shape.simplify(tolerance))
+        outlines, tolerance = ((simple,) if _is_number(simple[0]) else simple), 2 * tolerance
+    return outlines

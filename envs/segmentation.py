@@ -1,0 +1,96 @@
+"""Segmentation: the outline, or the box with a point, of each thing that is asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar
+
+from vlmenv.envs.base import VisualTaskEnv
+from vlmenv.envs.data.rows import Row
+from vlmenv.envs.data.scenes import Split
+from vlmenv.envs.data.segments import SegmentScenes
+from vlmenv.envs.data.source import Sample, Source
+from vlmenv.envs.geometry import Geometry
+from vlmenv.envs.regions import Region, Regions, as_json, read_regions, simple_outlines
+from vlmenv.envs.rewards import segments as rewards
+from vlmenv.envs.rewards.segments import Objects
+from vlmenv.envs.rewards.terms import RewardTerm
+
+CORNERS = 300
+"""Most corners of an object that `write_answer` writes."""
+
+
+def _object(region: Region) -> dict[str, Any]:
+    """An object as an answer holds it: a box with its centre, or outlines with at most `CORNERS` corners."""
+    if len(region) == 4 and not isinstance(region[0], tuple):
+        x, y = (region[0] + region[2]) / 2, (region[1] + region[3]) / 2
+        return {"bbox_2d": [round(value, 1) for value in region], "point_2d": [round(x, 1), round(y, 1)]}
+    outlines = [
+        [[round(x, 1), round(y, 1)] for x, y in zip(outline[::2], outline[1::2], strict=True)]
+        for outline in simple_outlines(region, CORNERS)
+    ]
+    return {"polygon": outlines[0]} if len(outlines) == 1 else {"polygons": outlines}
+
+
+def _write(target: Objects) -> str:
+    return json.dumps([_object(region) for region in target.regions]) if target.regions else "None"
+
+
+SEGMENTS = Geometry('[{"polygon": [[x, y], [x, y], [x, y]]}]', "boxes or outlines", rewards.parse_segments, _write)
+"""Any number of objects as an answer, and their regions as its truth."""
+
+
+class SegmentEnv(VisualTaskEnv):
+    """`VLM-Seg-v0`: the answer is an outline, or a box and a point, of each object, or "None"."""
+
+    terms: ClassVar[Mapping[str, RewardTerm]] = {
+        "iou": rewards.mask_iou_reward,
+        "matched_iou": rewards.matched_iou_reward,
+        "boxes_points": rewards.boxes_points_reward,
+        "non_repeat": rewards.non_repeat_reward,
+        "format": rewards.segment_format_reward,
+    }
+    default_rewards: ClassVar[Mapping[str, float]] = {"iou": 1.0, "format": 0.1}
+    row_terms: ClassVar[Mapping[str, str]] = {name: name for name in ("iou", "matched_iou", "boxes_points")}
+    right: ClassVar[tuple[str, float]] = ("iou/mean", 0.5)
+    ratios: ClassVar[Mapping[str, tuple[str, str]]] = {"cIoU": ("area/intersection", "area/union")}
+    prompt_template: ClassVar[str] = "Answer as {answer} in {coordinates}, or {none}.\n{question}"
+    geometry: ClassVar[Geometry | None] = SEGMENTS
+    unread: ClassVar[Collection[str]] = ("keywords", "choices", "tolerance")
+
+    def builtin_source(self, split: Split) -> Source:
+        return SegmentScenes(split)
+
+    def read_target(self, row: Row) -> Regions:
+        regions = read_regions(row.answer)
+        if any(len(region) == 2 and not isinstance(region[0], tuple) for region in regions):
+            raise ValueError(f"the answer {row.answer[:80]!r} has a point, which covers nothing")
+        return regions
+
+    def target(self, sample: Sample) -> Objects:
+        width, height = sample.asked_sizes[0]
+        places = [self.coordinates.from_pixels(one, width, height) for one in ((1.0, 1.0), (width, height))]
+        return Objects(super().target(sample), places[0], (float(places[1][0]), float(places[1][1])))
+
+    def stored_answer(self, sample: Sample) -> str:
+        return as_json(sample.target)
+
+    def measure(self, text: str, target: Objects, terms: Mapping[str, float]) -> dict[str, float]:
+        """Metrics of one answer: the mean of `iou/mean` is the literature's gIoU, `cIoU` divides summed areas."""
+        answered = self.parse(text)
+        overlap = rewards.mask_iou_reward(text, target, answered)
+        intersection, union = rewards.areas(answered, target)
+        return {
+            "iou/mean": overlap,
+            "accuracy@0.5": float(overlap >= 0.5),
+            "boxes_points/mean": rewards.boxes_points_reward(text, target, answered),
+            "area/intersection": intersection,
+            "area/union": union,
+            "unparsable": float(answered is None),
+            "format": rewards.segment_format_reward(text, target, self.answer_format),
+        }
+
+    def traits(self, prediction: Any, target: Objects) -> dict[str, float]:
+        """Answered objects per true one; empty if there is none."""
+        return {"object_ratio": len(prediction or ()) / len(target.regions)} if target.regions else {}
