@@ -36,6 +36,13 @@ from vlmenv.envs.rewards.counts import count_reward, parse_count
 from vlmenv.envs.rewards.detection import TERMS
 from vlmenv.envs.rewards.math import math_equal
 from vlmenv.envs.rewards.points import Pointing, point_f1_reward
+from vlmenv.envs.rewards.segments import (
+    Objects,
+    Segment,
+    boxes_points_reward,
+    matched_iou_reward,
+    parse_segments,
+)
 from vlmenv.envs.rewards.transcripts import cer_reward, exact_text_reward, read_transcript, wer_reward
 
 BLOCK = 500
@@ -54,7 +61,7 @@ class Args:
     """Score hostile answers."""
 
     answers: dict[str, int] = field(default_factory=lambda: dict(ANSWERS))
-    """Number of answers by task: math, choices, captions, boxes, counts, points, screens, texts."""
+    """Number of answers by task: math, choices, captions, boxes, counts, points, screens, texts, segments."""
     first: int = 0
     """Number of the first block of 500."""
     log: Path | None = None
@@ -710,6 +717,40 @@ def point_task(rng: random.Random) -> Task:
     return Task(answer, score, _lacks_large)
 
 
+def segment_task(rng: random.Random) -> Task:
+    x, y = rng.randint(_LEAST, 700), rng.randint(_LEAST, 700)
+    box = (float(x), float(y), x + 100.0, y + 80.0)
+    target = Objects((Segment(box),), (1.0, 1.0), (1000.0, 1000.0))
+
+    def score(text: str) -> float:
+        content = AnswerFormat.TAGS.extract(text)
+        answered = None if content is None else parse_segments(content)
+        return max(term(text, target, answered) for term in (matched_iou_reward, boxes_points_reward))
+
+    def answer(rng: random.Random) -> Hostile:
+        kind = rng.randrange(5)
+        low = [str(rng.randint(0, _LEAST // 2)) for _ in range(4)]
+        if kind == 0:
+            pieces = ('{"polygon": ', '"bbox_2d": ', '"point_2d": ', "[", "]", "{", "}", ",", "[[1,2],[30,2],[30,40]]")
+            return Hostile(soup(rng, _JUNK, low, pieces))
+        if kind == 1:
+            row = {rng.choice(("polygon", "polygons", "bbox_2d")): rng.choice((list(map(int, low)), [[1, 2]], "x", {}))}
+            text = json.dumps([row] * rng.randint(1, 5))
+            return Hostile(rng.choice((text, text[: rng.randint(0, len(text))], text.replace("]", ""))))
+        if kind == 2:
+            piece = rng.choice((*_JUNK, "[[1,2],[30,2],[30,40]],", '{"polygon":', '{"bbox_2d":[1,2,30,40]},'))
+            return Hostile(rng.choice((wild(rng), large(rng, piece))))
+        if kind == 3:  # a tangle
+            corners = [
+                [rng.randint(0, _LEAST // 2), rng.randint(0, _LEAST // 2)] for _ in range(rng.choice((9, 90, 500)))
+            ]
+            return Hostile(json.dumps([{"polygon": corners}]))
+        boxes = [[i, j, i + 100, j + 100] for i in range(0, 1000, 100) for j in range(0, 1000, 100)]
+        return Hostile(json.dumps([{"bbox_2d": one, "point_2d": one[:2]} for one in [list(box), *boxes]]), True)
+
+    return Task(answer, score, _lacks_large)
+
+
 def gui_task(rng: random.Random) -> Task:
     x, y = rng.randint(_LEAST, 700), rng.randint(_LEAST, 700)
     types = rng.random() < 0.3
@@ -859,6 +900,7 @@ TASKS: dict[str, Callable[[random.Random], Task]] = {
     "points": point_task,
     "screens": gui_task,
     "texts": text_task,
+    "segments": segment_task,
 }
 
 

@@ -203,7 +203,7 @@ def as_object(region: Region) -> Any:
 
 
 def simple_outlines(region: Region, corners: int) -> Regions:
-    """A region's outlines, with so many corners at most in all; the tolerance of simplification grows until they fit."""
+    """A region's outlines, simplified with a growing tolerance until they have so many corners at most in all."""
     outlines = (region,) if _is_number(region[0]) else region
     shape, tolerance = shape_of(region), 0.25
     while sum(map(len, outlines)) > 2 * corners and tolerance < MAX_COORDINATE:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 from vlmenv.envs.base import VisualTaskEnv
@@ -12,29 +12,59 @@ from vlmenv.envs.data.scenes import Split
 from vlmenv.envs.data.segments import SegmentScenes
 from vlmenv.envs.data.source import Sample, Source
 from vlmenv.envs.geometry import Geometry
-from vlmenv.envs.regions import Region, Regions, as_json, read_regions, simple_outlines
+from vlmenv.envs.regions import as_object, read_regions, simple_outlines
 from vlmenv.envs.rewards import segments as rewards
-from vlmenv.envs.rewards.segments import Objects
+from vlmenv.envs.rewards.segments import Objects, Segment
 from vlmenv.envs.rewards.terms import RewardTerm
 
 CORNERS = 300
 """Most corners of an object that `write_answer` writes."""
 
 
-def _object(region: Region) -> dict[str, Any]:
-    """An object as an answer holds it: a box with its centre, or outlines with at most `CORNERS` corners."""
+def _written(one: Segment) -> dict[str, Any]:
+    """An object as an answer holds it: a box and a point, or outlines with at most `CORNERS` corners."""
+    region = one.region
     if len(region) == 4 and not isinstance(region[0], tuple):
-        x, y = (region[0] + region[2]) / 2, (region[1] + region[3]) / 2
-        return {"bbox_2d": [round(value, 1) for value in region], "point_2d": [round(x, 1), round(y, 1)]}
-    outlines = [
-        [[round(x, 1), round(y, 1)] for x, y in zip(outline[::2], outline[1::2], strict=True)]
-        for outline in simple_outlines(region, CORNERS)
-    ]
-    return {"polygon": outlines[0]} if len(outlines) == 1 else {"polygons": outlines}
+        point = one.point or ((region[0] + region[2]) / 2, (region[1] + region[3]) / 2)
+        return {"bbox_2d": _short(region), "point_2d": _short(point)}
+    outlines = [_pairs(outline) for outline in simple_outlines(region, CORNERS)]
+    point = {"point_2d": _short(one.point)} if one.point else {}
+    return ({"polygon": outlines[0]} if len(outlines) == 1 else {"polygons": outlines}) | point
+
+
+def _short(numbers: Sequence[float]) -> list[float]:
+    """Numbers with at most one decimal."""
+    rounded = (round(number, 1) for number in numbers)
+    return [int(number) if number == int(number) else number for number in rounded]
+
+
+def _pairs(outline: Sequence[float]) -> list[list[float]]:
+    return [_short(corner) for corner in zip(outline[::2], outline[1::2], strict=True)]
 
 
 def _write(target: Objects) -> str:
-    return json.dumps([_object(region) for region in target.regions]) if target.regions else "None"
+    return json.dumps([_written(one) for one in target.objects]) if target.objects else "None"
+
+
+def _true_points(answer: str) -> list[Any]:
+    """The points of the objects in a row's answer, empty where they have none beside their region."""
+    value = json.loads(answer) if answer.strip() != "None" else []
+    rows = [value] if isinstance(value, dict) else value
+    points = [row.get("point_2d") if isinstance(row, dict) else None for row in rows]
+    return [tuple(map(float, point)) if _is_pair(point) else () for point in points]
+
+
+def _is_pair(point: Any) -> bool:
+    return isinstance(point, list) and len(point) == 2 and all(type(number) in (int, float) for number in point)
+
+
+def _stored(one: Segment) -> Any:
+    """An object as a data set's row holds it."""
+    region = as_object(one.region)
+    if not one.point:
+        return region
+    named = region if isinstance(region, dict) else {"bbox_2d" if len(region) == 4 else "polygon": region}
+    return named | {"point_2d": list(one.point)}
 
 
 SEGMENTS = Geometry('[{"polygon": [[x, y], [x, y], [x, y]]}]', "boxes or outlines", rewards.parse_segments, _write)
@@ -62,11 +92,12 @@ class SegmentEnv(VisualTaskEnv):
     def builtin_source(self, split: Split) -> Source:
         return SegmentScenes(split)
 
-    def read_target(self, row: Row) -> Regions:
+    def read_target(self, row: Row) -> tuple[Segment, ...]:
         regions = read_regions(row.answer)
         if any(len(region) == 2 and not isinstance(region[0], tuple) for region in regions):
             raise ValueError(f"the answer {row.answer[:80]!r} has a point, which covers nothing")
-        return regions
+        points = _true_points(row.answer) if len(regions) > 1 or "point_2d" in row.answer else [()] * len(regions)
+        return tuple(Segment(region, point) for region, point in zip(regions, points, strict=True))
 
     def target(self, sample: Sample) -> Objects:
         width, height = sample.asked_sizes[0]
@@ -74,7 +105,7 @@ class SegmentEnv(VisualTaskEnv):
         return Objects(super().target(sample), places[0], (float(places[1][0]), float(places[1][1])))
 
     def stored_answer(self, sample: Sample) -> str:
-        return as_json(sample.target)
+        return json.dumps([_stored(one) for one in sample.target]) if sample.target else "None"
 
     def measure(self, text: str, target: Objects, terms: Mapping[str, float]) -> dict[str, float]:
         """Metrics of one answer: the mean of `iou/mean` is the literature's gIoU, `cIoU` divides summed areas."""
@@ -93,4 +124,4 @@ class SegmentEnv(VisualTaskEnv):
 
     def traits(self, prediction: Any, target: Objects) -> dict[str, float]:
         """Answered objects per true one; empty if there is none."""
-        return {"object_ratio": len(prediction or ()) / len(target.regions)} if target.regions else {}
+        return {"object_ratio": len(prediction or ()) / len(target.objects)} if target.objects else {}

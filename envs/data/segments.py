@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from vlmenv.envs.data.pointing import PointScenes
 from vlmenv.envs.data.source import Sample
+from vlmenv.envs.rewards.segments import Segment
 
 
 class SegmentScenes(PointScenes):
@@ -14,4 +15,5 @@ class SegmentScenes(PointScenes):
     def get(self, index: int) -> Sample:
         sample = super().get(index)
         asked = sample.question.replace("Point at", "Outline")
-        return replace(sample, id=sample.id.replace("point", "segment"), question=asked)
+        target = tuple(Segment(region) for region in sample.target)
+        return replace(sample, id=sample.id.replace("point", "segment"), question=asked, target=target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
@@ -30,19 +31,19 @@ _FENCED = re.compile(r"```(?:json)?\s(.*)```", re.DOTALL)
 
 
 class Segment(NamedTuple):
-    """One answered object."""
+    """One object, answered or true."""
 
     region: Region
-    """its outline or box"""
+    """its outlines or box"""
     point: Point | tuple[()] = ()
-    """a point in it, if the answer has one"""
+    """a point in it, if it has one"""
 
 
 class Objects(NamedTuple):
     """The truth of a segmentation task."""
 
-    regions: Regions
-    """the objects; empty if there is none"""
+    objects: tuple[Segment, ...]
+    """empty if there is none"""
     pixel: Point
     """width and height of a pixel of the stored image"""
     extent: Point
@@ -115,7 +116,7 @@ def areas(answered: Sequence[Segment] | None, target: Objects) -> tuple[float, f
     import shapely
 
     given = shapely.union_all([shape_of(one.region) for one in answered or ()])
-    true = shapely.union_all([shape_of(region) for region in target.regions])
+    true = shapely.union_all([shape_of(one.region) for one in target.objects])
     whole = target.pixel[0] * target.pixel[1]
     return given.intersection(true).area / whole, given.union(true).area / whole
 
@@ -128,23 +129,19 @@ def mask_iou_reward(text: str, target: Objects, prediction: Sequence[Segment] | 
         target: The true objects in the coordinates that the prompt asks for.
         prediction: The answered objects; None if unreadable, which scores 0.
     """
-    if prediction is None or not prediction or not target.regions:
-        return float(prediction is not None and not prediction and not target.regions)
+    if prediction is None or not prediction or not target.objects:
+        return float(prediction is not None and not prediction and not target.objects)
     intersection, union = areas(prediction, target)
     return min(1.0, intersection / union) if union > 0 else 0.0
 
 
 def matched_iou_reward(text: str, target: Objects, prediction: Sequence[Segment] | None) -> float:
     """Sum of the IoUs of objects matched one to one, by the greater number of objects, in [0, 1]."""
-    if prediction is None or not prediction or not target.regions:
-        return float(prediction is not None and not prediction and not target.regions)
-    given, true = ([shape_of(region) for region in regions] for regions in (_regions(prediction), target.regions))
+    if prediction is None or not prediction or not target.objects:
+        return float(prediction is not None and not prediction and not target.objects)
+    given, true = ([shape_of(one.region) for one in objects] for objects in (prediction, target.objects))
     overlaps = np.array([[_overlap(one, other) for other in true] for one in given])
     return float(sum(overlaps[pair] for pair in best_pairs(overlaps))) / max(len(given), len(true))
-
-
-def _regions(segments: Sequence[Segment]) -> Regions:
-    return tuple(one.region for one in segments)
 
 
 def _overlap(a: Any, b: Any) -> float:
@@ -158,16 +155,14 @@ def boxes_points_reward(text: str, target: Objects, prediction: Sequence[Segment
 
     The boxes have an IoU above 0.5; their edges are less than 10 apart on average; the points are less than 30 apart,
     and the answered one is in its box. Pairs are those with the greatest sum, which is divided by the greater number
-    of objects. Distances are of an image scaled to 840 x 840. The true point is the centre of the true box.
+    of objects. Distances are of an image scaled to 840 x 840. An outline counts by the box around it. A true object
+    without a point has the centre of its box.
     """
-    if prediction is None or not prediction or not target.regions:
-        return float(prediction is not None and not prediction and not target.regions)
+    if prediction is None or not prediction or not target.objects:
+        return float(prediction is not None and not prediction and not target.objects)
     scale = np.array([_SIDE / target.extent[0], _SIDE / target.extent[1]] * 2)
-    given = np.array([_bounds(one.region) for one in prediction])
-    true = np.array([_bounds(region) for region in target.regions])
-    points = [one.point or None for one in prediction]
-    met = _met(given, true, points, scale)
-    return float(sum(met[pair] for pair in best_pairs(met))) / (3 * max(len(given), len(true)))
+    met = np.array([[_met(one, other, scale) for other in target.objects] for one in prediction], dtype=np.float64)
+    return float(sum(met[pair] for pair in best_pairs(met))) / (3 * max(len(prediction), len(target.objects)))
 
 
 def _bounds(region: Region) -> Box:
@@ -176,25 +171,19 @@ def _bounds(region: Region) -> Box:
     return (x1, y1, x2, y2)
 
 
-def _met(
-    given: NDArray[np.float64], true: NDArray[np.float64], points: Sequence[Point | None], scale: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """The number of conditions [A, B] that pairs of answered and true boxes meet."""
-    met = np.zeros((len(given), len(true)))
-    for a, (box, point) in enumerate(zip(given.tolist(), points, strict=True)):
-        for b, other in enumerate(true.tolist()):
-            centre = ((other[0] + other[2]) / 2, (other[1] + other[3]) / 2)
-            near = point is not None and box[0] <= point[0] <= box[2] and box[1] <= point[1] <= box[3]
-            apart = np.inf if point is None else np.hypot(*((np.array(point) - centre) * scale[:2]))
-            edges = np.abs((np.array(box) - other) * scale).mean()
-            overlap = iou((box[0], box[1], box[2], box[3]), (other[0], other[1], other[2], other[3]))
-            met[a, b] = (overlap > LEAST_IOU) + (edges < MOST_L1) + (near and apart < MOST_APART)
-    return met
+def _met(answered: Segment, true: Segment, scale: NDArray[np.float64]) -> int:
+    """The number of conditions that an answered and a true object meet."""
+    box, other = _bounds(answered.region), _bounds(true.region)
+    apart, edges = math.inf, float(np.abs((np.array(box) - other) * scale).mean())
+    if answered.point and box[0] <= answered.point[0] <= box[2] and box[1] <= answered.point[1] <= box[3]:
+        wanted = true.point or ((other[0] + other[2]) / 2, (other[1] + other[3]) / 2)
+        apart = math.hypot(*((np.array(answered.point) - wanted) * scale[:2]).tolist())
+    return int(iou(box, other) > LEAST_IOU) + int(edges < MOST_L1) + int(apart < MOST_APART)
 
 
 def non_repeat_reward(text: str, target: Any) -> float:
     """0 for a completion with two or more repeated sentences, else 1 (VisionReasoner, arXiv 2505.12081)."""
-    sentences = [one.strip() for one in text[:_LONGEST_TEXT].split(".") if one.strip()]
+    sentences = [one.strip() for one in re.split(r"\.(?=\s|$)", text[:_LONGEST_TEXT]) if one.strip()]
     return float(len(sentences) - len(set(sentences)) < 2)
 
 

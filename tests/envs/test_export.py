@@ -13,7 +13,7 @@ from vlmenv.envs.export import export_sample
 
 TASKS = (
     *("VLM-REC-v0", "VLM-OVD-v0", "VLM-Math-v0", "VLM-Caption-v0", "VLM-VQA-v0"),
-    *("VLM-Count-v0", "VLM-Point-v0", "VLM-GUI-v0", "VLM-OCR-v0"),
+    *("VLM-Count-v0", "VLM-Point-v0", "VLM-GUI-v0", "VLM-OCR-v0", "VLM-Seg-v0"),
 )
 
 

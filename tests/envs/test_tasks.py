@@ -26,10 +26,11 @@ from vlmenv.envs.making import visual_tasks
 from vlmenv.envs.pointing import REGIONS
 from vlmenv.envs.rewards.answers import accuracy_reward, read_answer
 from vlmenv.envs.rewards.text import keywords_reward
+from vlmenv.envs.segmentation import SEGMENTS
 
 TASKS = [
     *("VLM-Caption-v0", "VLM-Count-v0", "VLM-GUI-v0", "VLM-Math-v0"),
-    *("VLM-OCR-v0", "VLM-OVD-v0", "VLM-Point-v0", "VLM-REC-v0", "VLM-VQA-v0"),
+    *("VLM-OCR-v0", "VLM-OVD-v0", "VLM-Point-v0", "VLM-REC-v0", "VLM-Seg-v0", "VLM-VQA-v0"),
 ]
 ROWS: dict[str, list[tuple[str, Any]]] = {
     "VLM-REC-v0": [("Find it.", "[1, 2, 30, 40]"), ("Find the other.", "None")],
@@ -42,6 +43,7 @@ ROWS: dict[str, list[tuple[str, Any]]] = {
     "VLM-Point-v0": [("Point at cats.", "[[1, 2, 30, 40], [35, 5, 60, 40]]"), ("Point at dogs.", "None")],
     "VLM-GUI-v0": [("Click on Save.", "[1, 2, 30, 40]"), ("Enter tea.", '{"action": "type", "text": "tea"}')],
     "VLM-OCR-v0": [("Read it.", "a red cat"), ("Read the sign.", "STOP 12")],
+    "VLM-Seg-v0": [("Outline cats.", "[[5, 5, 30, 5, 30, 40], [35, 5, 60, 40]]"), ("Outline dogs.", "None")],
     "VLM-Count-v0": [("How many cats?", "3"), ("How many dogs?", "0")],
     "VLM-Caption-v0": [("Describe it. How many?", "2"), ("Describe it.", "red")],
 }
@@ -195,7 +197,7 @@ def ceilings(env: VisualTaskEnv, index: int) -> dict[str, tuple[str, float]]:
     write = env.answer_format.write
     tags = env.answer_format is AnswerFormat.TAGS
     caption = env.answer_format is AnswerFormat.SECTIONS  # says "reasoning" where the description goes
-    lists = env.geometry in (DETECTIONS, REGIONS)  # whose objects are whole, though the list is not
+    lists = env.geometry in (DETECTIONS, REGIONS, SEGMENTS)  # whose objects are whole, though the list is not
     graded = "similarity" in env.default_rewards  # any text is a little like any other
     low = form + (0.35 if graded else 0.25 if caption else 0)
     return {
