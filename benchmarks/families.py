@@ -4,7 +4,8 @@
 
 Each model has some two million random weights, the built-in model's tokenizer, and the chat template and image processor
 of its family in the forms of `tests/agents/small_models.py`. It is taught referring expressions on loose boxes for some
-minutes (`examples/builtin_model.py`), and then trained by `vlmenv train`. An interrupted benchmark is taken up by the same command.
+minutes (`examples/builtin_model.py`), and then trained by `vlmenv train`. An interrupted benchmark is taken up by the
+same command.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ sys.path += [str(ROOT / part) for part in ("tests", "tests/agents", "examples", 
 
 import builtin_model  # noqa: E402
 import small_models  # noqa: E402
-from runs import evaluation_of, hardware, steps_of, tail, trained  # noqa: E402
+from runs import evaluation_of, hardware, tail, trained  # noqa: E402
 
 from vlmenv.agents.vlm import VLMAgent  # noqa: E402
 from vlmenv.envs.data.scenes import SIDE  # noqa: E402
@@ -44,7 +45,7 @@ IMAGES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "llava_onevision": {"size": ONE_TILE, "image_grid_pinpoints": [[SIDE, SIDE]]},
     }
 )
-"""Settings of image processors, by the model's type, under which a scene is one tile of 6 × 6 patches. Default: as they are."""
+"""Settings of image processors by the model's type, so that a scene is one tile of 6 × 6 patches. Default: no changes."""
 LAYERS: Mapping[str, list[str]] = MappingProxyType(
     {
         "qwen3_5": ["linear_attention", "linear_attention", "full_attention"],
@@ -91,8 +92,8 @@ def head(args: Args) -> list[str]:
         f"`python benchmarks/families.py --teaching {args.teaching} --steps {args.steps} --limit {args.limit}`, on "
         f"{hardware()}, {torch.get_num_threads()} threads, one seed.",
         "",
-        "A model of each family with random weights is taught referring expressions on the built-in scenes, with boxes drawn too "
-        "wide, and then trained by GRPO with VLM-R1's reward, IoU. Overlap is the mean IoU of greedy answers to "
+        "A model of each family with random weights is taught referring expressions on the built-in scenes, with boxes "
+        "drawn too wide, and then trained by GRPO with VLM-R1's reward, IoU. Overlap is the mean IoU of greedy answers to "
         f"{args.limit} held-out questions, with its 95 % interval. Coordinates are those of the image. The table shows "
         "that training works in each family. It compares none: models, processors and prompts differ.",
         "",
@@ -109,10 +110,7 @@ def row(name: str, args: Args) -> str:
     seconds = tail(run, "time/rollout") + tail(run, "time/score") + tail(run, "time/update")
     weights = sum(parameter.numel() for parameter in VLMAgent.from_pretrained(base).family.model.parameters())
     readable = evaluation_of(run)["format"]
-    return (
-        f"| {name} | {weights / 1e6:.1f} | {minutes:.1f} | {before} | {after} | {readable:.2f} "
-        f"| {seconds:.2f} |"
-    )
+    return f"| {name} | {weights / 1e6:.1f} | {minutes:.1f} | {before} | {after} | {readable:.2f} | {seconds:.2f} |"
 
 
 def options(base: Path, args: Args) -> dict[str, Any]:
