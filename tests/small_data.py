@@ -14,6 +14,7 @@ from PIL import Image
 from vlmenv.core.formats import AnswerFormat
 from vlmenv.envs.captioning import CaptionEnv
 from vlmenv.envs.counting import CountEnv
+from vlmenv.envs.data.scenes import sample_scene
 from vlmenv.envs.export import export_sample
 from vlmenv.envs.gui import GUIEnv
 from vlmenv.envs.vqa import VQAEnv
@@ -117,6 +118,26 @@ def counting(folder: Path) -> None:
     datasets.DatasetDict(train=rows).save_to_disk(str(folder / "leonardPKU" / "clevr_cogen_a_train"))
 
 
+def boxes_with_points(folder: Path) -> None:
+    """VisionReasoner's rows of objects, as a folder that the library `datasets` saved."""
+    import datasets
+
+    stored: dict[str, list[Any]] = {"image": [], "problem": [], "solution": []}
+    for index in range(COUNT):
+        scene, _ = sample_scene("train", index)
+        centres = [((x1 + x2) / 2, (y1 + y2) / 2) for x1, y1, x2, y2 in (shape.box for shape in scene.shapes)]
+        objects = [
+            {"bbox_2d": list(shape.box), "point_2d": list(centre)}
+            for shape, centre in zip(scene.shapes, centres, strict=True)
+        ]
+        stored["image"].append(Image.fromarray(scene.image))
+        stored["problem"].append("the shapes")
+        stored["solution"].append(json.dumps(objects))
+    rows = datasets.Dataset.from_dict(stored).cast_column("image", datasets.Image())
+    target = folder / "Ricky06662" / "VisionReasoner_multi_object_7k_840"
+    datasets.DatasetDict(train=rows).save_to_disk(str(target))
+
+
 def actions(folder: Path) -> None:
     """GUI-R1's parquet files, with places in fractions of the screen."""
     import datasets
@@ -189,6 +210,7 @@ LAYOUTS = {
     "geometry3k": geometry3k,
     "r1v": counting,
     "r1": actions,
+    "vision": boxes_with_points,
 }
 
 

@@ -27,6 +27,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     | {"max_new_tokens": 2048, "top_p": 0.99, "min_pixels": 2**18, "max_pixels": 2**22}
     | {"rewards": {"accuracy": 0.9, "format": 0.1}},
     "gui_r1": EASYR1 | {"max_new_tokens": 1024, "max_pixels": 1258291, "rewards": {"accuracy": 0.8, "format": 0.2}},
+    "vision_reasoner": {"group_size": 8, "prompts_per_step": 16, "epochs": 1, "lr": 1e-6, "beta": 0.01}
+    | {"rewards": {"boxes_points": 3.0, "format": 3.0, "non_repeat": 1.0}},
     "r1v_clevr": {"group_size": 8, "prompts_per_step": 16, "epochs": 2, "max_pixels": 401408}
     | {"lr": 1e-6, "beta": 0.04, "temperature": 1.0, "rewards": {"accuracy": 1.0, "format": 1.0}},
     "vlm_r1_rec": REC,
