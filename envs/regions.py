@@ -21,6 +21,8 @@ from vlmenv.core.coordinates import MAX_COORDINATE, Point, is_box, is_point
 Region = tuple[Any, ...]
 Regions = tuple[Region, ...]
 
+_COARSEST: Final = 64.0
+"""Tolerance of simplification, in coordinates, beyond which only the largest outlines are kept."""
 _BOX_KEYS: Final = ("bbox_2d", "bbox", "box")
 _POINT_KEYS: Final = ("point_2d", "point")
 _OUTLINE_KEYS: Final = ("segmentation", "polygon", "polygons", "mask")
@@ -203,10 +205,28 @@ def as_object(region: Region) -> Any:
 
 
 def simple_outlines(region: Region, corners: int) -> Regions:
-    """A region's outlines, simplified with a growing tolerance until they have so many corners at most in all."""
-    outlines = (region,) if _is_number(region[0]) else region
+    """A region's outlines on a grid of tenths, simplified with a growing tolerance until they have few enough corners.
+
+    Args:
+        region: A box or outlines, which may cross themselves; then what they go around is taken.
+        corners: Most corners of all outlines together.
+    """
+    import shapely
+
     shape, tolerance = shape_of(region), 0.25
-    while sum(map(len, outlines)) > 2 * corners and tolerance < MAX_COORDINATE:
-        simple = _as_region(shape.simplify(tolerance))
-        outlines, tolerance = ((simple,) if _is_number(simple[0]) else simple), 2 * tolerance
-    return outlines
+    outlines = _rings(shapely.set_precision(shape, 0.1))
+    while sum(map(len, outlines)) > 2 * corners and tolerance < _COARSEST:
+        outlines, tolerance = _rings(shapely.set_precision(shape.simplify(tolerance), 0.1)), 2 * tolerance
+    largest = sorted(outlines, key=lambda outline: -shape_of(outline).area)
+    return tuple(largest[: max(1, corners // 4)] if tolerance >= _COARSEST else outlines) or (as_corners(shape.bounds),)
+
+
+def _rings(shape: Any) -> Regions:
+    found: Regions = () if shape.is_empty else _as_region(shape)
+    return (found,) if found and _is_number(found[0]) else found
+
+
+def as_corners(box: Region) -> Region:
+    """A box as an outline."""
+    x1, y1, x2, y2 = box
+    return (x1, y1, x2, y1, x2, y2, x1, y2)

@@ -17,19 +17,19 @@ from vlmenv.envs.rewards import segments as rewards
 from vlmenv.envs.rewards.segments import Objects, Segment
 from vlmenv.envs.rewards.terms import RewardTerm
 
-CORNERS = 300
-"""Most corners of an object that `write_answer` writes."""
+CORNERS = 450
+"""Most corners that `write_answer` writes."""
 
 
-def _written(one: Segment) -> dict[str, Any]:
-    """An object as an answer holds it: a box and a point, or outlines with at most `CORNERS` corners."""
+def _written(one: Segment, corners: int) -> dict[str, Any]:
+    """An object as an answer holds it: a box and a point, or outlines with so many corners at most."""
     region = one.region
     if len(region) == 4 and not isinstance(region[0], tuple):
-        point = one.point or ((region[0] + region[2]) / 2, (region[1] + region[3]) / 2)
-        return {"bbox_2d": _short(region), "point_2d": _short(point)}
-    outlines = [_pairs(outline) for outline in simple_outlines(region, CORNERS)]
-    point = {"point_2d": _short(one.point)} if one.point else {}
-    return ({"polygon": outlines[0]} if len(outlines) == 1 else {"polygons": outlines}) | point
+        centre = ((region[0] + region[2]) / 2, (region[1] + region[3]) / 2)
+        return {"bbox_2d": _short(region), "point_2d": _short(one.point or centre)}
+    outlines = [_pairs(outline) for outline in simple_outlines(region, corners)]
+    written: dict[str, Any] = {"polygon": outlines[0]} if len(outlines) == 1 else {"polygons": outlines}
+    return written | ({"point_2d": _short(one.point)} if one.point else {})
 
 
 def _short(numbers: Sequence[float]) -> list[float]:
@@ -43,15 +43,16 @@ def _pairs(outline: Sequence[float]) -> list[list[float]]:
 
 
 def _write(target: Objects) -> str:
-    return json.dumps([_written(one) for one in target.objects]) if target.objects else "None"
+    corners = max(4, CORNERS // max(1, len(target.objects)))
+    return json.dumps([_written(one, corners) for one in target.objects]) if target.objects else "None"
 
 
 def _true_points(answer: str) -> list[Any]:
     """The points of the objects in a row's answer, empty where they have none beside their region."""
     value = json.loads(answer) if answer.strip() != "None" else []
     rows = [value] if isinstance(value, dict) else value
-    points = [row.get("point_2d") if isinstance(row, dict) else None for row in rows]
-    return [tuple(map(float, point)) if _is_pair(point) else () for point in points]
+    points: list[Any] = [row.get("point_2d") if isinstance(row, dict) else None for row in rows]
+    return [(float(point[0]), float(point[1])) if _is_pair(point) else () for point in points]
 
 
 def _is_pair(point: Any) -> bool:

@@ -62,7 +62,7 @@ class BoxReading:
         form = self._form_of(row)
         if form is None:
             return row
-        edges = corners if form is BoxForm.XYWH else tuple
+        edges: Change = corners if form is BoxForm.XYWH else lambda box: box
         if row.detections is None:
             return replace(row, answer=change_numbers(row.answer, edges))
         found = [one._replace(box=edges(lengths(one.box))) for one in row.detections]

@@ -14,7 +14,7 @@ from pycocotools import mask as coco
 
 from vlmenv.core.errors import DataError
 from vlmenv.core.formats import AnswerFormat
-from vlmenv.envs.regions import shape_of, simple_outlines
+from vlmenv.envs.regions import outlines_of_mask, shape_of, simple_outlines
 from vlmenv.envs.rewards.segments import Objects, Segment, mask_iou_reward, non_repeat_reward, parse_segments
 from vlmenv.envs.segmentation import SegmentEnv
 
@@ -143,6 +143,15 @@ def test_long_outlines_are_simplified_until_they_can_be_answered() -> None:
     assert len(simple) <= 600
     whole, less = shape_of(circle), shape_of(simple)
     assert whole.intersection(less).area / whole.union(less).area > 0.99
+
+
+def test_many_small_parts_are_answered_by_the_largest() -> None:
+    pixels = np.zeros((60, 60), dtype=np.bool_)
+    pixels[::3, ::3] = True
+    pixels[30:50, 30:50] = True
+    outlines = simple_outlines(outlines_of_mask(pixels), 100)
+    assert sum(map(len, outlines)) <= 200
+    assert max(shape_of(outline).area for outline in outlines) >= 400
 
 
 def test_repeated_sentences() -> None:
