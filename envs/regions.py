@@ -22,7 +22,7 @@ Region = tuple[Any, ...]
 Regions = tuple[Region, ...]
 
 _COARSEST: Final = 64.0
-"""Tolerance of simplification, in coordinates, beyond which only the largest outlines are kept."""
+"""Tolerance of simplification, in coordinates, beyond which a region is written as the box around it."""
 _BOX_KEYS: Final = ("bbox_2d", "bbox", "box")
 _POINT_KEYS: Final = ("point_2d", "point")
 _OUTLINE_KEYS: Final = ("segmentation", "polygon", "polygons", "mask")
@@ -207,18 +207,22 @@ def as_object(region: Region) -> Any:
 def simple_outlines(region: Region, corners: int) -> Regions:
     """A region's outlines on a grid of tenths, simplified with a growing tolerance until they have few enough corners.
 
+    Of a region of very many parts the largest are taken.
+
     Args:
         region: A box or outlines, which may cross themselves; then what they go around is taken.
         corners: Most corners of all outlines together.
     """
     import shapely
 
-    shape, tolerance = shape_of(region), 0.25
+    shape = shape_of(region)
+    parts = sorted(getattr(shape, "geoms", [shape]), key=lambda part: -part.area)
+    shape, tolerance = shapely.union_all(parts[: max(1, corners // 8)]), 0.25
     outlines = _rings(shapely.set_precision(shape, 0.1))
     while sum(map(len, outlines)) > 2 * corners and tolerance < _COARSEST:
         outlines, tolerance = _rings(shapely.set_precision(shape.simplify(tolerance), 0.1)), 2 * tolerance
-    largest = sorted(outlines, key=lambda outline: -shape_of(outline).area)
-    return tuple(largest[: max(1, corners // 4)] if tolerance >= _COARSEST else outlines) or (as_corners(shape.bounds),)
+    fits = outlines and sum(map(len, outlines)) <= 2 * corners
+    return outlines if fits else (as_corners(shape.bounds),)
 
 
 def _rings(shape: Any) -> Regions:
