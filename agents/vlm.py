@@ -30,7 +30,7 @@ from vlmenv.agents.engines.fingerprints import fingerprint
 from vlmenv.agents.families import Family, Processor, family_of, weightless_family
 from vlmenv.agents.lora import LoRA
 from vlmenv.agents.pixels import prepared_folder
-from vlmenv.agents.policy import Policy, ValueHead
+from vlmenv.agents.policy import Policy, ValueHead, joined, later_positions
 from vlmenv.agents.quantization import Quantization, quantize, quantized_layers
 from vlmenv.agents.recomputation import recompute_activations
 from vlmenv.agents.references import FrozenPolicy, UnadaptedPolicy
@@ -43,7 +43,16 @@ from vlmenv.core.errors import ConfigError, ModelError, PromptError, require
 from vlmenv.core.files import atomic_folder
 from vlmenv.core.names import BUILTIN
 from vlmenv.core.pixels import PixelLimits
-from vlmenv.core.rollout import Completion, Observations, Prompt, Rollout, group_neighbours, unbatch
+from vlmenv.core.rollout import (
+    Completion,
+    Observation,
+    Observations,
+    Prompt,
+    Rollout,
+    Turns,
+    group_neighbours,
+    unbatch,
+)
 from vlmenv.core.sampling import Sampling
 
 __all__ = ["BUILTIN", "Policy", "Sampling", "VLMAgent", "find_model"]
@@ -180,10 +189,69 @@ class VLMAgent(Agent):
         return self.sampling.max_new_tokens
 
     def act(self, observations: Observations) -> list[str]:
-        return self._generate(observations, replace(self.sampling, temperature=0.0, top_k=None, top_p=1.0)).texts
+        return self.rollout(observations, greedy=True).texts
 
-    def rollout(self, observations: Observations) -> Rollout:
-        return self._generate(observations, self.sampling)
+    def rollout(self, observations: Observations, *, greedy: bool = False) -> Rollout:
+        return self._generate(observations, self._sampling(greedy))
+
+    def proceed(self, rollout: Rollout, observations: Turns, *, greedy: bool = False) -> Rollout:
+        if self.engine is not None:
+            raise ConfigError(
+                "episodes of several turns are sampled by the model itself: leave out --engine, or take a task of one "
+                "step"
+            )
+        turns = self._next_turns(rollout, observations)
+        completions = [
+            self._without_room(one) if observation is not None and row not in turns else one
+            for row, (one, observation) in enumerate(zip(rollout.completions, observations, strict=True))
+        ]
+        if turns:
+            sampling, index = self._sampling(greedy), np.arange(len(turns))
+            whole = [joined(self.family, rollout.prompts[rollout.prompt_index[i]], turn) for i, turn in turns.items()]
+            sampled = sample(self.family_policy, whole, index, sampling, self._generator, self._limits())
+            for row, one in zip(turns, sampled, strict=True):
+                completions[row] = self._answered(turns[row], one)
+        return replace(rollout, completions=completions)
+
+    def _sampling(self, greedy: bool) -> Sampling:
+        return replace(self.sampling, temperature=0.0, top_k=None, top_p=1.0) if greedy else self.sampling
+
+    def _next_turns(self, rollout: Rollout, observations: Turns) -> dict[int, Completion]:
+        """The completions of the rows that go on, by row, with the environment's next turn. Full rows are left out."""
+        turns: dict[int, Completion] = {}
+        for row, observation in enumerate(observations):
+            if observation is None:
+                continue
+            prompt, completion = rollout.prompts[rollout.prompt_index[row]], rollout.completions[row]
+            try:
+                turn = with_turn(self.family, prompt, completion, observation)
+            except ValueError as error:
+                raise PromptError(row, str(error)) from error
+            used = len(prompt.input_ids) + len(turn.token_ids)
+            if used + self.max_new_tokens <= self.max_length:
+                turns[row] = turn
+        return turns
+
+    @staticmethod
+    def _without_room(completion: Completion) -> Completion:
+        """A completion whose next turn has no room in the model: it ends where it is, with an empty answer."""
+        return replace(completion, text="", finish_reason="length")
+
+    def _answered(self, turn: Completion, sampled: Sampled) -> Completion:
+        """A completion that ends with the environment's turn, and the answer to it."""
+        added = len(sampled.token_ids)
+        assert turn.position_ids is not None
+        assert turn.written is not None
+        after = turn.position_ids[:, -1:] + 1 + np.arange(added)
+        return replace(
+            turn,
+            text=self._text(sampled),
+            token_ids=np.concatenate([turn.token_ids, sampled.token_ids]),
+            logprobs=np.concatenate([turn.logprobs, sampled.logprobs]),
+            finish_reason=sampled.finish_reason,
+            written=np.concatenate([turn.written, np.ones(added, np.bool_)]),
+            position_ids=np.concatenate([turn.position_ids, after], axis=1),
+        )
 
     def imitate(self, observations: Observations, texts: Sequence[str]) -> Rollout:
         prompts, index = self.encode(observations)
@@ -251,7 +319,7 @@ class VLMAgent(Agent):
 
         Its gradient is 0, but it runs the vision tower, so that the collectives of all ranks match.
         """
-        if not self.runs_every_module or any(prompt.images for prompt in rollout.prompts):
+        if not self.runs_every_module or any(one.images for one in (*rollout.prompts, *rollout.completions)):
             return rollout
         return replace(rollout, prompts=[*rollout.prompts, self._blank])
 
@@ -583,6 +651,36 @@ class VLMAgent(Agent):
         if fault := answer_fault(self.family, ids, self.max_new_tokens):
             raise PromptError(i, fault)
         return Completion(text, ids, np.zeros(len(ids), np.float32), "stop")
+
+
+def with_turn(family: Family, prompt: Prompt, completion: Completion, observation: Observation) -> Completion:
+    """A completion with the environment's next turn behind it, up to where the next answer begins.
+
+    Its own tokens stay as they were sampled. If it has no end token, the environment's tokens begin with one.
+
+    Args:
+        family: The model's family.
+        prompt: The prompt of the episode.
+        completion: The episode so far.
+        observation: The conversation so far; its prompt is the next turn.
+
+    Raises:
+        ValueError: The turn cannot be encoded.
+    """
+    turn = family.encode_turn(observation)
+    ids, positions = turn.input_ids, turn.position_ids
+    if ids[0] == completion.token_ids[-1] and ids[0] in family.end_tokens:
+        ids, positions = ids[1:], positions[:, 1:] - 1
+    own = later_positions(prompt, completion)
+    written = np.ones(len(own[0]), np.bool_) if completion.written is None else completion.written
+    return replace(
+        completion,
+        token_ids=np.concatenate([completion.token_ids, ids]),
+        logprobs=np.concatenate([completion.logprobs, np.zeros(len(ids), np.float32)]),
+        written=np.concatenate([written, np.zeros(len(ids), np.bool_)]),
+        position_ids=np.concatenate([own, own[:, -1:] + 1 + positions], axis=1),
+        images=family.join_images([completion, turn]),
+    )
 
 
 def answer_ids(family: Family, text: str) -> NDArray[np.int64]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vlmenv.core.errors import RewardError
 from vlmenv.core.files import jsonable
-from vlmenv.core.rollout import Completion, Prompt, Rollout, Rows, told_turns, unbatch
+from vlmenv.core.rollout import Completion, FinishReason, Prompt, Rollout, Rows, told_turns, unbatch
 from vlmenv.core.spaces import Image
 
 NO_TERMS: Final = ("reward/std", "reward/zero_std_groups")
@@ -106,10 +106,7 @@ class Rollouts:
                 (torch.from_numpy(one.input_ids), torch.from_numpy(one.position_ids), dict(one.images))
                 for one in rollout.prompts
             ],
-            "completions": [
-                (one.text, torch.from_numpy(one.token_ids), torch.from_numpy(one.logprobs), one.finish_reason)
-                for one in rollout.completions
-            ],
+            "completions": [_completion_state(one) for one in rollout.completions],
             "prompt_index": torch.from_numpy(rollout.prompt_index),
             "sampling": (rollout.temperature, rollout.full_distribution, rollout.from_trainer),
             "rewards": self.rewards,
@@ -121,7 +118,7 @@ class Rollouts:
     def from_state(cls, state: dict[str, Any]) -> Rollouts:
         """Restores what `state_dict` returned."""
         prompts = [Prompt(ids.numpy(), places.numpy(), images) for ids, places, images in state["prompts"]]
-        completions = [Completion(text, ids.numpy(), p.numpy(), end) for text, ids, p, end in state["completions"]]
+        completions = [_restored(*one) for one in state["completions"]]
         rollout = Rollout(prompts, state["prompt_index"].numpy(), completions, *state["sampling"])
         images = [tuple(image.numpy() for image in images) for images in state["images"]]
         return cls(rollout, state["rewards"], state["records"], images)
@@ -152,7 +149,7 @@ class Rollouts:
 
     def metrics(self) -> dict[str, float]:
         """Means by their logged names. The mean of a term or trait is over the completions that have it."""
-        lengths = [len(completion.token_ids) for completion in self.rollout.completions]
+        lengths = [len(completion.written_ids) for completion in self.rollout.completions]
         return {
             "reward/mean": float(self.rewards.mean()),
             "reward/std": float(self.rewards.std(correction=0)),
@@ -161,7 +158,7 @@ class Rollouts:
             "completion/min_length": float(min(lengths)),
             "completion/max_length": float(max(lengths)),
             "completion/truncated": float(np.mean([c.finish_reason == "length" for c in self.rollout.completions])),
-            "completion/repetition": float(np.mean([repetition(c.token_ids) for c in self.rollout.completions])),
+            "completion/repetition": float(np.mean([repetition(c.written_ids) for c in self.rollout.completions])),
             **{f"completion/{name}": mean for name, mean in self._means("traits").items()},
         }
 
@@ -205,6 +202,8 @@ class Batch:
         """
         completions = rollout.completions
         mask = _padded([torch.ones(len(c.token_ids), dtype=torch.bool) for c in completions])
+        for row, written in ((i, c.written) for i, c in enumerate(completions) if c.written is not None):
+            mask[row, : len(written)] = torch.from_numpy(written)
         old = _padded([torch.from_numpy(c.logprobs) for c in completions])
         truncated = torch.tensor([c.finish_reason == "length" for c in completions])
         credit = torch.zeros(len(rollout)) if advantages is None else advantages
@@ -291,6 +290,24 @@ def padding_share(rollout: Rollout, passes: Sequence[Rows]) -> float:
             places += len(lengths) * max(lengths)
             tokens += sum(lengths)
     return 1 - tokens / places
+
+
+def _completion_state(one: Completion) -> tuple[Any, ...]:
+    """A completion as plain containers and tensors: four parts, and three more after several turns."""
+    state = one.text, torch.from_numpy(one.token_ids), torch.from_numpy(one.logprobs), one.finish_reason
+    if one.written is None:
+        return state
+    assert one.position_ids is not None
+    return *state, torch.from_numpy(one.written), torch.from_numpy(one.position_ids), dict(one.images)
+
+
+def _restored(text: str, ids: Tensor, logprobs: Tensor, end: FinishReason, *later: Any) -> Completion:
+    """The completion of a `_completion_state`."""
+    one = Completion(text, ids.numpy(), logprobs.numpy(), end)
+    if later:
+        written, places, images = later
+        one = replace(one, written=written.numpy(), position_ids=places.numpy(), images=images)
+    return one
 
 
 def _padded(rows: list[Tensor]) -> Tensor:

@@ -256,7 +256,7 @@ class Trainer:
         metrics = self._over_processes(metrics)
         if (skipped := self.collector.skipped()) is not None:
             metrics["data/skipped"] = float(len(skipped))
-        tokens = sum(len(completion.token_ids) for completion in collected.rollouts.rollout.completions)
+        tokens = sum(len(completion.written_ids) for completion in collected.rollouts.rollout.completions)
         seconds = time.perf_counter() - started
         metrics["tokens_per_second"] = tokens * self.accelerator.num_processes / seconds
         self.step += 1
