@@ -81,7 +81,9 @@ class Agent(ABC):
             PromptError: A prompt leaves no room for the completion, or cannot be encoded.
         """
 
-    def proceed(self, rollout: Rollout, observations: Turns, *, greedy: bool = False) -> Rollout:
+    def proceed(
+        self, rollout: Rollout, observations: Turns, *, greedy: bool = False, texts: Sequence[str] | None = None
+    ) -> Rollout:
         """Answers the environments' next turns, in episodes of several turns.
 
         The tokens so far stay as they were sampled; those of the environment's turn and of the answer follow them. An
@@ -91,10 +93,11 @@ class Agent(ABC):
             rollout: The episodes so far, N.
             observations: [N], the conversations so far; None for episodes that have ended, whose rows stay the same.
             greedy: As in `rollout`.
+            texts: [N], given answers, with log-probabilities 0, in place of generated ones. Default: none.
 
         Raises:
             ConfigError: This agent, or its engine, has episodes of one step alone.
-            PromptError: A turn cannot be encoded.
+            PromptError: A turn cannot be encoded; or, as in `imitate`, a given answer.
         """
         raise ConfigError(f"{type(self).__name__} answers one turn: it has no proceed() for episodes of several turns")
 

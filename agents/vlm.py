@@ -194,8 +194,10 @@ class VLMAgent(Agent):
     def rollout(self, observations: Observations, *, greedy: bool = False) -> Rollout:
         return self._generate(observations, self._sampling(greedy))
 
-    def proceed(self, rollout: Rollout, observations: Turns, *, greedy: bool = False) -> Rollout:
-        if self.engine is not None:
+    def proceed(
+        self, rollout: Rollout, observations: Turns, *, greedy: bool = False, texts: Sequence[str] | None = None
+    ) -> Rollout:
+        if self.engine is not None and texts is None:
             raise ConfigError(
                 "episodes of several turns are sampled by the model itself: leave out --engine, or take a task of one "
                 "step"
@@ -205,13 +207,25 @@ class VLMAgent(Agent):
             self._without_room(one) if observation is not None and row not in turns else one
             for row, (one, observation) in enumerate(zip(rollout.completions, observations, strict=True))
         ]
-        if turns:
-            sampling, index = self._sampling(greedy), np.arange(len(turns))
-            whole = [joined(self.family, rollout.prompts[rollout.prompt_index[i]], turn) for i, turn in turns.items()]
-            sampled = sample(self.family_policy, whole, index, sampling, self._generator, self._limits())
-            for row, one in zip(turns, sampled, strict=True):
-                completions[row] = self._answered(turns[row], one)
+        if texts is None:
+            answers = self._sampled(rollout, turns, greedy)
+        else:
+            answers = {row: self._given(row, texts[row]) for row in turns}
+        for row, answer in answers.items():
+            completions[row] = _answered(turns[row], answer)
         return replace(rollout, completions=completions)
+
+    def _sampled(self, rollout: Rollout, turns: Mapping[int, Completion], greedy: bool) -> dict[int, Completion]:
+        """An answer to each of the environment's turns, by row."""
+        if not turns:
+            return {}
+        whole = [joined(self.family, rollout.prompts[rollout.prompt_index[row]], turn) for row, turn in turns.items()]
+        index, sampling = np.arange(len(whole)), self._sampling(greedy)
+        sampled = sample(self.family_policy, whole, index, sampling, self._generator, self._limits())
+        return {row: self._completion(one) for row, one in zip(turns, sampled, strict=True)}
+
+    def _completion(self, sampled: Sampled) -> Completion:
+        return Completion(self._text(sampled), sampled.token_ids, sampled.logprobs, sampled.finish_reason)
 
     def _sampling(self, greedy: bool) -> Sampling:
         return replace(self.sampling, temperature=0.0, top_k=None, top_p=1.0) if greedy else self.sampling
@@ -237,25 +251,9 @@ class VLMAgent(Agent):
         """A completion whose next turn has no room in the model: it ends where it is, with an empty answer."""
         return replace(completion, text="", finish_reason="length")
 
-    def _answered(self, turn: Completion, sampled: Sampled) -> Completion:
-        """A completion that ends with the environment's turn, and the answer to it."""
-        added = len(sampled.token_ids)
-        assert turn.position_ids is not None
-        assert turn.written is not None
-        after = turn.position_ids[:, -1:] + 1 + np.arange(added)
-        return replace(
-            turn,
-            text=self._text(sampled),
-            token_ids=np.concatenate([turn.token_ids, sampled.token_ids]),
-            logprobs=np.concatenate([turn.logprobs, sampled.logprobs]),
-            finish_reason=sampled.finish_reason,
-            written=np.concatenate([turn.written, np.ones(added, np.bool_)]),
-            position_ids=np.concatenate([turn.position_ids, after], axis=1),
-        )
-
     def imitate(self, observations: Observations, texts: Sequence[str]) -> Rollout:
         prompts, index = self.encode(observations)
-        completions = [self._written(i, text) for i, text in enumerate(texts)]
+        completions = [self._given(i, text) for i, text in enumerate(texts)]
         return Rollout(
             prompts, index, completions, temperature=1.0
         )  # log-probabilities are the model's, whatever the sampling temperature
@@ -614,7 +612,7 @@ class VLMAgent(Agent):
             draws = sampling.temperature > 0  # greedy completions do not change the random state
             seed = int(torch.randint(2**62, (), generator=self._generator, device=self.device)) if draws else 0
             sampled = self.engine.generate(requests, index, sampling, np.random.default_rng(seed))
-        completions = [Completion(self._text(one), one.token_ids, one.logprobs, one.finish_reason) for one in sampled]
+        completions = [self._completion(one) for one in sampled]
         full, from_trainer = not sampling.cuts_tail, self.engine is None
         return Rollout(prompts, index, completions, sampling.temperature, full, from_trainer)
 
@@ -645,7 +643,7 @@ class VLMAgent(Agent):
             module = inner
         return module
 
-    def _written(self, i: int, text: str) -> Completion:
+    def _given(self, i: int, text: str) -> Completion:
         """An answer as tokens, with the family's end token."""
         ids = answer_ids(self.family, text)
         if fault := answer_fault(self.family, ids, self.max_new_tokens):
@@ -680,6 +678,23 @@ def with_turn(family: Family, prompt: Prompt, completion: Completion, observatio
         written=np.concatenate([written, np.zeros(len(ids), np.bool_)]),
         position_ids=np.concatenate([own, own[:, -1:] + 1 + positions], axis=1),
         images=family.join_images([completion, turn]),
+    )
+
+
+def _answered(turn: Completion, answer: Completion) -> Completion:
+    """A completion that ends with the environment's turn, with the answer to it behind."""
+    count = len(answer.token_ids)
+    assert turn.position_ids is not None
+    assert turn.written is not None
+    after = turn.position_ids[:, -1:] + 1 + np.arange(count)
+    return replace(
+        turn,
+        text=answer.text,
+        token_ids=np.concatenate([turn.token_ids, answer.token_ids]),
+        logprobs=np.concatenate([turn.logprobs, answer.logprobs]),
+        finish_reason=answer.finish_reason,
+        written=np.concatenate([turn.written, np.ones(count, np.bool_)]),
+        position_ids=np.concatenate([turn.position_ids, after], axis=1),
     )
 
 

@@ -202,6 +202,11 @@ def unbatch(observations: Observations) -> list[Observation]:
     return [{"images": tuple(images), "prompt": prompt, "turns": tuple(turns)} for images, prompt, turns in rows]
 
 
+def next_turns(observations: Observations, ended: NDArray[np.bool_]) -> list[Observation | None]:
+    """The observations of the episodes that have not ended; None for the others."""
+    return [None if over else one for one, over in zip(unbatch(observations), ended, strict=True)]
+
+
 def group_neighbours(observations: Sequence[Observation]) -> tuple[list[int], NDArray[np.int64]]:
     """Finds the runs of neighbouring observations that are copies of one another.
 
