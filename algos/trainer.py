@@ -386,6 +386,7 @@ class Trainer:
                 self._most_tokens,
                 self.accelerator.gather,
                 lambda tensor: cast(Tensor, self.accelerator.reduce(tensor)),
+                None if rollouts.turn_rewards is None else rollouts.turn_rewards.to(self.agent.device),
             )
         )
         batch.advantages, batch.mask, batch.returns = credit.advantages, credit.mask, credit.returns
