@@ -47,6 +47,7 @@ from vlmenv.core.rollout import (
     Completion,
     Observation,
     Observations,
+    Pictured,
     Prompt,
     Rollout,
     Turns,
@@ -317,7 +318,8 @@ class VLMAgent(Agent):
 
         Its gradient is 0, but it runs the vision tower, so that the collectives of all ranks match.
         """
-        if not self.runs_every_module or any(one.images for one in (*rollout.prompts, *rollout.completions)):
+        holders: list[Pictured] = [*rollout.prompts, *rollout.completions]
+        if not self.runs_every_module or any(one.images for one in holders):
             return rollout
         return replace(rollout, prompts=[*rollout.prompts, self._blank])
 

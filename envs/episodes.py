@@ -112,7 +112,9 @@ def conversation(before: Observation, text: str, reply: Reply) -> Observation:
         raise ConfigError(f"respond() gave {told.count(IMAGE_MARK)} {IMAGE_MARK} marks for {len(reply.images)} images")
     asked: Turn = {"role": "user", "text": _marked(before)}
     answered: Turn = {"role": "assistant", "text": text}
-    turns = [turn if before["images"] else {**turn, "text": _unmarked(turn["text"])} for turn in before["turns"]]
+    turns = before["turns"]
+    if not before["images"]:
+        turns = tuple(Turn(role=turn["role"], text=_unmarked(turn["text"])) for turn in turns)
     return {"images": (*before["images"], *reply.images), "prompt": told, "turns": (*turns, asked, answered)}
 
 

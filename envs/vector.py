@@ -106,6 +106,7 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         self._shown: list[Shown] = []
         self._observations: BatchedObservations = {}
         self._episodes: list[Episode] = []
+        self._totals = np.zeros(num_envs, dtype=np.float64)
         self._loader = SampleLoader(self.task)
 
     @property
@@ -165,7 +166,7 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
             self._shown = self._kept(options["replace"]) if "replace" in options else []
             self._fill(self._order)
         self._episodes = [Episode(one.sample, one.observation) for one in self._shown for _ in range(self.group_size)]
-        self._totals = np.zeros(self.num_envs, dtype=np.float64)
+        self._totals = np.zeros_like(self._totals)
         self._observations = self._batched()
         return self._observations, self._infos() | (self._true_answers() if self._answers else {})
 

@@ -74,10 +74,10 @@ class ZoomEnv(VQAEnv):
         "Answer as {answer}\nTo see a part of the image enlarged, answer {crop} in {coordinates}.\n{question}"
     )
 
-    def __init__(self, *args: Any, prompt_template: str | None = None, max_turns: int | None = None, **kwargs: Any):
+    def __init__(self, *, prompt_template: str | None = None, max_turns: int | None = None, **kwargs: Any) -> None:
         if prompt_template is None and max_turns == 1:
             prompt_template = VQAEnv.prompt_template
-        super().__init__(*args, prompt_template=prompt_template, max_turns=max_turns, **kwargs)
+        super().__init__(prompt_template=prompt_template, max_turns=max_turns, **kwargs)
 
     def builtin_source(self, split: Split) -> Source:
         return TinyDots(split)

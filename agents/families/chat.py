@@ -62,7 +62,8 @@ class ChatTemplate:
         word = "answer-probe-text"
         while word in observation["prompt"]:
             word += "-"
-        turns = tuple({**turn, "text": word} if turn["role"] == "assistant" else turn for turn in observation["turns"])
+        probe: Turn = {"role": "assistant", "text": word}
+        turns = tuple(probe if turn["role"] == "assistant" else turn for turn in observation["turns"])
         return self.render({**observation, "turns": turns}).rpartition(word)[2]
 
     def conversation(self, observation: Observation) -> list[Message]:
