@@ -35,7 +35,8 @@ def sentences(text: str) -> Iterator[str]:
 
 def _split(text: str) -> Iterator[str]:
     start = 0
-    for end in _END.finditer(text):
+    masked = re.sub(r"`[^`]*`", lambda span: f"`{'x' * (len(span[0]) - 2)}`", text)  # no end lies within code
+    for end in _END.finditer(masked):
         if _NO_END.search(text[start : end.start()]):
             continue
         yield text[start : end.end()].strip()
