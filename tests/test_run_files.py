@@ -66,6 +66,15 @@ def test_every_field_of_an_answer_is_on_the_page(run: Path) -> None:
     assert set(lines(run / "rollouts.jsonl")[0]) | set(lines(run / "before" / "answers.jsonl")[0]) <= known
 
 
+@pytest.mark.slow
+def test_a_run_shows_itself_in_a_notebook(run: Path) -> None:
+    html = vlmenv.Run(run)._repr_html_()
+    assert "VLM-REC-v0, ppo, model builtin, 1 steps" in html
+    assert f"<td>iou/mean</td><td>{vlmenv.Run(run).before['iou/mean'].value:.3f} (" in html
+    assert html.count("<img") == 1
+    assert len(html) < 500_000
+
+
 def names_in_code() -> Iterator[str]:
     """The metrics that modules name."""
     for folder in ("algos", "agents", "vlmenv/runs"):

@@ -281,7 +281,6 @@ class TrainingLoop:
             self._save()
         self._prune()
         self._draw()
-        self.tracking.close()
         report_skipped(self.trainer.collector.skipped() or {}, self.envs.task.source.size, self.console)
         if self.trainer.step < self.config.trainer.steps:
             self.keeping.report()
