@@ -61,7 +61,7 @@ def warn(message: str, console: Console) -> None:
 def open_console(*, quiet: bool = False, stderr: bool = False) -> Console:
     """The console of a command.
 
-    In a notebook it shows progress as a widget. Without ipywidgets, which that takes, it prints lines, and says so once.
+    In a notebook it shows progress as a widget. That takes ipywidgets; without it, it prints lines, and says so once.
     """
     console = PlainConsole(quiet=quiet, stderr=stderr)
     if not console.is_jupyter or importlib.util.find_spec("ipywidgets"):

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from PIL import Image as PILImage
 
 from vlmenv.algos.trainer import StepResult
+from vlmenv.compat.tensorboard import hyperparameters
 from vlmenv.core.errors import ConfigError, TrainingError, unknown_name
 from vlmenv.core.loading import load_name
 from vlmenv.core.spaces import Image
@@ -78,7 +79,7 @@ class TensorBoard(Tracker):
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
-        self._options: dict[str, Any] = {}
+        self._options: dict[str, float | str] = {}
 
     def start(self, run: RunFolder, options: Mapping[str, str], step: int) -> None:
         threading.excepthook = _tell_of_a_thread
@@ -89,15 +90,11 @@ class TensorBoard(Tracker):
             self._tell_options({})
 
     def _tell_options(self, metrics: Mapping[str, float]) -> None:
-        """Writes the options, and which metrics the table of hyperparameters has."""
-        if not self._accelerator.is_main_process:
-            return
-        from torch.utils.tensorboard.summary import hparams  # here, as it imports TensorBoard
-
-        writer = self._accelerator.get_tracker("tensorboard", unwrap=True)
-        experiment, begin, end = hparams(self._options, dict(metrics))
-        for summary in (experiment, begin, end) if metrics else (begin,):
-            writer.file_writer.add_summary(summary)
+        """Writes the options, and with metrics which columns the table of hyperparameters has."""
+        if self._accelerator.is_main_process:
+            file = self._accelerator.get_tracker("tensorboard", unwrap=True).file_writer
+            for record in hyperparameters(self._options, metrics):
+                file.add_summary(record)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         self._accelerator.log(dict(metrics), step=step)
@@ -111,11 +108,10 @@ class TensorBoard(Tracker):
 
     def compare(self, before: Mapping[str, float], after: Mapping[str, float], step: int) -> None:
         writer = self._accelerator.get_tracker("tensorboard", unwrap=True)
-        for name, value in before.items():
-            writer.add_scalar(f"before/{name}", value, 0)
-        for name, value in after.items():
-            writer.add_scalar(f"after/{name}", value, step)
-        self._tell_options({f"before/{name}": value for name, value in before.items()} | _after(after))
+        told = _ends(before, after)
+        for name, value in told.items():
+            writer.add_scalar(name, value, 0 if name.startswith("before/") else step)
+        self._tell_options(told)
 
     def close(self, failed: bool) -> None:
         for tracker in self._accelerator.trackers:
@@ -171,8 +167,7 @@ class WandB(Tracker):
         self._accelerator.get_tracker("wandb").log_table("samples", columns, rows, step=step)
 
     def compare(self, before: Mapping[str, float], after: Mapping[str, float], step: int) -> None:
-        told = {f"before/{name}": value for name, value in before.items()} | _after(after)
-        self._accelerator.get_tracker("wandb", unwrap=True).summary.update(told)
+        self._accelerator.get_tracker("wandb", unwrap=True).summary.update(_ends(before, after))
 
     def close(self, failed: bool) -> None:
         if failed and self._accelerator.is_main_process:
@@ -181,8 +176,10 @@ class WandB(Tracker):
             tracker.finish()
 
 
-def _after(metrics: Mapping[str, float]) -> dict[str, float]:
-    return {f"after/{name}": value for name, value in metrics.items()}
+def _ends(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of both as `before/NAME` and `after/NAME`."""
+    both = (("before", before), ("after", after))
+    return {f"{when}/{name}": value for when, metrics in both for name, value in metrics.items()}
 
 
 def _number(text: str) -> float | str:
