@@ -175,8 +175,7 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
         raise
     if accelerator.is_main_process and held_out is not None and before is not None and after is not None:
         compare(config, run, held_out, before, after, console, keeping)
-        ends = ({name: found.value for name, found in one.metrics.items()} for one in (before, after))
-        tracking.compare(*ends, trainer.step)
+        tracking.compare(before.values(), after.values(), trainer.step)
     tracking.close()  # before the processes part
     seen = f"; look at {run.path / 'report.html'} in a browser" if keeping.report() else ""
     say(f"model, metrics and pictures are in {run.path}{seen}", console)
