@@ -214,10 +214,10 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         rows += [("samples", "without end" if self.source.size is None else str(self.source.size))]
         rows += [("coordinates", self.coordinates.space.value)] if self.geometry is not None else []
         shown = notebook.table(type(self).__name__, (), rows)
-        if self._sample is None:
+        if self._episode is None:
             return shown
-        image = notebook.picture(self.draw(self._sample, self._prediction), f"sample {self._sample.id}")
-        return shown + image + notebook.text_block(self._told(self._sample))
+        image = notebook.picture(self._drawn(self._episode), f"sample {self._episode.sample.id}")
+        return shown + image + notebook.text_block(self._told(self._episode))
 
     @property
     def rewards(self) -> dict[str, float]:
