@@ -11,6 +11,7 @@ from typing import Any, ClassVar, SupportsIndex, TypeVar
 import gymnasium
 from gymnasium import spaces
 
+from vlmenv.core import notebook
 from vlmenv.core.answers import NONE
 from vlmenv.core.coordinates import Box, Coordinates, CoordinateSpace, ResizeRule
 from vlmenv.core.errors import ConfigError, DataError, SampleError, require_at_least, unknown_name
@@ -206,6 +207,17 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         shown += [f"samples={self.source.size}"] if self.source.size is not None else []
         shown += [f"coordinates={self.coordinates.space.value!r}"] if self.geometry is not None else []
         return f"{type(self).__name__}({', '.join(shown)})"
+
+    def _repr_html_(self) -> str:
+        """The task in a notebook: its rewards, and the present sample with the answer to it."""
+        rows = [("rewards", ", ".join(f"{name} {weight:g}" for name, weight in self.rewards.items()))]
+        rows += [("samples", "without end" if self.source.size is None else str(self.source.size))]
+        rows += [("coordinates", self.coordinates.space.value)] if self.geometry is not None else []
+        shown = notebook.table(type(self).__name__, (), rows)
+        if self._episode is None:
+            return shown
+        image = notebook.picture(self._drawn(self._episode), f"sample {self._episode.sample.id}")
+        return shown + image + notebook.text_block(self._told(self._episode))
 
     @property
     def rewards(self) -> dict[str, float]:

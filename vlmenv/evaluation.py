@@ -57,6 +57,10 @@ class Evaluation:
             metrics["unparsable"] |= {"count": unparsable, "answers": len(self.answers)}
         return metrics
 
+    def values(self) -> dict[str, float]:
+        """The metrics without their intervals."""
+        return {name: metric.value for name, metric in self.metrics.items()}
+
     @property
     def unparsable(self) -> int | None:
         """How many answers could not be read; None where the task does not say."""

@@ -276,7 +276,7 @@ class TrainingLoop:
             with shared_failure(trainer.accelerator):
                 if trainer.accelerator.is_main_process:
                     run.write_json("best.json", {"step": trainer.step, "metric": name, "value": interval.value})
-        return {f"eval/{metric}": found.value for metric, found in evaluation.metrics.items()}
+        return {f"eval/{metric}": value for metric, value in evaluation.values().items()}
 
     def _finish(self) -> None:
         """Saves the state after the last step, and draws the curve so far."""
@@ -284,7 +284,6 @@ class TrainingLoop:
             self._save()
         self._prune()
         self._draw()
-        self.tracking.close()
         report_skipped(self.trainer.collector.skipped() or {}, self.envs.task.source.size, self.console)
         if self.trainer.step < self.config.trainer.steps:
             self.keeping.report()
