@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ import torch
 from small_models import invent
 from torch import Tensor
 
+from vlmenv.agents import vlm
+from vlmenv.agents.sampling import Sampled, sample
 from vlmenv.agents.vlm import Sampling, VLMAgent
 from vlmenv.algos.batch import Batch, Rollouts, micro_batches
 from vlmenv.core.errors import PromptError
@@ -158,18 +161,29 @@ def test_earlier_tokens_stay_as_sampled_and_turns_are_the_chat_templates(agent: 
         assert ends >= len(ended)  # each answer is ended, by the policy or by the environment
 
 
-def test_a_token_of_the_environment_gets_no_gradient(agent: VLMAgent) -> None:
-    """Whatever a loss makes of their places."""
-    rollout, _ = episodes(agent)
-    mask = Batch.of(rollout, agent.device).mask
-    values = agent.logprobs(rollout).values
-    every = gradients(agent, values.sum())
-    policys = gradients(agent, agent.logprobs(rollout).values[mask].sum())
-    assert all(torch.equal(every[name], policys[name]) for name in policys)
-    values = agent.logprobs(rollout).values
-    (by_place,) = torch.autograd.grad(values.sum() + 0 * values[mask].sum(), values, retain_graph=True)
-    environments = gradients(agent, (values * by_place)[~mask].sum())
-    assert not any(one.any() for one in environments.values())
+def test_a_token_of_the_environment_gets_no_gradient(agent: VLMAgent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a loss makes of its place. The policy's tokens are those that the sampler gave."""
+    sampled: list[list[int]] = []
+
+    def noted(*given: Any) -> list[Sampled]:
+        found = sample(*given)
+        sampled.append([len(one.token_ids) for one in found])
+        return found
+
+    monkeypatch.setattr(vlm, "sample", noted)
+    rollout, history = episodes(agent)
+    longest = max(len(one.token_ids) for one in rollout.completions)
+    policys = torch.zeros(len(TURNS), longest, dtype=torch.bool)
+    for turn, (lengths, after_it) in enumerate(zip(sampled, history, strict=True), 1):
+        going = [row for row, turns in enumerate(TURNS) if turns >= turn]
+        for row, length in zip(going, lengths, strict=True):
+            end = len(after_it.completions[row].token_ids)
+            policys[row, end - length : end] = True
+    result = agent.logprobs(rollout)
+    assert torch.equal(result.mask, policys)
+    assert torch.equal(Batch.of(rollout, agent.device).mask, policys)
+    at_environments = gradients(agent, result.values[~policys].sum())
+    assert not any(one.any() for one in at_environments.values())
 
 
 def test_a_cut_off_answer_gets_an_end_token_that_is_not_learnt(agent: VLMAgent) -> None:

@@ -111,8 +111,7 @@ class PromptOptions:
     """Convention of coordinates in prompts and answers: pixels of the stored image, pixels of the resized image that
     the model sees, or thousandths. "auto": the convention that the model was trained with."""
     max_turns: int | None = None
-    """Maximum number of answers per episode, in a task of several turns. 1 makes it a task of one step. None: the
-    task's own."""
+    """Maximum number of answers per episode, in a task of several turns. 1: a single step. None: the task's own."""
 
     def __post_init__(self) -> None:
         require_at_least(1, max_turns=self.max_turns)
