@@ -140,7 +140,8 @@ def of_recipe(name: str, folder: Path) -> list[str]:
 
 
 SERVERS = re.compile(r" serve| --serve")
-COMMANDS = [one for one in commands("vlmenv") if not SERVERS.search(one) and not AT_OTHER_ADDRESSES.search(one)]
+SHOWN = dict.fromkeys(commands("vlmenv"))  # each once, however often the pages show it
+COMMANDS = [one for one in SHOWN if not SERVERS.search(one) and not AT_OTHER_ADDRESSES.search(one)]
 
 
 @pytest.mark.parametrize("command", [with_vllm(one) for one in COMMANDS])
@@ -206,7 +207,7 @@ def test_the_servers_say_what_to_type(servers: dict[str, Served]) -> None:
         assert f"vlmenv train --engine vllm-server --server {server.url}\n" in server.told()
 
 
-ON_ONE_MACHINE = [one for one in commands("accelerate launch") if "--num_machines" not in one]
+ON_ONE_MACHINE = [one for one in dict.fromkeys(commands("accelerate launch")) if "--num_machines" not in one]
 """`test_machines.py` launches on several."""
 
 
