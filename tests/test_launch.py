@@ -82,7 +82,7 @@ def test_the_ranks_of_a_launcher_that_is_killed_save_and_end(tmp_path: Path) -> 
 
 
 def test_all_ranks_are_told_at_once_and_one_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A scheduler signals ranks and launcher, which signals the ranks too, and then all again. The checkpoint is whole."""
+    """A scheduler signals ranks and launcher, which signals the ranks too, and then all again; the state is saved."""
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "run"
     with start("ddp", "-m", "vlmenv", "train", *LONG, *TINY, cwd=tmp_path) as process:

@@ -21,6 +21,8 @@ from small_data import WITHOUT_HUB, lay_out, lay_out_pipeline, small_pipeline
 
 from vlmenv.cli import main
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
 SMALL = {

@@ -20,7 +20,7 @@ from servers import Served, free_port, serve
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.cli import main
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("without_pictures")]
 VLLM = ["--engine", "vllm", "--engine-length", "512"]
 LENGTH = ["--engine-length", "512"]
 TINY = ["--prompts-per-step", "2", "--group-size", "4", "--eval-limit", "4", "--device", "cpu"]

@@ -33,9 +33,7 @@ def internvl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", NAMES)
-def test_two_processes_learn_as_one(
-    kind: str, tmp_path: Path, internvl: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_processes_learn_as_one(kind: str, tmp_path: Path, internvl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They have the gradient of one, save, go on and evaluate as one, and do not wait for one another in vain.
 
     The files of a model in bfloat16 have the rounded weights, of shards too, and beside them is what was rounded away.

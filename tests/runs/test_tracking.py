@@ -19,6 +19,8 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from vlmenv.cli import main
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 TINY = ["--prompts-per-step", "2", "--group-size", "4", "--eval-limit", "0", "--device", "cpu"]
 
 
