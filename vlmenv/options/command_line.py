@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,6 +11,7 @@ from vlmenv.core.errors import ConfigError
 from vlmenv.core.loading import import_modules
 from vlmenv.options.fields import options_of
 from vlmenv.options.files import as_arguments, packaged_file, read_options
+from vlmenv.options.mixing import MIX
 from vlmenv.options.parsing import names_of, parse, renamed, single_value, values_of
 from vlmenv.options.resolve import RECORD, Layer, displace, merge, unknown_of
 
@@ -109,6 +110,8 @@ def run_layers(folder: Path) -> list[Layer]:
             f"{resolved.place} is cut off: its last part, the {RECORD}, is missing. Put the file back, or remove it to "
             "resume with what config.yaml says and the defaults of this version"
         )
+    if "mix_file" in layers[0].values and (folder / MIX).is_file():  # wherever the folder is now
+        layers[0] = replace(layers[0], values={**layers[0].values, "mix_file": str(folder / MIX)})
     if not any(layer.values for layer in layers):
         raise ConfigError(f"{folder / 'config.yaml'} is empty: put the run's options back, or start a new run")
     return layers
