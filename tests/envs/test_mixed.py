@@ -84,7 +84,8 @@ def test_ranks_show_the_same_numbers_and_different_samples() -> None:
     """Also where a task's share changes from reset to reset."""
     ranks = [MixedVectorEnv(tasks(shard=shard, num_shards=2), WEIGHTS) for shard in (0, 1)]
     shown = [sequence(envs, 6, seed=0) for envs in ranks]
-    assert [[name for name, _ in own] for own in shown][0] == [name for name, _ in shown[1]]
+    names = [[name for name, _ in own] for own in shown]
+    assert names[0] == names[1]
     assert set(shown[0]).isdisjoint(shown[1])
     assert len(set(shown[0])) == 6 * 4
 

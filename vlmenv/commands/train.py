@@ -40,7 +40,7 @@ from vlmenv.envs.selfcheck import CHECKED, describe, self_check
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.options.command_line import Asked, parse_with_files
 from vlmenv.options.fields import flatten, options_of
-from vlmenv.options.mixing import MIX, parts_of
+from vlmenv.options.mixing import parts_of
 from vlmenv.options.train import TrainConfig, default_config
 from vlmenv.processes import Processes, end_with_parent, processes_of
 from vlmenv.processes.failures import shared_failure
@@ -150,10 +150,11 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
     if accelerator.is_main_process and config.resume is None:
         identity = secrets.token_hex(8)
         own = {name: lengths for name, one in by_task(envs).items() for shown, lengths in counted if shown is one}
-        mix = sections_yaml(config, envs, held_out)
-        kept_mix = replace(config, mixing=replace(config.mixing, mix_file=run.path / MIX)) if mix else config
-        resolved = resolved_yaml(kept_mix, envs, held_out, accelerator, identity, own, paths)
-        run.create(asked_yaml(config, asked.names, identity), resolved, mix)
+        recorded = config
+        if mix := sections_yaml(config, envs, held_out):
+            recorded = replace(config, mixing=replace(config.mixing, mix_file=run.write_mix(mix)))
+        resolved = resolved_yaml(recorded, envs, held_out, accelerator, identity, own, paths)
+        run.create(asked_yaml(recorded, asked.names, identity), resolved)
     with shared_failure(accelerator):
         if accelerator.is_main_process:
             check_room(cast(VLMAgent, trainer.agent), config, run, console)

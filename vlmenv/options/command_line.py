@@ -110,8 +110,15 @@ def run_layers(folder: Path) -> list[Layer]:
             f"{resolved.place} is cut off: its last part, the {RECORD}, is missing. Put the file back, or remove it to "
             "resume with what config.yaml says and the defaults of this version"
         )
-    if "mix_file" in layers[0].values and (folder / MIX).is_file():  # wherever the folder is now
-        layers[0] = replace(layers[0], values={**layers[0].values, "mix_file": str(folder / MIX)})
+    layers = [_with_mix(layer, folder) for layer in layers]
     if not any(layer.values for layer in layers):
         raise ConfigError(f"{folder / 'config.yaml'} is empty: put the run's options back, or start a new run")
     return layers
+
+
+def _with_mix(layer: Layer, folder: Path) -> Layer:
+    """A layer of a run's folder, which may have been moved since it named its own file of the tasks of a mix."""
+    named = layer.values.get("mix_file")
+    if named is None or Path(str(named)).is_file() or not (folder / MIX).is_file():
+        return layer
+    return replace(layer, values={**layer.values, "mix_file": str(folder / MIX)})

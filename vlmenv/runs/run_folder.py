@@ -58,17 +58,15 @@ class RunFolder:
             raise ConfigError(f"{self.path} already holds a run: choose another --output, or remove it")
         self._check_logs()
 
-    def create(self, asked: str, resolved: str, mix: str = "") -> None:
-        """Makes the folder, and writes the options that were asked for and all that are used, both as YAML.
-
-        Args:
-            asked: The content of config.yaml.
-            resolved: The content of resolved.yaml.
-            mix: The content of mix.yaml. Default: there is no such file.
-        """
+    def write_mix(self, sections: str) -> Path:
+        """Makes the folder, and writes the options of a mix's tasks as YAML. Returns the file."""
         self.path.mkdir(parents=True, exist_ok=True)
-        if mix:
-            write_atomic(self.path / MIX, f"# The tasks of the mix, with what was used\n{mix}")
+        write_atomic(self.path / MIX, f"# The tasks of the mix, with what was used\n{sections}")
+        return self.path / MIX
+
+    def create(self, asked: str, resolved: str) -> None:
+        """Makes the folder, and writes the options that were asked for and all that are used, both as YAML."""
+        self.path.mkdir(parents=True, exist_ok=True)
         repeat = f"# Repeat with: vlmenv train --config {visible(shlex.quote(f'{self.path}/resolved.yaml'))}\n"
         write_atomic(self.path / "resolved.yaml", repeat + resolved)
         heading = f"# What was asked. What was used: resolved.yaml. Version {vlmenv.__version__}\n"
