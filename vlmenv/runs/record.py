@@ -51,7 +51,8 @@ def asked_yaml(config: TrainConfig[Any], names: Collection[str], identity: str) 
         names: Those that files, flags or keyword arguments gave.
         identity: The run's id, which its checkpoints carry.
     """
-    kept = [name for name in options_of(config) if name in {*names, "env", "algo", "model"} and name not in _PLACES]
+    always = {"algo", "model"} if config.mixing.mix else {"env", "algo", "model"}
+    kept = [name for name in options_of(config) if name in {*names, *always} and name not in _PLACES]
     return to_yaml(grouped(config.located(), kept) | {RECORD: {"run": identity}})
 
 
