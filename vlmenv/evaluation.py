@@ -46,7 +46,7 @@ class Evaluation:
     answers: list[dict[str, Any]]
     """one each, with `id`, `index`, `prompt`, `completion`, `prediction`, `target`, `rewards` and `measures`, and
     `subject` where a sample has one"""
-    skipped: Mapping[int | str, str] = field(default_factory=dict)
+    skipped: Mapping[Any, str] = field(default_factory=dict)
     """by index, or TASK/INDEX of a mix, the place and fault of each sample that could not be shown"""
 
     def as_json(self) -> dict[str, Any]:

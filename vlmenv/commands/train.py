@@ -212,7 +212,7 @@ def _open_data(
     look = accelerator.is_main_process  # for images, whose disk may be slow
     with console.status("reading the data"), shared_failure(accelerator), checked_once(look=look) as images:
         envs = parts.envs or _training_envs(config, accelerator)
-        held_out = None if measuring.eval_limit == 0 else parts.held_out
+        held_out: Envs | None = None if measuring.eval_limit == 0 else parts.held_out
         if measuring.eval_limit > 0 and held_out is None and parts.envs is None:
             held_out = _evaluation_envs(config)
     for made, given in ((envs, parts.envs), (held_out, parts.held_out)):
