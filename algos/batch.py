@@ -29,10 +29,10 @@ class Rollouts:
     rewards: Tensor
     """float32 [N]"""
     records: list[dict[str, Any]]
-    """[N], one dictionary per completion: the `task` in a mix, the sample's `id` and `index`, earlier `turns` if any, `prompt`,
-    `completion`, `finish_reason`, `reward`, `rewards` (terms by name), `traits` (the environment's other numbers),
-    `prediction` and `target` as JSON can hold them, and `advantage` (the mean over the completion's tokens; None before
-    the update, or if the update left the completion out)"""
+    """[N], one dictionary per completion: the `task` in a mix, the sample's `id` and `index`, earlier `turns` if any,
+    `prompt`, `completion`, `finish_reason`, `reward`, `rewards` (terms by name), `traits` (the environment's other
+    numbers), `prediction` and `target` as JSON can hold them, and `advantage` (the mean over the completion's tokens;
+    None before the update, or if the update left the completion out)"""
     images: list[tuple[Image, ...]] = field(default_factory=list)
     """[N], the images of each prompt, by reference; empty if unknown"""
 
@@ -53,7 +53,7 @@ class Rollouts:
         ids, indices = infos.get("id", [""] * len(rollout)), infos.get("index", [None] * len(rollout))
         records = [
             {
-                **({"task": str(infos["task"][i])} if "task" in infos else {}),
+                **({"task": str(infos["mix_task"][i])} if "mix_task" in infos else {}),
                 "id": str(ids[i]),
                 "index": None if indices[i] is None else int(indices[i]),
                 **told_turns(shown[i]),

@@ -25,9 +25,9 @@ class MixedVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[Any]]
     weights over the resets, also if a task's share of P is below one. Numbers depend on the weights alone, not on
     seeds.
 
-    `info["task"]` names the task of each environment. A reward term that a task does not have is absent from the infos
-    of its environments, by the masks of Gymnasium's vector environments. Samples are in the order of their task, which
-    `revisit` and samples that are left out concern alone. `info["index"]` counts within the task.
+    `info["mix_task"]` names the task of each environment. A reward term that a task does not have is absent from the
+    infos of its environments, by the masks of Gymnasium's vector environments. Samples are in the order of their task,
+    which `revisit` and samples that are left out concern alone. `info["index"]` counts within the task.
 
     Attributes:
         tasks: The environments of each task by its name, to look at or to measure a task alone.
@@ -168,7 +168,7 @@ class MixedVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[Any]]
     def _infos(self, infos: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         names = np.array([name for name in infos for _ in range(self.tasks[name].num_envs)], dtype=object)
         merged = merged_infos([(one, self.tasks[name].num_envs) for name, one in infos.items()])
-        return merged | {"task": names, "_task": np.ones(self.num_envs, dtype=np.bool_)}
+        return merged | {"mix_task": names, "_mix_task": np.ones(self.num_envs, dtype=np.bool_)}
 
     def step(
         self, actions: Sequence[str]
@@ -187,9 +187,7 @@ class MixedVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[Any]]
         for name in self._seen:
             own, left = left[: self.tasks[name].num_envs], left[self.tasks[name].num_envs :]
             found.append(self.tasks[name].step(own))
-        self._seen = {
-            name: (step[0], step[4]) for name, step in zip(self._seen, found, strict=True)
-        }
+        self._seen = {name: (step[0], step[4]) for name, step in zip(self._seen, found, strict=True)}
         observations, infos = self._joined()
         rewards, ended, truncated = (np.concatenate([step[part] for step in found]) for part in (1, 2, 3))
         return observations, rewards, ended, truncated, infos

@@ -21,7 +21,7 @@ def tasks(groups: int = 4, **arguments: Any) -> dict[str, VisualTaskVectorEnv]:
 
 def counts(infos: dict[str, Any]) -> list[int]:
     """Groups of each task."""
-    return [int((infos["task"] == name).sum()) // 2 for name in WEIGHTS]
+    return [int((infos["mix_task"] == name).sum()) // 2 for name in WEIGHTS]
 
 
 def sequence(envs: MixedVectorEnv, resets: int, **first: Any) -> list[tuple[str, int]]:
@@ -29,7 +29,7 @@ def sequence(envs: MixedVectorEnv, resets: int, **first: Any) -> list[tuple[str,
     shown: list[tuple[str, int]] = []
     for number in range(resets):
         _, infos = envs.reset(**(first if number == 0 else {}))
-        shown += zip(infos["task"].tolist(), infos["index"].tolist(), strict=True)
+        shown += zip(infos["mix_task"].tolist(), infos["index"].tolist(), strict=True)
         envs.step([""] * envs.num_envs)
     return shown
 
