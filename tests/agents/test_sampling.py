@@ -178,7 +178,7 @@ def test_a_limited_cache_stays_within_its_limit_and_gives_the_same_answers(
         builtin.limits = PassLimits(cache=limit)
         builtin.seed(3)
         monkeypatch.setattr(policy, "extend", noting if limit == cache else extend)
-        found[limit] = builtin.rollout(observations(6, 4))
+        found[limit] = builtin.rollout(observations(12, 4))
         states.append(builtin.rng_state())
     assert states[0].equal(states[1])
     for free, bound in zip(found[10**9].completions, found[cache].completions, strict=True):

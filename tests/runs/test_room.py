@@ -50,6 +50,7 @@ def test_a_dry_run_tells_the_same_and_writes_nothing(
     """Without the model's weights, for each kind of training, and for adapters of an earlier run."""
     told = []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, 10**12))
+    monkeypatch.setattr("vlmenv.commands.train.forecast_here", lambda *_: None)  # of memory: seconds for each
     made = str(tmp_path / "lora")
     short = [*TINY, "--steps", "1", "--eval-limit", "0"]
     main(["train", "--output", made, *short, *KINDS["adapters"]])
