@@ -56,6 +56,8 @@ class Scored:
     """concatenates a tensor's rows over all ranks"""
     total: Callable[[Tensor], Tensor]
     """sums a tensor over all ranks"""
+    turn_rewards: Tensor | None = None
+    """float32 [N, T], the parts of `rewards` by turn; None if each episode has one"""
 
 
 @dataclass(slots=True)

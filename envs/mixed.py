@@ -16,6 +16,9 @@ from vlmenv.core.errors import ConfigError, SampleError
 from vlmenv.core.spaces import Image
 from vlmenv.envs.vector import BatchedObservations, VisualTaskVectorEnv
 
+_Ends = tuple[NDArray[Any], NDArray[Any]]
+"""terminated and truncated"""
+
 
 class MixedVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[Any]]):
     """N environments of several tasks, in groups of G neighbours that show the same sample.
@@ -63,6 +66,7 @@ class MixedVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[Any]]
         """groups of each task so far"""
         self._seen: dict[str, tuple[BatchedObservations, dict[str, Any]]] = {}
         """what each task of the last reset shows"""
+        self._ends: dict[str, _Ends] = {}
 
     @property
     def num_groups(self) -> int:
@@ -73,6 +77,11 @@ class MixedVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[Any]]
     def skips_broken(self) -> bool:
         """Whether any task leaves samples out that cannot be shown."""
         return any(one.skips_broken for one in self.tasks.values())
+
+    @property
+    def max_turns(self) -> int:
+        """Maximum number of answers per episode."""
+        return max(one.max_turns for one in self.tasks.values())
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -106,7 +115,7 @@ class MixedVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[Any]]
         super().reset(seed=seed)
         if seed is not None:
             self._begin(seed, options)
-        self._seen = {}
+        self._seen, self._ends = {}, {}
         for name, count in self._deal().items():
             self.tasks[name].show_groups(count)
             if count:
@@ -173,24 +182,40 @@ class MixedVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[Any]]
     def step(
         self, actions: Sequence[str]
     ) -> tuple[BatchedObservations, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
-        """Scores N texts, each by its task; see `VisualTaskVectorEnv.step`.
+        """Scores N texts, each by its task, or those of the episodes that have not ended.
+
+        See `VisualTaskVectorEnv.step`. A task whose episodes have all ended waits for the others: its environments keep
+        what they show, and their rewards are 0.
 
         Raises:
-            RuntimeError: `reset` has not been called since the last step.
+            RuntimeError: All episodes have ended, or none has begun.
             ValueError: The number of texts is not N.
         """
-        if not self._seen:
-            raise RuntimeError("call reset() before step()")
+        if self._ended.keys() == self._seen.keys():
+            raise RuntimeError("all episodes have ended, or none has begun: call reset() first")
         if isinstance(actions, str) or len(actions) != self.num_envs:
             raise ValueError(f"step wants {self.num_envs} texts, one per environment")
-        left, found = list(actions), []
+        left, rewards, ended = list(actions), list[NDArray[Any]](), list[_Ends]()
         for name in self._seen:
             own, left = left[: self.tasks[name].num_envs], left[self.tasks[name].num_envs :]
-            found.append(self.tasks[name].step(own))
-        self._seen = {name: (step[0], step[4]) for name, step in zip(self._seen, found, strict=True)}
+            rewards.append(self._step_of(name, own))
+            ended.append(self._ends[name])
         observations, infos = self._joined()
-        rewards, ended, truncated = (np.concatenate([step[part] for step in found]) for part in (1, 2, 3))
-        return observations, rewards, ended, truncated, infos
+        terminated, truncated = (np.concatenate([one[part] for one in ended]) for part in (0, 1))
+        return observations, np.concatenate(rewards), terminated, truncated, infos
+
+    def _step_of(self, name: str, actions: Sequence[str]) -> NDArray[Any]:
+        """Steps a task's environments, and returns their rewards."""
+        if name in self._ended:
+            return np.zeros(len(actions), dtype=np.float64)
+        observations, rewards, terminated, truncated, infos = self.tasks[name].step(actions)
+        self._seen[name], self._ends[name] = (observations, infos), (terminated, truncated)
+        return rewards
+
+    @property
+    def _ended(self) -> dict[str, _Ends]:
+        """The tasks whose episodes have all ended."""
+        return {name: ends for name, ends in self._ends.items() if (ends[0] | ends[1]).all()}
 
     def render(self) -> tuple[Image, ...] | None:
         """In `rgb_array` mode a picture for each environment."""

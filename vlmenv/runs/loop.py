@@ -18,10 +18,11 @@ from vlmenv.algos import NonFiniteError, StepResult, Trainer
 from vlmenv.building import report_skipped
 from vlmenv.core.console import say, warn
 from vlmenv.core.errors import DataError, PromptError, SampleError, TrainingError, VLMEnvError
+from vlmenv.core.rollout import unbatch
 from vlmenv.envs.mixed import MixedVectorEnv, by_task
 from vlmenv.envs.rewards.workers import LOSSES
 from vlmenv.envs.vector import VisualTaskVectorEnv
-from vlmenv.evaluation import Evaluation, as_json, metrics_table, write_evaluation
+from vlmenv.evaluation import Evaluation, as_json, metrics_table, play, write_evaluation
 from vlmenv.options.train import TrainConfig
 from vlmenv.processes.failures import FAILED_ON_ALL_RANKS, failed_on_all_ranks, shared_failure
 from vlmenv.processes.stopping import Stopping
@@ -96,20 +97,21 @@ def _look_at(
     agent, state = trainer.agent, trainer.agent.rng_state()
     looking = VisualTaskVectorEnv(lambda: envs.task, FIRST_SAMPLES * FIRST_GROUP, group_size=FIRST_GROUP)
     held = trainer.processes.gathered() if agent.generates_itself else nullcontext()
-    with closing(looking), held, shared_failure(trainer.accelerator), agent.generating(1), trainer.processes.autocast():
+    turns = agent.generating(envs.max_turns)
+    with closing(looking), held, shared_failure(trainer.accelerator), turns, trainer.processes.autocast():
         try:
             observations, _ = looking.reset(seed=config.seed)
             rollout = agent.rollout(observations)
+            played = play(agent, looking, unbatch(observations), rollout)
         except (SampleError, PromptError):
             return  # training refuses or replaces the sample when it comes to it
         finally:
             agent.set_rng_state(state)
             trainer.forget_images()
-        _, rewards, _, _, infos = looking.step(rollout.texts)
-    readable = [prediction is not None for prediction in infos["prediction"]]
+    readable = [prediction is not None for prediction in played.infos["prediction"]]
     truncated = [one.finish_reason == "length" for one in rollout.completions]
     if trainer.accelerator.is_main_process:
-        for kind, message in first_concerns(rollout.texts, readable, truncated, rewards.tolist()):
+        for kind, message in first_concerns(rollout.texts, readable, truncated, played.rewards.tolist()):
             run.write_warning(0, f"{told_of(name)}{message}", f"first {kind}")
             warn(f"{told_of(name)}{message}", console)
 
@@ -275,7 +277,7 @@ class TrainingLoop:
         for task in self.envs.tasks if isinstance(self.envs, MixedVectorEnv) else ():
             first = next(metric for metric in evaluation.metrics if metric.startswith(f"{task}/"))
             self._save_if_best(evaluation, f"best-{task}", first)
-        return {f"eval/{metric}": found.value for metric, found in evaluation.metrics.items()}
+        return {f"eval/{metric}": value for metric, value in evaluation.values().items()}
 
     def _save_if_best(self, evaluation: Evaluation, folder: str, metric: str) -> None:
         """Saves the model into a folder if it is better than any before by a metric."""
@@ -293,7 +295,6 @@ class TrainingLoop:
             self._save()
         self._prune()
         self._draw()
-        self.tracking.close()
         sizes = [one.task.source.size for one in by_task(self.envs).values()]
         total = None if None in sizes else sum(size or 0 for size in sizes)
         report_skipped(self.trainer.collector.skipped() or {}, total, self.console)
