@@ -183,9 +183,9 @@ class Rollouts:
         found: dict[str, float] = {}
         for name in dict.fromkeys(record["task"] for record in self.records if "task" in record):
             rows = np.array([i for i, record in enumerate(self.records) if record["task"] == name])
-            own, groups = self[rows], self.rollout.prompt_index[rows]
+            own, samples = self[rows], np.array([self.records[i]["index"] for i in rows])
             own.records = [{key: value for key, value in record.items() if key != "task"} for record in own.records]
-            uniform = [float(np.ptp(own.rewards[torch.from_numpy(groups == one)].numpy()) == 0) for one in set(groups)]
+            uniform = [float(np.ptp(own.rewards.numpy()[samples == one]) == 0) for one in set(samples.tolist())]
             metrics = own.metrics() | {"reward/zero_std_groups": float(np.mean(uniform))}
             found |= {f"task/{name}/{metric}": value for metric, value in metrics.items()}
         return found

@@ -113,6 +113,25 @@ def test_a_sample_is_replaced_and_named_by_its_task() -> None:
         refusing.reset(options={"replace": {last: "too long"}})
 
 
+def test_a_task_of_one_turn_waits_for_one_of_several() -> None:
+    each = {name: make_envs(name, 4, group_size=2, answers=True) for name in ("VLM-Zoom-v0", "VLM-VQA-v0")}
+    envs = MixedVectorEnv(each, dict.fromkeys(each, 1.0))
+    _, infos = envs.reset(seed=0)
+    rewards, ended = [], np.zeros(4, dtype=bool)
+    while not ended.all():
+        _, reward, terminated, truncated, infos = envs.step([answer or "" for answer in infos["answer"]])
+        rewards.append(reward)
+        ended = terminated | truncated
+        assert ended[2:].all()
+        assert infos["mix_task"].tolist() == ["VLM-Zoom-v0"] * 2 + ["VLM-VQA-v0"] * 2
+    assert envs.max_turns >= len(rewards) > 1
+    assert (rewards[0][2:] > 0).all()
+    assert (np.sum(rewards[1:], axis=0)[2:] == 0).all()
+    assert (np.sum(rewards, axis=0)[:2] > 0).all()
+    with pytest.raises(RuntimeError, match="reset"):
+        envs.step([""] * 4)
+
+
 def test_what_a_mix_cannot_do_is_told() -> None:
     envs = MixedVectorEnv(tasks(1), WEIGHTS)
     with pytest.raises(RuntimeError, match="reset"):
