@@ -29,10 +29,10 @@ class Rollouts:
     rewards: Tensor
     """float32 [N]"""
     records: list[dict[str, Any]]
-    """[N], one dictionary per completion: the sample's `id` and `index`, earlier `turns` if any, `prompt`,
-    `completion`, `finish_reason`, `reward`, `rewards` (terms by name), `traits` (the environment's other numbers),
-    `prediction` and `target` as JSON can hold them, and `advantage` (the mean over the completion's tokens; None before
-    the update, or if the update left the completion out)"""
+    """[N], one dictionary per completion: the `task` in a mix, the sample's `id` and `index`, earlier `turns` if any,
+    `prompt`, `completion`, `finish_reason`, `reward`, `rewards` (terms by name), `traits` (the environment's other
+    numbers), `prediction` and `target` as JSON can hold them, and `advantage` (the mean over the completion's tokens;
+    None before the update, or if the update left the completion out)"""
     images: list[tuple[Image, ...]] = field(default_factory=list)
     """[N], the images of each conversation, by reference; empty if unknown"""
     turn_rewards: Tensor | None = None
@@ -63,6 +63,7 @@ class Rollouts:
         ids, indices = infos.get("id", [""] * len(rollout)), infos.get("index", [None] * len(rollout))
         records = [
             {
+                **({"task": str(infos["mix_task"][i])} if "mix_task" in infos else {}),
                 "id": str(ids[i]),
                 "index": None if indices[i] is None else int(indices[i]),
                 **told_turns(shown[i]),
@@ -174,7 +175,20 @@ class Rollouts:
             "completion/truncated": float(np.mean([c.finish_reason == "length" for c in self.rollout.completions])),
             "completion/repetition": float(np.mean([repetition(c.written_ids) for c in self.rollout.completions])),
             **{f"completion/{name}": mean for name, mean in self._means("traits").items()},
+            **self._by_task(),
         }
+
+    def _by_task(self) -> dict[str, float]:
+        """The metrics of each task of a mix, as `task/NAME/METRIC`, and the share of its groups with equal rewards."""
+        found: dict[str, float] = {}
+        for name in dict.fromkeys(record["task"] for record in self.records if "task" in record):
+            rows = np.array([i for i, record in enumerate(self.records) if record["task"] == name])
+            own, samples = self[rows], np.array([self.records[i]["index"] for i in rows])
+            own.records = [{key: value for key, value in record.items() if key != "task"} for record in own.records]
+            uniform = [float(np.ptp(own.rewards.numpy()[samples == one]) == 0) for one in set(samples.tolist())]
+            metrics = own.metrics() | {"reward/zero_std_groups": float(np.mean(uniform))}
+            found |= {f"task/{name}/{metric}": value for metric, value in metrics.items()}
+        return found
 
     def _means(self, kind: str) -> dict[str, float]:
         names = dict.fromkeys(name for record in self.records for name in record[kind])

@@ -86,7 +86,7 @@ def report_broken_rows(envs: VisualTaskVectorEnv, console: Console) -> None:
         say(f"{len(source.faults)} of {total} rows are broken and left out, the first at {source.faults[0]}", console)
 
 
-def report_skipped(skipped: Mapping[int, str], total: int | None, console: Console) -> None:
+def report_skipped(skipped: Mapping[Any, str], total: int | None, console: Console) -> None:
     """Prints how many samples were left out because they could not be shown, and the first few of them."""
     if not skipped:
         return

@@ -9,6 +9,7 @@ from typing import Any, Final, Generic, Literal, Self, TypeVar
 
 from vlmenv.algos import AlgorithmConfig, GRPOConfig, TrainerConfig, find_algorithm
 from vlmenv.core.errors import ConfigError, require
+from vlmenv.options.mixing import MixOptions, parts_of
 from vlmenv.options.task import BoxNumbers, TaskConfig, located_names
 
 AlgorithmT = TypeVar("AlgorithmT", bound=AlgorithmConfig)
@@ -193,6 +194,7 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
     algo: str = "grpo"
     """Algorithm: grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce++, ppo, sft, or a class of your own, as in
     `my_algorithm:MyAlgorithm`. `vlmenv train --algo NAME --help` shows its options."""
+    mixing: MixOptions = field(default_factory=MixOptions)
     batches: BatchOptions = field(default_factory=BatchOptions)
     measuring: MeasuringOptions = field(default_factory=MeasuringOptions)
     logging: LoggingOptions = field(default_factory=LoggingOptions)
@@ -219,6 +221,22 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
             raise ConfigError(
                 "split, eval_dataset and eval_split go with dataset: the built-in samples have splits of their own"
             )
+        self._check_mix()
+
+    def _check_mix(self) -> None:
+        """Raises ConfigError if options go with a single task, or those of the mix are faulty."""
+        if self.mixing.mix is None:
+            return
+        if self.env != TaskConfig.env:
+            raise ConfigError("env is the task of a run on a single one: name it in mix, or leave mix out")
+        if self.batches.epochs is not None:
+            raise ConfigError("epochs are passes over one data set, and a mix has several: give steps")
+        parts_of(self)
+
+    @property
+    def task_name(self) -> str:
+        """The name of the task, or those of a mix."""
+        return "+".join(self.mixing.names) or self.env
 
     def _check_sampler(self) -> None:
         """Raises ConfigError if options for a sampler with other weights have no use."""
