@@ -88,11 +88,12 @@ class Collector:
         seen = {"skip": self.shown} if self._seen is None else {"state": self._seen}
         self._reset_with = {"seed": seed, "options": seen if self.shown else None}
 
-    def next(self, clock: dict[str, float]) -> Collected:
+    def next(self, clock: dict[str, float], progress: float) -> Collected:
         """The next batch, collected now or during the update before.
 
         Args:
             clock: Gets the seconds of "rollout" and "score".
+            progress: Part of the training steps that are done before this batch, in [0, 1].
 
         Raises:
             DataError: A sample cannot be read, or its prompt does not fit the model.
@@ -102,20 +103,20 @@ class Collector:
         """
         ahead, self._ahead, self.shown_ahead = self._ahead, None, 0
         if ahead is None:
-            return self._collect(clock)
+            return self._collect(clock, progress)
         clock |= {"rollout": 0.0, "score": 0.0}
         if isinstance(ahead, Exception):
             raise ahead
         return ahead
 
     @contextmanager
-    def ahead(self, clock: dict[str, float]) -> Iterator[None]:
+    def ahead(self, clock: dict[str, float], progress: float) -> Iterator[None]:
         """Collects the next batch while the block runs, with the weights of its beginning.
 
         The time that the block then still waits counts as rollout time. An error is raised by `next`.
         """
         shown, seen, random = self.shown, self._seen, self.agent.rng_state()
-        ahead = Background(lambda: self._collect({}))
+        ahead = Background(lambda: self._collect({}, progress))
         try:
             yield
         except Exception:
@@ -155,8 +156,10 @@ class Collector:
         """Lets the samples of a batch that was collected ahead, and is dropped, be shown again."""
         self.shown, self.shown_ahead = self.shown - self.shown_ahead, 0
 
-    def _collect(self, clock: dict[str, float]) -> Collected:
+    def _collect(self, clock: dict[str, float], progress: float) -> Collected:
         """Collects a batch, in several rounds with dynamic sampling, and the share of groups with equal rewards."""
+        if hasattr(self.envs.unwrapped, "progress"):  # environments of another kind have no such terms
+            self.envs.unwrapped.progress = progress
         size = self.algorithm.config.group_size
         rounds: list[Rollouts] = []
         uniform: list[float] = []

@@ -250,10 +250,11 @@ class Trainer:
         with timed(clock, "sync"):
             if not self.algorithm.imitates:  # imitation uses no engine
                 self.sync()
-        collected = self.collector.next(clock)
+        collected = self.collector.next(clock, self.step / self.config.steps)
         if not self.config.max_staleness:
             self.agent.sleep()
-        ahead = self.collector.ahead(clock) if self._samples_ahead else nullcontext()
+        later = (self.step + 1) / self.config.steps
+        ahead = self.collector.ahead(clock, later) if self._samples_ahead else nullcontext()
         with ahead, timed(clock, "update"):
             metrics = self._learn(collected.rollouts)
         metrics |= collected.rollouts.metrics() | collected.metrics

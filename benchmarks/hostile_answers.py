@@ -27,14 +27,33 @@ import tyro
 
 from vlmenv.core.answers import Answer, Caption, Detection
 from vlmenv.core.formats import AnswerFormat
+from vlmenv.core.points import parse_points
 from vlmenv.envs.captioning import answer_reward, described_keywords_reward
+from vlmenv.envs.rewards.actions import Action, parse_action, step_reward
 from vlmenv.envs.rewards.answers import accuracy_term, read_answer
 from vlmenv.envs.rewards.boxes import iou_reward
+from vlmenv.envs.rewards.counts import count_reward, parse_count
 from vlmenv.envs.rewards.detection import TERMS
 from vlmenv.envs.rewards.math import math_equal
+from vlmenv.envs.rewards.points import Pointing, point_f1_reward
+from vlmenv.envs.rewards.segments import (
+    Objects,
+    Segment,
+    boxes_points_reward,
+    matched_iou_reward,
+    parse_segments,
+)
+from vlmenv.envs.rewards.transcripts import cer_reward, exact_text_reward, read_transcript, wer_reward
 
 BLOCK = 500
-ANSWERS = {"math": 100_000, "choices": 80_000, "captions": 40_000, "boxes": 80_000}
+ANSWERS = {
+    "math": 100_000,
+    "choices": 80_000,
+    "captions": 40_000,
+    "boxes": 80_000,
+    "counts": 100_000,
+    "points": 100_000,
+}
 
 
 @dataclass
@@ -42,7 +61,7 @@ class Args:
     """Score hostile answers."""
 
     answers: dict[str, int] = field(default_factory=lambda: dict(ANSWERS))
-    """Number of answers by task: math, choices, captions, boxes."""
+    """Number of answers by task: math, choices, captions, boxes, counts, points, screens, texts, segments."""
     first: int = 0
     """Number of the first block of 500."""
     log: Path | None = None
@@ -628,10 +647,165 @@ def caption_task(rng: random.Random) -> Task:
     return Task(answer, score, lacks, AnswerFormat.SECTIONS)
 
 
+# Counts
+
+
+def count_task(rng: random.Random) -> Task:
+    truth = rng.randint(21, 9999)  # no word is read as these
+
+    def lacks(text: str) -> bool:
+        return "<point" not in text.lower() and lacks_number(Fraction(truth))(text)
+
+    def answer(rng: random.Random) -> Hostile:
+        kind = rng.randrange(5)
+        digits = [str(rng.randint(0, 9999)) for _ in range(4)]
+        if kind == 0:
+            return Hostile(
+                soup(rng, _JUNK, digits, ("five", "twenty", "no", '<points x1="1" y1="2"', 'x2="3" y2="4">'))
+            )
+        if kind == 1:
+            return Hostile(wrapped(rng, rng.choice(_JOINS).join(str(rng.randint(0, 2 * truth)) for _ in range(4))))
+        if kind == 2:
+            return Hostile(rng.choice((wild(rng), large(rng, rng.choice((*_JUNK, *digits, '<point x="1" y="2">'))))))
+        if kind == 3:
+            near = rng.choice((truth + 1, truth - 1, truth * 10, -truth, truth + 0.5, f"{truth}.5", f"{truth}x"))
+            return Hostile(wrapped(rng, str(near)))
+        listed = [str(truth), *map(str, rng.sample(range(truth + 1, truth + 40), rng.randint(1, 8)))]
+        rng.shuffle(listed)
+        return Hostile(rng.choice((", ", " or ", " and ", "; ", " / ", "\n", "、", "或", "-")).join(listed), True)
+
+    def score(text: str) -> float:
+        content = AnswerFormat.TAGS.extract(text)
+        return count_reward(text, truth, None if content is None else parse_count(content))
+
+    return Task(answer, score, lacks)
+
+
 # Boxes
 
 _LEAST = 500
 """Left and top edge of the true boxes: no box of numbers up to half of it reaches them, read in whatever way."""
+
+
+def point_task(rng: random.Random) -> Task:
+    x, y = rng.randint(_LEAST, 700), rng.randint(_LEAST, 700)
+    target = Pointing(((float(x), float(y), x + 100.0, y + 80.0),), (20.0, 20.0))
+
+    def score(text: str) -> float:
+        content = AnswerFormat.TAGS.extract(text)
+        return point_f1_reward(text, target, None if content is None else parse_points(content))
+
+    def answer(rng: random.Random) -> Hostile:
+        kind = rng.randrange(5)
+        low = [str(rng.randint(0, _LEAST // 2)) for _ in range(4)]
+        if kind == 0:
+            marks = ('<points x1="', '" y1="', '" x2="', '">', "point_2d", "[", "]", "{", "}", ",", ":")
+            return Hostile(soup(rng, _JUNK, low, marks))
+        if kind == 1:
+            rows = [{rng.choice(("point_2d", "point", "x", "label")): rng.choice((low[:2], low, [1, 2], "x", None))}]
+            text = json.dumps(rows * rng.randint(1, 5))
+            return Hostile(rng.choice((text, text[: rng.randint(0, len(text))], text.replace("]", ""))))
+        if kind == 2:
+            piece = rng.choice((*_JUNK, "[1,2],", '<point x="1" y="2">', '{"point_2d":[1,2]},'))
+            return Hostile(rng.choice((wild(rng), large(rng, piece))))
+        if kind == 3:
+            numbers = ("NaN", "Infinity", "-1", "1e400", "0", "1.5", "null", '"7"', "9" * 400)
+            return Hostile(f"[{rng.choice(numbers)}, {rng.choice(numbers)}]")
+        step = rng.choice((15, 40, 60))  # a grid over everything
+        return Hostile(json.dumps([[i, j] for i in range(0, 1000, step) for j in range(0, 1000, step)]), True)
+
+    return Task(answer, score, _lacks_large)
+
+
+def segment_task(rng: random.Random) -> Task:
+    x, y = rng.randint(_LEAST, 700), rng.randint(_LEAST, 700)
+    box = (float(x), float(y), x + 100.0, y + 80.0)
+    target = Objects((Segment(box),), (1.0, 1.0), (1000.0, 1000.0))
+
+    def score(text: str) -> float:
+        content = AnswerFormat.TAGS.extract(text)
+        answered = None if content is None else parse_segments(content)
+        return max(term(text, target, answered) for term in (matched_iou_reward, boxes_points_reward))
+
+    def answer(rng: random.Random) -> Hostile:
+        kind = rng.randrange(5)
+        low = [str(rng.randint(0, _LEAST // 2)) for _ in range(4)]
+        if kind == 0:
+            pieces = ('{"polygon": ', '"bbox_2d": ', '"point_2d": ', "[", "]", "{", "}", ",", "[[1,2],[30,2],[30,40]]")
+            return Hostile(soup(rng, _JUNK, low, pieces))
+        if kind == 1:
+            row = {rng.choice(("polygon", "polygons", "bbox_2d")): rng.choice((list(map(int, low)), [[1, 2]], "x", {}))}
+            text = json.dumps([row] * rng.randint(1, 5))
+            return Hostile(rng.choice((text, text[: rng.randint(0, len(text))], text.replace("]", ""))))
+        if kind == 2:
+            piece = rng.choice((*_JUNK, "[[1,2],[30,2],[30,40]],", '{"polygon":', '{"bbox_2d":[1,2,30,40]},'))
+            return Hostile(rng.choice((wild(rng), large(rng, piece))))
+        if kind == 3:  # a tangle
+            corners = [
+                [rng.randint(0, _LEAST // 2), rng.randint(0, _LEAST // 2)] for _ in range(rng.choice((9, 90, 500)))
+            ]
+            return Hostile(json.dumps([{"polygon": corners}]))
+        boxes = [[i, j, i + 100, j + 100] for i in range(0, 1000, 100) for j in range(0, 1000, 100)]
+        return Hostile(json.dumps([{"bbox_2d": one, "point_2d": one[:2]} for one in [list(box), *boxes]]), True)
+
+    return Task(answer, score, _lacks_large)
+
+
+def gui_task(rng: random.Random) -> Task:
+    x, y = rng.randint(_LEAST, 700), rng.randint(_LEAST, 700)
+    types = rng.random() < 0.3
+    word = rng.choice(("zebra", "violin", "lantern"))
+    box = (float(x), float(y), x + 100.0, y + 80.0)
+    target = Action("type", None, word) if types else Action("click", box)
+
+    def score(text: str) -> float:
+        content = AnswerFormat.TAGS.extract(text)
+        return step_reward(text, target, None if content is None else parse_action(content))
+
+    def lacks(text: str) -> bool:
+        return word not in text.lower() if types else _lacks_large(text)
+
+    def answer(rng: random.Random) -> Hostile:
+        kind = rng.randrange(4)
+        low = [str(rng.randint(0, _LEAST // 2)) for _ in range(4)]
+        names = ("click", "type", "scroll", "wait", "open_app")
+        if kind == 0:
+            pieces = (
+                '{"action": "',
+                '", "point": ',
+                '", "text": "',
+                "click(",
+                "type(",
+                "[",
+                "]",
+                "{",
+                "}",
+                "x=",
+                "cat",
+            )
+            return Hostile(soup(rng, _JUNK, low, names, pieces))
+        if kind == 1:
+            row = {
+                "action": rng.choice((*names, None, 3)),
+                rng.choice(("point", "text", "arguments")): rng.choice(names),
+            }
+            text = json.dumps([row | {"coordinate": rng.choice((low, [1, 2], "x", {"x": 1}))}] * rng.randint(1, 3))
+            return Hostile(rng.choice((text, text[: rng.randint(0, len(text))], text.replace('"', "'"))))
+        if kind == 2:
+            piece = rng.choice((*_JUNK, '{"action":"click"},', "click(1,2)", '{"arguments":'))
+            return Hostile(rng.choice((wild(rng), large(rng, piece))))
+        rows = [{"action": "click", "point": [i, j]} for i in range(0, 1000, 60) for j in range(0, 1000, 60)]
+        rows += [{"action": "type", "text": one} for one in (word, "cat", "dog")]
+        return Hostile(json.dumps(rows), True)
+
+    return Task(answer, score, lacks)
+
+
+def _lacks_large(text: str) -> bool:
+    """The rule for places of which all coordinates are at least `_LEAST`."""
+    plain = unicodedata.normalize("NFKC", text) if len(text) < 100_000 else text
+    found = [int(one[:9]) for one in re.findall(r"\d+", plain)[:20_000]]
+    return not found or (max(found) <= _LEAST // 2 and not re.search(r"\d[eE]\+?\d", plain))
 
 
 def box_task(rng: random.Random) -> Task:
@@ -643,11 +817,6 @@ def box_task(rng: random.Random) -> Task:
 
     def score(text: str) -> float:
         return iou_reward(text, box) if is_one else max(TERMS[name](text, detections) for name in names)
-
-    def lacks(text: str) -> bool:
-        plain = unicodedata.normalize("NFKC", text) if len(text) < 100_000 else text
-        found = [int(one[:9]) for one in re.findall(r"\d+", plain)[:20_000]]
-        return not found or (max(found) <= _LEAST // 2 and not re.search(r"\d[eE]\+?\d", plain))
 
     def answer(rng: random.Random) -> Hostile:
         kind = rng.randrange(6)
@@ -694,6 +863,32 @@ def box_task(rng: random.Random) -> Task:
             boxes += [[i, j, i + 200, j + 200] for i in range(0, 1000, 200) for j in range(0, 1000, 200)]
         return Hostile(json.dumps([{"bbox_2d": one, "label": "zebra"} for one in [[0, 0, 1000, 1000], *boxes]]), is_one)
 
+    return Task(answer, score, _lacks_large)
+
+
+# Texts
+
+
+def text_task(rng: random.Random) -> Task:
+    target = " ".join(rng.choices(("ЖЩЮ", "ФЫЯ", "ЪЭЦ", "ЙЁБ"), k=rng.randint(1, 4)))
+    letters = set(target) - {" "}
+
+    def score(text: str) -> float:
+        answered = read_transcript(text, AnswerFormat.TAGS)
+        return max(term(text, target, answered) for term in (cer_reward, wer_reward, exact_text_reward))
+
+    def lacks(text: str) -> bool:
+        has_space = " " in target and len(text.split()) > 1  # a space that is right
+        return not has_space and not letters & set(unicodedata.normalize("NFC", text) if len(text) < 5000 else text)
+
+    def answer(rng: random.Random) -> Hostile:
+        kind = rng.randrange(3)
+        if kind == 0:
+            return Hostile(soup(rng, _JUNK, "ABCXYZ0123456789"))
+        if kind == 1:
+            return Hostile(rng.choice((wild(rng), large(rng, rng.choice((*_JUNK, "cat ", "a\u0315\u0300"))))))
+        return Hostile(" ".join([target] * rng.randint(3, 900)), True)
+
     return Task(answer, score, lacks)
 
 
@@ -702,6 +897,11 @@ TASKS: dict[str, Callable[[random.Random], Task]] = {
     "choices": choice_task,
     "captions": caption_task,
     "boxes": box_task,
+    "counts": count_task,
+    "points": point_task,
+    "screens": gui_task,
+    "texts": text_task,
+    "segments": segment_task,
 }
 
 

@@ -132,7 +132,7 @@ def contestant(case: Case, way: Way, policy: type[Policy]) -> Ours:
 
 def compare(ours: Ours, reference: Ours) -> tuple[float, float]:
     """How far log-probabilities and gradients of the same completions are apart, before either has taken a step."""
-    rollouts = ours.trainer.collector.next({}).rollouts
+    rollouts = ours.trainer.collector.next({}, 0.0).rollouts
     values, gradients = [], []
     for one in (ours, reference):
         with torch.no_grad():

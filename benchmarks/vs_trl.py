@@ -164,7 +164,7 @@ def compare(case: Case) -> tuple[float, float, float]:
     """Gives both the same completions, and tells how far log-probabilities, gradients and losses are apart."""
     trl, ours = new_trl(case), new_ours(case, "shared")
     policy = ours.agent.family_policy
-    rollouts = ours.trainer.collector.next({}).rollouts  # no step, which would change our weights alone
+    rollouts = ours.trainer.collector.next({}, 0.0).rollouts  # no step, which would change our weights alone
     with none_banned(policy):
         rollouts.rollout = rollout = with_logprobs(ours, rollouts.rollout)
         trl.answer([one.token_ids.tolist() for one in rollout.completions])

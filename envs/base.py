@@ -22,6 +22,7 @@ from vlmenv.core.text import visible_lines
 from vlmenv.envs.data.boxes import BoxForm, BoxOrientation, BoxReading
 from vlmenv.envs.data.dataset import Concatenated, Dataset, Reading, TableSource, open_dataset
 from vlmenv.envs.data.images import bounded_size, resized
+from vlmenv.envs.data.layouts import RowLayout
 from vlmenv.envs.data.rows import Row, missing
 from vlmenv.envs.data.rows import places as columns_of
 from vlmenv.envs.data.scenes import Split
@@ -141,6 +142,8 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
     """Terms, by name, that score the answer of every turn. The others score the last answer alone."""
     unread: ClassVar[Collection[str]] = ()
     """Parts of a row, by their names in `COLUMNS`, that the task does not use. Their presence is reported."""
+    layouts: ClassVar[tuple[RowLayout, ...]] = ()
+    """Layouts of public data sets for this task, for rows whose question stands in no common column."""
 
     def __init__(
         self,
@@ -223,6 +226,17 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
     def rewards(self) -> dict[str, float]:
         """The reward terms in use, with their weights."""
         return dict(self._scorer.weights)
+
+    @property
+    def progress(self) -> float:
+        """Part of the training that is done, in [0, 1], for reward terms with an argument `progress`. Default: 1."""
+        return self._scorer.progress
+
+    @progress.setter
+    def progress(self, done: float) -> None:
+        self._scorer.progress = done
+        if self._turn_scorer is not None:
+            self._turn_scorer.progress = done
 
     def builtin_source(self, split: Split) -> Source:
         """The task's built-in samples. Default: none; the task needs a data set.
@@ -339,6 +353,10 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         """
         write = str if self.geometry is None else self.geometry.write
         return self.answer_format.write(write(self.target(sample)), sample.rationale)
+
+    def stored_answer(self, sample: Sample) -> str | None:
+        """The answer of a data set's row from which the task reads the sample's truth. Default: the right answer."""
+        return self.answer_format.extract(self.write_answer(sample))
 
     def respond(self, sample: Sample, texts: Sequence[str]) -> Reply | None:
         """The environment's reply to an answer. None: the answer ends the episode. It takes any text, and never raises.
@@ -611,6 +629,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
             boxes=boxes if has_boxes else None,
             bound=self.image_bound,
             confine_images=confine_images,
+            layouts=self.layouts,
         )
 
     def map_boxes(self, target: Any, change: Callable[[Box], Box]) -> Any:

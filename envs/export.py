@@ -24,7 +24,7 @@ def export_sample(task: VisualTaskEnv, sample: Sample, folder: Path) -> dict[str
     names = [f"images/{sample.id}-{number}.png" for number in range(len(sample.images))]
     for name, image in zip(names, sample.images, strict=True):
         PILImage.fromarray(image).save(folder / name)
-    answer = task.answer_format.extract(task.write_answer(sample))
+    answer = task.stored_answer(sample)
     row = {"qid": sample.id, "images": names, "problem": sample.question, "answer": answer}
     return row | ({"subject": sample.subject} if sample.subject else {}) | _truth(sample.target)
 

@@ -6,6 +6,7 @@ from vlmenv.core.errors import ConfigError, DataError, RewardError
 from vlmenv.core.formats import AnswerFormat
 from vlmenv.core.rollout import Observation
 from vlmenv.envs.base import VisualTaskEnv
+from vlmenv.envs.data.layouts import RowLayout
 from vlmenv.envs.data.rows import Row
 from vlmenv.envs.data.scenes import Reference, Scene, Scenes, Shape, Split, choose_reference, sample_scene
 from vlmenv.envs.data.source import Sample, Source
@@ -53,6 +54,7 @@ __all__ = [
     "RewardError",
     "RewardTerm",
     "Row",
+    "RowLayout",
     "Sample",
     "Scene",
     "Scenes",

@@ -10,7 +10,7 @@ from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.data.scenes import ReferringScenes, Split
 from vlmenv.envs.data.source import Source
 from vlmenv.envs.geometry import BOX, Geometry
-from vlmenv.envs.rewards.boxes import box_format_reward, iou50_reward, iou_reward
+from vlmenv.envs.rewards.boxes import box_format_reward, dynamic_iou_reward, giou_reward, iou50_reward, iou_reward
 from vlmenv.envs.rewards.terms import RewardTerm
 
 
@@ -20,11 +20,13 @@ class RECEnv(VisualTaskEnv):
     terms: ClassVar[Mapping[str, RewardTerm]] = {
         "iou": iou_reward,
         "iou@0.5": iou50_reward,
+        "giou": giou_reward,
+        "dynamic_iou": dynamic_iou_reward,
         "format": box_format_reward,
     }
     default_rewards: ClassVar[Mapping[str, float]] = {"iou": 1.0, "format": 0.1}
     right: ClassVar[tuple[str, float]] = ("iou/mean", 0.5)
-    row_terms: ClassVar[Mapping[str, str]] = {"iou": "iou", "iou@0.5": "iou@0.5"}
+    row_terms: ClassVar[Mapping[str, str]] = {name: name for name in ("iou", "iou@0.5", "giou", "dynamic_iou")}
     prompt_template: ClassVar[str] = "Answer as {answer} in {coordinates}, or {none}.\n{question}"
     geometry: ClassVar[Geometry | None] = BOX
     unread: ClassVar[Collection[str]] = ("keywords", "choices", "tolerance")

@@ -52,6 +52,10 @@ class Scorer:
         exchangeable: Names of terms that rows may choose. The chosen term replaces the first of them in use.
         registered: Terms of this task by the names of `register_reward`.
 
+    Attributes:
+        progress: Part of the training that is done, in [0, 1], for the terms that have an argument of this name.
+            Training sets it; everywhere else it is 1.
+
     Raises:
         ConfigError: A term is unknown, or its name or weight is invalid.
         ModelError: A term's model cannot be loaded.
@@ -70,6 +74,7 @@ class Scorer:
             raise ConfigError(f"rewards is a {type(rewards).__name__}: give terms with weights, as {{'accuracy': 1.0}}")
         if not rewards:
             raise ConfigError(f"rewards is empty: name at least one of {', '.join(sorted(known))}")
+        self.progress = 1.0
         self._known = known
         self._answer_format = answer_format
         self._given: dict[str, Any] = {"answer_format": answer_format, "count_tokens": count_tokens}
@@ -120,7 +125,15 @@ class Scorer:
         wanted = _parameters(term)
         given = {name: value for name, value in self._given.items() if name in wanted}
         each = _each_prediction if "prediction" in wanted else _each
-        return functools.partial(each, functools.partial(term, **given))
+        bound = functools.partial(term, **given)
+        if "progress" not in wanted:
+            return functools.partial(each, bound)
+        return functools.partial(self._with_progress, each, bound)
+
+    def _with_progress(
+        self, each: Callable[..., Iterator[float]], term: Callable[..., float], *columns: Any
+    ) -> Iterator[float]:
+        return each(functools.partial(term, progress=self.progress), *columns)
 
 
 def _together(

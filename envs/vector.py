@@ -116,6 +116,15 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         return self.task.skip_broken
 
     @property
+    def progress(self) -> float:
+        """Part of the training that is done, in [0, 1]; see the task."""
+        return self.task.progress
+
+    @progress.setter
+    def progress(self, done: float) -> None:
+        self.task.progress = done
+
+    @property
     def max_turns(self) -> int:
         """Maximum number of answers per episode."""
         return self.task.max_turns

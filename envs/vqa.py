@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import ClassVar
 
 from vlmenv.core.answers import Answer, AnswerKind
@@ -15,6 +15,7 @@ from vlmenv.envs.data.rows import Row
 from vlmenv.envs.data.scenes import Split
 from vlmenv.envs.data.source import Sample, Source
 from vlmenv.envs.rewards.answers import accuracy_reward, accuracy_term, parse_reply, read_answers
+from vlmenv.envs.rewards.documents import anls_reward, list_reward, relaxed_reward
 from vlmenv.envs.rewards.terms import RewardTerm
 from vlmenv.envs.rewards.text import format_reward, length_reward
 
@@ -28,7 +29,9 @@ KINDS: Mapping[str, AnswerKind] = {
     "edit": "edit",
     "all_match": "exact",
 }
-"""Values of a row's `accu_reward_method`."""
+"""Values of a row's `accu_reward_method` that are kinds of answers."""
+DOCUMENTS: Mapping[str, Callable[..., float]] = {"relaxed": relaxed_reward, "anls": anls_reward, "list": list_reward}
+"""Terms for charts and documents, which rows may choose by `accu_reward_method`."""
 
 
 def accepted_texts(row: Row) -> list[str]:
@@ -58,7 +61,9 @@ class VQAEnv(VisualTaskEnv):
         "accuracy": accuracy_term,
         "format": format_reward,
         "length": length_reward,
+        **DOCUMENTS,
     }
+    row_terms: ClassVar[Mapping[str, str]] = {name: name for name in ("accuracy", *DOCUMENTS)}
     default_rewards: ClassVar[Mapping[str, float]] = {"accuracy": 1.0, "format": 0.1}
     prompt_template: ClassVar[str] = "Answer as {answer}\n{question}"
     needs_image: ClassVar[bool] = False
@@ -68,21 +73,27 @@ class VQAEnv(VisualTaskEnv):
         return VisualQuestions(split)
 
     def read_target(self, row: Row) -> Answer:
-        if row.method not in ("", "default", *KINDS):
-            raise ValueError(f"accu_reward_method: {unknown_name('kind of answer', row.method, KINDS)}")
+        if row.method not in ("", "default", *KINDS, *self.row_terms):
+            known = (*KINDS, *self.row_terms)
+            raise ValueError(f"accu_reward_method: {unknown_name('kind of answer', row.method, known)}")
+        if row.method == "list" and row.accepted:  # all of which are wanted
+            return Answer("; ".join(map(str, row.accepted)), "exact")
         return read_answers(accepted_texts(row), KINDS.get(row.method), row.tolerance, row.choices)
 
     def ignored_parts(self, row: Row, target: Answer) -> Collection[str]:
         return () if target.kind == "numeric" else ("tolerance",)
 
-    def row_term(self, row: Row) -> None:
-        """None: `accu_reward_method` of a row is the kind of its answer."""
+    def row_term(self, row: Row) -> str | None:
+        """The term for charts and documents of this name. Otherwise `accu_reward_method` is the kind of the answer."""
+        return self.row_terms.get(row.method)
 
     def measure(self, text: str, target: Answer, terms: Mapping[str, float]) -> dict[str, float]:
+        """Metrics of one answer. If its row chose a term for charts and documents, that one is its accuracy."""
         answered = parse_reply(self.answer_format.extract(text), target)
-        judged = {"judge": terms["judge"]} if "judge" in terms else {}
-        return judged | {
-            "accuracy": accuracy_reward(text, target, self.answer_format),
+        used = {name: terms[name] for name in ("judge", *DOCUMENTS) if name in terms and name in self.rewards}
+        chosen = next((terms[name] for name in DOCUMENTS if name in terms and name not in self.rewards), None)
+        return used | {
+            "accuracy": accuracy_reward(text, target, self.answer_format) if chosen is None else chosen,
             "unparsable": float(answered is None),
             "format": format_reward(text, target, self.answer_format),
         }

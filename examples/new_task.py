@@ -1,4 +1,4 @@
-"""Your own task: how many shapes are there? Train it with `vlmenv train --env new_task:VLM-Count-v0`."""
+"""Your own task: how many shapes are there? Train it with `vlmenv train --env new_task:My-Count-v0`."""
 
 from vlmenv.envs import Row, Sample, Scenes, Source, Split, VisualTaskEnv, format_reward, register_task, sample_scene
 
@@ -35,4 +35,4 @@ class CountEnv(VisualTaskEnv):
         return int(answer) if answer.isascii() and answer.isdigit() and len(answer) < 10 else None
 
 
-register_task("VLM-Count-v0", "new_task:CountEnv")
+register_task("My-Count-v0", "new_task:CountEnv")

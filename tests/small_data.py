@@ -13,20 +13,26 @@ from PIL import Image
 
 from vlmenv.core.formats import AnswerFormat
 from vlmenv.envs.captioning import CaptionEnv
+from vlmenv.envs.counting import CountEnv
+from vlmenv.envs.data.scenes import sample_scene
 from vlmenv.envs.export import export_sample
+from vlmenv.envs.gui import GUIEnv
 from vlmenv.envs.vqa import VQAEnv
 
 COUNT = 6
 WITHOUT_HUB = {
     "vlm_r1_math": "--dataset geometry/samples.jsonl",
+    "geometry3k": "--min-pixels None --max-pixels None",
+    "r1v_clevr": "--max-pixels None",
+    "gui_r1": "--min-pixels None --max-pixels None",
     "pebr_r1_stage1": "--clip-model None --rewards clip 0.4 keywords 0.4 format 0.1 length 0.1",
 }
-"""For recipes that need the Hugging Face hub, options that do not."""
+"""For recipes that need the Hugging Face hub or a published model, options that do not."""
 
 
 def lay_out(recipe: str, folder: Path) -> None:
     """Puts what a recipe reads into a folder."""
-    kind = recipe.removeprefix("vlm_r1_").removeprefix("pebr_r1_").partition("_")[0]
+    kind = recipe.removeprefix("vlm_r1_").removeprefix("pebr_r1_").removeprefix("gui_").partition("_")[0]
     LAYOUTS[kind](folder)
 
 
@@ -71,6 +77,82 @@ def detection(folder: Path) -> None:
 
 def mathematics(folder: Path) -> None:
     shutil.copytree(shared("data/visual_math/geometry3k_examples"), folder / "geometry")
+
+
+def geometry3k(folder: Path) -> None:
+    """The data set of the hub as a folder that the library `datasets` saved, with its columns."""
+    import datasets
+
+    source = shared("data/visual_math/geometry3k_examples")
+    lines = (source / "samples.jsonl").read_text().splitlines()[:COUNT]
+    columns = datasets.Features(
+        {"images": datasets.List(datasets.Image()), "problem": datasets.Value("string")}
+        | {"answer": datasets.Value("string")}
+    )
+    stored: dict[str, list[Any]] = {name: [] for name in columns}
+    for row in map(json.loads, lines):
+        stored["images"].append([str(source / row["image"])])
+        stored["problem"].append("<image>" + row["conversations"][0]["value"].removeprefix("<image>"))
+        stored["answer"].append(row["answer_value"])
+    rows = datasets.Dataset.from_dict(stored, columns)
+    datasets.DatasetDict(train=rows, test=rows).save_to_disk(str(folder / "hiyouga" / "geometry3k"))
+
+
+def counting(folder: Path) -> None:
+    """R1-V's rows of counted objects, as a folder that the library `datasets` saved."""
+    import datasets
+
+    env = CountEnv()
+    samples = [env.source.get(index) for index in range(COUNT)]
+    columns = datasets.Features(
+        {"image": datasets.Image(), "problem": datasets.Value("string"), "solution": datasets.Value("string")}
+    )
+    rows = datasets.Dataset.from_dict(
+        {
+            "image": [Image.fromarray(sample.images[0]) for sample in samples],
+            "problem": [sample.question for sample in samples],
+            "solution": [f"<answer> {sample.target} </answer>" for sample in samples],
+        },
+        columns,
+    )
+    datasets.DatasetDict(train=rows).save_to_disk(str(folder / "leonardPKU" / "clevr_cogen_a_train"))
+
+
+def boxes_with_points(folder: Path) -> None:
+    """VisionReasoner's rows of objects, as a folder that the library `datasets` saved."""
+    import datasets
+
+    stored: dict[str, list[Any]] = {"image": [], "problem": [], "solution": []}
+    for index in range(COUNT):
+        scene, _ = sample_scene("train", index)
+        centres = [((x1 + x2) / 2, (y1 + y2) / 2) for x1, y1, x2, y2 in (shape.box for shape in scene.shapes)]
+        objects = [
+            {"bbox_2d": list(shape.box), "point_2d": list(centre)}
+            for shape, centre in zip(scene.shapes, centres, strict=True)
+        ]
+        stored["image"].append(Image.fromarray(scene.image))
+        stored["problem"].append("the shapes")
+        stored["solution"].append(json.dumps(objects))
+    rows = datasets.Dataset.from_dict(stored).cast_column("image", datasets.Image())
+    target = folder / "Ricky06662" / "VisionReasoner_multi_object_7k_840"
+    datasets.DatasetDict(train=rows).save_to_disk(str(target))
+
+
+def actions(folder: Path) -> None:
+    """GUI-R1's parquet files, with places in fractions of the screen."""
+    import datasets
+
+    env = GUIEnv()
+    rows = []
+    for sample in map(env.source.get, range(COUNT)):
+        (width, height), place = sample.full_sizes[0], sample.target.place
+        box = [-100.0, -100.0] if place is None else [v / (width, height)[i % 2] for i, v in enumerate(place)]
+        row = {"image": Image.fromarray(sample.images[0]), "instruction": sample.question, "history": "None"}
+        action = {"gt_action": sample.target.kind, "gt_input_text": sample.target.text or "no input text"}
+        rows.append(row | action | {"gt_bbox": box, "task_type": "low"})
+    table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    for name in ("train", "test"):
+        table.to_parquet(str(folder / f"{name}.parquet"))
 
 
 def screens(folder: Path) -> None:
@@ -125,6 +207,10 @@ LAYOUTS = {
     "sampling": questions,
     "stage1": questions,
     "stage2": questions,
+    "geometry3k": geometry3k,
+    "r1v": counting,
+    "r1": actions,
+    "vision": boxes_with_points,
 }
 
 

@@ -258,8 +258,8 @@ def test_detection_is_trained_and_measured_by_the_same_commands(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["train", "--env", "VLM-Point-v0"], "is named with the module that registers it, as in my_task:VLM-Point-v0"),
-        (["train", "--env", "json:VLM-Point-v0"], "module 'json' registers no environment 'VLM-Point-v0'"),
+        (["train", "--env", "VLM-Pose-v0"], "is named with the module that registers it, as in my_task:VLM-Pose-v0"),
+        (["train", "--env", "json:VLM-Pose-v0"], "module 'json' registers no environment 'VLM-Pose-v0'"),
         (["train", "--env", "VLM-RCE-v0"], "unknown environment 'VLM-RCE-v0'. Did you mean 'VLM-REC-v0'?"),
         (["train", "--env", "VLM-REC"], "Did you mean 'VLM-REC-v0'?"),
         (["eval", "--env", "CartPole-v1"], "no visual task"),

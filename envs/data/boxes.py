@@ -59,18 +59,21 @@ class BoxReading:
         Raises:
             ValueError: What the data set has as boxes are none in this form.
         """
-        if self.form is None:
+        form = self._form_of(row)
+        if form is None:
             return row
+        edges: Change = corners if form is BoxForm.XYWH else lambda box: box
         if row.detections is None:
-            return replace(row, answer=change_numbers(row.answer, self._edges))
-        found = [one._replace(box=self._edges(lengths(one.box))) for one in row.detections]
+            return replace(row, answer=change_numbers(row.answer, edges))
+        found = [one._replace(box=edges(lengths(one.box))) for one in row.detections]
         for one in found:
             if not is_box(one.box):
-                raise ValueError(f"the box {list(one.box)} covers nothing, if boxes are in {self.form}")
+                raise ValueError(f"the box {list(one.box)} covers nothing, if boxes are in {form}")
         return replace(row, detections=tuple(found))
 
-    def _edges(self, numbers: Box) -> Box:
-        return corners(numbers) if self.form is BoxForm.XYWH else numbers
+    def _form_of(self, row: Row) -> BoxForm | None:
+        """The form of a row's boxes: the given one, or that of its layout. None: edges in pixels."""
+        return BoxForm(row.form) if self.form is None and row.form else self.form
 
     def in_pixels(self, target: Any, row: Row, ref: ImageRef, shown: tuple[int, int]) -> Any:
         """The truth in pixels of the image as it is shown.
@@ -82,11 +85,11 @@ class BoxReading:
             shown: Its full width and height, turned as EXIF says.
         """
         width, height = shown
-        turn = self._turn(row, ref, shown)
-        if turn == 1 and self.form not in (BoxForm.FRACTIONS, BoxForm.NORM1000):
+        turn, form = self._turn(row, ref, shown), self._form_of(row)
+        if turn == 1 and form not in (BoxForm.FRACTIONS, BoxForm.NORM1000):
             return target
         size = (height, width) if turn in SIDEWAYS else (width, height)
-        return self.map_boxes(target, lambda box: turned(scaled(box, self.form, size), turn, size))
+        return self.map_boxes(target, lambda box: turned(scaled(box, form, size), turn, size))
 
     def told(self, row: Row, shown: tuple[int, int]) -> BoxOrientation | None:
         """The orientation that fits the width and height in the row; None if they do not decide."""

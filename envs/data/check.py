@@ -144,7 +144,7 @@ def _boxed(found: LookedAt, ref: str, reading: BoxReading, place: str) -> BoxedR
     if row.detections is not None:
         numbers, form = [lengths(one.box) for one in row.detections], BoxForm.XYWH
     else:
-        numbers, form = numbers_in(row.answer), BoxForm.XYXY
+        numbers, form = numbers_in(row.answer), BoxForm(row.form or BoxForm.XYXY)
         if not numbers and found.sample is not None and reading.form in (None, BoxForm.XYXY):  # written otherwise
             read = boxes_of(found.sample.target, reading.map_boxes)
             numbers = [box for box in read if box[:2] != box[2:]]  # a point is no box

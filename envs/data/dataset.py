@@ -33,6 +33,7 @@ from vlmenv.envs.data.coco import CocoInstances
 from vlmenv.envs.data.convert import find_layout
 from vlmenv.envs.data.delimited import Delimited
 from vlmenv.envs.data.images import Size, image_size, load_image, outline_image
+from vlmenv.envs.data.layouts import RowLayout
 from vlmenv.envs.data.media import ImageRef
 from vlmenv.envs.data.rows import Row, check_columns, missing, read_row
 from vlmenv.envs.data.source import Sample, Source
@@ -94,6 +95,8 @@ class Reading:
     """rule for images that are too large to be shown as they are; see `load_image`"""
     confine_images: bool = False
     """whether a row with an image outside the folder of images is broken"""
+    layouts: tuple[RowLayout, ...] = ()
+    """layouts of the task's own public data sets"""
 
     def __post_init__(self) -> None:
         check_columns(self.columns)
@@ -122,7 +125,7 @@ class Reading:
         """
         if isinstance(raw, ValueError):
             raise raw
-        return raw if isinstance(raw, Row) else read_row(raw, number, self.columns, self.unread)
+        return raw if isinstance(raw, Row) else read_row(raw, number, self.columns, self.unread, self.layouts)
 
     def sample_of(self, row: Row) -> Sample:
         """The task's sample of a row; raises as `sample` does."""

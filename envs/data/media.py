@@ -20,7 +20,7 @@ ImageRef = str | bytes | PILImage | None
 """A path, an encoded file's bytes or a picture; None for one that is there but was not read."""
 
 IMAGE_COLUMNS: Final = (
-    *("images", "image", "image_path", "image_paths", "img", "imgs", "img_path", "img_paths"),
+    *("images", "image", "image_path", "image_paths", "img", "imgs", "img_path", "img_paths", "img_filename"),
     *("picture", "pictures", "photo", "photos", "decoded_image", "pil_image", "image_file", "image_files"),
     *("image_url", "image_urls", "file_name", "file_names"),
 )

@@ -21,10 +21,12 @@ from vlmenv.envs.data.scenes import (
     Scenes,
     Shape,
     Split,
+    choose_group,
     choose_reference,
     draw_layout,
     find_place,
     is_held_out,
+    list_shapes,
     sample_layout,
     sample_scene,
 )
@@ -97,18 +99,14 @@ def _ask_yes_no(split: Split, rng: np.random.Generator) -> _Question:
     yes = bool(rng.integers(2))
     asked = _one(shape.colour, shape.kind) if yes else _near_misses(scene, rng)[0]
     answer = Answer("yes" if yes else "no", "yes_no")
-    return _Question((scene.image,), f"Is there {asked}?", answer, f"There is {_list(scene.shapes)}.")
+    return _Question((scene.image,), f"Is there {asked}?", answer, f"There is {list_shapes(scene.shapes)}.")
 
 
 def _ask_count(split: Split, rng: np.random.Generator) -> _Question:
     scene = _scene(split, rng)
-    groups = {"shapes": list(scene.shapes)}
-    groups |= {f"{kind}s": [s for s in scene.shapes if s.kind == kind] for kind in SHAPES}
-    groups |= {f"{colour} shapes": [s for s in scene.shapes if s.colour == colour] for colour in COLOURS}
-    # The number comes first: most groups are empty, or of one.
-    number = _pick(sorted({len(group) for group in groups.values()}), rng)
-    noun = _pick([noun for noun, group in groups.items() if len(group) == number], rng)
-    rationale = f"There is {_list(groups[noun])}, so {number}."
+    noun, group = choose_group(scene.shapes, rng)
+    number = len(group)
+    rationale = f"There is {list_shapes(group)}, so {number}."
     return _Question((scene.image,), f"How many {noun} are there?", Answer(str(number), "numeric"), rationale)
 
 
@@ -234,7 +232,3 @@ def _pick(items: Sequence[_T], rng: np.random.Generator) -> _T:
 
 def _one(colour: str, kind: str) -> str:
     return f"{'an' if colour == 'orange' else 'a'} {colour} {kind}"
-
-
-def _list(shapes: Sequence[Shape]) -> str:
-    return ", ".join(f"a {shape}" for shape in shapes) or "none of them"

@@ -15,6 +15,7 @@ from vlmenv.core.errors import ConfigError, unknown_name
 from vlmenv.core.formats import SECTIONS, TAGS, AnswerFormat
 from vlmenv.core.rollout import IMAGE_MARK, Turn, count_marks, split_marks
 from vlmenv.envs.data.choices import LETTERS, read_choices
+from vlmenv.envs.data.layouts import RowLayout
 from vlmenv.envs.data.media import (
     IMAGE_COLUMNS,
     ImageRef,
@@ -81,6 +82,8 @@ class Row:
     """the items of an answer that is a list of texts and numbers"""
     detections: tuple[Detection, ...] | None = None
     """true boxes, if the data set has separate ones"""
+    form: str = ""
+    """form of the boxes in the answer, if the row's layout has one; empty: edges in pixels"""
     size: tuple[int, int] | None = None
     """width and height of the image that the boxes refer to, if the data set states them"""
     turns: tuple[Turn, ...] = ()
@@ -100,7 +103,13 @@ def check_columns(columns: Mapping[str, str]) -> None:
             raise ConfigError(unknown_name("part of a row", name, COLUMNS))
 
 
-def read_row(raw: Any, number: int, columns: Mapping[str, str], unread: Collection[str] = ()) -> Row:
+def read_row(
+    raw: Any,
+    number: int,
+    columns: Mapping[str, str],
+    unread: Collection[str] = (),
+    layouts: Sequence[RowLayout] = (),
+) -> Row:
     """Reads a row of any layout.
 
     Args:
@@ -108,6 +117,7 @@ def read_row(raw: Any, number: int, columns: Mapping[str, str], unread: Collecti
         number: Its number, which is also its id if it has none.
         columns: Columns of the parts of a row, if they differ from `COLUMNS`; an empty name leaves the part out.
         unread: Parts that the task does not use. Their columns count as unused, whatever they hold.
+        layouts: Layouts of the task, for rows without a question in `COLUMNS`. Named columns go first.
 
     Raises:
         ValueError: A part is missing or of the wrong type; the message names it.
@@ -115,7 +125,9 @@ def read_row(raw: Any, number: int, columns: Mapping[str, str], unread: Collecti
     if not isinstance(raw, Mapping):
         raise ValueError("the row is not a JSON object")
     refuse_other_media(raw)
-    cells = _Cells(raw, columns, unread)
+    layout = _layout_of(raw, columns, layouts)
+    content, form = (raw, "") if layout is None else layout.rewritten(raw)
+    cells = _Cells(content, columns, unread)
     row_id = cells.take("id")
     check_text("id", row_id)
     key = str(number if row_id is None else row_id)
@@ -136,11 +148,26 @@ def read_row(raw: Any, number: int, columns: Mapping[str, str], unread: Collecti
         tolerance=_tolerance(cells.take("tolerance")),
         choices=choices,
         detections=detections,
+        form=form,
         turns=turns,
-        used=tuple(cells.used),
+        used=tuple(cells.used) if layout is None else _used_of(cells, layout, raw),
         unused=cells.unused(bool(images)),
         notes=tuple(cells.notes),
     )
+
+
+def _layout_of(raw: Mapping[str, Any], columns: Mapping[str, str], layouts: Sequence[RowLayout]) -> RowLayout | None:
+    """The task's layout of a row; None for a common one."""
+    if not layouts or not {"question", "answer"}.isdisjoint(columns):
+        return None
+    return next((layout for layout in layouts if layout.fits(raw, COLUMNS["question"])), None)
+
+
+def _used_of(cells: _Cells, layout: RowLayout, raw: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """The parts of a rewritten row, with the columns that they were taken from before."""
+    others = [(part, column) for part, column in cells.used if part not in ("question", "answer")]
+    filled = [(part, column) for part, column in layout.used if is_filled(raw.get(column))]
+    return (*others, *filled)
 
 
 class _Cells:

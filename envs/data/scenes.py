@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image as PILImage
 from PIL import ImageDraw
 
@@ -69,6 +70,12 @@ class Scene:
 
     image: Image
     shapes: tuple[Shape, ...]
+    layout: Layout = ()
+    """the shapes as they are drawn, in the same order"""
+
+    def mask(self, number: int) -> NDArray[np.bool_]:
+        """The pixels [H, W] of a shape, by its number."""
+        return np.asarray(_mask_of(self.layout[number]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +107,16 @@ class ReferringScenes(Scenes):
         return Sample(
             f"scene-{self.split}-{index}", (scene.image,), question, reference.target.box, f"the {reference.target}"
         )
+
+
+class CountScenes(Scenes):
+    """Built-in scenes of up to nine shapes, with the question how many of some kind there are."""
+
+    def get(self, index: int) -> Sample:
+        scene, rng = sample_scene(self.split, index, (1, 9))
+        noun, group = choose_group(scene.shapes, rng)
+        question = f"How many {noun} are there?"
+        return Sample(f"count-{self.split}-{index}", (scene.image,), question, len(group), list_shapes(group))
 
 
 class DetectionScenes(Scenes):
@@ -174,6 +191,24 @@ def choose_reference(scene: Scene, rng: np.random.Generator) -> Reference:
     return chosen[rng.integers(len(chosen))]
 
 
+def choose_group(shapes: Sequence[Shape], rng: np.random.Generator) -> tuple[str, list[Shape]]:
+    """Picks shapes of a kind or colour, or all of them, by their number, and their noun in the plural."""
+    groups = {"shapes": list(shapes)}
+    groups |= {f"{kind}s": [shape for shape in shapes if shape.kind == kind] for kind in SHAPES}
+    groups |= {f"{colour} shapes": [shape for shape in shapes if shape.colour == colour] for colour in COLOURS}
+    # The number comes first: most groups are empty, or of one.
+    numbers = sorted({len(group) for group in groups.values()})
+    number = numbers[int(rng.integers(len(numbers)))]
+    nouns = [noun for noun, group in groups.items() if len(group) == number]
+    noun = nouns[int(rng.integers(len(nouns)))]
+    return noun, groups[noun]
+
+
+def list_shapes(shapes: Sequence[Shape]) -> str:
+    """Shapes in words, such as "a large red circle, a small blue star"."""
+    return ", ".join(f"a {shape}" for shape in shapes) or "none of them"
+
+
 def sample_layout(rng: np.random.Generator, counts: tuple[int, int]) -> Layout:
     """Between `counts[0]` and `counts[1]` shapes that do not touch."""
     placed: list[Placed] = []
@@ -224,13 +259,18 @@ def draw_layout(layout: Layout, rng: np.random.Generator) -> Scene:
     picture = PILImage.new("RGB", (SIDE, SIDE), sample_background(rng))
     shapes = []
     for size, colour, kind, x, y, width, height in layout:
-        mask = PILImage.new("1", (SIDE, SIDE))
-        _draw_kind(ImageDraw.Draw(mask), kind, x, y, width, height)
+        mask = _mask_of((size, colour, kind, x, y, width, height))
         picture.paste(sample_tint(colour, rng), mask=mask)
         box = mask.getbbox()
         assert box is not None
         shapes.append(Shape(size, colour, kind, tuple(float(v) for v in box)))  # type: ignore[arg-type]
-    return Scene(np.asarray(picture), tuple(shapes))
+    return Scene(np.asarray(picture), tuple(shapes), layout)
+
+
+def _mask_of(placed: Placed) -> PILImage.Image:
+    mask = PILImage.new("1", (SIDE, SIDE))
+    _draw_kind(ImageDraw.Draw(mask), *placed[2:])
+    return mask
 
 
 def sample_background(rng: np.random.Generator) -> tuple[int, ...]:

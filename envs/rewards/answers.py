@@ -10,7 +10,7 @@ import functools
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Final, NamedTuple, get_args
 
 from vlmenv.core.answers import Answer, AnswerKind
@@ -475,25 +475,31 @@ def _unbracketed(text: str) -> str:
 
 
 def edit_ratio(a: str, b: str) -> float:
-    """1 - Levenshtein distance / characters of the longer one, in [0, 1]; texts of over 10,000 are not like any other.
+    """1 - Levenshtein distance / characters of the longer one, in [0, 1]; 0 for different texts of over 10,000."""
+    if a == b:
+        return 1.0
+    longest = max(len(a), len(b))
+    return 0.0 if longest > LONGEST_ANSWER else 1 - edit_distance(a, b) / longest
+
+
+def edit_distance(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
+    """Levenshtein distance of two texts, or of two lists of words.
 
     By Myers' bit-parallel algorithm (Journal of the ACM 46, 1999), in Hyyrö's form for whole strings.
     """
-    if a == b:
-        return 1.0
-    if max(len(a), len(b)) > LONGEST_ANSWER or not a or not b:
-        return 0.0
     a, b = (a, b) if len(a) >= len(b) else (b, a)
-    places: dict[str, int] = {}
-    for i, character in enumerate(a):
-        places[character] = places.get(character, 0) | 1 << i
+    if not b:
+        return len(a)
+    places: dict[Hashable, int] = {}
+    for i, item in enumerate(a):
+        places[item] = places.get(item, 0) | 1 << i
     everywhere = (1 << len(a)) - 1
     up, down, distance = everywhere, 0, len(a)  # bits: where the distance rises and falls along `a`
-    for character in b:
-        same = places.get(character, 0)
+    for item in b:
+        same = places.get(item, 0)
         diagonal = (((same & up) + up) ^ up) | same | down
         rises, falls = down | ~(diagonal | up) & everywhere, up & diagonal
         distance += (rises >> len(a) - 1 & 1) - (falls >> len(a) - 1)
         rises, falls = rises << 1 | 1, falls << 1
         up, down = (falls | ~(diagonal | rises)) & everywhere, rises & diagonal
-    return 1 - distance / len(a)
+    return distance

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from vlmenv.core.answers import Detection, fold_label, is_exact_detections, parse_detections
 from vlmenv.core.coordinates import Box
 from vlmenv.core.formats import AnswerFormat
+from vlmenv.envs.rewards.boxes import least_iou
+from vlmenv.envs.rewards.matching import best_pairs
 from vlmenv.envs.rewards.terms import RewardTerm
 from vlmenv.envs.rewards.text import cosine_length, count_words
 
@@ -25,6 +27,8 @@ MAX_DETECTIONS: Final = 100
 """Detections of a label that COCO takes into account."""
 LONGEST_ANSWER: Final = 1024
 """Tokens after which the length reward falls no further."""
+MOST_MATCHED: Final = 1_000
+"""Boxes of an answer that are matched one to one; later ones count as boxes beside the true ones."""
 _RECALLS: Final = np.linspace(0, 1, 101)
 _ROWS: Final = np.arange(len(IOU_THRESHOLDS))
 _TINY: Final = float(np.spacing(1))
@@ -139,6 +143,67 @@ def weighted_sum_reward(
     position = sum(overlaps[a, t] for a, t in pairs if given[a].label == wanted[t].label) / len(wanted)
     missed, false = 1 - len(pairs) / len(wanted), 1 - len(pairs) / len(given)
     return float(0.7 * position + 0.3 * (1 - (missed + false) / 2))
+
+
+def detection_giou_reward(
+    text: str, target: Sequence[Detection], answer_format: AnswerFormat = AnswerFormat.TAGS
+) -> float:
+    """Sum of (1 + generalised IoU) / 2 over boxes matched within their labels, by the greater number of boxes.
+
+    In [0, 1]. Boxes are matched one to one; missed boxes and boxes beside the true ones count as 0.
+    """
+    return _mean_of_pairs(parse_detected_answer(text, answer_format), target, _scaled_gious)
+
+
+def detection_dynamic_iou_reward(
+    text: str,
+    target: Sequence[Detection],
+    answer_format: AnswerFormat = AnswerFormat.TAGS,
+    progress: float = 1.0,
+) -> float:
+    """As `detection_giou_reward`, of IoUs that reach `least_iou` (V-Triune, arXiv 2505.18129).
+
+    Args:
+        text: A completion.
+        target: The true boxes in the coordinates that the prompt asks for.
+        answer_format: How the completion sets its answer apart.
+        progress: Part of the training steps that are done, in [0, 1].
+    """
+    least = least_iou(progress)
+
+    def counted(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+        overlaps = pairwise_iou(a, b)
+        return np.where(overlaps >= least, overlaps, 0.0)
+
+    return _mean_of_pairs(parse_detected_answer(text, answer_format), target, counted)
+
+
+def _scaled_gious(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(1 + generalised IoU) / 2 of boxes [A, 4] and [B, 4]."""
+    overlaps = pairwise_iou(a, b)
+    hulls = np.maximum(a[:, None, 2:], b[:, 2:]) - np.minimum(a[:, None, :2], b[:, :2])
+    hull = hulls[..., 0] * hulls[..., 1]
+    union = (_areas(a)[:, None] + _areas(b)) / (1 + overlaps)
+    scaled: NDArray[np.float64] = (1 + overlaps - (hull - union) / hull) / 2
+    return scaled
+
+
+def _mean_of_pairs(
+    answered: Sequence[Detection] | None,
+    target: Sequence[Detection],
+    measure: Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]],
+) -> float:
+    """The greatest sum of a measure over pairs of boxes with the same label, by the greater number of boxes."""
+    if answered is None:
+        return 0.0
+    given, wanted = countable(answered, target)
+    if not given or not wanted:
+        return float(not given and not wanted)
+    given, wanted = folded(given), folded(wanted)
+    most, first = max(len(given), len(wanted)), given[:MOST_MATCHED]
+    values = measure(_boxes(first), _boxes(wanted))
+    values[np.array([one.label for one in first])[:, None] != np.array([one.label for one in wanted])] = 0
+    return float(sum(values[pair] for pair in best_pairs(values))) / most
 
 
 def count_boxes(answered: Sequence[Detection], target: Sequence[Detection]) -> dict[str, float]:
@@ -295,6 +360,8 @@ TERMS: Final[Mapping[str, RewardTerm]] = {
     "weighted_sum": weighted_sum_reward,
     "length": detection_length_reward,
     "repetition": repetition_reward,
+    "giou": detection_giou_reward,
+    "dynamic_iou": detection_dynamic_iou_reward,
     "format": detection_format_reward,
 }
 """The terms of this file by name."""
@@ -307,5 +374,7 @@ NAMES_IN_ROWS: Final[Mapping[str, str]] = {
     "map50": "map50",
     "od_ap50": "map50",
     "weighted_sum": "weighted_sum",
+    "giou": "giou",
+    "dynamic_iou": "dynamic_iou",
 }
-"""Names that VLM-R1's rows have for the terms."""
+"""Names that rows have for the terms, those of VLM-R1 among them."""

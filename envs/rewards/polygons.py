@@ -31,9 +31,16 @@ def parse_polygon(content: str) -> Polygon | None:
         return None
     content = content.strip().removeprefix("```json").removeprefix("```").removesuffix("```")
     try:
-        found = json.loads(content)
+        return as_polygon(json.loads(content))
+    except (ValueError, RecursionError):
+        return None
+
+
+def as_polygon(found: Any) -> Polygon | None:
+    """A list of [x, y] pairs as an outline; None where `parse_polygon` gives None."""
+    try:
         corners = tuple((float(x), float(y)) for x, y in found) if _is_list_of_pairs(found) else ()
-    except (ValueError, OverflowError, RecursionError):
+    except OverflowError:
         return None
     corners = corners[:-1] if len(corners) > 1 and corners[0] == corners[-1] else corners
     plausible = all(math.isfinite(value) and abs(value) <= MAX_COORDINATE for corner in corners for value in corner)

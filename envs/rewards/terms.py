@@ -51,4 +51,5 @@ class BatchTerm(ABC):
 
 RewardTerm = Callable[..., float] | BatchTerm
 """`term(text, target) -> float`; the target is what `info["target"]` shows. A term that has a parameter
-`answer_format` or `count_tokens` is given the environment's, and one with `prediction` the parsed answer."""
+`answer_format` or `count_tokens` is given the environment's, one with `prediction` the parsed answer, and one with
+`progress` the part of the training steps that are done, in [0, 1] (1 outside training)."""

@@ -142,7 +142,7 @@ def test_imitation_hands_weights_over_only_to_be_measured(builtin: VLMAgent) -> 
 def test_an_engine_in_step_learns_what_the_model_would(builtin: VLMAgent) -> None:
     """The correction's weights are then 1, and the gradient that of the sampler's own log-probabilities."""
     trainer = trainer_of(builtin)
-    rollouts = trainer.collector.next({}).rollouts
+    rollouts = trainer.collector.next({}, 0.0).rollouts
     batch = trainer._credited(rollouts)
     trainer._correct(batch, rollouts.rollout)
     corrected = gradient(trainer, batch)
@@ -157,7 +157,7 @@ def test_an_engine_in_step_learns_what_the_model_would(builtin: VLMAgent) -> Non
 def test_the_gradient_is_that_of_the_weighted_loss(builtin: VLMAgent, how: str) -> None:
     """Computed anew, from the sampler's log-probabilities and those of the policy in one pass of autograd."""
     trainer = trainer_of(builtin, correction=how, **({} if how == "none" else {"correction_cap": 1.1}))
-    rollouts = trainer.collector.next({}).rollouts
+    rollouts = trainer.collector.next({}, 0.0).rollouts
     with torch.no_grad():
         for parameter in builtin.parameters():
             parameter.mul_(1.05)
@@ -248,3 +248,17 @@ def test_a_thread_hands_over_a_result_or_an_error() -> None:
 def test_options_out_of_range(builtin: VLMAgent, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         trainer_of(builtin, **options)
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_reward_terms_are_told_the_progress_of_the_step_that_they_score(builtin: VLMAgent, max_staleness: int) -> None:
+    told = []
+
+    def term(text: str, target: Any, progress: float) -> float:
+        told.append(progress)
+        return 0.0
+
+    env = {"rewards": {term: 1.0}}
+    trainer = trainer_of(builtin, steps=3, max_staleness=max_staleness, num_envs=4, env=env)
+    list(trainer.train(seed=0))
+    assert told == [0.0] * 4 + [1 / 3] * 4 + [2 / 3] * 4

@@ -11,9 +11,14 @@ import vlmenv  # noqa: F401 (registers the environments)
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.export import export_sample
 
+TASKS = (
+    *("VLM-REC-v0", "VLM-OVD-v0", "VLM-Math-v0", "VLM-Caption-v0", "VLM-VQA-v0"),
+    *("VLM-Count-v0", "VLM-Point-v0", "VLM-GUI-v0", "VLM-OCR-v0", "VLM-Seg-v0"),
+)
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["VLM-REC-v0", "VLM-OVD-v0", "VLM-Math-v0", "VLM-Caption-v0", "VLM-VQA-v0"])
+@pytest.mark.parametrize("name", TASKS)
 def test_what_is_exported_is_read_back_as_it_was(name: str, tmp_path: Path) -> None:
     task = gymnasium.make(name, split="eval").unwrapped
     assert isinstance(task, VisualTaskEnv)

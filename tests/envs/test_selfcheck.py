@@ -20,7 +20,10 @@ from vlmenv.envs.captioning import CaptionEnv
 from vlmenv.envs.rec import RECEnv
 from vlmenv.envs.selfcheck import describe
 
-TASKS = ["VLM-Caption-v0", "VLM-Math-v0", "VLM-OVD-v0", "VLM-REC-v0", "VLM-VQA-v0"]
+TASKS = [
+    *("VLM-Caption-v0", "VLM-Count-v0", "VLM-GUI-v0", "VLM-Math-v0"),
+    *("VLM-OCR-v0", "VLM-OVD-v0", "VLM-Point-v0", "VLM-REC-v0", "VLM-Seg-v0", "VLM-VQA-v0"),
+]
 WAYS: list[dict[str, Any]] = [{}, {"coordinates": "norm1000"}, {"coordinates": "resized", "resize": ResizeRule()}]
 
 

@@ -23,10 +23,15 @@ from vlmenv.core.formats import AnswerFormat
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.geometry import DETECTIONS
 from vlmenv.envs.making import visual_tasks
+from vlmenv.envs.pointing import REGIONS
 from vlmenv.envs.rewards.answers import accuracy_reward, read_answer
 from vlmenv.envs.rewards.text import keywords_reward
+from vlmenv.envs.segmentation import SEGMENTS
 
-TASKS = ["VLM-Caption-v0", "VLM-Math-v0", "VLM-OVD-v0", "VLM-REC-v0", "VLM-VQA-v0", "VLM-Zoom-v0"]
+TASKS = [
+    *("VLM-Caption-v0", "VLM-Count-v0", "VLM-GUI-v0", "VLM-Math-v0"),
+    *("VLM-OCR-v0", "VLM-OVD-v0", "VLM-Point-v0", "VLM-REC-v0", "VLM-Seg-v0", "VLM-VQA-v0", "VLM-Zoom-v0"),
+]
 ROWS: dict[str, list[tuple[str, Any]]] = {
     "VLM-REC-v0": [("Find it.", "[1, 2, 30, 40]"), ("Find the other.", "None")],
     "VLM-OVD-v0": [
@@ -35,6 +40,11 @@ ROWS: dict[str, list[tuple[str, Any]]] = {
     ],
     "VLM-Math-v0": [("How long is x?", "\\frac{7}{3}"), ("(A) 1 (B) 2", "B")],
     "VLM-VQA-v0": [("Is it red?", "yes"), ("How many?", "3"), ("(A) 1 (B) 2", "(A)"), ("Which?", "a red cat")],
+    "VLM-Point-v0": [("Point at cats.", "[[1, 2, 30, 40], [35, 5, 60, 40]]"), ("Point at dogs.", "None")],
+    "VLM-GUI-v0": [("Click on Save.", "[1, 2, 30, 40]"), ("Enter tea.", '{"action": "type", "text": "tea"}')],
+    "VLM-OCR-v0": [("Read it.", "a red cat"), ("Read the sign.", "STOP 12")],
+    "VLM-Seg-v0": [("Outline cats.", "[[5, 5, 30, 5, 30, 40], [35, 5, 60, 40]]"), ("Outline dogs.", "None")],
+    "VLM-Count-v0": [("How many cats?", "3"), ("How many dogs?", "0")],
     "VLM-Zoom-v0": [("Is it red?", "yes"), ("Which?", "a red cat")],
     "VLM-Caption-v0": [("Describe it. How many?", "2"), ("Describe it.", "red")],
 }
@@ -179,15 +189,18 @@ def ceilings(env: VisualTaskEnv, index: int) -> dict[str, tuple[str, float]]:
 
     The format's own tenth, and the caption's two for length and format, may be had by anyone who keeps to the format.
     """
-    sample, other = env.source.get(index), env.source.get(index + 1)
+    sample = env.source.get(index)
     right = env.write_answer(sample)
+    others = map(env.source.get, range(index + 1, index + 20))
+    other = next(one for one in others if env.target(one) != env.target(sample))
     answer = env.answer_format.extract(right) or ""
     form = sum(weight for name, weight in env.default_rewards.items() if name in ("format", "length"))
     write = env.answer_format.write
     tags = env.answer_format is AnswerFormat.TAGS
     caption = env.answer_format is AnswerFormat.SECTIONS  # says "reasoning" where the description goes
-    lists = env.geometry is DETECTIONS  # whose objects are whole, though the fence is not
-    low = form + 0.25 if caption else form
+    lists = env.geometry in (DETECTIONS, REGIONS, SEGMENTS)  # whose objects are whole, though the list is not
+    graded = "similarity" in env.default_rewards  # any text is a little like any other
+    low = form + (0.35 if graded else 0.25 if caption else 0)
     return {
         "empty": ("", 0),
         "white space": (" \n", 0),
@@ -196,7 +209,7 @@ def ceilings(env: VisualTaskEnv, index: int) -> dict[str, tuple[str, float]]:
         "the answer block twice": (right + right, 0.9 if caption else 0),
         "nested tags": (f"<think><think></think><answer><answer>{answer}</answer></answer>", low if caption else 0),
         "answer only inside think": (f"<think><answer>{answer}</answer></think>" if tags else answer, low),
-        "answer cut off": (right.removesuffix("</answer>")[:-1], 1.0 if caption or lists else 0),
+        "answer cut off": (right.removesuffix("</answer>")[:-1], 1.0 if caption or lists or graded else 0),
         "surrogates": (write("\ud800\udfff" * 50), low),
         "null bytes": (write("\0" * 50), low),
         "NaN": (write("[NaN, NaN, NaN, NaN]"), low),

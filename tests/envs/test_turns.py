@@ -108,7 +108,7 @@ def test_environments_in_one_call_show_turns_too() -> None:
 
 
 def test_the_built_in_tasks_show_prompts_of_one_turn() -> None:
-    for name in ("VLM-REC-v0", "VLM-OVD-v0", "VLM-Math-v0", "VLM-Caption-v0", "VLM-VQA-v0"):
+    for name in ("VLM-REC-v0", "VLM-OVD-v0", "VLM-Math-v0", "VLM-Caption-v0", "VLM-VQA-v0", "VLM-Count-v0"):
         observation, _ = gymnasium.make(name).reset(seed=0)
         assert observation["turns"] == ()
         assert "<image>" not in observation["prompt"]

@@ -143,3 +143,14 @@ def iou(a: Box, b: Box) -> float:
         return 0.0
     intersection = width * height
     return intersection / (area(a) + area(b) - intersection)
+
+
+def giou(a: Box, b: Box) -> float:
+    """Generalised IoU of two boxes, in (-1, 1]: IoU less the part of their hull that neither covers (arXiv 1902.09630).
+
+    It is the same in every convention of coordinates, as IoU is.
+    """
+    overlap = iou(a, b)
+    hull = area((min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])))
+    union = (area(a) + area(b)) / (1 + overlap)
+    return overlap - (hull - union) / hull

@@ -1,0 +1,64 @@
+"""Layouts of one task's public data sets, whose questions and answers stand in columns of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vlmenv.envs.data.media import is_filled
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """A layout of rows that a task reads beside the common ones.
+
+    Example:
+        The rows of PixMo-Count, with a `label` and a `count`::
+
+            RowLayout(("label",), ("count",), "How many {} are there?".format)
+
+    Args:
+        asked: Columns that the question is made of. The first must hold something; the others may be missing.
+        true: Columns that the answer is made of. A row must have all of them.
+        question: Makes the question of the contents of `asked`. A missing one is None.
+        answer: Makes the answer of the contents of `true`. Default: the content of the first.
+        form: Names the form of the boxes and points in the contents of `true`, as `--boxes-in` does. Default: pixels.
+    """
+
+    asked: tuple[str, ...]
+    true: tuple[str, ...]
+    question: Callable[..., str] = str
+    answer: Callable[..., Any] = lambda content, *others: content
+    form: Callable[..., str] = lambda *contents: "xyxy"
+
+    def fits(self, raw: Mapping[str, Any], taken: Collection[str]) -> bool:
+        """Whether a row has this layout.
+
+        Args:
+            raw: The row.
+            taken: Columns that hold a question in a common layout.
+        """
+        if any(is_filled(raw.get(column)) for column in taken if column not in self.asked):
+            return False
+        return is_filled(raw.get(self.asked[0])) and all(raw.get(column) is not None for column in self.true)
+
+    def rewritten(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+        """A row of this layout with its question and its answer in `question` and `answer`, and the form of its boxes.
+
+        Raises:
+            ValueError: A column holds something else.
+        """
+        left = {column: cell for column, cell in raw.items() if column not in (*self.asked, *self.true)}
+        true = [raw[column] for column in self.true]
+        try:
+            question, answer = self.question(*(raw.get(column) for column in self.asked)), self.answer(*true)
+            return left | {"question": question, "answer": answer}, self.form(*true)
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+            named = ", ".join(f"'{column}'" for column in (*self.asked, *self.true))
+            raise ValueError(f"the columns {named} do not hold what they should: {error}") from None
+
+    @property
+    def used(self) -> tuple[tuple[str, str], ...]:
+        """The parts of a row, with the columns that they are made of."""
+        return (*(("question", column) for column in self.asked), *(("answer", column) for column in self.true))

@@ -1,0 +1,75 @@
+"""Optical character recognition: the text that the image shows."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import ClassVar
+
+from vlmenv.envs.base import VisualTaskEnv
+from vlmenv.envs.data.layouts import RowLayout
+from vlmenv.envs.data.rows import Row
+from vlmenv.envs.data.scenes import Split
+from vlmenv.envs.data.source import Sample, Source
+from vlmenv.envs.data.transcripts import QUESTIONS, Transcripts
+from vlmenv.envs.rewards import transcripts as rewards
+from vlmenv.envs.rewards.terms import RewardTerm
+from vlmenv.envs.rewards.text import format_reward
+
+
+class OCREnv(VisualTaskEnv):
+    """`VLM-OCR-v0`: the answer is a text, of which white space does not count."""
+
+    terms: ClassVar[Mapping[str, RewardTerm]] = {
+        "similarity": rewards.similarity_reward,
+        "cer": rewards.cer_reward,
+        "wer": rewards.wer_reward,
+        "exact": rewards.exact_text_reward,
+        "format": format_reward,
+    }
+    default_rewards: ClassVar[Mapping[str, float]] = {"similarity": 1.0, "format": 0.1}
+    row_terms: ClassVar[Mapping[str, str]] = {
+        **{name: name for name in ("similarity", "cer", "wer", "exact")},
+        "edit": "similarity",
+    }
+    ratios: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "CER": ("characters/edits", "characters/true"),
+        "WER": ("words/edits", "words/true"),
+    }
+    prompt_template: ClassVar[str] = "Answer as {answer}\n{question}"
+    answer_example: ClassVar[str | None] = "text"
+    layouts: ClassVar[tuple[RowLayout, ...]] = (RowLayout(("text",), ("text",), lambda text: QUESTIONS[0]),)
+    unread: ClassVar[Collection[str]] = ("keywords", "choices", "tolerance")
+
+    def builtin_source(self, split: Split) -> Source:
+        return Transcripts(split)
+
+    def read_target(self, row: Row) -> str:
+        text = rewards.plain_text(row.answer[: rewards.LONGEST + 1])
+        if not text or len(row.answer) > rewards.LONGEST:
+            raise ValueError(f"the answer has no text, or more than {rewards.LONGEST:,} characters")
+        return text
+
+    def parse(self, text: str) -> str | None:
+        return rewards.read_transcript(text, self.answer_format)
+
+    def measure(self, text: str, target: str, terms: Mapping[str, float]) -> dict[str, float]:
+        """Metrics of one answer. Without a readable one all of the truth is missing."""
+        answered = self.parse(text)
+        words = None if answered is None else answered.split()
+        return {
+            "similarity/mean": rewards.similarity_reward(text, target, answered),
+            "accuracy": rewards.exact_text_reward(text, target, answered),
+            "characters/edits": float(rewards.edits(answered, target)),
+            "characters/true": float(len(target)),
+            "words/edits": float(rewards.edits(words, target.split())),
+            "words/true": float(len(target.split())),
+            "unparsable": float(answered is None),
+            "format": format_reward(text, target, self.answer_format),
+        }
+
+    def traits(self, prediction: str | None, target: str) -> dict[str, float]:
+        """Answered characters per true one."""
+        return {"character_ratio": len(prediction or "") / len(target)}
+
+    def write_answer(self, sample: Sample) -> str:
+        return self.answer_format.write(sample.target, sample.rationale)

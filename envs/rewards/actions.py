@@ -1,0 +1,233 @@
+"""Rewards for answers that are one action on a screen: its type, where it goes, and its text."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+from vlmenv.core.answers import parse_box
+from vlmenv.core.coordinates import Point, is_point
+from vlmenv.core.formats import AnswerFormat
+from vlmenv.core.literals import Cut, find_values
+from vlmenv.core.points import LONGEST, parse_points
+from vlmenv.envs.regions import Region, holds
+
+PLACED: Final = ("click", "double_click", "right_click", "long_press", "move_to")
+"""Types of actions that go to a place."""
+OTHERS: Final = (
+    *("type", "select", "scroll", "swipe", "open_app", "press_key"),
+    *("press_back", "press_home", "press_recent", "enter", "wait", "complete", "impossible"),
+)
+"""Other types of actions that prompts and data sets name."""
+LEAST_F1: Final = 0.5
+"""F1 of its words from which a text counts as right (GUI-R1, arXiv 2504.10458)."""
+_LONGEST_TEXT = 2_000
+
+_SAME: Final = {
+    **dict.fromkeys(("tap", "left_click", "leftclick"), "click"),
+    **dict.fromkeys(("doubleclick", "double_tap", "left_double"), "double_click"),
+    **dict.fromkeys(("rightclick", "right_single"), "right_click"),
+    **dict.fromkeys(("longpress", "long_tap"), "long_press"),
+    **dict.fromkeys(("moveto", "mouse_move", "hover"), "move_to"),
+    **dict.fromkeys(("input", "input_text", "write", "type_text"), "type"),
+    **dict.fromkeys(("open", "launch"), "open_app"),
+    **dict.fromkeys(("back", "navigate_back"), "press_back"),
+    **dict.fromkeys(("home", "navigate_home"), "press_home"),
+    **dict.fromkeys(("press_enter", "keyboard_enter"), "enter"),
+    **dict.fromkeys(("key", "hotkey", "press"), "press_key"),
+    **dict.fromkeys(("finish", "finished", "terminate", "done"), "complete"),
+}
+_KIND_KEYS = ("action", "action_type", "gt_action")
+_PLACE_KEYS = ("point", "point_2d", "coordinate", "coordinates", "position", "start_box", "bbox_2d", "bbox", "gt_bbox")
+_TEXT_KEYS = (
+    "text",
+    "input_text",
+    "gt_input_text",
+    "value",
+    "content",
+    "direction",
+    "app_name",
+    "app",
+    "button",
+    "keys",
+)
+_CALL = re.compile(r"\s*(?:pyautogui\.)?([A-Za-z_]{2,20})\s*(?=\()")
+_NUMBER = re.compile(r"[+-]?[0-9]{1,9}(?:\.[0-9]{0,17})?")
+_NO_TEXT = ("", "no input text", "none", "null")
+
+
+class Action(NamedTuple):
+    """An action on a screen."""
+
+    kind: str
+    """its type, as in `PLACED` and `OTHERS`"""
+    place: Region | None = None
+    """a point; for a true action, the region of the element that it goes to"""
+    text: str = ""
+    """what is typed or selected, or the direction of scrolling"""
+    reach: Point | tuple[()] = ()
+    """for a true action: half axes of the ellipse around a true point within which it is hit"""
+
+
+def kind_of(name: str) -> str:
+    """The type of an action by any of its names."""
+    plain = re.sub(r"[\s-]+", "_", name.strip().lower())[:40]
+    return _SAME.get(plain, plain)
+
+
+def parse_action(content: str) -> Action | None:
+    """Reads one action from the content of an answer.
+
+    An object with `action`, as GUI-R1's, InfiGUI-R1's and Qwen's rows and tool calls have it; a call, as
+    `click(x=10, y=20)`; or a bare point, or a box whose centre it is, which are clicked.
+
+    Args:
+        content: Any text.
+
+    Returns:
+        The action in the coordinates that the text uses; None if there is none, one is cut off, or several differ.
+    """
+    if len(content) > LONGEST:
+        return None
+    values = [found.value for found in find_values(content)]
+    called = _CALL.match(content)
+    rows = [row for value in values for row in (value if isinstance(value, list) else [value]) if isinstance(row, dict)]
+    if any(isinstance(row, Cut) for row in rows):
+        return None
+    found = {action for row in rows if (action := _action(row)) is not None}
+    if found:
+        return found.pop() if len(found) == 1 else None
+    if called and kind_of(called[1]) in (*PLACED, *OTHERS):
+        return _call(kind_of(called[1]), values)
+    place = _bare_place(content)
+    return None if place is None else Action("click", place)
+
+
+def _action(row: Mapping[str, Any]) -> Action | None:
+    if isinstance(row.get("arguments"), Mapping):
+        row = row["arguments"]
+    kind = next((row[key] for key in _KIND_KEYS if isinstance(row.get(key), str)), None)
+    return None if kind is None else _of_kind(kind_of(kind), row)
+
+
+def _call(kind: str, values: list[Any]) -> Action:
+    if values and isinstance(values[0], dict):
+        return _of_kind(kind, values[0])
+    parts = values[0] if values else []
+    text = next((part for part in parts if isinstance(part, str)), "")
+    return Action(kind, _point(parts) if kind in PLACED else None, _plain_text(text))
+
+
+def _of_kind(kind: str, row: Mapping[str, Any]) -> Action:
+    place = next((row[key] for key in _PLACE_KEYS if row.get(key) is not None), [row.get("x"), row.get("y")])
+    text = next((row[key] for key in _TEXT_KEYS if row.get(key) is not None), "")
+    return Action(kind, _point(place) if kind in PLACED else None, _plain_text(text))
+
+
+def _point(value: Any) -> Point | None:
+    """A point, or the centre of a box."""
+    if isinstance(value, str):
+        value = [float(one) for one in _NUMBER.findall(value[:200])]
+    try:
+        numbers = [float(one) for one in value if type(one) in (int, float)] if isinstance(value, list) else []
+    except OverflowError:
+        return None
+    if len(numbers) == 4:
+        numbers = [(numbers[0] + numbers[2]) / 2, (numbers[1] + numbers[3]) / 2]
+    point = tuple(numbers)
+    return (point[0], point[1]) if is_point(point) else None
+
+
+def _bare_place(content: str) -> Point | None:
+    points = parse_points(content)
+    if points is not None:
+        return points[0] if len(points) == 1 else None
+    box = parse_box(content)
+    return None if box is None or isinstance(box, str) else _point(list(box))
+
+
+def _plain_text(text: Any) -> str:
+    if isinstance(text, list):
+        text = " ".join(map(str, text[:20]))
+    plain = " ".join(str(text)[:_LONGEST_TEXT].split())
+    return "" if plain.lower() in _NO_TEXT else plain
+
+
+def read_action(answer: str) -> tuple[str, Any, str]:
+    """The type, the place as JSON holds it, and the text of the action in the answer of a data set's row.
+
+    Raises:
+        ValueError: It has none, or a click without a place.
+    """
+    try:
+        value = json.loads(answer)
+    except (ValueError, RecursionError):
+        raise ValueError(f"the answer {answer[:80]!r} is not JSON") from None
+    row = value[0] if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict) else value
+    if not isinstance(row, dict) or not any(isinstance(row.get(key), str) for key in _KIND_KEYS):
+        return "click", row, ""
+    kind = kind_of(next(row[key] for key in _KIND_KEYS if isinstance(row.get(key), str)))
+    place = next((row[key] for key in _PLACE_KEYS if row.get(key) is not None), None)
+    text = next((row[key] for key in _TEXT_KEYS if row.get(key) is not None), "")
+    return kind, place if kind in PLACED else None, _plain_text(text)
+
+
+def word_f1(answered: str, true: str) -> float:
+    """F1 of the different words of two texts, in [0, 1], in small letters."""
+    given, wanted = ({*text.lower().split()} for text in (answered, true))
+    return 2 * len(given & wanted) / (len(given) + len(wanted)) if given and wanted else float(given == wanted)
+
+
+def action_reward(text: str, target: Action, prediction: Action | None) -> float:
+    """1 for the true type of action, else 0."""
+    return float(prediction is not None and prediction.kind == target.kind)
+
+
+def hit_reward(text: str, target: Action, prediction: Action | None) -> float:
+    """1 for an action of the true type within its element, or one that goes to no place; else 0."""
+    if prediction is None or prediction.kind != target.kind:
+        return 0.0
+    if target.place is None:
+        return 1.0
+    if prediction.place is None:
+        return 0.0
+    reach = target.reach or (0.0, 0.0)
+    return float(holds(target.place, np.array([prediction.place]), (reach[0], reach[1]))[0])
+
+
+def text_reward(text: str, target: Action, prediction: Action | None) -> float:
+    """F1 of the words of an action of the true type, or 1 where the truth has no text; else 0."""
+    if prediction is None or prediction.kind != target.kind:
+        return 0.0
+    return word_f1(prediction.text, target.text) if target.text else 1.0
+
+
+def step_reward(text: str, target: Action, prediction: Action | None) -> float:
+    """1 for an action of the true type, at the true place, and with a text of F1 0.5 or more; else 0.
+
+    The accuracy of GUI-R1 (arXiv 2504.10458) and of EasyR1's GUI rewards, but that a single word must be the same word.
+    """
+    hit = hit_reward(text, target, prediction) == 1
+    return float(hit and text_reward(text, target, prediction) >= LEAST_F1)
+
+
+def action_format_reward(text: str, target: Any, answer_format: AnswerFormat = AnswerFormat.TAGS) -> float:
+    """1 for a text in the answer format and nothing else, whose answer is exactly one action as JSON; else 0."""
+    return float(answer_format.is_followed(text) and is_exact_action(answer_format.extract(text) or ""))
+
+
+def is_exact_action(content: str) -> bool:
+    """Whether the content of an answer is a JSON object with an `action`, with a place where it needs one."""
+    if len(content) > LONGEST:
+        return False
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    row = value[0] if isinstance(value, list) and len(value) == 1 else value
+    action = _action(row) if isinstance(row, dict) else None
+    return action is not None and (action.place is not None) is (action.kind in PLACED)

@@ -1,0 +1,167 @@
+"""`VLM-Seg-v0`: outlines, boxes and points as answers, mask IoU, VisionReasoner's accuracy, and layouts of rows."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pycocotools import mask as coco
+
+from vlmenv.core.errors import DataError
+from vlmenv.core.formats import AnswerFormat
+from vlmenv.envs.regions import outlines_of_mask, shape_of, simple_outlines
+from vlmenv.envs.rewards.segments import Objects, Segment, mask_iou_reward, non_repeat_reward, parse_segments
+from vlmenv.envs.segmentation import SegmentEnv
+
+PICTURE = Image.new("RGB", (420, 840))
+SQUARE = (10, 10, 30, 10, 30, 30, 10, 30)
+
+
+@pytest.mark.parametrize(
+    ("content", "segments"),
+    [
+        ('[{"polygon": [[10,10],[30,10],[30,30],[10,30]]}]', (Segment(SQUARE),)),
+        ("[[10,10],[30,10],[30,30],[10,30]]", (Segment(SQUARE),)),
+        ("```json\n[[[10,10],[30,10],[30,30],[10,30]]]\n```", (Segment(SQUARE),)),
+        ('[{"bbox_2d": [1,2,3,4], "point_2d": [2,3]}]', (Segment((1, 2, 3, 4), (2, 3)),)),
+        ('{"bbox_2d": [1,2,3,4]}', (Segment((1, 2, 3, 4)),)),
+        ("None", ()),
+        ('[{"polygon": [[10,10],[30,10]]}]', None),
+        ('[{"polygon": [[0,0],[10,10],[10,0],[0,10]]}]', None),  # crosses itself
+        ('[{"bbox_2d": [3,2,1,4]}]', None),
+        ('[{"bbox_2d": [1,2,3,4]}, {"label": "cat"}]', None),
+        ('[{"polygon": [[10,10],[30,10],[30,', None),
+        ("cat", None),
+        (json.dumps([{"polygon": [[i, i * i] for i in range(400)]}] * 2), None),  # more than 500 corners in all
+    ],
+)
+def test_objects_that_are_read(content: str, segments: Any) -> None:
+    assert parse_segments(content) == segments
+
+
+TWO = [{"bbox_2d": [0, 0, 100, 100], "point_2d": [50, 50]}, {"bbox_2d": [200, 0, 300, 100], "point_2d": [250, 50]}]
+
+
+@pytest.mark.parametrize(
+    ("answer", "true", "iou", "matched", "accuracy"),
+    [
+        (TWO, TWO, 1, 1, 1),
+        (TWO[::-1], TWO, 1, 1, 1),
+        (TWO[:1], TWO, 1 / 2, 1 / 2, 1 / 2),
+        ([*TWO, {"bbox_2d": [0, 0, 100, 100], "point_2d": [50, 50]}], TWO, 1, 2 / 3, 2 / 3),
+        ([{"polygon": [[0, 0], [100, 0], [100, 100], [0, 100]]}], TWO[:1], 1, 1, 2 / 3),  # no point
+        # The picture is 420 wide: in 840 x 840 the edges are 0, 0, 36 and 0 apart, and the points 18.
+        ([{"bbox_2d": [0, 0, 82, 100], "point_2d": [41, 50]}], TWO[:1], 0.82, 0.82, 1),
+        ([{"bbox_2d": [0, 0, 60, 100], "point_2d": [30, 50]}], TWO[:1], 0.6, 0.6, 1 / 3),
+        ([{"bbox_2d": [0, 0, 100, 100], "point_2d": [150, 50]}], TWO[:1], 1, 1, 2 / 3),
+        ([{"bbox_2d": [200, 0, 300, 100], "point_2d": [250, 50]}], TWO[:1], 0, 0, 0),
+        ("None", TWO, 0, 0, 0),
+        ("hm", TWO, 0, 0, 0),
+        ("None", "None", 1, 1, 1),
+        (TWO, "None", 0, 0, 0),
+        ("hm", "None", 0, 0, 0),
+    ],
+)
+@pytest.mark.parametrize("coordinates", ["original", "norm1000"])
+def test_rewards_by_hand(answer: Any, true: Any, iou: float, matched: float, accuracy: float, coordinates: str) -> None:
+    rewards = {"iou": 1.0, "matched_iou": 1.0, "boxes_points": 1.0}
+    rows = [{"image": PICTURE, "problem": "?", "solution": true if isinstance(true, str) else json.dumps(true)}]
+    env = SegmentEnv(dataset=rows, rewards=rewards, coordinates=coordinates)
+    if not isinstance(answer, str):
+        across, down = (1000 / 420, 1000 / 840) if coordinates == "norm1000" else (1, 1)
+        answer = json.dumps([{name: scaled(value, across, down) for name, value in row.items()} for row in answer])
+    score = env.score(AnswerFormat.TAGS.write(answer), env.source.get(0))
+    assert score.terms == pytest.approx({"iou": iou, "matched_iou": matched, "boxes_points": accuracy}, abs=1e-6)
+
+
+def scaled(value: Any, across: float, down: float) -> Any:
+    if isinstance(value[0], list):
+        return [scaled(one, across, down) for one in value]
+    return [number * (across, down)[i % 2] for i, number in enumerate(value)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_mask_iou_is_that_of_pycocotools(seed: int) -> None:
+    """Of an answer of boxes at whole pixels, and a mask of any form."""
+    rng = np.random.default_rng(seed)
+    pixels = rng.random((12, 10)) < 0.4
+    pixels[0, 0] = True
+    packed = coco.encode(np.asfortranarray(pixels.astype(np.uint8)))
+    stored = {"size": packed["size"], "counts": packed["counts"].decode()}
+    rows = [{"image": Image.new("RGB", (10, 12)), "question": "?", "answer": [{"segmentation": stored}]}]
+    env = SegmentEnv(dataset=rows)
+    edges = [(*sorted(rng.choice(11, 2, replace=False)), *sorted(rng.choice(13, 2, replace=False))) for _ in range(3)]
+    boxes = [[int(x1), int(y1), int(x2), int(y2)] for x1, x2, y1, y2 in edges]
+    covered = np.zeros((12, 10), dtype=np.uint8)
+    for x1, y1, x2, y2 in boxes:
+        covered[y1:y2, x1:x2] = 1
+    expected = float(coco.iou([coco.encode(np.asfortranarray(covered))], [packed], [False])[0, 0])
+    text = AnswerFormat.TAGS.write(json.dumps([{"bbox_2d": box} for box in boxes]))
+    target = env.target(env.source.get(0))
+    assert mask_iou_reward(text, target, env.parse(text)) == pytest.approx(expected, abs=1e-9)
+    measured = env.measure(text, target, {})
+    assert measured["area/intersection"] == pytest.approx((covered * pixels).sum())
+    assert measured["area/union"] == pytest.approx(((covered + pixels) > 0).sum())
+
+
+@pytest.mark.parametrize(
+    ("answer", "objects"),
+    [
+        (TWO, (Segment((0, 0, 100, 100), (50, 50)), Segment((200, 0, 300, 100), (250, 50)))),  # VisionReasoner
+        ([{"segmentation": [[10, 10, 30, 10, 30, 30, 10, 30]]}], (Segment(SQUARE),)),  # COCO
+        ([{"polygon": [[10, 10], [30, 10], [30, 30], [10, 30]], "point_2d": [20, 20]}], (Segment(SQUARE, (20, 20)),)),
+        ([10, 10, 30, 30], (Segment((10, 10, 30, 30)),)),
+        ("None", ()),
+    ],
+)
+@pytest.mark.parametrize("coordinates", ["original", "norm1000"])
+def test_own_truths_score_1_in_each_layout(answer: Any, objects: Any, coordinates: str) -> None:
+    env = SegmentEnv(dataset=[{"image": PICTURE, "question": "?", "answer": answer}], coordinates=coordinates)
+    sample = env.source.get(0)
+    assert sample.target == objects
+    score = env.score(env.write_answer(sample), sample)
+    assert score.terms == pytest.approx({"iou": 1, "format": 1}, abs=0.02)
+    if coordinates == "original":
+        assert score.terms["iou"] == 1
+
+
+def test_points_cover_nothing() -> None:
+    with pytest.raises(DataError, match="has a point, which covers nothing"):
+        SegmentEnv(dataset=[{"image": PICTURE, "question": "?", "answer": [[1, 2]]}])
+
+
+def test_long_outlines_are_simplified_until_they_can_be_answered() -> None:
+    angles = np.linspace(0, 2 * np.pi, 4000, endpoint=False)
+    circle = tuple(float(v) for a in angles for v in (200 + 150 * np.cos(a), 200 + 150 * np.sin(a)))
+    (simple,) = simple_outlines(circle, 300)
+    assert len(simple) <= 600
+    whole, less = shape_of(circle), shape_of(simple)
+    assert whole.intersection(less).area / whole.union(less).area > 0.99
+
+
+def test_many_small_parts_are_answered_by_the_largest() -> None:
+    pixels = np.zeros((60, 60), dtype=np.bool_)
+    pixels[::3, ::3] = True
+    pixels[30:50, 30:50] = True
+    outlines = simple_outlines(outlines_of_mask(pixels), 100)
+    assert sum(map(len, outlines)) <= 200
+    assert max(shape_of(outline).area for outline in outlines) >= 400
+
+
+def test_repeated_sentences() -> None:
+    assert non_repeat_reward("I see. I look. [1.5, 1.5, 1.5].", None) == 1
+    assert non_repeat_reward("I see. I see. It is there.", None) == 1
+    assert non_repeat_reward("I see. I see. I see.", None) == 0
+
+
+def test_areas_of_nothing() -> None:
+    env = SegmentEnv(dataset=[{"image": PICTURE, "question": "?", "answer": "None"}])
+    assert env.target(env.source.get(0)) == Objects((), (1, 1), (420, 840))
+    measured = env.measure(AnswerFormat.TAGS.write("None"), env.target(env.source.get(0)), {})
+    assert (measured["iou/mean"], measured["area/union"]) == (1, 0)
