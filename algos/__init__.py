@@ -4,7 +4,7 @@ from vlmenv.algos.advantages import gae, group_relative, leave_one_out, whiten
 from vlmenv.algos.base import Algorithm, AlgorithmConfig, Credit, LossInputs, LossOutput, Scored, ratio_sums
 from vlmenv.algos.faults import NonFiniteError
 from vlmenv.algos.grpo import GRPO, PRESETS, GRPOConfig
-from vlmenv.algos.losses import cispo, clipped_surrogate, divergence, is_clipped, sequence_ratio
+from vlmenv.algos.losses import bounded, cispo, clipped_surrogate, divergence, is_clipped, sequence_ratio, token_ratio
 from vlmenv.algos.ppo import PPO, PPOConfig
 from vlmenv.algos.registry import ALGORITHMS, Registered, find_algorithm, register_algorithm
 from vlmenv.algos.reinforce_plus_plus import ReinforcePlusPlus, ReinforcePlusPlusConfig
@@ -36,6 +36,7 @@ __all__ = [
     "StepResult",
     "Trainer",
     "TrainerConfig",
+    "bounded",
     "cispo",
     "clipped_surrogate",
     "divergence",
@@ -47,5 +48,6 @@ __all__ = [
     "ratio_sums",
     "register_algorithm",
     "sequence_ratio",
+    "token_ratio",
     "whiten",
 ]

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmenv.algos.losses import Aggregation
+from vlmenv.algos.losses import BOUND, Aggregation, bounded
 from vlmenv.core.errors import require_at_least
 
 
@@ -106,7 +106,10 @@ class LossOutput:
 
 @torch.no_grad()
 def ratio_sums(logratio: Tensor, clipped: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Metrics of the importance ratios: the KL divergence from the old to the new policy (k3), and the share clipped.
+    """Metrics of the importance ratios.
+
+    They are the KL divergence from the old to the new policy (k3), the share of tokens that are clipped, and the share
+    whose log-ratio is so far off that it is bounded before `exp`; see `token_ratio`.
 
     Args:
         logratio: log pi - log pi_old, [N, L].
@@ -116,10 +119,12 @@ def ratio_sums(logratio: Tensor, clipped: Tensor, mask: Tensor) -> dict[str, Ten
     Returns:
         Sums over the tokens at the mask.
     """
-    divergence = torch.expm1(logratio) - logratio
+    near = bounded(logratio)
+    divergence = torch.expm1(near) - near
     return {
         "policy/approx_kl": divergence[mask].sum(),
         "policy/clip_frac": clipped[mask].float().sum(),
+        "policy/bounded": (logratio[mask].abs() > BOUND).float().sum(),
     }
 
 

@@ -23,9 +23,11 @@ from vlmenv.algos.losses import (
     cispo,
     clipped_surrogate,
     divergence,
+    is_bounded,
     is_clipped,
     is_weight_clipped,
     sequence_ratio,
+    token_ratio,
 )
 from vlmenv.core.errors import require, require_at_least, require_weight
 
@@ -118,13 +120,15 @@ class GRPO(Algorithm):
         """Computes equation 3 of the paper, averaged by `aggregation`."""
         config, mask = self.config, inputs.mask
         logratio = inputs.logprobs - inputs.old_logprobs
-        ratio = logratio.exp() if config.ratio == "token" else sequence_ratio(logratio, mask)
+        ratio = token_ratio(logratio) if config.ratio == "token" else sequence_ratio(logratio, mask)
         per_token, clipped = self._surrogate(inputs, ratio)
         sums = ratio_sums(logratio, clipped, mask)
         if inputs.ref_logprobs is not None:
             kl = divergence(inputs.logprobs, inputs.ref_logprobs, config.kl_estimator)
             per_token = per_token + config.beta * kl
             sums["policy/kl"] = kl.detach()[mask].sum()
+            if config.kl_estimator == "k3":
+                sums["policy/kl_bounded"] = is_bounded(inputs.logprobs, inputs.ref_logprobs)[mask].float().sum()
         return LossOutput((inputs.weights * per_token).sum(), sums)
 
     def _surrogate(self, inputs: LossInputs, ratio: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,13 +7,35 @@ outside the mask. No function here averages: the loss of a micro-batch is `(toke
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
 
 Estimator = Literal["k1", "k2", "k3"]
 Aggregation = Literal["token", "sequence", "constant"]
+
+BOUND: Final = 20.0
+"""Largest distance of two log-probabilities, in nats, that goes into `exp`: beyond it float32 gradients overflow."""
+
+
+def bounded(logratio: Tensor) -> Tensor:
+    """A log-ratio within -`BOUND` to `BOUND`, of the same shape. What lies beyond has no gradient."""
+    return logratio.clamp(-BOUND, BOUND)
+
+
+def token_ratio(logratio: Tensor) -> Tensor:
+    """Computes importance ratios of tokens, `exp(bounded(logratio))`.
+
+    One token whose probability has changed by many orders of magnitude thus leaves the others their gradient.
+
+    Args:
+        logratio: log pi - log pi_old.
+
+    Returns:
+        [N, L].
+    """
+    return bounded(logratio).exp()
 
 
 def sequence_ratio(logratio: Tensor, mask: Tensor, length_normalised: bool = True) -> Tensor:
@@ -33,7 +55,7 @@ def sequence_ratio(logratio: Tensor, mask: Tensor, length_normalised: bool = Tru
     """
     sums = logratio.masked_fill(~mask, 0).sum(dim=1, keepdim=True)
     lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)
-    return (sums / lengths if length_normalised else sums).exp().expand_as(logratio)
+    return bounded(sums / lengths if length_normalised else sums).exp().expand_as(logratio)
 
 
 def clipped_surrogate(
@@ -100,7 +122,7 @@ def divergence(logprobs: Tensor, ref_logprobs: Tensor, estimator: Estimator) -> 
     - k1, `d`: unbiased, with high variance, of either sign. In the reward it alone has KL's gradient. In the loss its
       gradient has mean 0, so it has no effect.
     - k2, `d^2 / 2`: biased, but its gradient in the loss is KL's (arXiv 2501.03262, equation 8).
-    - k3, `exp(-d) - 1 + d`: unbiased and never negative (GRPO, arXiv 2402.03300, equation 4). Its gradient in the
+    - k3, `exp(-d) - 1 + d` with d at least -`BOUND`: unbiased up to that and never negative (GRPO, arXiv 2402.03300, equation 4). Its gradient in the
       loss is that of the reverse divergence, KL(ref || pi), which is close for close policies.
 
     This holds for tokens that pi sampled. Multiplied by the ratio pi / pi_old, k1 and k3 have KL's gradient in the loss
@@ -120,7 +142,12 @@ def divergence(logprobs: Tensor, ref_logprobs: Tensor, estimator: Estimator) -> 
         return difference
     if estimator == "k2":
         return difference.square() / 2
-    return torch.expm1(-difference) + difference
+    return torch.expm1(-difference.clamp(min=-BOUND)) + difference.clamp(min=-BOUND)
+
+
+def is_bounded(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Bool [N, L], True where `divergence` bounds the estimator k3."""
+    return logprobs - ref_logprobs < -BOUND
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, epsilon: float) -> Tensor:
