@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,6 +57,12 @@ class Scored:
     """concatenates a tensor's rows over all ranks"""
     total: Callable[[Tensor], Tensor]
     """sums a tensor over all ranks"""
+    terms: Tensor
+    """[N, K], the reward terms, unweighted; NaN where a completion does not have one"""
+    term_weights: Tensor
+    """[N, K], their weights, with which they sum to the rewards"""
+    rng: np.random.Generator
+    """random generator of this step on this rank"""
 
 
 @dataclass(slots=True)

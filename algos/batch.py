@@ -35,6 +35,8 @@ class Rollouts:
     the update, or if the update left the completion out)"""
     images: list[tuple[Image, ...]] = field(default_factory=list)
     """[N], the images of each prompt, by reference; empty if unknown"""
+    weights: list[dict[str, float]] = field(default_factory=list)
+    """[N], the weight of each reward term; empty if the environments do not tell"""
 
     @classmethod
     def scored(cls, observations: Any, rollout: Rollout, rewards: NDArray[Any], infos: dict[str, Any]) -> Rollouts:
@@ -74,7 +76,8 @@ class Rollouts:
                 f"the reward of sample {record['id']} is {record['reward']}, with the terms {record['rewards']}; "
                 "it must be finite in float32"
             )
-        return cls(rollout, tensor, records, [observation["images"] for observation in shown])
+        weights = [_told(infos, "weights", i) for i in range(len(rollout))] if "weights" in infos else []
+        return cls(rollout, tensor, records, [observation["images"] for observation in shown], weights)
 
     @classmethod
     def joined(cls, parts: Sequence[Rollouts]) -> Rollouts:
@@ -84,6 +87,7 @@ class Rollouts:
             torch.cat([part.rewards for part in parts]),
             [record for part in parts for record in part.records],
             [images for part in parts for images in part.images],
+            [weights for part in parts for weights in part.weights],
         )
 
     @classmethod
@@ -115,6 +119,7 @@ class Rollouts:
             "rewards": self.rewards,
             "records": self.records,
             "images": [tuple(known[id(image)] for image in images) for images in self.images],
+            "weights": self.weights,
         }
 
     @classmethod
@@ -124,14 +129,27 @@ class Rollouts:
         completions = [Completion(text, ids.numpy(), p.numpy(), end) for text, ids, p, end in state["completions"]]
         rollout = Rollout(prompts, state["prompt_index"].numpy(), completions, *state["sampling"])
         images = [tuple(image.numpy() for image in images) for images in state["images"]]
-        return cls(rollout, state["rewards"], state["records"], images)
+        return cls(rollout, state["rewards"], state["records"], images, state.get("weights", [{}] * len(images)))
 
     def __getitem__(self, rows: Rows) -> Rollouts:
         """Selects completions."""
         numbers = range(len(self.records))[rows] if isinstance(rows, slice) else rows
         images = [self.images[i] for i in numbers] if self.images else []
         rewards = self.rewards[rows if isinstance(rows, slice) else torch.from_numpy(rows)]
-        return Rollouts(self.rollout[rows], rewards, [self.records[i] for i in numbers], images)
+        weights = [self.weights[i] for i in numbers] if self.weights else []
+        return Rollouts(self.rollout[rows], rewards, [self.records[i] for i in numbers], images, weights)
+
+    def terms(self) -> tuple[Tensor, Tensor]:
+        """The reward terms and their weights, both [N, K], so that they sum to the rewards.
+
+        A term that a completion does not have is NaN, with weight 0. If the environments tell no weights, the only
+        term is the reward itself.
+        """
+        if not any(self.weights):
+            return self.rewards[:, None], torch.ones_like(self.rewards)[:, None]
+        names = list(dict.fromkeys(name for record in self.records for name in record["rewards"]))
+        values = [[record["rewards"].get(name, math.nan) for name in names] for record in self.records]
+        return torch.tensor(values), torch.tensor([[own.get(name, 0.0) for name in names] for own in self.weights])
 
     def record_advantages(self, advantages: Tensor, mask: Tensor) -> None:
         """Sets the `advantage` of each record.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Final, Literal
 
+import torch
 from torch import Tensor
 
-from vlmenv.algos.advantages import Scale, group_relative, overlong_penalty
+from vlmenv.algos.advantages import Scale, group_relative, overlong_penalty, term_relative
 from vlmenv.algos.base import (
     Algorithm,
     AlgorithmConfig,
@@ -23,9 +25,11 @@ from vlmenv.algos.losses import (
     cispo,
     clipped_surrogate,
     divergence,
+    geometric_mean_ratio,
     is_bounded,
     is_clipped,
     is_weight_clipped,
+    sapo,
     sequence_ratio,
     token_ratio,
 )
@@ -52,8 +56,16 @@ class GRPOConfig(AlgorithmConfig):
     """Average of the loss: over tokens (DAPO), over completions of their means (the paper), or by a constant."""
     ratio: Literal["token", "sequence"] = "token"
     """Importance ratio: per token, or per sequence (GSPO)."""
-    objective: Literal["clip", "cispo"] = "clip"
-    """Objective: PPO's clipped one, or REINFORCE with clipped importance weights (CISPO)."""
+    objective: Literal["clip", "cispo", "sapo", "gmpo"] = "clip"
+    """Objective: PPO's clipped one, REINFORCE with clipped importance weights (CISPO), a soft gate in place of the clip
+    range (SAPO), or the geometric mean of clipped ratios (GMPO), where epsilon is a range of log-ratios."""
+    tau_positive: float = 1.0
+    """Temperature of SAPO's gate for positive advantages. A larger one lets the gradient fade faster."""
+    tau_negative: float = 1.05
+    """Temperature of SAPO's gate for negative advantages."""
+    per_term: bool = False
+    """Advantages per reward term (GDPO): each term is normalised within its group before the weighted sum, which is
+    normalised over the batch."""
     mask_truncated: bool = False
     """Mask of truncated completions: if true, they give no gradient."""
     overlong_share: float = 0.0
@@ -69,15 +81,36 @@ class GRPOConfig(AlgorithmConfig):
         AlgorithmConfig.__post_init__(self)
         require(self.group_size >= 2, f"group_size must be at least 2, not {self.group_size}: a group is compared")
         low = 0 < self.epsilon < 1 or (self.objective == "cispo" and self.epsilon == 1)
-        require(low, f"epsilon must lie between 0 and 1 (for cispo it may be 1), not {self.epsilon}")
+        low = low or (self.objective == "gmpo" and 0 < self.epsilon < math.inf)
+        require(low, f"epsilon must lie between 0 and 1 (for cispo it may be 1, for gmpo more), not {self.epsilon}")
         require(self.epsilon_high is None or self.epsilon_high > 0, "epsilon_high must be above 0")
         require(self.dual_clip is None or self.dual_clip > 1, "dual_clip must be above 1")
         plain = self.dual_clip is None and self.ratio == "token"
-        require(self.objective == "clip" or plain, "cispo has neither dual_clip nor a ratio of sequences")
+        require(self.objective == "clip" or plain, f"{self.objective} has neither dual_clip nor a ratio of sequences")
+        self._check_gate()
+        self._check_terms()
         require(0 <= self.overlong_share < 1, "overlong_share must be a share of the limit, from 0 to below 1")
         require_at_least(1, most_rounds=self.most_rounds)
         require_at_least(0, replay=self.replay)
         require_weight("beta", self.beta)
+
+    def _check_gate(self) -> None:
+        """Raises ConfigError if options of SAPO's gate are out of range, or have no use."""
+        taus = self.tau_positive, self.tau_negative
+        require(all(0 < tau < math.inf for tau in taus), f"tau_positive and tau_negative must be above 0, not {taus}")
+        if self.objective == "sapo":
+            clips = self.epsilon != GRPOConfig.epsilon or self.epsilon_high is not None
+            require(not clips, "sapo has no clip range: leave out epsilon and epsilon_high, or change tau_positive")
+        else:
+            given = taus != (GRPOConfig.tau_positive, GRPOConfig.tau_negative)
+            require(not given, f"tau_positive and tau_negative go with objective sapo, not with {self.objective}")
+
+    def _check_terms(self) -> None:
+        """Raises ConfigError if options do not go with advantages per term."""
+        if self.per_term:
+            require(self.scale == "group", f"per_term goes with scale group, not with {self.scale}")
+            whole = self.most_rounds > 1 or self.replay > 0
+            require(not whole, "per_term goes with neither most_rounds nor replay, which compare whole rewards")
 
 
 PRESETS: Final[dict[str, GRPOConfig]] = {
@@ -90,6 +123,12 @@ PRESETS: Final[dict[str, GRPOConfig]] = {
     "gspo": GRPOConfig(ratio="sequence", epsilon=3e-4, epsilon_high=4e-4, aggregation="sequence"),
     # arXiv 2506.13585: no lower bound; weights of up to 5, as in arXiv 2510.13786.
     "cispo": GRPOConfig(objective="cispo", epsilon=1.0, epsilon_high=4.0),
+    # arXiv 2511.20347, equation 5 and section 5: the mean over completions of the means over their tokens.
+    "sapo": GRPOConfig(objective="sapo", aggregation="sequence"),
+    # arXiv 2507.20673, section 4: clip range e^-0.4 to e^0.4.
+    "gmpo": GRPOConfig(objective="gmpo", aggregation="sequence", epsilon=0.4),
+    # arXiv 2601.05242, equations 4 to 6.
+    "gdpo": GRPOConfig(per_term=True),
 }
 """Hyperparameters of each published variant."""
 
@@ -107,21 +146,29 @@ class GRPO(Algorithm):
 
     def credit(self, scored: Scored) -> Credit:
         """Computes one advantage per completion, [N, 1], from the rewards and the soft punishment of length."""
-        config, rewards = self.config, scored.rewards
+        mask = scored.mask & ~scored.truncated[:, None] if self.config.mask_truncated else scored.mask
+        return Credit(self._advantages(scored)[:, None], mask)
+
+    def _advantages(self, scored: Scored) -> Tensor:
+        """[N]."""
+        config, size = self.config, self.config.group_size
+        penalty = torch.zeros_like(scored.rewards)
         if config.overlong_share:
             buffer = max(1, round(config.overlong_share * scored.max_tokens))
-            rewards = rewards + overlong_penalty(scored.mask.sum(dim=1), scored.max_tokens, buffer)
+            penalty = overlong_penalty(scored.mask.sum(dim=1), scored.max_tokens, buffer)
+        if config.per_term:
+            terms = torch.cat([scored.terms, penalty[:, None]], dim=1)
+            weights = torch.cat([scored.term_weights, torch.ones_like(penalty)[:, None]], dim=1)
+            return term_relative(terms, weights, size, scored.gather)
+        rewards = scored.rewards + penalty
         everyone = scored.gather(rewards) if config.scale == "batch" else None
-        advantages = group_relative(rewards, config.group_size, config.scale, batch=everyone)
-        mask = scored.mask & ~scored.truncated[:, None] if config.mask_truncated else scored.mask
-        return Credit(advantages[:, None], mask)
+        return group_relative(rewards, size, config.scale, batch=everyone)
 
     def loss(self, inputs: LossInputs) -> LossOutput:
         """Computes equation 3 of the paper, averaged by `aggregation`."""
         config, mask = self.config, inputs.mask
         logratio = inputs.logprobs - inputs.old_logprobs
-        ratio = token_ratio(logratio) if config.ratio == "token" else sequence_ratio(logratio, mask)
-        per_token, clipped = self._surrogate(inputs, ratio)
+        per_token, clipped = self._surrogate(inputs, logratio)
         sums = ratio_sums(logratio, clipped, mask)
         if inputs.ref_logprobs is not None:
             kl = divergence(inputs.logprobs, inputs.ref_logprobs, config.kl_estimator)
@@ -131,11 +178,18 @@ class GRPO(Algorithm):
                 sums["policy/kl_bounded"] = is_bounded(inputs.logprobs, inputs.ref_logprobs)[mask].float().sum()
         return LossOutput((inputs.weights * per_token).sum(), sums)
 
-    def _surrogate(self, inputs: LossInputs, ratio: Tensor) -> tuple[Tensor, Tensor]:
-        config = self.config
-        bounds = config.epsilon, config.epsilon if config.epsilon_high is None else config.epsilon_high
+    def _surrogate(self, inputs: LossInputs, logratio: Tensor) -> tuple[Tensor, Tensor]:
+        """The objective's loss, and where it is clipped: [N, L] and bool [N, L]."""
+        config, advantages, ratio = self.config, inputs.advantages, token_ratio(logratio)
+        low, high = config.epsilon, config.epsilon if config.epsilon_high is None else config.epsilon_high
         if config.objective == "cispo":
-            loss = cispo(inputs.logprobs, ratio, inputs.advantages, *bounds)
-            return loss, is_weight_clipped(ratio, *bounds)
-        loss = clipped_surrogate(ratio, inputs.advantages, *bounds, config.dual_clip)
-        return loss, is_clipped(ratio, inputs.advantages, *bounds, config.dual_clip)
+            return cispo(inputs.logprobs, ratio, advantages, low, high), is_weight_clipped(ratio, low, high)
+        if config.objective == "sapo":
+            gated = sapo(ratio, advantages, config.tau_positive, config.tau_negative)
+            return gated, torch.zeros_like(inputs.mask)
+        if config.objective == "gmpo":
+            means = geometric_mean_ratio(logratio, advantages, inputs.mask, low, high)
+            return -means * advantages, is_clipped(ratio, advantages, -math.expm1(-low), math.expm1(high))
+        ratio = ratio if config.ratio == "token" else sequence_ratio(logratio, inputs.mask)
+        loss = clipped_surrogate(ratio, advantages, low, high, config.dual_clip)
+        return loss, is_clipped(ratio, advantages, low, high, config.dual_clip)

@@ -344,10 +344,10 @@ class Trainer:
         rng = np.random.default_rng([self._seed, self.accelerator.process_index, self.step])
         told: dict[str, float] = {}
         if self.replay is None:
-            batch = self._credited(rollouts)
+            batch = self._credited(rollouts, rng)
         else:
             rollouts, replayed = self.replay.fill(rollouts, rng)
-            batch = self._credited(rollouts)
+            batch = self._credited(rollouts, rng)
             self.replay.keep(rollouts, batch.advantages, batch.mask, replayed)
             told["replayed"] = float(replayed.mean())
         rollouts.record_advantages(batch.advantages, batch.mask)
@@ -364,7 +364,7 @@ class Trainer:
         return means | told | {"padding": padding_share(batch.rollout, self._passes(batch.rollout))}
 
     @torch.no_grad()
-    def _credited(self, rollouts: Rollouts) -> Batch:
+    def _credited(self, rollouts: Rollouts, rng: np.random.Generator) -> Batch:
         """The batch with advantages, before any update."""
         batch = Batch.of(rollouts.rollout, self.agent.device)
         batch.is_fresh = _is_the_learners(rollouts.rollout) and not self._samples_exactly and self._updates_once
@@ -381,6 +381,8 @@ class Trainer:
                 self.agent.max_new_tokens,
                 self.accelerator.gather,
                 lambda tensor: cast(Tensor, self.accelerator.reduce(tensor)),
+                *(part.to(self.agent.device) for part in rollouts.terms()),
+                rng,
             )
         )
         batch.advantages, batch.mask, batch.returns = credit.advantages, credit.mask, credit.returns

@@ -38,7 +38,8 @@ def test_no_ratio_makes_a_gradient_infinite(name: str, far: float) -> None:
     for one in (near, given):
         algorithm.loss(one).loss.backward()
     found, expected = given.logprobs.grad, near.logprobs.grad
-    assert found is not None and expected is not None
+    assert found is not None
+    assert expected is not None
     assert torch.isfinite(found.norm())
     torch.testing.assert_close(found[0], expected[0])  # the other completion learns as before
 

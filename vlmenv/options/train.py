@@ -191,8 +191,8 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
     dry_run: bool = False
     """Print the resolved options, the files to be read and the folder to be written, and stop."""
     algo: str = "grpo"
-    """Algorithm: grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce++, ppo, sft, or a class of your own, as in
-    `my_algorithm:MyAlgorithm`. `vlmenv train --algo NAME --help` shows its options."""
+    """Algorithm: grpo, dr_grpo, dapo, gspo, cispo, sapo, gmpo, gdpo, rloo, reinforce++, ppo, sft, or a class of your
+    own, as in `my_algorithm:MyAlgorithm`. `vlmenv train --algo NAME --help` shows its options."""
     batches: BatchOptions = field(default_factory=BatchOptions)
     measuring: MeasuringOptions = field(default_factory=MeasuringOptions)
     logging: LoggingOptions = field(default_factory=LoggingOptions)
