@@ -20,7 +20,7 @@ class LogProbs(NamedTuple):
     values: Tensor
     """[N, L], of the sampling distribution; 0 at padding"""
     entropy: Tensor
-    """[N, L], in nats, without gradient; 0 at padding"""
+    """[N, L], in nats; 0 at padding"""
     mask: Tensor
     """bool [N, L], True at the completions' tokens"""
     state_values: Tensor | None = None

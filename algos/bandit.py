@@ -66,7 +66,8 @@ class Table(nn.Module):
         mask = MASK[answer]
         width = int(mask.sum(dim=1).max())
         paths, mask = PATHS[answer, :width], mask[:, :width]
-        entropy = torch.special.entr(self.tokens().detach().exp()).sum(dim=-1)[context[:, None], paths]
+        tokens = self.tokens()
+        entropy = -(tokens.exp() * tokens).sum(dim=-1)[context[:, None], paths]
         values = None if self.values is None else self.values[context[:, None], paths].masked_fill(~mask, 0)
         return LogProbs(self.answers()[context, answer, :width], entropy.masked_fill(~mask, 0), mask, values)
 

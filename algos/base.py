@@ -75,6 +75,8 @@ class Credit:
     """bool [N, L], True at the tokens to learn from"""
     returns: Tensor | None = None
     """[N, L], targets of the critic"""
+    chosen: Tensor | None = None
+    """bool [N, L], tokens that the loss treats in a way of their own"""
 
 
 @dataclass(slots=True)
@@ -99,6 +101,10 @@ class LossInputs:
     """[N, L], of the critic before the update"""
     returns: Tensor | None = None
     """[N, L], targets of the critic"""
+    chosen: Tensor | None = None
+    """bool [N, L], tokens that `Credit.chosen` named"""
+    entropy: Tensor | None = None
+    """[N, L], of the policy at each token, in nats, with gradient"""
 
 
 @dataclass(slots=True)

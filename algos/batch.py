@@ -207,6 +207,8 @@ class Batch:
     """[N, L], of the critic before the update"""
     returns: Tensor | None = None
     """[N, L]"""
+    chosen: Tensor | None = None
+    """bool [N, L], tokens that the loss treats in a way of their own"""
     correction: Tensor | None = None
     """[N, L], importance weights of the tokens' losses; None if the trainer's own policy sampled them"""
     is_fresh: bool = False

@@ -12,13 +12,13 @@ from torch import Tensor
 from vlmenv.algos.advantages import Scale, group_relative, overlong_penalty, term_relative
 from vlmenv.algos.base import (
     Algorithm,
-    AlgorithmConfig,
     Credit,
     LossInputs,
     LossOutput,
     Scored,
     ratio_sums,
 )
+from vlmenv.algos.entropy import EntropyConfig, chosen_tokens
 from vlmenv.algos.losses import (
     Aggregation,
     Estimator,
@@ -37,7 +37,7 @@ from vlmenv.core.errors import require, require_at_least, require_weight
 
 
 @dataclass(frozen=True)
-class GRPOConfig(AlgorithmConfig):
+class GRPOConfig(EntropyConfig):
     """Hyperparameters of GRPO, named as in the papers."""
 
     epsilon: float = 0.2
@@ -78,7 +78,7 @@ class GRPOConfig(AlgorithmConfig):
     by the size of their advantages."""
 
     def __post_init__(self) -> None:
-        AlgorithmConfig.__post_init__(self)
+        super().__post_init__()
         require(self.group_size >= 2, f"group_size must be at least 2, not {self.group_size}: a group is compared")
         low = 0 < self.epsilon < 1 or (self.objective == "cispo" and self.epsilon == 1)
         low = low or (self.objective == "gmpo" and 0 < self.epsilon < math.inf)
@@ -88,6 +88,7 @@ class GRPOConfig(AlgorithmConfig):
         plain = self.dual_clip is None and self.ratio == "token"
         require(self.objective == "clip" or plain, f"{self.objective} has neither dual_clip nor a ratio of sequences")
         self._check_gate()
+        self._check_penalty()
         self._check_terms()
         require(0 <= self.overlong_share < 1, "overlong_share must be a share of the limit, from 0 to below 1")
         require_at_least(1, most_rounds=self.most_rounds)
@@ -104,6 +105,13 @@ class GRPOConfig(AlgorithmConfig):
         else:
             given = taus != (GRPOConfig.tau_positive, GRPOConfig.tau_negative)
             require(not given, f"tau_positive and tau_negative go with objective sapo, not with {self.objective}")
+
+    def _check_penalty(self) -> None:
+        """Raises ConfigError if options do not go with KL-Cov, whose penalty takes the place of the clip range."""
+        if self.entropy_control == "kl_cov":
+            clips = self.epsilon != GRPOConfig.epsilon or self.epsilon_high is not None or self.dual_clip is not None
+            plain = self.objective == "clip" and self.ratio == "token" and not clips
+            require(plain, "kl_cov has no clip range: it goes with objective clip and ratio token, without epsilon")
 
     def _check_terms(self) -> None:
         """Raises ConfigError if options do not go with advantages per term."""
@@ -147,7 +155,8 @@ class GRPO(Algorithm):
     def credit(self, scored: Scored) -> Credit:
         """Computes one advantage per completion, [N, 1], from the rewards and the soft punishment of length."""
         mask = scored.mask & ~scored.truncated[:, None] if self.config.mask_truncated else scored.mask
-        return Credit(self._advantages(scored)[:, None], mask)
+        advantages = self._advantages(scored)[:, None]
+        return Credit(advantages, mask, chosen=chosen_tokens(self.config, scored, advantages, mask))
 
     def _advantages(self, scored: Scored) -> Tensor:
         """[N]."""
@@ -170,6 +179,13 @@ class GRPO(Algorithm):
         logratio = inputs.logprobs - inputs.old_logprobs
         per_token, clipped = self._surrogate(inputs, logratio)
         sums = ratio_sums(logratio, clipped, mask)
+        if inputs.chosen is not None:
+            penalty = config.cov_weight * logratio.abs() if config.entropy_control == "kl_cov" else -per_token
+            per_token = per_token + penalty.where(inputs.chosen, 0)
+            sums["policy/chosen"] = inputs.chosen[mask].float().sum()
+        if config.entropy_bonus:
+            assert inputs.entropy is not None
+            per_token = per_token - config.entropy_bonus * inputs.entropy
         if inputs.ref_logprobs is not None:
             kl = divergence(inputs.logprobs, inputs.ref_logprobs, config.kl_estimator)
             per_token = per_token + config.beta * kl
@@ -190,6 +206,8 @@ class GRPO(Algorithm):
         if config.objective == "gmpo":
             means = geometric_mean_ratio(logratio, advantages, inputs.mask, low, high)
             return -means * advantages, is_clipped(ratio, advantages, -math.expm1(-low), math.expm1(high))
+        if config.entropy_control == "kl_cov":
+            return -ratio * advantages, torch.zeros_like(inputs.mask)
         ratio = ratio if config.ratio == "token" else sequence_ratio(logratio, inputs.mask)
         loss = clipped_surrogate(ratio, advantages, low, high, config.dual_clip)
         return loss, is_clipped(ratio, advantages, low, high, config.dual_clip)

@@ -386,6 +386,7 @@ class Trainer:
             )
         )
         batch.advantages, batch.mask, batch.returns = credit.advantages, credit.mask, credit.returns
+        batch.chosen = credit.chosen
         return batch
 
     def _add_estimates(self, batch: Batch) -> None:
@@ -511,9 +512,11 @@ class Trainer:
             now.state_values,
             batch.values,
             batch.returns,
+            batch.chosen,
+            now.entropy,
         )
         output, tokens = self.algorithm.loss(inputs), mask.sum()
-        loss, sums = output.loss, output.sums | {"policy/entropy": now.entropy[mask].sum()}
+        loss, sums = output.loss, output.sums | {"policy/entropy": now.entropy.detach()[mask].sum()}
         if now.router_loss is not None:
             sums["policy/router_loss"] = now.router_loss.detach() * tokens
             if self.config.router_loss:
