@@ -30,8 +30,8 @@ class EntropyConfig(AlgorithmConfig):
     entropy_bonus: float = 0.0
     """Weight of the policy's entropy, in nats per token, in the objective."""
     entropy_control: Literal["none", "clip_cov", "kl_cov"] = "none"
-    """Control of the tokens that lower the entropy most, by the covariance of log-probability and advantage: no gradient
-    for some of them (clip_cov), or a KL penalty in place of the clip range (kl_cov)."""
+    """Control of the tokens that lower the entropy most, by the covariance of log-probability and advantage: no
+    gradient for some of them (clip_cov), or a KL penalty in place of the clip range (kl_cov)."""
     cov_share: float = 0.0002
     """Share of the batch's tokens that entropy control concerns, at least one token per rank."""
     cov_low: float = 1.0

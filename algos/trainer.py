@@ -370,6 +370,7 @@ class Trainer:
         batch.is_fresh = _is_the_learners(rollouts.rollout) and not self._samples_exactly and self._updates_once
         if self.reference is not None or self.algorithm.wants_values or self._lacks_old(batch):
             self._add_estimates(batch)
+        terms, weights = rollouts.terms()
         credit = self.algorithm.credit(
             Scored(
                 rollouts.rewards.to(self.agent.device),
@@ -381,7 +382,8 @@ class Trainer:
                 self.agent.max_new_tokens,
                 self.accelerator.gather,
                 lambda tensor: cast(Tensor, self.accelerator.reduce(tensor)),
-                *(part.to(self.agent.device) for part in rollouts.terms()),
+                terms.to(self.agent.device),
+                weights.to(self.agent.device),
                 rng,
             )
         )
