@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from vlmenv.core.errors import ConfigError
 from vlmenv.core.rollout import Observations, Rollout
 
 
@@ -126,6 +127,19 @@ class Agent(ABC):
         result = self.policy(rollout)
         assert isinstance(result, LogProbs)
         return result
+
+    def reprompted(self, rollout: Rollout, observations: Observations) -> Rollout:
+        """The same completions after other prompts, for `logprobs`.
+
+        Args:
+            rollout: N completions.
+            observations: [N], what each completion is to follow.
+
+        Raises:
+            PromptError: As in `rollout`.
+            ConfigError: The agent cannot do this.
+        """
+        raise ConfigError(f"{type(self).__name__} cannot show other prompts: it has no method `reprompted`")
 
     @property
     def routes(self) -> bool:

@@ -53,7 +53,7 @@ def term_relative(
 ) -> Tensor:
     """Computes advantages per reward term: the weighted sum of each term's `group_relative`, normalised over the batch.
 
-    GDPO, arXiv 2601.05242, equations 4 to 6. Groups whose terms differ keep different advantages, also if the sums of
+    GDPO, arXiv 2601.05242. Groups whose terms differ keep different advantages, also if the sums of
     their terms are equal.
 
     Args:

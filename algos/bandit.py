@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,10 @@ class TabularAgent(Agent):
 
     def imitate(self, observations: Observations, texts: Sequence[str]) -> Rollout:
         return self._rollout(*self._prompts(observations), texts)
+
+    def reprompted(self, rollout: Rollout, observations: Observations) -> Rollout:
+        prompts, index = self._prompts(observations)
+        return replace(rollout, prompts=prompts, prompt_index=index)
 
     @torch.no_grad()
     def _rollout(self, prompts: list[Prompt], index: NDArray[np.int64], texts: Sequence[str]) -> Rollout:

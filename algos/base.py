@@ -63,6 +63,8 @@ class Scored:
     """[N, K], their weights, with which they sum to the rewards"""
     rng: np.random.Generator
     """random generator of this step on this rank"""
+    masked_logprobs: Tensor | None = None
+    """[N, L], of the policy before the update with masked images; None unless `wants_masked`"""
 
 
 @dataclass(slots=True)
@@ -105,6 +107,8 @@ class LossInputs:
     """bool [N, L], tokens that `Credit.chosen` named"""
     entropy: Tensor | None = None
     """[N, L], of the policy at each token, in nats, with gradient"""
+    masked_logprobs: Tensor | None = None
+    """[N, L], of the policy with masked images, with gradient; None unless `learns_masked`"""
 
 
 @dataclass(slots=True)
@@ -157,6 +161,10 @@ class Algorithm(ABC):
     """True if `credit` or `loss` needs log-probabilities of the reference policy."""
     wants_values: ClassVar[bool] = False
     """True if the policy needs a value head."""
+    wants_masked: ClassVar[bool] = False
+    """True if `credit` needs log-probabilities of the policy with masked images."""
+    learns_masked: ClassVar[bool] = False
+    """True if `loss` needs log-probabilities of the policy with masked images, with gradient."""
     imitates: ClassVar[bool] = False
     """True if the completions are the true answers instead of samples of the policy."""
     most_rounds: int = 1

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vlmenv.core.errors import RewardError
 from vlmenv.core.files import jsonable
-from vlmenv.core.rollout import Completion, Prompt, Rollout, Rows, told_turns, unbatch
+from vlmenv.core.rollout import Completion, Observation, Prompt, Rollout, Rows, told_turns, unbatch
 from vlmenv.core.spaces import Image
 
 NO_TERMS: Final = ("reward/std", "reward/zero_std_groups")
@@ -139,6 +139,11 @@ class Rollouts:
         weights = [self.weights[i] for i in numbers] if self.weights else []
         return Rollouts(self.rollout[rows], rewards, [self.records[i] for i in numbers], images, weights)
 
+    def observations(self) -> list[Observation]:
+        """[N], what each completion answers."""
+        rows = zip(self.images, self.records, strict=True)
+        return [{"images": own, "prompt": one["prompt"], "turns": tuple(one.get("turns", ()))} for own, one in rows]
+
     def terms(self) -> tuple[Tensor, Tensor]:
         """The reward terms and their weights, both [N, K], so that they sum to the rewards.
 
@@ -209,6 +214,10 @@ class Batch:
     """[N, L]"""
     chosen: Tensor | None = None
     """bool [N, L], tokens that the loss treats in a way of their own"""
+    masked_logprobs: Tensor | None = None
+    """[N, L], of the policy before the update with masked images"""
+    masked: Rollout | None = None
+    """the same completions after prompts with masked images"""
     correction: Tensor | None = None
     """[N, L], importance weights of the tokens' losses; None if the trainer's own policy sampled them"""
     is_fresh: bool = False
@@ -243,7 +252,7 @@ class Batch:
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
         }
-        return replace(self, rollout=rollout, **tensors)
+        return replace(self, rollout=rollout, masked=self.masked and self.masked[rows], **tensors)
 
     def put(self, name: str, rows: Rows, values: Tensor) -> None:
         """Writes the values [n, l] of some rows into the tensor `name` [N, L]."""

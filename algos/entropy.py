@@ -77,7 +77,7 @@ def chosen_tokens(config: EntropyConfig, scored: Scored, advantages: Tensor, mas
 
 
 def covariances(logprobs: Tensor, advantages: Tensor, mask: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
-    """Computes each token's part of the covariance, `(log pi - mean) * (A - mean)` (arXiv 2505.22617, equation 10).
+    """Computes each token's part of the covariance, `(log pi - mean) * (A - mean)` (arXiv 2505.22617).
 
     Args:
         logprobs: [N, L].

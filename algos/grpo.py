@@ -131,11 +131,11 @@ PRESETS: Final[dict[str, GRPOConfig]] = {
     "gspo": GRPOConfig(ratio="sequence", epsilon=3e-4, epsilon_high=4e-4, aggregation="sequence"),
     # arXiv 2506.13585: no lower bound; weights of up to 5, as in arXiv 2510.13786.
     "cispo": GRPOConfig(objective="cispo", epsilon=1.0, epsilon_high=4.0),
-    # arXiv 2511.20347, equation 5 and section 5: the mean over completions of the means over their tokens.
+    # arXiv 2511.20347: the mean over completions of the means over their tokens.
     "sapo": GRPOConfig(objective="sapo", aggregation="sequence"),
-    # arXiv 2507.20673, section 4: clip range e^-0.4 to e^0.4.
+    # arXiv 2507.20673: clip range e^-0.4 to e^0.4.
     "gmpo": GRPOConfig(objective="gmpo", aggregation="sequence", epsilon=0.4),
-    # arXiv 2601.05242, equations 4 to 6.
+    # arXiv 2601.05242.
     "gdpo": GRPOConfig(per_term=True),
 }
 """Hyperparameters of each published variant."""

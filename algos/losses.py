@@ -119,7 +119,7 @@ def is_weight_clipped(ratio: Tensor, epsilon_low: float, epsilon_high: float) ->
 def sapo(ratio: Tensor, advantages: Tensor, tau_positive: float, tau_negative: float) -> Tensor:
     """Computes the softly gated loss, `-sigmoid(tau * (ratio - 1)) * 4 / tau * A`.
 
-    SAPO, arXiv 2511.20347, equations 5 and 6. The gate takes the place of the clip range: at ratio 1 the gradient is
+    SAPO, arXiv 2511.20347. The gate takes the place of the clip range: at ratio 1 the gradient is
     REINFORCE's, and it fades with the distance from there.
 
     Args:
@@ -140,7 +140,7 @@ def geometric_mean_ratio(
 ) -> Tensor:
     """Computes importance ratios of whole completions from clipped log-ratios of tokens, `exp(mean(clip(logratio)))`.
 
-    GMPO, arXiv 2507.20673, equation 4: the geometric mean of the tokens' ratios, each clipped as in PPO on the side
+    GMPO, arXiv 2507.20673: the geometric mean of the tokens' ratios, each clipped as in PPO on the side
     that its advantage would leave. `-ratio * A` with `token_weights(mask, "sequence")` is the loss.
 
     Args:
@@ -185,6 +185,22 @@ def divergence(logprobs: Tensor, ref_logprobs: Tensor, estimator: Estimator) -> 
     if estimator == "k2":
         return difference.square() / 2
     return torch.expm1(-difference.clamp(min=-BOUND)) + difference.clamp(min=-BOUND)
+
+
+def visual_dependence(logprobs: Tensor, masked_logprobs: Tensor) -> Tensor:
+    """Estimates KL(pi with the image || pi with the masked image) of each token by k3, at most 10 nats.
+
+    PAPO (arXiv 2507.06448) and VPPO (arXiv 2510.09285); the bound is that of the authors' codes. Tokens beyond it have
+    no gradient.
+
+    Args:
+        logprobs: [N, L], with the image.
+        masked_logprobs: [N, L], with the masked image.
+
+    Returns:
+        [N, L].
+    """
+    return divergence(logprobs, masked_logprobs, "k3").clamp(0, 10)
 
 
 def is_bounded(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ def far_off(far: float) -> LossInputs:
             setattr(given, name, value.detach().float())
     given.logprobs.requires_grad_()
     given.old_logprobs[1, 0] = given.logprobs[1, 0].detach() - far
+    given.masked_logprobs = given.logprobs.detach() - FAR
     given.values = torch.zeros(2, 2, requires_grad=True)
     given.old_values, given.returns = torch.zeros(2, 2), torch.ones(2, 2)
     return given
