@@ -180,7 +180,11 @@ class VLMAgent(Agent):
         return self.sampling.max_new_tokens
 
     def act(self, observations: Observations) -> list[str]:
-        return self._generate(observations, replace(self.sampling, temperature=0.0, top_k=None, top_p=1.0)).texts
+        return self.answers(observations).texts
+
+    def answers(self, observations: Observations) -> Rollout:
+        """Generates a greedy completion for each observation, as `act`, with its tokens."""
+        return self._generate(observations, replace(self.sampling, temperature=0.0, top_k=None, top_p=1.0))
 
     def rollout(self, observations: Observations) -> Rollout:
         return self._generate(observations, self.sampling)

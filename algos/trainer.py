@@ -535,10 +535,10 @@ class Trainer:
 
     def _passes(self, rollout: Rollout) -> list[Rows]:
         """The micro-batches of a rollout."""
-        most = self.config.micro_batch_size, self.config.micro_batch_tokens
+        size, tokens = self.config.micro_batch_size, self.config.micro_batch_tokens
         if self.algorithm.learns_masked:  # each completion passes twice at a time
-            most = tuple(one and max(1, one // 2) for one in most)
-        parts = micro_batches(rollout, *most)
+            size, tokens = size and max(1, size // 2), tokens and max(1, tokens // 2)
+        parts = micro_batches(rollout, size, tokens)
         return self.processes.split_evenly(parts)
 
     def _backward_part(self, batch: Batch, num_tokens: int, num_sequences: int) -> dict[str, Tensor]:

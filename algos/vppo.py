@@ -14,7 +14,6 @@ from vlmenv.algos.grpo import GRPO, GRPOConfig
 from vlmenv.algos.losses import visual_dependence
 from vlmenv.core.errors import require, require_weight
 
-
 _NONE: Final = 1e-6
 """Nats of visual dependence that are none."""
 

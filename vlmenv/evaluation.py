@@ -44,8 +44,8 @@ class Evaluation:
     metrics: dict[str, Interval]
     """each with its 95 % interval"""
     answers: list[dict[str, Any]]
-    """one each, with `id`, `index`, `prompt`, `completion`, `prediction`, `target`, `rewards` and `measures`, and
-    `subject` where a sample has one"""
+    """one each, with `id`, `index`, `prompt`, `completion`, `prediction`, `target`, `rewards`, `reward` and
+    `measures`, and `subject` where a sample has one"""
     skipped: dict[int, str] = field(default_factory=dict)
     """by index, where each sample stands that could not be shown and was left out, and what is wrong with it"""
 
@@ -223,7 +223,7 @@ def answer_samples(agent: Agent, envs: VisualTaskVectorEnv, indices: range, gree
             observations, texts = _answered(agent, envs, shown, greedy)
         except SampleError as error:
             envs.skip(error)
-    _, _, _, _, infos = envs.step(texts + [""] * (envs.num_envs - len(texts)))
+    _, earned, _, _, infos = envs.step(texts + [""] * (envs.num_envs - len(texts)))
     for i, text in enumerate(texts):
         target, rewards = infos["target"][i], infos["rewards"]
         terms = {name: float(rewards[name][i]) for name in rewards if name[0] != "_" and rewards[f"_{name}"][i]}
@@ -238,6 +238,7 @@ def answer_samples(agent: Agent, envs: VisualTaskVectorEnv, indices: range, gree
             "prediction": infos["prediction"][i],
             "target": target,
             "rewards": terms,
+            "reward": float(earned[i]),
             "measures": envs.task.measure(text, target, terms),
         }
 

@@ -59,7 +59,7 @@ def masked(observations: Sequence[Observation], share: float, seed: int = 0) -> 
     return [{**one, "images": tuple(of(image) for image in one["images"])} for one in observations]
 
 
-class Exchange:
+class Shuffle:
     """Gives each sample the images of another sample that has as many.
 
     These are the images of the sample before it; the first one of a batch gets those of the last one. A sample that no

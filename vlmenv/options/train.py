@@ -191,8 +191,8 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
     dry_run: bool = False
     """Print the resolved options, the files to be read and the folder to be written, and stop."""
     algo: str = "grpo"
-    """Algorithm: grpo, dr_grpo, dapo, gspo, cispo, sapo, gmpo, gdpo, rloo, reinforce++, ppo, sft, or a class of your
-    own, as in `my_algorithm:MyAlgorithm`. `vlmenv train --algo NAME --help` shows its options."""
+    """Algorithm: grpo, dr_grpo, dapo, gspo, cispo, sapo, gmpo, gdpo, papo_g, papo_d, vppo, rloo, reinforce++, ppo,
+    sft, or a class of your own, as in `my_algorithm:MyAlgorithm`. `vlmenv train --algo NAME --help` shows its options."""
     batches: BatchOptions = field(default_factory=BatchOptions)
     measuring: MeasuringOptions = field(default_factory=MeasuringOptions)
     logging: LoggingOptions = field(default_factory=LoggingOptions)
@@ -208,6 +208,7 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
         super().__post_init__()
         if self.batches.revisit < 1 and self.algorithm.group_size == 1:
             raise ConfigError("revisit compares the answers to a sample: it needs a group_size above 1")
+        self._check_masks()
         if self.sampling.temperature == 0:
             raise ConfigError("temperature must be above 0: training needs varied answers")
         self._check_sampler()
@@ -218,6 +219,16 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
         if data.dataset is None and given:
             raise ConfigError(
                 "split, eval_dataset and eval_split go with dataset: the built-in samples have splits of their own"
+            )
+
+    def _check_masks(self) -> None:
+        """Raises ConfigError if images are masked for nothing."""
+        make = find_algorithm(self.algo).make
+        masks = getattr(make, "wants_masked", False) or getattr(make, "learns_masked", False)
+        given = self.trainer.mask_share != TrainerConfig.mask_share
+        if given and not masks and self.trainer.visual_dependence_every is None:
+            raise ConfigError(
+                "mask_share goes with visual_dependence_every, or with an algorithm that masks images, such as papo_g"
             )
 
     def _check_sampler(self) -> None:
