@@ -65,6 +65,8 @@ class Scored:
     """random generator of this step on this rank"""
     masked_logprobs: Tensor | None = None
     """[N, L], of the policy before the update with masked images; None unless `wants_masked`"""
+    teacher_logprobs: Tensor | None = None
+    """[N, L], of the teacher; None unless `wants_teacher`"""
 
 
 @dataclass(slots=True)
@@ -161,6 +163,8 @@ class Algorithm(ABC):
     """True if `credit` or `loss` needs log-probabilities of the reference policy."""
     wants_values: ClassVar[bool] = False
     """True if the policy needs a value head."""
+    wants_teacher: ClassVar[bool] = False
+    """True if `credit` needs log-probabilities of a teacher, another model that `config.teacher` names."""
     wants_masked: ClassVar[bool] = False
     """True if `credit` needs log-probabilities of the policy with masked images."""
     learns_masked: ClassVar[bool] = False

@@ -216,6 +216,8 @@ class Batch:
     """bool [N, L], tokens that the loss treats in a way of their own"""
     masked_logprobs: Tensor | None = None
     """[N, L], of the policy before the update with masked images"""
+    teacher_logprobs: Tensor | None = None
+    """[N, L]"""
     masked: Rollout | None = None
     """the same completions after prompts with masked images"""
     correction: Tensor | None = None

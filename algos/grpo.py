@@ -153,13 +153,13 @@ class GRPO(Algorithm):
         self.most_rounds, self.replay = config.most_rounds, config.replay
 
     def credit(self, scored: Scored) -> Credit:
-        """Computes one advantage per completion, [N, 1], from the rewards and the soft punishment of length."""
+        """Computes advantages, and which tokens to learn from."""
         mask = scored.mask & ~scored.truncated[:, None] if self.config.mask_truncated else scored.mask
-        advantages = self._advantages(scored)[:, None]
+        advantages = self.advantages(scored)
         return Credit(advantages, mask, chosen=chosen_tokens(self.config, scored, advantages, mask))
 
-    def _advantages(self, scored: Scored) -> Tensor:
-        """[N]."""
+    def advantages(self, scored: Scored) -> Tensor:
+        """Computes one advantage per completion, [N, 1], from the rewards and the soft punishment of length."""
         config, size = self.config, self.config.group_size
         penalty = torch.zeros_like(scored.rewards)
         if config.overlong_share:
@@ -168,10 +168,10 @@ class GRPO(Algorithm):
         if config.per_term:
             terms = torch.cat([scored.terms, penalty[:, None]], dim=1)
             weights = torch.cat([scored.term_weights, torch.ones_like(penalty)[:, None]], dim=1)
-            return term_relative(terms, weights, size, scored.gather)
+            return term_relative(terms, weights, size, scored.gather)[:, None]
         rewards = scored.rewards + penalty
         everyone = scored.gather(rewards) if config.scale == "batch" else None
-        return group_relative(rewards, size, config.scale, batch=everyone)
+        return group_relative(rewards, size, config.scale, batch=everyone)[:, None]
 
     def loss(self, inputs: LossInputs) -> LossOutput:
         """Computes equation 3 of the paper, averaged by `aggregation`."""

@@ -8,6 +8,7 @@ from typing import Any, Final, NamedTuple, get_type_hints
 
 from vlmenv.algos.base import Algorithm, AlgorithmConfig
 from vlmenv.algos.grpo import GRPO, PRESETS
+from vlmenv.algos.opd import OPD, OPDConfig
 from vlmenv.algos.papo import PAPO, PAPOConfig
 from vlmenv.algos.ppo import PPO, PPOConfig
 from vlmenv.algos.reinforce_plus_plus import ReinforcePlusPlus, ReinforcePlusPlusConfig
@@ -38,6 +39,7 @@ ALGORITHMS: Final[dict[str, Registered]] = {
     "rloo": Registered(RLOO, RLOOConfig()),
     "reinforce++": Registered(ReinforcePlusPlus, ReinforcePlusPlusConfig()),
     "ppo": Registered(PPO, PPOConfig()),
+    "opd": Registered(OPD, OPDConfig()),
     "sft": Registered(SFT, SFTConfig()),
 }
 """By the name that `--algo` takes."""

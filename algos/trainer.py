@@ -27,7 +27,7 @@ from vlmenv.algos.batch import Batch, Rollouts, micro_batches, minibatches, padd
 from vlmenv.algos.collecting import Collector, timed
 from vlmenv.algos.correction import Correction, importance_weights, mismatch
 from vlmenv.algos.faults import NonFiniteError, nonfinite_gradients, nonfinite_weights
-from vlmenv.algos.losses import token_weights
+from vlmenv.algos.losses import BOUND, token_weights
 from vlmenv.algos.optimizers import OptimizerName, make_optimizer
 from vlmenv.algos.replay import Replay
 from vlmenv.core.errors import ConfigError, require, require_at_least, require_weight
@@ -134,13 +134,14 @@ class Trainer:
         algorithm: The algorithm.
         config: Options.
         accelerator: Device, precision and ranks.
+        teacher: The teacher, for an algorithm that wants one. It is not trained. Default: none.
 
     Attributes:
         step: Number of finished steps.
 
     Raises:
-        ConfigError: The environments have another group size than the algorithm, or `vision_lr` is given for a frozen
-            vision tower.
+        ConfigError: The environments have another group size than the algorithm, `vision_lr` is given for a frozen
+            vision tower, or a teacher is missing.
     """
 
     def __init__(
@@ -150,6 +151,7 @@ class Trainer:
         algorithm: Algorithm,
         config: TrainerConfig,
         accelerator: Accelerator,
+        teacher: Agent | None = None,
     ) -> None:
         group_size = getattr(envs.unwrapped, "group_size", 1)
         if group_size != algorithm.config.group_size:
@@ -161,7 +163,11 @@ class Trainer:
             not config.router_loss or agent.routes,
             "router_loss is for mixtures of experts with shared prompts, which this model is not: leave it out",
         )
-        self.agent, self.envs, self.algorithm = agent, envs, algorithm
+        require(
+            teacher is not None or not algorithm.wants_teacher,
+            f"{algorithm.name} needs a teacher: name its model by the option teacher",
+        )
+        self.agent, self.envs, self.algorithm, self.teacher = agent, envs, algorithm, teacher
         self.config, self.accelerator = config, accelerator
         self.step = 0
         self._skipped = 0  # optimizer steps in a row
@@ -360,6 +366,10 @@ class Trainer:
             told["replayed"] = float(replayed.mean())
         rollouts.record_advantages(batch.advantages, batch.mask)
         told |= self._correct(batch, rollouts.rollout)
+        if batch.teacher_logprobs is not None:
+            gaps = (batch.old_logprobs - batch.teacher_logprobs)[batch.mask]
+            told["policy/teacher_kl"] = float(gaps.mean())
+            told["policy/teacher_bounded"] = float((gaps.abs() > BOUND).float().mean())
         if self._measures_dependence:
             told |= self._dependence(batch, rollouts)
         if not self.algorithm.learns_masked:
@@ -385,6 +395,8 @@ class Trainer:
         wanted = self.reference is not None or self.algorithm.wants_values or self.algorithm.wants_masked
         if wanted or self._lacks_old(batch):
             self._add_estimates(batch)
+        if self.algorithm.wants_teacher:
+            self._add_teacher(batch, rollouts.observations())
         terms, weights = rollouts.terms()
         credit = self.algorithm.credit(
             Scored(
@@ -401,6 +413,7 @@ class Trainer:
                 weights.to(self.agent.device),
                 rng,
                 batch.masked_logprobs,
+                batch.teacher_logprobs,
             )
         )
         batch.advantages, batch.mask, batch.returns = credit.advantages, credit.mask, credit.returns
@@ -427,6 +440,14 @@ class Trainer:
                     batch.put("old_logprobs", rows, now.values)
                 if now.state_values is not None:
                     batch.put("values", rows, now.state_values)
+
+    def _add_teacher(self, batch: Batch, observations: list[Observation]) -> None:
+        """Adds the teacher's log-probabilities of the completions, after prompts that it encodes itself."""
+        assert self.teacher is not None
+        taught = self.teacher.reprompted(batch.rollout, observations)
+        for rows in self._passes(taught):
+            with self.processes.autocast():
+                batch.put("teacher_logprobs", rows, self.teacher.logprobs(taught[rows]).values)
 
     @property
     def _masks_now(self) -> bool:

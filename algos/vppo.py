@@ -9,7 +9,7 @@ from typing import ClassVar, Final
 import torch
 from torch import Tensor
 
-from vlmenv.algos.base import Credit, LossInputs, LossOutput, Scored
+from vlmenv.algos.base import LossInputs, LossOutput, Scored
 from vlmenv.algos.grpo import GRPO, GRPOConfig
 from vlmenv.algos.losses import visual_dependence
 from vlmenv.core.errors import require, require_weight
@@ -47,19 +47,18 @@ class VPPO(GRPO):
         super().__init__(config)
         self.config: VPPOConfig = config
 
-    def credit(self, scored: Scored) -> Credit:
+    def advantages(self, scored: Scored) -> Tensor:
         """Computes advantages of tokens, [N, L], by their visual dependence.
 
         A completion that does not depend on images at all, such as one after a text alone, keeps those of all tokens.
         """
-        config, credit = self.config, super().credit(scored)
+        config = self.config
         assert scored.masked_logprobs is not None
         dependence = visual_dependence(scored.old_logprobs, scored.masked_logprobs).masked_fill(~scored.mask, 0)
         means = dependence.sum(dim=1) / scored.mask.sum(dim=1).clamp(min=1)
         factors = shaping_factors(means, config.visual_floor, scored.gather)
         pivotal = top_tokens(dependence, scored.mask, config.visual_share) | (means <= _NONE)[:, None]
-        credit.advantages = credit.advantages * factors[:, None] * pivotal
-        return credit
+        return super().advantages(scored) * factors[:, None] * pivotal
 
     def loss(self, inputs: LossInputs) -> LossOutput:
         """Computes GRPO's loss, less the sampled tokens' log-probabilities as the authors' code has them."""

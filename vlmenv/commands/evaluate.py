@@ -49,11 +49,18 @@ def _measured(config: EvalConfig, processes: Processes, console: Console) -> Eva
     report_broken_rows(envs, console)
     count, greedy = sample_count(envs, config.eval_limit), config.samples is None
     with closing(load_agent(config, accelerator.device, DTYPES[config.weights])) as agent:
-        sight, evaluation = None, None
+        sight = None
         if config.visual_dependence:
-            seed, share = config.seed, config.mask_share
-            given = {"greedy": greedy, "console": console, "processes": processes}
-            sight = measure_sight(agent, envs, count, mask_share=share, seed=seed, **given)
+            sight = measure_sight(
+                agent,
+                envs,
+                count,
+                greedy=greedy,
+                mask_share=config.mask_share,
+                seed=config.seed,
+                console=console,
+                processes=processes,
+            )
             evaluation = sight.evaluations[SHOWN]
         else:
             agent.seed(config.seed + accelerator.process_index)

@@ -9,7 +9,7 @@ from typing import Any, Final, Generic, Literal, Self, TypeVar
 
 from vlmenv.algos import AlgorithmConfig, GRPOConfig, TrainerConfig, find_algorithm
 from vlmenv.core.errors import ConfigError, require
-from vlmenv.options.task import BoxNumbers, TaskConfig, located_names
+from vlmenv.options.task import BoxNumbers, TaskConfig, located_model, located_names
 
 AlgorithmT = TypeVar("AlgorithmT", bound=AlgorithmConfig)
 
@@ -192,7 +192,8 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
     """Print the resolved options, the files to be read and the folder to be written, and stop."""
     algo: str = "grpo"
     """Algorithm: grpo, dr_grpo, dapo, gspo, cispo, sapo, gmpo, gdpo, papo_g, papo_d, vppo, rloo, reinforce++, ppo,
-    sft, or a class of your own, as in `my_algorithm:MyAlgorithm`. `vlmenv train --algo NAME --help` shows its options."""
+    opd, sft, or a class of your own, as in `my_algorithm:MyAlgorithm`. `vlmenv train --algo NAME --help` shows its
+    options."""
     batches: BatchOptions = field(default_factory=BatchOptions)
     measuring: MeasuringOptions = field(default_factory=MeasuringOptions)
     logging: LoggingOptions = field(default_factory=LoggingOptions)
@@ -202,7 +203,10 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
 
     def located(self) -> Self:
         measuring = replace(self.measuring, eval_dataset=located_names(self.measuring.eval_dataset))
-        return replace(super().located(), measuring=measuring)
+        located = replace(super().located(), measuring=measuring)
+        if (teacher := getattr(self.algorithm, "teacher", None)) is None:
+            return located
+        return replace(located, algorithm=replace(self.algorithm, teacher=located_model(teacher)))
 
     def __post_init__(self) -> None:
         super().__post_init__()
