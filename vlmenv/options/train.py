@@ -206,7 +206,8 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
         located = replace(super().located(), measuring=measuring)
         if (teacher := getattr(self.algorithm, "teacher", None)) is None:
             return located
-        return replace(located, algorithm=replace(self.algorithm, teacher=located_model(teacher)))
+        algorithm: Any = self.algorithm
+        return replace(located, algorithm=replace(algorithm, teacher=located_model(teacher)))
 
     def __post_init__(self) -> None:
         super().__post_init__()
