@@ -845,7 +845,12 @@ def _fill(ballast: Path, free: int) -> None:
 
 
 def _bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    """The bytes of a folder's files; those that a run renames meanwhile may count for nothing."""
+    sizes = []
+    for file in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            sizes.append(file.stat().st_size * file.is_file())
+    return sum(sizes)
 
 
 def _left_out(line: Line, why: str) -> Line:

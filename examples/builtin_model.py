@@ -305,10 +305,11 @@ def lesson(agent: VLMAgent, labels: str, rng: np.random.Generator, single: bool)
     """Draws a scene, and questions about it with the annotators' answers."""
     scene, scene_rng = sample_scene("train", int(rng.integers(2**62)), counts=(1, 1) if single else (2, 4))
     tokenizer = agent.family.processor.tokenizer
-    closing = tokenizer.encode("<|im_end|>\n<|im_start|>assistant\n")
-    template = task_of(REC).prompt("")
-    whole = agent.family.encode({"images": (scene.image,), "prompt": template})
-    keep = len(whole.input_ids) - len(closing)
+    whole, other = (
+        agent.family.encode({"images": (scene.image,), "prompt": task_of(REC).prompt(word)}) for word in SHAPES[:2]
+    )
+    keep = int((whole.input_ids != other.input_ids).argmax())  # the place of the question, here of one token
+    closing = whole.input_ids[keep + 1 :].tolist()
     result = Lesson(Prompt(whole.input_ids[:keep], whole.position_ids[:, :keep], whole.images), [], [], [])
     for _ in range(EXPRESSIONS_PER_SCENE):
         reference = choose_reference(scene, scene_rng)
@@ -323,11 +324,18 @@ def add_answer(
     tokenizer = agent.family.processor.tokenizer
     edges = np.array(reference.target.box if labels == "exact" else loosen(reference.target.box, rng))
     box = "[" + ",".join(str(round(edge)) for edge in edges) + "]"
-    answer = tokenizer.encode(AnswerFormat.TAGS.write(box, f"the {reference.target}") + "<|im_end|>")
+    answer = encoded_answer(AnswerFormat.TAGS.write(box, f"the {reference.target}"), agent)
     numbers = [len(question) + i for i, token in enumerate(answer) if tokenizer.decode([token]).isdigit()]
     result.tails.append(question + answer)
-    result.edges.append(dict(zip(numbers, edges.tolist(), strict=True)))
+    whole_numbers = len(numbers) == len(edges)  # others' tokenizers write each digit alone: they are taught as text
+    result.edges.append(dict(zip(numbers, edges.tolist(), strict=True)) if whole_numbers else {})
     result.taught_from.append(len(question))
+
+
+def encoded_answer(text: str, agent: VLMAgent) -> list[int]:
+    """An answer's tokens with the one that ends it, and without the thought that a prompt opens."""
+    family = agent.family
+    return [*family.processor.tokenizer.encode(text.removeprefix(family.opening)), family.end_tokens[0]]
 
 
 def other_lesson(agent: VLMAgent, name: str, labels: str, rng: np.random.Generator) -> Lesson:
@@ -335,7 +343,7 @@ def other_lesson(agent: VLMAgent, name: str, labels: str, rng: np.random.Generat
     task, tokenizer = task_of(name), agent.family.processor.tokenizer
     sample = task.source.get(int(rng.integers(2**62)))
     taught = sample if labels == "exact" else loosened(sample, rng)
-    answer = tokenizer.encode(task.write_answer(taught) + "<|im_end|>")
+    answer = encoded_answer(task.write_answer(taught), agent)
     prompt, weight = agent.family.encode(task.observe(sample)), TEXT_WEIGHT
     values: list[float] = []
     if name == "VLM-OVD-v0":

@@ -1,4 +1,4 @@
-"""ASGI middleware that lets only vlmenv's trainers use a server of vLLM's."""
+"""ASGI middleware that lets only holders of the token use a server of vLLM's, for what vlmenv needs."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ ROUTES: Final = frozenset(
         ("GET", MODEL),
         ("GET", "/get_world_size"),
         ("POST", "/inference/v1/generate"),
+        ("POST", "/v1/chat/completions"),
         ("POST", "/reset_prefix_cache"),
         ("POST", "/reset_encoder_cache"),
         ("POST", "/update_weight_version"),
@@ -32,7 +33,7 @@ ROUTES: Final = frozenset(
         ("POST", _UPDATE),
     }
 )
-"""All that trainers use."""
+"""All that trainers use, and what measures a served model elsewhere: OpenAI's chat."""
 NOT_TAKEN: Final = 409
 """Status of an update that a worker could not load, or of a channel that it could not join."""
 _ENDING: Final = "', please check the stack trace above"
@@ -40,7 +41,7 @@ _ENDING: Final = "', please check the stack trace above"
 
 
 class Guard:
-    """Refuses requests without the token, and whatever trainers do not use.
+    """Refuses requests without the token, and whatever is not in `ROUTES`.
 
     `Admission` says what a request needs; its route is one of `ROUTES`.
 

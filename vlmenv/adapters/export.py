@@ -9,12 +9,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from vlmenv.adapters.task import PortableTask, imported, marked_messages, png
+from vlmenv.adapters.task import PortableTask, flat, imported, marked_messages, png
 from vlmenv.core.errors import ConfigError
 from vlmenv.core.files import atomic_file, write_atomic
 from vlmenv.core.rollout import Observation
 
-Trainer = Literal["verl", "easyr1", "swift"]
+Trainer = Literal["verl", "easyr1", "swift", "lmms-eval"]
 
 _ROW_GROUP: Final = 64
 """Rows that are held in memory at a time."""
@@ -25,6 +25,10 @@ _REWARDS: Final[Mapping[str, str]] = {
         'REWARD_NAME = "vlmenv"\nREWARD_TYPE = "batch"\n'
     ),
     "swift": "import vlmenv.adapters\n\nvlmenv.adapters.swift()\n",
+    "lmms-eval": (
+        "from vlmenv.adapters.for_lmms_eval import (  # noqa: F401\n"
+        "    doc_to_messages,\n    doc_to_text,\n    doc_to_visual,\n    process_results,\n)\n"
+    ),
 }
 _OPTIONS: Final[Mapping[str, str]] = {
     "verl": (
@@ -36,7 +40,9 @@ _OPTIONS: Final[Mapping[str, str]] = {
         "data.format_prompt=null worker.reward.reward_function={reward}:compute_score"
     ),
     "swift": "--dataset {rows} --external_plugins {reward} --reward_funcs vlmenv",
+    "lmms-eval": "--include_path {folder} --tasks {name}",
 }
+_ENDINGS: Final[Mapping[str, str]] = {"verl": ".parquet", "easyr1": ".parquet", "swift": ".jsonl", "lmms-eval": ".yaml"}
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,7 @@ def export(task: PortableTask, to: Trainer, target: Path, rows: int | None = Non
     Args:
         task: The task. Its data set must be where it is when the trainer scores.
         to: The trainer: verl and EasyR1 read .parquet with the images in it, ms-swift .jsonl with images beside it.
+            lmms-eval measures alone, and reads a task's .yaml with the keys of its samples beside it.
         target: The file of rows.
         rows: Number of rows. Default: all of a data set.
         seed: Seed of the samples and their order.
@@ -65,18 +72,21 @@ def export(task: PortableTask, to: Trainer, target: Path, rows: int | None = Non
             take a row.
         SampleError: A sample cannot be read.
     """
-    ending = ".jsonl" if to == "swift" else ".parquet"
-    if target.suffix != ending:
-        raise ConfigError(f"{target}: {to} reads {ending} files; name the file so")
+    if target.suffix != _ENDINGS[to]:
+        raise ConfigError(f"{target}: {to} reads {_ENDINGS[to]} files; name the file so")
     samples = task.readable(task.indices(rows, seed))
     target.parent.mkdir(parents=True, exist_ok=True)
     if to == "swift":
         count = _write_lines(target, _swift_rows(task, samples, target.with_suffix("")))
+    elif to == "lmms-eval":
+        count = _write_task(target, task, samples)
     else:
         count = _write_parquet(target, (_ROWS[to](task, *sample) for sample in samples))
     reward = target.with_name("reward.py")
     write_atomic(reward, _REWARDS[to])
-    options = _OPTIONS[to].format(rows=target.resolve(), reward=reward.resolve())
+    options = _OPTIONS[to].format(
+        rows=target.resolve(), reward=reward.resolve(), folder=target.resolve().parent, name=target.stem
+    )
     return Exported(count, reward, options)
 
 
@@ -112,6 +122,37 @@ def _swift_rows(
             file.write_bytes(image["bytes"])
             files.append(str(file.resolve()))
         yield {"messages": marked_messages(observation), "images": files, "solution": task.key(index)}
+
+
+def _write_task(target: Path, task: PortableTask, samples: Iterable[tuple[int, Observation]]) -> int:
+    """Writes a task's .yaml, and its rows beside it."""
+    indices = [index for index, _ in samples]
+    rows = target.with_suffix(".jsonl")
+    count = _write_lines(rows, ({"key": task.key(index)} for index in indices))
+    chosen = (task.task.source.get(index).term for index in indices)  # a row's own term, in place of the first
+    names = dict.fromkeys([*flat(task.score([""], indices[:1])[0], "reward"), *filter(None, chosen)])
+    metrics = "".join(_METRIC.format(name=json.dumps(name)) for name in names)
+    write_atomic(target, _TASK.format(name=target.stem, rows=json.dumps(str(rows.resolve())), metrics=metrics))
+    return count
+
+
+_TASK: Final = """\
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {rows}}}}}
+test_split: test
+output_type: generate_until
+doc_to_messages: !function reward.doc_to_messages
+doc_to_visual: !function reward.doc_to_visual
+doc_to_text: !function reward.doc_to_text
+doc_to_target: ""
+process_results: !function reward.process_results
+reasoning_tags: none
+generation_kwargs: {{max_new_tokens: 1024, temperature: 0, do_sample: false}}
+metric_list:
+{metrics}metadata: {{version: 1}}
+"""
+_METRIC: Final = "  - {{metric: {name}, aggregation: mean, higher_is_better: true}}\n"
 
 
 def _images(observation: Observation) -> list[dict[str, bytes]]:

@@ -171,12 +171,21 @@ def judged(texts: Sequence[str], keys: Sequence[str]) -> list[Score]:
     """
     scores: list[Score | None] = [None] * len(keys)
     for task, rows in _by_task(keys).items():
-        with _OPENING:
-            portable = _opened(task)
-        found = portable.score([texts[row] for row, _ in rows], [index for _, index in rows])
+        found = _opened_once(task).score([texts[row] for row, _ in rows], [index for _, index in rows])
         for (row, _), score in zip(rows, found, strict=True):
             scores[row] = score
     return [score for score in scores if score is not None]
+
+
+def observed(key: str) -> Observation:
+    """The observation of the sample that a `PortableTask.key` names. Tasks are made once per process.
+
+    Raises:
+        ConfigError: The key names no sample.
+        SampleError: The sample cannot be read.
+    """
+    ((task, ((_, index),)),) = _by_task([key]).items()
+    return _opened_once(task).observation(index)
 
 
 def flat(score: Score, total: str) -> dict[str, float]:
@@ -312,6 +321,11 @@ def _whole(index: Any) -> Any:
     """
     require(not isinstance(index, bool), f"a sample's index is a whole number, not {index}")
     return int(index) if isinstance(index, float) and index.is_integer() else index
+
+
+def _opened_once(task: str) -> PortableTask:
+    with _OPENING:
+        return _opened(task)
 
 
 @lru_cache(maxsize=16)

@@ -105,9 +105,10 @@ class DataExportConfig:
     """Write a task's samples and its rewards as files for another trainer. docs/adapters.md has more."""
 
     target: tyro.conf.Positional[Path]
-    """File of rows to write: .parquet for verl and EasyR1, .jsonl for ms-swift. reward.py is written beside it."""
-    to: Literal["verl", "easyr1", "swift"] = "verl"
-    """Trainer that reads the files."""
+    """File of rows to write: .parquet for verl and EasyR1, .jsonl for ms-swift, .yaml for lmms-eval. reward.py is
+    written beside it."""
+    to: Literal["verl", "easyr1", "swift", "lmms-eval"] = "verl"
+    """Trainer that reads the files, or lmms-eval, which measures alone."""
     env: str = "VLM-REC-v0"
     """Environment; one of your own is named with its module, as in my_task:My-Task-v0."""
     rows: int | None = None
