@@ -37,6 +37,9 @@ OPTIONS = {
     "curriculum": ["--revisit", "0.2", "--rewards", "iou@0.5", "1"],
     "resampling": ["--algo", "dapo", "--most-rounds", "3", "--gradient-checkpointing"],
     "imitation": ["--algo", "sft", "--group-size", "1"],
+    "masks": ["--algo", "papo_g", "--masked-entropy-loss", "0.03", "--visual-dependence-every", "2"]
+    + ["--entropy-bonus", "0.01", "--entropy-control", "clip_cov", "--cov-low", "0.1"],
+    "teacher": ["--algo", "opd", "--teacher", "builtin", "--reward-weight", "0.5", "--per-term"],
 }
 
 WHOLE = ("model.safetensors", "float32/model.safetensors")
