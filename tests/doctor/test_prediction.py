@@ -117,6 +117,7 @@ def test_counted_bytes_are_those_of_real_passes(options: dict[str, Any], precisi
     assert sizes.activations + max(sizes.forward_space, sizes.backward_space) == pytest.approx(peak, rel=0.15)
 
 
+@pytest.mark.slow
 def test_masked_images_and_a_teacher_are_counted() -> None:
     """Completions pass twice at a time, as far as micro-batches let them; a teacher's weights are held besides."""
     plain, masks, taught = (default_config(name) for name in ("grpo", "papo_g", "opd"))

@@ -49,8 +49,12 @@ def test_every_recipe_with_every_algorithm_is_its_preset_and_what_carries_over(r
     assert config.algo == algo
 
 
-@pytest.mark.parametrize("algo", ALGORITHMS)
-@pytest.mark.parametrize("former", ALGORITHMS)
+KINDS = ("dapo", *{one.make: name for name, one in reversed(ALGORITHMS.items())}.values())
+"""An algorithm of each class, and a preset that is no class's own."""
+
+
+@pytest.mark.parametrize("algo", KINDS)
+@pytest.mark.parametrize("former", KINDS)
 @pytest.mark.parametrize("form", ["flat", "asked", "resolved"])
 def test_every_runs_file_with_every_algorithm_is_its_preset(former: str, algo: str, form: str) -> None:
     """Also of runs of before, whose file holds all options flat, and null for some of their defaults."""
