@@ -187,8 +187,8 @@ class _Masks:
         window = mixer.window
         self.prompts = _prompt_mask(prompts, groups.images.get(mixer.kind), window)
         """[1 or P, 1, T, T], of prompts to themselves"""
-        self.own = _prompt_mask(completions, None, window)
-        """[1, 1, L, L], of completions to themselves"""
+        self.own = _prompt_mask(completions, groups.later_images.get(mixer.kind), window)
+        """[1 or N, 1, L, L], of completions to themselves"""
         self.across: Tensor | None = None
         """[P, L, T], of completions to their prompts"""
         if window is not None and prompts.longest + completions.longest > window:

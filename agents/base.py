@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmenv.core.errors import ConfigError
-from vlmenv.core.rollout import Observations, Rollout
+from vlmenv.core.rollout import Observations, Rollout, Turns
 
 
 class LogProbs(NamedTuple):
@@ -70,12 +70,36 @@ class Agent(ABC):
         """
 
     @abstractmethod
-    def rollout(self, observations: Observations) -> Rollout:
+    def rollout(self, observations: Observations, *, greedy: bool = False) -> Rollout:
         """Samples a completion for each observation. Neighbouring copies of an observation share one prompt.
+
+        Args:
+            observations: [N].
+            greedy: If true, takes the likeliest tokens, as `act` does.
 
         Raises:
             PromptError: A prompt leaves no room for the completion, or cannot be encoded.
         """
+
+    def proceed(
+        self, rollout: Rollout, observations: Turns, *, greedy: bool = False, texts: Sequence[str] | None = None
+    ) -> Rollout:
+        """Answers the environments' next turns, in episodes of several turns.
+
+        The tokens so far stay as they were sampled; those of the environment's turn and of the answer follow them. An
+        answer that has no room in the model is empty, with the `finish_reason` `length`.
+
+        Args:
+            rollout: The episodes so far, N.
+            observations: [N], the conversations so far; None for episodes that have ended, whose rows stay the same.
+            greedy: As in `rollout`.
+            texts: [N], given answers, with log-probabilities 0, in place of generated ones. Default: none.
+
+        Raises:
+            ConfigError: This agent, or its engine, has episodes of one step alone.
+            PromptError: A turn cannot be encoded; or, as in `imitate`, a given answer.
+        """
+        raise ConfigError(f"{type(self).__name__} answers one turn: it has no proceed() for episodes of several turns")
 
     @abstractmethod
     def imitate(self, observations: Observations, texts: Sequence[str]) -> Rollout:

@@ -38,6 +38,11 @@ class Packing:
         return send(torch.arange(self.total) - (self._ends - self.lengths)[self._rows], self.device)
 
     @cached_property
+    def tokens(self) -> Tensor:
+        """[M], the index of each token among all tokens of the sequences"""
+        return torch.arange(self.total, device=self.device)
+
+    @cached_property
     def ends(self) -> Tensor:
         """[N], the index of each sequence's last token"""
         return send(self._ends - 1, self.device)
@@ -90,3 +95,36 @@ class Packing:
     def repeated(self, times: int) -> Packing:
         """The packing of sequences that are each repeated several times, with the same padded length."""
         return Packing(self.lengths.repeat_interleave(times), self.device, self.longest)
+
+
+class Excerpt(Packing):
+    """The places of some tokens of packed sequences. Packed tensors [K, ...] hold these tokens alone.
+
+    Padded tensors are those of whole sequences, with zeros at all other places.
+
+    Args:
+        whole: Packing of the sequences.
+        chosen: bool [M] on the CPU, True at the K tokens.
+    """
+
+    def __init__(self, whole: Packing, chosen: Tensor) -> None:
+        super().__init__(whole.lengths, whole.device, whole.longest)
+        self.is_even = False
+        self._whole, self._chosen = whole, chosen.nonzero()[:, 0]
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        return send(self._chosen, self.device)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        return self._whole.rows[self.tokens]
+
+    @cached_property
+    def places(self) -> Tensor:
+        return self._whole.places[self.tokens]
+
+    def mask(self) -> Tensor:
+        mask = torch.zeros(len(self.lengths), self.longest, dtype=torch.bool, device=self.device)
+        mask[self.rows, self.places] = True
+        return mask

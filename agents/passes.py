@@ -145,13 +145,20 @@ class Groups(Pass):
         completions: Packing of the completions.
         index: int64 [N] on the CPU, the prompt of each completion.
         images: See `Prefixes`, of the prompts.
+        later_images: The same of the completions.
     """
 
     def __init__(
-        self, prompts: Packing, completions: Packing, index: Tensor, images: Mapping[str, Tensor] | None = None
+        self,
+        prompts: Packing,
+        completions: Packing,
+        index: Tensor,
+        images: Mapping[str, Tensor] | None = None,
+        later_images: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.prompts, self.completions, self.images = prompts, completions, images or {}
+        self.prompts, self.completions = prompts, completions
+        self.images, self.later_images = images or {}, later_images or {}
         self.kept: dict[object, object] = {}
         """what mixers compute once for all layers of their kind"""
         self.siblings = Siblings(index, len(prompts.lengths), prompts.device)

@@ -18,7 +18,7 @@ from vlmenv.agents.delta_rule import keep_states_apart
 from vlmenv.agents.families.base import Family
 from vlmenv.agents.lean_layers import make_lean
 from vlmenv.agents.linear_logprobs import capped, linear_logprobs
-from vlmenv.agents.packing import Packing
+from vlmenv.agents.packing import Excerpt, Packing
 from vlmenv.agents.passes import Groups, Pass, Prefixes
 from vlmenv.agents.patch_embedding import embed_patches_by_matmul
 from vlmenv.agents.rotary import rotate_at_once
@@ -28,7 +28,7 @@ from vlmenv.agents.sending import send
 from vlmenv.agents.vision_attention import attend_by_segments
 from vlmenv.agents.wide_gradients import widen_gradients
 from vlmenv.core.errors import ModelError
-from vlmenv.core.rollout import Prompt, Rollout
+from vlmenv.core.rollout import Completion, Pictured, Prompt, Rollout
 
 
 class ValueHead(nn.Linear):
@@ -95,7 +95,7 @@ class Policy(nn.Module):
         """Computes log-probabilities and entropies of a rollout's completions, and values if there is a value head."""
         with dropping_recomputable(), recorded_logits(self.routers if self.share_prefixes else []) as routed:
             hidden, packing = self.hidden_states(rollout)
-        targets = self._tokens([completion.token_ids for completion in rollout.completions])
+        targets = self._tokens([completion.written_ids for completion in rollout.completions])
         head, temperature = self._head(), rollout.temperature or 1.0
         given = hidden, head.weight, head.bias, targets, self._banned(), temperature, self.family.logit_cap
         logprobs, entropy = linear_logprobs(*given)
@@ -104,8 +104,8 @@ class Policy(nn.Module):
         return LogProbs(packing.pad(logprobs), packing.pad(entropy), packing.mask(), values, balance)
 
     def hidden_states(self, rollout: Rollout) -> tuple[Tensor, Packing]:
-        """Computes the final hidden states [M, H] that predict the completions' tokens, and their packing."""
-        packing = Packing(torch.tensor([len(one.token_ids) for one in rollout.completions]), self.device)
+        """Computes the final hidden states [M, H] that predict the policy's tokens, and the packing of these."""
+        packing = _packing_of(rollout.completions, self.device)
         if self.share_prefixes:
             return self._sharing(rollout, packing), packing
         return self._repeating(rollout, packing), packing
@@ -129,7 +129,7 @@ class Policy(nn.Module):
         self,
         prompts: Sequence[Prompt],
         through: Pass,
-        completions: Sequence[NDArray[np.int64]] = (),
+        completions: Sequence[Completion] = (),
         after: Tensor | None = None,
     ) -> Tensor:
         """Runs images, packed prompts, and completions behind them, through the model.
@@ -137,7 +137,7 @@ class Policy(nn.Module):
         Args:
             prompts: P.
             through: The pass, which tells which tokens see which.
-            completions: Tokens of completions. Default: none.
+            completions: Completions, which run without their last token: it predicts nothing. Default: none.
             after: int64, positions of the completions' tokens. Default: none.
 
         Returns:
@@ -146,9 +146,10 @@ class Policy(nn.Module):
         Raises:
             ModelError: Some of the model's blocks do not use the pass.
         """
-        features = self._features(prompts)
+        features = self._features([*prompts, *completions])
+        later = (completion.token_ids[:-1] for completion in completions)
         output = self.model.model(
-            input_ids=self._tokens([*(prompt.input_ids for prompt in prompts), *completions])[None],
+            input_ids=self._tokens([*(prompt.input_ids for prompt in prompts), *later])[None],
             position_ids=self._positions(prompts, after),
             attention_mask=no_mask(self.device),
             mm_encoder_outputs=None if features is None else {"image": features},
@@ -204,31 +205,38 @@ class Policy(nn.Module):
         prompts = Packing(torch.tensor([len(prompt.input_ids) for prompt in rollout.prompts]), self.device)
         inputs = Packing(packing.lengths - 1, self.device)  # the last token predicts nothing
         images = self._images(rollout.prompts)
-        fed = [one.token_ids[:-1] for one in rollout.completions]
-        starts = torch.tensor([next_position(prompt) for prompt in rollout.prompts])[index]
-        starts, owners = send(starts, self.device), send(index, self.device)
+        later_images = self._later_images(rollout.completions)
         hidden = self._run(
             rollout.prompts,
-            Groups(prompts, inputs, index, images) if inputs.total else Prefixes(prompts, images),
-            fed,
-            starts[inputs.rows] + inputs.places,
+            Groups(prompts, inputs, index, images, later_images) if inputs.total else Prefixes(prompts, images),
+            rollout.completions,
+            self._later_positions(rollout, inputs),
         )
-        firsts = prompts.ends[owners][packing.rows]
-        later = prompts.total + torch.arange(packing.total, device=self.device) - packing.rows - 1  # the token before
+        firsts = prompts.ends[send(index, self.device)][packing.rows]
+        later = prompts.total + packing.tokens - packing.rows - 1  # the token before
         return hidden[torch.where(packing.places == 0, firsts, later)]
+
+    def _later_positions(self, rollout: Rollout, inputs: Packing) -> Tensor:
+        """Positions of the completions' tokens without each last one, [M] or [axes, M]."""
+        pairs = [(rollout.prompts[i], one) for i, one in zip(rollout.prompt_index, rollout.completions, strict=True)]
+        if any(completion.position_ids is not None for _, completion in pairs):
+            positions = [later_positions(*pair)[:, :-1] for pair in pairs]
+            return send(torch.from_numpy(np.concatenate(positions, axis=1)), self.device)
+        starts = torch.tensor([next_position(prompt) for prompt, _ in pairs])
+        return send(starts, self.device)[inputs.rows] + inputs.places
 
     def _repeating(self, rollout: Rollout, packing: Packing) -> Tensor:
         """Computes `hidden_states` with the prompt repeated for each completion, in one padded batch."""
         bare = np.setdiff1d(np.arange(len(rollout.prompts)), rollout.prompt_index)  # without any completion
-        prompts = [rollout.prompts[i] for i in (*rollout.prompt_index, *bare)]
-        answers = [completion.token_ids for completion in rollout.completions]
-        pairs = list(zip(prompts, [*answers, *[np.empty(0, np.int64)] * len(bare)], strict=True))
-        ids = [np.concatenate([prompt.input_ids, answer]) for prompt, answer in pairs]
-        lengths = torch.tensor([len(one) for one in ids])
-        positions = [torch.from_numpy(_all_positions(prompt, len(answer))).T for prompt, answer in pairs]
+        prompts = [rollout.prompts[i] for i in rollout.prompt_index]
+        pairs = zip(prompts, rollout.completions, strict=True)
+        rows = [*(joined(self.family, *pair) for pair in pairs), *(rollout.prompts[i] for i in bare)]
+        lengths = torch.tensor([len(row.input_ids) for row in rows])
+        positions = [torch.from_numpy(row.position_ids).T for row in rows]
         padded = nn.utils.rnn.pad_sequence(positions, batch_first=True).permute(2, 0, 1).to(self.device)
-        features = self._look(prompts) if any(prompt.images for prompt in prompts) else None
-        input_ids = nn.utils.rnn.pad_sequence([torch.from_numpy(one) for one in ids], True).to(self.device)
+        features = self._look(rows) if any(row.images for row in rows) else None
+        ids = [torch.from_numpy(row.input_ids) for row in rows]
+        input_ids = nn.utils.rnn.pad_sequence(ids, True).to(self.device)
         output = self.model.model(
             input_ids=input_ids,
             attention_mask=(torch.arange(int(lengths.max())) < lengths[:, None]).long().to(self.device),
@@ -241,33 +249,42 @@ class Policy(nn.Module):
         hidden: Tensor = output.last_hidden_state
         return hidden[packing.rows, starts[packing.rows] + packing.places]
 
-    def _features(self, prompts: Sequence[Prompt]) -> Any:
-        """Computes features of the prompts' images, joined. Those of a frozen tower are cached per prompt."""
-        shown = [prompt for prompt in prompts if prompt.images]
+    def _features(self, holders: Sequence[Pictured]) -> Any:
+        """Computes features of images, joined. Those of a frozen tower are cached per prompt or completion."""
+        shown = [one for one in holders if one.images]
         if not shown:
             return None
         if self.sharded or self.family.sees_by_trained_weights():
             return self._look(shown)
-        return self.family.join_features([self._frozen_features(prompt) for prompt in shown])
+        return self.family.join_features([self._frozen_features(one) for one in shown])
 
-    def _frozen_features(self, prompt: Prompt) -> Any:
-        """Features of a prompt's images by the frozen vision tower, which a reference may share."""
+    def _frozen_features(self, holder: Pictured) -> Any:
+        """Features of images by the frozen vision tower, which a reference may share."""
         tower = self.family.vision_tower()
-        known = _FEATURES.get(prompt)
+        known = _FEATURES.get(holder)
         if known is None or known[0] is not tower:
-            known = _FEATURES[prompt] = tower, self._look([prompt])
+            known = _FEATURES[holder] = tower, self._look([holder])
         return known[1]
 
-    def _look(self, prompts: Sequence[Prompt]) -> Any:
+    def _look(self, holders: Sequence[Pictured]) -> Any:
         """Runs images through the vision tower."""
-        inputs = self.family.vision_inputs(self.family.join_images(prompts), self.device)
+        inputs = self.family.vision_inputs(self.family.join_images(holders), self.device)
         return self.model.model.get_image_features(**inputs, return_dict=True)
 
     def _images(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """Images whose tokens attend to each other in both directions, as `Prefixes` takes them."""
         if not self.family.sees_both_ways or not any(prompt.images for prompt in prompts):
             return {}
-        images = self._tokens([self.family.images_seen_both_ways(prompt.input_ids) for prompt in prompts])
+        return self._seen_both_ways([prompt.input_ids for prompt in prompts])
+
+    def _later_images(self, completions: Sequence[Completion]) -> dict[str, Tensor]:
+        """The same of completions, each without its last token."""
+        if not self.family.sees_both_ways or not any(completion.images for completion in completions):
+            return {}
+        return self._seen_both_ways([completion.token_ids[:-1] for completion in completions])
+
+    def _seen_both_ways(self, rows: Sequence[NDArray[np.int64]]) -> dict[str, Tensor]:
+        images = self._tokens([self.family.images_seen_both_ways(row) for row in rows])
         return dict.fromkeys(self.family.sees_both_ways, images)
 
     def _tokens(self, rows: Sequence[NDArray[np.int64]]) -> Tensor:
@@ -295,8 +312,17 @@ class Policy(nn.Module):
         return self.get_buffer("banned")
 
 
-_FEATURES: WeakKeyDictionary[Prompt, tuple[nn.Module, Any]] = WeakKeyDictionary()
-"""Cache by prompt of a frozen vision tower and its features; an entry is dropped with the prompt."""
+_FEATURES: WeakKeyDictionary[Pictured, tuple[nn.Module, Any]] = WeakKeyDictionary()
+"""Cache by prompt or completion of a frozen vision tower and its features; an entry is dropped with its key."""
+
+
+def _packing_of(completions: Sequence[Completion], device: torch.device) -> Packing:
+    """Packing of the policy's tokens."""
+    packing = Packing(torch.tensor([len(one.token_ids) for one in completions]), device)
+    if all(one.written is None for one in completions):
+        return packing
+    written = [np.ones(len(one.token_ids), np.bool_) if one.written is None else one.written for one in completions]
+    return Excerpt(packing, torch.from_numpy(np.concatenate(written)))
 
 
 def next_position(prompt: Prompt) -> int:
@@ -304,7 +330,18 @@ def next_position(prompt: Prompt) -> int:
     return int(prompt.position_ids[0, -1]) + 1
 
 
-def _all_positions(prompt: Prompt, length: int) -> NDArray[np.int64]:
-    """Positions [axes, T + length] of a prompt and its completion."""
-    after = np.tile(next_position(prompt) + np.arange(length), (len(prompt.position_ids), 1))
-    return np.concatenate([prompt.position_ids, after], axis=1)
+def later_positions(prompt: Prompt, completion: Completion) -> NDArray[np.int64]:
+    """Positions [axes, L] of a completion's tokens."""
+    if completion.position_ids is not None:
+        return completion.position_ids
+    places = next_position(prompt) + np.arange(len(completion.token_ids))
+    return np.tile(places, (len(prompt.position_ids), 1))
+
+
+def joined(family: Family, prompt: Prompt, completion: Completion) -> Prompt:
+    """A prompt with its completion, as one prompt."""
+    return Prompt(
+        np.concatenate([prompt.input_ids, completion.token_ids]),
+        np.concatenate([prompt.position_ids, later_positions(prompt, completion)], axis=1),
+        family.join_images([prompt, completion]) if completion.images else prompt.images,
+    )

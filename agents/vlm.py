@@ -30,7 +30,7 @@ from vlmenv.agents.engines.fingerprints import fingerprint
 from vlmenv.agents.families import Family, Processor, family_of, weightless_family
 from vlmenv.agents.lora import LoRA
 from vlmenv.agents.pixels import prepared_folder
-from vlmenv.agents.policy import Policy, ValueHead
+from vlmenv.agents.policy import Policy, ValueHead, joined, later_positions
 from vlmenv.agents.quantization import Quantization, quantize, quantized_layers
 from vlmenv.agents.recomputation import recompute_activations
 from vlmenv.agents.references import FrozenPolicy, UnadaptedPolicy
@@ -43,7 +43,17 @@ from vlmenv.core.errors import ConfigError, ModelError, PromptError, require
 from vlmenv.core.files import atomic_folder
 from vlmenv.core.names import BUILTIN
 from vlmenv.core.pixels import PixelLimits
-from vlmenv.core.rollout import Completion, Observations, Prompt, Rollout, group_neighbours, unbatch
+from vlmenv.core.rollout import (
+    Completion,
+    Observation,
+    Observations,
+    Pictured,
+    Prompt,
+    Rollout,
+    Turns,
+    group_neighbours,
+    unbatch,
+)
 from vlmenv.core.sampling import Sampling
 
 __all__ = ["BUILTIN", "Policy", "Sampling", "VLMAgent", "find_model"]
@@ -180,18 +190,71 @@ class VLMAgent(Agent):
         return self.sampling.max_new_tokens
 
     def act(self, observations: Observations) -> list[str]:
-        return self.answers(observations).texts
+        return self.rollout(observations, greedy=True).texts
 
-    def answers(self, observations: Observations) -> Rollout:
-        """Generates a greedy completion for each observation, as `act`, with its tokens."""
-        return self._generate(observations, replace(self.sampling, temperature=0.0, top_k=None, top_p=1.0))
+    def rollout(self, observations: Observations, *, greedy: bool = False) -> Rollout:
+        return self._generate(observations, self._sampling(greedy))
 
-    def rollout(self, observations: Observations) -> Rollout:
-        return self._generate(observations, self.sampling)
+    def proceed(
+        self, rollout: Rollout, observations: Turns, *, greedy: bool = False, texts: Sequence[str] | None = None
+    ) -> Rollout:
+        if self.engine is not None and texts is None:
+            raise ConfigError(
+                "episodes of several turns are sampled by the model itself: leave out --engine, or take a task of one "
+                "step"
+            )
+        turns = self._next_turns(rollout, observations)
+        completions = [
+            self._without_room(one) if observation is not None and row not in turns else one
+            for row, (one, observation) in enumerate(zip(rollout.completions, observations, strict=True))
+        ]
+        if texts is None:
+            answers = self._sampled(rollout, turns, greedy)
+        else:
+            answers = {row: self._given(row, texts[row]) for row in turns}
+        for row, answer in answers.items():
+            completions[row] = _answered(turns[row], answer)
+        return replace(rollout, completions=completions)
+
+    def _sampled(self, rollout: Rollout, turns: Mapping[int, Completion], greedy: bool) -> dict[int, Completion]:
+        """An answer to each of the environment's turns, by row."""
+        if not turns:
+            return {}
+        whole = [joined(self.family, rollout.prompts[rollout.prompt_index[row]], turn) for row, turn in turns.items()]
+        index, sampling = np.arange(len(whole)), self._sampling(greedy)
+        sampled = sample(self.family_policy, whole, index, sampling, self._generator, self._limits())
+        return {row: self._completion(one) for row, one in zip(turns, sampled, strict=True)}
+
+    def _completion(self, sampled: Sampled) -> Completion:
+        return Completion(self._text(sampled), sampled.token_ids, sampled.logprobs, sampled.finish_reason)
+
+    def _sampling(self, greedy: bool) -> Sampling:
+        return replace(self.sampling, temperature=0.0, top_k=None, top_p=1.0) if greedy else self.sampling
+
+    def _next_turns(self, rollout: Rollout, observations: Turns) -> dict[int, Completion]:
+        """The completions of the rows that go on, by row, with the environment's next turn. Full rows are left out."""
+        turns: dict[int, Completion] = {}
+        for row, observation in enumerate(observations):
+            if observation is None:
+                continue
+            prompt, completion = rollout.prompts[rollout.prompt_index[row]], rollout.completions[row]
+            try:
+                turn = with_turn(self.family, prompt, completion, observation)
+            except ValueError as error:
+                raise PromptError(row, str(error)) from error
+            used = len(prompt.input_ids) + len(turn.token_ids)
+            if used + self.max_new_tokens <= self.max_length:
+                turns[row] = turn
+        return turns
+
+    @staticmethod
+    def _without_room(completion: Completion) -> Completion:
+        """A completion whose next turn has no room in the model: it ends where it is, with an empty answer."""
+        return replace(completion, text="", finish_reason="length")
 
     def imitate(self, observations: Observations, texts: Sequence[str]) -> Rollout:
         prompts, index = self.encode(observations)
-        completions = [self._written(i, text) for i, text in enumerate(texts)]
+        completions = [self._given(i, text) for i, text in enumerate(texts)]
         return Rollout(
             prompts, index, completions, temperature=1.0
         )  # log-probabilities are the model's, whatever the sampling temperature
@@ -259,7 +322,8 @@ class VLMAgent(Agent):
 
         Its gradient is 0, but it runs the vision tower, so that the collectives of all ranks match.
         """
-        if not self.runs_every_module or any(prompt.images for prompt in rollout.prompts):
+        holders: list[Pictured] = [*rollout.prompts, *rollout.completions]
+        if not self.runs_every_module or any(one.images for one in holders):
             return rollout
         return replace(rollout, prompts=[*rollout.prompts, self._blank])
 
@@ -554,7 +618,7 @@ class VLMAgent(Agent):
             draws = sampling.temperature > 0  # greedy completions do not change the random state
             seed = int(torch.randint(2**62, (), generator=self._generator, device=self.device)) if draws else 0
             sampled = self.engine.generate(requests, index, sampling, np.random.default_rng(seed))
-        completions = [Completion(self._text(one), one.token_ids, one.logprobs, one.finish_reason) for one in sampled]
+        completions = [self._completion(one) for one in sampled]
         full, from_trainer = not sampling.cuts_tail, self.engine is None
         return Rollout(prompts, index, completions, sampling.temperature, full, from_trainer)
 
@@ -585,12 +649,59 @@ class VLMAgent(Agent):
             module = inner
         return module
 
-    def _written(self, i: int, text: str) -> Completion:
+    def _given(self, i: int, text: str) -> Completion:
         """An answer as tokens, with the family's end token."""
         ids = answer_ids(self.family, text)
         if fault := answer_fault(self.family, ids, self.max_new_tokens):
             raise PromptError(i, fault)
         return Completion(text, ids, np.zeros(len(ids), np.float32), "stop")
+
+
+def with_turn(family: Family, prompt: Prompt, completion: Completion, observation: Observation) -> Completion:
+    """A completion with the environment's next turn behind it, up to where the next answer begins.
+
+    Its own tokens stay as they were sampled. If it has no end token, the environment's tokens begin with one.
+
+    Args:
+        family: The model's family.
+        prompt: The prompt of the episode.
+        completion: The episode so far.
+        observation: The conversation so far; its prompt is the next turn.
+
+    Raises:
+        ValueError: The turn cannot be encoded.
+    """
+    turn = family.encode_turn(observation)
+    ids, positions = turn.input_ids, turn.position_ids
+    if ids[0] == completion.token_ids[-1] and ids[0] in family.end_tokens:
+        ids, positions = ids[1:], positions[:, 1:] - 1
+    own = later_positions(prompt, completion)
+    written = np.ones(len(own[0]), np.bool_) if completion.written is None else completion.written
+    return replace(
+        completion,
+        token_ids=np.concatenate([completion.token_ids, ids]),
+        logprobs=np.concatenate([completion.logprobs, np.zeros(len(ids), np.float32)]),
+        written=np.concatenate([written, np.zeros(len(ids), np.bool_)]),
+        position_ids=np.concatenate([own, own[:, -1:] + 1 + positions], axis=1),
+        images=family.join_images([completion, turn]),
+    )
+
+
+def _answered(turn: Completion, answer: Completion) -> Completion:
+    """A completion that ends with the environment's turn, with the answer to it behind."""
+    count = len(answer.token_ids)
+    assert turn.position_ids is not None
+    assert turn.written is not None
+    after = turn.position_ids[:, -1:] + 1 + np.arange(count)
+    return replace(
+        turn,
+        text=answer.text,
+        token_ids=np.concatenate([turn.token_ids, answer.token_ids]),
+        logprobs=np.concatenate([turn.logprobs, answer.logprobs]),
+        finish_reason=answer.finish_reason,
+        written=np.concatenate([turn.written, np.ones(count, np.bool_)]),
+        position_ids=np.concatenate([turn.position_ids, after], axis=1),
+    )
 
 
 def answer_ids(family: Family, text: str) -> NDArray[np.int64]:

@@ -112,8 +112,12 @@ def overlong_penalty(lengths: Tensor, max_tokens: int, buffer: int) -> Tensor:
     return ((max_tokens - buffer - lengths) / buffer).clamp(-1, 0)
 
 
-def token_rewards(rewards: Tensor, mask: Tensor, kl: Tensor | None = None, beta: float = 0.0) -> Tensor:
+def token_rewards(
+    rewards: Tensor, mask: Tensor, kl: Tensor | None = None, beta: float = 0.0, turns: Tensor | None = None
+) -> Tensor:
     """Computes per-token rewards: `-beta * kl` at each token, plus the completion's reward at its last token.
+
+    In an episode of several turns, each turn's reward is at that turn's last token.
 
     PPO and REINFORCE++ (arXiv 2501.03262, equation 4) learn from these. The sum of a row is RLOO's reward.
 
@@ -122,17 +126,30 @@ def token_rewards(rewards: Tensor, mask: Tensor, kl: Tensor | None = None, beta:
         mask: [N, L].
         kl: [N, L], without gradient. In those papers: k1 between the sampling policy and the reference.
         beta: Weight of `kl`.
+        turns: [N, T], the parts of `rewards` by turn. The rest of `rewards` is at the last token. Default: all of it.
 
     Returns:
         [N, L].
     """
     positions = mask.cumsum(dim=1)
     last = mask & (positions == positions[:, -1:])
-    at_end = torch.where(last, rewards[:, None], 0)
+    by_turn = torch.zeros_like(last, dtype=rewards.dtype)
+    if turns is not None:
+        ends = turn_ends(mask)
+        number = (ends.cumsum(dim=1) - 1).clamp(0, turns.shape[1] - 1)
+        by_turn = torch.where(ends, turns.gather(1, number), 0)
+    at_end = by_turn + torch.where(last, (rewards - by_turn.sum(dim=1))[:, None], 0)
     return at_end if kl is None else at_end - beta * kl.masked_fill(~mask, 0)
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 1.0) -> tuple[Tensor, Tensor]:
+def turn_ends(mask: Tensor) -> Tensor:
+    """Bool [N, L], True at the last token of each turn. Tokens of the environment part an episode's turns."""
+    return mask & ~torch.nn.functional.pad(mask[:, 1:], (0, 1))
+
+
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 1.0, turn_gamma: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Computes generalised advantages, `A_t = delta_t + gamma * lam * A_{t+1}` (arXiv 1506.02438, equation 16).
 
     `delta_t = r_t + gamma * V_{t+1} - V_t`. Each completion is an episode that ends at its last token, also if it is
@@ -144,15 +161,17 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
         mask: [N, L].
         gamma: Discount factor, 0 to 1.
         lam: 0 to 1. At 0: low variance, biased by the values. At 1: unbiased returns.
+        turn_gamma: Discount factor from one turn of an episode to the next, beside `gamma`, 0 to 1.
 
     Returns:
         Advantages [N, L], and returns `A_t + V_t` [N, L], the targets of the critic.
     """
     advantages = torch.zeros_like(values)
     advantage = next_value = values.new_zeros(len(values))
+    over_turns = torch.where(turn_ends(mask), turn_gamma, 1.0).to(values.dtype)
     for t in reversed(range(values.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantage = torch.where(mask[:, t], delta + gamma * lam * advantage, advantage)
+        delta = rewards[:, t] + gamma * (over_turns[:, t] * next_value) - values[:, t]
+        advantage = torch.where(mask[:, t], delta + gamma * lam * (over_turns[:, t] * advantage), advantage)
         next_value = torch.where(mask[:, t], values[:, t], next_value)
         advantages[:, t] = advantage
     return advantages.masked_fill(~mask, 0), (advantages + values).masked_fill(~mask, 0)

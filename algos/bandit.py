@@ -118,7 +118,7 @@ class TabularAgent(Agent):
         best = self.probabilities().argmax(dim=1)
         return [ANSWERS[best[prompts[i].input_ids[0]]] for i in index]
 
-    def rollout(self, observations: Observations) -> Rollout:
+    def rollout(self, observations: Observations, *, greedy: bool = False) -> Rollout:
         prompts, index = self._prompts(observations)
         rows = self.probabilities()[[int(prompts[i].input_ids[0]) for i in index]]
         drawn = torch.multinomial(rows, 1, generator=self._generator)[:, 0]

@@ -63,6 +63,8 @@ class Scored:
     """[N, K], their weights, with which they sum to the rewards"""
     rng: np.random.Generator
     """random generator of this step on this rank"""
+    turn_rewards: Tensor | None = None
+    """float32 [N, T], the parts of `rewards` by turn; None if each episode has one"""
     masked_logprobs: Tensor | None = None
     """[N, L], of the policy before the update with masked images; None unless `wants_masked`"""
     teacher_logprobs: Tensor | None = None

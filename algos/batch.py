@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vlmenv.core.errors import RewardError
 from vlmenv.core.files import jsonable
-from vlmenv.core.rollout import Completion, Observation, Prompt, Rollout, Rows, told_turns, unbatch
+from vlmenv.core.rollout import Completion, FinishReason, Observation, Prompt, Rollout, Rows, told_turns, unbatch
 from vlmenv.core.spaces import Image
 
 NO_TERMS: Final = ("reward/std", "reward/zero_std_groups")
@@ -34,19 +34,29 @@ class Rollouts:
     `prediction` and `target` as JSON can hold them, and `advantage` (the mean over the completion's tokens; None before
     the update, or if the update left the completion out)"""
     images: list[tuple[Image, ...]] = field(default_factory=list)
-    """[N], the images of each prompt, by reference; empty if unknown"""
+    """[N], the images of each conversation, by reference; empty if unknown"""
+    turn_rewards: Tensor | None = None
+    """float32 [N, T], the rewards of each turn's answer, 0 beyond the last; None if each episode has one turn"""
     weights: list[dict[str, float]] = field(default_factory=list)
     """[N], the weight of each reward term; empty if the environments do not tell"""
 
     @classmethod
-    def scored(cls, observations: Any, rollout: Rollout, rewards: NDArray[Any], infos: dict[str, Any]) -> Rollouts:
+    def scored(
+        cls,
+        observations: Any,
+        rollout: Rollout,
+        rewards: NDArray[Any],
+        infos: dict[str, Any],
+        turn_rewards: NDArray[Any] | None = None,
+    ) -> Rollouts:
         """Joins a rollout with its rewards.
 
         Args:
-            observations: [N], as the environments gave them.
+            observations: [N], those that were answered last, as the environments gave them.
             rollout: N completions.
-            rewards: [N].
-            infos: The environments' infos of the step, one array [N] per key.
+            rewards: [N], of whole episodes.
+            infos: The environments' infos of the last step, one array [N] per key.
+            turn_rewards: [N, T], the parts of `rewards` by turn. Default: each episode has one.
 
         Raises:
             RewardError: A reward is not finite in float32.
@@ -76,8 +86,9 @@ class Rollouts:
                 f"the reward of sample {record['id']} is {record['reward']}, with the terms {record['rewards']}; "
                 "it must be finite in float32"
             )
+        by_turn = None if turn_rewards is None else torch.as_tensor(turn_rewards, dtype=torch.float32)
         weights = [_told(infos, "weights", i) for i in range(len(rollout))] if "weights" in infos else []
-        return cls(rollout, tensor, records, [observation["images"] for observation in shown], weights)
+        return cls(rollout, tensor, records, [observation["images"] for observation in shown], by_turn, weights)
 
     @classmethod
     def joined(cls, parts: Sequence[Rollouts]) -> Rollouts:
@@ -87,6 +98,7 @@ class Rollouts:
             torch.cat([part.rewards for part in parts]),
             [record for part in parts for record in part.records],
             [images for part in parts for images in part.images],
+            _joined_turns(parts),
             [weights for part in parts for weights in part.weights],
         )
 
@@ -110,15 +122,13 @@ class Rollouts:
                 (torch.from_numpy(one.input_ids), torch.from_numpy(one.position_ids), dict(one.images))
                 for one in rollout.prompts
             ],
-            "completions": [
-                (one.text, torch.from_numpy(one.token_ids), torch.from_numpy(one.logprobs), one.finish_reason)
-                for one in rollout.completions
-            ],
+            "completions": [_completion_state(one) for one in rollout.completions],
             "prompt_index": torch.from_numpy(rollout.prompt_index),
             "sampling": (rollout.temperature, rollout.full_distribution, rollout.from_trainer),
             "rewards": self.rewards,
             "records": self.records,
             "images": [tuple(known[id(image)] for image in images) for images in self.images],
+            "turn_rewards": self.turn_rewards,
             "weights": self.weights,
         }
 
@@ -126,21 +136,24 @@ class Rollouts:
     def from_state(cls, state: dict[str, Any]) -> Rollouts:
         """Restores what `state_dict` returned."""
         prompts = [Prompt(ids.numpy(), places.numpy(), images) for ids, places, images in state["prompts"]]
-        completions = [Completion(text, ids.numpy(), p.numpy(), end) for text, ids, p, end in state["completions"]]
+        completions = [_restored(*one) for one in state["completions"]]
         rollout = Rollout(prompts, state["prompt_index"].numpy(), completions, *state["sampling"])
         images = [tuple(image.numpy() for image in images) for images in state["images"]]
-        return cls(rollout, state["rewards"], state["records"], images, state.get("weights", [{}] * len(images)))
+        told = state.get("turn_rewards"), state.get("weights", [{}] * len(images))
+        return cls(rollout, state["rewards"], state["records"], images, *told)
 
     def __getitem__(self, rows: Rows) -> Rollouts:
         """Selects completions."""
         numbers = range(len(self.records))[rows] if isinstance(rows, slice) else rows
         images = [self.images[i] for i in numbers] if self.images else []
-        rewards = self.rewards[rows if isinstance(rows, slice) else torch.from_numpy(rows)]
+        index = rows if isinstance(rows, slice) else torch.from_numpy(rows)
+        turns = None if self.turn_rewards is None else self.turn_rewards[index]
         weights = [self.weights[i] for i in numbers] if self.weights else []
-        return Rollouts(self.rollout[rows], rewards, [self.records[i] for i in numbers], images, weights)
+        records = [self.records[i] for i in numbers]
+        return Rollouts(self.rollout[rows], self.rewards[index], records, images, turns, weights)
 
     def observations(self) -> list[Observation]:
-        """[N], what each completion answers."""
+        """[N], what each completion answers. Only for episodes of one turn."""
         rows = zip(self.images, self.records, strict=True)
         return [{"images": own, "prompt": one["prompt"], "turns": tuple(one.get("turns", ()))} for own, one in rows]
 
@@ -175,7 +188,7 @@ class Rollouts:
 
     def metrics(self) -> dict[str, float]:
         """Means by their logged names. The mean of a term or trait is over the completions that have it."""
-        lengths = [len(completion.token_ids) for completion in self.rollout.completions]
+        lengths = [len(completion.written_ids) for completion in self.rollout.completions]
         return {
             "reward/mean": float(self.rewards.mean()),
             "reward/std": float(self.rewards.std(correction=0)),
@@ -184,7 +197,7 @@ class Rollouts:
             "completion/min_length": float(min(lengths)),
             "completion/max_length": float(max(lengths)),
             "completion/truncated": float(np.mean([c.finish_reason == "length" for c in self.rollout.completions])),
-            "completion/repetition": float(np.mean([repetition(c.token_ids) for c in self.rollout.completions])),
+            "completion/repetition": float(np.mean([repetition(c.written_ids) for c in self.rollout.completions])),
             **{f"completion/{name}": mean for name, mean in self._means("traits").items()},
         }
 
@@ -236,6 +249,8 @@ class Batch:
         """
         completions = rollout.completions
         mask = _padded([torch.ones(len(c.token_ids), dtype=torch.bool) for c in completions])
+        for row, written in ((i, c.written) for i, c in enumerate(completions) if c.written is not None):
+            mask[row, : len(written)] = torch.from_numpy(written)
         old = _padded([torch.from_numpy(c.logprobs) for c in completions])
         truncated = torch.tensor([c.finish_reason == "length" for c in completions])
         credit = torch.zeros(len(rollout)) if advantages is None else advantages
@@ -322,6 +337,33 @@ def padding_share(rollout: Rollout, passes: Sequence[Rows]) -> float:
             places += len(lengths) * max(lengths)
             tokens += sum(lengths)
     return 1 - tokens / places
+
+
+def _joined_turns(parts: Sequence[Rollouts]) -> Tensor | None:
+    """The rewards by turn of several batches, padded to the most turns."""
+    if all(part.turn_rewards is None for part in parts):
+        return None
+    each = [part.rewards[:, None] if part.turn_rewards is None else part.turn_rewards for part in parts]
+    most = max(one.shape[1] for one in each)
+    return torch.cat([nn.functional.pad(one, (0, most - one.shape[1])) for one in each])
+
+
+def _completion_state(one: Completion) -> tuple[Any, ...]:
+    """A completion as plain containers and tensors: four parts, and three more after several turns."""
+    state = one.text, torch.from_numpy(one.token_ids), torch.from_numpy(one.logprobs), one.finish_reason
+    if one.written is None:
+        return state
+    assert one.position_ids is not None
+    return *state, torch.from_numpy(one.written), torch.from_numpy(one.position_ids), dict(one.images)
+
+
+def _restored(text: str, ids: Tensor, logprobs: Tensor, end: FinishReason, *later: Any) -> Completion:
+    """The completion of a `_completion_state`."""
+    one = Completion(text, ids.numpy(), logprobs.numpy(), end)
+    if later:
+        written, places, images = later
+        one = replace(one, written=written.numpy(), position_ids=places.numpy(), images=images)
+    return one
 
 
 def _padded(rows: list[Tensor]) -> Tensor:

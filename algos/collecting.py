@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 from gymnasium.vector import VectorEnv
+from numpy.typing import NDArray
 from torch import distributed
 
 from vlmenv.agents.base import Agent
@@ -22,7 +23,7 @@ from vlmenv.algos.background import Background
 from vlmenv.algos.base import Algorithm
 from vlmenv.algos.batch import Rollouts
 from vlmenv.core.errors import DataError, PromptError
-from vlmenv.core.rollout import Rollout
+from vlmenv.core.rollout import Rollout, Turns, next_turns
 from vlmenv.processes import Processes
 from vlmenv.processes.failures import on_any_rank, shared_failure
 
@@ -181,12 +182,31 @@ class Collector:
         with self._shared_failure():
             observations, infos = self.envs.reset(**how)
         self.shown += 1
-        with self._weights_for_rollout(), self._shared_failure(), self.agent.generating(1):
+        turns = getattr(self.envs.unwrapped, "max_turns", 1)
+        with self._weights_for_rollout(), self._shared_failure(), self.agent.generating(turns):
             with timed(clock, "rollout"), self.processes.autocast():
                 observations, rollout = self._answered(observations, infos)
-            with timed(clock, "score"):
-                _, rewards, _, _, infos = self.envs.step(rollout.texts)
-            return Rollouts.scored(observations, rollout, rewards, infos)
+            rewards: list[NDArray[Any]] = []
+            while True:
+                with timed(clock, "score"):
+                    shown, reward, terminated, truncated, infos = self.envs.step(rollout.texts)
+                rewards.append(reward)
+                if (ended := terminated | truncated).all():
+                    break
+                with timed(clock, "rollout"), self.processes.autocast():
+                    rollout = self._proceeded(rollout, next_turns(shown, ended), infos)
+            if len(rewards) == 1:
+                return Rollouts.scored(observations, rollout, reward, infos)
+            by_turn = np.stack(rewards, axis=1)
+            return Rollouts.scored(shown, rollout, by_turn.sum(axis=1), infos, by_turn)
+
+    def _proceeded(self, rollout: Rollout, turns: Turns, infos: dict[str, Any]) -> Rollout:
+        """Generates the next turn of each episode that goes on."""
+        texts = list(infos["answer"]) if self.algorithm.imitates else None
+        try:
+            return self.agent.proceed(rollout, turns, texts=texts)
+        except PromptError as error:
+            raise DataError(f"sample {infos['id'][error.index]}: {error.reason}") from error
 
     def _shared_failure(self) -> AbstractContextManager[None]:
         return shared_failure(self.accelerator, self._group)

@@ -46,6 +46,8 @@ class PPOConfig(AlgorithmConfig):
     lam: float = 1.0
     """Lambda of generalised advantage estimation (arXiv 1506.02438), 0 to 1. Below 1 the first tokens learn little from
     a reward at the end until the critic predicts it (arXiv 2503.01491, section 3)."""
+    turn_gamma: float = 1.0
+    """Discount factor between the turns of an episode, beside gamma between tokens, 0 to 1."""
     beta: float = 0.0
     """Weight of the KL penalty in the reward. With 0 no reference model is held in memory."""
     kl_estimator: Estimator = "k1"
@@ -56,7 +58,8 @@ class PPOConfig(AlgorithmConfig):
         require(0 < self.epsilon < 1, f"epsilon must lie between 0 and 1, not {self.epsilon}")
         require(self.dual_clip is None or self.dual_clip > 1, "dual_clip must be above 1")
         require(self.value_epsilon > 0, f"value_epsilon must be above 0, not {self.value_epsilon}")
-        require(0 <= self.gamma <= 1 and 0 <= self.lam <= 1, "gamma and lam must lie between 0 and 1")
+        shares = self.gamma, self.lam, self.turn_gamma
+        require(all(0 <= one <= 1 for one in shares), "gamma, lam and turn_gamma must lie between 0 and 1")
         require_weight("value_weight", self.value_weight)
         require_weight("beta", self.beta)
 
@@ -77,8 +80,8 @@ class PPO(Algorithm):
         assert scored.values is not None
         if scored.ref_logprobs is not None:
             kl = divergence(scored.old_logprobs, scored.ref_logprobs, config.kl_estimator)
-        rewards = token_rewards(scored.rewards, scored.mask, kl, config.beta)
-        advantages, returns = gae(rewards, scored.values, scored.mask, config.gamma, config.lam)
+        rewards = token_rewards(scored.rewards, scored.mask, kl, config.beta, scored.turn_rewards)
+        advantages, returns = gae(rewards, scored.values, scored.mask, config.gamma, config.lam, config.turn_gamma)
         stats = scored.total(moments(advantages, scored.mask))
         return Credit(whiten(advantages, scored.mask, stats), scored.mask, returns)
 

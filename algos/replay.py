@@ -100,6 +100,8 @@ class Replay:
 
 
 def _afresh(rollouts: Rollouts) -> Rollouts:
-    """A copy with new prompts, so that no features of a frozen vision tower stay cached."""
-    prompts = [replace(prompt) for prompt in rollouts.rollout.prompts]
-    return replace(rollouts, rollout=replace(rollouts.rollout, prompts=prompts))
+    """A copy with new prompts and completions, so that no features of a frozen vision tower stay cached."""
+    rollout = rollouts.rollout
+    prompts = [replace(prompt) for prompt in rollout.prompts]
+    completions = [replace(one) if one.images else one for one in rollout.completions]
+    return replace(rollouts, rollout=replace(rollout, prompts=prompts, completions=completions))

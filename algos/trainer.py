@@ -163,6 +163,17 @@ class Trainer:
             not config.router_loss or agent.routes,
             "router_loss is for mixtures of experts with shared prompts, which this model is not: leave it out",
         )
+        self.max_turns = int(getattr(envs.unwrapped, "max_turns", 1))
+        require(
+            self.max_turns == 1 or agent.generates_itself or algorithm.imitates,
+            "episodes of several turns are sampled by the model itself: leave out engine, or set max_turns to 1",
+        )
+        masks = algorithm.wants_masked or algorithm.learns_masked or config.visual_dependence_every is not None
+        by_term = getattr(algorithm.config, "per_term", False)
+        require(
+            self.max_turns == 1 or not (masks or algorithm.wants_teacher or by_term),
+            "masked images, a teacher and per_term are for episodes of one turn: set max_turns to 1",
+        )
         require(
             teacher is not None or not algorithm.wants_teacher,
             f"{algorithm.name} needs a teacher: name its model by the option teacher",
@@ -270,7 +281,7 @@ class Trainer:
         metrics = self._over_processes(metrics)
         if (skipped := self.collector.skipped()) is not None:
             metrics["data/skipped"] = float(len(skipped))
-        tokens = sum(len(completion.token_ids) for completion in collected.rollouts.rollout.completions)
+        tokens = sum(len(completion.written_ids) for completion in collected.rollouts.rollout.completions)
         seconds = time.perf_counter() - started
         metrics["tokens_per_second"] = tokens * self.accelerator.num_processes / seconds
         self.step += 1
@@ -406,12 +417,13 @@ class Trainer:
                 batch.ref_logprobs,
                 batch.values,
                 batch.truncated,
-                self.agent.max_new_tokens,
+                self._most_tokens,
                 self.accelerator.gather,
                 lambda tensor: cast(Tensor, self.accelerator.reduce(tensor)),
                 terms.to(self.agent.device),
                 weights.to(self.agent.device),
                 rng,
+                None if rollouts.turn_rewards is None else rollouts.turn_rewards.to(self.agent.device),
                 batch.masked_logprobs,
                 batch.teacher_logprobs,
             )
@@ -554,6 +566,11 @@ class Trainer:
                 sums[name] = sums.get(name, 0) + value * processes / max(1, num_tokens)
         return sums
 
+    @property
+    def _most_tokens(self) -> int:
+        """Length limit of an episode's answers together, in tokens."""
+        return self.agent.max_new_tokens * self.max_turns
+
     def _passes(self, rollout: Rollout) -> list[Rows]:
         """The micro-batches of a rollout."""
         size, tokens = self.config.micro_batch_size, self.config.micro_batch_tokens
@@ -575,7 +592,7 @@ class Trainer:
             self.algorithm.aggregation,
             num_tokens=num_tokens,
             num_sequences=num_sequences,
-            max_tokens=self.agent.max_new_tokens,
+            max_tokens=self._most_tokens,
         )
         if batch.correction is not None:
             weights = weights * batch.correction

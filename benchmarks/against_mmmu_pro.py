@@ -125,9 +125,10 @@ def describe(found: Mapping[str, Sequence[Verdict]]) -> str:
 
 
 _FOOT: Final = (
-    "\nAll 32 answers that are right there alone were read. Of the 24 in which nothing is read here, 19 are refusals,",
-    'two name no choice, one names two ("Answer: A, E"), one says "not listed", and one ends with a bare letter after',
-    '"therefore confirming:". The 8 others name another choice than the true one, as "C. Reduce A and B" for B.\n',
+    "\nAll 32 answers that are right there alone were read. Of the 24 in which nothing is read here, 19 are refusals",
+    'and two name no choice. One names two ("Answer: A, E"), one says "not listed", and one ends with a bare letter',
+    'after "therefore confirming:". The 8 others name another choice than the true one. Such is "C. Reduce A and B",',
+    "where B is true.\n",
     "Of the 68 that are right here alone, 67 are read as the true letter. The rules there take the last capital of a",
     'text without "Answer:", as the A in "D. A conflict crime".',
 )

@@ -1,4 +1,4 @@
-"""The base environment of visual tasks: one observation, one answer in free text, one reward."""
+"""The base environment of visual tasks: an observation, an answer in free text, a reward; in several turns if asked."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any, ClassVar, SupportsIndex, TypeVar
 import gymnasium
 from gymnasium import spaces
 
+from vlmenv.core import notebook
 from vlmenv.core.answers import NONE
 from vlmenv.core.coordinates import Box, Coordinates, CoordinateSpace, ResizeRule
-from vlmenv.core.errors import ConfigError, DataError, SampleError, unknown_name
+from vlmenv.core.errors import ConfigError, DataError, SampleError, require_at_least, unknown_name
 from vlmenv.core.formats import AnswerFormat
 from vlmenv.core.rollout import IMAGE_MARK, ROLES, Observation, Turn, split_marks
 from vlmenv.core.spaces import FreeText, Image, OneOfTexts, RGBImage
@@ -25,6 +26,7 @@ from vlmenv.envs.data.rows import Row, missing
 from vlmenv.envs.data.rows import places as columns_of
 from vlmenv.envs.data.scenes import Split
 from vlmenv.envs.data.source import Sample, SampleOrder, Source, order_of
+from vlmenv.envs.episodes import Episode, Reply, advance, copied
 from vlmenv.envs.geometry import Geometry, changed_place, convert, labelled_places
 from vlmenv.envs.metrics.intervals import Interval
 from vlmenv.envs.rendering import ANSWERED, TRUE, Window, draw_places, picture_of
@@ -47,6 +49,10 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
     in `info`; `reset(options={"index": i})` shows a given sample. `step` adds to `info`: `rewards` (every term by name,
     unweighted), `prediction` (the parsed answer, None if unreadable), `target`, and `traits` if the task has any.
     Prediction and target are in the coordinates that the prompt asks for.
+
+    In a task of several turns, `respond` may reply to an answer. Then the next observation is the conversation so far,
+    whose `prompt` and last images are the reply. An episode ends with an answer without a reply, or is truncated by
+    `max_turns` or `max_images`. `rewards` in `info` are sums over the turns so far.
 
     A subclass is a task. It sets `terms`, `default_rewards` and `prompt_template`. It may override the other class
     attributes and hooks. docs/own_task.md shows each with an example.
@@ -87,6 +93,9 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         timing: If true, `info["seconds"]` has the seconds of each reward term. Default: False.
         render_mode: `"rgb_array"` (a picture), `"ansi"` (prompt, answer and rewards as text), `"human"` (a window that
             follows each reset and step) or None.
+        max_turns: Maximum number of answers per episode. 1 makes a task of several turns one of a single step. Default:
+            the task's own.
+        max_images: Maximum number of images per episode, in a task of several turns. Default: the task's own.
 
     Raises:
         ConfigError: An argument does not fit the others, or a name is unknown.
@@ -124,6 +133,12 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
     """Whether `write_answer` knows right answers."""
     takes_coco: ClassVar[bool] = False
     """Whether the task reads COCO's instances."""
+    max_turns: int = 1
+    """Maximum number of answers per episode. A task of several turns sets it, and overrides `respond`."""
+    max_images: int = 8
+    """Maximum number of images per episode, in a task of several turns."""
+    turn_terms: ClassVar[Collection[str]] = ()
+    """Terms, by name, that score the answer of every turn. The others score the last answer alone."""
     unread: ClassVar[Collection[str]] = ()
     """Parts of a row, by their names in `COLUMNS`, that the task does not use. Their presence is reported."""
 
@@ -150,7 +165,10 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         count_tokens: Callable[[str], int] = count_words,
         timing: bool = False,
         render_mode: str | None = None,
+        max_turns: int | None = None,
+        max_images: int | None = None,
     ) -> None:
+        self._set_budgets(max_turns, max_images)
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ConfigError(unknown_name("render_mode", str(render_mode), self.metadata["render_modes"]))
         turn = spaces.Dict({"role": OneOfTexts(ROLES), "text": FreeText()})
@@ -169,6 +187,8 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         self.count_tokens = count_tokens
         self._terms = {**self.terms, **(extra_terms or {})}
         self._scorer = self.scorer(self.default_rewards if rewards is None else rewards)
+        every = {name: weight for name, weight in self.rewards.items() if name in self.turn_terms}
+        self._turn_scorer = self.scorer(every) if every and self.max_turns > 1 else None
         if unused := set(extra_terms or {}) - set(self._scorer.weights):
             raise ConfigError(f"nothing uses the reward term {', '.join(sorted(unused))}: give it a weight in rewards")
         self.image_bound = image_bound
@@ -178,11 +198,8 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         self.source = self._open(dataset, image_root, split, reading)
         self._order: SampleOrder | None = None
         self._position = 0
-        self._sample: Sample | None = None
+        self._episode: Episode | None = None
         self._index = 0
-        self._prediction: Any = None
-        self._answered = False
-        self._said: tuple[str, Score] | None = None
         self._window: Window | None = None
 
     def __repr__(self) -> str:
@@ -190,6 +207,17 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         shown += [f"samples={self.source.size}"] if self.source.size is not None else []
         shown += [f"coordinates={self.coordinates.space.value!r}"] if self.geometry is not None else []
         return f"{type(self).__name__}({', '.join(shown)})"
+
+    def _repr_html_(self) -> str:
+        """The task in a notebook: its rewards, and the present sample with the answer to it."""
+        rows = [("rewards", ", ".join(f"{name} {weight:g}" for name, weight in self.rewards.items()))]
+        rows += [("samples", "without end" if self.source.size is None else str(self.source.size))]
+        rows += [("coordinates", self.coordinates.space.value)] if self.geometry is not None else []
+        shown = notebook.table(type(self).__name__, (), rows)
+        if self._episode is None:
+            return shown
+        image = notebook.picture(self._drawn(self._episode), f"sample {self._episode.sample.id}")
+        return shown + image + notebook.text_block(self._told(self._episode))
 
     @property
     def rewards(self) -> dict[str, float]:
@@ -312,6 +340,33 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         write = str if self.geometry is None else self.geometry.write
         return self.answer_format.write(write(self.target(sample)), sample.rationale)
 
+    def respond(self, sample: Sample, texts: Sequence[str]) -> Reply | None:
+        """The environment's reply to an answer. None: the answer ends the episode. It takes any text, and never raises.
+
+        Default: None. It depends on its arguments alone, and is called again for the same answers.
+
+        Example::
+
+            def respond(self, sample, texts):
+                return Reply("Are you sure?") if len(texts) == 1 else None
+
+        Args:
+            sample: The sample.
+            texts: The answers of the episode so far, at least one.
+        """
+        return None
+
+    def write_turn(self, sample: Sample, texts: Sequence[str]) -> str:
+        """A right next answer after some answers, which `sft` imitates.
+
+        Default: the row's own completion, or `write_answer`.
+
+        Args:
+            sample: The sample.
+            texts: The answers of the episode so far; empty for the first.
+        """
+        return sample.response or self.write_answer(sample)
+
     def target(self, sample: Sample) -> Any:
         """A sample's truth in the coordinates that the prompt asks for, as in `info` and for reward terms."""
         if self.geometry is None:
@@ -355,12 +410,12 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
             raise ConfigError(f"reset knows no option {', '.join(sorted(unknown))}; it knows 'index'")
         if options:
             self._index = check_index(options["index"], self.source.size)
-            self._sample, observation = self.show(self._index)
+            sample, observation = self.show(self._index)
         else:
-            self._sample, observation = self._show_next(self._order)
-        self._prediction, self._answered, self._said = None, False, None
-        self._follow()
-        return observation, self.identify(self._sample, self._index)
+            sample, observation = self._show_next(self._order)
+        self._episode = Episode(sample, observation)
+        self._follow(self._episode)
+        return observation, self.identify(sample, self._index)
 
     def _show_next(self, order: SampleOrder) -> tuple[Sample, Observation]:
         """The next sample of the order; with `skip_broken`, the next readable one."""
@@ -377,42 +432,47 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         raise DataError(f"none of the data set's {self.source.size} samples can be shown; the first: {broken[0]}")
 
     def step(self, action: str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        if self._sample is None or self._answered:
-            raise gymnasium.error.ResetNeeded("an episode is one step: call reset() before each step()")
-        score = self.score(action, self._sample)
-        self._prediction, self._answered, self._said = score.prediction, True, (action, score)
-        self._follow()
-        info = self.identify(self._sample, self._index) | self.explain(score, self._sample)
-        return self.observe(self._sample), score.reward, True, False, info
+        episode = self._episode
+        if episode is None or episode.has_ended:
+            raise gymnasium.error.ResetNeeded("the episode has ended, or none has begun: call reset() first")
+        (reward,) = advance(self, [episode], [action])
+        self._follow(episode)
+        info = self.identify(episode.sample, self._index) | self.report(episode)
+        over, truncated = episode.has_ended, episode.truncated
+        return copied(episode.observation), reward, over and not truncated, truncated, info
 
     def render(self) -> Any:
         """A picture, uint8 [H, W, 3], of true places in blue and answered ones in orange; or text, by `render_mode`.
 
         In `human` mode it returns None: the window follows by itself.
         """
-        if self._sample is None or self.render_mode in (None, "human"):
+        if self._episode is None or self.render_mode in (None, "human"):
             return None
-        return self._told(self._sample) if self.render_mode == "ansi" else self.draw(self._sample, self._prediction)
+        return self._told(self._episode) if self.render_mode == "ansi" else self._drawn(self._episode)
 
     def close(self) -> None:
         """Closes the window."""
         if self._window is not None:
             self._window.close()
 
-    def _follow(self) -> None:
-        """Shows the sample and the answer to it in the window, if there is one."""
-        if self.render_mode == "human" and self._sample is not None:
+    def _follow(self, episode: Episode) -> None:
+        """Shows the episode in the window, if there is one."""
+        if self.render_mode == "human":
             self._window = self._window or Window()
-            self._window.show(self.draw(self._sample, self._prediction), self._told(self._sample))
+            self._window.show(self._drawn(episode), self._told(episode))
 
-    def _told(self, sample: Sample) -> str:
-        """The conversation, and the answer's reward with its terms."""
-        turns = [f"{turn['role']}: {turn['text']}" for turn in self.turns(sample)]
-        told = [*turns, f"prompt: {self._placed_prompt(sample)}"]
-        if self._said is not None:
-            text, score = self._said
+    def _drawn(self, episode: Episode) -> Image:
+        return self.draw(episode.sample, None if episode.score is None else episode.score.prediction)
+
+    def _told(self, episode: Episode) -> str:
+        """The conversation, and the reward of its answers with its terms."""
+        observation, score = episode.observation, episode.score
+        turns = [f"{turn['role']}: {turn['text']}" for turn in observation["turns"]]
+        told = [*turns, f"prompt: {observation['prompt']}"]
+        if episode.has_ended and score is not None:
             terms = ", ".join(f"{name} {value:.3g}" for name, value in score.terms.items())
-            told += [f"answer: {text}", f"reward: {score.reward:.3g} ({terms})", f"truth: {self.target(sample)}"]
+            told += [f"answer: {episode.texts[-1]}", f"reward: {score.reward:.3g} ({terms})"]
+            told += [f"truth: {self.target(episode.sample)}"]
         return visible_lines("\n".join(told))
 
     def show(self, index: int) -> tuple[Sample, Observation]:
@@ -467,13 +527,22 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         """
         return self.score_batch([text], [sample])[0]
 
-    def score_batch(self, texts: Sequence[str], samples: Sequence[Sample]) -> list[Score]:
-        """Scores N answers, each to its sample, as `score` does. Batch terms run once over all of them."""
+    def score_batch(self, texts: Sequence[str], samples: Sequence[Sample], *, final: bool = True) -> list[Score]:
+        """Scores N answers, each to its sample, as `score` does. Batch terms run once over all of them.
+
+        Args:
+            texts: [N].
+            samples: [N].
+            final: If false, the episodes go on after these answers, and only `turn_terms` score them.
+        """
         for text in texts:
             if not isinstance(text, str):
                 raise TypeError(f"an action is a string, not {type(text).__name__}")
-        targets = [self.target(sample) for sample in samples]
-        return self._scorer(texts, targets, samples, [self.parse(text) for text in texts])
+        predictions = [self.parse(text) for text in texts]
+        scorer = self._scorer if final else self._turn_scorer
+        if scorer is None:
+            return [Score(0.0, {}, prediction, {}) for prediction in predictions]
+        return scorer(texts, [self.target(sample) for sample in samples], samples, predictions)
 
     def scorer(self, rewards: Rewards) -> Scorer:
         """A scorer of this task's answers with the given terms.
@@ -501,6 +570,14 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         if traits := self.traits(score.prediction, info["target"]):
             info["traits"] = traits
         return info | ({"seconds": dict(score.seconds)} if self.timing else {})
+
+    def report(self, episode: Episode) -> dict[str, Any]:
+        """The entries of `info` for the answers of an episode so far."""
+        assert episode.score is not None
+        info = self.explain(episode.score, episode.sample)
+        if self.max_turns > 1:
+            info["traits"] = {**info.get("traits", {}), "turns": float(len(episode.texts))}
+        return info
 
     def identify(self, sample: Sample, index: int) -> dict[str, Any]:
         """The entries of `info` for a sample."""
@@ -569,6 +646,20 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         if self.answer_example is not None:
             return self.answer_example
         return "answer" if self.geometry is None else self.geometry.example
+
+    def _set_budgets(self, max_turns: int | None, max_images: int | None) -> None:
+        """Sets the budgets of an episode, which only a task of several turns has.
+
+        Raises:
+            ConfigError: A budget is below 1, or the task's episodes are one step.
+        """
+        given = {"max_turns": max_turns, "max_images": max_images}
+        require_at_least(1, **given)
+        named = [name for name, value in given.items() if value is not None]
+        if named and type(self).max_turns == 1:
+            raise ConfigError(f"episodes of {type(self).__name__} are one step: leave {' and '.join(named)} out")
+        for name in named:
+            setattr(self, name, given[name])
 
     def _check_class(self) -> None:
         """Raises ConfigError if the task lacks a required class attribute."""

@@ -9,6 +9,7 @@ from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.data.rows import Row
 from vlmenv.envs.data.scenes import Reference, Scene, Scenes, Shape, Split, choose_reference, sample_scene
 from vlmenv.envs.data.source import Sample, Source
+from vlmenv.envs.episodes import Reply
 from vlmenv.envs.geometry import BOX, BOXES, DETECTIONS, POINT, POINTS, Geometry
 from vlmenv.envs.hosted import HostedTask
 from vlmenv.envs.metrics.intervals import Interval, metric_interval, paired_interval, ratio_interval
@@ -47,6 +48,7 @@ __all__ = [
     "Observation",
     "Point",
     "Reference",
+    "Reply",
     "ResizeRule",
     "RewardError",
     "RewardTerm",

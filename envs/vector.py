@@ -15,6 +15,7 @@ from vlmenv.core.errors import ConfigError, DataError, SampleError
 from vlmenv.core.spaces import Image
 from vlmenv.envs.base import VisualTaskEnv, check_index
 from vlmenv.envs.data.source import Sample, SampleOrder, order_of
+from vlmenv.envs.episodes import Episode, advance
 from vlmenv.envs.prefetching import SampleLoader, Shown
 
 BatchedObservations = dict[str, tuple[Any, ...]]
@@ -24,8 +25,10 @@ BatchedObservations = dict[str, tuple[Any, ...]]
 class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[Any]]):
     """N environments in groups of G neighbours that show the same sample.
 
-    The images of a group are one array, shared by its G observations: do not write to it. Every step ends all episodes
-    and nothing resets by itself, so call `reset` before each `step`. `reset(options={"index": [...]})` shows given
+    The images of a group are one array, shared by its G observations: do not write to it. Nothing resets by itself. A
+    step ends all episodes of a task of one step. Of several turns, step again until all have ended, by `terminated` or
+    `truncated`. An episode that has ended takes any action, with reward 0, and keeps its observation and
+    its infos. Then call `reset`, which resets all environments together. `reset(options={"index": [...]})` shows given
     samples, one per group. Infos have the layout of Gymnasium's own vector environments.
 
     Each `step` starts to load the next samples in their order, if the task's source reads files. It is for speed alone:
@@ -102,13 +105,19 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         self.skipped: dict[int, str] = {}
         self._shown: list[Shown] = []
         self._observations: BatchedObservations = {}
-        self._predictions: list[Any] | None = None
+        self._episodes: list[Episode] = []
+        self._totals = np.zeros(num_envs, dtype=np.float64)
         self._loader = SampleLoader(self.task)
 
     @property
     def skips_broken(self) -> bool:
         """Whether samples that cannot be shown are left out instead of refused."""
         return self.task.skip_broken
+
+    @property
+    def max_turns(self) -> int:
+        """Maximum number of answers per episode."""
+        return self.task.max_turns
 
     @property
     def num_groups(self) -> int:
@@ -156,48 +165,60 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         else:
             self._shown = self._kept(options["replace"]) if "replace" in options else []
             self._fill(self._order)
-        rows = [one.observation for one in self._shown for _ in range(self.group_size)]
-        self._observations = {
-            "images": tuple(row["images"] for row in rows),
-            "prompt": tuple(row["prompt"] for row in rows),
-            "turns": tuple(row.get("turns", ()) for row in rows),
-        }
-        self._predictions = None
+        self._episodes = [Episode(one.sample, one.observation) for one in self._shown for _ in range(self.group_size)]
+        self._totals = np.zeros_like(self._totals)
+        self._observations = self._batched()
         return self._observations, self._infos() | (self._true_answers() if self._answers else {})
 
     def step(
         self, actions: Sequence[str]
     ) -> tuple[BatchedObservations, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
-        """Scores N texts: rewards float64 [N], `terminated` all True, `truncated` all False.
+        """Scores N texts, or those of the episodes that have not ended.
+
+        Returns:
+            Observations; rewards of this step, float64 [N]; `terminated` and `truncated`, bool [N]; and infos. In a
+            task of one step `terminated` is all True.
 
         Raises:
             ConfigError: The environments are closed.
-            RuntimeError: `reset` has not been called since the last step.
+            RuntimeError: All episodes have ended, or none has begun.
             ValueError: The number of texts is not N.
         """
         self._require_open()
-        if not self._shown or self._predictions is not None:
-            raise RuntimeError("an episode is one step: call reset() before each step()")
+        going = [i for i, episode in enumerate(self._episodes) if not episode.has_ended]
+        if not going:
+            raise RuntimeError("all episodes have ended, or none has begun: call reset() first")
         if isinstance(actions, str) or len(actions) != self.num_envs:
             raise ValueError(f"step wants {self.num_envs} texts, one per environment")
-        samples = [one.sample for one in self._shown for _ in range(self.group_size)]
-        scores = self.task.score_batch(actions, samples)
-        self._predictions = [score.prediction for score in scores]
-        infos = self._infos([self.task.explain(score, sample) for score, sample in zip(scores, samples, strict=True)])
-        rewards = np.array([score.reward for score in scores], dtype=np.float64)
-        self._settle(rewards)
-        self._load_next()
-        ended = np.ones(self.num_envs, dtype=np.bool_)
-        return self._observations, rewards, ended, np.zeros_like(ended), infos
+        rewards = np.zeros(self.num_envs, dtype=np.float64)
+        rewards[going] = advance(self.task, [self._episodes[i] for i in going], [actions[i] for i in going])
+        self._totals += rewards
+        ended = np.array([episode.has_ended for episode in self._episodes])
+        truncated = np.array([episode.truncated for episode in self._episodes])
+        if ended.all():
+            self._settle(self._totals)
+            self._load_next()
+        infos = self._infos([self.task.report(episode) for episode in self._episodes])
+        if self.task.max_turns > 1:
+            self._observations = self._batched()
+            infos |= self._true_answers() if self._answers else {}
+        return self._observations, rewards, ended & ~truncated, truncated, infos
+
+    def _batched(self) -> BatchedObservations:
+        rows = [episode.observation for episode in self._episodes]
+        return {
+            "images": tuple(row["images"] for row in rows),
+            "prompt": tuple(row["prompt"] for row in rows),
+            "turns": tuple(row.get("turns", ()) for row in rows),
+        }
 
     def render(self) -> tuple[Image, ...] | None:
         """In `rgb_array` mode a picture for each environment."""
         if self.render_mode is None or not self._shown:
             return None
-        predictions = self._predictions or [None] * self.num_envs
         return tuple(
-            self.task.draw(self._shown[i // self.group_size].sample, prediction)
-            for i, prediction in enumerate(predictions)
+            self.task.draw(episode.sample, None if episode.score is None else episode.score.prediction)
+            for episode in self._episodes
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -217,9 +238,9 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
             raise ConfigError("the environments are closed: make new ones by gymnasium.make_vec")
 
     def _true_answers(self) -> dict[str, Any]:
-        each = [one.sample.response or self.task.write_answer(one.sample) for one in self._shown]
-        written = [answer for answer in each for _ in range(self.group_size)]
-        return {"answer": np.array(written, dtype=object), "_answer": np.ones(self.num_envs, dtype=np.bool_)}
+        going = np.array([not episode.has_ended for episode in self._episodes])
+        each = ["" if one.has_ended else self.task.write_turn(one.sample, one.texts) for one in self._episodes]
+        return {"answer": np.array(each, dtype=object), "_answer": going}
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the order of samples, and the state of the samples."""
@@ -263,7 +284,7 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         mask = np.asarray(options.pop("reset_mask", np.ones(self.num_envs, dtype=np.bool_)))
         if mask.shape != (self.num_envs,) or not mask.all():
             raise ConfigError(
-                f"episodes of one step end together: reset_mask must be True for all {self.num_envs} environments"
+                f"all episodes are reset together: reset_mask must be True for all {self.num_envs} environments"
             )
         if unknown := set(options) - _OPTIONS:
             raise ConfigError(

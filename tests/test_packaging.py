@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import configparser
+import importlib.util
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
 
 
@@ -33,6 +36,22 @@ def test_every_recipe_is_in_the_wheel() -> None:
     found = {file for folder in ("recipes", "pipelines") for file in (ROOT / "vlmenv" / folder).iterdir()}
     assert found
     assert found <= shipped
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("build") is None, reason='needs the extra "dev", for build')
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a git checkout, whose files are compared")
+def test_the_sdist_has_every_file(tmp_path: Path) -> None:
+    """Also those of tests, their helpers among them; all but the links to packages, which setup.cfg names."""
+    command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    (file,) = tmp_path.iterdir()
+    with tarfile.open(file) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    listed = subprocess.run(["git", "ls-files"], check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    tracked = [name for name in listed.splitlines() if not (ROOT / name).is_symlink()]
+    assert len(tracked) > 500
+    assert set(tracked) <= packed
 
 
 def test_other_systems_are_refused_by_name() -> None:

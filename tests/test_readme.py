@@ -22,7 +22,8 @@ from small_data import WITHOUT_HUB, lay_out, lay_out_pipeline, small_pipeline
 from vlmenv.cli import main
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCS = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+DOCS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PAGES}
 SMALL = {
     "train": ["--steps", "1", "--prompts-per-step", "1", "--group-size", "2", "--eval-limit", "2", "--device", "cpu"],
     "eval": ["--eval-limit", "2", "--device", "cpu"],
@@ -61,7 +62,8 @@ def blocks(language: str, text: str = README) -> list[str]:
 def commands(program: str) -> list[str]:
     pages = [block for page in DOCS.values() for block in blocks("bash", page)]
     lines = [line for block in pages for line in block.replace("\\\n", " ").splitlines()]
-    return [line.partition("#")[0].strip() for line in lines if line.startswith(f"{program} ")]
+    shown = [" ".join(line.partition("#")[0].split()) for line in lines if line.startswith(f"{program} ")]
+    return list(dict.fromkeys(shown))  # a command that several pages show runs once
 
 
 AT_OTHER_ADDRESSES = re.compile(r" --socket | --tls-cert | unix:")

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from sentences import long_sentences, sentences, words
 
 
@@ -14,6 +15,7 @@ from sentences import long_sentences, sentences, words
         ("See eq. 4, by A. Author et al. 2020. Next.", ["See eq. 4, by A. Author et al. 2020.", "Next."]),
         ("It is 0.5 by `a.b. C`. Then.", ["It is 0.5 by `a.b. C`.", "Then."]),
         ("First\n\nsecond.\n- item one\n- item two", ["First", "second.", "- item one", "- item two"]),
+        ("It is the prompt's. vLLM is next.** It ends.", ["It is the prompt's.", "vLLM is next.**", "It ends."]),
         ("Sum.\n\nArgs:\n    a: The one.\n    b: The other.", ["Sum.", "Args:", "a: The one.", "b: The other."]),
         ("| a b | c d |\n|---|---|\n| e f | g h |", ["| a b", "c d |", "|---|---|", "| e f", "g h |"]),
         ("Before.\n```bash\nnot. This. One.\n```\nAfter.", ["Before.", "After."]),
@@ -21,6 +23,14 @@ from sentences import long_sentences, sentences, words
 )  # fmt: skip
 def test_texts_are_split_into_sentences(text: str, split: list[str]) -> None:
     assert list(sentences(text)) == split
+
+
+PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs/**/*.md", ".github/**/*.md")
+
+
+@pytest.mark.parametrize("pattern", PAGES)
+def test_no_page_has_a_long_sentence(pattern: str) -> None:
+    assert not [(page.name, *found) for page in ROOT.glob(pattern) for found in long_sentences(page)]
 
 
 def test_words_are_counted() -> None:

@@ -18,14 +18,16 @@ from vlmenv.commands import evaluate as evaluation_command
 from vlmenv.commands import train as training_command
 from vlmenv.commands.train import Parts
 from vlmenv.compat import accelerate
+from vlmenv.core import notebook
 from vlmenv.core.errors import ConfigError
 from vlmenv.core.loading import import_modules
 from vlmenv.envs.metrics.intervals import Interval
 from vlmenv.envs.vector import VisualTaskVectorEnv
-from vlmenv.evaluation import Evaluation, read_metrics
+from vlmenv.evaluation import Evaluation, read_metrics, written
 from vlmenv.options.command_line import Asked, file_layers, listed
 from vlmenv.options.evaluate import EvalConfig
 from vlmenv.options.fields import flatten, options_of, replaced
+from vlmenv.options.files import read_options
 from vlmenv.options.resolve import Layer, merge
 from vlmenv.options.train import TrainConfig, default_config
 from vlmenv.runs.run_folder import RunFolder
@@ -61,6 +63,21 @@ class Run:
     def agent(self, **arguments: Any) -> VLMAgent:
         """Loads the newest checkpoint; takes the keyword arguments of `VLMAgent.from_pretrained`."""
         return VLMAgent.from_pretrained(self.model, **arguments)
+
+    def _repr_html_(self) -> str:
+        """The run in a notebook: the held-out metrics before and after, warnings, and its curves."""
+        run, before, after = RunFolder(self.path), self.before or {}, self.after or {}
+        options, history = read_options(self.path / "resolved.yaml"), self.history
+        title = f"{self.path}: {options['env']}, {options['algo']}, model {options['model']}, {len(history)} steps"
+        rows: list[tuple[object, ...]] = [
+            (name, *(written(found[name]) if name in found else "" for found in (before, after)))
+            for name in dict.fromkeys([*before, *after])
+        ]
+        if steps := run.warned():
+            rows.append(("warnings", f"at steps {', '.join(map(str, dict.fromkeys(steps)))}", "warnings.jsonl"))
+        curve = self.path / "curve.png"
+        shown = notebook.table(title, ("held-out metric", "before", "after"), rows)
+        return shown + (notebook.png(curve.read_bytes(), "the curves of the run") if curve.is_file() else "")
 
     def _measured(self, when: str) -> dict[str, Interval] | None:
         folder = self.path / when

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -21,9 +22,9 @@ from rich.table import Column, Table
 
 from vlmenv.agents.base import Agent
 from vlmenv.core.console import PlainConsole, PlainTable, open_console, say, styled
-from vlmenv.core.errors import DataError, PromptError, SampleError
+from vlmenv.core.errors import DataError, PromptError, SampleError, require
 from vlmenv.core.files import read_object, read_objects, write_atomic
-from vlmenv.core.rollout import Observation, told_turns, unbatch
+from vlmenv.core.rollout import Observation, Rollout, next_turns, told_turns, unbatch
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.metrics.intervals import Interval, metric_interval, paired_interval, wilson_interval
 from vlmenv.envs.rewards.workers import LOSSES
@@ -55,6 +56,10 @@ class Evaluation:
         if (unparsable := self.unparsable) is not None:
             metrics["unparsable"] |= {"count": unparsable, "answers": len(self.answers)}
         return metrics
+
+    def values(self) -> dict[str, float]:
+        """The metrics without their intervals."""
+        return {name: metric.value for name, metric in self.metrics.items()}
 
     @property
     def unparsable(self) -> int | None:
@@ -95,15 +100,20 @@ def evaluate(
         check: Called before each batch; an error that it raises ends the evaluation.
 
     Raises:
+        ConfigError: Episodes have several turns, which the agent's engine cannot sample.
         SampleError: A sample cannot be shown, and is not to be left out.
         DataError: None of the samples can be shown.
     """
+    require(
+        envs.max_turns == 1 or agent.generates_itself,
+        "episodes of several turns are sampled by the model itself: leave out engine, or set max_turns to 1",
+    )
     starts = range(0, count, envs.num_groups)
     own = starts if processes is None else processes.share(starts)
     answers: list[dict[str, Any]] = []
     former = LOSSES.snapshot()
     total = sum(min(envs.num_groups, count - start) for start in own)
-    with _generating(agent, len(own), processes), progress(title, total, console) as advance:
+    with _generating(agent, len(own) * envs.max_turns, processes), progress(title, total, console) as advance:
         for start in own:
             check()
             stop = min(start + envs.num_groups, count)
@@ -213,18 +223,17 @@ def answer_samples(agent: Agent, envs: VisualTaskVectorEnv, indices: range, gree
     Samples that cannot be shown are left out, if the task leaves broken rows out. Environments beyond the samples are
     left with empty answers.
     """
-    observations: list[Observation] = []
-    texts: list[str] = []
-    while not texts:
+    played: Played | None = None
+    while played is None:
         shown = [index for index in indices if index not in envs.skipped]
         if not shown:
             return
         try:
-            observations, texts = _answered(agent, envs, shown, greedy)
+            played = _played(agent, envs, shown, greedy)
         except SampleError as error:
             envs.skip(error)
-    _, earned, _, _, infos = envs.step(texts + [""] * (envs.num_envs - len(texts)))
-    for i, text in enumerate(texts):
+    observations, infos = played.observations, played.infos
+    for i, text in enumerate(played.texts):
         target, rewards = infos["target"][i], infos["rewards"]
         terms = {name: float(rewards[name][i]) for name in rewards if name[0] != "_" and rewards[f"_{name}"][i]}
         subject = {"subject": str(infos["subject"][i])} if "subject" in infos and infos["_subject"][i] else {}
@@ -238,15 +247,27 @@ def answer_samples(agent: Agent, envs: VisualTaskVectorEnv, indices: range, gree
             "prediction": infos["prediction"][i],
             "target": target,
             "rewards": terms,
-            "reward": float(earned[i]),
+            "reward": float(played.rewards[i]),
             "measures": envs.task.measure(text, target, terms),
         }
 
 
-def _answered(
-    agent: Agent, envs: VisualTaskVectorEnv, indices: Sequence[int], greedy: bool
-) -> tuple[list[Observation], list[str]]:
-    """Shows some samples, and gives what each environment shows with its answer.
+@dataclass(slots=True)
+class Played:
+    """Episodes that have ended, N."""
+
+    observations: list[Observation]
+    """what was answered last"""
+    texts: list[str]
+    """the last answers"""
+    rewards: NDArray[np.float64]
+    """of whole episodes"""
+    infos: dict[str, Any]
+    """of the last step, also of environments beyond N"""
+
+
+def _played(agent: Agent, envs: VisualTaskVectorEnv, indices: Sequence[int], greedy: bool) -> Played:
+    """Shows some samples, and plays their episodes to the end.
 
     Raises:
         SampleError: One cannot be shown.
@@ -255,9 +276,49 @@ def _answered(
     batch, _ = envs.reset(options={"index": filled})
     observations = unbatch(batch)[: len(indices) * envs.group_size]
     try:
-        return observations, agent.act(observations) if greedy else agent.rollout(observations).texts
+        if envs.max_turns > 1 or not greedy:
+            rollout = agent.rollout(observations, greedy=True) if greedy else agent.rollout(observations)
+            return play(agent, envs, observations, rollout, greedy=greedy)
+        texts = agent.act(observations)
     except PromptError as error:
         raise envs.fault(error.index, error.reason) from error
+    _, rewards, _, _, infos = _stepped(envs, texts)
+    return Played(observations, texts, rewards[: len(texts)], infos)
+
+
+def play(
+    agent: Agent,
+    envs: VisualTaskVectorEnv,
+    observations: Sequence[Observation],
+    rollout: Rollout,
+    *,
+    greedy: bool = False,
+) -> Played:
+    """Plays episodes to their ends.
+
+    Args:
+        agent: Who answers.
+        envs: The environments after a reset. Those beyond the observations get empty answers.
+        observations: What the first of them show.
+        rollout: The agent's first answers.
+        greedy: Whether to take the likeliest tokens or to sample.
+
+    Raises:
+        PromptError: A turn cannot be encoded.
+    """
+    count, rewards = len(observations), np.zeros(len(observations))
+    while True:
+        batch, reward, terminated, truncated, infos = _stepped(envs, rollout.texts)
+        rewards += reward[:count]
+        shown, ended = unbatch(batch)[:count], (terminated | truncated)[:count]
+        if ended.all():
+            return Played(shown, rollout.texts, rewards, infos)
+        rollout = agent.proceed(rollout, next_turns(shown, ended), greedy=greedy)
+
+
+def _stepped(envs: VisualTaskVectorEnv, texts: Sequence[str]) -> Any:
+    """One step, with empty answers for the environments beyond the texts."""
+    return envs.step([*texts, *[""] * (envs.num_envs - len(texts))])
 
 
 def sample_count(envs: VisualTaskVectorEnv, limit: int | None) -> int:

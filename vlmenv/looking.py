@@ -16,7 +16,7 @@ from rich.console import Console
 from vlmenv.agents.base import Agent
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.core.console import say, warn
-from vlmenv.core.errors import DataError
+from vlmenv.core.errors import DataError, require
 from vlmenv.core.files import write_atomic
 from vlmenv.core.masking import Change, Shuffle, masked
 from vlmenv.core.rollout import Observations, Rollout, group_neighbours, unbatch
@@ -94,8 +94,10 @@ def measure_sight(
 
     Raises:
         SampleError: A sample cannot be shown, and is not to be left out.
+        ConfigError: Episodes have several turns.
         DataError: No sample has an image, or none can be shown.
     """
+    require(envs.max_turns == 1, "visual_dependence is for episodes of one turn: set max_turns to 1")
     shuffle = Shuffle()
     changes: dict[str, Change] = {
         "masked": functools.partial(masked, share=mask_share, seed=seed),
@@ -169,7 +171,7 @@ class _Watched:
     """by what was done to the images, the mean over each answer's tokens"""
 
     def act(self, observations: Observations) -> list[str]:
-        return self._watch(observations, self.agent.answers(observations)).texts
+        return self._watch(observations, self.agent.rollout(observations, greedy=True)).texts
 
     def rollout(self, observations: Observations) -> Rollout:
         return self._watch(observations, self.agent.rollout(observations))

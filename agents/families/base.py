@@ -30,7 +30,7 @@ from vlmenv.core.coordinates import CoordinateSpace, ResizeRule
 from vlmenv.core.errors import ConfigError, ModelError
 from vlmenv.core.files import parse_json
 from vlmenv.core.pixels import PixelLimits
-from vlmenv.core.rollout import IMAGE_MARK, Observation, Prompt
+from vlmenv.core.rollout import IMAGE_MARK, Observation, Pictured, Prompt
 from vlmenv.core.spaces import Image, blank_image
 
 
@@ -236,11 +236,11 @@ class Family(ABC):
         """The arguments of the model's `get_image_features` for images that are on the host."""
         return {name: send(one, device) for name, one in images.items()}
 
-    def join_images(self, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
-        """Joins the vision inputs of prompts along their first axis; text-only prompts add nothing."""
-        names = {name for prompt in prompts for name in prompt.images}
+    def join_images(self, holders: Sequence[Pictured]) -> dict[str, torch.Tensor]:
+        """Joins the vision inputs of prompts and completions along their first axis; text alone adds nothing."""
+        names = {name for one in holders for name in one.images}
         return {
-            name: self.stack_images([prompt.images[name] for prompt in prompts if name in prompt.images])
+            name: self.stack_images([one.images[name] for one in holders if name in one.images])
             for name in sorted(names)
         }
 
@@ -279,8 +279,27 @@ class Family(ABC):
         Raises:
             ValueError: As for `chat`, or the processor refuses an image.
         """
-        first, *rest = self.chat(observation).split(self.image_mark)
-        images, expanded = self.process_images(observation["images"]) if rest else ({}, [])
+        return self._encoded_chat(self.chat(observation), observation["images"])
+
+    def encode_turn(self, observation: Observation) -> Prompt:
+        """Encodes what follows the last assistant turn of a conversation, from the end of that turn on.
+
+        It may begin with the token that ends the turn. Positions count from 0.
+
+        Args:
+            observation: A conversation whose prompt follows an assistant turn.
+
+        Raises:
+            ValueError: As for `encode`.
+        """
+        self._refuse_control_tokens(observation["prompt"], bool(observation["images"]), "the turn's own text")
+        chat, images = self.chat_template.after_answer(observation), observation["images"]
+        return self._encoded_chat(chat, images[len(images) - chat.count(self.image_mark) :])
+
+    def _encoded_chat(self, chat: str, shown: tuple[Image, ...]) -> Prompt:
+        """Encodes text in the model's format, with a mark in the place of each image."""
+        first, *rest = chat.split(self.image_mark)
+        images, expanded = self.process_images(shown) if rest else ({}, [])
         text = first + "".join(mark + text for mark, text in zip(expanded, rest, strict=True))
         ids = np.array(self.processor.tokenizer.encode(text, add_special_tokens=False), dtype=np.int64)
         return Prompt(ids, self.positions(ids, images), images)

@@ -51,6 +51,21 @@ class ChatTemplate:
             raise ValueError(f"the chat template puts {written} marks for {len(observation['images'])} images")
         return text
 
+    def after_answer(self, observation: Observation) -> str:
+        """What the template writes after the last assistant turn of a conversation, with a mark for each image there.
+
+        It does not depend on what the assistant wrote.
+
+        Raises:
+            ValueError: As for `render`.
+        """
+        word = "answer-probe-text"
+        while word in observation["prompt"]:
+            word += "-"
+        probe: Turn = {"role": "assistant", "text": word}
+        turns = tuple(probe if turn["role"] == "assistant" else turn for turn in observation["turns"])
+        return self.render({**observation, "turns": turns}).rpartition(word)[2]
+
     def conversation(self, observation: Observation) -> list[Message]:
         """An observation as messages with image parts in their places.
 

@@ -124,6 +124,17 @@ def test_gae_equals_its_definition(gamma: float, lam: float) -> None:
     assert_rows(returns, targets)
 
 
+def test_rewards_and_discounts_of_turns_by_hand() -> None:
+    """Turns of two tokens and of one, then of one; of the second episode, the last answer had no room."""
+    mask = torch.tensor([[True, True, False, True], [True, False, False, False]])
+    turns = torch.tensor([[1.0, 2.0], [4.0, 8.0]])
+    rewards = token_rewards(turns.sum(dim=1), mask, turns=turns)
+    assert rewards.tolist() == [[0, 1, 0, 2], [12, 0, 0, 0]]
+    advantages, returns = gae(rewards, torch.tensor([[1.0, 2.0, 9.0, 4.0]] * 2), mask, 0.5, turn_gamma=0.5)
+    assert returns.tolist() == [[0.75, 1.5, 0, 2], [12, 0, 0, 0]]
+    assert advantages.tolist() == [[-0.25, -0.5, 0, -2], [11, 0, 0, 0]]
+
+
 def test_returns_to_go_by_hand() -> None:
     """8, 4 + 8 / 2 and 2 + 8 / 2."""
     mask = torch.tensor([[True, True, True, False]])

@@ -227,7 +227,7 @@ def test_the_environment_tells_the_judge_the_question(server: Server) -> None:
     _, reward, _, _, info = env.step(TAGS.write("certainly nothing"))
     assert info["rewards"] == {"accuracy": 0, "judge": 1}
     assert reward == 0.5
-    assert task._sample.question in server.prompts()[0]
+    assert task._episode.sample.question in server.prompts()[0]
 
 
 def test_a_term_that_nothing_uses_is_refused(server: Server) -> None:

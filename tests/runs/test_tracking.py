@@ -12,12 +12,16 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
+from accelerate import Accelerator
 from numpy.typing import NDArray
 from PIL import Image
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.util.tensor_util import make_ndarray
 
 from vlmenv.cli import main
+from vlmenv.runs.run_folder import RunFolder
+from vlmenv.runs.tracking import Tracking
 
 TINY = ["--prompts-per-step", "2", "--group-size", "4", "--eval-limit", "0", "--device", "cpu"]
 
@@ -74,6 +78,26 @@ def test_tensorboard_shows_metrics_and_samples(tmp_path: Path) -> None:
     run = tmp_path / "run"
     main(["train", "--steps", "5", "--log-samples", "3", "--output", str(run), *TINY])
     check(events(run), run, [1, 3, 5])
+
+
+def test_tensorboard_compares_runs_by_their_options(tmp_path: Path) -> None:
+    """Options, and the held-out metrics before and after training, are those of the table of hyperparameters."""
+    accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path)
+    options = {"lr": 3e-4, "algo": "grpo", "beta": None}
+    tracking = Tracking(accelerator, "tensorboard", RunFolder(tmp_path), options, step=0)
+    tracking.compare({"iou/mean": 0.4}, {"iou/mean": 0.6}, 5)
+    tracking.close()
+    tracking.close()  # the second time nothing happens
+    shown = events(tmp_path)
+    assert shown["before/iou/mean"] == [(0, pytest.approx(0.4))]
+    assert shown["after/iou/mean"] == [(5, pytest.approx(0.6))]
+    read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    told = read.summary_metadata
+    experiment = HParamsPluginData.FromString(told["_hparams_/experiment"].plugin_data.content).experiment
+    assert {one.name.tag for one in experiment.metric_infos} == {"before/iou/mean", "after/iou/mean"}
+    begun = HParamsPluginData.FromString(told["_hparams_/session_start_info"].plugin_data.content).session_start_info
+    assert begun.hparams["lr"].number_value == 3e-4
+    assert begun.hparams["algo"].string_value == "grpo"
 
 
 def test_a_resumed_run_shows_each_step_once(tmp_path: Path) -> None:

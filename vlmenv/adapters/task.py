@@ -50,7 +50,7 @@ class PortableTask:
         arguments: The task's own arguments.
 
     Raises:
-        ConfigError: There is no such environment, or it is no visual task.
+        ConfigError: There is no such environment, it is no visual task, or its episodes have several turns.
         DataError: The data set cannot be read.
     """
 
@@ -59,6 +59,10 @@ class PortableTask:
         paths = {name: _absolute(arguments[name]) for name in ("dataset", "image_root") if name in arguments}
         self.arguments = arguments | paths  # which hold in processes with another working directory
         self.task = make_envs(env, 1, **self.arguments).task
+        require(
+            self.task.max_turns == 1,
+            f"{env} has episodes of several turns, and other trainers take one answer: give max_turns=1",
+        )
         self._lock = threading.Lock()
 
     def indices(self, rows: int | None, seed: int) -> list[int]:

@@ -155,6 +155,7 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
     say(f"{config.env}, {config.algo}, model {config.model}; writing to {run.path}", console)
     say(written(paths), console)
     tracking = Tracking(accelerator, config.logging.tracker, run, flatten(config), step=found.step)
+    opened.callback(tracking.close)  # if this ends early
     stopping = opened.enter_context(Stopping(accelerator))
     keeping = Keeping(run, envs, held_out, config.trainer.steps, console, active=accelerator.is_main_process)
     try:
@@ -175,6 +176,8 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
         raise
     if accelerator.is_main_process and held_out is not None and before is not None and after is not None:
         compare(config, run, held_out, before, after, console, keeping)
+        tracking.compare(before.values(), after.values(), trainer.step)
+    tracking.close()  # before the processes part
     seen = f"; look at {run.path / 'report.html'} in a browser" if keeping.report() else ""
     say(f"model, metrics and pictures are in {run.path}{seen}", console)
     if parts.agent is None:

@@ -21,6 +21,7 @@ MODULES: Final = {
     "vllm": "vllm",
     "math_verify": "sympy",
     "PIL": "pillow",
+    "tensorboard": "tensorboard",
 }
 """Modules of this package by the library that each is about."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from typing import Any
 
@@ -60,11 +61,19 @@ def warn(message: str, console: Console) -> None:
 def open_console(*, quiet: bool = False, stderr: bool = False) -> Console:
     """The console of a command.
 
-    In a notebook it shows progress as a widget. Without ipywidgets, which that takes, it prints plain lines.
+    In a notebook it shows progress as a widget. That takes ipywidgets; without it, it prints lines, and says so once.
     """
     console = PlainConsole(quiet=quiet, stderr=stderr)
     if not console.is_jupyter or importlib.util.find_spec("ipywidgets"):
         return console
     plain = PlainConsole(quiet=quiet, stderr=stderr, force_jupyter=False, force_terminal=False)
-    say("install ipywidgets to see a progress bar here; until then, lines tell the progress", plain)
+    if not quiet:
+        _advise_widgets()
     return plain
+
+
+@functools.cache
+def _advise_widgets() -> None:
+    """Prints what a progress bar takes, once in a process."""
+    plain = PlainConsole(force_jupyter=False, force_terminal=False)
+    say("install ipywidgets to see a progress bar here; until then, lines tell the progress", plain)

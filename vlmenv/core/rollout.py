@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal, NotRequired, TypedDict, get_args
 
 import numpy as np
@@ -91,6 +91,9 @@ Observations = Sequence[Observation] | Mapping[str, Any]
 
 FinishReason = Literal["stop", "length"]
 
+Turns = Sequence[Observation | None]
+"""By row, the conversation so far, whose prompt is the environment's next turn; None: the episode has ended."""
+
 Rows = slice | NDArray[np.int64]
 """Rows of a batch."""
 
@@ -107,18 +110,37 @@ class Prompt:
     """inputs of the vision tower, by the model's own argument names; prompts are joined along the first axis"""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Completion:
-    """Tokens that a policy generated after a prompt."""
+    """The tokens of an episode after its prompt.
+
+    In an episode of one step a policy generated all of them. In an episode of several turns, tokens of the environment
+    stand between those of the policy. Only the policy's are learnt from. Like prompts, completions compare by identity.
+    """
 
     text: str
-    """decoded, without control tokens"""
+    """decoded tokens of the last turn, without control tokens: the action to step the environment with"""
     token_ids: NDArray[np.int64]
-    """[L], including the end token if one was sampled"""
+    """[L], as they were sampled, including the end token if one was sampled"""
     logprobs: NDArray[np.float32]
-    """[L], of the distribution that was sampled from"""
+    """[L], of the distribution that was sampled from; 0 at the environment's tokens"""
     finish_reason: FinishReason
-    """`length` if the limit cut the completion off before an end token"""
+    """`length` if the limit cut the last turn off before an end token, or left no room for it"""
+    written: NDArray[np.bool_] | None = None
+    """[L], True at the policy's tokens; None: all are"""
+    position_ids: NDArray[np.int64] | None = None
+    """[axes, L]; None: they count on from the prompt"""
+    images: Mapping[str, Any] = field(default_factory=dict)
+    """inputs of the vision tower for the environment's images, as those of `Prompt`"""
+
+    @property
+    def written_ids(self) -> NDArray[np.int64]:
+        """The policy's tokens."""
+        return self.token_ids if self.written is None else self.token_ids[self.written]
+
+
+Pictured = Prompt | Completion
+"""What holds tokens and the images among them."""
 
 
 @dataclass(slots=True)
@@ -165,7 +187,7 @@ class Rollout:
 
     @property
     def texts(self) -> list[str]:
-        """[N], the completions' texts: the actions to step the environments with."""
+        """[N], the completions' last texts: the actions to step the environments with."""
         return [completion.text for completion in self.completions]
 
 
@@ -178,6 +200,11 @@ def unbatch(observations: Observations) -> list[Observation]:
     prompts = observations["prompt"]
     rows = zip(observations["images"], prompts, observations.get("turns", [()] * len(prompts)), strict=True)
     return [{"images": tuple(images), "prompt": prompt, "turns": tuple(turns)} for images, prompt, turns in rows]
+
+
+def next_turns(observations: Observations, ended: NDArray[np.bool_]) -> list[Observation | None]:
+    """The observations of the episodes that have not ended; None for the others."""
+    return [None if over else one for one, over in zip(unbatch(observations), ended, strict=True)]
 
 
 def group_neighbours(observations: Sequence[Observation]) -> tuple[list[int], NDArray[np.int64]]:

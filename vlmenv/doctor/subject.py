@@ -24,6 +24,7 @@ from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.data.source import Sample
 from vlmenv.envs.making import make_envs
 from vlmenv.envs.vector import VisualTaskVectorEnv
+from vlmenv.evaluation import play
 from vlmenv.options.doctor import DoctorConfig
 from vlmenv.options.task import EngineOptions
 from vlmenv.runs.fitting import Room, leave_out_longer
@@ -213,10 +214,10 @@ class Subject:
     @cached_property
     def scored(self) -> tuple[NDArray[np.float64], dict[str, Any]]:
         """Rewards of the sampled completions, and the environments' infos."""
-        texts = self.answers[1].texts
         assert self._envs is not None
-        _, rewards, _, _, infos = self._envs.step(texts)
-        return rewards, infos
+        with self.autocast(), self._giving_up():
+            played = play(self.able, self._envs, self.shown, self.answers[1])
+        return played.rewards, played.infos
 
     @cached_property
     def prompts(self) -> list[Prompt]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 import tyro
 import yaml
 
-from vlmenv.core.errors import ConfigError, require
+from vlmenv.core.errors import ConfigError, require, require_at_least
 from vlmenv.core.files import located_name
 from vlmenv.core.names import BUILTIN
 from vlmenv.core.pixels import PixelLimits
@@ -110,8 +110,11 @@ class PromptOptions:
     coordinates: Literal["auto", "original", "resized", "norm1000"] = "auto"
     """Convention of coordinates in prompts and answers: pixels of the stored image, pixels of the resized image that
     the model sees, or thousandths. "auto": the convention that the model was trained with."""
+    max_turns: int | None = None
+    """Maximum number of answers per episode, in a task of several turns. 1: a single step. None: the task's own."""
 
     def __post_init__(self) -> None:
+        require_at_least(1, max_turns=self.max_turns)
         self.template_switches()
 
     def task_arguments(self) -> dict[str, Any]:
@@ -122,6 +125,7 @@ class PromptOptions:
             "system_prompt": self.system_prompt,
             "answer_format": self.answer_format,
             "coordinates": self.coordinates,
+            "max_turns": self.max_turns,
         }
 
     def template_switches(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from vlmenv.algos import NonFiniteError, StepResult, Trainer
 from vlmenv.building import report_skipped
 from vlmenv.core.console import say, warn
 from vlmenv.core.errors import DataError, PromptError, SampleError, TrainingError, VLMEnvError
+from vlmenv.core.rollout import unbatch
 from vlmenv.envs.rewards.workers import LOSSES
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.evaluation import (
@@ -26,6 +27,7 @@ from vlmenv.evaluation import (
     differences,
     evaluate,
     metrics_table,
+    play,
     read_evaluation,
     sample_count,
     write_evaluation,
@@ -83,20 +85,21 @@ def look_first(
     agent, state = trainer.agent, trainer.agent.rng_state()
     looking = VisualTaskVectorEnv(lambda: envs.task, FIRST_SAMPLES * FIRST_GROUP, group_size=FIRST_GROUP)
     held = trainer.processes.gathered() if agent.generates_itself else nullcontext()
-    with closing(looking), held, shared_failure(trainer.accelerator), agent.generating(1), trainer.processes.autocast():
+    turns = agent.generating(envs.max_turns)
+    with closing(looking), held, shared_failure(trainer.accelerator), turns, trainer.processes.autocast():
         try:
             observations, _ = looking.reset(seed=config.seed)
             rollout = agent.rollout(observations)
+            played = play(agent, looking, unbatch(observations), rollout)
         except (SampleError, PromptError):
             return  # training refuses or replaces the sample when it comes to it
         finally:
             agent.set_rng_state(state)
             trainer.forget_images()
-        _, rewards, _, _, infos = looking.step(rollout.texts)
-    readable = [prediction is not None for prediction in infos["prediction"]]
+    readable = [prediction is not None for prediction in played.infos["prediction"]]
     truncated = [one.finish_reason == "length" for one in rollout.completions]
     if trainer.accelerator.is_main_process:
-        for kind, message in first_concerns(rollout.texts, readable, truncated, rewards.tolist()):
+        for kind, message in first_concerns(rollout.texts, readable, truncated, played.rewards.tolist()):
             run.write_warning(0, message, f"first {kind}")
             warn(message, console)
 
@@ -273,7 +276,7 @@ class TrainingLoop:
             with shared_failure(trainer.accelerator):
                 if trainer.accelerator.is_main_process:
                     run.write_json("best.json", {"step": trainer.step, "metric": name, "value": interval.value})
-        return {f"eval/{metric}": found.value for metric, found in evaluation.metrics.items()}
+        return {f"eval/{metric}": value for metric, value in evaluation.values().items()}
 
     def _finish(self) -> None:
         """Saves the state after the last step, and draws the curve so far."""
@@ -281,7 +284,6 @@ class TrainingLoop:
             self._save()
         self._prune()
         self._draw()
-        self.tracking.close()
         report_skipped(self.trainer.collector.skipped() or {}, self.envs.task.source.size, self.console)
         if self.trainer.step < self.config.trainer.steps:
             self.keeping.report()

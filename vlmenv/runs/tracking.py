@@ -6,7 +6,8 @@ import os
 import secrets
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
@@ -15,6 +16,7 @@ from accelerate import Accelerator
 from PIL import Image as PILImage
 
 from vlmenv.algos.trainer import StepResult
+from vlmenv.compat.tensorboard import hyperparameters
 from vlmenv.core.errors import ConfigError, TrainingError, unknown_name
 from vlmenv.core.loading import load_name
 from vlmenv.core.spaces import Image
@@ -55,22 +57,44 @@ class Tracker(ABC):
             step: Their step.
         """
 
+    def compare(self, before: Mapping[str, float], after: Mapping[str, float], step: int) -> None:  # noqa: B027
+        """Logs the held-out metrics before and after training. Default: nothing.
+
+        Args:
+            before: Metrics by name, before step 1.
+            after: The same after training.
+            step: The last step.
+        """
+
     @abstractmethod
     def close(self, failed: bool) -> None:
         """Ends; `failed` tells if the run did."""
 
 
 class TensorBoard(Tracker):
-    """TensorBoard, through accelerate. Its files are in the run's folder."""
+    """TensorBoard, through accelerate. Its files are in the run's folder.
+
+    Its table of hyperparameters has a row for the run, with the held-out metrics before and after training.
+    """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
+        self._options: dict[str, float | str] = {}
 
     def start(self, run: RunFolder, options: Mapping[str, str], step: int) -> None:
         threading.excepthook = _tell_of_a_thread
         # TensorBoard hides what is beyond the start of a session, but not beyond that of the first one.
-        told = None if step else dict(options)
-        self._accelerator.init_trackers("tensorboard", told, {"tensorboard": {"purge_step": step + 1}})
+        self._accelerator.init_trackers("tensorboard", None, {"tensorboard": {"purge_step": step + 1}})
+        self._options = {name: _number(value) for name, value in options.items()}
+        if not step:
+            self._tell_options({})
+
+    def _tell_options(self, metrics: Mapping[str, float]) -> None:
+        """Writes the options, and with metrics which columns the table of hyperparameters has."""
+        if self._accelerator.is_main_process:
+            file = self._accelerator.get_tracker("tensorboard", unwrap=True).file_writer
+            for record in hyperparameters(self._options, metrics):
+                file.add_summary(record)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         self._accelerator.log(dict(metrics), step=step)
@@ -81,6 +105,13 @@ class TensorBoard(Tracker):
             writer.add_image(f"samples/{i}", picture, step, dataformats="HWC")
             writer.add_text(f"samples/{i}", _as_markdown(record), step)
         writer.flush()
+
+    def compare(self, before: Mapping[str, float], after: Mapping[str, float], step: int) -> None:
+        writer = self._accelerator.get_tracker("tensorboard", unwrap=True)
+        told = _ends(before, after)
+        for name, value in told.items():
+            writer.add_scalar(name, value, 0 if name.startswith("before/") else step)
+        self._tell_options(told)
 
     def close(self, failed: bool) -> None:
         for tracker in self._accelerator.trackers:
@@ -135,11 +166,28 @@ class WandB(Tracker):
         ]
         self._accelerator.get_tracker("wandb").log_table("samples", columns, rows, step=step)
 
+    def compare(self, before: Mapping[str, float], after: Mapping[str, float], step: int) -> None:
+        self._accelerator.get_tracker("wandb", unwrap=True).summary.update(_ends(before, after))
+
     def close(self, failed: bool) -> None:
         if failed and self._accelerator.is_main_process:
             self._accelerator.get_tracker("wandb", unwrap=True).finish(exit_code=1)
         for tracker in self._accelerator.trackers:
             tracker.finish()
+
+
+def _ends(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of both as `before/NAME` and `after/NAME`."""
+    both = (("before", before), ("after", after))
+    return {f"{when}/{name}": value for when, metrics in both for name, value in metrics.items()}
+
+
+def _number(text: str) -> float | str:
+    """A number where a text is one, so that TensorBoard orders by it."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 MakeTracker = Callable[[Accelerator], Tracker]
@@ -215,17 +263,33 @@ class Tracking:
         """
         if self._tracker is None or not self._accelerator.is_main_process:
             return
-        try:
+        with self._writing():
             self._tracker.log(result.metrics, result.step)
             if samples:
                 self._tracker.show(shown_samples(result, task), result.step)
+
+    def compare(self, before: Mapping[str, float], after: Mapping[str, float], step: int) -> None:
+        """Logs the held-out metrics before and after training; called on the main rank.
+
+        Raises:
+            TrainingError: The tracker's files cannot be written.
+        """
+        if self._tracker is not None:
+            with self._writing():
+                self._tracker.compare(before, after, step)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise TrainingError(f"{self._run.path}: the tracker {self._name} cannot write: {error}") from error
 
     def close(self, *, failed: bool = False) -> None:
-        """Ends the tracker's run; `failed` marks it."""
+        """Ends the tracker's run, once; `failed` marks it."""
         if self._tracker is not None and (self._name in THROUGH_ACCELERATE or self._accelerator.is_main_process):
             self._tracker.close(failed)
+        self._tracker = None
 
 
 def shown_samples(result: StepResult, task: VisualTaskEnv) -> list[tuple[dict[str, Any], Image]]:
