@@ -31,6 +31,7 @@ from vlmenv.runs.run_folder import RunFolder
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
 TINY = ["--prompts-per-step", "2", "--group-size", "4", "--eval-limit", "4", "--device", "cpu"]
+ENTROPY = ["--entropy-bonus", "0.01", "--entropy-control", "clip_cov", "--cov-low", "0.1"]
 OPTIONS = {
     "all weights": ["--algo", "grpo", "--mu", "2", "--minibatches", "2", "--beta", "0.01"],
     "adapters": ["--lora-rank", "4", "--lora-dropout", "0.1", "--lora-vision", "--beta", "0.01"],
@@ -39,6 +40,8 @@ OPTIONS = {
     "curriculum": ["--revisit", "0.2", "--rewards", "iou@0.5", "1"],
     "resampling": ["--algo", "dapo", "--most-rounds", "3", "--gradient-checkpointing"],
     "imitation": ["--algo", "sft", "--group-size", "1"],
+    "masks": ["--algo", "papo_g", "--masked-entropy-loss", "0.03", *ENTROPY, "--visual-dependence-every", "2"],
+    "teacher": ["--algo", "opd", "--teacher", "builtin", "--reward-weight", "0.5", "--per-term"],
 }
 
 WHOLE = ("model.safetensors", "float32/model.safetensors")

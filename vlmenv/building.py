@@ -255,6 +255,38 @@ def load_agent(
     return agent
 
 
+def load_teacher(name: str, config: TrainConfig[Any], student: VLMAgent, device: torch.device) -> VLMAgent:
+    """Loads the teacher of on-policy distillation, frozen.
+
+    Args:
+        name: Name of its model.
+        config: The options of the training.
+        student: The agent that learns.
+        device: Device of the teacher.
+
+    Raises:
+        ConfigError: Its tokenizer is not the student's.
+        ModelError: The model cannot be loaded.
+    """
+    teacher = VLMAgent.from_pretrained(
+        name,
+        device=device,
+        dtype=DTYPES[config.batches.precision],
+        sampling=config.sampling,
+        chat_template_kwargs=config.prompts.template_switches(),
+        pixels=config.pixels,
+    )
+    own, others = (one.family.processor.tokenizer.get_vocab() for one in (student, teacher))
+    if own != others:
+        unlike = len(own.items() ^ others.items())
+        raise ConfigError(
+            f"the teacher {name} has another tokenizer than the model: {unlike} of their {len(own)} and {len(others)} "
+            "tokens differ. Take a teacher of the same family"
+        )
+    teacher.policy.requires_grad_(False)
+    return teacher
+
+
 def load_for_training(config: TrainConfig[Any], device: torch.device, *, gets_shards: bool = False) -> VLMAgent:
     """Loads a model as `load_agent` does, in the data type in which most of its weights are held in training.
 

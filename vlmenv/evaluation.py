@@ -45,8 +45,8 @@ class Evaluation:
     metrics: dict[str, Interval]
     """each with its 95 % interval"""
     answers: list[dict[str, Any]]
-    """one each, with `id`, `index`, `prompt`, `completion`, `prediction`, `target`, `rewards` and `measures`, and
-    `subject` where a sample has one"""
+    """one each, with `id`, `index`, `prompt`, `completion`, `prediction`, `target`, `rewards`, `reward` and
+    `measures`, and `subject` where a sample has one"""
     skipped: Mapping[Any, str] = field(default_factory=dict)
     """by index, or TASK/INDEX of a mix, the place and fault of each sample that could not be shown"""
 
@@ -247,6 +247,7 @@ def answer_samples(agent: Agent, envs: VisualTaskVectorEnv, indices: range, gree
             "prediction": infos["prediction"][i],
             "target": target,
             "rewards": terms,
+            "reward": float(played.rewards[i]),
             "measures": envs.task.measure(text, target, terms),
         }
 

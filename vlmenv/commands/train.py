@@ -27,6 +27,7 @@ from vlmenv.building import (
     check_engine,
     limits_of,
     load_for_training,
+    load_teacher,
     report_broken_rows,
     task_arguments,
 )
@@ -52,7 +53,7 @@ from vlmenv.runs.keeping import Keeping
 from vlmenv.runs.lengths import Lengths
 from vlmenv.runs.lock import locked
 from vlmenv.runs.loop import TrainingLoop, compare, evaluate_now, look_first, measured_before
-from vlmenv.runs.models import with_checkpoint
+from vlmenv.runs.models import checkpoint_name, with_checkpoint
 from vlmenv.runs.output import lasting_output
 from vlmenv.runs.record import asked_yaml, print_dry_run, resolved_yaml, sections_yaml
 from vlmenv.runs.resuming import DataSets, changes, check_data_changed, facts
@@ -201,6 +202,8 @@ def _check(config: TrainConfig[Any]) -> None:
     if config.trainer.optimizer == "adamw_offload" and (config.device == "cpu" or not torch.cuda.is_available()):
         raise ConfigError("optimizer adamw_offload moves state to the CPU, where this model is already: take adamw")
     find_tracker(config.logging.tracker)
+    if getattr(config.algorithm, "teacher", "") is None:
+        raise ConfigError(f"{config.algo} needs a teacher: give its model, as in --teacher runs/teacher")
     check_data_changed(config)
 
 
@@ -313,7 +316,12 @@ def _make_trainer(
     agent.limits = limits_of(config)
     if algorithm.wants_values:
         agent.add_value_head()
-    return Trainer(agent, envs, algorithm, config.trainer, accelerator)
+    teacher = None
+    if algorithm.wants_teacher:
+        name = checkpoint_name(algorithm.config.teacher)  # type: ignore[attr-defined]
+        say(f"the teacher is {name}", console)
+        teacher = load_teacher(name, config, agent, accelerator.device)
+    return Trainer(agent, envs, algorithm, config.trainer, accelerator, teacher)
 
 
 def _held(config: TrainConfig[Any], processes: Processes, console: Console) -> TrainConfig[Any]:
