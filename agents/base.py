@@ -21,7 +21,7 @@ class LogProbs(NamedTuple):
     values: Tensor
     """[N, L], of the sampling distribution; 0 at padding"""
     entropy: Tensor
-    """[N, L], in nats, without gradient; 0 at padding"""
+    """[N, L], in nats; 0 at padding"""
     mask: Tensor
     """bool [N, L], True at the completions' tokens"""
     state_values: Tensor | None = None
@@ -151,6 +151,19 @@ class Agent(ABC):
         result = self.policy(rollout)
         assert isinstance(result, LogProbs)
         return result
+
+    def reprompted(self, rollout: Rollout, observations: Observations) -> Rollout:
+        """The same completions after other prompts, for `logprobs`.
+
+        Args:
+            rollout: N completions.
+            observations: [N], what each completion is to follow.
+
+        Raises:
+            PromptError: As in `rollout`.
+            ConfigError: The agent cannot do this.
+        """
+        raise ConfigError(f"{type(self).__name__} cannot show other prompts: it has no method `reprompted`")
 
     @property
     def routes(self) -> bool:

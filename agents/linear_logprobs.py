@@ -64,8 +64,8 @@ def linear_logprobs(
         cap: Bound of the logits, above 0; see `capped`. Default: none.
 
     Returns:
-        Log-probabilities [M] of the targets; and entropies [M] in nats, without gradient. Both are float32, or float64
-        for float64 inputs.
+        Log-probabilities [M] of the targets; and entropies [M] in nats. Both are float32, or float64 for float64
+        inputs.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -94,20 +94,21 @@ class _LinearLogProbs(torch.autograd.Function):
             logits -= normalisers[rows, None]
             logprobs[rows] = logits.gather(-1, targets[rows, None])[:, 0]
             entropy[rows] = -logits.exp().mul_(logits).sum(dim=-1)
-        ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
+        ctx.save_for_backward(hidden, weight, bias, targets, normalisers, entropy)
         ctx.softmax = softmax
-        ctx.mark_non_differentiable(entropy)
+        ctx.set_materialize_grads(False)  # most losses have no gradient of the entropy
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, normalisers = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, normalisers, entropy = ctx.saved_tensors
         softmax: _Softmax = ctx.softmax
+        grad = torch.zeros_like(normalisers) if grad is None else grad
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=grad.dtype) if wants_bias else None
-        at_once = _computes_at_once(hidden, bias, softmax)
+        at_once = grad_entropy is None and _computes_at_once(hidden, bias, softmax)
         for rows in _chunks(hidden, len(weight), at_once):
             known = normalisers[rows], targets[rows], grad[rows], softmax.temperature
             if at_once:
@@ -116,7 +117,12 @@ class _LinearLogProbs(torch.autograd.Function):
             else:
                 logits = _logits(hidden[rows], weight, bias, softmax)
                 slope = _slope(logits, softmax)  # now, because the errors take the place of the logits
+                more = None
+                if grad_entropy is not None:
+                    more = _entropy_slope(logits, normalisers[rows], entropy[rows])
+                    more.mul_(grad_entropy[rows, None] / softmax.temperature)
                 errors = _errors(logits, *known)
+                errors = errors if more is None else errors.add_(more)
                 errors = errors if slope is None else errors.mul_(slope)
             if grad_bias is not None:
                 grad_bias += errors.sum(dim=0)
@@ -189,6 +195,12 @@ def _errors(logits: Tensor, normalisers: Tensor, targets: Tensor, grad: Tensor, 
     errors = logits.sub_(normalisers[:, None]).exp_()
     errors.scatter_add_(1, targets[:, None], -torch.ones_like(errors[:, :1]))
     return errors.mul_(-grad[:, None] / temperature)
+
+
+def _entropy_slope(logits: Tensor, normalisers: Tensor, entropy: Tensor) -> Tensor:
+    """The derivative [m, V] of the entropies [m] by logits: `-p * (log p + entropy)`, 0 for banned tokens."""
+    logs = logits - normalisers[:, None]
+    return logs.exp().neg_().mul_(logs.add_(entropy[:, None]))
 
 
 def _slope(logits: Tensor, softmax: _Softmax) -> Tensor | None:

@@ -259,6 +259,10 @@ class VLMAgent(Agent):
             prompts, index, completions, temperature=1.0
         )  # log-probabilities are the model's, whatever the sampling temperature
 
+    def reprompted(self, rollout: Rollout, observations: Observations) -> Rollout:
+        prompts, index = self.encode(observations)
+        return replace(rollout, prompts=prompts, prompt_index=index)
+
     def sync(self) -> None:
         if self.engine is not None:
             with torch.autocast(self.device.type, enabled=False):

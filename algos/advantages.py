@@ -10,6 +10,7 @@ summed over ranks. Nothing here has a gradient.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -41,6 +42,38 @@ def group_relative(
         return centred.view(-1)
     std = groups.std(dim=1, keepdim=True) if scale == "group" else (rewards if batch is None else batch).std()
     return (centred / (std + epsilon)).view(-1)
+
+
+def term_relative(
+    terms: Tensor,
+    weights: Tensor,
+    group_size: int,
+    gather: Callable[[Tensor], Tensor] = lambda own: own,
+    epsilon: float = 1e-4,
+) -> Tensor:
+    """Computes advantages per reward term: the weighted sum of each term's `group_relative`, normalised over the batch.
+
+    GDPO, arXiv 2601.05242. Groups whose terms differ keep different advantages, also if the sums of
+    their terms are equal.
+
+    Args:
+        terms: [N, K], unweighted. NaN: the completion does not have the term, so the term's mean and deviation are
+            those of the others.
+        weights: [N, K], weights of the terms.
+        group_size: G, at least 2.
+        gather: Concatenates a tensor's rows over all ranks. Default: there is one rank.
+        epsilon: Keeps the advantages of equal rewards at 0.
+
+    Returns:
+        [N].
+    """
+    groups = terms.view(-1, group_size, terms.shape[1])
+    centred = groups - groups.nanmean(dim=1, keepdim=True)
+    counts = (~groups.isnan()).sum(dim=1, keepdim=True)
+    std = (centred.square().nansum(dim=1, keepdim=True) / (counts - 1).clamp(min=1)).sqrt()
+    sums = ((centred / (std + epsilon)).view_as(terms) * weights).nansum(dim=1)
+    everyone = gather(sums)
+    return (sums - everyone.mean()) / (everyone.std() + epsilon)
 
 
 def leave_one_out(rewards: Tensor, group_size: int) -> Tensor:

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from vlmenv.algos.losses import Aggregation
+from vlmenv.algos.losses import BOUND, Aggregation, bounded
 from vlmenv.core.errors import require_at_least
 
 
@@ -56,8 +57,18 @@ class Scored:
     """concatenates a tensor's rows over all ranks"""
     total: Callable[[Tensor], Tensor]
     """sums a tensor over all ranks"""
+    terms: Tensor
+    """[N, K], the reward terms, unweighted; NaN where a completion does not have one"""
+    term_weights: Tensor
+    """[N, K], their weights, with which they sum to the rewards"""
+    rng: np.random.Generator
+    """random generator of this step on this rank"""
     turn_rewards: Tensor | None = None
     """float32 [N, T], the parts of `rewards` by turn; None if each episode has one"""
+    masked_logprobs: Tensor | None = None
+    """[N, L], of the policy before the update with masked images; None unless `wants_masked`"""
+    teacher_logprobs: Tensor | None = None
+    """[N, L], of the teacher; None unless `wants_teacher`"""
 
 
 @dataclass(slots=True)
@@ -70,6 +81,8 @@ class Credit:
     """bool [N, L], True at the tokens to learn from"""
     returns: Tensor | None = None
     """[N, L], targets of the critic"""
+    chosen: Tensor | None = None
+    """bool [N, L], tokens that the loss treats in a way of their own"""
 
 
 @dataclass(slots=True)
@@ -94,6 +107,12 @@ class LossInputs:
     """[N, L], of the critic before the update"""
     returns: Tensor | None = None
     """[N, L], targets of the critic"""
+    chosen: Tensor | None = None
+    """bool [N, L], tokens that `Credit.chosen` named"""
+    entropy: Tensor | None = None
+    """[N, L], of the policy at each token, in nats, with gradient"""
+    masked_logprobs: Tensor | None = None
+    """[N, L], of the policy with masked images, with gradient; None unless `learns_masked`"""
 
 
 @dataclass(slots=True)
@@ -108,7 +127,10 @@ class LossOutput:
 
 @torch.no_grad()
 def ratio_sums(logratio: Tensor, clipped: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Metrics of the importance ratios: the KL divergence from the old to the new policy (k3), and the share clipped.
+    """Metrics of the importance ratios.
+
+    They are the KL divergence from the old to the new policy (k3), the share of tokens that are clipped, and the share
+    whose log-ratio is so far off that it is bounded before `exp`; see `token_ratio`.
 
     Args:
         logratio: log pi - log pi_old, [N, L].
@@ -118,10 +140,12 @@ def ratio_sums(logratio: Tensor, clipped: Tensor, mask: Tensor) -> dict[str, Ten
     Returns:
         Sums over the tokens at the mask.
     """
-    divergence = torch.expm1(logratio) - logratio
+    near = bounded(logratio)
+    divergence = torch.expm1(near) - near
     return {
         "policy/approx_kl": divergence[mask].sum(),
         "policy/clip_frac": clipped[mask].float().sum(),
+        "policy/bounded": (logratio[mask].abs() > BOUND).float().sum(),
     }
 
 
@@ -141,6 +165,12 @@ class Algorithm(ABC):
     """True if `credit` or `loss` needs log-probabilities of the reference policy."""
     wants_values: ClassVar[bool] = False
     """True if the policy needs a value head."""
+    wants_teacher: ClassVar[bool] = False
+    """True if `credit` needs log-probabilities of a teacher, another model that `config.teacher` names."""
+    wants_masked: ClassVar[bool] = False
+    """True if `credit` needs log-probabilities of the policy with masked images."""
+    learns_masked: ClassVar[bool] = False
+    """True if `loss` needs log-probabilities of the policy with masked images, with gradient."""
     imitates: ClassVar[bool] = False
     """True if the completions are the true answers instead of samples of the policy."""
     most_rounds: int = 1

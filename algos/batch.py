@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vlmenv.core.errors import RewardError
 from vlmenv.core.files import jsonable
-from vlmenv.core.rollout import Completion, FinishReason, Prompt, Rollout, Rows, told_turns, unbatch
+from vlmenv.core.rollout import Completion, FinishReason, Observation, Prompt, Rollout, Rows, told_turns, unbatch
 from vlmenv.core.spaces import Image
 
 NO_TERMS: Final = ("reward/std", "reward/zero_std_groups")
@@ -29,14 +29,16 @@ class Rollouts:
     rewards: Tensor
     """float32 [N]"""
     records: list[dict[str, Any]]
-    """[N], one dictionary per completion: the sample's `id` and `index`, earlier `turns` if any, `prompt`,
-    `completion`, `finish_reason`, `reward`, `rewards` (terms by name), `traits` (the environment's other numbers),
-    `prediction` and `target` as JSON can hold them, and `advantage` (the mean over the completion's tokens; None before
-    the update, or if the update left the completion out)"""
+    """[N], one dictionary per completion: the `task` in a mix, the sample's `id` and `index`, earlier `turns` if any,
+    `prompt`, `completion`, `finish_reason`, `reward`, `rewards` (terms by name), `traits` (the environment's other
+    numbers), `prediction` and `target` as JSON can hold them, and `advantage` (the mean over the completion's tokens;
+    None before the update, or if the update left the completion out)"""
     images: list[tuple[Image, ...]] = field(default_factory=list)
     """[N], the images of each conversation, by reference; empty if unknown"""
     turn_rewards: Tensor | None = None
     """float32 [N, T], the rewards of each turn's answer, 0 beyond the last; None if each episode has one turn"""
+    weights: list[dict[str, float]] = field(default_factory=list)
+    """[N], the weight of each reward term; empty if the environments do not tell"""
 
     @classmethod
     def scored(
@@ -63,6 +65,7 @@ class Rollouts:
         ids, indices = infos.get("id", [""] * len(rollout)), infos.get("index", [None] * len(rollout))
         records = [
             {
+                **({"task": str(infos["mix_task"][i])} if "mix_task" in infos else {}),
                 "id": str(ids[i]),
                 "index": None if indices[i] is None else int(indices[i]),
                 **told_turns(shown[i]),
@@ -85,7 +88,8 @@ class Rollouts:
                 "it must be finite in float32"
             )
         by_turn = None if turn_rewards is None else torch.as_tensor(turn_rewards, dtype=torch.float32)
-        return cls(rollout, tensor, records, [observation["images"] for observation in shown], by_turn)
+        weights = [_told(infos, "weights", i) for i in range(len(rollout))] if "weights" in infos else []
+        return cls(rollout, tensor, records, [observation["images"] for observation in shown], by_turn, weights)
 
     @classmethod
     def joined(cls, parts: Sequence[Rollouts]) -> Rollouts:
@@ -96,6 +100,7 @@ class Rollouts:
             [record for part in parts for record in part.records],
             [images for part in parts for images in part.images],
             _joined_turns(parts),
+            [weights for part in parts for weights in part.weights],
         )
 
     @classmethod
@@ -125,6 +130,7 @@ class Rollouts:
             "records": self.records,
             "images": [tuple(known[id(image)] for image in images) for images in self.images],
             "turn_rewards": self.turn_rewards,
+            "weights": self.weights,
         }
 
     @classmethod
@@ -134,7 +140,8 @@ class Rollouts:
         completions = [_restored(*one) for one in state["completions"]]
         rollout = Rollout(prompts, state["prompt_index"].numpy(), completions, *state["sampling"])
         images = [tuple(image.numpy() for image in images) for images in state["images"]]
-        return cls(rollout, state["rewards"], state["records"], images, state.get("turn_rewards"))
+        told = state.get("turn_rewards"), state.get("weights", [{}] * len(images))
+        return cls(rollout, state["rewards"], state["records"], images, *told)
 
     def __getitem__(self, rows: Rows) -> Rollouts:
         """Selects completions."""
@@ -142,7 +149,26 @@ class Rollouts:
         images = [self.images[i] for i in numbers] if self.images else []
         index = rows if isinstance(rows, slice) else torch.from_numpy(rows)
         turns = None if self.turn_rewards is None else self.turn_rewards[index]
-        return Rollouts(self.rollout[rows], self.rewards[index], [self.records[i] for i in numbers], images, turns)
+        weights = [self.weights[i] for i in numbers] if self.weights else []
+        records = [self.records[i] for i in numbers]
+        return Rollouts(self.rollout[rows], self.rewards[index], records, images, turns, weights)
+
+    def observations(self) -> list[Observation]:
+        """[N], what each completion answers. Only for episodes of one turn."""
+        rows = zip(self.images, self.records, strict=True)
+        return [{"images": own, "prompt": one["prompt"], "turns": tuple(one.get("turns", ()))} for own, one in rows]
+
+    def terms(self) -> tuple[Tensor, Tensor]:
+        """The reward terms and their weights, both [N, K], so that they sum to the rewards.
+
+        A term that a completion does not have is NaN, with weight 0. If the environments tell no weights, the only
+        term is the reward itself.
+        """
+        if not any(self.weights):
+            return self.rewards[:, None], torch.ones_like(self.rewards)[:, None]
+        names = list(dict.fromkeys(name for record in self.records for name in record["rewards"]))
+        values = [[record["rewards"].get(name, math.nan) for name in names] for record in self.records]
+        return torch.tensor(values), torch.tensor([[own.get(name, 0.0) for name in names] for own in self.weights])
 
     def record_advantages(self, advantages: Tensor, mask: Tensor) -> None:
         """Sets the `advantage` of each record.
@@ -174,7 +200,20 @@ class Rollouts:
             "completion/truncated": float(np.mean([c.finish_reason == "length" for c in self.rollout.completions])),
             "completion/repetition": float(np.mean([repetition(c.written_ids) for c in self.rollout.completions])),
             **{f"completion/{name}": mean for name, mean in self._means("traits").items()},
+            **self._by_task(),
         }
+
+    def _by_task(self) -> dict[str, float]:
+        """The metrics of each task of a mix, as `task/NAME/METRIC`, and the share of its groups with equal rewards."""
+        found: dict[str, float] = {}
+        for name in dict.fromkeys(record["task"] for record in self.records if "task" in record):
+            rows = np.array([i for i, record in enumerate(self.records) if record["task"] == name])
+            own, samples = self[rows], np.array([self.records[i]["index"] for i in rows])
+            own.records = [{key: value for key, value in record.items() if key != "task"} for record in own.records]
+            uniform = [float(np.ptp(own.rewards.numpy()[samples == one]) == 0) for one in set(samples.tolist())]
+            metrics = own.metrics() | {"reward/zero_std_groups": float(np.mean(uniform))}
+            found |= {f"task/{name}/{metric}": value for metric, value in metrics.items()}
+        return found
 
     def _means(self, kind: str) -> dict[str, float]:
         names = dict.fromkeys(name for record in self.records for name in record[kind])
@@ -200,6 +239,14 @@ class Batch:
     """[N, L], of the critic before the update"""
     returns: Tensor | None = None
     """[N, L]"""
+    chosen: Tensor | None = None
+    """bool [N, L], tokens that the loss treats in a way of their own"""
+    masked_logprobs: Tensor | None = None
+    """[N, L], of the policy before the update with masked images"""
+    teacher_logprobs: Tensor | None = None
+    """[N, L]"""
+    masked: Rollout | None = None
+    """the same completions after prompts with masked images"""
     correction: Tensor | None = None
     """[N, L], importance weights of the tokens' losses; None if the trainer's own policy sampled them"""
     is_fresh: bool = False
@@ -236,7 +283,7 @@ class Batch:
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
         }
-        return replace(self, rollout=rollout, **tensors)
+        return replace(self, rollout=rollout, masked=self.masked and self.masked[rows], **tensors)
 
     def put(self, name: str, rows: Rows, values: Tensor) -> None:
         """Writes the values [n, l] of some rows into the tensor `name` [N, L]."""

@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vlmenv.algos.losses import bounded
+
 Correction = Literal["none", "token", "sequence", "token-mask", "sequence-mask"]
 
 
@@ -59,7 +61,7 @@ def mismatch(logratio: Tensor, mask: Tensor, how: Correction, cap: float) -> dic
     logs = _logs(logratio, mask, how)[mask].double()
     ratio, weights = logs.exp(), (logs - logs.max()).exp()  # whose scale does not matter
     outside = (ratio > cap) | ((ratio < 1 / cap) if how.endswith("mask") else False)
-    tokens = logratio[mask].double()
+    tokens = bounded(logratio[mask].double())
     return {
         "policy/sampler_kl": float((torch.expm1(tokens) - tokens).mean()),
         "policy/correction_clipped": 0.0 if how == "none" else float(outside.double().mean()),

@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Final, Literal
 
+import torch
 from torch import Tensor
 
-from vlmenv.algos.advantages import Scale, group_relative, overlong_penalty
+from vlmenv.algos.advantages import Scale, group_relative, overlong_penalty, term_relative
 from vlmenv.algos.base import (
     Algorithm,
-    AlgorithmConfig,
     Credit,
     LossInputs,
     LossOutput,
     Scored,
     ratio_sums,
 )
+from vlmenv.algos.entropy import EntropyConfig, chosen_tokens
 from vlmenv.algos.losses import (
     Aggregation,
     Estimator,
     cispo,
     clipped_surrogate,
     divergence,
+    geometric_mean_ratio,
+    is_bounded,
     is_clipped,
     is_weight_clipped,
+    sapo,
     sequence_ratio,
+    token_ratio,
 )
 from vlmenv.core.errors import require, require_at_least, require_weight
 
 
 @dataclass(frozen=True)
-class GRPOConfig(AlgorithmConfig):
+class GRPOConfig(EntropyConfig):
     """Hyperparameters of GRPO, named as in the papers."""
 
     epsilon: float = 0.2
@@ -50,8 +56,16 @@ class GRPOConfig(AlgorithmConfig):
     """Average of the loss: over tokens (DAPO), over completions of their means (the paper), or by a constant."""
     ratio: Literal["token", "sequence"] = "token"
     """Importance ratio: per token, or per sequence (GSPO)."""
-    objective: Literal["clip", "cispo"] = "clip"
-    """Objective: PPO's clipped one, or REINFORCE with clipped importance weights (CISPO)."""
+    objective: Literal["clip", "cispo", "sapo", "gmpo"] = "clip"
+    """Objective: PPO's clipped one, REINFORCE with clipped importance weights (CISPO), a soft gate in place of the clip
+    range (SAPO), or the geometric mean of clipped ratios (GMPO), where epsilon is a range of log-ratios."""
+    tau_positive: float = 1.0
+    """Temperature of SAPO's gate for positive advantages. A larger one lets the gradient fade faster."""
+    tau_negative: float = 1.05
+    """Temperature of SAPO's gate for negative advantages."""
+    per_term: bool = False
+    """Advantages per reward term (GDPO): each term is normalised within its group before the weighted sum, which is
+    normalised over the batch."""
     mask_truncated: bool = False
     """Mask of truncated completions: if true, they give no gradient."""
     overlong_share: float = 0.0
@@ -64,18 +78,47 @@ class GRPOConfig(AlgorithmConfig):
     by the size of their advantages."""
 
     def __post_init__(self) -> None:
-        AlgorithmConfig.__post_init__(self)
+        super().__post_init__()
         require(self.group_size >= 2, f"group_size must be at least 2, not {self.group_size}: a group is compared")
         low = 0 < self.epsilon < 1 or (self.objective == "cispo" and self.epsilon == 1)
-        require(low, f"epsilon must lie between 0 and 1 (for cispo it may be 1), not {self.epsilon}")
+        low = low or (self.objective == "gmpo" and 0 < self.epsilon < math.inf)
+        require(low, f"epsilon must lie between 0 and 1 (for cispo it may be 1, for gmpo more), not {self.epsilon}")
         require(self.epsilon_high is None or self.epsilon_high > 0, "epsilon_high must be above 0")
         require(self.dual_clip is None or self.dual_clip > 1, "dual_clip must be above 1")
         plain = self.dual_clip is None and self.ratio == "token"
-        require(self.objective == "clip" or plain, "cispo has neither dual_clip nor a ratio of sequences")
+        require(self.objective == "clip" or plain, f"{self.objective} has neither dual_clip nor a ratio of sequences")
+        self._check_gate()
+        self._check_penalty()
+        self._check_terms()
         require(0 <= self.overlong_share < 1, "overlong_share must be a share of the limit, from 0 to below 1")
         require_at_least(1, most_rounds=self.most_rounds)
         require_at_least(0, replay=self.replay)
         require_weight("beta", self.beta)
+
+    def _check_gate(self) -> None:
+        """Raises ConfigError if options of SAPO's gate are out of range, or have no use."""
+        taus = self.tau_positive, self.tau_negative
+        require(all(0 < tau < math.inf for tau in taus), f"tau_positive and tau_negative must be above 0, not {taus}")
+        if self.objective == "sapo":
+            clips = self.epsilon != GRPOConfig.epsilon or self.epsilon_high is not None
+            require(not clips, "sapo has no clip range: leave out epsilon and epsilon_high, or change tau_positive")
+        else:
+            given = taus != (GRPOConfig.tau_positive, GRPOConfig.tau_negative)
+            require(not given, f"tau_positive and tau_negative go with objective sapo, not with {self.objective}")
+
+    def _check_penalty(self) -> None:
+        """Raises ConfigError if options do not go with KL-Cov, whose penalty takes the place of the clip range."""
+        if self.entropy_control == "kl_cov":
+            clips = self.epsilon != GRPOConfig.epsilon or self.epsilon_high is not None or self.dual_clip is not None
+            plain = self.objective == "clip" and self.ratio == "token" and not clips
+            require(plain, "kl_cov has no clip range: it goes with objective clip and ratio token, without epsilon")
+
+    def _check_terms(self) -> None:
+        """Raises ConfigError if options do not go with advantages per term."""
+        if self.per_term:
+            require(self.scale == "group", f"per_term goes with scale group, not with {self.scale}")
+            whole = self.most_rounds > 1 or self.replay > 0
+            require(not whole, "per_term goes with neither most_rounds nor replay, which compare whole rewards")
 
 
 PRESETS: Final[dict[str, GRPOConfig]] = {
@@ -88,6 +131,12 @@ PRESETS: Final[dict[str, GRPOConfig]] = {
     "gspo": GRPOConfig(ratio="sequence", epsilon=3e-4, epsilon_high=4e-4, aggregation="sequence"),
     # arXiv 2506.13585: no lower bound; weights of up to 5, as in arXiv 2510.13786.
     "cispo": GRPOConfig(objective="cispo", epsilon=1.0, epsilon_high=4.0),
+    # arXiv 2511.20347: the mean over completions of the means over their tokens.
+    "sapo": GRPOConfig(objective="sapo", aggregation="sequence"),
+    # arXiv 2507.20673: clip range e^-0.4 to e^0.4.
+    "gmpo": GRPOConfig(objective="gmpo", aggregation="sequence", epsilon=0.4),
+    # arXiv 2601.05242.
+    "gdpo": GRPOConfig(per_term=True),
 }
 """Hyperparameters of each published variant."""
 
@@ -104,34 +153,61 @@ class GRPO(Algorithm):
         self.most_rounds, self.replay = config.most_rounds, config.replay
 
     def credit(self, scored: Scored) -> Credit:
+        """Computes advantages, and which tokens to learn from."""
+        mask = scored.mask & ~scored.truncated[:, None] if self.config.mask_truncated else scored.mask
+        advantages = self.advantages(scored)
+        return Credit(advantages, mask, chosen=chosen_tokens(self.config, scored, advantages, mask))
+
+    def advantages(self, scored: Scored) -> Tensor:
         """Computes one advantage per completion, [N, 1], from the rewards and the soft punishment of length."""
-        config, rewards = self.config, scored.rewards
+        config, size = self.config, self.config.group_size
+        penalty = torch.zeros_like(scored.rewards)
         if config.overlong_share:
             buffer = max(1, round(config.overlong_share * scored.max_tokens))
-            rewards = rewards + overlong_penalty(scored.mask.sum(dim=1), scored.max_tokens, buffer)
+            penalty = overlong_penalty(scored.mask.sum(dim=1), scored.max_tokens, buffer)
+        if config.per_term:
+            terms = torch.cat([scored.terms, penalty[:, None]], dim=1)
+            weights = torch.cat([scored.term_weights, torch.ones_like(penalty)[:, None]], dim=1)
+            return term_relative(terms, weights, size, scored.gather)[:, None]
+        rewards = scored.rewards + penalty
         everyone = scored.gather(rewards) if config.scale == "batch" else None
-        advantages = group_relative(rewards, config.group_size, config.scale, batch=everyone)
-        mask = scored.mask & ~scored.truncated[:, None] if config.mask_truncated else scored.mask
-        return Credit(advantages[:, None], mask)
+        return group_relative(rewards, size, config.scale, batch=everyone)[:, None]
 
     def loss(self, inputs: LossInputs) -> LossOutput:
         """Computes equation 3 of the paper, averaged by `aggregation`."""
         config, mask = self.config, inputs.mask
         logratio = inputs.logprobs - inputs.old_logprobs
-        ratio = logratio.exp() if config.ratio == "token" else sequence_ratio(logratio, mask)
-        per_token, clipped = self._surrogate(inputs, ratio)
+        per_token, clipped = self._surrogate(inputs, logratio)
         sums = ratio_sums(logratio, clipped, mask)
+        if inputs.chosen is not None:
+            penalty = config.cov_weight * logratio.abs() if config.entropy_control == "kl_cov" else -per_token
+            per_token = per_token + penalty.where(inputs.chosen, 0)
+            sums["policy/chosen"] = inputs.chosen[mask].float().sum()
+        if config.entropy_bonus:
+            assert inputs.entropy is not None
+            per_token = per_token - config.entropy_bonus * inputs.entropy
         if inputs.ref_logprobs is not None:
             kl = divergence(inputs.logprobs, inputs.ref_logprobs, config.kl_estimator)
             per_token = per_token + config.beta * kl
             sums["policy/kl"] = kl.detach()[mask].sum()
+            if config.kl_estimator == "k3":
+                sums["policy/kl_bounded"] = is_bounded(inputs.logprobs, inputs.ref_logprobs)[mask].float().sum()
         return LossOutput((inputs.weights * per_token).sum(), sums)
 
-    def _surrogate(self, inputs: LossInputs, ratio: Tensor) -> tuple[Tensor, Tensor]:
-        config = self.config
-        bounds = config.epsilon, config.epsilon if config.epsilon_high is None else config.epsilon_high
+    def _surrogate(self, inputs: LossInputs, logratio: Tensor) -> tuple[Tensor, Tensor]:
+        """The objective's loss, and where it is clipped: [N, L] and bool [N, L]."""
+        config, advantages, ratio = self.config, inputs.advantages, token_ratio(logratio)
+        low, high = config.epsilon, config.epsilon if config.epsilon_high is None else config.epsilon_high
         if config.objective == "cispo":
-            loss = cispo(inputs.logprobs, ratio, inputs.advantages, *bounds)
-            return loss, is_weight_clipped(ratio, *bounds)
-        loss = clipped_surrogate(ratio, inputs.advantages, *bounds, config.dual_clip)
-        return loss, is_clipped(ratio, inputs.advantages, *bounds, config.dual_clip)
+            return cispo(inputs.logprobs, ratio, advantages, low, high), is_weight_clipped(ratio, low, high)
+        if config.objective == "sapo":
+            gated = sapo(ratio, advantages, config.tau_positive, config.tau_negative)
+            return gated, torch.zeros_like(inputs.mask)
+        if config.objective == "gmpo":
+            means = geometric_mean_ratio(logratio, advantages, inputs.mask, low, high)
+            return -means * advantages, is_clipped(ratio, advantages, -math.expm1(-low), math.expm1(high))
+        if config.entropy_control == "kl_cov":
+            return -ratio * advantages, torch.zeros_like(inputs.mask)
+        ratio = ratio if config.ratio == "token" else sequence_ratio(logratio, inputs.mask)
+        loss = clipped_surrogate(ratio, advantages, low, high, config.dual_clip)
+        return loss, is_clipped(ratio, advantages, low, high, config.dual_clip)

@@ -7,13 +7,35 @@ outside the mask. No function here averages: the loss of a micro-batch is `(toke
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
 
 Estimator = Literal["k1", "k2", "k3"]
 Aggregation = Literal["token", "sequence", "constant"]
+
+BOUND: Final = 20.0
+"""Largest distance of two log-probabilities, in nats, that goes into `exp`: beyond it float32 gradients overflow."""
+
+
+def bounded(logratio: Tensor) -> Tensor:
+    """A log-ratio within -`BOUND` to `BOUND`, of the same shape. What lies beyond has no gradient."""
+    return logratio.clamp(-BOUND, BOUND)
+
+
+def token_ratio(logratio: Tensor) -> Tensor:
+    """Computes importance ratios of tokens, `exp(bounded(logratio))`.
+
+    One token whose probability has changed by many orders of magnitude thus leaves the others their gradient.
+
+    Args:
+        logratio: log pi - log pi_old.
+
+    Returns:
+        [N, L].
+    """
+    return bounded(logratio).exp()
 
 
 def sequence_ratio(logratio: Tensor, mask: Tensor, length_normalised: bool = True) -> Tensor:
@@ -33,7 +55,7 @@ def sequence_ratio(logratio: Tensor, mask: Tensor, length_normalised: bool = Tru
     """
     sums = logratio.masked_fill(~mask, 0).sum(dim=1, keepdim=True)
     lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)
-    return (sums / lengths if length_normalised else sums).exp().expand_as(logratio)
+    return bounded(sums / lengths if length_normalised else sums).exp().expand_as(logratio)
 
 
 def clipped_surrogate(
@@ -94,14 +116,56 @@ def is_weight_clipped(ratio: Tensor, epsilon_low: float, epsilon_high: float) ->
     return (ratio < 1 - epsilon_low) | (ratio > 1 + epsilon_high)
 
 
+def sapo(ratio: Tensor, advantages: Tensor, tau_positive: float, tau_negative: float) -> Tensor:
+    """Computes the softly gated loss, `-sigmoid(tau * (ratio - 1)) * 4 / tau * A`.
+
+    SAPO, arXiv 2511.20347. The gate takes the place of the clip range: at ratio 1 the gradient is
+    REINFORCE's, and it fades with the distance from there.
+
+    Args:
+        ratio: pi / pi_old.
+        advantages: [N, L] or [N, 1].
+        tau_positive: Temperature with a positive advantage, above 0. A larger one fades faster.
+        tau_negative: Temperature with any other advantage, above 0.
+
+    Returns:
+        [N, L].
+    """
+    tau = torch.where(advantages > 0, tau_positive, tau_negative)
+    return -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * advantages
+
+
+def geometric_mean_ratio(
+    logratio: Tensor, advantages: Tensor, mask: Tensor, epsilon_low: float, epsilon_high: float
+) -> Tensor:
+    """Computes importance ratios of whole completions from clipped log-ratios of tokens, `exp(mean(clip(logratio)))`.
+
+    GMPO, arXiv 2507.20673: the geometric mean of the tokens' ratios, each clipped as in PPO on the side
+    that its advantage would leave. `-ratio * A` with `token_weights(mask, "sequence")` is the loss.
+
+    Args:
+        logratio: log pi - log pi_old.
+        advantages: [N, L] or [N, 1].
+        mask: bool [N, L].
+        epsilon_low: Lower clip range of log-ratios, `-epsilon_low`, for advantages that are not positive.
+        epsilon_high: Upper clip range of log-ratios, for positive advantages.
+
+    Returns:
+        [N, L], the same at all tokens of a row.
+    """
+    clipped = torch.where(advantages > 0, logratio.clamp(max=epsilon_high), logratio.clamp(min=-epsilon_low))
+    return sequence_ratio(clipped, mask)
+
+
 def divergence(logprobs: Tensor, ref_logprobs: Tensor, estimator: Estimator) -> Tensor:
     """Estimates KL(pi || ref) from tokens of pi by one of Schulman's estimators; `d = log pi - log ref`.
 
     - k1, `d`: unbiased, with high variance, of either sign. In the reward it alone has KL's gradient. In the loss its
       gradient has mean 0, so it has no effect.
     - k2, `d^2 / 2`: biased, but its gradient in the loss is KL's (arXiv 2501.03262, equation 8).
-    - k3, `exp(-d) - 1 + d`: unbiased and never negative (GRPO, arXiv 2402.03300, equation 4). Its gradient in the
-      loss is that of the reverse divergence, KL(ref || pi), which is close for close policies.
+    - k3, `exp(-d) - 1 + d` with d at least -`BOUND`: unbiased up to that and never negative (GRPO, arXiv 2402.03300,
+      equation 4). Its gradient in the loss is that of the reverse divergence, KL(ref || pi), which is close for close
+      policies.
 
     This holds for tokens that pi sampled. Multiplied by the ratio pi / pi_old, k1 and k3 have KL's gradient in the loss
     too, also for old tokens (arXiv 2512.02556). A penalty in the loss concerns each token's own distribution. Only a
@@ -120,7 +184,28 @@ def divergence(logprobs: Tensor, ref_logprobs: Tensor, estimator: Estimator) -> 
         return difference
     if estimator == "k2":
         return difference.square() / 2
-    return torch.expm1(-difference) + difference
+    return torch.expm1(-difference.clamp(min=-BOUND)) + difference.clamp(min=-BOUND)
+
+
+def visual_dependence(logprobs: Tensor, masked_logprobs: Tensor) -> Tensor:
+    """Estimates KL(pi with the image || pi with the masked image) of each token by k3, at most 10 nats.
+
+    PAPO (arXiv 2507.06448) and VPPO (arXiv 2510.09285); the bound is that of the authors' codes. Tokens beyond it have
+    no gradient.
+
+    Args:
+        logprobs: [N, L], with the image.
+        masked_logprobs: [N, L], with the masked image.
+
+    Returns:
+        [N, L].
+    """
+    return divergence(logprobs, masked_logprobs, "k3").clamp(0, 10)
+
+
+def is_bounded(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Bool [N, L], True where `divergence` bounds the estimator k3."""
+    return logprobs - ref_logprobs < -BOUND
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, epsilon: float) -> Tensor:

@@ -22,6 +22,7 @@ from vlmenv.algos.losses import (
     divergence,
     is_clipped,
     is_value_clipped,
+    token_ratio,
 )
 from vlmenv.core.errors import require, require_weight
 
@@ -91,7 +92,7 @@ class PPO(Algorithm):
         assert inputs.old_values is not None
         assert inputs.returns is not None
         logratio = inputs.logprobs - inputs.old_logprobs
-        ratio = logratio.exp()
+        ratio = token_ratio(logratio)
         policy = clipped_surrogate(ratio, inputs.advantages, config.epsilon, config.epsilon, config.dual_clip)
         critic = clipped_value_loss(inputs.values, inputs.old_values, inputs.returns, config.value_epsilon)
         clipped = is_clipped(ratio, inputs.advantages, config.epsilon, config.epsilon, config.dual_clip)

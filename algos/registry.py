@@ -8,10 +8,13 @@ from typing import Any, Final, NamedTuple, get_type_hints
 
 from vlmenv.algos.base import Algorithm, AlgorithmConfig
 from vlmenv.algos.grpo import GRPO, PRESETS
+from vlmenv.algos.opd import OPD, OPDConfig
+from vlmenv.algos.papo import PAPO, PAPOConfig
 from vlmenv.algos.ppo import PPO, PPOConfig
 from vlmenv.algos.reinforce_plus_plus import ReinforcePlusPlus, ReinforcePlusPlusConfig
 from vlmenv.algos.rloo import RLOO, RLOOConfig
 from vlmenv.algos.sft import SFT, SFTConfig
+from vlmenv.algos.vppo import VPPO, VPPOConfig
 from vlmenv.core.errors import ConfigError, unknown_name
 from vlmenv.core.loading import load_name
 
@@ -27,9 +30,16 @@ class Registered(NamedTuple):
 
 ALGORITHMS: Final[dict[str, Registered]] = {
     **{name: Registered(GRPO, config) for name, config in PRESETS.items()},
+    # The authors' settings with a KL penalty and without: only the latter needs the entropy losses.
+    "papo_g": Registered(PAPO, PAPOConfig(epsilon_high=0.3, beta=0.01)),
+    "papo_d": Registered(
+        PAPO, PAPOConfig(epsilon_high=0.28, most_rounds=4, entropy_loss=0.03, masked_entropy_loss=0.03)
+    ),
+    "vppo": Registered(VPPO, VPPOConfig(epsilon_high=0.28, most_rounds=4)),
     "rloo": Registered(RLOO, RLOOConfig()),
     "reinforce++": Registered(ReinforcePlusPlus, ReinforcePlusPlusConfig()),
     "ppo": Registered(PPO, PPOConfig()),
+    "opd": Registered(OPD, OPDConfig()),
     "sft": Registered(SFT, SFTConfig()),
 }
 """By the name that `--algo` takes."""

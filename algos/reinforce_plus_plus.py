@@ -15,7 +15,7 @@ from vlmenv.algos.base import (
     Scored,
     ratio_sums,
 )
-from vlmenv.algos.losses import clipped_surrogate, divergence, is_clipped
+from vlmenv.algos.losses import clipped_surrogate, divergence, is_clipped, token_ratio
 from vlmenv.core.errors import require, require_weight
 
 
@@ -63,7 +63,7 @@ class ReinforcePlusPlus(Algorithm):
         """Computes PPO's clipped objective; with a baseline, plus `beta` times the KL divergence (equation 8)."""
         config, mask = self.config, inputs.mask
         logratio = inputs.logprobs - inputs.old_logprobs
-        ratio = logratio.exp()
+        ratio = token_ratio(logratio)
         per_token = clipped_surrogate(ratio, inputs.advantages, config.epsilon, config.epsilon)
         clipped = is_clipped(ratio, inputs.advantages, config.epsilon, config.epsilon)
         sums = ratio_sums(logratio, clipped, mask)

@@ -27,11 +27,12 @@ from vlmenv.algos.batch import Batch, Rollouts, micro_batches, minibatches, padd
 from vlmenv.algos.collecting import Collector, timed
 from vlmenv.algos.correction import Correction, importance_weights, mismatch
 from vlmenv.algos.faults import NonFiniteError, nonfinite_gradients, nonfinite_weights
-from vlmenv.algos.losses import token_weights
+from vlmenv.algos.losses import BOUND, token_weights
 from vlmenv.algos.optimizers import OptimizerName, make_optimizer
 from vlmenv.algos.replay import Replay
 from vlmenv.core.errors import ConfigError, require, require_at_least, require_weight
-from vlmenv.core.rollout import Rollout, Rows
+from vlmenv.core.masking import masked
+from vlmenv.core.rollout import Observation, Rollout, Rows
 from vlmenv.processes import processes_of
 
 
@@ -74,12 +75,19 @@ class TrainerConfig:
     shard_within: int | None = None
     """Neighbouring ranks that hold a copy of the model between them with FSDP2, such as those of a machine. None: all
     ranks."""
+    visual_dependence_every: int | None = None
+    """Steps between two measurements of visual dependence: by how many nats per token log-probabilities fall when
+    images are masked. None: none."""
+    mask_share: float = 0.6
+    """Share of an image's patches that are masked, drawn anew in each step, for visual_dependence_every and for
+    algorithms with masked images, such as papo_g."""
     max_staleness: int = 0
     """Maximum staleness in steps, 0 or 1. With 1, a server generates the next step's completions during the update."""
 
     def __post_init__(self) -> None:
         sizes = {"micro_batch_size": self.micro_batch_size, "micro_batch_tokens": self.micro_batch_tokens}
-        sizes["shard_within"] = self.shard_within
+        sizes |= {"shard_within": self.shard_within, "visual_dependence_every": self.visual_dependence_every}
+        require(0 < self.mask_share <= 1, f"mask_share must be a share above 0, not {self.mask_share}")
         require_at_least(1, steps=self.steps, **sizes)
         require_at_least(0, warmup_steps=self.warmup_steps, max_skipped=self.max_skipped)
         require_weight("weight_decay", self.weight_decay)
@@ -126,13 +134,14 @@ class Trainer:
         algorithm: The algorithm.
         config: Options.
         accelerator: Device, precision and ranks.
+        teacher: The teacher, for an algorithm that wants one. It is not trained. Default: none.
 
     Attributes:
         step: Number of finished steps.
 
     Raises:
-        ConfigError: The environments have another group size than the algorithm, or `vision_lr` is given for a frozen
-            vision tower.
+        ConfigError: The environments have another group size than the algorithm, `vision_lr` is given for a frozen
+            vision tower, or a teacher is missing.
     """
 
     def __init__(
@@ -142,6 +151,7 @@ class Trainer:
         algorithm: Algorithm,
         config: TrainerConfig,
         accelerator: Accelerator,
+        teacher: Agent | None = None,
     ) -> None:
         group_size = getattr(envs.unwrapped, "group_size", 1)
         if group_size != algorithm.config.group_size:
@@ -158,7 +168,17 @@ class Trainer:
             self.max_turns == 1 or agent.generates_itself or algorithm.imitates,
             "episodes of several turns are sampled by the model itself: leave out engine, or set max_turns to 1",
         )
-        self.agent, self.envs, self.algorithm = agent, envs, algorithm
+        masks = algorithm.wants_masked or algorithm.learns_masked or config.visual_dependence_every is not None
+        by_term = getattr(algorithm.config, "per_term", False)
+        require(
+            self.max_turns == 1 or not (masks or algorithm.wants_teacher or by_term),
+            "masked images, a teacher and per_term are for episodes of one turn: set max_turns to 1",
+        )
+        require(
+            teacher is not None or not algorithm.wants_teacher,
+            f"{algorithm.name} needs a teacher: name its model by the option teacher",
+        )
+        self.agent, self.envs, self.algorithm, self.teacher = agent, envs, algorithm, teacher
         self.config, self.accelerator = config, accelerator
         self.step = 0
         self._skipped = 0  # optimizer steps in a row
@@ -350,14 +370,22 @@ class Trainer:
         rng = np.random.default_rng([self._seed, self.accelerator.process_index, self.step])
         told: dict[str, float] = {}
         if self.replay is None:
-            batch = self._credited(rollouts)
+            batch = self._credited(rollouts, rng)
         else:
             rollouts, replayed = self.replay.fill(rollouts, rng)
-            batch = self._credited(rollouts)
+            batch = self._credited(rollouts, rng)
             self.replay.keep(rollouts, batch.advantages, batch.mask, replayed)
             told["replayed"] = float(replayed.mean())
         rollouts.record_advantages(batch.advantages, batch.mask)
         told |= self._correct(batch, rollouts.rollout)
+        if batch.teacher_logprobs is not None:
+            gaps = (batch.old_logprobs - batch.teacher_logprobs)[batch.mask]
+            told["policy/teacher_kl"] = float(gaps.mean())
+            told["policy/teacher_bounded"] = float((gaps.abs() > BOUND).float().mean())
+        if self._measures_dependence:
+            told |= self._dependence(batch, rollouts)
+        if not self.algorithm.learns_masked:
+            batch.masked = None
         config, logged = self.algorithm.config, []
         for _ in range(config.mu):
             for rows in minibatches(len(batch), config.group_size, config.minibatches, rng):
@@ -370,12 +398,18 @@ class Trainer:
         return means | told | {"padding": padding_share(batch.rollout, self._passes(batch.rollout))}
 
     @torch.no_grad()
-    def _credited(self, rollouts: Rollouts) -> Batch:
+    def _credited(self, rollouts: Rollouts, rng: np.random.Generator) -> Batch:
         """The batch with advantages, before any update."""
         batch = Batch.of(rollouts.rollout, self.agent.device)
+        if self._masks_now:
+            batch.masked = self.agent.reprompted(batch.rollout, self._masked(rollouts.observations()))
         batch.is_fresh = _is_the_learners(rollouts.rollout) and not self._samples_exactly and self._updates_once
-        if self.reference is not None or self.algorithm.wants_values or self._lacks_old(batch):
+        wanted = self.reference is not None or self.algorithm.wants_values or self.algorithm.wants_masked
+        if wanted or self._lacks_old(batch):
             self._add_estimates(batch)
+        if self.algorithm.wants_teacher:
+            self._add_teacher(batch, rollouts.observations())
+        terms, weights = rollouts.terms()
         credit = self.algorithm.credit(
             Scored(
                 rollouts.rewards.to(self.agent.device),
@@ -387,10 +421,16 @@ class Trainer:
                 self._most_tokens,
                 self.accelerator.gather,
                 lambda tensor: cast(Tensor, self.accelerator.reduce(tensor)),
+                terms.to(self.agent.device),
+                weights.to(self.agent.device),
+                rng,
                 None if rollouts.turn_rewards is None else rollouts.turn_rewards.to(self.agent.device),
+                batch.masked_logprobs,
+                batch.teacher_logprobs,
             )
         )
         batch.advantages, batch.mask, batch.returns = credit.advantages, credit.mask, credit.returns
+        batch.chosen = credit.chosen
         return batch
 
     def _add_estimates(self, batch: Batch) -> None:
@@ -403,6 +443,9 @@ class Trainer:
             with self.processes.autocast():
                 if self.reference is not None:
                     batch.put("ref_logprobs", rows, self.reference.logprobs(batch.rollout[rows]).values)
+                if self.algorithm.wants_masked:
+                    assert batch.masked is not None
+                    batch.put("masked_logprobs", rows, self.agent.logprobs(batch.masked[rows]).values)
                 if not self.algorithm.wants_values and not lacks_old:
                     continue
                 now = self.agent.logprobs(batch.rollout[rows])
@@ -410,6 +453,43 @@ class Trainer:
                     batch.put("old_logprobs", rows, now.values)
                 if now.state_values is not None:
                     batch.put("values", rows, now.state_values)
+
+    def _add_teacher(self, batch: Batch, observations: list[Observation]) -> None:
+        """Adds the teacher's log-probabilities of the completions, after prompts that it encodes itself."""
+        assert self.teacher is not None
+        taught = self.teacher.reprompted(batch.rollout, observations)
+        for rows in self._passes(taught):
+            with self.processes.autocast():
+                batch.put("teacher_logprobs", rows, self.teacher.logprobs(taught[rows]).values)
+
+    @property
+    def _masks_now(self) -> bool:
+        """True if this step needs the completions after prompts with masked images."""
+        return self.algorithm.wants_masked or self.algorithm.learns_masked or self._measures_dependence
+
+    @property
+    def _measures_dependence(self) -> bool:
+        """True if visual dependence is measured in this step."""
+        every = self.config.visual_dependence_every
+        return every is not None and (self.step + 1) % every == 0
+
+    def _masked(self, observations: list[Observation]) -> list[Observation]:
+        """Observations with images masked as in this step."""
+        return masked(observations, self.config.mask_share, seed=self._seed + self.step)
+
+    @torch.no_grad()
+    def _dependence(self, batch: Batch, rollouts: Rollouts) -> dict[str, float]:
+        """By how many nats per token log-probabilities fall with masked images, over completions that follow images."""
+        assert batch.masked is not None
+        shown = torch.tensor([bool(images) for images in rollouts.images], device=self.agent.device)
+        lost, tokens = 0.0, 0
+        for rows in self._passes(batch.rollout):
+            with self.processes.autocast():
+                seen, blind = self.agent.logprobs(batch.rollout[rows]), self.agent.logprobs(batch.masked[rows])
+            own = seen.mask & shown[rows if isinstance(rows, slice) else torch.from_numpy(rows)][:, None]
+            lost += float((seen.values - blind.values)[own].sum())
+            tokens += int(own.sum())
+        return {"vision/dependence": lost / tokens} if tokens else {}
 
     def _lacks_old(self, batch: Batch) -> bool:
         """True if the trainer must recompute `old_logprobs`."""
@@ -494,13 +574,19 @@ class Trainer:
 
     def _passes(self, rollout: Rollout) -> list[Rows]:
         """The micro-batches of a rollout."""
-        parts = micro_batches(rollout, self.config.micro_batch_size, self.config.micro_batch_tokens)
+        size, tokens = self.config.micro_batch_size, self.config.micro_batch_tokens
+        if self.algorithm.learns_masked:  # each completion passes twice at a time
+            size, tokens = size and max(1, size // 2), tokens and max(1, tokens // 2)
+        parts = micro_batches(rollout, size, tokens)
         return self.processes.split_evenly(parts)
 
     def _backward_part(self, batch: Batch, num_tokens: int, num_sequences: int) -> dict[str, Tensor]:
         """Runs forward and backward pass of a micro-batch, and gives sums over its tokens of the metrics."""
+        both = batch.rollout if batch.masked is None else Rollout.joined([batch.rollout, batch.masked])
         with self.processes.autocast():
-            now = self.agent.logprobs(batch.rollout)
+            now = self.agent.logprobs(both)
+        logprobs, blind = now.values[: len(batch)], now.values[len(batch) :]
+        entropy = now.entropy[: len(batch)]
         mask = batch.mask
         weights = token_weights(
             mask,
@@ -512,8 +598,8 @@ class Trainer:
         if batch.correction is not None:
             weights = weights * batch.correction
         inputs = LossInputs(
-            now.values,
-            now.values.detach() if batch.is_fresh else batch.old_logprobs,
+            logprobs,
+            logprobs.detach() if batch.is_fresh else batch.old_logprobs,
             batch.advantages,
             mask,
             weights,
@@ -521,9 +607,12 @@ class Trainer:
             now.state_values,
             batch.values,
             batch.returns,
+            batch.chosen,
+            entropy,
+            None if batch.masked is None else blind,
         )
         output, tokens = self.algorithm.loss(inputs), mask.sum()
-        loss, sums = output.loss, output.sums | {"policy/entropy": now.entropy[mask].sum()}
+        loss, sums = output.loss, output.sums | {"policy/entropy": entropy.detach()[mask].sum()}
         if now.router_loss is not None:
             sums["policy/router_loss"] = now.router_loss.detach() * tokens
             if self.config.router_loss:

@@ -29,6 +29,8 @@ class Args:
     """Environment, VLM-REC-v0 where left out; may be repeated."""
     only: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Algorithm, all of them where left out; may be repeated."""
+    teacher: str | None = None
+    """Model that teaches in opd, which is left out where there is none."""
     seeds: int = 3
     """Runs of each."""
     steps: int = 300
@@ -70,7 +72,7 @@ Runs = Mapping[str, list[Run]]
 
 def main(args: Args) -> None:
     check_model(args.runs)
-    names = args.only or tuple(ALGORITHMS)
+    names = args.only or tuple(name for name in ALGORITHMS if name != "opd" or args.teacher is not None)
     found: dict[str, Runs] = {
         env: {name: [run(env, name, seed, args) for seed in range(args.seeds)] for name in names}
         for env in args.env or ("VLM-REC-v0",)
@@ -91,7 +93,7 @@ def run(env: str, name: str, seed: int, args: Args) -> Run:
         "checkpoint_every": max(1, args.steps // 5),
         "keep": 1,
         "device": "cpu",
-    }
+    } | ({"teacher": args.teacher} if name == "opd" else {})
     return Run.read(trained(args.runs / env / f"{name}-seed{seed}", options))
 
 
@@ -99,6 +101,7 @@ def head(args: Args) -> list[str]:
     repeated = [("env", env) for env in args.env] + [("only", name) for name in args.only]
     options = [
         *repeated,
+        *([] if args.teacher is None else [("teacher", args.teacher)]),
         ("seeds", args.seeds),
         ("steps", args.steps),
         ("prompts", args.prompts),

@@ -920,7 +920,8 @@ def main(args: Args) -> None:
     """Does the faults, and writes the table."""
     if unknown := set(args.only) - KINDS.keys():
         sys.exit(f"no such kind: {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # or runs inherit from nohup that it is ignored, which they obey
+    for ignored in (signal.SIGHUP, signal.SIGINT):  # under nohup, and in the background: runs would obey that
+        signal.signal(ignored, signal.SIG_DFL)
     started, lines = time.monotonic(), list[Line]()
     with tempfile.TemporaryDirectory() as folder:
         lab = Laboratory(Path(folder), args)

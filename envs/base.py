@@ -583,7 +583,8 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
 
     def explain(self, score: Score, sample: Sample) -> dict[str, Any]:
         """The entries of `info` for a scored answer."""
-        info = {"rewards": dict(score.terms), "prediction": score.prediction, "target": self.target(sample)}
+        info = {"rewards": dict(score.terms), "weights": dict(score.weights)}
+        info |= {"prediction": score.prediction, "target": self.target(sample)}
         if traits := self.traits(score.prediction, info["target"]):
             info["traits"] = traits
         return info | ({"seconds": dict(score.seconds)} if self.timing else {})

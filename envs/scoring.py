@@ -7,7 +7,7 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -39,6 +39,8 @@ class Score:
     """the parsed answer; None if unreadable"""
     seconds: dict[str, float]
     """seconds of each term; for a batch term, this answer's share"""
+    weights: dict[str, float] = field(default_factory=dict)
+    """the weight of each term"""
 
 
 class Scorer:
@@ -107,6 +109,7 @@ class Scorer:
                         f"reward term '{name}' gave {value} for sample {samples[i].id}; it must be finite"
                     )
                 scores[i].terms[name], scores[i].seconds[name] = value, share
+                scores[i].weights[name] = weight
                 scores[i].reward += weight * value
         return scores
 

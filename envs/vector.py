@@ -91,6 +91,7 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._shard, self._num_shards = shard, num_shards
+        self._stretch = self.num_groups  # of neighbouring places in the order; `show_groups` leaves it
         self._answers = answers
         if not 0 <= revisit <= 1:
             raise ConfigError(f"revisit is a chance from 0 to 1, not {revisit}")
@@ -132,6 +133,11 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
     def num_groups(self) -> int:
         """P, the number of distinct samples in a batch."""
         return self.num_envs // self.group_size
+
+    def show_groups(self, count: int) -> None:
+        """Sets the number of groups that the next reset shows, 0 or more; a mix of tasks gives each its share."""
+        self.num_envs = count * self.group_size
+        self._totals = np.zeros(self.num_envs, dtype=np.float64)
 
     @property
     def shown(self) -> dict[int, Sample]:
@@ -354,8 +360,8 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
             0 if self._revisit == 1 else self.task.source.size or 0
         )  # limits how many are passed over: all of them may be settled
         while len(indices) < count:
-            batch, place = divmod(self._taken, self.num_groups)
-            position = (batch * self._num_shards + self._shard) * self.num_groups + place
+            stretch, place = divmod(self._taken, self._stretch)
+            position = (stretch * self._num_shards + self._shard) * self._stretch + place
             self._taken += 1
             index = order[position]
             if index in self.skipped:

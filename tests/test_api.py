@@ -28,6 +28,8 @@ from vlmenv.options.fields import replaced
 from vlmenv.options.files import read_options
 from vlmenv.options.train import default_config
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 SMALL: dict[str, Any] = {"steps": 1, "prompts_per_step": 2, "device": "cpu", "tracker": "none"}
 
 

@@ -23,6 +23,8 @@ from vlmenv.core.errors import ConfigError
 from vlmenv.options.fields import replaced
 from vlmenv.options.train import TrainConfig
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 TINY = ["--prompts-per-step", "2", "--group-size", "4", "--eval-limit", "4", "--device", "cpu"]
 
 
@@ -40,6 +42,7 @@ def rows(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+@pytest.mark.pictures
 def test_train_leaves_a_whole_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     main(["train", "--steps", "2", "--checkpoint-every", "1", "--output", str(run), *TINY])
@@ -213,6 +216,7 @@ def test_broken_rows_of_the_set_to_measure_on_are_told_too(tmp_path: Path, capsy
         assert out.count("1 of 2 rows are broken and left out") == len(other) / 2
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("name", ["VLM-Math-v0", "VLM-VQA-v0", "VLM-Caption-v0"])
 def test_every_task_is_trained_and_measured(name: str, tmp_path: Path) -> None:
     run = tmp_path / "run"

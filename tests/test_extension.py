@@ -11,6 +11,8 @@ import yaml
 
 from vlmenv.cli import main
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 SMALL = ["--steps", "1", "--prompts-per-step", "2", "--group-size", "2", "--eval-limit", "0", "--device", "cpu"]
 
 PARTS = '''

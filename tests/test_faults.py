@@ -29,6 +29,8 @@ from vlmenv.core.rollout import Rollout
 from vlmenv.runs.checkpoints import save_checkpoint
 from vlmenv.runs.run_folder import RunFolder
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 STEPS, ANSWERS = 5, 8
 """of a run, and in each of its steps"""
 TRIED = 8 + 16

@@ -81,11 +81,8 @@ def test_the_ranks_of_a_launcher_that_is_killed_save_and_end(tmp_path: Path) -> 
     assert [folder.name for folder in (run / "checkpoints").iterdir()] == [f"step-{last}"]
 
 
-def test_all_ranks_are_told_at_once_and_another_number_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A scheduler signals ranks and launcher, which signals the ranks too, and then all again. The checkpoint is whole.
-
-    One rank goes on, and then two.
-    """
+def test_all_ranks_are_told_at_once_and_one_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheduler signals ranks and launcher, which signals the ranks too, and then all again; the state is saved."""
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "run"
     with start("ddp", "-m", "vlmenv", "train", *LONG, *TINY, cwd=tmp_path) as process:
@@ -103,13 +100,10 @@ def test_all_ranks_are_told_at_once_and_another_number_goes_on(tmp_path: Path, m
     assert f"holds the state after step {last}" in out
     assert not (run / ".lock").exists()
     main(["train", "--resume", "run", "--steps", str(last + 1)])
-    done = launch("ddp", "-m", "vlmenv", "train", "--resume", "run", "--steps", str(last + 2), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "saved by 1 ranks, and 2 go on: the run is not the same bit for bit" in " ".join(done.stdout.split())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, last + 3))
+    assert [line["step"] for line in lines] == list(range(1, last + 2))
     changes = [json.loads(line) for line in (run / "changes.jsonl").read_text().splitlines()]
-    assert [change["ranks"] for change in changes] == [[2, 1], [1, 2]]
+    assert [change["ranks"] for change in changes] == [[2, 1]]
 
 
 def test_another_number_of_ranks_with_shards_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,8 @@ from vlmenv.options.doctor import DoctorConfig
 from vlmenv.options.task import DataOptions, PromptOptions
 from vlmenv.showing import show_sample
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 SWITCH = "{%- if hint is defined -%}Hint {{ hint }}{%- endif -%}\n"
 SYSTEM = "Answer in one word."
 OPTIONS = ["--env", "VLM-VQA-v0", "--system-prompt", SYSTEM, "--chat-template-kwargs", "hint", "7"]

@@ -21,6 +21,8 @@ from small_data import WITHOUT_HUB, lay_out, lay_out_pipeline, small_pipeline
 
 from vlmenv.cli import main
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 DOCS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PAGES}
@@ -142,7 +144,8 @@ def of_recipe(name: str, folder: Path) -> list[str]:
 
 
 SERVERS = re.compile(r" serve| --serve")
-COMMANDS = [one for one in commands("vlmenv") if not SERVERS.search(one) and not AT_OTHER_ADDRESSES.search(one)]
+SHOWN = dict.fromkeys(commands("vlmenv"))  # each once, however often the pages show it
+COMMANDS = [one for one in SHOWN if not SERVERS.search(one) and not AT_OTHER_ADDRESSES.search(one)]
 
 
 @pytest.mark.parametrize("command", [with_vllm(one) for one in COMMANDS])
@@ -208,7 +211,7 @@ def test_the_servers_say_what_to_type(servers: dict[str, Served]) -> None:
         assert f"vlmenv train --engine vllm-server --server {server.url}\n" in server.told()
 
 
-ON_ONE_MACHINE = [one for one in commands("accelerate launch") if "--num_machines" not in one]
+ON_ONE_MACHINE = [one for one in dict.fromkeys(commands("accelerate launch")) if "--num_machines" not in one]
 """`test_machines.py` launches on several."""
 
 

@@ -15,6 +15,8 @@ from small_data import COUNT, WITHOUT_HUB, lay_out
 
 from vlmenv.cli import main
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 RECIPES = {file.stem: file for file in (ROOT / "vlmenv" / "recipes").glob("*.yaml")}
 SMALL = "--model builtin --device cpu --max-new-tokens 8 --steps 2 --prompts-per-step 2 --eval-limit 2 --output run"
 REC = {"group_size": 8, "beta": 0.04, "kl_estimator": "k3", "epsilon": 0.2, "lr": 1e-6, "temperature": 0.9}

@@ -16,7 +16,7 @@ from test_cli import TINY, fails, rows
 
 from vlmenv.cli import main
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_pictures")]
 
 
 @pytest.fixture(scope="module")

@@ -86,7 +86,7 @@ def report_broken_rows(envs: VisualTaskVectorEnv, console: Console) -> None:
         say(f"{len(source.faults)} of {total} rows are broken and left out, the first at {source.faults[0]}", console)
 
 
-def report_skipped(skipped: Mapping[int, str], total: int | None, console: Console) -> None:
+def report_skipped(skipped: Mapping[Any, str], total: int | None, console: Console) -> None:
     """Prints how many samples were left out because they could not be shown, and the first few of them."""
     if not skipped:
         return
@@ -253,6 +253,38 @@ def load_agent(
     if config.generation.engine == "vllm-server" or unlike:
         agent.sync()  # servers may hold weights of another run, and engines read neither adapters nor remainders
     return agent
+
+
+def load_teacher(name: str, config: TrainConfig[Any], student: VLMAgent, device: torch.device) -> VLMAgent:
+    """Loads the teacher of on-policy distillation, frozen.
+
+    Args:
+        name: Name of its model.
+        config: The options of the training.
+        student: The agent that learns.
+        device: Device of the teacher.
+
+    Raises:
+        ConfigError: Its tokenizer is not the student's.
+        ModelError: The model cannot be loaded.
+    """
+    teacher = VLMAgent.from_pretrained(
+        name,
+        device=device,
+        dtype=DTYPES[config.batches.precision],
+        sampling=config.sampling,
+        chat_template_kwargs=config.prompts.template_switches(),
+        pixels=config.pixels,
+    )
+    own, others = (one.family.processor.tokenizer.get_vocab() for one in (student, teacher))
+    if own != others:
+        unlike = len(own.items() ^ others.items())
+        raise ConfigError(
+            f"the teacher {name} has another tokenizer than the model: {unlike} of their {len(own)} and {len(others)} "
+            "tokens differ. Take a teacher of the same family"
+        )
+    teacher.policy.requires_grad_(False)
+    return teacher
 
 
 def load_for_training(config: TrainConfig[Any], device: torch.device, *, gets_shards: bool = False) -> VLMAgent:

@@ -45,15 +45,15 @@ class Evaluation:
     metrics: dict[str, Interval]
     """each with its 95 % interval"""
     answers: list[dict[str, Any]]
-    """one each, with `id`, `index`, `prompt`, `completion`, `prediction`, `target`, `rewards` and `measures`, and
-    `subject` where a sample has one"""
-    skipped: dict[int, str] = field(default_factory=dict)
-    """by index, where each sample stands that could not be shown and was left out, and what is wrong with it"""
+    """one each, with `id`, `index`, `prompt`, `completion`, `prediction`, `target`, `rewards`, `reward` and
+    `measures`, and `subject` where a sample has one"""
+    skipped: Mapping[Any, str] = field(default_factory=dict)
+    """by index, or TASK/INDEX of a mix, the place and fault of each sample that could not be shown"""
 
     def as_json(self) -> dict[str, Any]:
         """The metrics as JSON can hold them; None for what is not a number."""
         metrics: dict[str, Any] = as_json(self.metrics)
-        if (unparsable := self.unparsable) is not None:
+        if (unparsable := self.unparsable) is not None and "unparsable" in metrics:
             metrics["unparsable"] |= {"count": unparsable, "answers": len(self.answers)}
         return metrics
 
@@ -247,6 +247,7 @@ def answer_samples(agent: Agent, envs: VisualTaskVectorEnv, indices: range, gree
             "prediction": infos["prediction"][i],
             "target": target,
             "rewards": terms,
+            "reward": float(played.rewards[i]),
             "measures": envs.task.measure(text, target, terms),
         }
 
@@ -445,7 +446,7 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     if evaluation.skipped:
-        write_atomic(folder / _SKIPPED, json.dumps(evaluation.skipped, indent=2) + "\n")
+        write_atomic(folder / _SKIPPED, json.dumps(dict(evaluation.skipped), indent=2) + "\n")
     write_atomic(folder / "answers.jsonl", "".join(json.dumps(answer) + "\n" for answer in evaluation.answers))
     write_atomic(folder / "metrics.json", json.dumps(evaluation.as_json(), indent=2) + "\n")
 
@@ -464,7 +465,8 @@ def read_evaluation(folder: Path, task: VisualTaskEnv) -> Evaluation:
         answer["prediction"] = task.parse(answer["completion"])
     file = folder / _SKIPPED
     skipped = read_object(file) if file.is_file() else {}
-    return Evaluation(read_metrics(folder), answers, {int(index): reason for index, reason in skipped.items()})
+    by_index = {int(index) if index.isdecimal() else index: reason for index, reason in skipped.items()}
+    return Evaluation(read_metrics(folder), answers, by_index)
 
 
 def read_metrics(folder: Path) -> dict[str, Interval]:

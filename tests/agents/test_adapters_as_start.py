@@ -18,6 +18,8 @@ from vlmenv.building import adapt
 from vlmenv.core.errors import ConfigError, ModelError
 from vlmenv.options.train import AdaptationOptions
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 peft = pytest.importorskip("peft")
 
 

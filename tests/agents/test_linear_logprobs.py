@@ -35,13 +35,15 @@ def test_values_and_gradients_are_those_of_full_logits(bias: bool, cap: float | 
     logits = (logits if cap is None else cap * torch.tanh(logits / cap)) / 0.7
     kept = [i for i in range(50) if i not in BANNED]
     expected = torch.log_softmax(logits.index_fill(-1, BANNED, -torch.inf), -1).gather(-1, targets[:, None])[:, 0]
-    wanted = torch.autograd.grad((push * expected).sum(), leaves)
+    spread = torch.distributions.Categorical(logits=logits[:, kept]).entropy()
     found, entropy = linear_logprobs(hidden, weight, offset, targets, BANNED, 0.7, cap)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(entropy, torch.distributions.Categorical(logits=logits[:, kept]).entropy())
-    assert not entropy.requires_grad
-    gradients = torch.autograd.grad((push * found).sum(), leaves)
-    torch.testing.assert_close(gradients, wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(entropy, spread)
+    for other, one in ((0.0, 1.0), (1.0, 0.0), (0.3, 1.0)):
+        wanted = torch.autograd.grad((push * (one * expected + other * spread)).sum(), leaves, retain_graph=True)
+        loss = (push * found).sum() if not other else (push * (one * found + other * entropy)).sum()
+        gradients = torch.autograd.grad(loss, leaves, retain_graph=True)
+        torch.testing.assert_close(gradients, wanted, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("cap", [None, 0.5])
@@ -50,7 +52,7 @@ def test_autograd_agrees_with_differences(cap: float | None) -> None:
     targets = torch.tensor([1, 2, 3, 4, 2])
     banned = torch.tensor([0])
     assert torch.autograd.gradcheck(
-        lambda *given: linear_logprobs(*given, targets, banned, 1.3, cap)[0], (hidden, weight, offset)
+        lambda *given: linear_logprobs(*given, targets, banned, 1.3, cap), (hidden, weight, offset)
     )
 
 

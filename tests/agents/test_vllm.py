@@ -28,7 +28,7 @@ from vlmenv.core.errors import EngineError, PromptError
 from vlmenv.core.rollout import Observation, Observations, Rollout, Turn
 
 pytestmark = pytest.mark.vllm
-UPDATES = 20
+UPDATES = 6
 TOLERANCE = 1e-4
 """of log-probabilities"""
 NAMES = ("token_ids", "logprobs")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from vlmenv.algos import LossInputs, Scored
@@ -39,6 +40,9 @@ def scored(rewards: list[float], **changes: Any) -> Scored:
         10,
         lambda x: x,
         lambda x: x,
+        torch.tensor(rewards, dtype=torch.float64)[:, None],
+        torch.ones(count, 1, dtype=torch.float64),
+        np.random.default_rng(0),
     )
     for name, value in changes.items():
         setattr(made, name, value)

@@ -6,6 +6,7 @@ log-probabilities are handed to them, everything they do with these is theirs.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,12 +17,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlmenv.algos.advantages import Scale, group_relative, leave_one_out, overlong_penalty, token_rewards
+from vlmenv.algos.advantages import (
+    Scale,
+    group_relative,
+    leave_one_out,
+    overlong_penalty,
+    term_relative,
+    token_rewards,
+)
 from vlmenv.algos.losses import (
     Aggregation,
     cispo,
     clipped_surrogate,
     divergence,
+    geometric_mean_ratio,
+    sapo,
     sequence_ratio,
     token_weights,
 )
@@ -78,8 +88,9 @@ def trl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "word": 2}, unk_token="word"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
 
-    def make(name: str, **options: Any) -> Any:
-        config = getattr(module, f"{name}Config")(
+    def make(name: str, rewards: Any = lambda reward, **_: reward, **options: Any) -> Any:
+        home = importlib.import_module("trl.experimental.gmpo") if name == "GMPO" else module
+        config = getattr(home, f"{name}Config")(
             output_dir=str(folder),
             use_cpu=True,
             bf16=False,
@@ -90,10 +101,10 @@ def trl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]
             num_iterations=2,  # or else the old log-probs are taken to be those of now
             **options,
         )
-        return getattr(module, f"{name}Trainer")(
+        return getattr(home, f"{name}Trainer")(
             model=str(folder),
             args=config,
-            reward_funcs=lambda reward, **_: reward,
+            reward_funcs=rewards,
             train_dataset=Dataset.from_dict({"prompt": ["word"]}),
             processing_class=tokenizer,
         )
@@ -116,7 +127,7 @@ def trl_step(trainer: Any, batch: Batch) -> Step:
     trainer._get_per_token_logps_and_entropies = lambda *_, **__: (next(asked), torch.zeros(MASK.shape), None)
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
-    rows = [{"prompt": "word", "reward": reward} for reward in batch.rewards.tolist()]
+    rows = [{"prompt": "word", "reward": reward, "row": i} for i, reward in enumerate(batch.rewards.tolist())]
     inputs = trainer._generate_and_score_completions(rows)
     loss = trainer.compute_loss(trainer.model, inputs)
     return Step(inputs["advantages"], loss.detach(), *torch.autograd.grad(loss, logprobs))
@@ -153,6 +164,10 @@ def minimax(logprobs: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
     return cispo(logprobs, (logprobs - old).exp(), advantages, epsilon_low=1.0, epsilon_high=0.5)
 
 
+def gated(logprobs: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
+    return sapo((logprobs - old).exp(), advantages, 1.0, 1.05)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 @pytest.mark.parametrize(
@@ -171,8 +186,9 @@ def minimax(logprobs: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
             gspo,
         ),
         ({"loss_type": "cispo", "epsilon_high": 1.5}, "group", "token", minimax),
+        ({"loss_type": "sapo"}, "group", "sequence", gated),
     ],
-    ids=["grpo", "batch", "clip_higher", "dual_clip", "dr_grpo", "dapo", "gspo", "cispo"],
+    ids=["grpo", "batch", "clip_higher", "dual_clip", "dr_grpo", "dapo", "gspo", "cispo", "sapo"],
 )
 def test_grpo_and_its_variants(
     trl: Callable[..., Any],
@@ -192,6 +208,32 @@ def test_grpo_and_its_variants(
     assert_equal(
         batch.step(advantages, loss), trl_step(trl("GRPO", beta=beta, use_bias_correction_kl=False, **options), batch)
     )
+
+
+def test_gmpo(trl: Callable[..., Any], batch: Batch) -> None:
+    advantages = group_relative(batch.rewards, GROUP_SIZE)
+
+    def loss(logprobs: Tensor) -> Tensor:
+        ratio = geometric_mean_ratio(logprobs - batch.old, advantages[:, None], MASK, 0.4, 0.5)
+        return averaged(-ratio * advantages[:, None], "sequence")
+
+    assert_equal(batch.step(advantages, loss), trl_step(trl("GMPO", epsilon_high=0.5), batch))
+
+
+def test_gdpo(trl: Callable[..., Any], batch: Batch) -> None:
+    """Two terms, one of which some completions do not have, and the batch's own reward as a third."""
+    seen = batch.ref[:, :2].float()
+    seen[[0, 2, 4], 1] = torch.nan
+    rewards = [lambda row, k=k, **_: [None if v != v else v for v in seen[row, k].tolist()] for k in (0, 1)]
+    terms = torch.cat([seen, batch.rewards[:, None]], dim=1)
+    advantages = term_relative(terms, torch.tensor([0.5, 2.0, 1.0]).expand(8, 3), GROUP_SIZE)
+
+    def loss(logprobs: Tensor) -> Tensor:
+        return averaged(clipped_surrogate((logprobs - batch.old).exp(), advantages[:, None], 0.2, 0.2), "token")
+
+    options = {"multi_objective_aggregation": "normalize_then_sum", "reward_weights": [0.5, 2.0, 1.0]}
+    trainer = trl("GRPO", [*rewards, lambda reward, **_: reward], loss_type="dapo", **options)
+    assert_equal(batch.step(advantages, loss), trl_step(trainer, batch))
 
 
 def test_the_unbiased_penalty(trl: Callable[..., Any], batch: Batch) -> None:

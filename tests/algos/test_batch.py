@@ -30,6 +30,19 @@ def scored(rewards: list[float]) -> Rollouts:
     return Rollouts(made, torch.tensor(rewards), records)
 
 
+def test_terms_with_their_weights_are_the_rewards() -> None:
+    """Also of completions that do not have each term, in any order of rows, and after a checkpoint."""
+    made = scored([0.5, 1.0, 0.0, 2.0])
+    assert [part.tolist() for part in made.terms()] == [[[0.5], [1.0], [0.0], [2.0]], [[1.0]] * 4]
+    made.weights = [{"a": 2.0, "b": 0.1}, *[{"a": 2.0}] * 3]
+    made.images = [()] * 4
+    restored = Rollouts.from_state(made.state_dict())
+    joined = Rollouts.joined([restored[np.array([3, 0])], restored[1:3]])
+    terms, weights = joined.terms()
+    assert torch.isnan(terms).tolist() == [[False, True], [False, False], [False, True], [False, True]]
+    assert (terms.nan_to_num() * weights).sum(dim=1).tolist() == pytest.approx([4.0, 1.1, 2.0, 0.0])
+
+
 def test_tensors_of_a_rollout() -> None:
     batch = Batch.of(rollout([1, 3, 4], [2, 2, 2]), torch.device("cpu"))
     assert batch.mask.sum(dim=1).tolist() == [1, 3, 4]

@@ -97,7 +97,7 @@ def test_a_reference_is_wanted_only_for_the_penalty() -> None:
 
 
 def test_the_published_variants_can_be_named() -> None:
-    assert {"grpo", "dr_grpo", "dapo", "gspo", "cispo"} == set(PRESETS)
+    assert {"grpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "gmpo", "gdpo"} == set(PRESETS)
     for name in PRESETS:
         kind, config = ALGORITHMS[name]
         assert isinstance(kind(config), GRPO)
@@ -114,6 +114,9 @@ LOGS = math.log(0.5), math.log(0.6), math.log(0.3)
         ("dapo", (-1 - 1.28 + 1.5) / 3),
         ("gspo", (-1.0004 + 1.5) / 2),  # sqrt(1 * 1.5) is clipped
         ("cispo", (-LOGS[0] - 1.5 * LOGS[1] + 1.5 * LOGS[2]) / 3),
+        ("sapo", (-(2 + 4 / (1 + math.exp(-0.5))) / 2 + 4 / 1.05 / (1 + math.exp(-0.525))) / 2),
+        ("gmpo", (-math.exp(0.4 / 2) + 1.5) / 2),  # log 1.5 is clipped where its advantage is positive
+        ("gdpo", (-1 - 1.2 + 1.5) / 3),
     ],
 )
 def test_the_published_variants_by_hand(name: str, expected: float) -> None:
@@ -132,6 +135,19 @@ def test_the_weights_of_cispo_have_an_upper_bound_alone() -> None:
 def test_the_advantages_of_dr_grpo_are_not_divided() -> None:
     credit = GRPO(PRESETS["dr_grpo"]).credit(scored([0.0] * 7 + [8.0]))
     assert credit.advantages.flatten().tolist() == pytest.approx([-1.0] * 7 + [7.0])
+
+
+def test_advantages_per_term_by_hand() -> None:
+    """Each term is compared within its group, with its weight; a term that a completion does not have adds nothing."""
+    nan = math.nan
+    terms = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0], [0.0, nan]], dtype=torch.float64)
+    weights = torch.tensor([[1.0, 1.0], [1.0, 1.0], [0.5, 1.0], [0.5, 0.0]], dtype=torch.float64)
+    given = scored([1.0, 1.0, 1.0, 0.0], terms=terms, term_weights=weights)
+    found = GRPO(GRPOConfig(group_size=2, per_term=True)).credit(given).advantages[:, 0]
+    one = 0.5 / (math.sqrt(0.5) + 1e-4)
+    two = 0.5 / (math.sqrt(2) + 1e-4)
+    sums = torch.tensor([one - one, one - one, two, -two], dtype=torch.float64)
+    torch.testing.assert_close(found, (sums - sums.mean()) / (sums.std() + 1e-4))
 
 
 def test_dapo_by_hand() -> None:
@@ -157,6 +173,11 @@ def test_dapo_by_hand() -> None:
         {"dual_clip": 1.0},
         {"objective": "cispo", "dual_clip": 2.0},
         {"objective": "cispo", "ratio": "sequence"},
+        {"objective": "sapo", "epsilon": 0.1},
+        {"objective": "sapo", "tau_positive": 0.0},
+        {"tau_negative": 2.0},
+        {"per_term": True, "scale": "none"},
+        {"per_term": True, "most_rounds": 2},
         {"overlong_share": 1.0},
         {"most_rounds": 0},
         {"beta": -1.0},

@@ -118,9 +118,11 @@ def test_what_is_logged(builtin: VLMAgent) -> None:
         "padding",
         "completion/box_ratio",
         "policy/approx_kl",
+        "policy/bounded",
         "policy/clip_frac",
         "policy/entropy",
         "policy/kl",
+        "policy/kl_bounded",
         "policy/grad_norm",
         "policy/skipped",
         "loss",
@@ -265,3 +267,13 @@ def test_a_checkpoint_before_the_first_step_goes_on_as_from_the_beginning(builti
     (result,) = again.train(seed=3)
     assert result.rollouts.rollout.texts == expected.rollouts.rollout.texts
     assert result.metrics["policy/grad_norm"] == pytest.approx(expected.metrics["policy/grad_norm"], rel=1e-6)
+
+
+def test_environments_tell_the_weights_of_their_terms(builtin: VLMAgent) -> None:
+    """The terms that GDPO compares sum to the rewards that GRPO compares."""
+    trainer = make(builtin, grpo=GRPOConfig(group_size=4, per_term=True), steps=1)
+    (result,) = trainer.train(seed=0)
+    terms, weights = result.rollouts.terms()
+    assert terms.shape == (12, 2)
+    torch.testing.assert_close((terms * weights).sum(dim=1), result.rollouts.rewards)
+    assert result.metrics["policy/skipped"] == 0

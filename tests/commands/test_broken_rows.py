@@ -14,6 +14,8 @@ from broken_rows import BROKEN, write_rows
 
 from vlmenv.cli import main
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 TINY = ["--device", "cpu", "--max-new-tokens", "24"]
 TRAIN = [*TINY, "--prompts-per-step", "4", "--group-size", "2", "--tracker", "none"]
 WHOLE = {str(i) for i in range(12) if i not in BROKEN}

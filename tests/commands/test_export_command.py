@@ -21,6 +21,8 @@ from vlmenv.cli import main
 sys.path.append(str(ROOT / "tests" / "agents"))
 from small_models import invent
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 TINY = ["--prompts-per-step", "2", "--group-size", "4", "--eval-limit", "4", "--device", "cpu", "--steps", "2"]
 
 

@@ -21,6 +21,8 @@ from small_data import lay_out_pipeline, small_pipeline
 from vlmenv.cli import main
 from vlmenv.commands.pipeline import Step, _arguments, _environment, _launch
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 TRAINED = ("warmup", "perception", "reasoning")
 
 
@@ -40,6 +42,7 @@ def options_of(run: Path) -> dict[str, Any]:
     return options
 
 
+@pytest.mark.pictures
 def test_stages_go_on_from_one_another_and_end_in_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, out = small_pipeline("pebr_r1_builtin", tmp_path), tmp_path / "out"
     main(["pipeline", str(file), "--output", str(out)])

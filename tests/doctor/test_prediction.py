@@ -118,6 +118,23 @@ def test_counted_bytes_are_those_of_real_passes(options: dict[str, Any], precisi
 
 
 @pytest.mark.slow
+def test_masked_images_and_a_teacher_are_counted() -> None:
+    """Completions pass twice at a time, as far as micro-batches let them; a teacher's weights are held besides."""
+    plain, masks, taught = (default_config(name) for name in ("grpo", "papo_g", "opd"))
+    whole = Batch.of(plain, 100)
+    assert Batch.of(masks, 100).micro == 2 * whole.micro
+    assert Batch.of(masks, 100).completions == whole.completions
+    limited = replace(masks, trainer=replace(masks.trainer, micro_batch_size=8))
+    assert Batch.of(limited, 100).micro == 8
+    small = replace(taught.batches, prompts_per_step=2)
+    sizes = [
+        measure(replace(taught, batches=small, algorithm=replace(taught.algorithm, teacher=name)), OBSERVATION)[0]
+        for name in (None, "builtin")
+    ]
+    assert sizes[1].reference - sizes[0].reference == pytest.approx(sizes[1].weights)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
 def test_what_is_held_follows_from_the_parameters(optimizer: str) -> None:
     """Weights, gradients, AdamW and the reference of the built-in model, whose parameters are counted."""

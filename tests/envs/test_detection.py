@@ -63,10 +63,10 @@ def coco_aps(cases: list[dict[str, Any]]) -> np.ndarray:
 @pytest.mark.slow
 @pytest.mark.parametrize("equal_scores", [True, False])
 def test_average_precision_equals_pycocotools(equal_scores: bool) -> None:
-    """On 3,000 random cases each, crowds, empty sets and more than 100 answers among them."""
+    """On 1,000 random cases each, crowds, empty sets and more than 100 answers among them."""
     rng = np.random.default_rng(int(equal_scores))
     cases = []
-    for i in range(3000):
+    for i in range(1000):
         answered = random_boxes(rng, 120 if i % 100 == 0 else int(rng.integers(0, 9)))
         target = random_boxes(rng, int(rng.integers(0, 7)))
         exact = rng.random(len(answered)) < 0.4
@@ -81,7 +81,7 @@ def test_average_precision_equals_pycocotools(equal_scores: bool) -> None:
         for c in cases
     ]
     theirs = coco_aps(cases)
-    assert 100 < np.isnan(theirs).sum() < 1500
+    assert 30 < np.isnan(theirs).sum() < 500
     np.testing.assert_allclose(ours, theirs, atol=1e-9)
 
 

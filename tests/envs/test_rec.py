@@ -35,7 +35,7 @@ def test_an_episode_is_one_step() -> None:
     terminal, reward, terminated, truncated, info = env.step("hello")
     assert (reward, terminated, truncated) == (0.0, True, False)
     assert env.observation_space.contains(terminal)
-    assert set(info) == {"id", "index", "rewards", "prediction", "target", "traits"}
+    assert set(info) == {"id", "index", "rewards", "weights", "prediction", "target", "traits"}
     with pytest.raises(gymnasium.error.ResetNeeded):
         env.unwrapped.step("again")
 

@@ -15,6 +15,8 @@ from vlmenv.core.formats import AnswerFormat
 from vlmenv.envs.captioning import CaptionEnv
 from vlmenv.envs.rewards.clip import ClipScore
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 SMALL = [
     "--prompts-per-step",
     "2",

@@ -23,6 +23,8 @@ from vlmenv.runs import lengths as module
 from vlmenv.runs.fitting import family_without_weights
 from vlmenv.runs.lengths import Lengths, count_tokens
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 QUIET = Console(quiet=True)
 TRAIN = ["--device", "cpu", "--max-new-tokens", "24", "--prompts-per-step", "2", "--group-size", "2"]
 TRAIN += ["--tracker", "none", "--eval-limit", "0"]

@@ -19,6 +19,8 @@ from vlmenv.cli import main
 from vlmenv.core.sampling import Sampling
 from vlmenv.envs.rec import RECEnv
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 SMALL = ["--steps", "2", "--prompts-per-step", "2", "--group-size", "2", "--eval-limit", "2", "--device", "cpu"]
 
 

@@ -15,6 +15,8 @@ from vlmenv.options.train import LoggingOptions, MeasuringOptions, default_confi
 from vlmenv.runs.room import Need, Size
 from vlmenv.runs.run_folder import RunFolder
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 Usage = namedtuple("Usage", "total used free")
 TINY = ["--prompts-per-step", "2", "--group-size", "4", "--eval-limit", "4", "--device", "cpu", "--steps", "3"]
 KINDS = {
@@ -48,12 +50,14 @@ def test_a_dry_run_tells_the_same_and_writes_nothing(
     """Without the model's weights, for each kind of training, and for adapters of an earlier run."""
     told = []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, 10**12))
+    monkeypatch.setattr("vlmenv.commands.train.forecast_here", lambda *_: None)  # of memory: seconds for each
     made = str(tmp_path / "lora")
-    main(["train", "--output", made, *TINY, *KINDS["adapters"]])
+    short = [*TINY, "--steps", "1", "--eval-limit", "0"]
+    main(["train", "--output", made, *short, *KINDS["adapters"]])
     for kind in [*KINDS.values(), ["--model", made]]:
         capsys.readouterr()
         for more in (["--dry-run"], []):
-            main(["train", "--output", str(tmp_path / f"run-{len(told)}"), *TINY, *kind, *more])
+            main(["train", "--output", str(tmp_path / f"run-{len(told)}"), *short, *kind, *more])
             lines = " ".join(capsys.readouterr().out.split())
             told.append(lines[lines.index("disk: a checkpoint") : lines.index("are free")])
         assert told[-2] == told[-1]

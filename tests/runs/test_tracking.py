@@ -23,6 +23,8 @@ from vlmenv.cli import main
 from vlmenv.runs.run_folder import RunFolder
 from vlmenv.runs.tracking import Tracking
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 TINY = ["--prompts-per-step", "2", "--group-size", "4", "--eval-limit", "0", "--device", "cpu"]
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from vlmenv.building import DTYPES, load_agent, prepared, report_broken_rows, report_skipped, task_arguments
 from vlmenv.commands.suite import make_eval_envs, run_suite
 from vlmenv.evaluation import Evaluation, evaluate, metrics_table, sample_count, write_evaluation
+from vlmenv.looking import SHOWN, measure_sight
 from vlmenv.options.command_line import Asked, parse_with_files
 from vlmenv.options.evaluate import EvalConfig
 from vlmenv.processes import Processes
@@ -48,18 +49,36 @@ def _measured(config: EvalConfig, processes: Processes, console: Console) -> Eva
     report_broken_rows(envs, console)
     count, greedy = sample_count(envs, config.eval_limit), config.samples is None
     with closing(load_agent(config, accelerator.device, DTYPES[config.weights])) as agent:
-        agent.seed(config.seed + accelerator.process_index)
-        evaluation = evaluate(
-            agent, envs, count, greedy=greedy, title="evaluating", console=console, processes=processes
-        )
+        sight = None
+        if config.visual_dependence:
+            sight = measure_sight(
+                agent,
+                envs,
+                count,
+                greedy=greedy,
+                mask_share=config.mask_share,
+                seed=config.seed,
+                console=console,
+                processes=processes,
+            )
+            evaluation = sight.evaluations[SHOWN]
+        else:
+            agent.seed(config.seed + accelerator.process_index)
+            evaluation = evaluate(
+                agent, envs, count, greedy=greedy, title="evaluating", console=console, processes=processes
+            )
     envs.close()
     if config.output is not None and accelerator.is_main_process:
         write_evaluation(evaluation, config.output)
+        if sight is not None:
+            sight.write(config.output)
     how = "greedy" if greedy else f"{config.samples} sampled answers each"
     report_skipped(evaluation.skipped, count, console)
     shown = count - len(evaluation.skipped)
-    console.print(
-        metrics_table(f"{config.env}, {shown} samples, {how}", {config.model: evaluation}, width=console.width)
-    )
+    title = f"{config.env}, {shown} samples, {how}"
+    if sight is not None:
+        sight.show(title, console)
+    else:
+        console.print(metrics_table(title, {config.model: evaluation}, width=console.width))
     accelerator.state.destroy_process_group()
     return evaluation

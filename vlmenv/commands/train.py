@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -27,31 +27,35 @@ from vlmenv.building import (
     check_engine,
     limits_of,
     load_for_training,
+    load_teacher,
     report_broken_rows,
     task_arguments,
 )
 from vlmenv.core.console import open_console, say
-from vlmenv.core.errors import ConfigError
+from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.doctor.forecast import forecast_here
 from vlmenv.envs.data.dataset import adopt_images, checked_once
 from vlmenv.envs.making import make_envs
+from vlmenv.envs.mixed import MixedVectorEnv, by_task
 from vlmenv.envs.selfcheck import CHECKED, describe, self_check
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.options.command_line import Asked, parse_with_files
 from vlmenv.options.fields import flatten, options_of
+from vlmenv.options.mixing import parts_of
 from vlmenv.options.train import TrainConfig, default_config
 from vlmenv.processes import Processes, end_with_parent, processes_of
 from vlmenv.processes.failures import shared_failure
 from vlmenv.processes.stopping import StoppedError, Stopping
+from vlmenv.runs.by_task import Envs, told_of
 from vlmenv.runs.checkpoints import Found, find_checkpoint, load_checkpoint
 from vlmenv.runs.fitting import fit_answers, fit_engine, fit_prompts
 from vlmenv.runs.keeping import Keeping
 from vlmenv.runs.lengths import Lengths
 from vlmenv.runs.lock import locked
 from vlmenv.runs.loop import TrainingLoop, compare, evaluate_now, look_first, measured_before
-from vlmenv.runs.models import with_checkpoint
+from vlmenv.runs.models import checkpoint_name, with_checkpoint
 from vlmenv.runs.output import lasting_output
-from vlmenv.runs.record import asked_yaml, print_dry_run, resolved_yaml
+from vlmenv.runs.record import asked_yaml, print_dry_run, resolved_yaml, sections_yaml
 from vlmenv.runs.resuming import DataSets, changes, check_data_changed, facts
 from vlmenv.runs.room import check_room, room
 from vlmenv.runs.run_folder import RunFolder
@@ -102,6 +106,8 @@ def _with_parts(asked: Asked, parts: Parts) -> Asked:
         names += list(options_of(algorithm.config))
     if parts.agent is not None:
         config = replace(config, model=str(parts.agent.base), pixels=parts.agent.pixels)
+    if config.mixing.mix and not (parts.envs is None and parts.held_out is None):
+        raise ConfigError("mix makes the environments of its tasks: give no environments of your own beside it")
     if (envs := parts.envs) is not None:
         groups = envs.num_envs // envs.group_size
         if envs.group_size != config.algorithm.group_size:
@@ -132,7 +138,7 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
     for note in advice_on_cuda(config, accelerator.device):
         say(note, console)
     envs, held_out, counted = _open_data(config, parts, accelerator, opened, console)
-    config = _in_steps(config, envs.task.source.size)
+    config = _in_steps(config, None if config.mixing.mix else by_task(envs)[""].task.source.size)
     if config.dry_run:
         _show(config, parts, envs, held_out, run, accelerator, console)
         return run.path
@@ -144,14 +150,17 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
     paths = fast_paths(cast(VLMAgent, trainer.agent).family_policy, DTYPES[config.batches.precision])
     if accelerator.is_main_process and config.resume is None:
         identity = secrets.token_hex(8)
-        own = next((lengths for shown, lengths in counted if shown is envs), None)
-        resolved = resolved_yaml(config, envs, held_out, accelerator, identity, own, paths)
-        run.create(asked_yaml(config, asked.names, identity), resolved)
+        own = {name: lengths for name, one in by_task(envs).items() for shown, lengths in counted if shown is one}
+        recorded = config
+        if mix := sections_yaml(config, envs, held_out):
+            recorded = replace(config, mixing=replace(config.mixing, mix_file=run.write_mix(mix)))
+        resolved = resolved_yaml(recorded, envs, held_out, accelerator, identity, own, paths)
+        run.create(asked_yaml(recorded, asked.names, identity), resolved)
     with shared_failure(accelerator):
         if accelerator.is_main_process:
             check_room(cast(VLMAgent, trainer.agent), config, run, console)
     kept = facts(config, data, run, accelerator.num_processes) if accelerator.is_main_process else {}
-    say(f"{config.env}, {config.algo}, model {config.model}; writing to {run.path}", console)
+    say(f"{config.task_name}, {config.algo}, model {config.model}; writing to {run.path}", console)
     say(written(paths), console)
     tracking = Tracking(accelerator, config.logging.tracker, run, flatten(config), step=found.step)
     opened.callback(tracking.close)  # if this ends early
@@ -193,12 +202,14 @@ def _check(config: TrainConfig[Any]) -> None:
     if config.trainer.optimizer == "adamw_offload" and (config.device == "cpu" or not torch.cuda.is_available()):
         raise ConfigError("optimizer adamw_offload moves state to the CPU, where this model is already: take adamw")
     find_tracker(config.logging.tracker)
+    if getattr(config.algorithm, "teacher", "") is None:
+        raise ConfigError(f"{config.algo} needs a teacher: give its model, as in --teacher runs/teacher")
     check_data_changed(config)
 
 
 def _open_data(
     config: TrainConfig[Any], parts: Parts, accelerator: Accelerator, opened: ExitStack, console: Console
-) -> tuple[VisualTaskVectorEnv, VisualTaskVectorEnv | None, list[tuple[VisualTaskVectorEnv, Lengths]]]:
+) -> tuple[Envs, Envs | None, list[tuple[VisualTaskVectorEnv, Lengths]]]:
     """The environments to train in and those to measure in, and the lengths of the prompts of those with a data set.
 
     Prints what is wrong with their rows and answers. Environments that are made here are closed with `opened`.
@@ -207,16 +218,35 @@ def _open_data(
     look = accelerator.is_main_process  # for images, whose disk may be slow
     with console.status("reading the data"), shared_failure(accelerator), checked_once(look=look) as images:
         envs = parts.envs or _training_envs(config, accelerator)
-        held_out = None if measuring.eval_limit == 0 else parts.held_out
+        held_out: Envs | None = None if measuring.eval_limit == 0 else parts.held_out
         if measuring.eval_limit > 0 and held_out is None and parts.envs is None:
             held_out = _evaluation_envs(config)
     for made, given in ((envs, parts.envs), (held_out, parts.held_out)):
         if made is not None and made is not given:
             opened.callback(made.close)
     (images,) = broadcast_object_list([images])
-    for own in (envs, held_out):
-        if own is not None and not look:
-            adopt_images(own.task.source, images)
+    for own in () if look else (*by_task(envs).values(), *by_task(held_out).values()):
+        adopt_images(own.task.source, images)
+    alone = {name: part.config for name, part in parts_of(config).items()} or {"": config}
+    found: list[tuple[VisualTaskVectorEnv, Lengths | None]] = []
+    for name, shown in by_task(envs).items():
+        found += _fitted(name, alone[name], parts, shown, by_task(held_out).get(name), accelerator, console)
+    return envs, held_out, [(shown, lengths) for shown, lengths in found if lengths is not None]
+
+
+def _fitted(
+    name: str,
+    config: TrainConfig[Any],
+    parts: Parts,
+    envs: VisualTaskVectorEnv,
+    held_out: VisualTaskVectorEnv | None,
+    accelerator: Accelerator,
+    console: Console,
+) -> list[tuple[VisualTaskVectorEnv, Lengths | None]]:
+    """Leaves out or refuses what the model cannot take of a task's data, and prints what is wrong with them."""
+    measuring = config.measuring
+    if name:
+        say(f"{name}:", console)
     firsts = [(envs, None)] if held_out is None else [(envs, None), (held_out, measuring.eval_limit)]
     found = [
         (shown, fit_prompts(config, shown, accelerator, console, agent=parts.agent, first=first))
@@ -228,15 +258,15 @@ def _open_data(
     if held_out is not None and not (measuring.eval_dataset is None and measuring.eval_split is None):
         report_broken_rows(held_out, console)
     if accelerator.is_main_process and (misjudged := self_check(envs.task, imitated=_imitates(config))):
-        say(f"warning: {describe(misjudged, CHECKED)}", console)
-    return envs, held_out, [(shown, lengths) for shown, lengths in found if lengths is not None]
+        say(f"warning: {told_of(name)}{describe(misjudged, CHECKED)}", console)
+    return found
 
 
 def _show(
     config: TrainConfig[Any],
     parts: Parts,
-    envs: VisualTaskVectorEnv,
-    held_out: VisualTaskVectorEnv | None,
+    envs: Envs,
+    held_out: Envs | None,
     run: RunFolder,
     accelerator: Accelerator,
     console: Console,
@@ -246,7 +276,10 @@ def _show(
         if accelerator.is_main_process:
             disk = _room_of_shapes(config, parts, run)
             print_dry_run(config, envs, held_out, run, accelerator, disk, console)
-            forecast_here(config, envs, accelerator, console)
+            for name, own in by_task(envs).items():
+                if name:
+                    say(f"{name}:", console)
+                forecast_here(config, own, accelerator, console)
 
 
 def _room_of_shapes(config: TrainConfig[Any], parts: Parts, run: RunFolder) -> str:
@@ -264,7 +297,7 @@ def _room_of_shapes(config: TrainConfig[Any], parts: Parts, run: RunFolder) -> s
 def _make_trainer(
     config: TrainConfig[Any],
     parts: Parts,
-    envs: VisualTaskVectorEnv,
+    envs: Envs,
     accelerator: Accelerator,
     opened: ExitStack,
     console: Console,
@@ -283,7 +316,12 @@ def _make_trainer(
     agent.limits = limits_of(config)
     if algorithm.wants_values:
         agent.add_value_head()
-    return Trainer(agent, envs, algorithm, config.trainer, accelerator)
+    teacher = None
+    if algorithm.wants_teacher:
+        name = checkpoint_name(algorithm.config.teacher)  # type: ignore[attr-defined]
+        say(f"the teacher is {name}", console)
+        teacher = load_teacher(name, config, agent, accelerator.device)
+    return Trainer(agent, envs, algorithm, config.trainer, accelerator, teacher)
 
 
 def _held(config: TrainConfig[Any], processes: Processes, console: Console) -> TrainConfig[Any]:
@@ -317,10 +355,12 @@ def _run_folder(config: TrainConfig[Any], opened: ExitStack) -> RunFolder:
         end_with_parent()
     if config.logging.output is not None:
         _check_name(config.logging.output)
-    found: Path | OSError = config.resume or config.logging.output or RunFolder.default_path(config.env, config.algo)
+    found: Path | OSError = (
+        config.resume or config.logging.output or RunFolder.default_path(config.task_name, config.algo)
+    )
     if state.is_main_process and not (config.resume or config.logging.output or config.dry_run):
         try:
-            found = RunFolder.make_default(config.env, config.algo)
+            found = RunFolder.make_default(config.task_name, config.algo)
             opened.callback(_remove_empty, found)
         except OSError as error:
             found = error
@@ -399,7 +439,7 @@ def _go_on(trainer: Trainer, run: RunFolder, found: Found, changed: dict[str, An
     """Restores the checkpoint that the run goes on from, and records what has changed since."""
     for note in load_checkpoint(trainer, run, found):
         say(f"warning: {note}", console)
-    if "training" in changed.get("data", {}):
+    if any(use.endswith("training") for use in changed.get("data", {})):
         trainer.forget_samples()
     if changed and trainer.accelerator.is_main_process:
         run.write_change(trainer.step, changed)
@@ -422,7 +462,33 @@ def _accelerator(config: TrainConfig[Any], run: RunFolder) -> Accelerator:
 _REPLICAS = DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)
 
 
-def _training_envs(config: TrainConfig[Any], accelerator: Accelerator) -> VisualTaskVectorEnv:
+def _training_envs(config: TrainConfig[Any], accelerator: Accelerator) -> Envs:
+    return _mixed(config, lambda own: _training_envs_of(own, accelerator))
+
+
+def _evaluation_envs(config: TrainConfig[Any]) -> Envs:
+    return _mixed(config, _evaluation_envs_of)
+
+
+def _mixed(config: TrainConfig[Any], make: Callable[[TrainConfig[Any]], VisualTaskVectorEnv]) -> Envs:
+    """The environments of a run: those of its task, or of each task of its mix.
+
+    Raises:
+        ConfigError: As `make`; its message begins with the task's name.
+    """
+    if not (parts := parts_of(config)):
+        return make(config)
+    made: dict[str, VisualTaskVectorEnv] = {}
+    for name, part in parts.items():
+        try:
+            made[name] = make(part.config)
+        except (ConfigError, DataError) as error:
+            kind = ConfigError if isinstance(error, ConfigError) else DataError
+            raise kind(f"{name}: {error}") from error
+    return MixedVectorEnv(made, {name: part.weight for name, part in parts.items()})
+
+
+def _training_envs_of(config: TrainConfig[Any], accelerator: Accelerator) -> VisualTaskVectorEnv:
     ranks, group_size, prompts = accelerator.num_processes, config.algorithm.group_size, config.batches.prompts_per_step
     if prompts % ranks:
         raise ConfigError(f"prompts_per_step={prompts} is not a multiple of {ranks} processes")
@@ -451,7 +517,7 @@ def _in_steps(config: TrainConfig[Any], samples: int | None) -> TrainConfig[Any]
     return replace(config, trainer=trainer, batches=replace(batches, epochs=None, warmup_share=None))
 
 
-def _evaluation_envs(config: TrainConfig[Any]) -> VisualTaskVectorEnv:
+def _evaluation_envs_of(config: TrainConfig[Any]) -> VisualTaskVectorEnv:
     data, measuring = config.data, config.measuring
     split = "eval" if data.dataset is None else measuring.eval_split
     if measuring.eval_dataset is None and data.dataset is not None:

@@ -33,6 +33,7 @@ from vlmenv.core.errors import ConfigError
 from vlmenv.core.rollout import Completion, Observation, Prompt, Rollout
 from vlmenv.doctor.counting import Counter, block_lists, counting, taps_of, weightless_agent
 from vlmenv.options.train import TrainConfig
+from vlmenv.runs.models import checkpoint_name
 
 Layout = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 
@@ -142,7 +143,9 @@ class Batch:
         """The largest of a rank's batches: all completions have the full length."""
         group, answer = config.algorithm.group_size, config.sampling.max_new_tokens
         prompts = -(-config.batches.prompts_per_step // ranks)
-        micro = min(prompts * group, config.trainer.micro_batch_size or prompts * group)
+        twice = getattr(find_algorithm(config.algo).make, "learns_masked", False)  # with the images, and masked
+        most = prompts * group * (2 if twice else 1)
+        micro = min(most, config.trainer.micro_batch_size or most)
         if (tokens := config.trainer.micro_batch_tokens) is not None:
             micro = min(micro, max(1, int(tokens // (longest / group + answer))))
         return cls(prompts, prompts * group, longest, answer, micro, -(-micro // group))
@@ -255,6 +258,9 @@ def _sizes(
     prompts = [agent.family.encode(observation) for _ in range(batch.micro_prompts)]
     narrow = config.batches.precision == "bf16" and options.weights != "fp32"
     reference = _reference(agent, narrow=narrow) if algorithm.wants_reference and agent.lora is None else 0.0
+    if (teacher := getattr(config.algorithm, "teacher", None)) is not None:
+        taught = VLMAgent.weightless(checkpoint_name(teacher)).family_policy
+        reference += sum(one.numel() for one in taught.parameters()) * DTYPES[config.batches.precision].itemsize
     return _counted(agent, prompts, batch, config, reference, backward=backward)
 
 

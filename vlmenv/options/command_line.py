@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,6 +11,7 @@ from vlmenv.core.errors import ConfigError
 from vlmenv.core.loading import import_modules
 from vlmenv.options.fields import options_of
 from vlmenv.options.files import as_arguments, packaged_file, read_options
+from vlmenv.options.mixing import MIX
 from vlmenv.options.parsing import names_of, parse, renamed, single_value, values_of
 from vlmenv.options.resolve import RECORD, Layer, displace, merge, unknown_of
 
@@ -109,6 +110,15 @@ def run_layers(folder: Path) -> list[Layer]:
             f"{resolved.place} is cut off: its last part, the {RECORD}, is missing. Put the file back, or remove it to "
             "resume with what config.yaml says and the defaults of this version"
         )
+    layers = [_with_mix(layer, folder) for layer in layers]
     if not any(layer.values for layer in layers):
         raise ConfigError(f"{folder / 'config.yaml'} is empty: put the run's options back, or start a new run")
     return layers
+
+
+def _with_mix(layer: Layer, folder: Path) -> Layer:
+    """A layer of a run's folder, which may have been moved since it named its own file of the tasks of a mix."""
+    named = layer.values.get("mix_file")
+    if named is None or Path(str(named)).is_file() or not (folder / MIX).is_file():
+        return layer
+    return replace(layer, values={**layer.values, "mix_file": str(folder / MIX)})

@@ -39,6 +39,10 @@ class EvalConfig(AnswerConfig):
     """Number of sampled completions per question, at `temperature`. None: one greedy completion."""
     output: Path | None = None
     """Folder for metrics.json and answers.jsonl. None: nothing is written."""
+    visual_dependence: bool = False
+    """Measure with images masked, shuffled among samples and blank too: how much the model looks at them."""
+    mask_share: float = 0.6
+    """Share of an image's patches that visual_dependence masks."""
     suite: Literal["vlm_r1", "pebr_r1"] | None = None
     """Paper whose data sets are measured, if they are in the folders of `suite_data`."""
     suite_data: tuple[Path, ...] | None = None
@@ -51,6 +55,11 @@ class EvalConfig(AnswerConfig):
             raise ConfigError(
                 f"temperature must be above 0, not {self.sampling.temperature}: sampled answers would all be alike"
             )
+        require(0 < self.mask_share <= 1, f"mask_share must be a share above 0, not {self.mask_share}")
+        if not self.visual_dependence and self.mask_share != type(self).mask_share:
+            raise ConfigError("mask_share goes with visual_dependence")
+        if self.visual_dependence and self.suite is not None:
+            raise ConfigError("visual_dependence is for a single data set: leave out suite")
         if self.suite is None and self.suite_data is not None:
             raise ConfigError("suite_data goes with a suite; a data set of your own is given as dataset")
 

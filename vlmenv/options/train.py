@@ -9,7 +9,8 @@ from typing import Any, Final, Generic, Literal, Self, TypeVar
 
 from vlmenv.algos import AlgorithmConfig, GRPOConfig, TrainerConfig, find_algorithm
 from vlmenv.core.errors import ConfigError, require
-from vlmenv.options.task import BoxNumbers, TaskConfig, located_names
+from vlmenv.options.mixing import MixOptions, parts_of
+from vlmenv.options.task import BoxNumbers, TaskConfig, located_model, located_names
 
 AlgorithmT = TypeVar("AlgorithmT", bound=AlgorithmConfig)
 
@@ -191,8 +192,10 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
     dry_run: bool = False
     """Print the resolved options, the files to be read and the folder to be written, and stop."""
     algo: str = "grpo"
-    """Algorithm: grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce++, ppo, sft, or a class of your own, as in
-    `my_algorithm:MyAlgorithm`. `vlmenv train --algo NAME --help` shows its options."""
+    """Algorithm: grpo, dr_grpo, dapo, gspo, cispo, sapo, gmpo, gdpo, papo_g, papo_d, vppo, rloo, reinforce++, ppo,
+    opd, sft, or a class of your own, as in `my_algorithm:MyAlgorithm`. `vlmenv train --algo NAME --help` shows its
+    options."""
+    mixing: MixOptions = field(default_factory=MixOptions)
     batches: BatchOptions = field(default_factory=BatchOptions)
     measuring: MeasuringOptions = field(default_factory=MeasuringOptions)
     logging: LoggingOptions = field(default_factory=LoggingOptions)
@@ -202,12 +205,17 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
 
     def located(self) -> Self:
         measuring = replace(self.measuring, eval_dataset=located_names(self.measuring.eval_dataset))
-        return replace(super().located(), measuring=measuring)
+        located = replace(super().located(), measuring=measuring)
+        if (teacher := getattr(self.algorithm, "teacher", None)) is None:
+            return located
+        algorithm: Any = self.algorithm
+        return replace(located, algorithm=replace(algorithm, teacher=located_model(teacher)))
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.batches.revisit < 1 and self.algorithm.group_size == 1:
             raise ConfigError("revisit compares the answers to a sample: it needs a group_size above 1")
+        self._check_masks()
         if self.sampling.temperature == 0:
             raise ConfigError("temperature must be above 0: training needs varied answers")
         self._check_sampler()
@@ -218,6 +226,32 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
         if data.dataset is None and given:
             raise ConfigError(
                 "split, eval_dataset and eval_split go with dataset: the built-in samples have splits of their own"
+            )
+        self._check_mix()
+
+    def _check_mix(self) -> None:
+        """Raises ConfigError if options go with a single task, or those of the mix are faulty."""
+        if self.mixing.mix is None:
+            return
+        if self.env != TaskConfig.env:
+            raise ConfigError("env is the task of a run on a single one: name it in mix, or leave mix out")
+        if self.batches.epochs is not None:
+            raise ConfigError("epochs are passes over one data set, and a mix has several: give steps")
+        parts_of(self)
+
+    @property
+    def task_name(self) -> str:
+        """The name of the task, or those of a mix."""
+        return "+".join(self.mixing.names) or self.env
+
+    def _check_masks(self) -> None:
+        """Raises ConfigError if images are masked for nothing."""
+        make = find_algorithm(self.algo).make
+        masks = getattr(make, "wants_masked", False) or getattr(make, "learns_masked", False)
+        given = self.trainer.mask_share != TrainerConfig.mask_share
+        if given and not masks and self.trainer.visual_dependence_every is None:
+            raise ConfigError(
+                "mask_share goes with visual_dependence_every, or with an algorithm that masks images, such as papo_g"
             )
 
     def _check_sampler(self) -> None:

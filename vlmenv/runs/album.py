@@ -44,7 +44,7 @@ class Album:
 
     A line has these entries:
 
-    - `key`: "train/INDEX" or "eval/INDEX"; `id`; `question`.
+    - `key`: "train/INDEX" or "eval/INDEX", and "train/TASK/INDEX" in a mix; `id`; `question`.
     - `images`: `file`, and `width` and `height` of the full image; `left_out`: the number of further ones.
     - `asked`: the number of the image that places refer to.
     - `true`: labelled places in pixels of the full image.
@@ -54,10 +54,12 @@ class Album:
         folder: The folder, which is made with the first sample.
         task: The task whose samples are kept.
         part: The use of the task's samples.
+        name: The task's name in a mix, which stands in keys before the index. Default: the run has one task.
     """
 
-    def __init__(self, folder: Path, task: VisualTaskEnv, part: Part) -> None:
-        self._folder, self._task, self._part = folder, task, part
+    def __init__(self, folder: Path, task: VisualTaskEnv, part: Part, name: str = "") -> None:
+        self._folder, self._task, self._name = folder, task, name
+        self._part = f"{part}/{name}" if name else part
         self._known = {key: (row.get("id"), row.get("question")) for key, row in read_album(folder).items()}
         self._begun = False
 
@@ -110,7 +112,8 @@ class Album:
         if self._begun:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(self._folder / TASK, json.dumps(describe_task(self._task), indent=2) + "\n")
+        if not self._name:  # answers of a mix are judged one by one
+            write_atomic(self._folder / TASK, json.dumps(describe_task(self._task), indent=2) + "\n")
         with (self._folder / INDEX).open("a+b") as stream:
             if stream.tell() and (stream.seek(-1, os.SEEK_END), stream.read(1))[1] != b"\n":
                 stream.write(b"\n")
@@ -121,7 +124,7 @@ class Album:
         asked = len(shown) - len(sample.asked_images)
         images = []
         for number, (image, (width, height)) in enumerate(shown[:MOST_IMAGES]):
-            file = f"{self._part}-{index}-{number}.webp"
+            file = f"{self._part.replace('/', '-')}-{index}-{number}.webp"
             _save(image, self._folder / file)
             images.append({"file": file, "width": width, "height": height})
         places = self._task.geometry is not None and bool(sample.asked_images)

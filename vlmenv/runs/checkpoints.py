@@ -56,14 +56,19 @@ def save_checkpoint(trainer: Trainer, run: RunFolder, facts: Mapping[str, Any] |
             replace_folder(partial, folder)
 
 
-def save_best(trainer: Trainer, run: RunFolder) -> None:
+def save_best(trainer: Trainer, run: RunFolder, name: str = "best") -> None:
     """Writes the model as the best so far with its manifest, without the trainer's state. A collective.
+
+    Args:
+        trainer: The trainer.
+        run: The run's folder.
+        name: Name of the model's folder. Default: the one that the run is named by as a model.
 
     Raises:
         CheckpointError: It cannot be written. The former best model stays unchanged.
     """
-    folder, weights = run.path / "best", trainer.processes.weights()
-    partial = folder.with_name("best.partial")
+    folder, weights = run.path / name, trainer.processes.weights()
+    partial = folder.with_name(f"{name}.partial")
     with shared_failure(trainer.accelerator), _written(folder, partial):
         if trainer.accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)

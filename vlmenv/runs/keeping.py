@@ -10,9 +10,10 @@ from rich.console import Console
 
 from vlmenv.core.console import warn
 from vlmenv.core.errors import VLMEnvError
-from vlmenv.envs.vector import VisualTaskVectorEnv
+from vlmenv.envs.mixed import by_task
 from vlmenv.evaluation import Evaluation
 from vlmenv.runs.album import Album, Part, groups_shown, is_right
+from vlmenv.runs.by_task import Envs
 from vlmenv.runs.report import write_report
 from vlmenv.runs.run_folder import RunFolder
 
@@ -37,8 +38,8 @@ class Keeping:
     def __init__(
         self,
         run: RunFolder,
-        envs: VisualTaskVectorEnv,
-        held_out: VisualTaskVectorEnv | None,
+        envs: Envs,
+        held_out: Envs | None,
         steps: int,
         console: Console,
         *,
@@ -46,26 +47,29 @@ class Keeping:
     ) -> None:
         self._run, self._envs, self._held_out = run, envs, held_out
         self._steps, self._console, self._active = steps, console, active
-        self._albums: dict[str, Album] = {}
+        self._albums: dict[tuple[str, str], Album] = {}
 
     def completions(self, step: int, records: list[dict[str, Any]]) -> None:
         """Keeps the samples of a step's first groups, and sets `right` in the records of their completions."""
         if not self._active:
             return
-        size, task = self._envs.group_size, self._envs.task
-        shown = records[: size * groups_shown(step, self._steps, size)]
-        with self._harmless():
-            indices = [one["index"] for one in shown if one["index"] is not None]
-            samples = self._album("train").keep(indices, self._envs.shown)
-            for one in shown:
-                if (sample := samples.get(one["index"])) is not None:
-                    one["right"] = is_right(task, sample, one["completion"], one["rewards"])
+        size = self._envs.group_size
+        for name, envs in by_task(self._envs).items():
+            shown = [one for one in records if one.get("task", "") == name]
+            shown = shown[: size * groups_shown(step, self._steps, size)]
+            with self._harmless():
+                indices = [one["index"] for one in shown if one["index"] is not None]
+                samples = self._album("train", name).keep(indices, envs.shown)
+                for one in shown:
+                    if (sample := samples.get(one["index"])) is not None:
+                        one["right"] = is_right(envs.task, sample, one["completion"], one["rewards"])
 
     def evaluation(self, evaluation: Evaluation) -> None:
         """Keeps the samples of an evaluation."""
-        if self._active:
+        for name in by_task(self._held_out) if self._active else ():
             with self._harmless():
-                album, answers = self._album("eval"), evaluation.answers[:MOST_MEASURED]
+                answers = [one for one in evaluation.answers if one.get("task", "") == name][:MOST_MEASURED]
+                album = self._album("eval", name)
                 album.keep([one["index"] for one in answers if album.lacks(one["index"], one["id"])])
 
     def report(self) -> bool:
@@ -75,12 +79,11 @@ class Keeping:
                 write_report([self._run.path], self._run.path / "report.html")
         return self._active
 
-    def _album(self, part: Part) -> Album:
-        if part not in self._albums:
-            envs = self._envs if part == "train" else self._held_out
-            assert envs is not None
-            self._albums[part] = Album(self._run.path / "samples", envs.task, part)
-        return self._albums[part]
+    def _album(self, part: Part, name: str) -> Album:
+        if (part, name) not in self._albums:
+            envs = by_task(self._envs if part == "train" else self._held_out)[name]
+            self._albums[part, name] = Album(self._run.path / "samples", envs.task, part, name)
+        return self._albums[part, name]
 
     @contextmanager
     def _harmless(self) -> Iterator[None]:

@@ -19,22 +19,23 @@ from vlmenv.building import report_skipped
 from vlmenv.core.console import say, warn
 from vlmenv.core.errors import DataError, PromptError, SampleError, TrainingError, VLMEnvError
 from vlmenv.core.rollout import unbatch
+from vlmenv.envs.mixed import MixedVectorEnv, by_task
 from vlmenv.envs.rewards.workers import LOSSES
 from vlmenv.envs.vector import VisualTaskVectorEnv
-from vlmenv.evaluation import (
-    Evaluation,
-    as_json,
-    differences,
-    evaluate,
-    metrics_table,
-    play,
-    read_evaluation,
-    sample_count,
-    write_evaluation,
-)
+from vlmenv.evaluation import Evaluation, as_json, metrics_table, play, write_evaluation
 from vlmenv.options.train import TrainConfig
 from vlmenv.processes.failures import FAILED_ON_ALL_RANKS, failed_on_all_ranks, shared_failure
 from vlmenv.processes.stopping import Stopping
+from vlmenv.runs.by_task import (
+    Envs,
+    answers_to,
+    differences_by_task,
+    evaluate_tasks,
+    history_of,
+    picture_of,
+    read_tasks,
+    told_of,
+)
 from vlmenv.runs.checkpoints import prune, save_best, save_checkpoint
 from vlmenv.runs.keeping import Keeping
 from vlmenv.runs.nonfinite import write_nonfinite
@@ -47,7 +48,7 @@ from vlmenv.runs.watch import CONCERNS, collapse, concerns, drift, first_concern
 
 def measured_before(
     trainer: Trainer,
-    envs: VisualTaskVectorEnv | None,
+    envs: Envs | None,
     config: TrainConfig[Any],
     run: RunFolder,
     console: Console,
@@ -57,7 +58,7 @@ def measured_before(
     """What the model can do before training; a resumed run has it in its folder. A damaged one is measured again."""
     if envs is not None and config.resume is not None and (run.path / "before" / "metrics.json").is_file():
         try:
-            return read_evaluation(run.path / "before", envs.task)
+            return read_tasks(run.path / "before", envs)
         except (DataError, OSError) as error:
             say(f"warning: {error}; the model before training is measured again", console)
     before = evaluate_now(trainer, envs, config, "before training", console, stopping)
@@ -69,19 +70,30 @@ def measured_before(
 
 
 FIRST_SAMPLES, FIRST_GROUP = 8, 2
-"""Samples of the look at a model before training, and completions of each."""
+"""Samples of each task of the look at a model before training, and completions of each."""
 
 
-def look_first(
-    trainer: Trainer, envs: VisualTaskVectorEnv, config: TrainConfig[Any], run: RunFolder, console: Console
-) -> None:
+def look_first(trainer: Trainer, envs: Envs, config: TrainConfig[Any], run: RunFolder, console: Console) -> None:
     """Warns if the model's answers to a few samples give nothing to learn from, before time is spent on them.
 
-    All ranks answer the same samples. Training is the same bit for bit as without.
+    All ranks answer the same samples, of each task. Training is the same bit for bit as without.
     """
     if trainer.algorithm.imitates:
         return
     trainer.sync()
+    for name, own in by_task(envs).items():
+        _look_at(name, own, trainer, config, run, console)
+
+
+def _look_at(
+    name: str,
+    envs: VisualTaskVectorEnv,
+    trainer: Trainer,
+    config: TrainConfig[Any],
+    run: RunFolder,
+    console: Console,
+) -> None:
+    """Looks at the answers to one task."""
     agent, state = trainer.agent, trainer.agent.rng_state()
     looking = VisualTaskVectorEnv(lambda: envs.task, FIRST_SAMPLES * FIRST_GROUP, group_size=FIRST_GROUP)
     held = trainer.processes.gathered() if agent.generates_itself else nullcontext()
@@ -100,13 +112,13 @@ def look_first(
     truncated = [one.finish_reason == "length" for one in rollout.completions]
     if trainer.accelerator.is_main_process:
         for kind, message in first_concerns(rollout.texts, readable, truncated, played.rewards.tolist()):
-            run.write_warning(0, message, f"first {kind}")
-            warn(message, console)
+            run.write_warning(0, f"{told_of(name)}{message}", f"first {kind}")
+            warn(f"{told_of(name)}{message}", console)
 
 
 def evaluate_now(
     trainer: Trainer,
-    envs: VisualTaskVectorEnv | None,
+    envs: Envs | None,
     config: TrainConfig[Any],
     title: str,
     console: Console,
@@ -120,17 +132,8 @@ def evaluate_now(
     if envs is None:
         return None
     trainer.sync()
-    count = sample_count(envs, config.measuring.eval_limit)
-    return evaluate(
-        trainer.agent,
-        envs,
-        count,
-        greedy=True,
-        title=title,
-        console=console,
-        processes=trainer.processes,
-        check=stopping.check,
-    )
+    limit = config.measuring.eval_limit
+    return evaluate_tasks(trainer, envs, limit, title=title, console=console, check=stopping.check)
 
 
 @dataclass
@@ -138,8 +141,8 @@ class TrainingLoop:
     """A trainer on its way, each step of which is written as it is done."""
 
     trainer: Trainer
-    envs: VisualTaskVectorEnv
-    held_out: VisualTaskVectorEnv | None
+    envs: Envs
+    held_out: Envs | None
     config: TrainConfig[Any]
     run: RunFolder
     tracking: Tracking
@@ -200,7 +203,7 @@ class TrainingLoop:
                 self.run.write_step(result)
                 self._watch(result)
             samples = every > 0 and (step % every == 0 or step in (1, steps))
-            self.tracking.log(result, self.envs.task, samples=samples)
+            self.tracking.log(result, {name: one.task for name, one in by_task(self.envs).items()}, samples=samples)
         if self.measured.get(step) is not None:
             self.keeping.report()
         if self._is_due(step):
@@ -270,13 +273,21 @@ class TrainingLoop:
             if trainer.accelerator.is_main_process:
                 write_evaluation(evaluation, run.evaluation(trainer.step))
                 self.keeping.evaluation(evaluation)
-        name, interval = next(iter(evaluation.metrics.items()))
-        if trainer.processes.broadcast(interval.value > run.best().get("value", float("-inf"))):
-            save_best(trainer, run)
-            with shared_failure(trainer.accelerator):
-                if trainer.accelerator.is_main_process:
-                    run.write_json("best.json", {"step": trainer.step, "metric": name, "value": interval.value})
+        self._save_if_best(evaluation, "best", next(iter(evaluation.metrics)))
+        for task in self.envs.tasks if isinstance(self.envs, MixedVectorEnv) else ():
+            first = next(metric for metric in evaluation.metrics if metric.startswith(f"{task}/"))
+            self._save_if_best(evaluation, f"best-{task}", first)
         return {f"eval/{metric}": value for metric, value in evaluation.values().items()}
+
+    def _save_if_best(self, evaluation: Evaluation, folder: str, metric: str) -> None:
+        """Saves the model into a folder if it is better than any before by a metric."""
+        trainer, run, value = self.trainer, self.run, evaluation.metrics[metric].value
+        if not trainer.processes.broadcast(value > run.best(folder).get("value", float("-inf"))):
+            return
+        save_best(trainer, run, folder)
+        with shared_failure(trainer.accelerator):
+            if trainer.accelerator.is_main_process:
+                run.write_json(f"{folder}.json", {"step": trainer.step, "metric": metric, "value": value})
 
     def _finish(self) -> None:
         """Saves the state after the last step, and draws the curve so far."""
@@ -284,7 +295,9 @@ class TrainingLoop:
             self._save()
         self._prune()
         self._draw()
-        report_skipped(self.trainer.collector.skipped() or {}, self.envs.task.source.size, self.console)
+        sizes = [one.task.source.size for one in by_task(self.envs).values()]
+        total = None if None in sizes else sum(size or 0 for size in sizes)
+        report_skipped(self.trainer.collector.skipped() or {}, total, self.console)
         if self.trainer.step < self.config.trainer.steps:
             self.keeping.report()
             self._say_how_to_go_on()
@@ -317,8 +330,11 @@ class TrainingLoop:
 
     def _draw(self) -> None:
         if self.trainer.accelerator.is_main_process and self.history:
-            title = f"{self.run.path.name}: {self.config.env}, {self.config.algo}"
+            title = f"{self.run.path.name}: {self.config.task_name}, {self.config.algo}"
             draw_curve(self.run.path / "curve.png", self.history, self.run.warned(), title)
+            for name in self.envs.tasks if isinstance(self.envs, MixedVectorEnv) else ():
+                file = self.run.path / picture_of(name, "curve.png")
+                draw_curve(file, history_of(self.history, name), self.run.warned(), f"{self.run.path.name}: {name}")
 
     def _fail_tracking(self) -> None:
         self.tracking.close(failed=True)
@@ -367,17 +383,19 @@ def peak_memory() -> float:
 def compare(
     config: TrainConfig[Any],
     run: RunFolder,
-    envs: VisualTaskVectorEnv,
+    envs: Envs,
     before: Evaluation,
     after: Evaluation,
     console: Console,
     keeping: Keeping,
 ) -> None:
     """Shows and writes what changed."""
-    draw_samples(run.path / "samples.png", envs, before, after)
+    for name, own in by_task(envs).items():
+        file = run.path / picture_of(name, "samples.png")
+        draw_samples(file, own, answers_to(before, name), answers_to(after, name))
     write_evaluation(after, run.path / "after")
     keeping.evaluation(after)
-    changes = differences(envs.task, before.answers, after.answers)
+    changes = differences_by_task(envs, before.answers, after.answers)
     told = {"before": before.as_json(), "after": after.as_json(), "change": as_json(changes)}
     run.write_json("evaluation.json", told)
     measuring = config.measuring

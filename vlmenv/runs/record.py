@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import torch
@@ -25,11 +26,14 @@ from vlmenv.core.console import say, styled
 from vlmenv.core.files import file_digest
 from vlmenv.core.names import hub_name
 from vlmenv.envs.data.dataset import hub_commits
+from vlmenv.envs.mixed import by_task
 from vlmenv.envs.vector import VisualTaskVectorEnv
-from vlmenv.options.fields import options_of
+from vlmenv.options.fields import flatten, options_of
 from vlmenv.options.files import to_yaml
+from vlmenv.options.mixing import names_by_task, parts_of
 from vlmenv.options.resolve import NAMING, RECORD, grouped
 from vlmenv.options.train import TrainConfig
+from vlmenv.runs.by_task import Envs, told_of
 from vlmenv.runs.lengths import Lengths
 from vlmenv.runs.run_folder import RunFolder
 
@@ -47,17 +51,18 @@ def asked_yaml(config: TrainConfig[Any], names: Collection[str], identity: str) 
         names: Those that files, flags or keyword arguments gave.
         identity: The run's id, which its checkpoints carry.
     """
-    kept = [name for name in options_of(config) if name in {*names, "env", "algo", "model"} and name not in _PLACES]
+    always = {"algo", "model"} if config.mixing.mix else {"env", "algo", "model"}
+    kept = [name for name in options_of(config) if name in {*names, *always} and name not in _PLACES]
     return to_yaml(grouped(config.located(), kept) | {RECORD: {"run": identity}})
 
 
 def resolved_yaml(
     config: TrainConfig[Any],
-    envs: VisualTaskVectorEnv,
-    held_out: VisualTaskVectorEnv | None,
+    envs: Envs,
+    held_out: Envs | None,
     accelerator: Accelerator,
     identity: str | None = None,
-    lengths: Lengths | None = None,
+    lengths: Mapping[str, Lengths] = MappingProxyType({}),
     paths: Sequence[FastPath] = (),
 ) -> str:
     """The content of resolved.yaml: all options with the values that are used, and how the run is made.
@@ -70,18 +75,40 @@ def resolved_yaml(
         held_out: The environments of measuring. None: nothing is measured.
         accelerator: Device and ranks.
         identity: The run's id. None: nothing is run.
-        lengths: The lengths of the prompts of training. None: there is no data set.
+        lengths: The lengths of the prompts of training by task, of those with a data set.
         paths: The fast paths of the model. Default: none, as no model is loaded.
     """
-    sources = [one.task.source for one in (envs, held_out) if one is not None]
-    commits = {name: commit for source in sources for name, commit in hub_commits(source).items()}
-    rows = {} if lengths is None else {"prompt_tokens": lengths.figures(), "left_out": dict(sources[0].unwanted)}
+    tasks, commits = by_task(envs), _commits(envs, held_out)
+    rows = {
+        f"{name} {what}" if name else what: value
+        for name, own in lengths.items()
+        for what, value in (("prompt_tokens", own.figures()), ("left_out", dict(tasks[name].task.source.unwanted)))
+    }
     record = _record(config, commits, accelerator)
     if paths:
         record["fast_paths"] = {path.name: path.written for path in paths}
-    config = _pinned(used(config, envs), commits)
+    config = _pinned(config.located() if config.mixing.mix else used(config, tasks[""]), commits)
     names = [name for name in options_of(config) if name not in _PLACES]
     return to_yaml(grouped(config, names) | {RECORD: {"run": identity, **record, **rows}})
+
+
+def _commits(*envs: Envs | None) -> dict[str, str]:
+    """The commits of data sets on the hub."""
+    sources = [one.task.source for several in envs for one in by_task(several).values()]
+    return {name: commit for source in sources for name, commit in hub_commits(source).items()}
+
+
+def sections_yaml(config: TrainConfig[Any], envs: Envs, held_out: Envs | None) -> str:
+    """The content of mix.yaml: the options of each task of a mix, with the values that are used; empty without."""
+    tasks, commits = by_task(envs), _commits(envs, held_out)
+    parts = {name: _pinned(used(part.config, tasks[name]), commits) for name, part in parts_of(config).items()}
+    return to_yaml({name: of_section(one) for name, one in parts.items()}) if parts else ""
+
+
+def of_section(config: TrainConfig[Any]) -> dict[str, Any]:
+    """The options of a task of a mix that its section may have."""
+    values = flatten(config)
+    return {name: values[name] for name in ("env", *names_by_task(config))}
 
 
 def used(config: TrainConfig[Any], envs: VisualTaskVectorEnv) -> TrainConfig[Any]:
@@ -125,7 +152,7 @@ def _record(config: TrainConfig[Any], commits: Mapping[str, str], accelerator: A
         "ranks": accelerator.num_processes,
         "threads": torch.get_num_threads(),
         "model": _commit(model) | _model(config.model),
-        "data": {name: _described(name, commits) for name in _datasets(config)},
+        "data": {name: _described(name, commits) for one in _alone(config) for name in _datasets(one)},
     }
     return record
 
@@ -171,6 +198,16 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _counted(envs: VisualTaskVectorEnv) -> str:
+    size = envs.task.source.size
+    return "built-in samples" if size is None else f"{size} samples"
+
+
+def _alone(config: TrainConfig[Any]) -> list[TrainConfig[Any]]:
+    """The options of each task."""
+    return [part.config for part in parts_of(config).values()] or [config]
 
 
 def _datasets(config: TrainConfig[Any]) -> list[str]:
@@ -222,8 +259,8 @@ def _checksum(file: Path) -> dict[str, str]:
 
 def print_dry_run(
     config: TrainConfig[Any],
-    envs: VisualTaskVectorEnv,
-    held_out: VisualTaskVectorEnv | None,
+    envs: Envs,
+    held_out: Envs | None,
     run: RunFolder,
     accelerator: Accelerator,
     disk: str,
@@ -231,10 +268,12 @@ def print_dry_run(
 ) -> None:
     """Prints the resolved options, the files to be read, the folder to be written, and the room on its disk."""
     console.print(styled(resolved_yaml(config, envs, held_out, accelerator)), soft_wrap=True)
-    samples = "built-in samples" if envs.task.source.size is None else f"{envs.task.source.size} samples"
+    if config.mixing.mix:
+        console.print(styled(sections_yaml(config, envs, held_out)), soft_wrap=True)
+    samples = ", ".join(f"{told_of(name)}{_counted(own)}" for name, own in by_task(envs).items())
     lines = [
         f"reads the model {find_model(config.model)}",
-        *(f"reads the data set {name}" for name in _datasets(config)),
+        *(f"reads the data set {name}" for one in _alone(config) for name in _datasets(one)),
         f"trains on {samples}, {config.trainer.steps} steps of {config.batches.prompts_per_step} prompts",
         f"writes to {run.path}",
         f"disk: {disk}",

@@ -56,7 +56,8 @@ class Answer:
     @property
     def key(self) -> str:
         """The key of its sample in the album."""
-        return f"{self.part}/{self.row.get('index')}"
+        task = self.row.get("task")
+        return f"{self.part}/{f'{task}/' if task else ''}{self.row.get('index')}"
 
     @property
     def size(self) -> int:
@@ -312,7 +313,7 @@ def _sample(answer: Answer, kept: Row) -> Content:
         "id": visible(row.get("id", ""))[:200],
         "question": shortened(kept.get("question") or prompt.rstrip().rpartition("\n")[2]),
         "prompt": shortened(before + prompt),
-        "subject": visible(row.get("subject", ""))[:200],
+        "subject": visible(", ".join(str(row[name]) for name in ("task", "subject") if row.get(name)))[:200],
         "truth": written(row.get("target")),
         "images": [
             {"file": one["file"], "w": _side(one.get("width")), "h": _side(one.get("height"))}

@@ -7,29 +7,34 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from vlmenv.core.errors import ConfigError, DataError
+from vlmenv.envs.mixed import by_task
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.options.fields import flatten
+from vlmenv.options.mixing import parts_of
 from vlmenv.options.resolve import NAMING
 from vlmenv.options.train import TrainConfig
+from vlmenv.runs.by_task import Envs
 from vlmenv.runs.checkpoints import Found
 from vlmenv.runs.data import difference, fingerprint
-from vlmenv.runs.record import used
+from vlmenv.runs.record import of_section, used
 from vlmenv.runs.run_folder import RunFolder
 
-_PLACES: Final = (*NAMING, "output", "model", "server", "judge_url")
+_PLACES: Final = (*NAMING, "output", "model", "server", "judge_url", "mix_file")
 """Options that are not compared: folders and addresses. The model's weights are those of the checkpoint."""
 
 
 @dataclass(frozen=True)
 class DataSets:
-    """The samples of a run by their use: `training`, and `evaluation` where that is measured."""
+    """The samples of a run by their use: `training`, and `evaluation` where that is measured; by task in a mix."""
 
     envs: Mapping[str, VisualTaskVectorEnv]
 
     @classmethod
-    def of(cls, envs: VisualTaskVectorEnv, held_out: VisualTaskVectorEnv | None) -> DataSets:
+    def of(cls, envs: Envs, held_out: Envs | None) -> DataSets:
         """The samples of the environments of a run."""
-        return cls({"training": envs} | ({} if held_out is None else {"evaluation": held_out}))
+        uses = {"training": by_task(envs), "evaluation": by_task(held_out)}
+        named = {use: {f"{name} {use}" if name else use: one for name, one in own.items()} for use, own in uses.items()}
+        return cls(named["training"] | named["evaluation"])
 
     def fingerprints(self) -> dict[str, Any]:
         """The fingerprint of each set."""
@@ -52,8 +57,14 @@ def facts(config: TrainConfig[Any], data: DataSets, run: RunFolder, ranks: int) 
 
 
 def _options(config: TrainConfig[Any], data: DataSets) -> dict[str, Any]:
-    used_now = flatten(used(config, data.envs["training"]))
-    return {name: value for name, value in used_now.items() if name not in _PLACES}
+    if not (parts := parts_of(config)):
+        used_now = flatten(used(config, data.envs["training"]))
+        return {name: value for name, value in used_now.items() if name not in _PLACES}
+    told = {name: value for name, value in flatten(config.located()).items() if name not in _PLACES}
+    for task, part in parts.items():
+        own = of_section(used(part.config, data.envs[f"{task} training"]))
+        told |= {f"{task} {name}": value for name, value in own.items()}
+    return told
 
 
 def changes(config: TrainConfig[Any], found: Found, data: DataSets, ranks: int) -> tuple[dict[str, Any], list[str]]:

@@ -60,7 +60,7 @@ class Need:
     most: int
     """number of checkpoints that there are at a time, one that is being written included"""
     best: int
-    """bytes of the best model, the former one included while it is replaced"""
+    """bytes of the best model, and of a mix the best one for each task, a former one included while it is replaced"""
     there: int
     """bytes of what is there already, of a run that goes on"""
 
@@ -72,10 +72,11 @@ class Need:
             most = logging.kept + 1
         else:  # all are kept
             most = math.ceil(steps / logging.checkpoint_every) if logging.checkpoint_every else 1
-        folders = [*run.checkpoints(), run.path / "best"]
+        folders = [*run.checkpoints(), *run.path.glob("best*")]
         there = sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
         each = size.model + size.training
-        return cls(each, most, 2 * size.model if config.measuring.eval_every else 0, there)
+        best = 2 + len(config.mixing.mix or ())
+        return cls(each, most, best * size.model if config.measuring.eval_every else 0, there)
 
     @property
     def bytes(self) -> int:

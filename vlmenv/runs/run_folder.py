@@ -19,6 +19,7 @@ from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.core.files import flush_file, read_object, write_atomic
 from vlmenv.core.text import visible
 from vlmenv.options.files import read_options
+from vlmenv.options.mixing import MIX
 from vlmenv.options.resolve import RECORD
 
 _STEP: Final = re.compile(r"step-(0|[1-9][0-9]*)", re.ASCII)
@@ -56,6 +57,12 @@ class RunFolder:
         if (self.path / "metrics.jsonl").exists() or self.checkpoints():
             raise ConfigError(f"{self.path} already holds a run: choose another --output, or remove it")
         self._check_logs()
+
+    def write_mix(self, sections: str) -> Path:
+        """Makes the folder, and writes the options of a mix's tasks as YAML. Returns the file."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.path / MIX, f"# The tasks of the mix, with what was used\n{sections}")
+        return self.path / MIX
 
     def create(self, asked: str, resolved: str) -> None:
         """Makes the folder, and writes the options that were asked for and all that are used, both as YAML."""
@@ -217,14 +224,17 @@ class RunFolder:
             if file.exists() and not file.is_file():
                 raise ConfigError(f"{file} is no regular file: remove it")
 
-    def best(self) -> dict[str, Any]:
+    def best(self, name: str = "best") -> dict[str, Any]:
         """The record of the best model so far; empty if there is none.
+
+        Args:
+            name: The model's folder, best-TASK for one task of a mix.
 
         Raises:
             DataError: The file is damaged. Without it, the next measuring makes a new best model.
         """
         try:
-            return self.read_json("best.json")
+            return self.read_json(f"{name}.json")
         except DataError as error:
             raise DataError(f"{error}: remove it, and the model that is measured next is the best again") from error
 

@@ -255,8 +255,13 @@ class Tracking:
         if self._tracker is not None and (name in THROUGH_ACCELERATE or accelerator.is_main_process):
             self._tracker.start(run, {option: str(value) for option, value in options.items()}, step)
 
-    def log(self, result: StepResult, task: VisualTaskEnv, *, samples: bool) -> None:
+    def log(self, result: StepResult, tasks: Mapping[str, VisualTaskEnv], *, samples: bool) -> None:
         """Logs a step's metrics and, with `samples`, the first answers to a few of its samples.
+
+        Args:
+            result: The step.
+            tasks: The tasks of a mix by name, or a single task under the empty name.
+            samples: Whether answers are logged too.
 
         Raises:
             TrainingError: The tracker's files cannot be written.
@@ -266,7 +271,7 @@ class Tracking:
         with self._writing():
             self._tracker.log(result.metrics, result.step)
             if samples:
-                self._tracker.show(shown_samples(result, task), result.step)
+                self._tracker.show(shown_samples(result, tasks), result.step)
 
     def compare(self, before: Mapping[str, float], after: Mapping[str, float], step: int) -> None:
         """Logs the held-out metrics before and after training; called on the main rank.
@@ -292,11 +297,14 @@ class Tracking:
         self._tracker = None
 
 
-def shown_samples(result: StepResult, task: VisualTaskEnv) -> list[tuple[dict[str, Any], Image]]:
-    """Records of the first completion of each of the first samples, with the task's picture of sample and answer."""
-    firsts = {record["index"]: record for record in reversed(result.rollouts.records)}
-    records = list(reversed(firsts.values()))[:_NUM_SAMPLES]
-    return [(record, _picture(task, record)) for record in records]
+def shown_samples(result: StepResult, tasks: Mapping[str, VisualTaskEnv]) -> list[tuple[dict[str, Any], Image]]:
+    """Records of the first completion of each task's first samples, with the task's picture of sample and answer."""
+    firsts = {(record.get("task", ""), record["index"]): record for record in reversed(result.rollouts.records)}
+    shown: list[tuple[dict[str, Any], Image]] = []
+    for name, task in tasks.items():
+        own = [record for (of, _), record in reversed(firsts.items()) if of == name][:_NUM_SAMPLES]
+        shown += [(record, _picture(task, record)) for record in own]
+    return shown
 
 
 def _picture(task: VisualTaskEnv, record: dict[str, Any]) -> Image:

@@ -1,0 +1,55 @@
+"""OPD: on-policy distillation. A teacher scores the student's own completions, token by token.
+
+The reverse KL divergence, KL(student || teacher), is estimated at the sampled tokens, and is the negative
+advantage of each token by itself (https://thinkingmachines.ai/blog/on-policy-distillation, arXiv 2306.13649). Unlike
+imitation of the teacher's answers, it corrects the student where the student goes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from vlmenv.algos.base import Scored
+from vlmenv.algos.grpo import GRPO, GRPOConfig
+from vlmenv.algos.losses import bounded
+from vlmenv.core.errors import require, require_weight
+
+
+@dataclass(frozen=True)
+class OPDConfig(GRPOConfig):
+    """Hyperparameters of on-policy distillation, beside those of GRPO."""
+
+    teacher: str | None = None
+    """Model that teaches, in the forms of `model`, with the tokenizer of the trained model. It is held in memory, by
+    each rank as a whole."""
+    reward_weight: float = 0.0
+    """Weight of GRPO's advantages, from the rewards, beside the teacher's. 0: the rewards teach nothing."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_weight("reward_weight", self.reward_weight)
+        require(self.objective != "gmpo", "opd has advantages of tokens, which gmpo's geometric mean does not take")
+        require(self.ratio == "token", "opd has advantages of tokens, which do not go with a ratio of sequences")
+        compares = self.most_rounds > 1 or self.replay > 0 or self.overlong_share > 0
+        idle = compares and not self.reward_weight
+        require(not idle, "most_rounds, replay and overlong_share are of rewards: they go with a reward_weight above 0")
+
+
+class OPD(GRPO):
+    """OPD: the advantage of a token is the teacher's log-probability less the student's."""
+
+    name: ClassVar[str] = "opd"
+    wants_teacher: ClassVar[bool] = True
+
+    def __init__(self, config: OPDConfig) -> None:
+        super().__init__(config)
+        self.config: OPDConfig = config
+
+    def advantages(self, scored: Scored) -> Tensor:
+        """Computes advantages of tokens, [N, L]."""
+        assert scored.teacher_logprobs is not None
+        gap = bounded(scored.old_logprobs - scored.teacher_logprobs)
+        return self.config.reward_weight * super().advantages(scored) - gap

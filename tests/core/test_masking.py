@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vlmenv.core.masking import PATCH, Shuffle, mask_patches, masked
+from vlmenv.core.rollout import Observation
+from vlmenv.core.spaces import Image
+
+
+def picture(height: int, width: int, value: int = 200) -> Image:
+    return np.full((height, width, 3), value, np.uint8)
+
+
+def shown(*images: Image) -> Observation:
+    return {"images": images, "prompt": "what?", "turns": ()}
+
+
+@pytest.mark.parametrize(("height", "width"), [(70, 70), (65, 100), (5, 3)])
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.6, 1.0])
+def test_a_share_of_whole_patches_is_black(height: int, width: int, share: float) -> None:
+    image = picture(height, width)
+    found = mask_patches(image, share, seed=3)
+    assert found.shape == image.shape
+    assert found.dtype == np.uint8
+    assert (image == 200).all()
+    blocks = [found[y : y + PATCH, x : x + PATCH] for y in range(0, height, PATCH) for x in range(0, width, PATCH)]
+    assert all((block == block[0, 0, 0]).all() for block in blocks)
+    assert sum(int(block[0, 0, 0] == 0) for block in blocks) == round(share * len(blocks))
+
+
+def test_a_mask_depends_on_seed_and_image_alone() -> None:
+    first, other = picture(70, 70), picture(70, 70, 100)
+    again = masked([shown(other), shown(first, first)], 0.5, seed=1)
+    assert again[1]["images"][0] is again[1]["images"][1]  # copies stay one prompt
+    np.testing.assert_array_equal(again[1]["images"][0], mask_patches(first.copy(), 0.5, seed=1))
+    assert not np.array_equal(mask_patches(first, 0.5, seed=1), mask_patches(first, 0.5, seed=2))
+    assert not np.array_equal(again[0]["images"][0] > 0, again[1]["images"][0] > 0)
+
+
+def test_samples_exchange_their_images() -> None:
+    """Members of a group stay together; a sample with a number of images of its own waits for another such one."""
+    a, b, c, d = (picture(20, 20, value) for value in (10, 20, 30, 40))
+    shuffle = Shuffle()
+    found = shuffle([shown(a), shown(a), shown(b), shown(c, d), shown()])
+    values = [[int(image[0, 0, 0]) for image in one["images"]] for one in found]
+    assert values == [[20], [20], [10], [0, 0], []]
+    assert shuffle.alone == 1
+    (later,) = shuffle([shown(a, b)])
+    assert [int(image[0, 0, 0]) for image in later["images"]] == [30, 40]
+    assert shuffle.alone == 1
+    assert later["prompt"] == "what?"
