@@ -157,7 +157,9 @@ def _agent(config: TrainConfig[Any], blocks: int | None) -> VLMAgent:
 
     def prepare(agent: VLMAgent) -> None:
         if config.adaptation.quantize is not None:
-            quantize([agent.family.language_model()], config.adaptation.quantize, torch.device("cpu"))
+            quantize(
+                agent.family, config.adaptation.quantize, torch.device("cpu"), vision=config.adaptation.lora_vision
+            )
         adapt(agent, config.adaptation, config.batches.precision)
 
     return weightless_agent(Path(config.model), prepare, torch.float32, blocks=blocks, vision_blocks=blocks)

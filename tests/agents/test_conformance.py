@@ -500,8 +500,7 @@ def adapted(folder: Path, quantization: Any = None, *, published: bool = False) 
         for parameter in agent.family.model.parameters() if published else ():
             parameter.copy_(parameter.bfloat16())
     if quantization is not None:
-        parts = [agent.family.language_model().layers, agent.family.vision_tower(), *agent.family.projectors()]
-        assert quantize(parts, quantization, agent.device) > 8
+        assert quantize(agent.family, quantization, agent.device, vision=True) > 8
     torch.manual_seed(0)
     agent.add_lora(rank=4, alpha=8, vision=True)
     for parameter in agent.parameters():
