@@ -545,13 +545,21 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         """
         return self.score_batch([text], [sample])[0]
 
-    def score_batch(self, texts: Sequence[str], samples: Sequence[Sample], *, final: bool = True) -> list[Score]:
+    def score_batch(
+        self,
+        texts: Sequence[str],
+        samples: Sequence[Sample],
+        *,
+        final: bool = True,
+        earlier: Sequence[Sequence[str]] | None = None,
+    ) -> list[Score]:
         """Scores N answers, each to its sample, as `score` does. Batch terms run once over all of them.
 
         Args:
             texts: [N].
             samples: [N].
             final: If false, the episodes go on after these answers, and only `turn_terms` score them.
+            earlier: [N], the episodes' answers before. Default: none.
         """
         for text in texts:
             if not isinstance(text, str):
@@ -560,7 +568,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         scorer = self._scorer if final else self._turn_scorer
         if scorer is None:
             return [Score(0.0, {}, prediction, {}) for prediction in predictions]
-        return scorer(texts, [self.target(sample) for sample in samples], samples, predictions)
+        return scorer(texts, [self.target(sample) for sample in samples], samples, predictions, earlier)
 
     def scorer(self, rewards: Rewards) -> Scorer:
         """A scorer of this task's answers with the given terms.

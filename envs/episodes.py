@@ -63,8 +63,8 @@ def advance(task: VisualTaskEnv, episodes: Sequence[Episode], texts: Sequence[st
     rewards = [0.0] * len(episodes)
     for ends in (True, False):
         rows = [i for i, reply in enumerate(replies) if (reply is None) == ends]
-        samples = [episodes[i].sample for i in rows]
-        scores = task.score_batch([texts[i] for i in rows], samples, final=ends) if rows else []
+        samples, earlier = [episodes[i].sample for i in rows], [tuple(episodes[i].texts) for i in rows]
+        scores = task.score_batch([texts[i] for i in rows], samples, final=ends, earlier=earlier) if rows else []
         for i, score in zip(rows, scores, strict=True):
             rewards[i] = score.reward
             episodes[i].score = score if episodes[i].score is None else added(episodes[i].score, score)

@@ -1,10 +1,10 @@
-"""Any Gymnasium environment of one step as a visual task, so that it can be trained like one."""
+"""Any Gymnasium environment that takes text as a visual task, so that it can be trained like one."""
 
 from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import gymnasium
@@ -16,6 +16,7 @@ from vlmenv.core.spaces import Image
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.data.scenes import Split
 from vlmenv.envs.data.source import Sample, Source
+from vlmenv.envs.episodes import Reply
 from vlmenv.envs.rewards.terms import RewardTerm
 
 _SEEDS = 2**30
@@ -25,20 +26,25 @@ _SEEDS = 2**30
 class HostedTask(VisualTaskEnv):
     """A Gymnasium environment as a visual task, whose samples are its seeds.
 
-    The environment takes text and ends after one step. Its observation is text, or a mapping with `prompt` (text) and
+    The environment takes text. Its observation is text, or a mapping with `prompt` (text) and
     `images` (uint8 arrays [H, W, 3], or one). A wrapper of Gymnasium's, such as `TransformObservation`, gives it that
     form. Groups need the same start G times: the same seed must give the same observation.
 
-    Its reward is the term `environment`; other terms may be added by `rewards`. Training seeds are even, evaluation
-    seeds odd.
+    An episode may have several steps, up to `max_turns`. For each answer the environment is reset with the seed and
+    takes the episode's answers again, so the same answers must lead to the same observations and rewards.
+
+    Its reward is the term `environment`, of every step; other terms may be added by `rewards`, and score the last
+    answer. Training seeds are even, evaluation seeds odd.
 
     Args:
         env: Id of the environment, or a function that makes it.
         split: `"train"` or `"eval"`. Default: `"train"`.
+        max_turns: Maximum number of answers per episode. Default: 1 if the environment ends after an empty answer;
+            else its `max_episode_steps`, or 8.
         arguments: Arguments of `VisualTaskEnv`. Those of data sets do not apply.
 
     Raises:
-        ConfigError: The environment does not have this form, goes on after a step, or starts differently with one seed.
+        ConfigError: The environment does not have this form, or starts differently with one seed.
     """
 
     terms: ClassVar[Mapping[str, RewardTerm]] = {}
@@ -48,19 +54,24 @@ class HostedTask(VisualTaskEnv):
     prompt_template = "{question}"
     needs_image = False
     knows_answers = False
+    max_turns: int = 8
+    turn_terms: ClassVar[Collection[str]] = ("environment",)
 
-    def __init__(self, env: Any, split: str | None = None, **arguments: Any) -> None:
-        self.hosted = Hosted(env)
+    def __init__(self, env: Any, split: str | None = None, max_turns: int | None = None, **arguments: Any) -> None:
+        self.hosted = Hosted(env, max_turns)
         extra = {"environment": self.hosted.reward, **(arguments.pop("extra_terms", None) or {})}
         if arguments.get("dataset") is not None:
             raise ConfigError(f"{self.hosted.name} draws its own samples: give no dataset")
-        super().__init__(split=split, extra_terms=extra, **arguments)
+        super().__init__(split=split, extra_terms=extra, max_turns=self.hosted.turns, **arguments)
 
     def builtin_source(self, split: Split) -> Source:
         return _Seeds(self.hosted, split)
 
     def parse(self, text: str) -> Any:
         return text
+
+    def respond(self, sample: Sample, texts: Sequence[str]) -> Reply | None:
+        return None if self.max_turns == 1 else self.hosted.reply(sample.target, texts)
 
     def close(self) -> None:
         """Closes the window and the environment."""
@@ -72,9 +83,17 @@ class HostedTask(VisualTaskEnv):
 
 
 class Hosted:
-    """An environment that is started anew for each sample and each answer. Several threads may use it."""
+    """An environment that is started anew for each sample and each answer. Several threads may use it.
 
-    def __init__(self, env: Any) -> None:
+    Args:
+        env: See `HostedTask`.
+        max_turns: See `HostedTask`.
+
+    Attributes:
+        turns: Maximum number of answers per episode.
+    """
+
+    def __init__(self, env: Any, max_turns: int | None = None) -> None:
         self.env: gymnasium.Env[Any, Any] = env() if callable(env) else gymnasium.make(env, disable_env_checker=True)
         self.name = env if isinstance(env, str) else type(self.env.unwrapped).__name__
         self._lock = threading.Lock()
@@ -84,7 +103,10 @@ class Hosted:
                 f"{self.name} starts differently with one seed, so no group of answers could be compared: draw its "
                 "samples from self.np_random alone, after super().reset(seed=seed)"
             )
-        self.reward("", 0)
+        _, _, ended = self._played(0, ("",))
+        limit = None if self.env.spec is None else self.env.spec.max_episode_steps
+        self.turns = max_turns or (1 if ended else limit or HostedTask.max_turns)
+        self._must_end = max_turns is None and ended
 
     def observe(self, seed: int) -> Observation:
         """The observation after a reset with a seed.
@@ -99,25 +121,61 @@ class Hosted:
                 raise ConfigError(f"{self.name} cannot be reset with seed {seed}: {error}") from error
             return _observation(observation, self.name)
 
-    def reward(self, text: str, seed: int) -> float:
-        """The reward of an answer to the observation of a seed.
+    def reward(self, text: str, seed: int, earlier: Sequence[str] = ()) -> float:
+        """The reward of an answer in the episode of a seed.
+
+        Args:
+            text: The answer.
+            seed: The seed.
+            earlier: The episode's answers before. Default: none.
 
         Raises:
-            ConfigError: The environment goes on after it.
+            ConfigError: The environment goes on after its only answer.
             RewardError: The environment fails, or its reward is no number.
         """
-        with self._lock:
-            try:
-                self.env.reset(seed=seed)
-                _, reward, terminated, truncated, _ = self.env.step(text)
-            except Exception as error:
-                raise RewardError(f"{self.name} failed on the answer {text[:80]!r}: {error}") from error
-        if not (terminated or truncated):
-            raise ConfigError(f"{self.name} goes on after an answer; episodes of one step can be trained")
+        _, reward, ended = self._played(seed, (*earlier, text))
+        if self._must_end and not ended:
+            raise ConfigError(f"{self.name} goes on after an answer, as it does not after an empty one: give max_turns")
         try:
             return float(reward)
         except (TypeError, ValueError, OverflowError):
             raise RewardError(f"{self.name} gave the reward {str(reward)[:80]}; it must be a number") from None
+
+    def reply(self, seed: int, texts: Sequence[str]) -> Reply | None:
+        """The environment's next turn after some answers; None if the episode has ended.
+
+        Raises:
+            ConfigError: The observation has another form.
+            RewardError: The environment fails.
+        """
+        observation, _, ended = self._played(seed, texts)
+        if ended:
+            return None
+        seen = _observation(observation, self.name)
+        return Reply(seen["prompt"], seen["images"])
+
+    def _played(self, seed: int, texts: Sequence[str]) -> tuple[Any, Any, bool]:
+        """The last observation and reward after some answers from a seed's start, and whether the episode has ended.
+
+        Raises:
+            RewardError: The environment fails, or ends before the last answer.
+        """
+        with self._lock:
+            text, ended = "", False
+            try:
+                self.env.reset(seed=seed)
+                for text in texts:
+                    if ended:
+                        raise RewardError(
+                            f"{self.name} ends an episode that it went on with before, after {text[:80]!r}"
+                        )
+                    observation, reward, terminated, truncated, _ = self.env.step(text)
+                    ended = bool(terminated or truncated)
+            except RewardError:
+                raise
+            except Exception as error:
+                raise RewardError(f"{self.name} failed on the answer {text[:80]!r}: {error}") from error
+        return observation, reward, ended
 
 
 class _Seeds(Source):

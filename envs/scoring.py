@@ -90,17 +90,30 @@ class Scorer:
         self._exchangeable = next((name for name in self.weights if name in exchangeable), None)
 
     def __call__(
-        self, texts: Sequence[str], targets: Sequence[Any], samples: Sequence[Sample], predictions: Sequence[Any]
+        self,
+        texts: Sequence[str],
+        targets: Sequence[Any],
+        samples: Sequence[Sample],
+        predictions: Sequence[Any],
+        earlier: Sequence[Sequence[str]] | None = None,
     ) -> list[Score]:
         """Scores N answers.
+
+        Args:
+            texts: [N].
+            targets: [N].
+            samples: [N].
+            predictions: [N], the parsed answers.
+            earlier: [N], the episode's answers before, for the terms that have an argument of this name. Default: none.
 
         Raises:
             RewardError: A term failed, or its value is not finite.
         """
+        earlier = [()] * len(texts) if earlier is None else earlier
         scores = [Score(0.0, {}, prediction, {}) for prediction in predictions]
         for name, weight, evaluate, rows in self._plan(samples):
             started = time.perf_counter()
-            arguments = tuple([column[i] for i in rows] for column in (texts, targets, samples, predictions))
+            arguments = tuple([column[i] for i in rows] for column in (texts, targets, samples, predictions, earlier))
             values = _evaluated(name, evaluate, arguments, [samples[i].id for i in rows])
             share = (time.perf_counter() - started) / len(rows)
             for i, value in zip(rows, values, strict=True):
@@ -127,16 +140,18 @@ class Scorer:
             return functools.partial(_together, term, self._answer_format)
         wanted = _parameters(term)
         given = {name: value for name, value in self._given.items() if name in wanted}
-        each = _each_prediction if "prediction" in wanted else _each
+        own = [name for name in _OF_ROWS if name in wanted]
         bound = functools.partial(term, **given)
         if "progress" not in wanted:
-            return functools.partial(each, bound)
-        return functools.partial(self._with_progress, each, bound)
+            return functools.partial(_each, own, bound)
+        return functools.partial(self._with_progress, own, bound)
 
-    def _with_progress(
-        self, each: Callable[..., Iterator[float]], term: Callable[..., float], *columns: Any
-    ) -> Iterator[float]:
-        return each(functools.partial(term, progress=self.progress), *columns)
+    def _with_progress(self, own: Sequence[str], term: Callable[..., float], *columns: Any) -> Iterator[float]:
+        return _each(own, functools.partial(term, progress=self.progress), *columns)
+
+
+_OF_ROWS: Final = ("prediction", "earlier")
+"""Arguments of terms that differ by answer: see `RewardTerm`."""
 
 
 def _together(
@@ -146,6 +161,7 @@ def _together(
     targets: Sequence[Any],
     samples: Sequence[Sample],
     predictions: Sequence[Any],
+    earlier: Sequence[Sequence[str]],
 ) -> Sequence[float]:
     """A term that scores N answers at once. It gets their questions if it has a parameter for them."""
     named = [named_images(sample.question) if sample.images else sample.question for sample in samples]
@@ -154,26 +170,18 @@ def _together(
 
 
 def _each(
+    own: Sequence[str],
     term: Callable[..., float],
     texts: Sequence[str],
     targets: Sequence[Any],
     samples: Sequence[Sample],
     predictions: Sequence[Any],
+    earlier: Sequence[Sequence[str]],
 ) -> Iterator[float]:
-    """Applies a term for single answers to N answers, one by one."""
-    return (term(text, target) for text, target in zip(texts, targets, strict=True))
-
-
-def _each_prediction(
-    term: Callable[..., float],
-    texts: Sequence[str],
-    targets: Sequence[Any],
-    samples: Sequence[Sample],
-    predictions: Sequence[Any],
-) -> Iterator[float]:
-    """Applies a term that has a parameter for the parsed answer."""
-    rows = zip(texts, targets, predictions, strict=True)
-    return (term(text, target, prediction=prediction) for text, target, prediction in rows)
+    """Applies a term for single answers to N answers, one by one, with the arguments of rows that it has."""
+    columns = dict(zip(_OF_ROWS, (predictions, earlier), strict=True))
+    rows = zip(texts, targets, *(columns[name] for name in own), strict=True)
+    return (term(text, target, **dict(zip(own, given, strict=True))) for text, target, *given in rows)
 
 
 def _evaluated(

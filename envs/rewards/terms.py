@@ -51,5 +51,6 @@ class BatchTerm(ABC):
 
 RewardTerm = Callable[..., float] | BatchTerm
 """`term(text, target) -> float`; the target is what `info["target"]` shows. A term that has a parameter
-`answer_format` or `count_tokens` is given the environment's, one with `prediction` the parsed answer, and one with
-`progress` the part of the training steps that are done, in [0, 1] (1 outside training)."""
+`answer_format` or `count_tokens` is given the environment's, one with `prediction` the parsed answer, one with
+`earlier` the answers before in an episode of several turns, and one with `progress` the part of the training steps that
+are done, in [0, 1] (1 outside training)."""

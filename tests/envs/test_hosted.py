@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from vlmenv.core.errors import ConfigError, RewardError, SampleError
+from vlmenv.core.rollout import unbatch
 from vlmenv.envs.hosted import HostedTask
 from vlmenv.envs.making import make_envs
 from vlmenv.envs.selfcheck import self_check
@@ -110,8 +111,79 @@ def test_text_alone_will_do() -> None:
     assert observation["prompt"].startswith("Say ")
 
 
-class Long(Squares):
-    steps = 2
+class Warmer(gymnasium.Env[Any, str]):
+    """A number is to be found; each wrong guess costs a tenth, and is answered by a picture of where to look."""
+
+    observation_space = gymnasium.spaces.Text(100)
+    action_space = gymnasium.spaces.Text(1000)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.number = int(self.np_random.integers(9))
+        return "Guess a number from 0 to 8.", {}
+
+    def step(self, action: str) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        guess = int(action) if action.isdigit() else -1
+        picture = np.full((4, 4, 3), 255 if guess < self.number else 0, np.uint8)
+        told = {"images": picture, "prompt": "Higher." if guess < self.number else "Lower."}
+        return told, 1.0 if guess == self.number else -0.1, guess == self.number, action == "stop", {}
+
+
+def guess(observation: Any) -> str:
+    """The next guess of a player who counts up, from what is shown."""
+    return str(sum(turn["role"] == "assistant" for turn in observation["turns"]))
+
+
+def test_episodes_of_several_steps_are_conversations() -> None:
+    """Two environments that show one sample play apart, and get the rewards of their own answers."""
+    envs = VisualTaskVectorEnv(partial(HostedTask, Warmer, max_turns=12), 4, group_size=2)
+    batch, _ = envs.reset(seed=0)
+    alone = Warmer()
+    seeds = [envs.task.source.get(index).target for index in envs.shown]
+    numbers = [(alone.reset(seed=seed), alone.number)[1] for seed in seeds for _ in range(2)]
+    total, ended = np.zeros(4), np.zeros(4, bool)
+    shown = unbatch(batch)
+    for _ in range(12):
+        texts = [guess(one) if i % 2 == 0 else "stop" for i, one in enumerate(shown)]
+        batch, rewards, terminated, truncated, infos = envs.step(texts)
+        total, ended, shown = total + rewards * ~ended, terminated | truncated, unbatch(batch)
+        if ended.all():
+            break
+    np.testing.assert_allclose(total, [1.0 - 0.1 * number if i % 2 == 0 else -0.1 for i, number in enumerate(numbers)])
+    np.testing.assert_allclose(infos["rewards"]["environment"], total)
+    for one, number in zip(shown[::2], numbers[::2], strict=True):
+        assert [int(image.mean()) for image in one["images"]] == [255] * number
+
+
+def test_a_budget_of_turns_cuts_an_episode_off() -> None:
+    task = HostedTask(Warmer, max_turns=2)
+    index = next(i for i in itertools.count() if task.hosted.reward("0", task.source.get(i).target) < 0)
+    task.reset(options={"index": index})
+    observation, reward, terminated, truncated, _ = task.step("0")
+    assert (reward, terminated, truncated) == (-0.1, False, False)
+    assert observation["prompt"] == "<image>Higher."
+    _, reward, terminated, truncated, info = task.step("x")
+    assert (reward, terminated, truncated) == (-0.1, False, True)
+    assert info["rewards"] == {"environment": pytest.approx(-0.2)}
+
+
+def test_the_budget_is_by_default_what_the_environment_says() -> None:
+    assert HostedTask(Squares).max_turns == 1
+    assert HostedTask(Warmer).max_turns == 8
+    gymnasium.register("Warmer-v0", entry_point=Warmer, max_episode_steps=5)
+    assert HostedTask("Warmer-v0").max_turns == 5
+
+
+class Hesitant(Squares):
+    def step(self, action: str) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return self.seen(), 0.0, not action, False, {}
+
+
+def test_an_environment_that_unexpectedly_goes_on_is_told() -> None:
+    task = HostedTask(Hesitant)
+    task.reset(seed=0)
+    with pytest.raises(ConfigError, match=r"Hesitant goes on after an answer, .*give max_turns"):
+        task.step("no")
 
 
 class Unseeded(Squares):
@@ -137,7 +209,6 @@ class Floats(Squares):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (Long, "Long goes on after an answer"),
         (Unseeded, "Unseeded starts differently with one seed"),
         (Numbers, "Numbers is no visual task: its observation, of type ndarray"),
         (Keys, "of keys question, image"),
