@@ -18,7 +18,7 @@ DOCUMENTED = {
     *("PIL.Image", "gymnasium.envs.registration", "gymnasium.vector", "gymnasium.vector.utils", "gymnasium.spaces"),
     *("gymnasium.utils.seeding", "matplotlib.backends.registry", "matplotlib.ticker"),
     *("huggingface_hub.errors", "huggingface_hub.utils", "numpy.typing", "packaging.requirements", "packaging.utils"),
-    *("pycocotools.coco", "pycocotools.cocoeval"),
+    *("pycocotools.coco", "pycocotools.cocoeval", "scipy.optimize"),
     *("rich.console", "rich.markup", "rich.measure", "rich.progress", "rich.table", "rich.text"),
     *("matplotlib.axes", "matplotlib.figure", "safetensors.torch", "sympy.core.function"),
     *("accelerate.state", "accelerate.utils", "deepspeed.zero", "transformers.utils", "transformers.utils.logging"),
