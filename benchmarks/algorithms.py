@@ -29,8 +29,6 @@ class Args:
     """Environment, VLM-REC-v0 where left out; may be repeated."""
     only: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Algorithm, all of them where left out; may be repeated."""
-    teacher: str | None = None
-    """Model that teaches in opd, which is left out where there is none."""
     seeds: int = 3
     """Runs of each."""
     steps: int = 300
@@ -43,6 +41,8 @@ class Args:
     """Folder of the runs."""
     output: Path | None = None
     """Markdown file for the tables; the figure goes beside it, as .png."""
+    teacher: str | None = None
+    """Model that teaches in opd, which is left out where there is none."""
 
 
 @dataclass

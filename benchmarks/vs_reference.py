@@ -137,7 +137,7 @@ def compare(ours: Ours, reference: Ours) -> tuple[float, float]:
     for one in (ours, reference):
         with torch.no_grad():
             values.append(one.agent.logprobs(rollouts.rollout).values)
-        one.trainer.backward(one.trainer._credited(rollouts))
+        one.trainer.backward(one.trainer._credited(rollouts, np.random.default_rng(0)))
         gradients.append(gradient_of(one.agent.family.model))
         one.trainer.optimizer.zero_grad()
     return float((values[0] - values[1]).abs().max()), largest_difference(*gradients)

@@ -15,6 +15,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import tyro
 from accelerate import Accelerator
@@ -173,7 +174,7 @@ def compare(case: Case) -> tuple[float, float, float]:
         order = [match(row, rollout) for row in trl.inputs["completion_ids"]]
         prompts = [rollout.prompts[i].input_ids.tolist() for i in rollout.prompt_index[order]]
         assert trl.inputs["prompt_ids"].tolist() == prompts, "the prompts are not the same"
-        batch = ours.trainer._credited(rollouts)
+        batch = ours.trainer._credited(rollouts, np.random.default_rng(0))
         loss = ours.trainer.backward(batch)["loss"] / int(batch.mask.sum())
     their_loss = trl.backward()
     gradients = [gradient_of(model) for model in (policy.model, trl.trainer.model)]

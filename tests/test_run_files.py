@@ -80,7 +80,7 @@ def names_in_code() -> Iterator[str]:
     for folder in ("algos", "agents", "vlmenv/runs"):
         for file in (ROOT / folder).glob("*.py"):
             text = file.read_text(encoding="utf-8")
-            yield from re.findall(r'"((?:reward|completion|policy|value|score|data|memory)/[a-z_]+)"', text)
+            yield from re.findall(r'"((?:reward|completion|policy|value|score|data|memory|vision)/[a-z_]+)"', text)
 
 
 def test_metrics_of_the_page_and_of_the_code_are_the_same() -> None:

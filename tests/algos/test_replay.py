@@ -128,7 +128,7 @@ def test_replayed_tokens_are_weighted_by_importance() -> None:
     dull = replace(taught, rewards=torch.zeros(12))
     filled, replayed = made.replay.fill(dull, np.random.default_rng(0))
     assert replayed.all()
-    batch = made._credited(filled)
+    batch = made._credited(filled, np.random.default_rng(0))
     made._correct(batch, filled.rollout)
     made.optimizer.zero_grad()
     made.backward(batch)

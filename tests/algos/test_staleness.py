@@ -143,12 +143,12 @@ def test_an_engine_in_step_learns_what_the_model_would(builtin: VLMAgent) -> Non
     """The correction's weights are then 1, and the gradient that of the sampler's own log-probabilities."""
     trainer = trainer_of(builtin)
     rollouts = trainer.collector.next({}, 0.0).rollouts
-    batch = trainer._credited(rollouts)
+    batch = trainer._credited(rollouts, np.random.default_rng(0))
     trainer._correct(batch, rollouts.rollout)
     corrected = gradient(trainer, batch)
     own = copy.copy(rollouts)
     own.rollout = replace(rollouts.rollout, from_trainer=True)
-    batch = trainer._credited(own)
+    batch = trainer._credited(own, np.random.default_rng(0))
     assert trainer._correct(batch, own.rollout) == {}
     torch.testing.assert_close(gradient(trainer, batch), corrected, atol=1e-6, rtol=1e-4)
 
@@ -161,7 +161,7 @@ def test_the_gradient_is_that_of_the_weighted_loss(builtin: VLMAgent, how: str) 
     with torch.no_grad():
         for parameter in builtin.parameters():
             parameter.mul_(1.05)
-    batch = trainer._credited(rollouts)
+    batch = trainer._credited(rollouts, np.random.default_rng(0))
     mismatch = trainer._correct(batch, rollouts.rollout)
     found = gradient(trainer, batch)
     now = builtin.logprobs(rollouts.rollout)
