@@ -232,8 +232,9 @@ class LooksOnce(Policy):
     """Looks at each image once, however often its prompt is repeated."""
 
     def _look(self, prompts: Sequence[Prompt]) -> Any:
-        once = {id(prompt): super(LooksOnce, self)._look([prompt]) for prompt in {id(p): p for p in prompts}.values()}
-        return self.family.join_features([once[id(prompt)] for prompt in prompts])
+        first = {id(one.images): one for one in prompts}
+        once = {key: super(LooksOnce, self)._look([one]) for key, one in first.items()}
+        return self.family.join_features([once[id(one.images)] for one in prompts])
 
 
 Way = Literal["shared", "image once", "plain"]
