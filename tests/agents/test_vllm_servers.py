@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import signal
 import threading
@@ -257,7 +259,7 @@ def test_nor_does_a_trainer_beyond_what_training_needs(lasting: Served, tmp_path
     order = {"method": "save_sharded_state", "kwargs": {"path": str(tmp_path), "pattern": "authorized_keys"}}
     assert post(lasting, "/collective_rpc", order, token).status_code == 404
     assert not list(tmp_path.iterdir())
-    for path in ("/sleep", "/pause", "/start_weight_update", "/v1/completions", "/v1/chat/completions"):
+    for path in ("/sleep", "/pause", "/start_weight_update", "/v1/completions"):
         assert post(lasting, path, {}, token).status_code == 404
     secret = tmp_path / "id_rsa"
     secret.write_text("a key")
@@ -272,6 +274,25 @@ def test_nor_does_a_trainer_beyond_what_training_needs(lasting: Served, tmp_path
     assert post(lasting, "/update_weights", {}, token).status_code == 400
     lasting._told["stderr"].clear()
     assert httpx2.get(f"{lasting.url}/health", headers={"Authorization": f"Bearer {token}"}).status_code == 200
+
+
+def chat(served: Served, *parts: dict[str, Any]) -> httpx2.Response:
+    """A question in OpenAI's chat, as lmms-eval and others ask it."""
+    headers = {"Authorization": f"Bearer {server_token()}"}
+    model = httpx2.get(f"{served.url}/v1/models", headers=headers).json()["data"][0]["id"]
+    asked = [*parts, {"type": "text", "text": "Locate the circle."}]
+    body = {"model": model, "messages": [{"role": "user", "content": asked}], "max_tokens": 8, "temperature": 0}
+    return post(served, "/v1/chat/completions", body, server_token())
+
+
+def test_a_holder_of_the_token_can_chat(lasting: Served) -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (96, 96)).save(stream, "PNG")
+    image = f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
+    told = chat(lasting, {"type": "image_url", "image_url": {"url": image}})
+    assert told.status_code == 200
+    assert told.json()["choices"][0]["message"]["content"]
+    assert post(lasting, "/v1/chat/completions", {}).status_code == 401
 
 
 def test_images_are_fetched_from_nowhere(lasting: Served, tmp_path: Path) -> None:
@@ -290,9 +311,10 @@ def test_images_are_fetched_from_nowhere(lasting: Served, tmp_path: Path) -> Non
                 "sampling_params": {"max_tokens": 1},
             }
             assert post(lasting, "/inference/v1/generate", body, server_token()).status_code >= 400
+            assert chat(lasting, {"type": "image_url", "image_url": {"url": url}}).status_code >= 400
         there.shutdown()
     assert not Hits.seen
-    while "Cannot load local files" not in lasting.told("stderr"):  # vLLM logs it with a traceback
+    while lasting.told("stderr").count("Cannot load local files") < 2:  # vLLM logs each with a traceback
         time.sleep(0.05)
     lasting._told["stderr"].clear()
 
