@@ -54,6 +54,14 @@ def measured(folder: Path, options: Mapping[str, Any]) -> dict[str, float]:
     return values(json.loads((folder / "metrics.json").read_text()))
 
 
+def sight_of(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What `vlmenv eval --visual-dependence` measures, kept in a folder."""
+    file = folder / "visual_dependence.json"
+    if not file.exists():
+        _vlmenv("eval", *arguments(options), "--visual-dependence", "--output", str(folder))
+    return dict(json.loads(file.read_text()))
+
+
 def arguments(options: Mapping[str, Any]) -> list[str]:
     """Options as the command line takes them; a mapping's or a sequence's parts one after the other."""
     found: list[str] = []
