@@ -85,6 +85,8 @@ class Args:
     """Scenes a step, each with four expressions."""
     lr: float = 3e-3
     """Peak learning rate of AdamW; Muon's, for the matrices, is 20/3 of it."""
+    width: int = 128
+    """Of a new model's hidden states, a multiple of 64: 64 makes 0.4 million parameters, 128 1.6, 256 6 million."""
     referring_only: bool = False
     """Leave out the tasks beside referring expressions."""
     seed: int = 0
@@ -93,14 +95,14 @@ class Args:
 def main(args: Args) -> None:
     torch.manual_seed(args.seed)
     if args.init is None:
-        new_model(args.output)
+        new_model(args.output, args.width)
     agent = VLMAgent.from_pretrained(args.init or args.output)
     teach(agent, args)
     agent.publish(args.output, dtype=torch.float16)
     (args.output / "generation_config.base.json").unlink(missing_ok=True)  # of the random model
 
 
-def new_model(folder: Path) -> None:
+def new_model(folder: Path, width: int = 128) -> None:
     """Writes a model with random weights, its tokenizer and its processor."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = new_tokenizer()
@@ -108,7 +110,7 @@ def new_model(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     for name, content in processor_files().items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-    model = Qwen3VLForConditionalGeneration(model_config(tokenizer))
+    model = Qwen3VLForConditionalGeneration(model_config(tokenizer, width))
     model.generation_config.eos_token_id = tokenizer.token_to_id("<|im_end|>")
     model.generation_config.pad_token_id = tokenizer.token_to_id("<|endoftext|>")
     model.save_pretrained(folder)
@@ -197,16 +199,16 @@ def processor_files() -> dict[str, object]:
     }
 
 
-def model_config(tokenizer: Tokenizer) -> Qwen3VLConfig:
-    """A Qwen3-VL of about 1.5 million parameters; heads of 32, which is the least that vLLM takes."""
+def model_config(tokenizer: Tokenizer, width: int) -> Qwen3VLConfig:
+    """A small Qwen3-VL; heads of 32, which is the least that vLLM takes."""
     return Qwen3VLConfig(
         text_config={
             "vocab_size": tokenizer.get_vocab_size(),
-            "hidden_size": 128,
-            "intermediate_size": 384,
+            "hidden_size": width,
+            "intermediate_size": 3 * width,
             "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
+            "num_attention_heads": width // 32,
+            "num_key_value_heads": width // 64,
             "head_dim": 32,
             "max_position_embeddings": 2048,
             "initializer_range": 0.05,
@@ -222,13 +224,13 @@ def model_config(tokenizer: Tokenizer) -> Qwen3VLConfig:
         },
         vision_config={
             "depth": 2,
-            "hidden_size": 128,
-            "intermediate_size": 384,
-            "num_heads": 4,
+            "hidden_size": width,
+            "intermediate_size": 3 * width,
+            "num_heads": width // 32,
             "patch_size": 16,
             "spatial_merge_size": 2,
             "temporal_patch_size": 2,
-            "out_hidden_size": 128,
+            "out_hidden_size": width,
             "num_position_embeddings": 36,
             "deepstack_visual_indexes": [],
             "initializer_range": 0.05,

@@ -1,0 +1,175 @@
+"""On-policy distillation beside GRPO: how soon a small student reaches its teacher's metric.
+
+    python benchmarks/findings/distillation.py --output benchmarks/findings/distillation.md
+
+The teacher scores each token of the student's own answers (https://thinkingmachines.ai/blog/on-policy-distillation,
+arXiv 2306.13649); a rule scores a whole answer. The student is a model like the built-in one of a quarter of its size,
+taught referring expressions for some minutes. The teacher is the built-in model after GRPO on exact boxes.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from matplotlib.figure import Figure
+from runs import (
+    check_model,
+    draw_seeds,
+    evaluation_of,
+    hardware,
+    last_model,
+    measured,
+    publish,
+    save,
+    seconds_of,
+    seeds_cell,
+    steps_of,
+    trained,
+)
+
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
+
+import builtin_model
+
+METRIC = "iou/mean"
+ANSWERS = 8
+"""Completions to a prompt, in both algorithms."""
+
+
+@dataclass
+class Args:
+    """Teach a student by a teacher, and by rewards."""
+
+    seeds: int = 3
+    """Runs of each algorithm."""
+    steps: int = 200
+    """Of each run."""
+    prompts: int = 8
+    """In a step, with eight answers each."""
+    lr: float = 1e-3
+    """Peak learning rate of both algorithms."""
+    teaching: int = 1500
+    """Supervised steps of the student before, of 16 scenes with four expressions."""
+    teacher_steps: int = 150
+    """Steps of GRPO that make the teacher."""
+    every: int = 20
+    """Steps between measurements."""
+    limit: int = 256
+    """Held-out samples to measure on."""
+    runs: Path = Path("runs/findings/distillation")
+    """Folder of the models and the runs."""
+    output: Path | None = None
+    """Markdown file for the table; the figure goes beside it, as .png."""
+
+
+def main(args: Args) -> None:
+    check_model(args.runs)
+    teacher = last_model(trained(args.runs / "teacher", common(args) | {"steps": args.teacher_steps})).absolute()
+    student = new_student(args.runs / "student", args)
+    own = common(args) | {"model": str(student), "eval_every": args.every, "lr": args.lr}
+    ways = {"opd": {"algo": "opd", "teacher": str(teacher)}, "grpo": {"algo": "grpo"}}
+    found = {
+        name: [trained(args.runs / f"{name}-seed{seed}", own | way | {"seed": seed}) for seed in range(args.seeds)]
+        for name, way in ways.items()
+    }
+    asked = {"env": "VLM-REC-v0", "eval_limit": args.limit, "device": "cpu"}
+    goal = measured(args.runs / "teacher-measured", asked | {"model": str(teacher)})[METRIC]
+    publish([*head(args), *table(found, goal, args)], args.output, lambda path: draw(path, found, goal, args))
+
+
+def common(args: Args) -> dict[str, Any]:
+    return {
+        "env": "VLM-REC-v0",
+        "steps": args.steps,
+        "prompts_per_step": args.prompts,
+        "group_size": ANSWERS,
+        "eval_limit": args.limit,
+        "seed": 0,
+        "checkpoint_every": max(1, args.steps // 4),
+        "keep": 1,
+        "device": "cpu",
+    }
+
+
+def new_student(folder: Path, args: Args) -> Path:
+    """A small model, taught unless it has been."""
+    note = folder.with_suffix(".taught")
+    if not note.exists():
+        started = time.monotonic()
+        lessons = builtin_model.Args(
+            output=folder, steps=args.teaching, scenes=16, width=64, referring_only=True, labels="loose"
+        )
+        builtin_model.main(lessons)
+        note.write_text(f"{(time.monotonic() - started) / 60:.1f} minutes\n")
+    return folder.absolute()
+
+
+def head(args: Args) -> list[str]:
+    options = ("seeds", "steps", "prompts", "lr", "teaching", "teacher_steps", "every", "limit")
+    given = " ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in options)
+    lines = [
+        "# On-policy distillation",
+        "",
+        f"    python benchmarks/findings/distillation.py {given}",
+        "",
+        f"Referring expressions on the built-in scenes; a student of 0.4 million parameters, {args.steps} steps of "
+        f"{args.prompts} prompts with {ANSWERS} answers, seeds 0 to {args.seeds - 1}; {hardware()}, "
+        f"{torch.get_num_threads()} threads. The teacher is the built-in model (1.6 million) after "
+        f"{args.teacher_steps} steps of GRPO. Mean IoU of greedy answers to {args.limit} held-out samples, every "
+        f"{args.every} steps. Answers are those that were sampled until the metric was reached.",
+    ]
+    return lines if args.output is None else [*lines, "", f"![Mean IoU over sampled answers]({args.output.stem}.png)"]
+
+
+def table(found: Mapping[str, list[Path]], goal: float, args: Args) -> list[str]:
+    before = evaluation_of(found["grpo"][0], "before")[METRIC]
+    halfway = (before + goal) / 2
+    return [
+        "",
+        f"Before: {before:.3f}. The teacher: {goal:.3f}. Halfway: {halfway:.3f}.",
+        "",
+        "| | mean IoU after | answers until halfway | answers until the teacher's | seconds |",
+        "|---|---|---|---|---|",
+        *(row(name, runs, halfway, goal, args) for name, runs in found.items()),
+    ]
+
+
+def row(name: str, runs: list[Path], halfway: float, goal: float, args: Args) -> str:
+    after = seeds_cell([evaluation_of(run)[METRIC] for run in runs])
+    reached = [" / ".join(answers_until(run, metric, args) for run in runs) for metric in (halfway, goal)]
+    return f"| {name} | {after} | {' | '.join(reached)} | {seeds_cell([seconds_of(run) for run in runs], 0)} |"
+
+
+def answers_until(run: Path, metric: float, args: Args) -> str:
+    """How many answers had been sampled when a held-out metric was first measured, or a dash."""
+    for step, values in enumerate(steps_of(run), 1):
+        if values.get(f"eval/{METRIC}", 0.0) >= metric:
+            return f"{step * args.prompts * ANSWERS:,}"
+    return "–"
+
+
+def draw(path: Path, found: Mapping[str, list[Path]], goal: float, args: Args) -> None:
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    axes = figure.subplots()
+    curves = {name: [curve(run) for run in runs] for name, runs in found.items()}
+    draw_seeds(axes, curves, width=1)
+    axes.axhline(goal, color="black", linestyle=":", label="teacher")
+    axes.set(xlabel=f"measurement, every {args.every * args.prompts * ANSWERS:,} answers", ylabel="held-out mean IoU")
+    axes.legend(frameon=False)
+    save(figure, path)
+
+
+def curve(run: Path) -> list[float]:
+    """The held-out metric of each measurement."""
+    return [values[f"eval/{METRIC}"] for values in steps_of(run) if f"eval/{METRIC}" in values]
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
