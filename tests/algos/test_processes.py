@@ -69,6 +69,13 @@ def test_several_ranks_roll_out_ahead(kind: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_mask_images_and_have_a_teacher(kind: str) -> None:
+    """The gradient with masked images is that of one process; all keep the same weights."""
+    done = launch(kind, str(Path(__file__).parent / "seeing_processes.py"), NAMES[kind])
+    assert done.returncode == 0, done.stderr
+
+
 def test_shards_go_on_as_whole_copies_and_back(tmp_path: Path) -> None:
     """The optimizer's state is the same, and the next step learns the same."""
     done = launch("fsdp2", str(Path(__file__).parent / "divided_anew.py"), str(tmp_path))
