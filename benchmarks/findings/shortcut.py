@@ -110,8 +110,8 @@ def run(algo: str, seed: int, files: Mapping[Split, Path], args: Args) -> Path:
     options = {
         "env": "VLM-VQA-v0",
         "algo": algo,
-        "dataset": str(files["train"]),
-        "image_root": str(files["train"].parent),
+        "dataset": [str(files["train"])],
+        "image_root": [str(files["train"].parent)],
         "seed": seed,
         "steps": args.steps,
         "prompts_per_step": args.prompts,
