@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of commands too: tests run side by side
 os.environ["VLMENV_SERVER_TOKEN"] = "the-token-of-the-tests"  # and no file in the home folder
 
 import pytest
