@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Sequence
+from http import HTTPStatus
 from pathlib import Path
 from typing import Final
 
@@ -12,13 +14,16 @@ import torch
 import transformers
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from rich.console import Console
 
-from vlmenv.agents.checkpoints import find_adapter, find_model
+from vlmenv.agents.checkpoints import ADAPTER_CONFIG, find_adapter, find_model
+from vlmenv.agents.families.base import read_json
 from vlmenv.agents.saving import BASE_GENERATION, GENERATION
 from vlmenv.agents.vlm import VLMAgent
-from vlmenv.core.console import open_console, say
+from vlmenv.core.console import open_console, say, warn
 from vlmenv.core.errors import ConfigError, ModelError
 from vlmenv.core.loading import import_modules
+from vlmenv.core.names import BUILTIN, hub_name
 from vlmenv.options.export import ExportConfig
 from vlmenv.options.parsing import parse_plain
 from vlmenv.runs.card import MERGED, TOWER, UNSERVED, Origin, write_card
@@ -26,6 +31,9 @@ from vlmenv.runs.models import checkpoint_of
 from vlmenv.runs.run_folder import RunFolder
 
 _DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_REPLACED: Final = ("model*.safetensors*", "adapter_*")
+"""Weights and adapters of an earlier upload. They are deleted, unless the new one has files of these names: who loads
+the model would take them for its own."""
 
 
 def parse(args: Sequence[str], program: str) -> ExportConfig:
@@ -60,6 +68,8 @@ def run(config: ExportConfig) -> Path:
     elif tower:
         say(f"the vision tower has adapters too, which vLLM leaves out unless it is given {TOWER}", console)
     if config.hub is not None:
+        if not merged:
+            _warn_of_base(target, console)
         say(f"uploaded to {_upload(target, config.hub)}", console)
     return target
 
@@ -106,6 +116,17 @@ def _keep_settings(source: Path, target: Path) -> None:
             (target / name).unlink(missing_ok=True)
 
 
+def _warn_of_base(adapters: Path, console: Console) -> None:
+    """Tells that others cannot load adapters whose base model is a folder of this machine."""
+    base = read_json(adapters / ADAPTER_CONFIG)["base_model_name_or_path"]
+    if base != BUILTIN and hub_name(base) is None:
+        warn(
+            f"the adapters' base model is {base}, which others do not have: upload that model too and write its name "
+            f"into {ADAPTER_CONFIG}, or export with --merged",
+            console,
+        )
+
+
 def _upload(folder: Path, name: str) -> str:
     """Uploads a folder to the Hugging Face hub, and returns its address.
 
@@ -115,10 +136,27 @@ def _upload(folder: Path, name: str) -> str:
     api = HfApi()
     try:
         address = api.create_repo(name, private=True, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=folder)
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError, httpx2.HTTPError) as error:
+        api.upload_folder(repo_id=name, folder_path=folder, delete_patterns=list(_REPLACED))
+    except (OSError, ValueError, RuntimeError, httpx2.HTTPError) as error:
+        again = ["hf", "upload", name, str(folder), ".", "--private"]
+        reason, advice = _explained(error, name)
         raise ModelError(
-            f"{folder} is written, but the upload to {name} failed ({type(error).__name__}: {error}). Check the "
-            f"connection and `hf auth login`, then upload it by: hf upload {name} {folder}"
+            f"{folder} is written, but the upload to {name} failed: {reason}. {advice}, then upload it by: "
+            + shlex.join([*again, *(part for one in _REPLACED for part in ("--delete", one))])
         ) from error
     return str(address)
+
+
+def _explained(error: BaseException, name: str) -> tuple[str, str]:
+    """Why an upload failed, and what to do about it."""
+    while isinstance(error, RuntimeError) and error.__cause__ is not None:  # which says no more than where it was
+        error = error.__cause__
+    reason = f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}"
+    if isinstance(error, OfflineModeIsEnabled):
+        return reason, "Unset HF_HUB_OFFLINE"
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if status == HTTPStatus.UNAUTHORIZED:
+        return reason, "Log in by `hf auth login`, or set HF_TOKEN to a token that may write"
+    if status == HTTPStatus.FORBIDDEN:
+        return reason, f"Name a repository of your own, or take a token that may write to {name}"
+    return reason, "Check the connection"

@@ -168,7 +168,7 @@ def _front(card: Path) -> Mapping[str, Any]:
 def _head(folder: Path, origin: Origin, licence: str | None, adapter: bool) -> str:
     """The YAML at the head of the card."""
     algo, env = origin.options.get("algo"), origin.options.get("env")
-    named = "/" in origin.base and not Path(origin.base).is_absolute()
+    named = hub_name(origin.base) is not None  # the hub refuses a card that names anything else
     data = ModelCardData(
         license=licence,
         library_name="peft" if adapter else "transformers",
