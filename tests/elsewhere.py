@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -106,6 +107,20 @@ class _Everywhere(TorchDispatchMode):
         return _run(function, args, kwargs or {})
 
 
+class _Tensors(TorchFunctionMode):
+    """Has `torch.tensor` make its tensors on the CPU first, as it does for a device that PyTorch knows.
+
+    A patch in its place would outlast the context: PyTorch looks up once which functions a default device is for.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if function is not torch.tensor or kwargs.get("device") is None:
+            return function(*args, **kwargs)
+        device = kwargs.pop("device")
+        return function(*args, **kwargs).to(device)
+
+
 _waits: list[str] = []
 _mixed: list[str] = []
 
@@ -113,18 +128,13 @@ _mixed: list[str] = []
 @contextmanager
 def elsewhere() -> Iterator[list[str]]:
     """Lets tensors be elsewhere; gives what has waited for them since, each with where it was asked for."""
-    generator, tensor = torch.Generator, torch.tensor
+    generator = torch.Generator
     _waits.clear()
     _mixed.clear()
     with (
         _Everywhere(),
+        _Tensors(),
         mock.patch("torch.Generator", side_effect=lambda device="cpu": generator()),
-        mock.patch(
-            "torch.tensor",
-            lambda data, *, device=None, **rest: (
-                tensor(data, **rest) if device is None else tensor(data, **rest).to(device)
-            ),
-        ),
     ):
         yield _waits
     if _mixed:  # not at once: where a backward pass raises on another device than the CPU, the process ends
@@ -147,7 +157,7 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     goes_there = bool(there)
     if kwargs.get("device") is not None:
         goes_there = torch.device(kwargs["device"]).type == NAME
-        kwargs = kwargs | {"device": torch.device("cpu")}
+        kwargs = kwargs | ({"device": torch.device("cpu")} if goes_there else {})  # another one may be meta
     if there and ((left and "index" in name) or not goes_there or name.removeprefix("aten::") in _WAITS):
         _note(name)
     out = function(*tree_map(_here, args), **tree_map(_here, kwargs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +163,9 @@ class TestTheDevice:
             "nonzero",
             "_to_copy",
         ]
+
+    def test_other_devices_stay_what_they_are(self) -> None:
+        """Within and after: models are made on the device meta, which has no numbers, before they are loaded."""
+        for context in (elsewhere(), nullcontext()):
+            with context, torch.device("meta"):
+                assert torch.tensor([1.0]).device.type == torch.empty(1).device.type == "meta"
