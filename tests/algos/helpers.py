@@ -6,9 +6,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vlmenv.algos import LossInputs, Scored
 from vlmenv.algos.losses import token_weights
+
+LENGTHS = torch.tensor([6, 2, 5, 1, 3, 6, 4, 6])
+MASK = torch.arange(6) < LENGTHS[:, None]
+REWARDS = [0.0, 1.0, 1.0, 0.0, 0.3, 0.9, 0.1, 0.2]
+"""Of eight completions of several lengths."""
+
+
+def numbers(seed: int) -> Tensor:
+    """A random number for each of their tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(8, 6, dtype=torch.float64, generator=generator)
+
+
+OLD = -numbers(0).exp() * MASK
+"""Their log-probabilities before an update."""
 
 
 def inputs(reference: bool = False, *, how: str = "token", **changes: Any) -> LossInputs:

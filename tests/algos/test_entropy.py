@@ -6,24 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import scored
+from helpers import MASK, OLD, REWARDS, numbers, scored
 from torch import Tensor
 
 from vlmenv.algos import GRPO, GRPOConfig, LossInputs
 from vlmenv.algos.bandit import START, TabularAgent, learn
 from vlmenv.core.errors import ConfigError
-
-LENGTHS = torch.tensor([6, 2, 5, 1, 3, 6, 4, 6])
-MASK = torch.arange(6) < LENGTHS[:, None]
-REWARDS = [0.0, 1.0, 1.0, 0.0, 0.3, 0.9, 0.1, 0.2]
-
-
-def numbers(seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(8, 6, dtype=torch.float64, generator=generator)
-
-
-OLD = -numbers(0).exp() * MASK
 
 
 def step(config: GRPOConfig, now: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers import scored
+from helpers import LENGTHS, MASK, OLD, REWARDS, numbers, scored
 from torch import Tensor
 
 from vlmenv.agents.vlm import VLMAgent
@@ -21,17 +21,6 @@ from vlmenv.core.errors import ConfigError
 from vlmenv.core.masking import masked
 from vlmenv.core.rollout import unbatch
 
-LENGTHS = torch.tensor([6, 2, 5, 1, 3, 6, 4, 6])
-MASK = torch.arange(6) < LENGTHS[:, None]
-REWARDS = [0.0, 1.0, 1.0, 0.0, 0.3, 0.9, 0.1, 0.2]
-
-
-def numbers(seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(8, 6, dtype=torch.float64, generator=generator)
-
-
-OLD = -numbers(0).exp() * MASK
 NOW, BLIND = (OLD + 0.3 * numbers(1)) * MASK, (OLD + 2.5 * numbers(2)) * MASK
 
 
