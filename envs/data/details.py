@@ -21,7 +21,6 @@ SCALE: Final = 5
 SIDES: Final = (3, 5)
 """Least and greatest side of a dot in pixels."""
 
-_STREAM = 2  # tells the random numbers from those of other sources
 _COUNTS = (2, 5)
 _MARGIN = 4  # pixels around a shape that a crop of it shows
 
@@ -37,9 +36,11 @@ class Detail(Sample):
 class TinyDots(Scenes):
     """Scenes of shapes, each with a dot of another colour in its middle. The question is the colour of one dot."""
 
+    stream = 2
+
     def get(self, index: int) -> Detail:
         scene, _ = sample_scene(self.split, index, _COUNTS)
-        rng = np.random.default_rng([int(self.split == "eval"), index, _STREAM])
+        rng = self.rng(index)
         reference = choose_reference(scene, rng)
         image = scene.image.repeat(SCALE, axis=0).repeat(SCALE, axis=1)
         dots = {shape: _dot(image, shape, rng) for shape in scene.shapes}

@@ -21,13 +21,14 @@ from vlmenv.core.spaces import Image
 from vlmenv.envs.data.scenes import (
     COLOURS,
     SHAPES,
+    Drawn,
     Split,
     falls_to_eval,
     sample_background,
     sample_scene,
     sample_tint,
 )
-from vlmenv.envs.data.source import Sample, Source
+from vlmenv.envs.data.source import Sample
 
 WIDTH: Final = 128
 HEIGHT: Final = 96
@@ -37,7 +38,6 @@ HIGHEST: Final = 12
 UNIT: Final = 6
 """Pixels of a bar's height for each unit of its value."""
 
-_STREAM = 2  # tells the random numbers from those of other sources
 _COUNTS = (3, 6)  # shapes to count
 _FLOOR = 89  # the row under the bars
 _FONT = ImageFont.load_default(size=12)
@@ -64,16 +64,13 @@ class _Task(NamedTuple):
     numbers: Sequence[int]
 
 
-class MathFigures(Source):
+class MathFigures(Drawn):
     """Figures of a stream, each with one question to which the answer is a number in LaTeX; endless."""
 
-    size = None
-
-    def __init__(self, split: Split) -> None:
-        self.split = split
+    stream = 2
 
     def get(self, index: int) -> Sample:
-        rng = np.random.default_rng([int(self.split == "eval"), index, _STREAM])
+        rng = self.rng(index)
         subject = list(_SUBJECTS)[rng.integers(len(_SUBJECTS))]
         image, form, words, numbers = _SUBJECTS[subject](self.split, rng)
         answer = _latex(form.answer(*numbers))

@@ -41,7 +41,6 @@ CHANGES: Final = {
 }
 """What may happen to a scene, and how an answer says it."""
 
-_STREAM = 1  # tells the random numbers from those of other sources
 _COUNTS = (2, 6)
 _LETTERS = "ABCD"
 _SHIFT = 12  # pixels by which a shape moves at least
@@ -59,8 +58,10 @@ class _Question(NamedTuple):
 class VisualQuestions(Scenes):
     """Built-in scenes, each with one question; two scenes where it asks for their difference."""
 
+    stream = 1
+
     def get(self, index: int) -> Sample:
-        rng = np.random.default_rng([int(self.split == "eval"), index, _STREAM])
+        rng = self.rng(index)
         subject = _pick(list(_ASK), rng)
         images, text, answer, rationale = _ASK[subject](self.split, rng)
         return Sample(f"question-{self.split}-{index}", images, text, answer, rationale, subject)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import ClassVar, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,13 +88,23 @@ class Reference:
     target: Shape
 
 
-class Scenes(Source):
-    """Built-in scenes of a stream; endless."""
+class Drawn(Source):
+    """Built-in samples of a stream, each drawn from its index; endless."""
 
     size = None
+    stream: ClassVar[int]
+    """Tells the random numbers from those of other sources."""
 
     def __init__(self, split: Split) -> None:
         self.split = split
+
+    def rng(self, index: int) -> np.random.Generator:
+        """The random numbers of a sample."""
+        return np.random.default_rng([int(self.split == "eval"), index, self.stream])
+
+
+class Scenes(Drawn):
+    """Built-in scenes of a stream; endless."""
 
 
 class ReferringScenes(Scenes):

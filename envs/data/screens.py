@@ -15,8 +15,8 @@ from PIL import ImageDraw, ImageFont
 
 from vlmenv.core.coordinates import Box
 from vlmenv.core.spaces import Image
-from vlmenv.envs.data.scenes import Split, falls_to_eval
-from vlmenv.envs.data.source import Sample, Source
+from vlmenv.envs.data.scenes import Drawn, falls_to_eval
+from vlmenv.envs.data.source import Sample
 from vlmenv.envs.rewards.actions import Action
 
 WIDTH: Final = 128
@@ -28,7 +28,6 @@ ICONS: Final = ("close", "menu", "search", "add", "play")
 WORDS: Final = ("tea", "Oslo", "blue", "seven", "Anna", "garden", "train", "42", "north", "paper")
 DIRECTIONS: Final = ("up", "down")
 
-_STREAM = 4  # tells the random numbers from those of other sources
 _BAR, _ROW = 22, 34  # pixels of the bar at the top, and of each row under it
 _FONT = ImageFont.load_default(size=11)
 _INK, _EDGE = (25, 25, 25), (120, 120, 120)
@@ -43,16 +42,13 @@ class Element(NamedTuple):
     box: Box
 
 
-class Screens(Source):
+class Screens(Drawn):
     """Screens of a stream, each with one instruction; endless."""
 
-    size = None
-
-    def __init__(self, split: Split) -> None:
-        self.split = split
+    stream = 4
 
     def get(self, index: int) -> Sample:
-        rng = np.random.default_rng([int(self.split == "eval"), index, _STREAM])
+        rng = self.rng(index)
         while True:
             elements = _arrange(rng)
             question, action, rationale = _instruct(elements, rng)

@@ -15,8 +15,8 @@ from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFilter, ImageFont
 
 from vlmenv.core.spaces import Image
-from vlmenv.envs.data.scenes import Split, falls_to_eval
-from vlmenv.envs.data.source import Sample, Source
+from vlmenv.envs.data.scenes import Drawn, falls_to_eval
+from vlmenv.envs.data.source import Sample
 
 _VOCABULARY: Final = (
     "river stone cloud paper window garden market bridge silver letter winter summer orange yellow purple green "
@@ -30,20 +30,16 @@ SIZES: Final = (10, 12, 14, 18, 22)
 FONTS: Final = ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono", "DejaVuSans-Bold")
 """Fonts of matplotlib, which comes with the package."""
 
-_STREAM = 5  # tells the random numbers from those of other sources
 _MARGIN = 6
 
 
-class Transcripts(Source):
+class Transcripts(Drawn):
     """Texts of a stream, of one line to three; endless."""
 
-    size = None
-
-    def __init__(self, split: Split) -> None:
-        self.split = split
+    stream = 5
 
     def get(self, index: int) -> Sample:
-        rng = np.random.default_rng([int(self.split == "eval"), index, _STREAM])
+        rng = self.rng(index)
         while True:
             lines = [_line(rng) for _ in range(rng.integers(1, 4))]
             if falls_to_eval(lines) == (self.split == "eval"):
