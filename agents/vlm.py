@@ -134,7 +134,7 @@ class VLMAgent(Agent):
             dtype: Type of the weights.
             chat_template_kwargs: Values of the chat template's own variables, as `{"enable_thinking": False}`.
                 Default: none.
-            pixels: Limits of the pixels at which the model sees images. Default: the image processor's.
+            pixels: Limits of images' pixels. Default: the image processor's.
             quantization: Quantisation of the language model's linear layers, for adapters on them. See
                 `vlmenv.agents.quantization`. Default: none.
             quantize_vision: If true, quantises the vision tower and its projectors too.
@@ -150,23 +150,15 @@ class VLMAgent(Agent):
         base, adapter, pixels = find_model(name_or_path), find_adapter(name_or_path), pixels or PixelLimits()
         folder = prepared_folder(name_or_path, pixels)
         tell_attention(base)
-        if empty:
-            ours = weightless_family(folder, chat_template_kwargs)
-            model = cast(Any, ours.model).eval().to(dtype)
-        else:
-            config = read_config(folder)
-            family = family_of(config.model_type, config)
-            processor = Processor.from_pretrained(folder, chat_template_kwargs)
-            model = load_model(folder, dtype).eval()
-            ours = family(model, processor)
+        ours = _family(folder, dtype, chat_template_kwargs, empty=empty)
         if quantization is not None:
             quantize(ours, quantization, torch.device(device), vision=quantize_vision)
         if not empty:
-            model.to(device)
+            cast(Any, ours.model).to(device)
         agent = cls(ours, folder, base=base, sampling=sampling, share_prefixes=share_prefixes)
         agent.pixels = pixels
         if adapter is not None:
-            agent.adapter, agent.lora = adapter, LoRA.from_folder(model, adapter)
+            agent.adapter, agent.lora = adapter, LoRA.from_folder(ours.model, adapter)
         return agent
 
     @classmethod
@@ -728,6 +720,17 @@ def check_length(prompt: int, max_new_tokens: int, most: int, holder: str = "mod
             f"the prompt has {prompt} tokens, which leaves no room for max_new_tokens={max_new_tokens} "
             f"in the {holder}'s {most}; use smaller images or a shorter prompt"
         )
+
+
+def _family(folder: Path, dtype: torch.dtype, template: Mapping[str, Any] | None, *, empty: bool) -> Family:
+    """The model of a folder with its processor, on the CPU; of shapes alone if it is to be empty."""
+    if empty:
+        ours = weightless_family(folder, template)
+        cast(Any, ours.model).eval().to(dtype)
+        return ours
+    config = read_config(folder)
+    family, processor = family_of(config.model_type, config), Processor.from_pretrained(folder, template)
+    return family(load_model(folder, dtype).eval(), processor)
 
 
 def _parameters(modules: Iterable[nn.Module]) -> set[nn.Parameter]:

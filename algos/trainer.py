@@ -153,27 +153,8 @@ class Trainer:
         accelerator: Accelerator,
         teacher: Agent | None = None,
     ) -> None:
-        group_size = getattr(envs.unwrapped, "group_size", 1)
-        if group_size != algorithm.config.group_size:
-            raise ConfigError(
-                f"the environments have group_size={group_size}, "
-                f"but {algorithm.name} has group_size={algorithm.config.group_size}"
-            )
-        require(
-            not config.router_loss or agent.routes,
-            "router_loss is for mixtures of experts with shared prompts, which this model is not: leave it out",
-        )
         self.max_turns = int(getattr(envs.unwrapped, "max_turns", 1))
-        require(
-            self.max_turns == 1 or agent.generates_itself or algorithm.imitates,
-            "episodes of several turns are sampled by the model itself: leave out engine, or set max_turns to 1",
-        )
-        masks = algorithm.wants_masked or algorithm.learns_masked or config.visual_dependence_every is not None
-        by_term = getattr(algorithm.config, "per_term", False)
-        require(
-            self.max_turns == 1 or not (masks or algorithm.wants_teacher or by_term),
-            "masked images, a teacher and per_term are for episodes of one turn: set max_turns to 1",
-        )
+        _check(agent, envs, algorithm, config, self.max_turns)
         require(
             teacher is not None or not algorithm.wants_teacher,
             f"{algorithm.name} needs a teacher: name its model by the option teacher",
@@ -185,7 +166,7 @@ class Trainer:
         self._seed = 0
         self._is_synced = False
         self._unseeded = False  # a rank that the checkpoint had no state of
-        self.replay = Replay(algorithm.replay, group_size) if algorithm.replay else None
+        self.replay = Replay(algorithm.replay, algorithm.config.group_size) if algorithm.replay else None
         self.is_between_steps = True
         """False during an update: then the weights belong to no finished step."""
         self.processes = processes_of(accelerator, config.shard_within)
@@ -626,6 +607,32 @@ class Trainer:
         names = dict.fromkeys(name for own in gathered for name in own)  # a term may be in the rows of one rank only
         kinds = {"completion/min_length": min, "completion/max_length": max}
         return {name: float(kinds.get(name, np.mean)([own[name] for own in gathered if name in own])) for name in names}
+
+
+def _check(
+    agent: Agent, envs: VectorEnv[Any, Any, Any], algorithm: Algorithm, config: TrainerConfig, max_turns: int
+) -> None:
+    """Raises ConfigError if an agent, environments, an algorithm and options do not go together."""
+    group_size = getattr(envs.unwrapped, "group_size", 1)
+    if group_size != algorithm.config.group_size:
+        raise ConfigError(
+            f"the environments have group_size={group_size}, "
+            f"but {algorithm.name} has group_size={algorithm.config.group_size}"
+        )
+    require(
+        not config.router_loss or agent.routes,
+        "router_loss is for mixtures of experts with shared prompts, which this model is not: leave it out",
+    )
+    require(
+        max_turns == 1 or agent.generates_itself or algorithm.imitates,
+        "episodes of several turns are sampled by the model itself: leave out engine, or set max_turns to 1",
+    )
+    masks = algorithm.wants_masked or algorithm.learns_masked or config.visual_dependence_every is not None
+    by_term = getattr(algorithm.config, "per_term", False)
+    require(
+        max_turns == 1 or not (masks or algorithm.wants_teacher or by_term),
+        "masked images, a teacher and per_term are for episodes of one turn: set max_turns to 1",
+    )
 
 
 def _is_the_learners(rollout: Rollout) -> bool:

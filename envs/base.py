@@ -172,14 +172,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         max_images: int | None = None,
     ) -> None:
         self._set_budgets(max_turns, max_images)
-        if render_mode not in (None, *self.metadata["render_modes"]):
-            raise ConfigError(unknown_name("render_mode", str(render_mode), self.metadata["render_modes"]))
-        turn = spaces.Dict({"role": OneOfTexts(ROLES), "text": FreeText()})
-        self.observation_space = spaces.Dict(  # type: ignore[assignment]
-            {"images": spaces.Sequence(RGBImage()), "prompt": FreeText(), "turns": spaces.Sequence(turn)}
-        )
-        self.action_space = FreeText()
-        self.render_mode = render_mode
+        self._set_interface(render_mode)
         self.timing = timing
         self.skip_broken = skip_broken
         self.coordinates = Coordinates(_one_of(CoordinateSpace, "coordinate space", coordinates), resize)
@@ -188,12 +181,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         self.template = self._checked_template(self.prompt_template if prompt_template is None else prompt_template)
         self.system_prompt = self._checked_system_prompt(system_prompt)
         self.count_tokens = count_tokens
-        self._terms = {**self.terms, **(extra_terms or {})}
-        self._scorer = self.scorer(self.default_rewards if rewards is None else rewards)
-        every = {name: weight for name, weight in self.rewards.items() if name in self.turn_terms}
-        self._turn_scorer = self.scorer(every) if every and self.max_turns > 1 else None
-        if unused := set(extra_terms or {}) - set(self._scorer.weights):
-            raise ConfigError(f"nothing uses the reward term {', '.join(sorted(unused))}: give it a weight in rewards")
+        self._set_rewards(self.default_rewards if rewards is None else rewards, extra_terms or {})
         self.image_bound = image_bound
         reading = self.reading(
             columns, skip_broken, min_image_side, without_text, boxes_in, box_orientation, confine_images
@@ -687,6 +675,34 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
             raise ConfigError(f"episodes of {type(self).__name__} are one step: leave {' and '.join(named)} out")
         for name in named:
             setattr(self, name, given[name])
+
+    def _set_interface(self, render_mode: str | None) -> None:
+        """Sets the spaces and the way of rendering.
+
+        Raises:
+            ConfigError: There is no such way.
+        """
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise ConfigError(unknown_name("render_mode", str(render_mode), self.metadata["render_modes"]))
+        turn = spaces.Dict({"role": OneOfTexts(ROLES), "text": FreeText()})
+        self.observation_space = spaces.Dict(  # type: ignore[assignment]
+            {"images": spaces.Sequence(RGBImage()), "prompt": FreeText(), "turns": spaces.Sequence(turn)}
+        )
+        self.action_space = FreeText()
+        self.render_mode = render_mode
+
+    def _set_rewards(self, rewards: Rewards, extra_terms: Mapping[str, RewardTerm]) -> None:
+        """Sets the scorers of episodes and of their turns.
+
+        Raises:
+            ConfigError: A term is unknown, or nothing uses an extra one.
+        """
+        self._terms = {**self.terms, **extra_terms}
+        self._scorer = self.scorer(rewards)
+        every = {name: weight for name, weight in self.rewards.items() if name in self.turn_terms}
+        self._turn_scorer = self.scorer(every) if every and self.max_turns > 1 else None
+        if unused := set(extra_terms) - set(self._scorer.weights):
+            raise ConfigError(f"nothing uses the reward term {', '.join(sorted(unused))}: give it a weight in rewards")
 
     def _check_class(self) -> None:
         """Raises ConfigError if the task lacks a required class attribute."""

@@ -110,17 +110,30 @@ def evaluate(
     )
     starts = range(0, count, envs.num_groups)
     own = starts if processes is None else processes.share(starts)
+    batches = [range(start, min(start + envs.num_groups, count)) for start in own]
     answers: list[dict[str, Any]] = []
-    former = LOSSES.snapshot()
-    total = sum(min(envs.num_groups, count - start) for start in own)
-    with _generating(agent, len(own) * envs.max_turns, processes), progress(title, total, console) as advance:
-        for start in own:
+    former, total = LOSSES.snapshot(), sum(map(len, batches))
+    with _generating(agent, len(batches) * envs.max_turns, processes), progress(title, total, console) as advance:
+        for batch in batches:
             check()
-            stop = min(start + envs.num_groups, count)
-            answers += answer_samples(agent, envs, range(start, stop), greedy)
-            advance(stop - start)
+            answers += answer_samples(agent, envs, batch, greedy)
+            advance(len(batch))
+    return _evaluation(envs, count, answers, LOSSES.since(former).answers, processes)
+
+
+def _evaluation(
+    envs: VisualTaskVectorEnv,
+    count: int,
+    answers: list[dict[str, Any]],
+    unscored: int,
+    processes: Processes | None,
+) -> Evaluation:
+    """The answers of all ranks, of which so many of this one could not be scored, with their metrics.
+
+    Raises:
+        DataError: There are none.
+    """
     skipped = skipped_samples(envs, count, processes)
-    unscored = LOSSES.since(former).answers
     if processes is not None:
         unscored = sum(processes.collect([unscored]))
         answers = sorted(processes.collect(answers), key=lambda answer: answer["index"])

@@ -98,26 +98,21 @@ def measure_sight(
         DataError: No sample has an image, or none can be shown.
     """
     require(envs.max_turns == 1, "visual_dependence is for episodes of one turn: set max_turns to 1")
+    mask, blank = functools.partial(masked, share=mask_share, seed=seed), functools.partial(masked, share=1.0)
     shuffle = Shuffle()
-    changes: dict[str, Change] = {
-        "masked": functools.partial(masked, share=mask_share, seed=seed),
-        "shuffled": shuffle,
-        "blank": functools.partial(masked, share=1.0),
-    }
+    changes: dict[str, Change] = {"masked": mask, "shuffled": shuffle, "blank": blank}
     watched = _Watched(agent, changes | {"shuffled": Shuffle()})
     agents = {SHOWN: watched} | {name: _Changed(agent, change) for name, change in changes.items()}
     found: dict[str, Evaluation] = {}
+    shared: dict[str, Any] = {"greedy": greedy, "console": console, "processes": processes}
     for name, one in agents.items():
         agent.seed(seed + processes.accelerator.process_index)
-        given: dict[str, Any] = {"greedy": greedy, "title": f"images {name}", "console": console}
-        found[name] = evaluate(cast(Agent, one), envs, count, processes=processes, **given)
+        found[name] = evaluate(cast(Agent, one), envs, count, title=f"images {name}", **shared)
         if not any(processes.collect([watched.saw_images])):
             raise DataError("none of the samples has an image: visual_dependence has nothing to mask")
     if alone := sum(processes.collect([shuffle.alone])):
-        say(
-            f"{alone} samples were alone in a batch with their number of images: shuffled, their images are black",
-            console,
-        )
+        told = "were alone in a batch with their number of images: shuffled, their images are black"
+        say(f"{alone} samples {told}", console)
     drops = _with_logprobs(found, watched, processes)
     return Sight(found, {name: _changes(envs.task, found, name) | {"logprob": drops[name]} for name in changes})
 

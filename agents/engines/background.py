@@ -30,6 +30,7 @@ class BackgroundLoop:
             raise
 
     def close(self) -> None:
+        """Stops the loop, and waits for its thread."""
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

@@ -207,6 +207,7 @@ class Server:
         return await ask()
 
     async def close(self) -> None:
+        """Closes the connections."""
         await self._http.aclose()
 
     async def _forget_prompts(self) -> None:

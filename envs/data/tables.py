@@ -331,10 +331,20 @@ class JSONStream:
         self._expect("}")
 
     def expect_end(self) -> None:
+        """Reads to the end of the document.
+
+        Raises:
+            DataError: Something follows.
+        """
         if self._peek():
             raise DataError(f"{self._file}:{self._line}: not JSON: something follows after the end of the document")
 
     def skip_value(self) -> None:
+        """Reads the next value, and keeps nothing of it.
+
+        Raises:
+            DataError: It is not JSON.
+        """
         self._value()
 
     def next_mark(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -16,7 +16,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from rich.console import Console
 
-from vlmenv.agents.fast_paths import fast_paths, written
+from vlmenv.agents.fast_paths import FastPath, fast_paths, written
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.algos import ALGORITHMS, Algorithm, Trainer, find_algorithm
 from vlmenv.building import (
@@ -149,23 +149,60 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
         fit_engine(shown, lengths, trainer.agent, console)
     paths = fast_paths(cast(VLMAgent, trainer.agent).family_policy, DTYPES[config.batches.precision])
     if accelerator.is_main_process and config.resume is None:
-        identity = secrets.token_hex(8)
         own = {name: lengths for name, one in by_task(envs).items() for shown, lengths in counted if shown is one}
-        recorded = config
-        if mix := sections_yaml(config, envs, held_out):
-            recorded = replace(config, mixing=replace(config.mixing, mix_file=run.write_mix(mix)))
-        resolved = resolved_yaml(recorded, envs, held_out, accelerator, identity, own, paths)
-        run.create(asked_yaml(recorded, asked.names, identity), resolved)
+        _record(config, asked.names, envs, held_out, own, paths, run, accelerator)
     with shared_failure(accelerator):
         if accelerator.is_main_process:
             check_room(cast(VLMAgent, trainer.agent), config, run, console)
     kept = facts(config, data, run, accelerator.num_processes) if accelerator.is_main_process else {}
     say(f"{config.task_name}, {config.algo}, model {config.model}; writing to {run.path}", console)
     say(written(paths), console)
-    tracking = Tracking(accelerator, config.logging.tracker, run, flatten(config), step=found.step)
+    _go_through(trainer, envs, held_out, config, run, found, changed, kept, console, opened)
+    if parts.agent is None:
+        trainer.agent.close()  # before the processes part: vLLM has a group of its own among them
+    accelerator.state.destroy_process_group()
+    return run.path
+
+
+def _record(
+    config: TrainConfig[Any],
+    names: Sequence[str],
+    envs: Envs,
+    held_out: Envs | None,
+    lengths: Mapping[str, Lengths],
+    paths: list[FastPath],
+    run: RunFolder,
+    accelerator: Accelerator,
+) -> None:
+    """Makes the folder of a new run, and writes the options: those that were named, and all that are used."""
+    identity = secrets.token_hex(8)
+    if mix := sections_yaml(config, envs, held_out):
+        config = replace(config, mixing=replace(config.mixing, mix_file=run.write_mix(mix)))
+    resolved = resolved_yaml(config, envs, held_out, accelerator, identity, lengths, paths)
+    run.create(asked_yaml(config, names, identity), resolved)
+
+
+def _go_through(
+    trainer: Trainer,
+    envs: Envs,
+    held_out: Envs | None,
+    config: TrainConfig[Any],
+    run: RunFolder,
+    found: Found,
+    changed: dict[str, Any],
+    kept: dict[str, Any],
+    console: Console,
+    opened: ExitStack,
+) -> None:
+    """Measures, trains and measures again; on from a checkpoint, if one was found.
+
+    Raises:
+        StoppedError: The process is to stop.
+    """
+    tracking = Tracking(trainer.accelerator, config.logging.tracker, run, flatten(config), step=found.step)
     opened.callback(tracking.close)  # if this ends early
-    stopping = opened.enter_context(Stopping(accelerator))
-    keeping = Keeping(run, envs, held_out, config.trainer.steps, console, active=accelerator.is_main_process)
+    stopping = opened.enter_context(Stopping(trainer.accelerator))
+    keeping = Keeping(run, envs, held_out, config.trainer.steps, console, active=trainer.accelerator.is_main_process)
     try:
         if config.resume is None:
             look_first(trainer, envs, config, run, console)
@@ -182,16 +219,12 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
         say(f"stopped while measuring. Go on with: vlmenv train --resume {run.path}", console)
         stopping.end_process()
         raise
-    if accelerator.is_main_process and held_out is not None and before is not None and after is not None:
+    if trainer.accelerator.is_main_process and held_out is not None and before is not None and after is not None:
         compare(config, run, held_out, before, after, console, keeping)
         tracking.compare(before.values(), after.values(), trainer.step)
     tracking.close()  # before the processes part
     seen = f"; look at {run.path / 'report.html'} in a browser" if keeping.report() else ""
     say(f"model, metrics and pictures are in {run.path}{seen}", console)
-    if parts.agent is None:
-        trainer.agent.close()  # before the processes part: vLLM has a group of its own among them
-    accelerator.state.destroy_process_group()
-    return run.path
 
 
 def _check(config: TrainConfig[Any]) -> None:
