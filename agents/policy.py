@@ -149,7 +149,7 @@ class Policy(nn.Module):
         features = self._features([*prompts, *completions])
         later = (completion.token_ids[:-1] for completion in completions)
         output = self.model.model(
-            input_ids=self._tokens([*(prompt.input_ids for prompt in prompts), *later])[None],
+            input_ids=self.family.as_seen(self._tokens([*(prompt.input_ids for prompt in prompts), *later])[None]),
             position_ids=self._positions(prompts, after),
             attention_mask=no_mask(self.device),
             mm_encoder_outputs=None if features is None else {"image": features},
@@ -236,7 +236,7 @@ class Policy(nn.Module):
         padded = nn.utils.rnn.pad_sequence(positions, batch_first=True).permute(2, 0, 1).to(self.device)
         features = self._look(rows) if any(row.images for row in rows) else None
         ids = [torch.from_numpy(row.input_ids) for row in rows]
-        input_ids = nn.utils.rnn.pad_sequence(ids, True).to(self.device)
+        input_ids = self.family.as_seen(nn.utils.rnn.pad_sequence(ids, True).to(self.device))
         output = self.model.model(
             input_ids=input_ids,
             attention_mask=(torch.arange(int(lengths.max())) < lengths[:, None]).long().to(self.device),

@@ -19,6 +19,7 @@ from vlmenv.core.formats import AnswerFormat
 from vlmenv.core.rollout import IMAGE_MARK, ROLES, Observation, Turn, split_marks
 from vlmenv.core.spaces import FreeText, Image, OneOfTexts, RGBImage
 from vlmenv.core.text import visible_lines
+from vlmenv.core.video import FrameRule, VideoSpace
 from vlmenv.envs.data.boxes import BoxForm, BoxOrientation, BoxReading
 from vlmenv.envs.data.dataset import Concatenated, Dataset, Reading, TableSource, open_dataset
 from vlmenv.envs.data.images import bounded_size, resized
@@ -30,7 +31,7 @@ from vlmenv.envs.data.source import Sample, SampleOrder, Source, order_of
 from vlmenv.envs.episodes import Episode, Reply, advance, copied
 from vlmenv.envs.geometry import Geometry, changed_place, convert, labelled_places
 from vlmenv.envs.metrics.intervals import Interval
-from vlmenv.envs.rendering import ANSWERED, TRUE, Window, draw_places, picture_of
+from vlmenv.envs.rendering import ANSWERED, TRUE, Window, draw_places, picture_of, strip_of
 from vlmenv.envs.rewards.registry import registered_rewards
 from vlmenv.envs.rewards.terms import RewardTerm
 from vlmenv.envs.rewards.text import count_words
@@ -50,6 +51,8 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
     in `info`; `reset(options={"index": i})` shows a given sample. `step` adds to `info`: `rewards` (every term by name,
     unweighted), `prediction` (the parsed answer, None if unreadable), `target`, and `traits` if the task has any.
     Prediction and target are in the coordinates that the prompt asks for.
+
+    The observation of a task that takes videos has `videos` too, see `Video`.
 
     In a task of several turns, `respond` may reply to an answer. Then the next observation is the conversation so far,
     whose `prompt` and last images are the reply. An episode ends with an answer without a reply, or is truncated by
@@ -97,6 +100,9 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         max_turns: Maximum number of answers per episode. 1 makes a task of several turns one of a single step. Default:
             the task's own.
         max_images: Maximum number of images per episode, in a task of several turns. Default: the task's own.
+        video_fps: Frames per second that are taken of a video, see `FrameRule`. Default: 2.
+        video_frames: Maximum number of frames of a video. Default: 64.
+        video_pixels: Maximum number of pixels of a frame. Default: 100,352.
 
     Raises:
         ConfigError: An argument does not fit the others, or a name is unknown.
@@ -128,6 +134,10 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
     """The default answer format."""
     needs_image: ClassVar[bool] = True
     """Whether every sample must have an image."""
+    takes_videos: ClassVar[bool] = False
+    """Whether samples may have videos."""
+    needs_video: ClassVar[bool] = False
+    """Whether every sample must have a video."""
     needs_answer: ClassVar[bool] = True
     """Whether every row must have an answer."""
     knows_answers: ClassVar[bool] = True
@@ -170,9 +180,13 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         render_mode: str | None = None,
         max_turns: int | None = None,
         max_images: int | None = None,
+        video_fps: float | None = None,
+        video_frames: int | None = None,
+        video_pixels: int | None = None,
     ) -> None:
         self._set_budgets(max_turns, max_images)
         self._set_interface(render_mode)
+        self.frame_rule = self._frame_rule(video_fps, video_frames, video_pixels)
         self.timing = timing
         self.skip_broken = skip_broken
         self.coordinates = Coordinates(_one_of(CoordinateSpace, "coordinate space", coordinates), resize)
@@ -381,14 +395,14 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         return convert(sample.target, lambda place: self.coordinates.from_pixels(place, width, height))
 
     def draw(self, sample: Sample, prediction: Any) -> Image:
-        """A picture of a sample and an answer to it: the places of `geometry`, or the images as they are.
+        """A picture of a sample and an answer to it: the places of `geometry`, or images and frames as they are.
 
         Args:
             sample: The sample.
             prediction: The parsed answer. None: not answered yet, or unreadable.
         """
         if self.geometry is None:
-            return picture_of(sample.images)
+            return picture_of((*sample.images, *map(strip_of, sample.videos)))
         width, height = _image_size(sample)
         true = [(label, place, TRUE) for label, place in labelled_places(sample.target)]
         answered = [
@@ -495,11 +509,14 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
 
     def observe(self, sample: Sample) -> Observation:
         """The observation of a sample. Images are copies, at the size that `coordinates` and `image_bound` need."""
-        return {
+        observation: Observation = {
             "images": tuple(map(self._shown, sample.images, sample.full_sizes)),
             "prompt": self._placed_prompt(sample),
             "turns": self.turns(sample),
         }
+        if self.takes_videos:
+            observation["videos"] = sample.videos
+        return observation
 
     def prompt(self, question: str) -> str:
         """The prompt for a question."""
@@ -627,6 +644,8 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
             bound=self.image_bound,
             confine_images=confine_images,
             layouts=self.layouts,
+            frames=self.frame_rule if self.takes_videos else None,
+            needs_video=self.needs_video,
         )
 
     def map_boxes(self, target: Any, change: Callable[[Box], Box]) -> Any:
@@ -685,8 +704,9 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ConfigError(unknown_name("render_mode", str(render_mode), self.metadata["render_modes"]))
         turn = spaces.Dict({"role": OneOfTexts(ROLES), "text": FreeText()})
+        videos = {"videos": spaces.Sequence(VideoSpace())} if self.takes_videos else {}
         self.observation_space = spaces.Dict(  # type: ignore[assignment]
-            {"images": spaces.Sequence(RGBImage()), "prompt": FreeText(), "turns": spaces.Sequence(turn)}
+            {"images": spaces.Sequence(RGBImage()), "prompt": FreeText(), "turns": spaces.Sequence(turn), **videos}
         )
         self.action_space = FreeText()
         self.render_mode = render_mode
@@ -704,12 +724,29 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         if unused := set(extra_terms) - set(self._scorer.weights):
             raise ConfigError(f"nothing uses the reward term {', '.join(sorted(unused))}: give it a weight in rewards")
 
+    def _frame_rule(self, fps: float | None, most: int | None, pixels: int | None) -> FrameRule:
+        """The rule for the frames of videos, which only a task that takes videos has.
+
+        Raises:
+            ConfigError: A number is out of its range, or the task takes no videos.
+        """
+        given = {"video_fps": fps, "video_frames": most, "video_pixels": pixels}
+        named = [name for name, value in given.items() if value is not None]
+        if named and not self.takes_videos:
+            raise ConfigError(f"{type(self).__name__} takes no videos: leave {' and '.join(named)} out")
+        chosen = {"fps": fps, "most": most, "pixels": pixels}
+        return FrameRule(**{name: value for name, value in chosen.items() if value is not None})  # type: ignore[arg-type]
+
     def _check_class(self) -> None:
         """Raises ConfigError if the task lacks a required class attribute."""
         name = type(self).__name__
         for attribute in ("terms", "default_rewards", "prompt_template"):
             if not hasattr(self, attribute):
                 raise ConfigError(f"{name} sets no {attribute}: see docs/own_task.md for what a task must say")
+        if self.takes_videos and self.max_turns > 1:
+            raise ConfigError(f"{name} takes videos, which only tasks of one step can: leave max_turns at 1")
+        if self.needs_video and not self.takes_videos:
+            raise ConfigError(f"{name} needs a video, and takes none: set takes_videos to True")
         if self.geometry is not None and not self.needs_image:
             raise ConfigError(f"{name} has a geometry, whose places are in an image: leave needs_image True")
 
@@ -772,6 +809,8 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
                     "confine_images are for a data set of rows: give dataset too"
                 )
             if isinstance(dataset, Source):
+                if self.frame_rule != FrameRule():
+                    raise ConfigError("video_fps, video_frames and video_pixels are for rows and built-in samples")
                 return dataset
             if split not in (None, "train", "eval"):
                 raise ConfigError(unknown_name("split", split, ("train", "eval")))

@@ -121,7 +121,14 @@ def conversation(before: Observation, text: str, reply: Reply) -> Observation:
 def copied(observation: Observation) -> Observation:
     """A copy, which may be written to."""
     turns = tuple(Turn(role=turn["role"], text=turn["text"]) for turn in observation["turns"])
-    return {"images": tuple(map(np.copy, observation["images"])), "prompt": observation["prompt"], "turns": turns}
+    copy: Observation = {
+        "images": tuple(map(np.copy, observation["images"])),
+        "prompt": observation["prompt"],
+        "turns": turns,
+    }
+    if "videos" in observation:
+        copy["videos"] = tuple(video.copy() for video in observation["videos"])
+    return copy
 
 
 def _marked(observation: Observation) -> str:

@@ -58,7 +58,8 @@ class MixedVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[Any]]
             raise ConfigError("the tasks of a mix must have equal num_envs and group_size")
         first = next(iter(self.tasks.values()))
         self.num_envs, self.group_size, self.render_mode = first.num_envs, first.group_size, first.render_mode
-        self.single_observation_space = first.single_observation_space
+        widest = next((one for one in self.tasks.values() if one.task.takes_videos), first)
+        self.single_observation_space = widest.single_observation_space
         self.single_action_space = first.single_action_space
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
@@ -171,7 +172,9 @@ class MixedVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[Any]]
     def _joined(self) -> tuple[BatchedObservations, dict[str, Any]]:
         """The observations and infos of all environments."""
         each = [observations for observations, _ in self._seen.values()]
-        joined = {key: tuple(row for one in each for row in one[key]) for key in each[0]}
+        keys = dict.fromkeys(key for one in each for key in one)  # tasks without videos have no entry for them
+        none = {id(one): ((),) * len(one["prompt"]) for one in each}
+        joined = {key: tuple(row for one in each for row in one.get(key, none[id(one)])) for key in keys}
         return joined, self._infos({name: infos for name, (_, infos) in self._seen.items()})
 
     def _infos(self, infos: Mapping[str, dict[str, Any]]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.data.source import Sample
 
 _MOST_BYTES: Final = 2**29
-"""Of images that are loaded ahead: some 170 of a megapixel."""
+"""Of images and videos that are loaded ahead: some 170 images of a megapixel."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +28,9 @@ class Shown:
 
     @property
     def image_bytes(self) -> int:
-        """Memory of its images in bytes: as they were loaded, and as they are shown."""
-        return sum(image.nbytes for image in (*self.sample.images, *self.observation["images"]))
+        """Memory of its images and videos in bytes: as they were loaded, and as they are shown."""
+        images = sum(image.nbytes for image in (*self.sample.images, *self.observation["images"]))
+        return images + sum(video.frames.nbytes for video in self.sample.videos)  # which are shown as they are
 
 
 class SampleLoader:

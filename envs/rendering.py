@@ -14,6 +14,7 @@ from PIL import ImageDraw, ImageFont
 
 from vlmenv.core.spaces import Image
 from vlmenv.core.text import visible
+from vlmenv.core.video import Video, spread
 
 Colour = tuple[int, int, int]
 Mark = tuple[str, tuple[float, ...], Colour]
@@ -26,6 +27,10 @@ _LEAST_SIDE = 320
 _STROKE = 4  # pixels, of a picture whose shorter side has 320
 _LONGEST_LABEL = 40
 _GAP = 8
+_FRAMES, _FRAME_HEIGHT = 8, 160
+"""Frames of a video that are drawn, and their height in pixels."""
+_BAR = 24
+"""Pixels of a bar on the line of time."""
 _LINE, _LINES = 90, 12
 """Characters of a line in a window, and lines above its picture."""
 _MOMENT = 0.01
@@ -132,6 +137,41 @@ def picture_of(images: Sequence[Image]) -> Image:
         whole.paste(picture, (x, 0))
         x += picture.width + _GAP
     return np.asarray(whole)
+
+
+def strip_of(video: Video, spans: Sequence[tuple[float, float, Colour]] = ()) -> Image:
+    """Frames of a video side by side, with their seconds, above a line of time.
+
+    Args:
+        video: The video.
+        spans: Starts and ends in seconds, and colours, drawn as bars one below the other. Times outside the video are
+            cut off.
+
+    Returns:
+        uint8 [H, W, 3].
+    """
+    shown = spread(video, _FRAMES)
+    pictures = [_labelled(frame, f"{second:.1f} s") for second, frame in shown]
+    width, height = pictures[0].size
+    whole = PILImage.new("RGB", (len(pictures) * (width + _GAP) - _GAP, height + _BAR * len(spans)), "white")
+    for number, picture in enumerate(pictures):
+        whole.paste(picture, (number * (width + _GAP), 0))
+    draw = ImageDraw.Draw(whole)
+    for number, (start, end, colour) in enumerate(spans):
+        left, right = (min(max(at / video.duration, 0.0), 1.0) * (whole.width - 1) for at in (start, end))
+        top = height + _BAR * number + _BAR // 4
+        draw.rectangle((left, top, max(right, left + 2), top + _BAR // 2), fill=colour)
+    return np.asarray(whole)
+
+
+def _labelled(frame: Image, text: str) -> PILImage.Image:
+    """A frame at a common height, with a text in its corner."""
+    height = _FRAME_HEIGHT
+    width = max(1, round(frame.shape[1] * height / frame.shape[0]))
+    picture = PILImage.fromarray(frame).resize((min(width, 4 * height), height), PILImage.Resampling.BILINEAR)
+    font = ImageFont.load_default(14)
+    ImageDraw.Draw(picture).text((4, 2), text, fill=(0, 0, 0), font=font, stroke_width=2, stroke_fill=RIM)
+    return picture
 
 
 def _enlarged(image: Image) -> tuple[PILImage.Image, int]:

@@ -19,7 +19,7 @@ from vlmenv.envs.episodes import Episode, advance
 from vlmenv.envs.prefetching import SampleLoader, Shown
 
 BatchedObservations = dict[str, tuple[Any, ...]]
-"""`{"images": N tuples of arrays, "prompt": N strings, "turns": N tuples of turns}`"""
+"""`{"images": N tuples of arrays, "prompt": N strings, "turns": N tuples of turns}`, and `"videos"` of tasks with such"""
 
 
 class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[Any]]):
@@ -221,11 +221,14 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
 
     def _batched(self) -> BatchedObservations:
         rows = [episode.observation for episode in self._episodes]
-        return {
+        batched: BatchedObservations = {
             "images": tuple(row["images"] for row in rows),
             "prompt": tuple(row["prompt"] for row in rows),
             "turns": tuple(row.get("turns", ()) for row in rows),
         }
+        if self.task.takes_videos:
+            batched["videos"] = tuple(row.get("videos", ()) for row in rows)
+        return batched
 
     def render(self) -> tuple[Image, ...] | None:
         """In `rgb_array` mode a picture for each environment."""

@@ -32,6 +32,7 @@ from vlmenv.core.files import parse_json
 from vlmenv.core.pixels import PixelLimits
 from vlmenv.core.rollout import IMAGE_MARK, Observation, Pictured, Prompt
 from vlmenv.core.spaces import Image, blank_image
+from vlmenv.core.video import Video
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Processor:
     chat_template: str
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """values of the template's own variables, as `enable_thinking`"""
+    video_settings: Mapping[str, Any] = field(default_factory=dict)
+    """settings of the video processor, as stored; empty: those of the image processor hold"""
 
     @classmethod
     def from_pretrained(cls, folder: Path, chat_template_kwargs: Mapping[str, Any] | None = None) -> Processor:
@@ -63,7 +66,7 @@ class Processor:
             raise ModelError(f"{folder}: the processor cannot be loaded: {error}") from error
         template, switches = _chat_template(folder, tokenizer), dict(chat_template_kwargs or {})
         check_switches(switches, template, tokenizer)
-        return cls(tokenizer, image_processor, template, switches)
+        return cls(tokenizer, image_processor, template, switches, _video_settings(folder))
 
 
 def require_processor(folder: Path) -> None:
@@ -105,6 +108,15 @@ def _chat_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
     )
 
 
+def _video_settings(folder: Path) -> dict[str, Any]:
+    """The stored settings of a folder's video processor; empty if it has none."""
+    if (folder / "video_preprocessor_config.json").is_file():
+        return read_json(folder / "video_preprocessor_config.json")
+    file = folder / "processor_config.json"
+    found = read_json(file).get("video_processor") if file.is_file() else None
+    return found if isinstance(found, dict) else {}
+
+
 @dataclass(frozen=True)
 class PromptReading:
     """A family's encoding of an observation, for display."""
@@ -115,6 +127,8 @@ class PromptReading:
     """number of tokens of the whole prompt, including those of images"""
     image_tokens: tuple[int, ...]
     """[images], image tokens of each image in reading order"""
+    video_tokens: tuple[int, ...] = ()
+    """[videos], video tokens of each video in reading order"""
 
 
 _CONTROL = re.compile(r"<\|.*\|>")
@@ -133,6 +147,9 @@ class Family(ABC):
     """The convention in which the published models write boxes."""
     packs_images: ClassVar[bool] = False
     """Whether the vision tower takes the patches of all images as one sequence, cut by `cu_seqlens`. Default: False."""
+
+    takes_videos: ClassVar[bool] = False
+    """Whether prompts may have videos: then the family has `process_video` and `expanded_video`. Default: False."""
 
     sees_both_ways: frozenset[str] = frozenset()
     """The kinds of layers in which the tokens of an image attend to each other in both directions. Default: none."""
@@ -172,6 +189,39 @@ class Family(ABC):
             ValueError: The processor refuses images of this shape.
         """
         return self.process_images((np.array(blank_image(width, height)),))[1][0]
+
+    def process_video(self, video: Video) -> dict[str, torch.Tensor]:
+        """Prepares a video: its vision inputs, by the names that `process_images` has for those of images.
+
+        Raises:
+            ValueError: The processor refuses its frames.
+        """
+        raise NotImplementedError
+
+    def expanded_video(self, video: Video) -> str:
+        """The text in the place of a video's mark, with one video token per feature. Only sizes and times are read.
+
+        Raises:
+            ValueError: The processor refuses frames of this shape.
+        """
+        raise NotImplementedError
+
+    @property
+    def video_mark(self) -> str | None:
+        """The text of chat templates for a whole video. Default: None, the family takes no videos."""
+        return None
+
+    def require_videos(self) -> None:
+        """Raises ModelError if the family takes no videos."""
+        if not self.takes_videos:
+            raise ModelError(
+                f"models of type {self.model_type} are not trained on videos here: take Qwen2-VL, Qwen2.5-VL, Qwen3-VL "
+                "or Qwen3.5, or a task of images with frames as 'images'"
+            )
+
+    def as_seen(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids for the model's pass, whose image tokens alone are replaced by features. Default: as they are."""
+        return ids
 
     @classmethod
     def limited(cls, settings: Mapping[str, Any], limits: PixelLimits) -> dict[str, Any]:
@@ -268,18 +318,25 @@ class Family(ABC):
         """What the model's own pass over padded token ids [N, T] needs besides features of images. Default: nothing."""
         return {}
 
-    def positions(self, ids: NDArray[np.int64], images: Mapping[str, torch.Tensor]) -> NDArray[np.int64]:
-        """Positions [axes, T] of a prompt's tokens [T]. Default: consecutive; families may have others for image
-        features."""
+    def positions(
+        self, ids: NDArray[np.int64], images: Mapping[str, torch.Tensor], shown: Sequence[Image | Video] = ()
+    ) -> NDArray[np.int64]:
+        """Positions [axes, T] of a prompt's tokens [T]. Default: consecutive.
+
+        Args:
+            ids: The tokens.
+            images: The vision inputs.
+            shown: Images and videos in reading order.
+        """
         return np.arange(len(ids))[None]
 
     def encode(self, observation: Observation) -> Prompt:
         """Turns an observation into model inputs.
 
         Raises:
-            ValueError: As for `chat`, or the processor refuses an image.
+            ValueError: As for `chat`, or the processor refuses an image or a video.
         """
-        return self._encoded_chat(self.chat(observation), observation["images"])
+        return self._encoded_chat(self.chat(observation), observation["images"], observation.get("videos", ()))
 
     def encode_turn(self, observation: Observation) -> Prompt:
         """Encodes what follows the last assistant turn of a conversation, from the end of that turn on.
@@ -296,13 +353,32 @@ class Family(ABC):
         chat, images = self.chat_template.after_answer(observation), observation["images"]
         return self._encoded_chat(chat, images[len(images) - chat.count(self.image_mark) :])
 
-    def _encoded_chat(self, chat: str, shown: tuple[Image, ...]) -> Prompt:
-        """Encodes text in the model's format, with a mark in the place of each image."""
-        first, *rest = chat.split(self.image_mark)
-        images, expanded = self.process_images(shown) if rest else ({}, [])
-        text = first + "".join(mark + text for mark, text in zip(expanded, rest, strict=True))
+    def _encoded_chat(self, chat: str, images: tuple[Image, ...], videos: tuple[Video, ...] = ()) -> Prompt:
+        """Encodes text in the model's format, with a mark in the place of each image and video."""
+        marks = [self.image_mark, *([self.video_mark] if videos and self.video_mark else [])]
+        first, *rest = re.split(f"({'|'.join(map(re.escape, marks))})", chat)
+        if not rest:
+            inputs, expanded, shown = {}, list[str](), list[Image | Video]()
+        elif not videos:
+            (inputs, expanded), shown = self.process_images(images), list(images)
+        else:
+            left = {self.image_mark: iter(images), self.video_mark: iter(videos)}
+            shown = [next(left[mark]) for mark in rest[::2]]  # type: ignore[call-overload]
+            inputs, expanded = self._processed(shown)
+        text = first + "".join(mark + text for mark, text in zip(expanded, rest[1::2], strict=True))
         ids = np.array(self.processor.tokenizer.encode(text, add_special_tokens=False), dtype=np.int64)
-        return Prompt(ids, self.positions(ids, images), images)
+        return Prompt(ids, self.positions(ids, inputs, shown), inputs)
+
+    def _processed(self, shown: Sequence[Image | Video]) -> tuple[dict[str, torch.Tensor], list[str]]:
+        """As `process_images`, for images and videos in reading order."""
+        parts = [
+            (self.process_video(one), [self.expanded_video(one)])
+            if isinstance(one, Video)
+            else self.process_images((one,))
+            for one in shown
+        ]
+        inputs = {name: self.stack_images([part[name] for part, _ in parts]) for name in parts[0][0]}
+        return inputs, [text for _, texts in parts for text in texts]
 
     def lengths(self, observations: Sequence[Observation]) -> list[int | ValueError]:
         """The number of tokens that `encode` makes of each observation, or the reason why it cannot.
@@ -314,6 +390,8 @@ class Family(ABC):
         for observation in observations:
             try:
                 chat, images = self.chat(observation), [image.shape[1::-1] for image in observation["images"]]
+                for video in observation.get("videos", ()):
+                    chat = chat.replace(self.video_mark or "", self.expanded_video(video), 1)
                 found.append(sum(self.image_lengths(images)) - len(images) * mark)
                 chats.append(chat.replace(self.image_mark, self.spaced_mark) if images else chat)
             except ValueError as error:
@@ -365,12 +443,20 @@ class Family(ABC):
         text, images = self.chat(observation), observation["images"]
         expanded = self.process_images(images)[1] if images else []
         counts = tuple(mark.count(self.image_token) for mark in expanded)
-        return PromptReading(text, len(self.encode(observation).input_ids), counts)
+        videos = tuple(self.expanded_video(video).count(self.video_token) for video in observation.get("videos", ()))
+        return PromptReading(text, len(self.encode(observation).input_ids), counts, videos)
 
     @cached_property
     def image_token(self) -> str:
         """The token of one image feature."""
         token = self.processor.tokenizer.convert_ids_to_tokens(self.model.config.image_token_id)
+        assert isinstance(token, str)
+        return token
+
+    @cached_property
+    def video_token(self) -> str:
+        """The token of one feature of a video, in families that take videos."""
+        token = self.processor.tokenizer.convert_ids_to_tokens(self.model.config.video_token_id)
         assert isinstance(token, str)
         return token
 
@@ -442,9 +528,12 @@ class Family(ABC):
 
         Raises:
             ValueError: A turn's own text holds a control token, marks and images differ in number, or the chat
-                template leaves out a turn or an image.
+                template leaves out a turn or an image; so for videos.
+            ModelError: There is a video, and the family takes none.
         """
         turns = observation.get("turns", ())
+        if observation.get("videos"):
+            self.require_videos()
         for number, turn in enumerate(turns, 1):
             marked = bool(observation["images"]) and turn["role"] != "assistant"
             self._refuse_control_tokens(turn["text"], marked, f"the text of turn {number} ({turn['role']})")
@@ -456,7 +545,11 @@ class Family(ABC):
         """The chat template that writes observations in the model's format."""
         processor = self.processor
         return ChatTemplate(
-            processor.tokenizer, processor.chat_template, self.image_mark, processor.chat_template_kwargs
+            processor.tokenizer,
+            processor.chat_template,
+            self.image_mark,
+            processor.chat_template_kwargs,
+            self.video_mark,
         )
 
     def require_system_turns(self) -> None:

@@ -1,10 +1,11 @@
-"""Chat templates for observations: turns, image places and template switches."""
+"""Chat templates for observations: turns, places of images and videos, and template switches."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
 import itertools
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vlmenv.core.errors import ConfigError
 from vlmenv.core.rollout import IMAGE_MARK, ROLES, Observation, Role, Turn, count_marks, named_images
+from vlmenv.core.video import VIDEO_MARK
 
 Message = dict[str, Any]
 """A turn in the form of chat templates: `role`, and `content` in parts or as a text."""
@@ -33,22 +35,33 @@ class ChatTemplate:
         source: The template's text.
         image_token: The template's text for an image.
         switches: Values of the template's own variables, as `enable_thinking`.
+        video_mark: The template's text for a video. Default: it takes no videos.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, source: str, image_token: str, switches: Mapping[str, Any]
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        source: str,
+        image_token: str,
+        switches: Mapping[str, Any],
+        video_mark: str | None = None,
     ) -> None:
         self._tokenizer, self._source, self._image_token, self._switches = tokenizer, source, image_token, switches
+        self._video_mark = video_mark
 
     def render(self, observation: Observation) -> str:
         """The chat-formatted prompt, with one `image_token` for each image, ready for the answer.
 
         Raises:
-            ValueError: Marks and images differ in number, or the template has no place for a turn or an image.
+            ValueError: Marks and images differ in number, or the template has no place for a turn or an image; so for
+                videos.
         """
         text = self._render(self.conversation(observation))
         if (written := text.count(self._image_token)) != len(observation["images"]):
             raise ValueError(f"the chat template puts {written} marks for {len(observation['images'])} images")
+        videos = len(observation.get("videos", ()))
+        if videos and (written := text.count(self._video_mark or "")) != videos:
+            raise ValueError(f"the chat template puts {written} marks for {videos} videos")
         return text
 
     def after_answer(self, observation: Observation) -> str:
@@ -67,21 +80,23 @@ class ChatTemplate:
         return self.render({**observation, "turns": turns}).rpartition(word)[2]
 
     def conversation(self, observation: Observation) -> list[Message]:
-        """An observation as messages with image parts in their places.
+        """An observation as messages with the parts of images and videos in their places.
 
         Raises:
-            ValueError: Marks and images differ in number, or the template has no place for a turn.
+            ValueError: Marks and images differ in number, or the template has no place for a turn; so for videos.
         """
-        turns, images = observation.get("turns", ()), len(observation["images"])
-        marks = count_marks(observation["prompt"], turns) if images else 0
-        if marks not in (0, images):
-            raise ValueError(f"the prompt has {marks} {IMAGE_MARK} marks for {images} images")
+        turns, marked, first = observation.get("turns", ()), list[str](), list[Message]()
+        for mark, shown in ((IMAGE_MARK, len(observation["images"])), (VIDEO_MARK, len(observation.get("videos", ())))):
+            marks = count_marks(observation["prompt"], turns, mark) if shown else 0
+            if marks not in (0, shown):
+                raise ValueError(f"the prompt has {marks} {mark} marks for {shown} {_kind(mark)}s")
+            marked += [mark] if marks else []
+            first += [] if marks else [{"type": _kind(mark)}] * shown
         self._check_roles(turns)
         numbers = itertools.count(1)
         asked: Turn = {"role": "user", "text": observation["prompt"]}
-        messages = [self._message(turn, marks > 0, numbers) for turn in (*turns, asked)]
-        if not marks:
-            messages[-1]["content"] = [*[{"type": "image"}] * images, _text(observation["prompt"])]
+        messages = [self._message(turn, marked, numbers) for turn in (*turns, asked)]
+        messages[-1]["content"] = [*first, *messages[-1]["content"]]
         return messages
 
     @cached_property
@@ -118,17 +133,19 @@ class ChatTemplate:
             )
         return kept
 
-    def _message(self, turn: Turn, marked: bool, numbers: itertools.count[int]) -> Message:
+    def _message(self, turn: Turn, marked: Sequence[str], numbers: itertools.count[int]) -> Message:
+        """A turn as a message, with a part in the place of each of the marks."""
         role, text = turn["role"], turn["text"]
-        if not marked or role == "assistant" or IMAGE_MARK not in text:
+        pieces = re.split(f"({'|'.join(marked)})", text) if marked and role != "assistant" else [text]
+        if len(pieces) == 1:
             return {"role": role, "content": text if self.forms.get(role) == "text" else [_text(text)]}
         if self.forms.get(role) == "text":
             raise ValueError(f"the chat template takes no image in a {role} turn")
-        first, *rest = text.split(IMAGE_MARK)
         if self.keeps_places:
-            parts = [_text(first), *(part for text in rest for part in ({"type": "image"}, _text(text)))]
-            return {"role": role, "content": [part for part in parts if part.get("text") != ""]}
-        return {"role": role, "content": [*[{"type": "image"}] * len(rest), _text(named_images(text, numbers))]}
+            parts = [{"type": _kind(one)} if one in marked else _text(one) for one in pieces if one]
+            return {"role": role, "content": parts}
+        images = text.count(IMAGE_MARK)
+        return {"role": role, "content": [*[{"type": "image"}] * images, _text(named_images(text, numbers))]}
 
     def _check_roles(self, turns: Sequence[Turn]) -> None:
         for place, turn in enumerate(turns):
@@ -180,6 +197,11 @@ def check_switches(switches: Mapping[str, Any], source: str, tokenizer: PreTrain
             nearest = difflib.get_close_matches(name, names, n=1)
             hint = f". Did you mean '{nearest[0]}'?" if nearest else ": leave it out"
             raise ConfigError(f"the model's chat template never reads '{name}' of chat_template_kwargs{hint}")
+
+
+def _kind(mark: str) -> str:
+    """The type of the part that a mark is the place of."""
+    return mark[1:-1]
 
 
 def _text(text: str) -> Message:

@@ -24,6 +24,7 @@ class Glm4v(Qwen2VL):
 
     model_type: ClassVar[str] = "glm4v"
     coordinates: ClassVar[CoordinateSpace] = CoordinateSpace.NORM1000
+    takes_videos: ClassVar[bool] = False
 
     @cached_property
     def control_tokens(self) -> set[int]:

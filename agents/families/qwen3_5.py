@@ -1,14 +1,14 @@
-"""Qwen3.5: images as for Qwen3-VL, in one stream of features; layers with recurrent states beside attention."""
+"""Qwen3.5: images and videos as for Qwen3-VL, in one stream of features; layers with recurrent states beside attention."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-from vlmenv.agents.families.qwen2_vl import Qwen2VL
+from vlmenv.agents.families.qwen3_vl import TimedVideos
 from vlmenv.core.coordinates import CoordinateSpace
 
 
-class Qwen35(Qwen2VL):
+class Qwen35(TimedVideos):
     """Qwen3.5, and later ones of its layout."""
 
     model_type: ClassVar[str] = "qwen3_5"

@@ -28,13 +28,14 @@ from vlmenv.core.coordinates import ResizeRule
 from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.core.names import hub_name
 from vlmenv.core.spaces import Image
+from vlmenv.core.video import FrameRule, Video
 from vlmenv.envs.data.boxes import BoxForm, BoxReading, size_fault
 from vlmenv.envs.data.coco import CocoInstances
 from vlmenv.envs.data.convert import find_layout
 from vlmenv.envs.data.delimited import Delimited
 from vlmenv.envs.data.images import Size, image_size, load_image, outline_image
 from vlmenv.envs.data.layouts import RowLayout
-from vlmenv.envs.data.media import ImageRef
+from vlmenv.envs.data.media import ImageRef, VideoRef
 from vlmenv.envs.data.rows import Row, check_columns, missing, read_row
 from vlmenv.envs.data.source import Sample, Source
 from vlmenv.envs.data.tables import (
@@ -49,6 +50,7 @@ from vlmenv.envs.data.tables import (
     require_datasets,
 )
 from vlmenv.envs.data.usage import Usage
+from vlmenv.envs.data.videos import check_video, files_of, load_video, outline_video
 
 Dataset = Any
 """A path or hub id, several paths, a data set of the library `datasets`, or a list of rows."""
@@ -97,6 +99,10 @@ class Reading:
     """whether a row with an image outside the folder of images is broken"""
     layouts: tuple[RowLayout, ...] = ()
     """layouts of the task's own public data sets"""
+    frames: FrameRule | None = None
+    """rule for the frames of videos; None if the task takes no videos"""
+    needs_video: bool = False
+    """whether a row without a video is broken"""
 
     def __post_init__(self) -> None:
         check_columns(self.columns)
@@ -135,6 +141,14 @@ class Reading:
                 raise UnwantedError(f"the answer says {text!r}")
         if self.needs_image and not row.images:
             raise ValueError(f"the task needs an image, but the row has none; {missing('images', row.unused)}")
+        if row.videos and self.frames is None:
+            column = next(column for part, column in row.used if part == "videos")
+            raise ValueError(
+                f"the row has a video in '{column}', and the task shows images only: take VLM-VideoQA-v0 or "
+                "VLM-Temporal-v0, store frames as 'images', or leave the video out by --columns videos ''"
+            )
+        if self.needs_video and not row.videos:
+            raise ValueError(f"the task needs a video, but the row has none; {missing('videos', row.unused)}")
         return self.understand(row if self.boxes is None else self.boxes.as_corners(row))
 
 
@@ -144,8 +158,8 @@ class UnwantedError(Exception):
 
 _MadeOf = tuple[int, tuple[tuple[str, str], ...], tuple[str, ...], tuple[str, ...]]
 """The usage of a row: its number of images, its used and unused columns, and decisions."""
-_Read = tuple[int, "_MadeOf | ValueError | UnwantedError", tuple[ImageRef, ...], tuple[int, int] | None]
-"""The number of a row, its usage or fault, its images, and the size to compare."""
+_Read = tuple[int, "_MadeOf | ValueError | UnwantedError", Row | None, tuple[int, int] | None]
+"""The number of a row, its usage or fault, the row unless it is at fault, and the size to compare."""
 _ROWS = 1024  # looked at together
 _SIZED = (
     1000  # rows whose images are opened at once, to compare their sizes; the others are compared when they are shown
@@ -278,13 +292,18 @@ class TableSource(Source):
         return row, [self._located(ref) for ref in row.images if ref is not None]
 
     def get(self, index: int) -> Sample:
-        return self._sample(index, load_image)
+        return self._sample(index, load_image, load_video)
 
     def outline(self, index: int) -> Sample:
-        return self._sample(index, outline_image)
+        return self._sample(index, outline_image, outline_video)
 
-    def _sample(self, index: int, load: Callable[[Any, str, ResizeRule | None], tuple[Image, Size]]) -> Sample:
-        """A sample with its images as `load` gives them."""
+    def _sample(
+        self,
+        index: int,
+        load: Callable[[Any, str, ResizeRule | None], tuple[Image, Size]],
+        load_frames: Callable[[VideoRef, float | None, str, FrameRule], Video],
+    ) -> Sample:
+        """A sample with its images and videos as `load` and `load_frames` give them."""
         number, bound, boxes = self.number(index), self._reading.bound, self._reading.boxes
         try:
             row = self._reading.row(self.table.read(number), number)
@@ -294,13 +313,16 @@ class TableSource(Source):
             raise DataError(f"{place}: {error}; the file has changed since it was opened") from None
         place = self.place(index, sample.id)
         try:
-            for ref in row.images:
-                self._check_place(ref)
+            self._checked_files(row)
         except ValueError as error:
             raise DataError(f"{place}: {error}") from None
         refs = [self._located(ref) for ref in row.images if ref is not None]
         loaded = [load(ref, place, bound) for ref in refs]
         sample = replace(sample, images=tuple(image for image, _ in loaded), sizes=tuple(size for _, size in loaded))
+        if row.videos:
+            assert self._reading.frames is not None  # else the row is broken
+            given = [(self._located_video(ref), row.fps, place, self._reading.frames) for ref in row.videos]
+            sample = replace(sample, videos=tuple(load_frames(*one) for one in given))
         if boxes is None or not loaded:
             return sample
         if (fault := size_fault(row.size, refs[0])) is not None:
@@ -379,31 +401,34 @@ class TableSource(Source):
 
     def _read(
         self, raw: Any, number: int
-    ) -> tuple[_MadeOf | ValueError | UnwantedError, tuple[ImageRef, ...], tuple[int, int] | None]:
+    ) -> tuple[_MadeOf | ValueError | UnwantedError, Row | None, tuple[int, int] | None]:
         try:
             row = self._reading.row(raw, number)
             sample = self._reading.sample_of(row)
         except (ValueError, UnwantedError) as error:
-            return error, (), None
+            return error, None, None
         ignored = self._reading.ignored(row, sample.target)
         used = tuple(one for one in row.used if one[0] not in ignored)
         left = tuple(column for part, column in row.used if part in ignored)
         size = row.size if self._reading.boxes is not None and number < _SIZED else None
-        return (len(row.images), used, row.unused + left, row.notes), row.images, size
+        return (len(row.images), used, row.unused + left, row.notes), row, size
 
     def _missing(self, rows: Sequence[_Read]) -> ImageCheck:
-        """Looks for the images of some rows, and compares their sizes; the disk may be slow."""
+        """Looks for the images and videos of some rows, and compares sizes of images; the disk may be slow."""
         found = ImageCheck()
-        for number, _, refs, size in rows:
+        for number, _, row, size in rows:
+            if row is None:
+                continue
             try:
-                for ref in refs:
-                    self._check_place(ref)
+                for video in map(self._located_video, row.videos):
+                    check_video(video, row.fps)
+                for ref in self._checked_files(row):
                     if isinstance(ref, str):
                         found.stamp += self._stamp(self._located(ref))
-                if size is not None and (fault := size_fault(size, self._located(refs[0]))) is not None:
+                if size is not None and (fault := size_fault(size, self._located(row.images[0]))) is not None:
                     raise ValueError(fault)
                 if self._reading.min_image_side is not None:
-                    self._check_sizes(number, refs, self._reading.min_image_side)
+                    self._check_sizes(number, row.images, self._reading.min_image_side)
             except (ValueError, UnwantedError) as error:
                 found.faults[number] = error
         return found
@@ -418,13 +443,19 @@ class TableSource(Source):
             raise ValueError(f"there is no image {path[:200]}")
         return zlib.crc32(f"{path} {file.st_size} {file.st_mtime_ns}".encode("utf-8", "surrogateescape"))
 
-    def _check_place(self, ref: ImageRef) -> None:
-        """Raises ValueError for an image outside the folder of images, if these are refused; links are followed."""
-        if not self._reading.confine_images or not isinstance(ref, str):
-            return
-        root, real = (os.path.realpath(path) for path in (self.root, self._located(ref)))
-        if os.path.commonpath((root, real)) != root:
-            raise ValueError(f"the image {ref[:200]} lies outside {self.root}, and confine_images refuses such")
+    def _checked_files(self, row: Row) -> list[ImageRef]:
+        """The images of a row, and the files of its videos. Links are followed.
+
+        Raises:
+            ValueError: A file lies outside the folder of images, and these are refused.
+        """
+        refs = [*row.images, *(file for ref in row.videos for file in files_of(self._located_video(ref)))]
+        for ref in refs if self._reading.confine_images else ():
+            if isinstance(ref, str):
+                root, real = (os.path.realpath(path) for path in (self.root, self._located(ref)))
+                if os.path.commonpath((root, real)) != root:
+                    raise ValueError(f"the image {ref[:200]} lies outside {self.root}, and confine_images refuses such")
+        return refs
 
     def _check_sizes(self, number: int, refs: Sequence[ImageRef], least: int) -> None:
         """Raises UnwantedError if an image is too small."""
@@ -432,6 +463,12 @@ class TableSource(Source):
             _, refs = self._reading.sample(self.table.read(number), number)
         if any(min(image_size(self._located(ref))) < least for ref in refs if ref is not None):
             raise UnwantedError(f"an image is under {least} pixels wide or high")
+
+    def _located_video(self, ref: VideoRef) -> VideoRef:
+        if isinstance(ref, tuple):
+            return tuple(map(self._located, ref))
+        found: VideoRef = self._located(ref)
+        return found
 
     def _located(self, ref: Any) -> Any:
         return os.path.join(self.root, ref) if isinstance(ref, str) else ref  # noqa: PTH118

@@ -67,7 +67,7 @@ def load_image(ref: str | bytes | PILImage.Image, place: str, bound: ResizeRule 
                 ref.load()
             shown, full = _shown(ref, bound)
             return np.array(shown), full
-        with _opened(ref) as picture:
+        with open_image(ref) as picture:
             shown, full = _shown(picture, bound)
             return np.asarray(shown), full
 
@@ -83,7 +83,7 @@ def outline_image(ref: str | bytes | PILImage.Image, place: str, bound: ResizeRu
             full, target = _sizes(ref, bound)
             _check_pixels(ref)
         else:
-            with _opened(ref) as picture:
+            with open_image(ref) as picture:
                 full, target = _fitted(picture, bound)
         return blank_image(*target), full
 
@@ -154,7 +154,7 @@ def image_size(ref: str | bytes | PILImage.Image) -> tuple[int, int]:
     if isinstance(ref, PILImage.Image):
         return ref.size
     try:
-        with _opened(ref) as picture:
+        with open_image(ref) as picture:
             return picture.size
     except _BROKEN as error:
         raise ValueError(f"an image cannot be read: {error}") from error
@@ -169,7 +169,7 @@ def shown_size(ref: str | bytes | PILImage.Image) -> tuple[int, int]:
     if isinstance(ref, PILImage.Image):
         return _sizes(ref, None)[0]
     try:
-        with _opened(ref) as picture:
+        with open_image(ref) as picture:
             return _sizes(picture, None)[0]
     except _BROKEN as error:
         raise ValueError(f"an image cannot be read: {error}") from error
@@ -186,7 +186,7 @@ def exif_orientation(ref: str | bytes | PILImage.Image | None) -> int:
     if isinstance(ref, PILImage.Image):
         return _orientation(ref)
     try:
-        with _opened(ref) as picture:
+        with open_image(ref) as picture:
             return _orientation(picture)
     except _BROKEN as error:
         raise ValueError(f"an image cannot be read: {error}") from error
@@ -240,9 +240,14 @@ _WORDS: Final = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 
 
 @contextmanager
-def _opened(ref: str | bytes) -> Iterator[PILImage.Image]:
-    """An image whose format and size are known, but no pixel."""
-    with io.BytesIO(ref) if isinstance(ref, bytes) else _regular_file(ref) as stream:
+def open_image(ref: str | bytes) -> Iterator[PILImage.Image]:
+    """Opens a file's path or bytes as an image whose format and size are known, but no pixel.
+
+    Raises:
+        OSError: There is no such file.
+        ValueError: It is no regular file, or of none of `FORMATS`.
+    """
+    with io.BytesIO(ref) if isinstance(ref, bytes) else regular_file(ref) as stream:
         try:
             picture = PILImage.open(stream, formats=_known_formats())
         except UnidentifiedImageError:
@@ -252,7 +257,7 @@ def _opened(ref: str | bytes) -> Iterator[PILImage.Image]:
             yield picture
 
 
-def _regular_file(path: str) -> BinaryIO:
+def regular_file(path: str) -> BinaryIO:
     """Opens a regular file; a pipe, device or folder might block for ever."""
     stream = open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb")  # noqa: PTH123, SIM115
     if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):

@@ -1,4 +1,4 @@
-"""Finds the images of a row, in the columns and forms that data sets have them in; refuses videos and sound."""
+"""Finds images and videos of a row, in the columns and forms that data sets have them in; refuses sound."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ from vlmenv.core.rollout import IMAGE_MARK
 ImageRef = str | bytes | PILImage | None
 """A path, an encoded file's bytes or a picture; None for one that is there but was not read."""
 
+VideoRef = str | bytes | tuple[str, ...]
+"""A path of a file or of a folder of frames, an encoded file's bytes, or the paths of frames."""
+
 IMAGE_COLUMNS: Final = (
     *("images", "image", "image_path", "image_paths", "img", "imgs", "img_path", "img_paths", "img_filename"),
     *("picture", "pictures", "photo", "photos", "decoded_image", "pil_image", "image_file", "image_files"),
@@ -26,12 +29,17 @@ IMAGE_COLUMNS: Final = (
 )
 """Columns that may hold the images of a row; `image_1`, `image_2` … do too."""
 
+VIDEO_COLUMNS: Final = (
+    *("videos", "video", "video_path", "video_paths", "videos_path", "video_file", "video_url", "video_bytes"),
+)
+"""Columns that may hold the videos of a row."""
+
 _NUMBERED_COLUMN = re.compile(r"(?:image|img)_?(\d{1,3})")
 _NUMBERED_MARK = re.compile(r"<\|?image[ _]?(\d{1,3})\|?>")
-_OTHER_COLUMN = re.compile(r"(video|audio)(?:s|_path|_paths|_file|_url|_bytes)?")
-_NAMES: Final = {"video": "a video", "audio": "sound"}
-_OTHER_MARK = re.compile(r"<(video|audio)>")
+_SOUND_COLUMN = re.compile(r"audio(?:s|_path|_paths|_file|_url|_bytes)?")
+_SOUND_MARK: Final = "<audio>"
 _IMAGE_NAME = re.compile(r"[^\n]{1,1000}\.(?:png|jpe?g|webp|gif|bmp|tiff?)(?:\?[^\n]*)?", re.IGNORECASE)
+_FRAME_NAME = re.compile(r"[^\n]{1,1000}\.(?:png|jpe?g|bmp)", re.IGNORECASE)
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
 _MAGIC: Final = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 """How the files of usual image formats begin."""
@@ -53,26 +61,24 @@ def is_filled(value: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def other_media_columns(columns: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """Those of some columns whose names are of videos or sounds, with which."""
-    found = ((column, _OTHER_COLUMN.fullmatch(str(column).lower())) for column in columns)
-    return tuple((column, match[1]) for column, match in found if match)
+def _sound_columns(columns: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of some columns whose names are of sounds."""
+    return tuple(column for column in columns if _SOUND_COLUMN.fullmatch(str(column).lower()))
 
 
-def refuse_other_media(row: Mapping[str, Any]) -> None:
-    """Raises ValueError if a row has a video or a sound, which no task shows."""
-    for column, kind in other_media_columns(tuple(row)):
+def refuse_sound(row: Mapping[str, Any]) -> None:
+    """Raises ValueError if a row has a sound, which no task plays."""
+    for column in _sound_columns(tuple(row)):
         if is_filled(row[column]):
             raise ValueError(
-                f"the row has {_NAMES[kind]} in '{column}', and the tasks show images only: store frames as 'images', "
-                f"or take the column '{column}' out of the data"
+                f"the row has sound in '{column}', and no task plays sound: take the column '{column}' out of the data"
             )
 
 
-def refuse_other_marks(text: str) -> None:
-    """Raises ValueError if a text has a mark for a video or a sound."""
-    if "<" in text and (found := _OTHER_MARK.search(text)):
-        raise ValueError(f"the text has a {found[0]} mark, and the tasks show images only: store frames as images")
+def refuse_sound_marks(text: str) -> None:
+    """Raises ValueError if a text has a mark for a sound."""
+    if _SOUND_MARK in text:
+        raise ValueError(f"the text has a {_SOUND_MARK} mark, and no task plays sound")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -120,6 +126,47 @@ def read_images(found: Any) -> tuple[ImageRef, ...]:
         found = literal(found)
     refs = found if isinstance(found, (list, tuple)) else [] if found is None else [found]
     return tuple(map(read_image, refs))
+
+
+def read_videos(found: Any) -> tuple[VideoRef, ...]:
+    """The videos of a cell: one or a list of them. A list of images is one video, whose frames they are.
+
+    Raises:
+        ValueError: Something in it is no video, or lies on the web.
+    """
+    if isinstance(found, str) and found.startswith("[") and found.endswith("]"):
+        found = literal(found)
+    if not isinstance(found, (list, tuple)):
+        return (read_video(found),)
+    if found and all(isinstance(one, str) and _FRAME_NAME.fullmatch(one) for one in found):
+        return (read_video(found),)
+    return tuple(map(read_video, found))
+
+
+def read_video(ref: Any) -> VideoRef:
+    """One video: a path, a `file://` URL, bytes, `{"bytes", "path"}`, or a list of the paths of frames.
+
+    Raises:
+        ValueError: It is none of these, or lies on the web.
+    """
+    if isinstance(ref, Mapping):
+        ref = next((ref[key] for key in ("bytes", "path", "url", "video") if ref.get(key)), ref)
+    if isinstance(ref, (list, tuple)) and ref and all(isinstance(one, str) for one in ref):
+        return tuple(_video_path(one) for one in ref)
+    if isinstance(ref, os.PathLike):
+        ref = os.fspath(ref)
+    if isinstance(ref, str) and ref:
+        return _video_path(ref)
+    if isinstance(ref, bytes) and ref:
+        return ref
+    raise ValueError("a video is neither a path, nor bytes, nor a list of the paths of frames")
+
+
+def _video_path(ref: str) -> str:
+    check_text("video's path", ref)
+    if ref.startswith(("http://", "https://", "data:")):
+        raise ValueError(f"the video {ref[:200]} is no file: download it first, and give its path")
+    return unquote(urlsplit(ref).path) if ref.startswith("file://") else ref
 
 
 def literal(text: str) -> Any:

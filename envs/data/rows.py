@@ -14,11 +14,14 @@ from vlmenv.core.answers import Detection
 from vlmenv.core.errors import ConfigError, unknown_name
 from vlmenv.core.formats import SECTIONS, TAGS, AnswerFormat
 from vlmenv.core.rollout import IMAGE_MARK, Turn, count_marks, split_marks
+from vlmenv.core.video import VIDEO_MARK
 from vlmenv.envs.data.choices import LETTERS, read_choices
 from vlmenv.envs.data.layouts import RowLayout
 from vlmenv.envs.data.media import (
     IMAGE_COLUMNS,
+    VIDEO_COLUMNS,
     ImageRef,
+    VideoRef,
     check_text,
     holds_image,
     image_columns,
@@ -27,8 +30,10 @@ from vlmenv.envs.data.media import (
     place_numbered,
     read_image,
     read_images,
-    refuse_other_marks,
-    refuse_other_media,
+    read_video,
+    read_videos,
+    refuse_sound,
+    refuse_sound_marks,
 )
 from vlmenv.envs.data.objects import (
     Objects,
@@ -44,6 +49,8 @@ from vlmenv.envs.data.turns import Conversation, read_turns
 COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
     "id": ("qid", "id", "question_id", "pid", "uid", "index"),
     "images": IMAGE_COLUMNS,
+    "videos": VIDEO_COLUMNS,
+    "fps": ("fps", "video_fps"),
     "question": ("conversations", "messages", "problem", "question", "query", "prompt"),
     "answer": ("answer", "solution", "response", "ground_truth", "gt_answer", "answers", "completion", "reward_model"),
     "system": ("system", "system_prompt"),
@@ -94,6 +101,9 @@ class Row:
     """columns with content that is no part of the row"""
     notes: tuple[str, ...] = ()
     """decisions about the row, to be reported once for the data set"""
+    videos: tuple[VideoRef, ...] = ()
+    fps: float | None = None
+    """frames per second of videos that are stored as frames; None: not stated"""
 
 
 def check_columns(columns: Mapping[str, str]) -> None:
@@ -124,7 +134,7 @@ def read_row(
     """
     if not isinstance(raw, Mapping):
         raise ValueError("the row is not a JSON object")
-    refuse_other_media(raw)
+    refuse_sound(raw)
     layout = _layout_of(raw, columns, layouts)
     content, form = (raw, "") if layout is None else layout.rewritten(raw)
     cells = _Cells(content, columns, unread)
@@ -132,7 +142,7 @@ def read_row(
     check_text("id", row_id)
     key = str(number if row_id is None else row_id)
     asked, detections = _with_objects(_conversation(cells), cells, key)
-    question, turns, images = _shown(asked, cells)
+    question, turns, images, videos = _shown(asked, cells)
     answer, response = _divided(_voted(asked.answer))
     choices = read_choices(*_choices(cells))
     return Row(
@@ -151,7 +161,9 @@ def read_row(
         form=form,
         turns=turns,
         used=tuple(cells.used) if layout is None else _used_of(cells, layout, raw),
-        unused=cells.unused(bool(images)),
+        videos=videos,
+        fps=_fps(cells.take("fps")) if videos else None,
+        unused=cells.unused(bool(images or videos)),
         notes=tuple(cells.notes),
     )
 
@@ -252,6 +264,8 @@ def _conversation(cells: _Cells) -> Conversation:
             cells.take_column("answer", column)
         if asked.images:
             cells.take_column("images", column)
+        if asked.videos:
+            cells.take_column("videos", column)
     if column is None or named not in (None, column):
         asked = asked._replace(question=_with_hint(_question(cells), cells))
     if asked.answer is None or "answer" in cells.named:
@@ -322,21 +336,41 @@ def _with_objects(asked: Conversation, cells: _Cells, key: str) -> tuple[Convers
     return asked._replace(question=asked.question or _ask_for(detections, objects, key)), detections
 
 
-def _shown(asked: Conversation, cells: _Cells) -> tuple[str, tuple[Turn, ...], tuple[ImageRef, ...]]:
-    """The question and the turns before it, with a mark for each image or none, and the images."""
+def _shown(
+    asked: Conversation, cells: _Cells
+) -> tuple[str, tuple[Turn, ...], tuple[ImageRef, ...], tuple[VideoRef, ...]]:
+    """The question and the turns before it, with a mark for each image and video or none; images and videos."""
     _check_question(asked.question, cells)
     for name, text in (("question", asked.question), ("answer", asked.answer)):
         check_text(name, text)
     texts = [*(turn["text"] for turn in asked.turns), asked.question]
     for text in texts:
-        refuse_other_marks(text)
+        refuse_sound_marks(text)
     inline = tuple(map(read_image, asked.images))
     (*earlier, question), images = place_numbered(texts, inline or _images(cells))
+    videos = tuple(map(read_video, asked.videos)) or _videos(cells)
     turns = _with_texts(asked.turns, earlier)
     first = next((turn for turn in turns if turn["role"] == "user"), None)
-    if first is not None and not count_marks(question, turns):  # the images belong to the first turn
-        first["text"] = IMAGE_MARK * len(images) + first["text"]
-    return placed(question, len(images), turns), turns, images
+    for mark, shown in ((IMAGE_MARK, images), (VIDEO_MARK, videos)):
+        if first is not None and not count_marks(question, turns, mark):  # they belong to the first turn
+            first["text"] = mark * len(shown) + first["text"]
+        question = placed(question, len(shown), turns, mark)
+    return question, turns, images, videos
+
+
+def _videos(cells: _Cells) -> tuple[VideoRef, ...]:
+    """The videos of the row's columns."""
+    found = cells.take("videos")
+    return read_videos(found) if is_filled(found) else ()
+
+
+def _fps(found: Any) -> float | None:
+    """Frames per second; None if there is no number."""
+    if found is None:
+        return None
+    if type(found) not in (int, float) or not 0 < found <= 1000:
+        raise ValueError(f"'fps' is {found!r}, which is no number above 0 and up to 1000")
+    return float(found)
 
 
 def _choices(cells: _Cells) -> tuple[Any, str]:
@@ -406,21 +440,22 @@ def _check_question(question: str, cells: _Cells) -> None:
         )
 
 
-def placed(question: str, images: int, turns: tuple[Turn, ...] = ()) -> str:
+def placed(question: str, shown: int, turns: tuple[Turn, ...] = (), mark: str = IMAGE_MARK) -> str:
     """A question with checked marks. Marks that only begin it are removed, because they change nothing.
 
     Args:
-        question: It may hold `<image>` marks.
-        images: Number of the row's images.
+        question: It may hold marks.
+        shown: Number of the row's images, or videos.
         turns: The turns before it, which may have marks too.
+        mark: The mark of an image, or of a video.
 
     Raises:
-        ValueError: Question and turns hold some marks, but not as many as there are images.
+        ValueError: Question and turns hold some marks, but not as many as there are images or videos.
     """
-    marks, (leading, rest) = count_marks(question, turns), split_marks(question)
-    if marks not in (0, images):
+    marks, (leading, rest) = count_marks(question, turns, mark), split_marks(question, mark)
+    if marks not in (0, shown):
         whole = "the question has" if not turns else "the question and the turns before it have"
-        raise ValueError(f"{whole} {marks} {IMAGE_MARK} marks for {images} images")
+        raise ValueError(f"{whole} {marks} {mark} marks for {shown} {mark[1:-1]}s")
     return rest if leading == marks else question.strip()
 
 

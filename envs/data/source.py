@@ -13,6 +13,7 @@ import numpy as np
 from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.core.rollout import IMAGE_MARK, Turn
 from vlmenv.core.spaces import Image
+from vlmenv.core.video import Video
 from vlmenv.envs.data.usage import Usage
 
 
@@ -45,6 +46,8 @@ class Sample:
     sizes: tuple[tuple[int, int], ...] = ()
     """full width and height of each image, which the target's places refer to; empty: those of `images`, which a
     bound on pixels may have made smaller"""
+    videos: tuple[Video, ...] = ()
+    """videos of all turns in reading order; `<video>` marks are their places, as `<image>` marks are those of images"""
 
     @property
     def full_sizes(self) -> tuple[tuple[int, int], ...]:

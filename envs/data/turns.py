@@ -1,4 +1,4 @@
-"""Reads conversations: turns of roles with text, or with parts of text and images."""
+"""Reads conversations: turns of roles with text, or with parts of text, images and videos."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
 from vlmenv.core.rollout import IMAGE_MARK, Role, Turn
+from vlmenv.core.video import VIDEO_MARK
 
 _ROLES: Final[Mapping[str, Role]] = {
     "system": "system",
@@ -19,6 +20,7 @@ _ROLES: Final[Mapping[str, Role]] = {
 }
 _TEXTS: Final = ("text", "input_text", "output_text")
 _IMAGES: Final = ("image", "image_url", "input_image")
+_VIDEOS: Final = ("video", "video_url")
 
 
 class Conversation(NamedTuple):
@@ -32,6 +34,8 @@ class Conversation(NamedTuple):
     """the turn of the assistant after it; None if there is none"""
     images: tuple[Any, ...]
     """those that stand in parts of turns, as they are written there"""
+    videos: tuple[Any, ...] = ()
+    """likewise"""
 
 
 def read_turns(stored: Any, column: str) -> Conversation:
@@ -48,14 +52,14 @@ def read_turns(stored: Any, column: str) -> Conversation:
         stored = _parsed(stored)
     if not isinstance(stored, list) or not stored or not all(isinstance(turn, Mapping) for turn in stored):
         raise ValueError(f"'{column}' is not a list of turns, each with a role and a text")
-    images: list[Any] = []
-    turns = [(_role(turn, column), _content(turn, column, images)) for turn in stored]
+    images, videos = list[Any](), list[Any]()
+    turns = [(_role(turn, column), _content(turn, column, images, videos)) for turn in stored]
     _check_order([role for role, _ in turns], column)
     answer = turns.pop()[1] if turns[-1][0] == "assistant" else None
     if not all(isinstance(text, str) for _, text in turns):
         raise ValueError(f"a turn of '{column}' has no text")
     return Conversation(
-        tuple(Turn(role=role, text=text) for role, text in turns[:-1]), turns[-1][1], answer, tuple(images)
+        tuple(Turn(role=role, text=text) for role, text in turns[:-1]), turns[-1][1], answer, tuple(images), tuple(videos)
     )
 
 
@@ -83,23 +87,24 @@ def _role(turn: Mapping[str, Any], column: str) -> Role:
     return _ROLES[role]
 
 
-def _content(turn: Mapping[str, Any], column: str, images: list[Any]) -> Any:
+def _content(turn: Mapping[str, Any], column: str, images: list[Any], videos: list[Any]) -> Any:
     """The text of a turn, parts joined; what else is there, such as a list of numbers, as it is."""
     content = turn.get("content", turn.get("value"))
     if content is None:
         raise ValueError(f"a turn of '{column}' has no text")
     if isinstance(content, (list, tuple)) and content and all(map(_is_part, content)):
-        return "".join(_part(part, column, images) for part in content)
+        return "".join(_part(part, column, images, videos) for part in content)
     return content
 
 
 def _is_part(part: Any) -> bool:
-    return isinstance(part, Mapping) and not part.keys().isdisjoint(("type", *_TEXTS, *_IMAGES))
+    return isinstance(part, Mapping) and not part.keys().isdisjoint(("type", *_TEXTS, *_IMAGES, *_VIDEOS))
 
 
-def _part(part: Mapping[str, Any], column: str, images: list[Any]) -> str:
-    """The text of a part; an image's is its mark."""
-    kind = part.get("type") or next((key for key in ("text", "image", "image_url", "video") if part.get(key)), None)
+def _part(part: Mapping[str, Any], column: str, images: list[Any], videos: list[Any]) -> str:
+    """The text of a part; that of an image or a video is its mark."""
+    named = ("text", "image", "image_url", *_VIDEOS)
+    kind = part.get("type") or next((key for key in named if part.get(key)), None)
     if kind in _TEXTS:
         return str(part.get("text") or "")
     if kind in _IMAGES:
@@ -107,4 +112,9 @@ def _part(part: Mapping[str, Any], column: str, images: list[Any]) -> str:
         if stored is not None:
             images.append(stored)
         return IMAGE_MARK
-    raise ValueError(f"'{column}' has a part of type {kind!r}, and the tasks show text and images only")
+    if kind in _VIDEOS:
+        stored = next((part[key] for key in ("video", "video_url", "url", "path") if part.get(key)), None)
+        if stored is not None:
+            videos.append(stored)
+        return VIDEO_MARK
+    raise ValueError(f"'{column}' has a part of type {kind!r}, and the tasks show text, images and videos only")

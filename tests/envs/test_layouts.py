@@ -438,7 +438,7 @@ REFUSED = {
     "a video": ({"videos": ["a.mp4"]}, "a video in 'videos'.* store frames as 'images'"),
     "a video's path": ({"video_path": "a.mp4"}, "a video in 'video_path'"),
     "a sound": ({"audio": "a.wav"}, "sound in 'audio'"),
-    "a video's mark": ({"question": "<video>Why?"}, "a <video> mark"),
+    "a video's mark": ({"question": "<video>Why?"}, "1 <video> marks for 0 videos"),
     "an image elsewhere": (
         {"screen": "a.png"},
         "'screen' holds an image.* --columns images screen",
@@ -452,7 +452,7 @@ REFUSED = {
     "no answer": ({"answer": None, "Label": "yes"}, "no answer.* its columns are 'Label'.* --columns answer"),
     "a video's part": (
         {"messages": [said("user", {"type": "video", "video": "a.mp4"}, text("?")), said("assistant", "x")]},
-        "a part of type 'video'",
+        "a video in 'messages'",
     ),
     "a tool's turn": ({"messages": [said("user", "?"), said("tool", "x")]}, "a turn of 'tool'"),
     "two questions": ({"messages": [said("user", "?"), said("user", "!")]}, "must take turns"),

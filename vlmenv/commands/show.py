@@ -40,7 +40,7 @@ def run(config: DataShowConfig) -> ShownSample:
     console = open_console()
     console.rule(f"sample {config.index}", align="left")
     say(f"id: {shown.id}", console)
-    images = ", ".join(map(str, shown.prompt.image_tokens)) or "none"
+    images = ", ".join(map(str, (*shown.prompt.image_tokens, *shown.prompt.video_tokens))) or "none"
     say(f"prompt: {shown.prompt.tokens} tokens, of which images: {images}", console)
     say(shown.prompt.text, console)
     console.rule("the right answer", align="left")

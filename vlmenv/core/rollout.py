@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmenv.core.spaces import Image
+from vlmenv.core.video import Video
 
 IMAGE_MARK: Final = "<image>"
-"""Mark for the place of an image in a prompt."""
+"""Mark for the place of an image in a prompt; `VIDEO_MARK` is that of a video."""
 
 Role = Literal["system", "user", "assistant"]
 ROLES: Final[tuple[Role, ...]] = get_args(Role)
@@ -47,19 +48,22 @@ class Observation(TypedDict):
     """the last user turn, which the agent answers"""
     turns: NotRequired[tuple[Turn, ...]]
     """the turns before the prompt, the system turn first; Default: none"""
+    videos: NotRequired[tuple[Video, ...]]
+    """videos of all turns in reading order, with `VIDEO_MARK` for their places as `IMAGE_MARK` for those of images.
+    Without any mark they follow the images before the prompt. Default: none"""
 
 
-def count_marks(prompt: str, turns: Sequence[Turn] = ()) -> int:
-    """Number of places of images in a prompt and the turns before it."""
+def count_marks(prompt: str, turns: Sequence[Turn] = (), mark: str = IMAGE_MARK) -> int:
+    """Number of places of images, or of what else has such marks, in a prompt and the turns before it."""
     texts = [prompt, *(turn["text"] for turn in turns if turn["role"] != "assistant")]
-    return sum(text.count(IMAGE_MARK) for text in texts)
+    return sum(text.count(mark) for text in texts)
 
 
-def split_marks(text: str) -> tuple[int, str]:
+def split_marks(text: str, mark: str = IMAGE_MARK) -> tuple[int, str]:
     """Number of marks at the beginning of a text, and the stripped rest of it."""
     marks, rest = 0, text.strip()
-    while rest.startswith(IMAGE_MARK):
-        marks, rest = marks + 1, rest.removeprefix(IMAGE_MARK).strip()
+    while rest.startswith(mark):
+        marks, rest = marks + 1, rest.removeprefix(mark).strip()
     return marks, rest
 
 
@@ -107,7 +111,8 @@ class Prompt:
     position_ids: NDArray[np.int64]
     """[axes, T]; three axes (time, height, width) under M-RoPE, else one"""
     images: Mapping[str, Any]
-    """inputs of the vision tower, by the model's own argument names; prompts are joined along the first axis"""
+    """inputs of the vision tower for images and videos, by the model's own argument names; prompts are joined along the
+    first axis"""
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -199,7 +204,13 @@ def unbatch(observations: Observations) -> list[Observation]:
         raise TypeError("a single observation was given where a batch is wanted: pass [observation]")
     prompts = observations["prompt"]
     rows = zip(observations["images"], prompts, observations.get("turns", [()] * len(prompts)), strict=True)
-    return [{"images": tuple(images), "prompt": prompt, "turns": tuple(turns)} for images, prompt, turns in rows]
+    listed: list[Observation] = [
+        {"images": tuple(images), "prompt": prompt, "turns": tuple(turns)} for images, prompt, turns in rows
+    ]
+    if "videos" in observations:
+        for one, videos in zip(listed, observations["videos"], strict=True):
+            one["videos"] = tuple(videos)
+    return listed
 
 
 def next_turns(observations: Observations, ended: NDArray[np.bool_]) -> list[Observation | None]:
@@ -228,4 +239,6 @@ def _same(a: Observation, b: Observation) -> bool:
         and a.get("turns", ()) == b.get("turns", ())
         and len(a["images"]) == len(b["images"])
         and all(x is y or np.array_equal(x, y) for x, y in zip(a["images"], b["images"], strict=True))
+        and len(a.get("videos", ())) == len(b.get("videos", ()))
+        and all(x.equals(y) for x, y in zip(a.get("videos", ()), b.get("videos", ()), strict=True))
     )

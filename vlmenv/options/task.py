@@ -42,6 +42,12 @@ class ReadingOptions:
     decide, where they can."""
     confine_images: bool = False
     """Refusal of images outside `image_root`: absolute paths, `..` and links that lead out of it."""
+    video_fps: float | None = None
+    """Frames per second that are taken of a video; 4 frames at least. None: 2."""
+    video_frames: int | None = None
+    """Maximum number of frames of a video. None: 64."""
+    video_pixels: int | None = None
+    """Maximum number of pixels of a frame. Larger frames are scaled down as they are read. None: 100352."""
 
     def reading_arguments(self) -> dict[str, Any]:
         """Arguments of the environment about the reading of rows."""
@@ -55,6 +61,9 @@ class ReadingOptions:
             "boxes_in": self.boxes_in,
             "box_orientation": self.box_orientation,
             "confine_images": self.confine_images,
+            "video_fps": self.video_fps,
+            "video_frames": self.video_frames,
+            "video_pixels": self.video_pixels,
         }
 
 

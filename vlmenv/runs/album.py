@@ -17,6 +17,7 @@ from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.core.files import readable_objects, write_atomic
 from vlmenv.core.spaces import Image
 from vlmenv.envs.geometry import labelled_places
+from vlmenv.envs.rendering import strip_of
 
 if TYPE_CHECKING:
     from vlmenv.envs.base import VisualTaskEnv
@@ -122,6 +123,8 @@ class Album:
     def _pictures(self, sample: Sample, index: int) -> dict[str, Any]:
         shown = list(zip(sample.images, sample.full_sizes, strict=True))
         asked = len(shown) - len(sample.asked_images)
+        strips = [strip_of(video) for video in sample.videos]
+        shown += [(strip, (strip.shape[1], strip.shape[0])) for strip in strips]
         images = []
         for number, (image, (width, height)) in enumerate(shown[:MOST_IMAGES]):
             file = f"{self._part.replace('/', '-')}-{index}-{number}.webp"
