@@ -18,7 +18,8 @@ def export_sample(task: VisualTaskEnv, sample: Sample, folder: Path) -> dict[str
     Args:
         task: The task, in the coordinates of the stored images, as the boxes of data sets are.
         sample: One of its samples.
-        folder: Folder of the images, which become `images/ID-NUMBER.png`.
+        folder: Folder of the images, which become `images/ID-NUMBER.png`, and of the frames of videos, which become
+            `videos/ID-NUMBER/0000.png` and so on.
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     names = [f"images/{sample.id}-{number}.png" for number in range(len(sample.images))]
@@ -26,7 +27,18 @@ def export_sample(task: VisualTaskEnv, sample: Sample, folder: Path) -> dict[str
         PILImage.fromarray(image).save(folder / name)
     answer = task.stored_answer(sample)
     row = {"qid": sample.id, "images": names, "problem": sample.question, "answer": answer}
-    return row | ({"subject": sample.subject} if sample.subject else {}) | _truth(sample.target)
+    videos = _export_videos(sample, folder)
+    return row | videos | ({"subject": sample.subject} if sample.subject else {}) | _truth(sample.target)
+
+
+def _export_videos(sample: Sample, folder: Path) -> dict[str, Any]:
+    """The entries of a row about videos, whose frames are written. They are to be at equal distances of time."""
+    names = [f"videos/{sample.id}-{number}" for number in range(len(sample.videos))]
+    for name, video in zip(names, sample.videos, strict=True):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for number, frame in enumerate(video.frames):
+            PILImage.fromarray(frame).save(folder / name / f"{number:04}.png")
+    return {"videos": names, "fps": sample.videos[0].rate} if names else {}
 
 
 def _truth(target: Any) -> dict[str, Any]:

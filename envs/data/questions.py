@@ -75,14 +75,14 @@ def _choose_colour(split: Split, rng: np.random.Generator) -> _Question:
     scene, expression, shape = _described(split, rng, COLOURS)
     there = {other.colour for other in scene.shapes}
     wrong = _nearest([c for c in COLOURS if c != shape.colour], lambda colour: colour in there, rng)
-    text, answer = _offer(f"What colour is {expression}?", shape.colour, wrong, rng)
+    text, answer = offer(f"What colour is {expression}?", shape.colour, wrong, rng)
     return _Question((scene.image,), text, answer, f"It is the {shape}.")
 
 
 def _choose_kind(split: Split, rng: np.random.Generator) -> _Question:
     scene, expression, shape = _described(split, rng, SHAPES)
     wrong = [kind for kind in SHAPES if kind != shape.kind]
-    text, answer = _offer(f"What kind of shape is {expression}?", shape.kind, wrong, rng)
+    text, answer = offer(f"What kind of shape is {expression}?", shape.kind, wrong, rng)
     return _Question((scene.image,), text, answer, f"It is the {shape}.")
 
 
@@ -90,7 +90,7 @@ def _choose_present(split: Split, rng: np.random.Generator) -> _Question:
     scene = _scene(split, rng)
     shape = _pick(scene.shapes, rng)
     right = _one(shape.colour, shape.kind)
-    text, answer = _offer("Which of these is in the image?", right, _near_misses(scene, rng), rng)
+    text, answer = offer("Which of these is in the image?", right, _near_misses(scene, rng), rng)
     return _Question((scene.image,), text, answer, f"There is the {shape}.")
 
 
@@ -124,7 +124,7 @@ def _ask_difference(split: Split, rng: np.random.Generator) -> _Question:
 def _choose_change(split: Split, rng: np.random.Generator) -> _Question:
     change = _pick(list(CHANGES), rng)
     wrong = [str(said) for said in rng.permutation([said for name, said in CHANGES.items() if name != change])]
-    text, answer = _offer("What changed from the first image to the second?", CHANGES[change], wrong[:3], rng)
+    text, answer = offer("What changed from the first image to the second?", CHANGES[change], wrong[:3], rng)
     images, rationale = _pair(split, change, rng)
     return _Question(images, text, answer, rationale)
 
@@ -220,7 +220,7 @@ def _nearest(wrong: Sequence[_T], nearness: Callable[[_T], int], rng: np.random.
     return sorted(shuffled, key=nearness, reverse=True)[: len(_LETTERS) - 1]
 
 
-def _offer(question: str, right: str, wrong: list[str], rng: np.random.Generator) -> tuple[str, Answer]:
+def offer(question: str, right: str, wrong: Sequence[str], rng: np.random.Generator) -> tuple[str, Answer]:
     """A question with lettered options in random order, and the letter of the right one."""
     options = [str(option) for option in rng.permutation([right, *wrong])]
     lines = [f"({letter}) {option}" for letter, option in zip(_LETTERS, options, strict=True)]

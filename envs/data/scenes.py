@@ -75,7 +75,7 @@ class Scene:
 
     def mask(self, number: int) -> NDArray[np.bool_]:
         """The pixels [H, W] of a shape, by its number."""
-        return np.asarray(_mask_of(self.layout[number]))
+        return np.asarray(mask_of(self.layout[number]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +269,7 @@ def draw_layout(layout: Layout, rng: np.random.Generator) -> Scene:
     picture = PILImage.new("RGB", (SIDE, SIDE), sample_background(rng))
     shapes = []
     for size, colour, kind, x, y, width, height in layout:
-        mask = _mask_of((size, colour, kind, x, y, width, height))
+        mask = mask_of((size, colour, kind, x, y, width, height))
         picture.paste(sample_tint(colour, rng), mask=mask)
         box = mask.getbbox()
         assert box is not None
@@ -277,7 +277,7 @@ def draw_layout(layout: Layout, rng: np.random.Generator) -> Scene:
     return Scene(np.asarray(picture), tuple(shapes), layout)
 
 
-def _mask_of(placed: Placed) -> PILImage.Image:
+def mask_of(placed: Placed) -> PILImage.Image:
     mask = PILImage.new("1", (SIDE, SIDE))
     _draw_kind(ImageDraw.Draw(mask), *placed[2:])
     return mask

@@ -14,6 +14,7 @@ from vlmenv.envs.export import export_sample
 TASKS = (
     *("VLM-REC-v0", "VLM-OVD-v0", "VLM-Math-v0", "VLM-Caption-v0", "VLM-VQA-v0"),
     *("VLM-Count-v0", "VLM-Point-v0", "VLM-GUI-v0", "VLM-OCR-v0", "VLM-Seg-v0"),
+    *("VLM-Temporal-v0", "VLM-VideoQA-v0"),
 )
 
 
@@ -32,3 +33,4 @@ def test_what_is_exported_is_read_back_as_it_was(name: str, tmp_path: Path) -> N
         assert (again.id, again.question, again.target) == (sample.id, sample.question, sample.target)
         assert again.subject == sample.subject
         assert all(np.array_equal(a, b) for a, b in zip(again.images, sample.images, strict=True))
+        assert again.videos == sample.videos

@@ -31,7 +31,9 @@ from vlmenv.envs.segmentation import SEGMENTS
 TASKS = [
     *("VLM-Caption-v0", "VLM-Count-v0", "VLM-GUI-v0", "VLM-Math-v0"),
     *("VLM-OCR-v0", "VLM-OVD-v0", "VLM-Point-v0", "VLM-REC-v0", "VLM-Seg-v0", "VLM-VQA-v0", "VLM-Zoom-v0"),
+    *("VLM-Temporal-v0", "VLM-VideoQA-v0"),
 ]
+VIDEO_TASKS = ("VLM-Temporal-v0", "VLM-VideoQA-v0")
 ROWS: dict[str, list[tuple[str, Any]]] = {
     "VLM-REC-v0": [("Find it.", "[1, 2, 30, 40]"), ("Find the other.", "None")],
     "VLM-OVD-v0": [
@@ -45,6 +47,8 @@ ROWS: dict[str, list[tuple[str, Any]]] = {
     "VLM-OCR-v0": [("Read it.", "a red cat"), ("Read the sign.", "STOP 12")],
     "VLM-Seg-v0": [("Outline cats.", "[[5, 5, 30, 5, 30, 40], [35, 5, 60, 40]]"), ("Outline dogs.", "None")],
     "VLM-Count-v0": [("How many cats?", "3"), ("How many dogs?", "0")],
+    "VLM-VideoQA-v0": [("Does it move?", "yes"), ("Which?", "a red cat")],
+    "VLM-Temporal-v0": [("When is it red?", "[0.5, 2.5]"), ("When is it blue?", "0:03 to 0:04")],
     "VLM-Zoom-v0": [("Is it red?", "yes"), ("Which?", "a red cat")],
     "VLM-Caption-v0": [("Describe it. How many?", "2"), ("Describe it.", "red")],
 }
@@ -58,10 +62,13 @@ def task_of(name: str, **arguments: Any) -> VisualTaskEnv:
 
 def rows_file(folder: Path, name: str, count: int | None = None) -> Path:
     Image.new("RGB", (64, 48), "red").save(folder / "a.png")
+    frames = [Image.new("RGB", (64, 48), colour) for colour in ("red", "blue", "green", "red")]
+    frames[0].save(folder / "a.gif", save_all=True, append_images=frames[1:], duration=1000)
+    kind, file = ("video", "a.gif") if name in VIDEO_TASKS else ("image", "a.png")
     lines = []
     for number, (question, answer) in enumerate(ROWS[name][:count]):
-        turns = [{"from": "human", "value": f"<image>{question}"}, {"from": "gpt", "value": answer}]
-        row = {"id": number, "image": "a.png", "conversations": turns, "key_word": ["red", "wide"], "subject": "s"}
+        turns = [{"from": "human", "value": f"<{kind}>{question}"}, {"from": "gpt", "value": answer}]
+        row = {"id": number, kind: file, "conversations": turns, "key_word": ["red", "wide"], "subject": "s"}
         lines.append(json.dumps(row))
     (folder / "rows.jsonl").write_text("\n".join(lines))
     return folder / "rows.jsonl"
@@ -346,10 +353,10 @@ def test_questions_choose_how_they_are_answered(tmp_path: Path) -> None:
 
 
 def test_an_answer_is_wanted_but_for_captions(tmp_path: Path) -> None:
-    row = {"problem": "Describe it.", "key_word": ["red"], "images": [Image.new("RGB", (8, 8))]}
+    row: dict[str, Any] = {"problem": "Describe it.", "key_word": ["red"], "images": [Image.new("RGB", (8, 8))]}
     for name in set(TASKS) - {"VLM-Caption-v0"}:
         with pytest.raises(DataError, match="row 0: the row has no answer"):
-            task_of(name, dataset=[row])
+            task_of(name, dataset=[row | ({"video": "a.gif"} if name in VIDEO_TASKS else {})])
     env = task_of("VLM-Caption-v0", dataset=[row], rewards={"keywords": 1.0, "accuracy": 1.0})
     score = env.score(env.write_answer(env.source.get(0)), env.source.get(0))
     assert score.terms == {"keywords": 1, "accuracy": 0}

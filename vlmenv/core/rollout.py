@@ -239,6 +239,5 @@ def _same(a: Observation, b: Observation) -> bool:
         and a.get("turns", ()) == b.get("turns", ())
         and len(a["images"]) == len(b["images"])
         and all(x is y or np.array_equal(x, y) for x, y in zip(a["images"], b["images"], strict=True))
-        and len(a.get("videos", ())) == len(b.get("videos", ()))
-        and all(x.equals(y) for x, y in zip(a.get("videos", ()), b.get("videos", ()), strict=True))
+        and a.get("videos", ()) == b.get("videos", ())
     )

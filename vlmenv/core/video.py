@@ -35,13 +35,16 @@ class Video:
         """Chosen frames per second of the video."""
         return len(self.frames) / self.duration
 
-    def equals(self, other: Video) -> bool:
+    def __eq__(self, other: object) -> bool:
         """Whether both show the same at the same times."""
         return self is other or (
-            self.duration == other.duration
+            isinstance(other, Video)
+            and self.duration == other.duration
             and np.array_equal(self.seconds, other.seconds)
             and np.array_equal(self.frames, other.frames)
         )
+
+    __hash__ = None  # type: ignore[assignment]  # frames may be written to
 
     def copy(self) -> Video:
         """A copy, whose frames may be written to."""

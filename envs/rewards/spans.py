@@ -1,0 +1,120 @@
+"""Rewards for answers that are a span of time, and the forms of such answers."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+from vlmenv.core.files import parse_json
+from vlmenv.core.formats import AnswerFormat
+
+LONGEST: Final = 1_000
+"""Characters of an answer that is read; a longer one is unreadable."""
+MOST: Final = 1e6
+"""Greatest time that is read, in seconds."""
+
+_TIME = r"(?:(?:\d{1,3}:)?\d{1,4}:\d{1,2}(?:\.\d{1,9})?|\d{1,9}(?:\.\d{1,9})?|\.\d{1,9})"
+_UNIT = r"(?:\s*(?:s|secs?|seconds?)\b\.?)?"
+_WORDS = re.compile(
+    rf"(?:from\s+|between\s+)?({_TIME}){_UNIT}\s*(?:to|-|–|—|,|and|until)\s*({_TIME}){_UNIT}\.?", re.IGNORECASE
+)
+_FENCED = re.compile(r"```(?:json)?\s(.*)```", re.DOTALL)
+_KEYS: Final = (("start", "end"), ("start_time", "end_time"), ("begin", "end"))
+
+
+class Span(NamedTuple):
+    """A span of time in seconds from the start of a video."""
+
+    start: float
+    end: float
+
+
+def parse_span(content: str) -> Span | None:
+    """The span in the content of an answer, if it is one span and nothing else; otherwise None.
+
+    The forms are `{"start": 2.5, "end": 6}`, `[2.5, 6]` (both fenced or not), `2.5 to 6 seconds` (Time-R1,
+    arXiv 2503.13377) and `from 00:02.5 to 00:06` (Charades-STA's and Qwen2.5-VL's times). The start is at most the end.
+    """
+    content = content.strip()
+    if len(content) > LONGEST:
+        return None
+    if found := _WORDS.fullmatch(content):
+        return _span(_seconds(found[1]), _seconds(found[2]))
+    return _of_value(_json(content))
+
+
+def is_exact_span(content: str) -> bool:
+    """Whether the content of an answer is a span as JSON, in a fence or none."""
+    content = content.strip()
+    return len(content) <= LONGEST and _of_value(_json(content)) is not None
+
+
+def write_span(span: Span) -> str:
+    """A span in the form that prompts ask for."""
+    return json.dumps(span._asdict())
+
+
+def overlap(one: Span, other: Span) -> float:
+    """Intersection over union of two spans, in [0, 1]; 0 where both have no length."""
+    shared = min(one.end, other.end) - max(one.start, other.start)
+    union = (one.end - one.start) + (other.end - other.start) - max(0.0, shared)
+    return max(0.0, shared) / union if union > 0 else 0.0
+
+
+def span_iou_reward(text: str, target: Span, prediction: Span | None) -> float:
+    """Intersection over union with the true span, in [0, 1]; 0 where unreadable (Time-R1, arXiv 2503.13377)."""
+    return 0.0 if prediction is None else overlap(prediction, target)
+
+
+def span_iou50_reward(text: str, target: Span, prediction: Span | None) -> float:
+    """1 for an intersection over union of at least 0.5, else 0."""
+    return float(span_iou_reward(text, target, prediction) >= 0.5)
+
+
+def span_format_reward(text: str, target: Any, answer_format: AnswerFormat = AnswerFormat.TAGS) -> float:
+    """1 for a text in the answer format and nothing else, whose answer is exactly a span as JSON; else 0."""
+    return float(answer_format.is_followed(text) and is_exact_span(answer_format.extract(text) or ""))
+
+
+def _json(content: str) -> Any:
+    fenced = _FENCED.fullmatch(content)
+    try:
+        return parse_json(fenced[1] if fenced else content)
+    except ValueError:
+        return None
+
+
+def _of_value(value: Any) -> Span | None:
+    """The span of a JSON value."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], (list, Mapping)):
+        value = value[0]
+    if isinstance(value, Mapping):
+        keys = next((keys for keys in _KEYS if value.keys() >= {*keys}), None)
+        value = None if keys is None else [value[key] for key in keys]
+    if not isinstance(value, list) or len(value) != 2:
+        return None
+    return _span(*map(_time, value))
+
+
+def _time(value: Any) -> float | None:
+    if isinstance(value, str):
+        found = re.fullmatch(rf"({_TIME}){_UNIT}", value.strip(), re.IGNORECASE)
+        return None if found is None else _seconds(found[1])
+    return float(value) if type(value) in (int, float) and 0 <= value <= MOST else None
+
+
+def _seconds(text: str) -> float:
+    """Seconds of `12.5`, `1:12.5` or `0:01:12.5`."""
+    seconds = 0.0
+    for part in text.split(":"):
+        seconds = 60 * seconds + float(part)
+    return seconds
+
+
+def _span(start: float | None, end: float | None) -> Span | None:
+    if start is None or end is None or not (math.isfinite(end) and 0 <= start <= end <= MOST):
+        return None
+    return Span(start, end)
