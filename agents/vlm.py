@@ -58,6 +58,11 @@ from vlmenv.core.sampling import Sampling
 
 __all__ = ["BUILTIN", "Policy", "Sampling", "VLMAgent", "find_model"]
 
+NO_VIDEOS: Final = (
+    "videos go with engine hf, the model itself: vLLM counts the positions after a video of Qwen2.5-VL from its last "
+    "second, transformers from its size, so that both would see another prompt"
+)
+"""Why no engine but the model itself takes videos."""
 _FORMER_ADAPTER: Final = "adapter"
 """Folder of the adapters in checkpoints of earlier versions."""
 _CACHED = 0.6
@@ -606,6 +611,8 @@ class VLMAgent(Agent):
             listed = unbatch(observations)
             firsts = np.unique(index, return_index=True)[1]
             shown = [(listed[i], prompt) for i, prompt in zip(firsts, prompts, strict=True)]
+            if any(one.get("videos") for one, _ in shown):
+                raise ConfigError(NO_VIDEOS)
             requests = [Request(one, self.family.chat(one), prompt) for one, prompt in shown]
             draws = sampling.temperature > 0  # greedy completions do not change the random state
             seed = int(torch.randint(2**62, (), generator=self._generator, device=self.device)) if draws else 0

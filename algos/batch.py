@@ -16,6 +16,7 @@ from vlmenv.core.errors import RewardError
 from vlmenv.core.files import jsonable
 from vlmenv.core.rollout import Completion, FinishReason, Observation, Prompt, Rollout, Rows, told_turns, unbatch
 from vlmenv.core.spaces import Image
+from vlmenv.core.video import Video
 
 NO_TERMS: Final = ("reward/std", "reward/zero_std_groups")
 """Metrics with names like reward terms that are not means of rewards."""
@@ -39,6 +40,8 @@ class Rollouts:
     """float32 [N, T], the rewards of each turn's answer, 0 beyond the last; None if each episode has one turn"""
     weights: list[dict[str, float]] = field(default_factory=list)
     """[N], the weight of each reward term; empty if the environments do not tell"""
+    videos: list[tuple[Video, ...]] = field(default_factory=list)
+    """[N], the videos of each conversation, by reference; empty if unknown"""
 
     @classmethod
     def scored(
@@ -89,7 +92,8 @@ class Rollouts:
             )
         by_turn = None if turn_rewards is None else torch.as_tensor(turn_rewards, dtype=torch.float32)
         weights = [_told(infos, "weights", i) for i in range(len(rollout))] if "weights" in infos else []
-        return cls(rollout, tensor, records, [observation["images"] for observation in shown], by_turn, weights)
+        images, videos = [one["images"] for one in shown], [one.get("videos", ()) for one in shown]
+        return cls(rollout, tensor, records, images, by_turn, weights, videos)
 
     @classmethod
     def joined(cls, parts: Sequence[Rollouts]) -> Rollouts:
@@ -101,6 +105,7 @@ class Rollouts:
             [images for part in parts for images in part.images],
             _joined_turns(parts),
             [weights for part in parts for weights in part.weights],
+            [videos for part in parts for videos in part.videos],
         )
 
     @classmethod
@@ -118,6 +123,10 @@ class Rollouts:
         rollout, known = self.rollout, dict[int, Tensor]()
         for image in (image for images in self.images for image in images):
             known.setdefault(id(image), torch.tensor(image))
+        clips = {id(video): video for videos in self.videos for video in videos}
+        stored = {
+            key: (torch.tensor(one.frames), torch.tensor(one.seconds), one.duration) for key, one in clips.items()
+        }
         return {
             "prompts": [
                 (torch.from_numpy(one.input_ids), torch.from_numpy(one.position_ids), dict(one.images))
@@ -131,6 +140,7 @@ class Rollouts:
             "images": [tuple(known[id(image)] for image in images) for images in self.images],
             "turn_rewards": self.turn_rewards,
             "weights": self.weights,
+            "videos": [tuple(stored[id(video)] for video in videos) for videos in self.videos],
         }
 
     @classmethod
@@ -141,22 +151,30 @@ class Rollouts:
         rollout = Rollout(prompts, state["prompt_index"].numpy(), completions, *state["sampling"])
         images = [tuple(image.numpy() for image in images) for images in state["images"]]
         told = state.get("turn_rewards"), state.get("weights", [{}] * len(images))
-        return cls(rollout, state["rewards"], state["records"], images, *told)
+        videos = [
+            tuple(Video(frames.numpy(), seconds.numpy(), duration) for frames, seconds, duration in own)
+            for own in state.get("videos", [()] * len(images))
+        ]
+        return cls(rollout, state["rewards"], state["records"], images, *told, videos)
 
     def __getitem__(self, rows: Rows) -> Rollouts:
         """Selects completions."""
         numbers = range(len(self.records))[rows] if isinstance(rows, slice) else rows
         images = [self.images[i] for i in numbers] if self.images else []
+        videos = [self.videos[i] for i in numbers] if self.videos else []
         index = rows if isinstance(rows, slice) else torch.from_numpy(rows)
         turns = None if self.turn_rewards is None else self.turn_rewards[index]
         weights = [self.weights[i] for i in numbers] if self.weights else []
         records = [self.records[i] for i in numbers]
-        return Rollouts(self.rollout[rows], self.rewards[index], records, images, turns, weights)
+        return Rollouts(self.rollout[rows], self.rewards[index], records, images, turns, weights, videos)
 
     def observations(self) -> list[Observation]:
         """[N], what each completion answers. Only for episodes of one turn."""
-        rows = zip(self.images, self.records, strict=True)
-        return [{"images": own, "prompt": one["prompt"], "turns": tuple(one.get("turns", ()))} for own, one in rows]
+        rows = zip(self.images, self.videos or [()] * len(self.images), self.records, strict=True)
+        return [
+            {"images": images, "videos": videos, "prompt": one["prompt"], "turns": tuple(one.get("turns", ()))}
+            for images, videos, one in rows
+        ]
 
     def terms(self) -> tuple[Tensor, Tensor]:
         """The reward terms and their weights, both [N, K], so that they sum to the rewards.

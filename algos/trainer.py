@@ -462,7 +462,8 @@ class Trainer:
     def _dependence(self, batch: Batch, rollouts: Rollouts) -> dict[str, float]:
         """By how many nats per token log-probabilities fall with masked images, over completions that follow images."""
         assert batch.masked is not None
-        shown = torch.tensor([bool(images) for images in rollouts.images], device=self.agent.device)
+        pairs = zip(rollouts.images, rollouts.videos, strict=True)
+        shown = torch.tensor([bool(images or videos) for images, videos in pairs], device=self.agent.device)
         lost, tokens = 0.0, 0
         for rows in self._passes(batch.rollout):
             with self.processes.autocast():

@@ -20,16 +20,18 @@ from vlmenv.agents.engines.base import Engine
 from vlmenv.agents.engines.remote import RetryPolicy
 from vlmenv.agents.engines.server import VLLMServerEngine
 from vlmenv.agents.engines.vllm import VLLMEngine, check_sharing, require_vllm
-from vlmenv.agents.families import coordinate_space, image_bound, resize_rule
+from vlmenv.agents.families import coordinate_space, family_of, image_bound, resize_rule
 from vlmenv.agents.pixels import prepared_folder
 from vlmenv.agents.quantization import Quantization
 from vlmenv.agents.remainders import REMAINDERS
 from vlmenv.agents.sampling import PassLimits
-from vlmenv.agents.vlm import VLMAgent
+from vlmenv.agents.untrainable import read_config
+from vlmenv.agents.vlm import NO_VIDEOS, VLMAgent
 from vlmenv.core.console import open_console, say
 from vlmenv.core.coordinates import CoordinateSpace
 from vlmenv.core.errors import ConfigError, unknown_name
 from vlmenv.core.loading import load_name
+from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.options.task import Device, TaskConfig
 from vlmenv.options.train import AdaptationOptions, TrainConfig
@@ -205,6 +207,21 @@ def check_engine(config: TaskConfig, device: torch.device, processes: int = 1) -
     check_sharing(options.tensor_parallel, processes)
     if options.engine_memory != type(options).engine_memory and device.type == "cpu":
         raise ConfigError("engine_memory is a share of a GPU's memory, but the model runs on the CPU")
+
+
+def check_videos(config: TaskConfig, task: VisualTaskEnv) -> None:
+    """Checks that the model and the engine of the options take a task's videos.
+
+    Raises:
+        ConfigError: The engine takes none.
+        ModelError: The model's family takes none, or there is no such model.
+    """
+    if not task.takes_videos:
+        return
+    folder = prepared_folder(config.model, config.pixels)
+    family_of(read_config(folder).model_type).require_videos()
+    if config.generation.engine != "hf":
+        raise ConfigError(NO_VIDEOS)
 
 
 def load_agent(

@@ -176,7 +176,7 @@ class _Watched:
 
     def _watch(self, observations: Observations, rollout: Rollout) -> Rollout:
         shown = unbatch(observations)
-        self.saw_images |= any(one["images"] for one in shown)
+        self.saw_images |= any(one["images"] or one.get("videos") for one in shown)
         first = self.samples[-1] + 1 if self.samples else 0
         self.samples += (first + group_neighbours(shown)[1]).tolist()
         self._note(SHOWN, rollout)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -211,11 +211,12 @@ class Family(ABC):
         """The text of chat templates for a whole video. Default: None, the family takes no videos."""
         return None
 
-    def require_videos(self) -> None:
+    @classmethod
+    def require_videos(cls) -> None:
         """Raises ModelError if the family takes no videos."""
-        if not self.takes_videos:
+        if not cls.takes_videos:
             raise ModelError(
-                f"models of type {self.model_type} are not trained on videos here: take Qwen2-VL, Qwen2.5-VL, Qwen3-VL "
+                f"models of type {cls.model_type} are not trained on videos here: take Qwen2-VL, Qwen2.5-VL, Qwen3-VL "
                 "or Qwen3.5, or a task of images with frames as 'images'"
             )
 
@@ -357,20 +358,22 @@ class Family(ABC):
         """Encodes text in the model's format, with a mark in the place of each image and video."""
         marks = [self.image_mark, *([self.video_mark] if videos and self.video_mark else [])]
         first, *rest = re.split(f"({'|'.join(map(re.escape, marks))})", chat)
-        if not rest:
-            inputs, expanded, shown = {}, list[str](), list[Image | Video]()
-        elif not videos:
-            (inputs, expanded), shown = self.process_images(images), list(images)
-        else:
-            left = {self.image_mark: iter(images), self.video_mark: iter(videos)}
-            shown = [next(left[mark]) for mark in rest[::2]]  # type: ignore[call-overload]
-            inputs, expanded = self._processed(shown)
+        left: dict[str | None, Iterator[Image | Video]] = {self.image_mark: iter(images), self.video_mark: iter(videos)}
+        shown = [next(left[mark]) for mark in rest[::2]]
+        inputs, expanded = self.process_shown(shown) if shown else ({}, [])
         text = first + "".join(mark + text for mark, text in zip(expanded, rest[1::2], strict=True))
         ids = np.array(self.processor.tokenizer.encode(text, add_special_tokens=False), dtype=np.int64)
         return Prompt(ids, self.positions(ids, inputs, shown), inputs)
 
-    def _processed(self, shown: Sequence[Image | Video]) -> tuple[dict[str, torch.Tensor], list[str]]:
-        """As `process_images`, for images and videos in reading order."""
+    def process_shown(self, shown: Sequence[Image | Video]) -> tuple[dict[str, torch.Tensor], list[str]]:
+        """As `process_images`, for images and videos in reading order.
+
+        Raises:
+            ValueError: The processor refuses one.
+        """
+        images = tuple(one for one in shown if not isinstance(one, Video))
+        if len(images) == len(shown):
+            return self.process_images(images)
         parts = [
             (self.process_video(one), [self.expanded_video(one)])
             if isinstance(one, Video)

@@ -1,4 +1,4 @@
-"""Qwen3.5: images and videos as for Qwen3-VL, in one stream of features; layers with recurrent states beside attention."""
+"""Qwen3.5: inputs as for Qwen3-VL, in one stream of features; layers with recurrent states beside attention."""
 
 from __future__ import annotations
 

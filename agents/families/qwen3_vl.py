@@ -35,7 +35,7 @@ class TimedVideos(Qwen2VL):
     def _enclosed(self, text: str) -> str:
         config = self.model.config
         ends = [config.vision_start_token_id, config.vision_end_token_id]
-        start, end = self.processor.tokenizer.convert_ids_to_tokens(ends)
+        start, end = list(self.processor.tokenizer.convert_ids_to_tokens(ends))
         return f"{start}{text}{end}"
 
     def frame_size(self, video: Video) -> tuple[int, int]:

@@ -59,7 +59,11 @@ def read_turns(stored: Any, column: str) -> Conversation:
     if not all(isinstance(text, str) for _, text in turns):
         raise ValueError(f"a turn of '{column}' has no text")
     return Conversation(
-        tuple(Turn(role=role, text=text) for role, text in turns[:-1]), turns[-1][1], answer, tuple(images), tuple(videos)
+        tuple(Turn(role=role, text=text) for role, text in turns[:-1]),
+        turns[-1][1],
+        answer,
+        tuple(images),
+        tuple(videos),
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -130,7 +130,7 @@ def _opened(ref: VideoRef, fps: float | None, place: str) -> Iterator[_Opened]:
             yield found
 
 
-def _is_animated(ref: VideoRef) -> bool:
+def _is_animated(ref: VideoRef) -> TypeGuard[str | bytes]:
     if isinstance(ref, bytes):
         return ref.startswith((b"GIF8", b"\x89PNG")) or ref[8:12] == b"WEBP"
     return isinstance(ref, str) and ref.lower().endswith(ANIMATED)
@@ -208,12 +208,15 @@ def _container(stream: Any) -> Iterator[tuple[Any, Any]]:
 
 def _ticks(container: Any, track: Any) -> NDArray[np.int64]:
     """The times of all frames in ticks of the track, ascending. Nothing is decoded."""
-    found: set[int] = set()
+    found, packets = set[int](), 0
     for packet in container.demux(track):
+        packets += packet.size > 0
         if packet.pts is not None and not packet.is_discard:
             found.add(packet.pts)
-        if len(found) > MOST_FRAMES:
+        if packets > MOST_FRAMES:
             raise ValueError(f"it has more than {MOST_FRAMES:,} frames")
+    if packets < track.frames:
+        raise ValueError(f"it is cut off: {packets} of its {track.frames} frames are there")
     if not found:
         raise ValueError("it has no frames with times")
     return np.array(sorted(found), dtype=np.int64)

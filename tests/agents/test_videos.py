@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +14,10 @@ from small_models import from_published, invent
 from test_conformance import assert_alike, build, gradients, image
 from torch import nn
 from transformers import AutoTokenizer
-from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.video_utils import VideoMetadata
 
-from vlmenv.agents.families import FAMILIES, Processor, weightless_family
+from vlmenv.agents.families import FAMILIES, weightless_family
 from vlmenv.agents.families.base import Family
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.core.errors import ModelError
@@ -50,7 +48,9 @@ def folder(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not name.startswith("published"):  # which have no part for videos in their template
         file = folder / "chat_template.jinja"
         shown = "<|vision_start|><|video_pad|><|vision_end|>{% elif part.type == 'text' %}{{ part.text }}{% endif %}"
-        text = file.read_text().replace("{% else %}{{ part.text }}{% endif %}", f"{{% elif part.type == 'video' %}}{shown}")
+        text = file.read_text().replace(
+            "{% else %}{{ part.text }}{% endif %}", f"{{% elif part.type == 'video' %}}{shown}"
+        )
         file.write_text(text)
     return folder
 

@@ -63,6 +63,7 @@ class PortableTask:
             self.task.max_turns == 1,
             f"{env} has episodes of several turns, and other trainers take one answer: give max_turns=1",
         )
+        require(not self.task.takes_videos, f"{env} takes videos, and other trainers are given images alone")
         self._lock = threading.Lock()
 
     def indices(self, rows: int | None, seed: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Observations whose images are masked, in part or in whole, or are those of another sample.
+"""Observations whose images and videos are masked, in part or in whole, or are those of another sample.
 
 They tell how much a policy looks: `vlmenv.algos.papo`, `vlmenv.algos.vppo` and `vlmenv eval --visual-dependence`.
 """
@@ -13,6 +13,7 @@ import numpy as np
 
 from vlmenv.core.rollout import Observation
 from vlmenv.core.spaces import Image
+from vlmenv.core.video import Video
 
 PATCH: Final = 14
 """Side of a masked patch in pixels of the image as it is shown, as in PAPO's code (arXiv 2507.06448)."""
@@ -40,9 +41,9 @@ def mask_patches(image: Image, share: float, seed: int = 0) -> Image:
 
 
 def masked(observations: Sequence[Observation], share: float, seed: int = 0) -> list[Observation]:
-    """Observations whose images have a share of their patches masked.
+    """Observations whose images, and frames of videos, have a share of their patches masked.
 
-    Copies of an image, such as those of a group, share one masked image.
+    Copies of an image or a video, such as those of a group, share one masked image or video.
 
     Args:
         observations: [N].
@@ -50,17 +51,39 @@ def masked(observations: Sequence[Observation], share: float, seed: int = 0) -> 
         seed: See there.
     """
     known: dict[int, Image] = {}
+    clips: dict[int, Video] = {}
 
     def of(image: Image) -> Image:
         if id(image) not in known:
             known[id(image)] = mask_patches(image, share, seed)
         return known[id(image)]
 
-    return [{**one, "images": tuple(of(image) for image in one["images"])} for one in observations]
+    def of_video(video: Video) -> Video:
+        if id(video) not in clips:
+            frames = np.stack([mask_patches(frame, share, seed) for frame in video.frames])
+            clips[id(video)] = Video(frames, video.seconds, video.duration)
+        return clips[id(video)]
+
+    return [
+        _with(one, tuple(of(image) for image in one["images"]), tuple(of_video(own) for own in one.get("videos", ())))
+        for one in observations
+    ]
+
+
+_Shown = tuple[tuple[Image, ...], tuple[Video, ...]]
+"""Images and videos of a sample."""
+
+
+def _with(observation: Observation, images: tuple[Image, ...], videos: tuple[Video, ...]) -> Observation:
+    """An observation with other images and videos."""
+    changed: Observation = {**observation, "images": images}
+    if "videos" in observation:
+        changed["videos"] = videos
+    return changed
 
 
 class Shuffle:
-    """Gives each sample the images of another sample that has as many.
+    """Gives each sample the images and videos of another sample that has as many.
 
     These are the images of the sample before it; the first one of a batch gets those of the last one. A sample that no
     other of its batch can exchange with gets those of an earlier batch, and if there are none, black images.
@@ -71,34 +94,45 @@ class Shuffle:
 
     def __init__(self) -> None:
         self.alone = 0
-        self._last: dict[int, tuple[Image, ...]] = {}
+        self._last: dict[tuple[int, int], _Shown] = {}
 
     def __call__(self, observations: Sequence[Observation]) -> list[Observation]:
         """Observations [N] with exchanged images. Neighbours with the same images are one sample."""
-        samples: list[tuple[Image, ...]] = []
+        samples: list[_Shown] = []
         index = []
         for one in observations:
-            if not samples or not _are_same(samples[-1], one["images"]):
-                samples.append(one["images"])
+            shown = (one["images"], one.get("videos", ()))
+            if not samples or not _are_same(samples[-1], shown):
+                samples.append(shown)
             index.append(len(samples) - 1)
         others = [self._other(samples, i) for i in range(len(samples))]
-        self._last |= {len(images): images for images in samples}
-        return [{**one, "images": others[i]} for one, i in zip(observations, index, strict=True)]
+        self._last |= {_counts(shown): shown for shown in samples}
+        return [_with(one, *others[i]) for one, i in zip(observations, index, strict=True)]
 
-    def _other(self, samples: Sequence[tuple[Image, ...]], i: int) -> tuple[Image, ...]:
-        if not samples[i]:
-            return ()
-        alike = [j for j, images in enumerate(samples) if len(images) == len(samples[i])]
+    def _other(self, samples: Sequence[_Shown], i: int) -> _Shown:
+        counts = _counts(samples[i])
+        if not any(counts):
+            return samples[i]
+        alike = [j for j, shown in enumerate(samples) if _counts(shown) == counts]
         if len(alike) > 1:
             return samples[alike[alike.index(i) - 1]]
-        if len(samples[i]) in self._last:
-            return self._last[len(samples[i])]
+        if counts in self._last:
+            return self._last[counts]
         self.alone += 1
-        return tuple(np.zeros_like(image) for image in samples[i])
+        images, videos = samples[i]
+        blank = tuple(Video(np.zeros_like(one.frames), one.seconds, one.duration) for one in videos)
+        return tuple(np.zeros_like(image) for image in images), blank
 
 
-def _are_same(first: tuple[Image, ...], second: tuple[Image, ...]) -> bool:
-    return len(first) == len(second) and all(a is b for a, b in zip(first, second, strict=True))
+def _counts(shown: _Shown) -> tuple[int, int]:
+    images, videos = shown
+    return len(images), len(videos)
+
+
+def _are_same(first: _Shown, second: _Shown) -> bool:
+    return _counts(first) == _counts(second) and all(
+        a is b for one, other in zip(first, second, strict=True) for a, b in zip(one, other, strict=True)
+    )
 
 
 Change = Callable[[Sequence[Observation]], list[Observation]]

@@ -31,10 +31,11 @@ def image_features(subject: Subject) -> Seen:
     """Checks that the vision tower gives one feature per image token."""
     family, total = subject.agent.family, 0
     for name, observation in zip(subject.ids, subject.shown[::GROUP], strict=True):
-        if not observation["images"]:
+        if not observation["images"] and not observation.get("videos"):
             continue
-        inputs, written = family.process_images(observation["images"])
-        tokens = sum(text.count(family.image_token) for text in written)
+        inputs, written = family.process_shown([*observation["images"], *observation.get("videos", ())])
+        pads = [family.image_token, *([family.video_token] if family.takes_videos else [])]
+        tokens = sum(text.count(pad) for text in written for pad in pads)
         features = _count_features(subject, inputs)
         if features != tokens:
             subject.blocked = "the image processor does not go with the vision tower"

@@ -16,7 +16,7 @@ from torch import Tensor
 from vlmenv.agents.engines.checksums import checksums, clear
 from vlmenv.agents.published import PublishedProcessor
 from vlmenv.agents.vlm import Sampling, VLMAgent
-from vlmenv.building import DTYPES, adapt, check_engine, limits_of, load_for_training, task_arguments
+from vlmenv.building import DTYPES, adapt, check_engine, check_videos, limits_of, load_for_training, task_arguments
 from vlmenv.core.console import open_console
 from vlmenv.core.errors import ConfigError, PromptError, ReadingError
 from vlmenv.core.rollout import IMAGE_MARK, Observation, Prompt, Rollout, unbatch
@@ -127,6 +127,7 @@ class Subject:
         config = self.config
         data = config.data.arguments() | task_arguments(config)
         envs = self._envs = make_envs(config.env, SAMPLES * GROUP, group_size=GROUP, **data)
+        check_videos(config, envs.task)
         if self._agent is not None and can_be_counted(envs.task):
             counted = count_tokens(envs.task, self._agent.family, open_console(quiet=True))
             self._lengths = leave_out_longer(envs.task, counted, config.data.max_prompt_tokens)
@@ -227,6 +228,8 @@ class Subject:
     @cached_property
     def published(self) -> list[tuple[NDArray[np.int64], dict[str, Tensor]]]:
         """The samples' prompts as the published processor encodes them: tokens and vision inputs."""
+        if any(one.get("videos") for one in self.shown):
+            raise Unchecked("published processors are compared on images alone, and these samples have videos")
         folder = self.agent.folder if self.config.published is None else model_folder(self.config.published)
         try:
             processor = PublishedProcessor(folder, self.config.prompts.template_switches())

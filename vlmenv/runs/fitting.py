@@ -16,6 +16,7 @@ from vlmenv.agents.base import Agent
 from vlmenv.agents.families import Family, weightless_family
 from vlmenv.agents.pixels import prepared_folder
 from vlmenv.agents.vlm import VLMAgent, answer_fault, answer_ids, check_length
+from vlmenv.building import check_videos
 from vlmenv.core.console import say
 from vlmenv.core.errors import ConfigError, DataError, SampleError
 from vlmenv.envs.base import VisualTaskEnv
@@ -120,11 +121,13 @@ def fit_prompts(
         The lengths of the samples that are left; None without a data set.
 
     Raises:
-        ConfigError: `max_prompt_tokens` is given without a data set.
-        ModelError: A system prompt is given, and the model's chat template has no system turns.
+        ConfigError: `max_prompt_tokens` is given without a data set, or the task takes videos and the engine none.
+        ModelError: A system prompt is given, and the model's chat template has no system turns; or the task takes
+            videos, and the model none.
         DataError: A prompt is too long or cannot be made, or no row is left.
     """
     most = config.data.max_prompt_tokens
+    check_videos(config, envs.task)
     if not can_be_counted(envs.task):
         if most is not None:
             raise ConfigError("max_prompt_tokens leaves out rows of a data set, and there is none: give a dataset")

@@ -197,7 +197,14 @@ def _of_images(task: VisualTaskEnv) -> Iterator[Any]:
 
 
 def _of_task(task: VisualTaskEnv) -> Iterator[Any]:
-    yield from (task.template, task.system_prompt, task.answer_format, task.coordinates, task.image_bound, task.frame_rule)
+    yield from (
+        task.template,
+        task.system_prompt,
+        task.answer_format,
+        task.coordinates,
+        task.image_bound,
+        task.frame_rule,
+    )
     for kind in type(task).__mro__:
         file = getattr(sys.modules.get(kind.__module__), "__file__", None)
         yield kind.__qualname__
