@@ -15,7 +15,7 @@ from vlmenv.envs.data.scenes import Split
 from vlmenv.envs.data.source import Sample, Source
 from vlmenv.envs.rendering import ANSWERED, TRUE, picture_of, strip_of
 from vlmenv.envs.rewards import spans as rewards
-from vlmenv.envs.rewards.spans import Span
+from vlmenv.envs.rewards.spans import Span, TrueSpan
 from vlmenv.envs.rewards.terms import RewardTerm
 
 
@@ -28,7 +28,7 @@ LAYOUTS: Final = (
     RowLayout(("caption",), ("timestamp",), _ask),
     RowLayout(("query",), ("relevant_windows",), _ask),
 )
-"""Time-R1's rows (Charades-STA, ActivityNet Captions), lmms-eval's of Charades-STA, and QVHighlights'."""
+"""Time-R1's rows, lmms-eval's of Charades-STA, and QVHighlights' with one window each."""
 
 
 class TemporalEnv(VisualTaskEnv):
@@ -37,11 +37,12 @@ class TemporalEnv(VisualTaskEnv):
     terms: ClassVar[Mapping[str, RewardTerm]] = {
         "iou": rewards.span_iou_reward,
         "iou@0.5": rewards.span_iou50_reward,
+        "timed_iou": rewards.timed_iou_reward,
         "format": rewards.span_format_reward,
     }
     default_rewards: ClassVar[Mapping[str, float]] = {"iou": 1.0, "format": 0.1}
     right: ClassVar[tuple[str, float]] = ("iou/mean", 0.5)
-    row_terms: ClassVar[Mapping[str, str]] = {name: name for name in ("iou", "iou@0.5")}
+    row_terms: ClassVar[Mapping[str, str]] = {name: name for name in ("iou", "iou@0.5", "timed_iou")}
     prompt_template: ClassVar[str] = "Answer as {answer}, in seconds from the start of the video.\n{question}"
     answer_example: ClassVar[str | None] = '{"start": seconds, "end": seconds}'
     needs_image: ClassVar[bool] = False
@@ -61,11 +62,15 @@ class TemporalEnv(VisualTaskEnv):
             )
         return span
 
+    def target(self, sample: Sample) -> TrueSpan:
+        """The true span, with the duration of the question's video."""
+        return TrueSpan(*sample.target, sample.videos[-1].duration)
+
     def parse(self, text: str) -> Span | None:
         content = self.answer_format.extract(text)
         return None if content is None else rewards.parse_span(content)
 
-    def measure(self, text: str, target: Span, terms: Mapping[str, float]) -> dict[str, float]:
+    def measure(self, text: str, target: TrueSpan, terms: Mapping[str, float]) -> dict[str, float]:
         answered = self.parse(text)
         iou = rewards.span_iou_reward(text, target, answered)
         return {
@@ -75,7 +80,7 @@ class TemporalEnv(VisualTaskEnv):
             "format": rewards.span_format_reward(text, target, self.answer_format),
         }
 
-    def traits(self, prediction: Span | None, target: Span) -> dict[str, float]:
+    def traits(self, prediction: Span | None, target: TrueSpan) -> dict[str, float]:
         """Answered seconds per true one; empty if unreadable."""
         if prediction is None:
             return {}

@@ -19,7 +19,7 @@ from vlmenv.envs.episodes import Episode, advance
 from vlmenv.envs.prefetching import SampleLoader, Shown
 
 BatchedObservations = dict[str, tuple[Any, ...]]
-"""`{"images": N tuples of arrays, "prompt": N strings, "turns": N tuples of turns}`, with `"videos"` in tasks of these"""
+"""`{"images": N tuples of arrays, "prompt": N strings, "turns": N tuples of turns}`, and `"videos"` in some tasks"""
 
 
 class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[Any]]):

@@ -17,6 +17,7 @@ from vlmenv.envs.counting import CountEnv
 from vlmenv.envs.data.scenes import sample_scene
 from vlmenv.envs.export import export_sample
 from vlmenv.envs.gui import GUIEnv
+from vlmenv.envs.temporal import TemporalEnv
 from vlmenv.envs.vqa import VQAEnv
 
 COUNT = 6
@@ -155,6 +156,22 @@ def actions(folder: Path) -> None:
         table.to_parquet(str(folder / f"{name}.parquet"))
 
 
+def moments(folder: Path) -> None:
+    """Time-R1's rows, of moving shapes."""
+    env = TemporalEnv()
+    videos = "dataset/timer1/videos/timerft_data"
+    (folder / videos).mkdir(parents=True)
+    (folder / "dataset" / "timer1" / "annotations").mkdir()
+    rows = []
+    for sample in map(env.source.get, range(COUNT)):
+        (video,), file = sample.videos, f"{videos}/{sample.id}.gif"
+        first, *rest = [Image.fromarray(frame) for frame in video.frames]
+        first.save(folder / file, save_all=True, append_images=rest, duration=500)
+        row = {"video": f"./{file}", "duration": video.duration, "timestamp": list(sample.target)}
+        rows.append(row | {"sentence": sample.question, "qid": sample.id, "video_start": None, "video_end": None})
+    (folder / "dataset" / "timer1" / "annotations" / "train_2k5.json").write_text(json.dumps(rows))
+
+
 def screens(folder: Path) -> None:
     """Rows of two images, and what differs between them."""
     env = VQAEnv()
@@ -211,6 +228,7 @@ LAYOUTS = {
     "r1v": counting,
     "r1": actions,
     "vision": boxes_with_points,
+    "time": moments,
 }
 
 

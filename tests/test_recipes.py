@@ -31,6 +31,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "gui_r1": EASYR1 | {"max_new_tokens": 1024, "max_pixels": 1258291, "rewards": {"accuracy": 0.8, "format": 0.2}},
     "vision_reasoner": {"group_size": 8, "prompts_per_step": 16, "epochs": 1, "lr": 1e-6, "beta": 0.01}
     | {"rewards": {"boxes_points": 3.0, "format": 3.0, "non_repeat": 1.0}},
+    "time_r1": {"group_size": 8, "prompts_per_step": 2, "epochs": 5, "max_new_tokens": 200, "temperature": 1.0}
+    | {"lr": 1e-6, "beta": 0.04, "freeze_vision": True, "rewards": {"timed_iou": 1.0, "format": 1.0}},
     "r1v_clevr": {"group_size": 8, "prompts_per_step": 16, "epochs": 2, "max_pixels": 401408}
     | {"lr": 1e-6, "beta": 0.04, "temperature": 1.0, "rewards": {"accuracy": 1.0, "format": 1.0}},
     "vlm_r1_rec": REC,
@@ -77,7 +79,7 @@ def test_a_recipe_holds_the_published_values(name: str) -> None:
     options = yaml.safe_load(text)
     options |= options.pop(options.get("algo", ""), {})
     assert {key: options[key] for key in PUBLISHED[name]} == PUBLISHED[name]
-    assert not options.get("freeze_vision") or name in ("vlm_r1_rec_frozen_vision", "pebr_r1_warmup")
+    assert not options.get("freeze_vision") or name in ("vlm_r1_rec_frozen_vision", "pebr_r1_warmup", "time_r1")
     head = text.partition("\n\n")[0]
     for what in ("Source", "Hardware", "Data", "Time"):
         assert f"\n# {what} " in head

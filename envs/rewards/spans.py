@@ -32,6 +32,14 @@ class Span(NamedTuple):
     end: float
 
 
+class TrueSpan(NamedTuple):
+    """A true span, with the duration of its video."""
+
+    start: float
+    end: float
+    duration: float
+
+
 def parse_span(content: str) -> Span | None:
     """The span in the content of an answer, if it is one span and nothing else; otherwise None.
 
@@ -57,21 +65,37 @@ def write_span(span: Span) -> str:
     return json.dumps(span._asdict())
 
 
-def overlap(one: Span, other: Span) -> float:
+def overlap(one: Span, other: Span | TrueSpan) -> float:
     """Intersection over union of two spans, in [0, 1]; 0 where both have no length."""
     shared = min(one.end, other.end) - max(one.start, other.start)
     union = (one.end - one.start) + (other.end - other.start) - max(0.0, shared)
     return max(0.0, shared) / union if union > 0 else 0.0
 
 
-def span_iou_reward(text: str, target: Span, prediction: Span | None) -> float:
-    """Intersection over union with the true span, in [0, 1]; 0 where unreadable (Time-R1, arXiv 2503.13377)."""
+def span_iou_reward(text: str, target: TrueSpan, prediction: Span | None) -> float:
+    """Intersection over union with the true span, in [0, 1]; 0 where unreadable (TimeZero, arXiv 2503.13377v1)."""
     return 0.0 if prediction is None else overlap(prediction, target)
 
 
-def span_iou50_reward(text: str, target: Span, prediction: Span | None) -> float:
+def span_iou50_reward(text: str, target: TrueSpan, prediction: Span | None) -> float:
     """1 for an intersection over union of at least 0.5, else 0."""
     return float(span_iou_reward(text, target, prediction) >= 0.5)
+
+
+def timed_iou_reward(text: str, target: TrueSpan, prediction: Span | None) -> float:
+    """IoU · (1 - |start - true start| / duration) · (1 - |end - true end| / duration), in [0, 1].
+
+    It is Time-R1's reward (arXiv 2503.13377v2, code of `iou_v2`). A difference counts as at most the duration.
+
+    Args:
+        text: A completion.
+        target: The true span.
+        prediction: The answered span; None if unreadable, which scores 0.
+    """
+    if prediction is None:
+        return 0.0
+    shares = [abs(a - b) / target.duration for a, b in zip(prediction, target[:2], strict=True)]
+    return overlap(prediction, target) * (1 - min(1.0, shares[0])) * (1 - min(1.0, shares[1]))
 
 
 def span_format_reward(text: str, target: Any, answer_format: AnswerFormat = AnswerFormat.TAGS) -> float:

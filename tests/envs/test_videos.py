@@ -86,7 +86,11 @@ def test_numbers_of_the_rule_are_checked(given: dict[str, Any]) -> None:
 
 def test_animated_images(tmp_path: Path) -> None:
     (tmp_path / "a.gif").write_bytes(gif(6, [500, 500, 1000, 250, 250, 500]))
-    for row in ({"video": "a.gif"}, {"videos": ["a.gif"]}, {"video": {"bytes": gif(6, [500, 500, 1000, 250, 250, 500])}}):
+    for row in (
+        {"video": "a.gif"},
+        {"videos": ["a.gif"]},
+        {"video": {"bytes": gif(6, [500, 500, 1000, 250, 250, 500])}},
+    ):
         video = loaded(row, tmp_path)
         assert video.duration == pytest.approx(3.0)
         assert video.seconds.tolist() == pytest.approx([0, 0.5, 1.0, 2.0, 2.25, 2.5])
@@ -214,7 +218,7 @@ def test_files_outside_the_folder_are_refused_on_request(tmp_path: Path) -> None
     pictures(1)[0].save(tmp_path / "0.png")
     (tmp_path / "in" / "clip" / "0.png").symlink_to(tmp_path / "0.png")
     for row in ({"video": "../a.gif"}, {"video": "clip", "fps": 1}):
-        with pytest.raises(DataError, match="lies outside"):
+        with pytest.raises(DataError, match=r"lies outside"):
             loaded(row, tmp_path / "in", confine_images=True)
         loaded(row, tmp_path / "in")
 
