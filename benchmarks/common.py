@@ -217,7 +217,7 @@ class Shown(VectorEnv[Any, Any, Any]):
     def __init__(self, prompts: Sequence[Observation], case: Case) -> None:
         rows = [one for one in prompts for _ in range(case.group_size)]
         self.num_envs, self.group_size = case.count, case.group_size
-        self.shown = {"images": tuple(row["images"] for row in rows), "prompt": tuple(row["prompt"] for row in rows)}
+        self.shown = {key: tuple(row.get(key, ()) for row in rows) for key in ("images", "videos", "prompt")}
         self.rewards = rewards(case)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:

@@ -27,6 +27,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for name, colour in (("1", "red"), ("2", "blue")):
             Image.new("RGB", (64, 48), colour).save(tmp_path / path / f"{name}.jpg")
     (tmp_path / "yolo/images/2.jpg").unlink()
+    first, second = (Image.new("RGB", (64, 48), colour) for colour in ("red", "blue"))
+    first.save(tmp_path / "images" / "1.gif", save_all=True, append_images=[second], duration=2000)
     for name, content in FILE.findall(PAGE):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content, encoding="utf-8")
@@ -61,5 +63,5 @@ def test_formats_are_converted(words: list[str], folder: Path) -> None:
 
 
 def test_the_page_has_all_tasks_and_formats() -> None:
-    assert len(SECTIONS) == 10
+    assert len(SECTIONS) == 12
     assert len(CONVERSIONS) == 4

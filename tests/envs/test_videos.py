@@ -111,7 +111,7 @@ def test_folders_and_lists_of_frames(tmp_path: Path, as_list: bool) -> None:
     video = loaded(row | {"fps": 4}, tmp_path, video_fps=4.0)
     assert (video.duration, video.seconds.tolist()) == (1.5, [0, 0.25, 0.5, 0.75, 1.0, 1.25])
     assert colours(video)[1:3] == [(0, 255, 0), (0, 0, 255)]
-    with pytest.raises(DataError, match="row 0: the row has a video as frames: state .* column 'fps'"):
+    with pytest.raises(DataError, match=r"row 0: the row has a video as frames: state .* column 'fps'"):
         loaded(row, tmp_path)
     with pytest.raises(DataError, match="'fps' is -1"):
         loaded(row | {"fps": -1}, tmp_path)
