@@ -2,8 +2,8 @@
 
     python benchmarks/videos.py --output benchmarks/videos.md
 
-The repeated way is the trainer's own without shared prompts: each completion decodes, encodes and sees the video. Both learn
-from the same clips of noise.
+The repeated way is the trainer's own without shared prompts: it encodes and sees the video for each completion. Both
+learn from the same clips of noise.
 """
 
 from __future__ import annotations
@@ -70,11 +70,13 @@ def main(args: Args) -> None:
             "",
             "    python benchmarks/videos.py --output benchmarks/videos.md",
             "",
-            f"A Qwen3-VL of {args.size} parameters with random weights, {args.prompts} clip of {args.side} × {args.side}",
-            f"pixels in a step, {args.group_size} completions of {args.new_tokens} tokens each; {hardware()}. Milliseconds:",
-            "the median, with the least and the most. Memory: peak of the tensors of an update, without what was there before.",
+            f"A Qwen3-VL of {args.size} parameters with random weights; a step has {args.prompts} clip of noise,",
+            f"{args.side} × {args.side} pixels, and {args.group_size} completions of {args.new_tokens} tokens.",
+            f"{hardware()}.",
+            "Milliseconds: the median, with the least and the most. Memory: peak of the tensors of an update, without",
+            "what was there before.",
             "",
-            "| frames | tokens of the prompt | the video | step | rollout | update | memory, MB | log-probs differ by |",
+            "| frames | prompt, tokens | the video | step | rollout | update | memory, MB | log-probs differ by |",
             "|---|---|---|---|---|---|---|---|",
             *rows,
             "",
@@ -96,7 +98,8 @@ def measured(args: Args, frames: int) -> list[str]:
         contestants[name] = Ours(agent, clips(args, frames), case, Accelerator(cpu=True))
     times = alternate(contestants, args.rounds)
     ours, plain = contestants.values()
-    assert isinstance(ours, Ours) and isinstance(plain, Ours)
+    assert isinstance(ours, Ours)
+    assert isinstance(plain, Ours)
     tokens, gap = len(ours.last.rollouts.rollout.prompts[0].input_ids), difference(ours, plain)
     lines = []
     for name, contestant in contestants.items():

@@ -46,7 +46,7 @@ class Transcripts(Drawn):
                 break
         question = QUESTIONS[rng.integers(len(QUESTIONS))]
         size, font = (names[rng.integers(len(names))] for names in (SIZES, FONTS))
-        image = _noisy(_draw(lines, _font(str(font), int(size)), rng), rng)
+        image = _noisy(_draw(lines, font_of(str(font), int(size)), rng), rng)
         return Sample(f"text-{self.split}-{index}", (image,), question, " ".join(lines), subject=f"size {size}")
 
 
@@ -65,7 +65,7 @@ def _piece(rng: np.random.Generator) -> str:
 
 
 @lru_cache(maxsize=32)
-def _font(name: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def font_of(name: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     found = importlib.util.find_spec("matplotlib")
     assert found is not None
     return ImageFont.truetype(Path(str(found.origin)).parent / "mpl-data" / "fonts" / "ttf" / f"{name}.ttf", size)

@@ -31,7 +31,7 @@ from vlmenv.envs.segmentation import SEGMENTS
 TASKS = [
     *("VLM-Caption-v0", "VLM-Count-v0", "VLM-GUI-v0", "VLM-Math-v0"),
     *("VLM-OCR-v0", "VLM-OVD-v0", "VLM-Point-v0", "VLM-REC-v0", "VLM-Seg-v0", "VLM-VQA-v0", "VLM-Zoom-v0"),
-    *("VLM-Temporal-v0", "VLM-VideoQA-v0"),
+    *("VLM-Chart-v0", "VLM-Temporal-v0", "VLM-VideoQA-v0"),
 ]
 VIDEO_TASKS = ("VLM-Temporal-v0", "VLM-VideoQA-v0")
 ROWS: dict[str, list[tuple[str, Any]]] = {
@@ -47,6 +47,7 @@ ROWS: dict[str, list[tuple[str, Any]]] = {
     "VLM-OCR-v0": [("Read it.", "a red cat"), ("Read the sign.", "STOP 12")],
     "VLM-Seg-v0": [("Outline cats.", "[[5, 5, 30, 5, 30, 40], [35, 5, 60, 40]]"), ("Outline dogs.", "None")],
     "VLM-Count-v0": [("How many cats?", "3"), ("How many dogs?", "0")],
+    "VLM-Chart-v0": [("Which is highest?", "Tea"), ("How much is Tea?", "40")],
     "VLM-VideoQA-v0": [("Does it move?", "yes"), ("Which?", "a red cat")],
     "VLM-Temporal-v0": [("When is it red?", "[0.5, 2.5]"), ("When is it blue?", "0:03 to 0:04")],
     "VLM-Zoom-v0": [("Is it red?", "yes"), ("Which?", "a red cat")],
