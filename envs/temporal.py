@@ -64,7 +64,8 @@ class TemporalEnv(VisualTaskEnv):
 
     def target(self, sample: Sample) -> TrueSpan:
         """The true span, with the duration of the question's video."""
-        return TrueSpan(*sample.target, sample.videos[-1].duration)
+        span: Span = sample.target
+        return TrueSpan(span.start, span.end, sample.videos[-1].duration)
 
     def parse(self, text: str) -> Span | None:
         content = self.answer_format.extract(text)
