@@ -34,6 +34,7 @@ from vlmenv.envs.rewards.answers import accuracy_term, read_answer
 from vlmenv.envs.rewards.boxes import iou_reward
 from vlmenv.envs.rewards.counts import count_reward, parse_count
 from vlmenv.envs.rewards.detection import TERMS
+from vlmenv.envs.rewards.documents import relaxed_reward
 from vlmenv.envs.rewards.math import math_equal
 from vlmenv.envs.rewards.points import Pointing, point_f1_reward
 from vlmenv.envs.rewards.segments import (
@@ -43,6 +44,7 @@ from vlmenv.envs.rewards.segments import (
     matched_iou_reward,
     parse_segments,
 )
+from vlmenv.envs.rewards.spans import TrueSpan, parse_span, span_iou50_reward
 from vlmenv.envs.rewards.transcripts import cer_reward, exact_text_reward, read_transcript, wer_reward
 
 BLOCK = 500
@@ -53,6 +55,8 @@ ANSWERS = {
     "boxes": 80_000,
     "counts": 100_000,
     "points": 100_000,
+    "charts": 100_000,
+    "spans": 100_000,
 }
 
 
@@ -61,7 +65,8 @@ class Args:
     """Score hostile answers."""
 
     answers: dict[str, int] = field(default_factory=lambda: dict(ANSWERS))
-    """Number of answers by task: math, choices, captions, boxes, counts, points, screens, texts, segments."""
+    """Number of answers by task: math, choices, captions, boxes, counts, points, screens, texts, segments, charts,
+    spans."""
     first: int = 0
     """Number of the first block of 500."""
     log: Path | None = None
@@ -390,14 +395,15 @@ def numbers_in(text: str) -> set[Fraction]:
     return found
 
 
-def lacks_number(truth: Fraction) -> Callable[[str], bool]:
-    """The rule for a whole number above 0 as truth."""
+def lacks_number(truth: Fraction, tolerance: Fraction = Fraction(0)) -> Callable[[str], bool]:
+    """The rule for a whole number above 0 as truth, which a relative error up to the tolerance leaves right."""
 
     def lacks(text: str) -> bool:
         plain = unicodedata.normalize("NFKC", text) if len(text) < 5000 else text
         if any(sign in text for sign in "²³¹⁰½¼¾⅓√π×÷") or _YIELDS.search(_NOTHING.sub(" ", plain)):
             return False  # an operation might yield it
-        return not any(unicodedata.category(one) == "No" for one in plain[:5000]) and truth not in numbers_in(plain)
+        right = any(abs(one - truth) <= tolerance * truth for one in numbers_in(plain))
+        return not any(unicodedata.category(one) == "No" for one in plain[:5000]) and not right
 
     return lacks
 
@@ -681,6 +687,82 @@ def count_task(rng: random.Random) -> Task:
     return Task(answer, score, lacks)
 
 
+def chart_task(rng: random.Random) -> Task:
+    """As counts, with ChartQA's tolerance."""
+    truth = rng.randint(21, 9999)
+    target = read_answer(str(truth), "numeric")
+
+    def answer(rng: random.Random) -> Hostile:
+        kind = rng.randrange(4)
+        digits = [str(rng.randint(0, 9999)) for _ in range(4)]
+        if kind == 0:
+            return Hostile(soup(rng, _JUNK, _OPERATORS, digits))
+        if kind == 1:
+            return Hostile(wrapped(rng, rng.choice(_JOINS).join(str(rng.randint(0, 2 * truth)) for _ in range(4))))
+        if kind == 2:
+            return Hostile(rng.choice((wild(rng), large(rng, rng.choice((*_JUNK, *digits))))))
+        listed = [str(truth), *map(str, rng.sample(range(2 * truth, 3 * truth), rng.randint(1, 8)))]
+        rng.shuffle(listed)
+        return Hostile(rng.choice((", ", " or ", " and ", "; ", " / ", "\n", "、", "或")).join(listed), True)
+
+    return Task(answer, lambda text: relaxed_reward(text, target), lacks_number(Fraction(truth), Fraction(1, 20)))
+
+
+# Spans of time
+
+_CLOCK = re.compile(r"(?:\d+:)?\d+:\d+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+")
+
+
+def times_in(text: str) -> set[float]:
+    """All times in seconds that a text might state: its numbers, and its hours and minutes."""
+    found = set()
+    for one in _CLOCK.findall(text[:5000]):
+        parts = [float(part) for part in one.split(":")]
+        found |= {*parts, sum(part * 60**i for i, part in enumerate(reversed(parts)))}
+    return found
+
+
+def span_task(rng: random.Random) -> Task:
+    start = rng.randint(100, 2000) / 10
+    end = start + rng.randint(20, 600) / 10
+    target = TrueSpan(start, end, 300.0)
+
+    def lacks(text: str) -> bool:
+        """No two times of the text have an overlap of a half with the truth; of very many that is not known."""
+        times = sorted(times_in(text))
+        if len(times) > 200 or len(text) > 5000:
+            return False
+        pairs = ((a, b) for i, a in enumerate(times) for b in times[i:])
+        return not any(2 * (min(b, end) - max(a, start)) >= max(b, end) - min(a, start) for a, b in pairs)
+
+    def answer(rng: random.Random) -> Hostile:
+        kind = rng.randrange(6)
+        low = [f"{rng.randint(0, 90) / 10}" for _ in range(4)]
+        words = (" to ", "-", "from ", " seconds", "s", ":", '{"start": ', ', "end": ', '"start_time"', "[", "]", "}")
+        if kind == 0:
+            return Hostile(soup(rng, _JUNK, low, words))
+        if kind == 1:
+            return Hostile(rng.choice((wild(rng), large(rng, rng.choice((*_JUNK, *words, *low))))))
+        if kind == 2:
+            numbers = ("NaN", "Infinity", "-1", "1e400", "1e3", "null", '"7"', "9" * 400, "true", "[1]", "{}")
+            return Hostile(f'{{"start": {rng.choice(numbers)}, "end": {rng.choice(numbers)}}}')
+        if kind == 3:
+            return Hostile(wrapped(rng, f"{end} to {start}"), True)
+        said = f"{start} to {end}"
+        others = [f"{one / 10} to {one / 10 + 20}" for one in rng.sample(range(2500), rng.randint(1, 9))]
+        if kind == 4:
+            return Hostile(
+                rng.choice(("not {}", "{} is wrong", "{}?!", "-{}", "{}0 minutes", "{} or not")).format(said), True
+            )
+        return Hostile(rng.choice((", ", " or ", "; ", "\n", " and ")).join([*others, said]), True)
+
+    def score(text: str) -> float:
+        content = AnswerFormat.TAGS.extract(text)
+        return span_iou50_reward(text, target, None if content is None else parse_span(content))
+
+    return Task(answer, score, lacks)
+
+
 # Boxes
 
 _LEAST = 500
@@ -902,6 +984,8 @@ TASKS: dict[str, Callable[[random.Random], Task]] = {
     "screens": gui_task,
     "texts": text_task,
     "segments": segment_task,
+    "charts": chart_task,
+    "spans": span_task,
 }
 
 

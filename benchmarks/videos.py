@@ -34,6 +34,7 @@ from common import (
 from vlmenv.core.rollout import Observation
 from vlmenv.core.video import Video
 
+PHASES = ("step", "cpu", "rollout", "update")
 NAMES: dict[Way, str] = {"shared": "once per group", "plain": "repeated"}
 
 
@@ -73,11 +74,12 @@ def main(args: Args) -> None:
             f"A Qwen3-VL of {args.size} parameters with random weights; a step has {args.prompts} clip of noise,",
             f"{args.side} × {args.side} pixels, and {args.group_size} completions of {args.new_tokens} tokens.",
             f"{hardware()}.",
-            "Milliseconds: the median, with the least and the most. Memory: peak of the tensors of an update, without",
-            "what was there before.",
+            "Milliseconds: the median, with the least and the most; `CPU` is the processor's time, which other work of",
+            "the machine changes little. Memory: peak of the tensors of an update, without what was there before.",
+            "The last column is the largest difference of log-probabilities of the same completions by both ways.",
             "",
-            "| frames | prompt, tokens | the video | step | rollout | update | memory, MB | log-probs differ by |",
-            "|---|---|---|---|---|---|---|---|",
+            "| frames | prompt, tokens | the video | step | CPU | rollout | update | memory, MB | differ by |",
+            "|---|---|---|---|---|---|---|---|---|",
             *rows,
             "",
             "TRL 1.16's GRPO trainer reads columns of images alone, so there is no figure of it.",
@@ -104,10 +106,10 @@ def measured(args: Args, frames: int) -> list[str]:
     lines = []
     for name, contestant in contestants.items():
         one, memory = times[name], peak_memory(contestant.update) / 1e6
-        cells = [str(one[phase]) for phase in ("step", "rollout", "update")]
+        cells = [str(one[phase]) for phase in PHASES]
         lines.append(f"| {frames} | {tokens:,} | {name} | {' | '.join(cells)} | {memory:,.0f} | {gap} |")
     first, second = times.values()
-    faster = [ratio(second, first, phase) for phase in ("step", "rollout", "update")]
+    faster = [ratio(second, first, phase) for phase in PHASES]
     return [*lines, f"| | | once is faster by | {' | '.join(faster)} | | |"]
 
 

@@ -19,7 +19,8 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "task", ["math", "choices", "captions", "boxes", "counts", "points", "screens", "texts", "segments"]
+    "task",
+    ["math", "choices", "captions", "boxes", "counts", "points", "screens", "texts", "segments", "charts", "spans"],
 )
 def test_hostile_answers_do_no_harm(task: str, script: ModuleType) -> None:
     block = script.run_block(task, 10_000, 200)
