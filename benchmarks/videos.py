@@ -52,11 +52,11 @@ class Args:
     """Completions of each."""
     prompts: int = 1
     """Clips in a step."""
-    new_tokens: int = 24
+    new_tokens: int = 16
     """Tokens of each completion."""
-    rounds: int = 3
+    rounds: int = 2
     """Steps that are counted."""
-    threads: int = 2
+    threads: int = 1
     """Of PyTorch."""
     output: Path | None = None
     """Markdown file for the table."""
@@ -73,7 +73,7 @@ def main(args: Args) -> None:
             "",
             f"A Qwen3-VL of {args.size} parameters with random weights; a step has {args.prompts} clip of noise,",
             f"{args.side} × {args.side} pixels, and {args.group_size} completions of {args.new_tokens} tokens.",
-            f"{hardware()}.",
+            f"{hardware()}, {args.threads} thread, beside other work.",
             "Milliseconds: the median, with the least and the most; `CPU` is the processor's time, which other work of",
             "the machine changes little. Memory: peak of the tensors of an update, without what was there before.",
             "The last column is the largest difference of log-probabilities of the same completions by both ways.",

@@ -17,12 +17,19 @@ from transformers import AutoTokenizer
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.video_utils import VideoMetadata
 
+import vlmenv
+from vlmenv.adapters.task import PortableTask
 from vlmenv.agents.families import FAMILIES, weightless_family
 from vlmenv.agents.families.base import Family
-from vlmenv.agents.vlm import VLMAgent
-from vlmenv.core.errors import ModelError
+from vlmenv.agents.vlm import Sampling, VLMAgent
+from vlmenv.algos.batch import Rollouts
+from vlmenv.building import check_videos
+from vlmenv.core.errors import ConfigError, ModelError
 from vlmenv.core.rollout import Observation, Rollout
 from vlmenv.core.video import Video
+from vlmenv.envs.video_qa import VideoQAEnv
+from vlmenv.envs.vqa import VQAEnv
+from vlmenv.options.task import EngineOptions, TaskConfig
 
 NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 PUBLISHED = ("published qwen2_5_vl", "published qwen3_vl")
@@ -221,6 +228,43 @@ def test_a_refusal_says_what_to_do(tmp_path: Path) -> None:
     shown: Observation = {"images": (), "videos": (clip(2, 32, 32),), "prompt": "?"}
     with pytest.raises(ModelError, match=r"type internvl are not trained on videos.*Qwen3-VL.*frames as 'images'"):
         weightless_family(tmp_path).encode(shown)
+
+
+def test_what_takes_no_videos_is_told_before_anything_runs(tmp_path: Path) -> None:
+    invent("internvl", tmp_path)
+    task = VideoQAEnv()
+    check_videos(TaskConfig(), task)
+    check_videos(TaskConfig(model=str(tmp_path)), VQAEnv())
+    with pytest.raises(ModelError, match="not trained on videos here"):
+        check_videos(TaskConfig(model=str(tmp_path)), task)
+    served = EngineOptions(engine="vllm-server", server=("http://127.0.0.1:1",))
+    with pytest.raises(ConfigError, match="videos go with engine hf"):
+        check_videos(TaskConfig(generation=served), task)
+    with pytest.raises(ConfigError, match="VLM-VideoQA-v0 takes videos, and other trainers"):
+        PortableTask("VLM-VideoQA-v0")
+
+
+def test_an_engine_is_given_no_videos() -> None:
+    agent = VLMAgent.from_pretrained("builtin")
+    agent.engine = SimpleNamespace(max_length=2048)  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match="videos go with engine hf"):
+        agent.rollout([{"images": (), "videos": (clip(4, 32, 32),), "prompt": "?"}])
+
+
+@pytest.mark.slow
+def test_the_built_in_model_trains_on_clips_with_masked_frames(tmp_path: Path) -> None:
+    """By PAPO, which looks at them masked; a batch is the same after a checkpoint."""
+    small = {"steps": 1, "prompts_per_step": 1, "group_size": 2, "eval_limit": 0, "max_new_tokens": 8, "device": "cpu"}
+    run = vlmenv.train(env="VLM-VideoQA-v0", algo="papo_g", video_frames=4, output=tmp_path / "run", **small)
+    assert (run.path / "metrics.jsonl").read_text().count("\n") == 1
+    agent = VLMAgent.from_pretrained("builtin", sampling=Sampling(max_new_tokens=4))
+    shown: list[Observation] = [{"images": (), "videos": (clip(4, 32, 32),), "prompt": "?"}] * 2
+    rollouts = Rollouts.scored(shown, agent.rollout(shown), np.zeros(2), {})
+    again = Rollouts.from_state(rollouts.state_dict())
+    assert again.observations() == rollouts.observations()
+    assert again.observations()[0]["videos"] == shown[0]["videos"]
+    assert again[:1].videos == rollouts.videos[:1]
+    assert Rollouts.joined([rollouts, again]).videos == rollouts.videos * 2
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 from vlmenv.core.masking import PATCH, Shuffle, mask_patches, masked
 from vlmenv.core.rollout import Observation
 from vlmenv.core.spaces import Image
+from vlmenv.core.video import Video
 
 
 def picture(height: int, width: int, value: int = 200) -> Image:
@@ -50,3 +51,19 @@ def test_samples_exchange_their_images() -> None:
     assert [int(image[0, 0, 0]) for image in later["images"]] == [30, 40]
     assert shuffle.alone == 1
     assert later["prompt"] == "what?"
+
+
+def test_frames_of_videos_are_masked_and_exchanged() -> None:
+    rng = np.random.default_rng(5)
+    one, other = (Video(rng.integers(1, 256, (3, 28, 42, 3), np.uint8), np.arange(3.0), 3.0) for _ in range(2))
+    first: Observation = {"images": (), "videos": (one,), "prompt": "?"}
+    second: Observation = {"images": (), "videos": (other,), "prompt": "?"}
+    half = masked([first, first], 0.5, seed=1)
+    assert half[0]["videos"][0] is half[1]["videos"][0]
+    for before, after in zip(one.frames, half[0]["videos"][0].frames, strict=True):
+        np.testing.assert_array_equal(after, mask_patches(before, 0.5, seed=1))
+    assert not masked([first], 1.0)[0]["videos"][0].frames.any()
+    shuffle = Shuffle()
+    assert [seen["videos"] for seen in shuffle([first, first, second])] == [(other,), (other,), (one,)]
+    assert shuffle.alone == 0
+    assert not Shuffle()([first])[0]["videos"][0].frames.any()
