@@ -14,8 +14,8 @@ from PIL import ImageDraw
 
 from vlmenv.core.answers import Answer
 from vlmenv.core.spaces import Image
-from vlmenv.envs.data.scenes import COLOURS, Split, falls_to_eval, sample_background, sample_tint
-from vlmenv.envs.data.source import Sample, Source
+from vlmenv.envs.data.scenes import COLOURS, Drawn, falls_to_eval, sample_background, sample_tint
+from vlmenv.envs.data.source import Sample
 from vlmenv.envs.data.transcripts import font_of
 
 WIDTH: Final = 256
@@ -29,7 +29,6 @@ NAMES: Final = (
 HIGHEST: Final = 100
 """Upper end of the axis."""
 
-_STREAM = 7  # tells the random numbers from those of other sources
 _LEFT, _TOP, _RIGHT, _BOTTOM = 32, 12, WIDTH - 8, HEIGHT - 24
 """Edges of the axes in pixels."""
 _INK, _GREY = (20, 20, 20), (205, 205, 205)
@@ -48,16 +47,13 @@ class Chart(NamedTuple):
     """whether the values are written; they always are in a pie"""
 
 
-class ChartQuestions(Source):
+class ChartQuestions(Drawn):
     """Charts of a stream, each with one question; endless."""
 
-    size = None
-
-    def __init__(self, split: Split) -> None:
-        self.split = split
+    stream = 8
 
     def get(self, index: int) -> Sample:
-        rng = np.random.default_rng([int(self.split == "eval"), index, _STREAM])
+        rng = self.rng(index)
         kind = list(_DRAW)[rng.integers(len(_DRAW))]
         while True:
             chart = _sample_chart(kind, rng)

@@ -19,13 +19,14 @@ from vlmenv.envs.data.scenes import (
     COLOURS,
     SHAPES,
     SIDE,
+    Drawn,
     Split,
     falls_to_eval,
     mask_of,
     sample_background,
     sample_tint,
 )
-from vlmenv.envs.data.source import Sample, Source
+from vlmenv.envs.data.source import Sample
 from vlmenv.envs.rewards.spans import Span
 
 LENGTHS: Final = (6.0, 8.0, 12.0)
@@ -34,7 +35,6 @@ WAYS: Final = {"to the left": (-1, 0), "to the right": (1, 0), "up": (0, -1), "d
 """Directions in x and y, and how answers say them."""
 EVENTS: Final = ("When is {} visible?", "During which time does the video show {}?")
 
-_STREAM = 6  # tells the random numbers from those of other sources
 _CELL = SIDE // 2
 _STEP = 0.5  # seconds; shapes come and go at multiples of it
 _LEAST = 1.5  # seconds that a shape is visible
@@ -72,13 +72,12 @@ class Clip(NamedTuple):
     actors: tuple[Actor, ...]
 
 
-class Clips(Source):
+class Clips(Drawn):
     """Clips of a stream, whose frames are drawn as the rule chooses them; endless."""
 
-    size = None
-
     def __init__(self, split: Split, rule: FrameRule) -> None:
-        self.split, self.rule = split, rule
+        super().__init__(split)
+        self.rule = rule
 
     def _drawn(self, clip: Clip, rng: np.random.Generator) -> Video:
         """The clip has as many frames per second as the rule asks for."""
@@ -93,8 +92,10 @@ class Clips(Source):
 class TemporalClips(Clips):
     """Clips, each with the question when a shape is visible."""
 
+    stream = 6
+
     def get(self, index: int) -> Sample:
-        rng = np.random.default_rng([int(self.split == "eval"), index, _STREAM])
+        rng = self.rng(index)
         while True:
             clip = _sample_clip(rng, (2, 4))
             target = clip.actors[rng.integers(len(clip.actors))]
@@ -109,8 +110,10 @@ class TemporalClips(Clips):
 class ClipQuestions(Clips):
     """Clips, each with one question: a direction, an order, a number, or whether one comes before another."""
 
+    stream = 7
+
     def get(self, index: int) -> Sample:
-        rng = np.random.default_rng([int(self.split == "eval"), index, _STREAM, 1])
+        rng = self.rng(index)
         subject = list(_ASK)[rng.integers(len(_ASK))]
         while True:
             clip = _sample_clip(rng, (2, 4))
