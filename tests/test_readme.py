@@ -152,8 +152,8 @@ def test_the_commands_run(
         monkeypatch.setattr(HfApi, "upload_folder", lambda *_, **__: None)
         main(["train", *SMALL["train"], "--output", args[1], *(["--lora-rank", "2"] if "lora" in args[1] else [])])
         main(["1" if before == "--step" else arg for before, arg in zip(["", *args], args, strict=False)])
-    elif args[0] == "report":
-        for run in {arg for arg in args if arg.startswith("runs/")}:
+    elif args[0] in ("report", "answer"):
+        for run in {"/".join(arg.split("/")[:2]) for arg in args if arg.startswith("runs/")}:
             main(["train", *SMALL["train"], "--output", run])
         main(args)
     elif "--recipe" in args:
