@@ -1,4 +1,4 @@
-"""Hooks of the documentation site: pages from outside `docs/`, and reference pages from docstrings.
+"""Hooks of the documentation site: pages from outside `docs/`, reference pages from docstrings, notebooks of tutorials.
 
 Pages link to files of the repository, as GitHub shows them. The site has no such files. So the Markdown files become
 pages, other linked files become copies under `source/`, and links to folders become plain text.
@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import griffe
+import nbformat
 from mkdocs.structure.files import File, Files
+from notebooks import LINK, TUTORIALS, notebook, notebook_path, parts
 
 ROOT = Path(__file__).parent.parent
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
@@ -47,24 +49,23 @@ OPTIONS = {
 }
 """Dataclasses of options by command."""
 
-_FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
-_LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?\)")
-
 
 def on_files(files: Files, config: Any) -> Files:
-    """Adds the pages from outside `docs/`, the reference pages, and the files that pages link to."""
+    """Adds the pages from outside `docs/`, the reference pages, the notebooks, and the files that pages link to."""
     for path, name in PAGES.items():
         if (ROOT / path).exists():
             files.append(File.generated(config, name, content=(ROOT / path).read_text(encoding="utf-8")))
     files.append(File.generated(config, "reference/python.md", content=_python()))
     files.append(File.generated(config, "reference/all_options.md", content=_options()))
+    for page in TUTORIALS:
+        files.append(File.generated(config, notebook_path(page), content=nbformat.writes(notebook(page))))
     for path in sorted({path for file in files.documentation_pages() for path in _linked(file)}):
         files.append(File.generated(config, _site_path(path), abs_src_path=str(ROOT / path)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Rewrites links to files of the repository into links within the site."""
+    """Rewrites links to files of the repository into links within the site, and offers the notebook of a tutorial."""
     here = _repository_path(page.file.src_uri)
 
     def link(found: re.Match[str]) -> str:
@@ -75,24 +76,22 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         place = posixpath.relpath(_site_path(path), posixpath.dirname(page.file.src_uri) or ".")
         return f"{bang}[{text}]({place}{anchor or ''})"
 
-    return "".join(part if part.startswith("```") else _LINK.sub(link, part) for part in _parts(markdown))
+    text = "".join(part if part.startswith("```") else LINK.sub(link, part) for part in parts(markdown))
+    return _offered(page.file.src_uri, text) if page.file.src_uri in TUTORIALS else text
 
 
-def _parts(markdown: str) -> Iterator[str]:
-    """Code blocks, and what lies between them."""
-    at = 0
-    for fence in _FENCE.finditer(markdown):
-        yield markdown[at : fence.start()]
-        yield fence[0]
-        at = fence.end()
-    yield markdown[at:]
+def _offered(page: str, markdown: str) -> str:
+    """Puts a link to the notebook under the heading of a tutorial."""
+    heading, _, rest = markdown.partition("\n")
+    name = posixpath.basename(notebook_path(page))
+    return f"{heading}\n\n[This page as a notebook]({name}){{: download={name} }}\n{rest}"
 
 
 def _linked(file: File) -> Iterator[str]:
     """Paths of the files that a page links to, if they are no pages and lie outside `docs/`."""
     here = posixpath.dirname(_repository_path(file.src_uri))
-    for part in _parts(file.content_string):
-        for found in [] if part.startswith("```") else _LINK.finditer(part):
+    for part in parts(file.content_string):
+        for found in [] if part.startswith("```") else LINK.finditer(part):
             path = posixpath.normpath(posixpath.join(here, found[3]))
             if (ROOT / path).is_file() and path not in PAGES and not path.startswith("docs/"):
                 yield path

@@ -21,6 +21,21 @@ from vlmenv.envs.temporal import TemporalEnv
 from vlmenv.envs.vqa import VQAEnv
 
 COUNT = 6
+SMALL = {
+    "train": ["--steps", "1", "--prompts-per-step", "1", "--group-size", "2", "--eval-limit", "2", "--device", "cpu"],
+    "eval": ["--eval-limit", "2", "--device", "cpu"],
+    "doctor": ["--device", "cpu"],
+    "sample": ["--eval-limit", "2", "--n", "2", "--device", "cpu"],
+    "pipeline": ["--output", "runs/pipeline"],
+    "data": [],
+    "envs": [],
+    "recipes": [],
+    "score": [],
+    "export": [],
+    "report": [],
+    "answer": ["--device", "cpu"],
+}
+"""Options by command that let a test run what pages show."""
 WITHOUT_HUB = {
     "vlm_r1_math": "--dataset geometry/samples.jsonl",
     "geometry3k": "--min-pixels None --max-pixels None",
@@ -35,6 +50,22 @@ def lay_out(recipe: str, folder: Path) -> None:
     """Puts what a recipe reads into a folder."""
     kind = recipe.removeprefix("vlm_r1_").removeprefix("pebr_r1_").removeprefix("gui_").partition("_")[0]
     LAYOUTS[kind](folder)
+
+
+def lay_out_rows(folder: Path) -> None:
+    """Puts the pictures and rows into a folder that commands and scripts of the pages name."""
+    pictures = [Path(place) / f"{n}.png" for place in (".", "images", "data/images", "photos") for n in (1, 2)]
+    for picture in pictures:
+        (folder / picture).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64), "red").save(folder / picture)
+    turns = [{"from": "human", "value": "<image>Where is it?"}, {"from": "gpt", "value": "[1, 2, 30, 40]"}]
+    rows = "".join(json.dumps({"id": n, "image": f"{n}.png", "conversations": turns}) + "\n" for n in (1, 2))
+    for name in ("rec", "train", "held_out"):
+        (folder / f"{name}.jsonl").write_text(rows)
+    (folder / "data" / "refcoco_val.jsonl").write_text(rows.replace('"image": "', '"image": "images/'))
+    (folder / "points.jsonl").write_text('{"image": "1.png", "question": "Point at it.", "answer": [8, 8, 24, 24]}')
+    shape = {"label": "the red square", "shape_type": "rectangle", "points": [[0, 0], [64, 64]]}
+    (folder / "photos" / "1.json").write_text(json.dumps({"imagePath": "1.png", "shapes": [shape]}))
 
 
 def lay_out_pipeline(folder: Path) -> None:

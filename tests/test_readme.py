@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import re
 import shlex
 import sys
@@ -17,7 +16,7 @@ from conftest import ROOT, launch
 from huggingface_hub import HfApi
 from PIL import Image
 from servers import Served, free_port, serving
-from small_data import WITHOUT_HUB, lay_out, lay_out_pipeline, small_pipeline
+from small_data import SMALL, WITHOUT_HUB, lay_out, lay_out_pipeline, lay_out_rows, small_pipeline
 
 from vlmenv.cli import main
 
@@ -26,22 +25,6 @@ pytestmark = pytest.mark.usefixtures("without_pictures")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 DOCS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PAGES}
-SMALL = {
-    "train": ["--steps", "1", "--prompts-per-step", "1", "--group-size", "2", "--eval-limit", "2", "--device", "cpu"],
-    "eval": ["--eval-limit", "2", "--device", "cpu"],
-    "doctor": ["--device", "cpu"],
-    "sample": ["--eval-limit", "2", "--n", "2", "--device", "cpu"],
-    "pipeline": ["--output", "runs/pipeline"],
-    "data": [],
-    "envs": [],
-    "recipes": [],
-    "score": [],
-    "export": [],
-    "report": [],
-    "answer": ["--device", "cpu"],
-}
-
-
 FILE = re.compile(r"# (\w+)\.py\n")
 """How a block begins that is a file."""
 
@@ -79,7 +62,7 @@ def with_vllm(shown: str) -> Any:
 
 def small(args: list[str]) -> list[str]:
     """A command's arguments with the built-in model in place of what would be downloaded or has to be trained first."""
-    large = ("Qwen/", "runs/first")
+    large = ("Qwen/", "runs/first", "runs/mine")
     return [
         "builtin" if arg.startswith(large) and before in ("--model", "--published") else arg
         for before, arg in zip(["", *args], args, strict=False)
@@ -119,6 +102,7 @@ def test_the_python_runs(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Callable[[str], str]
 ) -> None:
     lay_out_modules(tmp_path, monkeypatch)
+    lay_out_rows(tmp_path)
     snippets = [block.replace("range(20)", "range(2)") for block in blocks("python", DOCS[page])]
     assert len(snippets) >= 2
     for snippet in snippets:
@@ -157,15 +141,7 @@ def test_the_commands_run(
     place: Callable[[str], str],
 ) -> None:
     lay_out_modules(tmp_path, monkeypatch)
-    Path("images").mkdir()
-    Image.new("RGB", (64, 64), "red").save("images/1.png")
-    turns = [{"from": "human", "value": "<image>Where is it?"}, {"from": "gpt", "value": "[1, 2, 30, 40]"}]
-    Path("rec.jsonl").write_text(json.dumps({"id": 1, "image": "1.png", "conversations": turns}))
-    Path("data").mkdir()
-    Path("data/refcoco_val.jsonl").write_text(json.dumps({"id": 1, "image": "images/1.png", "conversations": turns}))
-    Path("images").rename("data/images")
-    Path("images").symlink_to("data/images")
-    Path("points.jsonl").write_text('{"image": "images/1.png", "question": "Point at it.", "answer": [8, 8, 24, 24]}')
+    lay_out_rows(tmp_path)
     args = small(shlex.split(place(command))[1:])
     if "--resume" in args:
         main(["train", *SMALL["train"], "--output", "runs/first"])
@@ -176,8 +152,8 @@ def test_the_commands_run(
         monkeypatch.setattr(HfApi, "upload_folder", lambda *_, **__: None)
         main(["train", *SMALL["train"], "--output", args[1], *(["--lora-rank", "2"] if "lora" in args[1] else [])])
         main(["1" if before == "--step" else arg for before, arg in zip(["", *args], args, strict=False)])
-    elif args[0] == "report":
-        for run in {arg for arg in args if arg.startswith("runs/")}:
+    elif args[0] in ("report", "answer"):
+        for run in {"/".join(arg.split("/")[:2]) for arg in args if arg.startswith("runs/")}:
             main(["train", *SMALL["train"], "--output", run])
         main(args)
     elif "--recipe" in args:
@@ -193,7 +169,7 @@ def test_the_commands_run(
         "doctor": "room for tensors" if "--card" in args else "everything adds up",
         "sample": "medium",
         "pipeline": "the stages and this table are in",
-        "data": {"show": "sample 0", "export": "rows are in"}.get("".join(args[1:2]), "good"),
+        "data": {"show": "sample 0", "export": "rows are in", "convert": "rows with"}.get("".join(args[1:2]), "good"),
         "envs": "VLM-REC-v0",
         "recipes": "vlm_r1_rec",
         "export": "holds",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -39,8 +40,8 @@ def test_links_lead_to_files_and_headings(file: Path) -> None:
 @pytest.mark.slow
 def test_the_site_is_built_without_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes about 8 seconds, most of them for docstrings."""
-    pytest.importorskip("mkdocs", reason='needs the extra "docs": pip install -c constraints.txt -e ".[docs]"')
-    pytest.importorskip("mkdocstrings", reason='needs the extra "docs": pip install -c constraints.txt -e ".[docs]"')
+    for module in ("mkdocs", "mkdocstrings", "nbformat"):
+        pytest.importorskip(module, reason='needs the extra "docs": pip install -c constraints.txt -e ".[docs]"')
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
 
@@ -52,3 +53,5 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "source" / "agents" / "passes.py.txt").read_text() == (ROOT / "agents/passes.py").read_text()
     assert "Rank of low-rank adapters" in (tmp_path / "reference" / "all_options.html").read_text()
     assert 'id="vlmenv.envs.public.VisualTaskEnv"' in (tmp_path / "reference" / "python.html").read_text()
+    assert 'href="own_data.ipynb"' in (tmp_path / "tutorials" / "own_data.html").read_text()
+    assert json.loads((tmp_path / "tutorials" / "own_data.ipynb").read_text())["nbformat"] == 4

@@ -62,6 +62,7 @@ def convert(
     *,
     images: Path | None = None,
     split: str | None = None,
+    expressions: bool = False,
     skip_broken: bool = False,
 ) -> Summary:
     """Converts a data set.
@@ -72,6 +73,8 @@ def convert(
         layout: One of `LAYOUTS`. Default: found by the source's files.
         images: Folder of the images. Default: searched for beside the annotations.
         split: Split to convert, if the source has several.
+        expressions: If true, labels are referring expressions, and the rows are for VLM-REC-v0: one for each box whose
+            label no other box of its image has. Default: False.
         skip_broken: If true, unreadable rows are left out instead of raising an error. Default: False.
 
     Raises:
@@ -89,7 +92,9 @@ def convert(
     if layout is not None and layout not in LAYOUTS:
         raise ConfigError(unknown_name("layout", layout, LAYOUTS))
     layout = layout or find_layout(source) or _unknown(source)
-    summary = Summary(layout, target, _ENVS.get(layout, ""))
+    if expressions and layout not in _LABELLED:
+        raise ConfigError(f"{source}: expressions are made of labelled boxes, which layout '{layout}' has not")
+    summary = Summary(layout, target, "VLM-REC-v0" if expressions else _ENVS.get(layout, ""))
     rows = _READERS[layout](source, target, images, split, summary)
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(target) as partial, partial.open("w", encoding="utf-8") as stream:
@@ -164,7 +169,7 @@ def _annotated(read: Callable[[Path, Path | None, str | None], Annotations]) -> 
     ) -> Iterator[Row | DataError]:
         annotations = read(source, images, split)
         ids = Counter[str]()
-        for found in annotations.found:
+        for found in _expressions(annotations) if summary.env == "VLM-REC-v0" else annotations.found:
             if isinstance(found, DataError):
                 yield found
                 continue
@@ -176,6 +181,20 @@ def _annotated(read: Callable[[Path, Path | None, str | None], Annotations]) -> 
         summary.notes.update(annotations.notes)
 
     return rows
+
+
+def _expressions(annotations: Annotations) -> Iterator[Picture | Expression | DataError]:
+    """Labels as expressions. One that two boxes of an image have means neither."""
+    for found in annotations.found:
+        if not isinstance(found, Picture):
+            yield found
+            continue
+        count = Counter(one.label for one in found.boxes)
+        for one in found.boxes:
+            if count[one.label] == 1:
+                yield Expression(found.id, found.image, one.label, one.box)
+        if shared := sum(number for number in count.values() if number > 1):
+            annotations.notes["boxes were left out whose label another box of the image has too"] += shared
 
 
 def _asked(found: Picture | Expression, annotations: Annotations, row_id: str) -> Row:
@@ -239,4 +258,5 @@ LAYOUTS: Final = tuple(_READERS)
 """Pascal VOC's XML; YOLO; LabelMe; RefCOCO's refer files; CSV with a box a row; other CSV and TSV; a folder of Hugging
 Face with a `metadata` file."""
 
-_ENVS: Final = dict.fromkeys(("voc", "yolo", "labelme", "boxes"), "VLM-OVD-v0") | {"refer": "VLM-REC-v0"}
+_LABELLED: Final = ("voc", "yolo", "labelme", "boxes")
+_ENVS: Final = dict.fromkeys(_LABELLED, "VLM-OVD-v0") | {"refer": "VLM-REC-v0"}

@@ -191,6 +191,29 @@ def test_labelme(tmp_path: Path) -> None:
         convert(source, tmp_path / "rows.jsonl")
 
 
+def test_labels_as_expressions(tmp_path: Path) -> None:
+    """A row for each box that its label means alone; what is ambiguous is left out, and counted."""
+    picture(tmp_path / "drawn" / "a.png")
+    boxes = {"the red mug": [(5, 6, 20, 25)], "a spoon": [(1, 2, 9, 12), (9, 2, 19, 12)], "the plate": [(0, 0, 30, 30)]}
+    shapes = [
+        {"label": label, "shape_type": "rectangle", "points": [box[:2], box[2:]]}
+        for label, drawn in boxes.items()
+        for box in drawn
+    ]
+    write(tmp_path / "drawn" / "a.json", {"shapes": shapes, "imagePath": "a.png"})
+    summary = convert(tmp_path / "drawn", tmp_path / "rows.jsonl", expressions=True)
+    assert (summary.env, summary.rows, summary.boxes) == ("VLM-REC-v0", 2, 2)
+    assert summary.notes == {"boxes were left out whose label another box of the image has too": 2}
+    env = RECEnv(dataset=summary.target)
+    samples = [env.source.get(index) for index in range(2)]
+    assert [(one.id, one.target) for one in samples] == [("a", (5, 6, 20, 25)), ("a-2", (0, 0, 30, 30))]
+    assert "the red mug" in env.observe(samples[0])["prompt"]
+    assert env.score(env.write_answer(samples[0]), samples[0]).terms["iou"] == 1
+    write(tmp_path / "vqa.csv", "image,question,answer\na.png,Which?,red\n")
+    with pytest.raises(ConfigError, match="expressions are made of labelled boxes, which layout 'table' has not"):
+        convert(tmp_path / "vqa.csv", tmp_path / "rows.jsonl", expressions=True)
+
+
 REFERENCES: list[dict[str, Any]] = [
     {
         "ref_id": 3,

@@ -113,6 +113,20 @@ def test_imitation_has_nothing_to_compare() -> None:
     assert collapse([{"loss": 2.0}] * 40) is None
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["sft", "grpo"])
+def test_imitation_is_not_told_that_there_is_nothing_to_learn(
+    algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_pictures: None
+) -> None:
+    """Its groups are true answers, which all earn the same."""
+    monkeypatch.setattr("vlmenv.runs.watch.FLAT_STEPS", 1)
+    same = ["--group-size", "2", "--temperature", "1e-4"] if algorithm == "grpo" else []
+    small = ["--steps", "2", "--prompts-per-step", "1", "--eval-limit", "0", "--device", "cpu", "--tracker", "none"]
+    main(["train", "--algo", algorithm, *same, *small, "--output", str(tmp_path / "run")])
+    warned = (tmp_path / "run" / "warnings.jsonl").is_file()
+    assert warned == (algorithm == "grpo")
+
+
 def test_collapse_is_a_lost_reward_or_a_lost_reference() -> None:
     assert collapse(steps(40)) is None
     assert collapse(steps(20) + steps(4, reward__mean=0.0)) is None

@@ -30,6 +30,7 @@ def run(config: DataConvertConfig) -> Summary:
         config.layout,
         images=config.images,
         split=config.split,
+        expressions=config.expressions,
         skip_broken=config.skip_broken,
     )
     console = open_console()

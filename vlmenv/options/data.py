@@ -75,6 +75,8 @@ class DataConvertConfig:
     """Folder of the images. None: searched for beside the annotations."""
     split: str | None = None
     """Split to convert, if the source has several."""
+    expressions: bool = False
+    """Take labels as referring expressions: a row of VLM-REC-v0 for each box whose label its image has once."""
     skip_broken: bool = False
     """Leave broken rows out instead of ending with the first one."""
 

@@ -237,7 +237,8 @@ class TrainingLoop:
 
     def _watch(self, result: StepResult) -> None:
         """Warns of what goes wrong: of each kind once, but of a drift after every evaluation."""
-        for kind, message in concerns(self.history):
+        imitates = self.trainer.algorithm.imitates  # completions are the truth, and tell nothing of the model
+        for kind, message in () if imitates else concerns(self.history):
             if kind not in self.warned:
                 self.warned.add(kind)
                 self._warn(result.step, message, kind)
