@@ -115,6 +115,27 @@ def test_what_was_learnt_is_what_is_measured_and_saved(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "eval" / "metrics.json").read_text()) == after
 
 
+ZOOM = ["--env", "VLM-Zoom-v0", "--steps", "2", "--lr", "3e-3", "--warmup-steps", "0", "--max-new-tokens", "60"]
+
+
+def assert_learns_what_it_sampled(run: Path, folder: Path) -> None:
+    """Episodes of several turns, of which the trainer and the saved model have the engine's log-probabilities."""
+    lines = rows(run / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(line["policy/sampler_kl"] < 1e-6 for line in lines)
+    assert any(line["reward/crops"] > 0 for line in lines)
+    after = json.loads((run / "evaluation.json").read_text())["after"]
+    options = ["--env", "VLM-Zoom-v0", "--max-new-tokens", "60", "--eval-limit", "4", "--device", "cpu"]
+    main(["eval", "--model", str(run / "checkpoints" / "step-2"), *options, "--output", str(folder)])
+    assert json.loads((folder / "metrics.json").read_text()) == after
+
+
+def test_episodes_of_several_turns_are_learnt_from(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    main(["train", *ZOOM, "--engine", "vllm", "--engine-length", "1024", *TINY, "--output", str(run)])
+    assert_learns_what_it_sampled(run, tmp_path / "eval")
+
+
 def test_a_run_ends_cleanly(tmp_path: Path) -> None:
     process = command("train", "--steps", 1, "--output", tmp_path / "run", *VLLM, *TINY)
     out, err = process.communicate(timeout=300)
@@ -164,6 +185,21 @@ def test_what_was_learnt_by_a_server_is_what_is_measured_and_saved(served: Serve
     model = str(run / "checkpoints" / "step-2")
     main(["eval", "--model", model, "--eval-limit", "4", "--device", "cpu", "--output", str(tmp_path / "eval")])
     assert json.loads((tmp_path / "eval" / "metrics.json").read_text()) == after
+
+
+def test_episodes_of_several_turns_are_learnt_from_by_a_server(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with serve("builtin", "--engine-length", "1024") as served:
+        main(["train", *ZOOM, *on(served), *TINY, "--output", str(run)])
+    assert_learns_what_it_sampled(run, tmp_path / "eval")
+
+
+def test_a_server_that_takes_fewer_images_than_episodes_have_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serve("builtin", *LENGTH, "--engine-images", "2") as served, pytest.raises(SystemExit):
+        main(["train", *ZOOM, *on(served), *TINY, "--output", str(tmp_path / "run")])
+    assert "episodes have up to 8 images, and the engine takes 2" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_run_without_servers_left_ends_with_a_checkpoint_and_goes_on_with_a_new_one(tmp_path: Path) -> None:

@@ -301,8 +301,9 @@ class Family(ABC):
         first, *rest = chat.split(self.image_mark)
         images, expanded = self.process_images(shown) if rest else ({}, [])
         text = first + "".join(mark + text for mark, text in zip(expanded, rest, strict=True))
-        ids = np.array(self.processor.tokenizer.encode(text, add_special_tokens=False), dtype=np.int64)
-        return Prompt(ids, self.positions(ids, images), images)
+        ids = np.array(self._encoded(text), dtype=np.int64)
+        marked = np.array(self._encoded(chat), dtype=np.int64) if rest else None
+        return Prompt(ids, self.positions(ids, images), images, marked)
 
     def lengths(self, observations: Sequence[Observation]) -> list[int | ValueError]:
         """The number of tokens that `encode` makes of each observation, or the reason why it cannot.
