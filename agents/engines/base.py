@@ -30,7 +30,8 @@ class Request:
     def token_ids(self) -> list[int]:
         """Its tokens, with one mark in the place of each image."""
         marked = self.prompt.marked_ids
-        return (self.prompt.input_ids if marked is None else marked).tolist()
+        ids: list[int] = (self.prompt.input_ids if marked is None else marked).tolist()
+        return ids
 
 
 class Engine(ABC):

@@ -88,6 +88,8 @@ class VLLMServerEngine(Engine):
         EngineError: A server serves another model or has another token; or no server answers.
     """
 
+    max_images: int
+
     def __init__(
         self,
         servers: Sequence[str],
