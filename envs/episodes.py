@@ -77,11 +77,26 @@ def advance(
             rewards[i] = score.reward
             episodes[i].score = score if episodes[i].score is None else added(episodes[i].score, score)
     for episode, text, reply in zip(episodes, texts, replies, strict=True):
-        episode.texts.append(text)
-        episode.has_ended = reply is None
-        if reply is not None:
-            episode.observation = conversation(episode.observation, text, reply)
+        _settle(episode, text, reply)
     return rewards
+
+
+def follow(task: VisualTaskEnv, episode: Episode, text: str) -> bool:
+    """Gives an episode its next answer without scoring it. False: this answer ends it.
+
+    Raises:
+        TypeError: The text is no string.
+    """
+    _settle(episode, text, _replied(task, episode, text))
+    return not episode.has_ended
+
+
+def _settle(episode: Episode, text: str, reply: Reply | None) -> None:
+    """Adds an answer, and the environment's reply to it, to an episode."""
+    episode.texts.append(text)
+    episode.has_ended = reply is None
+    if reply is not None:
+        episode.observation = conversation(episode.observation, text, reply)
 
 
 def _replied(task: VisualTaskEnv, episode: Episode, text: str) -> Reply | None:
