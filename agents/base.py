@@ -96,7 +96,7 @@ class Agent(ABC):
             texts: [N], given answers, with log-probabilities 0, in place of generated ones. Default: none.
 
         Raises:
-            ConfigError: This agent, or its engine, has episodes of one step alone.
+            ConfigError: This agent has episodes of one step alone.
             PromptError: A turn cannot be encoded; or, as in `imitate`, a given answer.
         """
         raise ConfigError(f"{type(self).__name__} answers one turn: it has no proceed() for episodes of several turns")
@@ -187,8 +187,25 @@ class Agent(ABC):
         """True if the policy itself generates completions, and no engine does."""
         return True
 
+    @property
+    def max_images(self) -> int | None:
+        """Most images of a conversation that the engine takes. None: no limit."""
+        return None
+
+    def check_episodes(self, max_turns: int, max_images: int) -> None:
+        """Checks that episodes with as many answers and images can be answered.
+
+        Raises:
+            ConfigError: The engine takes fewer images.
+        """
+        if max_turns > 1 and self.max_images is not None and max_images > self.max_images:
+            raise ConfigError(
+                f"episodes have up to {max_images} images, and the engine takes {self.max_images}: raise "
+                "--engine-images, of vlmenv serve with servers, or give the task a smaller max_images"
+            )
+
     def generating(self, times: int) -> AbstractContextManager[None]:
-        """Announces at most `times` calls of `rollout` or `act` within the block, the same number on all ranks.
+        """Announces at most `times` calls of `rollout`, `proceed` or `act` in the block, the same number on all ranks.
 
         Ranks that share an engine call it together. At the end of the block, also after an error, this rank takes part
         in the remaining calls of the others.

@@ -28,7 +28,7 @@ from vlmenv.agents.sending import send
 from vlmenv.agents.vision_attention import attend_by_segments
 from vlmenv.agents.wide_gradients import widen_gradients
 from vlmenv.core.errors import ModelError
-from vlmenv.core.rollout import Completion, Pictured, Prompt, Rollout
+from vlmenv.core.rollout import Completion, Pictured, Prompt, Rollout, marked_ids
 
 
 class ValueHead(nn.Linear):
@@ -344,4 +344,5 @@ def joined(family: Family, prompt: Prompt, completion: Completion) -> Prompt:
         np.concatenate([prompt.input_ids, completion.token_ids]),
         np.concatenate([prompt.position_ids, later_positions(prompt, completion)], axis=1),
         family.join_images([prompt, completion]) if completion.images else prompt.images,
+        marked_ids([prompt, completion]),
     )

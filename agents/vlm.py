@@ -52,9 +52,11 @@ from vlmenv.core.rollout import (
     Rollout,
     Turns,
     group_neighbours,
+    marked_ids,
     unbatch,
 )
 from vlmenv.core.sampling import Sampling
+from vlmenv.core.spaces import Image
 
 __all__ = ["BUILTIN", "Policy", "Sampling", "VLMAgent", "find_model"]
 
@@ -195,32 +197,48 @@ class VLMAgent(Agent):
     def proceed(
         self, rollout: Rollout, observations: Turns, *, greedy: bool = False, texts: Sequence[str] | None = None
     ) -> Rollout:
-        if self.engine is not None and texts is None:
-            raise ConfigError(
-                "episodes of several turns are sampled by the model itself: leave out --engine, or take a task of one "
-                "step"
-            )
         turns = self._next_turns(rollout, observations)
         completions = [
             self._without_room(one) if observation is not None and row not in turns else one
             for row, (one, observation) in enumerate(zip(rollout.completions, observations, strict=True))
         ]
         if texts is None:
-            answers = self._sampled(rollout, turns, greedy)
+            answers = self._sampled(rollout, observations, turns, greedy)
         else:
             answers = {row: self._given(row, texts[row]) for row in turns}
         for row, answer in answers.items():
             completions[row] = _answered(turns[row], answer)
         return replace(rollout, completions=completions)
 
-    def _sampled(self, rollout: Rollout, turns: Mapping[int, Completion], greedy: bool) -> dict[int, Completion]:
+    def _sampled(
+        self, rollout: Rollout, observations: Turns, turns: Mapping[int, Completion], greedy: bool
+    ) -> dict[int, Completion]:
         """An answer to each of the environment's turns, by row."""
         if not turns:
             return {}
         whole = [joined(self.family, rollout.prompts[rollout.prompt_index[row]], turn) for row, turn in turns.items()]
-        index, sampling = np.arange(len(whole)), self._sampling(greedy)
-        sampled = sample(self.family_policy, whole, index, sampling, self._generator, self._limits())
-        return {row: self._completion(one) for row, one in zip(turns, sampled, strict=True)}
+        shown = [one["images"] for row, one in enumerate(observations) if one is not None and row in turns]
+        answers = self._answers(whole, shown, np.arange(len(whole)), self._sampling(greedy))
+        return dict(zip(turns, answers, strict=True))
+
+    def _answers(
+        self,
+        prompts: list[Prompt],
+        images: Sequence[tuple[Image, ...]],
+        index: NDArray[np.int64],
+        sampling: Sampling,
+    ) -> list[Completion]:
+        """A completion of prompt `index[i]` for each i, by the engine or by the policy itself."""
+        if self._is_closed:  # the policy would answer in the place of the engine
+            raise ConfigError("the agent is closed with its engine: load it anew to generate")
+        if self.engine is None:
+            sampled = sample(self.family_policy, prompts, index, sampling, self._generator, self._limits())
+        else:
+            requests = [Request(*one) for one in zip(prompts, images, strict=True)]
+            draws = sampling.temperature > 0  # greedy completions do not change the random state
+            seed = int(torch.randint(2**62, (), generator=self._generator, device=self.device)) if draws else 0
+            sampled = self.engine.generate(requests, index, sampling, np.random.default_rng(seed))
+        return [self._completion(one) for one in sampled]
 
     def _completion(self, sampled: Sampled) -> Completion:
         return Completion(self._text(sampled), sampled.token_ids, sampled.logprobs, sampled.finish_reason)
@@ -236,11 +254,12 @@ class VLMAgent(Agent):
                 continue
             prompt, completion = rollout.prompts[rollout.prompt_index[row]], rollout.completions[row]
             try:
+                check_images(len(observation["images"]), self.max_images)
                 turn = with_turn(self.family, prompt, completion, observation)
             except ValueError as error:
                 raise PromptError(row, str(error)) from error
             used = len(prompt.input_ids) + len(turn.token_ids)
-            if used + self.max_new_tokens <= self.max_length:
+            if used + self.max_new_tokens <= self._room[0]:
                 turns[row] = turn
         return turns
 
@@ -579,6 +598,17 @@ class VLMAgent(Agent):
         """Length limit of prompt and completion together, in tokens."""
         return int(self.family.model.config.get_text_config().max_position_embeddings)
 
+    @property
+    def _room(self) -> tuple[int, str]:
+        """The most tokens of prompt and completion together, and what has this limit."""
+        if self.engine is None or self.engine.max_length >= self.max_length:
+            return self.max_length, "model"
+        return self.engine.max_length, "engine"
+
+    @property
+    def max_images(self) -> int | None:
+        return None if self.engine is None else self.engine.max_images
+
     def encode(self, observations: Observations) -> tuple[list[Prompt], np.ndarray]:
         """Encodes observations. Neighbouring copies of an observation share one prompt.
 
@@ -590,34 +620,23 @@ class VLMAgent(Agent):
         """
         listed = unbatch(observations)
         firsts, index = group_neighbours(listed)
-        most = self.max_length if self.engine is None else min(self.max_length, self.engine.max_length)
         prompts = []
         for i in firsts:
             try:
+                check_images(len(listed[i]["images"]), self.max_images)
                 prompts.append(self.family.encode(listed[i]))
-                holder = "engine" if most < self.max_length else "model"
-                check_length(len(prompts[-1].input_ids), self.max_new_tokens, most, holder)
+                check_length(len(prompts[-1].input_ids), self.max_new_tokens, *self._room)
             except ValueError as error:
                 raise PromptError(i, str(error)) from error
         return prompts, index
 
     def _generate(self, observations: Observations, sampling: Sampling) -> Rollout:
-        if self._is_closed:  # the policy would answer in the place of the engine
-            raise ConfigError("the agent is closed with its engine: load it anew to generate")
+        observations = unbatch(observations)
         prompts, index = self.encode(observations)
-        if self.engine is None:
-            sampled = sample(self.family_policy, prompts, index, sampling, self._generator, self._limits())
-        else:
-            listed = unbatch(observations)
-            firsts = np.unique(index, return_index=True)[1]
-            shown = [(listed[i], prompt) for i, prompt in zip(firsts, prompts, strict=True)]
-            if any(one.get("videos") for one, _ in shown):
-                raise ConfigError(NO_VIDEOS)
-            requests = [Request(one, self.family.chat(one), prompt) for one, prompt in shown]
-            draws = sampling.temperature > 0  # greedy completions do not change the random state
-            seed = int(torch.randint(2**62, (), generator=self._generator, device=self.device)) if draws else 0
-            sampled = self.engine.generate(requests, index, sampling, np.random.default_rng(seed))
-        completions = [self._completion(one) for one in sampled]
+        if self.engine is not None and any(one.get("videos") for one in observations):
+            raise ConfigError(NO_VIDEOS)
+        shown = [observations[i]["images"] for i in np.unique(index, return_index=True)[1]]
+        completions = self._answers(prompts, shown, index, sampling)
         full, from_trainer = not sampling.cuts_tail, self.engine is None
         return Rollout(prompts, index, completions, sampling.temperature, full, from_trainer)
 
@@ -671,19 +690,25 @@ def with_turn(family: Family, prompt: Prompt, completion: Completion, observatio
         ValueError: The turn cannot be encoded.
     """
     turn = family.encode_turn(observation)
-    ids, positions = turn.input_ids, turn.position_ids
-    if ids[0] == completion.token_ids[-1] and ids[0] in family.end_tokens:
-        ids, positions = ids[1:], positions[:, 1:] - 1
-    own = later_positions(prompt, completion)
+    if turn.input_ids[0] == completion.token_ids[-1] and turn.input_ids[0] in family.end_tokens:
+        turn = _without_first(turn)
+    ids, own = turn.input_ids, later_positions(prompt, completion)
     written = np.ones(len(own[0]), np.bool_) if completion.written is None else completion.written
     return replace(
         completion,
         token_ids=np.concatenate([completion.token_ids, ids]),
         logprobs=np.concatenate([completion.logprobs, np.zeros(len(ids), np.float32)]),
         written=np.concatenate([written, np.zeros(len(ids), np.bool_)]),
-        position_ids=np.concatenate([own, own[:, -1:] + 1 + positions], axis=1),
+        position_ids=np.concatenate([own, own[:, -1:] + 1 + turn.position_ids], axis=1),
         images=family.join_images([completion, turn]),
+        marked_ids=marked_ids([completion, turn]),
     )
+
+
+def _without_first(turn: Prompt) -> Prompt:
+    """A turn without its first token, which is text."""
+    marked = None if turn.marked_ids is None else turn.marked_ids[1:]
+    return Prompt(turn.input_ids[1:], turn.position_ids[:, 1:] - 1, turn.images, marked)
 
 
 def _answered(turn: Completion, answer: Completion) -> Completion:
@@ -700,6 +725,7 @@ def _answered(turn: Completion, answer: Completion) -> Completion:
         finish_reason=answer.finish_reason,
         written=np.concatenate([turn.written, np.ones(count, np.bool_)]),
         position_ids=np.concatenate([turn.position_ids, after], axis=1),
+        marked_ids=marked_ids([turn, answer]),
     )
 
 
@@ -718,6 +744,12 @@ def answer_fault(family: Family, ids: NDArray[np.int64], max_new_tokens: int) ->
     if np.isin(ids, family.banned_tokens).any():
         return "its true answer holds control tokens, which are never sampled"
     return None
+
+
+def check_images(images: int, most: int | None) -> None:
+    """Raises ValueError where a conversation has more images than an engine takes; None: it has no limit."""
+    if most is not None and images > most:
+        raise ValueError(f"it has {images} images, and the engine takes {most}: raise --engine-images")
 
 
 def check_length(prompt: int, max_new_tokens: int, most: int, holder: str = "model") -> None:

@@ -147,6 +147,13 @@ def turn_ends(mask: Tensor) -> Tensor:
     return mask & ~torch.nn.functional.pad(mask[:, 1:], (0, 1))
 
 
+def longest_turns(mask: Tensor) -> Tensor:
+    """The tokens of the longest turn of each episode, int64 [N]; the length limit is that of a turn."""
+    written = mask.cumsum(dim=1)
+    before = written.masked_fill(mask, 0).cummax(dim=1).values
+    return (written - before).amax(dim=1)
+
+
 def gae(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 1.0, turn_gamma: float = 1.0
 ) -> tuple[Tensor, Tensor]:

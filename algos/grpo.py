@@ -9,7 +9,7 @@ from typing import ClassVar, Final, Literal
 import torch
 from torch import Tensor
 
-from vlmenv.algos.advantages import Scale, group_relative, overlong_penalty, term_relative
+from vlmenv.algos.advantages import Scale, group_relative, longest_turns, overlong_penalty, term_relative
 from vlmenv.algos.base import (
     Algorithm,
     Credit,
@@ -164,7 +164,7 @@ class GRPO(Algorithm):
         penalty = torch.zeros_like(scored.rewards)
         if config.overlong_share:
             buffer = max(1, round(config.overlong_share * scored.max_tokens))
-            penalty = overlong_penalty(scored.mask.sum(dim=1), scored.max_tokens, buffer)
+            penalty = overlong_penalty(longest_turns(scored.mask), scored.max_tokens, buffer)
         if config.per_term:
             terms = torch.cat([scored.terms, penalty[:, None]], dim=1)
             weights = torch.cat([scored.term_weights, torch.ones_like(penalty)[:, None]], dim=1)

@@ -624,10 +624,8 @@ def _check(
         not config.router_loss or agent.routes,
         "router_loss is for mixtures of experts with shared prompts, which this model is not: leave it out",
     )
-    require(
-        max_turns == 1 or agent.generates_itself or algorithm.imitates,
-        "episodes of several turns are sampled by the model itself: leave out engine, or set max_turns to 1",
-    )
+    if not algorithm.imitates:
+        agent.check_episodes(max_turns, int(getattr(envs.unwrapped, "max_images", 0)))
     masks = algorithm.wants_masked or algorithm.learns_masked or config.visual_dependence_every is not None
     by_term = getattr(algorithm.config, "per_term", False)
     require(

@@ -43,14 +43,22 @@ class Episode:
     truncated: bool = False
     """True if a budget ended it, and not its last answer"""
 
+    @property
+    def terms(self) -> dict[str, float]:
+        """The reward terms of all answers so far, unweighted; empty before the first."""
+        return {} if self.score is None else dict(self.score.terms)
 
-def advance(task: VisualTaskEnv, episodes: Sequence[Episode], texts: Sequence[str]) -> list[float]:
+
+def advance(
+    task: VisualTaskEnv, episodes: Sequence[Episode], texts: Sequence[str], *, last: bool = False
+) -> list[float]:
     """Gives each episode its next answer.
 
     Args:
         task: The task.
         episodes: N episodes that have not ended.
         texts: [N].
+        last: If true, these answers end their episodes, whatever the task would reply. Default: False.
 
     Returns:
         The rewards of these answers, [N].
@@ -59,7 +67,7 @@ def advance(task: VisualTaskEnv, episodes: Sequence[Episode], texts: Sequence[st
         TypeError: A text is no string.
         RewardError: A term failed, or its value is not finite.
     """
-    replies = [_replied(task, *pair) for pair in zip(episodes, texts, strict=True)]
+    replies = [None if last else _replied(task, *pair) for pair in zip(episodes, texts, strict=True)]
     rewards = [0.0] * len(episodes)
     for ends in (True, False):
         rows = [i for i, reply in enumerate(replies) if (reply is None) == ends]
@@ -69,11 +77,26 @@ def advance(task: VisualTaskEnv, episodes: Sequence[Episode], texts: Sequence[st
             rewards[i] = score.reward
             episodes[i].score = score if episodes[i].score is None else added(episodes[i].score, score)
     for episode, text, reply in zip(episodes, texts, replies, strict=True):
-        episode.texts.append(text)
-        episode.has_ended = reply is None
-        if reply is not None:
-            episode.observation = conversation(episode.observation, text, reply)
+        _settle(episode, text, reply)
     return rewards
+
+
+def follow(task: VisualTaskEnv, episode: Episode, text: str) -> bool:
+    """Gives an episode its next answer without scoring it. False: this answer ends it.
+
+    Raises:
+        TypeError: The text is no string.
+    """
+    _settle(episode, text, _replied(task, episode, text))
+    return not episode.has_ended
+
+
+def _settle(episode: Episode, text: str, reply: Reply | None) -> None:
+    """Adds an answer, and the environment's reply to it, to an episode."""
+    episode.texts.append(text)
+    episode.has_ended = reply is None
+    if reply is not None:
+        episode.observation = conversation(episode.observation, text, reply)
 
 
 def _replied(task: VisualTaskEnv, episode: Episode, text: str) -> Reply | None:

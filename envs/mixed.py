@@ -85,6 +85,11 @@ class MixedVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[Any]]
         return max(one.max_turns for one in self.tasks.values())
 
     @property
+    def max_images(self) -> int:
+        """Maximum number of images per episode of several turns; 0 without such a task."""
+        return max((one.max_images for one in self.tasks.values() if one.max_turns > 1), default=0)
+
+    @property
     def skipped(self) -> dict[str, str]:
         """Place and fault of each sample that has been left out, by TASK/INDEX."""
         return {f"{name}/{i}": why for name, envs in self.tasks.items() for i, why in envs.skipped.items()}

@@ -130,6 +130,11 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         return self.task.max_turns
 
     @property
+    def max_images(self) -> int:
+        """Maximum number of images per episode of several turns."""
+        return self.task.max_images
+
+    @property
     def num_groups(self) -> int:
         """P, the number of distinct samples in a batch."""
         return self.num_envs // self.group_size

@@ -61,7 +61,7 @@ class Served:
         return "".join(self._told[name])
 
     def wait_until_ready(self) -> None:
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 600
         while "ready" not in self.told():
             assert self.process.poll() is None, self.told("stderr")
             assert time.monotonic() < deadline, self.told("stderr")

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent / "agents"))
-from stand_in_server import Answering, Worker, answering
+from stand_in_server import Answering, Worker, answering, described
 
 from vlmenv.agents.engines import worker as engine_worker
 from vlmenv.agents.engines.channel import Incoming
@@ -24,7 +24,7 @@ def load(worker: Worker, incoming: Incoming) -> list[str]:
 if __name__ == "__main__":
     agent = VLMAgent.from_pretrained("builtin")
     shapes, banned = weight_shapes(agent.folder), agent.family.banned_tokens.tolist()
-    served = Answering({"weights": shapes, "banned": banned, "dtype": "float32", "logprobs": "processed_logprobs"})
+    served = Answering(described(shapes, banned))
     engine_worker.overwrite = load
     with answering(served, host=sys.argv[1]):
         print(served.url, flush=True)

@@ -56,6 +56,36 @@ def test_what_two_processes_sample_is_what_they_learn_and_save(
     assert json.loads((tmp_path / "eval" / "metrics.json").read_text()) == after
 
 
+PATIENT = """
+from vlmenv.envs import Reply, register_task
+from vlmenv.envs.rec import RECEnv
+
+
+class PatientEnv(RECEnv):
+    max_turns = 3
+
+    def respond(self, sample, texts):
+        again = len(texts) < 3 and len(texts[-1]) % 3
+        return Reply("Look again.", (sample.images[0][:32],)) if again else None
+
+
+register_task("VLM-Patient-v0", "patient:PatientEnv")
+"""
+
+
+def test_two_processes_that_share_an_engine_play_episodes_of_unequal_length(tmp_path: Path) -> None:
+    """One may need the engine for a turn that the other does not have."""
+    (tmp_path / "patient.py").write_text(PATIENT)
+    how = ["--env", "patient:VLM-Patient-v0", "--engine", "vllm", "--engine-length", "1024", "--tensor-parallel", "2"]
+    done = launch("ddp", "-m", "vlmenv", "train", *CHANGING, *TINY, "--eval-limit", "5", *how, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = rows(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert max(line["policy/sampler_kl"] for line in lines) < 1e-9
+    turns = {len(one.get("turns", ())) for one in rows(tmp_path / "run" / "rollouts.jsonl")}
+    assert turns == {0, 2, 4}
+
+
 def test_a_fault_of_a_worker_of_two_leaves_the_other_in_step(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM stops reading its workers' answers at the first fault: each further call would get another's answer."""
     agent = VLMAgent.from_pretrained("builtin", sampling=Sampling(0.0, 8))

@@ -115,6 +115,35 @@ def test_what_was_learnt_is_what_is_measured_and_saved(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "eval" / "metrics.json").read_text()) == after
 
 
+ZOOM = ["--env", "VLM-Zoom-v0", "--max-new-tokens", "60", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def asking(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that asks for crops, as the built-in one does not."""
+    run: Path = tmp_path_factory.mktemp("asking") / "run"
+    how = ["--algo", "sft", "--steps", "30", "--lr", "3e-3", "--warmup-steps", "0", "--prompts-per-step", "8"]
+    main(["train", *ZOOM, *how, "--eval-limit", "0", "--output", str(run)])
+    return run
+
+
+def assert_episodes_are_learnt_from(asking: Path, folder: Path, *engine: str) -> None:
+    """What is sampled has the log-probabilities of the trainer's model and of the saved one."""
+    run, how = folder / "run", ["--steps", "2", "--lr", "3e-3", "--warmup-steps", "0", *engine, *TINY]
+    main(["train", "--model", str(asking), *ZOOM, *how, "--output", str(run)])
+    lines = rows(run / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(line["policy/sampler_kl"] < 1e-6 and line["reward/crops"] > 0 for line in lines)
+    after = json.loads((run / "evaluation.json").read_text())["after"]
+    model = str(run / "checkpoints" / "step-2")
+    main(["eval", "--model", model, *ZOOM, "--eval-limit", "4", "--output", str(folder / "eval")])
+    assert json.loads((folder / "eval" / "metrics.json").read_text()) == after
+
+
+def test_episodes_of_several_turns_are_learnt_from(asking: Path, tmp_path: Path) -> None:
+    assert_episodes_are_learnt_from(asking, tmp_path, "--engine", "vllm", "--engine-length", "1024")
+
+
 def test_a_run_ends_cleanly(tmp_path: Path) -> None:
     process = command("train", "--steps", 1, "--output", tmp_path / "run", *VLLM, *TINY)
     out, err = process.communicate(timeout=300)
@@ -164,6 +193,19 @@ def test_what_was_learnt_by_a_server_is_what_is_measured_and_saved(served: Serve
     model = str(run / "checkpoints" / "step-2")
     main(["eval", "--model", model, "--eval-limit", "4", "--device", "cpu", "--output", str(tmp_path / "eval")])
     assert json.loads((tmp_path / "eval" / "metrics.json").read_text()) == after
+
+
+def test_episodes_of_several_turns_are_learnt_from_by_a_server(asking: Path, tmp_path: Path) -> None:
+    with serve("builtin", "--engine-length", "1024") as served:
+        assert_episodes_are_learnt_from(asking, tmp_path, *on(served))
+
+
+def test_a_server_that_takes_fewer_images_than_episodes_have_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serve("builtin", *LENGTH, "--engine-images", "2") as served, pytest.raises(SystemExit):
+        main(["train", *ZOOM, *on(served), *TINY, "--output", str(tmp_path / "run")])
+    assert "episodes have up to 8 images, and the engine takes 2" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_run_without_servers_left_ends_with_a_checkpoint_and_goes_on_with_a_new_one(tmp_path: Path) -> None:

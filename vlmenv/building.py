@@ -142,6 +142,7 @@ def _vllm(config: TaskConfig, agent: VLMAgent, dtype: torch.dtype) -> Engine:
         device=agent.device,
         dtype=dtype,
         max_length=min(agent.max_length, options.engine_length),
+        max_images=options.engine_images,
         memory_share=options.engine_memory,
         tensor_parallel=options.tensor_parallel,
         seed=config.seed,

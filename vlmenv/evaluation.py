@@ -22,7 +22,7 @@ from rich.table import Column, Table
 
 from vlmenv.agents.base import Agent
 from vlmenv.core.console import PlainConsole, PlainTable, open_console, say, styled
-from vlmenv.core.errors import DataError, PromptError, SampleError, require
+from vlmenv.core.errors import DataError, PromptError, SampleError
 from vlmenv.core.files import read_object, read_objects, write_atomic
 from vlmenv.core.rollout import Observation, Rollout, next_turns, told_turns, unbatch
 from vlmenv.envs.base import VisualTaskEnv
@@ -100,14 +100,11 @@ def evaluate(
         check: Called before each batch; an error that it raises ends the evaluation.
 
     Raises:
-        ConfigError: Episodes have several turns, which the agent's engine cannot sample.
+        ConfigError: Episodes have more images than the agent's engine takes.
         SampleError: A sample cannot be shown, and is not to be left out.
         DataError: None of the samples can be shown.
     """
-    require(
-        envs.max_turns == 1 or agent.generates_itself,
-        "episodes of several turns are sampled by the model itself: leave out engine, or set max_turns to 1",
-    )
+    agent.check_episodes(envs.max_turns, envs.max_images)
     starts = range(0, count, envs.num_groups)
     own = starts if processes is None else processes.share(starts)
     batches = [range(start, min(start + envs.num_groups, count)) for start in own]

@@ -12,19 +12,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlmenv.agents.sampling import Sampled
-from vlmenv.core.rollout import Observation, Prompt
+from vlmenv.core.rollout import Prompt
 from vlmenv.core.sampling import Sampling
+from vlmenv.core.spaces import Image
 
 
 @dataclass(slots=True)
 class Request:
-    """A prompt to complete."""
+    """A conversation to complete: a prompt, or an episode of several turns so far."""
 
-    observation: Observation
-    chat: str
-    """the observation in the model's chat format, with one placeholder per image"""
     prompt: Prompt
-    """the observation as the trainer encodes it"""
+    """the conversation as the trainer encodes it, with its earlier answers as they were sampled"""
+    images: tuple[Image, ...]
+    """its images, uint8 arrays [H, W, 3]"""
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Its tokens, with one mark in the place of each image."""
+        marked = self.prompt.marked_ids
+        ids: list[int] = (self.prompt.input_ids if marked is None else marked).tolist()
+        return ids
 
 
 class Engine(ABC):
@@ -32,6 +39,8 @@ class Engine(ABC):
 
     max_length: int
     """length limit of prompt and completion together, in tokens"""
+    max_images: int | None = None
+    """most images of a conversation; None: no limit"""
 
     @abstractmethod
     def generate(
@@ -40,7 +49,7 @@ class Engine(ABC):
         """Samples completions.
 
         Args:
-            requests: P prompts.
+            requests: P prompts or episodes so far.
             index: int64 [N], the request of each completion.
             sampling: Sampling options.
             rng: Random generator of the requests' seeds.

@@ -42,6 +42,8 @@ class Served:
     dtype: str
     max_length: int
     """length limit of prompt and completion together, in tokens"""
+    max_images: int
+    """most images of a conversation"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +68,8 @@ def read_served(models: Any, told: Any) -> Served:
     """
     try:
         weights = {str(name): _integers(shape) for name, shape in told["weights"].items()}
-        length, mode = models["data"][0]["max_model_len"], told["logprobs"]
-        served = Served(weights, _integers(told["banned"]), str(told["dtype"]), *_integers([length]))
+        limits, mode = [models["data"][0]["max_model_len"], told["images"]], told["logprobs"]
+        served = Served(weights, _integers(told["banned"]), str(told["dtype"]), *_integers(limits))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise _other_form(error) from error
     if mode != "processed_logprobs":

@@ -88,6 +88,8 @@ class VLLMServerEngine(Engine):
         EngineError: A server serves another model or has another token; or no server answers.
     """
 
+    max_images: int
+
     def __init__(
         self,
         servers: Sequence[str],
@@ -111,7 +113,7 @@ class VLLMServerEngine(Engine):
         self._given, self._run_id, self._weights_folder = 0, uuid.uuid4().hex, weights_folder
         remove_stale(weights_folder)
         self._direct = DirectTransfer(token) if transfer == "direct" else None
-        self._dtype, self.max_length = "", 0
+        self._dtype, self.max_length, self.max_images = "", 0, 0
         self._loop = BackgroundLoop()
         try:
             self._agree(self._run(self._meet_all()))
@@ -192,8 +194,9 @@ class VLLMServerEngine(Engine):
         return [served for served in met if isinstance(served, Served)]
 
     def _agree(self, met: Sequence[Served]) -> None:
-        """Sets dtype and length limit, or raises EngineError if servers differ."""
+        """Sets dtype and limits, or raises EngineError if servers differ."""
         self._dtype, self.max_length = met[0].dtype, min(served.max_length for served in met)
+        self.max_images = min(served.max_images for served in met)
         for server, served in zip([one for one in self._servers if one.fault is None], met, strict=True):
             if unlike := self._difference(served):
                 raise EngineError(f"{server.url}: {unlike}")
@@ -215,6 +218,8 @@ class VLLMServerEngine(Engine):
             return f"it has dtype {served.dtype}, but another server has {self._dtype}: give both the same --weights"
         if served.max_length < self.max_length:
             return f"it takes {served.max_length} tokens, but the others {self.max_length}: raise its --engine-length"
+        if served.max_images < self.max_images:
+            return f"it takes {served.max_images} images, but the others {self.max_images}: raise its --engine-images"
         return None
 
     # Completions.
@@ -232,11 +237,11 @@ class VLLMServerEngine(Engine):
                 jobs.append(_Job(i, prompt | {"sampling_params": params}))
         return jobs
 
-    def _prompt(self, request: Request) -> dict[str, Any]:
-        """The tokens of a prompt, with one per image, and the images."""
-        ids = self._family.processor.tokenizer.encode(request.chat, add_special_tokens=False)
-        images = [{"type": "image_url", "url": _as_url(image)} for image in request.observation["images"]]
-        return {"token_ids": ids, "content_parts": images or None, "return_token_ids": True}
+    @staticmethod
+    def _prompt(request: Request) -> dict[str, Any]:
+        """The tokens of a conversation, with one mark per image, and the images."""
+        images = [{"type": "image_url", "url": _as_url(image)} for image in request.images]
+        return {"token_ids": request.token_ids, "content_parts": images or None, "return_token_ids": True}
 
     async def _answer_all(self, jobs: Sequence[_Job], version: str) -> list[Answer]:
         batch = _Batch(jobs, version, deque(range(len(jobs))), {})

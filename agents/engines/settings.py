@@ -56,7 +56,7 @@ def engine_settings(
         "limit_mm_per_prompt": {"image": max_images, "video": 0},
         "logprobs_mode": "processed_logprobs",
         "logits_processors": ["vlmenv.agents.engines.banning:BannedTokens"],
-        "additional_config": {"vlmenv_banned": family.banned_tokens.tolist()},
+        "additional_config": {"vlmenv_banned": family.banned_tokens.tolist(), "vlmenv_images": max_images},
         # Prefixes with states are cached only where prompts are cut.
         "enable_prefix_caching": device.type != "cpu" or STATE not in layer_kinds(family.model.config),
         "use_tqdm_on_load": False,

@@ -57,7 +57,7 @@ class VLLMEngine(Engine):
         device: Device of the engine.
         dtype: Type of its weights.
         max_length: Length limit of prompt and completion together, in tokens.
-        max_images: Maximum number of images of a prompt.
+        max_images: Maximum number of images of a prompt, or of all turns of an episode.
         memory_share: Share of the GPU's memory for weights, keys and values, 0 to 1.
         tensor_parallel: Number of neighbouring ranks that share an engine.
         seed: Seed of vLLM's own random numbers. Completions have their own seeds.
@@ -83,7 +83,7 @@ class VLLMEngine(Engine):
         check_sharing(tensor_parallel, num_processes())
         vllm = import_vllm(device)
         self._vllm, self._folder, self._family = vllm, folder, family
-        self._device, self.max_length = device, max_length
+        self._device, self.max_length, self.max_images = device, max_length, max_images
         self._sharing, self._asked = tensor_parallel, 0
         self._sleeps, self._asleep = device.type == "cuda", set[str]()
         settings = engine_settings(
@@ -264,8 +264,8 @@ def _explained(work: str) -> Iterator[None]:
 
 
 def _as_input(request: Request) -> dict[str, Any]:
-    images = [Image.fromarray(image) for image in request.observation["images"]]
-    return {"prompt": request.chat} | ({"multi_modal_data": {"image": images}} if images else {})
+    images = [Image.fromarray(image) for image in request.images]
+    return {"prompt_token_ids": request.token_ids} | ({"multi_modal_data": {"image": images}} if images else {})
 
 
 def _sampled(output: Any) -> Sampled:

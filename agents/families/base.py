@@ -362,8 +362,9 @@ class Family(ABC):
         shown = [next(left[mark]) for mark in rest[::2]]
         inputs, expanded = self.process_shown(shown) if shown else ({}, [])
         text = first + "".join(mark + text for mark, text in zip(expanded, rest[1::2], strict=True))
-        ids = np.array(self.processor.tokenizer.encode(text, add_special_tokens=False), dtype=np.int64)
-        return Prompt(ids, self.positions(ids, inputs, shown), inputs)
+        ids = np.array(self._encoded(text), dtype=np.int64)
+        marked = np.array(self._encoded(chat), dtype=np.int64) if shown else None
+        return Prompt(ids, self.positions(ids, inputs, shown), inputs, marked)
 
     def process_shown(self, shown: Sequence[Image | Video]) -> tuple[dict[str, torch.Tensor], list[str]]:
         """As `process_images`, for images and videos in reading order.

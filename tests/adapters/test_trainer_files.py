@@ -77,6 +77,15 @@ def test_easyr1(tmp_path: Path) -> None:
     assert "worker.reward.reward_function=" in done.options
 
 
+@pytest.mark.parametrize("to", ["verl", "easyr1", "swift", "lmms-eval"])
+def test_episodes_of_several_turns_are_refused_by_name(to: Any, tmp_path: Path) -> None:
+    named = {"verl": "verl", "easyr1": "EasyR1", "swift": "ms-swift", "lmms-eval": "lmms-eval"}[to]
+    told = rf"VLM-Zoom-v0 has episodes of several turns, and {named}.* a single (completion|answer): give max_turns=1"
+    with pytest.raises(ConfigError, match=told):
+        export(PortableTask("VLM-Zoom-v0"), to, tmp_path / "rows", rows=2)
+    assert not list(tmp_path.iterdir())
+
+
 def test_easyr1_takes_one_turn(tmp_path: Path) -> None:
     task = PortableTask("VLM-REC-v0", system_prompt="Look twice.")
     with pytest.raises(ConfigError, match="earlier turns"):

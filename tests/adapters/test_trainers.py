@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -95,6 +96,104 @@ def test_trl_takes_steps(builtin: VLMAgent, tmp_path: Path) -> None:
             assert env.step(text)[1] == pytest.approx(reward, abs=1e-9)
 
 
+CROP = '{"bbox_2d": [100, 100, 300, 300]}'
+ANSWER = "<think>It is small.</think><answer>red</answer>"
+CALL = f"<tool_call>\n{json.dumps({'name': 'respond', 'arguments': {'answer': CROP}})}\n</tool_call>"
+
+
+def rewards_of(index: int, *texts: str) -> list[float]:
+    """The environment's own rewards of an episode's answers."""
+    env: Any = gymnasium.make("VLM-Zoom-v0", coordinates="norm1000")
+    env.reset(options={"index": index})
+    return [float(env.step(text)[1]) for text in texts]
+
+
+@pytest.mark.slow
+def test_trl_plays_episodes_of_several_turns(
+    builtin: VLMAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its optimiser takes steps on conversations with crops. What is sampled is given, as the model knows no tools."""
+    trl = pytest.importorskip("trl")
+    from trl.chat_template_utils import qwen3_vl_chat_template
+
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    processor: Any = processor_without_videos(find_model("builtin"))
+    processor.tokenizer.padding_side, processor.chat_template = "left", qwen3_vl_chat_template
+    spec = vlmenv.adapters.trl("VLM-Zoom-v0", rows=2, coordinates="norm1000")
+    given: list[tuple[list[int], list[float]]] = []
+    shown: list[list[int]] = []
+
+    def watched(index: Any, **columns: Any) -> list[float]:
+        given.append((index, spec.reward_funcs[0](index=index, **columns)))
+        return given[-1][1]
+
+    class Given(trl.GRPOTrainer):  # type: ignore[misc, name-defined]
+        """The first of each pair of episodes asks for a crop, then answers; the second answers at once."""
+
+        def _generate_single_turn(self, prompt_ids: Any, images: Any, *rest: Any, **more: Any) -> Any:
+            calls = not shown or len(shown[-1]) < len(prompt_ids)
+            shown.append([len(one) for one in images])
+            texts = [CALL if calls and row % 2 == 0 else ANSWER for row in range(len(prompt_ids))]
+            return [self._tokenizer.encode(f"{text}<|im_end|>", add_special_tokens=False) for text in texts], None
+
+    trainer = Given(
+        model=builtin.family.model,
+        reward_funcs=watched,
+        args=trl.GRPOConfig(
+            str(tmp_path),
+            max_steps=2,
+            per_device_train_batch_size=4,
+            num_generations=2,
+            max_completion_length=300,
+            report_to=[],
+            use_cpu=True,
+            logging_steps=1,
+            save_strategy="no",
+        ),
+        train_dataset=spec.train_dataset,
+        processing_class=processor,
+        environment_factory=spec.environment_factory,
+    )
+    before = [one.detach().clone() for one in trainer.model.parameters()]
+    trainer.train()
+    assert any(not torch.equal(*pair) for pair in zip(before, trainer.model.parameters(), strict=True))
+    assert shown == [[1, 1, 1, 1], [2, 2]] * 2  # images of each conversation: the question's, and the crop
+    assert {"rewards/accuracy", "rewards/crops"} <= {name for line in trainer.state.log_history for name in line}
+    for index, rewards in given:
+        asked, at_once = rewards_of(index[0], CROP, ANSWER), rewards_of(index[0], ANSWER)
+        assert asked[0] < 0
+        assert rewards[:2] == pytest.approx([sum(asked), at_once[0]], abs=1e-9)
+    assert len(given) == 2
+
+
+def test_trl_ends_episodes_as_the_environment_does() -> None:
+    """By budgets, by a last answer through the tool, and where there was no room for another answer."""
+    pytest.importorskip("trl")
+    spec = vlmenv.adapters.trl("VLM-Zoom-v0", rows=1, coordinates="norm1000")
+    (reward,), index = spec.reward_funcs, spec.train_dataset[0]["index"]
+    assert spec.environment_factory is not None
+    last = [{"role": "assistant", "content": "<answer>red</answer>", "reasoning_content": "It is small."}]
+
+    def played(*texts: Any, completion: list[dict[str, Any]] = last) -> tuple[list[Any], float]:
+        environment = spec.environment_factory()
+        environment.reset(index=index, prompt="not used")
+        told = [environment.respond(text) for text in texts]
+        return told, reward([completion], index=[index], environments=[environment])[0]
+
+    told, found = played(json.loads(CROP))
+    assert [block["type"] for block in told[0]] == ["image", "text"]
+    assert found == pytest.approx(sum(rewards_of(index, CROP, ANSWER)), abs=1e-9)
+    told, found = played(CROP, CROP, CROP, CROP)
+    assert told[2:] == ["No further answer is possible."] * 2
+    assert found == pytest.approx(sum(rewards_of(index, CROP, CROP, CROP)), abs=1e-9)
+    assert played(ANSWER)[1] == pytest.approx(rewards_of(index, ANSWER)[0], abs=1e-9)
+    cut = [{"role": "tool", "name": "respond", "content": "red"}]
+    assert played(completion=cut)[1] == pytest.approx(rewards_of(index, "")[0], abs=1e-9)
+    with pytest.raises(ConfigError, match="give the trainer its environment_factory"):
+        reward([last], index=[index])
+    assert vlmenv.adapters.trl("VLM-Zoom-v0", rows=1, max_turns=1).environment_factory is None
+
+
 def test_trl_places_images(tmp_path: Path) -> None:
     pytest.importorskip("trl")
     from trl.data_utils import prepare_multimodal_messages
@@ -138,6 +237,57 @@ def test_skyrl(task: PortableTask, answered: list[tuple[int, str, float]]) -> No
         assert env.get_metrics()["reward"] == output["reward"]
     with pytest.raises(ConfigError, match="extra_info"):
         gym.make("vlm_rec_of_tests", env_config={}, extras={})
+
+
+def test_skyrl_plays_episodes_of_several_turns() -> None:
+    pytest.importorskip("skyrl_gym")
+    index = PortableTask("VLM-Zoom-v0").indices(1, seed=0)[0]
+    env = vlmenv.adapters.skyrl("VLM-Zoom-v0", coordinates="norm1000")({}, {"extra_info": {"index": index}})
+    assert env.get_metrics() == {}
+    env.init([])
+    outputs = [env.step(text) for text in (CROP, ANSWER)]
+    assert [one["done"] for one in outputs] == [False, True]
+    assert [one["reward"] for one in outputs] == pytest.approx(rewards_of(index, CROP, ANSWER), abs=1e-9)
+    (turn,) = outputs[0]["observations"]
+    assert (turn["role"], [block["type"] for block in turn["content"]]) == ("user", ["image_url", "text"])
+    assert outputs[1]["observations"] == []
+    assert env.get_metrics()["reward"] == pytest.approx(sum(one["reward"] for one in outputs))
+    with pytest.raises(ConfigError, match="the episode has ended"):
+        env.step(ANSWER)
+    assert env.max_turns == 3
+
+
+def test_gem_plays_episodes_of_several_turns() -> None:
+    pytest.importorskip("gem")
+    env = vlmenv.adapters.gem("VLM-Zoom-v0", coordinates="norm1000")()
+    first, info = env.reset(seed=0)
+    second, *crop = env.step(CROP)
+    last, *answer = env.step(ANSWER)
+    assert [crop[0], answer[0]] == pytest.approx(rewards_of(info["index"], CROP, ANSWER), abs=1e-9)
+    assert [one[1:3] for one in (crop, answer)] == [[False, False], [True, False]]
+    assert [len(one["images"]) for one in (first, second, last)] == [1, 1, 0]
+    assert second["problem"].startswith("This part, enlarged.")
+
+
+def test_openenv_plays_episodes_of_several_turns() -> None:
+    pytest.importorskip("openenv.core.env_server.interfaces")
+    spec = vlmenv.adapters.openenv("VLM-Zoom-v0", coordinates="norm1000")
+    env = spec.environment()
+    index = env.reset(seed=0).metadata["index"]
+    seen = [env.step(spec.action(text=text)) for text in (CROP, ANSWER)]
+    assert [one.done for one in seen] == [False, True]
+    assert [one.reward for one in seen] == pytest.approx(rewards_of(index, CROP, ANSWER), abs=1e-9)
+    assert [[block["type"] for block in turn["content"]] for turn in seen[0].messages] == [["image_url", "text"]]
+    assert seen[1].messages == []
+    assert seen[1].metadata["rewards"]["crops"] == 1
+    with pytest.raises(ConfigError, match="call reset"):
+        env.step(spec.action(text=ANSWER))
+
+
+def test_verifiers_refuses_episodes_of_several_turns() -> None:
+    pytest.importorskip("verifiers.v1")
+    with pytest.raises(ConfigError, match="a taskset of verifiers asks for a single reply: give max_turns=1"):
+        vlmenv.adapters.verifiers("VLM-Zoom-v0", rows=1)
 
 
 @pytest.mark.slow

@@ -183,6 +183,12 @@ def answering(served: Answering, port: int = 0, host: str = "127.0.0.1") -> Iter
         server.shutdown()
 
 
+def described(weights: dict[str, list[int]], banned: list[int]) -> dict[str, Any]:
+    """What a server tells of its model."""
+    told = {"weights": weights, "banned": banned, "dtype": "float32", "logprobs": "processed_logprobs"}
+    return told | {"images": 4}
+
+
 class Cut(Exception):
     """Ends the connection without an answer."""
 
@@ -192,7 +198,7 @@ def model() -> dict[str, Any]:
     agent = VLMAgent.from_pretrained("builtin")
     weights = weight_shapes(agent.folder)
     banned = agent.family.banned_tokens.tolist()
-    return {"weights": weights, "banned": banned, "dtype": "float32", "logprobs": "processed_logprobs"}
+    return described(weights, banned)
 
 
 @pytest.fixture

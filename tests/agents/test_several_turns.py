@@ -11,58 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conversations import TURNS, after, episodes, first, later_images
 from small_models import invent
 from torch import Tensor
 
 from vlmenv.agents import vlm
+from vlmenv.agents.engines.base import Request
+from vlmenv.agents.policy import joined
 from vlmenv.agents.sampling import Sampled, sample
 from vlmenv.agents.vlm import Sampling, VLMAgent
 from vlmenv.algos.batch import Batch, Rollouts, micro_batches
 from vlmenv.core.errors import PromptError
-from vlmenv.core.rollout import Completion, Observation, Rollout
+from vlmenv.core.rollout import Completion, Rollout
 
 pytestmark = pytest.mark.slow
-
-TURNS = [3, 1, 2, 3, 2, 1]
-"""Turns of each episode; the first three are a group, and so are the next two."""
-
-
-def image(seed: int, height: int, width: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(256, size=(height, width, 3), dtype=np.uint8)
-
-
-def first() -> list[Observation]:
-    a: Observation = {"images": (image(0, 64, 96),), "prompt": "<image>What is it?"}
-    b: Observation = {"images": (image(1, 64, 64), image(2, 40, 96)), "prompt": "<image><image>Which?"}
-    return [a, a, a, b, b, {"images": (), "prompt": "How many?"}]
-
-
-def after(before: Observation, text: str, reply: str, *images: np.ndarray) -> Observation:
-    """The conversation after an answer and the environment's reply to it."""
-    turns = (
-        *before.get("turns", ()),
-        {"role": "user", "text": before["prompt"]},
-        {"role": "assistant", "text": text},
-    )
-    return {"images": (*before["images"], *images), "prompt": "<image>" * len(images) + reply, "turns": turns}
-
-
-def episodes(agent: VLMAgent) -> tuple[Rollout, list[Rollout]]:
-    """Ragged episodes: the second turn has an image in most rows, the third in one. The last, and those before."""
-    agent.seed(0)
-    observations = first()
-    rollouts = [agent.rollout(observations)]
-    for turn in (2, 3):
-        shown = [
-            after(one, text, f"Turn {turn}.", *([image(10 * turn + row, 64, 64)] if row in (0, 3, turn) else []))
-            for row, (one, text) in enumerate(zip(observations, rollouts[-1].texts, strict=True))
-        ]
-        observations = [
-            new if TURNS[row] >= turn else old for row, (old, new) in enumerate(zip(observations, shown, strict=True))
-        ]
-        going = [one if TURNS[row] >= turn else None for row, one in enumerate(observations)]
-        rollouts.append(agent.proceed(rollouts[-1], going))
-    return rollouts[-1], rollouts
 
 
 def plain_logprobs(agent: VLMAgent, rollout: Rollout) -> list[Tensor]:
@@ -159,6 +121,22 @@ def test_earlier_tokens_stay_as_sampled_and_turns_are_the_chat_templates(agent: 
         ended = [part.token_ids[-1] in agent.family.end_tokens for part in parts[:-1]]
         ends = int(np.isin(last.token_ids[: -len(parts[-1].written_ids[-1:])], agent.family.end_tokens).sum())
         assert ends >= len(ended)  # each answer is ended, by the policy or by the environment
+
+
+def test_engines_are_told_one_mark_for_each_image(agent: VLMAgent) -> None:
+    """Tokens of whole conversations, whose text with each image in its mark's place is that of the trainer's tokens."""
+    rollout, _ = episodes(agent)
+    decode = agent.family.processor.tokenizer.decode
+    for row, (index, completion) in enumerate(zip(rollout.prompt_index, rollout.completions, strict=True)):
+        later = [one for turn in (2, 3) if TURNS[row] >= turn for one in later_images(row, turn)]
+        images = (*first()[row]["images"], *later)
+        whole = joined(agent.family, rollout.prompts[index], completion)
+        request = Request(whole, images)
+        start, *rest = decode(request.token_ids).split(agent.family.image_mark)
+        expanded = agent.family.process_images(images)[1] if images else []
+        told = start + "".join(mark + text for mark, text in zip(expanded, rest, strict=True))
+        assert told == decode(whole.input_ids)
+        assert len(request.token_ids) < len(whole.input_ids) or not images
 
 
 def test_a_token_of_the_environment_gets_no_gradient(agent: VLMAgent, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from batches import logprobs_of, loss_of, observations, ragged
+from conversations import TURNS, after, episodes, first, image
 from servers import serve
 
 from vlmenv.agents.engines.base import Engine
@@ -24,7 +26,7 @@ from vlmenv.agents.engines.vllm import VLLMEngine
 from vlmenv.agents.lazy_weights import LazyWeights
 from vlmenv.agents.sampling import Sampling, _without_tail
 from vlmenv.agents.vlm import VLMAgent, find_model
-from vlmenv.core.errors import EngineError, PromptError
+from vlmenv.core.errors import ConfigError, EngineError, PromptError
 from vlmenv.core.rollout import Observation, Observations, Rollout, Turn
 
 pytestmark = pytest.mark.vllm
@@ -52,9 +54,9 @@ def batch() -> list[Observation]:
     return [*ragged(), *placed, *[{"images": image, "prompt": "Locate the red circle, " * 30}] * 2]
 
 
-def start(agent: VLMAgent, max_length: int = 1024) -> VLLMEngine:
+def start(agent: VLMAgent, max_length: int = 1024, **options: Any) -> VLLMEngine:
     device = torch.device("cpu")
-    return VLLMEngine(agent.folder, agent.family, device=device, dtype=torch.float32, max_length=max_length)
+    return VLLMEngine(agent.folder, agent.family, device=device, dtype=torch.float32, max_length=max_length, **options)
 
 
 @pytest.fixture(scope="module", params=["builtin", "qwen2_5_vl"])
@@ -289,6 +291,119 @@ def test_a_prompt_that_is_read_otherwise_is_told_with_both_readings(
     )
     with pytest.raises(EngineError, match=told):
         agent.rollout(ragged()[:1])
+
+
+# Episodes of several turns.
+
+
+def model_alone(agent: VLMAgent) -> VLMAgent:
+    """The trainer's own model, without the engine."""
+    alone = copy(agent)
+    alone.engine = None
+    return alone
+
+
+def assert_written_by_the_model(agent: VLMAgent, rollout: Rollout) -> None:
+    """What the policy wrote has the log-probabilities of the trainer's model."""
+    expected = logprobs_of(agent, rollout).numpy()
+    for row, one in enumerate(rollout.completions):
+        written = np.ones(len(one.token_ids), bool) if one.written is None else one.written
+        np.testing.assert_allclose(one.logprobs[written], expected[row, : len(written)][written], atol=TOLERANCE)
+        assert not one.logprobs[~written].any()
+
+
+def test_episodes_are_in_step_before_and_after_an_update(agent: VLMAgent) -> None:
+    """Of one to three turns, with crops as images of later turns."""
+    agent.sampling = Sampling(max_new_tokens=6, temperature=0.9)
+    for _ in range(2):
+        rollout, _ = episodes(agent, greedy=True)
+        assert_alike(rollout, episodes(model_alone(agent), greedy=True)[0])
+        sampled, history = episodes(agent)
+        assert_written_by_the_model(agent, sampled)
+        assert not sampled.from_trainer
+        for turns, one, before in zip(TURNS, sampled.completions, history[0].completions, strict=True):
+            assert (one.written is None) == (turns == 1)
+            assert np.array_equal(one.token_ids[: len(before.token_ids)], before.token_ids)
+        with torch.no_grad():
+            for parameter in agent.policy.parameters():
+                parameter.mul_(1.05)
+        agent.sync()
+
+
+def test_a_seed_fixes_the_samples_of_all_turns(agent: VLMAgent) -> None:
+    agent.sampling = Sampling(temperature=2.0, max_new_tokens=6)
+
+    def tokens(seed: int) -> list[list[int]]:
+        agent.seed(seed)
+        rollout = agent.rollout(first())
+        going = [after(one, "?", "Go on.", image(7, 64, 64)) for one in first()]
+        return [one.token_ids.tolist() for one in agent.proceed(rollout, going).completions]
+
+    one = tokens(1)
+    assert one == tokens(1)
+    assert one != tokens(2)
+    assert len({tuple(row) for row in one[:3]}) == 3
+
+
+def test_earlier_answers_are_not_encoded_again(agent: VLMAgent) -> None:
+    """An answer of single letters, of which its text would make other tokens; and one that was cut off."""
+    tokenizer = agent.family.processor.tokenizer
+    letters = np.array([tokenizer.convert_tokens_to_ids(letter) for letter in "answer"])
+    assert tokenizer.encode("answer", add_special_tokens=False) != letters.tolist()
+    agent.sampling = Sampling(0.0, max_new_tokens=6)
+    rollout = agent.rollout(first()[:1] * 2)
+    cut, ended = letters, np.append(letters, agent.family.end_tokens[0])
+    made = [replace(rollout.completions[0], token_ids=ids, logprobs=np.zeros(len(ids))) for ids in (cut, ended)]
+    shown = [after(first()[0], "answer", "And here?", image(7, 64, 64))] * 2
+    found = agent.proceed(replace(rollout, completions=made), shown)
+    assert_alike(found, model_alone(agent).proceed(replace(rollout, completions=made), shown))
+    assert np.array_equal(found.completions[0].token_ids[: len(letters)], letters)
+
+
+@pytest.mark.parametrize("engine", ["in process"], indirect=True)
+def test_the_past_of_a_turn_is_not_computed_again(agent: VLMAgent, engine: Engine) -> None:
+    """vLLM keeps keys and values in blocks of 128 tokens on CPUs."""
+    assert isinstance(engine, VLLMEngine)
+    agent.sampling = Sampling(max_new_tokens=6)
+    long = {"images": (image(0, 64, 96),), "prompt": "<image>" + "Locate the red circle, " * 60}
+    rollout = agent.rollout([long])
+    kept, generate = [], engine._llm.generate
+
+    def noted(*given: Any, **options: Any) -> Any:
+        outputs = generate(*given, **options)
+        kept.append([output.num_cached_tokens for output in outputs])
+        return outputs
+
+    engine._llm.generate = noted
+    try:
+        agent.proceed(rollout, [after(long, "?", "Go on.", image(7, 64, 64))])
+    finally:
+        engine._llm.generate = generate
+    whole = len(rollout.prompts[0].input_ids) + len(rollout.completions[0].token_ids)
+    assert kept == [[whole // 128 * 128]]
+    assert whole > 128
+
+
+@pytest.mark.parametrize("folder", ["builtin"], indirect=True)
+def test_budgets_of_the_engine_end_episodes_or_are_told(folder: Path) -> None:
+    agent = VLMAgent.from_pretrained(folder, sampling=Sampling(max_new_tokens=6))
+    asked = first()[0]
+    length = len(agent.encode([asked])[0][0].input_ids) + 16
+    agent.engine = start(agent, length, max_images=1)
+    try:
+        rollout = agent.rollout([asked])
+        (full,) = agent.proceed(rollout, [after(asked, "?", "Go on, " * 20)]).completions
+        assert (full.text, full.finish_reason) == ("", "length")
+        assert np.array_equal(full.token_ids, rollout.completions[0].token_ids)
+        with pytest.raises(PromptError, match="it has 2 images, and the engine takes 1: raise --engine-images"):
+            agent.proceed(rollout, [after(asked, "?", "Go on.", image(7, 64, 64))])
+        with pytest.raises(PromptError, match="it has 2 images, and the engine takes 1"):
+            agent.rollout([first()[3]])
+        with pytest.raises(ConfigError, match="up to 3 images, and the engine takes 1"):
+            agent.check_episodes(2, 3)
+        agent.check_episodes(1, 3)
+    finally:
+        agent.close()
 
 
 def test_a_prompt_beyond_the_engines_length_is_refused(agent: VLMAgent) -> None:

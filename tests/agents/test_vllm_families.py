@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from batches import logprobs_of, ragged
+from conversations import after, image
 from safetensors.torch import load_file, save_file
 from small_models import PROCESSORS, invent, tell_processor
 
@@ -18,7 +19,7 @@ from vlmenv.agents.engines.vllm import VLLMEngine
 from vlmenv.agents.families.gemma3 import Gemma3
 from vlmenv.agents.vlm import Sampling, VLMAgent
 from vlmenv.core.errors import EngineError
-from vlmenv.core.rollout import Observation, Rollout
+from vlmenv.core.rollout import IMAGE_MARK, Observation, Rollout
 
 pytestmark = pytest.mark.vllm
 TOLERANCE = 1e-4
@@ -52,15 +53,26 @@ def make(family: str, folder: Path) -> VLMAgent:
 
 
 def asked(agent: VLMAgent) -> list[Observation]:
-    most = MOST_IMAGES.get(agent.family.model_type, 9)
-    return [one for one in ragged() if len(one["images"]) <= most]
+    shown = [one | {"prompt": IMAGE_MARK * len(one["images"]) + one["prompt"]} for one in ragged()]
+    return [one for one in shown if len(one["images"]) <= most_images(agent)]
+
+
+def later(agent: VLMAgent) -> list[Observation]:
+    """A second turn, with an image where there may be one more."""
+    more = [[image(7, 64, 96)] if len(one["images"]) < most_images(agent) else [] for one in asked(agent)]
+    return [after(one, "?", "And here?", *images) for one, images in zip(asked(agent), more, strict=True)]
+
+
+def most_images(agent: VLMAgent) -> int:
+    return MOST_IMAGES.get(agent.family.model_type, 9)
 
 
 def by(agent: VLMAgent, engine: VLLMEngine | None, sampling: Sampling) -> Rollout:
+    """Episodes of two turns."""
     former = agent.engine, agent.sampling
     agent.engine, agent.sampling = engine, sampling
     try:
-        return agent.rollout(asked(agent))
+        return agent.proceed(agent.rollout(asked(agent)), later(agent))
     finally:
         agent.engine, agent.sampling = former
 

@@ -91,6 +91,14 @@ def test_long_completions_are_punished_softly() -> None:
     assert credit.advantages.flatten().tolist() == pytest.approx([0.25, -0.25])
 
 
+def test_each_turn_of_an_episode_has_the_length_limit() -> None:
+    """Two turns of 6 tokens cost nothing, as one does; of 2 and 8 tokens the longer one half a point."""
+    turns = [[1] * 6 + [0] + [1] * 6, [1] * 2 + [0] + [1] * 8 + [0] * 2]
+    config = GRPOConfig(group_size=2, overlong_share=0.4, scale="none")
+    credit = GRPO(config).credit(scored([1.0, 1.0], mask=torch.tensor(turns, dtype=torch.bool)))
+    assert credit.advantages.flatten().tolist() == pytest.approx([0.25, -0.25])
+
+
 def test_a_reference_is_wanted_only_for_the_penalty() -> None:
     assert not GRPO(GRPOConfig()).wants_reference
     assert GRPO(GRPOConfig(beta=0.01)).wants_reference

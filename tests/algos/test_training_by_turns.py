@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -118,9 +119,16 @@ def test_evaluation_plays_to_the_end() -> None:
         assert all(one["rewards"].keys() == {"iou", "length"} for one in found.answers)
 
 
-def test_an_engine_is_refused() -> None:
+def test_an_engine_that_takes_fewer_images_than_episodes_have_is_refused() -> None:
+    """Except for imitation, which asks no engine."""
     agent = VLMAgent.from_pretrained("builtin")
-    agent.engine = object()  # type: ignore[assignment]
-    envs = VisualTaskVectorEnv(Patient, 4, group_size=4)
-    with pytest.raises(ConfigError, match="leave out engine"):
+    agent.engine = SimpleNamespace(max_images=7)  # type: ignore[assignment]
+    envs, told = VisualTaskVectorEnv(Patient, 4, group_size=4), "up to 8 images, and the engine takes 7"
+    with pytest.raises(ConfigError, match=told):
         Trainer(agent, envs, GRPO(GRPOConfig(group_size=4)), TrainerConfig(), Accelerator(cpu=True))
+    with pytest.raises(ConfigError, match=told):
+        evaluate(agent, envs, 1, greedy=True, title="")
+    imitation = VisualTaskVectorEnv(Patient, 4, answers=True)
+    Trainer(agent, imitation, SFT(SFTConfig()), TrainerConfig(), Accelerator(cpu=True))
+    agent.engine = SimpleNamespace(max_images=8)  # type: ignore[assignment]
+    Trainer(agent, envs, GRPO(GRPOConfig(group_size=4)), TrainerConfig(), Accelerator(cpu=True))

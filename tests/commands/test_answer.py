@@ -5,15 +5,18 @@ from __future__ import annotations
 import io
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from test_cli import fails
 
+from vlmenv.agents.vlm import VLMAgent
 from vlmenv.cli import find_command, main
 from vlmenv.commands.answer import Answer, PlainEnv
 from vlmenv.core.answers import Detection
+from vlmenv.core.rollout import Rollout, Turns
 from vlmenv.envs.rec import RECEnv
 from vlmenv.envs.rendering import ANSWERED, TRUE
 
@@ -51,6 +54,46 @@ def test_the_same_prompt_as_it_is_gets_the_same_answer(scene: Path, tmp_path: Pa
     assert plain.text == asked.text
     assert plain.picture == tmp_path / "out" / "scene.png.answer.png"
     assert plain.prediction[0] == asked.prediction
+
+
+TWICE = """
+from vlmenv.envs import Reply, register_task
+from vlmenv.envs.rec import RECEnv
+
+
+class TwiceEnv(RECEnv):
+    max_turns = 2
+
+    def respond(self, sample, texts):
+        return Reply("Look again.", (sample.images[0][:16],)) if len(texts) == 1 else None
+
+
+register_task("VLM-Twice-v0", "twice:TwiceEnv")
+"""
+
+
+def test_a_task_of_several_turns_is_played(
+    scene: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the task replies is answered too; the prediction is that of the last answer."""
+    (tmp_path / "twice.py").write_text(TWICE)
+    monkeypatch.chdir(tmp_path)
+    told: list[Rollout] = []
+    proceed = VLMAgent.proceed
+
+    def noted(agent: VLMAgent, rollout: Rollout, observations: Turns, **how: Any) -> Rollout:
+        told.extend([rollout, proceed(agent, rollout, observations, **how)])
+        assert observations[0] is not None
+        assert (observations[0]["prompt"], len(observations[0]["images"])) == ("<image>Look again.", 2)
+        return told[-1]
+
+    monkeypatch.setattr(VLMAgent, "proceed", noted)
+    (one,) = answers(scene, "--prompt", QUESTION, "--env", "twice:VLM-Twice-v0")
+    first, last = (rollout.texts[0] for rollout in told)
+    assert one.text == last
+    out = capsys.readouterr().out
+    assert out.count(first) == (2 if first == last else 1)
+    assert last in out
 
 
 def test_a_run_is_asked_as_in_training(scene: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,6 +46,15 @@ def test_answers_are_scored_by_every_term_and_held_against_a_verdict(
     assert "reward" in out
 
 
+def test_answers_to_episodes_of_several_turns_are_refused(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data.write_text(json.dumps({"image": "a.png", "problem": "Which colour?", "answer": "black"}))
+    file = answers(data, "<answer>black</answer>")
+    with pytest.raises(SystemExit):
+        scored(data, file, "--env", "VLM-Zoom-v0")
+    assert "a line is one answer: give --max-turns 1" in " ".join(capsys.readouterr().err.split())
+    assert len(scored(data, file, "--env", "VLM-Zoom-v0", "--max-turns", "1")) == 1
+
+
 @pytest.mark.parametrize(
     "lines",
     [

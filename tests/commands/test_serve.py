@@ -72,8 +72,10 @@ def test_the_server_is_told_what_the_trainer_goes_by(name: str, qwen2_5_vl_folde
     """Tokens that are banned are found without the weights."""
     model = "builtin" if name == "builtin" else str(qwen2_5_vl_folder)
     agent = VLMAgent.from_pretrained(model)
-    told = _arguments(replaced(ServeConfig(model), {"weights": "bf16", "engine_length": 300}), torch.device("cpu"))
-    assert told["additional_config"] == {"vlmenv_banned": agent.family.banned_tokens.tolist()}
+    options = {"weights": "bf16", "engine_length": 300, "engine_images": 3}
+    told = _arguments(replaced(ServeConfig(model), options), torch.device("cpu"))
+    assert told["additional_config"] == {"vlmenv_banned": agent.family.banned_tokens.tolist(), "vlmenv_images": 3}
+    assert told["limit_mm_per_prompt"]["image"] == 3
     assert (told["model"], told["dtype"], told["max_model_len"]) == (str(find_model(model)), "bfloat16", 300)
     flags = list(_flags(told))
     assert {"--enforce-eager", "--no-enable-chunked-prefill", "--host=127.0.0.1"} <= set(flags)

@@ -65,6 +65,7 @@ def test_of_an_option_of_one_value_the_last_counts() -> None:
         (["--config", "none.yaml"], "none.yaml"),
         (["--recipe", "vlm_r1"], "unknown recipe 'vlm_r1'"),
         (["--steps", "1", "--epochs", "2"], "steps and epochs were both given"),
+        (["--env", "VLM-REC-v0", "--mix", "VLM-VQA-v0:2"], "env and mix were both given"),
         (["--algo", "rloo", "--kl-estimator", "k1"], "rloo has no option 'kl_estimator'"),
         (["--learn", "1"], "unknown option 'learn'"),
         (["--resume", "nowhere"], "nowhere is no folder of a run"),

@@ -102,6 +102,15 @@ def test_stronger_layers_win_and_rivals_give_way() -> None:
     assert (config.trainer.steps, config.batches.epochs, config.trainer.lr, config.seed) == (5, None, 3.0, 1)
 
 
+def test_a_single_task_and_a_mix_replace_each_other() -> None:
+    """The resolved options of a mixed run hold the default of `env`, which asks for nothing."""
+    single, mix = Layer("r", {"env": "VLM-VQA-v0"}), Layer("", {"mix": ("VLM-REC-v0", "VLM-Math-v0")})
+    assert resolved(single, mix).task_name == "VLM-REC-v0+VLM-Math-v0"
+    assert resolved(Layer("c", mix.values), Layer("", single.values)).task_name == "VLM-VQA-v0"
+    record = Layer("resolved.yaml", {"env": "VLM-REC-v0", **mix.values, "record": {}})
+    assert resolved(record, Layer("config.yaml", mix.values)).task_name == "VLM-REC-v0+VLM-Math-v0"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -113,6 +122,7 @@ def test_stronger_layers_win_and_rivals_give_way() -> None:
         ({"config": "b.yaml"}, "c: 'config' has no place in a file"),
         ({"recipe": "a"}, "c: 'recipe' has no place in a file"),
         ({"steps": 1, "epochs": 2}, "c: steps and epochs were both given"),
+        ({"env": "VLM-REC-v0", "mix": ["VLM-VQA-v0"]}, "c: env and mix were both given"),
         ({"lr": 1, "learning_rate": 2}, "c: 'learning_rate' and 'lr' are one option"),
         ({"steps": "many"}, "c: steps must be a whole number, not 'many'"),
         ({"epsilon": 0.1, "grpo": {"epsilon": 0.2}}, "c: epsilon stand both in the group grpo and outside of it"),

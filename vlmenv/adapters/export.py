@@ -42,6 +42,13 @@ _OPTIONS: Final[Mapping[str, str]] = {
     "swift": "--dataset {rows} --external_plugins {reward} --reward_funcs vlmenv",
     "lmms-eval": "--include_path {folder} --tasks {name}",
 }
+_WHY: Final[Mapping[str, str]] = {
+    "verl": "verl's reward function gets a single completion",
+    "easyr1": "EasyR1's reward function gets a single completion",
+    "swift": "ms-swift's reward function gets a single completion",
+    "lmms-eval": "lmms-eval asks for a single answer",
+}
+"""Why a trainer takes no episodes of several turns."""
 _ENDINGS: Final[Mapping[str, str]] = {"verl": ".parquet", "easyr1": ".parquet", "swift": ".jsonl", "lmms-eval": ".yaml"}
 
 
@@ -68,10 +75,11 @@ def export(task: PortableTask, to: Trainer, target: Path, rows: int | None = Non
         seed: Seed of the samples and their order.
 
     Raises:
-        ConfigError: The file has another ending, an argument of the task cannot be handed on, or the trainer cannot
-            take a row.
+        ConfigError: The file has another ending, episodes have several turns, an argument of the task cannot be handed
+            on, or the trainer cannot take a row.
         SampleError: A sample cannot be read.
     """
+    task.require_one_turn(_WHY[to])
     if target.suffix != _ENDINGS[to]:
         raise ConfigError(f"{target}: {to} reads {_ENDINGS[to]} files; name the file so")
     samples = task.readable(task.indices(rows, seed))

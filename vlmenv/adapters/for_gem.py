@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlmenv.adapters.task import PortableTask, imported, picture
+from vlmenv.adapters.task import PortableTask, imported, picture, reply_images
 from vlmenv.core.errors import ConfigError
+from vlmenv.core.rollout import split_marks
 
 
 def gem(env: str, **arguments: Any) -> type:
     """A class for `gem.register(id, entry_point)`, with the observations of GEM's own visual environments.
 
-    An observation is `{"problem": str, "images": list of PIL images}`. An episode is one step.
+    An observation is `{"problem": str, "images": list of PIL images}`. In a task of several turns that of a step is the
+    environment's next turn, without those before.
 
     Args:
         env: Id of a visual task.
@@ -44,8 +46,14 @@ def gem(env: str, **arguments: Any) -> type:
             return {"problem": observation["prompt"], "images": images}, info
 
         def step(self, action: str) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-            _, reward, terminated, truncated, info = self._env.step(action)
-            return {"problem": "", "images": []}, float(reward), terminated, truncated, info
+            observation, reward, terminated, truncated, info = self._env.step(action)
+            shown: dict[str, Any] = {"problem": "", "images": []}
+            if not (terminated or truncated):
+                images = [picture(image) for image in reply_images(observation)]
+                marks, rest = split_marks(observation["prompt"])
+                in_front = marks == len(images)  # as GEM shows images
+                shown = {"problem": rest if in_front else observation["prompt"], "images": images}
+            return shown, float(reward), terminated, truncated, info
 
         def spawn(self, same_state: bool = False, **kwargs: Any) -> Any:
             made = type(self)(**{**self._given, **kwargs})

@@ -6,8 +6,9 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
-from vlmenv.adapters.task import PortableTask, image_url, imported, messages
+from vlmenv.adapters.task import PortableTask, image_url, imported, messages, reply
 from vlmenv.core.errors import ConfigError, VLMEnvError
+from vlmenv.envs.episodes import Episode
 
 
 @dataclass(frozen=True)
@@ -15,12 +16,12 @@ class OpenEnvSpec:
     """The classes of an OpenEnv environment."""
 
     environment: type
-    """an `Environment`; `reset(seed=…)` or `reset(index=…)` shows a sample, `step` scores and ends the episode"""
+    """an `Environment`; `reset(seed=…)` or `reset(index=…)` shows a sample, `step` scores an answer"""
     action: type
     """with one field, `text`: the completion"""
     observation: type
-    """`messages` in OpenAI's form with images as `data:` URLs, `done`, and `reward`; the reward terms are in
-    `metadata["rewards"]`"""
+    """`messages` in OpenAI's form with images as `data:` URLs, `done`, and `reward`; the reward terms so far are in
+    `metadata["rewards"]`. After a step `messages` is the environment's next turn; empty at the end"""
 
     def app(self, sessions: int = 8) -> Any:
         """A FastAPI app that serves the environment.
@@ -64,34 +65,34 @@ def _environment(task: PortableTask, seed: int, make_state: type, make_shown: ty
     order, one_at_a_time = task.numbers(seed), threading.Lock()
 
     class Environment(base.Environment):  # type: ignore[misc, name-defined]
-        """A sample of the task."""
+        """An episode of the task."""
 
         SUPPORTS_CONCURRENT_SESSIONS = True
 
         def __init__(self) -> None:
             super().__init__()
-            self._index: int | None = None
+            self._episode: Episode | None = None
             self._state = make_state()
 
         def reset(
             self, seed: int | None = None, episode_id: str | None = None, index: int | None = None, **_: Any
         ) -> Any:
-            if index is not None:
-                shown = task.observation(index)
-            elif seed is not None:
-                index, shown = task.next_readable(task.numbers(seed))
-            else:
+            if index is None and seed is not None:
+                index = task.next_readable(task.numbers(seed))[0]
+            elif index is None:
                 with one_at_a_time:
-                    index, shown = task.next_readable(order)
-            self._index, self._state = index, make_state(episode_id=episode_id, step_count=0)
-            return make_shown(messages=messages(shown, image_url), metadata={"index": index})
+                    index = task.next_readable(order)[0]
+            self._episode, self._state = task.begin(index), make_state(episode_id=episode_id, step_count=0)
+            return make_shown(messages=messages(self._episode.observation, image_url), metadata={"index": index})
 
         def step(self, action: Any, timeout_s: float | None = None, **_: Any) -> Any:
-            if self._index is None:
-                raise ConfigError("an episode is one step: call reset() before each step(), in one session over /ws")
-            score, self._index = task.score([action.text], [self._index])[0], None
+            episode = self._episode
+            if episode is None or episode.has_ended:
+                raise ConfigError("the episode has ended, or none has begun: call reset(), in one session over /ws")
+            reward = task.answer(episode, action.text)
             self._state.step_count += 1
-            return make_shown(done=True, reward=score.reward, metadata={"rewards": dict(score.terms)})
+            told = [] if episode.has_ended else [reply(episode.observation, image_url)]
+            return make_shown(messages=told, done=episode.has_ended, reward=reward, metadata={"rewards": episode.terms})
 
         @property
         def state(self) -> Any:

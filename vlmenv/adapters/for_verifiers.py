@@ -18,11 +18,12 @@ def verifiers(env: str, *, rows: int | None = None, seed: int = 0, **arguments: 
         arguments: The task's own arguments, as for `gymnasium.make`.
 
     Raises:
-        ConfigError: verifiers is not installed, or an argument does not fit.
+        ConfigError: verifiers is not installed, an argument does not fit, or the task has episodes of several turns.
         DataError: The data set cannot be read.
     """
     vf: Any = imported("verifiers.v1", "verifiers", "verifiers")
     task = PortableTask(env, **arguments)
+    task.require_one_turn("a taskset of verifiers asks for a single reply")
 
     class Data(vf.TaskData):  # type: ignore[misc]
         """A sample's prompt, and its number."""

@@ -27,6 +27,7 @@ from vlmenv.core.rollout import IMAGE_MARK, Observation, Turn, count_marks
 from vlmenv.core.spaces import Image
 from vlmenv.envs.base import check_index
 from vlmenv.envs.data.source import order_of
+from vlmenv.envs.episodes import Episode, advance
 from vlmenv.envs.making import make_envs
 from vlmenv.envs.scoring import Score
 
@@ -50,7 +51,7 @@ class PortableTask:
         arguments: The task's own arguments.
 
     Raises:
-        ConfigError: There is no such environment, it is no visual task, or its episodes have several turns.
+        ConfigError: There is no such environment, or it is no visual task.
         DataError: The data set cannot be read.
     """
 
@@ -59,12 +60,12 @@ class PortableTask:
         paths = {name: _absolute(arguments[name]) for name in ("dataset", "image_root") if name in arguments}
         self.arguments = arguments | paths  # which hold in processes with another working directory
         self.task = make_envs(env, 1, **self.arguments).task
-        require(
-            self.task.max_turns == 1,
-            f"{env} has episodes of several turns, and other trainers take one answer: give max_turns=1",
-        )
         require(not self.task.takes_videos, f"{env} takes videos, and other trainers are given images alone")
         self._lock = threading.Lock()
+
+    def require_one_turn(self, why: str) -> None:
+        """Raises ConfigError if the task's episodes have several turns, for which there is no place `why`."""
+        require(self.task.max_turns == 1, f"{self.env} has episodes of several turns, and {why}: give max_turns=1")
 
     def indices(self, rows: int | None, seed: int) -> list[int]:
         """The numbers of the first samples in the order of a seed.
@@ -142,15 +143,43 @@ class PortableTask:
         """Scores N completions, each to the sample of its number.
 
         Raises:
-            ConfigError: There is no such sample.
+            ConfigError: There is no such sample, or its episode has several turns.
             SampleError: A sample cannot be read.
             TypeError: A completion is no string.
             RewardError: A term failed, or its value is not finite.
         """
+        self.require_one_turn("a completion alone is none")
         with self._lock:
             numbers = list(map(self._number, indices))
             samples = {number: self.task.show(number)[0] for number in dict.fromkeys(numbers)}
             return self.task.score_batch(list(texts), [samples[number] for number in numbers])
+
+    def begin(self, index: int) -> Episode:
+        """An episode on the sample of a number.
+
+        Raises:
+            ConfigError: There is no such sample.
+            SampleError: The sample cannot be read.
+        """
+        return Episode(*self.task.show(self._number(index)))
+
+    def answer(self, episode: Episode | None, text: str, *, last: bool = False) -> float:
+        """Gives an episode its next answer, and returns the reward of that answer.
+
+        Args:
+            episode: The episode.
+            text: The answer.
+            last: See `advance`.
+
+        Raises:
+            ConfigError: The episode has ended, or None has begun.
+            TypeError: The answer is no string.
+            RewardError: A term failed, or its value is not finite.
+        """
+        if episode is None or episode.has_ended:
+            raise ConfigError("the episode has ended, or none has begun: reset the environment before each episode")
+        with self._lock:
+            return advance(self.task, [episode], [text], last=last)[0]
 
     def _number(self, index: Any) -> int:
         return check_index(_whole(index), self.task.source.size)
@@ -210,10 +239,24 @@ def messages(observation: Observation, part: Callable[[Image], Part]) -> list[di
         ConfigError: Marks and images differ in number.
     """
     images = iter(observation["images"])
-    return [
-        {"role": role, "content": [part(next(images)) if one is None else _text(one) for one in pieces]}
-        for role, pieces in _pieces(observation)
-    ]
+    return [{"role": role, "content": _content(pieces, images, part)} for role, pieces in _pieces(observation)]
+
+
+def reply(observation: Observation, part: Callable[[Image], Part]) -> dict[str, Any]:
+    """The last of the `messages` of an episode: what the environment has written to the last answer.
+
+    Args:
+        observation: The conversation so far.
+        part: Gives the block of an image.
+    """
+    role, pieces = _pieces(observation)[-1]
+    return {"role": role, "content": _content(pieces, iter(reply_images(observation)), part)}
+
+
+def reply_images(observation: Observation) -> tuple[Image, ...]:
+    """The images of the last turn of an episode."""
+    images = observation["images"]
+    return images[len(images) - count_marks(observation["prompt"]) :] if images else ()
 
 
 def marked_messages(observation: Observation) -> list[dict[str, str]]:
@@ -289,6 +332,11 @@ def _pieces(observation: Observation) -> list[tuple[str, list[str | None]]]:
     found: list[tuple[str, list[str | None]]] = [(one["role"], [one["text"]]) for one in turns]
     found[-1][1][:0] = [None] * images  # images without marks precede the prompt
     return found
+
+
+def _content(pieces: Sequence[str | None], images: Iterator[Image], part: Callable[[Image], Part]) -> list[Part]:
+    """Blocks of a turn's texts, and of the next images in their places."""
+    return [part(next(images)) if one is None else _text(one) for one in pieces]
 
 
 def _split(text: str) -> list[str | None]:

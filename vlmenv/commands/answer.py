@@ -28,6 +28,7 @@ from vlmenv.core.sampling import Sampling
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.data.images import load_image
 from vlmenv.envs.data.source import Sample, Source
+from vlmenv.envs.episodes import Episode, follow
 from vlmenv.envs.geometry import Geometry, places
 from vlmenv.envs.making import make_envs
 from vlmenv.envs.rewards.terms import RewardTerm
@@ -47,7 +48,7 @@ class Answer:
     """A model's answer about pictures."""
 
     text: str
-    """the completion"""
+    """the completion; in a task of several turns the last one"""
     prediction: Any
     """what the task reads in it; None if it cannot be read"""
     picture: Path | None
@@ -237,12 +238,14 @@ def _answers(
         return
     for index in range(pictures.size):
         sample = pictures.get(index)
-        text = _completion(config, task, sample, agent)
-        prediction, file = task.parse(text), config.images[index]
+        texts = _completions(config, task, sample, agent)
+        text, file = texts[-1], config.images[index]
+        prediction = task.parse(text)
         console.rule(
             styled(file.name if pictures.size > 1 or len(config.images) == 1 else "all pictures"), align="left"
         )
-        console.print(styled(text), soft_wrap=True)
+        for one in texts:
+            console.print(styled(one), soft_wrap=True)
         picture = None
         if task.geometry is not None and any(places(prediction)):
             picture = _picture_file(config, file, number)
@@ -254,17 +257,18 @@ def _answers(
         yield Answer(text, prediction, picture)
 
 
-def _completion(config: AskConfig, task: VisualTaskEnv, sample: Sample, agent: VLMAgent) -> str:
-    """The model's answer.
+def _completions(config: AskConfig, task: VisualTaskEnv, sample: Sample, agent: VLMAgent) -> list[str]:
+    """The model's answers in each turn of an episode.
 
     Raises:
-        DataError: The model cannot take the prompt.
+        DataError: The model cannot take the prompt, or a later turn.
     """
-    observations = [task.observe(sample)]
+    episode, greedy = Episode(sample, task.observe(sample)), config.temperature == 0
     try:
-        if config.temperature == 0:
-            return agent.act(observations)[0]
-        return agent.rollout(observations).texts[0]
+        rollout = agent.rollout([episode.observation], greedy=greedy)
+        while follow(task, episode, rollout.texts[0]):
+            rollout = agent.proceed(rollout, [episode.observation], greedy=greedy)
+        return episode.texts
     except PromptError as error:
         raise DataError(f"{sample.id}: {error.reason}") from error
 

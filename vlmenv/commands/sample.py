@@ -141,7 +141,8 @@ def _sample_parts(
     own = processes.share(_parts(count, config.part_size))
     missing = [part for part in own if not _part_file(config.output, part).exists()]
     total = sum(map(len, own))
-    most = max(processes.collect([sum(-(-len(part) // envs.num_groups) for part in missing)]))
+    batches = sum(-(-len(part) // envs.num_groups) for part in missing)
+    most = max(processes.collect([batches * envs.max_turns]))
     done = total - sum(map(len, missing))
     with agent.generating(most), progress("sampling", total, console, done) as advance:
         for part in missing:

@@ -14,7 +14,7 @@ from rich.progress import track
 from rich.table import Table
 
 from vlmenv.core.console import PlainTable, open_console, say
-from vlmenv.core.errors import ConfigError, DataError
+from vlmenv.core.errors import ConfigError, DataError, require
 from vlmenv.core.files import parse_json, write_atomic
 from vlmenv.core.loading import import_modules
 from vlmenv.envs.base import VisualTaskEnv
@@ -58,6 +58,10 @@ def run(config: ScoreConfig) -> list[dict[str, Any]]:
         arguments["coordinates"] = "original"
     console, former = open_console(), LOSSES.snapshot()
     with closing(make_envs(config.env, 1, extra_terms=config.scorers.terms(), **arguments)) as envs:
+        require(
+            envs.max_turns == 1,
+            f"{config.env} has episodes of several turns, and a line is one answer: give --max-turns 1",
+        )
         records = list(_scored(envs.task, lines, config, console))
     console.print(_table(config, records))
     if told := LOSSES.since(former).told():

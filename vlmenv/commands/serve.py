@@ -39,7 +39,6 @@ from vlmenv.options.parsing import parse_plain
 from vlmenv.options.serve import ServeConfig
 from vlmenv.runs.models import adapter_folder, checkpoint_name
 
-_IMAGES = 8
 _GRACE, _MOMENT = 30.0, 5.0
 """Seconds that the server has to end by itself, more than it gives its own processes; and these after it."""
 _EVERY = 30.0
@@ -94,7 +93,7 @@ def _arguments(config: ServeConfig, device: torch.device) -> dict[str, Any]:
         device,
         dtype=DTYPES[config.weights],
         max_length=min(longest, config.vllm.engine_length),
-        max_images=_IMAGES,
+        max_images=config.vllm.engine_images,
         memory_share=config.vllm.engine_memory,
         tensor_parallel=config.vllm.tensor_parallel,
         transfer=TO_SERVER,

@@ -42,7 +42,7 @@ from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.options.command_line import Asked, parse_with_files
 from vlmenv.options.fields import flatten, options_of
 from vlmenv.options.mixing import parts_of
-from vlmenv.options.train import TrainConfig, default_config
+from vlmenv.options.train import SINGLE, TrainConfig, default_config
 from vlmenv.processes import Processes, end_with_parent, processes_of
 from vlmenv.processes.failures import shared_failure
 from vlmenv.processes.stopping import StoppedError, Stopping
@@ -106,6 +106,8 @@ def _with_parts(asked: Asked, parts: Parts) -> Asked:
         names += list(options_of(algorithm.config))
     if parts.agent is not None:
         config = replace(config, model=str(parts.agent.base), pixels=parts.agent.pixels)
+    if config.mixing.mix and "env" in asked.names:
+        raise ConfigError(SINGLE)
     if config.mixing.mix and not (parts.envs is None and parts.held_out is None):
         raise ConfigError("mix makes the environments of its tasks: give no environments of your own beside it")
     if (envs := parts.envs) is not None:

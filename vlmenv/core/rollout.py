@@ -113,6 +113,8 @@ class Prompt:
     images: Mapping[str, Any]
     """inputs of the vision tower for images and videos, by the model's own argument names; prompts are joined along the
     first axis"""
+    marked_ids: NDArray[np.int64] | None = None
+    """the same tokens with one mark in the place of each image, as engines take them; None: as they are"""
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -137,6 +139,8 @@ class Completion:
     """[axes, L]; None: they count on from the prompt"""
     images: Mapping[str, Any] = field(default_factory=dict)
     """inputs of the vision tower for the environment's images, as those of `Prompt`"""
+    marked_ids: NDArray[np.int64] | None = None
+    """as that of `Prompt`"""
 
     @property
     def written_ids(self) -> NDArray[np.int64]:
@@ -146,6 +150,15 @@ class Completion:
 
 Pictured = Prompt | Completion
 """What holds tokens and the images among them."""
+
+
+def marked_ids(parts: Sequence[Pictured]) -> NDArray[np.int64] | None:
+    """The `marked_ids` of several parts in a row."""
+    if all(one.marked_ids is None for one in parts):
+        return None
+    own = [one.input_ids if isinstance(one, Prompt) else one.token_ids for one in parts]
+    marked = [one.marked_ids for one in parts]
+    return np.concatenate([ids if marks is None else marks for ids, marks in zip(own, marked, strict=True)])
 
 
 @dataclass(slots=True)

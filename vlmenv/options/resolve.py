@@ -59,6 +59,8 @@ def merge(layers: Sequence[Layer], default: Callable[[str], Any] = default_confi
     known = options_of(merged.config)
     for layer in layers:
         given = _chosen(layer, algo, known, merged.notes)
+        if RECORD in layer.values and given.get("mix"):
+            given.pop("env", None)  # a resolved.yaml holds all options, also the one that a mix does not use
         displace(merged.values, {name for name, value in given.items() if value is not None}, layer.place)
         for name, value in given.items():
             if value is not None or type(None) in get_args(known[name].type):  # otherwise null stands for the default

@@ -176,6 +176,10 @@ class LoggingOptions:
         return _KEPT if self.keep is None and self.checkpoint_every is None else self.keep
 
 
+SINGLE: Final = "env is the task of a run on a single one: name it in mix, or leave mix out"
+"""What is wrong with `env` beside `mix`."""
+
+
 @dataclass(frozen=True)
 class TrainConfig(TaskConfig, Generic[AlgorithmT]):
     """Train a model by reinforcement learning; with no options, the built-in model on the built-in scenes."""
@@ -234,7 +238,7 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
         if self.mixing.mix is None:
             return
         if self.env != TaskConfig.env:
-            raise ConfigError("env is the task of a run on a single one: name it in mix, or leave mix out")
+            raise ConfigError(SINGLE)
         if self.batches.epochs is not None:
             raise ConfigError("epochs are passes over one data set, and a mix has several: give steps")
         parts_of(self)
@@ -269,7 +273,7 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
             raise ConfigError("max_staleness 1 needs a server that answers meanwhile: engine vllm-server")
 
 
-RIVALS: Final = (("steps", "epochs"), ("warmup_steps", "warmup_share"))
+RIVALS: Final = (("steps", "epochs"), ("warmup_steps", "warmup_share"), ("env", "mix"))
 """Pairs of options that replace each other."""
 
 
