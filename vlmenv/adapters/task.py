@@ -63,6 +63,9 @@ class PortableTask:
             self.task.max_turns == 1,
             f"{env} has episodes of several turns, and other trainers take one answer: give max_turns=1",
         )
+        require(
+            not self.task.unrepeatable, f"{self.task.unrepeatable}, so no number names a sample for other processes"
+        )
         self._lock = threading.Lock()
 
     def indices(self, rows: int | None, seed: int) -> list[int]:
