@@ -21,7 +21,7 @@ sys.path.append(str(Path(__file__).parent / "findings"))
 
 from runs import check_model, evaluation_of, hardware, seconds_of, seeds_cell, spread_cell, trained
 
-METRICS: Final[Mapping[str, str]] = {"VLM-REC-v0": "iou/mean", "VLM-OVD-v0": "map", "VLM-VQA-v0": "accuracy"}
+METRICS: Final[Mapping[str, str]] = {"VLM-REC-v0": "iou/mean", "VLM-OVD-v0": "AP", "VLM-VQA-v0": "accuracy"}
 """The tasks of the mix, each with its held-out metric."""
 
 

@@ -3,9 +3,9 @@
     python benchmarks/zoom.py --output benchmarks/zoom.md
 
 The built-in model knows neither requests nor crops. Supervised steps on dialogues teach it both: a teacher asks for a
-crop or answers at once, at random. Then GRPO trains it on `VLM-Zoom-v0`, half of whose details are too small to
-see. The control starts from the same model, and no request is granted. An interrupted benchmark is taken up by the same
-command.
+crop or answers at once, at random. Then GRPO trains it on `VLM-Zoom-v0`, half of whose questions are about dots that
+are too small to see. The control starts from the same model, and no request is granted. An interrupted benchmark is
+taken up by the same command.
 """
 
 from __future__ import annotations
@@ -62,17 +62,17 @@ class Args:
 
     seeds: int = 3
     """Runs of each way."""
-    lessons: int = 300
+    lessons: int = 3000
     """Supervised steps, of 16 dialogues."""
-    steps: int = 60
+    steps: int = 200
     """Steps of GRPO, of `prompts` questions with 8 episodes each."""
-    prompts: int = 8
+    prompts: int = 16
     """Questions of a step of GRPO."""
     crop_cost: float = 0.1
     """What a crop costs, where a right answer earns 1."""
     every: int = 20
     """Steps between two evaluations."""
-    limit: int = 192
+    limit: int = 256
     """Held-out questions."""
     runs: Path = Path("runs/zoom")
     """Folder of the runs."""
@@ -128,12 +128,12 @@ def head(args: Args) -> list[str]:
         f"    python benchmarks/zoom.py --seeds {args.seeds} --lessons {args.lessons} --steps {args.steps} "
         f"--prompts {args.prompts} --crop-cost {args.crop_cost} --limit {args.limit}",
         "",
-        f"The built-in model on `VLM-Zoom-v0`, which shows it images at 96 x 96 pixels and the question alone; "
-        f"{hardware()}, {threads} thread{'s' * (threads > 1)}. Half of the dots in question are tiny there (1.5 to 2.5 "
-        f"pixels), half are plain to see (6 to 7). {args.lessons} supervised steps of 16 dialogues come first. Their "
-        f"teacher asks for a crop or answers at once, at random. Then {args.steps} steps of GRPO follow, of "
+        f"The built-in model on `VLM-Zoom-v0`, which shows it images at 96 x 96 pixels; {hardware()}, {threads} "
+        f"thread{'s' * (threads > 1)}. Half of the questions are about tiny dots, of 1.5 to 2.5 pixels there. Half are "
+        f"about the kind of a shape, which is plain to see. {args.lessons} supervised steps of 16 dialogues come "
+        f"first. Their teacher asks for a crop or answers at once, at random. Then {args.steps} steps of GRPO follow, of "
         f"{args.prompts} questions with 8 episodes each, seeds 0 to {args.seeds - 1}. A crop costs {args.crop_cost:g}, "
-        f"a right answer earns 1. The control starts from the same model, and a request ends its episodes. Greedy "
+        "a right answer earns 1. The control starts from the same model, and a request ends its episodes. Greedy "
         f"answers to {args.limit} held-out questions: mean over the seeds, standard deviation, and the seeds in their "
         "order.",
     ]

@@ -61,16 +61,16 @@ def test_a_finding(name: str, runs: ModuleType, tmp_path: Path) -> None:
     assert {file: file.stat().st_mtime_ns for file in written} == written
 
 
+@pytest.mark.slow
 def test_a_mix_beside_its_tasks(runs: ModuleType, tmp_path: Path) -> None:
     script, output = importlib.import_module("mix"), tmp_path / "mix.md"
-    args = script.Args(seeds=2, steps=1, prompts=1, limit=2, runs=tmp_path / "runs", output=output)
+    args = script.Args(seeds=1, steps=1, prompts=1, limit=2, runs=tmp_path / "runs", output=output)
     script.main(args)
     rows = [line for line in output.read_text().splitlines() if line.startswith("| VLM-")]
     assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in script.METRICS]
-    for seed in range(2):
-        for name in script.METRICS:
-            counts = [shown(tmp_path / "runs" / f"{run}-seed{seed}", name) for run in ("mix", f"{name}-1", f"{name}-3")]
-            assert counts == [1, 1, 3]
+    for name in script.METRICS:
+        counts = [shown(tmp_path / "runs" / f"{run}-seed0", name) for run in ("mix", f"{name}-1", f"{name}-3")]
+        assert counts == [1, 1, 3]
 
 
 def shown(run: Path, name: str) -> int:
