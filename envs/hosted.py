@@ -51,8 +51,8 @@ class HostedTask(VisualTaskEnv):
     Args:
         env: Id of the environment, or a function that makes it.
         split: `"train"` or `"eval"`. Default: `"train"`.
-        max_turns: Maximum number of answers per episode. Default: 1 if the environment ends after an empty answer;
-            else its `max_episode_steps`, or 8.
+        max_turns: Maximum number of answers per episode. Default: 1 if the environment repeats itself and ends after an
+            empty answer; else its `max_episode_steps`, or 8.
         arguments: Arguments of `VisualTaskEnv`. Those of data sets do not apply.
 
     Raises:
@@ -132,8 +132,9 @@ class Hosted:
         if not self.unrepeatable and spec is not None and spec.nondeterministic:
             self.unrepeatable = f"{self.name} is registered with nondeterministic=True"
         limit = None if spec is None else spec.max_episode_steps
-        self.turns = max_turns or (1 if answered.ended else limit or HostedTask.max_turns)
-        self._must_end = max_turns is None and answered.ended
+        is_short = answered.ended and not self.unrepeatable  # an end by chance tells nothing
+        self.turns = max_turns or (1 if is_short else limit or HostedTask.max_turns)
+        self._must_end = max_turns is None and is_short
 
     def _tried(self) -> tuple[str, _Played]:
         """Why the environment does not repeat itself, as far as two tries tell, and its reply to an empty answer."""

@@ -416,6 +416,22 @@ def test_each_episode_of_one_that_does_not_repeat_itself_is_played_once(
         VisualTaskVectorEnv(partial(HostedTask, kind), 6, group_size=2)
 
 
+class Chancy(Unseeded):
+    """Ends at once in the tries, and goes on later."""
+
+    def step(self, action: str) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.left = self.left if action else 1
+        return super().step(action)
+
+
+def test_an_end_by_chance_makes_no_task_of_one_step() -> None:
+    task = HostedTask(Chancy)
+    assert task.max_turns == 8
+    task.reset(seed=0)
+    assert task.step("5")[2:4] == (False, False)
+    assert HostedTask(Chancy, max_turns=1).max_turns == 1
+
+
 def test_an_episode_cannot_be_played_again_with_other_answers() -> None:
     task = HostedTask(Unseeded)
     sample = task.source.get(0)
