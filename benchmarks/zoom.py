@@ -130,12 +130,13 @@ def head(args: Args) -> list[str]:
         "",
         f"The built-in model on `VLM-Zoom-v0`, which shows it images at 96 x 96 pixels; {hardware()}, {threads} "
         f"thread{'s' * (threads > 1)}. Half of the questions are about tiny dots, of 1.5 to 2.5 pixels there. Half are "
-        f"about the kind of a shape, which is plain to see. {args.lessons} supervised steps of 16 dialogues come "
-        f"first. Their teacher asks for a crop or answers at once, at random. Then {args.steps} steps of GRPO follow, "
-        f"of {args.prompts} questions with 8 episodes each, seeds 0 to {args.seeds - 1}. A crop costs "
-        f"{args.crop_cost:g}, a right answer earns 1. The control starts from the same model, and a request ends its episodes. Greedy "
-        f"answers to {args.limit} held-out questions: mean over the seeds, standard deviation, and the seeds in their "
-        "order.",
+        "about the kind of a shape, which is plain to see.",
+        "",
+        f"{args.lessons} supervised steps of 16 dialogues come first. Their teacher asks for a crop or answers at "
+        f"once, at random. Then {args.steps} steps of GRPO follow, of {args.prompts} questions with 8 episodes each, "
+        f"seeds 0 to {args.seeds - 1}. A crop costs {args.crop_cost:g}, a right answer earns 1. The control starts "
+        f"from the same model, and a request ends its episodes. Greedy answers to {args.limit} held-out questions: "
+        "mean over the seeds, standard deviation, and the seeds in their order.",
     ]
     return lines if args.output is None else [*lines, "", f"![Right answers and crops]({args.output.stem}.png)"]
 
