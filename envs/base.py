@@ -142,6 +142,8 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
     """Whether every row must have an answer."""
     knows_answers: ClassVar[bool] = True
     """Whether `write_answer` knows right answers."""
+    unrepeatable: str = ""
+    """Why a sample cannot be shown and answered again; empty if it can."""
     takes_coco: ClassVar[bool] = False
     """Whether the task reads COCO's instances."""
     max_turns: int = 1

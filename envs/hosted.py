@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import threading
 import warnings
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, ClassVar
+import weakref
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final, NamedTuple
 
 import gymnasium
 import numpy as np
@@ -21,6 +27,8 @@ from vlmenv.envs.rewards.terms import RewardTerm
 
 _SEEDS = 2**30
 """Seeds of a split; environments pass theirs on to generators that take no more than 32 bits."""
+_REMEMBERED: Final = 2**16
+"""Turns whose digests are kept, to find an environment that does not repeat them."""
 
 
 class HostedTask(VisualTaskEnv):
@@ -28,10 +36,14 @@ class HostedTask(VisualTaskEnv):
 
     The environment takes text. Its observation is text, or a mapping with `prompt` (text) and
     `images` (uint8 arrays [H, W, 3], or one). A wrapper of Gymnasium's, such as `TransformObservation`, gives it that
-    form. Groups need the same start G times: the same seed must give the same observation.
+    form.
 
     An episode may have several steps, up to `max_turns`. For each answer the environment is reset with the seed and
-    takes the episode's answers again, so the same answers must lead to the same observations and rewards.
+    takes the episode's answers again, so the same answers must lead to the same observations.
+
+    An environment that does not repeat itself is found by trying, or registered with `nondeterministic=True`. Then each
+    episode has an environment of its own, which steps once per answer. Groups are refused, so that `group_size` is 1. A
+    resumed run goes on with other starts.
 
     Its reward is the term `environment`, of every step; other terms may be added by `rewards`, and score the last
     answer. Training seeds are even, evaluation seeds odd.
@@ -39,12 +51,12 @@ class HostedTask(VisualTaskEnv):
     Args:
         env: Id of the environment, or a function that makes it.
         split: `"train"` or `"eval"`. Default: `"train"`.
-        max_turns: Maximum number of answers per episode. Default: 1 if the environment ends after an empty answer;
-            else its `max_episode_steps`, or 8.
+        max_turns: Maximum number of answers per episode. Default: 1 if the environment repeats itself and ends after an
+            empty answer; else its `max_episode_steps`, or 8.
         arguments: Arguments of `VisualTaskEnv`. Those of data sets do not apply.
 
     Raises:
-        ConfigError: The environment does not have this form, or starts differently with one seed.
+        ConfigError: The environment does not have this form.
     """
 
     terms: ClassVar[Mapping[str, RewardTerm]] = {}
@@ -63,6 +75,7 @@ class HostedTask(VisualTaskEnv):
         if arguments.get("dataset") is not None:
             raise ConfigError(f"{self.hosted.name} draws its own samples: give no dataset")
         super().__init__(split=split, extra_terms=extra, max_turns=self.hosted.turns, **arguments)
+        self.unrepeatable = self.hosted.unrepeatable
 
     def builtin_source(self, split: Split) -> Source:
         return _Seeds(self.hosted, split)
@@ -74,16 +87,27 @@ class HostedTask(VisualTaskEnv):
         return None if self.max_turns == 1 else self.hosted.reply(sample.target, texts)
 
     def close(self) -> None:
-        """Closes the window and the environment."""
+        """Closes the window and the environments."""
         super().close()
-        self.hosted.env.close()
+        self.hosted.close()
 
     def write_answer(self, sample: Sample) -> str:
         raise ConfigError(f"{self.hosted.name} tells no right answers, which sft would imitate: take another algorithm")
 
 
+class _Played(NamedTuple):
+    """What an environment gives for an answer."""
+
+    observation: Any
+    reward: Any
+    ended: bool
+
+
 class Hosted:
-    """An environment that is started anew for each sample and each answer. Several threads may use it.
+    """An environment that plays episodes, each by its number. Several threads may use it.
+
+    If the environment repeats itself, an episode's number is its seed, and it is played anew for each answer. Otherwise
+    `begin` starts an episode, which goes on while its sample exists.
 
     Args:
         env: See `HostedTask`.
@@ -91,22 +115,54 @@ class Hosted:
 
     Attributes:
         turns: Maximum number of answers per episode.
+        unrepeatable: Why an episode cannot be played again; empty if it can.
     """
 
     def __init__(self, env: Any, max_turns: int | None = None) -> None:
-        self.env: gymnasium.Env[Any, Any] = env() if callable(env) else gymnasium.make(env, disable_env_checker=True)
-        self.name = env if isinstance(env, str) else type(self.env.unwrapped).__name__
+        self._made_from = env
+        self._idle: list[gymnasium.Env[Any, Any]] = []
         self._lock = threading.Lock()
-        first, again = self.observe(0), self.observe(0)
-        if not _equal(first, again):
-            raise ConfigError(
-                f"{self.name} starts differently with one seed, so no group of answers could be compared: draw its "
-                "samples from self.np_random alone, after super().reset(seed=seed)"
-            )
-        _, _, ended = self._played(0, ("",))
-        limit = None if self.env.spec is None else self.env.spec.max_episode_steps
-        self.turns = max_turns or (1 if ended else limit or HostedTask.max_turns)
-        self._must_end = max_turns is None and ended
+        self._digests: OrderedDict[bytes, bytes] = OrderedDict()
+        self._numbers = itertools.count()
+        self._going: weakref.WeakValueDictionary[int, _Episode] = weakref.WeakValueDictionary()
+        with self._lent() as first:
+            self.name = env if isinstance(env, str) else type(first.unwrapped).__name__
+            spec = first.spec
+        self.unrepeatable, answered = self._tried()
+        if not self.unrepeatable and spec is not None and spec.nondeterministic:
+            self.unrepeatable = f"{self.name} is registered with nondeterministic=True"
+        limit = None if spec is None else spec.max_episode_steps
+        is_short = answered.ended and not self.unrepeatable  # an end by chance tells nothing
+        self.turns = max_turns or (1 if is_short else limit or HostedTask.max_turns)
+        self._must_end = max_turns is None and is_short
+
+    def _tried(self) -> tuple[str, _Played]:
+        """Why the environment does not repeat itself, as far as two tries tell, and its reply to an empty answer."""
+        if not _equal(self.observe(0), self.observe(0)):
+            return f"{self.name} starts differently with one seed", self._replayed(0, ("",))
+        first, again = self._replayed(0, ("",)), self._replayed(0, ("",))
+        if self._digest(first) != self._digest(again):
+            return f"{self.name} goes on differently after the same answer", first
+        return "", first
+
+    def close(self) -> None:
+        """Ends all episodes that go on, and closes all environments."""
+        for episode in list(self._going.values()):
+            episode.give_back()
+        while self._idle:
+            self._idle.pop().close()
+
+    def begin(self, seed: int) -> _Begun:
+        """Starts an episode that is not played again.
+
+        Raises:
+            ConfigError: The environment fails, or its observation has another form.
+        """
+        env, number = self._taken(), next(self._numbers)
+        episode = _Episode(env, self, self._idle)
+        seen = self._reset(env, seed)
+        self._going[number] = episode
+        return _Begun(f"seed-{seed}", seen["images"], seen["prompt"], number, episode=episode)
 
     def observe(self, seed: int) -> Observation:
         """The observation after a reset with a seed.
@@ -114,72 +170,176 @@ class Hosted:
         Raises:
             ConfigError: The environment fails, or its observation has another form.
         """
-        with self._lock:
-            try:
-                observation, _ = self.env.reset(seed=seed)
-            except Exception as error:
-                raise ConfigError(f"{self.name} cannot be reset with seed {seed}: {error}") from error
-            return _observation(observation, self.name)
+        with self._lent() as env:
+            return self._reset(env, seed)
 
-    def reward(self, text: str, seed: int, earlier: Sequence[str] = ()) -> float:
-        """The reward of an answer in the episode of a seed.
+    def reward(self, text: str, number: int, earlier: Sequence[str] = ()) -> float:
+        """The reward of an answer in an episode.
 
         Args:
             text: The answer.
-            seed: The seed.
+            number: Number of the episode.
             earlier: The episode's answers before. Default: none.
 
         Raises:
             ConfigError: The environment goes on after its only answer.
             RewardError: The environment fails, or its reward is no number.
         """
-        _, reward, ended = self._played(seed, (*earlier, text))
-        if self._must_end and not ended:
+        played = self._played(number, (*earlier, text))
+        if self._must_end and not played.ended:
             raise ConfigError(f"{self.name} goes on after an answer, as it does not after an empty one: give max_turns")
         try:
-            return float(reward)
+            return float(played.reward)
         except (TypeError, ValueError, OverflowError):
-            raise RewardError(f"{self.name} gave the reward {str(reward)[:80]}; it must be a number") from None
+            told = str(played.reward)[:80]
+            raise RewardError(f"{self.name} gave the reward {told}; it must be a number") from None
 
-    def reply(self, seed: int, texts: Sequence[str]) -> Reply | None:
-        """The environment's next turn after some answers; None if the episode has ended.
+    def reply(self, number: int, texts: Sequence[str]) -> Reply | None:
+        """The environment's next turn after some answers in an episode; None if the episode has ended.
 
         Raises:
             ConfigError: The observation has another form.
             RewardError: The environment fails.
         """
-        observation, _, ended = self._played(seed, texts)
-        if ended:
+        played = self._played(number, texts)
+        if played.ended:
             return None
-        seen = _observation(observation, self.name)
+        seen = _observation(played.observation, self.name)
         return Reply(seen["prompt"], seen["images"])
 
-    def _played(self, seed: int, texts: Sequence[str]) -> tuple[Any, Any, bool]:
-        """The last observation and reward after some answers from a seed's start, and whether the episode has ended.
+    def step(self, env: gymnasium.Env[Any, Any], text: str) -> _Played:
+        """Steps an environment.
 
         Raises:
-            RewardError: The environment fails, or ends before the last answer.
+            RewardError: The environment fails.
+        """
+        try:
+            observation, reward, terminated, truncated, _ = env.step(text)
+        except Exception as error:
+            raise RewardError(f"{self.name} failed on the answer {text[:80]!r}: {error}") from error
+        return _Played(observation, reward, bool(terminated or truncated))
+
+    def _reset(self, env: gymnasium.Env[Any, Any], seed: int) -> Observation:
+        try:
+            observation, _ = env.reset(seed=seed)
+        except Exception as error:
+            raise ConfigError(f"{self.name} cannot be reset with seed {seed}: {error}") from error
+        return _observation(observation, self.name)
+
+    def _played(self, number: int, texts: Sequence[str]) -> _Played:
+        """The result of the last of some answers in an episode."""
+        return self._going[number].played(texts) if self.unrepeatable else self._replayed(number, texts)
+
+    def _replayed(self, seed: int, texts: Sequence[str]) -> _Played:
+        """The result of the last of some answers from a seed's start.
+
+        Raises:
+            RewardError: The environment fails, or does not repeat what it did before.
+        """
+        with self._lent() as env:
+            try:
+                env.reset(seed=seed)
+            except Exception as error:
+                raise RewardError(f"{self.name} cannot be reset with seed {seed}: {error}") from error
+            for turn, text in enumerate(texts):
+                played = self.step(env, text)
+                if turn < len(texts) - 1:
+                    self._check_again(played, seed, texts[: turn + 1])
+        self._remember(played, seed, texts)
+        return played
+
+    def _check_again(self, played: _Played, seed: int, texts: Sequence[str]) -> None:
+        """Raises RewardError if an episode went on otherwise before, or ends where it went on."""
+        known = self._digests.get(_key(seed, texts))
+        if played.ended or (known is not None and known != self._digest(played)):
+            raise RewardError(
+                f"{self.name} does not repeat an episode of the same seed and answers, after {texts[-1][:80]!r}: "
+                "register it with nondeterministic=True, and take ppo or reinforce++, with group_size 1"
+            )
+
+    def _remember(self, played: _Played, seed: int, texts: Sequence[str]) -> None:
+        if not played.ended:
+            self._digests[_key(seed, texts)] = self._digest(played)
+            while len(self._digests) > _REMEMBERED:
+                self._digests.popitem(last=False)
+
+    def _digest(self, played: _Played) -> bytes:
+        """What tells a turn of the environment from another; its reward may be random."""
+        if played.ended:
+            return b""
+        seen = _observation(played.observation, self.name)
+        digest = hashlib.blake2b(repr(seen["prompt"]).encode(), digest_size=16)
+        for image in seen["images"]:
+            digest.update(repr(image.shape).encode() + image.tobytes())
+        return digest.digest()
+
+    @contextmanager
+    def _lent(self) -> Iterator[gymnasium.Env[Any, Any]]:
+        """An environment for a while, alone, so that there is one for all replays."""
+        with self._lock:
+            env = self._taken()
+            try:
+                yield env
+            finally:
+                self._idle.append(env)
+
+    def _taken(self) -> gymnasium.Env[Any, Any]:
+        """An idle environment, or a new one."""
+        try:
+            return self._idle.pop()
+        except IndexError:
+            made = self._made_from
+            return made() if callable(made) else gymnasium.make(made, disable_env_checker=True)
+
+
+def _key(seed: int, texts: Sequence[str]) -> bytes:
+    return hashlib.blake2b(repr((seed, *texts)).encode(), digest_size=16).digest()
+
+
+class _Episode:
+    """An episode that is not played again, in an environment of its own."""
+
+    def __init__(self, env: gymnasium.Env[Any, Any], hosted: Hosted, idle: list[gymnasium.Env[Any, Any]]) -> None:
+        self._env, self._hosted = env, hosted
+        self.give_back = weakref.finalize(self, idle.append, env)
+        """makes the environment idle, once; also when the episode is forgotten"""
+        self._texts: list[str] = []
+        self._results: list[_Played] = []
+        self._lock = threading.Lock()
+
+    def played(self, texts: Sequence[str]) -> _Played:
+        """The result of the last of some answers; those that are new step the environment.
+
+        Raises:
+            RewardError: The environment fails, or the episode has had other answers.
         """
         with self._lock:
-            text, ended = "", False
-            try:
-                self.env.reset(seed=seed)
-                for text in texts:
-                    if ended:
-                        raise RewardError(
-                            f"{self.name} ends an episode that it went on with before, after {text[:80]!r}"
-                        )
-                    observation, reward, terminated, truncated, _ = self.env.step(text)
-                    ended = bool(terminated or truncated)
-            except RewardError:
-                raise
-            except Exception as error:
-                raise RewardError(f"{self.name} failed on the answer {text[:80]!r}: {error}") from error
-        return observation, reward, ended
+            known = min(len(texts), len(self._texts))
+            if list(texts[:known]) != self._texts[:known] or (len(texts) > known and self._has_ended):
+                raise RewardError(
+                    f"{self._hosted.unrepeatable}, so this episode cannot be played again with other answers"
+                )
+            for text in texts[known:]:
+                self._results.append(self._hosted.step(self._env, text))
+                self._texts.append(text)
+            if self._has_ended:
+                self.give_back()
+            return self._results[len(texts) - 1]
+
+    @property
+    def _has_ended(self) -> bool:
+        return bool(self._results) and self._results[-1].ended
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun(Sample):
+    """A sample that goes on in an environment of its own while it exists."""
+
+    episode: _Episode | None = None
 
 
 class _Seeds(Source):
-    """The samples of an environment: one for each seed."""
+    """The samples of an environment: one for each seed. If it does not repeat itself, each is a new episode."""
 
     size = None
 
@@ -190,6 +350,8 @@ class _Seeds(Source):
     def get(self, index: int) -> Sample:
         seed = index % _SEEDS * 2 + self._odd
         try:
+            if self._hosted.unrepeatable:
+                return self._hosted.begin(seed)
             seen = self._hosted.observe(seed)
         except ConfigError as error:
             raise DataError(f"seed {seed}: {error}") from error

@@ -54,8 +54,8 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         kwargs: The task's own arguments.
 
     Raises:
-        ConfigError: `group_size` does not divide `num_envs`, `revisit` is not a probability, or samples are never seen
-            twice.
+        ConfigError: `group_size` does not divide `num_envs`, or is above 1 for a task that cannot show a sample again;
+            `revisit` is not a probability, or samples are never seen twice.
     """
 
     metadata: dict[str, Any] = {  # noqa: RUF012 (Gymnasium's own type)
@@ -83,6 +83,11 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         self.task = task(**kwargs)
         if self.task.render_mode not in (None, *self.metadata["render_modes"]):
             raise ConfigError(f"render_mode {self.task.render_mode} is for a single environment: take rgb_array")
+        if group_size > 1 and self.task.unrepeatable:
+            raise ConfigError(
+                f"{self.task.unrepeatable}, so no group of answers can be compared: take ppo or reinforce++, with "
+                "group_size 1"
+            )
         self.num_envs = num_envs
         self.group_size = group_size
         self.render_mode = self.task.render_mode

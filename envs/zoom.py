@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ from vlmenv.core.coordinates import Box
 from vlmenv.core.formats import AnswerFormat
 from vlmenv.core.spaces import Image
 from vlmenv.envs.data.dataset import Reading
-from vlmenv.envs.data.details import Detail, TinyDots
+from vlmenv.envs.data.details import Detail, Dots
 from vlmenv.envs.data.images import resized
 from vlmenv.envs.data.scenes import Split
 from vlmenv.envs.data.source import Sample, Source
@@ -80,7 +81,7 @@ class ZoomEnv(VQAEnv):
         super().__init__(prompt_template=prompt_template, max_turns=max_turns, **kwargs)
 
     def builtin_source(self, split: Split) -> Source:
-        return TinyDots(split)
+        return Dots(split)
 
     def reading(self, *args: Any, **kwargs: Any) -> Reading:
         """As for other tasks, but images are loaded at their full size, from which crops are cut."""
@@ -105,8 +106,9 @@ class ZoomEnv(VQAEnv):
         if place is None or texts or self.max_turns == 1:
             return super().write_turn(sample, texts)
         height, width = sample.images[0].shape[:2]
-        box = self.coordinates.from_pixels(place, width, height)
-        return self.answer_format.write(f'{{"{_KEY}": {write_box(box)}}}')
+        left, top, right, bottom = self.coordinates.from_pixels(place, width, height)
+        box = (math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom))
+        return self.answer_format.write(f'{{"{_KEY}": {write_box(box)}}}', sample.rationale)
 
     def _cut(self, sample: Sample, crop: Crop) -> Image | None:
         """A part of an image, enlarged to the longer side of the image as it is shown; None if there is none."""

@@ -162,7 +162,8 @@ def test_the_commands_run(
         lay_out_pipeline(tmp_path)
         main([args[0], str(small_pipeline(args[1], tmp_path)), *args[2:], *SMALL[args[0]]])
     else:
-        main([*args, *SMALL[args[0]]])
+        sizes = SMALL[args[0]]
+        main([*args, *(sizes[:4] + sizes[6:] if "--group-size" in args else sizes)])
     expected = {
         "train": "model, metrics and pictures are in",
         "eval": "metric",

@@ -125,13 +125,30 @@ def seeds_cell(values: Sequence[float], digits: int = 3) -> str:
     return written[0] if len(set(written)) == 1 else " / ".join(written)
 
 
-def draw_seeds(axes: Axes, lines: Mapping[str, Sequence[Sequence[float]]], width: int) -> None:
-    """Draws for each name the mean of its seeds' curves, smoothed over `width` steps, and thin the seeds themselves."""
+def spread_cell(values: Sequence[float], digits: int = 3) -> str:
+    """The figures of several seeds after their mean and standard deviation; once where they are the same."""
+    cell = seeds_cell(values, digits)
+    if "/" not in cell:
+        return cell
+    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f} ({cell})"
+
+
+def draw_seeds(
+    axes: Axes, lines: Mapping[str, Sequence[Sequence[float]]], width: int = 1, steps: Sequence[int] | None = None
+) -> None:
+    """Draws for each name the mean of its seeds' curves, and thin the seeds themselves.
+
+    Args:
+        axes: Where to draw.
+        lines: By name, the values of each seed.
+        width: Number of values that each curve is smoothed over. Default: 1, as they are.
+        steps: The steps of the values. Default: from 1.
+    """
     for (name, seeds), colour in zip(lines.items(), mpl.color_sequences["tab10"] * 9, strict=False):
         curves = np.array([smooth(np.asarray(one, dtype=float), width) for one in seeds])
-        steps = np.arange(1, curves.shape[1] + 1)
-        axes.plot(steps, curves.T, color=colour, linewidth=0.5, alpha=0.5)
-        axes.plot(steps, curves.mean(axis=0), color=colour, linewidth=1.6, label=name)
+        shown = np.arange(1, curves.shape[1] + 1) if steps is None else np.asarray(steps)
+        axes.plot(shown, curves.T, color=colour, linewidth=0.5, alpha=0.5)
+        axes.plot(shown, curves.mean(axis=0), color=colour, linewidth=1.6, label=name)
     axes.set(xlabel="step")
     axes.grid(alpha=0.3)
 

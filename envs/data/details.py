@@ -1,28 +1,39 @@
-"""Built-in scenes with details that are too small to see at the size of most models' images.
+"""Built-in scenes with details, which are too small to see where models see images at a few pixels.
 
 The training and the evaluation stream are endless and disjoint, as those of the scenes are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
 from vlmenv.core.answers import Answer
 from vlmenv.core.coordinates import Box
 from vlmenv.core.spaces import Image
-from vlmenv.envs.data.scenes import COLOURS, Scenes, Shape, choose_reference, sample_scene, sample_tint
+from vlmenv.envs.data.scenes import (
+    COLOURS,
+    SHAPES,
+    Reference,
+    Scenes,
+    Shape,
+    choose_reference,
+    references,
+    sample_scene,
+    sample_tint,
+)
 from vlmenv.envs.data.source import Sample
 
-SCALE: Final = 5
-"""Pixels of these scenes per pixel of the built-in scenes: they have 480 x 480."""
+SCALE: Final = 2
+"""Pixels of these scenes per pixel of the built-in scenes: they have 192 x 192."""
 SIDES: Final = (3, 5)
 """Least and greatest side of a dot in pixels."""
 
-_COUNTS = (2, 5)
-_MARGIN = 4  # pixels around a shape that a crop of it shows
+_COUNTS = (2, 4)
+_REACH = 8  # pixels on each side of a dot's middle that a crop of it shows
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,46 +44,77 @@ class Detail(Sample):
     """a box around what the question is about, in pixels of the image"""
 
 
-class TinyDots(Scenes):
-    """Scenes of shapes, each with a dot of another colour in its middle. The question is the colour of one dot."""
+class Dots(Scenes):
+    """Scenes of shapes, each with a dot of another colour in its middle.
+
+    The question is what colour a dot is (the sample's subject is `tiny`), or of what kind a shape is (`plain`).
+    """
 
     stream = 2
 
     def get(self, index: int) -> Detail:
         scene, _ = sample_scene(self.split, index, _COUNTS)
         rng = self.rng(index)
-        reference = choose_reference(scene, rng)
         image = scene.image.repeat(SCALE, axis=0).repeat(SCALE, axis=1)
-        dots = {shape: _dot(image, shape, rng) for shape in scene.shapes}
-        colour, shape = dots[reference.target], reference.target
+        dots = {shape: _draw_dot(image, shape, rng) for shape in scene.shapes}
+        plain = [one for one in references(scene) if not set(SHAPES) & set(one.expression.split())]
+        asked = _of_dot(choose_reference(scene, rng), dots)
+        if plain and rng.random() < 0.5:
+            asked = _of_shape(plain[rng.integers(len(plain))])
         return Detail(
             f"dot-{self.split}-{index}",
             (image,),
-            f"What colour is the dot in {reference.expression}?",
-            Answer(colour, "exact"),
-            f"It is in the {shape}.",
-            "colour",
-            place=_around(shape.box, len(image)),
+            asked.question,
+            Answer(asked.answer, "exact"),
+            asked.rationale,
+            asked.kind,
+            place=asked.place,
         )
 
 
-def _around(box: Box, side: int) -> Box:
-    """A box around a shape, in pixels of the image."""
-    left, top, right, bottom = (SCALE * edge for edge in box)
-    return (
-        max(left - _MARGIN, 0.0),
-        max(top - _MARGIN, 0.0),
-        min(right + _MARGIN, float(side)),
-        min(bottom + _MARGIN, float(side)),
-    )
+class _Dot(NamedTuple):
+    """A dot as it is drawn."""
+
+    colour: str
+    place: Box
+    """around it, within its shape's box"""
 
 
-def _dot(image: Image, shape: Shape, rng: np.random.Generator) -> str:
-    """Draws a square dot in the middle of a shape, and gives its colour."""
+class _Asked(NamedTuple):
+    """A question with its answer."""
+
+    kind: str
+    question: str
+    answer: str
+    rationale: str
+    place: Box
+
+
+def _of_dot(reference: Reference, dots: Mapping[Shape, _Dot]) -> _Asked:
+    dot = dots[reference.target]
+    question = f"What colour is the dot in {reference.expression}?"
+    return _Asked("tiny", question, dot.colour, f"It is in the {reference.target}.", dot.place)
+
+
+def _of_shape(reference: Reference) -> _Asked:
+    shape, question = reference.target, f"What kind of shape is {reference.expression}?"
+    return _Asked("plain", question, shape.kind, f"It is the {shape}.", _enlarged(shape.box))
+
+
+def _enlarged(box: Box) -> Box:
+    """A box in pixels of the image."""
+    left, top, right, bottom = box
+    return SCALE * left, SCALE * top, SCALE * right, SCALE * bottom
+
+
+def _draw_dot(image: Image, shape: Shape, rng: np.random.Generator) -> _Dot:
+    """Draws a square dot in the middle of a shape."""
     colour = str(rng.choice([one for one in COLOURS if one != shape.colour]))
     side = int(rng.integers(SIDES[0], SIDES[1] + 1))
-    left, top, right, bottom = shape.box
+    left, top, right, bottom = _enlarged(shape.box)
     height = 0.65 if shape.kind == "triangle" else 0.5  # where it is wide enough
-    x, y = SCALE * (left + right) / 2 - side / 2, SCALE * (top + height * (bottom - top)) - side / 2
-    image[round(y) : round(y) + side, round(x) : round(x) + side] = sample_tint(colour, rng)
-    return colour
+    x, y = (left + right) / 2, top + height * (bottom - top)
+    first, upper = round(x - side / 2), round(y - side / 2)
+    image[upper : upper + side, first : first + side] = sample_tint(colour, rng)
+    place = max(left, x - _REACH), max(top, y - _REACH), min(right, x + _REACH), min(bottom, y + _REACH)
+    return _Dot(colour, place)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from accelerate import Accelerator
 from vlmenv.agents.vlm import Sampling, VLMAgent
 from vlmenv.algos import GRPO, PPO, Algorithm, GRPOConfig, PPOConfig, Trainer, TrainerConfig
 from vlmenv.algos.sft import SFT, SFTConfig
+from vlmenv.cli import main
 from vlmenv.core.errors import ConfigError
 from vlmenv.envs.data.source import Sample
 from vlmenv.envs.episodes import Reply
@@ -93,6 +96,53 @@ def test_ppo_credits_turns() -> None:
     (result,) = trainer.train(seed=0)
     assert torch.equal(seen[0].turn_rewards, result.rollouts.turn_rewards)
     assert np.isfinite(result.metrics["value/loss"])
+
+
+class Guessing(gymnasium.Env[Any, str]):
+    """Shows noise that no seed decides, twice. A longer answer earns more, by an amount that is not told."""
+
+    observation_space = gymnasium.spaces.Text(100)
+    action_space = gymnasium.spaces.Text(10_000)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.left = 2
+        return self.seen(), {}
+
+    def seen(self) -> Any:
+        noise = np.random.default_rng()
+        self.factor = float(noise.random())
+        return {"images": noise.integers(256, size=(64, 64, 3), dtype=np.uint8), "prompt": "Go on?"}
+
+    def step(self, action: str) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.left -= 1
+        reward = self.factor * len(action)
+        return self.seen(), reward, not self.left, False, {}
+
+
+@pytest.mark.parametrize("algo", ["ppo", "reinforce++"])
+def test_an_environment_that_does_not_repeat_itself_trains_and_goes_on(
+    algo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gymnasium.register("Guessing-v0", entry_point=Guessing)
+    run = tmp_path / "run"
+    options = ["--env", "Guessing-v0", "--algo", algo, "--prompts-per-step", "4", "--max-new-tokens", "8"]
+    options += ["--eval-limit", "3", "--steps", "2", "--checkpoint-every", "1", "--output", str(run), "--device", "cpu"]
+    try:
+        with pytest.raises(SystemExit):
+            main(["train", *options])
+        assert "Guessing-v0 starts differently with one seed" in capsys.readouterr().err
+        main(["train", *options, "--group-size", "1"])
+        main(["train", "--resume", str(run), "--steps", "3"])
+    finally:
+        del gymnasium.registry["Guessing-v0"]
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [one["completion/turns"] for one in steps] == [2.0] * 3
+    assert all(one["reward/std"] > 0 for one in steps)
+    answers = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
+    assert len({one["target"] for one in answers[:4]}) == 4
+    assert (run / "report.html").is_file()
+    assert "not kept" not in "".join(capsys.readouterr())
 
 
 def test_sft_imitates_every_turn() -> None:

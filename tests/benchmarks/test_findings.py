@@ -14,18 +14,21 @@ from conftest import ROOT
 from PIL import Image
 
 from vlmenv.cli import main
+from vlmenv.envs.zoom import read_crop
 
 SMALL = {
     "hacking": {"prompts": 1},
     "zero_variance": {"prompts": 1},
     "sft_vs_rl": {},
     "two_stages": {"prompts": 1, "steps": 2},
+    "zoom": {"prompts": 1, "steps": 2, "every": 1, "lessons": 1},
 }
 
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """What is run is run in this process, which need not import everything again."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     monkeypatch.syspath_prepend(ROOT / "benchmarks" / "findings")
     module = importlib.import_module("runs")
     monkeypatch.setattr(module, "_vlmenv", lambda *args: main(list(args)))
@@ -43,19 +46,51 @@ def test_a_finding(name: str, runs: ModuleType, tmp_path: Path) -> None:
     rows = [
         line
         for line in text.splitlines()
-        if re.match(r"\| (before|map|map50|od_length|grpo|sft|as they|left|…|perc|both|reas)", line)
+        if re.match(r"\| (before|map|map50|od_length|grpo|sft|as they|left|…|perc|both|reas|with)", line)
     ]
-    assert len(rows) == {"hacking": 4, "zero_variance": 3, "sft_vs_rl": 3, "two_stages": 5}[name]
+    assert len(rows) == {"hacking": 4, "zero_variance": 3, "sft_vs_rl": 3, "two_stages": 5, "zoom": 4}[name]
     for row in rows[1:]:
         assert re.search(r"\d\.\d{3}", row)
     assert f"{name}.png" in text
     assert Image.open(output.with_suffix(".png")).size[0] == 900
     models = list((tmp_path / "runs").glob("*seed0*/checkpoints/step-*"))
-    assert len(models) == {"two_stages": 4}.get(name, len(rows) - 1)
+    assert len(models) == {"two_stages": 4, "zoom": 2}.get(name, len(rows) - 1)
     written = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("metrics.json*")}
     script.main(args)  # nothing is trained or measured anew
     assert output.read_text() == text
     assert {file: file.stat().st_mtime_ns for file in written} == written
+
+
+@pytest.mark.slow
+def test_a_mix_beside_its_tasks(runs: ModuleType, tmp_path: Path) -> None:
+    script, output = importlib.import_module("mix"), tmp_path / "mix.md"
+    args = script.Args(seeds=1, steps=1, prompts=1, limit=2, runs=tmp_path / "runs", output=output)
+    script.main(args)
+    rows = [line for line in output.read_text().splitlines() if line.startswith("| VLM-")]
+    assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in script.METRICS]
+    for name in script.METRICS:
+        counts = [shown(tmp_path / "runs" / f"{run}-seed0", name) for run in ("mix", f"{name}-1", f"{name}-3")]
+        assert counts == [1, 1, 3]
+
+
+def shown(run: Path, name: str) -> int:
+    """The number of samples of a task that a run has shown."""
+    records = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
+    return len({record["index"] for record in records if record.get("task", name) == name})
+
+
+def test_lessons_know_no_kind_of_detail(runs: ModuleType) -> None:
+    lessons = importlib.import_module("zoom_lessons")
+    task = lessons.Lessons()
+    samples = [task.source.get(index) for index in range(300)]
+    crops = [read_crop(task.write_turn(sample, ())) for sample in samples]
+    for kind in ("tiny", "plain"):
+        asked = [crop is not None for crop, sample in zip(crops, samples, strict=True) if sample.subject == kind]
+        assert 0.35 < np.mean(asked) < 0.65
+    crop, sample = next((crop, sample) for crop, sample in zip(crops, samples, strict=True) if crop)
+    assert crop.box == sample.place
+    asked = task.write_turn(sample, ())
+    assert task.write_turn(sample, (asked,)) == task.write_answer(sample)
 
 
 def test_scenes_of_other_kinds(runs: ModuleType, tmp_path: Path) -> None:

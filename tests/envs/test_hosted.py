@@ -186,11 +186,6 @@ def test_an_environment_that_unexpectedly_goes_on_is_told() -> None:
         task.step("no")
 
 
-class Unseeded(Squares):
-    def seen(self) -> Any:
-        return super().seen() | {"prompt": f"{np.random.default_rng().integers(2**60)}"}
-
-
 class Numbers(Squares):
     def seen(self) -> Any:
         return np.zeros(3)
@@ -209,7 +204,6 @@ class Floats(Squares):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (Unseeded, "Unseeded starts differently with one seed"),
         (Numbers, "Numbers is no visual task: its observation, of type ndarray"),
         (Keys, "of keys question, image"),
         (Floats, "uint8 .*not float64"),
@@ -341,3 +335,131 @@ def test_its_failures_are_told() -> None:
 def test_a_data_set_is_refused() -> None:
     with pytest.raises(ConfigError, match="draws its own samples"):
         HostedTask(Squares, dataset="rows.jsonl")
+
+
+class Unseeded(gymnasium.Env[Any, str]):
+    """Shows a shade that no seed decides, and then two more. The answer is how bright it is, from 0 to 9."""
+
+    observation_space = gymnasium.spaces.Dict(
+        {"images": gymnasium.spaces.Box(0, 255, (4, 4, 3), np.uint8), "prompt": gymnasium.spaces.Text(100)}
+    )
+    action_space = gymnasium.spaces.Text(1000)
+    open = 0
+
+    def __init__(self) -> None:
+        Unseeded.open += 1
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.left = 3
+        return self.seen(), {}
+
+    def seen(self) -> Any:
+        image = np.random.default_rng().integers(256, size=(4, 4, 3), dtype=np.uint8)
+        self.shade = int(image[0, 0, 0]) // 26
+        return {"images": image, "prompt": "How bright is the first pixel's red, from 0 to 9?"}
+
+    def step(self, action: str) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.left -= 1
+        right = float(action == str(self.shade))
+        return self.seen(), right, not self.left, False, {}
+
+    def close(self) -> None:
+        Unseeded.open -= 1
+
+
+class Drifting(Unseeded):
+    """Starts alike, and goes on as no seed decides."""
+
+    def reset(self, **arguments: Any) -> tuple[Any, dict[str, Any]]:
+        super().reset(**arguments)
+        self.shade = 0
+        return {"images": np.zeros((4, 4, 3), np.uint8), "prompt": "How bright is it?"}, {}
+
+
+class Ageing(Squares):
+    """Asks twice, and tells its age from its fifth answer on, which two tries do not find."""
+
+    steps, age = 2, 0
+
+    def step(self, action: str) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.age += 1
+        seen, *rest = super().step(action)
+        return seen | {"prompt": f"Age {max(self.age, 5)}"}, *rest
+
+
+def brightness(observation: Any) -> str:
+    return str(int(observation["images"][-1][0, 0, 0]) // 26)
+
+
+@pytest.mark.parametrize(("kind", "why"), [(Unseeded, "starts differently"), (Drifting, "goes on differently")])
+def test_each_episode_of_one_that_does_not_repeat_itself_is_played_once(
+    kind: type[Unseeded], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers to what each environment shows are right in all of its turns."""
+    monkeypatch.setattr(Unseeded, "open", 0)
+    envs = VisualTaskVectorEnv(partial(HostedTask, kind), 6)
+    for _ in range(2):
+        shown, total = unbatch(envs.reset(seed=0)[0]), np.zeros(6)
+        for turn in range(3):
+            texts = [brightness(one) if i < 4 else "no" for i, one in enumerate(shown)]
+            batch, rewards, terminated, _, infos = envs.step(texts)
+            shown, total = unbatch(batch), total + rewards
+            assert terminated.all() == (turn == 2)
+        assert total.tolist() == [3.0] * 4 + [0.0] * 2
+        assert infos["rewards"]["environment"].tolist() == total.tolist()
+        assert len(set(infos["target"])) == 6
+    assert kind.open <= 8  # of 12 episodes: those that have ended lend theirs
+    envs.close()
+    assert kind.open == 0
+    with pytest.raises(ConfigError, match=f"{kind.__name__} {why}.* no group .* ppo or reinforce"):
+        VisualTaskVectorEnv(partial(HostedTask, kind), 6, group_size=2)
+
+
+class Chancy(Unseeded):
+    """Ends at once in the tries, and goes on later."""
+
+    def step(self, action: str) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.left = self.left if action else 1
+        return super().step(action)
+
+
+def test_an_end_by_chance_makes_no_task_of_one_step() -> None:
+    task = HostedTask(Chancy)
+    assert task.max_turns == 8
+    task.reset(seed=0)
+    assert task.step("5")[2:4] == (False, False)
+    assert HostedTask(Chancy, max_turns=1).max_turns == 1
+
+
+def test_an_episode_cannot_be_played_again_with_other_answers() -> None:
+    task = HostedTask(Unseeded)
+    sample = task.source.get(0)
+    assert task.respond(sample, ("a",)) is not None
+    assert task.score("a", sample).reward == 0
+    with pytest.raises(RewardError, match=r"starts differently .* cannot be played again"):
+        task.score("b", sample)
+
+
+def test_registration_may_say_so() -> None:
+    gymnasium.register("Noted-v0", entry_point=Warmer, nondeterministic=True)
+    try:
+        with pytest.raises(ConfigError, match="Noted-v0 is registered with nondeterministic=True"):
+            make_envs("Noted-v0", 2, group_size=2)
+        envs = make_envs("Noted-v0", 2)
+        shown = unbatch(envs.reset(seed=0)[0])
+        alone = Warmer()
+        for index, one in zip(envs.shown, shown, strict=True):
+            alone.reset(seed=int(envs.shown[index].id.removeprefix("seed-")))
+            assert one["prompt"].startswith("Guess")
+        assert envs.step([str(alone.number)] * 2)[1][1] == 1.0  # the last one's
+    finally:
+        del gymnasium.registry["Noted-v0"]
+
+
+def test_what_goes_on_differently_later_is_told() -> None:
+    task = HostedTask(Ageing)
+    task.reset(seed=0)
+    task.step("no")
+    with pytest.raises(RewardError, match=r"Ageing does not repeat an episode.*nondeterministic=True"):
+        task.step("no")

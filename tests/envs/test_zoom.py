@@ -18,8 +18,8 @@ from PIL import Image
 from vlmenv.core.coordinates import ResizeRule
 from vlmenv.core.errors import ConfigError
 from vlmenv.envs.base import VisualTaskEnv
-from vlmenv.envs.data.details import SIDES, Detail, TinyDots
-from vlmenv.envs.data.scenes import COLOURS
+from vlmenv.envs.data.details import SIDES, Detail, Dots
+from vlmenv.envs.data.scenes import COLOURS, SHAPES
 from vlmenv.envs.data.source import Sample
 from vlmenv.envs.episodes import Reply
 from vlmenv.envs.selfcheck import self_check
@@ -53,7 +53,7 @@ class Doubting(VisualTaskEnv):
     max_turns = 4
 
     def builtin_source(self, split: Any) -> Any:
-        source = TinyDots(split)
+        source = Dots(split)
         source.get = lambda index: Sample("a", (), "An <image>?", "sure")  # type: ignore[method-assign]
         return source
 
@@ -81,16 +81,38 @@ def test_the_truth_scores_one_with_and_without_a_crop() -> None:
 
 
 def test_dots_are_tiny_have_the_answers_colour_and_lie_within_their_place() -> None:
-    for index in range(12):
-        sample = TinyDots("train").get(index)
-        assert sample.place is not None
-        left, top, right, bottom = map(int, sample.place)
-        cut = sample.images[0][top:bottom, left:right].astype(int)
+    for sample in of_kind("tiny", 12):
+        cut = place_of(sample)
         near = (np.abs(cut - COLOURS[sample.target.text]).max(axis=2) <= 12).nonzero()
         spans = [int(np.ptp(axis)) + 1 for axis in near]
         assert SIDES[0] <= spans[0] == spans[1] <= SIDES[1]
         assert sample.target.text not in sample.rationale
-    assert isinstance(sample, Detail)
+        assert "dot" in sample.question
+
+
+def test_other_questions_are_of_the_kind_of_a_shape_which_they_do_not_say() -> None:
+    for sample in of_kind("plain", 12):
+        cut = place_of(sample)
+        colour = next(colour for colour in COLOURS if colour in sample.rationale)
+        near = np.abs(cut - COLOURS[colour]).max(axis=2) <= 12
+        assert near.any(axis=0).sum() >= cut.shape[1] - 8  # the shape spans its place, the dot aside
+        assert sample.target.text in sample.rationale
+        assert not set(SHAPES) & set(sample.question.rstrip("?").split())
+        assert "dot" not in sample.question
+
+
+def of_kind(kind: str, count: int) -> list[Detail]:
+    samples = [Dots("train").get(index) for index in range(4 * count)]
+    found = [sample for sample in samples if sample.subject == kind]
+    assert len(found) >= count
+    return found[:count]
+
+
+def place_of(sample: Detail) -> np.ndarray:
+    """The pixels of what a question is about."""
+    assert sample.place is not None
+    left, top, right, bottom = map(int, sample.place)
+    return sample.images[0][top:bottom, left:right].astype(int)
 
 
 def test_a_crop_is_that_part_of_the_full_image_enlarged(tmp_path: Path) -> None:
@@ -175,7 +197,7 @@ def test_hostile_answers_end_the_episode(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "box", [(0, 0, 0.001, 480), (0, 0, 480, 0.001), (479.99, 479.99, 480, 480), (-5e4, -5e4, 5e4, 5e4)]
+    "box", [(0, 0, 0.001, 192), (0, 0, 192, 0.001), (191.99, 191.99, 192, 192), (-5e4, -5e4, 5e4, 5e4)]
 )
 def test_strange_boxes_give_images_that_models_take(box: Any) -> None:
     env, _ = begun(image_bound=ResizeRule(32, 1024, 36864))

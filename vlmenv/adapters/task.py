@@ -61,6 +61,9 @@ class PortableTask:
         self.arguments = arguments | paths  # which hold in processes with another working directory
         self.task = make_envs(env, 1, **self.arguments).task
         require(not self.task.takes_videos, f"{env} takes videos, and other trainers are given images alone")
+        require(
+            not self.task.unrepeatable, f"{self.task.unrepeatable}, so no number names a sample for other processes"
+        )
         self._lock = threading.Lock()
 
     def require_one_turn(self, why: str) -> None:

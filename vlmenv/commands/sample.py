@@ -18,7 +18,7 @@ from rich.table import Table
 from vlmenv.agents.base import Agent
 from vlmenv.building import DTYPES, load_agent, prepared, report_broken_rows, report_skipped, task_arguments
 from vlmenv.core.console import PlainTable, say
-from vlmenv.core.errors import ConfigError, DataError
+from vlmenv.core.errors import ConfigError, DataError, require
 from vlmenv.core.files import read_objects, write_atomic
 from vlmenv.envs.data.dataset import Concatenated, TableSource
 from vlmenv.envs.data.tables import Rows
@@ -61,6 +61,7 @@ def _sample(config: SampleConfig, processes: Processes, console: Console) -> Pat
     groups = max(1, config.batch_size // config.n)
     data = config.data.arguments()
     envs = make_envs(config.env, groups * config.n, group_size=config.n, **data, **task_arguments(config))
+    require(not envs.task.unrepeatable, f"{envs.task.unrepeatable}, so no data set can hold its samples")
     fit_prompts(config, envs, accelerator, console, first=config.eval_limit)
     report_broken_rows(envs, console)
     count = sample_count(envs, config.eval_limit)

@@ -98,6 +98,8 @@ class Album:
 
     def _kept(self, index: int, loaded: Sample | None) -> tuple[Sample | None, dict[str, Any] | None]:
         """The sample and, if it is new, its line."""
+        if loaded is None and self._task.unrepeatable:
+            return None, None
         try:
             sample = loaded or self._task.source.get(index)
         except DataError:

@@ -95,7 +95,8 @@ def _look_at(
 ) -> None:
     """Looks at the answers to one task."""
     agent, state = trainer.agent, trainer.agent.rng_state()
-    looking = VisualTaskVectorEnv(lambda: envs.task, FIRST_SAMPLES * FIRST_GROUP, group_size=FIRST_GROUP)
+    group = 1 if envs.task.unrepeatable else FIRST_GROUP
+    looking = VisualTaskVectorEnv(lambda: envs.task, FIRST_SAMPLES * group, group_size=group)
     held = trainer.processes.gathered() if agent.generates_itself else nullcontext()
     turns = agent.generating(envs.max_turns)
     with closing(looking), held, shared_failure(trainer.accelerator), turns, trainer.processes.autocast():
@@ -392,8 +393,9 @@ def compare(
 ) -> None:
     """Shows and writes what changed."""
     for name, own in by_task(envs).items():
-        file = run.path / picture_of(name, "samples.png")
-        draw_samples(file, own, answers_to(before, name), answers_to(after, name))
+        if not own.task.unrepeatable:  # else before and after have no sample in common
+            file = run.path / picture_of(name, "samples.png")
+            draw_samples(file, own, answers_to(before, name), answers_to(after, name))
     write_evaluation(after, run.path / "after")
     keeping.evaluation(after)
     changes = differences_by_task(envs, before.answers, after.answers)

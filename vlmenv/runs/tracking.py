@@ -21,6 +21,7 @@ from vlmenv.core.errors import ConfigError, TrainingError, unknown_name
 from vlmenv.core.loading import load_name
 from vlmenv.core.spaces import Image
 from vlmenv.envs.base import VisualTaskEnv
+from vlmenv.envs.rendering import picture_of
 from vlmenv.runs.run_folder import RunFolder
 
 _NUM_SAMPLES = 4  # samples, one answer to each
@@ -299,16 +300,22 @@ class Tracking:
 
 def shown_samples(result: StepResult, tasks: Mapping[str, VisualTaskEnv]) -> list[tuple[dict[str, Any], Image]]:
     """Records of the first completion of each task's first samples, with the task's picture of sample and answer."""
-    firsts = {(record.get("task", ""), record["index"]): record for record in reversed(result.rollouts.records)}
+    records, images = result.rollouts.records, result.rollouts.images
+    firsts = {(record.get("task", ""), record["index"]): i for i, record in reversed(list(enumerate(records)))}
     shown: list[tuple[dict[str, Any], Image]] = []
     for name, task in tasks.items():
-        own = [record for (of, _), record in reversed(firsts.items()) if of == name][:_NUM_SAMPLES]
-        shown += [(record, _picture(task, record)) for record in own]
+        own = [i for (of, _), i in reversed(firsts.items()) if of == name][:_NUM_SAMPLES]
+        shown += [(records[i], _picture(task, records[i], images[i] if images else ())) for i in own]
     return shown
 
 
-def _picture(task: VisualTaskEnv, record: dict[str, Any]) -> Image:
-    whole = PILImage.fromarray(task.draw(task.source.get(record["index"]), task.parse(record["completion"])))
+def _picture(task: VisualTaskEnv, record: dict[str, Any], images: Sequence[Image]) -> Image:
+    """The sample and the answer, or the episode's images if the task cannot show the sample again."""
+    if task.unrepeatable:
+        drawn = picture_of(images)
+    else:
+        drawn = task.draw(task.source.get(record["index"]), task.parse(record["completion"]))
+    whole = PILImage.fromarray(drawn)
     whole.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
     return np.asarray(whole)
 
