@@ -246,7 +246,7 @@ def test_what_takes_no_videos_is_told_before_anything_runs(tmp_path: Path) -> No
 
 def test_an_engine_is_given_no_videos() -> None:
     agent = VLMAgent.from_pretrained("builtin")
-    agent.engine = SimpleNamespace(max_length=2048)  # type: ignore[assignment]
+    agent.engine = SimpleNamespace(max_length=2048, max_images=None)  # type: ignore[assignment]
     with pytest.raises(ConfigError, match="videos go with engine hf"):
         agent.rollout([{"images": (), "videos": (clip(4, 32, 32),), "prompt": "?"}])
 
