@@ -294,14 +294,22 @@ class Ours:
         prompts: That it is asked.
         case: How.
         accelerator: On its device.
+        algorithm: That trains it. Default: GRPO.
     """
 
-    def __init__(self, agent: VLMAgent, prompts: Sequence[Observation], case: Case, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        agent: VLMAgent,
+        prompts: Sequence[Observation],
+        case: Case,
+        accelerator: Accelerator,
+        algorithm: GRPO | None = None,
+    ) -> None:
         self.agent = agent
         self.encoding = 0.0
         self._wrap_encode()
         config = TrainerConfig(steps=NEVER, lr=LR, warmup_steps=0, lr_schedule="constant")
-        algorithm = GRPO(GRPOConfig(group_size=case.group_size))
+        algorithm = algorithm or GRPO(GRPOConfig(group_size=case.group_size))
         self.trainer = Trainer(agent, Shown(prompts, case), algorithm, config, accelerator)
         self._steps = self.trainer.train(seed=0)
         self.last: Any = None

@@ -121,7 +121,7 @@ def head(args: Args) -> list[str]:
         "",
         f"Referring expressions on the built-in scenes; a student of 0.4 million parameters, {args.steps} steps of "
         f"{args.prompts} prompts with {ANSWERS} answers, seeds 0 to {args.seeds - 1}; {hardware()}, "
-        f"{torch.get_num_threads()} threads. The teacher is the built-in model (1.6 million) after "
+        f"threads of PyTorch: {torch.get_num_threads()}. The teacher is the built-in model (1.6 million) after "
         f"{args.teacher_steps} steps of GRPO. Mean IoU of greedy answers to {args.limit} held-out samples, every "
         f"{args.every} steps. Answers are those that were sampled until the metric was reached.",
     ]
@@ -156,7 +156,7 @@ def answers_until(run: Path, metric: float, args: Args) -> str:
 
 
 def draw(path: Path, found: Mapping[str, list[Path]], goal: float, args: Args) -> None:
-    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
     axes = figure.subplots()
     curves = {name: [curve(run) for run in runs] for name, runs in found.items()}
     draw_seeds(axes, curves, width=1)

@@ -58,7 +58,9 @@ class Args:
     prompts: int = 8
     """In a step, each with eight answers."""
     rows: int = 600
-    """Training rows; held out are half as many."""
+    """Training rows."""
+    limit: int = 300
+    """Held-out rows to measure on."""
     every: int = 10
     """Steps between measurements of visual dependence in training."""
     runs: Path = Path("runs/findings/shortcut")
@@ -71,7 +73,7 @@ def main(args: Args) -> None:
     check_model(args.runs)
     files = {
         "train": written("train", args.rows, args.runs / "rows"),
-        "eval": written("eval", args.rows // 2, args.runs / "rows"),
+        "eval": written("eval", args.limit, args.runs / "rows"),
     }
     found = {algo: [run(algo, seed, files, args) for seed in range(args.seeds)] for algo in args.algos}
     publish([*head(args), *table(found, files, args)], args.output, lambda path: draw(path, found))
@@ -125,15 +127,16 @@ def run(algo: str, seed: int, files: Mapping[Split, Path], args: Args) -> Path:
 
 
 def head(args: Args) -> list[str]:
+    usual = ", ".join(f"{colour} for a {kind}" for kind, colour in USUAL.items())
     lines = [
         "# A shortcut in questions",
         "",
         f"    python benchmarks/findings/shortcut.py --seeds {args.seeds} --steps {args.steps} "
-        f"--prompts {args.prompts} --rows {args.rows} --algos {' '.join(args.algos)}",
+        f"--prompts {args.prompts} --rows {args.rows} --limit {args.limit} --algos {' '.join(args.algos)}",
         "",
         f"The built-in model, {args.steps} steps of {args.prompts} prompts, seeds 0 to {args.seeds - 1}; {hardware()}, "
-        f"{torch.get_num_threads()} threads. Each of {args.rows} training rows asks for the colour of a shape. In "
-        f"{SHARE:.0%} of them it is the one that goes with the kind of shape, as in {USUAL}. The {args.rows // 2} "
+        f"threads of PyTorch: {torch.get_num_threads()}. Each of {args.rows} training rows asks for the colour of "
+        f"a shape. In {SHARE:.0%} of them it goes with the kind of shape: {usual}. The {args.limit} "
         "held-out rows are divided alike. Answers are greedy. The two columns of what is lost tell how much accuracy, "
         "and the log-probability of the answers per token, fall with blank images.",
     ]

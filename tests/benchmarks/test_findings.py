@@ -22,6 +22,8 @@ SMALL = {
     "sft_vs_rl": {},
     "two_stages": {"prompts": 1, "steps": 2},
     "zoom": {"prompts": 1, "steps": 2, "every": 1, "lessons": 1},
+    "shortcut": {"prompts": 1, "rows": 4, "every": 1, "algos": ("grpo", "papo_g")},
+    "distillation": {"prompts": 1, "every": 1, "teaching": 1, "teacher_steps": 1},
 }
 
 
@@ -46,15 +48,26 @@ def test_a_finding(name: str, runs: ModuleType, tmp_path: Path) -> None:
     rows = [
         line
         for line in text.splitlines()
-        if re.match(r"\| (before|map|map50|od_length|grpo|sft|as they|left|…|perc|both|reas|with)", line)
+        if re.match(r"\| (before|map|map50|od_length|grpo|papo|opd|sft|as they|left|…|perc|both|reas|with)", line)
     ]
-    assert len(rows) == {"hacking": 4, "zero_variance": 3, "sft_vs_rl": 3, "two_stages": 5, "zoom": 4}[name]
+    assert (
+        len(rows)
+        == {
+            "hacking": 4,
+            "zero_variance": 3,
+            "sft_vs_rl": 3,
+            "two_stages": 5,
+            "zoom": 4,
+            "shortcut": 3,
+            "distillation": 2,
+        }[name]
+    )
     for row in rows[1:]:
         assert re.search(r"\d\.\d{3}", row)
     assert f"{name}.png" in text
     assert Image.open(output.with_suffix(".png")).size[0] == 900
     models = list((tmp_path / "runs").glob("*seed0*/checkpoints/step-*"))
-    assert len(models) == {"two_stages": 4, "zoom": 2}.get(name, len(rows) - 1)
+    assert len(models) == {"two_stages": 4, "zoom": 2, "distillation": 2}.get(name, len(rows) - 1)
     written = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("metrics.json*")}
     script.main(args)  # nothing is trained or measured anew
     assert output.read_text() == text
