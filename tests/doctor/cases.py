@@ -20,6 +20,7 @@ from vlmenv.agents.families import Family
 from vlmenv.agents.sampling import Sampled, Sampling, sample
 from vlmenv.agents.vlm import VLMAgent, find_model
 from vlmenv.agents.weights import tied_names
+from vlmenv.core.rollout import Prompt
 from vlmenv.doctor import DoctorConfig, Finding, examine
 from vlmenv.options.fields import replaced
 
@@ -59,7 +60,7 @@ OTHER_ROLE = ("assistant", "robot")
 
 
 class CopyEngine(Engine):
-    """A copy of the policy in transformers, which reads prompts by the files of its own folder."""
+    """A copy of the policy in transformers, which reads images by the files of its own folder."""
 
     def __init__(self, folder: Path, family: Family, **options: Any) -> None:
         self.copy = VLMAgent.from_pretrained(folder)
@@ -70,10 +71,15 @@ class CopyEngine(Engine):
         self, requests: Sequence[Request], index: NDArray[np.int64], sampling: Sampling, rng: np.random.Generator
     ) -> list[Sampled]:
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-        prompts = [self.copy.family.encode(request.observation) for request in requests]
+        prompts = [self._read(request) for request in requests]
         for request, prompt in zip(requests, prompts, strict=True):
             check_prompt(request, prompt.input_ids.tolist())
         return sample(self.copy.family_policy, prompts, index, sampling, generator)
+
+    def _read(self, request: Request) -> Prompt:
+        """The prompt with each image's mark in its own number of tokens, as vLLM makes it."""
+        family = self.copy.family
+        return family._encoded_chat(family.processor.tokenizer.decode(request.token_ids), request.images)
 
     def sync(self, weights: Mapping[str, torch.Tensor], *, vision: tuple[int, ...] | None = None) -> None:
         check_names(weights, self._names)

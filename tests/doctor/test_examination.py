@@ -145,17 +145,12 @@ def test_patches_that_the_vision_tower_does_not_merge_are_found(tmp_path: Path) 
     assert str(folder) in findings["image features"].remedy
 
 
-def test_another_chat_template_is_found(tmp_path: Path, with_engine: Callable[..., None]) -> None:
+def test_another_chat_template_is_found(tmp_path: Path) -> None:
     other = copied(tmp_path / "other", template=OTHER_ROLE)
     findings = examined(published=str(other))
     assert failed(findings) == {"prompt text"}
     assert re.search(r"assistant.* is the trainer's, .*robot.* the published", findings["prompt text"].figure)
     assert f"Copy chat_template.jinja and the tokenizer's files from {other}" in findings["prompt text"].remedy
-    with_engine(lambda folder, family, **options: CopyEngine(other, family))
-    findings = examined(engine="vllm")
-    assert failed(findings) == {"prompt text"}
-    assert re.search(r"assistant.* is the trainer's, .*robot.* the engine's", findings["prompt text"].figure)
-    assert unchecked(findings) == NEEDS_ENGINE
 
 
 def test_a_renamed_weight_is_found(monkeypatch: pytest.MonkeyPatch, with_engine: Callable[..., None]) -> None:

@@ -299,20 +299,25 @@ class Tracking:
 
 
 def shown_samples(result: StepResult, tasks: Mapping[str, VisualTaskEnv]) -> list[tuple[dict[str, Any], Image]]:
-    """Records of the first completion of each task's first samples, with the task's picture of sample and answer."""
+    """Records of the first completion of each task's first samples, with the task's picture of sample and answer.
+
+    Records are of all ranks, those of this one first, and images are of this rank alone.
+    """
     records, images = result.rollouts.records, result.rollouts.images
     firsts = {(record.get("task", ""), record["index"]): i for i, record in reversed(list(enumerate(records)))}
     shown: list[tuple[dict[str, Any], Image]] = []
     for name, task in tasks.items():
-        own = [i for (of, _), i in reversed(firsts.items()) if of == name][:_NUM_SAMPLES]
-        shown += [(records[i], _picture(task, records[i], images[i] if images else ())) for i in own]
+        own = [i for (of, _), i in reversed(firsts.items()) if of == name]
+        if task.unrepeatable:
+            own = [i for i in own if i < len(images)]
+        shown += [(records[i], _picture(task, records[i], images[i : i + 1])) for i in own[:_NUM_SAMPLES]]
     return shown
 
 
-def _picture(task: VisualTaskEnv, record: dict[str, Any], images: Sequence[Image]) -> Image:
+def _picture(task: VisualTaskEnv, record: dict[str, Any], episode: Sequence[tuple[Image, ...]]) -> Image:
     """The sample and the answer, or the episode's images if the task cannot show the sample again."""
     if task.unrepeatable:
-        drawn = picture_of(images)
+        drawn = picture_of(episode[0])
     else:
         drawn = task.draw(task.source.get(record["index"]), task.parse(record["completion"]))
     whole = PILImage.fromarray(drawn)
