@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import OTHER_ROLE, SMALLER, copied, examined, failed, unchecked
+from cases import SMALLER, copied, examined, failed, unchecked
 from PIL import Image
 
 from vlmenv import building as tasks
@@ -61,12 +61,12 @@ def test_another_image_processor_is_found(tmp_path: Path, monkeypatch: pytest.Mo
     assert unchecked(findings) == NEEDS_ENGINE
 
 
-def test_another_chat_template_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_tokens_of_a_prompt_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     as_input = engines._as_input
 
     def otherwise(request: Request) -> dict[str, Any]:
-        given = as_input(request)
-        return given | {"prompt": given["prompt"].replace(*OTHER_ROLE)}
+        first, second, *rest = as_input(request)["prompt_token_ids"]
+        return as_input(request) | {"prompt_token_ids": [first, second + 1, *rest]}
 
     monkeypatch.setattr(engines, "_as_input", otherwise)
     findings = examined_with_vllm()
