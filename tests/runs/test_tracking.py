@@ -7,6 +7,7 @@ import struct
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium
@@ -21,7 +22,7 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from vlmenv.cli import main
 from vlmenv.runs.run_folder import RunFolder
-from vlmenv.runs.tracking import Tracking
+from vlmenv.runs.tracking import Tracking, shown_samples
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
@@ -80,6 +81,16 @@ def test_tensorboard_shows_metrics_and_samples(tmp_path: Path) -> None:
     run = tmp_path / "run"
     main(["train", "--steps", "5", "--log-samples", "3", "--output", str(run), *TINY])
     check(events(run), run, [1, 3, 5])
+
+
+def test_records_of_other_ranks_are_shown_without_their_images() -> None:
+    """Records are of all ranks, images of this one alone; what cannot be drawn from its sample is left out."""
+    task: Any = gymnasium.make("VLM-REC-v0").unwrapped
+    records = [{"index": i, "completion": "<answer>[1,2,3,4]</answer>"} for i in range(3)]
+    result: Any = SimpleNamespace(rollouts=SimpleNamespace(records=records, images=[(np.zeros((8, 8, 3), np.uint8),)]))
+    assert [record for record, _ in shown_samples(result, {"": task})] == records
+    task.unrepeatable = "it does not repeat itself"
+    assert [record for record, _ in shown_samples(result, {"": task})] == records[:1]
 
 
 def test_tensorboard_compares_runs_by_their_options(tmp_path: Path) -> None:
