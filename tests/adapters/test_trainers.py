@@ -32,6 +32,21 @@ from vlmenv.core.errors import ConfigError, SampleError
 COUNT = 20
 
 
+def two_steps(trl: Any, folder: Path, *, max_completion_length: int) -> Any:
+    """TRL's settings for two small steps on a CPU."""
+    return trl.GRPOConfig(
+        str(folder),
+        max_steps=2,
+        per_device_train_batch_size=4,
+        num_generations=2,
+        max_completion_length=max_completion_length,
+        report_to=[],
+        use_cpu=True,
+        logging_steps=1,
+        save_strategy="no",
+    )
+
+
 @pytest.fixture(scope="module")
 def task() -> PortableTask:
     return PortableTask("VLM-REC-v0", coordinates="norm1000")
@@ -67,17 +82,7 @@ def test_trl_takes_steps(builtin: VLMAgent, tmp_path: Path) -> None:
     trainer = trl.GRPOTrainer(
         model=builtin.family.model,
         reward_funcs=watched,
-        args=trl.GRPOConfig(
-            str(tmp_path),
-            max_steps=2,
-            per_device_train_batch_size=4,
-            num_generations=2,
-            max_completion_length=24,
-            report_to=[],
-            use_cpu=True,
-            logging_steps=1,
-            save_strategy="no",
-        ),
+        args=two_steps(trl, tmp_path, max_completion_length=24),
         train_dataset=spec.train_dataset,
         processing_class=processor,
     )
@@ -139,17 +144,7 @@ def test_trl_plays_episodes_of_several_turns(
     trainer = Given(
         model=builtin.family.model,
         reward_funcs=watched,
-        args=trl.GRPOConfig(
-            str(tmp_path),
-            max_steps=2,
-            per_device_train_batch_size=4,
-            num_generations=2,
-            max_completion_length=300,
-            report_to=[],
-            use_cpu=True,
-            logging_steps=1,
-            save_strategy="no",
-        ),
+        args=two_steps(trl, tmp_path, max_completion_length=300),
         train_dataset=spec.train_dataset,
         processing_class=processor,
         environment_factory=spec.environment_factory,
