@@ -299,8 +299,8 @@ class Lesson:
     """for each tail, the place of each coordinate's token and its value"""
     taught_from: list[int]
     """for each tail, the place at which the answer begins"""
-    weight: float = BOX_TASK_WEIGHT
-    """of tokens that are no coordinates"""
+    weights: list[list[float]]
+    """for each tail, those of its tokens in the loss"""
 
 
 def lesson(agent: VLMAgent, labels: str, rng: np.random.Generator, single: bool) -> Lesson:
@@ -312,7 +312,7 @@ def lesson(agent: VLMAgent, labels: str, rng: np.random.Generator, single: bool)
     )
     keep = int((whole.input_ids != other.input_ids).argmax())  # the place of the question, here of one token
     closing = whole.input_ids[keep + 1 :].tolist()
-    result = Lesson(Prompt(whole.input_ids[:keep], whole.position_ids[:, :keep], whole.images), [], [], [])
+    result = Lesson(Prompt(whole.input_ids[:keep], whole.position_ids[:, :keep], whole.images), [], [], [], [])
     for _ in range(EXPRESSIONS_PER_SCENE):
         reference = choose_reference(scene, scene_rng)
         question = tokenizer.encode(QUESTION.format(expression=reference.expression)) + closing
@@ -328,7 +328,9 @@ def add_answer(
     box = "[" + ",".join(str(round(edge)) for edge in edges) + "]"
     answer = encoded_answer(AnswerFormat.TAGS.write(box, f"the {reference.target}"), agent)
     numbers = [len(question) + i for i, token in enumerate(answer) if tokenizer.decode([token]).isdigit()]
-    result.tails.append(question + answer)
+    tail = question + answer
+    result.tails.append(tail)
+    result.weights.append([1.0 if place in numbers else BOX_TASK_WEIGHT for place in range(len(tail))])
     whole_numbers = len(numbers) == len(edges)  # others' tokenizers write each digit alone: they are taught as text
     result.edges.append(dict(zip(numbers, edges.tolist(), strict=True)) if whole_numbers else {})
     result.taught_from.append(len(question))
@@ -352,7 +354,8 @@ def other_lesson(agent: VLMAgent, name: str, labels: str, rng: np.random.Generat
         values, weight = [edge for one in taught.target for edge in one.box], BOX_TASK_WEIGHT
     digits = [i for i, token in enumerate(answer) if values and tokenizer.decode([token]).strip().isdigit()]
     numbers = [place for i, place in enumerate(digits) if i % 5]  # the first of each five is that of "bbox_2d"
-    return Lesson(prompt, [answer], [dict(zip(numbers, values, strict=True))], [0], weight)
+    weights = [1.0 if place in numbers else weight for place in range(len(answer))]
+    return Lesson(prompt, [answer], [dict(zip(numbers, values, strict=True))], [0], [weights])
 
 
 def loosened(sample: Sample, rng: np.random.Generator) -> Sample:
@@ -393,14 +396,14 @@ def imitation_loss(policy: Policy, agent: VLMAgent, lessons: list[Lesson]) -> Te
         for place, value in edges.items():
             is_edge[row, place], values[row, place] = True, value
     edge, values = packing.unpad(is_edge)[taught], packing.unpad(values)[taught]
-    weight = torch.tensor([lessons[i].weight for i in index])[packing.rows][taught]
+    weight = torch.tensor([token for one in lessons for tail in one.weights for token in tail])[taught]
     targets = torch.from_numpy(np.concatenate(tails))[taught]
     logprobs = torch.log_softmax(policy.logits(hidden[taught]), dim=-1)
     plain = -(weight * logprobs.gather(-1, targets[:, None])[:, 0])[~edge].sum()
     numbers = torch.tensor(agent.family.processor.tokenizer.convert_tokens_to_ids([str(n) for n in range(100)]))
     nearness = -((torch.arange(100) - values[edge][:, None]) ** 2) / (2 * NUMBER_SIGMA**2)
     soft = -(torch.softmax(nearness, dim=-1) * logprobs[edge][:, numbers]).sum()
-    return (soft + plain) / (edge.sum() + weight[~edge].sum())
+    return (soft + plain) / weight.sum()
 
 
 if __name__ == "__main__":
