@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -144,5 +146,6 @@ def measure(folder: Path, task: VisualTaskEnv, count: int, skill: float, rng: np
 
 def embedded(html: str) -> dict[str, Any]:
     """The data of a report."""
-    data: dict[str, Any] = json.loads(html.partition('id="data">')[2].partition("</script>")[0])
+    packed = html.partition('id="data">')[2].partition("</script>")[0]
+    data: dict[str, Any] = json.loads(gzip.decompress(base64.b64decode(packed, validate=True)))
     return data

@@ -24,8 +24,7 @@ from test_cli import fails
 from vlmenv.cli import main
 from vlmenv.core.errors import ConfigError
 from vlmenv.envs.rec import RECEnv
-from vlmenv.runs.report import embedded as escaped
-from vlmenv.runs.report import make_report, thinned, write_report
+from vlmenv.runs.report import make_report, packed, thinned, write_report
 from vlmenv.runs.report_answers import FIELDS, LONGEST, Answer, embed_pictures, evenly
 from vlmenv.runs.report_server import ReportServer
 
@@ -62,7 +61,7 @@ def test_the_page_is_self_contained_and_runs_its_own_script_alone(run: Path) -> 
     page = Elements()
     page.feed(html)
     scripts = [attributes for tag, attributes in page.found if tag == "script"]
-    assert scripts == [{"type": "application/json", "id": "data"}, {}]
+    assert scripts == [{"type": "application/octet-stream", "id": "data"}, {"type": "module"}]
     assert not [one for _, one in page.found if one.get("src") or (one.get("href") or "#")[0] not in "#d"]
     assert not [name for _, one in page.found for name in one if name.startswith("on")]
     (policy,) = (one["content"] for tag, one in page.found if tag == "meta" and "http-equiv" in one)
@@ -85,9 +84,9 @@ def test_hostile_text_stays_text(run: Path, told: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("text", ["</script>", "<!--<script>", "&amp;", "\u2028", "\udcff", 'a"b\\'])
 def test_any_text_survives_within_a_script_element(text: str) -> None:
-    found = escaped({"text": text})
-    assert not set("<>&\u2028") & set(found)
-    assert json.loads(found) == {"text": text}
+    found = packed({"text": text})
+    assert re.fullmatch("[A-Za-z0-9+/=]+", found)
+    assert embedded(f'<script id="data">{found}</script>') == {"text": text}
 
 
 def test_what_is_told_is_what_the_files_say(run: Path, told: dict[str, Any]) -> None:
@@ -283,32 +282,41 @@ def test_groups_are_taken_at_even_distances() -> None:
 
 
 @pytest.mark.slow
-def test_a_report_with_many_completions_stays_small(tmp_path: Path) -> None:
-    """Long completions are more than have room; which are shown is told."""
+@pytest.mark.parametrize(
+    ("length", "least", "most"), [(300, 9980, 10_000), (1000, 1000, 4000)], ids=["ten thousand", "that do not compress"]
+)
+def test_a_report_with_many_completions_stays_small(length: int, least: int, most: int, tmp_path: Path) -> None:
+    """Of completions of random letters, as many as have room are shown, from all of the run."""
     run = make_run(tmp_path / "run", steps=2, measured=2)
     row = json.loads((run / "rollouts.jsonl").read_text().splitlines()[0])
+    letters = np.random.default_rng(0).integers(33, 127, size=(20_000, length), dtype=np.uint8)
     lines = (
-        json.dumps(row | {"step": 1 + i // 8, "index": i // 8, "completion": f"{i} " * 500}) for i in range(20_000)
+        json.dumps(row | {"step": 1 + i // 8, "index": i // 8, "completion": one.tobytes().decode()})
+        for i, one in enumerate(letters)
     )
     (run / "rollouts.jsonl").write_text("\n".join(lines) + "\n")
     write_report([run], tmp_path / "report.html")
-    assert 2e6 < (tmp_path / "report.html").stat().st_size < 5e6
+    assert 1e6 < (tmp_path / "report.html").stat().st_size < 5e6
     told = embedded((tmp_path / "report.html").read_text())
     training = [one["step"] for one in completions(told) if one["when"] == 3]
+    assert least <= len(training) <= most
     assert min(training) < 50
     assert max(training) > 2400
     assert told["runs"][0]["totals"]["training"] == 20_000
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("text", ["\u6771" * 4000, "x" * 4000], ids=["three bytes", "one byte"])
-def test_a_report_with_long_prompts_and_many_places_stays_small(text: str, tmp_path: Path) -> None:
-    """Texts of samples and places take room too, and so do characters of several bytes."""
+@pytest.mark.parametrize(("first", "last"), [(0x4E00, 0x9FFF), (0x21, 0x7E)], ids=["three bytes", "one byte"])
+def test_a_report_with_long_prompts_and_many_places_stays_small(first: int, last: int, tmp_path: Path) -> None:
+    """Texts of samples and places take room too, and so do characters of several bytes, which do not compress."""
     run = make_run(tmp_path / "run", steps=1, measured=1)
     row = json.loads((run / "rollouts.jsonl").read_text().splitlines()[0])
-    row |= {"prompt": text, "completion": text[:200], "prediction": [[1.25, 2.5, 30.75, 40.5]] * 200}
+    rng = np.random.default_rng(0)
     with (run / "rollouts.jsonl").open("w") as stream:
-        stream.writelines(json.dumps(row | {"step": 1 + i, "index": i}) + "\n" for i in range(3000))
+        for i in range(3000):
+            text = "".join(map(chr, rng.integers(first, last, size=4000)))
+            row |= {"prompt": text, "completion": text[:200], "prediction": rng.uniform(0, 99, (200, 4)).tolist()}
+            stream.write(json.dumps(row | {"step": 1 + i, "index": i}) + "\n")
     write_report([run], tmp_path / "report.html")
     assert 1e6 < (tmp_path / "report.html").stat().st_size < 5e6
 

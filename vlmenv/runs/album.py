@@ -30,7 +30,7 @@ LONGEST_SIDE: Final = 320
 """Pixels of a kept picture's longer side."""
 MOST_IMAGES: Final = 4
 """Kept pictures of a sample."""
-SHOWN: Final = 6000
+SHOWN: Final = 8000
 """Completions of training that a report shows."""
 TASK: Final = "task.json"
 """File of an album with `describe_task`."""

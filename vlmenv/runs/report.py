@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,8 +23,11 @@ from vlmenv.runs.album import TASK
 from vlmenv.runs.report_answers import Answers, Content, entries, items, number
 
 MOST_COMPLETIONS: Final = 10_000
-MOST_TEXT: Final = 3_000_000
-"""Bytes of completions in a report."""
+MOST_BYTES: Final = 5_000_000
+"""Of a report. Completions are left out until it fits."""
+MOST_TEXT: Final = 8_000_000
+"""Bytes of completions in a report, before it is compressed."""
+_LEAST_TEXT: Final = 100_000
 MOST_PICTURES: Final = 1_100_000
 """Bytes of pictures in a report; as text they take a third more."""
 MOST_POINTS: Final = 600
@@ -64,16 +68,15 @@ def make_report(runs: Sequence[Path], *, live: bool = False) -> str:
     read = [RunFiles(run) for run in runs]
     for one in read:
         one.check()
-    names, different = _names(runs), list(_differences(read))
-    data = {
-        "version": vlmenv.__version__,
-        "made": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
-        "live": live,
-        "runs": [{"name": name} | one.content(len(runs)) for one, name in zip(read, names, strict=True)],
-        "groups": _groups(read, names, different),
-        "differences": different,
-    }
-    return page(data)
+    names, different, text = _names(runs), list(_differences(read)), MOST_TEXT
+    head = {"version": vlmenv.__version__, "made": f"{datetime.now():%Y-%m-%d %H:%M:%S}", "live": live}
+    head |= {"groups": _groups(read, names, different), "differences": different}
+    while True:
+        contents = [one.content(len(runs), text // len(runs)) for one in read]
+        html = page(head | {"runs": [{"name": name} | one for name, one in zip(names, contents, strict=True)]})
+        if len(html) <= MOST_BYTES or text <= _LEAST_TEXT:
+            return html
+        text //= 2
 
 
 class RunFiles:
@@ -134,8 +137,8 @@ class RunFiles:
         found[0] = self.run / "before"
         return sorted((step, folder) for step, folder in found.items() if (folder / "metrics.json").is_file())
 
-    def content(self, runs: int) -> Content:
-        """What a report of `runs` runs tells of this one, as JSON can hold it."""
+    def content(self, runs: int, text: int) -> Content:
+        """What a report of `runs` runs tells of this one, with `text` bytes of completions, as JSON can hold it."""
         task = _object(self.run / "samples" / TASK)
         right = _right(task.get("right"))
         weights = entries(task.get("rewards")) or entries(self.options.get("rewards"))
@@ -155,7 +158,7 @@ class RunFiles:
             "headline": self._headline(),
             "held_out": [[step, _intervals(_object(folder / "metrics.json"))] for step, folder in self.evaluations],
             "right": None if right is None else [visible(right[0]), right[1]],
-        } | answers.content(MOST_COMPLETIONS // runs, MOST_TEXT // runs, MOST_PICTURES // runs)
+        } | answers.content(MOST_COMPLETIONS // runs, text, MOST_PICTURES // runs)
 
     def _headline(self) -> list[list[Any]]:
         """Each metric by name: before, after (or last), and the paired change."""
@@ -276,18 +279,16 @@ def page(data: Mapping[str, Any]) -> str:
         f"default-src 'none'; script-src '{_checksum(script)}'; style-src '{_checksum(style)}'; img-src data:; "
         f"{connect}base-uri 'none'; form-action 'none'"
     )
-    parts = {"POLICY": policy, "STYLE": style, "DATA": embedded(data), "SCRIPT": script}
+    parts = {"POLICY": policy, "STYLE": style, "DATA": packed(data), "SCRIPT": script}
     first, *rest = _asset("report.html").split("{{")
     pieces = [piece.partition("}}") for piece in rest]
     return first + "".join(parts[name] + after for name, _, after in pieces)
 
 
-def embedded(data: Any) -> str:
-    """JSON that ends no script element, whatever is in it."""
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for one in "<>&\u2028\u2029":
-        text = text.replace(one, f"\\u{ord(one):04x}")
-    return text.encode("utf-8", "backslashreplace").decode()
+def packed(data: Any) -> str:
+    """JSON, compressed by gzip, in Base64, which ends no script element, whatever is in it."""
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 
 def _asset(name: str) -> str:

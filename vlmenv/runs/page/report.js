@@ -1,11 +1,20 @@
-"use strict";
 // Everything from the data goes into the page as text nodes and attributes of fixed names: nothing of it is ever markup.
-const data = JSON.parse(document.getElementById("data").textContent);
+const data = await unpacked(document.getElementById("data").textContent);
 const runs = data.runs;
 const SVG = "http://www.w3.org/2000/svg";
 const WHEN = ["before training", "evaluation on the way", "after training", "training"];
 const PAGE = 24; // cards at a time
 const COLOURS = 7;
+
+async function unpacked(text) {
+  if (!("DecompressionStream" in window)) {
+    document.getElementById("subtitle").textContent = "This report needs a browser of 2023 or later.";
+    throw new Error("DecompressionStream is missing");
+  }
+  const bytes = Uint8Array.from(atob(text), (one) => one.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return new Response(stream).json();
+}
 
 function node(made, attributes, children) {
   for (const [name, value] of Object.entries(attributes || {})) {
