@@ -2,9 +2,14 @@ from __future__ import annotations
 
 import configparser
 import importlib.util
+import re
+import runpy
+import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
+from email import message_from_bytes
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -61,6 +66,43 @@ def test_the_sdist_has_every_file(tmp_path: Path) -> None:
     tracked = [name for name in listed.splitlines() if not (ROOT / name).is_symlink()]
     assert len(tracked) > 500
     assert set(tracked) <= packed
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_build(), reason='needs the extra "dev", for build and a new setuptools')
+def test_a_release_links_to_the_repository(tmp_path: Path) -> None:
+    """On the package page no link leads to a file beside the page."""
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "vlmenv/__init__.py"):
+        (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "copy" / name)
+    for home in ("agents", "algos", "envs", "vlmenv"):
+        shutil.copytree(ROOT / home, tmp_path / "copy" / home, symlinks=True, dirs_exist_ok=True)
+    runpy.run_path(str(ROOT / ".ci" / "release.py"))["link"](tmp_path / "copy", "https://github.com/some/fork")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path)]
+    subprocess.run([*command, str(tmp_path / "copy")], check=True, capture_output=True)
+    (file,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(file) as wheel:
+        (name,) = (name for name in wheel.namelist() if name.endswith("/METADATA"))
+        told = message_from_bytes(wheel.read(name))
+    urls = dict(url.split(", ") for url in told.get_all("Project-URL") or [])
+    assert set(urls) == {"Homepage", "Documentation", "Changelog", "Issues"}
+    assert all(url.startswith("https://github.com/some/fork") for url in urls.values())
+    links = re.findall(r"(!?)\[[^\]]*\]\(([^)]+)\)", str(told.get_payload()))
+    assert len(links) > 30
+    assert not [link for _, link in links if not link.startswith(("https://", "#"))]
+    (version,) = {told["Version"]}
+    assert next(link for image, link in links if image).startswith(
+        f"https://github.com/some/fork/raw/v{version}/docs/images"
+    )
+    for link in (link.partition("#")[0] for _, link in links if "/some/fork/" in link):
+        assert (ROOT / link.partition(f"/v{version}/")[2]).is_file()
+
+
+@pytest.mark.parametrize("address", ["github.com/some/fork", "https://github.com", "http://github.com/some/fork"])
+def test_a_release_needs_an_address(address: str) -> None:
+    done = subprocess.run([sys.executable, ROOT / ".ci" / "release.py", address], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "is no address of a repository" in done.stderr
 
 
 def test_other_systems_are_refused_by_name() -> None:
