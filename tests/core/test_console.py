@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
+from rich.cells import cell_len
 from rich.console import Console
 
 import vlmenv
@@ -37,13 +38,15 @@ def test_a_console_prints_text_as_it_is(text: str) -> None:
 
 
 @given(ANYTHING)
+@example("\u0300")
 def test_a_table_shows_text_as_it_is_on_any_console(text: str) -> None:
+    """A line without any width, as of a combining mark alone, is in no cell."""
     table = PlainTable(text, title=text, caption=text)
     table.add_row(text)
     for console in (Console, PlainConsole):
         lines = printed(table, console=console)
         for line in visible_lines(text).split("\n"):
-            assert lines.count(line.strip()) >= 4
+            assert lines.count(line.strip()) >= (4 if cell_len(line) else 2)
 
 
 @given(ANYTHING)
