@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vlmenv.algos.losses import BOUND, Aggregation, bounded
 from vlmenv.core.errors import require_at_least
+from vlmenv.core.rollout import Observation, Rollout
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,13 @@ class AlgorithmConfig:
 
     def __post_init__(self) -> None:
         require_at_least(1, group_size=self.group_size, mu=self.mu, minibatches=self.minibatches)
+
+
+class Teacher(Protocol):
+    """A teacher elsewhere, such as on a server. A teacher in this process is an agent."""
+
+    def logprobs(self, rollout: Rollout, observations: Sequence[Observation]) -> Tensor:
+        """[N, L], the log-probabilities of N completions, which answer the observations; 0 after their ends."""
 
 
 @dataclass(slots=True)

@@ -24,7 +24,7 @@ class OPDConfig(GRPOConfig):
 
     teacher: str | None = None
     """Model that teaches, in the forms of `model`, with the tokenizer of the trained model. It is held in memory, by
-    each rank as a whole."""
+    each rank as a whole. Or the address of a server that `vlmenv serve` started with it."""
     reward_weight: float = 0.0
     """Weight of GRPO's advantages, from the rewards, beside the teacher's. 0: the rewards teach nothing."""
 

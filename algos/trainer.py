@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from vlmenv.agents.base import Agent
-from vlmenv.algos.base import Algorithm, LossInputs, Scored
+from vlmenv.algos.base import Algorithm, LossInputs, Scored, Teacher
 from vlmenv.algos.batch import Batch, Rollouts, micro_batches, minibatches, padding_share
 from vlmenv.algos.collecting import Collector, timed
 from vlmenv.algos.correction import Correction, importance_weights, mismatch
@@ -134,7 +134,8 @@ class Trainer:
         algorithm: The algorithm.
         config: Options.
         accelerator: Device, precision and ranks.
-        teacher: The teacher, for an algorithm that wants one. It is not trained. Default: none.
+        teacher: The teacher, for an algorithm that wants one: an agent, which is not trained, or one elsewhere.
+            Default: none.
 
     Attributes:
         step: Number of finished steps.
@@ -151,7 +152,7 @@ class Trainer:
         algorithm: Algorithm,
         config: TrainerConfig,
         accelerator: Accelerator,
-        teacher: Agent | None = None,
+        teacher: Agent | Teacher | None = None,
     ) -> None:
         self.max_turns = int(getattr(envs.unwrapped, "max_turns", 1))
         _check(agent, envs, algorithm, config, self.max_turns)
@@ -438,6 +439,10 @@ class Trainer:
     def _add_teacher(self, batch: Batch, observations: list[Observation]) -> None:
         """Adds the teacher's log-probabilities of the completions, after prompts that it encodes itself."""
         assert self.teacher is not None
+        if not isinstance(self.teacher, Agent):
+            told = self.teacher.logprobs(batch.rollout, observations)
+            batch.put("teacher_logprobs", slice(None), told.to(self.agent.device))
+            return
         taught = self.teacher.reprompted(batch.rollout, observations)
         for rows in self._passes(taught):
             with self.processes.autocast():

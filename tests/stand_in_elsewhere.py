@@ -11,7 +11,6 @@ from stand_in_server import Answering, Worker, answering, described
 
 from vlmenv.agents.engines import worker as engine_worker
 from vlmenv.agents.engines.channel import Incoming
-from vlmenv.agents.engines.worker import weight_shapes
 from vlmenv.agents.vlm import VLMAgent
 
 
@@ -23,8 +22,7 @@ def load(worker: Worker, incoming: Incoming) -> list[str]:
 
 if __name__ == "__main__":
     agent = VLMAgent.from_pretrained("builtin")
-    shapes, banned = weight_shapes(agent.folder), agent.family.banned_tokens.tolist()
-    served = Answering(described(shapes, banned))
+    served = Answering(described(agent))
     engine_worker.overwrite = load
     with answering(served, host=sys.argv[1]):
         print(served.url, flush=True)

@@ -19,6 +19,7 @@ from vlmenv.agents.engines.addresses import check_address, tls_context
 from vlmenv.agents.engines.base import Engine
 from vlmenv.agents.engines.remote import RetryPolicy
 from vlmenv.agents.engines.server import VLLMServerEngine
+from vlmenv.agents.engines.teacher import ServerTeacher
 from vlmenv.agents.engines.vllm import VLLMEngine, check_sharing, require_vllm
 from vlmenv.agents.families import coordinate_space, family_of, image_bound, resize_rule
 from vlmenv.agents.pixels import prepared_folder
@@ -271,6 +272,23 @@ def load_agent(
     if config.generation.engine == "vllm-server" or unlike:
         agent.sync()  # servers may hold weights of another run, and engines read neither adapters nor remainders
     return agent
+
+
+def meet_teacher(url: str, config: TrainConfig[Any], student: VLMAgent) -> ServerTeacher:
+    """Meets a teacher on a server; see `load_teacher`.
+
+    Raises:
+        ConfigError: Its tokenizer is not the student's, or sampling has another temperature than 1.
+        EngineError: It does not answer.
+    """
+    if config.sampling.temperature != 1:
+        raise ConfigError(
+            f"the teacher {url} tells log-probabilities of temperature 1, and temperature is "
+            f"{config.sampling.temperature}: set it to 1, or name a model as the teacher"
+        )
+    options = config.generation
+    retry_policy = RetryPolicy(answer=options.server_timeout)
+    return ServerTeacher(url, student.family, student.encode, retry_policy=retry_policy, ca=options.server_ca)
 
 
 def load_teacher(name: str, config: TrainConfig[Any], student: VLMAgent, device: torch.device) -> VLMAgent:

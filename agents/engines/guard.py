@@ -105,6 +105,7 @@ def _described(config: Any) -> dict[str, Any]:
     return {
         "weights": weight_shapes(Path(model.model)),
         "banned": config.additional_config["vlmenv_banned"],
+        "vocabulary": config.additional_config["vlmenv_vocabulary"],
         "images": config.additional_config["vlmenv_images"],
         "dtype": str(model.dtype).removeprefix("torch."),
         "logprobs": model.logprobs_mode,

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx2
+import numpy as np
+from numpy.typing import NDArray
 
 from vlmenv.agents.engines.access import VARIABLE
 from vlmenv.agents.engines.addresses import check_address, connection, host_of, require_own_socket
@@ -21,6 +23,7 @@ from vlmenv.agents.engines.replies import (
     Served,
     ServerFault,
     read_answer,
+    read_scores,
     read_served,
 )
 from vlmenv.agents.engines.worker import LEFT
@@ -133,6 +136,23 @@ class Server:
         return read_answer(
             _json(reply), count=asked["n"], longest=asked["max_tokens"], vocabulary=vocabulary, version=version
         )
+
+    async def score(self, request: Mapping[str, Any], *, count: int) -> tuple[list[int], NDArray[np.float32]]:
+        """Requests the log-probabilities of a prompt's last tokens.
+
+        Args:
+            request: Body for vLLM's `/inference/v1/generate`, without sampling parameters.
+            count: Number of tokens, at least 1.
+
+        Returns:
+            The prompt as the server encodes it, and float32 [count], of temperature 1.
+
+        Raises:
+            ServerFault: The request failed, or the answer is invalid.
+        """
+        path, limit = "/inference/v1/generate", self._retry_policy.answer
+        body = {**request, "sampling_params": {"max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}}
+        return read_scores(_json(await self.again(lambda: self._ask("POST", path, limit, body))), count=count)
 
     async def num_workers(self) -> int:
         """The number of vLLM's workers.

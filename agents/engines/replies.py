@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vlmenv.agents.sampling import Sampled
 
@@ -39,6 +40,8 @@ class Served:
     """shapes by name"""
     banned: list[int]
     """ids of tokens that are never sampled"""
+    vocabulary: str
+    """`vocabulary_digest` of its tokenizer"""
     dtype: str
     max_length: int
     """length limit of prompt and completion together, in tokens"""
@@ -69,7 +72,8 @@ def read_served(models: Any, told: Any) -> Served:
     try:
         weights = {str(name): _integers(shape) for name, shape in told["weights"].items()}
         limits, mode = [models["data"][0]["max_model_len"], told["images"]], told["logprobs"]
-        served = Served(weights, _integers(told["banned"]), str(told["dtype"]), *_integers(limits))
+        vocabulary, dtype = str(told["vocabulary"]), str(told["dtype"])
+        served = Served(weights, _integers(told["banned"]), vocabulary, dtype, *_integers(limits))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise _other_form(error) from error
     if mode != "processed_logprobs":
@@ -105,6 +109,26 @@ def read_answer(reply: Any, *, count: int, longest: int, vocabulary: int, versio
     if versions != {version}:
         raise ServerFault("its weights are not those of the last update: it was restarted, or another trainer uses it")
     return answer
+
+
+def read_scores(reply: Any, *, count: int) -> tuple[list[int], NDArray[np.float32]]:
+    """Reads the log-probabilities of a prompt's last `count` tokens.
+
+    Returns:
+        The prompt as the server encodes it, and float32 [count].
+
+    Raises:
+        ServerFault: The answer is not of vLLM's form, or has invalid log-probabilities.
+    """
+    try:
+        prompt_ids, told = _integers(reply["prompt_token_ids"]), reply["prompt_logprobs"][-count:]
+        found = [told[i][str(token)]["logprob"] for i, token in enumerate(prompt_ids[-count:])]
+        logprobs = np.array([float(one) for one in found])
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise _other_form(error) from error
+    if len(logprobs) != count or not ((logprobs > _NO_NUMBER) & (logprobs <= _ROUNDING)).all():
+        raise ServerFault(f"it gave {len(logprobs)} log-probabilities for {count} tokens, or invalid ones")
+    return prompt_ids, logprobs.astype(np.float32)
 
 
 def _completion(choice: Any, longest: int, vocabulary: int) -> Sampled:

@@ -230,18 +230,12 @@ class VLLMServerEngine(Engine):
         """Divides the requests' completions into jobs. Each job has its own seed, whichever server does it."""
         jobs = []
         for i, (request, count) in enumerate(zip(requests, counts.tolist(), strict=True)):
-            prompt = self._prompt(request)
+            prompt = image_parts(request) | {"token_ids": request.token_ids}
             for start in range(0, count if sampling.temperature > 0 else 1, _AT_ONCE):
                 part, seed = min(_AT_ONCE, count - start), int(rng.integers(2**31))
                 params = sampling_settings(self._family, sampling, part, seed)
                 jobs.append(_Job(i, prompt | {"sampling_params": params}))
         return jobs
-
-    @staticmethod
-    def _prompt(request: Request) -> dict[str, Any]:
-        """The tokens of a conversation, with one mark per image, and the images."""
-        images = [{"type": "image_url", "url": _as_url(image)} for image in request.images]
-        return {"token_ids": request.token_ids, "content_parts": images or None, "return_token_ids": True}
 
     async def _answer_all(self, jobs: Sequence[_Job], version: str) -> list[Answer]:
         batch = _Batch(jobs, version, deque(range(len(jobs))), {})
@@ -349,6 +343,12 @@ async def _named(server: Server, work: Awaitable[T]) -> T:
         return await work
     except ServerFault as fault:
         raise EngineError(f"{server.url}: {fault}") from fault
+
+
+def image_parts(request: Request) -> dict[str, Any]:
+    """The images of a conversation, in the body of a request to vLLM's `/inference/v1/generate`."""
+    images = [{"type": "image_url", "url": _as_url(image)} for image in request.images]
+    return {"content_parts": images or None, "return_token_ids": True}
 
 
 def _as_url(image: NDArray[np.uint8]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -56,7 +58,11 @@ def engine_settings(
         "limit_mm_per_prompt": {"image": max_images, "video": 0},
         "logprobs_mode": "processed_logprobs",
         "logits_processors": ["vlmenv.agents.engines.banning:BannedTokens"],
-        "additional_config": {"vlmenv_banned": family.banned_tokens.tolist(), "vlmenv_images": max_images},
+        "additional_config": {
+            "vlmenv_banned": family.banned_tokens.tolist(),
+            "vlmenv_vocabulary": vocabulary_digest(family),
+            "vlmenv_images": max_images,
+        },
         # Prefixes with states are cached only where prompts are cut.
         "enable_prefix_caching": device.type != "cpu" or STATE not in layer_kinds(family.model.config),
         "use_tqdm_on_load": False,
@@ -64,6 +70,12 @@ def engine_settings(
         "weight_transfer_config": {"backend": transfer},
         **(on_cpu if device.type == "cpu" else {"gpu_memory_utilization": memory_share}),
     }
+
+
+def vocabulary_digest(family: Family) -> str:
+    """The SHA-256 of a tokenizer's tokens with their ids."""
+    tokens = sorted(family.processor.tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
 
 
 def sampling_settings(family: Family, sampling: Sampling, count: int, seed: int) -> dict[str, Any]:

@@ -278,6 +278,7 @@ def draw_layout(layout: Layout, rng: np.random.Generator) -> Scene:
 
 
 def mask_of(placed: Placed) -> PILImage.Image:
+    """The pixels that an object takes, one bit each, of the whole scene's size."""
     mask = PILImage.new("1", (SIDE, SIDE))
     _draw_kind(ImageDraw.Draw(mask), *placed[2:])
     return mask

@@ -66,6 +66,7 @@ def _piece(rng: np.random.Generator) -> str:
 
 @lru_cache(maxsize=32)
 def font_of(name: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """One of matplotlib's fonts, such as `DejaVuSans`, whose size is in pixels."""
     found = importlib.util.find_spec("matplotlib")
     assert found is not None
     return ImageFont.truetype(Path(str(found.origin)).parent / "mpl-data" / "fonts" / "ttf" / f"{name}.ttf", size)

@@ -22,6 +22,7 @@ from vlmenv.agents.engines.files import weights_digest
 from vlmenv.agents.engines.guard import NOT_TAKEN
 from vlmenv.agents.engines.remote import RetryPolicy
 from vlmenv.agents.engines.server import VLLMServerEngine
+from vlmenv.agents.engines.settings import vocabulary_digest
 from vlmenv.agents.engines.worker import REFUSED, Receiver, fault_of, weight_shapes
 from vlmenv.agents.sampling import Sampling
 from vlmenv.agents.vlm import VLMAgent
@@ -125,8 +126,14 @@ class Answering:
         return {"success": True}
 
     def _generate(self, body: Any) -> Any:
-        choices = [self._choice(i) for i in range(body["sampling_params"]["n"])]
-        return {"choices": choices, "prompt_token_ids": body["token_ids"]}
+        ids, params = body["token_ids"], body["sampling_params"]
+        choices = [self._choice(i) for i in range(params.get("n", 1))]
+        scores = [None, *({str(token): {"logprob": -token / 1000}} for token in ids[1:])]
+        return {
+            "choices": choices,
+            "prompt_token_ids": ids,
+            "prompt_logprobs": None if params.get("prompt_logprobs") is None else scores,
+        }
 
     def _choice(self, i: int) -> Any:
         ids = [20 + i, 21, 22]
@@ -183,10 +190,16 @@ def answering(served: Answering, port: int = 0, host: str = "127.0.0.1") -> Iter
         server.shutdown()
 
 
-def described(weights: dict[str, list[int]], banned: list[int]) -> dict[str, Any]:
-    """What a server tells of its model."""
-    told = {"weights": weights, "banned": banned, "dtype": "float32", "logprobs": "processed_logprobs"}
-    return told | {"images": 4}
+def described(agent: VLMAgent) -> dict[str, Any]:
+    """What a server tells of an agent's model."""
+    return {
+        "weights": weight_shapes(agent.folder),
+        "banned": agent.family.banned_tokens.tolist(),
+        "vocabulary": vocabulary_digest(agent.family),
+        "dtype": "float32",
+        "logprobs": "processed_logprobs",
+        "images": 4,
+    }
 
 
 class Cut(Exception):
@@ -195,10 +208,7 @@ class Cut(Exception):
 
 @pytest.fixture(scope="module")
 def model() -> dict[str, Any]:
-    agent = VLMAgent.from_pretrained("builtin")
-    weights = weight_shapes(agent.folder)
-    banned = agent.family.banned_tokens.tolist()
-    return described(weights, banned)
+    return described(VLMAgent.from_pretrained("builtin"))
 
 
 @pytest.fixture

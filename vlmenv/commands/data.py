@@ -68,6 +68,7 @@ class Findings:
     """their lengths, if a model is named"""
 
     def add(self, kind: str, fault: str) -> None:
+        """Notes a fault, which names its line."""
         self.faults.setdefault(kind, []).append(fault)
 
 

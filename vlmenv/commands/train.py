@@ -16,6 +16,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from rich.console import Console
 
+from vlmenv.agents.engines.teacher import ServerTeacher
 from vlmenv.agents.fast_paths import FastPath, fast_paths, written
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.algos import ALGORITHMS, Algorithm, Trainer, find_algorithm
@@ -28,11 +29,13 @@ from vlmenv.building import (
     limits_of,
     load_for_training,
     load_teacher,
+    meet_teacher,
     report_broken_rows,
     task_arguments,
 )
 from vlmenv.core.console import open_console, say
 from vlmenv.core.errors import ConfigError, DataError
+from vlmenv.core.urls import is_server
 from vlmenv.doctor.forecast import forecast_here
 from vlmenv.envs.data.dataset import adopt_images, checked_once
 from vlmenv.envs.making import make_envs
@@ -353,10 +356,22 @@ def _make_trainer(
         agent.add_value_head()
     teacher = None
     if algorithm.wants_teacher:
-        name = checkpoint_name(algorithm.config.teacher)  # type: ignore[attr-defined]
-        say(f"the teacher is {name}", console)
-        teacher = load_teacher(name, config, agent, accelerator.device)
+        teacher = _teacher(algorithm.config.teacher, config, agent, console, opened)  # type: ignore[attr-defined]
     return Trainer(agent, envs, algorithm, config.trainer, accelerator, teacher)
+
+
+def _teacher(
+    name: str, config: TrainConfig[Any], agent: VLMAgent, console: Console, opened: ExitStack
+) -> VLMAgent | ServerTeacher:
+    """The teacher of an algorithm that wants one, on a server or in memory."""
+    if is_server(name):
+        say(f"the teacher is at {name}", console)
+        served = meet_teacher(name, config, agent)
+        opened.callback(served.close)
+        return served
+    found = checkpoint_name(name)
+    say(f"the teacher is {found}", console)
+    return load_teacher(found, config, agent, agent.device)
 
 
 def _held(config: TrainConfig[Any], processes: Processes, console: Console) -> TrainConfig[Any]:

@@ -49,3 +49,8 @@ def revealed(url: str, variable: str) -> str:
     if masked(whole) != url:
         raise ConfigError(f"{url} is recorded without its credentials: set {variable} to the whole URL")
     return whole
+
+
+def is_server(name: str) -> bool:
+    """Whether a name is the address of a server, not of a model."""
+    return name.startswith(("http://", "https://", "unix:"))

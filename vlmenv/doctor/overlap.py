@@ -30,6 +30,7 @@ class Overlap:
 
     @property
     def mean(self) -> float:
+        """Of all samples; 0 without any."""
         return float(np.mean(self.samples)) if self.samples else 0.0
 
 

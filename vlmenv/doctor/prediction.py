@@ -31,6 +31,7 @@ from vlmenv.algos.optimizers import state_bytes
 from vlmenv.building import DTYPES, adapt, limits_of
 from vlmenv.core.errors import ConfigError
 from vlmenv.core.rollout import Completion, Observation, Prompt, Rollout
+from vlmenv.core.urls import is_server
 from vlmenv.doctor.counting import Counter, block_lists, counting, taps_of, weightless_agent
 from vlmenv.options.train import TrainConfig
 from vlmenv.runs.models import checkpoint_name
@@ -258,7 +259,8 @@ def _sizes(
     prompts = [agent.family.encode(observation) for _ in range(batch.micro_prompts)]
     narrow = config.batches.precision == "bf16" and options.weights != "fp32"
     reference = _reference(agent, narrow=narrow) if algorithm.wants_reference and agent.lora is None else 0.0
-    if (teacher := getattr(config.algorithm, "teacher", None)) is not None:
+    teacher = getattr(config.algorithm, "teacher", None)
+    if teacher is not None and not is_server(teacher):
         taught = VLMAgent.weightless(checkpoint_name(teacher)).family_policy
         reference += sum(one.numel() for one in taught.parameters()) * DTYPES[config.batches.precision].itemsize
     return _counted(agent, prompts, batch, config, reference, backward=backward)
