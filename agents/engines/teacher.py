@@ -35,8 +35,8 @@ Encode = Callable[[Sequence[Observation]], tuple[list[Prompt], NDArray[np.int64]
 class ServerTeacher:
     """A frozen model on a server of `vlmenv serve`, which scores completions of one turn.
 
-    Its log-probabilities are of temperature 1, and of the whole vocabulary: tokens that are never sampled, such as those
-    of images, keep their small part, which a teacher in memory gives to the others.
+    Its log-probabilities are of temperature 1, and of the whole vocabulary: tokens that are never sampled, such as
+    those of images, keep their small part, which a teacher in memory gives to the others.
 
     Args:
         url: Address, as http://HOST:PORT, https://HOST:PORT or unix:PATH.

@@ -94,7 +94,7 @@ def test_it_scores_as_the_model_does_and_teaches(
     opened: ExitStack,  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    """The real vLLM, with and without images: the model's own log-probabilities, without bans; and a run of two steps."""
+    """The real vLLM, with and without images: the model's log-probabilities without bans, and a run of two steps."""
     observations = ragged()
     builtin.sampling = Sampling(max_new_tokens=8)
     rollout = builtin.rollout(observations)
