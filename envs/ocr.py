@@ -12,6 +12,7 @@ from vlmenv.envs.data.scenes import Split
 from vlmenv.envs.data.source import Sample, Source
 from vlmenv.envs.data.transcripts import QUESTIONS, Transcripts
 from vlmenv.envs.rewards import transcripts as rewards
+from vlmenv.envs.rewards.tables import check_table, require_tables, teds_reward
 from vlmenv.envs.rewards.terms import RewardTerm
 from vlmenv.envs.rewards.text import format_reward
 
@@ -24,11 +25,12 @@ class OCREnv(VisualTaskEnv):
         "cer": rewards.cer_reward,
         "wer": rewards.wer_reward,
         "exact": rewards.exact_text_reward,
+        "teds": teds_reward,
         "format": format_reward,
     }
     default_rewards: ClassVar[Mapping[str, float]] = {"similarity": 1.0, "format": 0.1}
     row_terms: ClassVar[Mapping[str, str]] = {
-        **{name: name for name in ("similarity", "cer", "wer", "exact")},
+        **{name: name for name in ("similarity", "cer", "wer", "exact", "teds")},
         "edit": "similarity",
     }
     ratios: ClassVar[Mapping[str, tuple[str, str]]] = {
@@ -47,6 +49,9 @@ class OCREnv(VisualTaskEnv):
         text = rewards.plain_text(row.answer[: rewards.LONGEST + 1])
         if not text or len(row.answer) > rewards.LONGEST:
             raise ValueError(f"the answer has no text, or more than {rewards.LONGEST:,} characters")
+        if "teds" in (row.method, *self.rewards):
+            require_tables()
+            check_table(text)
         return text
 
     def parse(self, text: str) -> str | None:
@@ -56,7 +61,8 @@ class OCREnv(VisualTaskEnv):
         """Metrics of one answer. Without a readable one all of the truth is missing."""
         answered = self.parse(text)
         words = None if answered is None else answered.split()
-        return {
+        tables = {"teds/mean": terms["teds"]} if "teds" in self.rewards and "teds" in terms else {}
+        return tables | {
             "similarity/mean": rewards.similarity_reward(text, target, answered),
             "accuracy": rewards.exact_text_reward(text, target, answered),
             "characters/edits": float(rewards.edits(answered, target)),
