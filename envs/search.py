@@ -14,10 +14,9 @@ from PIL import ImageDraw, ImageFont
 from vlmenv.core.answers import Answer
 from vlmenv.core.formats import AnswerFormat
 from vlmenv.core.rollout import IMAGE_MARK, Observation, named_images
-from vlmenv.core.spaces import Image
+from vlmenv.core.spaces import Image, blank_image, is_blank
 from vlmenv.envs.asking import AskingEnv, read_number, read_request
 from vlmenv.envs.data.albums import Albums
-from vlmenv.envs.data.images import blank_image, is_blank
 from vlmenv.envs.data.rows import Row
 from vlmenv.envs.data.scenes import Split
 from vlmenv.envs.data.source import Sample, Source

@@ -107,9 +107,7 @@ def _enlarged(box: Box) -> Box:
     return SCALE * left, SCALE * top, SCALE * right, SCALE * bottom
 
 
-def dotted(
-    scene: Scene, rng: np.random.Generator, sides: tuple[int, int] = SIDES
-) -> tuple[Image, dict[Shape, Dot]]:
+def dotted(scene: Scene, rng: np.random.Generator, sides: tuple[int, int] = SIDES) -> tuple[Image, dict[Shape, Dot]]:
     """A scene enlarged, with a dot of another colour in the middle of each shape.
 
     Args:

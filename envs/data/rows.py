@@ -532,7 +532,9 @@ def _pages(cells: _Cells) -> tuple[int, ...]:
     read = literal(found) if isinstance(found, str) else found
     numbers, first = read if isinstance(read, (list, tuple)) else [read], int(column != "answer_page_idx")
     if not all(type(number) is int and number >= first for number in numbers):
-        raise ValueError(f"'{column}' is {found!r}, which is no number of an image from {first} on, and no list of such")
+        raise ValueError(
+            f"'{column}' is {found!r}, which is no number of an image from {first} on, and no list of such"
+        )
     return tuple(dict.fromkeys(number - first + 1 for number in numbers))
 
 

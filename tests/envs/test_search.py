@@ -18,8 +18,8 @@ from PIL import Image
 import vlmenv
 from vlmenv.core.coordinates import ResizeRule
 from vlmenv.core.errors import ConfigError, DataError
+from vlmenv.core.spaces import blank_image, is_blank
 from vlmenv.envs.data.albums import SIDES, SIZES
-from vlmenv.envs.data.images import blank_image, is_blank
 from vlmenv.envs.data.scenes import COLOURS
 from vlmenv.envs.search import SearchEnv, contact_sheet, found_term, opened_term, read_page
 from vlmenv.evaluation import summarise
@@ -137,12 +137,11 @@ def test_rows_say_where_the_answer_is(album: Path, columns: dict[str, Any], page
     env, _ = begun(dataset=write(album, row | columns))
     sample = env.source.get(0)
     assert sample.target.pages == pages
-    told, texts = [], []
-    while read_page(text := env.write_turn(sample, tuple(texts))) is not None:
-        texts.append(text)
-        told.append(read_page(text))
-    assert tuple(told) == pages
-    for text in (*texts, text):
+    texts: list[str] = []
+    while read_page(last := env.write_turn(sample, tuple(texts))) is not None:
+        texts.append(last)
+    assert tuple(map(read_page, texts)) == pages
+    for text in (*texts, last):
         _, _, terminated, _, info = env.step(text)
     assert terminated
     assert info["rewards"] == {"opened": len(pages), "accuracy": 1.0, "format": 1.0, "found": float(bool(pages))}
