@@ -196,6 +196,7 @@ def test_other_tasks_say_that_they_do_not_read_pages(album: Path) -> None:
         (answer('{"open": [3]}'), None),
         (answer('{"open": 1e9}'), None),
         (answer('{"open": 12345}'), None),
+        (answer('{"open": 07}'), None),
         (answer('{"open": ' + "9" * 900), None),
         (answer("It is open: 3 people"), None),
         (answer('{"open": 3}' + "." * 5000), None),
