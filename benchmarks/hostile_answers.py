@@ -10,6 +10,7 @@ can be continued, or divided by `--first`.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -23,12 +24,15 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tyro
 
 from vlmenv.core.answers import Answer, Caption, Detection
 from vlmenv.core.formats import AnswerFormat
 from vlmenv.core.points import parse_points
+from vlmenv.core.spaces import Image
 from vlmenv.envs.captioning import answer_reward, described_keywords_reward
+from vlmenv.envs.data.source import Sample
 from vlmenv.envs.rewards.actions import Action, parse_action, step_reward
 from vlmenv.envs.rewards.answers import accuracy_term, read_answer
 from vlmenv.envs.rewards.boxes import iou_reward
@@ -46,6 +50,7 @@ from vlmenv.envs.rewards.segments import (
 )
 from vlmenv.envs.rewards.spans import TrueSpan, parse_span, span_iou50_reward
 from vlmenv.envs.rewards.transcripts import cer_reward, exact_text_reward, read_transcript, wer_reward
+from vlmenv.envs.search import SearchEnv
 
 BLOCK = 500
 ANSWERS = {
@@ -57,6 +62,7 @@ ANSWERS = {
     "points": 100_000,
     "charts": 100_000,
     "spans": 100_000,
+    "searches": 100_000,
 }
 
 
@@ -66,7 +72,7 @@ class Args:
 
     answers: dict[str, int] = field(default_factory=lambda: dict(ANSWERS))
     """Number of answers by task: math, choices, captions, boxes, counts, points, screens, texts, segments, charts,
-    spans."""
+    spans, searches."""
     first: int = 0
     """Number of the first block of 500."""
     log: Path | None = None
@@ -763,6 +769,70 @@ def span_task(rng: random.Random) -> Task:
     return Task(answer, score, lacks)
 
 
+# Searches
+
+_PAGES = 9
+
+
+@functools.cache
+def album() -> tuple[SearchEnv, tuple[Image, ...]]:
+    """The task of searches, and nine small images."""
+    return SearchEnv(), tuple(np.full((16, 16, 3), 20 * number, np.uint8) for number in range(_PAGES))
+
+
+def search_task(rng: random.Random) -> Task:
+    """A right answer scores 1, and a request that opens an image scores a half."""
+    truth = rng.randint(11, 9999)
+    env, images = album()
+    sample = Sample("album", images, "How many?", read_answer(str(truth), "numeric"))
+    lacks_truth = lacks_number(Fraction(truth))
+
+    def lacks(text: str) -> bool:
+        """It has no number of an image either, behind the key of a request."""
+        pages = re.findall(r"open\W{1,40}([1-9])(?!\w)", text[:20_000])
+        return lacks_truth(re.sub("[:'\"]", " ", text)) and not pages
+
+    def answer(rng: random.Random) -> Hostile:
+        kind = rng.randrange(6)
+        words = ('"open"', "'open'", "open", '{"open": ', ": ", "{", "}", '"image"', '"page": ', "[", "]")
+        if kind == 0:
+            return Hostile(soup(rng, _JUNK, words, "0123456789"))
+        if kind == 1:
+            return Hostile(rng.choice((wild(rng), large(rng, rng.choice((*_JUNK, *words, '{"open": 3}'))))))
+        if kind == 2:
+            numbers = (
+                "0",
+                "10",
+                "-3",
+                "3.5",
+                "1e9",
+                "[3]",
+                "null",
+                "true",
+                '"three"',
+                "9" * 900,
+                "٣",
+                "NaN",
+                "{}",
+                "3x",
+            )
+            return Hostile(f'{{"open": {rng.choice(numbers)}}}')
+        if kind == 3:
+            return Hostile(f'{{"open": {rng.randint(1, 4)}, "open": {rng.randint(5, 9)}}}')
+        forms = (
+            *('{{"open": {0}}}', '{{"open": 3}} The answer is {0}', '{{"open": 3, "answer": {0}}}', "{0} or {1}"),
+            *('{{"open": {0}}} or {{"open": {1}}}', "not {0}", "{0}, {1}"),
+        )
+        return Hostile(rng.choice(forms).format(truth, truth + 1), True)
+
+    def score(text: str) -> float:
+        opens = env.respond(sample, (text,)) is not None
+        (scored,) = env.score_batch([text], [sample])
+        return max(scored.terms["accuracy"], opens / 2)
+
+    return Task(answer, score, lacks)
+
+
 # Boxes
 
 _LEAST = 500
@@ -986,6 +1056,7 @@ TASKS: dict[str, Callable[[random.Random], Task]] = {
     "segments": segment_task,
     "charts": chart_task,
     "spans": span_task,
+    "searches": search_task,
 }
 
 

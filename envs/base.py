@@ -152,7 +152,7 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
     """Maximum number of images per episode, in a task of several turns."""
     turn_terms: ClassVar[Collection[str]] = ()
     """Terms, by name, that score the answer of every turn. The others score the last answer alone."""
-    unread: ClassVar[Collection[str]] = ()
+    unread: ClassVar[Collection[str]] = ("pages",)
     """Parts of a row, by their names in `COLUMNS`, that the task does not use. Their presence is reported."""
     layouts: ClassVar[tuple[RowLayout, ...]] = ()
     """Layouts of public data sets for this task, for rows whose question stands in no common column."""
@@ -794,8 +794,12 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
         )
 
     def _shown(self, image: Image, size: tuple[int, int]) -> Image:
+        return resized(image, *self._shown_size(size))
+
+    def _shown_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Width and height at which an image of some full width and height is shown."""
         rule = self.coordinates.resize
-        return resized(image, *(bounded_size(*size, self.image_bound) if rule is None else rule.size(*size)))
+        return bounded_size(*size, self.image_bound) if rule is None else rule.size(*size)
 
     def _open(
         self,

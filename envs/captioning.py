@@ -54,7 +54,7 @@ class CaptionEnv(VisualTaskEnv):
     prompt_template: ClassVar[str] = "Answer as {answer}\n{question}"
     default_format: ClassVar[AnswerFormat] = AnswerFormat.SECTIONS
     needs_answer: ClassVar[bool] = False
-    unread: ClassVar[Collection[str]] = ("tolerance",)
+    unread: ClassVar[Collection[str]] = ("tolerance", "pages")
 
     def builtin_source(self, split: Split) -> Source:
         return CaptionScenes(split)

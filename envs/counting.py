@@ -31,7 +31,7 @@ class CountEnv(VisualTaskEnv):
     prompt_template: ClassVar[str] = "Answer as {answer}\n{question}"
     answer_example: ClassVar[str | None] = "number"
     layouts: ClassVar[tuple[RowLayout, ...]] = (PIXMO_COUNT,)
-    unread: ClassVar[Collection[str]] = ("keywords", "choices", "tolerance")
+    unread: ClassVar[Collection[str]] = ("keywords", "choices", "tolerance", "pages")
 
     def builtin_source(self, split: Split) -> Source:
         return CountScenes(split)

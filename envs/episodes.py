@@ -112,14 +112,14 @@ def _replied(task: VisualTaskEnv, episode: Episode, text: str) -> Reply | None:
 
 
 def added(before: Score | None, after: Score) -> Score:
-    """The score of an episode with one more answer: sums of rewards, terms and seconds, and the last prediction."""
+    """The score of an episode with one more answer: sums of rewards, terms and seconds; the last prediction."""
     if before is None:
         return after
     terms, seconds = dict(before.terms), dict(before.seconds)
     for total, more in ((terms, after.terms), (seconds, after.seconds)):
         for name, value in more.items():
             total[name] = total.get(name, 0.0) + value
-    return Score(before.reward + after.reward, terms, after.prediction, seconds)
+    return Score(before.reward + after.reward, terms, after.prediction, seconds, before.weights | after.weights)
 
 
 def conversation(before: Observation, text: str, reply: Reply) -> Observation:

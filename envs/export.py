@@ -44,7 +44,8 @@ def _export_videos(sample: Sample, folder: Path) -> dict[str, Any]:
 def _truth(target: Any) -> dict[str, Any]:
     """The content of a target beside the text of its answer."""
     if isinstance(target, Answer):
-        return {"accu_reward_method": target.kind, "tolerance": target.tolerance}
+        pages = {"evidence_pages": list(target.pages)} if target.pages else {}
+        return {"accu_reward_method": target.kind, "tolerance": target.tolerance} | pages
     if isinstance(target, Caption):
         return {"key_word": list(target.keywords)} | ({} if target.answer else {"answer": ""})
     return {}

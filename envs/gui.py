@@ -85,7 +85,7 @@ class GUIEnv(VisualTaskEnv):
     )
     geometry: ClassVar[Geometry | None] = ACTION
     layouts: ClassVar[tuple[RowLayout, ...]] = LAYOUTS
-    unread: ClassVar[Collection[str]] = ("keywords", "choices", "tolerance")
+    unread: ClassVar[Collection[str]] = ("keywords", "choices", "tolerance", "pages")
     reach: ClassVar[float] = 0.14
     """Distance within which a true point is hit, as a part of width and height (AndroidControl, arXiv 2406.03679)."""
 

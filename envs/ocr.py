@@ -40,7 +40,7 @@ class OCREnv(VisualTaskEnv):
     prompt_template: ClassVar[str] = "Answer as {answer}\n{question}"
     answer_example: ClassVar[str | None] = "text"
     layouts: ClassVar[tuple[RowLayout, ...]] = (RowLayout(("text",), ("text",), lambda text: QUESTIONS[0]),)
-    unread: ClassVar[Collection[str]] = ("keywords", "choices", "tolerance")
+    unread: ClassVar[Collection[str]] = ("keywords", "choices", "tolerance", "pages")
 
     def builtin_source(self, split: Split) -> Source:
         return Transcripts(split)

@@ -33,7 +33,7 @@ class OVDEnv(VisualTaskEnv):
     prompt_template: ClassVar[str] = "Answer as {answer} in {coordinates}, or {none}.\n{question}"
     geometry: ClassVar[Geometry | None] = DETECTIONS
     takes_coco: ClassVar[bool] = True
-    unread: ClassVar[Collection[str]] = ("keywords", "choices", "tolerance")
+    unread: ClassVar[Collection[str]] = ("keywords", "choices", "tolerance", "pages")
 
     def builtin_source(self, split: Split) -> Source:
         return DetectionScenes(split)

@@ -59,7 +59,7 @@ class PointEnv(VisualTaskEnv):
     prompt_template: ClassVar[str] = "Answer as {answer} in {coordinates}, or {none}.\n{question}"
     geometry: ClassVar[Geometry | None] = REGIONS
     layouts: ClassVar[tuple[RowLayout, ...]] = (PIXMO_POINTS,)
-    unread: ClassVar[Collection[str]] = ("keywords", "choices", "tolerance")
+    unread: ClassVar[Collection[str]] = ("keywords", "choices", "tolerance", "pages")
     reach: ClassVar[float] = 0.05
     """Distance within which a true point is hit, as a part of the image's diagonal."""
 

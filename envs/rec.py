@@ -29,7 +29,7 @@ class RECEnv(VisualTaskEnv):
     row_terms: ClassVar[Mapping[str, str]] = {name: name for name in ("iou", "iou@0.5", "giou", "dynamic_iou")}
     prompt_template: ClassVar[str] = "Answer as {answer} in {coordinates}, or {none}.\n{question}"
     geometry: ClassVar[Geometry | None] = BOX
-    unread: ClassVar[Collection[str]] = ("keywords", "choices", "tolerance")
+    unread: ClassVar[Collection[str]] = ("keywords", "choices", "tolerance", "pages")
 
     def builtin_source(self, split: Split) -> Source:
         return ReferringScenes(split)

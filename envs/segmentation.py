@@ -88,7 +88,7 @@ class SegmentEnv(VisualTaskEnv):
     ratios: ClassVar[Mapping[str, tuple[str, str]]] = {"cIoU": ("area/intersection", "area/union")}
     prompt_template: ClassVar[str] = "Answer as {answer} in {coordinates}, or {none}.\n{question}"
     geometry: ClassVar[Geometry | None] = SEGMENTS
-    unread: ClassVar[Collection[str]] = ("keywords", "choices", "tolerance")
+    unread: ClassVar[Collection[str]] = ("keywords", "choices", "tolerance", "pages")
 
     def builtin_source(self, split: Split) -> Source:
         return SegmentScenes(split)

@@ -49,7 +49,7 @@ class TemporalEnv(VisualTaskEnv):
     takes_videos: ClassVar[bool] = True
     needs_video: ClassVar[bool] = True
     layouts: ClassVar[tuple[RowLayout, ...]] = LAYOUTS
-    unread: ClassVar[Collection[str]] = ("keywords", "choices", "tolerance")
+    unread: ClassVar[Collection[str]] = ("keywords", "choices", "tolerance", "pages")
 
     def builtin_source(self, split: Split) -> Source:
         return TemporalClips(split, self.frame_rule)

@@ -67,7 +67,7 @@ class VQAEnv(VisualTaskEnv):
     default_rewards: ClassVar[Mapping[str, float]] = {"accuracy": 1.0, "format": 0.1}
     prompt_template: ClassVar[str] = "Answer as {answer}\n{question}"
     needs_image: ClassVar[bool] = False
-    unread: ClassVar[Collection[str]] = ("keywords",)
+    unread: ClassVar[Collection[str]] = ("keywords", "pages")
 
     def builtin_source(self, split: Split) -> Source:
         return VisualQuestions(split)

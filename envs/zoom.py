@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Final, NamedTuple
 
-from vlmenv.core.answers import NONE, Answer, parse_box, write_box
+from vlmenv.core.answers import NONE, parse_box, write_box
 from vlmenv.core.coordinates import Box
 from vlmenv.core.formats import AnswerFormat
 from vlmenv.core.spaces import Image
+from vlmenv.envs.asking import AskingEnv, read_number, read_request
 from vlmenv.envs.data.dataset import Reading
 from vlmenv.envs.data.details import Detail, Dots
 from vlmenv.envs.data.images import resized
@@ -19,12 +19,8 @@ from vlmenv.envs.data.scenes import Split
 from vlmenv.envs.data.source import Sample, Source
 from vlmenv.envs.episodes import Reply
 from vlmenv.envs.rewards.terms import RewardTerm
-from vlmenv.envs.vqa import VQAEnv
 
-_LONGEST: Final = 1000
-"""Characters of an answer that may be a request."""
 _KEY: Final = "bbox_2d"
-_NUMBER = re.compile(r"[\"']image[\"']\s*:\s*([0-9]{1,3})(?![0-9.])")
 _LEAST_SIDE: Final = 8
 """Pixels of a crop's sides: smaller boxes are widened."""
 _WIDEST: Final = 4
@@ -45,13 +41,12 @@ def read_crop(text: str, answer_format: AnswerFormat = AnswerFormat.TAGS) -> Cro
 
     With several images `"image": 2` names another than the first. JSON that stands alone needs no tags around it.
     """
-    content = answer_format.extract(text)
-    if content is None and text.lstrip().startswith("{"):
-        content = text
-    if content is None or len(content) > _LONGEST or _KEY not in content:
+    content = read_request(text, _KEY, answer_format)
+    box = None if content is None else parse_box(content)
+    if content is None or box is None or box == NONE:
         return None
-    box, number = parse_box(content), _NUMBER.search(content)
-    return None if box is None or box == NONE else Crop(box, int(number[1]) if number else 1)
+    number = read_number(content, "image")
+    return Crop(box, 1 if number is None else number)
 
 
 def crops_term(text: str, target: Any, answer_format: AnswerFormat = AnswerFormat.TAGS) -> float:
@@ -59,26 +54,22 @@ def crops_term(text: str, target: Any, answer_format: AnswerFormat = AnswerForma
     return float(read_crop(text, answer_format) is not None)
 
 
-class ZoomEnv(VQAEnv):
+class ZoomEnv(AskingEnv):
     """`VLM-Zoom-v0`: as `VLM-VQA-v0`, but an answer may be a request for a crop, which is the next turn's image.
 
     The crop is cut from the image at its full size, and enlarged to the size at which the whole image is shown. With
     `max_turns=1` there are no crops, as a control.
     """
 
-    terms: ClassVar[Mapping[str, RewardTerm]] = {**VQAEnv.terms, "crops": crops_term}
+    terms: ClassVar[Mapping[str, RewardTerm]] = {**AskingEnv.terms, "crops": crops_term}
     default_rewards: ClassVar[Mapping[str, float]] = {"accuracy": 1.0, "format": 0.1, "crops": -0.05}
     turn_terms: ClassVar[Collection[str]] = ("crops",)
-    needs_image: ClassVar[bool] = True
     max_turns: int = 3
     prompt_template: ClassVar[str] = (
-        "Answer as {answer}\nTo see a part of the image enlarged, answer {crop} in {coordinates}.\n{question}"
+        "Answer as {answer}\nTo see a part of the image enlarged, answer {request} in {coordinates}.\n{question}"
     )
-
-    def __init__(self, *, prompt_template: str | None = None, max_turns: int | None = None, **kwargs: Any) -> None:
-        if prompt_template is None and max_turns == 1:
-            prompt_template = VQAEnv.prompt_template
-        super().__init__(prompt_template=prompt_template, max_turns=max_turns, **kwargs)
+    request: ClassVar[str] = f'{{"{_KEY}": [x1,y1,x2,y2]}}'
+    again: ClassVar[str] = "ask for another part"
 
     def builtin_source(self, split: Split) -> Source:
         return Dots(split)
@@ -87,28 +78,20 @@ class ZoomEnv(VQAEnv):
         """As for other tasks, but images are loaded at their full size, from which crops are cut."""
         return replace(super().reading(*args, **kwargs), bound=None)
 
-    def respond(self, sample: Sample, texts: Sequence[str]) -> Reply | None:
-        crop = read_crop(texts[-1], self.answer_format)
-        part = None if crop is None or self.max_turns == 1 else self._cut(sample, crop)
-        if part is None:
-            return None
-        is_last = len(texts) + 1 >= self.max_turns
-        return Reply(
-            f"This part, enlarged. {'Answer now.' if is_last else 'Answer, or ask for another part.'}", (part,)
-        )
+    def bring(self, sample: Sample, text: str) -> Reply | None:
+        crop = read_crop(text, self.answer_format)
+        part = None if crop is None else self._cut(sample, crop)
+        return None if part is None else Reply("This part, enlarged.", (part,))
 
-    def measure(self, text: str, target: Answer, terms: Mapping[str, float]) -> dict[str, float]:
-        return super().measure(text, target, terms) | ({"crops": terms["crops"]} if "crops" in terms else {})
-
-    def write_turn(self, sample: Sample, texts: Sequence[str]) -> str:
-        """A crop of the detail first, if its place is known and there is a turn left; then the answer."""
+    def write_request(self, sample: Sample, texts: Sequence[str]) -> str | None:
+        """A crop of the detail, if its place is known."""
         place = sample.place if isinstance(sample, Detail) else None
-        if place is None or texts or self.max_turns == 1:
-            return super().write_turn(sample, texts)
+        if place is None or texts:
+            return None
         height, width = sample.images[0].shape[:2]
         left, top, right, bottom = self.coordinates.from_pixels(place, width, height)
         box = (math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom))
-        return self.answer_format.write(f'{{"{_KEY}": {write_box(box)}}}', sample.rationale)
+        return f'{{"{_KEY}": {write_box(box)}}}'
 
     def _cut(self, sample: Sample, crop: Crop) -> Image | None:
         """A part of an image, enlarged to the longer side of the image as it is shown; None if there is none."""
@@ -125,10 +108,6 @@ class ZoomEnv(VQAEnv):
         scale = max(self._shown(whole, size).shape) / max(part.shape)
         enlarged = resized(part, *(max(1, round(side * scale)) for side in part.shape[1::-1]))
         return self._shown(enlarged, (enlarged.shape[1], enlarged.shape[0]))
-
-    def _filled(self, template: str) -> str:
-        crop = self.answer_format.answer_only(f'{{"{_KEY}": [x1,y1,x2,y2]}}')
-        return super()._filled(template.replace("{crop}", crop))
 
     def _check_coordinates(self, template: str) -> None:
         """Requests name places, in any convention."""

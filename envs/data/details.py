@@ -18,6 +18,7 @@ from vlmenv.envs.data.scenes import (
     COLOURS,
     SHAPES,
     Reference,
+    Scene,
     Scenes,
     Shape,
     choose_reference,
@@ -55,8 +56,7 @@ class Dots(Scenes):
     def get(self, index: int) -> Detail:
         scene, _ = sample_scene(self.split, index, _COUNTS)
         rng = self.rng(index)
-        image = scene.image.repeat(SCALE, axis=0).repeat(SCALE, axis=1)
-        dots = {shape: _draw_dot(image, shape, rng) for shape in scene.shapes}
+        image, dots = dotted(scene, rng)
         plain = [one for one in references(scene) if not set(SHAPES) & set(one.expression.split())]
         asked = _of_dot(choose_reference(scene, rng), dots)
         if plain and rng.random() < 0.5:
@@ -72,7 +72,7 @@ class Dots(Scenes):
         )
 
 
-class _Dot(NamedTuple):
+class Dot(NamedTuple):
     """A dot as it is drawn."""
 
     colour: str
@@ -90,7 +90,7 @@ class _Asked(NamedTuple):
     place: Box
 
 
-def _of_dot(reference: Reference, dots: Mapping[Shape, _Dot]) -> _Asked:
+def _of_dot(reference: Reference, dots: Mapping[Shape, Dot]) -> _Asked:
     dot = dots[reference.target]
     question = f"What colour is the dot in {reference.expression}?"
     return _Asked("tiny", question, dot.colour, f"It is in the {reference.target}.", dot.place)
@@ -107,14 +107,29 @@ def _enlarged(box: Box) -> Box:
     return SCALE * left, SCALE * top, SCALE * right, SCALE * bottom
 
 
-def _draw_dot(image: Image, shape: Shape, rng: np.random.Generator) -> _Dot:
+def dotted(scene: Scene, rng: np.random.Generator, sides: tuple[int, int] = SIDES) -> tuple[Image, dict[Shape, Dot]]:
+    """A scene enlarged, with a dot of another colour in the middle of each shape.
+
+    Args:
+        scene: The scene.
+        rng: Draws the dots' colours and sides.
+        sides: Least and greatest side of a dot in pixels.
+
+    Returns:
+        The image, uint8 [2·H, 2·W, 3], and the dots by their shapes.
+    """
+    image = scene.image.repeat(SCALE, axis=0).repeat(SCALE, axis=1)
+    return image, {shape: _draw_dot(image, shape, rng, sides) for shape in scene.shapes}
+
+
+def _draw_dot(image: Image, shape: Shape, rng: np.random.Generator, sides: tuple[int, int]) -> Dot:
     """Draws a square dot in the middle of a shape."""
     colour = str(rng.choice([one for one in COLOURS if one != shape.colour]))
-    side = int(rng.integers(SIDES[0], SIDES[1] + 1))
+    side = int(rng.integers(sides[0], sides[1] + 1))
     left, top, right, bottom = _enlarged(shape.box)
     height = 0.65 if shape.kind == "triangle" else 0.5  # where it is wide enough
     x, y = (left + right) / 2, top + height * (bottom - top)
     first, upper = round(x - side / 2), round(y - side / 2)
     image[upper : upper + side, first : first + side] = sample_tint(colour, rng)
     place = max(left, x - _REACH), max(top, y - _REACH), min(right, x + _REACH), min(bottom, y + _REACH)
-    return _Dot(colour, place)
+    return Dot(colour, place)

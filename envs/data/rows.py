@@ -62,6 +62,7 @@ COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
     "tolerance": ("tolerance",),
     "choices": ("choices", "options"),
     "hint": ("hint",),
+    "pages": ("evidence_pages", "answer_page_idx"),
 }
 """The parts of a row, and the columns in which each is looked for."""
 
@@ -87,6 +88,8 @@ class Row:
     """meanings of the letters from A on"""
     accepted: tuple[str | float, ...] = ()
     """the items of an answer that is a list of texts and numbers"""
+    pages: tuple[int, ...] = ()
+    """numbers of the images that show the answer, from 1; empty if unknown"""
     detections: tuple[Detection, ...] | None = None
     """true boxes, if the data set has separate ones"""
     form: str = ""
@@ -157,6 +160,7 @@ def read_row(
         method=_text(cells.take("method"), "accu_reward_method"),
         tolerance=_tolerance(cells.take("tolerance")),
         choices=choices,
+        pages=_pages(cells),
         detections=detections,
         form=form,
         turns=turns,
@@ -517,6 +521,21 @@ def _tolerance(found: Any) -> float:
     if type(found) not in (int, float) or not 0 <= found <= 1e300:
         raise ValueError(f"'tolerance' is {found!r}, which is no number from 0 up")
     return float(found)
+
+
+def _pages(cells: _Cells) -> tuple[int, ...]:
+    """Numbers of images from 1. MP-DocVQA's `answer_page_idx` counts from 0, SlideVQA's `evidence_pages` from 1."""
+    column = cells.find("pages")
+    if column is None:
+        return ()
+    found = cells.take_column("pages", column)
+    read = literal(found) if isinstance(found, str) else found
+    numbers, first = read if isinstance(read, (list, tuple)) else [read], int(column != "answer_page_idx")
+    if not all(type(number) is int and number >= first for number in numbers):
+        raise ValueError(
+            f"'{column}' is {found!r}, which is no number of an image from {first} on, and no list of such"
+        )
+    return tuple(dict.fromkeys(number - first + 1 for number in numbers))
 
 
 def places(name: str) -> str:

@@ -106,9 +106,13 @@ ANSWER = "<think>It is small.</think><answer>red</answer>"
 CALL = f"<tool_call>\n{json.dumps({'name': 'respond', 'arguments': {'answer': CROP}})}\n</tool_call>"
 
 
-def rewards_of(index: int, *texts: str) -> list[float]:
+REQUESTS = {"VLM-Zoom-v0": CROP, "VLM-Search-v0": '{"open": 2}'}
+"""A request of each task of several turns."""
+
+
+def rewards_of(index: int, *texts: str, name: str = "VLM-Zoom-v0") -> list[float]:
     """The environment's own rewards of an episode's answers."""
-    env: Any = gymnasium.make("VLM-Zoom-v0", coordinates="norm1000")
+    env: Any = gymnasium.make(name, coordinates="norm1000")
     env.reset(options={"index": index})
     return [float(env.step(text)[1]) for text in texts]
 
@@ -234,47 +238,53 @@ def test_skyrl(task: PortableTask, answered: list[tuple[int, str, float]]) -> No
         gym.make("vlm_rec_of_tests", env_config={}, extras={})
 
 
-def test_skyrl_plays_episodes_of_several_turns() -> None:
+@pytest.mark.parametrize(("name", "request_"), REQUESTS.items())
+def test_skyrl_plays_episodes_of_several_turns(name: str, request_: str) -> None:
     pytest.importorskip("skyrl_gym")
-    index = PortableTask("VLM-Zoom-v0").indices(1, seed=0)[0]
-    env = vlmenv.adapters.skyrl("VLM-Zoom-v0", coordinates="norm1000")({}, {"extra_info": {"index": index}})
+    index = PortableTask(name).indices(1, seed=0)[0]
+    env = vlmenv.adapters.skyrl(name, coordinates="norm1000")({}, {"extra_info": {"index": index}})
     assert env.get_metrics() == {}
     env.init([])
-    outputs = [env.step(text) for text in (CROP, ANSWER)]
+    outputs = [env.step(text) for text in (request_, ANSWER)]
     assert [one["done"] for one in outputs] == [False, True]
-    assert [one["reward"] for one in outputs] == pytest.approx(rewards_of(index, CROP, ANSWER), abs=1e-9)
+    wanted = rewards_of(index, request_, ANSWER, name=name)
+    assert [one["reward"] for one in outputs] == pytest.approx(wanted, abs=1e-9)
     (turn,) = outputs[0]["observations"]
     assert (turn["role"], [block["type"] for block in turn["content"]]) == ("user", ["image_url", "text"])
     assert outputs[1]["observations"] == []
     assert env.get_metrics()["reward"] == pytest.approx(sum(one["reward"] for one in outputs))
     with pytest.raises(ConfigError, match="the episode has ended"):
         env.step(ANSWER)
-    assert env.max_turns == 3
+    assert env.max_turns == {"VLM-Zoom-v0": 3, "VLM-Search-v0": 4}[name]
 
 
-def test_gem_plays_episodes_of_several_turns() -> None:
+@pytest.mark.parametrize(("name", "request_"), REQUESTS.items())
+def test_gem_plays_episodes_of_several_turns(name: str, request_: str) -> None:
     pytest.importorskip("gem")
-    env = vlmenv.adapters.gem("VLM-Zoom-v0", coordinates="norm1000")()
+    env = vlmenv.adapters.gem(name, coordinates="norm1000")()
     first, info = env.reset(seed=0)
-    second, *crop = env.step(CROP)
+    second, *asked = env.step(request_)
     last, *answer = env.step(ANSWER)
-    assert [crop[0], answer[0]] == pytest.approx(rewards_of(info["index"], CROP, ANSWER), abs=1e-9)
-    assert [one[1:3] for one in (crop, answer)] == [[False, False], [True, False]]
+    wanted = rewards_of(info["index"], request_, ANSWER, name=name)
+    assert [asked[0], answer[0]] == pytest.approx(wanted, abs=1e-9)
+    assert [one[1:3] for one in (asked, answer)] == [[False, False], [True, False]]
     assert [len(one["images"]) for one in (first, second, last)] == [1, 1, 0]
-    assert second["problem"].startswith("This part, enlarged.")
+    assert second["problem"].startswith({"VLM-Zoom-v0": "This part, enlarged.", "VLM-Search-v0": "Image 2."}[name])
 
 
-def test_openenv_plays_episodes_of_several_turns() -> None:
+@pytest.mark.parametrize(("name", "request_"), REQUESTS.items())
+def test_openenv_plays_episodes_of_several_turns(name: str, request_: str) -> None:
     pytest.importorskip("openenv.core.env_server.interfaces")
-    spec = vlmenv.adapters.openenv("VLM-Zoom-v0", coordinates="norm1000")
+    spec = vlmenv.adapters.openenv(name, coordinates="norm1000")
     env = spec.environment()
     index = env.reset(seed=0).metadata["index"]
-    seen = [env.step(spec.action(text=text)) for text in (CROP, ANSWER)]
+    seen = [env.step(spec.action(text=text)) for text in (request_, ANSWER)]
     assert [one.done for one in seen] == [False, True]
-    assert [one.reward for one in seen] == pytest.approx(rewards_of(index, CROP, ANSWER), abs=1e-9)
+    wanted = rewards_of(index, request_, ANSWER, name=name)
+    assert [one.reward for one in seen] == pytest.approx(wanted, abs=1e-9)
     assert [[block["type"] for block in turn["content"]] for turn in seen[0].messages] == [["image_url", "text"]]
     assert seen[1].messages == []
-    assert seen[1].metadata["rewards"]["crops"] == 1
+    assert seen[1].metadata["rewards"][{"VLM-Zoom-v0": "crops", "VLM-Search-v0": "opened"}[name]] == 1
     with pytest.raises(ConfigError, match="call reset"):
         env.step(spec.action(text=ANSWER))
 

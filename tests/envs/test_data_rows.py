@@ -63,5 +63,5 @@ def test_formats_are_converted(words: list[str], folder: Path) -> None:
 
 
 def test_the_page_has_all_tasks_and_formats() -> None:
-    assert len(SECTIONS) == 13
+    assert len(SECTIONS) == 14
     assert len(CONVERSIONS) == 4

@@ -14,7 +14,7 @@ from vlmenv.envs.export import export_sample
 TASKS = (
     *("VLM-REC-v0", "VLM-OVD-v0", "VLM-Math-v0", "VLM-Caption-v0", "VLM-VQA-v0"),
     *("VLM-Count-v0", "VLM-Point-v0", "VLM-GUI-v0", "VLM-OCR-v0", "VLM-Seg-v0"),
-    *("VLM-Chart-v0", "VLM-Temporal-v0", "VLM-VideoQA-v0"),
+    *("VLM-Chart-v0", "VLM-Search-v0", "VLM-Temporal-v0", "VLM-VideoQA-v0"),
 )
 
 

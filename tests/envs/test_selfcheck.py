@@ -23,7 +23,7 @@ from vlmenv.envs.selfcheck import describe
 TASKS = [
     *("VLM-Caption-v0", "VLM-Count-v0", "VLM-GUI-v0", "VLM-Math-v0"),
     *("VLM-OCR-v0", "VLM-OVD-v0", "VLM-Point-v0", "VLM-REC-v0", "VLM-Seg-v0", "VLM-VQA-v0"),
-    *("VLM-Chart-v0", "VLM-Temporal-v0", "VLM-VideoQA-v0"),
+    *("VLM-Chart-v0", "VLM-Search-v0", "VLM-Temporal-v0", "VLM-VideoQA-v0"),
 ]
 WAYS: list[dict[str, Any]] = [{}, {"coordinates": "norm1000"}, {"coordinates": "resized", "resize": ResizeRule()}]
 

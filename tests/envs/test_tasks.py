@@ -31,7 +31,7 @@ from vlmenv.envs.segmentation import SEGMENTS
 TASKS = [
     *("VLM-Caption-v0", "VLM-Count-v0", "VLM-GUI-v0", "VLM-Math-v0"),
     *("VLM-OCR-v0", "VLM-OVD-v0", "VLM-Point-v0", "VLM-REC-v0", "VLM-Seg-v0", "VLM-VQA-v0", "VLM-Zoom-v0"),
-    *("VLM-Chart-v0", "VLM-Temporal-v0", "VLM-VideoQA-v0"),
+    *("VLM-Chart-v0", "VLM-Search-v0", "VLM-Temporal-v0", "VLM-VideoQA-v0"),
 ]
 VIDEO_TASKS = ("VLM-Temporal-v0", "VLM-VideoQA-v0")
 ROWS: dict[str, list[tuple[str, Any]]] = {
@@ -51,6 +51,7 @@ ROWS: dict[str, list[tuple[str, Any]]] = {
     "VLM-VideoQA-v0": [("Does it move?", "yes"), ("Which?", "a red cat")],
     "VLM-Temporal-v0": [("When is it red?", "[0.5, 2.5]"), ("When is it blue?", "0:03 to 0:04")],
     "VLM-Zoom-v0": [("Is it red?", "yes"), ("Which?", "a red cat")],
+    "VLM-Search-v0": [("Is it red?", "yes"), ("Which?", "a red cat")],
     "VLM-Caption-v0": [("Describe it. How many?", "2"), ("Describe it.", "red")],
 }
 

@@ -46,6 +46,8 @@ class Answer(NamedTuple):
     """for letters: the meanings of those from A on, if known; an answer may write them out"""
     others: tuple[Answer, ...] = ()
     """other right answers"""
+    pages: tuple[int, ...] = ()
+    """numbers of the sample's images that show it, from 1; empty if unknown"""
 
 
 class Caption(NamedTuple):

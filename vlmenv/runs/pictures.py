@@ -197,7 +197,7 @@ def _told(task: VisualTaskEnv, answer: Answer) -> str:
     """An answer with its truth, if that is no place, and its score."""
     said = task.answer_format.extract(answer["completion"])
     lines = [_wrapped(said or "no readable answer", _WIDTH, 3)]
-    if not any(places(answer["target"])):
+    if task.geometry is None or not any(places(answer["target"])):
         lines.append(_wrapped(f"truth: {answer['target']}", _WIDTH, 2))
     name = task.right[0]
     if name in answer["measures"]:
