@@ -104,7 +104,7 @@ def new_student(folder: Path, args: Args) -> Path:
     if not note.exists():
         started = time.monotonic()
         lessons = builtin_model.Args(
-            output=folder, steps=args.teaching, scenes=16, width=64, referring_only=True, labels="loose"
+            output=folder, steps=args.teaching, scenes=16, width=64, tasks={}, labels="loose"
         )
         builtin_model.main(lessons)
         note.write_text(f"{(time.monotonic() - started) / 60:.1f} minutes\n")
