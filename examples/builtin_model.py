@@ -64,13 +64,13 @@ CHAT_TEMPLATE = """\
 REC = "VLM-REC-v0"
 EXPRESSIONS_PER_SCENE = 4
 BOX_TASK_WEIGHT = 0.1
-"""Of tokens beside the coordinates, against these."""
+"""Of tokens beside the coordinates of boxes, against these."""
 TEXT_WEIGHT = 0.3
-"""Of tokens in the tasks without coordinates."""
+"""Of tokens in other tasks, beside coordinates where they have any."""
 OTHER_TASKS = {"VLM-OVD-v0": 4, "VLM-VQA-v0": 6, "VLM-Math-v0": 3, "VLM-Caption-v0": 3}
 """Samples a step of the tasks beside referring expressions, for the model that is shipped."""
 PLACED_TASKS = ("VLM-OVD-v0", "VLM-Point-v0", "VLM-Seg-v0", "VLM-GUI-v0")
-"""Those of which the numbers in an answer are coordinates."""
+"""Those of which the numbers in an answer are coordinates, which count fully."""
 NUMBER_SIGMA = 1.0
 
 
@@ -99,14 +99,16 @@ class Args:
     seed: int = 0
 
 
-def main(args: Args) -> None:
+def main(args: Args) -> int:
+    """Teaches a model and writes it. Returns the number of steps."""
     torch.manual_seed(args.seed)
     if args.init is None:
         new_model(args.output, args.width)
     agent = VLMAgent.from_pretrained(args.init or args.output)
-    teach(agent, args)
+    steps = teach(agent, args)
     agent.publish(args.output, dtype=torch.float16)
     (args.output / "generation_config.base.json").unlink(missing_ok=True)  # of the random model
+    return steps
 
 
 def new_model(folder: Path, width: int = 128) -> None:
@@ -250,8 +252,8 @@ def model_config(tokenizer: Tokenizer, width: int) -> Qwen3VLConfig:
     )
 
 
-def teach(agent: VLMAgent, args: Args) -> None:
-    """Supervised steps; single objects alone for the first twentieth of a new model's, then now and then."""
+def teach(agent: VLMAgent, args: Args) -> int:
+    """Supervised steps, and their number; single objects alone for the first twentieth of a new model's."""
     rng = np.random.default_rng(args.seed)
     policy = agent.family_policy.train()
     optimizers = new_optimizers(policy, args.lr)
@@ -279,6 +281,7 @@ def teach(agent: VLMAgent, args: Args) -> None:
             print(f"step {step}  loss {told}  {minutes:.1f} min", flush=True)
             agent.save(args.output)
     policy.eval()
+    return step
 
 
 def new_optimizers(policy: Policy, lr: float) -> list[torch.optim.Optimizer]:
@@ -358,7 +361,8 @@ def other_lesson(agent: VLMAgent, name: str, labels: str, rng: np.random.Generat
     if name not in PLACED_TASKS:
         return Lesson(prompt, [answer], [{}], [0], [[TEXT_WEIGHT] * len(answer)])
     digits, edges = coordinates_in(answer, agent)
-    weights = [1.0 if place in digits else BOX_TASK_WEIGHT for place in range(len(answer))]
+    beside = BOX_TASK_WEIGHT if name == "VLM-OVD-v0" else TEXT_WEIGHT
+    weights = [1.0 if place in digits else beside for place in range(len(answer))]
     return Lesson(prompt, [answer], [edges], [0], [weights])
 
 
