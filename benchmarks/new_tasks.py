@@ -104,7 +104,8 @@ def head(args: Args, taught: Mapping[str, float]) -> list[str]:
         f"minutes). Each has {each}, and 8 scenes with expressions to locate. The annotators are loose, as the table "
         f"says. GRPO then takes {args.steps} steps of 8 prompts with 8 answers, with the task's own rewards. "
         f"Answers to {args.limit} held-out samples are greedy. Intervals are of 95 %, and the change is of the same "
-        "samples. Uniform groups are those whose answers all get the same reward, over the first and the last tenth of steps.",
+        "samples. Uniform groups are those whose answers all get the same reward, over the first and the last tenth of "
+        "steps.",
         "",
         "| task | loose labels | metric | before | after | change, by seed | readable before, after | "
         "uniform groups | step (s) |",
