@@ -400,9 +400,9 @@ def low_click(sample: Sample, rng: np.random.Generator) -> Sample:
 
 
 def low_point(region: Region, sample: Sample, rng: np.random.Generator) -> Point:
-    """A point 30 to 70 % of the object's height under its middle, within the image."""
+    """A point 20 to 90 % of the object's height under its middle, within the image."""
     x1, y1, x2, y2 = shape_of(region).bounds
-    y = (y1 + y2) / 2 + rng.uniform(0.3, 0.7) * (y2 - y1)
+    y = (y1 + y2) / 2 + rng.uniform(0.2, 0.9) * (y2 - y1)
     return float(round((x1 + x2) / 2)), float(round(min(y, sample.asked_sizes[0][1] - 1)))
 
 
