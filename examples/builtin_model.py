@@ -258,6 +258,8 @@ def teach(agent: VLMAgent, args: Args) -> int:
     policy = agent.family_policy.train()
     optimizers = new_optimizers(policy, args.lr)
     tasks = OTHER_TASKS if args.tasks is None else args.tasks
+    if not args.scenes and not sum(tasks.values()):
+        raise SystemExit("there is nothing to teach: give --scenes or --tasks")
     started, step, done = time.monotonic(), 0, 0.0
     while done < 1:
         for optimizer in optimizers:
