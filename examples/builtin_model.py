@@ -99,16 +99,14 @@ class Args:
     seed: int = 0
 
 
-def main(args: Args) -> int:
-    """Teaches a model and writes it. Returns the number of steps."""
+def main(args: Args) -> None:
     torch.manual_seed(args.seed)
     if args.init is None:
         new_model(args.output, args.width)
     agent = VLMAgent.from_pretrained(args.init or args.output)
-    steps = teach(agent, args)
+    teach(agent, args)
     agent.publish(args.output, dtype=torch.float16)
     (args.output / "generation_config.base.json").unlink(missing_ok=True)  # of the random model
-    return steps
 
 
 def new_model(folder: Path, width: int = 128) -> None:
@@ -252,8 +250,8 @@ def model_config(tokenizer: Tokenizer, width: int) -> Qwen3VLConfig:
     )
 
 
-def teach(agent: VLMAgent, args: Args) -> int:
-    """Supervised steps, and their number; single objects alone for the first twentieth of a new model's."""
+def teach(agent: VLMAgent, args: Args) -> None:
+    """Supervised steps; single objects alone for the first twentieth of a new model's, then now and then."""
     rng = np.random.default_rng(args.seed)
     policy = agent.family_policy.train()
     optimizers = new_optimizers(policy, args.lr)
@@ -283,7 +281,6 @@ def teach(agent: VLMAgent, args: Args) -> int:
             print(f"step {step}  loss {told}  {minutes:.1f} min", flush=True)
             agent.save(args.output)
     policy.eval()
-    return step
 
 
 def new_optimizers(policy: Policy, lr: float) -> list[torch.optim.Optimizer]:
@@ -402,9 +399,9 @@ def low_click(sample: Sample, rng: np.random.Generator) -> Sample:
 
 
 def low_point(region: Region, sample: Sample, rng: np.random.Generator) -> Point:
-    """A point 20 to 90 % of the object's height under its middle, within the image."""
+    """A point 30 to 70 % of the object's height under its middle, within the image."""
     x1, y1, x2, y2 = shape_of(region).bounds
-    y = (y1 + y2) / 2 + rng.uniform(0.2, 0.9) * (y2 - y1)
+    y = (y1 + y2) / 2 + rng.uniform(0.3, 0.7) * (y2 - y1)
     return float(round((x1 + x2) / 2)), float(round(min(y, sample.asked_sizes[0][1] - 1)))
 
 
