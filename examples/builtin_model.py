@@ -372,7 +372,8 @@ def coordinates_in(answer: list[int], agent: VLMAgent) -> tuple[set[int], dict[i
     start = texts.index("<answer>") if "<answer>" in texts else 0
     digits = {i for i, text in enumerate(texts) if i > start and text.isdigit() and texts[i - 1] != "_"}  # bbox_2d
     alone = {i for i in digits if not {i - 1, i + 1} & digits and "." not in (texts[i - 1], texts[i + 1])}
-    return digits, {i: float(texts[i]) for i in sorted(alone)}
+    whole_numbers = len(tokenizer.encode("99")) == 1  # others' tokenizers write each digit alone
+    return digits, {i: float(texts[i]) for i in sorted(alone)} if whole_numbers else {}
 
 
 def wide_detections(sample: Sample, rng: np.random.Generator) -> Sample:
