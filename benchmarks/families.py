@@ -154,7 +154,7 @@ def taught(name: str, folder: Path, args: Args) -> dict[str, float]:
     folder.mkdir(parents=True, exist_ok=True)
     begun = new_model(name, folder, args.seed)
     agent = VLMAgent.from_pretrained(folder)
-    lessons = builtin_model.Args(output=folder, steps=args.teaching, scenes=16, seed=args.seed, referring_only=True)
+    lessons = builtin_model.Args(output=folder, steps=args.teaching, scenes=16, seed=args.seed, tasks={})
     started = time.monotonic()
     builtin_model.teach(agent, lessons)
     told = {"minutes": (time.monotonic() - started) / 60, "begun": begun}

@@ -17,6 +17,7 @@ from vlmenv.envs.counting import CountEnv
 from vlmenv.envs.data.scenes import sample_scene
 from vlmenv.envs.export import export_sample
 from vlmenv.envs.gui import GUIEnv
+from vlmenv.envs.math_reasoning import MathEnv
 from vlmenv.envs.temporal import TemporalEnv
 from vlmenv.envs.vqa import VQAEnv
 
@@ -40,6 +41,8 @@ WITHOUT_HUB = {
     "vlm_r1_math": "--dataset geometry/samples.jsonl",
     "geometry3k": "--min-pixels None --max-pixels None",
     "r1v_clevr": "--max-pixels None",
+    "virl39k": "--min-pixels None --max-pixels None",
+    "multimodal_open_r1": "--max-pixels None",
     "gui_r1": "--min-pixels None --max-pixels None",
     "pebr_r1_stage1": "--clip-model None --rewards clip 0.4 keywords 0.4 format 0.1 length 0.1",
 }
@@ -148,6 +151,65 @@ def counting(folder: Path) -> None:
         columns,
     )
     datasets.DatasetDict(train=rows).save_to_disk(str(folder / "leonardPKU" / "clevr_cogen_a_train"))
+
+
+def school_questions(folder: Path) -> None:
+    """MM-Eureka's rows, as a folder that the library `datasets` saved: its test rows have choices."""
+    import datasets
+
+    task = MathEnv()
+    samples = [task.source.get(index) for index in range(COUNT)]
+    stored = {
+        "id": [str(index) for index in range(COUNT)],
+        "question": [f"<image>{sample.question}" for sample in samples],
+        "answer": [sample.target.text for sample in samples],
+        "subject": ["math"] * COUNT,
+        "image": [Image.fromarray(sample.images[0]) for sample in samples],
+    }
+    chosen = {"question": [f"<image>Which?\nA. {sample.target.text}\nB. -7" for sample in samples]}
+    parts = {"train": stored, "test": stored | chosen | {"answer": ["A"] * COUNT}}
+    rows = {
+        name: datasets.Dataset.from_dict(part).cast_column("image", datasets.Image()) for name, part in parts.items()
+    }
+    datasets.DatasetDict(rows).save_to_disk(str(folder / "FanqingM" / "MMK12"))
+
+
+def rated_questions(folder: Path) -> None:
+    """ViRL39K's rows: boxed answers, and paths of images; one row has no image and one has two."""
+    import datasets
+
+    task, root = MathEnv(), folder / "ViRL39K"
+    (root / "images").mkdir(parents=True)
+    rows = []
+    for index in range(COUNT):
+        sample = task.source.get(index)
+        names = [f"images/{index}-{n}.png" for n in range(2 if index == 1 else 1)]
+        for name in names:
+            Image.fromarray(sample.images[0]).save(root / name)
+        row = {"question": "<image>" * len(names) + sample.question, "answer": f"\\boxed{{{sample.target.text}}}"}
+        row |= {"PassRate_32BTrained": 0.5, "PassRate_7BBase": 0.25, "category": "(GradeSchool) Geometric"}
+        rows.append(row | {"source": "ours", "qid": f"ours-{index}", "image": names})
+    rows[2] |= {"question": "What is 3 + 4?", "answer": "\\boxed{7}", "image": []}
+    datasets.Dataset.from_list(rows).to_parquet(root / "39Krelease.parquet")
+
+
+def reasoned_questions(folder: Path) -> None:
+    """Multimodal Open R1's rows, as a folder that the library `datasets` saved; one solution has no answer."""
+    import datasets
+
+    task = MathEnv()
+    samples = [task.source.get(index) for index in range(COUNT)]
+    solutions = [f"<think>{one.rationale}</think>\n\n<answer>{one.target.text}</answer>" for one in samples]
+    stored = {
+        "image": [Image.fromarray(sample.images[0]) for sample in samples],
+        "problem": [sample.question for sample in samples],
+        "solution": [*solutions[:-1], "<think>It cannot be told.</think>"],
+        "original_question": [sample.question for sample in samples],
+        "original_answer": [f"The answer is {sample.target.text}." for sample in samples],
+    }
+    rows = datasets.Dataset.from_dict(stored).cast_column("image", datasets.Image())
+    target = folder / "lmms-lab" / "multimodal-open-r1-8k-verified"
+    datasets.DatasetDict(train=rows).save_to_disk(str(target))
 
 
 def boxes_with_points(folder: Path) -> None:
@@ -260,6 +322,9 @@ LAYOUTS = {
     "r1": actions,
     "vision": boxes_with_points,
     "time": moments,
+    "mm": school_questions,
+    "virl39k": rated_questions,
+    "multimodal": reasoned_questions,
 }
 
 

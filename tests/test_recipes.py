@@ -28,6 +28,14 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "geometry3k": EASYR1
     | {"max_new_tokens": 2048, "top_p": 0.99, "min_pixels": 2**18, "max_pixels": 2**22}
     | {"rewards": {"accuracy": 0.9, "format": 0.1}},
+    "mm_eureka": {"group_size": 8, "prompts_per_step": 128, "minibatches": 128 * 8 // 128, "epochs": 10, "lr": 1e-6}
+    | {"beta": 0, "temperature": 1.0, "max_new_tokens": 4096, "freeze_vision": True, "lr_schedule": "cosine"}
+    | {"warmup_share": 0.03, "rewards": {"accuracy": 1.0, "format": 0.5}},
+    "virl39k": {"group_size": 8, "prompts_per_step": 512, "minibatches": 512 * 8 // 512, "epochs": 3, "lr": 1e-6}
+    | {"beta": 0, "temperature": 1.0, "top_p": 0.95, "min_pixels": 256 * 28 * 28, "max_pixels": 1280 * 28 * 28}
+    | {"warmup_share": 0.03, "max_new_tokens": 2048, "rewards": {"accuracy": 1.0}},
+    "multimodal_open_r1": {"group_size": 8, "prompts_per_step": 8, "epochs": 1, "max_pixels": 2359296, "lr": 1e-6}
+    | {"beta": 0.04, "kl_estimator": "k3", "temperature": 1.0, "rewards": {"accuracy": 1.0, "format": 1.0}},
     "gui_r1": EASYR1 | {"max_new_tokens": 1024, "max_pixels": 1258291, "rewards": {"accuracy": 0.8, "format": 0.2}},
     "vision_reasoner": {"group_size": 8, "prompts_per_step": 16, "epochs": 1, "lr": 1e-6, "beta": 0.01}
     | {"rewards": {"boxes_points": 3.0, "format": 3.0, "non_repeat": 1.0}},
@@ -79,7 +87,7 @@ def test_a_recipe_holds_the_published_values(name: str) -> None:
     options = yaml.safe_load(text)
     options |= options.pop(options.get("algo", ""), {})
     assert {key: options[key] for key in PUBLISHED[name]} == PUBLISHED[name]
-    assert not options.get("freeze_vision") or name in ("vlm_r1_rec_frozen_vision", "pebr_r1_warmup", "time_r1")
+    assert not options.get("freeze_vision") or "freeze_vision" in PUBLISHED[name]
     head = text.partition("\n\n")[0]
     for what in ("Source", "Hardware", "Data", "Time"):
         assert f"\n# {what} " in head

@@ -103,9 +103,7 @@ def new_student(folder: Path, args: Args) -> Path:
     note = folder.with_suffix(".taught")
     if not note.exists():
         started = time.monotonic()
-        lessons = builtin_model.Args(
-            output=folder, steps=args.teaching, scenes=16, width=64, referring_only=True, labels="loose"
-        )
+        lessons = builtin_model.Args(output=folder, steps=args.teaching, scenes=16, width=64, tasks={}, labels="loose")
         builtin_model.main(lessons)
         note.write_text(f"{(time.monotonic() - started) / 60:.1f} minutes\n")
     return folder.absolute()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,7 @@ from conftest import ROOT
 
 from vlmenv.agents.vlm import VLMAgent, find_model
 from vlmenv.core.coordinates import iou
+from vlmenv.core.formats import AnswerFormat
 from vlmenv.envs.data.scenes import choose_reference, sample_scene
 
 
@@ -81,6 +83,57 @@ def test_loose_annotators_draw_every_side_too_far_out(script: ModuleType) -> Non
             assert 0.05 - 1e-9 <= out <= 0.3 + 1e-9 or (at_border and out <= 0.3)
         overlaps.append(iou(box, loose))
     assert 0.5 < np.mean(overlaps) < 0.65
+
+
+MEASURES = {
+    "VLM-OVD-v0": "image_ap/mean",
+    "VLM-Caption-v0": "keyword_recall",
+    "VLM-Point-v0": "f1/mean",
+    "VLM-Count-v0": "accuracy",
+    "VLM-GUI-v0": "accuracy",
+    "VLM-Seg-v0": "iou/mean",
+    "VLM-OCR-v0": "accuracy",
+    "VLM-Chart-v0": "accuracy",
+    "VLM-Temporal-v0": "iou/mean",
+}
+"""By task, a measure that exact answers bring to 1."""
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_loose_annotators_leave_something_to_gain(script: ModuleType, name: str) -> None:
+    """Their answers are readable, and some but not all of what the task measures."""
+    assert MEASURES.keys() == script.LOOSE.keys()
+    task, rng = script.task_of(name), np.random.default_rng(0)
+    samples = [task.source.get(index) for index in range(30)]
+    means = []
+    for labels in (samples, [script.LOOSE[name](sample, rng) for sample in samples]):
+        pairs = zip(labels, samples, strict=True)
+        told = [task.measure(task.write_answer(label), task.target(sample), {}) for label, sample in pairs]
+        assert all(one["format"] == 1 for one in told)
+        means.append(np.mean([one[MEASURES[name]] for one in told]))
+    assert means[0] == pytest.approx(1, abs=0.03)  # outlines are written in whole numbers
+    assert 0.1 < means[1] < 0.9
+
+
+@pytest.mark.parametrize("name", ["VLM-Point-v0", "VLM-GUI-v0", "VLM-Count-v0", "VLM-Temporal-v0"])
+def test_a_lesson_of_any_task_weighs_coordinates_fully(script: ModuleType, builtin: VLMAgent, name: str) -> None:
+    rng, decode = np.random.default_rng(0), builtin.family.processor.tokenizer.decode
+    for _ in range(8):
+        lesson = script.other_lesson(builtin, name, "loose", rng)
+        ((tail,), (weights,), (edges,)) = lesson.tails, lesson.weights, lesson.edges
+        assert decode(tail).endswith("</answer><|im_end|>")
+        answer = decode(tail).partition("<answer>")[2]
+        numbers = re.findall(r"\d+", answer) if name in script.PLACED_TASKS else []
+        assert [edges[place] for place in sorted(edges)] == [float(one) for one in numbers if len(one) < 3]
+        assert sum(weight == 1 for weight in weights) == sum(1 + (len(one) > 2) for one in numbers)
+        assert {*weights} <= {1.0, script.TEXT_WEIGHT}
+
+
+def test_two_of_a_key_is_no_coordinate(script: ModuleType, builtin: VLMAgent) -> None:
+    text = AnswerFormat.TAGS.write('[{"bbox_2d": [1, 22, 133, 44], "label": "star"}]', "2 of them")
+    digits, alone = script.coordinates_in(script.encoded_answer(text, builtin), builtin)
+    assert sorted(alone.values()) == [1, 22, 44]
+    assert len(digits) == 5  # 133 takes two tokens
 
 
 def test_every_word_and_number_of_the_task_is_one_token(builtin: VLMAgent) -> None:
