@@ -117,7 +117,7 @@ def rows_file(env: str, samples: Iterable[Sample], folder: Path) -> Path:
         assert isinstance(task, VisualTaskEnv)
         rows = [export_sample(task, sample, folder) for sample in samples]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
+    return file.absolute()
 
 
 def last_model(folder: Path) -> Path:

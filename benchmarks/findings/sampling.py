@@ -81,7 +81,7 @@ class Args:
 def main(args: Args) -> None:
     check_model(args.runs)
     options = {"env": ENV, "rewards": {"iou@0.5": 1.0}, "eval_limit": args.pool, "n": ANSWERS, "device": "cpu"}
-    pool = sampled(args.runs / "pool", options)
+    pool = sampled(args.runs / "pool", options).absolute()
     mixed, medium = files_of_rows(pool, args)
     found = {
         way: [run(way, seed, medium if way == SAMPLED else mixed, args) for seed in range(args.seeds)] for way in WAYS
