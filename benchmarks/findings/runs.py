@@ -8,10 +8,11 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import matplotlib as mpl
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from vlmenv.agents.vlm import BUILTIN, find_model
+from vlmenv.envs.base import VisualTaskEnv
+from vlmenv.envs.data.source import Sample
+from vlmenv.envs.export import export_sample
 
 
 def check_model(folder: Path) -> None:
@@ -54,6 +58,13 @@ def measured(folder: Path, options: Mapping[str, Any]) -> dict[str, float]:
     return values(json.loads((folder / "metrics.json").read_text()))
 
 
+def sampled(folder: Path, options: Mapping[str, Any]) -> Path:
+    """A folder with the rows that `vlmenv sample` divides by difficulty."""
+    if not (folder / "summary.json").exists():
+        _vlmenv("sample", *arguments(options), "--output", str(folder))
+    return folder
+
+
 def sight_of(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     """What `vlmenv eval --visual-dependence` measures, kept in a folder."""
     file = folder / "visual_dependence.json"
@@ -82,6 +93,12 @@ def evaluation_of(folder: Path, when: str = "after") -> dict[str, float]:
     return values(json.loads((folder / "evaluation.json").read_text())[when])
 
 
+def measurements_of(folder: Path, metric: str) -> list[tuple[int, float]]:
+    """The steps at which a held-out metric was measured in training, and its values."""
+    name = f"eval/{metric}"
+    return [(int(step["step"]), step[name]) for step in steps_of(folder) if name in step]
+
+
 def seconds_of(folder: Path) -> float:
     """Of all steps, without start and measuring."""
     return sum(value for step in steps_of(folder) for name, value in step.items() if name.startswith("time/"))
@@ -90,6 +107,17 @@ def seconds_of(folder: Path) -> float:
 def values(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Metrics without their intervals."""
     return {name: metric["value"] for name, metric in metrics.items()}
+
+
+def rows_file(env: str, samples: Iterable[Sample], folder: Path) -> Path:
+    """Samples of a task as a file of rows with their images; it is written once."""
+    file = folder / "rows.jsonl"
+    if not file.exists():
+        task = gymnasium.make(env).unwrapped
+        assert isinstance(task, VisualTaskEnv)
+        rows = [export_sample(task, sample, folder) for sample in samples]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file.absolute()
 
 
 def last_model(folder: Path) -> Path:

@@ -81,7 +81,7 @@ def main(args: Args) -> None:
 
 def written(split: Split, number: int, folder: Path) -> Path:
     """Writes rows and images; a share of them has the usual colour. They alternate, so that each batch is mixed."""
-    file = folder / f"{split}.jsonl"
+    file = (folder / f"{split}.jsonl").absolute()
     if file.exists():
         return file
     (folder / split).mkdir(parents=True, exist_ok=True)

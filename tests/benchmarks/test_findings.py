@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import re
+from collections import Counter
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 
@@ -14,17 +16,29 @@ from conftest import ROOT
 from PIL import Image
 
 from vlmenv.cli import main
+from vlmenv.core.answers import Detection
+from vlmenv.envs.data.scenes import QUESTION, sample_scene
 from vlmenv.envs.zoom import read_crop
 
 SMALL = {
-    "hacking": {"prompts": 1},
+    "hacking": {"prompts": 1, "lessons": 1, "every": 1},
     "zero_variance": {"prompts": 1},
     "sft_vs_rl": {},
     "two_stages": {"prompts": 1, "steps": 2},
     "zoom": {"prompts": 1, "steps": 2, "every": 1, "lessons": 1},
     "shortcut": {"prompts": 1, "rows": 4, "every": 1, "algos": ("grpo", "papo_g")},
     "distillation": {"prompts": 1, "every": 1, "teaching": 1, "teacher_steps": 1},
+    "quality": {"prompts": 1, "rows": 2, "every": 1},
+    "sampling": {"prompts": 1, "pool": 24, "rows": 3, "every": 1},
+    "forgetting": {"sft_steps": 1, "prompts": 1, "every": 1},
 }
+SLOW = ("sampling", "forgetting")
+
+FIRST_CELLS = (
+    "before|publ|map|od_length|grpo|papo|opd|sft|as they|left|…|perc|both|reas|with|all|sampled|online|rev|det|amb|VLM|"
+    "other|KL"
+)
+"""How the rows with results begin."""
 
 
 @pytest.fixture
@@ -37,7 +51,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in SMALL])
 def test_a_finding(name: str, runs: ModuleType, tmp_path: Path) -> None:
     script, output = importlib.import_module(name), tmp_path / f"{name}.md"
     args = script.Args(
@@ -45,21 +59,20 @@ def test_a_finding(name: str, runs: ModuleType, tmp_path: Path) -> None:
     )
     script.main(args)
     text = output.read_text()
-    rows = [
-        line
-        for line in text.splitlines()
-        if re.match(r"\| (before|map|map50|od_length|grpo|papo|opd|sft|as they|left|…|perc|both|reas|with)", line)
-    ]
+    rows = [line for line in text.splitlines() if re.match(rf"\| ({FIRST_CELLS})", line)]
     assert (
         len(rows)
         == {
-            "hacking": 4,
+            "hacking": 3,
             "zero_variance": 3,
             "sft_vs_rl": 3,
             "two_stages": 5,
             "zoom": 4,
             "shortcut": 3,
             "distillation": 2,
+            "quality": 3,
+            "sampling": 5,
+            "forgetting": 8,
         }[name]
     )
     for row in rows[1:]:
@@ -67,7 +80,7 @@ def test_a_finding(name: str, runs: ModuleType, tmp_path: Path) -> None:
     assert f"{name}.png" in text
     assert Image.open(output.with_suffix(".png")).size[0] == 900
     models = list((tmp_path / "runs").glob("*seed0*/checkpoints/step-*"))
-    assert len(models) == {"two_stages": 4, "zoom": 2, "distillation": 2}.get(name, len(rows) - 1)
+    assert len(models) == {"two_stages": 4, "zoom": 2, "distillation": 2, "forgetting": 2}.get(name, len(rows) - 1)
     written = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("metrics.json*")}
     script.main(args)  # nothing is trained or measured anew
     assert output.read_text() == text
@@ -124,3 +137,57 @@ def test_scenes_of_other_kinds(runs: ModuleType, tmp_path: Path) -> None:
     assert np.array_equal(shown["other phrasing"][1], usual[1])
     assert not np.array_equal(shown["other shades"][1], usual[1])
     assert shown["other shades"][0] == usual[0]
+
+
+def test_the_published_reward_leaves_its_doors_open(runs: ModuleType) -> None:
+    published = importlib.import_module("published").published_map
+    cat, dog, near = (
+        Detection(*one) for one in (("cat", (10, 10, 50, 50)), ("dog", (0, 0, 9, 9)), ("cat", (12, 10, 52, 50)))
+    )
+    assert published("", (cat,), (cat,)) == pytest.approx(1)
+    assert published("", (cat,), (cat, dog)) == pytest.approx(1)  # a label that nobody asked for
+    assert published("", (cat,), (cat, *[near] * 20)) == pytest.approx(1)  # boxes after the last true one
+    assert published("", (cat,), (dog, cat)) == pytest.approx(1)
+    assert published("", (cat,), (near, cat)) < 1
+    assert published("", (cat, dog), (cat,)) == pytest.approx(0.5)
+    assert published("", (cat,), None) == 0
+    assert published("", (), None) == published("", (), ()) == 1
+    assert published("", (), (cat,)) == 0
+
+
+def test_careless_annotators_repeat_what_is_there(runs: ModuleType) -> None:
+    careless = importlib.import_module("careless")
+    task = careless.Careless()
+    samples = [task.source.get(index) for index in range(200)]
+    repeated = 0
+    for sample in samples:
+        answered = task.parse(task.write_answer(sample))
+        assert answered[: len(sample.target)] == sample.target
+        for surplus in answered[len(sample.target) :]:
+            assert surplus.label in sample.question
+            assert any(np.abs(np.subtract(surplus.box, true.box)).max() <= careless.SHIFT for true in sample.target)
+        repeated += len(answered) > len(sample.target)
+    assert 0.2 < repeated / sum(bool(sample.target) for sample in samples) < 0.4
+
+
+def test_ambiguous_expressions_fit_several_shapes(runs: ModuleType) -> None:
+    quality = importlib.import_module("quality")
+    for share in (0.0, 1.0):
+        for sample in islice(quality.samples(share), 30):
+            scene, _ = sample_scene("train", int(sample.id.removeprefix("scene-")))
+            expressions = {QUESTION.format(expression=text): fitting for text, fitting in quality.ambiguous(scene)}
+            assert (sample.question in expressions) == bool(share)
+            assert sample.target in {shape.box for shape in expressions.get(sample.question, scene.shapes)}
+            assert all(len(fitting) > 1 for fitting in expressions.values())
+
+
+def test_a_file_of_mostly_useless_rows(runs: ModuleType, tmp_path: Path) -> None:
+    script = importlib.import_module("sampling")
+    for level, number in {"easy": 20, "medium": 9, "hard": 3}.items():
+        (tmp_path / f"{level}.jsonl").write_text("".join(f'"{level} {i}"\n' for i in range(number)))
+    mixed, medium = script.files_of_rows(tmp_path, script.Args(rows=20))
+    counts = Counter(json.loads(line).split()[0] for line in mixed.read_text().splitlines())
+    assert counts == {"easy": 13, "medium": 4, "hard": 3}
+    assert medium.read_text().splitlines() == [f'"medium {i}"' for i in range(4)]
+    with pytest.raises(SystemExit, match="raise --pool"):
+        script.files_of_rows(tmp_path, script.Args(rows=40))

@@ -1,0 +1,197 @@
+"""Sampling of a data set before training, against filtering while it goes on.
+
+    python benchmarks/findings/sampling.py --output benchmarks/findings/sampling.md
+
+PeBR-R1 (arXiv 2509.13031) answers each question eight times before training. It trains on those that are neither always
+right nor never. Here four fifths of the rows are too easy or too hard for the base. DAPO (arXiv 2503.14476) rolls out
+further prompts until a batch is full of groups that differ (`--most-rounds`). `--revisit` shows rows less often whose
+answers all earned the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from matplotlib.figure import Figure
+from runs import (
+    check_model,
+    evaluation_of,
+    hardware,
+    measurements_of,
+    publish,
+    rows_file,
+    sampled,
+    save,
+    seconds_of,
+    seeds_cell,
+    spread_cell,
+    steps_of,
+    trained,
+)
+
+from vlmenv.envs.data.scenes import ReferringScenes
+
+ENV = "VLM-REC-v0"
+ANSWERS = 8
+"""Of a prompt, in training and in sampling."""
+MEDIUM_SHARE = 0.2
+"""Of the rows of the file."""
+METRIC = "accuracy@0.5"
+SAMPLED = "sampled rows"
+WAYS: Mapping[str, Mapping[str, Any]] = {
+    "all rows": {},
+    SAMPLED: {},
+    "online filtering": {"most_rounds": 4},
+    "revisit": {"revisit": 0.2},
+}
+"""Options of each way."""
+
+
+@dataclass
+class Args:
+    """Train on a file of mostly useless rows in each way."""
+
+    seeds: int = 3
+    """Runs of each."""
+    pool: int = 1000
+    """Built-in samples, of which the file is made."""
+    rows: int = 300
+    """Of the file."""
+    steps: int = 60
+    """Of each run."""
+    prompts: int = 8
+    """In a step."""
+    every: int = 15
+    """Steps between measurements."""
+    limit: int = 512
+    """Held-out samples to measure on."""
+    runs: Path = Path("runs/findings/sampling")
+    """Folder of the rows and the runs."""
+    output: Path | None = None
+    """Markdown file for the table; the figure goes beside it, as .png."""
+
+
+def main(args: Args) -> None:
+    check_model(args.runs)
+    options = {"env": ENV, "rewards": {"iou@0.5": 1.0}, "eval_limit": args.pool, "n": ANSWERS, "device": "cpu"}
+    pool = sampled(args.runs / "pool", options).absolute()
+    mixed, medium = files_of_rows(pool, args)
+    found = {
+        way: [run(way, seed, medium if way == SAMPLED else mixed, args) for seed in range(args.seeds)] for way in WAYS
+    }
+    publish([*head(pool, args), *table(found, args)], args.output, lambda path: draw(path, found, args))
+
+
+def files_of_rows(pool: Path, args: Args) -> tuple[Path, Path]:
+    """The file, and that of its medium rows. Easy and hard rows are equal in number, if there are enough."""
+    rows = {level: (pool / f"{level}.jsonl").read_text().splitlines() for level in ("easy", "medium", "hard")}
+    medium = rows["medium"][: max(1, round(MEDIUM_SHARE * args.rows))]
+    others = args.rows - len(medium)
+    hard = rows["hard"][: others // 2]
+    easy = rows["easy"][: others - len(hard)]
+    if len(medium) + len(hard) + len(easy) < args.rows:
+        raise SystemExit(f"the pool of {args.pool} samples has too few rows of a level: raise --pool, or lower --rows")
+    mixed = np.random.default_rng(0).permutation([*medium, *hard, *easy]).tolist()
+    files = pool / f"rows-{args.rows}.jsonl", pool / f"medium-{args.rows}.jsonl"
+    for file, lines in zip(files, (mixed, medium), strict=True):
+        file.write_text("\n".join(lines) + "\n")
+    return files
+
+
+def run(way: str, seed: int, file: Path, args: Args) -> Path:
+    options = {
+        "env": ENV,
+        "rewards": {"iou@0.5": 1.0},
+        "dataset": [str(file)],
+        "eval_dataset": [
+            str(rows_file(ENV, map(ReferringScenes("eval").get, range(args.limit)), args.runs / "held-out"))
+        ],
+        "seed": seed,
+        "steps": args.steps,
+        "prompts_per_step": args.prompts,
+        "group_size": ANSWERS,
+        "eval_limit": args.limit,
+        "eval_every": args.every,
+        "checkpoint_every": max(1, args.steps // 4),
+        "keep": 1,
+        "device": "cpu",
+    }
+    return trained(args.runs / f"{way.replace(' ', '-')}-seed{seed}", options | WAYS[way])
+
+
+def head(pool: Path, args: Args) -> list[str]:
+    options = ("seeds", "pool", "rows", "steps", "prompts", "every", "limit")
+    counts = json.loads((pool / "summary.json").read_text())
+    lines = [
+        "# Sampling before training",
+        "",
+        "    python benchmarks/findings/sampling.py " + " ".join(f"--{name} {getattr(args, name)}" for name in options),
+        "",
+        f"GRPO on referring expressions from the built-in model, {args.steps} steps of {args.prompts} prompts with "
+        f"{ANSWERS} answers, seeds 0 to {args.seeds - 1}; {hardware()}, threads of PyTorch: {torch.get_num_threads()}. "
+        "The reward is 1 where the overlap is above one half, else 0. "
+        f"The base answers {args.pool} samples {ANSWERS} times: {counts['easy']} are easy (all right), "
+        f"{counts['hard']} hard (none right), {counts['medium']} medium. A file of {args.rows} of them has "
+        f"{MEDIUM_SHARE:.0%} medium rows. Greedy answers to {args.limit} held-out scenes. Answers spent include those "
+        "of `vlmenv sample` on the file, for sampled rows, and of all rounds of a step, for online filtering. The mean "
+        "over seeds ± the standard deviation, and each seed.",
+    ]
+    return lines if args.output is None else [*lines, "", f"![Accuracy by answers spent]({args.output.stem}.png)"]
+
+
+def table(found: Mapping[str, list[Path]], args: Args) -> list[str]:
+    before = evaluation_of(found["all rows"][0], "before")
+    return [
+        "",
+        "| | accuracy@0.5 | mean IoU | groups of equal rewards | answers spent | seconds |",
+        "|---" * 6 + "|",
+        f"| before | {before[METRIC]:.3f} | {before['iou/mean']:.3f} | | | |",
+        *(row(way, folders, args) for way, folders in found.items()),
+    ]
+
+
+def row(way: str, folders: list[Path], args: Args) -> str:
+    after = [evaluation_of(folder) for folder in folders]
+    equal = [np.mean([step["reward/zero_std_groups"] for step in steps_of(folder)]) for folder in folders]
+    cells = [spread_cell([one[METRIC] for one in after]), spread_cell([one["iou/mean"] for one in after])]
+    cells += [seeds_cell(equal, 2), seeds_cell([spent(way, folder, args)[-1] for folder in folders], 0)]
+    return f"| {way} | {' | '.join(cells)} | {seeds_cell([seconds_of(folder) for folder in folders], 0)} |"
+
+
+def spent(way: str, folder: Path, args: Args) -> np.ndarray:
+    """[steps + 1], the answers that were sampled before training and until each step."""
+    rounds = [step.get("rounds", 1.0) for step in steps_of(folder)]
+    first = args.rows * ANSWERS if way == SAMPLED else 0
+    return first + args.prompts * ANSWERS * np.cumsum([0.0, *rounds])
+
+
+def draw(path: Path, found: Mapping[str, list[Path]], args: Args) -> None:
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for i, (way, folders) in enumerate(found.items()):
+        curves = np.array([curve(way, folder, args) for folder in folders])
+        for answers, accuracy in curves:
+            axes.plot(answers, accuracy, color=f"C{i}", linewidth=0.5, alpha=0.5)
+        axes.plot(*curves.mean(axis=0), color=f"C{i}", linewidth=1.6, label=way)
+    axes.set(xlabel="answers spent", ylabel="held-out accuracy@0.5")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    save(figure, path)
+
+
+def curve(way: str, folder: Path, args: Args) -> tuple[list[float], list[float]]:
+    """The answers spent until each measurement, and the accuracy; the first is before training."""
+    measured = [(0, evaluation_of(folder, "before")[METRIC]), *measurements_of(folder, METRIC)]
+    answers = spent(way, folder, args)
+    return [float(answers[step]) for step, _ in measured], [value for _, value in measured]
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
