@@ -2,10 +2,11 @@
 
     python benchmarks/zoom.py --output benchmarks/zoom.md
 
-The built-in model knows neither requests nor crops. Supervised steps on dialogues teach it both: a teacher asks for a
-crop or answers at once, at random. Then GRPO trains it on `VLM-Zoom-v0`, half of whose questions are about dots that
-are too small to see. The control starts from the same model, and no request is granted. An interrupted benchmark is
-taken up by the same command.
+The built-in model knows neither requests nor crops. Supervised steps teach it both: first dialogues with wide crops,
+whose place it learns to tell, then close crops, in which it learns to read. The dialogues' teacher asks for a crop or
+answers at once, at random. Then GRPO trains it on `VLM-Zoom-v0`, half of whose questions are about dots that are too
+small to see. The control starts from the same model, and no request is granted. An interrupted benchmark is taken up by
+the same command.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from runs import (  # noqa: E402
     spread_cell,
     trained,
 )
-from zoom_lessons import NAME as LESSONS  # noqa: E402
+from zoom_lessons import CLOSE_UPS, DIALOGUES, WIDE  # noqa: E402
 
 from vlmenv.envs.vqa import VQAEnv  # noqa: E402
 
@@ -62,13 +63,15 @@ class Args:
 
     seeds: int = 3
     """Runs of each way."""
-    lessons: int = 3000
-    """Supervised steps, of 16 dialogues."""
-    steps: int = 200
+    wide: int = 600
+    """Supervised steps of 24 dialogues with wide crops."""
+    close: int = 600
+    """Supervised steps of 12 dialogues with close crops, and 12 questions about such crops alone."""
+    steps: int = 100
     """Steps of GRPO, of `prompts` questions with 8 episodes each."""
     prompts: int = 16
     """Questions of a step of GRPO."""
-    crop_cost: float = 0.1
+    crop_cost: float = 0.05
     """What a crop costs, where a right answer earns 1."""
     every: int = 20
     """Steps between two evaluations."""
@@ -89,18 +92,24 @@ def main(args: Args) -> None:
 
 def taught(args: Args) -> Path:
     """The model after the lessons."""
+    first = imitated("wide", [WIDE], args.wide, "builtin", args)
+    return imitated("close", [CLOSE_UPS, DIALOGUES], args.close, str(first), args)
+
+
+def imitated(name: str, tasks: Sequence[str], steps: int, model: str, args: Args) -> Path:
+    """A model after supervised steps of 24 samples, in equal parts of some tasks."""
     options = {
         **COMMON,
-        "env": f"zoom_lessons:{LESSONS}",
+        "mix": [f"zoom_lessons:{task}:1" for task in tasks],
+        "model": model,
         "algo": "sft",
-        "max_turns": WAYS["with crops"],
-        "steps": args.lessons,
-        "prompts_per_step": 16,
+        "steps": steps,
+        "prompts_per_step": 24,
         "lr": 1.5e-3,
         "eval_limit": 0,
-        "checkpoint_every": max(1, args.lessons // 4),
+        "checkpoint_every": max(1, steps // 4),
     }
-    return last_model(trained(args.runs / "lessons", options)).absolute()
+    return last_model(trained(args.runs / name, options)).absolute()
 
 
 def run(way: str, seed: int, args: Args) -> Path:
@@ -125,17 +134,19 @@ def head(args: Args) -> list[str]:
     lines = [
         "# Looking closer where it pays",
         "",
-        f"    python benchmarks/zoom.py --seeds {args.seeds} --lessons {args.lessons} --steps {args.steps} "
-        f"--prompts {args.prompts} --crop-cost {args.crop_cost} --limit {args.limit}",
+        f"    python benchmarks/zoom.py --seeds {args.seeds} --wide {args.wide} --close {args.close} "
+        f"--steps {args.steps} --prompts {args.prompts} --crop-cost {args.crop_cost} --limit {args.limit}",
         "",
         f"The built-in model on `VLM-Zoom-v0`, which shows it images at 96 x 96 pixels; {hardware()}, {threads} "
         f"thread{'s' * (threads > 1)}. Half of the questions are about tiny dots, of 1.5 to 2.5 pixels there. Half are "
         "about the kind of a shape, which is plain to see.",
         "",
-        f"{args.lessons} supervised steps of 16 dialogues come first. Their teacher asks for a crop or answers at "
-        f"once, at random. Then {args.steps} steps of GRPO follow, of {args.prompts} questions with 8 episodes each, "
-        f"seeds 0 to {args.seeds - 1}. A crop costs {args.crop_cost:g}, a right answer earns 1. The control starts "
-        f"from the same model, and a request ends its episodes. Greedy answers to {args.limit} held-out questions: "
+        f"Supervised steps of 24 samples come first: {args.wide} of dialogues with wide crops, then {args.close}, of "
+        "which half are dialogues with close crops, and half are questions about such crops alone. The teacher asks "
+        f"for a crop or answers at once, at random. Then {args.steps} steps of GRPO follow, of {args.prompts} "
+        f"questions with 8 episodes each, seeds 0 to {args.seeds - 1}. A crop costs {args.crop_cost:g}, a right answer "
+        "earns 1. The control starts from the same "
+        f"model, and a request ends its episodes. Greedy answers to {args.limit} held-out questions: "
         "mean over the seeds, standard deviation, and the seeds in their order.",
     ]
     return lines if args.output is None else [*lines, "", f"![Right answers and crops]({args.output.stem}.png)"]

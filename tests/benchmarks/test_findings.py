@@ -25,7 +25,7 @@ SMALL = {
     "zero_variance": {"prompts": 1},
     "sft_vs_rl": {},
     "two_stages": {"prompts": 1, "steps": 2},
-    "zoom": {"prompts": 1, "steps": 2, "every": 1, "lessons": 1},
+    "zoom": {"prompts": 1, "steps": 2, "every": 1, "wide": 1, "close": 1},
     "shortcut": {"prompts": 1, "rows": 4, "every": 1, "algos": ("grpo", "papo_g")},
     "distillation": {"prompts": 1, "every": 1, "teaching": 1, "teacher_steps": 1},
     "quality": {"prompts": 1, "rows": 2, "every": 1},
@@ -107,7 +107,7 @@ def shown(run: Path, name: str) -> int:
 
 def test_lessons_know_no_kind_of_detail(runs: ModuleType) -> None:
     lessons = importlib.import_module("zoom_lessons")
-    task = lessons.Lessons()
+    task = lessons.Dialogues()
     samples = [task.source.get(index) for index in range(300)]
     crops = [read_crop(task.write_turn(sample, ())) for sample in samples]
     for kind in ("tiny", "plain"):
@@ -117,6 +117,10 @@ def test_lessons_know_no_kind_of_detail(runs: ModuleType) -> None:
     assert crop.box == sample.place
     asked = task.write_turn(sample, ())
     assert task.write_turn(sample, (asked,)) == task.write_answer(sample)
+    close_up = lessons.CloseUps()
+    (shown,) = close_up.observe(sample)["images"]
+    np.testing.assert_array_equal(shown, task.respond(sample, (asked,)).images[0])
+    assert close_up.write_turn(sample, ()) == close_up.write_answer(sample)
 
 
 def test_scenes_of_other_kinds(runs: ModuleType, tmp_path: Path) -> None:
