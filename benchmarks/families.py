@@ -15,7 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -55,6 +55,8 @@ LAYERS: Mapping[str, list[str]] = MappingProxyType(
     }
 )
 """Kinds of layers, by the model's type. Default: attention."""
+ROUNDS: Mapping[str, int] = MappingProxyType({"gemma4": 2, "gemma4 experts": 2})
+"""Rounds of teaching of models that do not locate after one. Default: 1."""
 
 
 @dataclass
@@ -147,19 +149,24 @@ def interval(run: Path, when: str) -> str:
 
 
 def taught(name: str, folder: Path, args: Args) -> dict[str, float]:
-    """Makes a base and teaches it, unless that is done: the minutes, and the share of weights that it began with."""
+    """Makes a base and teaches it, as far as that is not done: minutes, and the share of weights that it began with."""
     note = folder.with_name("taught.json")
     if note.exists():
-        return dict(json.loads(note.read_text()))
-    folder.mkdir(parents=True, exist_ok=True)
-    begun = new_model(name, folder, args.seed)
-    agent = VLMAgent.from_pretrained(folder)
-    lessons = builtin_model.Args(output=folder, steps=args.teaching, scenes=16, seed=args.seed, tasks={})
-    started = time.monotonic()
-    builtin_model.teach(agent, lessons)
-    told = {"minutes": (time.monotonic() - started) / 60, "begun": begun}
-    agent.publish(folder)
-    note.write_text(json.dumps(told))
+        told = {"rounds": 1.0} | json.loads(note.read_text())
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        told = {"rounds": 0.0, "minutes": 0.0, "begun": new_model(name, folder, args.seed)}
+    while told["rounds"] < ROUNDS.get(name, 1):
+        agent = VLMAgent.from_pretrained(folder)
+        lessons = builtin_model.Args(folder, steps=args.teaching, scenes=16, tasks={}, seed=args.seed)
+        if told["rounds"]:
+            lessons = replace(lessons, init=str(folder), seed=args.seed + int(told["rounds"]))
+        started = time.monotonic()
+        builtin_model.teach(agent, lessons)
+        agent.publish(folder)
+        told["minutes"] += (time.monotonic() - started) / 60
+        told["rounds"] += 1
+        note.write_text(json.dumps(told))
     return told
 
 
