@@ -55,7 +55,9 @@ LAYERS: Mapping[str, list[str]] = MappingProxyType(
     }
 )
 """Kinds of layers, by the model's type. Default: attention."""
-ROUNDS: Mapping[str, int] = MappingProxyType({"gemma4": 2, "gemma4 experts": 2})
+NEWER = ("qwen3_5", "qwen3_5_moe", "gemma3", "gemma4", "gemma4 experts", "glm46v", "glm4v_moe", "mistral3")
+NEWER += ("llava_onevision", "internvl qwen3")
+ROUNDS: Mapping[str, int] = MappingProxyType({"gemma4": 2})
 """Rounds of teaching of models that do not locate after one. Default: 1."""
 
 
@@ -63,7 +65,7 @@ ROUNDS: Mapping[str, int] = MappingProxyType({"gemma4": 2, "gemma4 experts": 2})
 class Args:
     """Teach and train a small model of each family."""
 
-    families: tuple[str, ...] = tuple(small_models.INVENTED)
+    families: tuple[str, ...] = NEWER
     """Names in `small_models.INVENTED`."""
     teaching: int = 800
     """Supervised steps, of 16 scenes with four expressions."""
@@ -93,7 +95,7 @@ def head(args: Args) -> list[str]:
         "# Learning of small models of each family",
         "",
         f"`python benchmarks/families.py --teaching {args.teaching} --steps {args.steps} --limit {args.limit}`, on "
-        f"{hardware()}, {torch.get_num_threads()} threads, one seed.",
+        f"{hardware()}, {torch.get_num_threads()} thread(s), one seed.",
         "",
         "A model of each family begins with the built-in model's matrices where name and shape are alike, and with "
         "random weights elsewhere. It is taught referring expressions on the built-in scenes, with boxes "
@@ -101,7 +103,8 @@ def head(args: Args) -> list[str]:
         "first and the last tenth of the steps. Overlap is the mean IoU of greedy answers to "
         f"{args.limit} held-out questions, with 95 % intervals; the change is of the same questions. Coordinates "
         "are those of the image. The table shows "
-        "that training works in each family. It compares none: models, processors and prompts differ.",
+        "whether training works in each family. It compares none: models, processors and prompts differ. Teaching has "
+        f"one round; {', '.join(f'{name} has {number}' for name, number in ROUNDS.items())}.",
         "",
         "| model | weights (M) | begun with (%) | teaching (minutes) | reward at first | at last | overlap before "
         "| after | change | readable after | step (s) |",
