@@ -16,6 +16,7 @@ from test_cli import fails
 
 from vlmenv.agents.engines.access import VARIABLE, server_token, server_token_or_new
 from vlmenv.agents.engines.guard import Guard
+from vlmenv.agents.engines.settings import vocabulary_digest
 from vlmenv.agents.vlm import VLMAgent, find_model
 from vlmenv.commands.serve import _address, _arguments, _flags, _prepare_socket, _ready, _wait_until_ready
 from vlmenv.core.errors import EngineError
@@ -74,7 +75,11 @@ def test_the_server_is_told_what_the_trainer_goes_by(name: str, qwen2_5_vl_folde
     agent = VLMAgent.from_pretrained(model)
     options = {"weights": "bf16", "engine_length": 300, "engine_images": 3}
     told = _arguments(replaced(ServeConfig(model), options), torch.device("cpu"))
-    assert told["additional_config"] == {"vlmenv_banned": agent.family.banned_tokens.tolist(), "vlmenv_images": 3}
+    assert told["additional_config"] == {
+        "vlmenv_banned": agent.family.banned_tokens.tolist(),
+        "vlmenv_images": 3,
+        "vlmenv_vocabulary": vocabulary_digest(agent.family),
+    }
     assert told["limit_mm_per_prompt"]["image"] == 3
     assert (told["model"], told["dtype"], told["max_model_len"]) == (str(find_model(model)), "bfloat16", 300)
     flags = list(_flags(told))
