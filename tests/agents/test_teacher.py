@@ -8,9 +8,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from batches import logprobs_of, ragged
 from servers import serve
 from stand_in_server import Answering, good, model, opened  # noqa: F401 (fixtures)
@@ -19,10 +21,12 @@ from vlmenv.agents.engines.remote import RetryPolicy
 from vlmenv.agents.engines.teacher import ServerTeacher
 from vlmenv.agents.sampling import Sampling
 from vlmenv.agents.vlm import VLMAgent
+from vlmenv.algos.opd import OPD, OPDConfig
+from vlmenv.algos.trainer import Trainer, TrainerConfig
 from vlmenv.building import meet_teacher
 from vlmenv.cli import main
 from vlmenv.core.errors import ConfigError, EngineError
-from vlmenv.core.rollout import Observation
+from vlmenv.core.rollout import Observation, Rollout
 from vlmenv.options.train import default_config
 
 TEXT: list[Observation] = [{"images": (), "prompt": f"How many is {i} and 3?"} for i in (1, 2) for _ in range(2)]
@@ -86,6 +90,46 @@ def test_invalid_answers_are_refused(
     rollout = builtin.imitate(TEXT, ["4", "the number is 4", "5", "none"])
     with pytest.raises(EngineError):
         teacher_at(good.url, builtin, opened).logprobs(rollout, TEXT)
+
+
+def test_a_prompt_that_the_server_encodes_otherwise_is_refused(
+    builtin: VLMAgent,
+    good: Answering,  # noqa: F811
+    opened: ExitStack,  # noqa: F811
+) -> None:
+    """Though its answer ends in the right tokens."""
+
+    def other_start(server: Answering, path: str, usual: Any) -> tuple[int, bytes]:
+        return 200, json.dumps(usual | {"prompt_token_ids": [5, *usual["prompt_token_ids"][1:]]}).encode()
+
+    good.fault = other_start
+    with pytest.raises(EngineError, match="encodes a prompt differently"):
+        teacher_at(good.url, builtin, opened).logprobs(builtin.imitate(TEXT, ["4"] * 4), TEXT)
+
+
+def test_a_trainer_learns_from_it(builtin: VLMAgent, good: Answering, opened: ExitStack) -> None:  # noqa: F811
+    """The stand-in's log-probability of a token is its id in thousandths below 0."""
+    rows = [{"question": f"How many is {i} and 3?", "answer": str(i + 3)} for i in range(4)]
+    envs = gymnasium.make_vec("VLM-VQA-v0", num_envs=4, group_size=2, dataset=rows)
+    builtin.sampling = Sampling(max_new_tokens=8)
+    seen: list[Rollout] = []
+    teacher = teacher_at(good.url, builtin, opened)
+    logprobs = teacher.logprobs
+    teacher.logprobs = lambda rollout, given: (seen.append(rollout), logprobs(rollout, given))[1]  # type: ignore
+    trainer = Trainer(
+        builtin, envs, OPD(OPDConfig(group_size=2)), TrainerConfig(steps=1), Accelerator(cpu=True), teacher
+    )
+    (step,) = trainer.train(seed=0)
+    gaps = [one.logprobs + one.token_ids / 1000 for one in seen[0].completions]
+    assert step.metrics["policy/teacher_kl"] == pytest.approx(float(np.concatenate(gaps).mean()), abs=1e-4)
+
+
+@pytest.mark.parametrize("url", ["http://host:8000", "https://host:8000", "unix:/run/teacher"])
+def test_an_address_stays_as_it_is(url: str) -> None:
+    """It is not taken for a folder, and no memory is counted for it."""
+    config = default_config("opd")
+    taught = type(config)(algo="opd", algorithm=OPDConfig(teacher=url))
+    assert taught.located().algorithm.teacher == url
 
 
 @pytest.mark.vllm

@@ -129,9 +129,10 @@ def test_masked_images_and_a_teacher_are_counted() -> None:
     small = replace(taught.batches, prompts_per_step=2)
     sizes = [
         measure(replace(taught, batches=small, algorithm=replace(taught.algorithm, teacher=name)), OBSERVATION)[0]
-        for name in (None, "builtin")
+        for name in (None, "builtin", "http://host:8000")
     ]
     assert sizes[1].reference - sizes[0].reference == pytest.approx(sizes[1].weights)
+    assert sizes[2].reference == sizes[0].reference  # on a server
 
 
 @pytest.mark.slow
