@@ -126,7 +126,7 @@ def test_a_trainer_learns_from_it(builtin: VLMAgent, good: Answering, opened: Ex
 
 @pytest.mark.parametrize("url", ["http://host:8000", "https://host:8000", "unix:/run/teacher"])
 def test_an_address_stays_as_it_is(url: str) -> None:
-    """It is not taken for a folder, and no memory is counted for it."""
+    """It is not taken for a folder."""
     config = default_config("opd")
     taught = type(config)(algo="opd", algorithm=OPDConfig(teacher=url))
     assert taught.located().algorithm.teacher == url

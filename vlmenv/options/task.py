@@ -14,7 +14,6 @@ from vlmenv.core.files import located_name
 from vlmenv.core.names import BUILTIN
 from vlmenv.core.pixels import PixelLimits
 from vlmenv.core.sampling import Sampling
-from vlmenv.core.urls import is_server
 from vlmenv.options.scorers import ScorerConfig
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -282,4 +281,4 @@ class TaskConfig:
 
 def located_model(name: str) -> str:
     """The name of a model, with an absolute path if it is a folder; the shipped model keeps its name."""
-    return name if name == BUILTIN or is_server(name) else located_name(name)
+    return name if name == BUILTIN else located_name(name)
