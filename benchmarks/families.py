@@ -57,7 +57,7 @@ LAYERS: Mapping[str, list[str]] = MappingProxyType(
 """Kinds of layers, by the model's type. Default: attention."""
 NEWER = ("qwen3_5", "qwen3_5_moe", "gemma3", "gemma4", "gemma4 experts", "glm46v", "glm4v_moe", "mistral3")
 NEWER += ("llava_onevision", "internvl qwen3")
-ROUNDS: Mapping[str, int] = MappingProxyType({"gemma4": 2})
+ROUNDS: Mapping[str, int] = MappingProxyType({"gemma4": 2, "gemma4 experts": 2})
 """Rounds of teaching of models that do not locate after one. Default: 1."""
 
 

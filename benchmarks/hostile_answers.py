@@ -780,6 +780,9 @@ def album() -> tuple[SearchEnv, tuple[Image, ...]]:
     return SearchEnv(), tuple(np.full((16, 16, 3), 20 * number, np.uint8) for number in range(_PAGES))
 
 
+_NO_PAGES = ("0", "10", "-3", "3.5", "1e9", "[3]", "null", "true", '"three"', "9" * 900, "٣", "NaN", "{}", "3x")
+
+
 def search_task(rng: random.Random) -> Task:
     """A right answer scores 1, and a request that opens an image scores a half."""
     truth = rng.randint(11, 9999)
@@ -800,23 +803,7 @@ def search_task(rng: random.Random) -> Task:
         if kind == 1:
             return Hostile(rng.choice((wild(rng), large(rng, rng.choice((*_JUNK, *words, '{"open": 3}'))))))
         if kind == 2:
-            numbers = (
-                "0",
-                "10",
-                "-3",
-                "3.5",
-                "1e9",
-                "[3]",
-                "null",
-                "true",
-                '"three"',
-                "9" * 900,
-                "٣",
-                "NaN",
-                "{}",
-                "3x",
-            )
-            return Hostile(f'{{"open": {rng.choice(numbers)}}}')
+            return Hostile(f'{{"open": {rng.choice(_NO_PAGES)}}}')
         if kind == 3:
             return Hostile(f'{{"open": {rng.randint(1, 4)}, "open": {rng.randint(5, 9)}}}')
         forms = (

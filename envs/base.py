@@ -6,7 +6,7 @@ import operator
 from abc import ABC
 from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import StrEnum
-from typing import Any, ClassVar, SupportsIndex, TypeVar
+from typing import Any, ClassVar, Final, SupportsIndex, TypeVar
 
 import gymnasium
 from gymnasium import spaces
@@ -39,6 +39,8 @@ from vlmenv.envs.scoring import Rewards, Score, Scorer
 
 Intervals = dict[str, Interval]
 """Metrics by name, with 95 % intervals."""
+OF_WORDS: Final = ("keywords", "choices", "tolerance", "pages")
+"""Parts of a row that truths of places, counts, and transcripts have no use for."""
 
 Name = TypeVar("Name", bound=StrEnum)
 

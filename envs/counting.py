@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import ClassVar
 
-from vlmenv.envs.base import VisualTaskEnv
+from vlmenv.envs.base import OF_WORDS, VisualTaskEnv
 from vlmenv.envs.data.layouts import RowLayout
 from vlmenv.envs.data.rows import Row
 from vlmenv.envs.data.scenes import CountScenes, Split
@@ -31,7 +31,7 @@ class CountEnv(VisualTaskEnv):
     prompt_template: ClassVar[str] = "Answer as {answer}\n{question}"
     answer_example: ClassVar[str | None] = "number"
     layouts: ClassVar[tuple[RowLayout, ...]] = (PIXMO_COUNT,)
-    unread: ClassVar[Collection[str]] = ("keywords", "choices", "tolerance", "pages")
+    unread: ClassVar[Collection[str]] = OF_WORDS
 
     def builtin_source(self, split: Split) -> Source:
         return CountScenes(split)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
-from vlmenv.envs.base import VisualTaskEnv
+from vlmenv.envs.base import OF_WORDS, VisualTaskEnv
 from vlmenv.envs.data.layouts import RowLayout
 from vlmenv.envs.data.rows import Row
 from vlmenv.envs.data.scenes import Split
@@ -85,7 +85,7 @@ class GUIEnv(VisualTaskEnv):
     )
     geometry: ClassVar[Geometry | None] = ACTION
     layouts: ClassVar[tuple[RowLayout, ...]] = LAYOUTS
-    unread: ClassVar[Collection[str]] = ("keywords", "choices", "tolerance", "pages")
+    unread: ClassVar[Collection[str]] = OF_WORDS
     reach: ClassVar[float] = 0.14
     """Distance within which a true point is hit, as a part of width and height (AndroidControl, arXiv 2406.03679)."""
 

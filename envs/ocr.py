@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import ClassVar
 
-from vlmenv.envs.base import VisualTaskEnv
+from vlmenv.envs.base import OF_WORDS, VisualTaskEnv
 from vlmenv.envs.data.layouts import RowLayout
 from vlmenv.envs.data.rows import Row
 from vlmenv.envs.data.scenes import Split
@@ -40,7 +40,7 @@ class OCREnv(VisualTaskEnv):
     prompt_template: ClassVar[str] = "Answer as {answer}\n{question}"
     answer_example: ClassVar[str | None] = "text"
     layouts: ClassVar[tuple[RowLayout, ...]] = (RowLayout(("text",), ("text",), lambda text: QUESTIONS[0]),)
-    unread: ClassVar[Collection[str]] = ("keywords", "choices", "tolerance", "pages")
+    unread: ClassVar[Collection[str]] = OF_WORDS
 
     def builtin_source(self, split: Split) -> Source:
         return Transcripts(split)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 from vlmenv.core.answers import Detection
-from vlmenv.envs.base import Intervals, VisualTaskEnv
+from vlmenv.envs.base import OF_WORDS, Intervals, VisualTaskEnv
 from vlmenv.envs.data.rows import Row
 from vlmenv.envs.data.scenes import DetectionScenes, Split
 from vlmenv.envs.data.source import Source
@@ -33,7 +33,7 @@ class OVDEnv(VisualTaskEnv):
     prompt_template: ClassVar[str] = "Answer as {answer} in {coordinates}, or {none}.\n{question}"
     geometry: ClassVar[Geometry | None] = DETECTIONS
     takes_coco: ClassVar[bool] = True
-    unread: ClassVar[Collection[str]] = ("keywords", "choices", "tolerance", "pages")
+    unread: ClassVar[Collection[str]] = OF_WORDS
 
     def builtin_source(self, split: Split) -> Source:
         return DetectionScenes(split)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 from vlmenv.core.points import parse_points
-from vlmenv.envs.base import VisualTaskEnv
+from vlmenv.envs.base import OF_WORDS, VisualTaskEnv
 from vlmenv.envs.data.layouts import RowLayout
 from vlmenv.envs.data.pointing import PointScenes
 from vlmenv.envs.data.rows import Row
@@ -59,7 +59,7 @@ class PointEnv(VisualTaskEnv):
     prompt_template: ClassVar[str] = "Answer as {answer} in {coordinates}, or {none}.\n{question}"
     geometry: ClassVar[Geometry | None] = REGIONS
     layouts: ClassVar[tuple[RowLayout, ...]] = (PIXMO_POINTS,)
-    unread: ClassVar[Collection[str]] = ("keywords", "choices", "tolerance", "pages")
+    unread: ClassVar[Collection[str]] = OF_WORDS
     reach: ClassVar[float] = 0.05
     """Distance within which a true point is hit, as a part of the image's diagonal."""
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import ClassVar
 
 from vlmenv.core.answers import NONE, Target
-from vlmenv.envs.base import VisualTaskEnv
+from vlmenv.envs.base import OF_WORDS, VisualTaskEnv
 from vlmenv.envs.data.scenes import ReferringScenes, Split
 from vlmenv.envs.data.source import Source
 from vlmenv.envs.geometry import BOX, Geometry
@@ -29,7 +29,7 @@ class RECEnv(VisualTaskEnv):
     row_terms: ClassVar[Mapping[str, str]] = {name: name for name in ("iou", "iou@0.5", "giou", "dynamic_iou")}
     prompt_template: ClassVar[str] = "Answer as {answer} in {coordinates}, or {none}.\n{question}"
     geometry: ClassVar[Geometry | None] = BOX
-    unread: ClassVar[Collection[str]] = ("keywords", "choices", "tolerance", "pages")
+    unread: ClassVar[Collection[str]] = OF_WORDS
 
     def builtin_source(self, split: Split) -> Source:
         return ReferringScenes(split)

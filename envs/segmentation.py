@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
-from vlmenv.envs.base import VisualTaskEnv
+from vlmenv.envs.base import OF_WORDS, VisualTaskEnv
 from vlmenv.envs.data.rows import Row
 from vlmenv.envs.data.scenes import Split
 from vlmenv.envs.data.segments import SegmentScenes
@@ -88,7 +88,7 @@ class SegmentEnv(VisualTaskEnv):
     ratios: ClassVar[Mapping[str, tuple[str, str]]] = {"cIoU": ("area/intersection", "area/union")}
     prompt_template: ClassVar[str] = "Answer as {answer} in {coordinates}, or {none}.\n{question}"
     geometry: ClassVar[Geometry | None] = SEGMENTS
-    unread: ClassVar[Collection[str]] = ("keywords", "choices", "tolerance", "pages")
+    unread: ClassVar[Collection[str]] = OF_WORDS
 
     def builtin_source(self, split: Split) -> Source:
         return SegmentScenes(split)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Final
 
 from vlmenv.core.spaces import Image
-from vlmenv.envs.base import VisualTaskEnv
+from vlmenv.envs.base import OF_WORDS, VisualTaskEnv
 from vlmenv.envs.data.clips import TemporalClips
 from vlmenv.envs.data.layouts import RowLayout
 from vlmenv.envs.data.rows import Row
@@ -49,7 +49,7 @@ class TemporalEnv(VisualTaskEnv):
     takes_videos: ClassVar[bool] = True
     needs_video: ClassVar[bool] = True
     layouts: ClassVar[tuple[RowLayout, ...]] = LAYOUTS
-    unread: ClassVar[Collection[str]] = ("keywords", "choices", "tolerance", "pages")
+    unread: ClassVar[Collection[str]] = OF_WORDS
 
     def builtin_source(self, split: Split) -> Source:
         return TemporalClips(split, self.frame_rule)

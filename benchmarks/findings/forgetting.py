@@ -13,21 +13,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import gymnasium
 import torch
 import tyro
-from matplotlib.figure import Figure
 from runs import (
     check_model,
+    draw_changes,
     evaluation_of,
     hardware,
     last_model,
     measured,
     measurements_of,
     publish,
-    save,
     seeds_cell,
     spread_cell,
     trained,
@@ -85,7 +85,13 @@ def main(args: Args) -> None:
         for name, own in models.items()
     }
     steps = {name: [int(model.name.removeprefix("step-")) for model in own] for name, own in models.items()}
-    publish([*head(args), *table(found, steps)], args.output, lambda path: draw(path, found))
+    changes = {
+        way: {name: [one[name] - found["base"][0][name] for one in found[way]] for name in (ENV, *OTHERS)}
+        for way in found
+        if way != "base"
+    }
+    draw = partial(draw_changes, changes=changes, label="change of the metric")
+    publish([*head(args), *table(found, steps)], args.output, draw)
 
 
 def run(algo: str, seed: int, args: Args) -> Path:
@@ -180,24 +186,6 @@ def table(found: Mapping[str, list[dict[str, float]]], steps: Mapping[str, list[
         *(f"| {title} | {' | '.join(cells)} |" for title, cells in rows),
         f"| steps | – | {' | '.join(seeds_cell(steps[name], 0) for name in found if name in steps)} |",
     ]
-
-
-def draw(path: Path, found: Mapping[str, list[dict[str, float]]]) -> None:
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    axes = figure.subplots()
-    names = [ENV, *OTHERS]
-    for i, way in enumerate(name for name in found if name != "base"):
-        for place, name in enumerate(names):
-            changes = [one[name] - found["base"][0][name] for one in found[way]]
-            x = place + 0.3 * i - 0.15
-            label = way if place == 0 else None
-            axes.bar(x, sum(changes) / len(changes), width=0.28, color=f"C{i}", alpha=0.6, label=label)
-            axes.plot([x] * len(changes), changes, ".", color="black")
-    axes.axhline(0, color="0.3", linewidth=1)
-    axes.set(ylabel="change of the metric")
-    axes.set_xticks(range(len(names)), names)
-    axes.legend(frameon=False)
-    save(figure, path)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import yaml
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 
 from vlmenv.agents.vlm import BUILTIN, find_model
@@ -199,6 +200,23 @@ def publish(lines: Sequence[str], output: Path | None, draw: Callable[[Path], No
 def save(figure: Any, path: Path) -> None:
     figure.savefig(path, dpi=100)
     Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)  # a quarter of the size
+
+
+def draw_changes(path: Path, changes: Mapping[str, Mapping[str, Sequence[float]]], label: str) -> None:
+    """Draws bars of mean changes, by way of training and then by place, with a dot for each run."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for i, (way, by_place) in enumerate(changes.items()):
+        places = np.arange(len(by_place)) + 0.3 * i - 0.15
+        runs = list(by_place.values())
+        axes.bar(places, [np.mean(values) for values in runs], width=0.28, color=f"C{i}", alpha=0.6, label=way)
+        for x, values in zip(places, runs, strict=True):
+            axes.plot([x] * len(values), values, ".", color="black")
+        axes.set_xticks(range(len(by_place)), list(by_place))
+    axes.axhline(0, color="0.3", linewidth=1)
+    axes.set(ylabel=label)
+    axes.legend(frameon=False)
+    save(figure, path)
 
 
 def _vlmenv(*args: str) -> None:

@@ -12,13 +12,13 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
 import tyro
-from matplotlib.figure import Figure
 from PIL import Image
-from runs import check_model, hardware, last_model, measured, publish, save, seconds_of, seeds_cell, trained
+from runs import check_model, draw_changes, hardware, last_model, measured, publish, seconds_of, seeds_cell, trained
 
 from vlmenv.envs.data import scenes
 from vlmenv.envs.data.scenes import choose_reference, sample_scene
@@ -64,7 +64,8 @@ def main(args: Args) -> None:
         for name, own in folders.items()
     }
     seconds = {name: [seconds_of(folder) for folder in own] for name, own in folders.items()}
-    publish([*head(args), *table(found, seconds)], args.output, lambda path: draw(path, found))
+    draw = partial(draw_changes, changes=changes_of(found), label="change of the mean overlap")
+    publish([*head(args), *table(found, seconds)], args.output, draw)
 
 
 def run(algo: str, seed: int, args: Args) -> Path:
@@ -146,22 +147,13 @@ def table(found: Mapping[str, Mapping[str, list[dict[str, float]]]], seconds: Ma
     return lines
 
 
-def draw(path: Path, found: Mapping[str, Mapping[str, list[dict[str, float]]]]) -> None:
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    axes = figure.subplots()
-    for i, name in enumerate(ALGORITHMS):
-        for place, domain in enumerate(DOMAINS):
-            start = found["before"][domain][0]["iou/mean"]
-            changes = [one["iou/mean"] - start for one in found[name][domain]]
-            x = place + 0.3 * i - 0.15
-            label = name if place == 0 else None
-            axes.bar(x, sum(changes) / len(changes), width=0.28, color=f"C{i}", alpha=0.6, label=label)
-            axes.plot([x] * len(changes), changes, ".", color="black")
-    axes.axhline(0, color="0.3", linewidth=1)
-    axes.set(ylabel="change of the mean overlap")
-    axes.set_xticks(range(len(DOMAINS)), DOMAINS)
-    axes.legend(frameon=False)
-    save(figure, path)
+def changes_of(found: Mapping[str, Mapping[str, list[dict[str, float]]]]) -> dict[str, dict[str, list[float]]]:
+    """The change of the mean overlap in each run, by algorithm and kind of scene."""
+    begun = {domain: found["before"][domain][0]["iou/mean"] for domain in DOMAINS}
+    return {
+        name: {domain: [one["iou/mean"] - begun[domain] for one in found[name][domain]] for domain in DOMAINS}
+        for name in ALGORITHMS
+    }
 
 
 if __name__ == "__main__":

@@ -48,6 +48,18 @@ def test_a_drift_is_told_while_the_metric_falls(last: dict[str, float], told: st
     assert drift(history([0.2, 0.3, 0.25, 0.28], **last), 0.1, "map") is None
 
 
+def test_one_step_apart_from_the_others_is_no_drift() -> None:
+    steps = [dict(START) for _ in range(12)]
+    steps[5]["eval/map"], steps[11]["eval/map"] = 0.3, 0.2
+    steps[11]["completion/length"] = 170.0
+    assert drift(steps, None, "map") is None
+    for metrics in steps[7:]:
+        metrics["completion/length"] = 170.0
+    message = drift(steps, None, "map")
+    assert message is not None
+    assert "length 100 → 170" in message
+
+
 def test_the_metric_before_training_counts() -> None:
     steps = history([0.2, 0.2, 0.2, 0.2], completion__length=300.0)
     assert drift(steps, None, "map") is None

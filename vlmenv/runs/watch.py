@@ -13,6 +13,8 @@ FACTOR: Final = 1.5
 """Least factor by which lengths or box ratios have grown or shrunk."""
 RISE: Final = 0.1
 """Least rise of the share of repetitions, or least fall of the share of well-formed answers."""
+RECENT: Final = 5
+"""Steps over which metrics are averaged: those of `concerns`, and those of `drift` at least."""
 
 History = Sequence[dict[str, float]]
 """Metrics of each step from the first; `eval/NAME` in the steps with an evaluation."""
@@ -39,7 +41,7 @@ def drift(history: History, before: float | None, metric: str) -> str | None:
     best = max(measured, key=measured.__getitem__)
     if now >= measured[best] - FALL * abs(measured[best]):
         return None
-    width = max(1, len(history) // 10)
+    width = max(RECENT, len(history) // 10)
     then = history[max(0, best - width) : best] if best else history[:width]
     changes = _changes(then, history[-width:])
     if not changes:
@@ -77,8 +79,6 @@ CONCERNS: Final = ("nothing to learn", "KL", "entropy", "length", "truncation")
 """The kinds of `concerns`."""
 FLAT_STEPS: Final = 20
 """Steps in a row without a group of differing rewards after which nothing is learned."""
-RECENT: Final = 5
-"""Steps over which other metrics are averaged."""
 KL_BOUND: Final = 1.0
 """KL divergence from the reference, in nats per token, that is large; penalties usually keep it below 0.5."""
 KL_COLLAPSE: Final = 10.0
