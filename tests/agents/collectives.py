@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from vlmenv.agents.families import Processor, family_of
 from vlmenv.agents.vlm import VLMAgent, find_model
+from vlmenv.processes import leave
 from vlmenv.processes.fsdp import FSDP
 
 BLOCKS = 6
@@ -78,4 +79,4 @@ if __name__ == "__main__":
     found = {name: measure(name == "checkpointing") for name in ("plain", "checkpointing")}
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(found))
-    dist.destroy_process_group()
+    leave()

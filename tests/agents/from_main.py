@@ -9,6 +9,7 @@ from accelerate import PartialState
 
 from vlmenv.agents.engines.ranks import broadcast_from_main, num_processes
 from vlmenv.core.errors import EngineError
+from vlmenv.processes import leave
 
 folder = Path(sys.argv[1])
 state = PartialState(cpu=True)
@@ -30,4 +31,4 @@ try:
 except EngineError as error:
     (folder / f"told-{state.process_index}").write_text(str(error))
 assert broadcast_from_main(lambda: "after it") == "after it"
-state.destroy_process_group()
+leave()

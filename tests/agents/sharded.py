@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import fully_shard
 
 from vlmenv.agents.vlm import Sampling, VLMAgent
+from vlmenv.processes import leave
 
 
 def check(folder: Path, lora: bool) -> None:
@@ -59,4 +60,4 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     for case in sys.argv[2:]:
         check(Path(sys.argv[1]) / case, lora=case == "lora")
-    dist.destroy_process_group()
+    leave()

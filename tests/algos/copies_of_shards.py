@@ -13,6 +13,7 @@ from two_processes import assert_gradient, build, observations, plain_gradient, 
 
 from vlmenv.algos import GRPO, GRPOConfig, Trainer, TrainerConfig
 from vlmenv.algos.batch import Batch
+from vlmenv.processes import leave
 from vlmenv.runs.checkpoints import load_checkpoint, save_checkpoint
 from vlmenv.runs.run_folder import RunFolder
 
@@ -22,7 +23,7 @@ def main(folder: Path) -> None:
     accelerator = Accelerator(cpu=True)
     check_gradient(accelerator)
     check_going_on(accelerator, RunFolder(folder / "run"))
-    accelerator.state.destroy_process_group()
+    leave()
 
 
 def trainer_of(accelerator: Accelerator, within: int | None = 2) -> Trainer:

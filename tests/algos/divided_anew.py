@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from two_processes import build, trainer_of, weights_of
 
 from vlmenv.algos import Trainer
+from vlmenv.processes import leave
 from vlmenv.runs.checkpoints import load_checkpoint, save_checkpoint
 from vlmenv.runs.run_folder import RunFolder
 
@@ -45,7 +46,7 @@ def main(folder: Path) -> None:
     assert_same(moments(again), saved)
     next(again.train(seed=0))
     assert_same(weights_of(again), weights_of(sharded))
-    accelerator.state.destroy_process_group()
+    leave()
 
 
 def make(accelerator: Accelerator, kind: str) -> Trainer:

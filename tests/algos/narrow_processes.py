@@ -11,6 +11,7 @@ from two_processes import follow, trainer_of, weights_of
 
 from vlmenv.agents.vlm import Sampling, VLMAgent
 from vlmenv.algos import Trainer
+from vlmenv.processes import leave
 from vlmenv.runs.checkpoints import load_checkpoint
 from vlmenv.runs.run_folder import RunFolder
 
@@ -24,7 +25,7 @@ def main(kind: str, base: str, folder: Path, cases: list[str]) -> None:
     for case in cases:
         check(accelerator, case, base, RunFolder(folder / case))
     assert make(cases[0], base, accelerator).processes.name == kind
-    accelerator.state.destroy_process_group()  # whose threads may else end the process with an error
+    leave()
 
 
 def make(case: str, base: str, accelerator: Accelerator) -> Trainer:

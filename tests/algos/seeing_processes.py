@@ -18,6 +18,7 @@ from vlmenv.algos.opd import OPD, OPDConfig
 from vlmenv.algos.papo import PAPO, PAPOConfig
 from vlmenv.algos.vppo import VPPO, VPPOConfig
 from vlmenv.core.masking import masked
+from vlmenv.processes import leave
 
 WEIGHT = 0.5
 
@@ -34,7 +35,7 @@ def main(kind: str) -> None:
     for algorithm in ways.values():
         check_run(accelerator, algorithm)
     assert trainer_of(accelerator, GRPO(GRPOConfig(group_size=4))).processes.name == kind
-    accelerator.state.destroy_process_group()
+    leave()
 
 
 def trainer_of(accelerator: Accelerator, algorithm: GRPO) -> Trainer:

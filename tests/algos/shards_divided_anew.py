@@ -11,6 +11,7 @@ from deepspeed.utils import safe_get_full_optimizer_state
 from two_processes import build, trainer_of, weights_of
 
 from vlmenv.algos import Trainer
+from vlmenv.processes import leave
 from vlmenv.runs.checkpoints import load_checkpoint, save_checkpoint
 from vlmenv.runs.run_folder import RunFolder
 
@@ -42,7 +43,7 @@ def main(source: str, target: str, folder: Path) -> None:
         after = moments(trainer)
         assert all(value.isfinite().all() for value in after.values())
         assert sum(not torch.equal(value, found[name]) for name, value in after.items()) > len(after) // 2
-    accelerator.state.destroy_process_group()
+    leave()
 
 
 def moments(trainer: Trainer) -> State:

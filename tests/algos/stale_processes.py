@@ -23,6 +23,7 @@ from vlmenv.agents.sampling import Sampled, Sampling
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.algos import GRPO, GRPOConfig, StepResult, Trainer, TrainerConfig
 from vlmenv.core.errors import EngineError, TrainingError
+from vlmenv.processes import leave
 from vlmenv.processes.failures import failed_on_all_ranks
 from vlmenv.runs.checkpoints import load_checkpoint, save_checkpoint
 from vlmenv.runs.run_folder import RunFolder
@@ -54,7 +55,7 @@ def main(kind: str, folder: Path) -> None:
     for rounds in (1, 2):
         check_going_on(accelerator, RunFolder(folder / f"rounds-{rounds}"), rounds)
     check_failure(accelerator, RunFolder(folder / "failure"))
-    accelerator.state.destroy_process_group()
+    leave()
 
 
 def trainer_of(accelerator: Accelerator, rounds: int = 1) -> Trainer:

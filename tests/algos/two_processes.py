@@ -20,6 +20,7 @@ from vlmenv.algos import GRPO, GRPOConfig, Trainer, TrainerConfig
 from vlmenv.algos.batch import Batch, micro_batches
 from vlmenv.core.rollout import Observation, Rollout
 from vlmenv.evaluation import evaluate
+from vlmenv.processes import leave
 from vlmenv.runs.checkpoints import load_checkpoint, save_checkpoint
 from vlmenv.runs.run_folder import RunFolder
 
@@ -38,7 +39,7 @@ def main(kind: str, sorts: list[str], folder: Path, models: list[str]) -> None:
     for sort in ("frozen", *["lora without vision"] * ("lora" in sorts), *models):
         check_uneven_passes(accelerator, sort)
     assert trainer_of(build("full"), accelerator).processes.name == kind
-    accelerator.state.destroy_process_group()  # whose threads may else end the process with an error
+    leave()
 
 
 def build(sort: str) -> VLMAgent:

@@ -13,6 +13,7 @@ from two_processes import trainer_of, weights_of
 from vlmenv.agents.vlm import Sampling, VLMAgent
 from vlmenv.agents.weights import WideEmbedding
 from vlmenv.algos import Trainer
+from vlmenv.processes import leave
 
 
 def main(base: str) -> None:
@@ -20,7 +21,7 @@ def main(base: str) -> None:
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     for case in ("full", "lora"):
         check(accelerator, base, case)
-    accelerator.state.destroy_process_group()
+    leave()
 
 
 def check(accelerator: Accelerator, base: str, case: str) -> None:

@@ -15,7 +15,7 @@ from vlmenv.evaluation import Evaluation, evaluate, metrics_table, sample_count,
 from vlmenv.looking import SHOWN, measure_sight
 from vlmenv.options.command_line import Asked, parse_with_files
 from vlmenv.options.evaluate import EvalConfig
-from vlmenv.processes import Processes
+from vlmenv.processes import Processes, leave
 from vlmenv.runs.claim import alone_in
 from vlmenv.runs.fitting import fit_prompts
 from vlmenv.runs.models import with_checkpoint
@@ -80,5 +80,5 @@ def _measured(config: EvalConfig, processes: Processes, console: Console) -> Eva
         sight.show(title, console)
     else:
         console.print(metrics_table(title, {config.model: evaluation}, width=console.width))
-    accelerator.state.destroy_process_group()
+    leave()
     return evaluation

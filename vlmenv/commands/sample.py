@@ -29,7 +29,7 @@ from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.evaluation import answer_samples, progress, sample_count
 from vlmenv.options.command_line import Asked, parse_with_files
 from vlmenv.options.evaluate import SampleConfig
-from vlmenv.processes import Processes
+from vlmenv.processes import Processes, leave
 from vlmenv.processes.failures import shared_failure
 from vlmenv.runs.claim import alone_in, claim
 from vlmenv.runs.data import row_digests
@@ -86,7 +86,7 @@ def _sample(config: SampleConfig, processes: Processes, console: Console) -> Pat
             counts = Counter(dict.fromkeys(LEVELS, 0) | Counter(map(level_of, rates.values())))
             write_atomic(config.output / "summary.json", json.dumps(counts) + "\n")
             console.print(_summary(config, envs, rates))
-    accelerator.state.destroy_process_group()
+    leave()
     return config.output
 
 

@@ -40,7 +40,7 @@ from vlmenv.evaluation import (
 from vlmenv.options.evaluate import EvalConfig
 from vlmenv.options.fields import flatten, options_of
 from vlmenv.options.task import ReadingOptions
-from vlmenv.processes import Processes
+from vlmenv.processes import Processes, leave
 from vlmenv.processes.failures import shared_failure
 from vlmenv.runs.claim import alone_in, claim
 from vlmenv.runs.fitting import fit_prompts
@@ -236,7 +236,7 @@ def _run(suite: Suite, config: EvalConfig, processes: Processes, console: Consol
     if accelerator.is_main_process:
         _write(config.output / "metrics.json", results | means)
     console.print(suite_table(config, suite, found, results | means))
-    accelerator.state.destroy_process_group()
+    leave()
     if faults:
         told = "; ".join(f"{name}: {fault}" for name, fault in faults.items())
         raise DataError(f"{len(faults)} data sets could not be measured; the others are in {config.output}. {told}")

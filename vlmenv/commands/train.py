@@ -46,7 +46,7 @@ from vlmenv.options.command_line import Asked, parse_with_files
 from vlmenv.options.fields import flatten, options_of
 from vlmenv.options.mixing import parts_of
 from vlmenv.options.train import SINGLE, TrainConfig, default_config
-from vlmenv.processes import Processes, end_with_parent, processes_of
+from vlmenv.processes import Processes, end_with_parent, leave, processes_of
 from vlmenv.processes.failures import shared_failure
 from vlmenv.processes.stopping import StoppedError, Stopping
 from vlmenv.runs.by_task import Envs, told_of
@@ -165,7 +165,7 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
     _go_through(trainer, envs, held_out, config, run, found, changed, kept, console, opened)
     if parts.agent is None:
         trainer.agent.close()  # before the processes part: vLLM has a group of its own among them
-    accelerator.state.destroy_process_group()
+    leave()
     return run.path
 
 

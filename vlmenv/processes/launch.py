@@ -5,10 +5,11 @@ from __future__ import annotations
 import ctypes
 import signal
 import sys
+import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, DynamoBackend, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import CPUOffloadPolicy
 
@@ -17,6 +18,9 @@ from vlmenv.core.errors import require
 from vlmenv.processes.base import Processes
 from vlmenv.processes.fsdp import FSDP
 from vlmenv.processes.zero import ZeRO
+
+_GIVEN_BACK: Final = 0.5
+"""Seconds after which gloo's threads have given back their tensors: many times a busy system's turn."""
 
 
 def processes_of(accelerator: Accelerator, shard_within: int | None = None) -> Processes:
@@ -55,6 +59,18 @@ def end_with_parent() -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def leave() -> None:
+    """Parts this process from the others, as the last thing before it ends.
+
+    Gloo's threads give back tensors after their work is done. If Python ends at that moment, they abort the process
+    (pytorch issue 190489), and a finished run is told as failed. So this waits for them.
+    """
+    state = PartialState()
+    state.destroy_process_group()
+    if state.num_processes > 1:
+        time.sleep(_GIVEN_BACK)
 
 
 def _check(accelerator: Accelerator) -> None:
