@@ -424,7 +424,7 @@ class TableSource(Source):
                     check_video(video, row.fps)
                 for ref in self._checked_files(row):
                     if isinstance(ref, str):
-                        found.stamp += self._stamp(self._located(ref))
+                        found.stamp += self._stamp(ref)
                 if size is not None and (fault := size_fault(size, self._located(row.images[0]))) is not None:
                     raise ValueError(fault)
                 if self._reading.min_image_side is not None:
@@ -444,15 +444,16 @@ class TableSource(Source):
         return zlib.crc32(f"{path} {file.st_size} {file.st_mtime_ns}".encode("utf-8", "surrogateescape"))
 
     def _checked_files(self, row: Row) -> list[ImageRef]:
-        """The images of a row, and the files of its videos. Links are followed.
+        """The images of a row, and the files of its videos, with paths from the working directory. Links are followed.
 
         Raises:
             ValueError: A file lies outside the folder of images, and these are refused.
         """
-        refs = [*row.images, *(file for ref in row.videos for file in files_of(self._located_video(ref)))]
+        videos = [file for ref in row.videos for file in files_of(self._located_video(ref))]
+        refs = [*map(self._located, row.images), *videos]
         for ref in refs if self._reading.confine_images else ():
             if isinstance(ref, str):
-                root, real = (os.path.realpath(path) for path in (self.root, self._located(ref)))
+                root, real = (os.path.realpath(path) for path in (self.root, ref))
                 if os.path.commonpath((root, real)) != root:
                     raise ValueError(f"the image {ref[:200]} lies outside {self.root}, and confine_images refuses such")
         return refs

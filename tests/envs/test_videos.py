@@ -223,6 +223,16 @@ def test_files_outside_the_folder_are_refused_on_request(tmp_path: Path) -> None
         loaded(row, tmp_path / "in")
 
 
+@pytest.mark.parametrize("row", [{"video": "a.gif"}, {"video": "clip", "fps": 1}, {"video": ["clip/0.png"], "fps": 1}])
+def test_the_folder_may_be_relative(tmp_path: Path, row: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in" / "clip").mkdir(parents=True)
+    (tmp_path / "in" / "a.gif").write_bytes(gif())
+    pictures(1)[0].save(tmp_path / "in" / "clip" / "0.png")
+    monkeypatch.chdir(tmp_path)
+    for confined in (False, True):
+        assert colours(loaded(row, Path("in"), confine_images=confined))[0] == (255, 0, 0)
+
+
 def test_the_rule_holds_for_built_in_clips() -> None:
     few = TemporalEnv(video_fps=0.5, video_frames=3, video_pixels=2500).source.get(1).videos[0]
     many = TemporalEnv(video_fps=10).source.get(1).videos[0]
