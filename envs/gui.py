@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 from vlmenv.envs.base import OF_WORDS, VisualTaskEnv
-from vlmenv.envs.data.layouts import RowLayout
+from vlmenv.envs.data.layouts import RowLayout, written_out
 from vlmenv.envs.data.rows import Row
 from vlmenv.envs.data.scenes import Split
 from vlmenv.envs.data.screens import Screens
@@ -19,12 +19,17 @@ from vlmenv.envs.rewards.actions import OTHERS, PLACED, Action
 from vlmenv.envs.rewards.terms import RewardTerm
 
 
+def _is_in_fractions(box: Any) -> bool:
+    numbers = written_out(box)
+    return min(numbers) >= 0 and max(numbers) <= 1
+
+
 def _form_of_box(box: Any, *others: Any) -> str:
-    return "fractions" if max(box) <= 1 else "xyxy"
+    return "fractions" if _is_in_fractions(box) else "xyxy"
 
 
 def _form_of_screenspot(box: Any, source: Any) -> str:
-    return "fractions" if max(box) <= 1 else "xywh"
+    return "fractions" if _is_in_fractions(box) else "xywh"
 
 
 def _ask_gui_r1(instruction: str, history: Any) -> str:
@@ -32,7 +37,7 @@ def _ask_gui_r1(instruction: str, history: Any) -> str:
 
 
 def _act_gui_r1(action: str, box: Any, text: Any) -> dict[str, Any]:
-    return {"action": action, "bbox": list(box), "text": text}
+    return {"action": action, "bbox": list(written_out(box)), "text": text}
 
 
 LAYOUTS = (
@@ -48,7 +53,8 @@ LAYOUTS = (
 )
 """The rows of GUI-R1, of ScreenSpot with its second version, and of ScreenSpot-Pro.
 
-A box of which no number is above 1 is in fractions. Other boxes of ScreenSpot are left, top, width and height.
+A box of which no number is above 1 or below 0 is in fractions. Other boxes of ScreenSpot are left, top, width and
+height.
 """
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from vlmenv.core.points import parse_points
 from vlmenv.envs.base import OF_WORDS, VisualTaskEnv
-from vlmenv.envs.data.layouts import RowLayout
+from vlmenv.envs.data.layouts import RowLayout, written_out
 from vlmenv.envs.data.pointing import PointScenes
 from vlmenv.envs.data.rows import Row
 from vlmenv.envs.data.scenes import Split
@@ -22,6 +22,7 @@ from vlmenv.envs.rewards.terms import RewardTerm
 
 def _pairs(points: Any) -> Any:
     """The points of PixMo's rows as lists: `[{"x", "y"}, …]`, or `{"x": […], "y": […]}`, in percent of the image."""
+    points = written_out(points)
     listed = list(zip(points["x"], points["y"], strict=True)) if isinstance(points, Mapping) else points
     pairs = [(one["x"], one["y"]) if isinstance(one, Mapping) else one for one in listed]
     return [[x / 100, y / 100] for x, y in pairs] or "None"

@@ -7,7 +7,6 @@ more). A tuple of outlines is what an odd number of them goes around, so that ho
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from functools import reduce
 from typing import Any, Final
@@ -68,16 +67,19 @@ def _outlines(value: Any) -> Region:
         return outlines_of_mask(decode_mask(value))
     parts = _list(value)
     if _is_number(parts[0]):
+        if len(parts) < 6:
+            raise ValueError(f"{str(parts)[:80]} is no outline, which has three corners or more")
         return _checked(parts)
     if isinstance(parts[0], list) and len(parts[0]) == 2:  # corners as pairs
-        return _checked([number for corner in parts for number in _list(corner)])
+        return _outlines([number for corner in parts for number in _list(corner)])
     found = tuple(_outlines(part) for part in parts)
     return found[0] if len(found) == 1 else _united(found)
 
 
 def _checked(values: Any) -> Region:
-    numbers = tuple(float(value) for value in _list(values) if _is_number(value))
-    fits = len(numbers) == len(values) and all(math.isfinite(one) and abs(one) <= MAX_COORDINATE for one in numbers)
+    listed = _list(values)
+    fits = all(_is_number(one) and abs(one) <= MAX_COORDINATE for one in listed)  # which NaN is not
+    numbers = tuple(map(float, listed)) if fits else ()
     if fits and (is_point(numbers) or is_box(numbers) or (len(numbers) >= 6 and len(numbers) % 2 == 0)):
         return numbers
     raise ValueError(f"{str(values)[:80]} is neither [x, y], nor [x1, y1, x2, y2], nor corners [x1, y1, x2, y2, x3, …]")

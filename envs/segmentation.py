@@ -12,7 +12,7 @@ from vlmenv.envs.data.scenes import Split
 from vlmenv.envs.data.segments import SegmentScenes
 from vlmenv.envs.data.source import Sample, Source
 from vlmenv.envs.geometry import Geometry
-from vlmenv.envs.regions import as_object, read_regions, simple_outlines
+from vlmenv.envs.regions import as_object, read_regions, shape_of, simple_outlines
 from vlmenv.envs.rewards import segments as rewards
 from vlmenv.envs.rewards.segments import Objects, Segment
 from vlmenv.envs.rewards.terms import RewardTerm
@@ -96,7 +96,12 @@ class SegmentEnv(VisualTaskEnv):
     def read_target(self, row: Row) -> tuple[Segment, ...]:
         regions = read_regions(row.answer)
         if any(len(region) == 2 and not isinstance(region[0], tuple) for region in regions):
-            raise ValueError(f"the answer {row.answer[:80]!r} has a point, which covers nothing")
+            raise ValueError(
+                f"the answer {row.answer[:80]!r} has a point, which covers nothing; of one outline, write the corners "
+                'as {"polygon": [[x, y], …]}'
+            )
+        if any(not shape_of(region).area for region in regions):
+            raise ValueError(f"the answer {row.answer[:80]!r} has an outline that goes around nothing")
         points = _true_points(row.answer) if len(regions) > 1 or "point_2d" in row.answer else [()] * len(regions)
         return tuple(Segment(region, point) for region, point in zip(regions, points, strict=True))
 

@@ -6,7 +6,19 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlmenv.envs.data.media import is_filled
+from vlmenv.envs.data.media import is_filled, literal
+
+
+def written_out(cell: Any) -> Any:
+    """The list or mapping in a cell, which tables in CSV hold as text.
+
+    Raises:
+        TypeError: The text is neither.
+    """
+    found = literal(cell) if isinstance(cell, str) else cell
+    if isinstance(found, (str, int, float)):
+        raise TypeError(f"{cell!r:.80} is no list")
+    return found
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,7 @@ class RowLayout:
         try:
             question, answer = self.question(*(raw.get(column) for column in self.asked)), self.answer(*true)
             return left | {"question": question, "answer": answer}, self.form(*true)
-        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             named = ", ".join(f"'{column}'" for column in (*self.asked, *self.true))
             raise ValueError(f"the columns {named} do not hold what they should: {error}") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -170,7 +171,7 @@ def test_own_truths_score_1_in_each_layout(
     assert env.score(env.write_answer(sample), sample).terms == {"accuracy": 1, "format": 1}
 
 
-def test_screenspot_files_name_their_images(tmp_path: Any) -> None:
+def test_screenspot_files_name_their_images(tmp_path: Path) -> None:
     PICTURE.save(tmp_path / "a.png")
     row = {"img_filename": "a.png", "instruction": "close", "bbox": [100, 50, 20, 10], "data_source": "ios"}
     (tmp_path / "screenspot_mobile.json").write_text(json.dumps([row | {"data_type": "text"}]))
@@ -188,6 +189,27 @@ def test_screenspot_files_name_their_images(tmp_path: Any) -> None:
 def test_wrong_truths_are_told(answer: Any, told: str) -> None:
     with pytest.raises(DataError, match=f"row 0: .*{told}"):
         GUIEnv(dataset=[{"image": PICTURE, "question": "?", "answer": answer}])
+
+
+def test_boxes_of_a_table_are_read(tmp_path: Path) -> None:
+    PICTURE.save(tmp_path / "a.png")
+    rows = "a.png,Save,{box},ios\na.png,Save,{parts},ios\n".format(box='"[10, 20, 30, 40]"', parts='"[0.1, 0, 0.5, 1]"')
+    (tmp_path / "rows.csv").write_text(f"img_filename,instruction,bbox,data_source\n{rows}")
+    source = GUIEnv(dataset=tmp_path / "rows.csv").source
+    assert source.get(0).target.place == (10, 20, 40, 60)
+    assert source.get(1).target.place == pytest.approx((PICTURE.width / 10, 0, PICTURE.width / 2, PICTURE.height))
+
+
+@pytest.mark.parametrize("box", [[], "there", "[10 20 30 40]", 5])
+def test_wrong_boxes_name_their_columns(box: Any) -> None:
+    with pytest.raises(DataError, match=r"row 0: the columns .*'bbox' do not hold what they should"):
+        GUIEnv(dataset=[{"image": PICTURE, "instruction": "Save", "bbox": box}])
+
+
+def test_a_place_beyond_the_screen_is_in_no_fractions() -> None:
+    row = {"gt_action": "click", "gt_bbox": [-100, -100], "gt_input_text": "", "history": "None"}
+    source = GUIEnv(dataset=[{"image": PICTURE, "instruction": "Save", **row}]).source
+    assert source.get(0).target.place == (-100, -100)
 
 
 def test_the_built_in_screens_show_what_they_ask_for() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -203,11 +204,28 @@ def test_own_truths_score_1_in_each_layout(
         ([{"segmentation": {"size": [2, 2], "counts": [4]}}], "a mask is empty"),
         ([{"segmentation": {"size": [2], "counts": [4]}}], "a mask is not in COCO's run lengths"),
         ([[5, 5, 1, 1]], r"\[5, 5, 1, 1\] is neither"),
+        ([[10**400, 5]], "is neither"),
+        ([[float("nan"), 5]], "is neither"),
+        ([{"segmentation": [[5, 5, 9, 9]]}], r"\[5, 5, 9, 9\] is no outline, which has three corners or more"),
+        ([{"polygon": [[5, 5], [9, 9]]}], r"\[5, 5, 9, 9\] is no outline"),
     ],
 )
 def test_wrong_truths_are_told(answer: Any, told: str) -> None:
     with pytest.raises(DataError, match=f"row 0: .*{told}"):
         PointEnv(dataset=[{"image": PICTURE, "question": "?", "answer": answer}])
+
+
+def test_points_of_a_table_are_read(tmp_path: Path) -> None:
+    PICTURE.save(tmp_path / "a.png")
+    (tmp_path / "rows.csv").write_text('image,label,points\na.png,cat,"[{""x"": 10, ""y"": 50}]"\n')
+    place = (PICTURE.width / 10, PICTURE.height / 2)
+    assert PointEnv(dataset=tmp_path / "rows.csv").source.get(0).target == (pytest.approx(place),)
+
+
+@pytest.mark.parametrize("points", ["there", 5, [[1, 2, 3]], [{"x": 1}]])
+def test_wrong_points_name_their_columns(points: Any) -> None:
+    with pytest.raises(DataError, match="row 0: the columns 'label', 'points' do not hold what they should"):
+        PointEnv(dataset=[{"image": PICTURE, "label": "cat", "points": points}])
 
 
 def test_the_built_in_truths_are_the_pixels_of_the_shapes() -> None:

@@ -136,6 +136,11 @@ def test_points_cover_nothing() -> None:
         SegmentEnv(dataset=[{"image": PICTURE, "question": "?", "answer": [[1, 2]]}])
 
 
+def test_outlines_go_around_something() -> None:
+    with pytest.raises(DataError, match=r"row 0: .*an outline that goes around nothing"):
+        SegmentEnv(dataset=[{"image": PICTURE, "question": "?", "answer": [{"polygon": [1, 1, 5, 5, 9, 9]}]}])
+
+
 def test_long_outlines_are_simplified_until_they_can_be_answered() -> None:
     angles = np.linspace(0, 2 * np.pi, 4000, endpoint=False)
     circle = tuple(float(v) for a in angles for v in (200 + 150 * np.cos(a), 200 + 150 * np.sin(a)))
