@@ -21,7 +21,7 @@ from vlmenv.envs.rewards.terms import RewardTerm
 
 def _is_in_fractions(box: Any) -> bool:
     numbers = written_out(box)
-    return min(numbers) >= 0 and max(numbers) <= 1
+    return bool(min(numbers) >= 0 and max(numbers) <= 1)
 
 
 def _form_of_box(box: Any, *others: Any) -> str:

@@ -10,6 +10,7 @@ from typing import ClassVar
 from vlmenv.core.answers import Answer, AnswerKind
 from vlmenv.core.errors import unknown_name
 from vlmenv.envs.base import VisualTaskEnv
+from vlmenv.envs.data.media import literal
 from vlmenv.envs.data.questions import VisualQuestions
 from vlmenv.envs.data.rows import Row
 from vlmenv.envs.data.scenes import Split
@@ -35,15 +36,18 @@ DOCUMENTS: Mapping[str, Callable[..., float]] = {"relaxed": relaxed_reward, "anl
 
 
 def accepted_texts(row: Row) -> list[str]:
-    """The answers that a row accepts: the items of a list of texts, or its answer.
+    """The answers that a row accepts: the items of a list of texts, which may itself be text, or its answer.
 
     Raises:
-        ValueError: The list may also mean that all of its items are required.
+        ValueError: The list may also mean that all of its items are required, or one of them is empty.
     """
-    if not row.accepted:
+    items = row.accepted or _written_list(row.answer)
+    if not items:
         return [row.answer]
-    texts = [item if isinstance(item, str) else json.dumps(item) for item in row.accepted]
-    numbers = not any(isinstance(item, str) for item in row.accepted)
+    if "" in items:
+        raise ValueError(f"the answer {row.answer[:100]} lists an empty text: leave it out")
+    texts = [item if isinstance(item, str) else json.dumps(item) for item in items]
+    numbers = not any(isinstance(item, str) for item in items)
     letters = all(re.fullmatch(r"\W*[A-Za-z]\W*", text) for text in texts)
     if len({*texts}) > 1 and (numbers or letters):
         any_of = f", and the list of texts {json.dumps(texts)} where one is enough" if numbers else ""
@@ -52,6 +56,18 @@ def accepted_texts(row: Row) -> list[str]:
             f"write the text {', '.join(texts)!r} where all are{any_of}"
         )
     return texts
+
+
+def _written_list(answer: str) -> list[str]:
+    """The items of a list of texts that is written out, as tables in CSV have it; other lists may be mathematics."""
+    if not (answer.startswith(('["', "['")) and answer.endswith(('"]', "']"))):
+        return []
+    try:
+        items = json.loads(answer)
+    except (ValueError, RecursionError):
+        items = literal(answer)
+    is_listed = isinstance(items, list) and all(isinstance(item, str) for item in items)
+    return [item.strip() for item in items] if is_listed else []
 
 
 class VQAEnv(VisualTaskEnv):

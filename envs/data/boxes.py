@@ -129,7 +129,7 @@ def size_fault(told: tuple[int, int] | None, ref: ImageRef) -> str | None:
     except ValueError:
         return None
     said, real = (f"{width} x {height}" for width, height in (told, stored))
-    return f"the data set says that the image has {said} pixels, but it has {real}: its boxes may not fit"
+    return f"the data set says that the image has {said} pixels, but it has {real}: its boxes and masks may not fit"
 
 
 def corners(numbers: Box) -> Box:

@@ -24,9 +24,12 @@ from vlmenv.envs.data.dataset import TableSource
 from vlmenv.envs.data.images import exif_orientation, shown_size
 from vlmenv.envs.data.rows import Row
 from vlmenv.envs.data.source import Sample
+from vlmenv.envs.rewards.spans import Span
 
 _SLACK: Final = (2, 0.01)
 """Pixels, or share of a side, by which a box may exceed its image; many data sets round or count so."""
+_LATE: Final = 1.0
+"""Seconds by which a span may exceed its video, as some do of videos that were cut."""
 _MOST: Final = 0.9
 """Least share of the rows that a convention must fit."""
 _GAIN: Final = 0.1
@@ -101,6 +104,8 @@ class LookedAt:
     """the sample with its images; None if the row is broken, or images were not requested"""
     boxed: BoxedRow | None = None
     """its boxes, if they and the image's size can be read"""
+    beyond: str | None = None
+    """a point, a corner or a span of its truth that lies beyond the image or the video"""
     faults: list[str] = field(default_factory=list)
     """faults beyond those that opening the data set reported"""
 
@@ -127,10 +132,28 @@ def look_at(source: TableSource, number: int, index: int | None, *, decode: bool
         except DataError as error:
             found.faults.append(str(error))
             return found
+    place = source.table.place(number) if index is None else source.place(index, found.row.id)
+    if found.sample is not None and (beyond := _beyond(found.sample, source.boxes)):
+        found.beyond = f"{place}: {beyond}"
     if refs and source.boxes is not None:
-        place = source.table.place(number) if index is None else source.place(index, found.row.id)
         found.boxed = _boxed(found, refs[0], source.boxes, place)
     return found
+
+
+def _beyond(sample: Sample, reading: BoxReading | None) -> str | None:
+    """What is wrong with the first point, corner or span beyond the image or video; None if all lie within."""
+    if isinstance(sample.target, Span) and sample.videos:
+        duration = sample.videos[-1].duration
+        if sample.target.end > duration + _LATE:
+            start, end = sample.target
+            return f"the span from {start:g} to {end:g} seconds goes beyond the video of {duration:g}"
+    if reading is None or not sample.images:
+        return None
+    width, height = sample.asked_sizes[0]
+    for box in boxes_of(sample.target, reading.map_boxes):
+        if box[:2] == box[2:] and not _is_within(box, width, height):
+            return f"the point or corner [{box[0]:.10g}, {box[1]:.10g}] goes beyond the image of {width} x {height}"
+    return None
 
 
 def _boxed(found: LookedAt, ref: str, reading: BoxReading, place: str) -> BoxedRow | None:

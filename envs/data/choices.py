@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
+
+from vlmenv.envs.data.media import literal
 
 LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -54,11 +55,12 @@ def _parsed(text: str) -> Any:
     """A text as JSON, as Python's literal, or as labelled lines; itself where it is none of these."""
     text = text.strip()
     if text[:1] in ("[", "{", "("):
-        for parse in (json.loads, ast.literal_eval):
-            try:
-                return parse(text)
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
-                continue
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            found = literal(text)
+        if not isinstance(found, str):
+            return found
     lines = _LABELLED_LINES.split(text)
     return lines if len(lines) > 1 and _labels(lines) == LETTERS[: len(lines)] else text
 

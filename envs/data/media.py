@@ -6,9 +6,12 @@ import ast
 import base64
 import binascii
 import functools
+import io
 import os
 import re
+import tokenize
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit
 
@@ -27,7 +30,7 @@ IMAGE_COLUMNS: Final = (
     *("picture", "pictures", "photo", "photos", "decoded_image", "pil_image", "image_file", "image_files"),
     *("image_url", "image_urls", "file_name", "file_names"),
 )
-"""Columns that may hold the images of a row; `image_1`, `image_2` … do too."""
+"""Columns that may hold the images of a row; `image_1`, `image_2` … do too, and `page_1`, `page_2` … of pictures."""
 
 VIDEO_COLUMNS: Final = (
     *("videos", "video", "video_path", "video_paths", "videos_path", "video_file", "video_url", "video_bytes"),
@@ -35,6 +38,7 @@ VIDEO_COLUMNS: Final = (
 """Columns that may hold the videos of a row."""
 
 _NUMBERED_COLUMN = re.compile(r"(?:image|img)_?(\d{1,3})")
+_PAGE_COLUMN = re.compile(r"page_?(\d{1,3})")
 _NUMBERED_MARK = re.compile(r"<\|?image[ _]?(\d{1,3})\|?>")
 _SOUND_COLUMN = re.compile(r"audio(?:s|_path|_paths|_file|_url|_bytes)?")
 _SOUND_MARK: Final = "<audio>"
@@ -84,9 +88,11 @@ def refuse_sound_marks(text: str) -> None:
 @functools.lru_cache(maxsize=1024)
 def _places_of_images(columns: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
     """Those of some columns whose names are of images; several that are numbered go together."""
-    found = [(column,) for column in IMAGE_COLUMNS if column in columns]
-    numbered = [(int(match[1]), column) for column in columns if (match := _NUMBERED_COLUMN.fullmatch(str(column)))]
-    return (*found, tuple(column for _, column in sorted(numbered))) if numbered else tuple(found)
+    found: list[tuple[str, ...]] = [(column,) for column in IMAGE_COLUMNS if column in columns]
+    for name in (_NUMBERED_COLUMN, _PAGE_COLUMN):
+        numbered = [(int(match[1]), column) for column in columns if (match := name.fullmatch(str(column)))]
+        found.append(tuple(column for _, column in sorted(numbered)))
+    return tuple(filter(None, found))
 
 
 def image_columns(row: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -95,11 +101,16 @@ def image_columns(row: Mapping[str, Any]) -> list[tuple[str, ...]]:
     Pictures within the row go before paths, whose files may be missing.
     """
     places = _places_of_images(tuple(row))
-    filled = [tuple(column for column in columns if is_filled(row[column])) for columns in places]
+    filled = [tuple(column for column in columns if _is_shown(column, row[column])) for columns in places]
     found = [columns for columns in filled if columns]
     if len(found) > 1:
         found.sort(key=lambda columns: isinstance(_first(row[columns[0]]), (str, os.PathLike)))
     return found
+
+
+def _is_shown(column: Any, cell: Any) -> bool:
+    """Whether a column for images has one; pages may be anything else, such as text."""
+    return is_filled(cell) and (_PAGE_COLUMN.fullmatch(str(column)) is None or holds_image(cell))
 
 
 def holds_image(value: Any) -> bool:
@@ -170,11 +181,25 @@ def _video_path(ref: str) -> str:
 
 
 def literal(text: str) -> Any:
-    """A list or a number that is written out, as CSV and TSV files have them; else the text itself."""
+    """A list or a number that is written out, as CSV and TSV files have them; else the text itself.
+
+    Raises:
+        ValueError: It lists texts without commas, which Python would join.
+    """
     try:
-        return ast.literal_eval(text)
+        found = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
+    if isinstance(found, (list, tuple)) and _joins_texts(text):
+        raise ValueError(f"{text[:80]} lists texts without commas, as NumPy prints them: write the list as JSON")
+    return found
+
+
+def _joins_texts(text: str) -> bool:
+    """Whether two texts of Python's syntax stand side by side."""
+    ignored = (tokenize.NL, tokenize.NEWLINE)
+    kinds = [one.type for one in tokenize.generate_tokens(io.StringIO(text).readline) if one.type not in ignored]
+    return any(one == other == tokenize.STRING for one, other in pairwise(kinds))
 
 
 def read_image(ref: Any) -> ImageRef:

@@ -95,7 +95,7 @@ class Row:
     form: str = ""
     """form of the boxes in the answer, if the row's layout has one; empty: edges in pixels"""
     size: tuple[int, int] | None = None
-    """width and height of the image that the boxes refer to, if the data set states them"""
+    """width and height of the image that the boxes refer to, if the data set states them, as masks do"""
     turns: tuple[Turn, ...] = ()
     """the turns before the question, as in `Sample`"""
     used: tuple[tuple[str, str], ...] = ()
@@ -147,12 +147,12 @@ def read_row(
     asked, detections = _with_objects(_conversation(cells), cells, key)
     question, turns, images, videos = _shown(asked, cells)
     answer, response = _divided(_voted(asked.answer))
-    choices = read_choices(*_choices(cells))
+    true, choices = _answer(answer), read_choices(*_choices(cells))
     return Row(
         id=key,
         images=images,
         question=_with_choices(question, choices, cells),
-        answer=_answer(answer),
+        answer=true,
         accepted=_accepted(answer),
         response=response,
         keywords=_keywords(cells.take("keywords")),
@@ -163,6 +163,7 @@ def read_row(
         pages=_pages(cells),
         detections=detections,
         form=form,
+        size=_size_of_masks(true),
         turns=turns,
         used=tuple(cells.used) if layout is None else _used_of(cells, layout, raw),
         videos=videos,
@@ -478,10 +479,31 @@ def _answer(answer: Any) -> str:
     if isinstance(answer, float) and not math.isfinite(answer):
         raise ValueError(f"the answer is {answer}")
     try:
-        text = answer if isinstance(answer, str) else json.dumps(answer)
-    except TypeError:
-        raise ValueError(f"the answer is a {type(answer).__name__}: no text, number, or list of such") from None
+        text = answer if isinstance(answer, str) else json.dumps(_with_counts_as_text(answer))
+    except TypeError as error:
+        raise ValueError(
+            f"the answer is a {type(answer).__name__}: no text, number, or list of such ({error})"
+        ) from None
     return text.replace("<answer>", "").replace("</answer>", "").strip()
+
+
+def _with_counts_as_text(answer: Any) -> Any:
+    """An answer whose masks have their run lengths as text, in the place of the bytes that pycocotools makes."""
+    if isinstance(answer, Mapping):
+        counts = answer.get("counts")
+        as_text = {"counts": counts.decode("ascii")} if isinstance(counts, bytes) else {}
+        return {key: _with_counts_as_text(value) for key, value in answer.items()} | as_text
+    return list(map(_with_counts_as_text, answer)) if isinstance(answer, (list, tuple)) else answer
+
+
+_MASK = re.compile(r'"counts"\s*:')
+_MASK_SIZE = re.compile(r'"size"\s*:\s*\[\s*(\d{1,9})\s*,\s*(\d{1,9})\s*\]')
+
+
+def _size_of_masks(answer: str) -> tuple[int, int] | None:
+    """Width and height of the image that the first mask in COCO's run lengths states; None if there is no mask."""
+    size = _MASK_SIZE.search(answer) if _MASK.search(answer) else None
+    return None if size is None else (int(size[2]), int(size[1]))
 
 
 def _keywords(found: Any) -> tuple[str, ...]:

@@ -13,6 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TextIO
 
+import numpy as np
+
 from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.core.files import atomic_file
 from vlmenv.envs.data.media import Unread
@@ -176,10 +178,10 @@ class Rows(Table):
         self._rows = rows
 
     def scan(self) -> Iterator[Any]:
-        yield from self._rows
+        yield from map(_without_arrays, self._rows)
 
     def read(self, number: int) -> Any:
-        return self._rows[number]
+        return _without_arrays(self._rows[number])
 
     def place(self, number: int) -> str:
         return f"row {number}"
@@ -532,6 +534,23 @@ def _with_names(objects: Any, part: str, names: list[str]) -> dict[str, Any]:
         objects = {key: [one.get(key) for one in objects] for key in objects[0]}
     named = [names[number] if isinstance(number, int) else number for number in objects[part] or ()]
     return {**objects, part: named, "names_of_all": names}
+
+
+def _without_arrays(row: Any) -> Any:
+    """A row with lists and numbers in the place of NumPy's, which tables of pandas have."""
+    arrays = (np.ndarray, np.generic)
+    if not isinstance(row, Mapping) or not any(isinstance(cell, arrays) for cell in row.values()):
+        return row
+    for column, cell in row.items():
+        if isinstance(cell, np.ndarray) and cell.ndim > 2:
+            return ValueError(f"'{column}' is an array of {cell.ndim} dimensions: give a picture as Image.fromarray(…)")
+    return {column: _as_list(cell) for column, cell in row.items()}
+
+
+def _as_list(cell: Any) -> Any:
+    if isinstance(cell, (np.ndarray, np.generic)):
+        cell = cell.tolist()
+    return list(map(_as_list, cell)) if isinstance(cell, list) else cell
 
 
 def _with_id(key: str, row: Any) -> Any:

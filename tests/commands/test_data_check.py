@@ -132,6 +132,29 @@ def test_the_sizes_that_coco_tells_are_compared(tmp_path: Path, capsys: pytest.C
     assert "--boxes-in" not in out
 
 
+PLACES = {
+    "VLM-Point-v0": ([[900, 5]], [[600, 5]], "the point or corner [900, 5] goes beyond the image of 640 x 480"),
+    "VLM-Seg-v0": ([[1, 1, 9, 1, 9, 500]], [[1, 1, 9, 1, 9, 480]], "[9, 500] goes beyond the image of 640 x 480"),
+    "VLM-GUI-v0": ({"action": "click", "point": [-9, 5]}, [9, 5], "[-9, 5] goes beyond the image"),
+    "VLM-Temporal-v0": ([2, 9], [1, 3.5], "the span from 2 to 9 seconds goes beyond the video of 3"),
+}
+
+
+@pytest.mark.parametrize("env", PLACES)
+def test_places_beyond_images_and_videos_are_told(env: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong, right, told = PLACES[env]
+    first, *rest = [Image.new("RGB", SIZE, colour) for colour in ("red", "blue", "lime")]
+    first.save(tmp_path / "a.gif", save_all=True, append_images=rest, duration=1000)
+    column = "video" if env == "VLM-Temporal-v0" else "image"
+    rows = [{column: "a.gif", "question": "?", "answer": answer} for answer in (right, wrong)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, out = check(capsys, str(tmp_path / "rows.jsonl"), "--env", env, "--decode")
+    assert status == 1
+    assert "rows.jsonl:2 (id 1): " in out
+    assert told in out
+    assert "rows.jsonl:1" not in out
+
+
 def test_real_data_are_whole(capsys: pytest.CaptureFixture[str]) -> None:
     for env, name in (("VLM-REC-v0", "rec/refcocos/samples.jsonl"), ("VLM-OVD-v0", "ovd/tinycoco/instances.json")):
         file = shared(f"data/{name}")

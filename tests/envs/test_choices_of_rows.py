@@ -60,6 +60,7 @@ def test_no_choices(found: Any) -> None:
         (["x"] * 27, "27 choices; there are letters for 26"),
         ({"label": ["A"], "text": ["red", "blue"]}, "1 labels for 2 texts"),
         ("[1, 2", "neither a list nor a mapping"),
+        ("['red' 'blue']", "lists texts without commas"),
     ],
 )
 def test_what_is_no_choices_is_refused(found: Any, message: str) -> None:
@@ -93,6 +94,9 @@ def test_lists_of_accepted_answers() -> None:
     assert scored(row(answers=["5", "five"]), "5", "five", "6") == [1, 1, 0]
     assert scored(row(answer=["red"]), "red", "blue") == [1, 0]
     assert scored(row(answer=[5]), "5", "6") == [1, 0]
+    assert scored(row(answers='["red", "crimson"]'), "red", "Crimson", "blue") == [1, 1, 0]
+    assert scored(row(answers="['red', \"crimson's\"]"), "red", "crimson's", "blue") == [1, 1, 0]
+    assert scored(row(answer="[1, 2]"), "[1, 2]", "1") == [1, 0]
     assert scored(row(answer=["1/2"]), "0.5", "2", env="VLM-Math-v0") == [1, 0]
     assert scored(row(answer=["red", "crimson"], choices=["crimson", "blue", "red"]), "A", "C", "B") == [1, 1, 0]
 
@@ -103,6 +107,8 @@ def test_lists_of_accepted_answers() -> None:
         ({"answer": [3, 4, 5]}, "VLM-VQA-v0", r"all or one may be meant: write the text '3, 4, 5' where all are, and"),
         ({"answer": ["A", "C"]}, "VLM-VQA-v0", "all or one may be meant: write the text 'A, C' where all are"),
         ({"answer": ["2", "-2"]}, "VLM-Math-v0", "all or one may be meant: write one text, as '2, -2' where all are"),
+        ({"answers": "['red' 'crimson']"}, "VLM-VQA-v0", "lists texts without commas, as NumPy prints them"),
+        ({"answers": ["red", ""]}, "VLM-VQA-v0", "lists an empty text"),
         ({"answer": "C", "choices": ["red", "blue"]}, "VLM-VQA-v0", "neither one of the letters A to B nor one of the"),
         ({"answer": 1, "choices": ["red", "blue"]}, "VLM-VQA-v0", "the answer is '1', which is neither one of"),
         ({"answer": "pink", "options": ["red", "blue"]}, "VLM-VQA-v0", "A: 'red', B: 'blue'"),

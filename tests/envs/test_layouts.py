@@ -181,7 +181,7 @@ def test_the_rows_of_the_page_are_read(folder: Path) -> None:
     "column",
     [
         *("images", "image", "image_path", "image_paths", "img", "img_path", "picture", "photo", "decoded_image"),
-        *("image_file", "image_url", "file_name", "image_1", "image1", "img_0"),
+        *("image_file", "image_url", "file_name", "image_1", "image1", "img_0", "page_1"),
     ],
 )
 def test_images_are_read_from_columns_of_usual_names(folder: Path, column: str) -> None:
@@ -208,6 +208,18 @@ def test_numbered_images_and_marks_keep_their_places(folder: Path) -> None:
         assert observation["images"][0][0, 0].tolist() == ([255, 0, 0] if first == "red" else [0, 0, 255])
     with pytest.raises(DataError, match="a mark of image 3, but the row has 2 images"):
         VQAEnv(dataset=dump(folder, {**row, "question": "<image 3>?"}))
+
+
+def test_pages_are_images_if_they_are_pictures(folder: Path) -> None:
+    """As in SlideVQA, whose columns are filled up with None."""
+    asked = {"question": "Which colour?", "answer": "red"}
+    slides = {"page_2": "b.png", "page_1": "a.png", "page_3": None}
+    observation = check(VQAEnv(dataset=dump(folder, slides | asked)), "Which colour?", images=2)
+    assert [image[0, 0].tolist() for image in observation["images"]] == [[255, 0, 0], [0, 0, 255]]
+    env = VQAEnv(dataset=dump(folder, {"image": "a.png", "page_1": "Once upon a time"} | asked))
+    check(env, "Which colour?")
+    assert env.source.usage is not None
+    assert env.source.usage.unused == {"page_1": 1}
 
 
 def test_of_two_columns_with_images_the_one_with_pictures_is_shown_and_told(folder: Path) -> None:

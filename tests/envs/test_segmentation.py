@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -129,6 +131,36 @@ def test_own_truths_score_1_in_each_layout(answer: Any, objects: Any, coordinate
     assert score.terms == pytest.approx({"iou": 1, "format": 1}, abs=0.02)
     if coordinates == "original":
         assert score.terms["iou"] == 1
+
+
+def test_masks_as_pycocotools_makes_them() -> None:
+    pixels = np.zeros((PICTURE.height, PICTURE.width), np.uint8, order="F")
+    pixels[5:9, 3:7] = 1
+    for answer in (rle := coco.encode(pixels), [{"segmentation": rle}]):
+        (segment,) = SegmentEnv(dataset=[{"image": PICTURE, "question": "?", "answer": answer}]).source.get(0).target
+        assert shapely.equals(shape_of(segment.region), shapely.box(3, 5, 7, 9))
+
+
+def test_masks_of_another_size_are_refused_and_turned_ones_are_turned(tmp_path: Path) -> None:
+    mask = {"size": [4, 6], "counts": [0, 4, 20]}  # the left column of an image of 6 x 4
+    row = {"question": "?", "answer": json.dumps([{"segmentation": mask}])}
+    with pytest.raises(DataError, match="row 0: the data set says that the image has 6 x 4 pixels, but it has 5 x 5"):
+        SegmentEnv(dataset=[{"image": Image.new("RGB", (5, 5)), **row}])
+    stored = Image.new("RGB", (6, 4))
+    stored.getexif()[0x0112] = 6  # shown with its left column on top
+    stored.save(tmp_path / "a.jpg", exif=stored.getexif())
+    source = SegmentEnv(dataset=[{"image": "a.jpg", **row}], image_root=tmp_path).source
+    assert source.get(0).full_sizes == ((4, 6),)
+    assert shapely.equals(shape_of(source.get(0).target[0].region), shapely.box(0, 0, 4, 1))
+
+
+def test_truths_as_arrays() -> None:
+    outline = np.array([[1, 1], [5, 1], [5, 5]])
+    for answer in (np.array([[1.0, 1.0, 5.0, 1.0, 5.0, 5.0]]), np.array([outline.ravel(), None], object)[:1]):
+        row = {"image": PICTURE, "question": "?", "answer": answer}
+        assert SegmentEnv(dataset=[row]).source.get(0).target[0].region == (1, 1, 5, 1, 5, 5)
+    with pytest.raises(DataError, match="row 0: 'image' is an array of 3 dimensions: give a picture as Image"):
+        SegmentEnv(dataset=[{"image": np.zeros((5, 5, 3), np.uint8), "question": "?", "answer": "None"}])
 
 
 def test_points_cover_nothing() -> None:

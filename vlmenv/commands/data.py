@@ -176,6 +176,8 @@ def _look_through(
             _count(one, found)
         if one.boxed is not None and (misfit := given.misfit(one.boxed)):
             faults.append(("box", f"{one.boxed.place}: {misfit}"))
+        elif one.beyond is not None:
+            faults.append(("place", one.beyond))
         if one.number in indices and not one.faults and start + indices[one.number] in refused:
             faults.append(("prompt", refused[start + indices[one.number]]))
         for kind, fault in faults:
@@ -208,6 +210,7 @@ _KINDS: Final = {
     "broken": "cannot be read",
     "image": "image unusable",
     "box": "boxes beyond the image",
+    "place": "points, corners or spans beyond the image or video",
     "prompt": "refused by the model",
 }
 
