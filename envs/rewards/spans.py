@@ -10,19 +10,31 @@ from typing import Any, Final, NamedTuple
 
 from vlmenv.core.files import parse_json
 from vlmenv.core.formats import AnswerFormat
+from vlmenv.core.literals import Cut, find_values
 
 LONGEST: Final = 1_000
 """Characters of an answer that is read; a longer one is unreadable."""
 MOST: Final = 1e6
 """Greatest time that is read, in seconds."""
 
-_TIME = r"(?:(?:\d{1,3}:)?\d{1,4}:\d{1,2}(?:\.\d{1,9})?|\d{1,9}(?:\.\d{1,9})?|\.\d{1,9})"
-_UNIT = r"(?:\s*(?:s|secs?|seconds?)\b\.?)?"
+_TIME = r"(?:(?:\d{1,3}:)?\d{1,4}:\d{1,2}(?:\.\d{1,9}|,\d{3})?|\d{1,9}(?:\.\d{1,9})?|\.\d{1,9})"
+_UNIT = r"(?:\s*(?:(?:s|secs?|seconds?)\b\.?|秒))?"
+_JOINED = r"(?:to|-{1,2}>|-|–|—|~|→|,|and|until|through|到|至)"
 _WORDS = re.compile(
-    rf"(?:from\s+|between\s+)?({_TIME}){_UNIT}\s*(?:to|-|–|—|,|and|until)\s*({_TIME}){_UNIT}\.?", re.IGNORECASE
+    rf"(?:from\s+|between\s+|从\s*)?({_TIME}){_UNIT}\s*{_JOINED}\s*({_TIME}){_UNIT}\.?", re.IGNORECASE
+)
+_NAMED = re.compile(
+    rf"start(?:[\s_]?time)?\s*[:=]\s*({_TIME}){_UNIT}\s*[,;]?\s*end(?:[\s_]?time)?\s*[:=]\s*({_TIME}){_UNIT}\.?",
+    re.IGNORECASE,
 )
 _FENCED = re.compile(r"```(?:json)?\s(.*)```", re.DOTALL)
+_MARKUP = re.compile(r"\\boxed\{(.*)\}|[*`$\"'“”]+([^*`$\"'“”]*)[*`$\"'“”]+", re.DOTALL)
+_BRACKETED = re.compile(rf"[\[(<]([^\[\]()<>]*)[\])>]{_UNIT}", re.IGNORECASE)
 _KEYS: Final = (("start", "end"), ("start_time", "end_time"), ("begin", "end"))
+_PLAIN_KEYS: Final = (
+    *(("start", "end"), ("starttime", "endtime"), ("begin", "end"), ("from", "to")),
+    *(("startsec", "endsec"), ("startseconds", "endseconds")),
+)
 
 
 class Span(NamedTuple):
@@ -44,14 +56,28 @@ def parse_span(content: str) -> Span | None:
     """The span in the content of an answer, if it is one span and nothing else; otherwise None.
 
     The forms are `{"start": 2.5, "end": 6}`, `[2.5, 6]` (both fenced or not), `2.5 to 6 seconds` (Time-R1,
-    arXiv 2503.13377) and `from 00:02.5 to 00:06` (Charades-STA's and Qwen2.5-VL's times). The start is at most the end.
+    arXiv 2503.13377) and `from 00:02.5 to 00:06` (Charades-STA's and Qwen2.5-VL's times). Quotes, brackets, Markdown
+    and the case of keys do not matter. The start is at most the end.
     """
     content = content.strip()
     if len(content) > LONGEST:
         return None
-    if found := _WORDS.fullmatch(content):
+    content = _unwrapped(content)
+    bracketed = _BRACKETED.fullmatch(content)
+    words = content if bracketed is None else bracketed[1].strip()
+    if found := _WORDS.fullmatch(words) or _NAMED.fullmatch(words):
         return _span(_seconds(found[1]), _seconds(found[2]))
-    return _of_value(_json(content))
+    return _of_value(_json(content)) or _of_literal(content)
+
+
+def _unwrapped(content: str) -> str:
+    """A text without a fence, a box, and the marks of Markdown or quotation around it."""
+    if fenced := re.fullmatch(r"```(?:[a-z]{1,9}(?![a-z]))?(.*)```", content, re.DOTALL):
+        content = fenced[1].strip()
+    for _ in range(2):
+        if marked := _MARKUP.fullmatch(content):
+            content = (marked[1] or marked[2] or "").strip()
+    return content
 
 
 def is_exact_span(content: str) -> bool:
@@ -116,11 +142,26 @@ def _of_value(value: Any) -> Span | None:
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], (list, Mapping)):
         value = value[0]
     if isinstance(value, Mapping):
-        keys = next((keys for keys in _KEYS if value.keys() >= {*keys}), None)
-        value = None if keys is None else [value[key] for key in keys]
+        named = [[value[key] for key in keys] for keys in _KEYS if value.keys() >= {*keys}]
+        value = named[0] if named and all(one == named[0] for one in named) else None
     if not isinstance(value, list) or len(value) != 2:
         return None
     return _span(*map(_time, value))
+
+
+def _of_literal(content: str) -> Span | None:
+    """The span of the only list or object that a text is, with quotes, keys and commas of any kind."""
+    values = list(find_values(content))
+    if len(values) != 1 or (values[0].start, values[0].end) != (0, len(content)) or isinstance(values[0].value, Cut):
+        return None
+    value = values[0].value
+    while isinstance(value, list | dict) and len(value) == 1:
+        (value,) = value.values() if isinstance(value, dict) else value
+    if not isinstance(value, dict):
+        return _of_value(value)
+    plain = {re.sub(r"[\W_]+", "", key).lower(): one for key, one in value.items()}
+    spans = {_of_value([plain[key] for key in keys]) for keys in _PLAIN_KEYS if plain.keys() >= {*keys}}
+    return spans.pop() if len(spans) == 1 else None
 
 
 def _time(value: Any) -> float | None:
@@ -134,7 +175,7 @@ def _seconds(text: str) -> float:
     """Seconds of `12.5`, `1:12.5` or `0:01:12.5`."""
     seconds = 0.0
     for part in text.split(":"):
-        seconds = 60 * seconds + float(part)
+        seconds = 60 * seconds + float(part.replace(",", "."))
     return seconds
 
 
