@@ -28,21 +28,28 @@ LEAST_F1: Final = 0.5
 _LONGEST_TEXT = 2_000
 
 _SAME: Final = {
-    **dict.fromkeys(("tap", "left_click", "leftclick"), "click"),
+    **dict.fromkeys(("tap", "left_click", "leftclick", "left_single", "mouse_click"), "click"),
     **dict.fromkeys(("doubleclick", "double_tap", "left_double"), "double_click"),
     **dict.fromkeys(("rightclick", "right_single"), "right_click"),
     **dict.fromkeys(("longpress", "long_tap"), "long_press"),
     **dict.fromkeys(("moveto", "mouse_move", "hover"), "move_to"),
-    **dict.fromkeys(("input", "input_text", "write", "type_text"), "type"),
+    **dict.fromkeys(("input", "input_text", "write", "type_text", "typewrite", "enter_text"), "type"),
     **dict.fromkeys(("open", "launch"), "open_app"),
     **dict.fromkeys(("back", "navigate_back"), "press_back"),
     **dict.fromkeys(("home", "navigate_home"), "press_home"),
     **dict.fromkeys(("press_enter", "keyboard_enter"), "enter"),
     **dict.fromkeys(("key", "hotkey", "press"), "press_key"),
-    **dict.fromkeys(("finish", "finished", "terminate", "done"), "complete"),
+    **dict.fromkeys(("finish", "finished", "terminate", "done", "completed"), "complete"),
 }
 _KIND_KEYS = ("action", "action_type", "gt_action")
-_PLACE_KEYS = ("point", "point_2d", "coordinate", "coordinates", "position", "start_box", "bbox_2d", "bbox", "gt_bbox")
+_PLACE_KEYS = (
+    *("point", "point_2d", "coordinate", "coordinates", "position", "start_box", "bbox_2d", "bbox", "gt_bbox"),
+    *("box", "box_2d", "location"),
+)
+_PARTS = ("arguments", "args", "parameters", "action_inputs")
+_DIRECTED: Final = ("scroll", "swipe")
+_DIRECTIONS: Final = frozenset({"up", "down", "left", "right"})
+_FAILED: Final = frozenset({"failure", "fail", "failed", "infeasible", "impossible"})
 _TEXT_KEYS = (
     "text",
     "input_text",
@@ -54,8 +61,14 @@ _TEXT_KEYS = (
     "app",
     "button",
     "keys",
+    "input",
+    "message",
 )
-_CALL = re.compile(r"\s*(?:pyautogui\.)?([A-Za-z_]{2,20})\s*(?=\()")
+_CALL = re.compile(r"(?<![\w.])(?:pyautogui\.)?([A-Za-z_]{2,20})(?=\()")
+_FIRST_CALL = re.compile(r"\s*(?:pyautogui\.)?([A-Za-z_]{2,20})\s*(?=\()")
+_MOST_CALLS: Final = 20
+_BEGUN = re.compile(r"^[ \t]{0,9}Action ?:", re.MULTILINE)
+_BY_NAME = re.compile(r",\s*[A-Za-z_]{1,20}\s*=[^,()\[\]]{0,80}(?=[,)])")
 _NUMBER = re.compile(r"[+-]?[0-9]{1,9}(?:\.[0-9]{0,17})?")
 _NO_TEXT = ("", "no input text", "none", "null")
 
@@ -83,7 +96,7 @@ def parse_action(content: str) -> Action | None:
     """Reads one action from the content of an answer.
 
     An object with `action`, as GUI-R1's, InfiGUI-R1's and Qwen's rows and tool calls have it; a call, as
-    `click(x=10, y=20)`; or a bare point, or a box whose centre it is, which are clicked.
+    `click(x=10, y=20)`, after "Action:" or not; or a bare point, or a box whose centre it is, which are clicked.
 
     Args:
         content: Any text.
@@ -94,42 +107,78 @@ def parse_action(content: str) -> Action | None:
     if len(content) > LONGEST:
         return None
     values = [found.value for found in find_values(content)]
-    called = _CALL.match(content)
     rows = [row for value in values for row in (value if isinstance(value, list) else [value]) if isinstance(row, dict)]
     if any(isinstance(row, Cut) for row in rows):
         return None
-    found = {action for row in rows if (action := _action(row)) is not None}
+    found = {action for row in rows if (action := _action(row)) is not None} or _calls(content)
     if found:
         return found.pop() if len(found) == 1 else None
-    if called and kind_of(called[1]) in (*PLACED, *OTHERS):
-        return _call(kind_of(called[1]), values)
     place = _bare_place(content)
     return None if place is None else Action("click", place)
 
 
 def _action(row: Mapping[str, Any]) -> Action | None:
-    if isinstance(row.get("arguments"), Mapping):
-        row = row["arguments"]
-    kind = next((row[key] for key in _KIND_KEYS if isinstance(row.get(key), str)), None)
-    return None if kind is None else _of_kind(kind_of(kind), row)
+    inner = next((row[key] for key in (*_PARTS, *_KIND_KEYS) if isinstance(row.get(key), Mapping)), {})
+    names = [part[key] for part in (inner, row) for key in _KIND_KEYS if isinstance(part.get(key), str)]
+    if not names:  # {"name": "click", "arguments": {…}}, and {"type": "click", …}
+        named = [row.get("name")] * bool(inner) + [part.get("type") for part in (inner, row)]
+        names = [name for name in named if isinstance(name, str) and kind_of(name) in (*PLACED, *OTHERS)]
+    return _of_kind(kind_of(names[0]), {**row, **inner}) if names else None
 
 
-def _call(kind: str, values: list[Any]) -> Action:
-    if values and isinstance(values[0], dict):
-        return _of_kind(kind, values[0])
-    parts = values[0] if values else []
+def _calls(content: str) -> set[Action]:
+    """The calls of a text, as `click(x=10, y=20)`; after "Action:" where that begins a line."""
+    begun = _BEGUN.search(content)
+    content = content[begun.end() :] if begun else content
+    found: set[Action] = set()
+    place, call = 0, _FIRST_CALL.match(content) or _CALL.search(content)
+    for _ in range(_MOST_CALLS):
+        if call is None:
+            break
+        place = call.end()
+        if (kind := kind_of(call[1])) in (*PLACED, *OTHERS):
+            values = next(find_values(content[call.end() :]), None)
+            place += 0 if values is None else values.end
+            found.add(_call(kind, content[call.end() : place], None if values is None else values.value))
+        call = _CALL.search(content, place)
+    return found
+
+
+def _call(kind: str, written: str, value: Any) -> Action:
+    if isinstance(value, dict):
+        action = _of_kind(kind, value)
+        if action.place or action.text:
+            return action
+        value = next((one.value for one in find_values(_BY_NAME.sub("", written))), [])  # click(10, 20, clicks=1)
+        value = [] if isinstance(value, dict) else value
+    parts = value or []
     text = next((part for part in parts if isinstance(part, str)), "")
-    return Action(kind, _point(parts) if kind in PLACED else None, _plain_text(text))
+    return _of_kind(kind, {"point": parts, "text": text})
 
 
 def _of_kind(kind: str, row: Mapping[str, Any]) -> Action:
     place = next((row[key] for key in _PLACE_KEYS if row.get(key) is not None), [row.get("x"), row.get("y")])
-    text = next((row[key] for key in _TEXT_KEYS if row.get(key) is not None), "")
-    return Action(kind, _point(place) if kind in PLACED else None, _plain_text(text))
+    kind, text = _meant(kind, row)
+    return Action(kind, _point(place) if kind in PLACED else None, text)
+
+
+def _meant(kind: str, row: Mapping[str, Any]) -> tuple[str, str]:
+    """The type and the text of an action, of which a system's button and the end of a task have their type there."""
+    text = _plain_text(next((row[key] for key in _TEXT_KEYS if row.get(key) is not None), ""))
+    if kind == "system_button" and (button := kind_of(text)) in OTHERS:
+        return button, ""
+    failed = kind == "complete" and str(row.get("status", "")).lower() in _FAILED
+    return ("impossible" if failed else kind), text
 
 
 def _point(value: Any) -> Point | None:
     """A point, or the centre of a box."""
+    if isinstance(value, Mapping):
+        value = [value.get("x"), value.get("y")]
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, list) and all(isinstance(one, str) for one in value):
+        value = ", ".join(value)
     if isinstance(value, str):
         value = [float(one) for one in _NUMBER.findall(value[:200])]
     try:
@@ -172,8 +221,8 @@ def read_action(answer: str) -> tuple[str, Any, str]:
         return "click", row, ""
     kind = kind_of(next(row[key] for key in _KIND_KEYS if isinstance(row.get(key), str)))
     place = next((row[key] for key in _PLACE_KEYS if row.get(key) is not None), None)
-    text = next((row[key] for key in _TEXT_KEYS if row.get(key) is not None), "")
-    return kind, place if kind in PLACED else None, _plain_text(text)
+    kind, text = _meant(kind, row)
+    return kind, place if kind in PLACED else None, text
 
 
 def word_f1(answered: str, true: str) -> float:
@@ -200,9 +249,15 @@ def hit_reward(text: str, target: Action, prediction: Action | None) -> float:
 
 
 def text_reward(text: str, target: Action, prediction: Action | None) -> float:
-    """F1 of the words of an action of the true type, or 1 where the truth has no text; else 0."""
+    """F1 of the words of an action of the true type, or 1 where the truth has no text; else 0.
+
+    A true direction of scrolling must be the only direction that is named, and is 1.
+    """
     if prediction is None or prediction.kind != target.kind:
         return 0.0
+    if target.kind in _DIRECTED and target.text.lower() in _DIRECTIONS:
+        named = _DIRECTIONS & {*re.findall("[a-z]+", prediction.text.lower())}
+        return float(named == {target.text.lower()})
     return word_f1(prediction.text, target.text) if target.text else 1.0
 
 
@@ -229,5 +284,7 @@ def is_exact_action(content: str) -> bool:
     except (ValueError, RecursionError):
         return False
     row = value[0] if isinstance(value, list) and len(value) == 1 else value
-    action = _action(row) if isinstance(row, dict) else None
+    named = row.get("arguments") if isinstance(row, dict) and isinstance(row.get("arguments"), Mapping) else row
+    exact = isinstance(named, dict) and any(isinstance(named.get(key), str) for key in _KIND_KEYS)
+    action = _action(row) if exact else None
     return action is not None and (action.place is not None) is (action.kind in PLACED)
