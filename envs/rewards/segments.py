@@ -27,6 +27,9 @@ LEAST_IOU, MOST_L1, MOST_APART = 0.5, 10.0, 30.0
 840 x 840."""
 _SIDE: Final = 840
 _LONGEST_TEXT = 100_000
+_OUTLINE_KEYS: Final = ("polygon", "polygons", "segmentation")
+_BOX_KEYS: Final = ("bbox_2d", "bbox", "box_2d", "box")
+_ASKED: Final = ("polygon", "polygons", "bbox_2d")
 _FENCED = re.compile(r"```(?:json)?\s(.*)```", re.DOTALL)
 
 
@@ -54,7 +57,8 @@ def parse_segments(content: str) -> tuple[Segment, ...] | None:
     """Reads outlines, or boxes with points, from the content of an answer; "None" is the empty tuple.
 
     An object is `{"polygon": [[x, y], …]}`, `{"polygons": […]}` of which an odd number counts, or
-    `{"bbox_2d": […], "point_2d": […]}`. A list of pairs alone is an outline.
+    `{"bbox_2d": […], "point_2d": […]}`. A list of pairs alone is an outline, as are six and more numbers in a row.
+    Objects may be in one list, or stand one after the other.
 
     Args:
         content: Any text.
@@ -66,35 +70,58 @@ def parse_segments(content: str) -> tuple[Segment, ...] | None:
     if len(content) > LONGEST:
         return None
     values = [found.value for found in find_values(content)]
-    if len(values) != 1 or not values[0]:
-        return () if parse_places(content, 4) == () else None
-    value = values[0]
-    alone = isinstance(value, dict) or as_polygon(value) is not None
-    segments = [_segment(one) for one in ([value] if alone else value)[:MOST]]
+    rows = _rows(values)
+    if not rows or all(map(_is_nothing, rows)):
+        return () if rows or parse_places(content, 4) == () else None
+    segments = [_segment(one) for one in rows[:MOST]]
     found = tuple(one for one in segments if one is not None)
     corners = sum(len(outline) for one in found for outline in _outlines(one.region)) / 2
     return found if found and len(found) == len(segments) and corners <= MAX_CORNERS else None
+
+
+def _rows(values: list[Any]) -> list[Any]:
+    """The objects of an answer: in one list, one after the other, or in an object that holds nothing else."""
+    if len(values) > 1 and _flat(values) is not None:  # corners without brackets around them
+        return [values]
+    rows: list[Any] = []
+    for value in values:
+        while isinstance(value, dict) and not isinstance(value, Cut) and len(value) == 1:
+            ((key, inner),) = value.items()
+            if key in (*_OUTLINE_KEYS, *_BOX_KEYS) or not isinstance(inner, list):
+                break
+            value = inner
+        alone = not isinstance(value, list) or _flat(value) is not None or is_box(_numbers(value))
+        rows += [value] if alone else value
+        if isinstance(value, list) and not value and len(values) == 1:
+            rows.append({_BOX_KEYS[0]: None})
+    return rows
+
+
+def _is_nothing(row: Any) -> bool:
+    """Whether an object says that there is none, as `{"bbox_2d": null}`."""
+    named = [row[key] for key in (*_OUTLINE_KEYS, *_BOX_KEYS) if key in row] if isinstance(row, dict) else []
+    return bool(named) and all(one in (None, []) for one in named)
 
 
 def _segment(value: Any) -> Segment | None:
     if isinstance(value, Cut):
         return None
     if not isinstance(value, dict):
-        outline = _flat(value)
-        return None if outline is None else Segment(outline)
-    if "polygon" in value or "polygons" in value:
-        parts = value["polygons"] if "polygons" in value else [value["polygon"]]
-        outlines = [_flat(part) for part in parts] if isinstance(parts, list) else []
-        whole = tuple(outline for outline in outlines if outline is not None)
-        if not whole or len(whole) < len(outlines):
+        outline = _flat(value) or _numbers(value)
+        return Segment(outline) if len(outline) >= 6 or is_box(outline) else None
+    if (outlines := next((value[key] for key in _OUTLINE_KEYS if value.get(key)), None)) is not None:
+        alone = _flat(outlines)
+        parts = outlines if isinstance(outlines, list) else []
+        whole = (alone,) if alone is not None else tuple(one for part in parts if (one := _flat(part)) is not None)
+        if not whole or (alone is None and len(whole) < len(parts)):
             return None
         return Segment(whole[0] if len(whole) == 1 else whole, _point(value))
-    box = _numbers(value.get("bbox_2d"))
+    box = _numbers(next((value[key] for key in _BOX_KEYS if key in value), None))
     return Segment(box, _point(value)) if is_box(box) else None
 
 
 def _point(value: dict[str, Any]) -> Point | tuple[()]:
-    point = _numbers(value.get("point_2d"))
+    point = _numbers(value.get("point_2d", value.get("point")))
     return (point[0], point[1]) if is_point(point) else ()
 
 
@@ -103,6 +130,11 @@ def _numbers(value: Any) -> tuple[float, ...]:
 
 
 def _flat(value: Any) -> tuple[float, ...] | None:
+    """The corners of an outline: pairs, objects of x and y, or numbers in a row."""
+    if len(_numbers(value)) >= 6 and len(value) % 2 == 0:
+        value = [list(pair) for pair in zip(value[::2], value[1::2], strict=True)]
+    elif isinstance(value, list) and value and all(isinstance(one, dict) and one.keys() == {"x", "y"} for one in value):
+        value = [[one["x"], one["y"]] for one in value]
     polygon = as_polygon(value)
     return None if polygon is None else tuple(number for corner in polygon for number in corner)
 
@@ -199,5 +231,5 @@ def _is_exact(content: str) -> bool:
         value = json.loads(fenced[1] if fenced else content) if len(content) <= LONGEST else None
     except (ValueError, RecursionError):
         return False
-    exact = isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
-    return exact and parse_segments(content) is not None
+    exact = isinstance(value, list) and all(isinstance(one, dict) and not one.keys().isdisjoint(_ASKED) for one in value)
+    return exact and bool(parse_segments(content))
