@@ -90,11 +90,16 @@ def _compare(content: str | None, target: Answer) -> float | None:
     if target.kind == "edit":
         return edit_ratio(str(answer), str(truth))
     if target.kind == "exact":
-        told = content or ""
-        return float(any(_same_words(said, target.text) for said in (told, str(answer), _said_of(told))))
+        return float(says_words(content or "", target.text))
     if target.kind == "math" and answer != truth:
         return 1.0 if _same_number(str(answer), str(truth)) else None
     return float(answer == truth)
+
+
+def says_words(content: str, true: str) -> bool:
+    """Whether a text, or what it concludes, is the true words but for what does not matter, as white space."""
+    answer = parse_answer(content, "exact")
+    return any(_same_words(said, true) for said in (content, str(answer or ""), _said_of(content)))
 
 
 _LONGEST_SENTENCE: Final = 200

@@ -11,7 +11,9 @@ import numpy as np
 
 from vlmenv.core.answers import Answer
 from vlmenv.core.formats import AnswerFormat
-from vlmenv.envs.rewards.answers import accuracy_reward, edit_ratio, normalise, parse_number
+from vlmenv.core.literals import Cut, find_values
+from vlmenv.envs.rewards.answers import accuracy_reward, edit_ratio, normalise, parse_number, says_words
+from vlmenv.envs.rewards.evidence import conclusions
 from vlmenv.envs.rewards.matching import best_pairs
 
 TOLERANCE: Final = 0.05
@@ -21,7 +23,9 @@ LEAST_SIMILARITY: Final = 0.5
 MOST_ITEMS: Final = 500
 """Items of a list that are read."""
 
-_COMMAS = re.compile(r"\s*(?:\n|,(?!\d{3}(?!\d))|\band\b)\s*")
+_COMMAS = re.compile(r"\s*(?:\n|[，、]|,(?!\d{3}(?!\d))|\band\b)\s*")
+_FENCED = re.compile(r"```[a-z]{0,9}\s(.*)```", re.DOTALL)
+_BULLET = re.compile(r"\s*(?:[-*•]|\d{1,3}[.)])\s+(?=\S)")
 _LONGEST = 10_000
 
 
@@ -50,7 +54,7 @@ def same_relaxed(content: str, true: str) -> bool:
     answered = None if wanted is None else parse_number(content)
     if wanted is not None and answered is not None:
         return abs(answered - wanted) <= TOLERANCE * abs(wanted) + 1e-12 * abs(wanted)
-    return normalise(content) == normalise(true)
+    return normalise(content) == normalise(true) or (wanted is None and says_words(content, true))
 
 
 def anls_reward(text: str, target: Answer, answer_format: AnswerFormat = AnswerFormat.TAGS) -> float:
@@ -68,7 +72,8 @@ def anls_reward(text: str, target: Answer, answer_format: AnswerFormat = AnswerF
 def list_reward(text: str, target: Answer, answer_format: AnswerFormat = AnswerFormat.TAGS) -> float:
     """F1 of the items of a list, in any order, each as in `relaxed_reward`; matched one to one.
 
-    Items are those of a JSON list; or they are divided by semicolons or, without any, by commas, lines and "and".
+    Items are those of a JSON list; or they are divided by semicolons or, without any, by commas, lines and "and". They
+    may stand in brackets, in a fence, in a box, as lines of a list, or after "the answer is".
     """
     content = answer_format.extract(text)
     given = [] if content is None else items(content)
@@ -84,20 +89,43 @@ def items(content: str) -> list[str]:
     """The items of a list, up to 500; empty for a text of more than 10,000 characters."""
     if len(content) > _LONGEST:
         return []
+    content = content.strip()
+    if fenced := _FENCED.fullmatch(content):
+        content = fenced[1].strip()
+    content = next((said for said, _ in conclusions(content)), content)
     found = _json_items(content)
     if found is None:
-        parts = content.split(";") if ";" in content else _COMMAS.split(content)
+        parts = content.split(";") if ";" in content else _COMMAS.split(_unlisted(content))
         found = [part.strip() for part in parts]
     return [one for one in found if one][:MOST_ITEMS]
 
 
+def _unlisted(content: str) -> str:
+    """A text without the bullets or numbers of its lines, if all of several lines have them, or its brackets."""
+    lines = [line for line in content.splitlines() if line.strip()]
+    if len(lines) > 1 and all(map(_BULLET.match, lines)):
+        return "\n".join(_BULLET.sub("", line, count=1) for line in lines)
+    bracketed = re.fullmatch(r"\(([^()]*)\)|\[([^\[\]]*)\]", content)
+    return content if bracketed is None else (bracketed[1] or bracketed[2] or "")
+
+
 def _json_items(content: str) -> Sequence[str] | None:
+    """The items of a list in JSON, in Python's quotes, or with a comma at its end; also as the only value of an object."""
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):
-        return None
+        value = _literal(content)
+    if isinstance(value, dict) and len(value) == 1:
+        (value,) = value.values()
     fits = isinstance(value, list) and all(type(one) in (str, int, float) for one in value)
     return [str(one) for one in value] if fits else None
+
+
+def _literal(content: str) -> object:
+    """The list or object that a text with quotes is."""
+    values = list(find_values(content)) if content[:1] in ("[", "{") and re.search("[\"']", content) else []
+    fits = len(values) == 1 and values[0].end == len(content) and not isinstance(values[0].value, Cut)
+    return values[0].value if fits else None
 
 
 def accepted(target: Answer) -> list[str]:
