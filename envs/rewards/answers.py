@@ -394,6 +394,11 @@ def _stated_quantity(text: str) -> _Quantity | None:
         return None
 
 
+def is_number(text: str) -> bool:
+    """Whether a text is a number, perhaps with a unit, and no words that hold one, as "Group 3"."""
+    return _stated_quantity(tidy(text)) is not None
+
+
 _LETTER_IN = re.compile(r"(?<!\\)(?<![A-Za-z])[A-Za-z](?![A-Za-z])")
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from vlmenv.core.answers import Answer
 from vlmenv.core.formats import AnswerFormat
 from vlmenv.core.literals import Cut, find_values
-from vlmenv.envs.rewards.answers import accuracy_reward, edit_ratio, normalise, parse_number, says_words
+from vlmenv.envs.rewards.answers import accuracy_reward, edit_ratio, is_number, normalise, parse_number, says_words
 from vlmenv.envs.rewards.evidence import conclusions
 from vlmenv.envs.rewards.matching import best_pairs
 
@@ -50,7 +50,7 @@ def same_relaxed(content: str, true: str) -> bool:
     """Whether a text is a number within 5 % of a true one, or the true words but for case and punctuation around."""
     if len(content) > _LONGEST:
         return False
-    wanted = parse_number(true)
+    wanted = parse_number(true) if is_number(true) else None
     answered = None if wanted is None else parse_number(content)
     if wanted is not None and answered is not None:
         return abs(answered - wanted) <= TOLERANCE * abs(wanted) + 1e-12 * abs(wanted)
@@ -110,7 +110,7 @@ def _unlisted(content: str) -> str:
 
 
 def _json_items(content: str) -> Sequence[str] | None:
-    """The items of a list in JSON, in Python's quotes, or with a comma at its end; also as the only value of an object."""
+    """The items of a list with quotes of any kind, also as the only value of an object."""
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):

@@ -38,6 +38,10 @@ TAGS = AnswerFormat.TAGS
         ("It is France.", "France", 1, 0),
         ("It is not France.", "France", 0, 0),
         ("The answer is France or Spain", "France", 0, 0),
+        ("Product 20", "Product 20", 1, 1),
+        ("Product 20", "Product 21", 0, 9 / 10),  # words, although a number is among them
+        ("25", "Male, 25", 0, 0),
+        ("2.4 million", "2.5 million", 1, 10 / 11),
         ("[1,3]", "[1, 3]", 1, 5 / 6),
         ("18–24", "18-24", 1, 4 / 5),
         ("Spain", "France", 0, 0),
