@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 from vlmenv.core.points import has_point_marks, parse_marked_points
@@ -13,11 +14,21 @@ _WRITTEN: Final = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
     "seventeen eighteen nineteen twenty"
 )
+_TENS: Final = "twenty thirty forty fifty sixty seventy eighty ninety"
 _WORDS: Final = {word: number for number, word in enumerate(_WRITTEN.split())} | {"no": 0, "none": 0}
+_VALUES: Final = {word: 10 * number for number, word in enumerate(_TENS.split(), 2)} | {
+    word: number for word, number in _WORDS.items() if word not in ("no", "none")
+}
+_WORD: Final = rf"\b(?:(?:{'|'.join(_TENS.split())})[- ](?:{'|'.join(_WRITTEN.split()[1:10])})|{'|'.join(_VALUES)})\b"
+_IN_WORDS = re.compile(_WORD, re.IGNORECASE)
+_OR = re.compile(rf"\bor {_WORD}|{_WORD} or\b", re.IGNORECASE)
+_DENIED = re.compile(r"\b(?:no|none|not|nor|neither)\b|n['’]t\b", re.IGNORECASE)
+_NOTHING = re.compile(r"there are no(?:ne)?\b[^.,;:!?0-9]{0,60}", re.IGNORECASE)
+_LONGEST_IN_WORDS: Final = 200
 
 
 def parse_count(content: str) -> int | None:
-    """The count in an answer: a whole number, a number word up to twenty, or as many as there are marked points.
+    """The count in an answer: a whole number, a number word below 100, or as many as there are marked points.
 
     Args:
         content: Any text. Points are in Molmo's form, `<points x1="…" y1="…" …>`.
@@ -29,8 +40,26 @@ def parse_count(content: str) -> int | None:
         points = parse_marked_points(content)
         return None if points is None else len(points)
     word = _WORDS.get(normalise(content)) if len(content) < 100 else None
-    number = parse_number(content) if word is None else word
+    number = _number(content) if word is None else word
     return int(number) if number is not None and number == int(number) and 0 <= number <= MOST else None
+
+
+def _number(content: str) -> float | None:
+    """The only number of a text, in digits or, if it has none, in words; 0 for "there are no dogs"."""
+    if len(content) > _LONGEST_IN_WORDS or "\\boxed" in content:
+        return parse_number(content)
+    if _OR.search(content):
+        return None
+    if any(map(str.isdigit, content)):
+        return parse_number(content)
+    if _DENIED.search(content):
+        nothing = _NOTHING.fullmatch(content.strip(" .*")) and not _IN_WORDS.search(content)
+        return 0 if nothing else None
+    return parse_number(_IN_WORDS.sub(_in_digits, content))
+
+
+def _in_digits(word: re.Match[str]) -> str:
+    return str(sum(_VALUES[part] for part in re.split("[- ]", word[0].lower())))
 
 
 def count_reward(text: str, target: int, prediction: float | None) -> float:
