@@ -46,7 +46,7 @@ class OCREnv(VisualTaskEnv):
         return Transcripts(split)
 
     def read_target(self, row: Row) -> str:
-        text = rewards.plain_text(row.answer[: rewards.LONGEST + 1])
+        text = rewards.plain_text(rewards.without_fence(row.answer[: rewards.LONGEST + 1]))
         if not text or len(row.answer) > rewards.LONGEST:
             raise ValueError(f"the answer has no text, or more than {rewards.LONGEST:,} characters")
         if "teds" in (row.method, *self.rewards):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Hashable, Sequence
 from typing import Final
@@ -12,6 +13,7 @@ from vlmenv.envs.rewards.answers import edit_distance
 LONGEST: Final = 20_000
 """Characters of a text that are compared. A longer answer scores 0, and a longer truth is refused."""
 _PIECE: Final = 1_000
+_FENCED = re.compile(r"\s*```[a-z]{0,9}[^\S\n]*\n(.*)\n[^\S\n]*```\s*", re.DOTALL)
 
 
 def plain_text(text: str) -> str:
@@ -21,10 +23,16 @@ def plain_text(text: str) -> str:
     return " ".join("".join(unicodedata.normalize("NFC", piece) for piece in pieces).split())
 
 
+def without_fence(text: str) -> str:
+    """A text without the one Markdown fence around all of it."""
+    fenced = _FENCED.fullmatch(text) if text.count("```") == 2 else None
+    return text if fenced is None else fenced[1]
+
+
 def read_transcript(text: str, answer_format: AnswerFormat) -> str | None:
     """The text in a completion's answer; None if there is none, or more than 20,000 characters."""
     content = answer_format.extract(text)
-    return None if content is None or len(content) > LONGEST else plain_text(content)
+    return None if content is None or len(content) > LONGEST else plain_text(without_fence(content))
 
 
 def edits(answered: Sequence[Hashable] | None, true: Sequence[Hashable]) -> int:

@@ -46,6 +46,8 @@ def test_the_distance_is_that_of_the_table(a: str, b: str) -> None:
         ("The red cat", "the red cat", 10 / 11, 10 / 11, 2 / 3, 0),
         ("the cat", "the red cat", 7 / 11, 7 / 11, 2 / 3, 0),
         ("the red cat the red cat", "the red cat", 11 / 23, 0, 0, 0),  # 12 insertions for 11 characters
+        ("```text\nthe red\ncat\n```", "the red cat", 1, 1, 1, 1),
+        ("```\nthe red\ncat\n```", "the ```red``` cat", 11 / 17, 11 / 17, 2 / 3, 0),
         ("abcde", "ab", 2 / 5, 0, 0, 0),
         ("kitten", "sitting", 4 / 7, 4 / 7, 0, 0),
         ("e\u0301", "\u00e9", 1, 1, 1, 1),  # composed
@@ -85,6 +87,15 @@ def test_own_truths_score_1_in_each_layout(row: dict[str, Any], question: str) -
     sample = env.source.get(0)
     assert (sample.question, sample.target) == (question, "A red cat")
     assert env.score(env.write_answer(sample), sample).terms == {"similarity": 1, "format": 1}
+
+
+def test_a_fence_around_a_truth_is_no_text_either() -> None:
+    env = OCREnv(dataset=[{"image": PICTURE, "question": "?", "answer": "```\nx = 1\n```"}])
+    sample = env.source.get(0)
+    assert sample.target == "x = 1"
+    assert [
+        env.score(AnswerFormat.TAGS.write(text), sample).terms["similarity"] for text in ("x = 1", "```\nx = 1\n```")
+    ] == [1, 1]
 
 
 def test_truths_without_text_or_with_too_much_are_refused() -> None:
