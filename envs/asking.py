@@ -73,5 +73,7 @@ def read_request(text: str, key: str, answer_format: AnswerFormat) -> str | None
 
 def read_number(content: str, key: str) -> int | None:
     """The whole number under a key of a request; None if there is none, or several that differ."""
-    found = set(re.findall(rf"[\"']{key}[\"']\s*:\s*[\"']?(0|[1-9][0-9]{{0,3}})(?![\w.])", content))
+    found = set(
+        re.findall(rf"(?:[\"'“”]{key}[\"'“”]|(?<=\{{){key})\s*:\s*[\"']?(0|[1-9][0-9]{{0,3}})(?![\w.])", content)
+    )
     return int(found.pop()) if len(found) == 1 else None
