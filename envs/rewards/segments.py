@@ -231,5 +231,7 @@ def _is_exact(content: str) -> bool:
         value = json.loads(fenced[1] if fenced else content) if len(content) <= LONGEST else None
     except (ValueError, RecursionError):
         return False
-    exact = isinstance(value, list) and all(isinstance(one, dict) and not one.keys().isdisjoint(_ASKED) for one in value)
+    exact = isinstance(value, list) and all(
+        isinstance(one, dict) and not one.keys().isdisjoint(_ASKED) for one in value
+    )
     return exact and bool(parse_segments(content))

@@ -20,9 +20,7 @@ MOST: Final = 1e6
 _TIME = r"(?:(?:\d{1,3}:)?\d{1,4}:\d{1,2}(?:\.\d{1,9}|,\d{3})?|\d{1,9}(?:\.\d{1,9})?|\.\d{1,9})"
 _UNIT = r"(?:\s*(?:(?:s|secs?|seconds?)\b\.?|秒))?"
 _JOINED = r"(?:to|-{1,2}>|-|–|—|~|→|,|and|until|through|到|至)"
-_WORDS = re.compile(
-    rf"(?:from\s+|between\s+|从\s*)?({_TIME}){_UNIT}\s*{_JOINED}\s*({_TIME}){_UNIT}\.?", re.IGNORECASE
-)
+_WORDS = re.compile(rf"(?:from\s+|between\s+|从\s*)?({_TIME}){_UNIT}\s*{_JOINED}\s*({_TIME}){_UNIT}\.?", re.IGNORECASE)
 _NAMED = re.compile(
     rf"start(?:[\s_]?time)?\s*[:=]\s*({_TIME}){_UNIT}\s*[,;]?\s*end(?:[\s_]?time)?\s*[:=]\s*({_TIME}){_UNIT}\.?",
     re.IGNORECASE,
