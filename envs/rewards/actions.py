@@ -118,7 +118,9 @@ def parse_action(content: str) -> Action | None:
 
 
 def _action(row: Mapping[str, Any]) -> Action | None:
-    inner = next((row[key] for key in (*_PARTS, *_KIND_KEYS) if isinstance(row.get(key), Mapping)), {})
+    inner: Mapping[str, Any] = next(
+        (row[key] for key in (*_PARTS, *_KIND_KEYS) if isinstance(row.get(key), Mapping)), {}
+    )
     names = [part[key] for part in (inner, row) for key in _KIND_KEYS if isinstance(part.get(key), str)]
     if not names:  # {"name": "click", "arguments": {…}}, and {"type": "click", …}
         named = [row.get("name")] * bool(inner) + [part.get("type") for part in (inner, row)]

@@ -119,8 +119,9 @@ def _rows(value: Any) -> list[Any]:
     """The points of a list, or of PixMo's `{"x": […], "y": […]}`."""
     if isinstance(value, dict):
         x, y = value.get("x"), value.get("y")
-        fits = isinstance(x, list) and isinstance(y, list) and len(x) == len(y)
-        return [list(pair) for pair in zip(x, y, strict=True)] if fits else []
+        if not isinstance(x, list) or not isinstance(y, list) or len(x) != len(y):
+            return []
+        return [list(pair) for pair in zip(x, y, strict=True)]
     return value if isinstance(value, list) else []
 
 
