@@ -14,7 +14,7 @@ FACTOR: Final = 1.5
 RISE: Final = 0.1
 """Least rise of the share of repetitions, or least fall of the share of well-formed answers."""
 RECENT: Final = 5
-"""Steps over which metrics are averaged: those of `concerns`, and those of `drift` at least."""
+"""Steps over which metrics are averaged: those of `concerns`, and in runs that have twice as many those of `drift`."""
 
 History = Sequence[dict[str, float]]
 """Metrics of each step from the first; `eval/NAME` in the steps with an evaluation."""
@@ -41,7 +41,7 @@ def drift(history: History, before: float | None, metric: str) -> str | None:
     best = max(measured, key=measured.__getitem__)
     if now >= measured[best] - FALL * abs(measured[best]):
         return None
-    width = max(RECENT, len(history) // 10)
+    width = max(1, min(max(RECENT, len(history) // 10), len(history) // 2))  # half of a very short run at most
     then = history[max(0, best - width) : best] if best else history[:width]
     changes = _changes(then, history[-width:])
     if not changes:
