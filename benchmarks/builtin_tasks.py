@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 sys.path += [str(ROOT / part) for part in ("examples", "benchmarks/findings")]
 
 from builtin_model import OTHER_TASKS  # noqa: E402
-from runs import hardware, measured  # noqa: E402
+from runs import hardware, measured, tell_rows  # noqa: E402
 
 from vlmenv.envs.making import visual_tasks  # noqa: E402
 
@@ -35,12 +35,7 @@ class Args:
 
 
 def main(args: Args) -> None:
-    lines = head(args)
-    for name in visual_tasks():
-        lines.append(row(name, args))
-        print(lines[-1], flush=True)
-    if args.output is not None:
-        args.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    tell_rows(head(args), (row(name, args) for name in visual_tasks()), args.output)
 
 
 def head(args: Args) -> list[str]:

@@ -29,7 +29,7 @@ sys.path += [str(ROOT / part) for part in ("tests", "tests/agents", "examples", 
 
 import builtin_model  # noqa: E402
 import small_models  # noqa: E402
-from runs import evaluation_of, hardware, mean_of, steps_of, tail, trained  # noqa: E402
+from runs import evaluation_of, hardware, mean_of, steps_of, tail, tell_rows, trained  # noqa: E402
 
 from vlmenv.agents.vlm import BUILTIN, VLMAgent, find_model  # noqa: E402
 from vlmenv.envs.data.scenes import SIDE  # noqa: E402
@@ -82,12 +82,7 @@ class Args:
 
 
 def main(args: Args) -> None:
-    lines = [*head(args)]
-    for name in args.families:
-        lines.append(row(name, args))
-        print(lines[-1], flush=True)
-        if args.output is not None:
-            args.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    tell_rows(head(args), (row(name, args) for name in args.families), args.output)
 
 
 def head(args: Args) -> list[str]:

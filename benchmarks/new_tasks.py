@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 sys.path += [str(ROOT / part) for part in ("examples", "benchmarks/findings")]
 
 import builtin_model  # noqa: E402
-from runs import evaluation_of, hardware, mean_of, seeds_cell, steps_of, tail, trained  # noqa: E402
+from runs import evaluation_of, hardware, mean_of, seeds_cell, steps_of, tail, tell_rows, trained  # noqa: E402
 
 
 class Task(NamedTuple):
@@ -73,12 +73,7 @@ class Args:
 
 
 def main(args: Args) -> None:
-    lines = head(args)
-    for name in args.tasks:
-        lines.append(row(name, args))
-        print(lines[-1], flush=True)
-        if args.output is not None:
-            args.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    tell_rows(head(args), (row(name, args) for name in args.tasks), args.output)
 
 
 def head(args: Args) -> list[str]:

@@ -197,6 +197,16 @@ def publish(lines: Sequence[str], output: Path | None, draw: Callable[[Path], No
         draw(output.with_suffix(".png"))
 
 
+def tell_rows(head: Sequence[str], rows: Iterable[str], output: Path | None) -> None:
+    """Prints each row of a table as soon as it is measured, and writes the table so far."""
+    lines = list(head)
+    for row in rows:
+        lines.append(row)
+        print(row, flush=True)
+        if output is not None:
+            output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def save(figure: Any, path: Path) -> None:
     figure.savefig(path, dpi=100)
     Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)  # a quarter of the size
