@@ -238,7 +238,7 @@ def _check_options(folder: Path, options: Mapping[str, Any]) -> None:
     stored = yaml.safe_load((folder / "config.yaml").read_text())
     stored |= stored.get(stored["algo"], {})  # the algorithm's own options are a group
     for name, value in options.items():
-        if stored[name] != (dict(value) if isinstance(value, Mapping) else value):
+        if name not in stored or stored[name] != (dict(value) if isinstance(value, Mapping) else value):
             raise SystemExit(
-                f"{folder} is a run with {name} {stored[name]}, not {value}: choose another --runs, or remove it"
+                f"{folder} is a run with {name} {stored.get(name, 'unset')}, not {value}: choose another --runs, or remove it"
             )
