@@ -126,14 +126,28 @@ def test_importing_is_light() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def pins_of(file: str) -> dict[str, str]:
+    lines = [line for line in (ROOT / file).read_text().splitlines() if line and not line.startswith("#")]
+    return {name.lower(): version for name, _, version in (line.partition("==") for line in lines)}
+
+
+def test_the_constraints_of_gpu_machines_satisfy_the_requirements_and_vllms() -> None:
+    from packaging.requirements import Requirement
+
+    pins, options = pins_of("constraints-gpu.txt"), setup_cfg()
+    lines = options["options"]["install_requires"].split("\n") + options["options.extras_require"]["vllm"].split("\n")
+    wanted = {found.name.lower(): found.specifier for found in map(Requirement, filter(None, lines))}
+    assert pins.keys() <= wanted.keys()
+    assert all(wanted[name].contains(version) for name, version in pins.items())
+    # what vLLM 0.33 requires, by its metadata
+    assert (pins["vllm"], pins["torch"]) == ("0.33.0", "2.14.0")
+    assert Requirement("transformers>=5.16.1,<5.21").specifier.contains(pins["transformers"])
+
+
 def test_the_constraints_satisfy_the_requirements() -> None:
     from packaging.requirements import Requirement
 
-    pins = {}
-    for line in (ROOT / "constraints.txt").read_text().splitlines():
-        if line and not line.startswith("#"):
-            name, _, version = line.partition("==")
-            pins[name.lower()] = version
+    pins = pins_of("constraints.txt")
     options = setup_cfg()
     lines = options["options"]["install_requires"].split("\n") + options["options.extras_require"]["test"].split("\n")
     for requirement in (Requirement(line) for line in lines if line):

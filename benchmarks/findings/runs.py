@@ -239,6 +239,5 @@ def _check_options(folder: Path, options: Mapping[str, Any]) -> None:
     stored |= stored.get(stored["algo"], {})  # the algorithm's own options are a group
     for name, value in options.items():
         if name not in stored or stored[name] != (dict(value) if isinstance(value, Mapping) else value):
-            raise SystemExit(
-                f"{folder} is a run with {name} {stored.get(name, 'unset')}, not {value}: choose another --runs, or remove it"
-            )
+            found = stored.get(name, "unset")
+            raise SystemExit(f"{folder} is a run with {name} {found}, not {value}: choose another --runs, or remove it")
