@@ -60,7 +60,7 @@ class Args:
 
     seeds: int = 3
     """Runs of each."""
-    pool: int = 1000
+    pool: int = 2000
     """Built-in samples, of which the file is made."""
     rows: int = 300
     """Of the file."""
