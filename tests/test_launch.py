@@ -58,7 +58,7 @@ def test_a_signal_to_the_launcher_ends_the_run_after_its_step(tmp_path: Path) ->
     with start("ddp", "-m", "vlmenv", "train", *LONG, *TINY, cwd=tmp_path) as process:
         wait_for_a_step(run)
         process.terminate()
-        out, _ = process.communicate(timeout=120)
+        out, _ = process.communicate(timeout=300)
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [folder.name for folder in (run / "checkpoints").iterdir()] == [f"step-{steps[-1]}"]
     assert f"holds the state after step {steps[-1]}" in out
@@ -134,6 +134,26 @@ def test_a_signal_to_one_rank_ends_all(tmp_path: Path) -> None:
     assert f"holds the state after step {last}" in out
     assert "error in process" not in err
     assert not (run / ".lock").exists()
+
+
+def test_a_signal_while_ranks_agree_ends_them_all_at_the_next_step() -> None:
+    """The signalled rank has told the others that it goes on: it neither forgets the signal nor ends alone."""
+    done = launch("ddp", str(Path(__file__).parent / "signalled_processes.py"))
+    assert done.returncode == 0, done.stderr
+    told = "[False, True, True]"
+    assert sorted(done.stdout.splitlines()) == [f"rank {rank}: {told}" for rank in range(2)]
+
+
+def test_a_signal_to_one_rank_after_the_last_step_ends_all(tmp_path: Path) -> None:
+    """It comes while the main rank draws the curve: no rank goes on to a measurement that another never enters."""
+    (tmp_path / "drawing.py").write_text(
+        "import signal, sys\nfrom vlmenv.cli import main\nfrom vlmenv.runs import loop\n\n"
+        "loop.draw_curve = lambda *_: signal.raise_signal(signal.SIGTERM)\nmain(sys.argv[1:])\n"
+    )
+    done = launch("ddp", "drawing.py", "train", "--steps", "1", *TINY, "--eval-limit", "4", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "error in process" not in done.stderr
+    assert (tmp_path / "run" / "checkpoints" / "step-1" / "trainer.pt").is_file()
 
 
 def test_a_rank_waits_for_the_others_no_longer_than_allowed(tmp_path: Path) -> None:

@@ -65,11 +65,17 @@ class Stopping:
             signal.signal(*self._former.popitem())
 
     def requested(self) -> bool:
-        """True if any rank got a signal, which then counts for all. A collective: all ranks must call it."""
+        """True if any rank got a signal, which then counts for all. A collective: all ranks must call it.
+
+        A signal to this rank during the call may count in the next one only, as the other ranks know nothing of it yet.
+        """
+        found = self._signal or 0
         if self._launched:
-            own = torch.tensor([self._signal or 0], device=self._accelerator.device)
-            self._signal = int(cast(Tensor, self._accelerator.gather(own)).max()) or None
-        return self._signal is not None
+            own = torch.tensor([found], device=self._accelerator.device)
+            found = int(cast(Tensor, self._accelerator.gather(own)).max())
+        if found:  # 0 would forget a signal that came meanwhile
+            self._signal = found
+        return found != 0
 
     def check(self) -> None:
         """Raises StoppedError if this rank got a signal. For work that can be dropped, such as an evaluation."""

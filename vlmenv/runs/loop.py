@@ -186,7 +186,8 @@ class TrainingLoop:
             if isinstance(error, NonFiniteError):
                 raise self._explained(error) from error
             raise
-        self.stopping.end_process()
+        if self.stopping.requested():  # of all ranks, as each goes on to measure with the others
+            self.stopping.end_process()
 
     def _take(self, result: StepResult) -> None:
         """Writes a step down, and saves what is due after it."""
