@@ -472,6 +472,29 @@ _BOMBS = (
         "9" * 900,
     ),
 )
+_NUMBER_DENIED = (
+    "not {}",
+    "It is not {}.",
+    "\\boxed{{{}}} is wrong",
+    "anything but {}",
+    "{}? No.",
+    "more than {}",
+    "less than {}",
+    "either {} or something else",
+)
+
+
+def _among_others(rng: random.Random, truth: int) -> str:
+    """The true number in a list of larger ones."""
+    listed = [str(truth), *rng.sample([str(n) for n in range(truth + 1, truth + 40)], rng.randint(1, 8))]
+    rng.shuffle(listed)
+    join = rng.choice(
+        (", ", " or ", " and ", ",", "; ", " / ", "\n", "、", "或", " vs ", "} or \\boxed{", "}, \\boxed{")
+    )
+    text = join.join(listed)
+    if "boxed" in join:
+        return f"\\boxed{{{text}}}"
+    return rng.choice(("{}", "${}$", "The answer is {}", "({})", "\\{{{}\\}}", "\\boxed{{{}}}")).format(text)
 
 
 def math_task(rng: random.Random) -> Task:
@@ -501,33 +524,8 @@ def math_task(rng: random.Random) -> Task:
         if kind == 6:
             return Hostile(wrapped(rng, rng.choice(_BOMBS)))
         if kind == 7:
-            listed = [str(truth), *rng.sample([str(n) for n in range(truth + 1, truth + 40)], rng.randint(1, 8))]
-            rng.shuffle(listed)
-            join = rng.choice(
-                (", ", " or ", " and ", ",", "; ", " / ", "\n", "、", "或", " vs ", "} or \\boxed{", "}, \\boxed{")
-            )
-            text = join.join(listed)
-            return Hostile(
-                f"\\boxed{{{text}}}"
-                if "boxed" in join
-                else rng.choice(("{}", "${}$", "The answer is {}", "({})", "\\{{{}\\}}", "\\boxed{{{}}}")).format(text),
-                True,
-            )
-        return Hostile(
-            rng.choice(
-                (
-                    "not {}",
-                    "It is not {}.",
-                    "\\boxed{{{}}} is wrong",
-                    "anything but {}",
-                    "{}? No.",
-                    "more than {}",
-                    "less than {}",
-                    "either {} or something else",
-                )
-            ).format(truth),
-            True,
-        )
+            return Hostile(_among_others(rng, truth), True)
+        return Hostile(rng.choice(_NUMBER_DENIED).format(truth), True)
 
     return Task(
         answer,
@@ -539,6 +537,17 @@ def math_task(rng: random.Random) -> Task:
 # Choices, words, numbers
 
 _WORDS = ("cat", "dog", "bird", "red car", "blue car", "a tree", "house", "river", "table", "lamp", "stone", "cloud")
+_LETTER_DENIED = (
+    "not {}",
+    "It is not {}.",
+    "{} is wrong.",
+    "It cannot be {}",
+    "{}不对",
+    "\\boxed{{{}}} is incorrect",
+    "Anything but {}.",
+    "I doubt that it is {}",
+    "neither {} nor the others",
+)
 
 
 def choice_task(rng: random.Random) -> Task:
@@ -575,22 +584,7 @@ def choice_task(rng: random.Random) -> Task:
             return Hostile(
                 rng.choice(("{}", "\\boxed{{{}}}", "The answer is {}", "({})", "{}.", "答案是{}")).format(text), True
             )
-        return Hostile(
-            rng.choice(
-                (
-                    "not {}",
-                    "It is not {}.",
-                    "{} is wrong.",
-                    "It cannot be {}",
-                    "{}不对",
-                    "\\boxed{{{}}} is incorrect",
-                    "Anything but {}.",
-                    "I doubt that it is {}",
-                    "neither {} nor the others",
-                )
-            ).format(rng.choice((letter, f"({letter})"))),
-            True,
-        )
+        return Hostile(rng.choice(_LETTER_DENIED).format(rng.choice((letter, f"({letter})"))), True)
 
     return Task(answer, lambda text: accuracy_term.batch([text], [target], [()], AnswerFormat.TAGS)[0], lacks)
 
@@ -950,6 +944,17 @@ def _lacks_large(text: str) -> bool:
     return not found or (max(found) <= _LEAST // 2 and not re.search(r"\d[eE]\+?\d", plain))
 
 
+def _broken_boxes(rng: random.Random, keys: Sequence[str], low: Sequence[str]) -> str:
+    """A list of boxes whose keys and edges are of any kind, in the forms of JSON that models write."""
+    rows = [
+        {rng.choice(keys): rng.choice((list(map(int, low)), low, None, "x", {"x": 1})) for _ in range(3)}
+        for _ in range(rng.randint(0, 5))
+    ]
+    text = json.dumps(rows)
+    cut = text[: rng.randint(0, len(text))]
+    return rng.choice((text, cut, text.replace('"', "'"), f"```json\n{text}\n```", text.replace("]", "")))
+
+
 def box_task(rng: random.Random) -> Task:
     x, y = rng.randint(_LEAST, 700), rng.randint(_LEAST, 700)
     box = (float(x), float(y), x + 100.0, y + 80.0)
@@ -967,22 +972,7 @@ def box_task(rng: random.Random) -> Task:
         if kind == 0:
             return Hostile(soup(rng, _JUNK, low, [json.dumps(key) for key in keys], ("[", "]", "{", "}", ",", ":")))
         if kind == 1:
-            rows = [
-                {rng.choice(keys): rng.choice((list(map(int, low)), low, None, "x", {"x": 1})) for _ in range(3)}
-                for _ in range(rng.randint(0, 5))
-            ]
-            text = json.dumps(rows)
-            return Hostile(
-                rng.choice(
-                    (
-                        text,
-                        text[: rng.randint(0, len(text))],
-                        text.replace('"', "'"),
-                        f"```json\n{text}\n```",
-                        text.replace("]", ""),
-                    )
-                )
-            )
+            return Hostile(_broken_boxes(rng, keys, low))
         if kind == 2:
             return Hostile(
                 rng.choice((wild(rng), large(rng, rng.choice((*_JUNK, "[1,2,30,40],", '{"bbox_2d":[1,2,3,4]},')))))

@@ -81,14 +81,7 @@ def convert(
         ConfigError: An argument does not fit the source.
         DataError: The layout of the source is unknown, or the source is empty or broken.
     """
-    if target.suffix != ".jsonl":
-        raise ConfigError(f"{target}: the target is a .jsonl file")
-    if not source.exists():
-        raise DataError(f"{source}: no such file or folder")
-    if source.resolve() == target.resolve():
-        raise ConfigError(f"{target}: source and target are the same file")
-    if images is not None and not images.is_dir():
-        raise DataError(f"{images}: no such folder of images")
+    _check_paths(source, target, images)
     if layout is not None and layout not in LAYOUTS:
         raise ConfigError(unknown_name("layout", layout, LAYOUTS))
     layout = layout or find_layout(source) or _unknown(source)
@@ -110,6 +103,17 @@ def convert(
             found = f": {summary.faults[0]}" if summary.faults else ""
             raise DataError(f"{source}: no row could be made of it as '{layout}'{found}")
     return summary
+
+
+def _check_paths(source: Path, target: Path, images: Path | None) -> None:
+    if target.suffix != ".jsonl":
+        raise ConfigError(f"{target}: the target is a .jsonl file")
+    if not source.exists():
+        raise DataError(f"{source}: no such file or folder")
+    if source.resolve() == target.resolve():
+        raise ConfigError(f"{target}: source and target are the same file")
+    if images is not None and not images.is_dir():
+        raise DataError(f"{images}: no such folder of images")
 
 
 def find_layout(source: Path) -> str | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from vlmenv.adapters.task import PortableTask, imported, picture, reply_images
 from vlmenv.core.errors import ConfigError
-from vlmenv.core.rollout import split_marks
+from vlmenv.core.rollout import Observation, split_marks
 
 
 def gem(env: str, **arguments: Any) -> type:
@@ -47,12 +47,7 @@ def gem(env: str, **arguments: Any) -> type:
 
         def step(self, action: str) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
             observation, reward, terminated, truncated, info = self._env.step(action)
-            shown: dict[str, Any] = {"problem": "", "images": []}
-            if not (terminated or truncated):
-                images = [picture(image) for image in reply_images(observation)]
-                marks, rest = split_marks(observation["prompt"])
-                in_front = marks == len(images)  # as GEM shows images
-                shown = {"problem": rest if in_front else observation["prompt"], "images": images}
+            shown = {"problem": "", "images": []} if terminated or truncated else _next_turn(observation)
             return shown, float(reward), terminated, truncated, info
 
         def spawn(self, same_state: bool = False, **kwargs: Any) -> Any:
@@ -62,3 +57,11 @@ def gem(env: str, **arguments: Any) -> type:
             return made
 
     return Environment
+
+
+def _next_turn(observation: Observation) -> dict[str, Any]:
+    """The environment's turn after an answer, as GEM shows it."""
+    images = [picture(image) for image in reply_images(observation)]
+    marks, rest = split_marks(observation["prompt"])
+    in_front = marks == len(images)  # as GEM shows images
+    return {"problem": rest if in_front else observation["prompt"], "images": images}
