@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from abc import ABC
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from enum import StrEnum
 from typing import Any, ClassVar, Final, SupportsIndex, TypeVar
 
@@ -779,6 +780,8 @@ class VisualTaskEnv(gymnasium.Env[Observation, str], ABC):
             )
 
     def _understand(self, row: Row) -> Sample:
+        if row.none and row.detections is None and self.geometry is not None:
+            row = replace(row, answer="[]")
         if self.needs_answer and not row.answer and row.detections is None:
             hint = missing("answer", row.unused)
             told = f"no turn of the assistant, nothing in {columns_of('answer')}"

@@ -43,6 +43,8 @@ def read_regions(answer: str) -> Regions:
         value = json.loads(answer)
     except (ValueError, RecursionError):
         raise ValueError(f"the answer {answer[:80]!r} is neither JSON nor None") from None
+    if value == []:
+        return ()
     alone = isinstance(value, Mapping) or (isinstance(value, list) and bool(value) and _is_number(value[0]))
     return tuple(_region(one) for one in ([value] if alone else _list(value)))
 
@@ -57,6 +59,8 @@ def _region(value: Any) -> Region:
             return read(value[key])
     if "counts" in value and "size" in value:
         return _outlines(value)
+    if (empty := next((key for key in (*_OUTLINE_KEYS, *_BOX_KEYS, *_POINT_KEYS) if key in value), None)) is not None:
+        raise ValueError(f"{str(dict(value))[:80]} is no region: its {empty} is empty")
     named = ", ".join((*_OUTLINE_KEYS, *_BOX_KEYS, *_POINT_KEYS))
     raise ValueError(f"{str(dict(value))[:80]} is no region: it has none of {named}")
 

@@ -51,9 +51,19 @@ class RowLayout:
             raw: The row.
             taken: Columns that hold a question in a common layout.
         """
-        if any(is_filled(raw.get(column)) for column in taken if column not in self.asked):
-            return False
-        return is_filled(raw.get(self.asked[0])) and all(raw.get(column) is not None for column in self.true)
+        return self._asks(raw, taken) and all(raw.get(column) is not None for column in self.true)
+
+    def check_filled(self, raw: Mapping[str, Any], taken: Collection[str]) -> None:
+        """Raises ValueError if a row has all columns of this layout, but nothing in one of the answer."""
+        if self.asked[0] in taken or not self._asks(raw, taken) or not all(column in raw for column in self.true):
+            return
+        if (empty := next((column for column in self.true if raw[column] is None), None)) is not None:
+            raise ValueError(f"the row has a question in '{self.asked[0]}', but its answer is empty: '{empty}' is null")
+
+    def _asks(self, raw: Mapping[str, Any], taken: Collection[str]) -> bool:
+        """Whether a row has its question here, and in no column of a common layout."""
+        elsewhere = any(is_filled(raw.get(column)) for column in taken if column not in self.asked)
+        return not elsewhere and is_filled(raw.get(self.asked[0]))
 
     def rewritten(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         """A row of this layout with its question and its answer in `question` and `answer`, and the form of its boxes.

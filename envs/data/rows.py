@@ -107,6 +107,8 @@ class Row:
     videos: tuple[VideoRef, ...] = ()
     fps: float | None = None
     """frames per second of videos that are stored as frames; None: not stated"""
+    none: bool = False
+    """whether the answer is an empty list, which is the truth of a task of places where there is nothing"""
 
 
 def check_columns(columns: Mapping[str, str]) -> None:
@@ -170,14 +172,22 @@ def read_row(
         fps=_fps(cells.take("fps")) if videos else None,
         unused=cells.unused(bool(images or videos)),
         notes=tuple(cells.notes),
+        none=not true and cells.is_empty_list("answer"),
     )
 
 
 def _layout_of(raw: Mapping[str, Any], columns: Mapping[str, str], layouts: Sequence[RowLayout]) -> RowLayout | None:
-    """The task's layout of a row; None for a common one."""
+    """The task's layout of a row; None for a common one.
+
+    Raises:
+        ValueError: The row has a layout of the task, but nothing in a column of the answer.
+    """
     if not layouts or not {"question", "answer"}.isdisjoint(columns):
         return None
-    return next((layout for layout in layouts if layout.fits(raw, COLUMNS["question"])), None)
+    fits = next((layout for layout in layouts if layout.fits(raw, COLUMNS["question"])), None)
+    for layout in layouts if fits is None else ():
+        layout.check_filled(raw, COLUMNS["question"])
+    return fits
 
 
 def _used_of(cells: _Cells, layout: RowLayout, raw: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
@@ -211,6 +221,12 @@ class _Cells:
             if is_filled(self.raw[column]):
                 return column
         return None
+
+    def is_empty_list(self, part: str) -> bool:
+        """Whether a column of a part holds an empty list."""
+        columns = [self.named[part]] if part in self.named else self.places[part]
+        cells = [] if part in self.unread else [self.raw.get(column) for column in columns]
+        return any(isinstance(cell, (list, tuple)) and not cell for cell in cells)
 
     def take_column(self, part: str, column: str) -> Any:
         self.used.append((part, column))
@@ -474,7 +490,7 @@ def _divided(answer: Any) -> tuple[Any, str]:
 
 
 def _answer(answer: Any) -> str:
-    if answer is None:
+    if answer is None or (isinstance(answer, (list, tuple)) and not answer):
         return ""
     if isinstance(answer, float) and not math.isfinite(answer):
         raise ValueError(f"the answer is {answer}")
@@ -552,7 +568,8 @@ def _pages(cells: _Cells) -> tuple[int, ...]:
         return ()
     found = cells.take_column("pages", column)
     read = literal(found) if isinstance(found, str) else found
-    numbers, first = read if isinstance(read, (list, tuple)) else [read], int(column != "answer_page_idx")
+    listed, first = read if isinstance(read, (list, tuple)) else [read], int(column != "answer_page_idx")
+    numbers = [int(one) if isinstance(one, float) and one.is_integer() else one for one in listed]
     if not all(type(number) is int and number >= first for number in numbers):
         raise ValueError(
             f"'{column}' is {found!r}, which is no number of an image from {first} on, and no list of such"

@@ -27,7 +27,9 @@ from vlmenv.envs.captioning import CaptionEnv
 from vlmenv.envs.data.rows import COLUMNS
 from vlmenv.envs.math_reasoning import MathEnv
 from vlmenv.envs.ovd import OVDEnv
+from vlmenv.envs.pointing import PointEnv
 from vlmenv.envs.rec import RECEnv
+from vlmenv.envs.segmentation import SegmentEnv
 from vlmenv.envs.vqa import VQAEnv
 
 
@@ -335,6 +337,29 @@ def test_detection_of_hugging_face(folder: Path) -> None:
     check(env, "Detect all of these: dog.")
     with pytest.raises(DataError, match="have no names in 'category'"):
         OVDEnv(dataset=dump(folder, lines | {"objects": {"bbox": [[1, 2, 10, 20]], "categories": [1]}}))
+
+
+@pytest.mark.parametrize("task", [RECEnv, OVDEnv, PointEnv, SegmentEnv])
+@pytest.mark.parametrize("answer", [[], "[]"])
+@pytest.mark.parametrize("column", ["answer", "label"])
+def test_an_empty_list_says_that_there_is_nothing(
+    folder: Path, task: type[VisualTaskEnv], answer: Any, column: str
+) -> None:
+    rows = [{"image": "a.png", "question": "Find every cat.", column: one} for one in (answer, "None")]
+    env = task(dataset=dump(folder, *rows), columns={"answer": "label"} if column == "label" else {})
+    empty, none = map(env.source.get, range(2))
+    assert empty.target == none.target
+    assert env.score(env.write_answer(empty), empty).reward == pytest.approx(1.1)
+
+
+def test_an_empty_list_is_no_answer_in_words_and_gives_way_to_boxes(folder: Path) -> None:
+    row = {"image": "a.png", "question": "What is it?", "answer": [], "label": []}
+    for columns in ({}, {"answer": "label"}):
+        with pytest.raises(DataError, match="the row has no answer"):
+            VQAEnv(dataset=dump(folder, row), columns=columns)
+    objects = {"bbox": [[1, 2, 10, 10]], "category": ["cat"]}
+    (found,) = OVDEnv(dataset=dump(folder, row | {"objects": objects})).source.get(0).target
+    assert found.box == (1, 2, 11, 12)
 
 
 def test_verl_and_messages_with_pictures_within_parquet(folder: Path) -> None:

@@ -221,6 +221,7 @@ def test_own_truths_score_1_in_each_layout(
         ("there", "is neither JSON nor None"),
         ([1, 2, 3], r"is neither \[x, y\]"),
         ([{"label": "dog"}], "is no region: it has none of segmentation"),
+        ([{"label": "dog", "bbox": None}], "is no region: its bbox is empty"),
         ([{"segmentation": {"size": [2, 2], "counts": [9]}}], "its counts do not add up to its size"),
         ([{"segmentation": {"size": [2, 2], "counts": [4]}}], "a mask is empty"),
         ([{"segmentation": {"size": [2], "counts": [4]}}], "a mask is not in COCO's run lengths"),

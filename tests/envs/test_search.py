@@ -126,6 +126,8 @@ def test_images_are_shown_within_the_models_bound(album: Path) -> None:
     [
         ({"evidence_pages": [3, 5]}, (3, 5)),
         ({"evidence_pages": "[3]"}, (3,)),
+        ({"evidence_pages": 3.0}, (3,)),  # as pandas writes a column with gaps
+        ({"evidence_pages": [3.0, 5]}, (3, 5)),
         ({"answer_page_idx": 2}, (3,)),
         ({"answer_page_idx": "2"}, (3,)),
         ({"answer_page_idx": 0, "evidence_pages": []}, (1,)),
@@ -155,6 +157,7 @@ def test_rows_say_where_the_answer_is(album: Path, columns: dict[str, Any], page
         ({"evidence_pages": [0]}, r"'evidence_pages' is \[0\], which is no number of an image from 1 on"),
         ({"answer_page_idx": "last"}, "'answer_page_idx' is 'last'"),
         ({"evidence_pages": [True]}, "'evidence_pages' is"),
+        ({"evidence_pages": 2.5}, "'evidence_pages' is 2.5"),
         ({"images": []}, "needs an image"),
     ],
 )
