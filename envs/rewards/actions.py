@@ -223,6 +223,8 @@ def read_action(answer: str) -> tuple[str, Any, str]:
         return "click", row, ""
     kind = kind_of(next(row[key] for key in _KIND_KEYS if isinstance(row.get(key), str)))
     place = next((row[key] for key in _PLACE_KEYS if row.get(key) is not None), None)
+    if place is None and row.get("x") is not None and row.get("y") is not None:  # as AndroidControl writes them
+        place = [row["x"], row["y"]]
     kind, text = _meant(kind, row)
     return kind, place if kind in PLACED else None, text
 

@@ -184,6 +184,21 @@ def test_places_and_texts_are_measured_where_the_truth_has_them() -> None:
             Action("click", (100, 50, 120, 60)),
         ),
         ({"problem": "close", "answer": [100, 50, 120, 60]}, "close", Action("click", (100, 50, 120, 60))),
+        (  # AndroidControl
+            {"question": "Tap OK", "answer": {"action_type": "click", "x": 40, "y": 60}},
+            "Tap OK",
+            Action("click", (40, 60)),
+        ),
+        (
+            {"question": "Hold", "answer": '{"action_type": "long_press", "x": 40, "y": 60}'},
+            "Hold",
+            Action("long_press", (40, 60)),
+        ),
+        (
+            {"question": "Go", "answer": {"action_type": "open_app", "app_name": "Mail", "x": None, "y": None}},
+            "Go",
+            Action("open_app", None, "Mail"),
+        ),
     ],
 )
 @pytest.mark.parametrize("coordinates", ["original", "norm1000"])
@@ -209,11 +224,30 @@ def test_screenspot_files_name_their_images(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("answer", "told"),
-    [("Save", "is not JSON"), ({"action": "click"}, "has no place"), ([[1, 2], [3, 4]], "has no place")],
+    [
+        ("Save", "is not JSON"),
+        ({"action": "click"}, "has no place"),
+        ({"action": "click", "x": 1, "y": None}, "has no place"),
+        ([[1, 2], [3, 4]], "has no place"),
+        ([], "has no place"),
+    ],
 )
 def test_wrong_truths_are_told(answer: Any, told: str) -> None:
     with pytest.raises(DataError, match=f"row 0: .*{told}"):
         GUIEnv(dataset=[{"image": PICTURE, "question": "?", "answer": answer}])
+
+
+@pytest.mark.parametrize(
+    ("row", "column"),
+    [
+        ({"bbox": None}, "bbox"),
+        ({"bbox": None, "data_source": "ios"}, "bbox"),
+        ({"gt_action": "click", "gt_bbox": None, "gt_input_text": ""}, "gt_bbox"),
+    ],
+)
+def test_a_layout_without_its_truth_is_told(row: dict[str, Any], column: str) -> None:
+    with pytest.raises(DataError, match=f"question in 'instruction', but its answer is empty: '{column}' is null"):
+        GUIEnv(dataset=[{"image": PICTURE, "instruction": "close", **row}])
 
 
 def test_boxes_of_a_table_are_read(tmp_path: Path) -> None:
