@@ -121,6 +121,29 @@ def test_wrong_options_are_named(options: dict[str, Any], message: str, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"env": gymnasium.make("VLM-Math-v0")}, "env is an id, or environments .* not a OrderEnforcing"),
+        ({"env": gymnasium.Env}, "env is .* not the class Env"),
+        ({"env": gymnasium.make_vec("VLM-Math-v0", 2, "sync")}, "env is .* not a SyncVectorEnv"),
+        ({"eval_env": "VLM-Math-v0"}, "eval_env is .* not a str"),
+        ({"model": torch.nn.Linear(1, 1)}, "model is a name, a folder or a VLMAgent, not a Linear"),
+        ({"algo": RLOO}, "algo is a name or an Algorithm object, not the class RLOO"),
+    ],
+)
+def test_an_argument_of_another_kind_is_not_left_unused(given: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        vlmenv.train(output=tmp_path / "run", dry_run=True, **given)
+
+
+def test_evaluate_takes_names() -> None:
+    with pytest.raises(ConfigError, match="model is a name or a folder, .* not a Linear"):
+        vlmenv.evaluate(model=torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="env is the id of a registered environment, not a OrderEnforcing"):
+        vlmenv.evaluate(gymnasium.make("VLM-Math-v0"))  # type: ignore[arg-type]
+
+
 def test_a_suite_is_no_matter_of_evaluate() -> None:
     with pytest.raises(ConfigError, match="vlmenv eval --suite"):
         vlmenv.evaluate(suite="vlm_r1")

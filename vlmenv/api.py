@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 import transformers
@@ -19,7 +19,7 @@ from vlmenv.commands import train as training_command
 from vlmenv.commands.train import Parts
 from vlmenv.compat import accelerate
 from vlmenv.core import notebook
-from vlmenv.core.errors import ConfigError
+from vlmenv.core.errors import ConfigError, require
 from vlmenv.core.loading import import_modules
 from vlmenv.envs.metrics.intervals import Interval
 from vlmenv.envs.vector import VisualTaskVectorEnv
@@ -31,6 +31,12 @@ from vlmenv.options.files import read_options
 from vlmenv.options.resolve import Layer, merge
 from vlmenv.options.train import TrainConfig, default_config
 from vlmenv.runs.run_folder import RunFolder
+
+_ENVS: Final = (
+    "an id, or environments that gymnasium.make_vec makes of a visual task's id, unwrapped (register one of your own "
+    "with gymnasium.register and give its id; several tasks are the option mix)"
+)
+"""What `train` takes as environments."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,10 @@ def train(
         ConfigError: An option is unknown, or options do not go together.
         VLMEnvError: As for `vlmenv train`.
     """
+    _require("env", env, (str, VisualTaskVectorEnv), _ENVS)
+    _require("eval_env", eval_env, VisualTaskVectorEnv, _ENVS)
+    _require("model", model, (str, Path, VLMAgent), "a name, a folder or a VLMAgent")
+    _require("algo", algo, (str, Algorithm), "a name or an Algorithm object")
     given = {"env": env, "model": str(model) if isinstance(model, Path) else model, "algo": algo}
     parts = Parts(
         envs=env if isinstance(env, VisualTaskVectorEnv) else None,
@@ -153,6 +163,8 @@ def evaluate(
         ConfigError: An option is unknown, or options do not go together.
         VLMEnvError: As for `vlmenv eval`.
     """
+    _require("env", env, str, "the id of a registered environment")
+    _require("model", model, (str, Path), "a name or a folder, which VLMAgent.save writes")
     given = {"env": env, "model": None if model is None else str(model)}
     values = {name: value for name, value in given.items() if value is not None} | options
     if isinstance(config, EvalConfig):
@@ -167,6 +179,12 @@ def evaluate(
         import_modules(asked.config.imports)
         measured: Evaluation = evaluation_command.run(asked)
         return measured
+
+
+def _require(name: str, value: object, kinds: type | tuple[type, ...], wanted: str) -> None:
+    """Raises ConfigError unless an argument is None or of one of the kinds: nothing else would be used."""
+    told = f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+    require(value is None or isinstance(value, kinds), f"{name} is {wanted}, not {told}")
 
 
 def _asked(layers: list[Layer]) -> Asked:
