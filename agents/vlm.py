@@ -56,7 +56,7 @@ from vlmenv.core.rollout import (
     unbatch,
 )
 from vlmenv.core.sampling import Sampling
-from vlmenv.core.spaces import Image
+from vlmenv.core.spaces import Image, image_fault
 
 __all__ = ["BUILTIN", "Policy", "Sampling", "VLMAgent", "find_model"]
 
@@ -254,7 +254,7 @@ class VLMAgent(Agent):
                 continue
             prompt, completion = rollout.prompts[rollout.prompt_index[row]], rollout.completions[row]
             try:
-                check_images(len(observation["images"]), self.max_images)
+                check_observation(observation, self.max_images)
                 turn = with_turn(self.family, prompt, completion, observation)
             except ValueError as error:
                 raise PromptError(row, str(error)) from error
@@ -623,7 +623,7 @@ class VLMAgent(Agent):
         prompts = []
         for i in firsts:
             try:
-                check_images(len(listed[i]["images"]), self.max_images)
+                check_observation(listed[i], self.max_images)
                 prompts.append(self.family.encode(listed[i]))
                 check_length(len(prompts[-1].input_ids), self.max_new_tokens, *self._room)
             except ValueError as error:
@@ -746,10 +746,18 @@ def answer_fault(family: Family, ids: NDArray[np.int64], max_new_tokens: int) ->
     return None
 
 
-def check_images(images: int, most: int | None) -> None:
-    """Raises ValueError where a conversation has more images than an engine takes; None: it has no limit."""
-    if most is not None and images > most:
-        raise ValueError(f"it has {images} images, and the engine takes {most}: raise --engine-images")
+def check_observation(observation: Observation, most: int | None) -> None:
+    """Raises ValueError where a prompt is no text, or images are no RGB images.
+
+    Also where there are more images than an engine takes; None: it has no limit.
+    """
+    prompt, images = observation["prompt"], observation["images"]
+    if not isinstance(prompt, str):
+        raise ValueError(f"prompt is a text, not a {type(prompt).__name__}")
+    if faults := [fault for image in images if (fault := image_fault(image))]:
+        raise ValueError(f"images is a tuple of images; {faults[0]}")
+    if most is not None and len(images) > most:
+        raise ValueError(f"it has {len(images)} images, and the engine takes {most}: raise --engine-images")
 
 
 def check_length(prompt: int, max_new_tokens: int, most: int, holder: str = "model") -> None:

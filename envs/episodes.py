@@ -132,7 +132,9 @@ def conversation(before: Observation, text: str, reply: Reply) -> Observation:
     if reply.images and IMAGE_MARK not in told:
         told = IMAGE_MARK * len(reply.images) + told
     if told.count(IMAGE_MARK) != len(reply.images):
-        raise ConfigError(f"respond() gave {told.count(IMAGE_MARK)} {IMAGE_MARK} marks for {len(reply.images)} images")
+        raise ConfigError(
+            f"the turn after an answer has {told.count(IMAGE_MARK)} {IMAGE_MARK} marks for {len(reply.images)} images"
+        )
     asked: Turn = {"role": "user", "text": _marked(before)}
     answered: Turn = {"role": "assistant", "text": text}
     turns = before["turns"]

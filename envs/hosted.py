@@ -10,15 +10,17 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, NamedTuple
 
 import gymnasium
 import numpy as np
+from PIL import Image as PILImage
 
-from vlmenv.core.errors import ConfigError, DataError, RewardError
+from vlmenv.core.errors import ConfigError, DataError, RewardError, VLMEnvError, require, require_at_least
 from vlmenv.core.rollout import Observation
-from vlmenv.core.spaces import Image
+from vlmenv.core.spaces import Image, image_fault
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.data.scenes import Split
 from vlmenv.envs.data.source import Sample, Source
@@ -27,6 +29,11 @@ from vlmenv.envs.rewards.terms import RewardTerm
 
 _SEEDS = 2**30
 """Seeds of a split; environments pass theirs on to generators that take no more than 32 bits."""
+_RETURNED: Final = {
+    "reset": ("observation", "info"),
+    "step": ("observation", "reward", "terminated", "truncated", "info"),
+}
+"""What the methods of an environment return."""
 _REMEMBERED: Final = 2**16
 """Turns whose digests are kept, to find an environment that does not repeat them."""
 
@@ -35,8 +42,8 @@ class HostedTask(VisualTaskEnv):
     """A Gymnasium environment as a visual task, whose samples are its seeds.
 
     The environment takes text. Its observation is text, or a mapping with `prompt` (text) and
-    `images` (uint8 arrays [H, W, 3], or one). A wrapper of Gymnasium's, such as `TransformObservation`, gives it that
-    form.
+    `images` (uint8 arrays [H, W, 3] or RGB images of Pillow, or one). Wrappers of Gymnasium's, such as
+    `TransformObservation` and `TransformAction`, give it that form.
 
     An episode may have several steps, up to `max_turns`. For each answer the environment is reset with the seed and
     takes the episode's answers again, so the same answers must lead to the same observations.
@@ -119,6 +126,7 @@ class Hosted:
     """
 
     def __init__(self, env: Any, max_turns: int | None = None) -> None:
+        require_at_least(1, max_turns=max_turns)
         self._made_from = env
         self._idle: list[gymnasium.Env[Any, Any]] = []
         self._lock = threading.Lock()
@@ -128,6 +136,7 @@ class Hosted:
         with self._lent() as first:
             self.name = env if isinstance(env, str) else type(first.unwrapped).__name__
             spec = first.spec
+            _check_takes_text(first, self.name)
         self.unrepeatable, answered = self._tried()
         if not self.unrepeatable and spec is not None and spec.nondeterministic:
             self.unrepeatable = f"{self.name} is registered with nondeterministic=True"
@@ -214,16 +223,17 @@ class Hosted:
             RewardError: The environment fails.
         """
         try:
-            observation, reward, terminated, truncated, _ = env.step(text)
+            observation, reward, *ends, _ = _values("step", env.step(text))
+            terminated, truncated = map(_truth, ends)
+            return _Played(observation, reward, terminated or truncated)
         except Exception as error:
-            raise RewardError(f"{self.name} failed on the answer {text[:80]!r}: {error}") from error
-        return _Played(observation, reward, bool(terminated or truncated))
+            raise RewardError(f"{self.name} failed on the answer {text[:80]!r}: {_told(error)}") from error
 
     def _reset(self, env: gymnasium.Env[Any, Any], seed: int) -> Observation:
         try:
-            observation, _ = env.reset(seed=seed)
+            observation, _ = _values("reset", env.reset(seed=seed))
         except Exception as error:
-            raise ConfigError(f"{self.name} cannot be reset with seed {seed}: {error}") from error
+            raise ConfigError(f"{self.name} cannot be reset with seed {seed}: {_told(error)}") from error
         return _observation(observation, self.name)
 
     def _played(self, number: int, texts: Sequence[str]) -> _Played:
@@ -238,9 +248,9 @@ class Hosted:
         """
         with self._lent() as env:
             try:
-                env.reset(seed=seed)
+                _values("reset", env.reset(seed=seed))
             except Exception as error:
-                raise RewardError(f"{self.name} cannot be reset with seed {seed}: {error}") from error
+                raise RewardError(f"{self.name} cannot be reset with seed {seed}: {_told(error)}") from error
             for turn, text in enumerate(texts):
                 played = self.step(env, text)
                 if turn < len(texts) - 1:
@@ -288,8 +298,66 @@ class Hosted:
         try:
             return self._idle.pop()
         except IndexError:
-            made = self._made_from
-            return made() if callable(made) else gymnasium.make(made, disable_env_checker=True)
+            return _made(self._made_from)
+
+
+def _made(source: Any) -> gymnasium.Env[Any, Any]:
+    """A new environment, by its id or by the function that makes it.
+
+    Raises:
+        ConfigError: It cannot be made, or is no environment.
+    """
+    name = source if isinstance(source, str) else getattr(source, "__name__", repr(source))
+    wanted = f"env is an id, or a function that makes an environment, not a {type(source).__name__}"
+    require(isinstance(source, str) or callable(source), wanted)
+    try:
+        env = source() if callable(source) else gymnasium.make(source, disable_env_checker=True)
+    except VLMEnvError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{name} cannot be made: {_told(error)}") from error
+    kind = type(env).__name__
+    require(isinstance(env, gymnasium.Env), f"{name} makes a {kind}; give what makes one environment, a gymnasium.Env")
+    return env
+
+
+def _told(error: Exception) -> str:
+    """An error with its kind, without which a KeyError says little."""
+    return f"{type(error).__name__}: {error}"
+
+
+def _check_takes_text(env: gymnasium.Env[Any, Any], name: str) -> None:
+    """Raises ConfigError if the actions of an environment are no text, as far as its space tells."""
+    space = getattr(env, "action_space", None)
+    require(
+        space is None or isinstance(deepcopy(space).sample(), str),  # a sample changes the space's generator
+        f"{name} is no visual task: it takes actions of {space}, and answers are text. Wrap it in "
+        "gymnasium.wrappers.TransformAction, which makes an action of a text, with a gymnasium.spaces.Text as its space, and register that",
+    )
+
+
+def _values(method: str, given: Any) -> tuple[Any, ...]:
+    """What a method of an environment returns.
+
+    Raises:
+        TypeError: It is not what Gymnasium's environments return.
+    """
+    names = _RETURNED[method]
+    if not isinstance(given, tuple) or len(given) != len(names):
+        told = f"{len(given)} values" if isinstance(given, tuple) else f"a {type(given).__name__}"
+        raise TypeError(f"{method} must return ({', '.join(names)}), not {told}")
+    return given
+
+
+def _truth(end: Any) -> bool:
+    """Whether an episode has ended.
+
+    Raises:
+        TypeError: It is no truth value.
+    """
+    if np.size(end) != 1 or np.asarray(end).dtype.kind not in "biu":
+        raise TypeError(f"terminated and truncated must be True or False, not {end!r}")
+    return bool(end)
 
 
 def _key(seed: int, texts: Sequence[str]) -> bytes:
@@ -366,13 +434,20 @@ def _observation(given: Any, name: str) -> Observation:
     """
     if isinstance(given, str):
         return {"images": (), "prompt": given}
-    if not isinstance(given, Mapping) or not isinstance(given.get("prompt"), str):
+    if isinstance(given, Mapping) and "prompt" in given and not isinstance(given["prompt"], str):
+        raise ConfigError(f"{name}: prompt is a text, not of type {type(given['prompt']).__name__}")
+    if not isinstance(given, Mapping) or "prompt" not in given:
         kind = f"keys {', '.join(map(str, given))}" if isinstance(given, Mapping) else f"type {type(given).__name__}"
         raise ConfigError(
             f"{name} is no visual task: its observation, of {kind}, is neither text nor a mapping with `prompt` and "
             "`images`. Wrap it in gymnasium.wrappers.TransformObservation, which gives it this form, and register that"
         )
-    if unused := sorted(map(str, set(given) - {"prompt", "images"})):
+    if given.get("turns"):
+        raise ConfigError(
+            f"{name} shows earlier turns, as tasks of vlmenv do: what it shows is to be its next turn alone. For a "
+            "task with other rewards register a subclass by register_task"
+        )
+    if unused := sorted(map(str, set(given) - {"prompt", "images", "turns"})):
         warnings.warn(
             f"{name}: models see prompt and images alone, not {', '.join(unused)}", RuntimeWarning, stacklevel=2
         )
@@ -385,12 +460,15 @@ def _images(given: Any, name: str) -> tuple[Image, ...]:
     Raises:
         ConfigError: They have another form.
     """
-    if not isinstance(given, np.ndarray | list | tuple):
+    if not isinstance(given, np.ndarray | PILImage.Image | list | tuple):
         raise ConfigError(f"{name}: images is one array or a tuple of arrays, not {type(given).__name__}")
-    images = tuple(map(np.array, (given,) if isinstance(given, np.ndarray) and given.ndim == 3 else given))
+    if isinstance(given, PILImage.Image) or (
+        isinstance(given, np.ndarray) and given.ndim != 4 and given.dtype != object
+    ):
+        given = (given,)
+    images = tuple(map(np.array, given))
     for image in images:
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or not image.size:
-            raise ConfigError(f"{name}: an image is uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
+        require(not (fault := image_fault(image)), f"{name}: {fault}")
     return images
 
 

@@ -42,13 +42,30 @@ def visual_tasks() -> list[str]:
 
 def _unknown(name: str, module: str) -> str:
     """What to do about an id that is not registered: a near one is most likely meant, or else one of one's own."""
+    parts = {_part(known): known for known in (_registered_by(module) if module else visual_tasks())}
+    nearest = difflib.get_close_matches(_part(name), parts, n=1, cutoff=0.6)
+    meant = f". Did you mean '{parts[nearest[0]]}'?" if nearest else ""
     if module:
-        return f"module '{module}' registers no environment '{name}': call register_task({name!r}, …) in it"
-    parts = {known.removeprefix("VLM-").rpartition("-v")[0]: known for known in visual_tasks()}
-    nearest = difflib.get_close_matches(name.removeprefix("VLM-").rpartition("-v")[0] or name, parts, n=1, cutoff=0.6)
-    if nearest:
-        return f"unknown environment '{name}'. Did you mean '{parts[nearest[0]]}'?"
+        told = f": call register_task({name!r}, …) or gymnasium.register({name!r}, …) in it"
+        return f"module '{module}' registers no environment '{name}'{meant or told}"
+    if meant:
+        return f"unknown environment '{name}'{meant}"
     return (
         f"unknown environment '{name}'. Known: {', '.join(visual_tasks())}. One of your own is named with the module "
         f"that registers it, as in my_task:{name}"
     )
+
+
+def _part(name: str) -> str:
+    """What tells an id from others, as they are mistyped."""
+    return (name.removeprefix("VLM-").rpartition("-v")[0] or name.removeprefix("VLM-")).casefold()
+
+
+def _registered_by(module: str) -> list[str]:
+    """The ids whose environments are in a module's package."""
+    package, found = module.partition(".")[0], list[str]()
+    for name, spec in gymnasium.registry.items():
+        entry = spec.entry_point if isinstance(spec.entry_point, str) else getattr(spec.entry_point, "__module__", "")
+        if entry.partition(":")[0].partition(".")[0] == package:
+            found.append(name)
+    return found

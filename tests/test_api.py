@@ -138,7 +138,7 @@ def test_an_argument_of_another_kind_is_not_left_unused(given: dict[str, Any], m
 
 
 def test_evaluate_takes_names() -> None:
-    with pytest.raises(ConfigError, match="model is a name or a folder, .* not a Linear"):
+    with pytest.raises(ConfigError, match=r"model is a name or a folder, .* not a Linear"):
         vlmenv.evaluate(model=torch.nn.Linear(1, 1))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="env is the id of a registered environment, not a OrderEnforcing"):
         vlmenv.evaluate(gymnasium.make("VLM-Math-v0"))  # type: ignore[arg-type]

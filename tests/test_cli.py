@@ -262,6 +262,7 @@ def test_detection_is_trained_and_measured_by_the_same_commands(tmp_path: Path) 
         (["train", "--env", "json:VLM-Pose-v0"], "module 'json' registers no environment 'VLM-Pose-v0'"),
         (["train", "--env", "VLM-RCE-v0"], "unknown environment 'VLM-RCE-v0'. Did you mean 'VLM-REC-v0'?"),
         (["train", "--env", "VLM-REC"], "Did you mean 'VLM-REC-v0'?"),
+        (["train", "--env", "VLM-Rec-v0"], "Did you mean 'VLM-REC-v0'?"),
         (["eval", "--env", "CartPole-v1"], "no visual task"),
         (["train", "--dataset", "none.jsonl"], "none.jsonl: no such file"),
         (["eval", "--dataset", str(ROOT / "README.md")], "not '.md'"),

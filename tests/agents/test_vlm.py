@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -267,6 +268,19 @@ def test_an_image_that_the_processor_refuses_is_named(builtin: VLMAgent) -> None
     batch = [{"images": (np.zeros((1, 900, 3), dtype=np.uint8),), "prompt": "Locate it."}]
     with pytest.raises(PromptError, match=r"observation 0: .*aspect ratio"):
         builtin.act(batch)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "images", "told"),
+    [
+        (None, (), "prompt is a text, not a NoneType"),
+        ("?", np.zeros((1, 28, 28, 3)), r"not float64 \[28, 28, 3\]"),  # 0 to 1, which a processor would darken
+        ("?", np.zeros((28, 28, 3), np.uint8), r"images is a tuple of images; .* not uint8 \[28, 3\]"),
+    ],
+)
+def test_what_is_no_observation_is_told(builtin: VLMAgent, prompt: Any, images: Any, told: str) -> None:
+    with pytest.raises(PromptError, match=f"observation 0: .*{told}"):
+        builtin.act({"images": [images], "prompt": [prompt]})
 
 
 @pytest.mark.parametrize("kept", [("config.json",), ("config.json", "tokenizer.json")])

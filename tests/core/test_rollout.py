@@ -78,3 +78,8 @@ def test_a_mark_in_an_assistant_turn_is_no_place() -> None:
 def test_marks_of_a_text(text: str, leading: int, rest: str, named: str) -> None:
     assert split_marks(text) == (leading, rest)
     assert named_images(text) == named
+
+
+def test_a_batch_whose_parts_differ_in_length_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"differ in length: {'images': 1, 'prompt': 2}"):
+        unbatch({"images": [()], "prompt": ["a", "b"]})

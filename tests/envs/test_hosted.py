@@ -9,6 +9,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
+from PIL import Image
 
 from vlmenv.core.errors import ConfigError, RewardError, SampleError
 from vlmenv.core.rollout import unbatch
@@ -96,6 +97,10 @@ def test_a_registered_one_is_found_by_its_name() -> None:
     try:
         envs = make_envs("Squares-v0", 2, group_size=2)
         assert envs.reset(seed=0)[0]["prompt"] == ("How many are red?",) * 2
+        with pytest.raises(ConfigError, match=r"registers no environment 'square'. Did you mean 'Squares-v0'\?"):
+            make_envs(f"{__name__}:square", 2)
+        with pytest.raises(ConfigError, match=r"registers no environment 'Nope-v0': call register_task"):
+            make_envs(f"{__name__}:Nope-v0", 2)
     finally:
         del gymnasium.registry["Squares-v0"]
 
@@ -234,12 +239,109 @@ class Unstarted(Squares):
     [
         (Nothing, "images is one array or a tuple of arrays, not NoneType"),
         (NoPixels, r"not uint8 \[0, 4, 3\]"),
-        (Unstarted, "Unstarted cannot be reset with seed 0: no simulator"),
+        (Unstarted, "Unstarted cannot be reset with seed 0: FileNotFoundError: no simulator"),
     ],
 )
 def test_what_gives_no_images_is_refused(kind: type[Squares], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         HostedTask(kind)
+
+
+class Old(Squares):
+    """Resets as Gym's environments did before Gymnasium: two keys would pass for an observation and its info."""
+
+    def reset(self, **arguments: Any) -> Any:
+        return super().reset(**arguments)[0]
+
+
+class OldSteps(Squares):
+    def step(self, action: str) -> Any:
+        return self.seen(), 1.0, True, {}
+
+
+class SaysFalse(Squares):
+    def step(self, action: str) -> Any:
+        return self.seen(), 1.0, "False", False, {}
+
+
+class Grey(Squares):
+    def seen(self) -> Any:
+        return {"prompt": "?", "images": np.zeros((8, 4), np.uint8)}
+
+
+class Unasked(Squares):
+    def seen(self) -> Any:
+        return {"prompt": None, "images": ()}
+
+
+class Buttons(Squares):
+    def __init__(self) -> None:
+        super().__init__()
+        self.action_space = gymnasium.spaces.Discrete(3)  # type: ignore[assignment]
+
+
+class Unmade(Squares):
+    def __init__(self) -> None:
+        raise FileNotFoundError("no simulator")
+
+
+def remembering() -> gymnasium.Env[Any, Any]:
+    return gymnasium.make("VLM-REC-v0", system_prompt="Look twice.")
+
+
+def vectorised() -> Any:
+    return gymnasium.vector.SyncVectorEnv([Squares])
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Old, r"Old cannot be reset.*reset must return \(observation, info\), not a dict"),
+        (OldSteps, r"step must return \(observation, reward, terminated, truncated, info\), not 4 values"),
+        (SaysFalse, "terminated and truncated must be True or False, not 'False'"),
+        (Grey, r"uint8 array \[H, W, 3\], not uint8 \[8, 4\]"),
+        (Unasked, "Unasked: prompt is a text, not of type NoneType"),
+        (Buttons, r"Buttons is no visual task: it takes actions of Discrete\(3\).*TransformAction"),
+        (Unmade, "Unmade cannot be made: FileNotFoundError: no simulator"),
+        (remembering, "RECEnv shows earlier turns"),
+        (vectorised, "vectorised makes a SyncVectorEnv; give what makes one environment"),
+        (Squares(), "env is an id, or a function that makes an environment, not a Squares"),
+    ],
+)
+def test_what_is_no_environment_of_texts_is_refused(kind: Any, message: str) -> None:
+    with pytest.raises((ConfigError, RewardError), match=message):
+        HostedTask(kind)
+
+
+def test_a_budget_of_no_turns_is_refused() -> None:
+    with pytest.raises(ConfigError, match="max_turns must be at least 1, not 0"):
+        HostedTask(Warmer, max_turns=0)
+
+
+def test_numbers_become_text_by_wrappers() -> None:
+    text = gymnasium.spaces.Text(100)
+
+    def lake() -> gymnasium.Env[Any, Any]:
+        numbers = gymnasium.make("FrozenLake-v1", is_slippery=False)
+        told = gymnasium.wrappers.TransformObservation(numbers, lambda field: f"You are on field {field}.", text)
+        return gymnasium.wrappers.TransformAction(told, int, text)  # type: ignore[arg-type]
+
+    with pytest.raises(RewardError, match="invalid literal"):
+        HostedTask(lake)  # whose actions are to take any text
+    task = HostedTask(lambda: gymnasium.wrappers.TransformAction(lake(), lambda one: one or "0", text))
+    task.reset(seed=0)
+    walked = [task.step(way)[:4] for way in "112212"]
+    assert [(reward, over) for _, reward, over, _ in walked] == [(0.0, False)] * 5 + [(1.0, True)]
+    assert walked[0][0]["prompt"] == "You are on field 4."
+
+
+def test_images_of_pillow_will_do() -> None:
+    class Pillow(Squares):
+        def seen(self) -> Any:
+            return {"prompt": "?", "images": Image.fromarray(super().seen()["images"])}
+
+    shown, expected = (HostedTask(kind).reset(seed=0)[0]["images"] for kind in (Pillow, Squares))
+    assert np.array_equal(shown, expected)
 
 
 class Late(Squares):
@@ -328,7 +430,7 @@ class Failing(Squares):
 
 def test_its_failures_are_told() -> None:
     task = HostedTask(Failing)
-    with pytest.raises(RewardError, match="Failing failed on the answer 'x': division by zero"):
+    with pytest.raises(RewardError, match="Failing failed on the answer 'x': ZeroDivisionError: division by zero"):
         task.score("x", task.source.get(0))
 
 

@@ -216,6 +216,9 @@ def unbatch(observations: Observations) -> list[Observation]:
     if isinstance(observations["prompt"], str):
         raise TypeError("a single observation was given where a batch is wanted: pass [observation]")
     prompts = observations["prompt"]
+    counts = {name: len(observations[name]) for name in Observation.__annotations__ if name in observations}
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"the parts of a batch of observations differ in length: {counts}")
     rows = zip(observations["images"], prompts, observations.get("turns", [()] * len(prompts)), strict=True)
     listed: list[Observation] = [
         {"images": tuple(images), "prompt": prompt, "turns": tuple(turns)} for images, prompt, turns in rows

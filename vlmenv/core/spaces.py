@@ -23,6 +23,20 @@ def is_blank(image: Image) -> bool:
     return image.strides[:2] == (0, 0) and not image.flags.writeable
 
 
+def image_fault(image: Any) -> str:
+    """Why something is no RGB image; empty if it is one."""
+    if (
+        isinstance(image, np.ndarray)
+        and image.dtype == np.uint8
+        and image.ndim == 3
+        and image.shape[2] == 3
+        and image.size
+    ):
+        return ""
+    told = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else f"a {type(image).__name__}"
+    return f"an image is a uint8 array [H, W, 3], not {told}"
+
+
 class FreeText(Space[str]):
     """All strings. (`gymnasium.spaces.Text` needs a finite alphabet and a maximum length.)"""
 
@@ -111,7 +125,7 @@ class RGBImage(Space[Image]):
         return self.np_random.integers(256, size=(height, width, 3), dtype=np.uint8)
 
     def contains(self, x: Any) -> bool:
-        return isinstance(x, np.ndarray) and x.dtype == np.uint8 and x.ndim == 3 and x.shape[2] == 3 and x.size > 0
+        return not image_fault(x)
 
     def to_jsonable(self, sample_n: Iterable[Image]) -> list[Any]:
         return [image.tolist() for image in sample_n]
