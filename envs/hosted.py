@@ -332,7 +332,8 @@ def _check_takes_text(env: gymnasium.Env[Any, Any], name: str) -> None:
     require(
         space is None or isinstance(deepcopy(space).sample(), str),  # a sample changes the space's generator
         f"{name} is no visual task: it takes actions of {space}, and answers are text. Wrap it in "
-        "gymnasium.wrappers.TransformAction, which makes an action of a text, with a gymnasium.spaces.Text as its space, and register that",
+        "gymnasium.wrappers.TransformAction, which makes an action of a text, with a gymnasium.spaces.Text as its "
+        "space, and register that",
     )
 
 

@@ -19,6 +19,8 @@ from adapter_rows import write_rows
 from PIL import Image
 
 from vlmenv.adapters import task as task_module
+from vlmenv.adapters.for_lmms_eval import process_results
+from vlmenv.adapters.for_verl import easyr1_scores, verl_score
 from vlmenv.adapters.task import (
     PORTABLE,
     PortableTask,
@@ -86,10 +88,53 @@ def test_an_image_keeps_every_pixel() -> None:
         ([{"role": "user", "content": "q"}, {"role": "assistant", "content": [{"type": "text", "text": "a"}]}], "a"),
         ([{"role": "assistant", "content": None}], ""),
         ([], ""),
+        (None, ""),
+        ({"role": "assistant", "content": "a"}, "a"),
+        (["a"], "a"),
     ],
 )
 def test_texts_of_completions(completion: Any, text: str) -> None:
     assert completion_text(completion) == text
+
+
+def test_what_is_no_completion_is_told() -> None:
+    with pytest.raises(TypeError, match="a completion is a text or messages, not 4"):
+        completion_text(4)
+
+
+WRITTEN = "<think>2 + 2</think><answer>4</answer>"
+
+
+@pytest.mark.parametrize("completion", [None, WRITTEN, [{"role": "assistant", "content": WRITTEN}]])
+def test_completions_score_alike_in_every_trainer(completion: Any) -> None:
+    """Messages are not scored as the text that Python shows of them."""
+    task = PortableTask("VLM-Math-v0")
+    (index,) = task.indices(1, seed=0)
+    expected = task.score([completion_text(completion)], [index])[0].reward
+    key = task.key(index)
+    assert verl_score("VLM-Math-v0", completion, key)["score"] == expected
+    assert easyr1_scores([{"response": completion, "ground_truth": key}])[0]["overall"] == expected
+    assert process_results({"key": key}, [completion])["reward"] == expected
+
+
+def test_completions_without_their_samples_are_told() -> None:
+    task = PortableTask("VLM-Math-v0")
+    (index,) = task.indices(1, seed=0)
+    with pytest.raises(ConfigError, match="2 completions came with 1 samples"):
+        task.score(["a", "b"], [index])
+    with pytest.raises(ConfigError, match="2 completions came with 1 keys"):
+        judged(["a", "b"], [task.key(index)])
+
+
+def test_arguments_of_groups_are_refused() -> None:
+    with pytest.raises(ConfigError, match="answers, revisit: another trainer makes groups"):
+        PortableTask("VLM-REC-v0", revisit=1.0, answers=True)
+
+
+@pytest.mark.parametrize("rows", [4.0, "4"])
+def test_rows_are_a_whole_number(rows: Any) -> None:
+    with pytest.raises(ConfigError, match="rows is a whole number, not"):
+        PortableTask("VLM-REC-v0").indices(rows, seed=0)
 
 
 def test_numbers_survive_readers_that_use_float64() -> None:

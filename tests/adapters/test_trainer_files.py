@@ -105,11 +105,22 @@ def test_rows_that_are_all_broken_are_told(to: Any, name: str, tmp_path: Path) -
 def test_rows_of_texts_alone(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"id": 1, "problem": "What is 2 + 2?", "solution": "4"}\n' * 2)
     task = PortableTask("VLM-Math-v0", dataset=str(tmp_path / "rows.jsonl"))
-    export(task, "verl", tmp_path / "verl.parquet")
-    export(task, "swift", tmp_path / "swift.jsonl")
-    lines = [json.loads(line) for line in (tmp_path / "swift.jsonl").read_text().splitlines()]
-    assert [row["images"] for row in (*parquet(tmp_path / "verl.parquet"), *lines)] == [[]] * 4
+    export(task, "verl", tmp_path / "verl" / "rows.parquet")
+    export(task, "swift", tmp_path / "swift" / "rows.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "swift" / "rows.jsonl").read_text().splitlines()]
+    assert [row["images"] for row in (*parquet(tmp_path / "verl" / "rows.parquet"), *lines)] == [[]] * 4
     assert "2 + 2" in lines[0]["messages"][-1]["content"]
+
+
+def test_the_rewards_of_another_trainer_stay(tmp_path: Path) -> None:
+    task = PortableTask("VLM-Math-v0")
+    for _ in range(2):
+        export(task, "verl", tmp_path / "rows.parquet", rows=1)
+    before = (tmp_path / "reward.py").read_text()
+    with pytest.raises(ConfigError, match=r"reward.py is there already, and is not what easyr1 needs"):
+        export(task, "easyr1", tmp_path / "others.parquet", rows=1)
+    assert (tmp_path / "reward.py").read_text() == before
+    assert not (tmp_path / "others.parquet").exists()
 
 
 @pytest.mark.slow

@@ -75,13 +75,16 @@ def export(task: PortableTask, to: Trainer, target: Path, rows: int | None = Non
         seed: Seed of the samples and their order.
 
     Raises:
-        ConfigError: The file has another ending, episodes have several turns, an argument of the task cannot be handed
+        ConfigError: The file has another ending, another `reward.py` is beside it, episodes have several turns, an argument of the task cannot be handed
             on, or the trainer cannot take a row.
         SampleError: A sample cannot be read.
     """
     task.require_one_turn(_WHY[to])
     if target.suffix != _ENDINGS[to]:
         raise ConfigError(f"{target}: {to} reads {_ENDINGS[to]} files; name the file so")
+    reward = target.with_name("reward.py")
+    if reward.exists() and reward.read_text(encoding="utf-8") != _REWARDS[to]:
+        raise ConfigError(f"{reward} is there already, and is not what {to} needs: name a file in another folder")
     samples = task.readable(task.indices(rows, seed))
     target.parent.mkdir(parents=True, exist_ok=True)
     if to == "swift":
@@ -90,7 +93,6 @@ def export(task: PortableTask, to: Trainer, target: Path, rows: int | None = Non
         count = _write_task(target, task, samples)
     else:
         count = _write_parquet(target, (_ROWS[to](task, *sample) for sample in samples))
-    reward = target.with_name("reward.py")
     write_atomic(reward, _REWARDS[to])
     options = _OPTIONS[to].format(
         rows=target.resolve(), reward=reward.resolve(), folder=target.resolve().parent, name=target.stem

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image as PILImage
 
-from vlmenv.adapters.task import flat, judged, messages, observed, picture
+from vlmenv.adapters.task import completion_text, flat, judged, messages, observed, picture
 
 Doc = Mapping[str, Any]
 """A row: the `key` of its sample."""
@@ -35,4 +35,4 @@ def process_results(doc: Doc, results: Sequence[str]) -> dict[str, float]:
         ConfigError: The key names no sample.
         RewardError: A term failed, or its value is not finite.
     """
-    return flat(judged([str(results[0])], [doc["key"]])[0], "reward")
+    return flat(judged([completion_text(results[0])], [doc["key"]])[0], "reward")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vlmenv.adapters.task import flat, judged
+from vlmenv.adapters.task import completion_text, flat, judged
 
 
 def verl_score(
@@ -23,7 +23,7 @@ def verl_score(
         ConfigError: The key names no sample.
         RewardError: A term failed, or its value is not finite.
     """
-    return flat(judged([solution_str], [ground_truth])[0], "score")
+    return flat(judged([completion_text(solution_str)], [ground_truth])[0], "score")
 
 
 def easyr1_scores(reward_inputs: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
@@ -36,5 +36,5 @@ def easyr1_scores(reward_inputs: Sequence[Mapping[str, Any]]) -> list[dict[str, 
         ConfigError: A key names no sample.
         RewardError: A term failed, or its value is not finite.
     """
-    texts = [str(one["response"]) for one in reward_inputs]
+    texts = [completion_text(one["response"]) for one in reward_inputs]
     return [flat(score, "overall") for score in judged(texts, [one["ground_truth"] for one in reward_inputs])]

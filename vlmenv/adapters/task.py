@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
+from numbers import Integral
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
@@ -36,6 +37,9 @@ PORTABLE: Final = 2**53
 
 _RULES: Final = ("resize", "image_bound")
 
+_OF_GROUPS: Final = frozenset({"group_size", "shard", "num_shards", "answers", "revisit"})
+"""Arguments of vector environments, which have no effect on samples and scores."""
+
 _OPENING: Final = threading.Lock()
 """Held while a task is made, so that threads that score do not make it several times."""
 
@@ -57,6 +61,8 @@ class PortableTask:
 
     def __init__(self, env: str, **arguments: Any) -> None:
         self.env = env
+        groups = ", ".join(sorted(_OF_GROUPS & arguments.keys()))
+        require(not groups, f"{groups}: another trainer makes groups and their order itself; leave it out here")
         paths = {name: _absolute(arguments[name]) for name in ("dataset", "image_root") if name in arguments}
         self.arguments = arguments | paths  # which hold in processes with another working directory
         self.task = make_envs(env, 1, **self.arguments).task
@@ -83,6 +89,7 @@ class PortableTask:
         size = self.task.source.size
         if rows is None and size is None:
             raise ConfigError(f"{self.env} draws endlessly many samples: say how many rows you want")
+        require(isinstance(rows, Integral | None), f"rows is a whole number, not {rows!r}")
         require(rows is None or rows >= 1, f"rows must be at least 1, not {rows}")
         require(not size or (rows or 0) <= size, f"rows is {rows}, but the data set has {size} samples")
         return list(itertools.islice(self.numbers(seed), rows or size))
@@ -152,6 +159,7 @@ class PortableTask:
             RewardError: A term failed, or its value is not finite.
         """
         self.require_one_turn("a completion alone is none")
+        require(len(texts) == len(indices), f"{len(texts)} completions came with {len(indices)} samples")
         with self._lock:
             numbers = list(map(self._number, indices))
             samples = {number: self.task.show(number)[0] for number in dict.fromkeys(numbers)}
@@ -206,6 +214,7 @@ def judged(texts: Sequence[str], keys: Sequence[str]) -> list[Score]:
         SampleError: A sample cannot be read.
         RewardError: A term failed, or its value is not finite.
     """
+    require(len(texts) == len(keys), f"{len(texts)} completions came with {len(keys)} keys of samples")
     scores: list[Score | None] = [None] * len(keys)
     for task, rows in _by_task(keys).items():
         found = _opened_once(task).score([texts[row] for row, _ in rows], [index for _, index in rows])
@@ -278,13 +287,20 @@ def marked_messages(observation: Observation) -> list[dict[str, str]]:
 
 
 def completion_text(completion: Any) -> str:
-    """The text of a completion: a string, or messages whose last one has a string or blocks as content."""
-    if isinstance(completion, str):
-        return completion
-    content = completion[-1].get("content") if completion else ""
-    if isinstance(content, str):
-        return content
-    return "".join(one if isinstance(one, str) else str(one.get("text") or "") for one in content or ())
+    """The text of a completion: a string, a message, or several whose last one counts; empty for None.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    last = completion[-1:] if isinstance(completion, list | tuple) else [completion]
+    content = last[0] if last else None
+    if isinstance(content, Mapping):
+        content = content.get("content")
+    if isinstance(content, list | tuple):
+        return "".join(one if isinstance(one, str) else str(one.get("text") or "") for one in content)
+    if not isinstance(content, str | None):
+        raise TypeError(f"a completion is a text or messages, not {str(completion)[:80]}")
+    return content or ""
 
 
 def picture(image: Image) -> PILImage.Image:
@@ -364,7 +380,7 @@ def _by_task(keys: Sequence[str]) -> dict[str, list[tuple[int, int]]]:
             rows.setdefault(task, []).append((row, operator.index(_whole(read["index"]))))
         except (ValueError, KeyError, TypeError):
             raise ConfigError(
-                f"'{key[:80]}' names no sample: the truth of a row is what `vlmenv data export` has written in it"
+                f"'{str(key)[:80]}' names no sample: the truth of a row is what `vlmenv data export` has written in it"
             ) from None
     return rows
 
