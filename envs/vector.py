@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from vlmenv.core.errors import ConfigError, DataError, SampleError
+from vlmenv.core.errors import ConfigError, DataError, SampleError, require
 from vlmenv.core.spaces import Image
 from vlmenv.envs.base import VisualTaskEnv, check_index
 from vlmenv.envs.data.source import Sample, SampleOrder, order_of
@@ -181,7 +182,10 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
             self._order = order_of(self.np_random, self.task.source.size)
             self._taken, self._settled = 0, set()
         if "skip" in options:
-            self._taken += int(options["skip"]) * self.num_groups
+            skipped = options["skip"]
+            whole = isinstance(skipped, Integral) and int(skipped) >= 0
+            require(whole, f"skip is a number of batches, not {skipped!r}")
+            self._taken += int(skipped) * self.num_groups
         if "state" in options:
             self._go_on(options["state"])
         self._in_order = "index" not in options
@@ -327,10 +331,13 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
                 f"reset wants {self.num_groups} seeds, one per group, and no other option; it got {len(seeds)} seeds"
                 + f" and {', '.join(options)}" * bool(options)
             )
+        for seed in seeds:
+            require(isinstance(seed, Integral), f"a seed is a whole number, not {seed!r}")
         return [order_of(np_random(int(seed))[0], self.task.source.size)[0] for seed in seeds]
 
-    def _given(self, wanted: Sequence[Any]) -> list[Shown]:
+    def _given(self, wanted: Any) -> list[Shown]:
         """The samples at these indices."""
+        require(isinstance(wanted, Iterable), f"reset wants {self.num_groups} indices, one per group, not {wanted!r}")
         indices = [check_index(index, self.task.source.size) for index in wanted]
         if len(indices) != self.num_groups:
             raise ConfigError(f"reset wants {self.num_groups} indices, one per group, not {len(indices)}")

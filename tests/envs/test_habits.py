@@ -48,6 +48,22 @@ def test_seeds_are_for_groups() -> None:
         envs.reset(seed=[5, 6, 7], options={"index": [0, 1, 2]})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seed": "56"}, "a seed is a whole number, not '5'"),
+        ({"seed": [5.7, 6]}, "a seed is a whole number, not 5.7"),
+        ({"seed": [5, None]}, "a seed is a whole number, not None"),
+        ({"options": {"index": 3}}, "reset wants 2 indices, one per group, not 3"),
+        ({"seed": 0, "options": {"skip": 1.5}}, "skip is a number of batches, not 1.5"),
+        ({"seed": 0, "options": {"skip": -1}}, "skip is a number of batches, not -1"),
+    ],
+)
+def test_what_chooses_no_samples_is_told(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        gymnasium.make_vec(ENV, num_envs=4, group_size=2).reset(**arguments)
+
+
 def test_later_resets_go_on_in_their_order() -> None:
     one, other = (gymnasium.make_vec(ENV, num_envs=2) for _ in range(2))
     for envs in (one, other):

@@ -75,8 +75,8 @@ def export(task: PortableTask, to: Trainer, target: Path, rows: int | None = Non
         seed: Seed of the samples and their order.
 
     Raises:
-        ConfigError: The file has another ending, another `reward.py` is beside it, episodes have several turns, an argument of the task cannot be handed
-            on, or the trainer cannot take a row.
+        ConfigError: The file has another ending, another `reward.py` is beside it, episodes have several turns, an
+            argument of the task cannot be handed on, or the trainer cannot take a row.
         SampleError: A sample cannot be read.
     """
     task.require_one_turn(_WHY[to])
