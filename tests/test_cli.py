@@ -271,6 +271,8 @@ def test_detection_is_trained_and_measured_by_the_same_commands(tmp_path: Path) 
         (["data", "check"], "name the data set to check"),
         (["train", "--model", "./none"], "no such model folder"),
         (["train", "--group-size", "1"], "group_size must be at least 2"),
+        (["train", "--max-images", "0"], "max_images must be at least 1"),
+        (["train", "--max-images", "2"], "episodes of RECEnv are one step: leave max_images out"),
         (["train", "--steps", "0"], "steps must be at least 1"),
         (["train", "--rewards", "iuo", "1"], "Did you mean 'iou'"),
         (["train", "--stepz", "3"], "unknown option 'stepz'. Did you mean 'steps'?"),

@@ -21,8 +21,10 @@ from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.core.spaces import blank_image, is_blank
 from vlmenv.envs.data.albums import SIDES, SIZES
 from vlmenv.envs.data.scenes import COLOURS
+from vlmenv.envs.making import make_envs
 from vlmenv.envs.search import SearchEnv, contact_sheet, found_term, opened_term, read_page
 from vlmenv.evaluation import summarise
+from vlmenv.options.task import DataOptions, PromptOptions, given_arguments
 
 
 def answer(content: str) -> str:
@@ -308,3 +310,9 @@ def test_the_built_in_model_is_taught_and_trains_on_it(tmp_path: Path) -> None:
     assert all({"reward/opened", "reward/found", "completion/turns"} <= one.keys() for one in steps)
     after = json.loads((run.path / "evaluation.json").read_text())["after"]
     assert {"accuracy", "opened", "found"} <= after.keys()
+
+
+def test_budgets_come_from_options() -> None:
+    given = given_arguments(DataOptions(), PromptOptions(max_turns=2, max_images=3))
+    task = make_envs("VLM-Search-v0", 1, **given).task
+    assert (task.max_turns, task.max_images) == (2, 3)

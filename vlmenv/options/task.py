@@ -121,9 +121,11 @@ class PromptOptions:
     the model sees, or thousandths. "auto": the convention that the model was trained with."""
     max_turns: int | None = None
     """Maximum number of answers per episode, in a task of several turns. 1: a single step. None: the task's own."""
+    max_images: int | None = None
+    """Maximum number of images per episode, in a task of several turns. None: the task's own, 8 if it has none."""
 
     def __post_init__(self) -> None:
-        require_at_least(1, max_turns=self.max_turns)
+        require_at_least(1, max_turns=self.max_turns, max_images=self.max_images)
         self.template_switches()
 
     def task_arguments(self) -> dict[str, Any]:
@@ -135,6 +137,7 @@ class PromptOptions:
             "answer_format": self.answer_format,
             "coordinates": self.coordinates,
             "max_turns": self.max_turns,
+            "max_images": self.max_images,
         }
 
     def template_switches(self) -> dict[str, Any]:
