@@ -287,6 +287,8 @@ def test_openenv_plays_episodes_of_several_turns(name: str, request_: str) -> No
     assert seen[1].metadata["rewards"][{"VLM-Zoom-v0": "crops", "VLM-Search-v0": "opened"}[name]] == 1
     with pytest.raises(ConfigError, match="call reset"):
         env.step(spec.action(text=ANSWER))
+    with pytest.raises(ConfigError, match="reset knows no indx; it knows seed, episode_id and index"):
+        env.reset(indx=3)  # which would show another sample
 
 
 def test_verifiers_refuses_episodes_of_several_turns() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlmenv.adapters.task import PortableTask, image_url, imported, messages, reply
-from vlmenv.core.errors import ConfigError, VLMEnvError
+from vlmenv.core.errors import ConfigError, VLMEnvError, require
 from vlmenv.envs.episodes import Episode
 
 
@@ -75,8 +75,9 @@ def _environment(task: PortableTask, seed: int, make_state: type, make_shown: ty
             self._state = make_state()
 
         def reset(
-            self, seed: int | None = None, episode_id: str | None = None, index: int | None = None, **_: Any
+            self, seed: int | None = None, episode_id: str | None = None, index: int | None = None, **others: Any
         ) -> Any:
+            require(not others, f"reset knows no {', '.join(others)}; it knows seed, episode_id and index")
             if index is None and seed is not None:
                 index = task.next_readable(task.numbers(seed))[0]
             elif index is None:
