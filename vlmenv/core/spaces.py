@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from gymnasium.spaces import Space
 from numpy.typing import NDArray
+from PIL import Image as PILImage
 
 Image = NDArray[np.uint8]
 """An RGB image, uint8, [H, W, 3]."""
@@ -33,6 +34,8 @@ def image_fault(image: Any) -> str:
         and image.size
     ):
         return ""
+    if isinstance(image, PILImage.Image):
+        return "an image is a uint8 array [H, W, 3]; make one of Pillow's by np.array(image.convert('RGB'))"
     told = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else f"a {type(image).__name__}"
     return f"an image is a uint8 array [H, W, 3], not {told}"
 
