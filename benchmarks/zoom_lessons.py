@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
+from vlmenv.agents.families import resize_rule
+from vlmenv.agents.pixels import prepared_folder
+from vlmenv.core.names import BUILTIN
+from vlmenv.core.pixels import PixelLimits
 from vlmenv.core.rollout import Observation
 from vlmenv.envs import Sample, Source, Split, register_task
-from vlmenv.envs.data.details import REACH, Dots
+from vlmenv.envs.data.details import Dots
+from vlmenv.envs.vqa import VQAEnv
 from vlmenv.envs.zoom import ZoomEnv
 
-DIALOGUES: Final = "VLM-Zoom-Dialogues-v0"
-WIDE: Final = "VLM-Zoom-Wide-v0"
 CLOSE_UPS: Final = "VLM-Zoom-CloseUps-v0"
+FIRST_TURNS: Final = "VLM-Zoom-FirstTurns-v0"
+DIALOGUES: Final = "VLM-Zoom-Dialogues-v0"
+PIXELS: Final = 96 * 96
+"""At which images are shown."""
+SHOWN: Final[Mapping[str, Any]] = {
+    "prompt_template": VQAEnv.prompt_template,
+    "coordinates": "resized",
+    "resize": resize_rule(prepared_folder(BUILTIN, PixelLimits(max_pixels=PIXELS))),
+}
+"""How a run shows samples."""
 
 
 class CloseUps(ZoomEnv):
     """The questions of `VLM-Zoom-v0` about dots, with crops alone."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{**SHOWN, **kwargs})
 
     def builtin_source(self, split: Split) -> Source:
         return Dots(split, plain=0.0)
@@ -35,20 +51,24 @@ class CloseUps(ZoomEnv):
 
 
 class Dialogues(ZoomEnv):
-    """`VLM-Zoom-v0` with a teacher who asks for a crop, or answers at once, by a coin that knows no detail."""
+    """`VLM-Zoom-v0` with a teacher who asks for a crop in a third of the cases, drawn without regard to the detail."""
 
-    def write_turn(self, sample: Sample, texts: Sequence[str]) -> str:
-        asks = zlib.crc32(sample.id.encode()) % 2 == 0
-        return super().write_turn(sample, texts) if asks else self.write_answer(sample)
-
-
-class Wide(Dialogues):
-    """Dialogues whose crops are as large as a small shape, whose edges the built-in model knows how to tell."""
-
-    def builtin_source(self, split: Split) -> Source:
-        return Dots(split, reach=2 * REACH)
+    def write_request(self, sample: Sample, texts: Sequence[str]) -> str | None:
+        asks = zlib.crc32(sample.id.encode()) % 3 == 0
+        return super().write_request(sample, texts) if asks else None
 
 
-register_task(WIDE, "zoom_lessons:Wide")
+class FirstTurns(Dialogues):
+    """What that teacher says first."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{**SHOWN, **kwargs})
+
+    def write_answer(self, sample: Sample) -> str:
+        request = self.write_request(sample, ())
+        return super().write_answer(sample) if request is None else self.answer_format.write(request, sample.rationale)
+
+
 register_task(CLOSE_UPS, "zoom_lessons:CloseUps")
+register_task(FIRST_TURNS, "zoom_lessons:FirstTurns")
 register_task(DIALOGUES, "zoom_lessons:Dialogues")

@@ -41,6 +41,7 @@ from vlmenv.envs.data.source import Sample
 from vlmenv.envs.regions import Region, as_corners, shape_of
 from vlmenv.envs.rewards.segments import Segment
 from vlmenv.envs.rewards.spans import Span
+from vlmenv.envs.zoom import ZoomEnv
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MODALITY = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
@@ -357,7 +358,7 @@ def other_lesson(agent: VLMAgent, name: str, labels: str, rng: np.random.Generat
     taught = LOOSE[name](sample, rng) if labels == "loose" and name in LOOSE else sample
     answer = encoded_answer(task.write_answer(taught), agent)
     prompt = agent.family.encode(task.observe(sample))
-    if name not in PLACED_TASKS:
+    if name not in PLACED_TASKS and not isinstance(task, ZoomEnv):
         return Lesson(prompt, [answer], [{}], [0], [[TEXT_WEIGHT] * len(answer)])
     digits, edges = coordinates_in(answer, agent)
     beside = BOX_TASK_WEIGHT if name == "VLM-OVD-v0" else TEXT_WEIGHT

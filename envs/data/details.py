@@ -56,19 +56,18 @@ class Dots(Scenes):
     Args:
         split: The stream.
         plain: Share of questions of the second kind, where there may be one.
-        reach: Pixels on each side of a dot's middle that belong to its place.
     """
 
     stream = 2
 
-    def __init__(self, split: Split, plain: float = 0.5, reach: int = REACH) -> None:
+    def __init__(self, split: Split, plain: float = 0.5) -> None:
         super().__init__(split)
-        self.plain, self.reach = plain, reach
+        self.plain = plain
 
     def get(self, index: int) -> Detail:
         scene, _ = sample_scene(self.split, index, _COUNTS)
         rng = self.rng(index)
-        image, dots = dotted(scene, rng, reach=self.reach)
+        image, dots = dotted(scene, rng)
         plain = [one for one in references(scene) if not set(SHAPES) & set(one.expression.split())]
         asked = _of_dot(choose_reference(scene, rng), dots)
         if plain and rng.random() < self.plain:
@@ -119,25 +118,22 @@ def _enlarged(box: Box) -> Box:
     return SCALE * left, SCALE * top, SCALE * right, SCALE * bottom
 
 
-def dotted(
-    scene: Scene, rng: np.random.Generator, sides: tuple[int, int] = SIDES, reach: int = REACH
-) -> tuple[Image, dict[Shape, Dot]]:
+def dotted(scene: Scene, rng: np.random.Generator, sides: tuple[int, int] = SIDES) -> tuple[Image, dict[Shape, Dot]]:
     """A scene enlarged, with a dot of another colour in the middle of each shape.
 
     Args:
         scene: The scene.
         rng: Draws the dots' colours and sides.
         sides: Least and greatest side of a dot in pixels.
-        reach: Pixels on each side of a dot's middle that belong to its place.
 
     Returns:
         The image, uint8 [2·H, 2·W, 3], and the dots by their shapes.
     """
     image = scene.image.repeat(SCALE, axis=0).repeat(SCALE, axis=1)
-    return image, {shape: _draw_dot(image, shape, rng, sides, reach) for shape in scene.shapes}
+    return image, {shape: _draw_dot(image, shape, rng, sides) for shape in scene.shapes}
 
 
-def _draw_dot(image: Image, shape: Shape, rng: np.random.Generator, sides: tuple[int, int], reach: int) -> Dot:
+def _draw_dot(image: Image, shape: Shape, rng: np.random.Generator, sides: tuple[int, int]) -> Dot:
     """Draws a square dot in the middle of a shape."""
     colour = str(rng.choice([one for one in COLOURS if one != shape.colour]))
     side = int(rng.integers(sides[0], sides[1] + 1))
@@ -146,5 +142,5 @@ def _draw_dot(image: Image, shape: Shape, rng: np.random.Generator, sides: tuple
     x, y = (left + right) / 2, top + height * (bottom - top)
     first, upper = round(x - side / 2), round(y - side / 2)
     image[upper : upper + side, first : first + side] = sample_tint(colour, rng)
-    place = max(left, x - reach), max(top, y - reach), min(right, x + reach), min(bottom, y + reach)
+    place = max(left, x - REACH), max(top, y - REACH), min(right, x + REACH), min(bottom, y + REACH)
     return Dot(colour, place)
