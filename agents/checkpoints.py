@@ -26,7 +26,7 @@ from vlmenv.agents.families.base import read_json
 from vlmenv.agents.remainders import REMAINDERS, exact_weights
 from vlmenv.agents.untrainable import read_config, refuse_untrainable
 from vlmenv.core.errors import ModelError
-from vlmenv.core.names import BUILTIN, hub_name
+from vlmenv.core.names import SHIPPED, hub_name
 
 ADAPTER_CONFIG: Final = "adapter_config.json"
 """The file of peft's that makes a folder one of adapters."""
@@ -38,8 +38,8 @@ def find_model(name_or_path: str | Path) -> Path:
     """Finds the folder of a model. A model on the Hugging Face hub is downloaded.
 
     Args:
-        name_or_path: `"builtin"`, a folder, or a name on the hub, with `@REVISION` if not its main branch is meant.
-            Adapters stand for the model that they were trained on; `find_adapter` finds the adapters themselves.
+        name_or_path: A name of `SHIPPED`, a folder, or a name on the hub, with `@REVISION` if not its main branch is
+            meant. Adapters stand for the model that they were trained on; `find_adapter` finds the adapters themselves.
 
     Raises:
         ModelError: There is neither such a folder nor such a name on the hub, or the model cannot be trained.
@@ -64,8 +64,8 @@ def find_adapter(name_or_path: str | Path) -> Path | None:
 
 
 def _find(name_or_path: str | Path) -> Path:
-    if name_or_path == BUILTIN:
-        return Path(str(files("vlmenv.agents") / "builtin"))
+    if name_or_path in SHIPPED:
+        return Path(str(files("vlmenv.agents") / str(name_or_path).replace("-", "_")))
     folder = Path(name_or_path)
     if folder.is_dir():
         return folder.absolute()
@@ -106,7 +106,7 @@ def public_name(folder: Path) -> str:
     """The name of a model for others: that on the Hugging Face hub if it is in the hub's cache, else its folder."""
     if (found := _IN_CACHE.search(folder.as_posix())) is not None:
         return "/".join(found.groups())
-    return BUILTIN if folder == _find(BUILTIN) else str(folder)
+    return next((name for name in SHIPPED if folder == _find(name)), str(folder))
 
 
 def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:

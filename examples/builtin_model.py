@@ -108,6 +108,16 @@ def main(args: Args) -> None:
     teach(agent, args)
     agent.publish(args.output, dtype=torch.float16)
     (args.output / "generation_config.base.json").unlink(missing_ok=True)  # of the random model
+    note_tasks(args)
+
+
+def note_tasks(args: Args) -> None:
+    """Adds the tasks that a model has been taught to its settings."""
+    file = args.output / "vlmenv.json"
+    settings = {"coordinates": "original", "taught": []} | json.loads(file.read_text())
+    tasks = OTHER_TASKS if args.tasks is None else args.tasks
+    settings["taught"] += [name for name in ([REC] * bool(args.scenes) + list(tasks)) if name not in settings["taught"]]
+    file.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def new_model(folder: Path, width: int = 128) -> None:

@@ -124,6 +124,15 @@ def test_eval_writes_and_shows_the_metrics(tmp_path: Path, capsys: pytest.Captur
     assert metrics["iou/mean"]["low"] < mean < metrics["iou/mean"]["high"]
 
 
+@pytest.mark.parametrize(("model", "told"), [("builtin", True), ("builtin-tasks", False)])
+def test_a_task_that_the_model_has_not_been_taught_is_told(
+    capsys: pytest.CaptureFixture[str], model: str, told: bool
+) -> None:
+    main(["eval", "--env", "VLM-Point-v0", "--model", model, "--eval-limit", "1", "--max-new-tokens", "4"])
+    advice = "the built-in model has not been taught VLM-Point-v0; --model builtin-tasks has"
+    assert (advice in " ".join(capsys.readouterr().out.split())) is told
+
+
 def test_sampled_evaluation_answers_each_question_several_times(tmp_path: Path) -> None:
     args = ["eval", "--eval-limit", "3", "--samples", "5", "--batch-size", "10", "--device", "cpu", "--output"]
     main([*args, str(tmp_path / "a")])

@@ -16,6 +16,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from vlmenv.agents.vlm import find_model
+from vlmenv.core.names import SHIPPED
+
 
 def setup_cfg() -> configparser.ConfigParser:
     parser = configparser.ConfigParser()
@@ -154,8 +157,9 @@ def test_the_constraints_satisfy_the_requirements() -> None:
         assert requirement.specifier.contains(pins[requirement.name.lower()]), requirement
 
 
-def test_the_shipped_model_is_small() -> None:
-    files = list((ROOT / "agents" / "builtin").iterdir())
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_model_is_small(name: str) -> None:
+    files = list(find_model(name).iterdir())
     assert {file.name for file in files} >= {
         "config.json",
         "generation_config.json",

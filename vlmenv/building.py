@@ -14,7 +14,7 @@ import transformers
 from accelerate import Accelerator
 from rich.console import Console
 
-from vlmenv.agents.checkpoints import find_adapter, stored_weights
+from vlmenv.agents.checkpoints import find_adapter, find_model, stored_weights
 from vlmenv.agents.engines.addresses import check_address, tls_context
 from vlmenv.agents.engines.base import Engine
 from vlmenv.agents.engines.remote import RetryPolicy
@@ -22,6 +22,7 @@ from vlmenv.agents.engines.server import VLLMServerEngine
 from vlmenv.agents.engines.teacher import ServerTeacher
 from vlmenv.agents.engines.vllm import VLLMEngine, check_sharing, require_vllm
 from vlmenv.agents.families import coordinate_space, family_of, image_bound, resize_rule
+from vlmenv.agents.families.base import read_json
 from vlmenv.agents.pixels import prepared_folder
 from vlmenv.agents.quantization import Quantization
 from vlmenv.agents.remainders import REMAINDERS
@@ -32,6 +33,7 @@ from vlmenv.core.console import open_console, say
 from vlmenv.core.coordinates import CoordinateSpace
 from vlmenv.core.errors import ConfigError, unknown_name
 from vlmenv.core.loading import load_name
+from vlmenv.core.names import BUILTIN, BUILTIN_TASKS, SHIPPED
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.options.task import Device, TaskConfig
@@ -87,6 +89,13 @@ def report_broken_rows(envs: VisualTaskVectorEnv, console: Console) -> None:
         say(f"{count} of {total} rows are left out: {reason}", console)
     if source.faults:
         say(f"{len(source.faults)} of {total} rows are broken and left out, the first at {source.faults[0]}", console)
+
+
+def report_untaught(config: TaskConfig, console: Console) -> None:
+    """Tells of a task that the built-in model has not been taught, and its sibling has."""
+    own, more = (read_json(find_model(name) / "vlmenv.json")["taught"] for name in SHIPPED)
+    if config.model == BUILTIN and config.env in set(more) - set(own):
+        say(f"the built-in model has not been taught {config.env}; --model {BUILTIN_TASKS} has", console)
 
 
 def report_skipped(skipped: Mapping[Any, str], total: int | None, console: Console) -> None:

@@ -14,9 +14,14 @@ from batches import observations, ragged
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
+from vlmenv.agents.checkpoints import public_name
+from vlmenv.agents.families import coordinate_space
 from vlmenv.agents.vlm import Sampling, VLMAgent, find_model
+from vlmenv.core.coordinates import CoordinateSpace
 from vlmenv.core.errors import ConfigError, ModelError, PromptError
+from vlmenv.core.names import SHIPPED
 from vlmenv.core.rollout import Observation, Rollout
+from vlmenv.options.task import located_model
 
 
 def plain_logprobs(agent: VLMAgent, rollout: Rollout, row: int) -> torch.Tensor:
@@ -289,6 +294,15 @@ def test_a_folder_without_processor_is_refused(tmp_path: Path, kept: tuple[str, 
         shutil.copyfile(find_model("builtin") / name, tmp_path / name)
     with pytest.raises(ModelError, match="has no processor"):
         VLMAgent.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_model_is_found_by_its_name(name: str) -> None:
+    agent = VLMAgent.from_pretrained(name)
+    assert public_name(find_model(name)) == name
+    assert located_model(name) == name
+    assert coordinate_space(agent.folder) is CoordinateSpace.ORIGINAL
+    assert sum(weight.numel() for weight in agent.parameters()) < 2e6
 
 
 def test_models_that_are_not_there_are_refused(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from vlmenv.core.console import open_console, say, styled
 from vlmenv.core.coordinates import ResizeRule
 from vlmenv.core.errors import ConfigError, DataError, PromptError
 from vlmenv.core.loading import import_modules
-from vlmenv.core.names import BUILTIN
+from vlmenv.core.names import SHIPPED
 from vlmenv.core.rollout import IMAGE_MARK
 from vlmenv.core.sampling import Sampling
 from vlmenv.envs.base import VisualTaskEnv
@@ -99,7 +99,7 @@ def _check(config: AskConfig) -> None:
 def _as_asked_in_training(config: AskConfig, console: Console) -> TaskConfig:
     """The options of the task that the model is asked by; `env` is empty if the prompt is sent as it is."""
     options = {} if config.plain else _run_options(Path(config.model))
-    env = config.env or options.get("env") or ("VLM-REC-v0" if config.model == BUILTIN and not config.plain else "")
+    env = config.env or options.get("env") or ("VLM-REC-v0" if config.model in SHIPPED and not config.plain else "")
     same = not config.plain and options.get("env") == env
     prompts = {name: options[name] for name in _ASKED if same and options.get(name) is not None}
     if config.coordinates != "auto":

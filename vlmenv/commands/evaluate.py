@@ -9,7 +9,15 @@ from typing import Any
 
 from rich.console import Console
 
-from vlmenv.building import DTYPES, load_agent, prepared, report_broken_rows, report_skipped, task_arguments
+from vlmenv.building import (
+    DTYPES,
+    load_agent,
+    prepared,
+    report_broken_rows,
+    report_skipped,
+    report_untaught,
+    task_arguments,
+)
 from vlmenv.commands.suite import make_eval_envs, run_suite
 from vlmenv.evaluation import Evaluation, evaluate, metrics_table, sample_count, write_evaluation
 from vlmenv.looking import SHOWN, measure_sight
@@ -47,6 +55,7 @@ def _measured(config: EvalConfig, processes: Processes, console: Console) -> Eva
     envs = make_eval_envs(config, config.env, **data.arguments(), **task_arguments(config))
     fit_prompts(config, envs, accelerator, console, first=config.eval_limit)
     report_broken_rows(envs, console)
+    report_untaught(config, console)
     count, greedy = sample_count(envs, config.eval_limit), config.samples is None
     with closing(load_agent(config, accelerator.device, DTYPES[config.weights])) as agent:
         sight = None

@@ -23,7 +23,7 @@ from vlmenv.agents.vlm import VLMAgent
 from vlmenv.core.console import open_console, say, warn
 from vlmenv.core.errors import ConfigError, ModelError
 from vlmenv.core.loading import import_modules
-from vlmenv.core.names import BUILTIN, hub_name
+from vlmenv.core.names import SHIPPED, hub_name
 from vlmenv.options.export import ExportConfig
 from vlmenv.options.parsing import parse_plain
 from vlmenv.runs.card import MERGED, TOWER, UNSERVED, Origin, write_card
@@ -119,7 +119,7 @@ def _keep_settings(source: Path, target: Path) -> None:
 def _warn_of_base(adapters: Path, console: Console) -> None:
     """Tells that others cannot load adapters whose base model is a folder of this machine."""
     base = read_json(adapters / ADAPTER_CONFIG)["base_model_name_or_path"]
-    if base != BUILTIN and hub_name(base) is None:
+    if base not in SHIPPED and hub_name(base) is None:
         warn(
             f"the adapters' base model is {base}, which others do not have: upload that model too and write its name "
             f"into {ADAPTER_CONFIG}, or export with --merged",

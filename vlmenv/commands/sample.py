@@ -16,7 +16,15 @@ from rich.console import Console
 from rich.table import Table
 
 from vlmenv.agents.base import Agent
-from vlmenv.building import DTYPES, load_agent, prepared, report_broken_rows, report_skipped, task_arguments
+from vlmenv.building import (
+    DTYPES,
+    load_agent,
+    prepared,
+    report_broken_rows,
+    report_skipped,
+    report_untaught,
+    task_arguments,
+)
 from vlmenv.core.console import PlainTable, say
 from vlmenv.core.errors import ConfigError, DataError, require
 from vlmenv.core.files import read_objects, write_atomic
@@ -64,6 +72,7 @@ def _sample(config: SampleConfig, processes: Processes, console: Console) -> Pat
     require(not envs.task.unrepeatable, f"{envs.task.unrepeatable}, so no data set can hold its samples")
     fit_prompts(config, envs, accelerator, console, first=config.eval_limit)
     report_broken_rows(envs, console)
+    report_untaught(config, console)
     count = sample_count(envs, config.eval_limit)
     with shared_failure(accelerator):
         if accelerator.is_main_process:

@@ -31,6 +31,7 @@ from vlmenv.building import (
     load_teacher,
     meet_teacher,
     report_broken_rows,
+    report_untaught,
     task_arguments,
 )
 from vlmenv.core.console import open_console, say
@@ -293,6 +294,7 @@ def _fitted(
     if _imitates(config):
         fit_answers(config, envs, accelerator, console, agent=parts.agent)
     report_broken_rows(envs, console)
+    report_untaught(config, console)
     if held_out is not None and not (measuring.eval_dataset is None and measuring.eval_split is None):
         report_broken_rows(held_out, console)
     if accelerator.is_main_process and (misjudged := self_check(envs.task, imitated=_imitates(config))):

@@ -7,6 +7,10 @@ from typing import Final
 
 BUILTIN: Final = "builtin"
 """The model that comes with the package."""
+BUILTIN_TASKS: Final = "builtin-tasks"
+"""Its sibling, which has been taught more tasks."""
+SHIPPED: Final = (BUILTIN, BUILTIN_TASKS)
+"""All models that come with the package."""
 
 _HUB_NAME: Final = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?", re.ASCII)
 

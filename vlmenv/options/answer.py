@@ -23,8 +23,8 @@ class AskConfig:
     prompt: str | None = None
     """Prompt, or the question that a task's own prompt is made of."""
     model: str = BUILTIN
-    """Model: "builtin", a checkpoint's folder, a run's folder (its best or newest checkpoint), a folder of adapters, or
-    a name on the Hugging Face hub."""
+    """Model: "builtin" or "builtin-tasks", a checkpoint's folder, a run's folder (its best or newest checkpoint), a
+    folder of adapters, or a name on the Hugging Face hub."""
     env: str | None = None
     """Environment whose prompt, system prompt and answer format are used. None: those of the run that the model is
     from, and VLM-REC-v0 for the built-in model; for any other model the prompt is sent as it is."""

@@ -30,8 +30,8 @@ class DataCheckConfig:
     decode: bool = False
     """Read every image too, and compare boxes with its size."""
     model: str | None = None
-    """Model whose processor counts the tokens of every prompt, from texts and image headers: "builtin", a folder, or a
-    name on the Hugging Face hub. No weights are loaded. None: nothing is counted."""
+    """Model whose processor counts the tokens of every prompt, from texts and image headers: a shipped one, a folder,
+    or a name on the Hugging Face hub. No weights are loaded. None: nothing is counted."""
     max_new_tokens: int = 160
     """Length of answers that prompts must leave room for, in tokens; goes with `model`."""
     engine_length: int | None = None

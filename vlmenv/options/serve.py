@@ -23,7 +23,7 @@ class ServeConfig:
     """Serve a model with vLLM, to generate for `vlmenv train --engine vllm-server`."""
 
     model: str = BUILTIN
-    """Model to serve, the same as is trained: "builtin", a checkpoint's or run's folder, or a name on the hub."""
+    """Model to serve, the same as is trained: a shipped one, a checkpoint's or run's folder, or a name on the hub."""
     imports: Annotated[tuple[str, ...], tyro.conf.arg(name="import")] = ()
     """Modules of your own to import first, which register model families."""
     host: str = "127.0.0.1"

@@ -11,7 +11,7 @@ import yaml
 
 from vlmenv.core.errors import ConfigError, require, require_at_least
 from vlmenv.core.files import located_name
-from vlmenv.core.names import BUILTIN
+from vlmenv.core.names import BUILTIN, SHIPPED
 from vlmenv.core.pixels import PixelLimits
 from vlmenv.core.sampling import Sampling
 from vlmenv.options.scorers import ScorerConfig
@@ -249,8 +249,8 @@ class TaskConfig:
     env: str = "VLM-REC-v0"
     """Environment; `vlmenv envs` lists them. A task of your own is named with its module, as in my_task:My-Task-v0."""
     model: str = BUILTIN
-    """Model: "builtin", a checkpoint's folder, a run's folder (its best or newest checkpoint), a folder of adapters in
-    peft's format, or a name on the Hugging Face hub."""
+    """Model: "builtin" or "builtin-tasks", a checkpoint's folder, a run's folder (its best or newest checkpoint), a
+    folder of adapters in peft's format, or a name on the Hugging Face hub."""
     imports: Annotated[tuple[str, ...], tyro.conf.arg(name="import")] = ()
     """Modules of your own to import first, which register tasks, rewards, algorithms or model families."""
     device: Device = "auto"
@@ -283,5 +283,5 @@ class TaskConfig:
 
 
 def located_model(name: str) -> str:
-    """The name of a model, with an absolute path if it is a folder; the shipped model keeps its name."""
-    return name if name == BUILTIN else located_name(name)
+    """The name of a model, with an absolute path if it is a folder; shipped models keep their names."""
+    return name if name in SHIPPED else located_name(name)
