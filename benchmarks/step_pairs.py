@@ -35,7 +35,7 @@ CHILD = "take-steps"
 class Args:
     """Compare steps of GRPO of two versions."""
 
-    before: str = ""
+    before: str
     """Commit of the earlier version."""
     env: str = "VLM-REC-v0"
     """Task, of one turn."""
@@ -48,7 +48,7 @@ class Args:
 
 
 def main(args: Args) -> None:
-    from runs import hardware, tell_rows
+    from runs import hardware, tell_rows  # not for processes with an earlier version
 
     lines = [
         "# Steps, now and before",

@@ -5,18 +5,22 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet
 import pytest
+import torch
 from adapter_rows import write_rows
 from PIL import Image
+from transformers import AutoTokenizer
 
 from vlmenv.adapters.export import export
 from vlmenv.adapters.task import PortableTask, judged
 from vlmenv.agents.families import resize_rule
+from vlmenv.agents.vlm import find_model
 from vlmenv.cli import main
 from vlmenv.core.errors import ConfigError, DataError
 
@@ -159,3 +163,29 @@ def test_wrong_options_are_refused(
         main(["data", "export", *placed])
     assert message in " ".join(capsys.readouterr().err.split())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_verl_scores_alike(tmp_path: Path) -> None:
+    """By verl's own loader of reward functions and its reward manager, from the options that are told."""
+    protocol = pytest.importorskip("verl.protocol", reason="verl is not installed")
+    manager = pytest.importorskip("verl.experimental.reward_loop.reward_manager.naive").NaiveRewardManager
+    load = pytest.importorskip("verl.trainer.ppo.reward").get_custom_reward_fn
+    from omegaconf import OmegaConf
+
+    task = PortableTask("VLM-REC-v0", coordinates="norm1000")
+    done = export(task, "verl", tmp_path / "train.parquet", rows=20)
+    rows = parquet(tmp_path / "train.parquet")
+    config = OmegaConf.from_dotlist(re.findall(r"\S*custom_reward_function\.\S+", done.options))
+    tokenizer = AutoTokenizer.from_pretrained(find_model("builtin"))
+    scorer = manager(config, tokenizer, load(config))
+    indices = task.indices(20, seed=0)
+    texts = [task.task.write_answer(task.task.source.get(index)) if index % 3 else "?" for index in indices]
+    for row, text, expected in zip(rows, texts, task.score(texts, indices), strict=True):
+        ids = torch.tensor([tokenizer.encode(text)])
+        fields = {name: np.array([row[name]], object) for name in ("data_source", "reward_model", "extra_info")}
+        tensors = {"responses": ids, "attention_mask": torch.ones_like(ids)}
+        data = protocol.DataProto.from_dict(tensors=tensors, non_tensors=fields)
+        found = scorer.loop.run_until_complete(scorer.run_single(data))
+        assert found["reward_score"] == pytest.approx(expected.reward, abs=1e-9)
+        assert found["reward_extra_info"] == {"score": found["reward_score"], **expected.terms}
