@@ -189,3 +189,29 @@ def test_verl_scores_alike(tmp_path: Path) -> None:
         found = scorer.loop.run_until_complete(scorer.run_single(data))
         assert found["reward_score"] == pytest.approx(expected.reward, abs=1e-9)
         assert found["reward_extra_info"] == {"score": found["reward_score"], **expected.terms}
+
+
+@pytest.mark.slow
+def test_easyr1_scores_alike(tmp_path: Path) -> None:
+    """By EasyR1's own reward manager, from the option that is told. Its package has the name of verl."""
+    managers = pytest.importorskip("verl.workers.reward.function", reason="EasyR1 is not installed")
+    from verl.protocol import DataProto
+    from verl.workers.reward.config import RewardConfig
+
+    task = PortableTask("VLM-REC-v0", coordinates="norm1000")
+    done = export(task, "easyr1", tmp_path / "train.parquet", rows=20)
+    (function,) = re.findall(r"worker\.reward\.reward_function=(\S+)", done.options)
+    config = RewardConfig(function)
+    config.post_init()
+    tokenizer = AutoTokenizer.from_pretrained(find_model("builtin"))
+    indices = task.indices(20, seed=0)
+    texts = [task.task.write_answer(task.task.source.get(index)) if index % 3 else "?" for index in indices]
+    ids = [torch.tensor(tokenizer.encode(text)) for text in texts]
+    padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(one) for one in ids], batch_first=True)
+    truths = np.array([row["answer"] for row in parquet(tmp_path / "train.parquet")], object)
+    data = DataProto.from_dict({"responses": padded, "response_mask": mask}, {"ground_truth": truths})
+    _, metrics = managers.AutoRewardManager(config, tokenizer).compute_reward(data)
+    expected = task.score(texts, indices)
+    np.testing.assert_allclose(metrics["overall"], [one.reward for one in expected], rtol=0, atol=1e-9)
+    assert metrics["iou"] == [one.terms["iou"] for one in expected]
