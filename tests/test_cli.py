@@ -124,13 +124,23 @@ def test_eval_writes_and_shows_the_metrics(tmp_path: Path, capsys: pytest.Captur
     assert metrics["iou/mean"]["low"] < mean < metrics["iou/mean"]["high"]
 
 
-@pytest.mark.parametrize(("model", "told"), [("builtin", True), ("builtin-tasks", False)])
+@pytest.mark.parametrize("model", ["builtin", "builtin-tasks"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["eval", "--eval-limit", "1"],
+        ["sample", "--eval-limit", "1", "--n", "2"],
+        ["train", "--steps", "1", "--eval-limit", "0", "--prompts-per-step", "1", "--group-size", "2"],
+    ],
+    ids=lambda command: command[0],
+)
 def test_a_task_that_the_model_has_not_been_taught_is_told(
-    capsys: pytest.CaptureFixture[str], model: str, told: bool
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str], model: str
 ) -> None:
-    main(["eval", "--env", "VLM-Point-v0", "--model", model, "--eval-limit", "1", "--max-new-tokens", "4"])
+    options = ["--env", "VLM-Point-v0", "--model", model, "--max-new-tokens", "4", "--output", str(tmp_path / "out")]
+    main([*command, *options])
     advice = "the built-in model has not been taught VLM-Point-v0; --model builtin-tasks has"
-    assert (advice in " ".join(capsys.readouterr().out.split())) is told
+    assert (advice in " ".join(capsys.readouterr().out.split())) is (model == "builtin")
 
 
 def test_sampled_evaluation_answers_each_question_several_times(tmp_path: Path) -> None:

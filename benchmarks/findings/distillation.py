@@ -4,12 +4,13 @@
 
 The teacher scores each token of the student's own answers (https://thinkingmachines.ai/blog/on-policy-distillation,
 arXiv 2306.13649); a rule scores a whole answer. The student is a model like the built-in one of a quarter of its size,
-taught referring expressions for some minutes. The teacher is the built-in model after GRPO on exact boxes.
+taught referring expressions for some minutes. One teacher is the built-in model after GRPO on exact boxes, the other
+the student itself after more of GRPO.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ from runs import (
 METRIC = "iou/mean"
 ANSWERS = 8
 """Completions to a prompt, in both algorithms."""
+LARGER, EQUAL = "larger", "equal"
+"""The teachers, by their size beside the student's."""
 
 
 @dataclass
@@ -54,7 +57,9 @@ class Args:
     teaching: int = 3000
     """Supervised steps of the student before, of 16 scenes with four expressions."""
     teacher_steps: int = 150
-    """Steps of GRPO that make the teacher."""
+    """Steps of GRPO that make the larger teacher of the built-in model."""
+    equal_steps: int = 300
+    """Steps of GRPO that make the equal teacher of the student."""
     every: int = 20
     """Steps between measurements."""
     limit: int = 256
@@ -67,17 +72,33 @@ class Args:
 
 def main(args: Args) -> None:
     check_model(args.runs)
-    teacher = last_model(trained(args.runs / "teacher", common(args) | {"steps": args.teacher_steps})).absolute()
     student = taught(args.runs / "student", 64, args.teaching)
+    teachers = {LARGER: larger_teacher(args), EQUAL: equal_teacher(student, args)}
     own = common(args) | {"model": str(student), "eval_every": args.every, "lr": args.lr}
-    ways = {"opd": {"algo": "opd", "teacher": str(teacher)}, "grpo": {"algo": "grpo"}}
+    ways = {way(size): {"algo": "opd", "teacher": str(folder)} for size, folder in teachers.items()}
     found = {
-        name: [trained(args.runs / f"{name}-seed{seed}", own | way | {"seed": seed}) for seed in range(args.seeds)]
-        for name, way in ways.items()
+        name: [trained(args.runs / f"{name}-seed{seed}", own | more | {"seed": seed}) for seed in range(args.seeds)]
+        for name, more in (ways | {"grpo": {"algo": "grpo"}}).items()
     }
     asked = {"env": "VLM-REC-v0", "eval_limit": args.limit, "device": "cpu"}
-    goal = measured(args.runs / "teacher-measured", asked | {"model": str(teacher)})[METRIC]
-    publish([*head(args), *table(found, goal, args)], args.output, lambda path: draw(path, found, goal, args))
+    goals = {
+        size: measured(args.runs / f"teacher-{size}-measured", asked | {"model": str(folder)})[METRIC]
+        for size, folder in teachers.items()
+    }
+    publish([*head(args), *table(found, goals, args)], args.output, lambda path: draw(path, found, goals, args))
+
+
+def larger_teacher(args: Args) -> Path:
+    return last_model(trained(args.runs / f"teacher-{LARGER}", common(args) | {"steps": args.teacher_steps})).absolute()
+
+
+def equal_teacher(student: Path, args: Args) -> Path:
+    own = {"model": str(student), "steps": args.equal_steps, "lr": args.lr, "seed": args.seeds}
+    return last_model(trained(args.runs / f"teacher-{EQUAL}", common(args) | own)).absolute()
+
+
+def way(size: str) -> str:
+    return f"opd-{size}"
 
 
 def common(args: Args) -> dict[str, Any]:
@@ -95,7 +116,7 @@ def common(args: Args) -> dict[str, Any]:
 
 
 def head(args: Args) -> list[str]:
-    options = ("seeds", "steps", "prompts", "lr", "teaching", "teacher_steps", "every", "limit")
+    options = ("seeds", "steps", "prompts", "lr", "teaching", "teacher_steps", "equal_steps", "every", "limit")
     given = " ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in options)
     lines = [
         "# On-policy distillation",
@@ -104,29 +125,32 @@ def head(args: Args) -> list[str]:
         "",
         f"Referring expressions on the built-in scenes; a student of 0.4 million parameters, {args.steps} steps of "
         f"{args.prompts} prompts with {ANSWERS} answers, seeds 0 to {args.seeds - 1}; {hardware()}, "
-        f"threads of PyTorch: {torch.get_num_threads()}. The teacher is the built-in model (1.6 million) after "
-        f"{args.teacher_steps} steps of GRPO. Mean IoU of greedy answers to {args.limit} held-out samples, every "
-        f"{args.every} steps. Answers are those that were sampled until the metric was reached.",
+        f"threads of PyTorch: {torch.get_num_threads()}. The larger teacher is the built-in model (1.6 million) after "
+        f"{args.teacher_steps} steps of GRPO, the equal one the student after {args.equal_steps} steps of GRPO with "
+        f"seed {args.seeds}. Mean IoU of greedy answers to {args.limit} held-out samples, every {args.every} steps. "
+        "Answers are those that were sampled until the metric was reached.",
     ]
     return lines if args.output is None else [*lines, "", f"![Mean IoU over sampled answers]({args.output.stem}.png)"]
 
 
-def table(found: Mapping[str, list[Path]], goal: float, args: Args) -> list[str]:
+def table(found: Mapping[str, list[Path]], goals: Mapping[str, float], args: Args) -> list[str]:
     before = evaluation_of(found["grpo"][0], "before")[METRIC]
     end = float(np.mean([evaluation_of(run)[METRIC] for run in found["grpo"]]))
+    told = ", ".join(f"the {size} teacher: {goal:.3f}" for size, goal in goals.items())
+    until = ("where GRPO ends", *(f"the {size} teacher's" for size in goals))
     return [
         "",
-        f"Before: {before:.3f}. The teacher: {goal:.3f}. Where GRPO ends, the mean of its runs: {end:.3f}.",
+        f"Before: {before:.3f}; {told}; where GRPO ends, the mean of its runs: {end:.3f}.",
         "",
-        "| | mean IoU after | answers until where GRPO ends | answers until the teacher's | seconds |",
-        "|---|---|---|---|---|",
-        *(row(name, runs, end, goal, args) for name, runs in found.items()),
+        f"| | mean IoU after | {' | '.join(f'answers until {goal}' for goal in until)} | seconds |",
+        "|---" * (3 + len(until)) + "|",
+        *(row(name, runs, (end, *goals.values()), args) for name, runs in found.items()),
     ]
 
 
-def row(name: str, runs: list[Path], end: float, goal: float, args: Args) -> str:
+def row(name: str, runs: list[Path], goals: Sequence[float], args: Args) -> str:
     after = seeds_cell([evaluation_of(run)[METRIC] for run in runs])
-    reached = [" / ".join(answers_until(run, metric, args) for run in runs) for metric in (end, goal)]
+    reached = [" / ".join(answers_until(run, goal, args) for run in runs) for goal in goals]
     return f"| {name} | {after} | {' | '.join(reached)} | {seeds_cell([seconds_of(run) for run in runs], 0)} |"
 
 
@@ -138,12 +162,13 @@ def answers_until(run: Path, metric: float, args: Args) -> str:
     return "–"
 
 
-def draw(path: Path, found: Mapping[str, list[Path]], goal: float, args: Args) -> None:
+def draw(path: Path, found: Mapping[str, list[Path]], goals: Mapping[str, float], args: Args) -> None:
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     axes = figure.subplots()
     curves = {name: [curve(run) for run in runs] for name, runs in found.items()}
     draw_seeds(axes, curves, width=1)
-    axes.axhline(goal, color="black", linestyle=":", label="teacher")
+    for (size, goal), style in zip(goals.items(), (":", "--"), strict=True):
+        axes.axhline(goal, color="black", linestyle=style, label=f"the {size} teacher")
     axes.set(xlabel=f"measurement, every {args.every * args.prompts * ANSWERS:,} answers", ylabel="held-out mean IoU")
     axes.legend(frameon=False)
     save(figure, path)

@@ -27,7 +27,7 @@ SMALL = {
     "two_stages": {"prompts": 1, "steps": 2},
     "zoom": {"prompts": 1, "steps": 2, "parts": 1, "dialogues": 1},
     "shortcut": {"prompts": 1, "rows": 4, "every": 1, "algos": ("grpo", "papo_g")},
-    "distillation": {"prompts": 1, "every": 1, "teaching": 1, "teacher_steps": 1},
+    "distillation": {"prompts": 1, "every": 1, "teaching": 1, "teacher_steps": 1, "equal_steps": 1},
     "quality": {"prompts": 1, "rows": 2, "every": 1},
     "sampling": {"prompts": 1, "pool": 24, "rows": 3, "every": 1},
     "forgetting": {"sft_steps": 1, "prompts": 1, "every": 1},
@@ -70,7 +70,7 @@ def test_a_finding(name: str, runs: ModuleType, tmp_path: Path) -> None:
             "two_stages": 5,
             "zoom": 8,
             "shortcut": 3,
-            "distillation": 2,
+            "distillation": 3,
             "quality": 3,
             "sampling": 5,
             "forgetting": 8,
@@ -82,8 +82,8 @@ def test_a_finding(name: str, runs: ModuleType, tmp_path: Path) -> None:
     assert f"{name}.png" in text
     assert Image.open(output.with_suffix(".png")).size[0] == 900
     models = list((tmp_path / "runs").glob("*seed0*/checkpoints/step-*"))
-    twice = ("zoom", "distillation", "forgetting", "scale")
-    assert len(models) == ({"two_stages": 4} | dict.fromkeys(twice, 2)).get(name, len(rows) - 1)
+    twice = ("zoom", "forgetting", "scale")
+    assert len(models) == ({"two_stages": 4, "distillation": 3} | dict.fromkeys(twice, 2)).get(name, len(rows) - 1)
     written = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("metrics.json*")}
     script.main(args)  # nothing is trained or measured anew
     assert output.read_text() == text
