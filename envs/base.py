@@ -852,10 +852,10 @@ def check_index(index: SupportsIndex, size: int | None) -> int:
     """A sample's index, as a whole number within the source.
 
     Raises:
-        ConfigError: The index is negative or too large.
+        ConfigError: The index is no whole number, negative or too large.
     """
     try:
-        number = operator.index(index)
+        number = operator.index(None if isinstance(index, bool) else index)
     except TypeError:
         raise ConfigError(f"a sample's index is a whole number, not {index!r}") from None
     if number < 0 or (size is not None and number >= size):

@@ -55,6 +55,7 @@ def test_seeds_are_for_groups() -> None:
         ({"seed": [5.7, 6]}, "a seed is a whole number, not 5.7"),
         ({"seed": [5, None]}, "a seed is a whole number, not None"),
         ({"options": {"index": 3}}, "reset wants 2 indices, one per group, not 3"),
+        ({"options": {"index": [True, 3]}}, "a sample's index is a whole number, not True"),
         ({"seed": 0, "options": {"skip": 1.5}}, "skip is a number of batches, not 1.5"),
         ({"seed": 0, "options": {"skip": -1}}, "skip is a number of batches, not -1"),
     ],
@@ -62,6 +63,12 @@ def test_seeds_are_for_groups() -> None:
 def test_what_chooses_no_samples_is_told(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         gymnasium.make_vec(ENV, num_envs=4, group_size=2).reset(**arguments)
+
+
+@pytest.mark.parametrize("index", [True, 1.0, "1", None])
+def test_an_index_is_a_whole_number(index: Any) -> None:
+    with pytest.raises(ConfigError, match=f"a sample's index is a whole number, not {index!r}"):
+        gymnasium.make(ENV).reset(options={"index": index})
 
 
 def test_later_resets_go_on_in_their_order() -> None:
