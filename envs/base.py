@@ -855,7 +855,9 @@ def check_index(index: SupportsIndex, size: int | None) -> int:
         ConfigError: The index is no whole number, negative or too large.
     """
     try:
-        number = operator.index(None if isinstance(index, bool) else index)
+        if isinstance(index, bool):
+            raise TypeError
+        number = operator.index(index)
     except TypeError:
         raise ConfigError(f"a sample's index is a whole number, not {index!r}") from None
     if number < 0 or (size is not None and number >= size):

@@ -46,8 +46,9 @@ class OCREnv(VisualTaskEnv):
         return Transcripts(split)
 
     def read_target(self, row: Row) -> str:
-        text = rewards.plain_text(rewards.without_fence(row.answer[: rewards.LONGEST + 1]))
-        if not text or len(row.answer) > rewards.LONGEST:
+        answer = _only_text(row)
+        text = rewards.plain_text(rewards.without_fence(answer[: rewards.LONGEST + 1]))
+        if not text or len(answer) > rewards.LONGEST:
             raise ValueError(f"the answer has no text, or more than {rewards.LONGEST:,} characters")
         if "teds" in (row.method, *self.rewards):
             require_tables()
@@ -79,3 +80,20 @@ class OCREnv(VisualTaskEnv):
 
     def write_answer(self, sample: Sample) -> str:
         return self.answer_format.write(sample.target, sample.rationale)
+
+
+def _only_text(row: Row) -> str:
+    """The answer of a row, which may be a list of one text, however often.
+
+    Raises:
+        ValueError: It is a list of other texts, or an object.
+    """
+    if not row.nested:
+        return row.answer
+    texts = {rewards.plain_text(str(text)): str(text) for text in row.accepted}
+    if len(texts) != 1:
+        raise ValueError(
+            f"the answer {row.answer[:80]} is no single text. Questions with several right answers are for "
+            "VLM-VQA-v0 with --rewards anls 1; give JSON that is to be read from the image as a text"
+        )
+    return texts.popitem()[1]

@@ -32,7 +32,7 @@ def read_regions(answer: str) -> Regions:
 
     A region is `[x, y]`, `[x1, y1, x2, y2]`, or a longer list of corners. It may be an object. Then the first of these
     counts: COCO's `segmentation` of polygons or RLE, `outlines` of which an odd number counts, VisionReasoner's
-    `bbox_2d` and `point_2d`.
+    `bbox_2d` and `point_2d`. Last come `x` and `y` without sides.
 
     Raises:
         ValueError: The answer holds something else.
@@ -59,6 +59,8 @@ def _region(value: Any) -> Region:
             return read(value[key])
     if "counts" in value and "size" in value:
         return _outlines(value)
+    if {"x", "y"} <= {*value} and {"width", "height", "w", "h"}.isdisjoint(value):
+        return _checked([value["x"], value["y"]])
     if (empty := next((key for key in (*_OUTLINE_KEYS, *_BOX_KEYS, *_POINT_KEYS) if key in value), None)) is not None:
         raise ValueError(f"{str(dict(value))[:80]} is no region: its {empty} is empty")
     named = ", ".join((*_OUTLINE_KEYS, *_BOX_KEYS, *_POINT_KEYS))

@@ -88,6 +88,8 @@ class Row:
     """meanings of the letters from A on"""
     accepted: tuple[str | float, ...] = ()
     """the items of an answer that is a list of texts and numbers"""
+    nested: bool = False
+    """whether the answer is an object or a list, which `answer` has as JSON"""
     pages: tuple[int, ...] = ()
     """numbers of the images that show the answer, from 1; empty if unknown"""
     detections: tuple[Detection, ...] | None = None
@@ -149,13 +151,15 @@ def read_row(
     asked, detections = _with_objects(_conversation(cells), cells, key)
     question, turns, images, videos = _shown(asked, cells)
     answer, response = _divided(_voted(asked.answer))
-    true, choices = _answer(answer), read_choices(*_choices(cells))
+    choices = read_choices(*_choices(cells))
+    true = _as_letter(_answer(answer), choices, cells)
     return Row(
         id=key,
         images=images,
         question=_with_choices(question, choices, cells),
         answer=true,
         accepted=_accepted(answer),
+        nested=isinstance(answer, (Mapping, list, tuple)),
         response=response,
         keywords=_keywords(cells.take("keywords")),
         subject=_text(cells.take("subject"), "subject"),
@@ -403,19 +407,43 @@ def _choices(cells: _Cells) -> tuple[Any, str]:
     return found, "the row, in columns of one choice,"
 
 
-_COLUMN_OF_A_CHOICE = re.compile(r"([A-Z])|(?:option|choice)[ _]?(?:([A-Za-z])|([1-9]))", re.IGNORECASE)
+_COLUMN_OF_A_CHOICE = re.compile(r"([A-Z])|(?:option|choice)[ _]?(?:([A-Za-z])|([0-9]))|a([0-9])", re.IGNORECASE)
 
 
 @functools.lru_cache(256)
 def _spread(columns: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """Letters with the columns of their choices: `A`, `option_a`, `Option A`, `choice1`."""
+    """Letters with the columns of their choices: `A`, `option_a`, `Option A`, `choice1`, and `a0` as NExT-QA has it."""
     found = [(column, match) for column in columns if (match := _COLUMN_OF_A_CHOICE.fullmatch(column))]
-    letters = [
-        (match[1] or match[2].upper() if match[1] or match[2] else LETTERS[int(match[3]) - 1], column)
-        for column, match in found
-        if not (match[1] and match[1].islower())
-    ]
+    first = 0 if _counts_from_zero(columns) else 1
+    letters = []
+    for column, match in found:
+        number = match[3] or match[4]
+        if number and int(number) >= first and not (match[4] and first):
+            letters.append((LETTERS[int(number) - first], column))
+        elif not number and not (match[1] and match[1].islower()):
+            letters.append(((match[1] or match[2]).upper(), column))
     return tuple(letters)
+
+
+@functools.lru_cache(256)
+def _counts_from_zero(columns: tuple[str, ...]) -> bool:
+    """Whether choices stand in columns that are numbered from 0."""
+    found = [match for column in columns if (match := _COLUMN_OF_A_CHOICE.fullmatch(column))]
+    return any("0" in (match[3], match[4]) for match in found)
+
+
+def _as_letter(true: str, choices: Sequence[str], cells: _Cells) -> str:
+    """An answer that is the number of its choice's column, in columns from 0, as its letter.
+
+    Raises:
+        ValueError: Another choice says this number.
+    """
+    if not choices or not _counts_from_zero(tuple(cells.raw)) or true not in map(str, range(len(choices))):
+        return true
+    if true in choices and choices.index(true) != int(true):
+        raise ValueError(f"the answer {true} is the number of one choice and the text of another: give its letter")
+    cells.notes.append("the answer is the number of its choice, counted from 0")
+    return LETTERS[int(true)]
 
 
 def _with_choices(question: str, choices: Sequence[str], cells: _Cells) -> str:

@@ -47,8 +47,19 @@ _PLACE_KEYS = (
     *("box", "box_2d", "location"),
 )
 _PARTS = ("arguments", "args", "parameters", "action_inputs")
+_END_KEYS = ("coordinate2", "end_box", "end_point", "end_coordinate", "end", "to")
 _DIRECTED: Final = ("scroll", "swipe")
 _DIRECTIONS: Final = frozenset({"up", "down", "left", "right"})
+_SAME_KEYS: Final = {
+    "control": "ctrl",
+    "command": "cmd",
+    "escape": "esc",
+    "return": "enter",
+    "delete": "del",
+    "option": "alt",
+    "pageup": "page_up",
+    "pagedown": "page_down",
+}
 _FAILED: Final = frozenset({"failure", "fail", "failed", "infeasible", "impossible"})
 _TEXT_KEYS = (
     "text",
@@ -61,6 +72,7 @@ _TEXT_KEYS = (
     "app",
     "button",
     "keys",
+    "key",
     "input",
     "message",
 )
@@ -154,14 +166,27 @@ def _call(kind: str, written: str, value: Any) -> Action:
         value = next((one.value for one in find_values(_BY_NAME.sub("", written))), [])  # click(10, 20, clicks=1)
         value = [] if isinstance(value, dict) else value
     parts = value or []
-    text = next((part for part in parts if isinstance(part, str)), "")
-    return _of_kind(kind, {"point": parts, "text": text})
+    parts = parts[0] if kind == "press_key" and isinstance(parts[:1], list) and isinstance(parts[0], list) else parts
+    texts = [part for part in parts if isinstance(part, str)]
+    return _of_kind(kind, {"point": parts, "text": texts if kind == "press_key" else "".join(texts[:1])})
 
 
 def _of_kind(kind: str, row: Mapping[str, Any]) -> Action:
     place = next((row[key] for key in _PLACE_KEYS if row.get(key) is not None), [row.get("x"), row.get("y")])
     kind, text = _meant(kind, row)
-    return Action(kind, _point(place) if kind in PLACED else None, text)
+    return Action(kind, _point(place) if kind in PLACED else None, text or _direction(kind, place, row))
+
+
+def _direction(kind: str, start: Any, row: Mapping[str, Any]) -> str:
+    """Where a swipe goes that is told by two places; empty if there are not two."""
+    end = next((row[key] for key in _END_KEYS if row.get(key) is not None), None)
+    begun, ended = (_point(start), _point(end)) if kind == "swipe" else (None, None)
+    if begun is None or ended is None or begun == ended:
+        return ""
+    x, y = ended[0] - begun[0], ended[1] - begun[1]
+    if abs(x) > abs(y):
+        return "right" if x > 0 else "left"
+    return "down" if y > 0 else "up"
 
 
 def _meant(kind: str, row: Mapping[str, Any]) -> tuple[str, str]:
@@ -169,6 +194,8 @@ def _meant(kind: str, row: Mapping[str, Any]) -> tuple[str, str]:
     text = _plain_text(next((row[key] for key in _TEXT_KEYS if row.get(key) is not None), ""))
     if kind == "system_button" and (button := kind_of(text)) in OTHERS:
         return button, ""
+    if kind == "press_key" and _keys(text) == {"enter"}:
+        return "enter", ""
     failed = kind == "complete" and str(row.get("status", "")).lower() in _FAILED
     return ("impossible" if failed else kind), text
 
@@ -226,7 +253,17 @@ def read_action(answer: str) -> tuple[str, Any, str]:
     if place is None and row.get("x") is not None and row.get("y") is not None:  # as AndroidControl writes them
         place = [row["x"], row["y"]]
     kind, text = _meant(kind, row)
-    return kind, place if kind in PLACED else None, text
+    if kind not in (*PLACED, *OTHERS):
+        raise ValueError(f"the action {kind!r} is not known; known are {', '.join((*PLACED, *OTHERS))}")
+    if any(row.get(key) is not None for key in _END_KEYS) and not (text or _direction(kind, place, row)):
+        raise ValueError(f"the second place of the action {kind} is not read: {answer[:80]}")
+    return kind, place if kind in PLACED else None, text or _direction(kind, place, row)
+
+
+def _keys(text: str) -> set[str]:
+    """The keys of `ctrl c`, `Ctrl+C` or the like."""
+    keys = [key or "+" for part in text.lower().split() for key in part.split("+")]
+    return {_SAME_KEYS.get(key, key) for key in keys}
 
 
 def word_f1(answered: str, true: str) -> float:
@@ -255,13 +292,16 @@ def hit_reward(text: str, target: Action, prediction: Action | None) -> float:
 def text_reward(text: str, target: Action, prediction: Action | None) -> float:
     """F1 of the words of an action of the true type, or 1 where the truth has no text; else 0.
 
-    A true direction of scrolling must be the only direction that is named, and is 1.
+    A true direction of scrolling must be the only direction that is named, and is 1. So are true keys, if they are all
+    the same.
     """
     if prediction is None or prediction.kind != target.kind:
         return 0.0
     if target.kind in _DIRECTED and target.text.lower() in _DIRECTIONS:
         named = _DIRECTIONS & {*re.findall("[a-z]+", prediction.text.lower())}
         return float(named == {target.text.lower()})
+    if target.kind == "press_key" and target.text:
+        return float(_keys(prediction.text) == _keys(target.text))
     return word_f1(prediction.text, target.text) if target.text else 1.0
 
 

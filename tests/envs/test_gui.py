@@ -43,6 +43,13 @@ PICTURE = Image.new("RGB", (400, 200))
         ('{"action": "wait", "point": [1, 2]}', Action("wait"), True),
         ('{"name": "click", "arguments": {"x": 10, "y": 20}}', Action("click", (10, 20)), False),
         ('{"type": "click", "x": 10, "y": 20}', Action("click", (10, 20)), False),
+        ("pyautogui.hotkey('ctrl', 'shift', 't')", Action("press_key", None, "ctrl shift t"), False),
+        ("pyautogui.hotkey(['ctrl', 'c'])", Action("press_key", None, "ctrl c"), False),
+        ("hotkey(key='ctrl c')", Action("press_key", None, "ctrl c"), False),
+        ("pyautogui.press('enter')", Action("enter"), False),
+        ('{"action": "key", "keys": ["Return"]}', Action("enter"), True),
+        ('{"action": "swipe", "coordinate": [5, 9], "coordinate2": [7, 2]}', Action("swipe", None, "up"), True),
+        ("swipe(start_box=[5, 5], end_box=[1, 6])", Action("swipe", None, "left"), False),
         ('{"action": {"action_type": "click", "x": "10", "y": "20"}}', Action("click", (10, 20)), False),
         ('{"action": "click", "args": {"point": {"x": 10, "y": 20}}}', Action("click", (10, 20)), True),
         ('{"action": "click", "action_inputs": {"start_box": "[10, 20]"}}', Action("click", (10, 20)), True),
@@ -99,6 +106,14 @@ TYPE = {"action": "type", "text": "green tea please"}
         ('{"action": "scroll", "text": "scroll down, please"}', {"action": "scroll", "text": "down"}, 1, 1, 1, 1),
         ('{"action": "scroll", "text": "up or down"}', {"action": "scroll", "text": "down"}, 0, 1, 1, 0),
         ('{"action": "swipe", "text": "down up"}', {"action": "swipe", "text": "up"}, 0, 1, 1, 0),
+        ('{"action": "swipe"}', {"action": "swipe", "coordinate": [1, 2], "coordinate2": [4, 50]}, 0, 1, 1, 0),
+        ('{"action": "swipe", "text": "down"}', {"action": "swipe", "coordinate": [1, 2], "to": [4, 50]}, 1, 1, 1, 1),
+        ('{"action": "hotkey", "text": "Ctrl+C"}', {"action": "hotkey", "text": "control c"}, 1, 1, 1, 1),
+        ('{"action": "hotkey", "keys": ["c", "ctrl"]}', {"action": "hotkey", "text": "ctrl c"}, 1, 1, 1, 1),
+        ('{"action": "hotkey", "text": "ctrl v"}', {"action": "hotkey", "text": "ctrl c"}, 0, 1, 1, 0),
+        ('{"action": "hotkey", "text": "ctrl shift c"}', {"action": "hotkey", "text": "ctrl c"}, 0, 1, 1, 0),
+        ('{"action": "hotkey", "text": "ctrl"}', {"action": "hotkey", "text": "ctrl +"}, 0, 1, 1, 0),
+        ('{"action": "key", "text": "enter"}', {"action": "press_enter"}, 1, 1, 1, 1),
         ('{"action": "press_back"}', {"action": "system_button", "button": "Back"}, 1, 1, 1, 1),
         ('{"action": "press_back"}', {"action": "back", "input_text": "no input text"}, 1, 1, 1, 1),
         ('{"action": "click", "point": [155, 99]}', {"action": "click", "point": [100, 100]}, 1, 1, 1, 1),  # 56 x 28
@@ -118,6 +133,21 @@ def test_rewards_by_hand(
         answer = json.dumps({"action": given.kind, "point": [given.place[0] * 1000 / 400, given.place[1] * 1000 / 200]})
     score = env.score(AnswerFormat.TAGS.write(answer), env.source.get(0))
     assert score.terms == pytest.approx({"accuracy": accuracy, "action": action, "hit": hit, "text": text})
+
+
+@pytest.mark.parametrize(
+    ("true", "message"),
+    [
+        ({"action": "clik", "bbox": [1, 2, 3, 4]}, "the action 'clik' is not known; known are click, "),
+        ({"action": "drag", "coordinate": [1, 2], "coordinate2": [9, 2]}, "the action 'drag' is not known"),
+        ({"action": "swipe", "coordinate": [1, 2], "coordinate2": [1, 2]}, "second place of the action swipe is not"),
+        ({"action": "swipe", "coordinate2": [1, 2]}, "second place of the action swipe is not read"),
+        ({"action": "click", "coordinate": [1, 2], "coordinate2": [1, 2]}, "second place of the action click is not"),
+    ],
+)
+def test_true_actions_that_are_not_understood_are_refused(true: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        GUIEnv(dataset=[{"image": PICTURE, "question": "?", "answer": true}])
 
 
 def test_words_by_hand() -> None:

@@ -152,6 +152,7 @@ ROWS: dict[str, Any] = {
         "Option 2": "blue",
         "answer": "A",
     },
+    "NExT-QA": {"image": "a.png", "question": "Which colour?", "a0": "blue", "a1": "red", "a2": "1", "answer": "blue"},
     "base64": {"image": BASE64, "question": "Which colour?", "answer": "red"},
 }
 
@@ -166,6 +167,32 @@ def test_a_row_is_read_and_its_truth_scores(folder: Path, layout: str) -> None:
     assert env.source.usage is not None
     assert {"question", "answer", "images"} <= env.source.usage.used.keys()
     assert set(env.source.usage.unused) <= {"data_source", "extra_info"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "answer", "letter"),
+    [
+        ({"a0": "blue", "a1": "red"}, 0, "A"),
+        ({"a0": "blue", "a1": "red"}, "1", "B"),
+        ({"option_0": "blue", "option_1": "red"}, 1, "B"),
+        ({"a0": "0", "a1": "1"}, 1, "B"),
+        ({"a0": "1", "a1": "0"}, 1, None),
+        ({"a0": "blue", "a1": "red"}, 2, None),
+        ({"choice1": "blue", "choice2": "red"}, 1, None),  # from 0 or from 1: the row does not say
+    ],
+)
+def test_the_number_of_a_choice_whose_columns_count_from_zero(
+    folder: Path, columns: dict[str, str], answer: Any, letter: str | None
+) -> None:
+    row = {"image": "a.png", "question": "Which colour?", "answer": answer, **columns}
+    if letter is None:
+        with pytest.raises(DataError, match=r"give its letter|neither one of the letters A to B"):
+            VQAEnv(dataset=dump(folder, row))
+        return
+    env = VQAEnv(dataset=dump(folder, row))
+    observation, _ = env.reset()
+    assert env.source.get(0).target.text == letter
+    assert all(f"({one}) {text}" in observation["prompt"] for one, text in zip("AB", columns.values(), strict=True))
 
 
 def test_the_rows_of_the_page_are_read(folder: Path) -> None:

@@ -104,6 +104,18 @@ def test_truths_without_text_or_with_too_much_are_refused() -> None:
             OCREnv(dataset=[{"image": PICTURE, "question": "?", "answer": text}])
 
 
+@pytest.mark.parametrize("answer", [["Tea 2"], ["Tea 2", "Tea  2"], "Tea 2"])
+def test_a_list_of_one_text_is_this_text(answer: Any) -> None:
+    env = OCREnv(dataset=[{"image": PICTURE, "question": "?", "answer": answer}])
+    assert env.source.get(0).target == "Tea 2"
+
+
+@pytest.mark.parametrize("answer", [["3.5g", "3.5 g"], {"text": "Tea"}, [["Tea"]], [{"text": "Tea"}]])
+def test_answers_that_are_no_single_text_are_refused(answer: Any) -> None:
+    with pytest.raises(DataError, match=r"is no single text\. Questions with several right answers are for VLM-VQA-v0"):
+        OCREnv(dataset=[{"image": PICTURE, "question": "?", "answer": answer}])
+
+
 def test_the_built_in_texts_fit_their_pictures() -> None:
     """Ink reaches no border before the noise, sizes and fonts vary, and the streams have no text in common."""
     texts = []

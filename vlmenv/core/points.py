@@ -19,7 +19,8 @@ _NOT_IN_NUMBERS = re.compile(r"[^0-9.+\-,;\s()\[\]]")
 _KEYS: Final = ("point_2d", "points_2d", "point", "points", "coordinate", "coordinates")
 _SIDES: Final = ("width", "height", "w", "h")
 _LONGEST_BARE: Final = 200
-_ATTRIBUTE = re.compile(r"\b([xy])([0-9]{0,5}) ?= ?[\"']?([+-]?[0-9]{1,9}(?:\.[0-9]{0,17})?)(?![\w.])")
+_CAPTION = re.compile(r"\balt ?= ?(?:\"[^\"]{0,20000}\"|'[^']{0,20000}')", re.IGNORECASE)
+_ATTRIBUTE = re.compile(r"\b([xy])([0-9]{0,5}) ?= ?[\"']? {0,9}([+-]?[0-9]{1,9}(?:\.[0-9]{0,17})?)(?![\w.])")
 
 
 def has_point_marks(content: str) -> bool:
@@ -46,7 +47,7 @@ def parse_marked_points(content: str) -> tuple[Point, ...] | None:
             found += _pairs_of(mark[2]) or [(math.inf, math.inf)]
             continue
         numbers: dict[str, dict[str, float]] = {}
-        for axis, number, value in _ATTRIBUTE.findall(mark[1]):
+        for axis, number, value in _ATTRIBUTE.findall(_CAPTION.sub("", mark[1])):
             numbers.setdefault(number, {})[axis] = float(value)
         if not numbers or any(len(pair) != 2 for pair in numbers.values()):
             return None
@@ -95,7 +96,10 @@ def _named(value: Any) -> Iterator[tuple[Point, ...] | None]:
         return
     plain = {key.lower(): one for key, one in value.items()}
     key = next((key for key in _KEYS if key in plain), None)
-    if key is not None:
+    inner = plain.get(key or "")
+    if isinstance(inner, list) and any(isinstance(one, dict) and not {*_KEYS}.isdisjoint(one) for one in inner):
+        yield from _named(inner)
+    elif key is not None:
         yield _listed(plain[key])
     elif (point := _pair(plain)) is not None:
         yield (point,)

@@ -56,7 +56,7 @@ class FrameRule:
     """The choice of a video's frames.
 
     `fps` frames per second are taken at equal distances, the first and the last frame among them; at least 4, at most
-    `most`, and no more than the video has. It is the rule of qwen-vl-utils.
+    `most`, and no more than the video has. qwen-vl-utils has this rule too, but rounds the number down to an even one.
 
     Raises:
         ConfigError: A number is out of its range.
