@@ -249,7 +249,8 @@ class _Cells:
                 if holds_image(self.raw[column]):
                     raise ValueError(
                         f"the column '{column}' holds an image, but no image would be shown: name it, as in "
-                        f"--columns images {column}, or say that there is none by --columns images ''"
+                        f"--columns images {column}, for a video --columns videos {column}, or say that there is none "
+                        "by --columns images ''"
                     )
         return left
 
