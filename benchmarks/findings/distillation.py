@@ -27,11 +27,12 @@ from runs import (
     hardware,
     last_model,
     measured,
+    measurements_of,
     publish,
     save,
     seconds_of,
     seeds_cell,
-    steps_of,
+    spread_cell,
     trained,
 )
 
@@ -149,34 +150,43 @@ def table(found: Mapping[str, list[Path]], goals: Mapping[str, float], args: Arg
 
 
 def row(name: str, runs: list[Path], goals: Sequence[float], args: Args) -> str:
-    after = seeds_cell([evaluation_of(run)[METRIC] for run in runs])
-    reached = [" / ".join(answers_until(run, goal, args) for run in runs) for goal in goals]
+    after = spread_cell([evaluation_of(run)[METRIC] for run in runs])
+    reached = [reached_cell(runs, goal, args) for goal in goals]
     return f"| {name} | {after} | {' | '.join(reached)} | {seeds_cell([seconds_of(run) for run in runs], 0)} |"
 
 
-def answers_until(run: Path, metric: float, args: Args) -> str:
-    """How many answers had been sampled when a held-out metric was first measured, or a dash."""
-    for step, values in enumerate(steps_of(run), 1):
-        if values.get(f"eval/{METRIC}", 0.0) >= metric:
-            return f"{step * args.prompts * ANSWERS:,}"
-    return "–"
+def reached_cell(runs: list[Path], goal: float, args: Args) -> str:
+    """How many answers had been sampled when a metric was first measured, by seed and in the mean of their curves."""
+    curves = [curve(run, args) for run in runs]
+    means = [(one[0][0], float(np.mean([value for _, value in one]))) for one in zip(*curves, strict=True)]
+    seeds = " / ".join(answers_until(one, goal, args) for one in curves)
+    return f"{seeds}; mean {answers_until(means, goal, args)}"
+
+
+def answers_until(measured: Sequence[tuple[int, float]], goal: float, args: Args) -> str:
+    step = next((step for step, value in measured if value >= goal), None)
+    return "–" if step is None else f"{step * args.prompts * ANSWERS:,}"
 
 
 def draw(path: Path, found: Mapping[str, list[Path]], goals: Mapping[str, float], args: Args) -> None:
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     axes = figure.subplots()
-    curves = {name: [curve(run) for run in runs] for name, runs in found.items()}
-    draw_seeds(axes, curves, width=1)
+    curves = {name: [curve(run, args) for run in runs] for name, runs in found.items()}
+    answers = [step * args.prompts * ANSWERS for step, _ in next(iter(curves.values()))[0]]
+    draw_seeds(
+        axes, {name: [[value for _, value in one] for one in own] for name, own in curves.items()}, steps=answers
+    )
     for (size, goal), style in zip(goals.items(), (":", "--"), strict=True):
         axes.axhline(goal, color="black", linestyle=style, label=f"the {size} teacher")
-    axes.set(xlabel=f"measurement, every {args.every * args.prompts * ANSWERS:,} answers", ylabel="held-out mean IoU")
+    axes.set(xlabel="sampled answers", ylabel="held-out mean IoU")
     axes.legend(frameon=False)
     save(figure, path)
 
 
-def curve(run: Path) -> list[float]:
-    """The held-out metric of each measurement."""
-    return [values[f"eval/{METRIC}"] for values in steps_of(run) if f"eval/{METRIC}" in values]
+def curve(run: Path, args: Args) -> list[tuple[int, float]]:
+    """The held-out metric of each measurement and after the last step, by step."""
+    found = dict(measurements_of(run, METRIC)) | {args.steps: evaluation_of(run)[METRIC]}
+    return sorted(found.items())
 
 
 if __name__ == "__main__":
