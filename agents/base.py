@@ -192,12 +192,24 @@ class Agent(ABC):
         """Most images of a conversation that the engine takes. None: no limit."""
         return None
 
-    def check_episodes(self, max_turns: int, max_images: int) -> None:
+    @property
+    def max_videos(self) -> int | None:
+        """Most videos of a prompt that the engine takes. None: no limit."""
+        return None
+
+    def check_episodes(self, max_turns: int, max_images: int, *, videos: bool = False) -> None:
         """Checks that episodes with as many answers and images can be answered.
 
+        Args:
+            max_turns: Maximum number of answers.
+            max_images: Maximum number of images.
+            videos: Whether prompts may have videos.
+
         Raises:
-            ConfigError: The engine takes fewer images.
+            ConfigError: The engine takes fewer images, or no videos.
         """
+        if videos and self.max_videos == 0:
+            raise ConfigError("the task takes videos, and the engine none: take engine hf, the model itself")
         if max_turns > 1 and self.max_images is not None and max_images > self.max_images:
             raise ConfigError(
                 f"episodes have up to {max_images} images, and the engine takes {self.max_images}: raise "

@@ -56,15 +56,10 @@ from vlmenv.core.rollout import (
     unbatch,
 )
 from vlmenv.core.sampling import Sampling
-from vlmenv.core.spaces import Image, image_fault
+from vlmenv.core.spaces import image_fault
 
 __all__ = ["BUILTIN", "Policy", "Sampling", "VLMAgent", "find_model"]
 
-NO_VIDEOS: Final = (
-    "videos go with engine hf, the model itself: vLLM counts the positions after a video of Qwen2.5-VL from its last "
-    "second, transformers from its size, so that both would see another prompt"
-)
-"""Why no engine but the model itself takes videos."""
 _FORMER_ADAPTER: Final = "adapter"
 """Folder of the adapters in checkpoints of earlier versions."""
 _CACHED = 0.6
@@ -218,23 +213,18 @@ class VLMAgent(Agent):
             return {}
         whole = [joined(self.family, rollout.prompts[rollout.prompt_index[row]], turn) for row, turn in turns.items()]
         shown = [one["images"] for row, one in enumerate(observations) if one is not None and row in turns]
-        answers = self._answers(whole, shown, np.arange(len(whole)), self._sampling(greedy))
+        requests = [Request(*one) for one in zip(whole, shown, strict=True)]
+        answers = self._answers(requests, np.arange(len(whole)), self._sampling(greedy))
         return dict(zip(turns, answers, strict=True))
 
-    def _answers(
-        self,
-        prompts: list[Prompt],
-        images: Sequence[tuple[Image, ...]],
-        index: NDArray[np.int64],
-        sampling: Sampling,
-    ) -> list[Completion]:
-        """A completion of prompt `index[i]` for each i, by the engine or by the policy itself."""
+    def _answers(self, requests: Sequence[Request], index: NDArray[np.int64], sampling: Sampling) -> list[Completion]:
+        """A completion of request `index[i]` for each i, by the engine or by the policy itself."""
         if self._is_closed:  # the policy would answer in the place of the engine
             raise ConfigError("the agent is closed with its engine: load it anew to generate")
         if self.engine is None:
+            prompts = [request.prompt for request in requests]
             sampled = sample(self.family_policy, prompts, index, sampling, self._generator, self._limits())
         else:
-            requests = [Request(*one) for one in zip(prompts, images, strict=True)]
             draws = sampling.temperature > 0  # greedy completions do not change the random state
             seed = int(torch.randint(2**62, (), generator=self._generator, device=self.device)) if draws else 0
             sampled = self.engine.generate(requests, index, sampling, np.random.default_rng(seed))
@@ -254,7 +244,7 @@ class VLMAgent(Agent):
                 continue
             prompt, completion = rollout.prompts[rollout.prompt_index[row]], rollout.completions[row]
             try:
-                check_observation(observation, self.max_images)
+                check_observation(observation, self.max_images, self.max_videos)
                 turn = with_turn(self.family, prompt, completion, observation)
             except ValueError as error:
                 raise PromptError(row, str(error)) from error
@@ -609,6 +599,10 @@ class VLMAgent(Agent):
     def max_images(self) -> int | None:
         return None if self.engine is None else self.engine.max_images
 
+    @property
+    def max_videos(self) -> int | None:
+        return None if self.engine is None else self.engine.max_videos
+
     def encode(self, observations: Observations) -> tuple[list[Prompt], np.ndarray]:
         """Encodes observations. Neighbouring copies of an observation share one prompt.
 
@@ -623,7 +617,7 @@ class VLMAgent(Agent):
         prompts = []
         for i in firsts:
             try:
-                check_observation(listed[i], self.max_images)
+                check_observation(listed[i], self.max_images, self.max_videos)
                 prompts.append(self.family.encode(listed[i]))
                 check_length(len(prompts[-1].input_ids), self.max_new_tokens, *self._room)
             except ValueError as error:
@@ -633,10 +627,11 @@ class VLMAgent(Agent):
     def _generate(self, observations: Observations, sampling: Sampling) -> Rollout:
         observations = unbatch(observations)
         prompts, index = self.encode(observations)
-        if self.engine is not None and any(one.get("videos") for one in observations):
-            raise ConfigError(NO_VIDEOS)
-        shown = [observations[i]["images"] for i in np.unique(index, return_index=True)[1]]
-        completions = self._answers(prompts, shown, index, sampling)
+        shown = [observations[i] for i in np.unique(index, return_index=True)[1]]
+        requests = [
+            Request(prompt, one["images"], one.get("videos", ())) for prompt, one in zip(prompts, shown, strict=True)
+        ]
+        completions = self._answers(requests, index, sampling)
         full, from_trainer = not sampling.cuts_tail, self.engine is None
         return Rollout(prompts, index, completions, sampling.temperature, full, from_trainer)
 
@@ -746,18 +741,19 @@ def answer_fault(family: Family, ids: NDArray[np.int64], max_new_tokens: int) ->
     return None
 
 
-def check_observation(observation: Observation, most: int | None) -> None:
+def check_observation(observation: Observation, max_images: int | None, max_videos: int | None) -> None:
     """Raises ValueError where a prompt is no text, or images are no RGB images.
 
-    Also where there are more images than an engine takes; None: it has no limit.
+    Also where there are more images or videos than an engine takes; None: it has no limit.
     """
-    prompt, images = observation["prompt"], observation["images"]
+    prompt, images, videos = observation["prompt"], observation["images"], observation.get("videos", ())
     if not isinstance(prompt, str):
         raise ValueError(f"prompt is a text, not a {type(prompt).__name__}")
     if faults := [fault for image in images if (fault := image_fault(image))]:
         raise ValueError(f"images is a tuple of images; {faults[0]}")
-    if most is not None and len(images) > most:
-        raise ValueError(f"it has {len(images)} images, and the engine takes {most}: raise --engine-images")
+    for kind, count, most in (("images", len(images), max_images), ("videos", len(videos), max_videos)):
+        if most is not None and count > most:
+            raise ValueError(f"it has {count} {kind}, and the engine takes {most}: raise --engine-{kind}")
 
 
 def check_length(prompt: int, max_new_tokens: int, most: int, holder: str = "model") -> None:

@@ -630,7 +630,8 @@ def _check(
         "router_loss is for mixtures of experts with shared prompts, which this model is not: leave it out",
     )
     if not algorithm.imitates:
-        agent.check_episodes(max_turns, int(getattr(envs.unwrapped, "max_images", 0)))
+        images, videos = (getattr(envs.unwrapped, name, 0) for name in ("max_images", "takes_videos"))
+        agent.check_episodes(max_turns, int(images), videos=bool(videos))
     masks = algorithm.wants_masked or algorithm.learns_masked or config.visual_dependence_every is not None
     by_term = getattr(algorithm.config, "per_term", False)
     require(

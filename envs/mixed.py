@@ -90,6 +90,11 @@ class MixedVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[Any]]
         return max((one.max_images for one in self.tasks.values() if one.max_turns > 1), default=0)
 
     @property
+    def takes_videos(self) -> bool:
+        """Whether samples of any task may have videos."""
+        return any(one.takes_videos for one in self.tasks.values())
+
+    @property
     def skipped(self) -> dict[str, str]:
         """Place and fault of each sample that has been left out, by TASK/INDEX."""
         return {f"{name}/{i}": why for name, envs in self.tasks.items() for i, why in envs.skipped.items()}

@@ -141,6 +141,11 @@ class VisualTaskVectorEnv(VectorEnv[BatchedObservations, Sequence[str], NDArray[
         return self.task.max_images
 
     @property
+    def takes_videos(self) -> bool:
+        """Whether samples may have videos."""
+        return self.task.takes_videos
+
+    @property
     def num_groups(self) -> int:
         """P, the number of distinct samples in a batch."""
         return self.num_envs // self.group_size

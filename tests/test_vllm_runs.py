@@ -145,6 +145,26 @@ def test_episodes_of_several_turns_are_learnt_from(asking: Path, tmp_path: Path)
     assert_episodes_are_learnt_from(asking, tmp_path, "--engine", "vllm", "--engine-length", "1024")
 
 
+def assert_videos_are_learnt_from(folder: Path, *engine: str) -> None:
+    """What is sampled has the log-probabilities of the trainer's model, and the saved one answers alike."""
+    run, videos = folder / "run", ["--env", "VLM-VideoQA-v0", "--video-frames", "5"]
+    main(
+        ["train", *videos, "--steps", "2", "--lr", "3e-3", "--warmup-steps", "0", *engine, *TINY, "--output", str(run)]
+    )
+    lines = rows(run / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(line["policy/sampler_kl"] < 1e-6 for line in lines)
+    after = json.loads((run / "evaluation.json").read_text())["after"]
+    how = ["--model", str(run / "checkpoints" / "step-2"), *videos, "--eval-limit", "4", "--device", "cpu"]
+    for name, asked in (("model", ()), ("engine", engine)):
+        main(["eval", *how, *asked, "--output", str(folder / name)])
+        assert json.loads((folder / name / "metrics.json").read_text()) == after
+
+
+def test_videos_are_learnt_from(tmp_path: Path) -> None:
+    assert_videos_are_learnt_from(tmp_path, *VLLM)
+
+
 def test_a_run_ends_cleanly(tmp_path: Path) -> None:
     process = command("train", "--steps", 1, "--output", tmp_path / "run", *VLLM, *TINY)
     out, err = process.communicate(timeout=300)
@@ -199,6 +219,10 @@ def test_what_was_learnt_by_a_server_is_what_is_measured_and_saved(served: Serve
 def test_episodes_of_several_turns_are_learnt_from_by_a_server(asking: Path, tmp_path: Path) -> None:
     with serve("builtin", "--engine-length", "1024") as served:
         assert_episodes_are_learnt_from(asking, tmp_path, *on(served))
+
+
+def test_videos_are_learnt_from_by_a_server(served: Served, tmp_path: Path) -> None:
+    assert_videos_are_learnt_from(tmp_path, *on(served))
 
 
 def test_a_server_that_takes_fewer_images_than_episodes_have_is_refused(

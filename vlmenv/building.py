@@ -28,7 +28,7 @@ from vlmenv.agents.quantization import Quantization
 from vlmenv.agents.remainders import REMAINDERS
 from vlmenv.agents.sampling import PassLimits
 from vlmenv.agents.untrainable import read_config
-from vlmenv.agents.vlm import NO_VIDEOS, VLMAgent
+from vlmenv.agents.vlm import VLMAgent
 from vlmenv.core.console import open_console, say
 from vlmenv.core.coordinates import CoordinateSpace
 from vlmenv.core.errors import ConfigError, unknown_name
@@ -153,6 +153,7 @@ def _vllm(config: TaskConfig, agent: VLMAgent, dtype: torch.dtype) -> Engine:
         dtype=dtype,
         max_length=min(agent.max_length, options.engine_length),
         max_images=options.engine_images,
+        max_videos=options.engine_videos,
         memory_share=options.engine_memory,
         tensor_parallel=options.tensor_parallel,
         seed=config.seed,
@@ -224,15 +225,16 @@ def check_videos(config: TaskConfig, task: VisualTaskEnv) -> None:
     """Checks that the model and the engine of the options take a task's videos.
 
     Raises:
-        ConfigError: The engine takes none.
+        ConfigError: The engine is vLLM, which would read the family's videos otherwise.
         ModelError: The model's family takes none, or there is no such model.
     """
     if not task.takes_videos:
         return
     folder = prepared_folder(config.model, config.pixels)
-    family_of(read_config(folder).model_type).require_videos()
-    if config.generation.engine != "hf":
-        raise ConfigError(NO_VIDEOS)
+    family = family_of(read_config(folder).model_type)
+    family.require_videos()
+    if config.generation.engine in ("vllm", "vllm-server"):
+        family.require_videos_in_vllm()
 
 
 def load_agent(

@@ -100,11 +100,11 @@ def evaluate(
         check: Called before each batch; an error that it raises ends the evaluation.
 
     Raises:
-        ConfigError: Episodes have more images than the agent's engine takes.
+        ConfigError: Episodes have more images than the agent's engine takes, or videos, and it takes none.
         SampleError: A sample cannot be shown, and is not to be left out.
         DataError: None of the samples can be shown.
     """
-    agent.check_episodes(envs.max_turns, envs.max_images)
+    agent.check_episodes(envs.max_turns, envs.max_images, videos=envs.takes_videos)
     starts = range(0, count, envs.num_groups)
     own = starts if processes is None else processes.share(starts)
     batches = [range(start, min(start + envs.num_groups, count)) for start in own]

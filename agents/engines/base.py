@@ -15,6 +15,7 @@ from vlmenv.agents.sampling import Sampled
 from vlmenv.core.rollout import Prompt
 from vlmenv.core.sampling import Sampling
 from vlmenv.core.spaces import Image
+from vlmenv.core.video import Video
 
 
 @dataclass(slots=True)
@@ -25,10 +26,12 @@ class Request:
     """the conversation as the trainer encodes it, with its earlier answers as they were sampled"""
     images: tuple[Image, ...]
     """its images, uint8 arrays [H, W, 3]"""
+    videos: tuple[Video, ...] = ()
+    """its videos, with frames at the size that they were read at"""
 
     @property
     def token_ids(self) -> list[int]:
-        """Its tokens, with one mark in the place of each image."""
+        """Its tokens, with one mark in the place of each image and video."""
         marked = self.prompt.marked_ids
         ids: list[int] = (self.prompt.input_ids if marked is None else marked).tolist()
         return ids
@@ -41,6 +44,8 @@ class Engine(ABC):
     """length limit of prompt and completion together, in tokens"""
     max_images: int | None = None
     """most images of a conversation; None: no limit"""
+    max_videos: int = 0
+    """most videos of a prompt"""
 
     @abstractmethod
     def generate(

@@ -10,6 +10,7 @@ from vlmenv.agents.engines.base import Request
 from vlmenv.agents.families import Family
 from vlmenv.agents.weights import tied_names
 from vlmenv.core.errors import EngineError, ReadingError
+from vlmenv.core.video import VIDEO_MARK
 
 
 def check_prompt(request: Request, token_ids: Sequence[int]) -> None:
@@ -18,10 +19,14 @@ def check_prompt(request: Request, token_ids: Sequence[int]) -> None:
     if list(token_ids) == ours:
         return
     place = next((i for i, pair in enumerate(zip(ours, token_ids, strict=False)) if pair[0] != pair[1]), len(ours))
+    advice = (
+        "Their processors or chat templates differ; give `vlmenv serve` the --min-pixels and --max-pixels of training"
+    )
+    if request.videos:
+        advice = f"vLLM reads text apart from the time of a video behind it: begin a line with {VIDEO_MARK}"
     raise ReadingError(
         f"the engine encodes a prompt differently from the trainer: {len(token_ids)} tokens against {len(ours)}, and "
-        f"from token {place} on {list(token_ids)[place : place + 8]} against {ours[place : place + 8]}. "
-        "Their processors or chat templates differ; give `vlmenv serve` the --min-pixels and --max-pixels of training",
+        f"from token {place} on {list(token_ids)[place : place + 8]} against {ours[place : place + 8]}. {advice}",
         ours,
         token_ids,
     )

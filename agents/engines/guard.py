@@ -107,6 +107,7 @@ def _described(config: Any) -> dict[str, Any]:
         "banned": config.additional_config["vlmenv_banned"],
         "vocabulary": config.additional_config["vlmenv_vocabulary"],
         "images": config.additional_config["vlmenv_images"],
+        "videos": config.additional_config["vlmenv_videos"],
         "dtype": str(model.dtype).removeprefix("torch."),
         "logprobs": model.logprobs_mode,
     }

@@ -47,6 +47,8 @@ class Served:
     """length limit of prompt and completion together, in tokens"""
     max_images: int
     """most images of a conversation"""
+    max_videos: int
+    """most videos of a prompt"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ def read_served(models: Any, told: Any) -> Served:
     """
     try:
         weights = {str(name): _integers(shape) for name, shape in told["weights"].items()}
-        limits, mode = [models["data"][0]["max_model_len"], told["images"]], told["logprobs"]
+        limits, mode = [models["data"][0]["max_model_len"], told["images"], told["videos"]], told["logprobs"]
         vocabulary, dtype = str(told["vocabulary"]), str(told["dtype"])
         served = Served(weights, _integers(told["banned"]), vocabulary, dtype, *_integers(limits))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:

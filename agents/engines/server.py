@@ -36,6 +36,7 @@ from vlmenv.agents.engines.ranks import broadcast_from_main
 from vlmenv.agents.engines.remote import RetryPolicy, Server
 from vlmenv.agents.engines.replies import Answer, OtherModelFault, RefusedTokenFault, Served, ServerFault
 from vlmenv.agents.engines.settings import sampling_settings
+from vlmenv.agents.engines.videos import packed
 from vlmenv.agents.engines.worker import weight_shapes
 from vlmenv.agents.families import Family
 from vlmenv.agents.sampling import Sampled
@@ -89,6 +90,7 @@ class VLLMServerEngine(Engine):
     """
 
     max_images: int
+    max_videos: int
 
     def __init__(
         self,
@@ -113,7 +115,7 @@ class VLLMServerEngine(Engine):
         self._given, self._run_id, self._weights_folder = 0, uuid.uuid4().hex, weights_folder
         remove_stale(weights_folder)
         self._direct = DirectTransfer(token) if transfer == "direct" else None
-        self._dtype, self.max_length, self.max_images = "", 0, 0
+        self._dtype, self.max_length, self.max_images, self.max_videos = "", 0, 0, 0
         self._loop = BackgroundLoop()
         try:
             self._agree(self._run(self._meet_all()))
@@ -197,6 +199,7 @@ class VLLMServerEngine(Engine):
         """Sets dtype and limits, or raises EngineError if servers differ."""
         self._dtype, self.max_length = met[0].dtype, min(served.max_length for served in met)
         self.max_images = min(served.max_images for served in met)
+        self.max_videos = min(served.max_videos for served in met)
         for server, served in zip([one for one in self._servers if one.fault is None], met, strict=True):
             if unlike := self._difference(served):
                 raise EngineError(f"{server.url}: {unlike}")
@@ -220,6 +223,8 @@ class VLLMServerEngine(Engine):
             return f"it takes {served.max_length} tokens, but the others {self.max_length}: raise its --engine-length"
         if served.max_images < self.max_images:
             return f"it takes {served.max_images} images, but the others {self.max_images}: raise its --engine-images"
+        if served.max_videos < self.max_videos:
+            return f"it takes {served.max_videos} videos, but the others {self.max_videos}: raise its --engine-videos"
         return None
 
     # Completions.
@@ -230,7 +235,7 @@ class VLLMServerEngine(Engine):
         """Divides the requests' completions into jobs. Each job has its own seed, whichever server does it."""
         jobs = []
         for i, (request, count) in enumerate(zip(requests, counts.tolist(), strict=True)):
-            prompt = image_parts(request) | {"token_ids": request.token_ids}
+            prompt = content_parts(request, self._family) | {"token_ids": request.token_ids}
             for start in range(0, count if sampling.temperature > 0 else 1, _AT_ONCE):
                 part, seed = min(_AT_ONCE, count - start), int(rng.integers(2**31))
                 params = sampling_settings(self._family, sampling, part, seed)
@@ -345,14 +350,19 @@ async def _named(server: Server, work: Awaitable[T]) -> T:
         raise EngineError(f"{server.url}: {fault}") from fault
 
 
-def image_parts(request: Request) -> dict[str, Any]:
-    """The images of a conversation, in the body of a request to vLLM's `/inference/v1/generate`."""
-    images = [{"type": "image_url", "url": _as_url(image)} for image in request.images]
-    return {"content_parts": images or None, "return_token_ids": True}
+def content_parts(request: Request, family: Family) -> dict[str, Any]:
+    """The images and videos of a conversation, in the body of a request to vLLM's `/inference/v1/generate`."""
+    images = [{"type": "image_url", "url": _as_url("image/png", _png(image))} for image in request.images]
+    videos = [{"type": "video_url", "url": _as_url("video/x-vlmenv", packed(family, one))} for one in request.videos]
+    return {"content_parts": images + videos or None, "return_token_ids": True}
 
 
-def _as_url(image: NDArray[np.uint8]) -> str:
-    """An image as a URL with PNG data, which is lossless."""
+def _png(image: NDArray[np.uint8]) -> bytes:
+    """An image as PNG, which is lossless."""
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, "PNG", compress_level=1)
-    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
+    return stream.getvalue()
+
+
+def _as_url(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

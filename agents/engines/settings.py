@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import torch
 
+from vlmenv.agents.engines.videos import processor_settings, register_loader
 from vlmenv.agents.families import Family
 from vlmenv.agents.families.layers import STATE, layer_kinds
 from vlmenv.compat import vllm as compat
@@ -35,14 +36,16 @@ def engine_settings(
     dtype: torch.dtype,
     max_length: int,
     max_images: int,
+    max_videos: int,
     memory_share: float,
     tensor_parallel: int,
     transfer: str,
 ) -> dict[str, Any]:
     """Arguments to start vLLM with, in this process or as a server; see `VLLMEngine`.
 
-    `transfer` is the way of weights: `IN_PROCESS` or `TO_SERVER`.
+    `transfer` is the way of weights: `IN_PROCESS` or `TO_SERVER`. Families whose videos vLLM reads otherwise get none.
     """
+    videos = max_videos if family.takes_videos and family.vllm_video_fault is None else 0
     cache = max(_CPU_CACHE, 4 * max_length * _bytes_per_token(family, dtype))
     on_cpu: dict[str, Any] = {
         "enforce_eager": True,
@@ -55,13 +58,15 @@ def engine_settings(
         "model": str(folder),
         "dtype": str(dtype).removeprefix("torch."),
         "max_model_len": max_length,
-        "limit_mm_per_prompt": {"image": max_images, "video": 0},
+        "limit_mm_per_prompt": {"image": max_images, "video": videos},
+        **({"mm_processor_kwargs": processor_settings(family)} if videos else {}),
         "logprobs_mode": "processed_logprobs",
         "logits_processors": ["vlmenv.agents.engines.banning:BannedTokens"],
         "additional_config": {
             "vlmenv_banned": family.banned_tokens.tolist(),
             "vlmenv_vocabulary": vocabulary_digest(family),
             "vlmenv_images": max_images,
+            "vlmenv_videos": videos,
         },
         # Prefixes with states are cached only where prompts are cut.
         "enable_prefix_caching": device.type != "cpu" or STATE not in layer_kinds(family.model.config),
@@ -102,10 +107,11 @@ def environment(device: torch.device) -> dict[str, str]:
 
 @cache
 def prepare_process() -> None:
-    """Prepares a process of vLLM's: registers the ways of weights, and calls `inspect_in_process`."""
+    """Prepares a process of vLLM's: registers the ways of weights and of videos, and calls `inspect_in_process`."""
     factory = importlib.import_module("vllm.distributed.weight_transfer").WeightTransferEngineFactory
     for name, kind in ((IN_PROCESS, "InProcessTransfer"), (TO_SERVER, "ServerTransfer")):
         factory.register_engine(name, "vlmenv.agents.engines.transfer", kind)
+    register_loader()
     inspect_in_process()
 
 

@@ -20,8 +20,8 @@ from vlmenv.agents.engines.background import BackgroundLoop
 from vlmenv.agents.engines.base import Request
 from vlmenv.agents.engines.checks import check_prompt
 from vlmenv.agents.engines.remote import RetryPolicy, Server
-from vlmenv.agents.engines.replies import ServerFault
-from vlmenv.agents.engines.server import image_parts
+from vlmenv.agents.engines.replies import Served, ServerFault
+from vlmenv.agents.engines.server import content_parts
 from vlmenv.agents.engines.settings import vocabulary_digest
 from vlmenv.agents.families import Family
 from vlmenv.core.errors import ConfigError, EngineError
@@ -60,10 +60,11 @@ class ServerTeacher:
         ca: Path | None = None,
     ) -> None:
         self._server = Server(url, server_token(), retry_policy or RetryPolicy(), ca)
-        self._encode = encode
+        self._encode, self._family = encode, family
         self._loop = BackgroundLoop()
         try:
-            served = self._run(self._server.meet())
+            served: Served = self._run(self._server.meet())
+            self._max_videos = served.max_videos
             if served.vocabulary != vocabulary_digest(family):
                 raise ConfigError(
                     f"the teacher {url} has another tokenizer than the model. Serve a teacher of the same family"
@@ -83,14 +84,14 @@ class ServerTeacher:
             float32 [N, L], on the CPU; 0 after a completion's end.
 
         Raises:
-            ConfigError: An observation has videos.
+            ConfigError: An observation has videos, and the server takes none.
             EngineError: The server fails, or encodes a prompt differently from the student.
         """
-        if any(one.get("videos") for one in observations):
-            raise ConfigError("a teacher on a server takes no videos: name a model instead")
+        if self._max_videos == 0 and any(one.get("videos") for one in observations):
+            raise ConfigError("the teacher's server takes no videos of its model: name the model instead")
         prompts, index = self._encode(observations)
-        images = {int(prompt): one["images"] for prompt, one in zip(index, observations, strict=True)}
-        requests = [Request(prompt, images[i]) for i, prompt in enumerate(prompts)]
+        shown = {int(prompt): one for prompt, one in zip(index, observations, strict=True)}
+        requests = [Request(prompt, shown[i]["images"], shown[i].get("videos", ())) for i, prompt in enumerate(prompts)]
         tokens = [one.token_ids for one in rollout.completions]
         found = self._run(self._scored([requests[i] for i in index], tokens))
         result = np.zeros((len(found), max(map(len, tokens))), np.float32)
@@ -115,7 +116,7 @@ class ServerTeacher:
         room = asyncio.Semaphore(_AT_ONCE)
 
         async def score(request: Request, answer: NDArray[np.int64]) -> NDArray[np.float32]:
-            body = image_parts(request) | {"token_ids": [*request.token_ids, *answer.tolist()]}
+            body = content_parts(request, self._family) | {"token_ids": [*request.token_ids, *answer.tolist()]}
             async with room:
                 prompt_ids, logprobs = await self._server.score(body, count=len(answer))
             check_prompt(request, prompt_ids[: -len(answer)])

@@ -33,6 +33,7 @@ from vlmenv.agents.engines.settings import (
     prepare_process,
     sampling_settings,
 )
+from vlmenv.agents.engines.videos import as_frames
 from vlmenv.agents.engines.worker import weight_shapes
 from vlmenv.agents.families import Family
 from vlmenv.agents.sampling import Sampled
@@ -58,6 +59,7 @@ class VLLMEngine(Engine):
         dtype: Type of its weights.
         max_length: Length limit of prompt and completion together, in tokens.
         max_images: Maximum number of images of a prompt, or of all turns of an episode.
+        max_videos: Maximum number of videos of a prompt, in families whose videos vLLM reads as the trainer does.
         memory_share: Share of the GPU's memory for weights, keys and values, 0 to 1.
         tensor_parallel: Number of neighbouring ranks that share an engine.
         seed: Seed of vLLM's own random numbers. Completions have their own seeds.
@@ -76,6 +78,7 @@ class VLLMEngine(Engine):
         dtype: torch.dtype,
         max_length: int,
         max_images: int = 8,
+        max_videos: int = 1,
         memory_share: float = 0.4,
         tensor_parallel: int = 1,
         seed: int = 0,
@@ -93,10 +96,12 @@ class VLLMEngine(Engine):
             dtype=dtype,
             max_length=max_length,
             max_images=max_images,
+            max_videos=max_videos,
             memory_share=memory_share,
             tensor_parallel=tensor_parallel,
             transfer=IN_PROCESS,
         )
+        self.max_videos = settings["additional_config"]["vlmenv_videos"]
         if num_processes() > 1:  # vLLM uses the training processes, and starts none
             settings["distributed_executor_backend"] = "external_launcher"
         try:
@@ -111,11 +116,19 @@ class VLLMEngine(Engine):
     ) -> list[Sampled]:
         counts = np.bincount(index, minlength=len(requests))
         settings = [sampling_settings(self._family, sampling, int(n), int(rng.integers(2**31))) for n in counts]
-        outputs = self._generate(list(zip(map(_as_input, requests), settings, strict=True)))
+        outputs = self._generate(list(zip(map(self._as_input, requests), settings, strict=True)))
         for request, output in zip(requests, outputs, strict=True):
             check_prompt(request, output.prompt_token_ids)
         written = [[_sampled(one) for one in sorted(output.outputs, key=lambda one: one.index)] for output in outputs]
         return assign_completions(index, written)
+
+    def _as_input(self, request: Request) -> dict[str, Any]:
+        shown = {
+            "image": [Image.fromarray(image) for image in request.images],
+            "video": [as_frames(self._family, video) for video in request.videos],
+        }
+        data = {kind: items for kind, items in shown.items() if items}
+        return {"prompt_token_ids": request.token_ids} | ({"multi_modal_data": data} if data else {})
 
     def _generate(self, jobs: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[Any]:
         """Runs vLLM on prompts with their sampling parameters."""
@@ -261,11 +274,6 @@ def _explained(work: str) -> Iterator[None]:
     except (RuntimeError, ValueError, AssertionError) as error:
         full = "; lower --engine-memory" if "out of memory" in str(error) else ""
         raise EngineError(f"vLLM failed to {work}: {error}{full}") from error
-
-
-def _as_input(request: Request) -> dict[str, Any]:
-    images = [Image.fromarray(image) for image in request.images]
-    return {"prompt_token_ids": request.token_ids} | ({"multi_modal_data": {"image": images}} if images else {})
 
 
 def _sampled(output: Any) -> Sampled:

@@ -150,6 +150,8 @@ class Family(ABC):
 
     takes_videos: ClassVar[bool] = False
     """Whether prompts may have videos: then the family has `process_video` and `expanded_video`. Default: False."""
+    vllm_video_fault: ClassVar[str | None] = "how vLLM reads them has not been compared with the trainer"
+    """Why the family's videos do not go through vLLM, to end a message; None: vLLM reads them as the trainer does."""
 
     sees_both_ways: frozenset[str] = frozenset()
     """The kinds of layers in which the tokens of an image attend to each other in both directions. Default: none."""
@@ -206,6 +208,14 @@ class Family(ABC):
         """
         raise NotImplementedError
 
+    def resized_frames(self, video: Video) -> NDArray[np.uint8]:
+        """A video's frames [F, H, W, 3] at the size that the model sees.
+
+        Raises:
+            ValueError: The processor refuses frames of this shape.
+        """
+        raise NotImplementedError
+
     @property
     def video_mark(self) -> str | None:
         """The text of chat templates for a whole video. Default: None, the family takes no videos."""
@@ -218,6 +228,15 @@ class Family(ABC):
             raise ModelError(
                 f"models of type {cls.model_type} are not trained on videos here: take Qwen2-VL, Qwen2.5-VL, Qwen3-VL "
                 "or Qwen3.5, or a task of images with frames as 'images'"
+            )
+
+    @classmethod
+    def require_videos_in_vllm(cls) -> None:
+        """Raises ConfigError if vLLM would read the family's videos otherwise than the trainer."""
+        if cls.vllm_video_fault is not None:
+            raise ConfigError(
+                f"videos of {cls.model_type} go with engine hf, the model itself: {cls.vllm_video_fault}, so that both "
+                "would see another prompt"
             )
 
     def as_seen(self, ids: torch.Tensor) -> torch.Tensor:
@@ -363,7 +382,8 @@ class Family(ABC):
         inputs, expanded = self.process_shown(shown) if shown else ({}, [])
         text = first + "".join(mark + text for mark, text in zip(expanded, rest[1::2], strict=True))
         ids = np.array(self._encoded(text), dtype=np.int64)
-        marked = np.array(self._encoded(chat), dtype=np.int64) if shown else None
+        bare = chat.replace(self.video_mark, self.video_token) if videos and self.video_mark else chat
+        marked = np.array(self._encoded(bare), dtype=np.int64) if shown else None
         return Prompt(ids, self.positions(ids, inputs, shown), inputs, marked)
 
     def process_shown(self, shown: Sequence[Image | Video]) -> tuple[dict[str, torch.Tensor], list[str]]:

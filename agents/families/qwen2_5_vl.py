@@ -21,6 +21,9 @@ class Qwen25VL(Qwen2VL):
 
     model_type: ClassVar[str] = "qwen2_5_vl"
     coordinates: ClassVar[CoordinateSpace] = CoordinateSpace.RESIZED
+    vllm_video_fault: ClassVar[str | None] = (
+        "vLLM counts the positions after a video from its last second, transformers from the size of its frames"
+    )
 
     def positions(
         self, ids: NDArray[np.int64], images: Mapping[str, torch.Tensor], shown: Sequence[Image | Video] = ()

@@ -36,6 +36,9 @@ class Qwen2VL(Family):
     coordinates: ClassVar[CoordinateSpace] = CoordinateSpace.NORM1000
     packs_images: ClassVar[bool] = True
     takes_videos: ClassVar[bool] = True
+    vllm_video_fault: ClassVar[str | None] = (
+        "vLLM counts the positions after a video from its last step in time, transformers from the size of its frames"
+    )
 
     def process_images(self, images: tuple[Image, ...]) -> tuple[dict[str, torch.Tensor], list[str]]:
         processor = self.processor.image_processor
@@ -51,8 +54,7 @@ class Qwen2VL(Family):
     def process_video(self, video: Video) -> dict[str, torch.Tensor]:
         """Prepares frames as the image processor does. That has each frame in all places of a patch's time."""
         processor = self.processor.image_processor
-        size, together = self.frame_size(video), processor.temporal_patch_size
-        frames = [np.asarray(PILImage.fromarray(one).resize(size, PILImage.Resampling.BICUBIC)) for one in video.frames]
+        together, frames = processor.temporal_patch_size, list(self.resized_frames(video))
         frames += [frames[-1]] * (-len(frames) % together)
         patches = []
         for start in range(0, len(frames), together):
@@ -60,8 +62,14 @@ class Qwen2VL(Family):
             inputs = processor(images=some, do_resize=False, input_data_format="channels_last", return_tensors="pt")
             alike = inputs["pixel_values"].view(together, -1, 3, together, processor.patch_size**2)
             patches.append(torch.stack([alike[i, :, :, i] for i in range(together)], dim=2).flatten(1))
-        grid = [len(patches), size[1] // processor.patch_size, size[0] // processor.patch_size]
+        grid = [len(patches), *(side // processor.patch_size for side in frames[0].shape[:2])]
         return {"pixel_values": torch.cat(patches), _GRIDS: torch.tensor([grid])}
+
+    def resized_frames(self, video: Video) -> NDArray[np.uint8]:
+        """Resizes frames by Pillow, as images are."""
+        size = self.frame_size(video)
+        shown = (PILImage.fromarray(one).resize(size, PILImage.Resampling.BICUBIC) for one in video.frames)
+        return np.stack([np.asarray(one) for one in shown])
 
     def expanded_video(self, video: Video) -> str:
         return self.video_token * sum(self._video_features(video))

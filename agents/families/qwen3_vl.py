@@ -16,6 +16,8 @@ from vlmenv.core.video import Video
 class TimedVideos(Qwen2VL):
     """Videos as Qwen3-VL and Qwen3.5 take them: each step in time is an image after its seconds as text."""
 
+    vllm_video_fault: ClassVar[str | None] = None
+
     def expanded_video(self, video: Video) -> str:
         """A step in time has two frames, and the mean of their seconds."""
         together = self.processor.image_processor.temporal_patch_size

@@ -255,7 +255,9 @@ _ANYRES_SETTINGS: dict[str, Any] = {
 }
 _TILED = {"processor_class": "InternVLProcessor", "image_seq_length": 4}
 PROCESSORS: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {"processor_class": "Qwen2VLProcessor"},
     "qwen2_5_vl": {"processor_class": "Qwen2_5_VLProcessor"},
+    "qwen3_vl": {"processor_class": "Qwen3VLProcessor"},
     "glm4v": {"processor_class": "Glm4vProcessor"},
     "glm4v_moe": {"processor_class": "Glm4vProcessor"},
     "glm46v": {"processor_class": "Glm46VProcessor"},
@@ -313,6 +315,16 @@ def invent(name: str, folder: Path, head: int = 16) -> None:
     if model_type != "gemma4":
         cut(config, head)
     save_random(config, folder, tokenizer.eos_token_id)
+
+
+def show_videos(folder: Path) -> None:
+    """Writes a part for videos into a small Qwen's chat template."""
+    file = folder / "chat_template.jinja"
+    shown = "<|vision_start|><|video_pad|><|vision_end|>{% elif part.type == 'text' %}{{ part.text }}{% endif %}"
+    text = file.read_text()
+    whole = text.replace("{% else %}{{ part.text }}{% endif %}", f"{{% elif part.type == 'video' %}}{shown}")
+    assert whole != text
+    file.write_text(whole)
 
 
 def _gemma4(text: Any, has_experts: bool, head: int) -> Any:
@@ -435,6 +447,8 @@ def cut(config: Any, head: int = 16) -> None:
         text.shared_expert_intermediate_size = 16
     elif config.model_type.startswith("qwen"):
         text.rope_parameters |= {"mrope_section": [head // 4, head // 8, head // 8]}
+    if config.model_type.startswith("qwen3_vl"):
+        text.rope_parameters |= {"mrope_interleaved": True}  # as published, for vLLM
     if config.model_type.startswith("glm4"):
         text.rope_parameters |= {"mrope_section": [head // 8, head // 16, head // 16], "partial_rotary_factor": 0.5}
     _cut_vision(config.vision_config, text.hidden_size, head)

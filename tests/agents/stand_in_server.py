@@ -199,6 +199,7 @@ def described(agent: VLMAgent) -> dict[str, Any]:
         "dtype": "float32",
         "logprobs": "processed_logprobs",
         "images": 4,
+        "videos": 2,
     }
 
 

@@ -30,8 +30,8 @@ def processors(builtin: VLMAgent) -> list[Any]:
         build_custom_logits_processors_params_validator,
     )
 
-    sizes = {"max_length": 64, "max_images": 1, "memory_share": 0.4, "tensor_parallel": 1, "transfer": "nccl"}
-    told = engine_settings(builtin.folder, builtin.family, CPU, dtype=torch.float32, **sizes)
+    sizes = {"max_length": 64, "max_images": 1, "max_videos": 0, "memory_share": 0.4, "tensor_parallel": 1}
+    told = engine_settings(builtin.folder, builtin.family, CPU, dtype=torch.float32, transfer="nccl", **sizes)
     names = told["logits_processors"]
     build_custom_logits_processors_params_validator(names)(SamplingParams())
     states = SimpleNamespace(**dict.fromkeys(LogitsProcRequestState.__dataclass_fields__) | {"device": CPU})

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import shared
-from small_models import from_published, invent
+from small_models import from_published, invent, show_videos
 from test_conformance import assert_alike, build, gradients, image
 from torch import nn
 from transformers import AutoTokenizer
@@ -29,7 +29,7 @@ from vlmenv.core.rollout import Observation, Rollout
 from vlmenv.core.video import Video
 from vlmenv.envs.video_qa import VideoQAEnv
 from vlmenv.envs.vqa import VQAEnv
-from vlmenv.options.task import EngineOptions, TaskConfig
+from vlmenv.options.task import TaskConfig
 
 NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 PUBLISHED = ("published qwen2_5_vl", "published qwen3_vl")
@@ -53,12 +53,7 @@ def folder(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     make: Callable[[str, Path], None] = from_published if name.startswith("published") else invent
     make(name.removeprefix("published "), folder)
     if not name.startswith("published"):  # which have no part for videos in their template
-        file = folder / "chat_template.jinja"
-        shown = "<|vision_start|><|video_pad|><|vision_end|>{% elif part.type == 'text' %}{{ part.text }}{% endif %}"
-        text = file.read_text().replace(
-            "{% else %}{{ part.text }}{% endif %}", f"{{% elif part.type == 'video' %}}{shown}"
-        )
-        file.write_text(text)
+        show_videos(folder)
     return folder
 
 
@@ -237,18 +232,8 @@ def test_what_takes_no_videos_is_told_before_anything_runs(tmp_path: Path) -> No
     check_videos(TaskConfig(model=str(tmp_path)), VQAEnv())
     with pytest.raises(ModelError, match="not trained on videos here"):
         check_videos(TaskConfig(model=str(tmp_path)), task)
-    served = EngineOptions(engine="vllm-server", server=("http://127.0.0.1:1",))
-    with pytest.raises(ConfigError, match="videos go with engine hf"):
-        check_videos(TaskConfig(generation=served), task)
     with pytest.raises(ConfigError, match="VLM-VideoQA-v0 takes videos, and other trainers"):
         PortableTask("VLM-VideoQA-v0")
-
-
-def test_an_engine_is_given_no_videos() -> None:
-    agent = VLMAgent.from_pretrained("builtin")
-    agent.engine = SimpleNamespace(max_length=2048, max_images=None)  # type: ignore[assignment]
-    with pytest.raises(ConfigError, match="videos go with engine hf"):
-        agent.rollout([{"images": (), "videos": (clip(4, 32, 32),), "prompt": "?"}])
 
 
 @pytest.mark.slow

@@ -141,7 +141,7 @@ def test_what_is_served_is_told_with_the_token_alone(app: Noting, tmp_path: Path
     """As vLLM's configuration has it, and not its folder."""
     save_file({"a.weight": torch.zeros(2, 3)}, tmp_path / "model.safetensors")
     model = SimpleNamespace(model=str(tmp_path), dtype=torch.bfloat16, logprobs_mode="processed_logprobs")
-    own = {"vlmenv_banned": [7, 8], "vlmenv_images": 3, "vlmenv_vocabulary": "ab12"}
+    own = {"vlmenv_banned": [7, 8], "vlmenv_images": 3, "vlmenv_videos": 2, "vlmenv_vocabulary": "ab12"}
     config = SimpleNamespace(model_config=model, additional_config=own)
     vllm = SimpleNamespace(state=SimpleNamespace(vllm_config=config))
 
@@ -155,7 +155,7 @@ def test_what_is_served_is_told_with_the_token_alone(app: Noting, tmp_path: Path
 
     assert asyncio.run(request({})).status_code == 401
     told = {"weights": {"a.weight": [2, 3]}, "banned": [7, 8], "dtype": "bfloat16", "logprobs": "processed_logprobs"}
-    assert asyncio.run(request(RIGHT)).json() == told | {"images": 3, "vocabulary": "ab12"}
+    assert asyncio.run(request(RIGHT)).json() == told | {"images": 3, "videos": 2, "vocabulary": "ab12"}
     assert not app.taken
 
 

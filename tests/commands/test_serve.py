@@ -73,14 +73,17 @@ def test_the_server_is_told_what_the_trainer_goes_by(name: str, qwen2_5_vl_folde
     """Tokens that are banned are found without the weights."""
     model = "builtin" if name == "builtin" else str(qwen2_5_vl_folder)
     agent = VLMAgent.from_pretrained(model)
-    options = {"weights": "bf16", "engine_length": 300, "engine_images": 3}
+    options = {"weights": "bf16", "engine_length": 300, "engine_images": 3, "engine_videos": 2}
+    videos = 2 if name == "builtin" else 0  # which vLLM reads otherwise
     told = _arguments(replaced(ServeConfig(model), options), torch.device("cpu"))
     assert told["additional_config"] == {
         "vlmenv_banned": agent.family.banned_tokens.tolist(),
         "vlmenv_images": 3,
+        "vlmenv_videos": videos,
         "vlmenv_vocabulary": vocabulary_digest(agent.family),
     }
-    assert told["limit_mm_per_prompt"]["image"] == 3
+    assert told["limit_mm_per_prompt"] == {"image": 3, "video": videos}
+    assert ("mm_processor_kwargs" in told) == (videos > 0)
     assert (told["model"], told["dtype"], told["max_model_len"]) == (str(find_model(model)), "bfloat16", 300)
     flags = list(_flags(told))
     assert {"--enforce-eager", "--no-enable-chunked-prefill", "--host=127.0.0.1"} <= set(flags)

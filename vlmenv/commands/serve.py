@@ -27,6 +27,7 @@ from vlmenv.agents.engines.addresses import LONGEST_SOCKET
 from vlmenv.agents.engines.admission import LOCAL
 from vlmenv.agents.engines.guard import HOST
 from vlmenv.agents.engines.settings import TO_SERVER, engine_settings, environment
+from vlmenv.agents.engines.videos import LOADER
 from vlmenv.agents.engines.vllm import require_vllm
 from vlmenv.agents.families import weightless_family
 from vlmenv.agents.pixels import prepared_folder
@@ -94,12 +95,14 @@ def _arguments(config: ServeConfig, device: torch.device) -> dict[str, Any]:
         dtype=DTYPES[config.weights],
         max_length=min(longest, config.vllm.engine_length),
         max_images=config.vllm.engine_images,
+        max_videos=config.vllm.engine_videos,
         memory_share=config.vllm.engine_memory,
         tensor_parallel=config.vllm.tensor_parallel,
         transfer=TO_SERVER,
     ) | {
         **_listening(config),
         "enable_scale_out": True,  # tokens in, tokens out
+        "media_io_kwargs": {"video": {"video_backend": LOADER}},
         "middleware": ["vlmenv.agents.engines.guard.Guard"],
         "allowed_media_domains": ["none.invalid"],  # a name that cannot exist: images come within requests
         "uvicorn_log_level": "error",

@@ -114,7 +114,7 @@ class Prompt:
     """inputs of the vision tower for images and videos, by the model's own argument names; prompts are joined along the
     first axis"""
     marked_ids: NDArray[np.int64] | None = None
-    """the same tokens with one mark in the place of each image, as engines take them; None: as they are"""
+    """the same tokens with one mark in the place of each image and video, as engines take them; None: as they are"""
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)

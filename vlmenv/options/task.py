@@ -175,6 +175,8 @@ class VLLMOptions:
     """Length limit of prompt and completion together in vLLM, in tokens, at most what the model takes."""
     engine_images: int = 8
     """Most images of a prompt in vLLM, or of all turns of an episode together."""
+    engine_videos: int = 1
+    """Most videos of a prompt in vLLM, with Qwen3-VL. Other families' videos do not go through vLLM."""
     engine_memory: float = 0.4
     """Share of the GPU's memory that vLLM may take, its weights included."""
     tensor_parallel: int = 1
@@ -182,7 +184,7 @@ class VLLMOptions:
 
     def __post_init__(self) -> None:
         require(self.engine_length >= 2, f"engine_length must leave room for a prompt, not be {self.engine_length}")
-        require_at_least(1, engine_images=self.engine_images)
+        require_at_least(1, engine_images=self.engine_images, engine_videos=self.engine_videos)
         require(0 < self.engine_memory < 1, f"engine_memory is a share between 0 and 1, not {self.engine_memory}")
         require(self.tensor_parallel >= 1, f"tensor_parallel must be at least 1, not {self.tensor_parallel}")
 
@@ -214,7 +216,7 @@ class EngineOptions(VLLMOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        own = ("engine_length", "engine_images", "engine_memory", "tensor_parallel")
+        own = ("engine_length", "engine_images", "engine_videos", "engine_memory", "tensor_parallel")
         if self.engine != "vllm" and (given := self._changed(*own)):
             raise ConfigError(f"{' and '.join(given)} go with engine vllm; servers have their own")
         if self.cache_tokens is not None:
