@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import torch
 
-from vlmenv.agents.engines.videos import processor_settings, register_loader
+from vlmenv.agents.engines.videos import AS_GIVEN, register_loader
 from vlmenv.agents.families import Family
 from vlmenv.agents.families.layers import STATE, layer_kinds
 from vlmenv.compat import vllm as compat
@@ -59,7 +59,7 @@ def engine_settings(
         "dtype": str(dtype).removeprefix("torch."),
         "max_model_len": max_length,
         "limit_mm_per_prompt": {"image": max_images, "video": videos},
-        **({"mm_processor_kwargs": processor_settings(family)} if videos else {}),
+        **({"mm_processor_kwargs": AS_GIVEN} if videos else {}),
         "logprobs_mode": "processed_logprobs",
         "logits_processors": ["vlmenv.agents.engines.banning:BannedTokens"],
         "additional_config": {

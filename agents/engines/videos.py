@@ -21,14 +21,8 @@ LOADER: Final = "vlmenv"
 """vLLM's name of `FrameLoader`"""
 Frames = tuple[NDArray[np.uint8], dict[str, Any]]
 """frames [F, H, W, 3] and metadata, as vLLM takes a video"""
-_SETTINGS: Final = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
-
-
-def processor_settings(family: Family) -> dict[str, Any]:
-    """Settings of vLLM's processor by which it takes frames as they are, and pixels as the family makes them."""
-    own = {name: getattr(family.processor.image_processor, name) for name in _SETTINGS}
-    listed = {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
-    return {"videos_kwargs": {"do_resize": False, "do_sample_frames": False, **listed}}
+AS_GIVEN: Final = {"videos_kwargs": {"do_resize": False, "do_sample_frames": False}}
+"""settings of vLLM's processor by which it takes frames as they are"""
 
 
 def as_frames(family: Family, video: Video) -> Frames:
@@ -92,6 +86,5 @@ def _with_times(frames: NDArray[np.uint8], seconds: NDArray[np.float64]) -> Fram
         "duration": float(seconds[-1]),
         "video_backend": LOADER,
         "frames_indices": seconds.tolist(),
-        "do_sample_frames": False,
     }
     return frames, metadata

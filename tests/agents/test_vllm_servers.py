@@ -295,6 +295,15 @@ def test_a_holder_of_the_token_can_chat(lasting: Served) -> None:
     assert post(lasting, "/v1/chat/completions", {}).status_code == 401
 
 
+def test_files_of_videos_are_refused_and_do_no_harm(lasting: Served, opened: ExitStack) -> None:
+    """Frames and times come as trainers send them; whatever else would have to be decoded, and frames chosen."""
+    video = {"url": f"data:video/mp4;base64,{base64.b64encode(b'ftypmp42').decode()}"}
+    told = chat(lasting, {"type": "video_url", "video_url": video})
+    assert 400 <= told.status_code < 500
+    assert "take videos as trainers of vlmenv send them" in told.text
+    assert_in_step(agent_of(opened, lasting.url))
+
+
 def test_images_are_fetched_from_nowhere(lasting: Served, tmp_path: Path) -> None:
     file = tmp_path / "image.png"
     Image.new("RGB", (64, 64)).save(file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -57,6 +58,9 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         return find_model("builtin")
     folder: Path = tmp_path_factory.mktemp("qwen3_vl")
     write("qwen3_vl", folder)
+    # of which both take the size alone; the mean is that of images
+    own = {"size": {"shortest_edge": 1024, "longest_edge": 30000}, "image_mean": [0.5, 0.5, 0.5]}
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(own))
     return folder
 
 

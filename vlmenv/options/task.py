@@ -176,7 +176,7 @@ class VLLMOptions:
     engine_images: int = 8
     """Most images of a prompt in vLLM, or of all turns of an episode together."""
     engine_videos: int = 1
-    """Most videos of a prompt in vLLM, with Qwen3-VL. Other families' videos do not go through vLLM."""
+    """Most videos of a prompt in vLLM, of Qwen3-VL and Qwen3.5. Those of other families do not go through vLLM."""
     engine_memory: float = 0.4
     """Share of the GPU's memory that vLLM may take, its weights included."""
     tensor_parallel: int = 1
