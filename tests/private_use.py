@@ -20,7 +20,7 @@ DOCUMENTED = {
     *("huggingface_hub.errors", "huggingface_hub.utils", "numpy.typing", "packaging.requirements", "packaging.utils"),
     *("pycocotools.coco", "pycocotools.cocoeval", "scipy.optimize"),
     *("rich.console", "rich.markup", "rich.measure", "rich.progress", "rich.table", "rich.text"),
-    *("matplotlib.axes", "matplotlib.figure", "safetensors.torch", "sympy.core.function"),
+    *("matplotlib.axes", "matplotlib.figure", "safetensors.numpy", "safetensors.torch", "sympy.core.function"),
     *("accelerate.state", "accelerate.utils", "deepspeed.zero", "transformers.utils", "transformers.utils.logging"),
     *("torch.autograd.function", "torch.autograd.graph", "torch.optim.adamw", "torch.optim.lr_scheduler"),
     *("torch.distributed.checkpoint.state_dict", "torch.distributed.device_mesh", "torch.distributed.fsdp"),

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import torch
 
-from vlmenv.agents.engines.videos import AS_GIVEN, register_loader
+from vlmenv.agents.engines.videos import AS_GIVEN, LOADER, FrameLoader
 from vlmenv.agents.families import Family
 from vlmenv.agents.families.layers import STATE, layer_kinds
 from vlmenv.compat import vllm as compat
@@ -111,7 +111,7 @@ def prepare_process() -> None:
     factory = importlib.import_module("vllm.distributed.weight_transfer").WeightTransferEngineFactory
     for name, kind in ((IN_PROCESS, "InProcessTransfer"), (TO_SERVER, "ServerTransfer")):
         factory.register_engine(name, "vlmenv.agents.engines.transfer", kind)
-    register_loader()
+    compat.register_video_loader(LOADER, FrameLoader)
     inspect_in_process()
 
 

@@ -6,7 +6,6 @@ of this project's own: the frames as they are, in a safetensors file.
 
 from __future__ import annotations
 
-import importlib
 from typing import Any, Final
 
 import numpy as np
@@ -71,11 +70,6 @@ class FrameLoader:
                 f"{seconds.dtype} {list(seconds.shape)}"
             )
         return _with_times(frames, seconds)
-
-
-def register_loader() -> None:
-    """Makes `FrameLoader` known to vLLM, in the process of a server that reads requests."""
-    importlib.import_module("vllm.multimodal.media").VIDEO_LOADER_REGISTRY.register(LOADER)(FrameLoader)
 
 
 def _with_times(frames: NDArray[np.uint8], seconds: NDArray[np.float64]) -> Frames:

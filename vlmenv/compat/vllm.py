@@ -15,6 +15,7 @@ from vlmenv.compat import Use
 _log = logging.getLogger(__name__)
 _REGISTRY: Final = "vllm.model_executor.models.registry"
 _RELOAD: Final = "vllm.model_executor.model_loader.reload.layerwise"
+_MEDIA: Final = "vllm.multimodal.media"
 _EMBEDDINGS: Final = "vllm.model_executor.layers.vocab_parallel_embedding"
 
 
@@ -84,6 +85,16 @@ def _check_embeddings() -> str | None:
     return None if issubclass(kinds.ParallelLMHead, kinds.VocabParallelEmbedding) else "heads are no embeddings"
 
 
+def register_video_loader(name: str, loader: type) -> None:
+    """Makes a class that reads videos known to vLLM, in the process of a server that reads requests."""
+    importlib.import_module(_MEDIA).VIDEO_LOADER_REGISTRY.register(name)(loader)
+
+
+def _check_loaders() -> str | None:
+    registry = getattr(importlib.import_module(_MEDIA), "VIDEO_LOADER_REGISTRY", None)
+    return None if hasattr(registry, "register") else "vLLM has no registry of video loaders"
+
+
 def logits_processors() -> tuple[type, ...]:
     """The base classes of logits processors of vLLM's two kinds of runners. GPUs use the second."""
     first = importlib.import_module("vllm.v1.sample.logits_processor").LogitsProcessor
@@ -121,5 +132,6 @@ USES: Final = (
     Use("groups of ranks", _check_group, "ranks cannot share an engine"),
     Use("tied heads", _check_embeddings, "updates of models with tied heads fail"),
     Use("half-loaded layers", _check_reload, "a load of weights that fails spoils the next one"),
+    Use("loaders of videos", _check_loaders, "vLLM does not start, as servers could read no videos"),
     Use("logits processors", _check_processors, "vLLM does not start, as tokens could not be banned"),
 )
