@@ -11,14 +11,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from types import MappingProxyType
+from typing import Annotated, Any
 
 import numpy as np
+import torch
 import tyro
 from findings.runs import check_model, draw_seeds, evaluation_of, hardware, publish, save, seconds_of, steps_of, trained
 from matplotlib.figure import Figure
 
 from vlmenv.algos import ALGORITHMS
+
+CONTROLS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "entropy_bonus": {"algo": "grpo", "entropy_bonus": 0.01},
+        "clip_cov": {"algo": "grpo", "entropy_control": "clip_cov"},
+        "kl_cov": {"algo": "grpo", "entropy_control": "kl_cov", "minibatches": 2},
+    }
+)
+"""Options of grpo that are measured like algorithms, if `--only` names them."""
 
 
 @dataclass
@@ -28,7 +39,7 @@ class Args:
     env: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Environment, VLM-REC-v0 where left out; may be repeated."""
     only: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Algorithm, all of them where left out; may be repeated."""
+    """Algorithm, all of them where left out, or a key of `CONTROLS`; may be repeated."""
     seeds: int = 3
     """Runs of each."""
     steps: int = 300
@@ -85,7 +96,7 @@ def run(env: str, name: str, seed: int, args: Args) -> Run:
     """A run's results; it is trained, or trained further, unless it is finished."""
     options = {
         "env": env,
-        "algo": name,
+        **options_of(name),
         "seed": seed,
         "steps": args.steps,
         "prompts_per_step": args.prompts,
@@ -95,6 +106,10 @@ def run(env: str, name: str, seed: int, args: Args) -> Run:
         "device": "cpu",
     } | ({"teacher": args.teacher} if name == "opd" else {})
     return Run.read(trained(args.runs / env / f"{name}-seed{seed}", options))
+
+
+def options_of(name: str) -> Mapping[str, Any]:
+    return CONTROLS.get(name, {"algo": name})
 
 
 def head(args: Args) -> list[str]:
@@ -113,7 +128,7 @@ def head(args: Args) -> list[str]:
         f"    python benchmarks/algorithms.py {' '.join(f'--{name} {value}' for name, value in options)}",
         "",
         f"The built-in model, {args.steps} steps of {args.prompts} prompts with each algorithm's own defaults, seeds "
-        f"0 to {args.seeds - 1}; {hardware()}. The "
+        f"0 to {args.seeds - 1}; {hardware()}, threads of PyTorch: {torch.get_num_threads()}. The "
         f"metric is the first of `vlmenv eval`'s, greedy, on {args.limit} held-out samples; the reward is that of "
         "sampled answers, over the first and the last tenth of the steps. sft samples none. Seconds are those of the "
         "steps.",
@@ -142,7 +157,7 @@ def row(name: str, runs: list[Run]) -> str:
 
 def imitates(name: str) -> bool:
     """Whether the completions of an algorithm are the true answers."""
-    kind, config = ALGORITHMS[name]
+    kind, config = ALGORITHMS[str(options_of(name)["algo"])]
     return kind(config).imitates
 
 
