@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Mapping
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from vlmenv.core.answers import Answer, AnswerKind
 from vlmenv.core.errors import unknown_name
@@ -35,8 +35,12 @@ DOCUMENTS: Mapping[str, Callable[..., float]] = {"relaxed": relaxed_reward, "anl
 """Terms for charts and documents, which rows may choose by `accu_reward_method`."""
 
 
-def accepted_texts(row: Row) -> list[str]:
+def accepted_texts(row: Row, as_words: bool = False) -> list[str]:
     """The answers that a row accepts: the items of a list of texts, which may itself be text, or its answer.
+
+    Args:
+        row: A row of a data set.
+        as_words: Whether answers are compared as words alone, so that letters are no choices, and one is enough.
 
     Raises:
         ValueError: The list may also mean that all of its items are required, or one of them is empty.
@@ -48,14 +52,28 @@ def accepted_texts(row: Row) -> list[str]:
         raise ValueError(f"the answer {row.answer[:100]} lists an empty text: leave it out")
     texts = [item if isinstance(item, str) else json.dumps(item) for item in items]
     numbers = not any(isinstance(item, str) for item in items)
-    letters = all(re.fullmatch(r"\W*[A-Za-z]\W*", text) for text in texts)
-    if len({*texts}) > 1 and (numbers or letters):
-        any_of = f", and the list of texts {json.dumps(texts)} where one is enough" if numbers else ""
+    if len({text.casefold() for text in texts}) > 1 and (numbers or (not as_words and _may_be_choices(row, texts))):
+        any_of = f"the list of texts {json.dumps(texts)}" if numbers else "the list with accu_reward_method 'exact'"
         raise ValueError(
             f"the answer is the list {row.answer[:100]}, of which all or one may be meant: "
-            f"write the text {', '.join(texts)!r} where all are{any_of}"
+            f"write the text {', '.join(texts)!r} where all are, and {any_of} where one is enough"
         )
     return texts
+
+
+def _may_be_choices(row: Row, texts: list[str]) -> bool:
+    """Whether texts may be several right choices: letters, but without choices no small or repeated ones.
+
+    Annotators of one text give these, as "k", "n", "k" in TextVQA.
+    """
+    letters = all(re.fullmatch(r"\W*[A-Za-z]\W*", text) for text in texts)
+    if row.choices or KINDS.get(row.method) == "choice":
+        return letters
+    capitals = all(text == text.upper() for text in texts)
+    return letters and capitals and len({*texts}) == len(texts) and row.method not in _OF_WORDS
+
+
+_OF_WORDS: Final = ("exact", "all_match", "edit", "anls")
 
 
 def _written_list(answer: str) -> list[str]:
@@ -94,7 +112,8 @@ class VQAEnv(VisualTaskEnv):
             raise ValueError(f"accu_reward_method: {unknown_name('kind of answer', row.method, known)}")
         if row.method == "list" and row.accepted:  # all of which are wanted
             return Answer("; ".join(map(str, row.accepted)), "exact")
-        return read_answers(accepted_texts(row), KINDS.get(row.method), row.tolerance, row.choices)
+        as_words = "anls" in self.rewards and self.rewards.keys().isdisjoint({"accuracy", "relaxed", "list", "judge"})
+        return read_answers(accepted_texts(row, as_words), KINDS.get(row.method), row.tolerance, row.choices)
 
     def ignored_parts(self, row: Row, target: Answer) -> Collection[str]:
         return () if target.kind == "numeric" else ("tolerance",)

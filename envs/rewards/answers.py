@@ -335,7 +335,7 @@ _REWRITTEN: Final = tuple(
         (r"\s+", " "),
     )
 )
-_NO_LONE_NUMBER = re.compile(
+_NO_lone_quantity_NUMBER = re.compile(
     r"(?<![A-Za-z])[0-9]|[\\^√π∞|<>≤≥±]|[-+*/] ?#|#(?: ?[+*/×]|\()"  # other digits, and arithmetic
     r"|#!|[-+]\(|[¼-¾⅐-⅞]"  # factorials, signs of brackets, fractions of one sign
     r"|(?i:\b(?:pi|sqrt|root|minus|negative|half|halves|thirds|squared|cubed|log|ln|exp|sin|cos|tan)\b)"
@@ -353,27 +353,31 @@ def parse_number(content: str) -> float | None:
     """
     if bare := _BARE_NUMBER.fullmatch(content[: LONGEST_ANSWER + 1]):
         return _value(bare[1], bare[2], None)  # the same result, sooner: data sets have many
-    quantity = _quantity(content)
+    quantity = read_quantity(content)
     return None if quantity is None else quantity.value
 
 
-class _Quantity(NamedTuple):
+class Quantity(NamedTuple):
+    """A number with its unit."""
+
     value: float
     form: Form | None
     """how it is written, with its unit; None where it was picked out of a sentence without one that can be read"""
 
 
 @functools.lru_cache(maxsize=4096)
-def _quantity(content: str) -> _Quantity | None:
-    """The number that an answer states, with its unit."""
+def read_quantity(content: str) -> Quantity | None:
+    """The number that an answer states, with its unit; as `parse_number` reads it."""
     if len(content) > LONGEST_ANSWER:
         return None
     text = tidy(content)
     concluded = (sentence(said) for said, _ in conclusions(text))
     text = next((said for said in concluded if any(map(str.isdigit, said))), text)
+    text = _REASON.sub("", text)
     return _stated_quantity(text) or _lone_quantity(text)
 
 
+_REASON = re.compile(r"(?<=\d),? (?:because|since|as (?:there|it|the))\b.*", re.DOTALL)
 _LONGEST_QUANTITY: Final = 200
 _QUALIFIED = re.compile(
     r"(?i:\b(?:more|less|fewer|greater|smaller|at least|at most|over|under|up to|not|never"
@@ -381,7 +385,7 @@ _QUALIFIED = re.compile(
 )
 
 
-def _stated_quantity(text: str) -> _Quantity | None:
+def _stated_quantity(text: str) -> Quantity | None:
     """The number that a text is, as a whole or set equal to something."""
     if len(text) > _LONGEST_QUANTITY or _QUALIFIED.search(text):
         return None
@@ -389,20 +393,20 @@ def _stated_quantity(text: str) -> _Quantity | None:
     if form.number is None or form.kind != "number" or (form.equation and not form.name and _LETTER_IN.search(text)):
         return None
     try:
-        return _Quantity(float(form.number.value), form)
+        return Quantity(float(form.number.value), form)
     except OverflowError:
         return None
 
 
-def is_number(text: str) -> bool:
-    """Whether a text is a number, perhaps with a unit, and no words that hold one, as "Group 3"."""
-    return _stated_quantity(tidy(text)) is not None
+def whole_quantity(text: str) -> Quantity | None:
+    """The number that a text is, perhaps with a unit; None of words that hold one, as "Group 3"."""
+    return _stated_quantity(tidy(text))
 
 
 _LETTER_IN = re.compile(r"(?<!\\)(?<![A-Za-z])[A-Za-z](?![A-Za-z])")
 
 
-def _lone_quantity(text: str) -> _Quantity | None:
+def _lone_quantity(text: str) -> Quantity | None:
     """The only number that a sentence names."""
     for pattern, by in _REWRITTEN:
         text = pattern.sub(by, text)
@@ -410,16 +414,16 @@ def _lone_quantity(text: str) -> _Quantity | None:
     found = [*_NUMBER.finditer(text)]
     values = {_value(*match.groups()) for match in found}
     value = values.pop() if len(values) == 1 else None
-    if value is None or _NO_LONE_NUMBER.search(_NUMBER.sub("#", text)):
+    if value is None or _NO_lone_quantity_NUMBER.search(_NUMBER.sub("#", text)):
         return None
     words = sentence(text[found[-1].start() :][:_LONGEST_QUANTITY]).split()
     tries = (_stated_quantity(" ".join(words[:count]).rstrip(",;:")) for count in (4, 3, 2, 1))
-    return next(filter(None, tries), None) or _Quantity(value, None)
+    return next(filter(None, tries), None) or Quantity(value, None)
 
 
 def _same_quantity(content: str, target: Answer) -> bool:
     """Whether an answer equals the true number within the tolerance, with units converted."""
-    answer, truth = _quantity(content), _quantity(target.text)
+    answer, truth = read_quantity(content), read_quantity(target.text)
     if answer is None or truth is None:
         return False
     if answer.form and truth.form and answer.form.number and truth.form.number:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from vlmenv.core.literals import find_values
 from vlmenv.core.points import has_point_marks, parse_marked_points
 from vlmenv.envs.rewards.answers import normalise, parse_number
+from vlmenv.envs.rewards.numbers import magnitudes_written_out
 
 MOST: Final = 99_999
 """Greatest count that is read."""
@@ -21,6 +23,8 @@ _VALUES: Final = {word: 10 * number for number, word in enumerate(_TENS.split(),
 }
 _WORD: Final = rf"\b(?:(?:{'|'.join(_TENS.split())})[- ](?:{'|'.join(_WRITTEN.split()[1:10])})|{'|'.join(_VALUES)})\b"
 _IN_WORDS = re.compile(_WORD, re.IGNORECASE)
+_BESIDE_DIGITS = re.compile(rf"(?<!\bthe )(?<!\bthese )(?<!\bthose )(?!one\b){_WORD}", re.IGNORECASE)
+"""Number words that count beside digits: no pronoun, and none of "5 dogs in the two images"."""
 _OR = re.compile(rf"\bor {_WORD}|{_WORD} or\b", re.IGNORECASE)
 _DENIED = re.compile(r"\b(?:no|none|not|nor|neither)\b|n['’]t\b", re.IGNORECASE)
 _NOTHING = re.compile(r"there are no(?:ne)?\b[^.,;:!?0-9]{0,60}", re.IGNORECASE)
@@ -29,6 +33,8 @@ _LONGEST_IN_WORDS: Final = 200
 
 def parse_count(content: str) -> int | None:
     """The count in an answer: a whole number, a number word below 100, or as many as there are marked points.
+
+    In a JSON object it stands under a key such as "count" or "answer"; other objects, and lists of numbers, are none.
 
     Args:
         content: Any text. Points are in Molmo's form, `<points x1="…" y1="…" …>`.
@@ -39,9 +45,54 @@ def parse_count(content: str) -> int | None:
     if has_point_marks(content):
         points = parse_marked_points(content)
         return None if points is None else len(points)
+    objects = _without_objects(content)
+    if objects is None:
+        return None
+    content = magnitudes_written_out(objects)
     word = _WORDS.get(normalise(content)) if len(content) < 100 else None
     number = _number(content) if word is None else word
     return int(number) if number is not None and number == int(number) and 0 <= number <= MOST else None
+
+
+_KEYS: Final = (
+    "count", "answer", "number", "total", "result", "value", "numberofobjects", "totalcount", "finalanswer",
+    "答案", "数量",
+)  # fmt: skip
+"""Keys of an object of which the value is the count, in small letters alone."""
+
+
+def _without_objects(content: str) -> str | None:
+    """A text with the counts in the places of JSON objects; None if a list or an object in it is no count."""
+    parts, end = [], 0
+    for found in find_values(content):
+        value = found.value
+        while isinstance(value, list) and len(value) == 1:  # [{"count": 3}], \boxed{\text{3}}
+            value = value[0]
+        written = content[found.start : found.end]
+        if isinstance(value, float | str) or _is_remark(value, written) or not _HAS_NUMBER.search(written):
+            continue
+        named = [one for key, one in value.items() if _letters(key) in _KEYS] if isinstance(value, dict) else []
+        if not named or any(one != named[0] or not isinstance(one, float | str) for one in named):
+            return None
+        parts += [content[end : found.start], f" {named[0]} "]
+        end = found.end
+    text = "".join([*parts, content[end:]])
+    return None if _CUT_OFF.search(text) else text
+
+
+def _is_remark(value: object, written: str) -> bool:
+    """Whether what stands in brackets is a part of a sentence, as "(two adults, three children)"."""
+    if isinstance(value, list):
+        return any(isinstance(one, str) for one in value)
+    return written.startswith(("(", "（"))
+
+
+_CUT_OFF = re.compile(r"\{\s*[\"'“‘]")
+_HAS_NUMBER = re.compile(rf"\d|{_WORD}", re.IGNORECASE)
+
+
+def _letters(key: str) -> str:
+    return re.sub(r"[\W_]+", "", key).lower()
 
 
 def _number(content: str) -> float | None:
@@ -51,7 +102,7 @@ def _number(content: str) -> float | None:
     if _OR.search(content):
         return None
     if any(map(str.isdigit, content)):
-        return parse_number(content)
+        return parse_number(_BESIDE_DIGITS.sub(_in_digits, content))
     if _DENIED.search(content):
         nothing = _NOTHING.fullmatch(content.strip(" .*")) and not _IN_WORDS.search(content)
         return 0 if nothing else None

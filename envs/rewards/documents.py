@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Final
 
 import numpy as np
@@ -12,9 +13,19 @@ import numpy as np
 from vlmenv.core.answers import Answer
 from vlmenv.core.formats import AnswerFormat
 from vlmenv.core.literals import Cut, find_values
-from vlmenv.envs.rewards.answers import accuracy_reward, edit_ratio, is_number, normalise, parse_number, says_words
+from vlmenv.envs.rewards.answers import (
+    Quantity,
+    accuracy_reward,
+    edit_ratio,
+    normalise,
+    read_quantity,
+    says_words,
+    whole_quantity,
+)
 from vlmenv.envs.rewards.evidence import conclusions
 from vlmenv.envs.rewards.matching import best_pairs
+from vlmenv.envs.rewards.numbers import magnitudes_written_out
+from vlmenv.envs.rewards.units import CURRENCIES, Unit
 
 TOLERANCE: Final = 0.05
 """Greatest relative error of a number (ChartQA, arXiv 2203.10244)."""
@@ -32,8 +43,8 @@ _LONGEST = 10_000
 def relaxed_reward(text: str, target: Answer, answer_format: AnswerFormat = AnswerFormat.TAGS) -> float:
     """1 for a number within 5 % of a true one, or for the same words, else 0. Choices and yes or no must be equal.
 
-    ChartQA's relaxed accuracy (arXiv 2203.10244), with numbers read from their sentences. A percent sign is read like a
-    unit.
+    ChartQA's relaxed accuracy (arXiv 2203.10244), with numbers read from their sentences. Other than there, a percent
+    sign does not divide by 100, and numbers may have a currency, a magnitude ("5.2B") and marks between thousands.
 
     Args:
         text: A completion.
@@ -47,14 +58,56 @@ def relaxed_reward(text: str, target: Answer, answer_format: AnswerFormat = Answ
 
 
 def same_relaxed(content: str, true: str) -> bool:
-    """Whether a text is a number within 5 % of a true one, or the true words but for case and punctuation around."""
+    """Whether a text is a number within 5 % of a true one, or the true words but for case and punctuation around.
+
+    A true number with a unit or a noun is words, which may be written in another unit of its kind: "3 km" as "3000 m".
+    A currency or a percent sign of the truth may be left out, but not be another one.
+    """
     if len(content) > _LONGEST:
         return False
-    wanted = parse_number(true) if is_number(true) else None
-    answered = None if wanted is None else parse_number(content)
-    if wanted is not None and answered is not None:
-        return abs(answered - wanted) <= TOLERANCE * abs(wanted) + 1e-12 * abs(wanted)
-    return normalise(content) == normalise(true) or (wanted is None and says_words(content, true))
+    if normalise(content) == normalise(true):
+        return True
+    wanted, answered = whole_quantity(magnitudes_written_out(true)), read_quantity(magnitudes_written_out(content))
+    if wanted is None:
+        return says_words(content, true)
+    if not _may_vary(wanted):
+        return says_words(content, true) or (answered is not None and _measure(answered) == _measure(wanted))
+    if answered is None or not _fits(_unit(answered), _unit(wanted)):
+        return False
+    return abs(answered.value - wanted.value) <= (TOLERANCE + 1e-12) * abs(wanted.value)
+
+
+_PERCENT: Final = Unit(Fraction(1), (("%", 1),))
+
+
+def _unit(quantity: Quantity) -> Unit | None:
+    """The unit of a quantity, among them a percent sign."""
+    form = quantity.form
+    if form is None or form.number is None:
+        return None
+    return _PERCENT if form.number.is_percent else form.unit
+
+
+def _may_vary(truth: Quantity) -> bool:
+    """Whether a true quantity is a number, perhaps with a percent sign or a currency, and no words."""
+    unit = _unit(truth)
+    return unit is None or (unit.scale == 1 and unit.powers in _SIGNS)
+
+
+_SIGNS: Final = _PERCENT.powers, *(((sign, 1),) for sign in CURRENCIES)
+
+
+def _fits(unit: Unit | None, true: Unit | None) -> bool:
+    """Whether an answer's unit does not contradict the true one."""
+    if unit is None:
+        return True
+    return not unit.is_doubtful if true is None else unit == true
+
+
+def _measure(quantity: Quantity) -> tuple[Fraction, object] | None:
+    """The size of a quantity in base units, and these."""
+    unit, number = _unit(quantity), quantity.form and quantity.form.number
+    return (number.value * unit.scale, unit.powers) if unit and number else None
 
 
 def anls_reward(text: str, target: Answer, answer_format: AnswerFormat = AnswerFormat.TAGS) -> float:

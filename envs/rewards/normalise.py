@@ -11,6 +11,7 @@ import unicodedata
 from typing import Final
 
 from vlmenv.envs.rewards.evidence import JOINS, denied, last_boxes
+from vlmenv.envs.rewards.statements import states_another
 from vlmenv.envs.rewards.units import is_unit
 
 _SUPERSCRIPTS: Final = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ⁿⁱ", "0123456789+-=()ni", strict=True))
@@ -155,8 +156,8 @@ _MARKUP: Final = "*_`'\" "
 def without_lead_in(text: str) -> str:
     """What follows the last "is", "answer:", "so", "答案是" or the like; all of a text without one.
 
-    A text is returned unchanged if it is negated ("is not", "it cannot be that …") or names an alternative by "or". It
-    then states nothing definite.
+    A text is returned unchanged if it is negated ("is not", "it cannot be that …"), names an alternative by "or", or
+    states another number before, without a conclusion ("5 people, and it has 2 dogs"). It then states nothing definite.
     """
     text = _NEGATIVE.sub("-", _MINUS.sub("-", _AFTER_ALL.sub("", text)))
     for pattern in (_CHINESE_ANSWER, _CHINESE_LEAD_IN, _LEAD_IN) if _HAS_CHINESE.search(text) else (_LEAD_IN,):
@@ -169,9 +170,10 @@ def _after(lead_in: re.Pattern[str], text: str) -> str:
     if match is None:
         return text
     clause = _CLAUSE.split(match[0].rstrip(" :,"))[-1]
-    if _NEGATION.search(clause) or _ALTERNATIVE.search(match[0]):
+    said = text[match.end() :]
+    if _NEGATION.search(clause) or _ALTERNATIVE.search(match[0]) or states_another(match[0], said):
         return text
-    return text[match.end() :]
+    return said
 
 
 def stated(text: str) -> str:

@@ -123,6 +123,30 @@ def _read_repeating(match: re.Match[str]) -> Number:
     return Number(-value if match["sign"] == "-" else value, is_percent=match["percent"] is not None)
 
 
+_MAGNITUDES: Final = {
+    "k": 3, "m": 6, "b": 9, "t": 12, "mn": 6, "mln": 6, "bn": 9, "tn": 12,
+    "thousand": 3, "million": 6, "billion": 9, "trillion": 12,
+}  # fmt: skip
+_MAGNITUDE = re.compile(
+    r"(?<![\w.,^/])(?P<before>(?P<currency>[$€£¥₹] ?)?[+-]?)(?P<whole>\d{1,3}+(?:,\d{3})++|\d*+)"
+    r"(?:\.(?P<places>\d++))?+(?<=\d) ?(?P<name>(?i:mn|mln|bn|tn|thousand|million|billion|trillion)"
+    r"|(?(currency)[KkMmBbTt]|[KkMBT]))(?![\w/^&-])",
+    re.ASCII,
+)
+
+
+def magnitudes_written_out(text: str) -> str:
+    """A text with "14000" for "14K" and "14 thousand", and so for M, B, T, mn, bn, tn; small m, b, t only of money."""
+    return _MAGNITUDE.sub(_written_out, text)
+
+
+def _written_out(match: re.Match[str]) -> str:
+    whole, places = match["whole"].replace(",", ""), match["places"] or ""
+    power = _MAGNITUDES[match["name"].lower()]
+    digits = (whole + places[:power].ljust(power, "0")).lstrip("0") or "0"
+    return f"{match['before']}{digits}{'.' * (len(places) > power)}{places[power:]}"
+
+
 LEAST_DIGITS: Final = 3
 """Significant digits of a decimal truth that is taken for rounded."""
 LEAST_DIGITS_OF_AN_ANSWER: Final = 6

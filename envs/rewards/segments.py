@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from vlmenv.core.answers import parse_places
 from vlmenv.core.coordinates import Box, Point, iou, is_box, is_point
-from vlmenv.core.formats import AnswerFormat
+from vlmenv.core.formats import TAGS, AnswerFormat
 from vlmenv.core.literals import Cut, find_values
 from vlmenv.core.points import LONGEST
 from vlmenv.envs.regions import Region, Regions, shape_of
@@ -30,6 +30,7 @@ _LONGEST_TEXT = 100_000
 _OUTLINE_KEYS: Final = ("polygon", "polygons", "segmentation")
 _BOX_KEYS: Final = ("bbox_2d", "bbox", "box_2d", "box")
 _ASKED: Final = ("polygon", "polygons", "bbox_2d")
+_SENTENCE_END = re.compile(rf"\.(?!\d)|{'|'.join(TAGS)}")  # and no decimal point
 _FENCED = re.compile(r"```(?:json)?\s(.*)```", re.DOTALL)
 
 
@@ -214,8 +215,11 @@ def _met(answered: Segment, true: Segment, scale: NDArray[np.float64]) -> int:
 
 
 def non_repeat_reward(text: str, target: Any) -> float:
-    """0 for a completion with two or more repeated sentences, else 1 (VisionReasoner, arXiv 2505.12081)."""
-    sentences = [one.strip() for one in re.split(r"\.(?=\s|$)", text[:_LONGEST_TEXT]) if one.strip()]
+    """0 for a completion with two or more repeated sentences, else 1 (VisionReasoner, arXiv 2505.12081).
+
+    Sentences end at full stops, and at the tags of the answer format.
+    """
+    sentences = [one.strip() for one in _SENTENCE_END.split(text[:_LONGEST_TEXT]) if one.strip()]
     return float(len(sentences) - len(set(sentences)) < 2)
 
 

@@ -18,9 +18,13 @@ class Unit(NamedTuple):
     powers: tuple[tuple[str, int], ...]
     """by name, in order, none of them 0; a thing that is counted is a base unit of its own, such as `"people"`"""
     is_doubtful: bool = False
-    """whether it may also be a variable, such as the s of "5s"; it is not left out then"""
+    """whether it may also be a variable or a magnitude, as the s of "5s" and the K of "5K"; it is not left out then"""
     is_prime: bool = False
     """whether it is written as ′ or ″, which may also be of feet, inches, minutes or seconds"""
+
+
+CURRENCIES: Final = "$€£¥₹"
+"""The base units of money."""
 
 
 def conversion(unit: Unit | None, other: Unit | None) -> Fraction | None:
@@ -287,7 +291,8 @@ def _counted(text: str) -> Unit | None:
     return Unit(Fraction(1), tuple((name, 1) for name in sorted({_COUNTED + word.removesuffix("s") for word in words})))
 
 
-_SYMBOLS_THAT_MAY_BE_VARIABLES: Final = frozenset("shtld")
+_SYMBOLS_THAT_MAY_BE_OTHERS: Final = frozenset("shtldKBT")
+"""Variables, or thousands, billions and trillions."""
 _HOW = re.compile(
     r" (?:of (?:them|these|those|the [a-z]+)|old|tall|long|wide|deep|high|thick|heavy|each|apart|away|altogether"
     r"|in (?:total|all|length|area|height|width|volume))$"
@@ -391,7 +396,7 @@ def _unit_after(body: str, rest: str) -> Unit | None:
         letter = re.match(r"[A-Za-z](?![A-Za-z])", name)
         if letter and _VARIABLE.search(body):
             return None  # 2x m
-        is_doubtful = letter is not None and letter[0] in _SYMBOLS_THAT_MAY_BE_VARIABLES and not rest.startswith(" ")
+        is_doubtful = letter is not None and letter[0] in _SYMBOLS_THAT_MAY_BE_OTHERS and not rest.startswith(" ")
         return unit._replace(is_doubtful=is_doubtful and len(name) == 1)
     if not (rest.startswith(" ") or name[:1] >= "\u4e00") or not re.search(r"[\d}]$", body) or _VARIABLE.search(body):
         return None

@@ -511,7 +511,7 @@ def test_reading_takes_time_in_proportion_to_the_text(unit: str) -> None:
     assert accuracy_reward(answered(unit * (10**7 // len(unit))), TRUTHS["choice"]) == 0
 
     def read(length: int) -> None:
-        answers._quantity.cache_clear()
+        answers.read_quantity.cache_clear()
         for kind in KINDS:
             parse_answer(unit * (length // len(unit)), kind)
 

@@ -105,7 +105,14 @@ def test_lists_of_accepted_answers() -> None:
     ("columns", "env", "message"),
     [
         ({"answer": [3, 4, 5]}, "VLM-VQA-v0", r"all or one may be meant: write the text '3, 4, 5' where all are, and"),
-        ({"answer": ["A", "C"]}, "VLM-VQA-v0", "all or one may be meant: write the text 'A, C' where all are"),
+        (
+            {"answer": ["A", "C"]},
+            "VLM-VQA-v0",
+            "write the text 'A, C' where all are, and the list with accu_reward_method 'exact' where one is enough",
+        ),
+        ({"answer": ["a", "c"], "choices": ["red", "blue", "pink"]}, "VLM-VQA-v0", "all or one may be meant"),
+        ({"answer": ["a", "c"], "accu_reward_method": "mcq"}, "VLM-VQA-v0", "all or one may be meant"),
+        ({"answer": ["A", "C"], "accu_reward_method": "relaxed"}, "VLM-VQA-v0", "all or one may be meant"),
         ({"answer": ["2", "-2"]}, "VLM-Math-v0", "all or one may be meant: write one text, as '2, -2' where all are"),
         ({"answers": "['red' 'crimson']"}, "VLM-VQA-v0", "lists texts without commas, as NumPy prints them"),
         ({"answers": ["red", ""]}, "VLM-VQA-v0", "lists an empty text"),

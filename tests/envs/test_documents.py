@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import gymnasium
@@ -11,7 +14,8 @@ from hypothesis import strategies as st
 
 from vlmenv.core.formats import AnswerFormat
 from vlmenv.envs.rewards.answers import read_answers
-from vlmenv.envs.rewards.documents import anls_reward, items, list_reward, relaxed_reward
+from vlmenv.envs.rewards.documents import anls_reward, items, list_reward, relaxed_reward, same_relaxed
+from vlmenv.envs.rewards.transcripts import cer_reward, plain_text, wer_reward
 
 TAGS = AnswerFormat.TAGS
 
@@ -152,3 +156,107 @@ def test_terms_in_use_are_metrics() -> None:
     assert score.terms == {"relaxed": 1, "anls": pytest.approx(2 / 3)}
     measured = env.measure(TAGS.write("103"), env.target(env.source.get(0)), score.terms)
     assert (measured["relaxed"], measured["anls"], measured["accuracy"]) == (1, pytest.approx(2 / 3), 0)
+
+
+def published_relaxed(answer: str, true: str) -> bool:
+    """ChartQA's relaxed correctness in exact numbers: within 5 % if both texts are numbers, else equal texts."""
+
+    def number(text: str) -> Fraction | None:
+        try:
+            return Fraction(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            return None
+
+    answered, wanted = number(answer), number(true)
+    if answered is not None and wanted:
+        return abs(answered - wanted) / abs(wanted) <= Fraction(5, 100)
+    return answer.lower() == true.lower()
+
+
+def random_value(rng: random.Random, near: int) -> str:
+    """A number near another with a sign or a noun, or words, as charts have them."""
+    words = ["Group A", "Group B", "Tea", "tea", "Green Tea", "2010-2014", "2011-2014"]
+    end = rng.choice(["", "", "", "%", " years", " months", " km", " kg", " dogs", " cats"])
+    places = rng.randint(0, 2) if end in ("", "%") else 0
+    number = f"{near * rng.uniform(0.9, 1.1):.{places}f}{end}"
+    return rng.choice(words) if rng.random() < 0.2 else number
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_relaxed_accuracy_is_that_of_chartqa(seed: int) -> None:
+    """But by design, a number without a noun may be answered with one, and a percent sign does not count."""
+    rng, seen = random.Random(seed), {True: 0, False: 0}
+    for _ in range(400):
+        near = rng.choice([-1, 1, 1]) * rng.randint(1, 60)
+        answer, true = random_value(rng, near), random_value(rng, near)
+        expected_answer, expected_true = answer, true.removesuffix("%")
+        if expected_true.lstrip("-")[:1].isdigit() and " " not in expected_true and "-" not in expected_true[1:]:
+            is_percent, parts = true.endswith("%"), answer.split(" ")
+            if not is_percent and len(parts) == 2 and parts[0][-1].isdigit():
+                expected_answer = parts[0]
+            expected_answer = expected_answer.removesuffix("%")
+        found = published_relaxed(expected_answer, expected_true)
+        assert same_relaxed(answer, true) == found, (answer, true)
+        seen[found] += 1
+    assert min(seen.values()) > 40
+
+
+def table_distance(a: Sequence[str], b: Sequence[str]) -> int:
+    """The Levenshtein distance by Wagner and Fischer's table."""
+    row = list(range(len(b) + 1))
+    for i, one in enumerate(a, 1):
+        above, row = row, [i]
+        for j, other in enumerate(b, 1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (one != other)))
+    return row[-1]
+
+
+def published_anls(answer: str, truths: Sequence[str]) -> float:
+    """DocVQA's equation: 1 - NL where the normalised distance NL is below 0.5, else 0; the greatest over the truths."""
+
+    def plain(text: str) -> str:
+        return " ".join(text.lower().split())
+
+    pairs = [(plain(answer), plain(true)) for true in truths]
+    distances = [Fraction(table_distance(one, true), max(len(one), len(true))) for one, true in pairs]
+    return float(max(1 - distance if distance < Fraction(1, 2) else Fraction(0) for distance in distances))
+
+
+def random_text(rng: random.Random, letters: str) -> str:
+    return "x" + "".join(rng.choices(letters, k=rng.randint(1, 9)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_anls_is_that_of_docvqa(seed: int) -> None:
+    rng, seen = random.Random(seed), []
+    for _ in range(1000):
+        truths = [random_text(rng, "aAb ") for _ in range(rng.randint(1, 3))]
+        answer = random_text(rng, "aBb ")
+        found = anls_reward(TAGS.write(answer), read_answers(truths, "exact"))
+        assert found == pytest.approx(published_anls(answer, truths), abs=1e-12), (answer, truths)
+        seen.append(found)
+    assert min(seen.count(0), seen.count(1)) > 10
+    assert len({*seen}) > 8
+
+
+def error_rates(rng: random.Random) -> tuple[str, str, float, float]:
+    """An answer and a truth with their error rates: 1 - what they earn."""
+    answer, true = (plain_text(random_text(rng, "ab cab ")) for _ in range(2))
+    return answer, true, 1 - cer_reward("", true, answer), 1 - wer_reward("", true, answer)
+
+
+def test_error_rates_of_characters_and_words() -> None:
+    rng = random.Random(2)
+    for _ in range(2000):
+        answer, true, cer, wer = error_rates(rng)
+        assert cer == pytest.approx(min(1, table_distance(answer, true) / len(true)))
+        assert wer == pytest.approx(min(1, table_distance(answer.split(), true.split()) / len(true.split())))
+
+
+def test_error_rates_are_those_of_jiwer() -> None:
+    jiwer = pytest.importorskip("jiwer")
+    rng = random.Random(3)
+    for _ in range(300):
+        answer, true, cer, wer = error_rates(rng)
+        assert cer == pytest.approx(min(1, jiwer.cer(true, answer)))
+        assert wer == pytest.approx(min(1, jiwer.wer(true, answer)))

@@ -219,6 +219,8 @@ def test_repeated_sentences() -> None:
     assert non_repeat_reward("I see. I look. [1.5, 1.5, 1.5].", None) == 1
     assert non_repeat_reward("I see. I see. It is there.", None) == 1
     assert non_repeat_reward("I see. I see. I see.", None) == 0
+    assert non_repeat_reward("<think>I see. I see. I see.</think><answer>None</answer>", None) == 0
+    assert non_repeat_reward("<think>I see. I see.</think><answer>None</answer>", None) == 1
 
 
 def test_areas_of_nothing() -> None:

@@ -1,0 +1,58 @@
+"""Tells whether a text states another number before what it says last, as "5 people, and it has 2 dogs"."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+_SENTENCE_END = re.compile(r"[.;!?](?:\s|$)|\n")
+_PART_END = re.compile(
+    r",(?!\d{3})|:\s+(?=[^\s\d*])|\b(?:and|but|while|whereas|which|who|because|although|though)\b|[而但]", re.IGNORECASE
+)
+_CONCLUDES = re.compile(
+    r"\b(?:so|then|thus|hence|therefore|total\w*|altogether|overall|in all|final\w*|sum|difference|product|ratio"
+    r"|average|mean|remain\w*|answers?|results?|solution|gives?|gets?|obtain|finds?|yields?|equals?|becomes|to"
+    r"|(?:that|this)(?:'s| is))\b|所以|因此|[故共总答则即得选]|等于",
+    re.IGNORECASE,
+)
+_SUPPOSES = re.compile(
+    r"\s*(?:(?:if|when|since|because|as|for|given|after|before|suppose|assum\w+|let)\b|如果|因为|[若当设])",
+    re.IGNORECASE,
+)
+_ONLY_SETS_OUT = re.compile(r"\s*(?:in|on|at|by|of|from|to|with|between|among|within|over|during)\b", re.IGNORECASE)
+_VERB: Final = r"\b(?:is|are|was|were|has|have|had|shows?|contains?|counts?|sees?|holds?|costs?|equals?)\b"
+_HAS_VERB = re.compile(_VERB, re.IGNORECASE)
+_DIGITS: Final = r"(?<![A-Za-z0-9_^.,{/\\])\d+(?:[.,]\d+)*"
+_NUMBER = re.compile(_DIGITS, re.ASCII)
+_STATES = re.compile(
+    rf"{_DIGITS} ?(?:%|[\u4e00-\u9fff]"
+    r"| (?!(?:and|or|nor|to|plus|minus|times|by|of|over|from|with|into|equals?|gives?)\b)"
+    rf"(?!{_VERB})[a-z]{{2,}})|(?:{_VERB}|:)[^\w-]*{_DIGITS}\W*$",
+    re.IGNORECASE,
+)
+_IS_NUMBER = re.compile(rf"\W*{_DIGITS}\W*")
+
+
+def states_another(before: str, said: str) -> bool:
+    """Whether a clause states another number than the last clause, which is no conclusion of it.
+
+    A conclusion has a word such as "so", "total" or "gives". Numbers in conditions ("if x is 3"), in circumstances
+    ("in 2010") and in names ("bar 2 is") are not stated.
+
+    Args:
+        before: A text up to a number, the beginning of the last clause included.
+        said: The text from there on.
+    """
+    numbers = set(_NUMBER.findall(said))
+    *sentences, last = [_PART_END.split(one) for one in _SENTENCE_END.split(before)]
+    if not numbers or _CONCLUDES.search(last.pop()):
+        return False
+    clauses = [part for parts in (*sentences, last) if parts and not _SUPPOSES.match(parts[0]) for part in parts]
+    first = [parts[0] for parts in (*sentences, last) if parts]
+    stating = [*filter(_states, clauses), *filter(_IS_NUMBER.fullmatch, first)]
+    return any(not numbers.issuperset(_NUMBER.findall(clause)) for clause in stating)
+
+
+def _states(clause: str) -> bool:
+    is_aside = _ONLY_SETS_OUT.match(clause) and not _HAS_VERB.search(clause)
+    return not is_aside and _STATES.search(clause) is not None
