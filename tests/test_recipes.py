@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -92,6 +93,14 @@ def test_a_recipe_holds_the_published_values(name: str) -> None:
     for what in ("Source", "Hardware", "Data", "Time"):
         assert f"\n# {what} " in head
     assert "estimate" in head
+
+
+def test_the_page_has_each_recipe_with_its_task() -> None:
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    found = re.findall(r"^\| \[`(\w+)`\]\(../vlmenv/recipes/(\w+).yaml\) \| `([\w-]+)` \|", page, flags=re.MULTILINE)
+    tasks = {name: yaml.safe_load(file.read_text(encoding="utf-8"))["env"] for name, file in RECIPES.items()}
+    assert {name: task for name, _, task in found} == tasks
+    assert all(name == file for name, file, _ in found)
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "pebr_r1_sampling"])
