@@ -53,6 +53,8 @@ WAYS: Mapping[str, list[dict[str, float]]] = {
 """The rewards of each stage; the stages of a way share its steps."""
 MEASURED = {"keywords": 0.5, GROUNDED: 0.5}
 METRICS = ("keyword_recall", "accuracy")
+TOKENS = 96
+"""Most new tokens, enough for whole descriptions."""
 SHAPES = 5
 """Key words that a scene has at least: three shapes that differ."""
 
@@ -102,7 +104,7 @@ def base(args: Args) -> Path:
 
 def common(args: Args) -> dict[str, Any]:
     rows = rows_file(ENV, islice(crowded("train"), args.rows), args.runs / "rows")
-    return {"env": ENV, "dataset": [str(rows)], "eval_limit": 0, "keep": 1, "device": "cpu"}
+    return {"env": ENV, "dataset": [str(rows)], "max_new_tokens": TOKENS, "eval_limit": 0, "keep": 1, "device": "cpu"}
 
 
 def stages(way: str, seed: int, args: Args) -> list[Path]:
@@ -160,7 +162,7 @@ def measure(folder: Path, model: str, args: Args) -> list[float]:
     """The metrics of greedy answers, and the share of those that earn in the reasoning."""
     rows = rows_file(ENV, islice(crowded("eval"), args.limit), args.runs / "held-out")
     options = {"env": ENV, "dataset": [str(rows)], "model": model, "rewards": MEASURED, "eval_limit": args.limit}
-    found = measured(folder / "measured", options | {"device": "cpu"})
+    found = measured(folder / "measured", options | {"max_new_tokens": TOKENS, "device": "cpu"})
     answers = [json.loads(line) for line in (folder / "measured" / "answers.jsonl").read_text().splitlines()]
     earned = float(np.mean([answer["rewards"]["grounded_answer"] for answer in answers]))
     return [*(found[name] for name in METRICS), earned]
