@@ -77,6 +77,8 @@ class Scored:
     """[N, L], of the policy before the update with masked images; None unless `wants_masked`"""
     teacher_logprobs: Tensor | None = None
     """[N, L], of the teacher; None unless `wants_teacher`"""
+    sees: Tensor | None = None
+    """bool [N], True if the completion follows images or videos; None unless `wants_masked`"""
 
 
 @dataclass(slots=True)
@@ -171,6 +173,8 @@ class Algorithm(ABC):
     """Average over per-token losses."""
     wants_reference: bool = False
     """True if `credit` or `loss` needs log-probabilities of the reference policy."""
+    credits_reference: bool = False
+    """True if `credit` compares the policy's log-probabilities with the reference's."""
     wants_values: ClassVar[bool] = False
     """True if the policy needs a value head."""
     wants_teacher: ClassVar[bool] = False

@@ -176,6 +176,10 @@ class Rollouts:
             for images, videos, one in rows
         ]
 
+    def sees(self) -> Tensor:
+        """Bool [N], True for completions that follow images or videos. Only for episodes of one turn."""
+        return torch.tensor([bool(one["images"] or one["videos"]) for one in self.observations()])
+
     def terms(self) -> tuple[Tensor, Tensor]:
         """The reward terms and their weights, both [N, K], so that they sum to the rewards.
 

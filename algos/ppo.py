@@ -72,7 +72,7 @@ class PPO(Algorithm):
 
     def __init__(self, config: PPOConfig) -> None:
         self.config: PPOConfig = config
-        self.wants_reference = config.beta > 0
+        self.wants_reference = self.credits_reference = config.beta > 0
 
     def credit(self, scored: Scored) -> Credit:
         """Computes generalised advantages, whitened over the batches of all ranks, and the returns for the critic."""

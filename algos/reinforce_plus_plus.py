@@ -48,6 +48,7 @@ class ReinforcePlusPlus(Algorithm):
     def __init__(self, config: ReinforcePlusPlusConfig) -> None:
         self.config: ReinforcePlusPlusConfig = config
         self.wants_reference = config.beta > 0
+        self.credits_reference = self.wants_reference and not config.baseline
 
     def credit(self, scored: Scored) -> Credit:
         """Computes equations 4 and 5; with a baseline, 6 and 7."""

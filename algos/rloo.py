@@ -43,7 +43,7 @@ class RLOO(Algorithm):
 
     def __init__(self, config: RLOOConfig) -> None:
         self.config: RLOOConfig = config
-        self.wants_reference = config.beta > 0
+        self.wants_reference = self.credits_reference = config.beta > 0
 
     def credit(self, scored: Scored) -> Credit:
         """Computes leave-one-out advantages of the rewards minus `beta` times the KL divergence (section 2.1)."""

@@ -385,7 +385,8 @@ class Trainer:
         batch = Batch.of(rollouts.rollout, self.agent.device)
         if self._masks_now:
             batch.masked = self.agent.reprompted(batch.rollout, self._masked(rollouts.observations()))
-        batch.is_fresh = _is_the_learners(rollouts.rollout) and not self._samples_exactly and self._updates_once
+        can_wait = self._updates_once and not self._samples_exactly and not self._compares
+        batch.is_fresh = can_wait and _is_the_learners(rollouts.rollout)
         wanted = self.reference is not None or self.algorithm.wants_values or self.algorithm.wants_masked
         if wanted or self._lacks_old(batch):
             self._add_estimates(batch)
@@ -409,6 +410,7 @@ class Trainer:
                 None if rollouts.turn_rewards is None else rollouts.turn_rewards.to(self.agent.device),
                 batch.masked_logprobs,
                 batch.teacher_logprobs,
+                rollouts.sees().to(self.agent.device) if self.algorithm.wants_masked else None,
             )
         )
         batch.advantages, batch.mask, batch.returns = credit.advantages, credit.mask, credit.returns
@@ -467,8 +469,7 @@ class Trainer:
     def _dependence(self, batch: Batch, rollouts: Rollouts) -> dict[str, float]:
         """By how many nats per token log-probabilities fall with masked images, over completions that follow images."""
         assert batch.masked is not None
-        pairs = zip(rollouts.images, rollouts.videos, strict=True)
-        shown = torch.tensor([bool(images or videos) for images, videos in pairs], device=self.agent.device)
+        shown = rollouts.sees().to(self.agent.device)
         lost, tokens = 0.0, 0
         for rows in self._passes(batch.rollout):
             with self.processes.autocast():
@@ -490,6 +491,15 @@ class Trainer:
         log-probabilities of their sampling; imitation needs none.
         """
         return self.accelerator.mixed_precision == "no" or self.replay is not None or self.algorithm.imitates
+
+    @property
+    def _compares(self) -> bool:
+        """True if advantages compare `old_logprobs` with others, so that both must be of passes of one kind.
+
+        In half precision the sampler's differ from those of a pass by more than two policies may.
+        """
+        algorithm = self.algorithm
+        return algorithm.wants_masked or algorithm.wants_teacher or algorithm.credits_reference
 
     @property
     def _updates_once(self) -> bool:

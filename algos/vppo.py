@@ -14,8 +14,8 @@ from vlmenv.algos.grpo import GRPO, GRPOConfig
 from vlmenv.algos.losses import visual_dependence
 from vlmenv.core.errors import require, require_weight
 
-_NONE: Final = 1e-6
-"""Nats of visual dependence that are none."""
+_ROUNDING: Final = 1e-6
+"""Nats of visual dependence by which rounding in float32 sets completions apart."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,16 @@ class VPPO(GRPO):
     def advantages(self, scored: Scored) -> Tensor:
         """Computes advantages of tokens, [N, L], by their visual dependence.
 
-        A completion that does not depend on images at all, such as one after a text alone, keeps those of all tokens.
+        A completion after a text alone, without images or videos, depends on none, and keeps those of all tokens.
         """
         config = self.config
         assert scored.masked_logprobs is not None
-        dependence = visual_dependence(scored.old_logprobs, scored.masked_logprobs).masked_fill(~scored.mask, 0)
+        assert scored.sees is not None
+        blind = ~scored.sees[:, None]
+        dependence = visual_dependence(scored.old_logprobs, scored.masked_logprobs).masked_fill(~scored.mask | blind, 0)
         means = dependence.sum(dim=1) / scored.mask.sum(dim=1).clamp(min=1)
         factors = shaping_factors(means, config.visual_floor, scored.gather)
-        pivotal = top_tokens(dependence, scored.mask, config.visual_share) | (means <= _NONE)[:, None]
+        pivotal = top_tokens(dependence, scored.mask, config.visual_share) | blind
         return super().advantages(scored) * factors[:, None] * pivotal
 
     def loss(self, inputs: LossInputs) -> LossOutput:
@@ -80,7 +82,7 @@ def shaping_factors(means: Tensor, floor: float, gather: Callable[[Tensor], Tens
     """
     everyone = gather(means)
     low, span = everyone.min(), everyone.max() - everyone.min()
-    if span <= _NONE:
+    if span <= _ROUNDING:
         return torch.ones_like(means)
     slope = (1 - floor) * span / (everyone - low).mean()
     return floor + slope * (means - low) / span

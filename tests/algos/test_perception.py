@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -13,7 +16,23 @@ from helpers import LENGTHS, MASK, OLD, REWARDS, numbers, scored
 from torch import Tensor
 
 from vlmenv.agents.vlm import VLMAgent
-from vlmenv.algos import ALGORITHMS, Algorithm, LossInputs, Trainer, TrainerConfig
+from vlmenv.algos import (
+    ALGORITHMS,
+    GRPO,
+    OPD,
+    PPO,
+    RLOO,
+    Algorithm,
+    LossInputs,
+    OPDConfig,
+    PPOConfig,
+    ReinforcePlusPlus,
+    ReinforcePlusPlusConfig,
+    RLOOConfig,
+    Scored,
+    Trainer,
+    TrainerConfig,
+)
 from vlmenv.algos.batch import Batch
 from vlmenv.algos.papo import PAPO, PAPOConfig
 from vlmenv.algos.vppo import VPPO, VPPOConfig
@@ -53,7 +72,7 @@ def test_papo_is_the_authors_loss() -> None:
 
 def test_vppo_is_the_authors_loss() -> None:
     algorithm = VPPO(VPPOConfig(group_size=4, epsilon_high=0.28))
-    given = scored(REWARDS, mask=MASK, old_logprobs=OLD, masked_logprobs=BLIND)
+    given = scored(REWARDS, mask=MASK, old_logprobs=OLD, masked_logprobs=BLIND, sees=torch.ones(8, dtype=torch.bool))
     logprobs = NOW.clone().requires_grad_()
     weights = MASK.double() / MASK.sum()
     loss = algorithm.loss(LossInputs(logprobs, OLD, algorithm.credit(given).advantages, MASK, weights)).loss
@@ -76,9 +95,15 @@ def test_vppo_is_the_authors_loss() -> None:
 
 
 def test_vppo_learns_from_all_tokens_where_there_is_no_image() -> None:
+    """Whatever the log-probabilities are: rounding in half precision tells them apart too."""
     algorithm = VPPO(VPPOConfig(group_size=4))
-    advantages = algorithm.credit(scored(REWARDS, mask=MASK, old_logprobs=OLD, masked_logprobs=OLD)).advantages
-    assert torch.equal(advantages != 0, torch.ones_like(MASK))
+    sees = torch.tensor([True] * 4 + [False] * 4)
+    given = scored(REWARDS, mask=MASK, old_logprobs=OLD, masked_logprobs=OLD + 0.01 * numbers(3) * MASK, sees=sees)
+    advantages = algorithm.credit(given).advantages
+    assert (advantages != 0)[4:].all()
+    assert (advantages != 0)[:4].sum(dim=1).tolist() == [3, 1, 2, 1]  # .4 of 6, 2, 5 and 1 tokens
+    alone = algorithm.credit(replace(given, sees=torch.zeros(8, dtype=torch.bool))).advantages
+    torch.testing.assert_close(alone, GRPO(algorithm.config).advantages(given).expand(8, 6), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -153,3 +178,41 @@ def test_a_policy_that_answers_without_looking_depends_on_nothing(builtin: VLMAg
     trainer = trainer_of(builtin, kind(config), visual_dependence_every=1)
     (result,) = [next(trainer.train(seed=0))]
     assert result.metrics["vision/dependence"] == pytest.approx(0, abs=1e-6)
+
+
+def texts(folder: Path) -> str:
+    """A data set of questions without images."""
+    rows = [json.dumps({"question": f"What is {i} plus {i}?", "answer": str(2 * i)}) for i in range(8)]
+    (folder / "texts.jsonl").write_text("\n".join(rows) + "\n")
+    return str(folder / "texts.jsonl")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("algorithm", "other"),
+    [
+        (VPPO(VPPOConfig(group_size=4)), "masked_logprobs"),
+        (OPD(OPDConfig(group_size=4)), "teacher_logprobs"),
+        (RLOO(RLOOConfig(group_size=4, beta=0.1)), "ref_logprobs"),
+        (PPO(PPOConfig(group_size=4, minibatches=1, beta=0.1)), "ref_logprobs"),
+        (ReinforcePlusPlus(ReinforcePlusPlusConfig(group_size=4, beta=0.1)), "ref_logprobs"),
+    ],
+    ids=lambda given: given if isinstance(given, str) else given.name,
+)
+def test_in_half_precision_log_probabilities_that_are_compared_are_of_one_pass(
+    builtin: VLMAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: Algorithm, other: str
+) -> None:
+    """After texts alone, and of equal policies, they are equal, bit for bit; the sampler's are not."""
+    envs = gymnasium.make_vec("VLM-VQA-v0", num_envs=8, group_size=4, dataset=texts(tmp_path))
+    given: list[Scored] = []
+    credit = algorithm.credit
+    monkeypatch.setattr(algorithm, "credit", lambda scored: (given.append(scored), credit(scored))[1])
+    if algorithm.wants_values:
+        builtin.add_value_head()
+    teacher = VLMAgent.from_pretrained("builtin") if algorithm.wants_teacher else None
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    made = Trainer(builtin, envs, algorithm, TrainerConfig(steps=1), accelerator, teacher)
+    (result,) = made.train(seed=0)
+    (one,) = given
+    assert torch.equal(one.old_logprobs, getattr(one, other))
+    assert not torch.equal(one.old_logprobs, Batch.of(result.rollouts.rollout, builtin.device).old_logprobs)
