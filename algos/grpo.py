@@ -88,7 +88,7 @@ class GRPOConfig(EntropyConfig):
         plain = self.dual_clip is None and self.ratio == "token"
         require(self.objective == "clip" or plain, f"{self.objective} has neither dual_clip nor a ratio of sequences")
         self._check_gate()
-        self._check_penalty()
+        self._check_control()
         self._check_terms()
         require(0 <= self.overlong_share < 1, "overlong_share must be a share of the limit, from 0 to below 1")
         require_at_least(1, most_rounds=self.most_rounds)
@@ -106,8 +106,17 @@ class GRPOConfig(EntropyConfig):
             given = taus != (GRPOConfig.tau_positive, GRPOConfig.tau_negative)
             require(not given, f"tau_positive and tau_negative go with objective sapo, not with {self.objective}")
 
-    def _check_penalty(self) -> None:
-        """Raises ConfigError if options do not go with KL-Cov, whose penalty takes the place of the clip range."""
+    def _check_control(self) -> None:
+        """Raises ConfigError if options do not go with entropy control, which singles tokens out.
+
+        The penalty of KL-Cov takes the place of the clip range.
+        """
+        if self.entropy_control == "clip_cov":
+            by_token = self.objective != "gmpo" and self.ratio == "token"
+            require(
+                by_token,
+                "clip_cov takes single tokens' gradients: it goes with ratio token, and not with objective gmpo",
+            )
         if self.entropy_control == "kl_cov":
             clips = self.epsilon != GRPOConfig.epsilon or self.epsilon_high is not None or self.dual_clip is not None
             plain = self.objective == "clip" and self.ratio == "token" and not clips

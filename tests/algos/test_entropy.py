@@ -47,6 +47,19 @@ def test_clip_cov() -> None:
     torch.testing.assert_close(slope, *torch.autograd.grad(expected, logprobs), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("objective", ["clip", "cispo", "sapo"])
+def test_clip_cov_leaves_chosen_tokens_without_gradient(objective: Any) -> None:
+    """Also after the policy has changed, and the others with one."""
+    config = GRPOConfig(
+        group_size=4, objective=objective, entropy_control="clip_cov", cov_share=1.0, cov_low=0.2, cov_high=1.5
+    )
+    advantages, _, slope = step(config, OLD + 0.01 * numbers(1) * MASK)
+    chosen = (products(advantages) > 0.2) & (products(advantages) < 1.5)
+    assert chosen.any()
+    assert (slope[chosen] == 0).all()
+    assert (slope[MASK & ~chosen] != 0).all()
+
+
 def test_clip_cov_draws_a_share_of_them() -> None:
     config = GRPOConfig(group_size=4, entropy_control="clip_cov", cov_share=0.1, cov_low=0.2)
     first, again = (GRPO(config).credit(scored(REWARDS, mask=MASK, old_logprobs=OLD)).chosen for _ in range(2))
@@ -121,6 +134,8 @@ def test_the_bandit_is_solved_with_entropy_control(options: dict[str, Any]) -> N
         {"entropy_control": "kl_cov"},
         {"entropy_control": "kl_cov", "mu": 2, "epsilon": 0.1},
         {"entropy_control": "kl_cov", "mu": 2, "objective": "cispo"},
+        {"entropy_control": "clip_cov", "ratio": "sequence", "aggregation": "sequence"},
+        {"entropy_control": "clip_cov", "objective": "gmpo", "aggregation": "sequence"},
     ],
 )
 def test_options_without_use_are_refused(options: dict[str, Any]) -> None:
