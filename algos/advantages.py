@@ -54,7 +54,8 @@ def term_relative(
     """Computes advantages per reward term: the weighted sum of each term's `group_relative`, normalised over the batch.
 
     GDPO, arXiv 2601.05242. Groups whose terms differ keep different advantages, also if the sums of
-    their terms are equal.
+    their terms are equal. A term that is equal in a group gives exactly 0 there. TRL's formula lacks this: where all
+    groups are so, it normalises what rounding leaves, to the size of 1.
 
     Args:
         terms: [N, K], unweighted. NaN: the completion does not have the term, so the term's mean and deviation are
@@ -68,12 +69,21 @@ def term_relative(
         [N].
     """
     groups = terms.view(-1, group_size, terms.shape[1])
-    centred = groups - groups.nanmean(dim=1, keepdim=True)
+    centred = _centred(groups)
     counts = (~groups.isnan()).sum(dim=1, keepdim=True)
     std = (centred.square().nansum(dim=1, keepdim=True) / (counts - 1).clamp(min=1)).sqrt()
     sums = ((centred / (std + epsilon)).view_as(terms) * weights).nansum(dim=1)
     everyone = gather(sums)
     return (sums - everyone.mean()) / (everyone.std() + epsilon)
+
+
+def _centred(groups: Tensor) -> Tensor:
+    """Values less the mean of their group, [P, G, ...]; exactly 0 where a group's values are equal. NaN is left out."""
+    present = ~groups.isnan()
+    low = groups.where(present, torch.inf).amin(dim=1, keepdim=True)
+    high = groups.where(present, -torch.inf).amax(dim=1, keepdim=True)
+    centred = groups - groups.nanmean(dim=1, keepdim=True)
+    return centred.where((low != high) | ~present, 0)
 
 
 def leave_one_out(rewards: Tensor, group_size: int) -> Tensor:
@@ -222,7 +232,7 @@ def reinforce_plus_plus(
     Returns:
         [N, L].
     """
-    baselined = rewards if group_size is None else group_relative(rewards, group_size, scale="none")
+    baselined = rewards if group_size is None else _centred(rewards.view(-1, group_size)).view(-1)
     return returns_to_go(token_rewards(baselined, mask, kl, beta), mask, gamma)
 
 

@@ -15,6 +15,7 @@ from vlmenv.algos.advantages import (
     overlong_penalty,
     reinforce_plus_plus,
     returns_to_go,
+    term_relative,
     token_rewards,
     whiten,
     zero_variance_share,
@@ -77,6 +78,27 @@ def test_leave_one_out_equals_a_loop() -> None:
 
 def test_zero_variance_share() -> None:
     assert zero_variance_share(torch.tensor([1.0, 1.0, 0.0, 1.0, 2.0, 2.0, 3.0, 3.0]), 2) == 0.75
+
+
+@pytest.mark.parametrize("size", [3, 5, 8])
+def test_equal_rewards_give_exactly_0_where_a_batch_is_normalised(size: int) -> None:
+    """In float32 the mean of equal numbers often differs from them, and normalisation would enlarge that."""
+    rewards = torch.tensor([0.99, 0.97, 0.83]).repeat_interleave(size)
+    assert any(torch.full((size,), one).mean() != one for one in torch.rand(99, generator=GENERATOR))
+    terms = torch.stack([rewards, rewards.flip(0)], dim=1)
+    terms[0, 1] = torch.nan
+    weights = torch.ones_like(terms)
+    weights[0, 1] = 0
+    assert (term_relative(terms, weights, size) == 0).all()
+    mask = torch.ones(len(rewards), 2, dtype=torch.bool)
+    assert (whiten(reinforce_plus_plus(rewards, mask, group_size=size), mask) == 0).all()
+
+
+def test_a_term_that_is_equal_in_a_group_leaves_the_others() -> None:
+    """By hand: the second group's sums are those of its second term alone, (-1, 1) / sqrt(2) of the deviation."""
+    terms = torch.tensor([[0.99, 1.0], [0.99, 1.0], [0.3, 0.0], [0.3, 2.0]], dtype=torch.float64)
+    sums = np.array([0, 0, -1, 1]) / np.sqrt(2)
+    np.testing.assert_allclose(term_relative(terms, torch.ones_like(terms), 2), sums / np.std(sums, ddof=1), rtol=1e-3)
 
 
 def test_overlong_penalty_by_hand() -> None:
