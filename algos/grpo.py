@@ -130,6 +130,13 @@ class GRPOConfig(EntropyConfig):
             require(not whole, "per_term goes with neither most_rounds nor replay, which compare whole rewards")
 
 
+def check_by_token(config: GRPOConfig, name: str) -> None:
+    """Raises ConfigError if an algorithm with advantages of tokens has ratios of whole completions."""
+    has = f"{name} has advantages of tokens, which"
+    require(config.objective != "gmpo", f"{has} gmpo's geometric mean does not take")
+    require(config.ratio == "token", f"{has} do not go with a ratio of sequences")
+
+
 PRESETS: Final[dict[str, GRPOConfig]] = {
     "grpo": GRPOConfig(),
     # arXiv 2503.20783: no division by the deviation, none by the length.

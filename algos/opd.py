@@ -13,7 +13,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from vlmenv.algos.base import Scored
-from vlmenv.algos.grpo import GRPO, GRPOConfig
+from vlmenv.algos.grpo import GRPO, GRPOConfig, check_by_token
 from vlmenv.algos.losses import bounded
 from vlmenv.core.errors import require, require_weight
 
@@ -31,8 +31,7 @@ class OPDConfig(GRPOConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_weight("reward_weight", self.reward_weight)
-        require(self.objective != "gmpo", "opd has advantages of tokens, which gmpo's geometric mean does not take")
-        require(self.ratio == "token", "opd has advantages of tokens, which do not go with a ratio of sequences")
+        check_by_token(self, "opd")
         compares = self.most_rounds > 1 or self.replay > 0 or self.overlong_share > 0
         idle = compares and not self.reward_weight
         require(not idle, "most_rounds, replay and overlong_share are of rewards: they go with a reward_weight above 0")

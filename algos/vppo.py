@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmenv.algos.base import LossInputs, LossOutput, Scored
-from vlmenv.algos.grpo import GRPO, GRPOConfig
+from vlmenv.algos.grpo import GRPO, GRPOConfig, check_by_token
 from vlmenv.algos.losses import visual_dependence
 from vlmenv.core.errors import require, require_weight
 
@@ -34,7 +34,7 @@ class VPPOConfig(GRPOConfig):
         require(0 < self.visual_share <= 1, f"visual_share must be a share above 0, not {self.visual_share}")
         require(0 <= self.visual_floor <= 1, f"visual_floor must lie between 0 and 1, not {self.visual_floor}")
         require_weight("entropy_loss", self.entropy_loss)
-        require(self.objective != "gmpo", "vppo has advantages of tokens, which gmpo's geometric mean does not take")
+        check_by_token(self, "vppo")
 
 
 class VPPO(GRPO):

@@ -113,6 +113,7 @@ def test_vppo_learns_from_all_tokens_where_there_is_no_image() -> None:
         lambda: VPPOConfig(visual_share=0.0),
         lambda: VPPOConfig(visual_floor=1.5),
         lambda: VPPOConfig(objective="gmpo", aggregation="sequence"),
+        lambda: VPPOConfig(ratio="sequence"),
         lambda: TrainerConfig(mask_share=0.0),
         lambda: TrainerConfig(visual_dependence_every=0),
     ],
