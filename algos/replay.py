@@ -59,7 +59,9 @@ class Replay:
         return replace(rollouts, rollout=replace(rollouts.rollout, from_trainer=False)), replayed
 
     def keep(self, rollouts: Rollouts, advantages: Tensor, mask: Tensor, replayed: NDArray[np.bool_]) -> None:
-        """Keeps the groups with nonzero advantages; the oldest groups beyond the capacity go.
+        """Keeps the groups with differing rewards and nonzero advantages; the oldest beyond the capacity go.
+
+        Advantages alone do not tell: a teacher's are nonzero in groups with equal rewards too.
 
         Args:
             rollouts: Completions of P groups, as `fill` returned them.
@@ -69,8 +71,9 @@ class Replay:
         """
         means = (advantages.abs() * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
         sizes = means.view(-1, self._size).mean(dim=1).tolist()
+        differ = rollouts.informative_groups(self._size).tolist()
         for i, size in enumerate(sizes):
-            if size > 0 and not replayed[i]:
+            if differ[i] and size > 0 and not replayed[i]:
                 self._kept.append((_afresh(rollouts[self._rows(i)]), size))
 
     def _rows(self, group: int) -> slice:

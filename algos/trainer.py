@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from gymnasium.vector import VectorEnv
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -351,6 +352,7 @@ class Trainer:
         """Runs the algorithm's optimizer steps on scored rollouts, and gives the means of their metrics."""
         rng = np.random.default_rng([self._seed, self.accelerator.process_index, self.step])
         told: dict[str, float] = {}
+        replayed = np.zeros(len(rollouts.rewards) // self.algorithm.config.group_size, np.bool_)
         if self.replay is None:
             batch = self._credited(rollouts, rng)
         else:
@@ -360,10 +362,7 @@ class Trainer:
             told["replayed"] = float(replayed.mean())
         rollouts.record_advantages(batch.advantages, batch.mask)
         told |= self._correct(batch, rollouts.rollout)
-        if batch.teacher_logprobs is not None:
-            gaps = (batch.old_logprobs - batch.teacher_logprobs)[batch.mask]
-            told["policy/teacher_kl"] = float(gaps.mean())
-            told["policy/teacher_bounded"] = float((gaps.abs() > BOUND).float().mean())
+        told |= self._distances(batch, replayed)
         if self._measures_dependence:
             told |= self._dependence(batch, rollouts)
         if not self.algorithm.learns_masked:
@@ -378,6 +377,15 @@ class Trainer:
             self.scheduler.step()
         means = {name: float(np.mean([metrics[name] for metrics in logged])) for name in logged[-1]}
         return means | told | {"padding": padding_share(batch.rollout, self._passes(batch.rollout))}
+
+    def _distances(self, batch: Batch, replayed: NDArray[np.bool_]) -> dict[str, float]:
+        """Metrics of the policy's distance from the teacher, over the groups that this policy sampled."""
+        if batch.teacher_logprobs is None or replayed.all():
+            return {}
+        own = ~torch.from_numpy(replayed).to(batch.mask.device).repeat_interleave(self.algorithm.config.group_size)
+        gaps = (batch.old_logprobs - batch.teacher_logprobs)[batch.mask & own[:, None]]
+        kl, far = float(gaps.mean()), float((gaps.abs() > BOUND).float().mean())
+        return {"policy/teacher_kl": kl, "policy/teacher_bounded": far}
 
     @torch.no_grad()
     def _credited(self, rollouts: Rollouts, rng: np.random.Generator) -> Batch:

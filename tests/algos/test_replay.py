@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from vlmenv.algos import GRPO, GRPOConfig, Trainer, TrainerConfig
 from vlmenv.algos.bandit import START, Bandit, TabularAgent
-from vlmenv.algos.batch import Rollouts
+from vlmenv.algos.batch import Batch, Rollouts
 from vlmenv.algos.replay import Replay
 from vlmenv.core.errors import ConfigError
 from vlmenv.core.rollout import Completion, Prompt, Rollout
@@ -80,6 +80,22 @@ def test_the_newest_that_taught_something_are_kept() -> None:
     replay.keep(new, advantages, learnt(8), np.array([False, False, False, True]))
     assert len(replay) == 2
     assert [(group.rollout.texts[0], size) for group, size in replay.snapshot()] == [("new 0.0", 1.0), ("new 1.0", 2.0)]
+
+
+def test_equal_rewards_are_not_kept_whatever_a_teacher_says_of_them() -> None:
+    """They would replace others of their kind."""
+    replay, new = Replay(4, 2), rollouts((0.5, 0.5), (0.0, 1.0))
+    replay.keep(new, torch.tensor([[3.0], [1.0], [-1.0], [1.0]]), learnt(4), np.zeros(2, bool))
+    assert [group.rollout.texts[0] for group, _ in replay.snapshot()] == ["new 1.0"]
+
+
+def test_the_distance_from_a_teacher_is_that_of_fresh_groups() -> None:
+    made = trainer(TabularAgent(START), GRPOConfig(group_size=2, replay=4))
+    batch = Batch.of(rollouts((0.0, 1.0), (0.0, 1.0)).rollout, torch.device("cpu"))
+    batch.teacher_logprobs = batch.old_logprobs - torch.tensor([[1.0], [2.0], [30.0], [40.0]])
+    fresh = {"policy/teacher_kl": 1.5, "policy/teacher_bounded": 0.0}
+    assert made._distances(batch, np.array([False, True])) == fresh
+    assert made._distances(batch, np.array([True, True])) == {}
 
 
 def test_what_was_not_learnt_from_is_not_kept() -> None:
