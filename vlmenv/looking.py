@@ -99,9 +99,9 @@ def measure_sight(
     """
     require(envs.max_turns == 1, "visual_dependence is for episodes of one turn: set max_turns to 1")
     mask, blank = functools.partial(masked, share=mask_share, seed=seed), functools.partial(masked, share=1.0)
-    shuffle = Shuffle()
+    shuffle = Shuffle(seed)
     changes: dict[str, Change] = {"masked": mask, "shuffled": shuffle, "blank": blank}
-    watched = _Watched(agent, changes | {"shuffled": Shuffle()})
+    watched = _Watched(agent, changes | {"shuffled": Shuffle(seed)})
     agents = {SHOWN: watched} | {name: _Changed(agent, change) for name, change in changes.items()}
     found: dict[str, Evaluation] = {}
     shared: dict[str, Any] = {"greedy": greedy, "console": console, "processes": processes}
@@ -111,8 +111,7 @@ def measure_sight(
         if not any(processes.collect([watched.saw_images])):
             raise DataError("none of the samples has an image: visual_dependence has nothing to mask")
     if alone := sum(processes.collect([shuffle.alone])):
-        told = "were alone in a batch with their number of images: shuffled, their images are black"
-        say(f"{alone} samples {told}", console)
+        warn(f"{alone} answers had no other images in their batch: shuffled, their images are black", console)
     drops = _with_logprobs(found, watched, processes)
     return Sight(found, {name: _changes(envs.task, found, name) | {"logprob": drops[name]} for name in changes})
 

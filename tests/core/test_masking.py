@@ -53,6 +53,30 @@ def test_samples_exchange_their_images() -> None:
     assert later["prompt"] == "what?"
 
 
+def test_images_are_told_apart_by_their_pixels() -> None:
+    """Four questions about each of four images, each read anew, do not get their own image; nor one of a pair."""
+    batch = [shown(picture(20, 20, 10 * (i // 4 + 1))) for i in range(16)]
+    found = [int(one["images"][0][0, 0, 0]) for one in Shuffle(seed=3)(batch)]
+    assert all(value in {10, 20, 30, 40} - {10 * (i // 4 + 1)} for i, value in enumerate(found))
+    assert [int(one["images"][0][0, 0, 0]) for one in Shuffle(seed=3)(batch)] == found
+    drawn = [[int(one["images"][0][0, 0, 0]) for one in Shuffle(seed)(batch)] for seed in range(9)]
+    assert any(one != found for one in drawn)
+    pairs = Shuffle()
+    a, b, c = (picture(20, 20, value) for value in (10, 20, 30))
+    assert not any(image.any() for one in pairs([shown(a, b), shown(b, c)]) for image in one["images"])
+    assert pairs.alone == 2
+
+
+def test_samples_without_another_image_are_counted() -> None:
+    shuffle = Shuffle()
+    found = shuffle([shown(picture(20, 20)) for _ in range(3)])
+    assert not any(one["images"][0].any() for one in found)
+    assert found[0]["images"][0] is found[2]["images"][0]  # one prompt of a group
+    assert shuffle.alone == 3
+    shuffle([shown(), shown()])
+    assert shuffle.alone == 3
+
+
 def test_frames_of_videos_are_masked_and_exchanged() -> None:
     rng = np.random.default_rng(5)
     one, other = (Video(rng.integers(1, 256, (3, 28, 42, 3), np.uint8), np.arange(3.0), 3.0) for _ in range(2))

@@ -5,8 +5,10 @@ They tell how much a policy looks: `vlmenv.algos.papo`, `vlmenv.algos.vppo` and 
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -70,10 +72,6 @@ def masked(observations: Sequence[Observation], share: float, seed: int = 0) -> 
     ]
 
 
-_Shown = tuple[tuple[Image, ...], tuple[Video, ...]]
-"""Images and videos of a sample."""
-
-
 def _with(observation: Observation, images: tuple[Image, ...], videos: tuple[Video, ...]) -> Observation:
     """An observation with other images and videos."""
     changed: Observation = {**observation, "images": images}
@@ -83,56 +81,82 @@ def _with(observation: Observation, images: tuple[Image, ...], videos: tuple[Vid
 
 
 class Shuffle:
-    """Gives each sample the images and videos of another sample that has as many.
+    """Gives each sample the images and videos of another sample that has as many, and none of its own.
 
-    These are the images of the sample before it; the first one of a batch gets those of the last one. A sample that no
-    other of its batch can exchange with gets those of an earlier batch, and if there are none, black images.
+    That sample is drawn from the others of the batch. Where none is like this, it is drawn from the newest batch that
+    had as many, and where there is none either, the images are black. Images are the same if their pixels are.
+
+    Args:
+        seed: Seed of the draws.
 
     Attributes:
-        alone: Number of samples that had no images to exchange.
+        alone: Number of observations that had no images to exchange.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int = 0) -> None:
         self.alone = 0
-        self._last: dict[tuple[int, int], _Shown] = {}
+        self._seed = seed
+        self._earlier: dict[tuple[int, int], list[_Sample]] = {}
 
     def __call__(self, observations: Sequence[Observation]) -> list[Observation]:
         """Observations [N] with exchanged images. Neighbours with the same images are one sample."""
-        samples: list[_Shown] = []
-        index = []
-        for one in observations:
-            shown = (one["images"], one.get("videos", ()))
-            if not samples or not _are_same(samples[-1], shown):
-                samples.append(shown)
-            index.append(len(samples) - 1)
-        others = [self._other(samples, i) for i in range(len(samples))]
-        self._last |= {_counts(shown): shown for shown in samples}
-        return [_with(one, *others[i]) for one, i in zip(observations, index, strict=True)]
+        samples = _samples(observations)
+        found: list[Observation] = []
+        for i, (one, own) in enumerate(zip(observations, samples, strict=True)):
+            if i == 0 or own.contents != samples[i - 1].contents:
+                other = self._other(own, samples)
+                shown = other or own.blank()
+            self.alone += other is None
+            found.append(_with(one, shown.images, shown.videos))
+        self._earlier |= {own.counts: [one for one in samples if one.counts == own.counts] for own in samples}
+        return found
 
-    def _other(self, samples: Sequence[_Shown], i: int) -> _Shown:
-        counts = _counts(samples[i])
-        if not any(counts):
-            return samples[i]
-        alike = [j for j, shown in enumerate(samples) if _counts(shown) == counts]
-        if len(alike) > 1:
-            return samples[alike[alike.index(i) - 1]]
-        if counts in self._last:
-            return self._last[counts]
-        self.alone += 1
-        images, videos = samples[i]
-        blank = tuple(Video(np.zeros_like(one.frames), one.seconds, one.duration) for one in videos)
-        return tuple(np.zeros_like(image) for image in images), blank
+    def _other(self, own: _Sample, samples: Sequence[_Sample]) -> _Sample | None:
+        """The sample whose images another one gets; itself if it has none, and None if there is no other."""
+        if not own.contents:
+            return own
+        for batch in (samples, self._earlier.get(own.counts, ())):
+            if unlike := [one for one in batch if own.may_get(one)]:
+                rng = np.random.default_rng([self._seed, zlib.crc32(b"".join(own.contents))])
+                return unlike[rng.integers(len(unlike))]
+        return None
 
 
-def _counts(shown: _Shown) -> tuple[int, int]:
-    images, videos = shown
-    return len(images), len(videos)
+@dataclass(frozen=True)
+class _Sample:
+    """Images and videos of a sample."""
+
+    images: tuple[Image, ...]
+    videos: tuple[Video, ...]
+    contents: tuple[bytes, ...] = ()
+    """a digest of each"""
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        return len(self.images), len(self.videos)
+
+    def may_get(self, other: _Sample) -> bool:
+        """True if another sample has as many images and videos, and none of these."""
+        return self.counts == other.counts and not set(self.contents) & set(other.contents)
+
+    def blank(self) -> _Sample:
+        """One with black images and videos of the same sizes."""
+        videos = tuple(Video(np.zeros_like(one.frames), one.seconds, one.duration) for one in self.videos)
+        return _Sample(tuple(np.zeros_like(image) for image in self.images), videos)
 
 
-def _are_same(first: _Shown, second: _Shown) -> bool:
-    return _counts(first) == _counts(second) and all(
-        a is b for one, other in zip(first, second, strict=True) for a, b in zip(one, other, strict=True)
-    )
+def _samples(observations: Sequence[Observation]) -> list[_Sample]:
+    """The samples of observations [N]. The contents of an object are computed once."""
+    known: dict[int, bytes] = {}
+
+    def name(shown: Image | Video) -> bytes:
+        if id(shown) not in known:
+            pixels = np.ascontiguousarray(shown.frames if isinstance(shown, Video) else shown)
+            known[id(shown)] = hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).digest()
+        return known[id(shown)]
+
+    pairs = [(one["images"], one.get("videos", ())) for one in observations]
+    return [_Sample(images, videos, (*map(name, images), *map(name, videos))) for images, videos in pairs]
 
 
 Change = Callable[[Sequence[Observation]], list[Observation]]
