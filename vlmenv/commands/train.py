@@ -57,7 +57,7 @@ from vlmenv.runs.keeping import Keeping
 from vlmenv.runs.lengths import Lengths
 from vlmenv.runs.lock import locked
 from vlmenv.runs.loop import TrainingLoop, compare, evaluate_now, look_first, measured_before
-from vlmenv.runs.models import checkpoint_name, with_checkpoint
+from vlmenv.runs.models import with_checkpoint, with_teacher
 from vlmenv.runs.output import lasting_output
 from vlmenv.runs.record import asked_yaml, print_dry_run, resolved_yaml, sections_yaml
 from vlmenv.runs.resuming import DataSets, changes, check_data_changed, facts
@@ -139,6 +139,7 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
         say(note, console)
     if parts.agent is None:
         config = with_checkpoint(config, console)
+    config = with_teacher(config, console)
     config = _held(config, processes_of(accelerator, config.trainer.shard_within), console)
     check_engine(config, accelerator.device, accelerator.num_processes)
     for note in advice_on_cuda(config, accelerator.device):
@@ -358,7 +359,7 @@ def _make_trainer(
         agent.add_value_head()
     teacher = None
     if algorithm.wants_teacher:
-        teacher = _teacher(algorithm.config.teacher, config, agent, console, opened)  # type: ignore[attr-defined]
+        teacher = _teacher(config.algorithm.teacher, config, agent, console, opened)
     return Trainer(agent, envs, algorithm, config.trainer, accelerator, teacher)
 
 
@@ -371,9 +372,7 @@ def _teacher(
         served = meet_teacher(name, config, agent)
         opened.callback(served.close)
         return served
-    found = checkpoint_name(name)
-    say(f"the teacher is {found}", console)
-    return load_teacher(found, config, agent, agent.device)
+    return load_teacher(name, config, agent, agent.device)
 
 
 def _held(config: TrainConfig[Any], processes: Processes, console: Console) -> TrainConfig[Any]:

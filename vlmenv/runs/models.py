@@ -11,7 +11,9 @@ from rich.console import Console
 from vlmenv.agents.checkpoints import find_adapter, find_model
 from vlmenv.core.console import say
 from vlmenv.core.errors import ModelError
+from vlmenv.core.urls import is_server
 from vlmenv.options.task import TaskConfig
+from vlmenv.options.train import TrainConfig
 from vlmenv.runs.manifest import damage, read_manifest
 from vlmenv.runs.run_folder import RunFolder
 
@@ -30,6 +32,22 @@ def with_checkpoint(config: ConfigT, console: Console) -> ConfigT:
     say(f"the model is {folder}, the {which} of {config.model}", console)
     changed: Any = replace(config, model=str(folder))
     return changed  # type: ignore[no-any-return]
+
+
+def with_teacher(config: TrainConfig[Any], console: Console) -> TrainConfig[Any]:
+    """The options with a checkpoint as the teacher if a run's folder is given, which is printed.
+
+    So the record names the checkpoint, and a resumed run has the same teacher, also if that run has gone on since.
+
+    Raises:
+        ModelError: The run has no checkpoint yet.
+    """
+    name = getattr(config.algorithm, "teacher", None)
+    if name is None or is_server(name) or (found := checkpoint_of(name)) is None:
+        return config
+    folder, which = found
+    say(f"the teacher is {folder}, the {which} of {name}", console)
+    return replace(config, algorithm=replace(config.algorithm, teacher=str(folder.absolute())))
 
 
 def model_folder(name: str) -> Path:

@@ -236,6 +236,14 @@ def _model(name: str) -> dict[str, Any]:
     return dict(_files([folder / "config.json"])) | _weights(folder) | dict(_files(adapters))
 
 
+def model_digests(name: str) -> dict[str, Any]:
+    """The checksums of a model's files by their names: of its configuration, weights and adapters."""
+    folder, adapter = find_model(name), find_adapter(name)
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    files += [] if adapter is None else [adapter / ADAPTER_CONFIG, adapter / ADAPTER_WEIGHTS]
+    return {file.name: _checksum(file) for file in files}
+
+
 def _weights(folder: Path) -> dict[str, Any]:
     """The sizes of a model's weights; their names in the hub's cache are checksums already."""
     return {str(file): {"bytes": file.stat().st_size} for file in sorted(folder.glob("*.safetensors"))}

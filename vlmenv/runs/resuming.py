@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from vlmenv.core.errors import ConfigError, DataError
+from vlmenv.core.urls import is_server
 from vlmenv.envs.mixed import by_task
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.options.fields import flatten
@@ -16,7 +17,7 @@ from vlmenv.options.train import TrainConfig
 from vlmenv.runs.by_task import Envs
 from vlmenv.runs.checkpoints import Found
 from vlmenv.runs.data import difference, fingerprint
-from vlmenv.runs.record import of_section, used
+from vlmenv.runs.record import model_digests, of_section, used
 from vlmenv.runs.run_folder import RunFolder
 
 _PLACES: Final = (*NAMING, "output", "model", "server", "judge_url", "mix_file")
@@ -53,7 +54,14 @@ def facts(config: TrainConfig[Any], data: DataSets, run: RunFolder, ranks: int) 
         "ranks": ranks,
         "options": _options(config, data),
         "data": data.fingerprints(),
+        **_teacher(config),
     }
+
+
+def _teacher(config: TrainConfig[Any]) -> dict[str, Any]:
+    """The checksums of the files of a teacher in memory."""
+    name = getattr(config.algorithm, "teacher", None)
+    return {} if name is None or is_server(name) else {"teacher": model_digests(name)}
 
 
 def _options(config: TrainConfig[Any], data: DataSets) -> dict[str, Any]:
@@ -88,6 +96,9 @@ def changes(config: TrainConfig[Any], found: Found, data: DataSets, ranks: int) 
     if names:
         recorded["options"] = {name: [before.get(name), now.get(name)] for name in names}
         told += [f"option {name}: {now.get(name)}, was {before.get(name)}" for name in names]
+    if (taught := _teacher(config)) and "teacher" in old and old["teacher"] != taught["teacher"]:
+        recorded["teacher"] = [old["teacher"], taught["teacher"]]
+        told.append(f"the teacher {config.algorithm.teacher} has other weights than then")
     if old.get("ranks", ranks) != ranks:
         recorded["ranks"] = [old["ranks"], ranks]
     return recorded, told
