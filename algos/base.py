@@ -136,7 +136,9 @@ class LossOutput:
 
 
 @torch.no_grad()
-def ratio_sums(logratio: Tensor, clipped: Tensor, mask: Tensor) -> dict[str, Tensor]:
+def ratio_sums(
+    logratio: Tensor, clipped: Tensor, mask: Tensor, of_sequences: Tensor | None = None
+) -> dict[str, Tensor]:
     """Metrics of the importance ratios.
 
     They are the KL divergence from the old to the new policy (k3), the share of tokens that are clipped, and the share
@@ -146,16 +148,19 @@ def ratio_sums(logratio: Tensor, clipped: Tensor, mask: Tensor) -> dict[str, Ten
         logratio: log pi - log pi_old, [N, L].
         clipped: bool [N, L], True where the objective is clipped.
         mask: bool [N, L].
+        of_sequences: bool [N, L], True where the ratio of a whole completion is bounded. Default: nowhere.
 
     Returns:
         Sums over the tokens at the mask.
     """
+    far = logratio.abs() > BOUND
+    far = far if of_sequences is None else far | of_sequences
     near = bounded(logratio)
     divergence = torch.expm1(near) - near
     return {
         "policy/approx_kl": divergence[mask].sum(),
         "policy/clip_frac": clipped[mask].float().sum(),
-        "policy/bounded": (logratio[mask].abs() > BOUND).float().sum(),
+        "policy/bounded": far[mask].float().sum(),
     }
 
 

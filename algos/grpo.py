@@ -23,11 +23,13 @@ from vlmenv.algos.losses import (
     Aggregation,
     Estimator,
     cispo,
+    clip_logs,
     clipped_surrogate,
     divergence,
     geometric_mean_ratio,
     is_bounded,
     is_clipped,
+    is_sequence_bounded,
     is_weight_clipped,
     sapo,
     sequence_ratio,
@@ -194,7 +196,7 @@ class GRPO(Algorithm):
         config, mask = self.config, inputs.mask
         logratio = inputs.logprobs - inputs.old_logprobs
         per_token, clipped = self._surrogate(inputs, logratio)
-        sums = ratio_sums(logratio, clipped, mask)
+        sums = ratio_sums(logratio, clipped, mask, self._bounds(inputs, logratio))
         if inputs.chosen is not None:
             penalty = config.cov_weight * logratio.abs() if config.entropy_control == "kl_cov" else -per_token
             per_token = per_token + penalty.where(inputs.chosen, 0)
@@ -210,10 +212,23 @@ class GRPO(Algorithm):
                 sums["policy/kl_bounded"] = is_bounded(inputs.logprobs, inputs.ref_logprobs)[mask].float().sum()
         return LossOutput((inputs.weights * per_token).sum(), sums)
 
+    def _bounds(self, inputs: LossInputs, logratio: Tensor) -> Tensor | None:
+        """Where the ratio of a whole completion is bounded, bool [N, L]; None for ratios of tokens."""
+        if self.config.objective == "gmpo":
+            logratio = clip_logs(logratio, inputs.advantages, *self._clip_range)
+        elif self.config.ratio == "token":
+            return None
+        return is_sequence_bounded(logratio, inputs.mask)
+
+    @property
+    def _clip_range(self) -> tuple[float, float]:
+        config = self.config
+        return config.epsilon, config.epsilon if config.epsilon_high is None else config.epsilon_high
+
     def _surrogate(self, inputs: LossInputs, logratio: Tensor) -> tuple[Tensor, Tensor]:
         """The objective's loss, and where it is clipped: [N, L] and bool [N, L]."""
         config, advantages, ratio = self.config, inputs.advantages, token_ratio(logratio)
-        low, high = config.epsilon, config.epsilon if config.epsilon_high is None else config.epsilon_high
+        low, high = self._clip_range
         if config.objective == "cispo":
             return cispo(inputs.logprobs, ratio, advantages, low, high), is_weight_clipped(ratio, low, high)
         if config.objective == "sapo":

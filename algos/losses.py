@@ -18,6 +18,9 @@ Aggregation = Literal["token", "sequence", "constant"]
 BOUND: Final = 20.0
 """Largest distance of two log-probabilities, in nats, that goes into `exp`: beyond it float32 gradients overflow."""
 
+_MOST_DEPENDENCE: Final = 10.0
+"""Largest visual dependence of a token, in nats."""
+
 
 def bounded(logratio: Tensor) -> Tensor:
     """A log-ratio within -`BOUND` to `BOUND`, of the same shape. What lies beyond has no gradient."""
@@ -53,9 +56,18 @@ def sequence_ratio(logratio: Tensor, mask: Tensor, length_normalised: bool = Tru
     Returns:
         [N, L], the same at all tokens of a row.
     """
+    return bounded(_sequence_logs(logratio, mask, length_normalised)).exp().expand_as(logratio)
+
+
+def is_sequence_bounded(logratio: Tensor, mask: Tensor, length_normalised: bool = True) -> Tensor:
+    """Bool [N, L], True at the tokens of completions whose `sequence_ratio` is bounded, and has no gradient."""
+    return (_sequence_logs(logratio, mask, length_normalised).abs() > BOUND).expand_as(logratio)
+
+
+def _sequence_logs(logratio: Tensor, mask: Tensor, length_normalised: bool) -> Tensor:
+    """The logarithms of ratios of whole completions, [N, 1]."""
     sums = logratio.masked_fill(~mask, 0).sum(dim=1, keepdim=True)
-    lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)
-    return bounded(sums / lengths if length_normalised else sums).exp().expand_as(logratio)
+    return sums / mask.sum(dim=1, keepdim=True).clamp(min=1) if length_normalised else sums
 
 
 def clipped_surrogate(
@@ -153,8 +165,12 @@ def geometric_mean_ratio(
     Returns:
         [N, L], the same at all tokens of a row.
     """
-    clipped = torch.where(advantages > 0, logratio.clamp(max=epsilon_high), logratio.clamp(min=-epsilon_low))
-    return sequence_ratio(clipped, mask)
+    return sequence_ratio(clip_logs(logratio, advantages, epsilon_low, epsilon_high), mask)
+
+
+def clip_logs(logratio: Tensor, advantages: Tensor, epsilon_low: float, epsilon_high: float) -> Tensor:
+    """The log-ratios whose mean `geometric_mean_ratio` takes, clipped, [N, L]."""
+    return torch.where(advantages > 0, logratio.clamp(max=epsilon_high), logratio.clamp(min=-epsilon_low))
 
 
 def divergence(logprobs: Tensor, ref_logprobs: Tensor, estimator: Estimator) -> Tensor:
@@ -200,7 +216,12 @@ def visual_dependence(logprobs: Tensor, masked_logprobs: Tensor) -> Tensor:
     Returns:
         [N, L].
     """
-    return divergence(logprobs, masked_logprobs, "k3").clamp(0, 10)
+    return divergence(logprobs, masked_logprobs, "k3").clamp(0, _MOST_DEPENDENCE)
+
+
+def is_dependence_bounded(logprobs: Tensor, masked_logprobs: Tensor) -> Tensor:
+    """Bool [N, L], True where `visual_dependence` is bounded."""
+    return divergence(logprobs, masked_logprobs, "k3") > _MOST_DEPENDENCE
 
 
 def is_bounded(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:

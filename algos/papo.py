@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vlmenv.algos.base import LossInputs, LossOutput
 from vlmenv.algos.grpo import GRPO, GRPOConfig
-from vlmenv.algos.losses import visual_dependence
+from vlmenv.algos.losses import is_dependence_bounded, visual_dependence
 from vlmenv.core.errors import require_weight
 
 
@@ -52,5 +52,9 @@ class PAPO(GRPO):
         perception = visual_dependence(inputs.logprobs, inputs.masked_logprobs)
         entropies = config.entropy_loss * inputs.logprobs + config.masked_entropy_loss * inputs.masked_logprobs
         per_token: Tensor = -config.perception_weight * perception - entropies
-        sums = output.sums | {"policy/perception": perception.detach()[inputs.mask].sum()}
-        return LossOutput(output.loss + (inputs.weights * per_token).sum(), sums)
+        far = is_dependence_bounded(inputs.logprobs, inputs.masked_logprobs)[inputs.mask]
+        sums = {
+            "policy/perception": perception.detach()[inputs.mask].sum(),
+            "policy/perception_bounded": far.float().sum(),
+        }
+        return LossOutput(output.loss + (inputs.weights * per_token).sum(), output.sums | sums)

@@ -20,6 +20,7 @@ from vlmenv.algos.losses import (
     clipped_surrogate,
     clipped_value_loss,
     divergence,
+    is_bounded,
     is_clipped,
     is_value_clipped,
     token_ratio,
@@ -102,4 +103,6 @@ class PPO(Algorithm):
             "value/clip_frac": value_clipped[mask].float().sum(),
             "value/mean": inputs.values.detach()[mask].sum(),
         }
+        if inputs.ref_logprobs is not None and config.kl_estimator == "k3":
+            sums["policy/kl_bounded"] = is_bounded(inputs.old_logprobs, inputs.ref_logprobs)[mask].float().sum()
         return LossOutput((inputs.weights * (policy + config.value_weight * critic)).sum(), sums)

@@ -15,7 +15,14 @@ from vlmenv.algos.base import (
     Scored,
     ratio_sums,
 )
-from vlmenv.algos.losses import Aggregation, clipped_surrogate, divergence, is_clipped, sequence_ratio
+from vlmenv.algos.losses import (
+    Aggregation,
+    clipped_surrogate,
+    divergence,
+    is_clipped,
+    is_sequence_bounded,
+    sequence_ratio,
+)
 from vlmenv.core.errors import require, require_weight
 
 
@@ -60,5 +67,6 @@ class RLOO(Algorithm):
         ratio = sequence_ratio(logratio, mask, length_normalised=False)
         per_token = clipped_surrogate(ratio, inputs.advantages, epsilon, epsilon)
         clipped = is_clipped(ratio, inputs.advantages, epsilon, epsilon)
-        sums = ratio_sums(logratio, clipped, mask)
+        far = is_sequence_bounded(logratio, mask, length_normalised=False)
+        sums = ratio_sums(logratio, clipped, mask, far)
         return LossOutput((inputs.weights * per_token).sum(), sums)

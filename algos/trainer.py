@@ -28,7 +28,7 @@ from vlmenv.algos.batch import Batch, Rollouts, micro_batches, minibatches, padd
 from vlmenv.algos.collecting import Collector, timed
 from vlmenv.algos.correction import Correction, importance_weights, mismatch
 from vlmenv.algos.faults import NonFiniteError, nonfinite_gradients, nonfinite_weights
-from vlmenv.algos.losses import BOUND, token_weights
+from vlmenv.algos.losses import BOUND, is_dependence_bounded, token_weights
 from vlmenv.algos.optimizers import OptimizerName, make_optimizer
 from vlmenv.algos.replay import Replay
 from vlmenv.core.errors import ConfigError, require, require_at_least, require_weight
@@ -379,13 +379,17 @@ class Trainer:
         return means | told | {"padding": padding_share(batch.rollout, self._passes(batch.rollout))}
 
     def _distances(self, batch: Batch, replayed: NDArray[np.bool_]) -> dict[str, float]:
-        """Metrics of the policy's distance from the teacher, over the groups that this policy sampled."""
+        """Metrics of the policies that advantages compare; of the teacher over the groups that were sampled now."""
+        told: dict[str, float] = {}
+        if batch.masked_logprobs is not None:
+            capped = is_dependence_bounded(batch.old_logprobs, batch.masked_logprobs)[batch.mask]
+            told["policy/perception_bounded"] = float(capped.float().mean())
         if batch.teacher_logprobs is None or replayed.all():
-            return {}
+            return told
         own = ~torch.from_numpy(replayed).to(batch.mask.device).repeat_interleave(self.algorithm.config.group_size)
         gaps = (batch.old_logprobs - batch.teacher_logprobs)[batch.mask & own[:, None]]
         kl, far = float(gaps.mean()), float((gaps.abs() > BOUND).float().mean())
-        return {"policy/teacher_kl": kl, "policy/teacher_bounded": far}
+        return told | {"policy/teacher_kl": kl, "policy/teacher_bounded": far}
 
     @torch.no_grad()
     def _credited(self, rollouts: Rollouts, rng: np.random.Generator) -> Batch:
