@@ -3,6 +3,9 @@
 A policy that looks at an image gives other probabilities without it. So the implicit perception loss raises the
 divergence between the policy that sees the image and the same policy that sees a masked one. It has no upper bound;
 double entropy loss keeps both policies sure of what was sampled.
+
+The loss is the paper's equation, with a gradient through both policies. The authors' code differs by default: it keeps
+the masked policy's log-probabilities from before the update (`RECOMPUTE_AUG_LOG_PROBS` is off), without gradient.
 """
 
 from __future__ import annotations

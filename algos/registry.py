@@ -30,7 +30,8 @@ class Registered(NamedTuple):
 
 ALGORITHMS: Final[dict[str, Registered]] = {
     **{name: Registered(GRPO, config) for name, config in PRESETS.items()},
-    # The authors' settings with a KL penalty and without: only the latter needs the entropy losses.
+    # The authors' clip ranges and weights with a KL penalty and without: only the latter needs the entropy losses. Left
+    # out is what their codes inherit from EasyR1, as a dual_clip of 3, and VPPO's share of masked patches, .5.
     "papo_g": Registered(PAPO, PAPOConfig(epsilon_high=0.3, beta=0.01)),
     "papo_d": Registered(
         PAPO, PAPOConfig(epsilon_high=0.28, most_rounds=4, entropy_loss=0.03, masked_entropy_loss=0.03)

@@ -1,4 +1,4 @@
-"""PAPO and VPPO against their authors' formulas, written out here in float64, and in the trainer."""
+"""PAPO and VPPO against their papers' formulas, written out here in float64, and in the trainer."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def low_variance_kl(logprobs: Tensor, others: Tensor) -> Tensor:
     return (kl.exp() - kl - 1).clamp(-10, 10)
 
 
-def test_papo_is_the_authors_loss() -> None:
-    """Gradients flow through both policies."""
+def test_papo_is_the_papers_loss() -> None:
+    """Gradients flow through both policies. In the authors' code they do so only if it recomputes the masked one."""
     algorithm = PAPO(PAPOConfig(group_size=4, perception_weight=0.02, entropy_loss=0.03, masked_entropy_loss=0.05))
     advantages = algorithm.credit(scored(REWARDS, mask=MASK, old_logprobs=OLD)).advantages
     leaves = [one.clone().requires_grad_() for one in (NOW, BLIND)]
@@ -70,7 +70,7 @@ def test_papo_is_the_authors_loss() -> None:
     assert found.sums["policy/perception"].item() == pytest.approx(kl[MASK].sum().item())
 
 
-def test_vppo_is_the_authors_loss() -> None:
+def test_vppo_is_the_papers_loss() -> None:
     algorithm = VPPO(VPPOConfig(group_size=4, epsilon_high=0.28))
     given = scored(REWARDS, mask=MASK, old_logprobs=OLD, masked_logprobs=BLIND, sees=torch.ones(8, dtype=torch.bool))
     logprobs = NOW.clone().requires_grad_()
