@@ -26,8 +26,8 @@ def mask_patches(image: Image, share: float, seed: int = 0) -> Image:
 
     Args:
         image: uint8 [H, W, 3].
-        share: Share of the patches, 0 to 1, rounded to whole patches. Patches at the right and lower edge may be
-            smaller.
+        share: Share of the patches, 0 to 1, rounded to whole patches, at least one if the share is above 0. Patches at
+            the right and lower edge may be smaller.
         seed: Seed of the draw. The same image has the same patches masked in any batch and on any rank.
 
     Returns:
@@ -36,7 +36,8 @@ def mask_patches(image: Image, share: float, seed: int = 0) -> Image:
     rows, columns = (-(-side // PATCH) for side in image.shape[:2])
     rng = np.random.default_rng([seed, zlib.crc32(np.ascontiguousarray(image).tobytes())])
     masked = np.zeros(rows * columns, np.bool_)
-    masked[rng.permutation(len(masked))[: round(share * len(masked))]] = True
+    count = max(share > 0, round(share * len(masked)))
+    masked[rng.permutation(len(masked))[:count]] = True
     pixels = masked.reshape(rows, columns).repeat(PATCH, axis=0).repeat(PATCH, axis=1)
     found: Image = np.where(pixels[: image.shape[0], : image.shape[1], None], np.uint8(0), image)
     return found
