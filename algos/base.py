@@ -32,6 +32,11 @@ class AlgorithmConfig:
         """The options with one meaning over all algorithms, such as `group_size`, that this one takes from another."""
         return (*(field.name for field in fields(AlgorithmConfig)), *(["beta"] if hasattr(cls, "beta") else []))
 
+    @property
+    def equal_rewards_teach(self) -> bool:
+        """True if a group whose rewards are equal is not passed over: something else is compared."""
+        return False
+
     def __post_init__(self) -> None:
         require_at_least(1, group_size=self.group_size, mu=self.mu, minibatches=self.minibatches)
 

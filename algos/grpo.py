@@ -97,6 +97,11 @@ class GRPOConfig(EntropyConfig):
         require_at_least(0, replay=self.replay)
         require_weight("beta", self.beta)
 
+    @property
+    def equal_rewards_teach(self) -> bool:
+        """True if the terms of equal rewards may differ, and are compared."""
+        return self.per_term
+
     def _check_gate(self) -> None:
         """Raises ConfigError if options of SAPO's gate are out of range, or have no use."""
         taus = self.tau_positive, self.tau_negative

@@ -32,9 +32,16 @@ class OPDConfig(GRPOConfig):
         super().__post_init__()
         require_weight("reward_weight", self.reward_weight)
         check_by_token(self, "opd")
-        compares = self.most_rounds > 1 or self.replay > 0 or self.overlong_share > 0
-        idle = compares and not self.reward_weight
-        require(not idle, "most_rounds, replay and overlong_share are of rewards: they go with a reward_weight above 0")
+        names = ("most_rounds", "replay", "overlong_share", "scale", "per_term")
+        given = [name for name in names if getattr(self, name) != getattr(GRPOConfig, name)]
+        idle = bool(given) and not self.reward_weight
+        told = f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} of rewards, which teach nothing here"
+        require(not idle, f"{told}: give a reward_weight above 0, or leave {'it' if len(given) == 1 else 'them'} out")
+
+    @property
+    def equal_rewards_teach(self) -> bool:
+        """True if rewards teach nothing, so that only the teacher does."""
+        return not self.reward_weight or super().equal_rewards_teach
 
 
 class OPD(GRPO):

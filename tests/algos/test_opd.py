@@ -63,6 +63,9 @@ def test_a_student_becomes_its_teacher_where_rewards_say_otherwise() -> None:
         {"objective": "gmpo"},
         {"ratio": "sequence"},
         {"most_rounds": 4},
+        {"scale": "none"},
+        {"scale": "batch"},
+        {"per_term": True},
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options: dict[str, Any]) -> None:

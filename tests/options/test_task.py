@@ -9,7 +9,7 @@ import yaml
 from vlmenv.core.errors import ConfigError
 from vlmenv.options.evaluate import SampleConfig
 from vlmenv.options.fields import flatten, replaced
-from vlmenv.options.train import TrainConfig
+from vlmenv.options.train import TrainConfig, default_config
 from vlmenv.runs.claim import claim
 
 
@@ -83,3 +83,10 @@ def test_a_claimed_folder_knows_the_former_names_of_options(tmp_path: Path) -> N
 def test_options_that_do_not_go_together(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         replaced(TrainConfig(), options)
+
+
+@pytest.mark.parametrize("algo", ["gdpo", "opd"])
+def test_samples_of_equal_rewards_are_not_passed_over_where_they_teach(algo: str) -> None:
+    with pytest.raises(ConfigError, match=f"{algo} learns from those too: leave it out"):
+        replaced(default_config(algo), {"revisit": 0.2})
+    assert replaced(default_config("opd"), {"revisit": 0.2, "reward_weight": 1.0}).batches.revisit == 0.2

@@ -219,6 +219,9 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
         super().__post_init__()
         if self.batches.revisit < 1 and self.algorithm.group_size == 1:
             raise ConfigError("revisit compares the answers to a sample: it needs a group_size above 1")
+        if self.batches.revisit < 1 and self.algorithm.equal_rewards_teach:
+            told = "revisit passes over samples whose answers had equal rewards"
+            raise ConfigError(f"{told}, and {self.algo} learns from those too: leave it out")
         self._check_masks()
         if self.sampling.temperature == 0:
             raise ConfigError("temperature must be above 0: training needs varied answers")
