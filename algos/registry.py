@@ -82,6 +82,13 @@ def find_algorithm(name: str) -> Registered:
     return ALGORITHMS[name]
 
 
+def name_of(algorithm: Algorithm) -> str:
+    """The name by which `find_algorithm` finds an algorithm's class."""
+    kind = type(algorithm)
+    known = [name for name, one in ALGORITHMS.items() if one.make is kind]
+    return next(iter(known), f"{kind.__module__}:{kind.__qualname__}")
+
+
 def _config_type(algorithm: type[Algorithm]) -> type[AlgorithmConfig]:
     """The dataclass that an algorithm is made from, by the annotation of its `__init__`."""
     kind = get_type_hints(algorithm.__init__).get("config")

@@ -20,7 +20,7 @@ from broken_rows import write_rows
 
 import vlmenv
 from vlmenv.agents.vlm import VLMAgent
-from vlmenv.algos import RLOO, RLOOConfig
+from vlmenv.algos import GRPO, PAPO, RLOO, SFT, Algorithm, GRPOConfig, PAPOConfig, RLOOConfig, SFTConfig
 from vlmenv.core.console import open_console
 from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.options.evaluate import EvalConfig
@@ -91,6 +91,24 @@ def test_environments_an_agent_and_an_algorithm_of_ones_own(tmp_path: Path) -> N
     assert run.before is None
     with pytest.raises(ConfigError, match="show each sample 2 times, but group_size is 8: make them"):
         vlmenv.train(envs, agent, output=tmp_path / "other", **SMALL)
+
+
+class Watching(GRPO):
+    """Learns with masked images, as PAPO does."""
+
+    learns_masked = True
+
+
+@pytest.mark.parametrize("algorithm", [PAPO(PAPOConfig(group_size=2)), Watching(GRPOConfig(group_size=2))])
+def test_options_are_checked_by_the_algorithm_that_is_given(tmp_path: Path, algorithm: Algorithm) -> None:
+    tiny: dict[str, Any] = {"eval_limit": 0, "dry_run": True, "output": tmp_path / "run"} | SMALL
+    vlmenv.train("VLM-VQA-v0", algo=algorithm, mask_share=0.4, **tiny)
+    with pytest.raises(ConfigError, match="group_size is 8, and the algorithm that is given has 2"):
+        vlmenv.train("VLM-VQA-v0", algo=algorithm, group_size=8, **tiny)
+    with pytest.raises(ConfigError, match="mask_share goes with"):
+        vlmenv.train("VLM-VQA-v0", algo=GRPO(GRPOConfig(group_size=2)), mask_share=0.4, **tiny)
+    with pytest.raises(ConfigError, match="sft learns from true answers: leave out correction"):
+        vlmenv.train("VLM-VQA-v0", algo=SFT(SFTConfig()), correction="sequence", **tiny)
 
 
 @pytest.mark.slow

@@ -394,7 +394,10 @@ def test_an_engine_that_cannot_be_had_like_this_is_refused_early(monkeypatch: py
         (["--engine", "vllm", "--engine-length", "160"], "more than 160 tokens"),
         (["--engine", "vllm", "--temperature", "2.5"], "temperatures up to 2"),
         (["--engine", "vllm-server"], "needs servers"),
-        (["--algo", "sft", "--engine", "vllm", "--correction", "sequence"], "correction are of no use to sft"),
+        (
+            ["--algo", "sft", "--engine", "vllm", "--correction", "sequence"],
+            "true answers: leave out correction",
+        ),
         (["--server", "http://a:1"], "go with engine vllm-server"),
         (["--engine", "vllm", "--server-timeout", "3"], "go with engine vllm-server"),
         (["--engine", "vllm", "--weights-folder", "a"], "go with engine vllm-server"),

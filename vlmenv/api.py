@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +14,7 @@ import transformers
 
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.algos import Algorithm
+from vlmenv.algos.registry import name_of
 from vlmenv.commands import evaluate as evaluation_command
 from vlmenv.commands import train as training_command
 from vlmenv.commands.train import Parts
@@ -26,7 +27,7 @@ from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.evaluation import Evaluation, read_metrics, written
 from vlmenv.options.command_line import Asked, file_layers, listed
 from vlmenv.options.evaluate import EvalConfig
-from vlmenv.options.fields import flatten, options_of, replaced
+from vlmenv.options.fields import flatten, options_of, plain, replaced
 from vlmenv.options.files import read_options
 from vlmenv.options.resolve import Layer, merge
 from vlmenv.options.train import TrainConfig, default_config
@@ -131,6 +132,9 @@ def train(
         algorithm=algo if isinstance(algo, Algorithm) else None,
     )
     named = {name: value for name, value in given.items() if isinstance(value, str)}
+    if isinstance(algo, Algorithm):
+        named["algo"] = name_of(algo)  # whose rules the options have to keep
+        _check_own_options(algo, options)
     if isinstance(config, TrainConfig):
         if recipe is not None:
             raise ConfigError("give recipe or a config object, not both")
@@ -179,6 +183,13 @@ def evaluate(
         import_modules(asked.config.imports)
         measured: Evaluation = evaluation_command.run(asked)
         return measured
+
+
+def _check_own_options(algorithm: Algorithm, options: Mapping[str, Any]) -> None:
+    """Raises ConfigError if options of an algorithm that is given as an object are given otherwise."""
+    own = flatten(algorithm.config)
+    for name in [name for name in options if name in own and plain(options[name]) != own[name]]:
+        raise ConfigError(f"{name} is {options[name]}, and the algorithm that is given has {own[name]}: leave it out")
 
 
 def _require(name: str, value: object, kinds: type | tuple[type, ...], wanted: str) -> None:

@@ -377,7 +377,7 @@ def advice_on_cuda(config: TrainConfig[Any], device: torch.device) -> list[str]:
             "warning: precision is fp32, and this GPU has bfloat16: --precision bf16 takes half of the memory of "
             "activations and of frozen weights, and is several times as fast. Published recipes use it"
         )
-    if config.generation.engine == "hf" and config.algo != "sft":
+    if config.generation.engine == "hf" and not config.imitates:
         install = "" if importlib.util.find_spec("vllm") else 'pip install "vlmenv[vllm]", then '
         how = f"{install}add --engine vllm"
         told.append(f"the model itself generates, several times slower than vLLM: {how} (docs/vllm.md)")

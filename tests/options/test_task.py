@@ -77,7 +77,7 @@ def test_a_claimed_folder_knows_the_former_names_of_options(tmp_path: Path) -> N
         ({"eval_every": 2, "eval_limit": 0}, "eval_every needs samples"),
         ({"split": "train"}, "split, eval_dataset and eval_split go with dataset"),
         ({"max_staleness": 1, "engine": "vllm"}, "engine vllm-server"),
-        ({"correction": "none"}, "correction go with an engine"),
+        ({"correction": "none"}, "correction goes with an engine"),
     ],
 )
 def test_options_that_do_not_go_together(options: dict[str, Any], message: str) -> None:

@@ -19,7 +19,8 @@ from rich.console import Console
 from vlmenv.agents.engines.teacher import ServerTeacher
 from vlmenv.agents.fast_paths import FastPath, fast_paths, written
 from vlmenv.agents.vlm import VLMAgent
-from vlmenv.algos import ALGORITHMS, Algorithm, Trainer, find_algorithm
+from vlmenv.algos import Algorithm, Trainer, find_algorithm
+from vlmenv.algos.registry import name_of
 from vlmenv.building import (
     DTYPES,
     adapt,
@@ -104,9 +105,7 @@ def _with_parts(asked: Asked, parts: Parts) -> Asked:
     config: TrainConfig[Any] = asked.config
     names = list(asked.names)
     if (algorithm := parts.algorithm) is not None:
-        known = [name for name, one in ALGORITHMS.items() if one.make is type(algorithm)]
-        name = next(iter(known), f"{type(algorithm).__module__}:{type(algorithm).__qualname__}")
-        config = replace(config, algo=name, algorithm=algorithm.config)
+        config = replace(config, algo=name_of(algorithm), algorithm=algorithm.config)
         names += list(options_of(algorithm.config))
     if parts.agent is not None:
         config = replace(config, model=str(parts.agent.base), pixels=parts.agent.pixels)
@@ -292,13 +291,13 @@ def _fitted(
         (shown, fit_prompts(config, shown, accelerator, console, agent=parts.agent, first=first))
         for shown, first in firsts
     ]
-    if _imitates(config):
+    if config.imitates:
         fit_answers(config, envs, accelerator, console, agent=parts.agent)
     report_broken_rows(envs, console)
     report_untaught(config, console)
     if held_out is not None and not (measuring.eval_dataset is None and measuring.eval_split is None):
         report_broken_rows(held_out, console)
-    if accelerator.is_main_process and (misjudged := self_check(envs.task, imitated=_imitates(config))):
+    if accelerator.is_main_process and (misjudged := self_check(envs.task, imitated=config.imitates)):
         say(f"warning: {told_of(name)}{describe(misjudged, CHECKED)}", console)
     return found
 
@@ -392,11 +391,6 @@ def _held(config: TrainConfig[Any], processes: Processes, console: Console) -> T
     if options.weights == "auto" and config.batches.precision == "bf16":
         say(f"frozen weights are fp32 under {processes.name}; FSDP2 holds them in bf16", console)
     return replace(config, adaptation=replace(options, weights="fp32"))
-
-
-def _imitates(config: TrainConfig[Any]) -> bool:
-    """True if completions are the true answers, and not the policy's own."""
-    return find_algorithm(config.algo).make(config.algorithm).imitates
 
 
 def _run_folder(config: TrainConfig[Any], opened: ExitStack) -> RunFolder:
@@ -549,7 +543,7 @@ def _training_envs_of(config: TrainConfig[Any], accelerator: Accelerator) -> Vis
         group_size=group_size,
         shard=accelerator.process_index,
         num_shards=ranks,
-        answers=_imitates(config),
+        answers=config.imitates,
         revisit=config.batches.revisit,
         **config.data.arguments(),
         **task_arguments(config),

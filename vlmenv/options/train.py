@@ -251,12 +251,25 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
         """The name of the task, or those of a mix."""
         return "+".join(self.mixing.names) or self.env
 
+    @property
+    def masks_images(self) -> bool:
+        """True if images are masked, by the algorithm or for `visual_dependence_every`."""
+        measures = self.trainer.visual_dependence_every is not None
+        return measures or self._is("wants_masked") or self._is("learns_masked")
+
+    @property
+    def imitates(self) -> bool:
+        """True if completions are the true answers, and not the policy's own."""
+        return self._is("imitates")
+
+    def _is(self, what: str) -> bool:
+        """True if a class attribute of the algorithm is set."""
+        return bool(getattr(find_algorithm(self.algo).make, what, False))
+
     def _check_masks(self) -> None:
         """Raises ConfigError if images are masked for nothing."""
-        make = find_algorithm(self.algo).make
-        masks = getattr(make, "wants_masked", False) or getattr(make, "learns_masked", False)
         given = self.trainer.mask_share != TrainerConfig.mask_share
-        if given and not masks and self.trainer.visual_dependence_every is None:
+        if given and not self.masks_images:
             raise ConfigError(
                 "mask_share goes with visual_dependence_every, or with an algorithm that masks images, such as papo_g"
             )
@@ -266,12 +279,14 @@ class TrainConfig(TaskConfig, Generic[AlgorithmT]):
         names = ("correction", "correction_cap", "max_staleness")
         given = [name for name in names if getattr(self.trainer, name) != getattr(TrainerConfig, name)]
         engine = self.generation.engine
-        if given and self.algo == "sft":
-            raise ConfigError(f"{' and '.join(given)} are of no use to sft, which learns from true answers")
+        if given and self.imitates:
+            raise ConfigError(f"{self.algo} learns from true answers: leave out {' and '.join(given)}")
         if getattr(self.algorithm, "replay", 0):  # of answers by earlier weights
             given = [name for name in given if name == "max_staleness"]
         if given and engine == "hf":
-            raise ConfigError(f"{' and '.join(given)} go with an engine: the model itself samples from what it learns")
+            go = "goes" if len(given) == 1 else "go"
+            told = f"{' and '.join(given)} {go} with an engine"
+            raise ConfigError(f"{told}: the model itself samples from what it learns")
         if self.trainer.max_staleness and engine != "vllm-server":
             raise ConfigError("max_staleness 1 needs a server that answers meanwhile: engine vllm-server")
 
