@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import importlib.util
+import json
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from broken_rows import write_rows
+from PIL import Image
 
 import vlmenv
 from vlmenv.agents.vlm import VLMAgent
@@ -91,6 +93,20 @@ def test_environments_an_agent_and_an_algorithm_of_ones_own(tmp_path: Path) -> N
     assert run.before is None
     with pytest.raises(ConfigError, match="show each sample 2 times, but group_size is 8: make them"):
         vlmenv.train(envs, agent, output=tmp_path / "other", **SMALL)
+
+
+@pytest.mark.parametrize("options", [{"algo": "papo_g"}, {"algo": "vppo"}, {"visual_dependence_every": 1}])
+def test_masks_are_refused_where_no_sample_has_an_image(tmp_path: Path, options: dict[str, Any]) -> None:
+    Image.new("RGB", (28, 28), "red").save(tmp_path / "red.png")
+    rows: list[dict[str, str]] = [{"question": f"{i} and {i}?", "answer": str(2 * i)} for i in range(3)]
+    texts, mixed = tmp_path / "texts.jsonl", tmp_path / "mixed.jsonl"
+    texts.write_text("\n".join(map(json.dumps, rows)))
+    mixed.write_text("\n".join(map(json.dumps, [*rows, rows[0] | {"image": "red.png"}])))
+    tiny: dict[str, Any] = {"eval_limit": 0, "dry_run": True, "group_size": 2} | SMALL | options
+    what = options.get("algo", "visual_dependence_every")
+    with pytest.raises(DataError, match=f"none of the samples has an image: {what} has nothing to mask"):
+        vlmenv.train("VLM-VQA-v0", dataset=[str(texts)], output=tmp_path / "run", **tiny)
+    vlmenv.train("VLM-VQA-v0", dataset=[str(mixed)], image_root=[str(tmp_path)], output=tmp_path / "run", **tiny)
 
 
 class Watching(GRPO):

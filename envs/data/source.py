@@ -109,6 +109,16 @@ class Source(ABC):
         return f"sample {id}"
 
 
+def has_images(source: Source) -> bool:
+    """True if a sample has an image or a video. An endless source is taken to have some, and so is one with faults."""
+    if source.size is None:
+        return True
+    try:
+        return any(sample.images or sample.videos for sample in map(source.outline, range(source.size)))
+    except DataError:  # of an image, which whoever loads it reports
+        return True
+
+
 class SampleOrder:
     """The order in which a source's samples are shown: a pure function of a key and a position.
 

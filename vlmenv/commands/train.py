@@ -41,6 +41,7 @@ from vlmenv.core.urls import is_server
 from vlmenv.doctor.forecast import forecast_here
 from vlmenv.envs.data.dataset import adopt_images, checked_once
 from vlmenv.envs.making import make_envs
+from vlmenv.envs.data.source import has_images
 from vlmenv.envs.mixed import MixedVectorEnv, by_task
 from vlmenv.envs.selfcheck import CHECKED, describe, self_check
 from vlmenv.envs.vector import VisualTaskVectorEnv
@@ -145,6 +146,7 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
         say(note, console)
     envs, held_out, counted = _open_data(config, parts, accelerator, opened, console)
     config = _in_steps(config, None if config.mixing.mix else by_task(envs)[""].task.source.size)
+    _check_images(config, envs)
     if config.dry_run:
         _show(config, parts, envs, held_out, run, accelerator, console)
         return run.path
@@ -274,6 +276,14 @@ def _open_data(
 
 
 def _fitted(
+def _check_images(config: TrainConfig[Any], envs: Envs) -> None:
+    """Raises DataError if images are to be masked and no row of the data sets has one, or a video."""
+    sources = [own.task.source for own in by_task(envs).values()]
+    if config.masks_images and not any(has_images(source) for source in sources):
+        what = "visual_dependence_every" if config.trainer.visual_dependence_every is not None else config.algo
+        raise DataError(f"none of the samples has an image: {what} has nothing to mask")
+
+
     name: str,
     config: TrainConfig[Any],
     parts: Parts,
