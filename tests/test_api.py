@@ -109,6 +109,15 @@ def test_masks_are_refused_where_no_sample_has_an_image(tmp_path: Path, options:
     vlmenv.train("VLM-VQA-v0", dataset=[str(mixed)], image_root=[str(tmp_path)], output=tmp_path / "run", **tiny)
 
 
+def test_a_distribution_without_its_tail_is_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny: dict[str, Any] = {"eval_limit": 0, "dry_run": True, "group_size": 2, "output": tmp_path / "run"} | SMALL
+    for options, told in (({"top_p": 0.9}, 1), ({"top_k": 5}, 1), ({}, 0), ({"algo": "sft", "top_p": 0.9}, 0)):
+        vlmenv.train(**tiny | ({"group_size": 1} if "algo" in options else {}) | options)
+        assert capsys.readouterr().out.count("the gradient is a biased estimate") == told
+    vlmenv.train(**tiny, algo="opd", teacher="builtin", top_p=0.9)
+    assert "and so is the divergence from the teacher" in capsys.readouterr().out
+
+
 class Watching(GRPO):
     """Learns with masked images, as PAPO does."""
 

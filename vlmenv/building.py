@@ -384,6 +384,23 @@ def advice_on_cuda(config: TrainConfig[Any], device: torch.device) -> list[str]:
     return told
 
 
+def advice_on_sampling(config: TrainConfig[Any], agent: VLMAgent | None = None) -> list[str]:
+    """What is biased where unlikely tokens are left out of sampling.
+
+    Args:
+        config: The options.
+        agent: An agent that is given, which samples in its own way.
+    """
+    sampling = config.sampling if agent is None else agent.sampling
+    if not sampling.cuts_tail or config.imitates:
+        return []
+    teaches = ", and so is the divergence from the teacher" if hasattr(config.algorithm, "teacher") else ""
+    return [
+        "warning: top_k and top_p leave out tokens that the losses count with: the gradient is a biased "
+        f"estimate{teaches}. Leave both out to sample from the policy itself"
+    ]
+
+
 def limits_of(config: TrainConfig[Any]) -> PassLimits:
     """The limits of sampling by the model itself in training."""
     trainer = config.trainer

@@ -25,6 +25,7 @@ from vlmenv.building import (
     DTYPES,
     adapt,
     advice_on_cuda,
+    advice_on_sampling,
     check_device,
     check_engine,
     limits_of,
@@ -40,8 +41,8 @@ from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.core.urls import is_server
 from vlmenv.doctor.forecast import forecast_here
 from vlmenv.envs.data.dataset import adopt_images, checked_once
-from vlmenv.envs.making import make_envs
 from vlmenv.envs.data.source import has_images
+from vlmenv.envs.making import make_envs
 from vlmenv.envs.mixed import MixedVectorEnv, by_task
 from vlmenv.envs.selfcheck import CHECKED, describe, self_check
 from vlmenv.envs.vector import VisualTaskVectorEnv
@@ -142,11 +143,11 @@ def _run(asked: Asked, parts: Parts, opened: ExitStack) -> Path:
     config = with_teacher(config, console)
     config = _held(config, processes_of(accelerator, config.trainer.shard_within), console)
     check_engine(config, accelerator.device, accelerator.num_processes)
-    for note in advice_on_cuda(config, accelerator.device):
+    for note in (*advice_on_cuda(config, accelerator.device), *advice_on_sampling(config, parts.agent)):
         say(note, console)
     envs, held_out, counted = _open_data(config, parts, accelerator, opened, console)
-    config = _in_steps(config, None if config.mixing.mix else by_task(envs)[""].task.source.size)
     _check_images(config, envs)
+    config = _in_steps(config, None if config.mixing.mix else by_task(envs)[""].task.source.size)
     if config.dry_run:
         _show(config, parts, envs, held_out, run, accelerator, console)
         return run.path
@@ -275,7 +276,6 @@ def _open_data(
     return envs, held_out, [(shown, lengths) for shown, lengths in found if lengths is not None]
 
 
-def _fitted(
 def _check_images(config: TrainConfig[Any], envs: Envs) -> None:
     """Raises DataError if images are to be masked and no row of the data sets has one, or a video."""
     sources = [own.task.source for own in by_task(envs).values()]
@@ -284,6 +284,7 @@ def _check_images(config: TrainConfig[Any], envs: Envs) -> None:
         raise DataError(f"none of the samples has an image: {what} has nothing to mask")
 
 
+def _fitted(
     name: str,
     config: TrainConfig[Any],
     parts: Parts,
