@@ -31,6 +31,7 @@ SMALL = {
     "quality": {"prompts": 1, "rows": 2, "every": 1},
     "sampling": {"prompts": 1, "pool": 24, "rows": 3, "every": 1},
     "forgetting": {"sft_steps": 1, "prompts": 1, "every": 1},
+    "sparse": {"prompts": 1, "steps": 2, "rows": 2, "lessons": 1},
     "scale": {"widths": (64, 128), "lessons": 1, "prompts": 1, "every": 1},
 }
 SLOW = ("sampling", "forgetting")
@@ -75,6 +76,7 @@ def test_a_finding(name: str, runs: ModuleType, tmp_path: Path) -> None:
             "sampling": 5,
             "forgetting": 8,
             "scale": 2,
+            "sparse": 5,
         }[name]
     )
     for row in rows[1:]:
@@ -83,7 +85,9 @@ def test_a_finding(name: str, runs: ModuleType, tmp_path: Path) -> None:
     assert Image.open(output.with_suffix(".png")).size[0] == 900
     models = list((tmp_path / "runs").glob("*seed0*/checkpoints/step-*"))
     twice = ("zoom", "forgetting", "scale")
-    assert len(models) == ({"two_stages": 4, "distillation": 3} | dict.fromkeys(twice, 2)).get(name, len(rows) - 1)
+    assert len(models) == ({"two_stages": 4, "sparse": 4, "distillation": 3} | dict.fromkeys(twice, 2)).get(
+        name, len(rows) - 1
+    )
     written = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("metrics.json*")}
     script.main(args)  # nothing is trained or measured anew
     assert output.read_text() == text
