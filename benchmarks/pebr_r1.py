@@ -8,8 +8,6 @@ the same command.
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from dataclasses import dataclass
 from importlib.resources import files
@@ -22,7 +20,7 @@ import yaml
 
 sys.path.append(str(Path(__file__).parent / "findings"))
 
-from runs import check_model, hardware, spread_cell
+from runs import check_model, hardware, piped, spread_cell
 
 METRICS = {"clip": "perception", "keyword_recall": "perception", "accuracy": "reasoning", "format": "reasoning"}
 """By metric, the evaluation that has it."""
@@ -52,14 +50,10 @@ def main(args: Args) -> None:
 
 
 def report(seed: int, args: Args) -> dict[str, Any]:
-    """What the pipeline measured; it is run unless it has been."""
-    folder = args.runs / f"seed{seed}"
-    if not (folder / "report.json").exists():
-        file = args.runs / f"seed{seed}.yaml"
-        file.write_text(yaml.safe_dump(seeded(yaml.safe_load(args.pipeline.read_text()), seed), sort_keys=False))
-        command = [sys.executable, "-m", "vlmenv", "pipeline", str(file), "--output", str(folder)]
-        subprocess.run(command, check=True)
-    return dict(json.loads((folder / "report.json").read_text()))
+    """What the pipeline measures with a seed."""
+    file = args.runs / f"seed{seed}.yaml"
+    file.write_text(yaml.safe_dump(seeded(yaml.safe_load(args.pipeline.read_text()), seed), sort_keys=False))
+    return piped(args.runs / f"seed{seed}", file)
 
 
 def seeded(pipeline: dict[str, Any], seed: int) -> dict[str, Any]:

@@ -66,6 +66,13 @@ def sampled(folder: Path, options: Mapping[str, Any]) -> Path:
     return folder
 
 
+def piped(folder: Path, file: Path) -> dict[str, Any]:
+    """The report of `vlmenv pipeline`, which is run, or goes on, unless it is finished."""
+    if not (folder / "report.json").exists():
+        _vlmenv("pipeline", str(file), "--output", str(folder))
+    return dict(json.loads((folder / "report.json").read_text()))
+
+
 def sight_of(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     """What `vlmenv eval --visual-dependence` measures, kept in a folder."""
     file = folder / "visual_dependence.json"

@@ -12,8 +12,10 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import yaml
 from conftest import ROOT
 from PIL import Image
+from small_data import small_pipeline
 
 from vlmenv.cli import main
 from vlmenv.core.answers import Detection
@@ -92,6 +94,21 @@ def test_a_finding(name: str, runs: ModuleType, tmp_path: Path) -> None:
     script.main(args)  # nothing is trained or measured anew
     assert output.read_text() == text
     assert {file: file.stat().st_mtime_ns for file in written} == written
+
+
+@pytest.mark.slow
+def test_the_pipeline_with_several_seeds(runs: ModuleType, tmp_path: Path) -> None:
+    script, output = importlib.import_module("pebr_r1"), tmp_path / "pebr_r1.md"
+    file = small_pipeline("pebr_r1_builtin", tmp_path)
+    args = script.Args(seeds=2, pipeline=file, runs=tmp_path / "runs", output=output)
+    script.main(args)
+    rows = [line.split(" | ") for line in output.read_text().splitlines() if line.startswith("| ")]
+    assert [row[0].strip("| ") for row in rows] == ["", "---", *script.METRICS]
+    reports = [runs.piped(tmp_path / "runs" / f"seed{seed}", file) for seed in range(2)]
+    told = float(rows[2][4].split()[0])
+    assert told == pytest.approx(np.mean([one["reasoning"]["perception: clip"]["value"] for one in reports]), abs=1e-3)
+    seeds = [yaml.safe_load((tmp_path / "runs" / f"seed{seed}.yaml").read_text()) for seed in range(2)]
+    assert [one["stages"]["reasoning"]["train"]["seed"] for one in seeds] == [0, 1]
 
 
 @pytest.mark.slow
