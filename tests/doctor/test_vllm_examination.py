@@ -62,13 +62,13 @@ def test_another_image_processor_is_found(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_other_tokens_of_a_prompt_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    as_input = engines._as_input
+    as_input = VLLMEngine._as_input
 
-    def otherwise(request: Request) -> dict[str, Any]:
-        first, second, *rest = as_input(request)["prompt_token_ids"]
-        return as_input(request) | {"prompt_token_ids": [first, second + 1, *rest]}
+    def otherwise(engine: VLLMEngine, request: Request) -> dict[str, Any]:
+        first, second, *rest = as_input(engine, request)["prompt_token_ids"]
+        return as_input(engine, request) | {"prompt_token_ids": [first, second + 1, *rest]}
 
-    monkeypatch.setattr(engines, "_as_input", otherwise)
+    monkeypatch.setattr(VLLMEngine, "_as_input", otherwise)
     findings = examined_with_vllm()
     assert failed(findings) == {"prompt text"}
     assert "the engine's" in findings["prompt text"].figure
