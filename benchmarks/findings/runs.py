@@ -189,6 +189,28 @@ def draw_seeds(
     axes.grid(alpha=0.3)
 
 
+def draw_stages(path: Path, found: Mapping[str, Sequence[Sequence[Path]]], names: Sequence[str]) -> None:
+    """Draws metrics side by side, over the steps of all stages; a gap where a stage did not reward one.
+
+    Args:
+        path: The figure's file.
+        found: By way, for each seed the folders of its stages.
+        names: Metrics of the steps, such as reward/accuracy.
+    """
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names)), names, strict=True):
+        curves = {
+            way: [
+                [step.get(name, float("nan")) for folder in folders for step in steps_of(folder)] for folders in seeds
+            ]
+            for way, seeds in found.items()
+        }
+        draw_seeds(axes, curves, width=10)
+        axes.set(ylabel=f"{name.removeprefix('reward/')} of sampled answers")
+        axes.legend(frameon=False)
+    save(figure, path)
+
+
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
     """The means over `width` steps around each; over as many as there are at the ends."""
     kernel = np.ones(max(1, min(width, len(values))))

@@ -20,19 +20,16 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from matplotlib.figure import Figure
 from runs import (
     check_model,
-    draw_seeds,
+    draw_stages,
     hardware,
     last_model,
     measured,
     publish,
     rows_file,
-    save,
     seconds_of,
     spread_cell,
-    steps_of,
     trained,
 )
 
@@ -80,7 +77,11 @@ def main(args: Args) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     check_model(args.runs)
     found = {way: [stages(way, seed, args) for seed in range(args.seeds)] for way in WAYS}
-    publish([*head(args), *table(found, args)], args.output, lambda path: draw(path, found))
+    publish(
+        [*head(args), *table(found, args)],
+        args.output,
+        lambda path: draw_stages(path, found, ("reward/described", "reward/grounded_answer")),
+    )
 
 
 def crowded(split: Split) -> Iterator[Sample]:
@@ -165,21 +166,6 @@ def measure(folder: Path, model: str, args: Args) -> list[float]:
 def cells_of(folders: list[Path], args: Args) -> str:
     after = [measure(folder, str(last_model(folder)), args) for folder in folders]
     return " | ".join(map(spread_cell, zip(*after, strict=True)))
-
-
-def draw(path: Path, found: Mapping[str, list[list[Path]]]) -> None:
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    for axes, name in zip(figure.subplots(1, 2), ("reward/described", "reward/grounded_answer"), strict=True):
-        curves = {way: [steps_with(folders, name) for folders in seeds] for way, seeds in found.items()}
-        draw_seeds(axes, curves, width=10)
-        axes.set(ylabel=f"{name.removeprefix('reward/')} of sampled answers")
-    axes.legend(frameon=False)
-    save(figure, path)
-
-
-def steps_with(folders: list[Path], name: str) -> list[float]:
-    """A metric over the steps of all stages; NaN in those that did not reward it."""
-    return [step.get(name, float("nan")) for folder in folders for step in steps_of(folder)]
 
 
 if __name__ == "__main__":

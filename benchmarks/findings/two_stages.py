@@ -12,18 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from matplotlib.figure import Figure
 from runs import (
     check_model,
-    draw_seeds,
+    draw_stages,
     hardware,
     last_model,
     measured,
     publish,
-    save,
     seconds_of,
     seeds_cell,
-    steps_of,
     trained,
 )
 
@@ -60,7 +57,11 @@ class Args:
 def main(args: Args) -> None:
     check_model(args.runs)
     found = {way: [stages(way, seed, args) for seed in range(args.seeds)] for way in WAYS}
-    publish([*head(args), *table(found, args)], args.output, lambda path: draw(path, found))
+    publish(
+        [*head(args), *table(found, args)],
+        args.output,
+        lambda path: draw_stages(path, found, ("reward/keywords", "reward/accuracy")),
+    )
 
 
 def stages(way: str, seed: int, args: Args) -> list[Path]:
@@ -120,22 +121,6 @@ def measure(folder: Path, model: str, args: Args) -> dict[str, float]:
 def cells_of(folders: list[Path], args: Args) -> str:
     after = [measure(folder, str(last_model(folder)), args) for folder in folders]
     return " | ".join(seeds_cell([one[name] for one in after]) for name in METRICS)
-
-
-def draw(path: Path, found: Mapping[str, list[list[Path]]]) -> None:
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for axes, name in ((left, "reward/keywords"), (right, "reward/accuracy")):
-        curves = {way: [steps_with(folders, name) for folders in seeds] for way, seeds in found.items()}
-        draw_seeds(axes, curves, width=10)
-        axes.set(ylabel=f"{name.removeprefix('reward/')} of sampled answers")
-        axes.legend(frameon=False)
-    save(figure, path)
-
-
-def steps_with(folders: list[Path], name: str) -> list[float]:
-    """A metric over the steps of all stages; NaN in those that did not reward it."""
-    return [step.get(name, float("nan")) for folder in folders for step in steps_of(folder)]
 
 
 if __name__ == "__main__":

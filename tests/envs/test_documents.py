@@ -9,6 +9,7 @@ from typing import Any
 
 import gymnasium
 import pytest
+from distances import table_distance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -199,16 +200,6 @@ def test_relaxed_accuracy_is_that_of_chartqa(seed: int) -> None:
         assert same_relaxed(answer, true) == found, (answer, true)
         seen[found] += 1
     assert min(seen.values()) > 40
-
-
-def table_distance(a: Sequence[str], b: Sequence[str]) -> int:
-    """The Levenshtein distance by Wagner and Fischer's table."""
-    row = list(range(len(b) + 1))
-    for i, one in enumerate(a, 1):
-        above, row = row, [i]
-        for j, other in enumerate(b, 1):
-            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (one != other)))
-    return row[-1]
 
 
 def published_anls(answer: str, truths: Sequence[str]) -> float:

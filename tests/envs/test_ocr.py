@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from distances import table_distance
 from growth import growth
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,21 +20,11 @@ from vlmenv.envs.rewards.transcripts import plain_text, similarity_reward
 PICTURE = Image.new("RGB", (40, 30))
 
 
-def distance(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """Wagner and Fischer's table."""
-    row = list(range(len(b) + 1))
-    for i, one in enumerate(a, 1):
-        above, row = row, [i]
-        for j, other in enumerate(b, 1):
-            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (one != other)))
-    return row[-1]
-
-
 @settings(max_examples=150, deadline=None)
 @given(st.text("abc d", max_size=80), st.text("abc d", max_size=80))
 def test_the_distance_is_that_of_the_table(a: str, b: str) -> None:
-    assert edit_distance(a, b) == distance(a, b)
-    assert edit_distance(a.split(), b.split()) == distance(a.split(), b.split())
+    assert edit_distance(a, b) == table_distance(a, b)
+    assert edit_distance(a.split(), b.split()) == table_distance(a.split(), b.split())
 
 
 @pytest.mark.parametrize(
