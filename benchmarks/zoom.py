@@ -12,7 +12,6 @@ command.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -83,7 +82,6 @@ class Args:
 
 
 def main(args: Args) -> None:
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     check_model(args.runs)
     found = {way: [run(way, seed, args) for seed in range(args.seeds)] for way in WAYS}
     publish([*head(args), *table(found, args)], args.output, lambda path: draw(path, found, args))

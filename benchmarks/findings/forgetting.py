@@ -3,9 +3,10 @@
     python benchmarks/findings/forgetting.py --output benchmarks/findings/forgetting.md
 
 "RL's Razor" (arXiv 2509.04259) finds that at the same gain on a new task, reinforcement learning forgets less than SFT,
-and that the KL divergence from the base on the new task tells how much. VLM-R1 (arXiv 2504.07615) finds SFT below its
-start on data of another kind. The built-in model has been taught five tasks, and here learns referring expressions
-further. SFT is taken at the first measurement that reaches what GRPO reached with the same seed.
+and that the KL divergence from the base on the new task tells how much. VLM-R1 (arXiv 2504.07615, section 4.3) finds
+SFT below its start on data of another kind, and reinforcement learning above. The built-in model has been taught five
+tasks, and here learns referring expressions further. SFT is taken at the first measurement that reaches what GRPO
+reached with the same seed. It imitates answers in the base's own words, and others that are far from it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 import gymnasium
 import torch
 import tyro
+from other_scenes import KINDS, write_scenes
 from runs import (
     check_model,
     draw_changes,
@@ -32,15 +34,21 @@ from runs import (
     spread_cell,
     trained,
 )
-from sft_vs_rl import write_scenes
+from wordy import NAME as WORDY
 
 from vlmenv.agents import VLMAgent
 from vlmenv.envs.base import VisualTaskEnv
 
 ENV = "VLM-REC-v0"
 METRIC = "iou/mean"
+WAYS = {
+    "grpo": {"env": ENV, "algo": "grpo"},
+    "sft": {"env": ENV, "algo": "sft"},
+    "sft, other words": {"env": f"wordy:{WORDY}", "algo": "sft"},
+}
+"""Options of each way."""
 OTHERS = {
-    "other phrasing": METRIC,
+    **dict.fromkeys(KINDS, METRIC),
     "VLM-OVD-v0": "image_ap/mean",
     "VLM-VQA-v0": "accuracy",
     "VLM-Math-v0": "accuracy",
@@ -75,39 +83,41 @@ class Args:
 
 def main(args: Args) -> None:
     check_model(args.runs)
-    phrasing = write_scenes(args.runs / "scenes", "other phrasing", args)
-    grpo = [run("grpo", seed, args) for seed in range(args.seeds)]
-    sft = [run("sft", seed, args) for seed in range(args.seeds)]
-    models = {"grpo": [last_model(folder) for folder in grpo]}
-    models["sft"] = [first_as_good(own, evaluation_of(other)[METRIC]) for own, other in zip(sft, grpo, strict=True)]
-    found = {"base": [figures(args.runs / "base", "builtin", phrasing, args)]} | {
-        name: [figures(model.parents[1] / model.name, str(model), phrasing, args) for model in own]
-        for name, own in models.items()
+    files = {kind: write_scenes(args.runs / "scenes" / kind.replace(" ", "-"), kind, args.limit) for kind in KINDS}
+    folders = {way: [run(way, seed, args) for seed in range(args.seeds)] for way in WAYS}
+    goals = [evaluation_of(folder)[METRIC] for folder in folders["grpo"]]
+    models = {
+        way: [
+            last_model(folder) if way == "grpo" else first_as_good(folder, goal)
+            for folder, goal in zip(own, goals, strict=True)
+        ]
+        for way, own in folders.items()
     }
-    steps = {name: [int(model.name.removeprefix("step-")) for model in own] for name, own in models.items()}
+    found = {"base": [figures(args.runs / "base", "builtin", files, args)]} | {
+        way: [figures(model.parents[1] / model.name, str(model), files, args) for model in own]
+        for way, own in models.items()
+    }
+    steps = {way: [int(model.name.removeprefix("step-")) for model in own] for way, own in models.items()}
     changes = {
         way: {name: [one[name] - found["base"][0][name] for one in found[way]] for name in (ENV, *OTHERS)}
-        for way in found
-        if way != "base"
+        for way in WAYS
     }
     draw = partial(draw_changes, changes=changes, label="change of the metric")
     publish([*head(args), *table(found, steps)], args.output, draw)
 
 
-def run(algo: str, seed: int, args: Args) -> Path:
-    every = args.steps if algo == "grpo" else args.every
-    options = {
-        "env": ENV,
-        "algo": algo,
+def run(way: str, seed: int, args: Args) -> Path:
+    every = args.steps if way == "grpo" else args.every
+    options = WAYS[way] | {
         "seed": seed,
-        "steps": args.steps if algo == "grpo" else args.sft_steps,
+        "steps": args.steps if way == "grpo" else args.sft_steps,
         "prompts_per_step": args.prompts,
         "eval_limit": args.limit,
         "eval_every": every,
         "checkpoint_every": every,
         "device": "cpu",
     }
-    return trained(args.runs / f"{algo}-seed{seed}", options)
+    return trained(args.runs / f"{way.replace(', ', '-').replace(' ', '-')}-seed{seed}", options)
 
 
 def first_as_good(folder: Path, goal: float) -> Path:
@@ -118,13 +128,13 @@ def first_as_good(folder: Path, goal: float) -> Path:
     raise SystemExit(f"{folder} never reaches the {METRIC} of GRPO, {goal:.3f}: raise --sft-steps")
 
 
-def figures(folder: Path, model: str, phrasing: Path, args: Args) -> dict[str, float]:
+def figures(folder: Path, model: str, files: Mapping[str, Path], args: Args) -> dict[str, float]:
     """The metrics of a model on the trained task and on the others, and its divergence from the base."""
     found = {}
     for name, metric in {ENV: METRIC, **OTHERS}.items():
         options = {"env": name, "model": model, "eval_limit": args.limit, "device": "cpu"}
-        if name == "other phrasing":
-            options |= {"env": ENV, "dataset": str(phrasing)}
+        if name in files:
+            options |= {"env": ENV, "dataset": str(files[name])}
         found[name] = measured(folder / "on" / name.replace(" ", "-"), options)[metric]
     return found | dict(zip(KLS, divergences(folder / "kl.json", model, args.limit), strict=True))
 
@@ -164,9 +174,11 @@ def head(args: Args) -> list[str]:
         f"The built-in model, seeds 0 to {args.seeds - 1}; {hardware()}, threads of PyTorch: "
         f"{torch.get_num_threads()}. GRPO trains {args.steps} steps of {args.prompts} prompts on referring "
         f"expressions. SFT imitates true boxes of the same scenes, and is measured every {args.every} steps: the first "
-        f"model that reaches GRPO's mean IoU counts. Greedy answers to {args.limit} held-out samples of each task. The "
-        'other phrasing is "Point out" for "Locate". KL is that on held-out referring expressions, in nats per token '
-        "of sampled answers. The mean over seeds ± the standard deviation, and each seed.",
+        "model that reaches GRPO's mean IoU counts. In `other words` the thought before a box is not one that the base "
+        f"would have. Greedy answers to {args.limit} held-out samples of each task; and of referring expressions in "
+        'other phrasing ("Point out" for "Locate"), in other shades of the colours, of sizes not in training, and '
+        "among six to eight shapes in place of two to four. KL is that on held-out referring expressions, in nats per "
+        "token of sampled answers. The mean over seeds ± the standard deviation, and each seed.",
     ]
     return lines if args.output is None else [*lines, "", f"![Change of each metric]({args.output.stem}.png)"]
 

@@ -12,7 +12,6 @@ annotators, who find all boxes and repeat some.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +77,6 @@ class Args:
 
 
 def main(args: Args) -> None:
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     check_model(args.runs)
     base = taught(args)
     found = {name: [run(name, seed, base, args) for seed in range(args.seeds)] for name in REWARDS}

@@ -26,6 +26,8 @@ from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.data.source import Sample
 from vlmenv.envs.export import export_sample
 
+HERE = Path(__file__).parent
+
 
 def check_model(folder: Path) -> None:
     """Ends the program where the runs in a folder were begun with another model than the present one."""
@@ -246,12 +248,13 @@ def draw_changes(path: Path, changes: Mapping[str, Mapping[str, Sequence[float]]
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     axes = figure.subplots()
     for i, (way, by_place) in enumerate(changes.items()):
-        places = np.arange(len(by_place)) + 0.3 * i - 0.15
+        width = 0.9 / len(changes)
+        places = np.arange(len(by_place)) + width * (i - (len(changes) - 1) / 2)
         runs = list(by_place.values())
-        axes.bar(places, [np.mean(values) for values in runs], width=0.28, color=f"C{i}", alpha=0.6, label=way)
+        axes.bar(places, [np.mean(values) for values in runs], width=0.93 * width, color=f"C{i}", alpha=0.6, label=way)
         for x, values in zip(places, runs, strict=True):
             axes.plot([x] * len(values), values, ".", color="black")
-        axes.set_xticks(range(len(by_place)), list(by_place))
+        axes.set_xticks(range(len(by_place)), [name.replace(" ", "\n") for name in by_place], fontsize=8)
     axes.axhline(0, color="0.3", linewidth=1)
     axes.set(ylabel=label)
     axes.legend(frameon=False)
@@ -259,7 +262,9 @@ def draw_changes(path: Path, changes: Mapping[str, Mapping[str, Sequence[float]]
 
 
 def _vlmenv(*args: str) -> None:
-    subprocess.run([sys.executable, "-m", "vlmenv", *args], check=True)
+    """Runs a command, which finds the tasks and rewards that stand beside the scripts."""
+    path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    subprocess.run([sys.executable, "-m", "vlmenv", *args], check=True, env=os.environ | {"PYTHONPATH": path})
 
 
 def _check_options(folder: Path, options: Mapping[str, Any]) -> None:

@@ -10,7 +10,6 @@ model was taught to describe two shapes. After some supervised steps on whole de
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count, islice
@@ -74,7 +73,6 @@ class Args:
 
 
 def main(args: Args) -> None:
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     check_model(args.runs)
     found = {way: [stages(way, seed, args) for seed in range(args.seeds)] for way in WAYS}
     publish(
