@@ -3,9 +3,9 @@
     python benchmarks/findings/sampling.py --output benchmarks/findings/sampling.md
 
 PeBR-R1 (arXiv 2509.13031) answers each question eight times before training. It trains on those that are neither always
-right nor never. Here four fifths of the rows are too easy or too hard for the base. DAPO (arXiv 2503.14476) rolls out
-further prompts until a batch is full of groups that differ (`--most-rounds`). `--revisit` shows rows less often whose
-answers all earned the same.
+right nor never. Here four fifths of the rows are too easy or too hard for the base, as many further answers tell. DAPO
+(arXiv 2503.14476) rolls out further prompts until a batch is full of groups that differ (`--most-rounds`). `--revisit`
+shows rows less often whose answers all earned the same.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ class Args:
     """Runs of each."""
     pool: int = 2000
     """Built-in samples, of which the file is made."""
+    again: int = 32
+    """Further answers to each sample that seems too easy or too hard, in which it must be so too."""
     rows: int = 300
     """Of the file."""
     steps: int = 60
@@ -80,29 +82,50 @@ class Args:
 
 def main(args: Args) -> None:
     check_model(args.runs)
-    options = {"env": ENV, "rewards": {"iou@0.5": 1.0}, "eval_limit": args.pool, "n": ANSWERS, "device": "cpu"}
-    pool = sampled(args.runs / "pool", options).absolute()
-    mixed, medium = files_of_rows(pool, args)
+    pool = rated(args.runs / "pool", args, eval_limit=args.pool).absolute()
+    mixed = file_of_rows(pool, args)
+    chosen = rated(args.runs / "file", args, dataset=str(mixed))
+    medium = pool / f"medium-of-{mixed.name}"  # beside the images
+    medium.write_text((chosen / "medium.jsonl").read_text())
     found = {
         way: [run(way, seed, medium if way == SAMPLED else mixed, args) for seed in range(args.seeds)] for way in WAYS
     }
-    publish([*head(pool, args), *table(found, args)], args.output, lambda path: draw(path, found, args))
+    counts = {"pool": counts_of(pool), "file": counts_of(chosen)}
+    publish([*head(counts, args), *table(found, args)], args.output, lambda path: draw(path, found, args))
 
 
-def files_of_rows(pool: Path, args: Args) -> tuple[Path, Path]:
-    """The file, and that of its medium rows. Easy and hard rows are equal in number, if there are enough."""
-    rows = {level: (pool / f"{level}.jsonl").read_text().splitlines() for level in ("easy", "medium", "hard")}
-    medium = rows["medium"][: max(1, round(MEDIUM_SHARE * args.rows))]
-    others = args.rows - len(medium)
-    hard = rows["hard"][: others // 2]
-    easy = rows["easy"][: others - len(hard)]
-    if len(medium) + len(hard) + len(easy) < args.rows:
-        raise SystemExit(f"the pool of {args.pool} samples has too few rows of a level: raise --pool, or lower --rows")
-    mixed = np.random.default_rng(0).permutation([*medium, *hard, *easy]).tolist()
-    files = pool / f"rows-{args.rows}.jsonl", pool / f"medium-{args.rows}.jsonl"
-    for file, lines in zip(files, (mixed, medium), strict=True):
-        file.write_text("\n".join(lines) + "\n")
-    return files
+def rated(folder: Path, args: Args, **options: Any) -> Path:
+    """A folder with rows by the share of the base's answers that are right."""
+    return sampled(folder, {"env": ENV, "rewards": {"iou@0.5": 1.0}, "n": ANSWERS, "device": "cpu"} | options)
+
+
+def counts_of(folder: Path) -> dict[str, int]:
+    """Rows by level."""
+    return dict(json.loads((folder / "summary.json").read_text()))
+
+
+def file_of_rows(pool: Path, args: Args) -> Path:
+    """A file with as many easy as hard rows, and `MEDIUM_SHARE` of medium ones."""
+    medium = round(MEDIUM_SHARE * args.rows)
+    hard = (args.rows - medium) // 2
+    wanted = {"medium": medium, "hard": hard, "easy": args.rows - medium - hard}
+    chosen: list[str] = []
+    for level, count in wanted.items():
+        rows = (pool / f"{level}.jsonl").read_text().splitlines() if level == "medium" else settled(pool, level, args)
+        if len(rows) < count:
+            raise SystemExit(f"{args.pool} samples have {len(rows)} {level} rows, not {count}: raise --pool")
+        chosen += rows[:count]
+    file = pool / f"rows-{args.rows}.jsonl"
+    file.write_text("\n".join(np.random.default_rng(0).permutation(chosen).tolist()) + "\n")
+    return file
+
+
+def settled(pool: Path, level: str, args: Args) -> list[str]:
+    """The easy or hard rows of the pool that are so in further answers too."""
+    if not (pool / f"{level}.jsonl").read_text():
+        return []
+    again = rated(args.runs / f"{level}-again", args, dataset=str(pool / f"{level}.jsonl"), n=args.again, seed=1)
+    return (again / f"{level}.jsonl").read_text().splitlines()
 
 
 def run(way: str, seed: int, file: Path, args: Args) -> Path:
@@ -126,9 +149,9 @@ def run(way: str, seed: int, file: Path, args: Args) -> Path:
     return trained(args.runs / f"{way.replace(' ', '-')}-seed{seed}", options | WAYS[way])
 
 
-def head(pool: Path, args: Args) -> list[str]:
-    options = ("seeds", "pool", "rows", "steps", "prompts", "every", "limit")
-    counts = json.loads((pool / "summary.json").read_text())
+def head(counts: Mapping[str, Mapping[str, int]], args: Args) -> list[str]:
+    options = ("seeds", "pool", "again", "rows", "steps", "prompts", "every", "limit")
+    found, again = counts["pool"], counts["file"]
     lines = [
         "# Sampling before training",
         "",
@@ -137,9 +160,12 @@ def head(pool: Path, args: Args) -> list[str]:
         f"GRPO on referring expressions from the built-in model, {args.steps} steps of {args.prompts} prompts with "
         f"{ANSWERS} answers, seeds 0 to {args.seeds - 1}; {hardware()}, threads of PyTorch: {torch.get_num_threads()}. "
         "The reward is 1 where the overlap is above one half, else 0. "
-        f"The base answers {args.pool} samples {ANSWERS} times: {counts['easy']} are easy (all right), "
-        f"{counts['hard']} hard (none right), {counts['medium']} medium. A file of {args.rows} of them has "
-        f"{MEDIUM_SHARE:.0%} medium rows. Greedy answers to {args.limit} held-out scenes. Answers spent include those "
+        f"The base answers {args.pool} samples {ANSWERS} times: {found['easy']} are easy (all right), {found['hard']} "
+        f"hard (none right), {found['medium']} medium. A file has {args.rows} rows: {MEDIUM_SHARE:.0%} medium, and as "
+        f"many easy as hard ones, which were so in {args.again} further answers too. `vlmenv sample` answers the file "
+        f"{ANSWERS} times again, and takes {again['easy']} rows for easy, {again['hard']} for hard and "
+        f"{again['medium']} for medium; these are the sampled rows. "
+        f"Greedy answers to {args.limit} held-out scenes. Answers spent include those "
         "of `vlmenv sample` on the file, for sampled rows, and of all rounds of a step, for online filtering. The mean "
         "over seeds ± the standard deviation, and each seed.",
     ]

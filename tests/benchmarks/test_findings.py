@@ -30,7 +30,7 @@ SMALL = {
     "shortcut": {"prompts": 1, "rows": 4, "every": 1, "algos": ("grpo", "papo_g")},
     "distillation": {"prompts": 1, "every": 1, "teaching": 1, "teacher_steps": 1, "equal_steps": 1},
     "quality": {"prompts": 1, "rows": 2, "every": 1},
-    "sampling": {"prompts": 1, "pool": 24, "rows": 3, "every": 1},
+    "sampling": {"prompts": 1, "pool": 40, "again": 1, "rows": 3, "every": 1},
     "forgetting": {"sft_steps": 1, "prompts": 1, "every": 1},
     "sparse": {"prompts": 1, "steps": 2, "rows": 2, "lessons": 1},
     "scale": {"widths": (64, 128), "lessons": 1, "prompts": 1, "every": 1},
