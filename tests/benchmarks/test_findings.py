@@ -19,8 +19,12 @@ from small_data import small_pipeline
 
 from vlmenv.cli import main
 from vlmenv.core.answers import Detection
-from vlmenv.envs.data.scenes import QUESTION, sample_scene
+from vlmenv.envs.data.scenes import QUESTION, SHAPES, sample_scene
+from vlmenv.envs.geometry import DETECTIONS
+from vlmenv.envs.ovd import OVDEnv
+from vlmenv.envs.rewards.detection import od_length_reward
 from vlmenv.envs.zoom import read_crop
+from vlmenv.runs.watch import drift
 
 SMALL = {
     "hacking": {"prompts": 1, "lessons": 1, "every": 1},
@@ -154,15 +158,14 @@ def test_lessons_of_parts_are_parts_of_dialogues(runs: ModuleType) -> None:
 
 
 def test_scenes_of_other_kinds(runs: ModuleType, tmp_path: Path) -> None:
-    script = importlib.import_module("sft_vs_rl")
-    args, shown = script.Args(limit=6), {}
-    for domain in script.DOMAINS:
-        file = script.write_scenes(tmp_path / domain, domain, args)
+    script, shown = importlib.import_module("other_scenes"), {}
+    for kind in ("as in training", *script.KINDS):
+        file = script.write_scenes(tmp_path / kind, kind, 6)
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         boxes = [json.loads(row["conversations"][1]["value"]) for row in rows]
         sides = [max(box[2] - box[0], box[3] - box[1]) for box in boxes]
         pictures = [np.asarray(Image.open(file.parent / row["image"])) for row in rows]
-        shown[domain] = sides, pictures, rows[0]["conversations"][0]["value"]
+        shown[kind] = sides, pictures, rows[0]["conversations"][0]["value"]
     usual = shown["as in training"]
     assert all(16 <= side <= 40 for side in usual[0])
     assert all(side <= 14 or side >= 42 for side in shown["other sizes"][0])
@@ -187,6 +190,34 @@ def test_the_published_reward_leaves_its_doors_open(runs: ModuleType) -> None:
     assert published("", (cat,), None) == 0
     assert published("", (), None) == published("", (), ()) == 1
     assert published("", (), (cat,)) == 0
+
+
+def test_the_watch_warns_while_the_published_reward_is_content(runs: ModuleType) -> None:
+    """Answers take on surplus boxes, more in each step: the published reward stays at 1, and held-out AP falls."""
+    published, careless = importlib.import_module("published").published_map, importlib.import_module("careless")
+    task, rng = OVDEnv(), np.random.default_rng(0)
+    samples = [sample for sample in map(task.source.get, range(20)) if sample.target]
+    history: list[dict[str, float]] = []
+    for step in range(10):
+        found: list[tuple[float, ...]] = []
+        for sample in samples:
+            boxes, kinds = sample.target, [kind for kind in SHAPES if kind in sample.question]
+            for _ in range(step):
+                boxes += careless.surplus(sample.target, kinds, rng)
+            text = task.answer_format.write(DETECTIONS.write(boxes))
+            answered = task.parse(text)
+            box_ratio = task.traits(answered, sample.target)["box_ratio"]
+            image_ap = task.measure(text, sample.target, {})["image_ap/mean"]
+            penalised = od_length_reward(text, sample.target, task.answer_format)
+            found.append((image_ap, box_ratio, published(text, sample.target, answered), penalised))
+        names = ("eval/image_ap/mean", "completion/box_ratio", "published", "od_length")
+        history.append(dict(zip(names, map(float, np.mean(found, axis=0)), strict=True)))
+    assert {round(one["published"], 6) for one in history} == {1.0}
+    assert history[-1]["od_length"] < 0.5 < history[0]["od_length"]
+    assert drift(history[:1], 1.0, "image_ap/mean") is None
+    message = drift(history, 1.0, "image_ap/mean")
+    assert message is not None
+    assert "box_ratio" in message
 
 
 def test_careless_annotators_repeat_what_is_there(runs: ModuleType) -> None:
@@ -217,11 +248,18 @@ def test_ambiguous_expressions_fit_several_shapes(runs: ModuleType) -> None:
 
 def test_a_file_of_mostly_useless_rows(runs: ModuleType, tmp_path: Path) -> None:
     script = importlib.import_module("sampling")
-    for level, number in {"easy": 20, "medium": 9, "hard": 3}.items():
-        (tmp_path / f"{level}.jsonl").write_text("".join(f'"{level} {i}"\n' for i in range(number)))
-    mixed, medium = script.files_of_rows(tmp_path, script.Args(rows=20))
-    counts = Counter(json.loads(line).split()[0] for line in mixed.read_text().splitlines())
-    assert counts == {"easy": 13, "medium": 4, "hard": 3}
-    assert medium.read_text().splitlines() == [f'"medium {i}"' for i in range(4)]
+    pool = tmp_path / "pool"
+    pool.mkdir()
+    for level, number in {"easy": 20, "medium": 9, "hard": 12}.items():
+        rows = [f'"{level} {i}"\n' for i in range(number)]
+        (pool / f"{level}.jsonl").write_text("".join(rows))
+        again = tmp_path / f"{level}-again"
+        again.mkdir()
+        (again / f"{level}.jsonl").write_text("".join(rows[::2]))  # every other row was so again
+        (again / "summary.json").write_text("{}")
+    mixed = script.file_of_rows(pool, script.Args(rows=15, runs=tmp_path))
+    chosen = [json.loads(line).split() for line in mixed.read_text().splitlines()]
+    assert Counter(level for level, _ in chosen) == {"easy": 6, "medium": 3, "hard": 6}
+    assert all(int(number) % 2 == 0 for level, number in chosen if level != "medium")
     with pytest.raises(SystemExit, match="raise --pool"):
-        script.files_of_rows(tmp_path, script.Args(rows=40))
+        script.file_of_rows(pool, script.Args(rows=20, runs=tmp_path))
