@@ -31,13 +31,13 @@ def group_relative(
             rewards of the batch (arXiv 2508.08221). "none": no division, as in Dr. GRPO (arXiv 2503.20783, section
             3.2), because division favours questions that are too easy or too hard.
         batch: Rewards of all ranks, for the scale "batch". Default: `rewards`.
-        epsilon: Keeps the advantages of equal rewards at 0.
+        epsilon: Bounds the advantages of nearly equal rewards.
 
     Returns:
-        [N].
+        [N], exactly 0 in groups of equal rewards.
     """
     groups = rewards.view(-1, group_size)
-    centred = groups - groups.mean(dim=1, keepdim=True)
+    centred = _centred(groups)
     if scale == "none":
         return centred.view(-1)
     std = groups.std(dim=1, keepdim=True) if scale == "group" else (rewards if batch is None else batch).std()

@@ -81,10 +81,13 @@ def test_zero_variance_share() -> None:
 
 
 @pytest.mark.parametrize("size", [3, 5, 8])
-def test_equal_rewards_give_exactly_0_where_a_batch_is_normalised(size: int) -> None:
-    """In float32 the mean of equal numbers often differs from them, and normalisation would enlarge that."""
+def test_equal_rewards_give_exactly_0(size: int) -> None:
+    """In float32 the mean of equal numbers often differs from them, and AdamW or normalisation would enlarge that."""
     rewards = torch.tensor([0.99, 0.97, 0.83]).repeat_interleave(size)
     assert any(torch.full((size,), one).mean() != one for one in torch.rand(99, generator=GENERATOR))
+    for scale in ("group", "batch", "none"):
+        assert (group_relative(rewards, size, scale) == 0).all()
+    assert (leave_one_out(rewards, size) == 0).all()
     terms = torch.stack([rewards, rewards.flip(0)], dim=1)
     terms[0, 1] = torch.nan
     weights = torch.ones_like(terms)
