@@ -60,11 +60,11 @@ class Args:
 
     seeds: int = 3
     """Runs of each."""
-    pool: int = 2000
+    pool: int = 6000
     """Built-in samples, of which the file is made."""
     again: int = 32
     """Further answers to each sample that seems too easy or too hard, in which it must be so too."""
-    rows: int = 300
+    rows: int = 200
     """Of the file."""
     steps: int = 60
     """Of each run."""
