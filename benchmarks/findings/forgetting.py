@@ -6,7 +6,7 @@
 and that the KL divergence from the base on the new task tells how much. VLM-R1 (arXiv 2504.07615, section 4.3) finds
 SFT below its start on data of another kind, and reinforcement learning above. The built-in model has been taught five
 tasks, and here learns referring expressions further. SFT is taken at the first measurement that reaches what GRPO
-reached with the same seed. It imitates answers in the base's own words, and others that are far from it.
+reached with the same seed. It imitates answers in the base's own words, and others that are far from the base's.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 import gymnasium
 import torch
 import tyro
+from backwards import NAME as BACKWARDS
 from other_scenes import KINDS, write_scenes
 from runs import (
     check_model,
@@ -34,7 +35,6 @@ from runs import (
     spread_cell,
     trained,
 )
-from wordy import NAME as WORDY
 
 from vlmenv.agents import VLMAgent
 from vlmenv.envs.base import VisualTaskEnv
@@ -44,7 +44,7 @@ METRIC = "iou/mean"
 WAYS = {
     "grpo": {"env": ENV, "algo": "grpo"},
     "sft": {"env": ENV, "algo": "sft"},
-    "sft, other words": {"env": f"wordy:{WORDY}", "algo": "sft"},
+    "sft, backwards": {"env": f"backwards:{BACKWARDS}", "algo": "sft"},
 }
 """Options of each way."""
 OTHERS = {
@@ -55,6 +55,8 @@ OTHERS = {
     "VLM-Caption-v0": "keyword_recall",
 }
 """What is not trained, with its metric."""
+LONGER = 15
+"""How many times as long answers backwards are imitated, as they have to be learnt first."""
 KLS = ("KL(base, model)", "KL(model, base)")
 SAMPLES_AT_ONCE = 32
 
@@ -65,7 +67,7 @@ class Args:
 
     seeds: int = 3
     """Runs of each."""
-    steps: int = 60
+    steps: int = 40
     """Of GRPO."""
     sft_steps: int = 40
     """Of SFT, at most."""
@@ -73,7 +75,7 @@ class Args:
     """In a step; GRPO answers each eight times."""
     every: int = 4
     """Steps between measurements of SFT."""
-    limit: int = 128
+    limit: int = 256
     """Held-out samples of each kind."""
     runs: Path = Path("runs/findings/forgetting")
     """Folder of the runs and the scenes."""
@@ -107,17 +109,19 @@ def main(args: Args) -> None:
 
 
 def run(way: str, seed: int, args: Args) -> Path:
-    every = args.steps if way == "grpo" else args.every
+    times = LONGER if way == "sft, backwards" else 1
+    steps = args.steps if way == "grpo" else args.sft_steps * times
+    every = args.steps if way == "grpo" else args.every * times
     options = WAYS[way] | {
         "seed": seed,
-        "steps": args.steps if way == "grpo" else args.sft_steps,
+        "steps": steps,
         "prompts_per_step": args.prompts,
         "eval_limit": args.limit,
         "eval_every": every,
         "checkpoint_every": every,
         "device": "cpu",
     }
-    return trained(args.runs / f"{way.replace(', ', '-').replace(' ', '-')}-seed{seed}", options)
+    return trained(args.runs / f"{way.replace(', ', '-')}-seed{seed}", options)
 
 
 def first_as_good(folder: Path, goal: float) -> Path:
@@ -174,8 +178,9 @@ def head(args: Args) -> list[str]:
         f"The built-in model, seeds 0 to {args.seeds - 1}; {hardware()}, threads of PyTorch: "
         f"{torch.get_num_threads()}. GRPO trains {args.steps} steps of {args.prompts} prompts on referring "
         f"expressions. SFT imitates true boxes of the same scenes, and is measured every {args.every} steps: the first "
-        "model that reaches GRPO's mean IoU counts. In `other words` the thought before a box is not one that the base "
-        f"would have. Greedy answers to {args.limit} held-out samples of each task; and of referring expressions in "
+        "model that reaches GRPO's mean IoU counts. In `backwards` the words of the thought before a box are in reverse, "
+        f"as the base never has them; it takes up to {LONGER} times as many steps, and is measured as many times. Greedy "
+        f"answers to {args.limit} held-out samples of each task; and of referring expressions in "
         'other phrasing ("Point out" for "Locate"), in other shades of the colours, of sizes not in training, and '
         "among six to eight shapes in place of two to four. KL is that on held-out referring expressions, in nats per "
         "token of sampled answers. The mean over seeds ± the standard deviation, and each seed.",
