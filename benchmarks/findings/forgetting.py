@@ -178,9 +178,9 @@ def head(args: Args) -> list[str]:
         f"The built-in model, seeds 0 to {args.seeds - 1}; {hardware()}, threads of PyTorch: "
         f"{torch.get_num_threads()}. GRPO trains {args.steps} steps of {args.prompts} prompts on referring "
         f"expressions. SFT imitates true boxes of the same scenes, and is measured every {args.every} steps: the first "
-        "model that reaches GRPO's mean IoU counts. In `backwards` the words of the thought before a box are in reverse, "
-        f"as the base never has them; it takes up to {LONGER} times as many steps, and is measured as many times. Greedy "
-        f"answers to {args.limit} held-out samples of each task; and of referring expressions in "
+        "model that reaches GRPO's mean IoU counts. In `backwards` the words of the thought before a box are in "
+        f"reverse, as the base never has them; it takes up to {LONGER} times as many steps, and is measured as many "
+        f"times. Greedy answers to {args.limit} held-out samples of each task; and of referring expressions in "
         'other phrasing ("Point out" for "Locate"), in other shades of the colours, of sizes not in training, and '
         "among six to eight shapes in place of two to four. KL is that on held-out referring expressions, in nats per "
         "token of sampled answers. The mean over seeds ± the standard deviation, and each seed.",
