@@ -15,7 +15,6 @@ from types import MappingProxyType
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 import tyro
 from findings.runs import check_model, draw_seeds, evaluation_of, hardware, publish, save, seconds_of, steps_of, trained
 from matplotlib.figure import Figure
@@ -128,7 +127,7 @@ def head(args: Args) -> list[str]:
         f"    python benchmarks/algorithms.py {' '.join(f'--{name} {value}' for name, value in options)}",
         "",
         f"The built-in model, {args.steps} steps of {args.prompts} prompts with each algorithm's own defaults, seeds "
-        f"0 to {args.seeds - 1}; {hardware()}, threads of PyTorch: {torch.get_num_threads()}. The "
+        f"0 to {args.seeds - 1}; {hardware()}. The "
         f"metric is the first of `vlmenv eval`'s, greedy, on {args.limit} held-out samples; the reward is that of "
         "sampled answers, over the first and the last tenth of the steps. sft samples none. Seconds are those of the "
         "steps.",

@@ -12,7 +12,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import tyro
 
 sys.path.append(str(Path(__file__).parent / "findings"))
@@ -45,7 +44,7 @@ def head(args: Args) -> list[str]:
     return [
         "# What the shipped models can do",
         "",
-        f"`python benchmarks/builtin_tasks.py --limit {args.limit}`, on {hardware()}, {torch.get_num_threads()} thread",
+        f"`python benchmarks/builtin_tasks.py --limit {args.limit}`, on {hardware()}",
         "",
         f"Greedy answers of both shipped models to {args.limit} held-out built-in samples of each task, with 95 % "
         "intervals, and the share of answers that can be read. A star marks the tasks that a model has been taught.",

@@ -90,7 +90,7 @@ def head(args: Args) -> list[str]:
         "# Learning of small models of each family",
         "",
         f"`python benchmarks/families.py --teaching {args.teaching} --steps {args.steps} --limit {args.limit}`, on "
-        f"{hardware()}, {torch.get_num_threads()} thread(s), one seed.",
+        f"{hardware()}, one seed.",
         "",
         "A model of each family begins with the built-in model's matrices where name and shape are alike, and with "
         "random weights elsewhere. It is taught referring expressions on the built-in scenes, with boxes "

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 import tyro
 
 sys.path.append(str(Path(__file__).parent / "findings"))
@@ -76,7 +75,6 @@ def run(name: str, task: Mapping[str, Any], prompts: int, seed: int, args: Args)
 
 
 def head(args: Args) -> list[str]:
-    threads = torch.get_num_threads()
     return [
         "# Three tasks in one run",
         "",
@@ -84,7 +82,7 @@ def head(args: Args) -> list[str]:
         f"--limit {args.limit}",
         "",
         f"GRPO with the built-in model, {args.steps} steps, 8 answers to each sample, seeds 0 to {args.seeds - 1}; "
-        f"{hardware()}, {threads} thread{'s' * (threads > 1)}. The mix has {args.prompts} samples of each task in a "
+        f"{hardware()}. The mix has {args.prompts} samples of each task in a "
         f"step. A run alone has {args.prompts} samples of its task in a step, as many as the mix has of it. A longer "
         f"one has as many as the mix has of all tasks together. Greedy answers to {args.limit} held-out samples of "
         "each task: mean over the seeds, standard deviation, and the seeds in their order.",

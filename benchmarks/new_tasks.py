@@ -18,7 +18,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 import tyro
 
 ROOT = Path(__file__).parent.parent
@@ -83,8 +82,7 @@ def head(args: Args) -> list[str]:
     return [
         "# Learning of the newer tasks",
         "",
-        f"`python benchmarks/new_tasks.py {asked} --limit {args.limit}`, on {hardware()}, {torch.get_num_threads()} "
-        "thread, beside other work.",
+        f"`python benchmarks/new_tasks.py {asked} --limit {args.limit}`, on {hardware()}, beside other work.",
         "",
         f"The base of a task is the built-in model, taught that task for {args.lessons} steps of 16 samples by loose "
         f"annotators, as the table says{more}. GRPO then takes {args.steps} steps of 8 prompts with 8 answers, "

@@ -14,7 +14,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
 import yaml
 
@@ -67,8 +66,7 @@ def head(args: Args) -> list[str]:
     return [
         "# PeBR-R1 in miniature",
         "",
-        f"`python benchmarks/pebr_r1.py --seeds {args.seeds}`, on {hardware()}, threads of PyTorch: "
-        f"{torch.get_num_threads()}",
+        f"`python benchmarks/pebr_r1.py --seeds {args.seeds}`, on {hardware()}",
         "",
         f"The four stages of `vlmenv pipeline {args.pipeline.stem}` with seeds 0 to {args.seeds - 1}, from the "
         "built-in model. Four sampled answers to each of 256 held-out scenes, as the pipeline measures them. The mean "

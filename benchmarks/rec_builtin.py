@@ -10,8 +10,6 @@ took: on the loose labels that the model was taught by, and on exact ones. Measu
 from __future__ import annotations
 
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -19,8 +17,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import tyro
+from findings.runs import hardware
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "builtin_model.py"
 COLUMNS = ("iou/mean", "accuracy@0.5", "accuracy@0.75", "format")
@@ -92,14 +90,6 @@ def table(rows: list[tuple[str, dict[str, float], str]]) -> str:
     ]
     lines += [f"| {name} | " + " | ".join(f"{m[n]:.3f}" for n in names) + f" | {t} |" for name, m, t in rows]
     return "\n".join(lines) + "\n"
-
-
-def hardware() -> str:
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        cpu = models[0].partition(":")[2].strip() if models else cpu
-    return f"{os.cpu_count()} cores of {cpu}, float32, torch {torch.__version__}"
 
 
 if __name__ == "__main__":

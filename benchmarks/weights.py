@@ -16,6 +16,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import tyro
 from common import hardware
 
@@ -82,6 +83,7 @@ def row(way: str, found: list[tuple[float, float, float]]) -> str:
 
 
 def table(rows: list[str], args: Args) -> str:
+    threads = f"threads of PyTorch: {torch.get_num_threads()}, "
     names = ["before", *(f"seed {seed}" for seed in args.seeds), "mean", "reward"]
     lines = [
         "# Learning with fewer bits",
@@ -90,7 +92,7 @@ def table(rows: list[str], args: Args) -> str:
         f"--seeds {' '.join(map(str, args.seeds))} --output benchmarks/weights.md",
         "",
         f"The built-in model in bfloat16, {args.steps} steps on the built-in scenes; the mean overlap on "
-        f"{args.eval_limit} held-out ones, and the reward of the last ten steps. {hardware()}.",
+        f"{args.eval_limit} held-out ones, and the reward of the last ten steps. {hardware(threads)}.",
         "",
         f"| | {' | '.join(names)} |",
         "|---" * (len(names) + 1) + "|",

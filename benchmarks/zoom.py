@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import torch
 import tyro
 from matplotlib.figure import Figure
 
@@ -127,7 +126,6 @@ def run(way: str, seed: int, args: Args) -> Path:
 
 
 def head(args: Args) -> list[str]:
-    threads = torch.get_num_threads()
     lines = [
         "# Looking closer where it pays",
         "",
@@ -135,8 +133,8 @@ def head(args: Args) -> list[str]:
         f"--steps {args.steps} --prompts {args.prompts} --algo {args.algo} --crop-cost {args.crop_cost} "
         f"--limit {args.limit}",
         "",
-        f"The built-in model on `VLM-Zoom-v0`, which shows it images at 96 x 96 pixels; {hardware()}, {threads} "
-        f"thread{'s' * (threads > 1)}. Half of the questions are about tiny dots, of 1.5 to 2.5 pixels there. Half are "
+        f"The built-in model on `VLM-Zoom-v0`, which shows it images at 96 x 96 pixels; {hardware()}. "
+        "Half of the questions are about tiny dots, of 1.5 to 2.5 pixels there. Half are "
         "about the kind of a shape, which is plain to see.",
         "",
         f"Supervised steps come first: {args.parts} of 16 close crops to read and 16 first turns of dialogues, then "

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import tyro
 from bases import taught
 from matplotlib.figure import Figure
@@ -125,8 +124,8 @@ def head(args: Args) -> list[str]:
         f"    python benchmarks/findings/distillation.py {given}",
         "",
         f"Referring expressions on the built-in scenes; a student of 0.4 million parameters, {args.steps} steps of "
-        f"{args.prompts} prompts with {ANSWERS} answers, seeds 0 to {args.seeds - 1}; {hardware()}, "
-        f"threads of PyTorch: {torch.get_num_threads()}. The larger teacher is the built-in model (1.6 million) after "
+        f"{args.prompts} prompts with {ANSWERS} answers, seeds 0 to {args.seeds - 1}; {hardware()}. "
+        "The larger teacher is the built-in model (1.6 million) after "
         f"{args.teacher_steps} steps of GRPO, the equal one the student after {args.equal_steps} steps of GRPO with "
         f"seed {args.seeds}. Mean IoU of greedy answers to {args.limit} held-out samples, every {args.every} steps. "
         "Answers are those that were sampled until the metric was reached.",

@@ -175,8 +175,8 @@ def head(args: Args) -> list[str]:
         "",
         f"    python benchmarks/findings/forgetting.py {given}",
         "",
-        f"The built-in model, seeds 0 to {args.seeds - 1}; {hardware()}, threads of PyTorch: "
-        f"{torch.get_num_threads()}. GRPO trains {args.steps} steps of {args.prompts} prompts on referring "
+        f"The built-in model, seeds 0 to {args.seeds - 1}; {hardware()}. "
+        f"GRPO trains {args.steps} steps of {args.prompts} prompts on referring "
         f"expressions. SFT imitates true boxes of the same scenes, and is measured every {args.every} steps: the first "
         "model that reaches GRPO's mean IoU counts. In `backwards` the words of the thought before a box are in "
         f"reverse, as the base never has them; it takes up to {LONGER} times as many steps, and is measured as many "

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
 from careless import NAME as LESSONS
 from careless import SHARE
@@ -121,8 +120,7 @@ def head(args: Args) -> list[str]:
         "    python benchmarks/findings/hacking.py " + " ".join(f"--{name} {getattr(args, name)}" for name in options),
         "",
         f"GRPO on the built-in detection scenes, {args.steps} steps of {args.prompts} prompts, seeds 0 to "
-        f"{args.seeds - 1}, answers of up to {LONGEST} tokens; {hardware()}, threads of PyTorch: "
-        f"{torch.get_num_threads()}. "
+        f"{args.seeds - 1}, answers of up to {LONGEST} tokens; {hardware()}. "
         f"The base is the built-in model after {args.lessons} steps of SFT by annotators who find all boxes, and in "
         f"{SHARE:.0%} of the scenes repeat some under any label asked for. `published` is AP as in VLM-R1's code, "
         "where absent labels are dropped. Each reward has `format` beside it, with weight 0.1. AP per image, "

@@ -15,7 +15,6 @@ from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
-import torch
 import tyro
 from matplotlib.figure import Figure
 from runs import (
@@ -124,7 +123,7 @@ def head(args: Args) -> list[str]:
         "    python benchmarks/findings/quality.py " + " ".join(f"--{name} {getattr(args, name)}" for name in options),
         "",
         f"GRPO on referring expressions from the built-in model, {args.steps} steps of {args.prompts} prompts, seeds 0 "
-        f"to {args.seeds - 1}; {hardware()}, threads of PyTorch: {torch.get_num_threads()}. Each kind has {args.rows} "
+        f"to {args.seeds - 1}; {hardware()}. Each kind has {args.rows} "
         "rows of the same scenes. An ambiguous expression fits two objects or more, and one of them, drawn by chance, "
         f"is the true one. Greedy answers to the same {args.limit} held-out scenes, whose expressions determine one "
         "object. The mean over seeds ± the standard deviation, and each seed.",

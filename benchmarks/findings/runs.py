@@ -148,8 +148,9 @@ def mean_of(steps: Sequence[Mapping[str, float]], name: str) -> float:
 
 
 def hardware() -> str:
-    """What this ran on."""
-    return f"{os.cpu_count()} cores of {processor()}, float32, torch {torch.__version__}"
+    """What this runs on. Another number of threads rounds otherwise, and so trains another model."""
+    threads = torch.get_num_threads()
+    return f"{os.cpu_count()} cores of {processor()}, threads of PyTorch: {threads}, float32, torch {torch.__version__}"
 
 
 def processor() -> str:

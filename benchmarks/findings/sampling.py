@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import tyro
 from matplotlib.figure import Figure
 from runs import (
@@ -158,7 +157,7 @@ def head(counts: Mapping[str, Mapping[str, int]], args: Args) -> list[str]:
         "    python benchmarks/findings/sampling.py " + " ".join(f"--{name} {getattr(args, name)}" for name in options),
         "",
         f"GRPO on referring expressions from the built-in model, {args.steps} steps of {args.prompts} prompts with "
-        f"{ANSWERS} answers, seeds 0 to {args.seeds - 1}; {hardware()}, threads of PyTorch: {torch.get_num_threads()}. "
+        f"{ANSWERS} answers, seeds 0 to {args.seeds - 1}; {hardware()}. "
         "The reward is 1 where the overlap is above one half, else 0. "
         f"The base answers {args.pool} samples {ANSWERS} times: {found['easy']} are easy (all right), {found['hard']} "
         f"hard (none right), {found['medium']} medium. A file has {args.rows} rows: {MEDIUM_SHARE:.0%} medium, and as "

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import tyro
 from bases import taught
 from matplotlib.figure import Figure
@@ -99,8 +98,8 @@ def head(args: Args) -> list[str]:
         "",
         f"Bases of several widths, each taught referring expressions from random weights for {args.lessons} steps of "
         "16 scenes, by annotators whose boxes are 5 to 30 % too wide on every side. Then GRPO with the reward IoU, "
-        f"{args.steps} steps of {args.prompts} prompts with 8 answers, seeds 0 to {args.seeds - 1}; {hardware()}, "
-        f"threads of PyTorch: {torch.get_num_threads()}. Mean IoU of greedy answers to {args.limit} held-out samples; "
+        f"{args.steps} steps of {args.prompts} prompts with 8 answers, seeds 0 to {args.seeds - 1}; {hardware()}. "
+        f"Mean IoU of greedy answers to {args.limit} held-out samples; "
         "the changes are those of the same samples, with 95 % intervals. The reward is that of sampled answers, over "
         "the first and the last tenth of the steps. One base of each size was taught, so the spread over bases is not "
         "known.",

@@ -17,7 +17,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
 from matplotlib.figure import Figure
 from PIL import Image
@@ -134,8 +133,8 @@ def head(args: Args) -> list[str]:
         f"    python benchmarks/findings/shortcut.py --seeds {args.seeds} --steps {args.steps} "
         f"--prompts {args.prompts} --rows {args.rows} --limit {args.limit} --algos {' '.join(args.algos)}",
         "",
-        f"The built-in model, {args.steps} steps of {args.prompts} prompts, seeds 0 to {args.seeds - 1}; {hardware()}, "
-        f"threads of PyTorch: {torch.get_num_threads()}. Each of {args.rows} training rows asks for the colour of "
+        f"The built-in model, {args.steps} steps of {args.prompts} prompts, seeds 0 to {args.seeds - 1}; {hardware()}. "
+        f"Each of {args.rows} training rows asks for the colour of "
         f"a shape. In {SHARE:.0%} of them it goes with the kind of shape: {usual}. The {args.limit} "
         "held-out rows are divided alike. Answers are greedy. The two columns of what is lost tell how much accuracy, "
         "and the log-probability of the answers per token, fall with blank images.",

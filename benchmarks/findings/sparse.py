@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import tyro
 from runs import (
     check_model,
@@ -126,8 +125,8 @@ def head(args: Args) -> list[str]:
         "    python benchmarks/findings/sparse.py " + " ".join(f"--{name} {getattr(args, name)}" for name in options),
         "",
         f"GRPO on {args.rows} built-in scenes with {SHAPES} key words or more, {args.steps} steps of {args.prompts} "
-        f"prompts with 8 answers in all, seeds 0 to {args.seeds - 1}; {hardware()}, threads of PyTorch: "
-        f"{torch.get_num_threads()}. The base is the built-in model after {args.lessons} steps of SFT on whole "
+        f"prompts with 8 answers in all, seeds 0 to {args.seeds - 1}; {hardware()}. "
+        f"The base is the built-in model after {args.lessons} steps of SFT on whole "
         "descriptions. Perception earns by the F1 of the colours and shapes that the description names. Reasoning "
         "earns by a right answer after a description of F1 1. At once, it is the mean of both. Out of format nothing "
         "is earned. "
