@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from vlmenv.cli import main
 from vlmenv.core.errors import ModelError
+from vlmenv.envs.making import visual_tasks
 from vlmenv.options.train import LoggingOptions
 from vlmenv.runs.checkpoints import prune
 from vlmenv.runs.lock import locked
@@ -490,3 +491,16 @@ def test_replay_that_was_asked_for_since_begins_with_nothing(tmp_path: Path) -> 
     file.write_text(file.read_text() + "replay: 6\n")
     main(["train", "--resume", str(run)])
     assert "replayed" in rows(run / "metrics.jsonl")[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", sorted(visual_tasks()))
+def test_a_resumed_run_of_each_task_tells_what_changed(task: str, tmp_path: Path) -> None:
+    """As a run does that was not cut off; what was measured before training is read from its folder."""
+    options = ["--env", task, "--lr", "1e-2", "--warmup-steps", "0", *TINY, "--prompts-per-step", "1"]
+    main(["train", "--steps", "2", "--output", str(tmp_path / "whole"), *options])
+    main(["train", "--steps", "1", "--output", str(tmp_path / "cut"), *options])
+    main(["train", "--resume", str(tmp_path / "cut"), "--steps", "2"])
+    told = [json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("whole", "cut")]
+    assert told[0]["before"] == told[1]["before"]
+    assert told[0]["change"].keys() == told[1]["change"].keys()

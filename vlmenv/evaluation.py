@@ -350,7 +350,7 @@ def differences(task: VisualTaskEnv | None, before: Answers, after: Answers) -> 
     Args:
         task: The task. None: only means of measures are compared.
         before: `Evaluation.answers`; without a task `index`, `measures` and `subject` are enough.
-        after: Those of the other evaluation.
+        after: Those of the other evaluation, with their targets.
     """
     pairs = _paired(before, after)
     names = [name for name in pairs[0][0]["measures"] if name in pairs[0][1]["measures"]] if pairs else []
@@ -364,7 +364,7 @@ def differences(task: VisualTaskEnv | None, before: Answers, after: Answers) -> 
             found[f"accuracy/{subject}"] = _difference(own, "accuracy")
     if task is not None and pairs:
         earlier, later = ([pair[which]["prediction"] for pair in pairs] for which in (0, 1))
-        found |= task.compare(earlier, later, [one["target"] for one, _ in pairs], [one["index"] for one, _ in pairs])
+        found |= task.compare(earlier, later, [one["target"] for _, one in pairs], [one["index"] for _, one in pairs])
     return found
 
 
@@ -462,7 +462,7 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
 
 
 def read_evaluation(folder: Path, task: VisualTaskEnv) -> Evaluation:
-    """The inverse of `write_evaluation`; predictions are read from the completions again.
+    """The inverse of `write_evaluation`, without targets. Predictions are read from the completions again.
 
     Raises:
         DataError: A file is damaged.
@@ -473,6 +473,7 @@ def read_evaluation(folder: Path, task: VisualTaskEnv) -> Evaluation:
         if not {"completion", "index", "measures"} <= answer.keys():
             raise DataError(f"{folder / 'answers.jsonl'}:{number} is damaged: it is no answer")
         answer["prediction"] = task.parse(answer["completion"])
+        answer.pop("target", None)  # JSON is not what a task compares with
     file = folder / _SKIPPED
     skipped = read_object(file) if file.is_file() else {}
     by_index = {int(index) if index.isdecimal() else index: reason for index, reason in skipped.items()}

@@ -154,7 +154,7 @@ def draw_samples(path: Path, envs: VisualTaskVectorEnv, before: Evaluation, afte
             axes, sample = grid[row, column], envs.task.source.get(answer["index"])
             axes.imshow(envs.task.draw(sample, answer["prediction"]))
             axes.set(xticks=[], yticks=[])
-            axes.set_xlabel(_told(envs.task, answer), fontsize=7, parse_math=False)
+            axes.set_xlabel(_told(envs.task, answer, answers[1]["target"]), fontsize=7, parse_math=False)
             if row == 0:
                 question = _wrapped_end(sample.question, _WIDTH, 4)
                 axes.set_title(f"{kind}\n{question}", fontsize=8, parse_math=False)
@@ -193,12 +193,12 @@ def _kind(task: VisualTaskEnv, before: Answer, after: Answer) -> str:
     )
 
 
-def _told(task: VisualTaskEnv, answer: Answer) -> str:
+def _told(task: VisualTaskEnv, answer: Answer, target: Any) -> str:
     """An answer with its truth, if that is no place, and its score."""
     said = task.answer_format.extract(answer["completion"])
     lines = [_wrapped(said or "no readable answer", _WIDTH, 3)]
-    if task.geometry is None or not any(places(answer["target"])):
-        lines.append(_wrapped(f"truth: {answer['target']}", _WIDTH, 2))
+    if task.geometry is None or not any(places(target)):
+        lines.append(_wrapped(f"truth: {target}", _WIDTH, 2))
     name = task.right[0]
     if name in answer["measures"]:
         lines.append(f"{visible(name)} {answer['measures'][name]:.2f}")
