@@ -23,6 +23,7 @@ from vlmenv.algos import (
     PPO,
     RLOO,
     Algorithm,
+    GRPOConfig,
     LossInputs,
     OPDConfig,
     PPOConfig,
@@ -33,7 +34,7 @@ from vlmenv.algos import (
     Trainer,
     TrainerConfig,
 )
-from vlmenv.algos.batch import Batch
+from vlmenv.algos.batch import Batch, Rollouts
 from vlmenv.algos.papo import PAPO, PAPOConfig
 from vlmenv.algos.vppo import VPPO, VPPOConfig
 from vlmenv.core.errors import ConfigError
@@ -179,6 +180,24 @@ def test_a_policy_that_answers_without_looking_depends_on_nothing(builtin: VLMAg
     trainer = trainer_of(builtin, kind(config), visual_dependence_every=1)
     (result,) = [next(trainer.train(seed=0))]
     assert result.metrics["vision/dependence"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_dependence_is_that_of_this_steps_policy(builtin: VLMAgent) -> None:
+    """Replayed groups are of another."""
+    trainer = trainer_of(builtin, GRPO(GRPOConfig(group_size=4, replay=3)), visual_dependence_every=1)
+    shown, _ = trainer.envs.reset(seed=0)
+    rollout = builtin.rollout(shown)
+    rollouts = Rollouts.scored(shown, rollout, np.zeros(12), {})
+    batch = Batch.of(rollout, builtin.device)
+    batch.masked = builtin.reprompted(rollout, masked(rollouts.observations(), 0.6))
+    found = trainer._dependence(batch, rollouts, np.array([False, True, False]))
+    with torch.no_grad():
+        falls = builtin.logprobs(rollout).values - builtin.logprobs(batch.masked).values
+    fresh = batch.mask & (torch.arange(12)[:, None] // 4 != 1)
+    assert found == {"vision/dependence": pytest.approx(float(falls[fresh].mean()), abs=1e-6)}
+    assert abs(float(falls[batch.mask].mean()) - found["vision/dependence"]) > 1e-3
+    assert trainer._dependence(batch, rollouts, np.ones(3, np.bool_)) == {}
 
 
 def texts(folder: Path) -> str:
