@@ -32,10 +32,11 @@ from vlmenv.algos.losses import BOUND, is_dependence_bounded, token_weights
 from vlmenv.algos.means import Mean, over_ranks, told_mean
 from vlmenv.algos.optimizers import OptimizerName, make_optimizer
 from vlmenv.algos.replay import Replay
-from vlmenv.core.errors import ConfigError, require, require_at_least, require_weight
+from vlmenv.core.errors import ConfigError, DataError, PromptError, require, require_at_least, require_weight
 from vlmenv.core.masking import masked
 from vlmenv.core.rollout import Observation, Rollout, Rows
 from vlmenv.processes import processes_of
+from vlmenv.processes.failures import shared_failure
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,7 @@ class Trainer:
             The result of each step.
 
         Raises:
-            DataError: A sample cannot be read, or its prompt does not fit the model.
+            DataError: A sample cannot be read, or its prompt does not fit the model or the teacher.
             RewardError: A reward term failed, or a reward is not finite.
             NonFiniteError: Gradients or losses were not finite in more than `max_skipped` optimizer steps in a row.
             TrainingError: Another rank failed.
@@ -406,7 +407,7 @@ class Trainer:
         if wanted or self._lacks_old(batch):
             self._add_estimates(batch)
         if self.algorithm.wants_teacher:
-            self._add_teacher(batch, rollouts.observations())
+            self._add_teacher(batch, rollouts)
         terms, weights = rollouts.terms()
         credit = self.algorithm.credit(
             Scored(
@@ -453,17 +454,25 @@ class Trainer:
                 if now.state_values is not None:
                     batch.put("values", rows, now.state_values)
 
-    def _add_teacher(self, batch: Batch, observations: list[Observation]) -> None:
+    def _add_teacher(self, batch: Batch, rollouts: Rollouts) -> None:
         """Adds the teacher's log-probabilities of the completions, after prompts that it encodes itself."""
-        assert self.teacher is not None
-        if not isinstance(self.teacher, Agent):
-            told = self.teacher.logprobs(batch.rollout, observations)
+        teacher, shown = self.teacher, rollouts.observations()
+        assert teacher is not None
+        if not isinstance(teacher, Agent):
+            with shared_failure(self.accelerator):
+                told = teacher.logprobs(batch.rollout, shown)
             batch.put("teacher_logprobs", slice(None), told.to(self.agent.device))
             return
-        taught = self.teacher.reprompted(batch.rollout, observations)
+        with shared_failure(self.accelerator):
+            try:
+                taught = teacher.reprompted(batch.rollout, shown)
+            except PromptError as error:
+                raise DataError(
+                    f"sample {rollouts.records[error.index]['id']}, for the teacher: {error.reason}"
+                ) from error
         for rows in self._passes(taught):
             with self.processes.autocast():
-                batch.put("teacher_logprobs", rows, self.teacher.logprobs(taught[rows]).values)
+                batch.put("teacher_logprobs", rows, teacher.logprobs(taught[rows]).values)
 
     @property
     def _masks_now(self) -> bool:
