@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ from vlmenv.algos import (
 )
 from vlmenv.algos.batch import Batch, Rollouts
 from vlmenv.algos.papo import PAPO, PAPOConfig
-from vlmenv.algos.vppo import VPPO, VPPOConfig
+from vlmenv.algos.vppo import VPPO, VPPOConfig, top_tokens
 from vlmenv.core.errors import ConfigError
 from vlmenv.core.masking import masked
 from vlmenv.core.rollout import unbatch
@@ -105,6 +107,13 @@ def test_vppo_learns_from_all_tokens_where_there_is_no_image() -> None:
     assert (advantages != 0)[:4].sum(dim=1).tolist() == [3, 1, 2, 1]  # .4 of 6, 2, 5 and 1 tokens
     alone = algorithm.credit(replace(given, sees=torch.zeros(8, dtype=torch.bool))).advantages
     torch.testing.assert_close(alone, GRPO(algorithm.config).advantages(given).expand(8, 6), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("share", ["0.3", "0.4", "0.6", "0.07", "1"])
+def test_the_share_of_tokens_is_rounded_up_as_a_fraction_is(share: str) -> None:
+    mask = torch.arange(200) < torch.arange(1, 201)[:, None]
+    found = top_tokens(torch.rand(200, 200), mask, float(share))
+    assert found.sum(dim=1).tolist() == [math.ceil(n * Fraction(share)) for n in range(1, 201)]
 
 
 @pytest.mark.parametrize(
