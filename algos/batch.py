@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from vlmenv.algos.means import Mean
 from vlmenv.core.errors import RewardError
 from vlmenv.core.files import jsonable
 from vlmenv.core.rollout import Completion, FinishReason, Observation, Prompt, Rollout, Rows, told_turns, unbatch
@@ -211,16 +212,17 @@ class Rollouts:
 
     def metrics(self) -> dict[str, float]:
         """Means by their logged names. The mean of a term or trait is over the completions that have it."""
-        lengths = [len(completion.written_ids) for completion in self.rollout.completions]
+        completions, count = self.rollout.completions, len(self.records)
+        lengths = [len(completion.written_ids) for completion in completions]
         return {
-            "reward/mean": float(self.rewards.mean()),
-            "reward/std": float(self.rewards.std(correction=0)),
+            "reward/mean": Mean(float(self.rewards.mean()), count),
+            "reward/std": Mean(float(self.rewards.std(correction=0)), count),
             **{f"reward/{name}": mean for name, mean in self._means("rewards").items()},
-            "completion/length": float(np.mean(lengths)),
+            "completion/length": _mean(lengths),
             "completion/min_length": float(min(lengths)),
             "completion/max_length": float(max(lengths)),
-            "completion/truncated": float(np.mean([c.finish_reason == "length" for c in self.rollout.completions])),
-            "completion/repetition": float(np.mean([repetition(c.written_ids) for c in self.rollout.completions])),
+            "completion/truncated": _mean([c.finish_reason == "length" for c in completions]),
+            "completion/repetition": _mean([repetition(c.written_ids) for c in completions]),
             **{f"completion/{name}": mean for name, mean in self._means("traits").items()},
             **self._by_task(),
         }
@@ -233,13 +235,13 @@ class Rollouts:
             own, samples = self[rows], np.array([self.records[i]["index"] for i in rows])
             own.records = [{key: value for key, value in record.items() if key != "task"} for record in own.records]
             uniform = [float(np.ptp(own.rewards.numpy()[samples == one]) == 0) for one in set(samples.tolist())]
-            metrics = own.metrics() | {"reward/zero_std_groups": float(np.mean(uniform))}
+            metrics = own.metrics() | {"reward/zero_std_groups": _mean(uniform)}
             found |= {f"task/{name}/{metric}": value for metric, value in metrics.items()}
         return found
 
     def _means(self, kind: str) -> dict[str, float]:
         names = dict.fromkeys(name for record in self.records for name in record[kind])
-        return {name: float(np.mean([r[kind][name] for r in self.records if name in r[kind]])) for name in names}
+        return {name: _mean([r[kind][name] for r in self.records if name in r[kind]]) for name in names}
 
 
 @dataclass(slots=True)
@@ -400,6 +402,10 @@ def _restored(text: str, ids: Tensor, logprobs: Tensor, end: FinishReason, *late
         written, places, images = later
         one = replace(one, written=written.numpy(), position_ids=places.numpy(), images=images)
     return one
+
+
+def _mean(values: Sequence[float]) -> Mean:
+    return Mean(float(np.mean(values)), len(values))
 
 
 def _padded(rows: list[Tensor]) -> Tensor:

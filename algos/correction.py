@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vlmenv.algos.losses import bounded
+from vlmenv.algos.means import Mean
 
 Correction = Literal["none", "token", "sequence", "token-mask", "sequence-mask"]
 
@@ -62,11 +63,12 @@ def mismatch(logratio: Tensor, mask: Tensor, how: Correction, cap: float) -> dic
     ratio, weights = logs.exp(), (logs - logs.max()).exp()  # whose scale does not matter
     outside = (ratio > cap) | ((ratio < 1 / cap) if how.endswith("mask") else False)
     tokens = bounded(logratio[mask].double())
-    return {
+    found = {
         "policy/sampler_kl": float((torch.expm1(tokens) - tokens).mean()),
         "policy/correction_clipped": 0.0 if how == "none" else float(outside.double().mean()),
         "policy/effective_samples": float(weights.sum().square() / weights.square().sum() / len(weights)),
     }
+    return {name: Mean(value, len(tokens)) for name, value in found.items()}
 
 
 def _logs(logratio: Tensor, mask: Tensor, how: Correction) -> Tensor:

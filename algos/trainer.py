@@ -29,12 +29,14 @@ from vlmenv.algos.collecting import Collector, timed
 from vlmenv.algos.correction import Correction, importance_weights, mismatch
 from vlmenv.algos.faults import NonFiniteError, nonfinite_gradients, nonfinite_weights
 from vlmenv.algos.losses import BOUND, is_dependence_bounded, token_weights
+from vlmenv.algos.means import Mean, over_ranks, told_mean
 from vlmenv.algos.optimizers import OptimizerName, make_optimizer
 from vlmenv.algos.replay import Replay
-from vlmenv.core.errors import ConfigError, require, require_at_least, require_weight
+from vlmenv.core.errors import ConfigError, DataError, PromptError, require, require_at_least, require_weight
 from vlmenv.core.masking import masked
 from vlmenv.core.rollout import Observation, Rollout, Rows
 from vlmenv.processes import processes_of
+from vlmenv.processes.failures import shared_failure
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,7 @@ class Trainer:
             The result of each step.
 
         Raises:
-            DataError: A sample cannot be read, or its prompt does not fit the model.
+            DataError: A sample cannot be read, or its prompt does not fit the model or the teacher.
             RewardError: A reward term failed, or a reward is not finite.
             NonFiniteError: Gradients or losses were not finite in more than `max_skipped` optimizer steps in a row.
             TrainingError: Another rank failed.
@@ -262,12 +264,11 @@ class Trainer:
             metrics = self._learn(collected.rollouts)
         metrics |= collected.rollouts.metrics() | collected.metrics
         metrics |= {f"time/{name}": seconds for name, seconds in clock.items()}
-        metrics = self._over_processes(metrics)
+        metrics = over_ranks(self.processes.collect([metrics]))
         if (skipped := self.collector.skipped()) is not None:
             metrics["data/skipped"] = float(len(skipped))
-        tokens = sum(len(completion.written_ids) for completion in collected.rollouts.rollout.completions)
-        seconds = time.perf_counter() - started
-        metrics["tokens_per_second"] = tokens * self.accelerator.num_processes / seconds
+        tokens = metrics["completion/length"] * len(collected.rollouts.rollout) * self.accelerator.num_processes
+        metrics["tokens_per_second"] = tokens / (time.perf_counter() - started)
         self.step += 1
         self._remember()
         return StepResult(self.step, metrics, collected.rollouts)
@@ -364,7 +365,7 @@ class Trainer:
         told |= self._correct(batch, rollouts.rollout)
         told |= self._distances(batch, replayed)
         if self._measures_dependence:
-            told |= self._dependence(batch, rollouts)
+            told |= self._dependence(batch, rollouts, replayed)
         if not self.algorithm.learns_masked:
             batch.masked = None
         config, logged = self.algorithm.config, []
@@ -383,13 +384,16 @@ class Trainer:
         told: dict[str, float] = {}
         if batch.masked_logprobs is not None:
             capped = is_dependence_bounded(batch.old_logprobs, batch.masked_logprobs)[batch.mask]
-            told["policy/perception_bounded"] = float(capped.float().mean())
-        if batch.teacher_logprobs is None or replayed.all():
+            told |= told_mean("policy/perception_bounded", capped.float())
+        if batch.teacher_logprobs is None:
             return told
-        own = ~torch.from_numpy(replayed).to(batch.mask.device).repeat_interleave(self.algorithm.config.group_size)
-        gaps = (batch.old_logprobs - batch.teacher_logprobs)[batch.mask & own[:, None]]
-        kl, far = float(gaps.mean()), float((gaps.abs() > BOUND).float().mean())
-        return told | {"policy/teacher_kl": kl, "policy/teacher_bounded": far}
+        gaps = (batch.old_logprobs - batch.teacher_logprobs)[batch.mask & self._fresh(replayed)[:, None]]
+        far = (gaps.abs() > BOUND).float()
+        return told | told_mean("policy/teacher_kl", gaps) | told_mean("policy/teacher_bounded", far)
+
+    def _fresh(self, replayed: NDArray[np.bool_]) -> Tensor:
+        """Bool [N], True for the completions of groups [P] that are not replayed."""
+        return ~torch.from_numpy(replayed).to(self.agent.device).repeat_interleave(self.algorithm.config.group_size)
 
     @torch.no_grad()
     def _credited(self, rollouts: Rollouts, rng: np.random.Generator) -> Batch:
@@ -403,7 +407,7 @@ class Trainer:
         if wanted or self._lacks_old(batch):
             self._add_estimates(batch)
         if self.algorithm.wants_teacher:
-            self._add_teacher(batch, rollouts.observations())
+            self._add_teacher(batch, rollouts)
         terms, weights = rollouts.terms()
         credit = self.algorithm.credit(
             Scored(
@@ -450,17 +454,25 @@ class Trainer:
                 if now.state_values is not None:
                     batch.put("values", rows, now.state_values)
 
-    def _add_teacher(self, batch: Batch, observations: list[Observation]) -> None:
+    def _add_teacher(self, batch: Batch, rollouts: Rollouts) -> None:
         """Adds the teacher's log-probabilities of the completions, after prompts that it encodes itself."""
-        assert self.teacher is not None
-        if not isinstance(self.teacher, Agent):
-            told = self.teacher.logprobs(batch.rollout, observations)
+        teacher, shown = self.teacher, rollouts.observations()
+        assert teacher is not None
+        if not isinstance(teacher, Agent):
+            with shared_failure(self.accelerator):
+                told = teacher.logprobs(batch.rollout, shown)
             batch.put("teacher_logprobs", slice(None), told.to(self.agent.device))
             return
-        taught = self.teacher.reprompted(batch.rollout, observations)
+        with shared_failure(self.accelerator):
+            try:
+                taught = teacher.reprompted(batch.rollout, shown)
+            except PromptError as error:
+                raise DataError(
+                    f"sample {rollouts.records[error.index]['id']}, for the teacher: {error.reason}"
+                ) from error
         for rows in self._passes(taught):
             with self.processes.autocast():
-                batch.put("teacher_logprobs", rows, self.teacher.logprobs(taught[rows]).values)
+                batch.put("teacher_logprobs", rows, teacher.logprobs(taught[rows]).values)
 
     @property
     def _masks_now(self) -> bool:
@@ -478,10 +490,13 @@ class Trainer:
         return masked(observations, self.config.mask_share, seed=self._seed + self.step)
 
     @torch.no_grad()
-    def _dependence(self, batch: Batch, rollouts: Rollouts) -> dict[str, float]:
-        """By how many nats per token log-probabilities fall with masked images, over completions that follow images."""
+    def _dependence(self, batch: Batch, rollouts: Rollouts, replayed: NDArray[np.bool_]) -> dict[str, float]:
+        """By how many nats per token log-probabilities fall with masked images.
+
+        Measured over the completions of this step's policy that follow images.
+        """
         assert batch.masked is not None
-        shown = rollouts.sees().to(self.agent.device)
+        shown = rollouts.sees().to(self.agent.device) & self._fresh(replayed)
         lost, tokens = 0.0, 0
         for rows in self._passes(batch.rollout):
             with self.processes.autocast():
@@ -489,7 +504,7 @@ class Trainer:
             own = seen.mask & shown[rows if isinstance(rows, slice) else torch.from_numpy(rows)][:, None]
             lost += float((seen.values - blind.values)[own].sum())
             tokens += int(own.sum())
-        return {"vision/dependence": lost / tokens} if tokens else {}
+        return {"vision/dependence": Mean(lost / tokens, tokens)} if tokens else {}
 
     def _lacks_old(self, batch: Batch) -> bool:
         """True if the trainer must recompute `old_logprobs`."""
@@ -628,13 +643,6 @@ class Trainer:
                 loss = loss + self.config.router_loss * now.router_loss * tokens / max(1, num_tokens)
         self.processes.backward(loss)
         return sums | {"loss": loss.detach() * num_tokens}
-
-    def _over_processes(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Means over all ranks; minima and maxima are those over all ranks."""
-        gathered = self.processes.collect([metrics])
-        names = dict.fromkeys(name for own in gathered for name in own)  # a term may be in the rows of one rank only
-        kinds = {"completion/min_length": min, "completion/max_length": max}
-        return {name: float(kinds.get(name, np.mean)([own[name] for own in gathered if name in own])) for name in names}
 
 
 def _check(

@@ -92,4 +92,5 @@ def top_tokens(values: Tensor, mask: Tensor, share: float) -> Tensor:
     """Bool [N, L], True at the share of each row's tokens with the largest values, rounded up."""
     order = values.masked_fill(~mask, -torch.inf).argsort(dim=1, descending=True, stable=True)
     ranks = order.argsort(dim=1)
-    return (ranks < torch.ceil(mask.sum(dim=1, keepdim=True) * share)) & mask
+    wanted = mask.sum(dim=1, keepdim=True).double() * share
+    return (ranks < torch.ceil(wanted - 1e-9)) & mask  # rounding, as in .3 * 50 > 15, adds no token

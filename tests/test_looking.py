@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 
@@ -46,6 +48,23 @@ def test_a_model_that_does_not_look(tmp_path: Path, builtin: VLMAgent, capsys: p
         assert found[name]["change"]["logprob"]["value"] == pytest.approx(0, abs=1e-5)
         assert found[name]["change"]["iou/mean"]["value"] == 0
     assert "nothing shows that the model looks" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_long_question_gets_no_image_that_leaves_no_room(tmp_path: Path, builtin: VLMAgent) -> None:
+    """The first question fits with its own small image, and not with those of the others."""
+    rng = np.random.default_rng(0)
+    sides, rows = (56, 224, 56, 224), []
+    for i, side in enumerate(sides):
+        PIL.Image.fromarray(rng.integers(0, 255, (side, side, 3), np.uint8)).save(tmp_path / f"{i}.png")
+        rows.append({"image": f"{i}.png", "question": "How many?" + " word" * 660 * (i == 0), "answer": str(i)})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ["--env", "VLM-VQA-v0", "--dataset", str(tmp_path / "rows.jsonl"), "--image-root", str(tmp_path)]
+    found = run(tmp_path / "found", "builtin", *data, "--max-new-tokens", "16", "--skip-broken")
+    assert found["shuffled"]["change"]["logprob"]["value"] != 0
+    answers = [json.loads(line) for line in (tmp_path / "found/shuffled/answers.jsonl").read_text().splitlines()]
+    assert [answer["index"] for answer in answers] == [0, 1, 2, 3]
+    assert not (tmp_path / "found/skipped.json").exists()
 
 
 def test_what_has_no_use_is_refused() -> None:

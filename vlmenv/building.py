@@ -292,10 +292,11 @@ def meet_teacher(url: str, config: TrainConfig[Any], student: VLMAgent) -> Serve
         ConfigError: Its tokenizer is not the student's, or sampling has another temperature than 1.
         EngineError: It does not answer.
     """
-    if config.sampling.temperature != 1:
+    temperature = student.sampling.temperature  # an agent that is given samples in its own way
+    if temperature != 1:
         raise ConfigError(
             f"the teacher {url} tells log-probabilities of temperature 1, and temperature is "
-            f"{config.sampling.temperature}: set it to 1, or name a model as the teacher"
+            f"{temperature}: set it to 1, or name a model as the teacher"
         )
     options = config.generation
     retry_policy = RetryPolicy(answer=options.server_timeout)
@@ -319,7 +320,7 @@ def load_teacher(name: str, config: TrainConfig[Any], student: VLMAgent, device:
         name,
         device=device,
         dtype=DTYPES[config.batches.precision],
-        sampling=config.sampling,
+        sampling=student.sampling,
         chat_template_kwargs=config.prompts.template_switches(),
         pixels=config.pixels,
     )

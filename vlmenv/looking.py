@@ -16,10 +16,10 @@ from rich.console import Console
 from vlmenv.agents.base import Agent
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.core.console import say, warn
-from vlmenv.core.errors import DataError, require
+from vlmenv.core.errors import DataError, PromptError, require
 from vlmenv.core.files import write_atomic
 from vlmenv.core.masking import Change, Shuffle, masked
-from vlmenv.core.rollout import Observations, Rollout, group_neighbours, unbatch
+from vlmenv.core.rollout import Observation, Observations, Rollout, group_neighbours, unbatch
 from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.metrics.intervals import Interval, metric_interval, paired_interval
 from vlmenv.envs.vector import VisualTaskVectorEnv
@@ -99,9 +99,10 @@ def measure_sight(
     """
     require(envs.max_turns == 1, "visual_dependence is for episodes of one turn: set max_turns to 1")
     mask, blank = functools.partial(masked, share=mask_share, seed=seed), functools.partial(masked, share=1.0)
-    shuffle = Shuffle(seed)
+    fits = functools.partial(_fits, agent)
+    shuffle = Shuffle(seed, fits)
     changes: dict[str, Change] = {"masked": mask, "shuffled": shuffle, "blank": blank}
-    watched = _Watched(agent, changes | {"shuffled": Shuffle(seed)})
+    watched = _Watched(agent, changes | {"shuffled": Shuffle(seed, fits)})
     agents = {SHOWN: watched} | {name: _Changed(agent, change) for name, change in changes.items()}
     found: dict[str, Evaluation] = {}
     shared: dict[str, Any] = {"greedy": greedy, "console": console, "processes": processes}
@@ -111,9 +112,18 @@ def measure_sight(
         if not any(processes.collect([watched.saw_images])):
             raise DataError("none of the samples has an image: visual_dependence has nothing to mask")
     if alone := sum(processes.collect([shuffle.alone])):
-        warn(f"{alone} answers had no other images in their batch: shuffled, their images are black", console)
+        warn(f"{alone} answers had no other images that fit in their batch: shuffled, their images are black", console)
     drops = _with_logprobs(found, watched, processes)
     return Sight(found, {name: _changes(envs.task, found, name) | {"logprob": drops[name]} for name in changes})
+
+
+def _fits(agent: VLMAgent, observations: list[Observation]) -> bool:
+    """True if all prompts leave room for an answer. Images of another sample may take more tokens."""
+    try:
+        agent.encode(observations)
+    except PromptError:
+        return False
+    return True
 
 
 def _changes(task: VisualTaskEnv, found: dict[str, Evaluation], name: str) -> dict[str, Interval]:

@@ -62,10 +62,10 @@ def test_another_tokenizer_is_refused(builtin: VLMAgent, good: Answering, opened
 
 
 def test_another_temperature_is_refused(builtin: VLMAgent, good: Answering) -> None:  # noqa: F811
-    config = default_config("opd")
-    hot = type(config)(algo="opd", algorithm=config.algorithm, sampling=Sampling(temperature=0.7))
+    """An agent that is given to `vlmenv.train` samples in its own way, whatever the options say."""
+    builtin.sampling = Sampling(temperature=0.7)
     with pytest.raises(ConfigError, match=r"temperature is 0\.7"):
-        meet_teacher(good.url, hot, builtin)
+        meet_teacher(good.url, default_config("opd"), builtin)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from vlmenv.algos import GRPO, OPD, GRPOConfig, LossInputs, OPDConfig, Trainer, 
 from vlmenv.algos.bandit import TAUGHT, Table, learn
 from vlmenv.algos.losses import BOUND
 from vlmenv.building import load_teacher
-from vlmenv.core.errors import ConfigError
+from vlmenv.core.errors import ConfigError, DataError
 from vlmenv.options.train import default_config
 
 OLD = torch.tensor([[-1.0, -2.0], [-0.5, -3.0]], dtype=torch.float64)
@@ -95,6 +95,19 @@ def test_a_model_teaches_another(builtin: VLMAgent) -> None:
     found = [one.metrics["policy/teacher_kl"] for one in trainer.train(seed=0)]
     assert sum(found[-3:]) / 3 < 0.8 * found[0], found
     assert all(torch.equal(before[name], one) for name, one in teacher.policy.named_parameters())
+
+
+@pytest.mark.slow
+def test_a_prompt_without_room_in_the_teacher_is_named(builtin: VLMAgent) -> None:
+    teacher = VLMAgent.from_pretrained("builtin", sampling=builtin.sampling)
+    teacher.max_length = 100
+    rows = [{"id": f"row {i}", "question": "How many?" + " word" * 20 * i, "answer": "3"} for i in range(2)]
+    envs = gymnasium.make_vec("VLM-VQA-v0", num_envs=4, group_size=2, dataset=rows)
+    made = Trainer(builtin, envs, OPD(OPDConfig(group_size=2)), TrainerConfig(steps=1), Accelerator(cpu=True), teacher)
+    with pytest.raises(
+        DataError, match=r"^sample row 1, for the teacher: the prompt has \d+ tokens, which leaves no room"
+    ):
+        next(made.train(seed=0))
 
 
 def test_a_teacher_with_another_tokenizer_is_refused(builtin: VLMAgent, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from vlmenv.algos import (
     PPO,
     RLOO,
     Algorithm,
+    GRPOConfig,
     LossInputs,
     OPDConfig,
     PPOConfig,
@@ -33,9 +36,9 @@ from vlmenv.algos import (
     Trainer,
     TrainerConfig,
 )
-from vlmenv.algos.batch import Batch
+from vlmenv.algos.batch import Batch, Rollouts
 from vlmenv.algos.papo import PAPO, PAPOConfig
-from vlmenv.algos.vppo import VPPO, VPPOConfig
+from vlmenv.algos.vppo import VPPO, VPPOConfig, top_tokens
 from vlmenv.core.errors import ConfigError
 from vlmenv.core.masking import masked
 from vlmenv.core.rollout import unbatch
@@ -104,6 +107,13 @@ def test_vppo_learns_from_all_tokens_where_there_is_no_image() -> None:
     assert (advantages != 0)[:4].sum(dim=1).tolist() == [3, 1, 2, 1]  # .4 of 6, 2, 5 and 1 tokens
     alone = algorithm.credit(replace(given, sees=torch.zeros(8, dtype=torch.bool))).advantages
     torch.testing.assert_close(alone, GRPO(algorithm.config).advantages(given).expand(8, 6), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("share", ["0.3", "0.4", "0.6", "0.07", "1"])
+def test_the_share_of_tokens_is_rounded_up_as_a_fraction_is(share: str) -> None:
+    mask = torch.arange(200) < torch.arange(1, 201)[:, None]
+    found = top_tokens(torch.rand(200, 200), mask, float(share))
+    assert found.sum(dim=1).tolist() == [math.ceil(n * Fraction(share)) for n in range(1, 201)]
 
 
 @pytest.mark.parametrize(
@@ -179,6 +189,24 @@ def test_a_policy_that_answers_without_looking_depends_on_nothing(builtin: VLMAg
     trainer = trainer_of(builtin, kind(config), visual_dependence_every=1)
     (result,) = [next(trainer.train(seed=0))]
     assert result.metrics["vision/dependence"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_dependence_is_that_of_this_steps_policy(builtin: VLMAgent) -> None:
+    """Replayed groups are of another."""
+    trainer = trainer_of(builtin, GRPO(GRPOConfig(group_size=4, replay=3)), visual_dependence_every=1)
+    shown, _ = trainer.envs.reset(seed=0)
+    rollout = builtin.rollout(shown)
+    rollouts = Rollouts.scored(shown, rollout, np.zeros(12), {})
+    batch = Batch.of(rollout, builtin.device)
+    batch.masked = builtin.reprompted(rollout, masked(rollouts.observations(), 0.6))
+    found = trainer._dependence(batch, rollouts, np.array([False, True, False]))
+    with torch.no_grad():
+        falls = builtin.logprobs(rollout).values - builtin.logprobs(batch.masked).values
+    fresh = batch.mask & (torch.arange(12)[:, None] // 4 != 1)
+    assert found == {"vision/dependence": pytest.approx(float(falls[fresh].mean()), abs=1e-6)}
+    assert abs(float(falls[batch.mask].mean()) - found["vision/dependence"]) > 1e-3
+    assert trainer._dependence(batch, rollouts, np.ones(3, np.bool_)) == {}
 
 
 def texts(folder: Path) -> str:

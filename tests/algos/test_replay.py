@@ -96,6 +96,11 @@ def test_the_distance_from_a_teacher_is_that_of_fresh_groups() -> None:
     fresh = {"policy/teacher_kl": 1.5, "policy/teacher_bounded": 0.0}
     assert made._distances(batch, np.array([False, True])) == fresh
     assert made._distances(batch, np.array([True, True])) == {}
+    batch.mask[:2] = False  # nothing to learn from, as where the limit has cut all off
+    batch.masked_logprobs = batch.teacher_logprobs
+    assert made._distances(batch, np.array([False, True])) == {"policy/perception_bounded": 1.0}
+    batch.mask[:] = False
+    assert made._distances(batch, np.array([False, False])) == {}
 
 
 def test_what_was_not_learnt_from_is_not_kept() -> None:

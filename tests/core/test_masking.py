@@ -77,6 +77,24 @@ def test_samples_without_another_image_are_counted() -> None:
     assert shuffle.alone == 3
 
 
+def test_images_that_do_not_fit_are_passed_over() -> None:
+    """The room is that of all questions about an image; they are asked once for each other image."""
+    images = [picture(20, 20, value) for value in (10, 20, 30)]
+    batch = [{**shown(images[0]), "prompt": "short"}, {**shown(images[0]), "prompt": "long"}, *map(shown, images[1:])]
+    asked: list[list[str]] = []
+
+    def fits(seen: list[Observation]) -> bool:
+        asked.append([one["prompt"] for one in seen])
+        return not (asked[-1] == ["short", "long"] and seen[0]["images"][0][0, 0, 0] == 20)
+
+    found = [[int(one["images"][0][0, 0, 0]) for one in Shuffle(seed, fits)(batch)] for seed in range(8)]  # type: ignore[arg-type]
+    assert all(values[:2] == [30, 30] and 0 not in values for values in found)
+    assert asked.count(["short", "long"]) > 8  # the image that does not fit was drawn too
+    none = Shuffle(fits=lambda seen: False)
+    assert not any(one["images"][0].any() for one in none(batch))  # type: ignore[arg-type]
+    assert none.alone == 4
+
+
 def test_frames_of_videos_are_masked_and_exchanged() -> None:
     rng = np.random.default_rng(5)
     one, other = (Video(rng.integers(1, 256, (3, 28, 42, 3), np.uint8), np.arange(3.0), 3.0) for _ in range(2))

@@ -6,6 +6,7 @@ They tell how much a policy looks: `vlmenv.algos.papo`, `vlmenv.algos.vppo` and 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -89,37 +90,45 @@ class Shuffle:
 
     Args:
         seed: Seed of the draws.
+        fits: Tells if observations, which ask about the same images, leave room for answers. Samples whose images do
+            not fit are passed over. Default: all do.
 
     Attributes:
         alone: Number of observations that had no images to exchange.
     """
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, fits: Callable[[list[Observation]], bool] = lambda shown: True) -> None:
         self.alone = 0
-        self._seed = seed
+        self._seed, self._fits = seed, fits
         self._earlier: dict[tuple[int, int], list[_Sample]] = {}
 
     def __call__(self, observations: Sequence[Observation]) -> list[Observation]:
         """Observations [N] with exchanged images. Neighbours with the same images are one sample."""
         samples = _samples(observations)
         found: list[Observation] = []
-        for i, (one, own) in enumerate(zip(observations, samples, strict=True)):
-            if i == 0 or own.contents != samples[i - 1].contents:
-                other = self._other(own, samples)
-                shown = other or own.blank()
-            self.alone += other is None
-            found.append(_with(one, shown.images, shown.videos))
+        runs = itertools.groupby(zip(observations, samples, strict=True), key=lambda pair: pair[1].contents)
+        for _, run in runs:
+            asked, (own, *_) = zip(*run, strict=True)
+            shown = self._exchanged(asked, own, samples)
+            self.alone += 0 if shown else len(asked)
+            found += shown or own.blank().shown_to(asked)
         self._earlier |= {own.counts: [one for one in samples if one.counts == own.counts] for own in samples}
         return found
 
-    def _other(self, own: _Sample, samples: Sequence[_Sample]) -> _Sample | None:
-        """The sample whose images another one gets; itself if it has none, and None if there is no other."""
+    def _exchanged(
+        self, asked: Sequence[Observation], own: _Sample, samples: Sequence[_Sample]
+    ) -> list[Observation] | None:
+        """A sample's observations with another one's images; as they are without images, and None if there is none."""
         if not own.contents:
-            return own
+            return list(asked)
+        rng = np.random.default_rng([self._seed, zlib.crc32(b"".join(own.contents))])
         for batch in (samples, self._earlier.get(own.counts, ())):
-            if unlike := [one for one in batch if own.may_get(one)]:
-                rng = np.random.default_rng([self._seed, zlib.crc32(b"".join(own.contents))])
-                return unlike[rng.integers(len(unlike))]
+            unlike = [one for one in batch if own.may_get(one)]
+            while unlike:
+                other = unlike[rng.integers(len(unlike))]
+                if self._fits(shown := other.shown_to(asked)):
+                    return shown
+                unlike = [one for one in unlike if one.contents != other.contents]
         return None
 
 
@@ -135,6 +144,10 @@ class _Sample:
     @property
     def counts(self) -> tuple[int, int]:
         return len(self.images), len(self.videos)
+
+    def shown_to(self, asked: Sequence[Observation]) -> list[Observation]:
+        """Observations with these images and videos in the place of their own."""
+        return [_with(one, self.images, self.videos) for one in asked]
 
     def may_get(self, other: _Sample) -> bool:
         """True if another sample has as many images and videos, and none of these."""
