@@ -126,8 +126,7 @@ def parse_action(content: str) -> Action | None:
     """
     if len(content) > LONGEST:
         return None
-    values = [found.value for found in find_values(content)]
-    rows = [row for value in values for row in (value if isinstance(value, list) else [value]) if isinstance(row, dict)]
+    rows = [row for found in find_values(content) for row in _rows(found.value)]
     if any(isinstance(row, Cut) for row in rows):
         return None
     begun = _BEGUN.search(content)
@@ -137,6 +136,13 @@ def parse_action(content: str) -> Action | None:
         return found.pop() if len(found) == 1 else None
     place = _bare_place(content)
     return None if place is None else Action("click", place)
+
+
+def _rows(value: Any) -> list[dict[str, Any]]:
+    """The objects of a list, which may be within another, as the braces of a `boxed` make it."""
+    while isinstance(value, list) and len(value) == 1:
+        (value,) = value
+    return [row for row in (value if isinstance(value, list) else [value]) if isinstance(row, dict)]
 
 
 def _action(row: Mapping[str, Any]) -> Action | None:
@@ -191,7 +197,9 @@ def _call(kind: str, written: str, value: Any) -> Action:
         value = [] if isinstance(value, dict) else value
     parts = value or []
     if kind in _DIRECTED and (numbers := _numbers(parts)):
-        return _of_kind(kind, {"point": numbers[:2], "to": numbers[2:]} if len(numbers) == 4 else {"pixels": numbers[0]})
+        return _of_kind(
+            kind, {"point": numbers[:2], "to": numbers[2:]} if len(numbers) == 4 else {"pixels": numbers[0]}
+        )
     parts = parts[0] if kind == "press_key" and parts and isinstance(parts[0], list) else parts
     texts = [part for part in parts if isinstance(part, str)]
     return _of_kind(kind, {"point": parts, "text": texts if kind == "press_key" else "".join(texts[:1])})
