@@ -336,7 +336,9 @@ _NUMBER = re.compile(
     rf"(?= ?(?:{UNIT})| {SPACED_UNIT}|(?! ?[A-Za-z](?![A-Za-z]))(?!\w))"  # 12 cm and 12 dogs, but not 12x, 12², 12 x
 )
 _BARE_NUMBER = re.compile(rf"([+-]?)({_DIGITS})")
-_MEASUREMENT = re.compile(rf"[$£€¥₹]? ?[+-]?{_DIGITS}(?: ?/ ?{_DIGITS})?+ ?(?:%|{UNIT}|{SPACED_UNIT})?")
+_MEASUREMENT = re.compile(
+    rf"[$£€¥₹]? ?[+-]?{_DIGITS}(?: ?/ ?{_DIGITS})?+ ?(?:%|(?:thousand|[mb]illion|trillion)|{UNIT}|{SPACED_UNIT})?"
+)
 _REWRITTEN: Final = tuple(
     (re.compile(pattern), by)
     for pattern, by in (
@@ -493,12 +495,13 @@ def _unquoted(text: str) -> str:
 
 _COMMA = re.compile(r" ?, ?")
 _DASH = re.compile(r"(?<=\d) ?[-‐-―] ?(?=\d)")
+_HALF_DAY = re.compile(r"(?<=\d) ?([ap])\.? ?m\b\.?")  # 10:10 a.m.
 _BRACKETS: Final = ("[]", "()", "{}")
 
 
 def _same_words(answer: str, truth: str) -> bool:
     """Whether two texts are the same but for what `normalise` leaves out; a list may be without its brackets."""
-    a, b = (_DASH.sub("-", _COMMA.sub(", ", normalise(text))) for text in (answer, truth))
+    a, b = (_HALF_DAY.sub(r" \1m", _DASH.sub("-", _COMMA.sub(", ", normalise(text)))) for text in (answer, truth))
     return a == b or (bool(a) and (_unbracketed(a) == b or a == _unbracketed(b)))
 
 
