@@ -47,7 +47,7 @@ class OCREnv(VisualTaskEnv):
 
     def read_target(self, row: Row) -> str:
         answer = _only_text(row)
-        text = rewards.plain_text(rewards.without_fence(answer[: rewards.LONGEST + 1]))
+        text = rewards.plain_text(rewards.unwrapped(answer[: rewards.LONGEST + 1]))
         if not text or len(answer) > rewards.LONGEST:
             raise ValueError(f"the answer has no text, or more than {rewards.LONGEST:,} characters")
         if "teds" in (row.method, *self.rewards):

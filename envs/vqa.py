@@ -15,7 +15,7 @@ from vlmenv.envs.data.questions import VisualQuestions
 from vlmenv.envs.data.rows import Row
 from vlmenv.envs.data.scenes import Split
 from vlmenv.envs.data.source import Sample, Source
-from vlmenv.envs.rewards.answers import accuracy_reward, accuracy_term, parse_reply, read_answers
+from vlmenv.envs.rewards.answers import accuracy_reward, accuracy_term, parse_reply, read_answers, reply_in
 from vlmenv.envs.rewards.documents import anls_reward, list_reward, relaxed_reward
 from vlmenv.envs.rewards.terms import RewardTerm
 from vlmenv.envs.rewards.text import format_reward, length_reward
@@ -110,8 +110,8 @@ class VQAEnv(VisualTaskEnv):
         if row.method not in ("", "default", *KINDS, *self.row_terms):
             known = (*KINDS, *self.row_terms)
             raise ValueError(f"accu_reward_method: {unknown_name('kind of answer', row.method, known)}")
-        if row.method == "list" and row.accepted:  # all of which are wanted
-            return Answer("; ".join(map(str, row.accepted)), "exact")
+        if row.method == "list" and (items := row.accepted or _written_list(row.answer)):  # all of which are wanted
+            return Answer("; ".join(map(str, items)), "exact")
         as_words = "anls" in self.rewards and self.rewards.keys().isdisjoint({"accuracy", "relaxed", "list", "judge"})
         return read_answers(accepted_texts(row, as_words), KINDS.get(row.method), row.tolerance, row.choices)
 
@@ -124,7 +124,7 @@ class VQAEnv(VisualTaskEnv):
 
     def measure(self, text: str, target: Answer, terms: Mapping[str, float]) -> dict[str, float]:
         """Metrics of one answer. If its row chose a term for charts and documents, that one is its accuracy."""
-        answered = parse_reply(self.answer_format.extract(text), target)
+        answered = parse_reply(reply_in(text, self.answer_format), target)
         used = {name: terms[name] for name in ("judge", *DOCUMENTS) if name in terms and name in self.rewards}
         chosen = next((terms[name] for name in DOCUMENTS if name in terms and name not in self.rewards), None)
         return used | {

@@ -60,7 +60,7 @@ COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
     "subject": ("subject",),
     "method": ("accu_reward_method",),
     "tolerance": ("tolerance",),
-    "choices": ("choices", "options"),
+    "choices": ("choices", "options", "candidates"),
     "hint": ("hint",),
     "pages": ("evidence_pages", "answer_page_idx"),
 }

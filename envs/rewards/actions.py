@@ -39,17 +39,20 @@ _SAME: Final = {
     **dict.fromkeys(("home", "navigate_home"), "press_home"),
     **dict.fromkeys(("press_enter", "keyboard_enter"), "enter"),
     **dict.fromkeys(("key", "hotkey", "press"), "press_key"),
-    **dict.fromkeys(("finish", "finished", "terminate", "done", "completed"), "complete"),
+    **dict.fromkeys(("finish", "finished", "terminate", "done", "completed", "status"), "complete"),
 }
 _KIND_KEYS = ("action", "action_type", "gt_action")
 _PLACE_KEYS = (
     *("point", "point_2d", "coordinate", "coordinates", "position", "start_box", "bbox_2d", "bbox", "gt_bbox"),
-    *("box", "box_2d", "location"),
+    *("box", "box_2d", "location", "element", "start", "start_point", "from"),
 )
-_PARTS = ("arguments", "args", "parameters", "action_inputs")
+_PARTS = ("arguments", "args", "parameters", "params", "action_inputs")
 _END_KEYS = ("coordinate2", "end_box", "end_point", "end_coordinate", "end", "to")
 _DIRECTED: Final = ("scroll", "swipe")
 _DIRECTIONS: Final = frozenset({"up", "down", "left", "right"})
+_KNOWN: Final = frozenset(
+    (*PLACED, *OTHERS, *(f"{kind}_{direction}" for kind in _DIRECTED for direction in _DIRECTIONS))
+)
 _SAME_KEYS: Final = {
     "control": "ctrl",
     "command": "cmd",
@@ -60,6 +63,7 @@ _SAME_KEYS: Final = {
     "pageup": "page_up",
     "pagedown": "page_down",
 }
+_BUTTONS: Final = ("enter", "press_back", "press_home")
 _FAILED: Final = frozenset({"failure", "fail", "failed", "infeasible", "impossible"})
 _TEXT_KEYS = (
     "text",
@@ -68,6 +72,7 @@ _TEXT_KEYS = (
     "value",
     "content",
     "direction",
+    "scroll_direction",
     "app_name",
     "app",
     "button",
@@ -79,7 +84,9 @@ _TEXT_KEYS = (
 _CALL = re.compile(r"(?<![\w.])(?:pyautogui\.)?([A-Za-z_]{2,20})(?=\()")
 _FIRST_CALL = re.compile(r"\s*(?:pyautogui\.)?([A-Za-z_]{2,20})\s*(?=\()")
 _MOST_CALLS: Final = 20
-_BEGUN = re.compile(r"^[ \t]{0,9}Action ?:", re.MULTILINE)
+_BEGUN = re.compile(r"^[ \t]{0,9}Actions? ?:", re.MULTILINE)
+_BY_WORD = re.compile(r"([A-Za-z]{2,20}(?:_[A-Za-z]{2,10}){0,2}) ?([\[(<].*|[A-Za-z]{2,5})?", re.DOTALL)
+_TEXT_IN_BRACKETS = re.compile(r"\[([^\[\]]*)\]")
 _BY_NAME = re.compile(r",\s*[A-Za-z_]{1,20}\s*=[^,()\[\]]{0,80}(?=[,)])")
 _NUMBER = re.compile(r"[+-]?[0-9]{1,9}(?:\.[0-9]{0,17})?")
 _NO_TEXT = ("", "no input text", "none", "null")
@@ -108,7 +115,8 @@ def parse_action(content: str) -> Action | None:
     """Reads one action from the content of an answer.
 
     An object with `action`, as GUI-R1's, InfiGUI-R1's and Qwen's rows and tool calls have it; a call, as
-    `click(x=10, y=20)`, after "Action:" or not; or a bare point, or a box whose centre it is, which are clicked.
+    `click(x=10, y=20)`, or a name, as `PRESS_BACK` and `TYPE [text]`, after "Action:" or not; or a bare point, or a box
+    whose centre it is, which are clicked.
 
     Args:
         content: Any text.
@@ -118,15 +126,23 @@ def parse_action(content: str) -> Action | None:
     """
     if len(content) > LONGEST:
         return None
-    values = [found.value for found in find_values(content)]
-    rows = [row for value in values for row in (value if isinstance(value, list) else [value]) if isinstance(row, dict)]
+    rows = [row for found in find_values(content) for row in _rows(found.value)]
     if any(isinstance(row, Cut) for row in rows):
         return None
-    found = {action for row in rows if (action := _action(row)) is not None} or _calls(content)
+    begun = _BEGUN.search(content)
+    called = content[begun.end() :] if begun else content
+    found = {action for row in rows if (action := _action(row)) is not None} or _calls(called) or _by_word(called)
     if found:
         return found.pop() if len(found) == 1 else None
     place = _bare_place(content)
     return None if place is None else Action("click", place)
+
+
+def _rows(value: Any) -> list[dict[str, Any]]:
+    """The objects of a list, which may be within another, as the braces of a `boxed` make it."""
+    while isinstance(value, list) and len(value) == 1:
+        (value,) = value
+    return [row for row in (value if isinstance(value, list) else [value]) if isinstance(row, dict)]
 
 
 def _action(row: Mapping[str, Any]) -> Action | None:
@@ -136,21 +152,19 @@ def _action(row: Mapping[str, Any]) -> Action | None:
     names = [part[key] for part in (inner, row) for key in _KIND_KEYS if isinstance(part.get(key), str)]
     if not names:  # {"name": "click", "arguments": {…}}, and {"type": "click", …}
         named = [row.get("name")] * bool(inner) + [part.get("type") for part in (inner, row)]
-        names = [name for name in named if isinstance(name, str) and kind_of(name) in (*PLACED, *OTHERS)]
+        names = [name for name in named if isinstance(name, str) and kind_of(name) in _KNOWN]
     return _of_kind(kind_of(names[0]), {**row, **inner}) if names else None
 
 
 def _calls(content: str) -> set[Action]:
-    """The calls of a text, as `click(x=10, y=20)`; after "Action:" where that begins a line."""
-    begun = _BEGUN.search(content)
-    content = content[begun.end() :] if begun else content
+    """The calls of a text, as `click(x=10, y=20)`."""
     found: set[Action] = set()
     place, call = 0, _FIRST_CALL.match(content) or _CALL.search(content)
     for _ in range(_MOST_CALLS):
         if call is None:
             break
         place = call.end()
-        if (kind := kind_of(call[1])) in (*PLACED, *OTHERS):
+        if (kind := kind_of(call[1])) in _KNOWN:
             values = next(find_values(content[call.end() :]), None)
             place += 0 if values is None else values.end
             found.add(_call(kind, content[call.end() : place], None if values is None else values.value))
@@ -158,15 +172,35 @@ def _calls(content: str) -> set[Action]:
     return found
 
 
+def _by_word(content: str) -> set[Action]:
+    """The action that a text is by its name, with text, direction or place, as OS-Atlas (arXiv 2410.23218) has them.
+
+    `PRESS_BACK`, `TYPE [text]`, `SCROLL [UP]`, `scroll up`, or `LONG_PRESS <point>[[10, 20]]</point>`.
+    """
+    match = _BY_WORD.fullmatch(content.strip("\n\t .`*"))
+    kind, rest = (kind_of(match[1]), match[2] or "") if match else ("", "")
+    if kind in PLACED:
+        place = _bare_place(rest)
+        return set() if place is None else {Action(kind, place)}
+    text = rest if kind in _DIRECTED and rest.lower() in _DIRECTIONS else ""
+    if in_brackets := _TEXT_IN_BRACKETS.fullmatch(rest):
+        text = in_brackets[1]
+    return {_of_kind(kind, {"text": text})} if kind in _KNOWN and (text or not rest) else set()
+
+
 def _call(kind: str, written: str, value: Any) -> Action:
     if isinstance(value, dict):
         action = _of_kind(kind, value)
-        if action.place or action.text:
+        if action.place or action.text or action.kind != kind:
             return action
         value = next((one.value for one in find_values(_BY_NAME.sub("", written))), [])  # click(10, 20, clicks=1)
         value = [] if isinstance(value, dict) else value
     parts = value or []
-    parts = parts[0] if kind == "press_key" and isinstance(parts[:1], list) and isinstance(parts[0], list) else parts
+    if kind in _DIRECTED and (numbers := _numbers(parts)):
+        return _of_kind(
+            kind, {"point": numbers[:2], "to": numbers[2:]} if len(numbers) == 4 else {"pixels": numbers[0]}
+        )
+    parts = parts[0] if kind == "press_key" and parts and isinstance(parts[0], list) else parts
     texts = [part for part in parts if isinstance(part, str)]
     return _of_kind(kind, {"point": parts, "text": texts if kind == "press_key" else "".join(texts[:1])})
 
@@ -177,8 +211,17 @@ def _of_kind(kind: str, row: Mapping[str, Any]) -> Action:
     return Action(kind, _point(place) if kind in PLACED else None, text or _direction(kind, place, row))
 
 
+def _numbers(parts: list[Any]) -> list[float]:
+    """The numbers of a call, of two places or of one number alone; empty for all else."""
+    flat = [one for part in parts for one in (part if isinstance(part, list) else [part])]
+    return flat if len(flat) in (1, 4) and all(type(one) is float for one in flat) else []
+
+
 def _direction(kind: str, start: Any, row: Mapping[str, Any]) -> str:
-    """Where a swipe goes that is told by two places; empty if there are not two."""
+    """Where a swipe goes that is told by two places, or a scroll by Qwen's pixels, up if positive; else empty."""
+    pixels = row.get("pixels")
+    if kind == "scroll" and type(pixels) in (int, float) and pixels:
+        return "up" if pixels > 0 else "down"
     end = next((row[key] for key in _END_KEYS if row.get(key) is not None), None)
     begun, ended = (_point(start), _point(end)) if kind == "swipe" else (None, None)
     if begun is None or ended is None or begun == ended:
@@ -192,20 +235,23 @@ def _direction(kind: str, start: Any, row: Mapping[str, Any]) -> str:
 def _meant(kind: str, row: Mapping[str, Any]) -> tuple[str, str]:
     """The type and the text of an action, of which a system's button and the end of a task have their type there."""
     text = _plain_text(next((row[key] for key in _TEXT_KEYS if row.get(key) is not None), ""))
+    if kind in _KNOWN and kind.startswith(_DIRECTED):  # scroll_down
+        kind, _, direction = kind.partition("_")
+        text = text or direction
     if kind == "system_button" and (button := kind_of(text)) in OTHERS:
         return button, ""
-    if kind == "press_key" and _keys(text) == {"enter"}:
-        return "enter", ""
-    failed = kind == "complete" and str(row.get("status", "")).lower() in _FAILED
+    if kind == "press_key" and (button := "enter" if _keys(text) == {"enter"} else kind_of(text)) in _BUTTONS:
+        return button, ""
+    failed = kind == "complete" and str(row.get("status", row.get("goal_status", ""))).lower() in _FAILED
     return ("impossible" if failed else kind), text
 
 
 def _point(value: Any) -> Point | None:
     """A point, or the centre of a box."""
-    if isinstance(value, Mapping):
-        value = [value.get("x"), value.get("y")]
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
+    if isinstance(value, Mapping):
+        value = [value.get("x"), value.get("y")]
     if isinstance(value, list) and all(isinstance(one, str) for one in value):
         value = ", ".join(value)
     if isinstance(value, str):
@@ -262,7 +308,8 @@ def read_action(answer: str) -> tuple[str, Any, str]:
 
 def _keys(text: str) -> set[str]:
     """The keys of `ctrl c`, `Ctrl+C` or the like."""
-    keys = [key or "+" for part in text.lower().split() for key in part.split("+")]
+    parts = re.sub(r"(?<=\w) ?\+ ?(?=\w)", " ", text.lower()).split()
+    keys = [key or "+" for part in parts for key in part.split("+")]
     return {_SAME_KEYS.get(key, key) for key in keys}
 
 

@@ -7,6 +7,7 @@ that names two things is none. `\boxed{…}`, `$…$`, Markdown and full-width c
 from __future__ import annotations
 
 import functools
+import json
 import math
 import re
 import unicodedata
@@ -16,6 +17,7 @@ from typing import Final, NamedTuple, get_args
 from vlmenv.core.answers import Answer, AnswerKind
 from vlmenv.core.errors import unknown_name
 from vlmenv.core.formats import SECTIONS, TAGS, AnswerFormat
+from vlmenv.core.literals import find_values
 from vlmenv.core.spaces import Image
 from vlmenv.envs.rewards.evidence import conclusions, sentence, tidy
 from vlmenv.envs.rewards.formulas import Form, read_form
@@ -52,7 +54,7 @@ class AnswerAccuracy(BatchTerm):
             ValueError: A target is no answer of its kind; `read_answer` checks this beforehand.
             ConfigError: There is mathematics to compare, and math-verify is not installed.
         """
-        contents = [answer_format.extract(text) for text in texts]
+        contents = [reply_in(text, answer_format) for text in texts]
         pairs = [
             (i, content, accepted)
             for i, (content, target) in enumerate(zip(contents, targets, strict=True))
@@ -75,6 +77,23 @@ accuracy_term: Final = AnswerAccuracy()
 def accuracy_reward(text: str, target: Answer, answer_format: AnswerFormat = AnswerFormat.TAGS) -> float:
     """`AnswerAccuracy` of one completion, in [0, 1]."""
     return accuracy_term.batch([text], [target], [()], answer_format)[0]
+
+
+def reply_in(text: str, answer_format: AnswerFormat) -> str | None:
+    """The answer in a completion; of an object such as `{"answer": "red"}`, the text or number under that key."""
+    content = answer_format.extract(text)
+    if content is None or len(content) > LONGEST_ANSWER or not (match := _OBJECT.fullmatch(content)):
+        return content
+    try:
+        pairs = json.loads(match[1], parse_int=str, parse_float=str, object_pairs_hook=list)
+    except (ValueError, RecursionError):
+        pairs = [pair for found in find_values(match[1]) if type(found.value) is dict for pair in found.value.items()]
+    answers = [value for key, value in pairs if re.sub(r"[\W_]+", "", key).lower() in _ANSWER_KEYS]
+    return answers[0] if len(answers) == 1 and isinstance(answers[0], str) else content
+
+
+_OBJECT = re.compile(r"\s*(?:```[a-z]{0,9}\s)?\s*(\{.*\})\s*(?:```)?\s*", re.DOTALL | re.IGNORECASE)
+_ANSWER_KEYS: Final = ("answer", "finalanswer", "答案")
 
 
 def _compare(content: str | None, target: Answer) -> float | None:
@@ -317,7 +336,9 @@ _NUMBER = re.compile(
     rf"(?= ?(?:{UNIT})| {SPACED_UNIT}|(?! ?[A-Za-z](?![A-Za-z]))(?!\w))"  # 12 cm and 12 dogs, but not 12x, 12², 12 x
 )
 _BARE_NUMBER = re.compile(rf"([+-]?)({_DIGITS})")
-_MEASUREMENT = re.compile(rf"[$£€¥₹]? ?[+-]?{_DIGITS}(?: ?/ ?{_DIGITS})?+ ?(?:%|{UNIT}|{SPACED_UNIT})?")
+_MEASUREMENT = re.compile(
+    rf"[$£€¥₹]? ?[+-]?{_DIGITS}(?: ?/ ?{_DIGITS})?+ ?(?:%|(?:thousand|[mb]illion|trillion)|{UNIT}|{SPACED_UNIT})?"
+)
 _REWRITTEN: Final = tuple(
     (re.compile(pattern), by)
     for pattern, by in (
@@ -474,12 +495,13 @@ def _unquoted(text: str) -> str:
 
 _COMMA = re.compile(r" ?, ?")
 _DASH = re.compile(r"(?<=\d) ?[-‐-―] ?(?=\d)")
+_HALF_DAY = re.compile(r"(?<=\d) ?([ap])\.? ?m\b\.?")  # 10:10 a.m.
 _BRACKETS: Final = ("[]", "()", "{}")
 
 
 def _same_words(answer: str, truth: str) -> bool:
     """Whether two texts are the same but for what `normalise` leaves out; a list may be without its brackets."""
-    a, b = (_DASH.sub("-", _COMMA.sub(", ", normalise(text))) for text in (answer, truth))
+    a, b = (_HALF_DAY.sub(r" \1m", _DASH.sub("-", _COMMA.sub(", ", normalise(text)))) for text in (answer, truth))
     return a == b or (bool(a) and (_unbracketed(a) == b or a == _unbracketed(b)))
 
 

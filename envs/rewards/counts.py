@@ -26,8 +26,19 @@ _IN_WORDS = re.compile(_WORD, re.IGNORECASE)
 _BESIDE_DIGITS = re.compile(rf"(?<!\bthe )(?<!\bthese )(?<!\bthose )(?!one\b){_WORD}", re.IGNORECASE)
 """Number words that count beside digits: no pronoun, and none of "5 dogs in the two images"."""
 _OR = re.compile(rf"\bor {_WORD}|{_WORD} or\b", re.IGNORECASE)
-_DENIED = re.compile(r"\b(?:no|none|not|nor|neither)\b|n['’]t\b", re.IGNORECASE)
-_NOTHING = re.compile(r"there are no(?:ne)?\b[^.,;:!?0-9]{0,60}", re.IGNORECASE)
+_DENIED = re.compile(r"\b(?:no|none|not|nor|neither|cannot)\b|n['’]t\b|[没不]", re.IGNORECASE)
+_NOTHING = re.compile(
+    r"(?:there (?:is|are) (?:no(?:ne)?|not any)\b|there (?:is|are)n['’]t any\b"
+    r"|i (?:cannot|can['’]t|do not|don['’]t) see any\b"
+    r"|no (?:[a-z]+ ){0,3}(?:[a-z]{2,}s|people|children|men|women|sheep|fish)\b|[图中里]{0,3}没有)[^.,;:!?，0-9]{0,60}",
+    re.IGNORECASE,
+)
+_HAN_DIGITS: Final = dict(zip("零一二两三四五六七八九", (0, 1, 2, 2, *range(3, 10)), strict=True))
+_IN_HAN = re.compile(
+    r"(?<![一二两三四五六七八九十百千万第])(?:(?P<tens>[二三四五六七八九]?)十(?P<ones>[一二三四五六七八九]?)|(?P<one>[零一二两三四五六七八九]))"
+    r"(?=[个個只隻条條辆輛张張头頭匹位名人本支朵棵块塊颗顆把件架艘座栋棟间間台杯瓶]|[\s.,!。，]|$)"
+)
+"""Chinese number words to 99 before a measure word or at an end."""
 _LONGEST_IN_WORDS: Final = 200
 
 
@@ -101,12 +112,33 @@ def _number(content: str) -> float | None:
         return parse_number(content)
     if _OR.search(content):
         return None
+    content = _IN_HAN.sub(_of_han, content)
+    words = _IN_WORDS.sub(_in_digits, content)
     if any(map(str.isdigit, content)):
-        return parse_number(_BESIDE_DIGITS.sub(_in_digits, content))
+        number = parse_number(_BESIDE_DIGITS.sub(_in_digits, content))
+        return _sum_of_parts(words) if number is None else number
     if _DENIED.search(content):
-        nothing = _NOTHING.fullmatch(content.strip(" .*")) and not _IN_WORDS.search(content)
+        nothing = _NOTHING.fullmatch(content.strip(" .*。")) and not _IN_WORDS.search(content)
         return 0 if nothing else None
-    return parse_number(_IN_WORDS.sub(_in_digits, content))
+    number = parse_number(words)
+    return _sum_of_parts(words) if number is None else number
+
+
+_TOTAL_OF_PARTS = re.compile(
+    r"[^\d:(,]*\b\d+(?: [a-z][^\d:(,.]*)? ?[:(,](?: ?(?:and )?\d+ (?!or\b)[a-z][^\d,;:.]*[,;]?)+[).]*", re.IGNORECASE
+)
+
+
+def _sum_of_parts(text: str) -> float | None:
+    """The number that a text states first and then divides, as "3 dogs: 1 brown and 2 white"; None for all else."""
+    first, *parts = map(int, re.findall(r"[0-9]{1,5}", text)) if _TOTAL_OF_PARTS.fullmatch(text.strip()) else [0]
+    return first if len(parts) > 1 and first == sum(parts) and not _DENIED.search(text) else None
+
+
+def _of_han(found: re.Match[str]) -> str:
+    if found["one"]:
+        return str(_HAN_DIGITS[found["one"]])
+    return str(10 * _HAN_DIGITS.get(found["tens"], 1) + _HAN_DIGITS.get(found["ones"], 0))
 
 
 def _in_digits(word: re.Match[str]) -> str:

@@ -19,12 +19,14 @@ from vlmenv.envs.rewards.answers import (
     edit_ratio,
     normalise,
     read_quantity,
+    reply_in,
     says_words,
     whole_quantity,
 )
 from vlmenv.envs.rewards.evidence import conclusions
 from vlmenv.envs.rewards.matching import best_pairs
 from vlmenv.envs.rewards.numbers import magnitudes_written_out
+from vlmenv.envs.rewards.transcripts import unwrapped
 from vlmenv.envs.rewards.units import CURRENCIES, Unit
 
 TOLERANCE: Final = 0.05
@@ -53,7 +55,7 @@ def relaxed_reward(text: str, target: Answer, answer_format: AnswerFormat = Answ
     """
     if target.kind in ("choice", "yes_no"):
         return accuracy_reward(text, target, answer_format)
-    content = answer_format.extract(text)
+    content = reply_in(text, answer_format)
     return 0.0 if content is None else float(any(same_relaxed(content, true) for true in accepted(target)))
 
 
@@ -111,14 +113,15 @@ def _measure(quantity: Quantity) -> tuple[Fraction, object] | None:
 
 
 def anls_reward(text: str, target: Answer, answer_format: AnswerFormat = AnswerFormat.TAGS) -> float:
-    """Similarity to the nearest true text, in [0, 1]; 0 for one of 0.5 or less.
+    r"""Similarity to the nearest true text, in [0, 1]; 0 for one of 0.5 or less.
 
-    DocVQA's average normalised Levenshtein similarity (arXiv 2007.00398), without case and extra white space.
+    DocVQA's average normalised Levenshtein similarity (arXiv 2007.00398), without case and extra white space, and
+    without a fence or a `\boxed` around the answer.
     """
     content = answer_format.extract(text)
     if content is None:
         return 0.0
-    similarity = max(edit_ratio(_folded(content), _folded(true)) for true in accepted(target))
+    similarity = max(edit_ratio(_folded(unwrapped(content)), _folded(true)) for true in accepted(target))
     return similarity if similarity > LEAST_SIMILARITY else 0.0
 
 

@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmenv.core.answers import parse_places
+from vlmenv.core.answers import four_numbers, parse_places
 from vlmenv.core.coordinates import Box, Point, iou, is_box, is_point
 from vlmenv.core.formats import TAGS, AnswerFormat
 from vlmenv.core.literals import Cut, find_values
@@ -82,24 +82,37 @@ def parse_segments(content: str) -> tuple[Segment, ...] | None:
 
 def _rows(values: list[Any]) -> list[Any]:
     """The objects of an answer: in one list, one after the other, or in an object that holds nothing else."""
-    if len(values) > 1 and _flat(values) is not None:  # corners without brackets around them
+    if len(values) > 1 and _is_place(values):  # corners without brackets around them
         return [values]
     rows: list[Any] = []
     for value in values:
+        while isinstance(value, list) and len(value) == 1 and isinstance(value[0], list):  # of \boxed{[…]}
+            (value,) = value
         while isinstance(value, dict) and not isinstance(value, Cut) and len(value) == 1:
             ((key, inner),) = value.items()
             if key in (*_OUTLINE_KEYS, *_BOX_KEYS) or not isinstance(inner, list):
                 break
             value = inner
-        alone = not isinstance(value, list) or _flat(value) is not None or is_box(_numbers(value))
+        alone = not isinstance(value, list) or _is_place(value)
         rows += [value] if alone else value
         if isinstance(value, list) and not value and len(values) == 1:
             rows.append({_BOX_KEYS[0]: None})
     return rows
 
 
+def _is_place(value: list[Any]) -> bool:
+    """Whether a list is one outline, or one box."""
+    return _flat(value) is not None or is_box(_box(value))
+
+
+def _box(value: Any) -> tuple[float, ...]:
+    return tuple(four_numbers(value) or ())
+
+
 def _is_nothing(row: Any) -> bool:
     """Whether an object says that there is none, as `{"bbox_2d": null}`."""
+    if row is None:
+        return True
     named = [row[key] for key in (*_OUTLINE_KEYS, *_BOX_KEYS) if key in row] if isinstance(row, dict) else []
     return bool(named) and all(one in (None, []) for one in named)
 
@@ -108,7 +121,7 @@ def _segment(value: Any) -> Segment | None:
     if isinstance(value, Cut):
         return None
     if not isinstance(value, dict):
-        outline = _flat(value) or _numbers(value)
+        outline = _flat(value) or _box(value)
         return Segment(outline) if len(outline) >= 6 or is_box(outline) else None
     if (outlines := next((value[key] for key in _OUTLINE_KEYS if value.get(key)), None)) is not None:
         alone = _flat(outlines)
@@ -117,7 +130,7 @@ def _segment(value: Any) -> Segment | None:
         if not whole or (alone is None and len(whole) < len(parts)):
             return None
         return Segment(whole[0] if len(whole) == 1 else whole, _point(value))
-    box = _numbers(next((value[key] for key in _BOX_KEYS if key in value), None))
+    box = _box(next((value[key] for key in _BOX_KEYS if key in value), None))
     return Segment(box, _point(value)) if is_box(box) else None
 
 

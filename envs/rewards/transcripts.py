@@ -14,6 +14,7 @@ LONGEST: Final = 20_000
 """Characters of a text that are compared. A longer answer scores 0, and a longer truth is refused."""
 _PIECE: Final = 1_000
 _FENCED = re.compile(r"\s*```[a-z]{0,9}[^\S\n]*\n(.*)\n[^\S\n]*```\s*", re.DOTALL)
+_BOXED = re.compile(r"\s*\\boxed\s*\{(?:\s*\\text\s*\{([^{}]*)\}\s*|(.*))\}\s*", re.DOTALL)
 
 
 def plain_text(text: str) -> str:
@@ -23,16 +24,18 @@ def plain_text(text: str) -> str:
     return " ".join("".join(unicodedata.normalize("NFC", piece) for piece in pieces).split())
 
 
-def without_fence(text: str) -> str:
-    """A text without the one Markdown fence around all of it."""
-    fenced = _FENCED.fullmatch(text) if text.count("```") == 2 else None
-    return text if fenced is None else fenced[1]
+def unwrapped(text: str) -> str:
+    r"""A text without the one Markdown fence, or the one `\boxed`, around all of it."""
+    wrapped = _FENCED.fullmatch(text) if text.count("```") == 2 else None
+    if wrapped is None and text.count("\\boxed") == 1:
+        wrapped = _BOXED.fullmatch(text)
+    return text if wrapped is None else wrapped[wrapped.lastindex or 0]
 
 
 def read_transcript(text: str, answer_format: AnswerFormat) -> str | None:
     """The text in a completion's answer; None if there is none, or more than 20,000 characters."""
     content = answer_format.extract(text)
-    return None if content is None or len(content) > LONGEST else plain_text(without_fence(content))
+    return None if content is None or len(content) > LONGEST else plain_text(unwrapped(content))
 
 
 def edits(answered: Sequence[Hashable] | None, true: Sequence[Hashable]) -> int:

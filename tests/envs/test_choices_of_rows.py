@@ -119,7 +119,11 @@ def test_lists_of_accepted_answers() -> None:
         ({"answer": "C", "choices": ["red", "blue"]}, "VLM-VQA-v0", "neither one of the letters A to B nor one of the"),
         ({"answer": 1, "choices": ["red", "blue"]}, "VLM-VQA-v0", "the answer is '1', which is neither one of"),
         ({"answer": "pink", "options": ["red", "blue"]}, "VLM-VQA-v0", "A: 'red', B: 'blue'"),
-        ({"answer": "red", "choices": "red or blue"}, "VLM-VQA-v0", "'choices' or 'options' is 'red or blue'"),
+        (
+            {"answer": "red", "choices": "red or blue"},
+            "VLM-VQA-v0",
+            "'choices' or 'options' or 'candidates' is 'red or blue'",
+        ),
         (
             {"answer": "red", "choices": ["red", "blue"], "accu_reward_method": "exact"},
             "VLM-VQA-v0",

@@ -7,9 +7,11 @@ from conftest import shared
 from gymnasium.utils.env_checker import check_env
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from vlmenv.core.answers import Detection, write_detections
 from vlmenv.core.coordinates import ResizeRule
+from vlmenv.core.errors import DataError
 from vlmenv.core.formats import AnswerFormat
 from vlmenv.envs.ovd import OVDEnv
 
@@ -119,3 +121,13 @@ def test_the_number_of_boxes_is_told() -> None:
     assert [one["box_ratio"] for one in told] == [0.5, 1.5, 0, 0]
     assert env.traits((cat, inside), (cat, crowd)) == {"box_ratio": 1}
     assert env.traits((cat,), ()) == env.traits((cat,), (crowd,)) == {}
+
+
+def test_a_position_without_a_label_is_no_true_detection() -> None:
+    row = {
+        "images": [Image.new("RGB", (64, 48))],
+        "problem": "Detect dogs.",
+        "solution": "[{'Position': [1, 2, 30, 40]}]",
+    }
+    with pytest.raises(DataError, match="neither a list"):
+        gymnasium.make("VLM-OVD-v0", dataset=[row])

@@ -78,7 +78,7 @@ _DEEPEST = 50
 _LONGEST_NONE = 200
 
 _BOX_KEYS: Final = (
-    *("bbox2d", "bbox", "box2d", "box", "boundingbox", "bndbox"),
+    *("bbox2d", "bbox", "box2d", "box", "boundingbox", "bndbox", "position"),
     *("bboxes2d", "bboxes", "boxes2d", "boxes", "boundingboxes", "coordinates"),
 )
 _LABEL_KEYS: Final = (
@@ -295,14 +295,14 @@ def _boxes_in(value: object, label: str | None = None, depth: int = 0) -> Iterat
     if isinstance(value, dict):
         yield from _boxes_of_object(value, label, depth)
     elif isinstance(value, list):
-        numbers = _four(value)
+        numbers = four_numbers(value)
         if numbers is not None:
             yield _Mention(label, _box(numbers))
             return
         words = [one for one in value if isinstance(one, str)]
         if len(words) == 1:  # ["cat", 1, 2, 3, 4] or ["cat", [1, 2, 3, 4]]
             value, label = [one for one in value if one is not words[0]], words[0]
-        rows = [value] if len(value) == 4 and _four(value) is not None else value
+        rows = [value] if len(value) == 4 and four_numbers(value) is not None else value
         for one in rows:
             yield from _boxes_in(one, label, depth + 1)
 
@@ -328,7 +328,7 @@ def _boxes_of_object(value: dict[str, Any], label: str | None, depth: int) -> It
 
 def _boxes_by_key(value: object, label: str | list[Any] | None, depth: int) -> Iterator[_Mention]:
     """The boxes of a value of which a key says that it is one, or several; they may have a label each."""
-    numbers = _four(value)
+    numbers = four_numbers(value)
     single = label if isinstance(label, str) else label[0] if label and len(label) == 1 else None
     single = single if isinstance(single, str) else None
     if numbers is not None:
@@ -351,7 +351,7 @@ def _four_as_asked(value: object) -> list[Any] | None:
     return value if exact else None  # type: ignore[return-value]
 
 
-def _four(value: object) -> list[float] | None:
+def four_numbers(value: object) -> list[float] | None:
     """The four numbers of a list of them, of two corners, of an object of edges, or of a text; else None."""
     if isinstance(value, dict):
         return _named_numbers({_plain(key): one for key, one in value.items()})
@@ -372,13 +372,13 @@ def _named_numbers(named: Mapping[str, Any]) -> list[float] | None:
         return None
     for names in _EDGES:
         if all(name in named for name in names):
-            return _four([named[name] for name in names])
+            return four_numbers([named[name] for name in names])
     for names in _CORNERS:
         if all(name in named for name in names):
-            return _four([_pair(named[name]) for name in names])
+            return four_numbers([_pair(named[name]) for name in names])
     for names in _SIDES:
         if all(name in named for name in names):
-            sides = _four([named[name] for name in names])
+            sides = four_numbers([named[name] for name in names])
             return None if sides is None else [*sides[:2], sides[0] + sides[2], sides[1] + sides[3]]
     return None
 

@@ -16,6 +16,7 @@ SECTIONS: Final = (
 """The headings of PeBR-R1 (arXiv 2509.13031)."""
 
 _FENCE: Final = "```"
+_GLM_BOX = re.compile(r"<\|begin_of_box\|>((?:(?!<\|begin_of_box\|>).)*?)<\|end_of_box\|>", re.DOTALL)
 _ANEW = re.compile(r"</answer>\s*+<think>")
 
 
@@ -28,8 +29,9 @@ class AnswerFormat(StrEnum):
     """Four headings, the answer after the last, as in PeBR-R1."""
 
     def extract(self, text: str) -> str | None:
-        """The answer in a completion; None if there is none, or several."""
-        return extract_answer(text) if self is AnswerFormat.TAGS else _final_answer(text)
+        r"""The answer in a completion; None if there is none, or several. GLM's marks of a box become `\boxed{…}`."""
+        found = extract_answer(text) if self is AnswerFormat.TAGS else _final_answer(text)
+        return found and _GLM_BOX.sub(r"\\boxed{\1}", found)
 
     def is_followed(self, text: str) -> bool:
         """Whether a completion has this form and nothing else but white space."""
