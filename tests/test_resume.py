@@ -494,13 +494,14 @@ def test_replay_that_was_asked_for_since_begins_with_nothing(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", sorted(visual_tasks()))
+@pytest.mark.parametrize("task", sorted({*visual_tasks()} - {"VLM-VideoQA-v0"}))  # which has no samples of its own
 def test_a_resumed_run_of_each_task_tells_what_changed(task: str, tmp_path: Path) -> None:
     """As a run does that was not cut off; what was measured before training is read from its folder."""
-    options = ["--env", task, "--lr", "1e-2", "--warmup-steps", "0", *TINY, "--prompts-per-step", "1"]
-    main(["train", "--steps", "2", "--output", str(tmp_path / "whole"), *options])
-    main(["train", "--steps", "1", "--output", str(tmp_path / "cut"), *options])
-    main(["train", "--resume", str(tmp_path / "cut"), "--steps", "2"])
-    told = [json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("whole", "cut")]
-    assert told[0]["before"] == told[1]["before"]
-    assert told[0]["change"].keys() == told[1]["change"].keys()
+    run = tmp_path / "run"
+    options = ["--env", task, *TINY, "--prompts-per-step", "1", "--group-size", "2", "--max-new-tokens", "48"]
+    main(["train", "--steps", "1", "--output", str(run), *options])
+    whole = json.loads((run / "evaluation.json").read_text())
+    main(["train", "--resume", str(run), "--steps", "2"])
+    resumed = json.loads((run / "evaluation.json").read_text())
+    assert resumed["before"] == whole["before"]
+    assert resumed["change"].keys() == whole["change"].keys()
