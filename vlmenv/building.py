@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -349,22 +349,39 @@ def load_for_training(config: TrainConfig[Any], device: torch.device, *, gets_sh
         ConfigError: As `load_agent`; or `quantize` is given without adapters.
         ModelError: As `load_agent`.
     """
-    options, precision = config.adaptation, config.batches.precision
-    adapted = options.lora_rank is not None or find_adapter(config.model) is not None
+    options, precision, adapted = config.adaptation, config.batches.precision, is_adapted(config)
     if options.quantize is not None and not adapted:
         raise ConfigError("quantize is for the base of adapters: give lora_rank, or a folder of adapters as model")
     needs = options.quantize is not None or find_adapter(config.model) is not None
     empty = gets_shards and not needs and config.generation.engine == "hf"
-    frozen = adapted and options.weights == "auto" and precision == "bf16" and _is_stored_in_bf16(config)
+    if options.weights == "auto" and not _is_stored_in_bf16(config):
+        options = replace(options, weights="fp32")
     return load_agent(
         config,
         device,
-        torch.bfloat16 if frozen or options.weights == "bf16" else torch.float32,
+        loading_dtype(options, precision, adapted=adapted),
         DTYPES[precision],
         quantization=options.quantize,
         quantize_vision=options.lora_vision,
         empty=empty,
     )
+
+
+def is_adapted(config: TrainConfig[Any]) -> bool:
+    """True if adapters are trained, new ones or those that the model consists of."""
+    return config.adaptation.lora_rank is not None or find_adapter(config.model) is not None
+
+
+def loading_dtype(options: AdaptationOptions, precision: str, *, adapted: bool) -> torch.dtype:
+    """The data type in which most weights are loaded for training.
+
+    Args:
+        options: With `weights` "auto" the model's files hold bfloat16 alone.
+        precision: Precision of passes.
+        adapted: See `is_adapted`.
+    """
+    frozen = adapted and options.weights == "auto" and precision == "bf16"
+    return torch.bfloat16 if frozen or options.weights == "bf16" else torch.float32
 
 
 def advice_on_cuda(config: TrainConfig[Any], device: torch.device) -> list[str]:
