@@ -109,6 +109,12 @@ def test_the_main_process_alone_needs_to_load_weights(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_two_processes_hold_the_bytes_that_are_foretold() -> None:
+    """Weights, gradients, optimizer state and reference, with a frozen tower, as copies and as shards."""
+    done = launch("fsdp2", str(Path(__file__).parent / "held_by_ranks.py"))
+    assert done.returncode == 0, done.stderr
+
+
 def test_copies_of_shards_learn_as_one_process(tmp_path: Path) -> None:
     done = launch("fsdp2", str(Path(__file__).parent / "copies_of_shards.py"), str(tmp_path), processes=4)
     assert done.returncode == 0, done.stderr

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final, Literal, cast
@@ -251,7 +251,9 @@ def _sizes(
     folder = prepared_folder(config.model, config.pixels)
     options = config.adaptation
     model = read_config(folder)
-    if options.weights == "auto" and (model.dtype or model.get_text_config().dtype) != torch.bfloat16:
+    is_wide = (model.dtype or model.get_text_config().dtype) != torch.bfloat16
+    narrow = config.batches.precision == "bf16" and options.weights != "fp32"
+    if options.weights == "auto" and is_wide:
         options = replace(options, weights="fp32")  # bfloat16 would round what the model's files hold
     loaded: list[float] = []
 
@@ -269,11 +271,11 @@ def _sizes(
     dtype = loading_dtype(options, config.batches.precision, adapted=is_adapted(config))
     agent = weightless_agent(folder, prepare, dtype, blocks=blocks[0], vision_blocks=blocks[1])
     prompts = [agent.family.encode(observation) for _ in range(batch.micro_prompts)]
-    narrow = config.batches.precision == "bf16" and options.weights != "fp32"
     held = {"loaded": loaded[0], "teacher": _teacher(config), "reference": 0.0, "own_tower": 0.0}
     if algorithm.wants_reference and agent.lora is None:
-        held["reference"] = _reference(agent, narrow=narrow)
-        held["own_tower"] = _reference(agent, narrow=narrow, shares=False) - held["reference"]
+        wide = {id(agent.family.model.get_input_embeddings().weight)} if is_wide else set()
+        held["reference"] = _reference(agent, wide, narrow=narrow)
+        held["own_tower"] = _reference(agent, wide, narrow=narrow, shares=False) - held["reference"]
     return _counted(agent, prompts, batch, config, held, backward=backward)
 
 
@@ -355,8 +357,15 @@ def _rollout(prompts: Sequence[Prompt], batch: Batch) -> Rollout:
     return Rollout(list(prompts), index, completions, 1.0)
 
 
-def _reference(agent: VLMAgent, *, narrow: bool, shares: bool = True) -> float:
-    """Bytes of a frozen copy, which shares a frozen vision tower, or has its own."""
+def _reference(agent: VLMAgent, wide: Collection[int], *, narrow: bool, shares: bool = True) -> float:
+    """Bytes of a frozen copy, which shares a frozen vision tower, or has its own.
+
+    Args:
+        agent: The agent.
+        wide: Ids of weights that stay as they are where the others are narrow.
+        narrow: If true, it holds in bfloat16 what autocast casts to it.
+        shares: If true, it shares a frozen tower.
+    """
     family = agent.family
     parts = [] if not shares or family.sees_by_trained_weights() else [family.vision_tower(), *family.projectors()]
     shared = {parameter for part in parts for parameter in part.parameters()}
@@ -365,7 +374,7 @@ def _reference(agent: VLMAgent, *, narrow: bool, shares: bool = True) -> float:
         with Counter(), torch.no_grad():
             copies = narrow_copies(family.model)
     own = [parameter for parameter in family.model.parameters() if parameter not in shared]
-    return _bytes(cast(Tensor, copies.get(id(parameter), parameter)) for parameter in own)
+    return _bytes(cast(Tensor, copies.get(id(one), one) if id(one) not in wide else one) for one in own)
 
 
 def _published(agent: VLMAgent) -> int:
