@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from vlmenv.agents.engines.ranks import broadcast_from_main
 from vlmenv.agents.families.base import read_json
 from vlmenv.agents.remainders import REMAINDERS, exact_weights
 from vlmenv.agents.untrainable import read_config, refuse_untrainable
@@ -185,17 +186,36 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 @torch.no_grad()
-def put_back(folder: Path, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Copies weights into a state of the same names, which may be sharded.
+def put_back(folder: Path, read: Callable[[], Mapping[str, Tensor]], state: Mapping[str, Tensor]) -> None:
+    """Copies weights into a state of the same names.
+
+    If the state is sharded, this is a collective: the main rank alone reads the weights, and sends each to the others.
 
     Args:
         folder: Folder of the weights, for the error message.
-        weights: The complete weights.
+        read: Reads the complete weights.
         state: Tensors to overwrite, or this rank's shards of them.
 
     Raises:
-        ModelError: Names or shapes differ. Nothing is copied then.
+        ModelError: Names or shapes differ, or the weights cannot be read. Nothing is copied then.
     """
+    weights: dict[str, Tensor] = {}
+
+    def find() -> None:
+        weights.update(read())
+        _check_fit(folder, weights, state)
+
+    sharded = any(isinstance(tensor, DTensor) for tensor in state.values())
+    broadcast_from_main(find) if sharded else find()
+    for name, tensor in state.items():
+        if sharded:
+            tensor.copy_(_shared_like(sent_from_main(weights.get(name), tensor, tensor.device), tensor))
+        else:
+            tensor.copy_(weights[name])
+
+
+def _check_fit(folder: Path, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Raises ModelError unless weights have the names and shapes of a state."""
     unlike = sorted(weights.keys() ^ state.keys())
     unlike += [name for name in weights.keys() & state.keys() if weights[name].shape != state[name].shape]
     if unlike:
@@ -203,13 +223,26 @@ def put_back(folder: Path, weights: Mapping[str, Tensor], state: Mapping[str, Te
             f"{folder}: the checkpoint does not fit this agent: {len(unlike)} weights are in only one of the two or "
             f"have another shape, {unlike[0]} among them"
         )
-    for name, tensor in state.items():
-        tensor.copy_(_shared_like(weights[name], tensor))
 
 
-def _shared_like(weight: Tensor, tensor: Tensor) -> Tensor:
-    """A weight, or this rank's shard of it if the tensor is sharded."""
+def sent_from_main(weight: Tensor | None, like: Tensor, device: torch.device) -> Tensor:
+    """Sends a whole weight from the main rank to all ranks. A collective.
+
+    Args:
+        weight: The weight on the main rank; None on others.
+        like: A tensor of its shape and of the data type to send it in, which may be sharded.
+        device: Device of the ranks' weights.
+    """
+    if weight is None:
+        whole = torch.empty(like.shape, dtype=like.dtype, device=device)
+    else:
+        whole = weight.detach().to(device, like.dtype).contiguous()
+    distributed.broadcast(whole, src=0)
+    return whole
+
+
+def _shared_like(whole: Tensor, tensor: Tensor) -> Tensor:
+    """A weight that all ranks have, or this rank's shard of it if the tensor is sharded."""
     if not isinstance(tensor, DTensor):
-        return weight
-    whole = weight.to(tensor.device)  # every rank has read it: nothing is sent
+        return whole
     return distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)

@@ -133,12 +133,12 @@ class LoRA:
             lora = cls(model, config)
         except (ValueError, TypeError, KeyError, OSError) as error:
             raise ModelError(f"{folder}: the adapters do not fit the model: {error}") from error
+        lora.begins_elsewhere = True
         if model.device.type == "meta" or any(isinstance(one, FakeTensor) for one in model.parameters()):
             return lora  # shapes alone are asked for
         own = {name: tensor for name, tensor in model.state_dict().items() if is_adapter(name)}
-        put_back(folder, lora.read(folder), own)
+        put_back(folder, lambda: lora.read(folder), own)
         lora._tell_quantization(folder)
-        lora.begins_elsewhere = True
         return lora
 
     begins_elsewhere = False

@@ -81,6 +81,7 @@ class VLMAgent(Agent):
         lora: The adapters; None without.
         adapter: Folder of the adapters that the agent was loaded with; None without.
         save_dtype: Data type of the weights in checkpoints. None: that of the base model's files.
+        target_device: Device of the weights, which they may not have reached yet: see `empty` of `from_pretrained`.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class VLMAgent(Agent):
         self._fixed = {name for name, _ in policy.named_buffers() if name in kept}
         self.lora: LoRA | None = None
         self.adapter: Path | None = None
+        self.target_device = self.device
         self.save_dtype: torch.dtype | None = None
         self.limits = PassLimits()
         """limits of a pass when the policy itself generates; default: none"""
@@ -141,7 +143,7 @@ class VLMAgent(Agent):
                 `vlmenv.agents.quantization`. Default: none.
             quantize_vision: If true, quantises the vision tower and its projectors too.
             empty: If true, the model has shapes alone, for a rank that gets its shards of the weights from the main
-                rank (`vlmenv.processes.fsdp`). Neither adapters nor quantisation go with it.
+                rank (`vlmenv.processes.fsdp`). Quantisation does not go with it.
 
         Raises:
             ConfigError: The chat template never reads one of `chat_template_kwargs`, the family has no such limits, or
@@ -158,7 +160,7 @@ class VLMAgent(Agent):
         if not empty:
             cast(Any, ours.model).to(device)
         agent = cls(ours, folder, base=base, sampling=sampling, share_prefixes=share_prefixes)
-        agent.pixels = pixels
+        agent.pixels, agent.target_device = pixels, torch.device(device)
         if adapter is not None:
             agent.adapter, agent.lora = adapter, LoRA.from_folder(ours.model, adapter)
         return agent
@@ -551,6 +553,8 @@ class VLMAgent(Agent):
     def load(self, folder: Path) -> None:
         """Restores a checkpoint's weights bit for bit. With LoRA it restores the adapters, onto the unmerged model.
 
+        With sharded weights the main rank alone reads them, and sends each to the others.
+
         Args:
             folder: Checkpoint of an agent with the same base model, adapters and value head.
 
@@ -572,7 +576,7 @@ class VLMAgent(Agent):
         state = policy.state_dict()
         if self.lora is not None:
             state = {name: state[name] for name in state if is_adapter(name) or name.startswith("value_head.")}
-        put_back(folder, self._read(folder), state)
+        put_back(folder, lambda: self._read(folder), state)
 
     def _read(self, folder: Path) -> dict[str, Tensor]:
         """The weights that `load` restores, by their names in the policy's state."""

@@ -1,14 +1,14 @@
-"""Resident memory of each rank when training starts, for a random model of 200 million float32 parameters.
+"""Resident memory of each rank when training starts and resumes, for a random model of 200 million float32 parameters.
 
 python benchmarks/start_memory.py MODEL_FOLDER makes the model, and then:
 accelerate launch --config_file examples/accelerate/fsdp2.yaml --num_processes 2 benchmarks/start_memory.py MODEL_FOLDER
+With examples/accelerate/ddp.yaml every rank has whole copies. Figures are in docs/distributed.md.
 
 Set MALLOC_MMAP_THRESHOLD_=1000000 before, as glibc otherwise keeps the freed memory of tensors of up to 32 MB.
 """
 
 from __future__ import annotations
 
-import resource
 import shutil
 import sys
 from contextlib import ExitStack
@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from vlmenv.agents.vlm import find_model
 from vlmenv.commands.train import Parts, _make_trainer, _training_envs, parse
+from vlmenv.processes import leave
 
 
 def make_model(folder: Path) -> None:
@@ -40,24 +41,39 @@ def make_model(folder: Path) -> None:
 
 
 def measure(folder: Path) -> None:
-    """Prints this rank's memory before the model is loaded, at its peak until the first step, and then."""
+    """Prints this rank's memory before the model is loaded, and what comes on top.
+
+    That is: at the peak until the first step, at the first step, and at the peak while a checkpoint is restored.
+    """
     config = parse(["--model", str(folder), "--beta", "0.1", "--device", "cpu"], "start_memory").config
     accelerator = Accelerator(cpu=True)
     envs = _training_envs(config, accelerator)
-    before = now()
+    before = memory("VmRSS")
+    forget_peak()
     with ExitStack() as opened:
-        _make_trainer(config, Parts(), envs, accelerator, opened, Console(quiet=True))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        rank = f"rank {accelerator.process_index} of {accelerator.num_processes}"
-        print(
-            f"{rank}: before {before:.2f} GB, peak +{peak - before:.2f} GB, at the first step +{now() - before:.2f} GB"
-        )
+        trainer = _make_trainer(config, Parts(), envs, accelerator, opened, Console(quiet=True))
+        peak, then = memory("VmHWM"), memory("VmRSS")
+        forget_peak()
+        trainer.agent.load(folder)  # which has the layout of a checkpoint
+        resumed = memory("VmHWM")
+    told = ", ".join(
+        f"{name} +{size - before:.2f} GB"
+        for name, size in (("peak of the start", peak), ("at the first step", then), ("peak of resuming", resumed))
+    )
+    rank = f"rank {accelerator.process_index} of {accelerator.num_processes}"
+    print(f"{rank}, {trainer.processes.name}: before {before:.2f} GB, {told}", flush=True)
+    leave()
 
 
-def now() -> float:
-    """Resident memory in GB."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 1e9
+def memory(name: str) -> float:
+    """Resident memory in GB: now (VmRSS), or at its peak (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith(f"{name}:"))
+
+
+def forget_peak() -> None:
+    """Lets the kernel count the peak anew."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 if __name__ == "__main__":

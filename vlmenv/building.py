@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -149,7 +149,7 @@ def _vllm(config: TaskConfig, agent: VLMAgent, dtype: torch.dtype) -> Engine:
     return VLLMEngine(
         agent.folder,
         agent.family,
-        device=agent.device,
+        device=agent.target_device,
         dtype=dtype,
         max_length=min(agent.max_length, options.engine_length),
         max_images=options.engine_images,
@@ -175,6 +175,8 @@ def _vllm_server(config: TaskConfig, agent: VLMAgent, dtype: torch.dtype) -> Eng
 
 ENGINES: Final[dict[str, MakeEngine | None]] = {"hf": None, "vllm": _vllm, "vllm-server": _vllm_server}
 """By the name that `--engine` takes. None: the model itself generates."""
+_TAKE_SHAPES: Final = frozenset(ENGINES)
+"""Engines that can be made from an agent of shapes alone: they read the model's files, or get all weights later."""
 
 
 def register_engine(name: str, make: MakeEngine) -> None:
@@ -246,6 +248,7 @@ def load_agent(
     quantization: Quantization | None = None,
     quantize_vision: bool = False,
     empty: bool = False,
+    syncs: bool = True,
 ) -> VLMAgent:
     """Loads a configuration's model as an agent, without the loader's own progress bars.
 
@@ -257,6 +260,8 @@ def load_agent(
         quantization: Quantisation of the model. Default: none.
         quantize_vision: If true, quantises the vision tower too.
         empty: See `VLMAgent.from_pretrained`.
+        syncs: If true, an engine that does not read the model's weights itself gets them. If false, the caller calls
+            `VLMAgent.sync` before it generates.
 
     Raises:
         ConfigError: The chat template never reads one of `chat_template_kwargs`.
@@ -280,7 +285,7 @@ def load_agent(
     if (make := find_engine(config.generation.engine)) is not None:
         agent.engine = make(config, agent, engine_dtype or dtype)
     unlike = agent.adapter is not None or (agent.folder / REMAINDERS).is_dir()
-    if config.generation.engine == "vllm-server" or unlike:
+    if syncs and (config.generation.engine == "vllm-server" or unlike):
         agent.sync()  # servers may hold weights of another run, and engines read neither adapters nor remainders
     return agent
 
@@ -335,7 +340,9 @@ def load_teacher(name: str, config: TrainConfig[Any], student: VLMAgent, device:
     return teacher
 
 
-def load_for_training(config: TrainConfig[Any], device: torch.device, *, gets_shards: bool = False) -> VLMAgent:
+def load_for_training(
+    config: TrainConfig[Any], device: torch.device, *, gets_shards: bool = False, syncs: bool = True
+) -> VLMAgent:
     """Loads a model as `load_agent` does, in the data type in which most of its weights are held in training.
 
     Call `adapt` next, which holds the others in theirs.
@@ -344,28 +351,46 @@ def load_for_training(config: TrainConfig[Any], device: torch.device, *, gets_sh
         config: The options.
         device: Device of the model.
         gets_shards: If true, the main rank can give this one its shards of the weights. Then it loads shapes alone,
-            unless adapters, quantisation or an engine need the weights.
+            unless quantisation or a registered engine needs the weights.
+        syncs: See `load_agent`. It goes with `gets_shards`, because ranks without weights have none to send.
 
     Raises:
         ConfigError: As `load_agent`; or `quantize` is given without adapters.
         ModelError: As `load_agent`.
     """
-    options, precision = config.adaptation, config.batches.precision
-    adapted = options.lora_rank is not None or find_adapter(config.model) is not None
+    options, precision, adapted = config.adaptation, config.batches.precision, is_adapted(config)
     if options.quantize is not None and not adapted:
         raise ConfigError("quantize is for the base of adapters: give lora_rank, or a folder of adapters as model")
-    needs = options.quantize is not None or find_adapter(config.model) is not None
-    empty = gets_shards and not needs and config.generation.engine == "hf"
-    frozen = adapted and options.weights == "auto" and precision == "bf16" and _is_stored_in_bf16(config)
+    empty = gets_shards and options.quantize is None and config.generation.engine in _TAKE_SHAPES
+    if options.weights == "auto" and not _is_stored_in_bf16(config):
+        options = replace(options, weights="fp32")
     return load_agent(
         config,
         device,
-        torch.bfloat16 if frozen or options.weights == "bf16" else torch.float32,
+        loading_dtype(options, precision, adapted=adapted),
         DTYPES[precision],
         quantization=options.quantize,
         quantize_vision=options.lora_vision,
         empty=empty,
+        syncs=syncs,
     )
+
+
+def is_adapted(config: TrainConfig[Any]) -> bool:
+    """True if adapters are trained, new ones or those that the model consists of."""
+    return config.adaptation.lora_rank is not None or find_adapter(config.model) is not None
+
+
+def loading_dtype(options: AdaptationOptions, precision: str, *, adapted: bool) -> torch.dtype:
+    """The data type in which most weights are loaded for training.
+
+    Args:
+        options: With `weights` "auto" the model's files hold bfloat16 alone.
+        precision: Precision of passes.
+        adapted: See `is_adapted`.
+    """
+    frozen = adapted and options.weights == "auto" and precision == "bf16"
+    return torch.bfloat16 if frozen or options.weights == "bf16" else torch.float32
 
 
 def advice_on_cuda(config: TrainConfig[Any], device: torch.device) -> list[str]:

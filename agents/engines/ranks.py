@@ -1,4 +1,4 @@
-"""Work of engines on several ranks."""
+"""Work that the main rank does for all ranks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from torch import distributed
 
-from vlmenv.core.errors import EngineError
+from vlmenv.core.errors import EngineError, ModelError
 
 T = TypeVar("T")
 
@@ -21,19 +21,22 @@ def broadcast_from_main(work: Callable[[], T]) -> T:
     """Runs a function on the main rank, after all ranks have arrived, and broadcasts its result.
 
     Raises:
-        EngineError: The function failed; raised on all ranks.
+        EngineError: The function failed with it; raised on all ranks.
+        ModelError: Likewise.
     """
     if num_processes() == 1:
         return work()
     distributed.all_gather_object([None] * num_processes(), None)
-    made: list[tuple[T | None, str | None]] = [(None, None)]
+    made: list[tuple[T | None, EngineError | ModelError | None]] = [(None, None)]
     if distributed.get_rank() == 0:
         try:
             made = [(work(), None)]
         except EngineError as error:
-            made = [(None, str(error))]
+            made = [(None, EngineError(str(error)))]
+        except ModelError as error:
+            made = [(None, ModelError(str(error)))]
     distributed.broadcast_object_list(made)
     result, fault = made[0]
     if fault is not None:
-        raise EngineError(fault)
+        raise fault
     return result  # type: ignore[return-value]

@@ -95,9 +95,23 @@ def test_other_ranks_go_on_with_shards_of_deepspeed(stage: int, tmp_path: Path) 
 
 
 def test_the_main_process_alone_needs_to_load_weights(tmp_path: Path) -> None:
+    """Of a model, of adapters as the model, and of a checkpoint."""
     pytest.importorskip("peft")
-    VLMAgent.from_pretrained("builtin").publish(tmp_path / "base", dtype=torch.bfloat16)
-    done = launch("fsdp2", str(Path(__file__).parent / "weights_of_main.py"), str(tmp_path / "base"))
+    base, adapters = tmp_path / "base", tmp_path / "adapters"
+    VLMAgent.from_pretrained("builtin").publish(base, dtype=torch.bfloat16)
+    agent = VLMAgent.from_pretrained(base)
+    agent.add_lora(rank=2, alpha=4, vision=True)
+    for parameter in agent.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    agent.save(adapters)
+    script = str(Path(__file__).parent / "weights_of_main.py")
+    done = launch("fsdp2", script, str(base), str(adapters), str(tmp_path / "runs"))
+    assert done.returncode == 0, done.stderr
+
+
+def test_two_processes_hold_the_bytes_that_are_foretold() -> None:
+    """Weights, gradients, optimizer state and reference, with a frozen tower, as copies and as shards."""
+    done = launch("fsdp2", str(Path(__file__).parent / "held_by_ranks.py"))
     assert done.returncode == 0, done.stderr
 
 

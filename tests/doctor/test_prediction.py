@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,16 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from vlmenv.agents.lazy_weights import outlines
 from vlmenv.agents.sampling import prefilled, token_bytes
 from vlmenv.agents.vlm import VLMAgent
-from vlmenv.building import adapt, limits_of
+from vlmenv.building import adapt, limits_of, load_for_training
 from vlmenv.cli import main
 from vlmenv.core.errors import ConfigError
 from vlmenv.doctor import prediction
 from vlmenv.doctor.counting import counting
 from vlmenv.doctor.prediction import Batch, Place, card_bytes, gigabytes, measure, moments
+from vlmenv.options.fields import replaced
 from vlmenv.options.train import AdaptationOptions, TrainConfig, default_config
 
 OBSERVATION: Any = {
@@ -131,8 +133,8 @@ def test_masked_images_and_a_teacher_are_counted() -> None:
         measure(replace(taught, batches=small, algorithm=replace(taught.algorithm, teacher=name)), OBSERVATION)[0]
         for name in (None, "builtin", "http://host:8000")
     ]
-    assert sizes[1].reference - sizes[0].reference == pytest.approx(sizes[1].weights)
-    assert sizes[2].reference == sizes[0].reference  # on a server
+    assert sizes[1].teacher == sizes[1].weights
+    assert (sizes[0].teacher, sizes[2].teacher) == (0, 0)  # the last is on a server
 
 
 @pytest.mark.slow
@@ -150,30 +152,110 @@ def test_what_is_held_follows_from_the_parameters(optimizer: str) -> None:
     assert (batch.prompts, batch.completions, batch.micro, batch.micro_prompts) == (16, 128, 8, 1)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [{"freeze_vision": True, "freeze_projector": True}, {"lora_rank": 8}, {"lora_rank": 8, "quantize": "int8"}],
+    ids=["frozen tower", "lora", "int8"],
+)
+def test_what_start_and_hand_over_take_is_that_of_real_agents(options: dict[str, Any], tmp_path: Path) -> None:
+    """Of a model in bfloat16: as it is loaded, its reference with and without a tower of its own, what engines get."""
+    if "lora_rank" in options:
+        pytest.importorskip("peft")
+    VLMAgent.from_pretrained("builtin").publish(tmp_path / "base", dtype=torch.bfloat16)
+    config = replace(configured("bf16", 8, **options), model=str(tmp_path / "base"))
+    config = replace(config, algorithm=replace(config.algorithm, beta=0.1))
+    sizes, _ = measure(config, OBSERVATION)
+    agent = load_for_training(config, torch.device("cpu"))
+    assert sizes.loaded == size_of(agent.policy)
+    adapt(agent, config.adaptation, "bf16")
+    assert sizes.weights == size_of(agent.policy)
+    assert sizes.published == sum(2 * one.numel() for one in outlines(agent._published_weights()).values())
+    if agent.lora is None:
+        shared = set(agent.policy.parameters())
+        assert sizes.reference == size_of(agent.reference().policy, but=shared)
+        agent.sharded = True
+        assert sizes.reference + sizes.own_tower == size_of(agent.reference().policy, but=shared)
+        assert sizes.own_tower > 0
+        assert sizes.weights < sizes.loaded
+    else:
+        assert (sizes.reference, sizes.own_tower) == (0, 0)
+        assert sizes.weights > sizes.loaded  # with the adapters
+
+
+def size_of(policy: torch.nn.Module, but: Container[torch.nn.Parameter] = ()) -> int:
+    return sum(one.numel() * one.itemsize for one in policy.parameters() if one not in but)
+
+
 SIZES = prediction.Sizes(
-    weights=100, gradients=80, optimizer=160, reference=50, activations=30, casts=10, forward_space=12,
-    backward_space=7, prefill=1, block=4, outside=20, outside_gradients=20,
+    loaded=110, weights=100, gradients=80, optimizer=160, reference=50, own_tower=6, teacher=3, published=48,
+    activations=30, casts=10, forward_space=12, backward_space=7, prefill=1, block=4, sent=40, outside=20,
+    outside_gradients=20,
 )  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("layout", "update"),
     [
-        ("ddp", 100 + 160 + 50 + 80 + 30 + 12),
-        ("fsdp2", (100 + 160 + 50 + 80) / 4 + 20 + 20 + 4 * 4 + (30 - 10) + 7),
-        ("zero1", 100 + (160 + 80) / 4 + 50 + 80 + 2 * 80 + 30 + 12),
-        ("zero2", 100 + (160 + 80) / 4 + 50 + 80 / 4 + 2 * 80 + 30 + 12),
-        ("zero3", (100 + 160 + 80) / 4 + 50 + 80 / 4 + 20 + 20 + 4 * 4 + (30 - 10) + 7),
+        ("ddp", 100 + 160 + 50 + 3 + 80 + 30 + 12),
+        ("fsdp2", (100 + 160 + 56 + 80) / 4 + 3 + 20 + 20 + 4 * 4 + (30 - 10) + 7),
+        ("zero1", 100 + (160 + 80) / 4 + 50 + 3 + 80 + 2 * 80 + 30 + 12),
+        ("zero2", 100 + (160 + 80) / 4 + 50 + 3 + 80 / 4 + 2 * 80 + 30 + 12),
+        ("zero3", (100 + 160 + 80) / 4 + 56 + 3 + 80 / 4 + 20 + 20 + 4 * 4 + (30 - 10) + 7),
     ],
 )
 def test_ranks_share_what_their_strategy_shares(layout: Any, update: float) -> None:
     """By hand, for 4 ranks; DeepSpeed's two buckets hold no more than all gradients."""
-    config = default_config()
-    batch = Batch.of(config, 100, 4)
-    place = Place(1e9, layout, 4)
-    told = moments(SIZES, batch, config, place, 8, 1000)
-    assert sum(told["update"].values()) == update
-    assert told["start"] == {"weights": 100, "reference": 50}
+    assert sum(foretold(layout)["update"].values()) == update
+
+
+def foretold(layout: Any, ranks: int = 4, card: float = 1000, **options: Any) -> dict[str, dict[str, float]]:
+    config = replaced(default_config(), options)
+    return moments(SIZES, Batch.of(config, 100, ranks), config, Place(card, layout, ranks), 8, 1000)
+
+
+@pytest.mark.parametrize(
+    ("layout", "ranks", "expected"),
+    [
+        ("ddp", 1, {"weights": 100, "reference": 50, "teacher": 3}),
+        ("ddp", 4, {"weights": 100, "reference": 50, "teacher": 3, "gradients": 80}),
+        ("fsdp2", 4, {"weights": 100, "shards": 25, "teacher": 3}),
+        ("zero1", 4, {"weights": 100, "optimizer": 60, "reference": 50, "teacher": 3}),
+        ("zero2", 4, {"weights": 100, "optimizer": 60, "reference": 50, "teacher": 3}),
+        ("zero3", 4, {"weights": 100, "reference": 56, "teacher": 3}),
+    ],
+)
+@pytest.mark.parametrize(("engine", "share"), [("hf", 0), ("vllm", 400), ("vllm-server", 0)])
+def test_reference_and_shards_are_made_where_no_engine_is_awake(
+    layout: Any, ranks: int, expected: dict[str, float], engine: str, share: float
+) -> None:
+    """By hand: an engine starts beside the whole model, and sleeps before the reference and the shards are made."""
+    server = {"server": ("http://host:8000",)} if engine == "vllm-server" else {}
+    told = foretold(layout, ranks, engine=engine, **server)
+    assert told["load"] == {"weights": 110, "engine": share}
+    assert {use: size for use, size in told["preparation"].items() if size} == expected
+
+
+@pytest.mark.parametrize(
+    ("layout", "gathered"),
+    [("ddp", {}), ("fsdp2", {"gathered weights": 20 + 40}), ("zero2", {}), ("zero3", {"gathered weights": 20 + 80})],
+)
+def test_an_engine_gets_weights_that_are_gathered(layout: Any, gathered: dict[str, float]) -> None:
+    """By hand, for 4 ranks. The engine holds its own weights then, and its whole share only while it samples."""
+    itself = foretold(layout)
+    assert "hand-over" not in itself
+    assert itself["sampling"].items() >= gathered.items()
+    told = foretold(layout, engine="vllm", tensor_parallel=2)
+    between = {use: size for use, size in told["sampling"].items() if use != "engine"}
+    assert told["sampling"]["engine"] == 400
+    assert told["hand-over"] == between | {"engine": 24} | gathered
+    served = foretold(layout, engine="vllm-server", server=("http://host:8000",))
+    assert served["hand-over"] == between | {"engine": 0} | gathered
+    assert between.get("gradients", 0) == (80 if layout == "ddp" else 0)  # in buckets
+
+
+def test_neighbours_hold_a_copy_of_the_model_between_them() -> None:
+    assert foretold("fsdp2", shard_within=2)["update"] == foretold("fsdp2", ranks=2)["update"]
 
 
 def test_sampling_on_a_card_needs_no_more_than_a_few_completions() -> None:

@@ -355,7 +355,7 @@ def _make_trainer(
 ) -> Trainer:
     """The trainer with its agent and algorithm. An agent that is loaded here is closed with `opened`."""
     gets_shards = not accelerator.is_main_process and processes_of(accelerator).gives_shards
-    agent = parts.agent or load_for_training(config, accelerator.device, gets_shards=gets_shards)
+    agent = parts.agent or load_for_training(config, accelerator.device, gets_shards=gets_shards, syncs=False)
     if parts.agent is None:
         opened.callback(agent.close)
     agent.sleep()  # until the first hand-over: the reference and the shards are made where the engine would be

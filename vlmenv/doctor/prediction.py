@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final, Literal, cast
@@ -21,14 +21,15 @@ from vlmenv.agents.checkpoints import find_adapter
 from vlmenv.agents.families import Family, weightless_family
 from vlmenv.agents.lora import LoRA
 from vlmenv.agents.pixels import prepared_folder
-from vlmenv.agents.quantization import quantize
+from vlmenv.agents.quantization import quantize, quantized_layers
 from vlmenv.agents.sampling import state_tokens, token_bytes
 from vlmenv.agents.untrainable import read_config
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.agents.weights import narrow_copies
 from vlmenv.algos import find_algorithm
 from vlmenv.algos.optimizers import state_bytes
-from vlmenv.building import DTYPES, adapt, limits_of
+from vlmenv.building import DTYPES, adapt, is_adapted, limits_of, loading_dtype
+from vlmenv.compat.peft import is_adapter
 from vlmenv.core.errors import ConfigError
 from vlmenv.core.rollout import Completion, Observation, Prompt, Rollout
 from vlmenv.core.urls import is_server
@@ -86,10 +87,17 @@ def gigabytes(size: float) -> str:
 class Sizes:
     """Bytes of a model in training on a single rank."""
 
+    loaded: float
+    """weights as they are loaded, before training's data types"""
     weights: float
     gradients: float
     optimizer: float
     reference: float
+    own_tower: float
+    """what the reference has besides under sharded weights, where it cannot share a frozen vision tower"""
+    teacher: float
+    published: float
+    """weights of a copy in an engine"""
     activations: float
     """what a micro-batch's forward pass keeps, with casts of weights"""
     casts: float
@@ -102,6 +110,8 @@ class Sizes:
     """what a pass of prompts without gradient needs, beside keys and values"""
     block: float
     """the largest block's weights"""
+    sent: float
+    """weights of all blocks as FSDP2 gathers them"""
     outside: float
     """weights outside of blocks, with the head"""
     outside_gradients: float
@@ -241,8 +251,11 @@ def _sizes(
     folder = prepared_folder(config.model, config.pixels)
     options = config.adaptation
     model = read_config(folder)
-    if options.weights == "auto" and (model.dtype or model.get_text_config().dtype) != torch.bfloat16:
+    is_wide = (model.dtype or model.get_text_config().dtype) != torch.bfloat16
+    narrow = config.batches.precision == "bf16" and options.weights != "fp32"
+    if options.weights == "auto" and is_wide:
         options = replace(options, weights="fp32")  # bfloat16 would round what the model's files hold
+    loaded: list[float] = []
 
     def prepare(agent: VLMAgent) -> None:
         adapter = find_adapter(config.model)
@@ -250,20 +263,29 @@ def _sizes(
             quantize(agent.family, options.quantize, torch.device("cpu"), vision=options.lora_vision)
         if adapter is not None:
             agent.adapter, agent.lora = adapter, LoRA.from_folder(agent.family.model, adapter)
+        loaded.append(_bytes(agent.policy.parameters()))
         adapt(agent, options, config.batches.precision)
         if algorithm.wants_values:
             agent.add_value_head()
 
-    dtype = torch.bfloat16 if options.weights == "bf16" else torch.float32
+    dtype = loading_dtype(options, config.batches.precision, adapted=is_adapted(config))
     agent = weightless_agent(folder, prepare, dtype, blocks=blocks[0], vision_blocks=blocks[1])
     prompts = [agent.family.encode(observation) for _ in range(batch.micro_prompts)]
-    narrow = config.batches.precision == "bf16" and options.weights != "fp32"
-    reference = _reference(agent, narrow=narrow) if algorithm.wants_reference and agent.lora is None else 0.0
-    teacher = getattr(config.algorithm, "teacher", None)
-    if teacher is not None and not is_server(teacher):
-        taught = VLMAgent.weightless(checkpoint_name(teacher)).family_policy
-        reference += sum(one.numel() for one in taught.parameters()) * DTYPES[config.batches.precision].itemsize
-    return _counted(agent, prompts, batch, config, reference, backward=backward)
+    held = {"loaded": loaded[0], "teacher": _teacher(config), "reference": 0.0, "own_tower": 0.0}
+    if algorithm.wants_reference and agent.lora is None:
+        wide = {id(agent.family.model.get_input_embeddings().weight)} if is_wide else set()
+        held["reference"] = _reference(agent, wide, narrow=narrow)
+        held["own_tower"] = _reference(agent, wide, narrow=narrow, shares=False) - held["reference"]
+    return _counted(agent, prompts, batch, config, held, backward=backward)
+
+
+def _teacher(config: TrainConfig[Any]) -> float:
+    """Bytes of a teacher in memory."""
+    name = getattr(config.algorithm, "teacher", None)
+    if name is None or is_server(name):
+        return 0.0
+    taught = VLMAgent.weightless(checkpoint_name(name)).family_policy
+    return float(sum(one.numel() for one in taught.parameters()) * DTYPES[config.batches.precision].itemsize)
 
 
 def _counted(
@@ -271,22 +293,24 @@ def _counted(
     prompts: Sequence[Prompt],
     batch: Batch,
     config: TrainConfig[Any],
-    reference: float,
+    held: Mapping[str, float],
     *,
     backward: bool,
 ) -> Sizes:
-    """Counts a micro-batch's passes; the rest follows from the parameters."""
+    """Counts a micro-batch's passes; the rest follows from the parameters. `held` has sizes that are known."""
     trained, policy, precision = agent.parameters(), agent.family_policy, config.batches.precision
     in_blocks = {one for block in agent.blocks() for one in block.parameters()}
     outside = [one for one in policy.parameters() if one not in in_blocks]
     return Sizes(
+        **held,
         **_passes(agent, prompts, batch, precision, backward=backward),
         weights=_bytes(policy.parameters()),
         gradients=_bytes(trained),
         optimizer=sum(one.numel() * state_bytes(config.trainer.optimizer, one.dtype) for one in trained),
-        reference=reference,
+        published=_published(agent) * DTYPES[precision].itemsize,
         casts=_casts(agent, in_blocks, precision),
         block=max(_bytes(block.parameters()) for block in agent.blocks()),
+        sent=float(sum(one.numel() * _sent(one, precision) for one in in_blocks)),
         outside=_bytes(outside),
         outside_gradients=_bytes(one for one in outside if one.requires_grad),
     )
@@ -333,17 +357,38 @@ def _rollout(prompts: Sequence[Prompt], batch: Batch) -> Rollout:
     return Rollout(list(prompts), index, completions, 1.0)
 
 
-def _reference(agent: VLMAgent, *, narrow: bool) -> float:
-    """Bytes of a frozen copy, which shares a frozen vision tower."""
+def _reference(agent: VLMAgent, wide: Collection[int], *, narrow: bool, shares: bool = True) -> float:
+    """Bytes of a frozen copy, which shares a frozen vision tower, or has its own.
+
+    Args:
+        agent: The agent.
+        wide: Ids of weights that stay as they are where the others are narrow.
+        narrow: If true, it holds in bfloat16 what autocast casts to it.
+        shares: If true, it shares a frozen tower.
+    """
     family = agent.family
-    parts = [] if family.sees_by_trained_weights() else [family.vision_tower(), *family.projectors()]
+    parts = [] if not shares or family.sees_by_trained_weights() else [family.vision_tower(), *family.projectors()]
     shared = {parameter for part in parts for parameter in part.parameters()}
     copies: Mapping[int, nn.Module | nn.Parameter] = {}
     if narrow:
         with Counter(), torch.no_grad():
             copies = narrow_copies(family.model)
     own = [parameter for parameter in family.model.parameters() if parameter not in shared]
-    return _bytes(cast(Tensor, copies.get(id(parameter), parameter)) for parameter in own)
+    return _bytes(cast(Tensor, copies.get(id(one), one) if id(one) not in wide else one) for one in own)
+
+
+def _published(agent: VLMAgent) -> int:
+    """Number of weights that an engine has: adapters are merged, and quantised layers are dense."""
+    layers = quantized_layers(agent.family.model)
+    packed = {one for layer in layers.values() for one in (layer.weight, layer.scales)}
+    plain = [one for name, one in agent.family.model.named_parameters() if one not in packed and not is_adapter(name)]
+    dense = sum(layer.in_features * layer.out_features for layer in layers.values())
+    return dense + sum(one.numel() for one in plain)
+
+
+def _sent(weight: nn.Parameter, precision: str) -> int:
+    """Bytes of each number of a block's weight when FSDP2 gathers it."""
+    return min(weight.itemsize, 2) if precision == "bf16" and weight.is_floating_point() else weight.itemsize
 
 
 def _casts(agent: VLMAgent, in_blocks: set[nn.Parameter], precision: str) -> float:
@@ -395,7 +440,10 @@ def moments(
     vocabulary: int,
     states: int = 0,
 ) -> dict[str, dict[str, float]]:
-    """Bytes of a rank by use at each moment of training.
+    """Bytes of the main rank by use at each moment of training, in the order in which they come.
+
+    They are those of `vlmenv train`: "load" (the model is loaded, then an engine starts beside it and goes to sleep),
+    "preparation" (`_preparing`), and of each step the "hand-over" of weights to an engine, "sampling" and "update".
 
     Args:
         sizes: Of the model.
@@ -406,27 +454,55 @@ def moments(
         vocabulary: Number of entries of the head.
         states: Number of tokens that take as much as the states of a prompt or completion. Default: none.
     """
-    generation = config.generation
-    engine = generation.engine_memory * place.memory if generation.engine == "vllm" and place.is_card else 0.0
-    held = _shares(sizes, place)
-    start = {"weights": sizes.weights, "reference": sizes.reference} | ({"engine": engine} if engine else {})
+    place = replace(place, ranks=config.trainer.shard_within or place.ranks)
+    generation, held = config.generation, _shares(sizes, place)
+    gathered = _gathered(sizes, place)
+    awake, engine = 0.0, 0.0
+    if generation.engine == "vllm" and place.is_card:
+        awake, engine = sizes.published / generation.tensor_parallel, generation.engine_memory * place.memory
+    told = {"load": {"weights": sizes.loaded, "engine": engine}, "preparation": _preparing(sizes, place)}
     if generation.engine == "hf":
-        rolling = held | _sampling(sizes, batch, config, place, token, vocabulary, states)
+        rolling = _sampling(sizes, batch, config, place, token, vocabulary, states) | gathered
     else:
-        rolling = held | ({"engine": engine} if engine else {})
-    return {"start": start, "sampling": rolling, "update": held | _updating(sizes, place)}
+        told["hand-over"] = held | {"engine": awake} | gathered
+        rolling = {"engine": engine}
+    return told | {"sampling": held | rolling, "update": held | _updating(sizes, place)}
+
+
+def _preparing(sizes: Sizes, place: Place) -> dict[str, float]:
+    """What a rank holds at most while reference, shards and optimizer are made; an engine sleeps."""
+    whole = {"weights": sizes.weights, "teacher": sizes.teacher}
+    if place.layout == "fsdp2":  # the reference is made of shards once the whole weights are gone
+        return whole | {"shards": sizes.weights / place.ranks}
+    if place.layout == "zero3":  # which divides the weights one by one
+        return whole | {"reference": sizes.reference + sizes.own_tower}
+    held = _shares(sizes, place)
+    if place.layout == "ddp":
+        del held["optimizer"]  # its state is made in the first step
+    return held
+
+
+def _gathered(sizes: Sizes, place: Place) -> dict[str, float]:
+    """The weights of all shards, where a rank holds shards."""
+    if place.layout not in ("fsdp2", "zero3"):
+        return {}
+    blocks = sizes.sent if place.layout == "fsdp2" else sizes.weights - sizes.outside
+    return {"gathered weights": sizes.outside + blocks}
 
 
 def _shares(sizes: Sizes, place: Place) -> dict[str, float]:
-    """What a rank holds between steps."""
+    """What a rank holds between steps. A teacher is whole on each."""
     ranks, layout = place.ranks, place.layout
-    by = {"weights": sizes.weights, "optimizer": sizes.optimizer, "reference": sizes.reference}
+    reference = sizes.reference + (sizes.own_tower if layout in ("fsdp2", "zero3") else 0.0)
+    by = {"weights": sizes.weights, "optimizer": sizes.optimizer, "reference": reference}
     if layout == "fsdp2":
-        return {name: size / ranks for name, size in by.items()}
-    if layout != "ddp":
+        by = {name: size / ranks for name, size in by.items()}
+    elif layout == "ddp":
+        by["gradients"] = sizes.gradients if ranks > 1 else 0.0  # in DDP's buckets, which stay
+    else:
         by["optimizer"] = (sizes.optimizer + sizes.gradients) / ranks  # with a float32 copy of the shard
         by["weights"] /= ranks if layout == "zero3" else 1
-    return by
+    return by | {"teacher": sizes.teacher}
 
 
 def _updating(sizes: Sizes, place: Place) -> dict[str, float]:
@@ -466,14 +542,10 @@ def _sampling(
     cached = max(one, min(held.cached, limits.cache or held.longest + 8 * held.answer)) if bounded else held.cached
     longest = limits.passes([batch.longest] * batch.prompts)
     prompts = max(own.stop - own.start for own in longest)
-    found = {
+    return {
         "keys and values": cached * token,
         "prefill or logits": max(sizes.prefill * prompts, float(_PER_LOGIT * rows * vocabulary)),
     }
-    if place.layout in ("fsdp2", "zero3"):  # all weights are gathered
-        half = 0.5 if config.batches.precision == "bf16" and place.layout == "fsdp2" else 1.0
-        found["gathered weights"] = sizes.outside + half * (sizes.weights - sizes.outside)
-    return found
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,14 @@ from typing import Any, ClassVar, cast
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from vlmenv.agents.base import Agent, Reference
+from vlmenv.agents.checkpoints import sent_from_main
 from vlmenv.agents.references import FrozenPolicy
 from vlmenv.agents.weights import WideEmbedding
 from vlmenv.processes.base import Sharded, joined
@@ -122,11 +123,7 @@ class FSDP(Sharded):
         shards: dict[str, DTensor] = {}
         for name, parameter in policy.named_parameters():
             like = cast(DTensor, parameter)
-            if whole:
-                weight = whole[name].detach().contiguous()
-            else:
-                weight = torch.empty(like.shape, dtype=like.dtype, device=self.accelerator.device)
-            distributed.broadcast(weight, src=0)
+            weight = sent_from_main(whole.get(name), like, self.accelerator.device)
             if like.to_local().is_meta:
                 shards[name] = _sharded(_cut(weight, like), like)
         if shards:
