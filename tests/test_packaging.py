@@ -159,7 +159,7 @@ def test_the_constraints_satisfy_the_requirements() -> None:
 
 
 def test_libraries_whose_private_parts_are_used_have_upper_bounds() -> None:
-    """Torchvision is no requirement: vlmenv mends what another library installed."""
+    """And the schedule tries what is beyond them. Torchvision is no requirement: vlmenv mends what another library installed."""
     from packaging.requirements import Requirement
 
     options = setup_cfg()
@@ -169,8 +169,11 @@ def test_libraries_whose_private_parts_are_used_have_upper_bounds() -> None:
         bounds.setdefault(found.name, []).append(any(one.operator in ("<", "==") for one in found.specifier))
     modules = {file.stem for file in (ROOT / "vlmenv" / "compat").glob("[!_]*.py")} - {"torchvision"}
     assert modules == set(compat.MODULES.values())
-    for name in {*modules, "math-verify", "bitsandbytes"}:
+    bounded = {*modules, "math-verify", "bitsandbytes"}
+    for name in bounded:
         assert all(bounds[name]), name
+    (newest,) = re.findall(r'^libraries="(.+)"$', (ROOT / ".ci" / "newest").read_text(), re.MULTILINE)
+    assert set(newest.split()) == bounded - {"vllm"}
 
 
 @pytest.mark.parametrize("name", SHIPPED)
