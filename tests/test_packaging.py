@@ -159,7 +159,7 @@ def test_the_constraints_satisfy_the_requirements() -> None:
 
 
 def test_libraries_whose_private_parts_are_used_have_upper_bounds() -> None:
-    """And the schedule tries what is beyond them. Torchvision is no requirement: vlmenv mends what another library installed."""
+    """And the schedule tries what is beyond. Torchvision is no requirement: vlmenv mends what others installed."""
     from packaging.requirements import Requirement
 
     options = setup_cfg()
