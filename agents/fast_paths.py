@@ -11,9 +11,15 @@ from typing import NamedTuple
 import torch
 
 from vlmenv import compat
-from vlmenv.agents import wide_gradients
-from vlmenv.agents.fusing import fault_of
-from vlmenv.agents.kernels import CPUKernel, ExplicitKernel, FlashKernel, attends_in_segments, kernel_for
+from vlmenv.agents import fusing, wide_gradients
+from vlmenv.agents.kernels import (
+    CPUKernel,
+    ExplicitKernel,
+    FlashKernel,
+    fault_of_fastest,
+    kernel_for,
+    segments_fault,
+)
 from vlmenv.agents.patch_embedding import PatchProjection
 from vlmenv.agents.policy import Policy
 from vlmenv.agents.vision_attention import attends_by_segments
@@ -85,19 +91,30 @@ def _vision(policy: Policy) -> Iterator[FastPath]:
 
 def _on_gpus(policy: Policy, dtype: torch.dtype) -> Iterator[FastPath]:
     """Those that only GPUs have."""
-    if policy.device.type != "cuda":
+    device, size = policy.device.type, _head_size(policy)
+    if device != fusing.GPUS:
         return
-    query = torch.empty(_head_size(policy), device=policy.device, dtype=dtype)
-    kernel = kernel_for(query)
-    if isinstance(kernel, FlashKernel):
-        yield FastPath("attention without padding", "yes" if attends_in_segments(kernel, query) else "no")
-    fault = fault_of(policy.device.type)
-    yield FastPath("compiled elementwise functions", "no" if fault else "yes", fault)
-    if dtype.itemsize == 2 and not fault:
-        unsummed = wide_gradients.fault_of(policy.device.type, dtype)
-        yield FastPath("float32 gradients at once", "no" if unsummed else "yes", unsummed)
-    rotations = policy.rotations
-    yield FastPath("rotations at once", "no" if fault else f"{rotations.on} of {rotations.of}")
+    if isinstance(kernel_for(torch.empty(size, device=policy.device, dtype=dtype)), FlashKernel):
+        yield _unless("attention without padding", segments_fault(device, dtype, size))
+    fault = fusing.fault_of(device)
+    yield _unless("compiled elementwise functions", fault)
+    uncompiled = "functions are not compiled" if fault else ""
+    if dtype.itemsize == 2:
+        yield _unless("float32 gradients at once", uncompiled or wide_gradients.fault_of(device, dtype))
+    if uncompiled:
+        yield _unless("rotations at once", uncompiled)
+    else:
+        yield _rotations(policy)
+
+
+def _unless(name: str, fault: str) -> FastPath:
+    return FastPath(name, "no" if fault else "yes", fault)
+
+
+def _rotations(policy: Policy) -> FastPath:
+    found = policy.rotations
+    why = f"no rotation of halves: {', '.join(found.others)}" if found.others else ""
+    return FastPath("rotations at once", f"{found.on} of {found.of}", why)
 
 
 def _head_size(policy: Policy) -> int:
@@ -107,11 +124,14 @@ def _head_size(policy: Policy) -> int:
 
 def _kernel(policy: Policy, dtype: torch.dtype) -> FastPath:
     size = _head_size(policy)
-    kernel, device = kernel_for(torch.empty(size, device=policy.device, dtype=dtype)), policy.device.type
+    query = torch.empty(size, device=policy.device, dtype=dtype)
+    kernel, device = kernel_for(query), policy.device.type
     if isinstance(kernel, FlashKernel):
         return FastPath("flash attention", "yes")
     if isinstance(kernel, CPUKernel):
         return FastPath("flash attention", "yes", "PyTorch's for CPUs")
     other = "matrix products" if isinstance(kernel, ExplicitKernel) else "PyTorch's memory-efficient attention"
     name = str(dtype).removeprefix("torch.")
-    return FastPath("flash attention", "no", f"{other} instead, for {name} heads of {size} on {device}")
+    why = f"{other} instead, for {name} heads of {size} on {device}"
+    fault = fault_of_fastest(query)
+    return FastPath("flash attention", "no", f"{why}: {fault}" if fault else why)

@@ -18,6 +18,8 @@ from torch import Tensor
 from vlmenv.compat.torch import without_modes
 
 _log = logging.getLogger(__name__)
+GPUS: Final = "cuda"
+"""Type of the devices on which functions are compiled."""
 ROWS: Final = 9
 """Tokens in the examples."""
 _EMULATED: Final[dict[str, str | int | bool | Callable[..., Any]]] = {"emulate_precision_casts": True}
@@ -77,7 +79,7 @@ def fused(
 
 def fuses(device: torch.device) -> bool:
     """True if `Fused` functions are compiled on a device."""
-    return device.type == "cuda" and not fault_of(device.type)
+    return device.type == GPUS and not fault_of(device.type)
 
 
 @functools.cache

@@ -247,11 +247,12 @@ def attends_in_segments(kernel: Kernel, query: Tensor) -> bool:
 
     A trial tells it, once for each device and kind of queries [..., D].
     """
-    return isinstance(kernel, FlashKernel) and not _segments_fault(query.device.type, query.dtype, query.shape[-1])
+    return isinstance(kernel, FlashKernel) and not segments_fault(query.device.type, query.dtype, query.shape[-1])
 
 
 @functools.cache
-def _segments_fault(device: str, dtype: torch.dtype, size: int) -> str:
+def segments_fault(device: str, dtype: torch.dtype, size: int) -> str:
+    """Why flash attention does not compute packed sequences, after a trial; empty if it does. A warning tells it."""
     fault = find_segments_fault(device, dtype, size)
     if fault:
         _log.warning(
@@ -431,9 +432,7 @@ def kernel_for(query: Tensor, *, masked: bool = False) -> Kernel:
 @functools.cache
 def _kernel_for(device: str, dtype: torch.dtype, size: int, masked: bool) -> Kernel:
     """Each kernel is checked once, on small cases. A warning tells of one that should be right and is not."""
-    flash: list[Kernel] = [] if masked else [FlashKernel()]
-    kernels: dict[str, list[Kernel]] = {"cpu": [CPUKernel()], "cuda": [*flash, EfficientKernel()]}
-    for kernel in kernels.get(device, []):
+    for kernel in _kernels(device, masked):
         fault = find_fault(kernel, device, dtype, size, masked)
         if not fault:
             return kernel
@@ -443,6 +442,19 @@ def _kernel_for(device: str, dtype: torch.dtype, size: int, masked: bool) -> Ker
                 *(device, type(kernel).__name__, size, str(dtype).removeprefix("torch."), fault),
             )
     return ExplicitKernel()
+
+
+def _kernels(device: str, masked: bool) -> list[Kernel]:
+    """Kernels for a device, the fastest first. `ExplicitKernel`, for all devices, is not among them."""
+    flash: list[Kernel] = [] if masked else [FlashKernel()]
+    kernels: dict[str, list[Kernel]] = {"cpu": [CPUKernel()], "cuda": [*flash, EfficientKernel()]}
+    return kernels.get(device, [])
+
+
+def fault_of_fastest(query: Tensor) -> str:
+    """Why `kernel_for` does not choose a device's fastest kernel, after a trial; empty if it does or knows none."""
+    device = query.device.type
+    return next((find_fault(one, device, query.dtype, query.shape[-1]) for one in _kernels(device, False)), "")
 
 
 def find_fault(kernel: Kernel, device: str, dtype: torch.dtype, size: int, masked: bool = False) -> str:

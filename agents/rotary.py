@@ -43,10 +43,17 @@ _FORMS: Final = {
 
 @dataclass(frozen=True)
 class Rotations:
-    """How many of the functions that rotate in a model do so at once on GPUs."""
+    """The functions that rotate in a model."""
 
-    on: int
     of: int
+    """number of them"""
+    others: tuple[str, ...]
+    """names of those that do not rotate at once on GPUs"""
+
+    @property
+    def on(self) -> int:
+        """Number of those that rotate at once on GPUs."""
+        return self.of - len(self.others)
 
 
 def rotate_at_once(model: nn.Module) -> Rotations:
@@ -54,7 +61,8 @@ def rotate_at_once(model: nn.Module) -> Rotations:
     modules = {type(one).__module__ for one in model.modules()}
     found = [(sys.modules[name], function) for name in sorted(modules) for function in _FORMS]
     found = [(module, function) for module, function in found if hasattr(module, function)]
-    return Rotations(sum(_replace(*one) for one in found), len(found))
+    others = [f"{module.__name__.rpartition('.')[2]}.{name}" for module, name in found if not _replace(module, name)]
+    return Rotations(len(found), tuple(others))
 
 
 def _replace(module: ModuleType, name: str) -> bool:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from vlmenv import compat
 from vlmenv.agents.vlm import find_model
 from vlmenv.core.names import SHIPPED
 
@@ -155,6 +156,24 @@ def test_the_constraints_satisfy_the_requirements() -> None:
     lines = options["options"]["install_requires"].split("\n") + options["options.extras_require"]["test"].split("\n")
     for requirement in (Requirement(line) for line in lines if line):
         assert requirement.specifier.contains(pins[requirement.name.lower()]), requirement
+
+
+def test_libraries_whose_private_parts_are_used_have_upper_bounds() -> None:
+    """And the schedule tries what is beyond. Torchvision is no requirement: vlmenv mends what others installed."""
+    from packaging.requirements import Requirement
+
+    options = setup_cfg()
+    lines = "\n".join([options["options"]["install_requires"], *options["options.extras_require"].values()])
+    bounds: dict[str, list[bool]] = {}
+    for found in (Requirement(line) for line in lines.splitlines() if line):
+        bounds.setdefault(found.name, []).append(any(one.operator in ("<", "==") for one in found.specifier))
+    modules = {file.stem for file in (ROOT / "vlmenv" / "compat").glob("[!_]*.py")} - {"torchvision"}
+    assert modules == set(compat.MODULES.values())
+    bounded = {*modules, "math-verify", "bitsandbytes"}
+    for name in bounded:
+        assert all(bounds[name]), name
+    (newest,) = re.findall(r'^libraries="(.+)"$', (ROOT / ".ci" / "newest").read_text(), re.MULTILINE)
+    assert set(newest.split()) == bounded - {"vllm"}
 
 
 @pytest.mark.parametrize("name", SHIPPED)

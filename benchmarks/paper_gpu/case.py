@@ -220,7 +220,7 @@ def _as_on_cards(recorder: Recorder) -> Iterator[None]:
 
     with (
         patch.object(kernels, "_kernel_for", functools.cache(chosen)),
-        patch.object(kernels, "_segments_fault", lambda *kind: ""),
+        patch.object(kernels, "segments_fault", lambda *kind: ""),
         patch.object(fusing, "fault_of", lambda device: ""),
         patch.object(wide_gradients, "fault_of", lambda *kind: ""),
         patch.object(fusing.Fused, "__call__", lambda own, *arguments: recorder.compute(own, arguments)),

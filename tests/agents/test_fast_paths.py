@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import random
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cuda_operators import cuda_operators
+from elsewhere import NAME, bring, elsewhere
 from small_models import INVENTED, invent
+from transformers.models.qwen3_vl import modeling_qwen3_vl
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextAttention, Qwen3VLTextRMSNorm
 
 from vlmenv.agents import fast_paths as reported
-from vlmenv.agents import lean_layers
+from vlmenv.agents import fusing, kernels, lean_layers, rotary, wide_gradients
 from vlmenv.agents.fast_paths import fast_paths, written
-from vlmenv.agents.kernels import EfficientKernel, ExplicitKernel
+from vlmenv.agents.kernels import EfficientKernel, ExplicitKernel, FlashKernel
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.core.errors import ModelError
 from vlmenv.core.rollout import Observation
@@ -101,3 +106,62 @@ def test_what_is_off_says_why(builtin: VLMAgent, monkeypatch: pytest.MonkeyPatch
     assert found["shared prompts"].startswith("no (")
     assert "only while a block is recomputed" in found["lean layers"]
     assert found["images in one call"].startswith("no (")
+
+
+ONLY_ON_GPUS = (
+    "flash attention",
+    "attention without padding",
+    "compiled elementwise functions",
+    "float32 gradients at once",
+    "rotations at once",
+)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[VLMAgent]:
+    """The built-in model on a pretended device, which is taken for a GPU with all that GPUs have."""
+    kinds = kernels._kernel_for, kernels.segments_fault
+    monkeypatch.setattr(fusing, "GPUS", NAME)
+    monkeypatch.setattr(kernels, "_kernels", lambda device, masked: [FlashKernel()])
+    monkeypatch.setattr(fusing, "fault_of", lambda device: "")
+    monkeypatch.setattr(wide_gradients, "fault_of", lambda device, dtype: "")
+    for one in kinds:
+        one.cache_clear()
+    with elsewhere():
+        yield bring(VLMAgent.from_pretrained("builtin"))
+    for one in kinds:
+        one.cache_clear()
+
+
+def on_gpus(agent: VLMAgent) -> list[str]:
+    """What is said of the ways that only GPUs have, under bfloat16."""
+    found = {path.name: path.written for path in fast_paths(agent.family_policy, torch.bfloat16)}
+    return [found.get(name, "") for name in ONLY_ON_GPUS]
+
+
+def test_ways_of_gpus_are_told(on_a_gpu: VLMAgent) -> None:
+    with cuda_operators():
+        assert on_gpus(on_a_gpu) == ["yes", "yes", "yes", "yes", "2 of 2"]
+
+
+def test_each_way_of_gpus_that_is_off_says_why(on_a_gpu: VLMAgent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here PyTorch has no such attention, and a model of transformers turns its queries in another way."""
+    flash, segments, *_ = on_gpus(on_a_gpu)
+    assert re.fullmatch(rf"no \(matrix products instead, for bfloat16 heads of 32 on {NAME}: \w+Error: .+\)", flash)
+    assert segments == ""  # there is no flash attention to do it
+    monkeypatch.setattr(kernels, "find_fault", lambda *_: "")
+    kernels._kernel_for.cache_clear()
+    monkeypatch.setattr(wide_gradients, "fault_of", lambda device, dtype: f"no sums on {device}")
+    monkeypatch.setattr(modeling_qwen3_vl, "apply_rotary_pos_emb", lambda q, k, cos, sin: (q, k))
+    on_a_gpu.family_policy.rotations = rotary.rotate_at_once(on_a_gpu.family.model)
+    flash, segments, compiled, gradients, rotations = on_gpus(on_a_gpu)
+    assert (flash, compiled, gradients) == ("yes", "yes", f"no (no sums on {NAME})")
+    assert re.fullmatch(r"no \(\w+Error: .+\)", segments)
+    assert rotations == "1 of 2 (no rotation of halves: modeling_qwen3_vl.apply_rotary_pos_emb)"
+
+
+def test_without_a_compiler_gpus_have_none_of_its_ways(on_a_gpu: VLMAgent, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fusing, "fault_of", lambda device: "ImportError: no triton")
+    *_, compiled, gradients, rotations = on_gpus(on_a_gpu)
+    assert compiled == "no (ImportError: no triton)"
+    assert gradients == rotations == "no (functions are not compiled)"

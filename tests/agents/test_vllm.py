@@ -24,6 +24,7 @@ from vlmenv.agents.engines.base import Engine
 from vlmenv.agents.engines.server import VLLMServerEngine
 from vlmenv.agents.engines.vllm import VLLMEngine
 from vlmenv.agents.lazy_weights import LazyWeights
+from vlmenv.agents.quantization import quantized_layers
 from vlmenv.agents.sampling import Sampling, _without_tail
 from vlmenv.agents.vlm import VLMAgent, find_model
 from vlmenv.core.errors import ConfigError, EngineError, PromptError
@@ -147,6 +148,59 @@ def test_the_engine_is_in_step_before_and_after_each_update(agent: VLMAgent, lor
     changed = {name for name, parameter in agent.policy.named_parameters() if not torch.equal(parameter, start[name])}
     assert any("visual" in name for name in changed)
     assert any("language_model" in name for name in changed)
+
+
+def narrow(kind: str, folder: Path) -> VLMAgent:
+    """An agent whose frozen base, or all of which, is in few bits. None of its adapters is 0."""
+    if kind == "nf4":
+        pytest.importorskip("bitsandbytes")
+    options: dict[str, Any] = {"dtype": torch.bfloat16} if kind == "bf16" else {"quantization": kind}
+    agent = VLMAgent.from_pretrained(folder, sampling=Sampling(max_new_tokens=12), quantize_vision=True, **options)
+    if kind != "bf16":
+        pytest.importorskip("peft")
+        agent.add_lora(rank=4, alpha=32, vision=True)
+        torch.manual_seed(0)
+        for parameter in agent.parameters():
+            torch.nn.init.normal_(parameter, std=0.05)
+    return agent
+
+
+def dense(agent: VLMAgent, folder: Path) -> VLMAgent:
+    """An agent of float32 weights, with adapters beside them, that has the values of one in few bits."""
+    other = VLMAgent.from_pretrained(folder, sampling=agent.sampling)
+    if agent.lora is not None:
+        other.add_lora(rank=4, alpha=32, vision=True)
+    layers = quantized_layers(agent.family.model)
+    values = dict(agent.family.model.named_parameters()) | {
+        name: one.dense(torch.float32) for name, one in layers.items()
+    }
+    with torch.no_grad():
+        for name, weight in other.family.model.named_parameters():
+            weight.copy_(values[name])
+    return other
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "bf16"])
+@pytest.mark.parametrize("folder", ["builtin"], indirect=True)
+def test_an_engine_has_the_weights_that_a_base_of_few_bits_stands_for(kind: str, folder: Path, engine: Engine) -> None:
+    """Before and after an update, each of which an engine with the weights before would be far off."""
+    agent = narrow(kind, folder)
+    agent.seed(0)
+    agent.engine = engine
+    right = VLMAgent.from_pretrained(folder)
+    for _ in range(2):
+        agent.sync()
+        former, right = right, dense(agent, folder)
+        greedy = replace(agent.sampling, temperature=0.0)
+        assert_alike(by_engine(agent, batch(), greedy), by_model(right, batch(), greedy))
+        sampled = agent.rollout(batch())
+        assert_sampled_by_the_model(right, sampled)
+        assert (logprobs_of(right, sampled) - logprobs_of(former, sampled)).abs().max() > 10 * TOLERANCE
+        agent.policy.zero_grad()
+        loss_of(agent, sampled).backward()
+        with torch.no_grad():
+            for parameter in agent.parameters():
+                parameter.sub_(0.01 * parameter.grad.sign())
 
 
 def test_what_is_sampled_has_the_log_probabilities_of_the_models_sampler(agent: VLMAgent) -> None:

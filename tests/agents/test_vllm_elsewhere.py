@@ -33,6 +33,9 @@ TOKENS = {
 REFUSED = {"internvl"}
 """Families of whose projector vLLM takes no adapters."""
 WITHOUT = "vision lora without the option"
+ROUNDED = "full in bf16"
+OF_ROUNDED = ("builtin", "qwen2_5_vl")
+"""Families with a checkpoint in bfloat16 too."""
 FAMILIES = [one for one in ALL if one != "smolvlm" or importlib.util.find_spec("num2words")]
 """transformers' processor of SmolVLM, which vLLM asks for, needs num2words"""
 Found = tuple[list[int], torch.Tensor]
@@ -67,6 +70,11 @@ def make(family: str, place: Path) -> None:
         agent.save_dtype = torch.float32
         agent.save(place / way)
         agent.publish(place / f"{way} published", dtype=torch.float32)
+        if way == "full" and family in OF_ROUNDED:
+            weights = {name: tensor.bfloat16().float() for name, tensor in merged_weights(agent).items()}
+            save_file(weights, place / f"{ROUNDED}.weights")
+            agent.save_dtype = torch.bfloat16
+            agent.save(place / ROUNDED)
     save_file({name: tensor.contiguous() for name, tensor in inputs_of(agent).items()}, place / "inputs")
     image = np.random.default_rng(0).integers(256, size=(32, 32, 3), dtype=np.uint8)  # as in inputs_of
     chat = agent.family.chat({"images": (image,), "prompt": "Locate the red circle."})
@@ -97,7 +105,8 @@ def engines(place: Path) -> list[dict[str, Any]]:
 
     What vLLM refuses comes last, as it ends an engine.
     """
-    whole = [engine(place, name) for name in ("full", "vision lora published")]
+    names = ["full", "vision lora published", *[ROUNDED] * (place.name in OF_ROUNDED)]
+    whole = [engine(place, name) for name in names]
     alone = engine(place, "base", "lora", "vision lora")
     return [*whole, alone, engine(place, "base", "vision lora", tower=False, name=WITHOUT)]
 
@@ -143,6 +152,16 @@ def test_checkpoints_exports_and_adapters_are_what_was_trained(family: str, way:
         assert saved.read_bytes() == published.read_bytes()
     other = "lora" if way == "full" else "full"
     assert difference(found(place, other), right) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("family", OF_ROUNDED)
+def test_checkpoints_in_bfloat16_are_what_was_trained_rounded(family: str, made: Path) -> None:
+    """As written with `--save-dtype bf16`; what this rounds away is beside the model, and not read."""
+    place = made / family
+    right = expected(place, ROUNDED)
+    assert difference(found(place, ROUNDED), right) < TOLERANCE
+    assert list((place / ROUNDED / "float32").iterdir())
+    assert difference(found(place, "full"), right) > 10 * TOLERANCE
 
 
 @pytest.mark.parametrize("family", FAMILIES)

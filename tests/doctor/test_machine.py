@@ -40,7 +40,7 @@ def test_installed_versions_are_within_the_ranges() -> None:
 @pytest.mark.parametrize(
     ("name", "version", "told"),
     [
-        ("torch", "2.8.0", "vlmenv wants torch>=2.9"),
+        ("torch", "2.8.0", "vlmenv wants torch<2.15,>=2.9"),
         ("transformers", "4.57.1", "vlmenv wants transformers<5.25,>=5.19"),
         ("tokenizers", "0.1", "transformers wants tokenizers"),
         ("gymnasium", None, "vlmenv wants gymnasium>=1.4"),
