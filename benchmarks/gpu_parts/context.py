@@ -100,7 +100,7 @@ class Context:
         folder = self.scratch / "model"
         if not folder.exists():
             agent = self.agent(self.args.cases[0], torch.bfloat16)
-            agent.save(folder)
+            agent.publish(folder, dtype=torch.bfloat16)
             agent.family.processor.image_processor.save_pretrained(folder)  # it leaves images as large as they are
             del agent
             free(self.device)

@@ -56,11 +56,16 @@ def trials(device: str) -> dict[str, Callable[[torch.dtype, int], Trial]]:
 
 
 def compiled(device: torch.device) -> Iterator[str]:
-    """A line for each function, with the time that its compilation takes."""
+    """What is compiled on CUDA."""
     if device.type != "cuda":
         yield ""
         yield "Compiled functions, and products with float32 results: skipped, they are for CUDA."
-        return
+    else:
+        yield from functions(device)
+
+
+def functions(device: torch.device) -> Iterator[str]:
+    """A line for each compiled function, with the time that its compilation takes, and one for wide products."""
     yield from head("compiled function", "difference", "compiled in, s")
     for one in Fused.every:
         started = time.perf_counter()
