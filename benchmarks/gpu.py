@@ -118,16 +118,16 @@ class Page:
 
 def top(args: Args) -> list[str]:
     """The head of the page, with the hardware."""
-    versions = [f"{name} {version}" for name in LIBRARIES if (version := _version(name))]
-    missing = [name for name in LIBRARIES if not _version(name)]
+    found = {name: _version(name) for name in LIBRARIES}
+    versions = ", ".join(f"{name} {version}" for name, version in found.items() if version)
+    missing = ", ".join(name for name, version in found.items() if not version)
     return [
         "# On a GPU",
         "",
         f"    {' '.join(['python benchmarks/gpu.py', *sys.argv[1:]])}",
         "",
-        f"{card(args.device)}; {hardware()}, {', '.join(versions)}"
-        f"{f'; not installed: {chr(44).join(missing)}' if missing else ''}. A model of the shape of {args.model} with "
-        f"random weights.",
+        f"{card(args.device)}; {hardware()}, {versions}; not installed: {missing or 'nothing of these'}. A model of "
+        f"the shape of {args.model} with random weights.",
     ]
 
 
@@ -185,8 +185,8 @@ def state(process: BaseProcess, part: Path) -> str:
         return last
     if last.startswith(_SKIPPED):
         return last
-    faults = part.read_text(encoding="utf-8").count("**no**") + part.read_text(encoding="utf-8").count(FAILED)
-    return f"done, **{faults} faults told**" if faults else "done"
+    faults = sum(part.read_text(encoding="utf-8").count(mark) for mark in ("**no**", FAILED))
+    return f"done, **faults told: {faults}**" if faults else "done"
 
 
 def end(process: BaseProcess) -> None:

@@ -24,7 +24,7 @@ from vlmenv.agents.engines.base import Engine
 from vlmenv.agents.engines.server import VLLMServerEngine
 from vlmenv.agents.engines.vllm import VLLMEngine
 from vlmenv.agents.trials import kind_of
-from vlmenv.agents.vlm import VLMAgent
+from vlmenv.agents.vlm import Sampling, VLMAgent
 from vlmenv.core.rollout import Observation
 
 _SHARE = 0.4
@@ -66,7 +66,8 @@ def servers(context: Context) -> Iterator[str]:
     """A server on the same card, to which weights go in each way."""
     require_vllm()
     case = context.args.cases[0]
-    agent = context.agent(case)
+    sampling = Sampling(max_new_tokens=case.new_tokens)  # to end tokens too: servers refuse other bans than their own
+    agent = VLMAgent.from_pretrained(context.folder(), sampling=sampling, device=context.device, dtype=context.dtype)
     asked, size = requests(agent, case), sum(one.nbytes for one in agent.family.model.parameters())
     yield f"{size / 1e9:.2f} GB of weights, to a server of `vlmenv serve`. In the same process they take `sync` above."
     started = time.perf_counter()
@@ -84,8 +85,9 @@ def transferred(
     try:
         agent.engine = VLLMServerEngine([address], context.folder(), agent.family, transfer=way)
         first, following = seconds_of(agent.sync), seconds_of(agent.sync)
-        generating = seconds_of(lambda: agent.rollout(asked))
-        speed = len(asked) * agent.sampling.max_new_tokens / generating
+        started = time.perf_counter()
+        tokens = sum(len(one.token_ids) for one in agent.rollout(asked).completions)
+        speed = tokens / (time.perf_counter() - started)
         cells = [f"{first:.2f}", f"{following:.2f}", f"{size / 1e9 / following:.2f}", f"{speed:,.0f}"]
         return [*cells, apart(agent, asked)]
     except Exception as error:  # the other way goes on
@@ -156,6 +158,7 @@ def served(context: Context, case: Case) -> Iterator[str]:
             process.wait(_GRACE)
         except subprocess.TimeoutExpired:
             process.kill()
+            process.wait()
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> None:

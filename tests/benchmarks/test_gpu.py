@@ -89,7 +89,7 @@ def test_states_of_sections(script: ModuleType, tmp_path: Path) -> None:
     file = tmp_path / "part.md"
     for text, status, told in (
         ("| a | b |\n", 0, "done"),
-        ("| a | **no**: it differs |\n| **failed**: it broke | |\n", 0, "done, **2 faults told**"),
+        ("| a | **no**: it differs |\n| **failed**: it broke | |\n", 0, "done, **faults told: 2**"),
         ("skipped: vLLM is not installed\n", 0, "skipped: vLLM is not installed"),
         ("| a | b |\n\n**failed**: ValueError: no\n", 0, "**failed**: ValueError: no"),
         ("| a | b |\n", -11, "**failed**: its process ended with status -11"),
@@ -152,7 +152,7 @@ def test_memory_is_that_of_the_forecast(context: Any, monkeypatch: pytest.Monkey
     found = list(training.training(context))
     forecast, _, measured, more = cells(found, "full")[1:5]
     assert float(more.strip("%")) == pytest.approx(100 * (float(measured) / float(forecast) - 1), abs=15)
-    assert abs(float(more.strip("%"))) < 20
+    assert abs(float(more.strip("%"))) < 30  # the CPU's allocator sees neither NumPy's images nor mapped files
     assert "**failed**: ConfigError: optimizer adamw_offload" in cells(found, "full, AdamW on the CPU")[1]
     assert "fast paths: shared prompts yes" in found[-1]
     stored = importlib.import_module("vlmenv.agents.checkpoints").stored_weights(context.folder())
