@@ -143,17 +143,25 @@ def test_what_is_not_equal_is_told() -> None:
     assert equality.line("m", torch.bfloat16, truth, (one - 0.03, one), plain).endswith("| **no** |")
 
 
+def test_every_way_of_training_has_options(context: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    training, context.args.dtype = part("training"), "bfloat16"
+    monkeypatch.setattr(part("context").Context, "folder", lambda self: Path("model"))
+    found = [training.configuration(way, context.args.cases[0], context) for way in training.WAYS.values()]
+    assert len({repr(one) for one in found}) == len(found)
+    assert {one.trainer.optimizer for one in found} == {"adamw", "adamw_8bit", "adamw_offload"}
+    assert all(one.batches.precision == "bf16" and one.sampling.max_new_tokens == 6 for one in found)
+
+
 @pytest.mark.slow
 def test_memory_is_that_of_the_forecast(context: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     training, context.args.dtype = part("training"), "bfloat16"
-    ways = {"full": {}, "full, AdamW on the CPU": {"optimizer": "adamw_offload"}}
-    assert ways.items() <= training.WAYS.items()
-    monkeypatch.setattr(training, "WAYS", ways)
+    assert training.WAYS["full"] == {}
+    monkeypatch.setattr(training, "WAYS", {"unknown": {"optimizer": "sgd"}, "full": {}})
     found = list(training.training(context))
     forecast, _, measured, more = cells(found, "full")[1:5]
     assert float(more.strip("%")) == pytest.approx(100 * (float(measured) / float(forecast) - 1), abs=15)
     assert abs(float(more.strip("%"))) < 30  # the CPU's allocator sees neither NumPy's images nor mapped files
-    assert "**failed**: ConfigError: optimizer adamw_offload" in cells(found, "full, AdamW on the CPU")[1]
+    assert cells(found, "unknown")[1].startswith("**failed**: ConfigError: optimizer")
     assert "fast paths: shared prompts yes" in found[-1]
     stored = importlib.import_module("vlmenv.agents.checkpoints").stored_weights(context.folder())
     assert {kind for kind, _ in stored.values()} == {torch.bfloat16}  # as published, or no frozen weights would be
