@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import Tensor
 
+from vlmenv.agents.trials import Trial, kind_of, largest_difference
 from vlmenv.compat.torch import without_modes
 
 _log = logging.getLogger(__name__)
@@ -58,16 +59,20 @@ class Fused:
         compiled: Callable[..., Any] = torch.compile(self.function, dynamic=True, fullgraph=True, options=_EMULATED)
         return compiled
 
-    def find_fault(self, device: torch.device) -> str:
-        """Says how the compiled function differs from the function as it is written; empty if it does not."""
+    def attempt(self, device: torch.device) -> Trial:
+        """Tries the compiled function against the function as it is written."""
         arguments = [one.to(device) if isinstance(one, Tensor) else one for one in self.example()]
-        with without_modes(), torch.no_grad():
-            results = self.function(*arguments), self.compiled(*arguments)
+        try:
+            with without_modes(), torch.no_grad():
+                results = self.function(*arguments), self.compiled(*arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a compiler stumbles over
+            return Trial(kind_of(error))
         expected, found = ((one,) if isinstance(one, Tensor) else one for one in results)
-        for right, other in zip(expected, found, strict=True):
-            if right.dtype != other.dtype or not _is_close(right, other):
-                return "its compiled form computes something else"
-        return ""
+        alike = all(a.dtype == b.dtype and _is_close(a, b) for a, b in zip(expected, found, strict=True))
+        fault = "" if alike else "its compiled form computes something else"
+        return Trial(fault, largest_difference(found, expected))
 
 
 def fused(
@@ -86,12 +91,7 @@ def fuses(device: torch.device) -> bool:
 def fault_of(device: str) -> str:
     """Why functions are not compiled on a device, after a trial of all; empty if they are. A warning tells it once."""
     for one in Fused.every:
-        try:
-            fault = one.find_fault(torch.device(device))
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever a compiler stumbles over
-            fault = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        fault = one.attempt(torch.device(device)).fault
         if fault:
             _log.warning(
                 "functions of many elementwise operations are not compiled on %s, and are slower: %s: %s. Results stay "

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmenv.agents.packing import Packing
+from vlmenv.agents.trials import Trial, kind_of, largest_difference
 from vlmenv.compat.torch import operator
 
 _log = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ HIDDEN = -1e30
 """Mask of a key that a query does not see. It is finite, so that a query may see no key of a part."""
 _HALF = 2
 """bytes of a number in half precision"""
+_DIFFERS = "its results differ from those of matrix products"
 
 
 class Part(NamedTuple):
@@ -253,7 +255,7 @@ def attends_in_segments(kernel: Kernel, query: Tensor) -> bool:
 @functools.cache
 def segments_fault(device: str, dtype: torch.dtype, size: int) -> str:
     """Why flash attention does not compute packed sequences, after a trial; empty if it does. A warning tells it."""
-    fault = find_segments_fault(device, dtype, size)
+    fault = try_segments(device, dtype, size).fault
     if fault:
         _log.warning(
             "flash attention on %s does not compute packed sequences for heads of %d in %s: %s. They are padded, "
@@ -263,12 +265,12 @@ def segments_fault(device: str, dtype: torch.dtype, size: int) -> str:
     return fault
 
 
-def find_segments_fault(device: str, dtype: torch.dtype, size: int) -> str:
-    """Says how flash attention within segments differs from the explicit kernel; empty if it is right."""
+def try_segments(device: str, dtype: torch.dtype, size: int) -> Trial:
+    """Tries flash attention within segments against the explicit kernel."""
     random = torch.Generator().manual_seed(0)
     query, grad = torch.randn(2, 100, 4, size, generator=random, device="cpu").to(device, dtype)
     key, value = torch.randn(2, 100, 2, size, generator=random, device="cpu").to(device, dtype)
-    tolerance = 1e-3 if dtype.itemsize > _HALF else 5e-2
+    tolerance, difference = 1e-3 if dtype.itemsize > _HALF else 5e-2, 0.0
     for causal, lengths, key_lengths in ((True, [70, 30], [70, 30]), (False, [20, 80], [65, 35])):
         queries, keys = (Segments(_starts(one, device), max(one)) for one in (lengths, key_lengths))
         pieces = torch.split(query, lengths), torch.split(grad, lengths)
@@ -283,10 +285,11 @@ def find_segments_fault(device: str, dtype: torch.dtype, size: int) -> str:
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, AttributeError, TypeError, ValueError) as error:  # private operators may change
-            return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            return Trial(kind_of(error))
+        difference = max(difference, largest_difference(found, expected))
         if not _all_close(found, expected, tolerance):
-            return "its results differ from those of matrix products"
-    return ""
+            return Trial(_DIFFERS, difference)
+    return Trial("", difference)
 
 
 def _explicit(query: Tensor, grad: Tensor, key: Tensor, value: Tensor, causal: bool) -> tuple[Tensor, ...]:
@@ -429,11 +432,18 @@ def kernel_for(query: Tensor, *, masked: bool = False) -> Kernel:
     return _kernel_for(query.device.type, query.dtype, query.shape[-1], masked)
 
 
+def kernels_of(device: str, masked: bool) -> list[Kernel]:
+    """The kernels for a device but the explicit one, the fastest first; with `masked` those that take a mask."""
+    flash: list[Kernel] = [] if masked else [FlashKernel()]
+    kernels: dict[str, list[Kernel]] = {"cpu": [CPUKernel()], "cuda": [*flash, EfficientKernel()]}
+    return kernels.get(device, [])
+
+
 @functools.cache
 def _kernel_for(device: str, dtype: torch.dtype, size: int, masked: bool) -> Kernel:
     """Each kernel is checked once, on small cases. A warning tells of one that should be right and is not."""
-    for kernel in _kernels(device, masked):
-        fault = find_fault(kernel, device, dtype, size, masked)
+    for kernel in kernels_of(device, masked):
+        fault = try_kernel(kernel, device, dtype, size, masked).fault
         if not fault:
             return kernel
         if not (isinstance(kernel, FlashKernel) and dtype.itemsize > _HALF):  # flash attention is for half precision
@@ -444,28 +454,21 @@ def _kernel_for(device: str, dtype: torch.dtype, size: int, masked: bool) -> Ker
     return ExplicitKernel()
 
 
-def _kernels(device: str, masked: bool) -> list[Kernel]:
-    """Kernels for a device, the fastest first. `ExplicitKernel`, for all devices, is not among them."""
-    flash: list[Kernel] = [] if masked else [FlashKernel()]
-    kernels: dict[str, list[Kernel]] = {"cpu": [CPUKernel()], "cuda": [*flash, EfficientKernel()]}
-    return kernels.get(device, [])
-
-
 def fault_of_fastest(query: Tensor) -> str:
     """Why `kernel_for` does not choose a device's fastest kernel, after a trial; empty if it does or knows none."""
-    device = query.device.type
-    return next((find_fault(one, device, query.dtype, query.shape[-1]) for one in _kernels(device, False)), "")
+    device, size = query.device.type, query.shape[-1]
+    return next((try_kernel(one, device, query.dtype, size).fault for one in kernels_of(device, False)), "")
 
 
-def find_fault(kernel: Kernel, device: str, dtype: torch.dtype, size: int, masked: bool = False) -> str:
-    """Says how a kernel differs from the explicit one for heads of this size, in value or gradient; empty if right.
+def try_kernel(kernel: Kernel, device: str, dtype: torch.dtype, size: int, masked: bool = False) -> Trial:
+    """Tries a kernel against the explicit one for heads of this size, in value and gradient.
 
     With `masked` it is tried on parts with a mask too.
     """
     cases = torch.randn(4, 2, 3, 70, size, generator=torch.Generator().manual_seed(0), device="cpu")
     query, key, value, grad = cases.to(device, dtype)
     ragged = Packing(torch.tensor([70, 50]), query.device)
-    tolerance = 1e-3 if dtype.itemsize > _HALF else 5e-2
+    tolerance, difference = 1e-3 if dtype.itemsize > _HALF else 5e-2, 0.0
     parts = [  # one of each kind
         Part(query, key, value, ragged, False, 0.1),
         Part(query[:, :, :9], key, value, None, False, 0.1),
@@ -486,7 +489,8 @@ def find_fault(kernel: Kernel, device: str, dtype: torch.dtype, size: int, maske
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, AttributeError, TypeError, ValueError) as error:  # private operators may change
-            return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            return Trial(kind_of(error))
+        difference = max(difference, largest_difference(found, (*right, *right_grads)))
         if not _all_close(found, (*right, *right_grads), tolerance):
-            return "its results differ from those of matrix products"
-    return ""
+            return Trial(_DIFFERS, difference)
+    return Trial("", difference)

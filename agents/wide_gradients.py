@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from vlmenv.agents.fusing import ROWS, fused, fuses, numbers
+from vlmenv.agents.trials import Trial, kind_of, largest_difference
 from vlmenv.compat.deepspeed import is_gathered_by_call
 from vlmenv.compat.torch import without_modes
 
@@ -132,21 +133,26 @@ def _wide_product(left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left, right, out_dtype=torch.float32)
 
 
-@functools.cache
-def fault_of(device: str, dtype: torch.dtype) -> str:
-    """Why products have no float32 results on a device, after a trial; empty if they have. A warning tells it once."""
+def try_products(device: str, dtype: torch.dtype) -> Trial:
+    """Tries products with float32 results on a device."""
     left, right = (numbers(ROWS + 7, 64, dtype=dtype, seed=seed).to(device) for seed in (0, 1))
-    fault = ""
     with without_modes(), torch.no_grad(), torch.autocast(device, enabled=False):
         try:
             found = _wide_product(left.mT, right)
-            right_sums = left.mT.float() @ right.float()
-            if found.dtype != torch.float32 or not torch.allclose(found, right_sums, rtol=1e-2, atol=1e-2):
-                fault = "they are not what they should be"
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError) as error:
-            fault = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            return Trial(kind_of(error))
+        right_sums = left.mT.float() @ right.float()
+    alike = found.dtype == torch.float32 and torch.allclose(found, right_sums, rtol=1e-2, atol=1e-2)
+    fault = "" if alike else "they are not what they should be"
+    return Trial(fault, largest_difference([found], [right_sums]))
+
+
+@functools.cache
+def fault_of(device: str, dtype: torch.dtype) -> str:
+    """Why products have no float32 results on a device, after a trial; empty if they have. A warning tells it once."""
+    fault = try_products(device, dtype).fault
     if fault:
         _log.warning(
             "gradients of weights are computed in %s on %s, and cast to float32: products have no float32 results: %s",

@@ -295,6 +295,7 @@ class Ours:
         case: How.
         accelerator: On its device.
         algorithm: That trains it. Default: GRPO.
+        config: Of the trainer. Default: AdamW at a rate that changes nothing.
     """
 
     def __init__(
@@ -304,11 +305,12 @@ class Ours:
         case: Case,
         accelerator: Accelerator,
         algorithm: GRPO | None = None,
+        config: TrainerConfig | None = None,
     ) -> None:
         self.agent = agent
         self.encoding = 0.0
         self._wrap_encode()
-        config = TrainerConfig(steps=NEVER, lr=LR, warmup_steps=0, lr_schedule="constant")
+        config = config or TrainerConfig(steps=NEVER, lr=LR, warmup_steps=0, lr_schedule="constant")
         algorithm = algorithm or GRPO(GRPOConfig(group_size=case.group_size))
         self.trainer = Trainer(agent, Shown(prompts, case), algorithm, config, accelerator)
         self._steps = self.trainer.train(seed=0)

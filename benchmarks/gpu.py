@@ -1,310 +1,220 @@
-"""Optimiser steps of GRPO on a GPU, with a model of 3 billion parameters and images of a thousand tokens, against TRL.
+"""The first thing to run on a card: within ten minutes it checks and measures what was tested on CPUs.
 
     python benchmarks/gpu.py --output benchmarks/gpu.md
 
+Sections run in the order of their importance, each in a process of its own, so that none takes another one along. What
+fails is told, and the others go on. The page is written anew whenever a section has found something.
+
 The model has the shape of `--model` and random weights: of that folder or repository only the configuration, the
-tokenizer and the image processor are read. Contestants run one after the other, each alone in the GPU's memory, and
-both with gradient checkpointing. With `--vllm`, where it is installed, vLLM generates too, in the same process.
+tokenizer and the image processor are read. Where the hub is not reached, `--models` takes them from a folder. TRL, vLLM
+and bitsandbytes are measured where they are installed. The exit status is 1 if a section failed.
 """
 
 from __future__ import annotations
 
-import gc
+import importlib.metadata
 import logging
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 import tempfile
+import time
+import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Literal
 
-import numpy as np
 import torch
 import tyro
-from accelerate import Accelerator
-from common import (
-    LETTERS,
-    Case,
-    Contestant,
-    Ours,
-    Spread,
-    alternate,
-    family_without_end,
-    hardware,
-    model_from,
-    new_agent,
-    observations,
-    peak_memory,
-    processor_of,
-    report,
-    seconds_of,
-)
-from huggingface_hub import snapshot_download
-from profile_step import MODEL, PHASES, Clock, watch
-from transformers import AutoConfig, PreTrainedModel
-from trl_contestant import TRL
+from common import hardware
+from gpu_parts.context import FAILED, Args, Context, SkippedError, head, row, source_of
+from gpu_parts.engines import servers, vllm
+from gpu_parts.equality import equality
+from gpu_parts.kernels import kernels
+from gpu_parts.steps import more_steps, steps
+from gpu_parts.training import training
 
-from vlmenv.agents.engines.vllm import VLLMEngine
-from vlmenv.agents.families import Family
-from vlmenv.agents.vlm import VLMAgent
-
-GRID = tuple(Case("3B", 1152, size, 2, new_tokens, 0.9) for size in (8, 16) for new_tokens in (128, 512))
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
-"""Dense bfloat16 operations per second, by the makers' data sheets (H100, H200: SXM)."""
+from vlmenv.agents.trials import kind_of
+from vlmenv.processes import end_with_parent
 
 
-@dataclass
-class Args:
-    """Measure on a GPU."""
+@dataclass(frozen=True)
+class Section:
+    """A part of the page."""
 
-    model: str = "Qwen/Qwen2.5-VL-3B-Instruct"
-    """Folder, or repository on the Hugging Face hub, whose configuration and processor are used."""
-    device: Literal["cuda", "cpu"] = "cuda"
-    """The CPU is for trying this script out."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of weights and arithmetic."""
-    rounds: int = 3
-    """Steps of each that are counted."""
-    trl: bool = True
-    """Measure TRL too."""
-    vllm: bool = False
-    """Measure generation by vLLM too."""
-    cases: tuple[Case, ...] = GRID
-    """What is measured."""
-    peak: float | None = None
-    """Operations per second that the device can do at most, where it is not known here."""
-    output: Path | None = None
-    """Markdown file for the tables."""
-
-
-@dataclass
-class Measured:
-    """A contestant's figures; none where it ran out of memory."""
-
-    case: Case
     name: str
-    times: dict[str, Spread] | None = None
-    memory: int = 0
-    """bytes, of an update"""
-    operations: float = 0.0
-    """of an update"""
-    phases: dict[str, float] | None = None
-    """median seconds of each in a step"""
+    title: str
+    write: Callable[[Context], Iterator[str]]
+    seconds: int
+    """that it takes on a card, about"""
 
 
-def main(args: Args) -> None:
+SECTIONS = (
+    Section("kernels", "Kernels against the ways that they replace", kernels, 75),
+    Section("equality", "Shared prompts against plain rows", equality, 40),
+    Section("training", "Memory against the forecast", training, 60),
+    Section("steps", "Steps against TRL's", steps, 60),
+    Section("vllm", "vLLM in the same process", vllm, 90),
+    Section("servers", "A server of vLLM on the same card", servers, 75),
+    Section("more", "More steps against TRL's", more_steps, 90),
+)
+LIBRARIES = ("transformers", "accelerate", "trl", "vllm", "bitsandbytes", "triton")
+_SKIPPED = "skipped: "
+
+
+def main(args: Args) -> int:
+    """Writes the page; 1 if a section failed."""
+    started = time.time()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("torch finds no CUDA GPU here; --device cpu tries the script out, with a small model")
+    if unknown := set(args.sections) - {one.name for one in SECTIONS}:
+        raise SystemExit(f"there is no section {', '.join(sorted(unknown))}; there are {', '.join(_names())}")
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        (scratch / "source").mkdir()
+        context = Context(args, source_of(args, scratch / "source"), scratch, started + 60 * args.minutes)
+        page = Page(context)
+        for section in page.sections:
+            carry_out(section, page)
+        page.write()
+    print(page.text())
+    return int(any(state.startswith(FAILED) for state in page.states.values()))
+
+
+def _names() -> list[str]:
+    return [one.name for one in SECTIONS]
+
+
+class Page:
+    """What the sections have found so far."""
+
+    def __init__(self, context: Context) -> None:
+        self.context, wanted = context, context.args.sections
+        self.sections = [one for one in SECTIONS if one.name in wanted or not wanted]
+        self.states: dict[str, str] = {}
+        self._top = top(context.args)
+
+    def part(self, section: Section) -> Path:
+        """The file that a section writes."""
+        return self.context.scratch / f"{section.name}.md"
+
+    def text(self) -> str:
+        table = [row(one.title, self.states.get(one.name, "not begun")) for one in self.sections]
+        lines = [*self._top, *head("section", "state"), *table]
+        for section in self.sections:
+            if self.part(section).exists():
+                lines += ["", f"## {section.title}", "", self.part(section).read_text(encoding="utf-8").rstrip()]
+        return "\n".join(lines) + "\n"
+
+    def write(self) -> None:
+        if self.context.args.output is not None:
+            self.context.args.output.write_text(self.text(), encoding="utf-8")
+
+
+def top(args: Args) -> list[str]:
+    """The head of the page, with the hardware."""
+    found = {name: _version(name) for name in LIBRARIES}
+    versions = ", ".join(f"{name} {version}" for name, version in found.items() if version)
+    missing = ", ".join(name for name, version in found.items() if not version)
+    return [
+        "# On a GPU",
+        "",
+        f"    {' '.join(['python benchmarks/gpu.py', *sys.argv[1:]])}",
+        "",
+        f"{card(args.device)}; {hardware()}, {versions}; not installed: {missing or 'nothing of these'}. A model of "
+        f"the shape of {args.model} with random weights.",
+    ]
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def card(device: str) -> str:
+    """The GPU, its memory and its driver."""
+    if device == "cpu":
+        return "no GPU"
+    fields = "--query-gpu=name,memory.total,driver_version"
+    try:
+        told = subprocess.run(
+            ["nvidia-smi", fields, "--format=csv,noheader"], capture_output=True, text=True, check=True
+        )
+        name, memory, driver = (one.strip() for one in told.stdout.splitlines()[0].split(","))
+    except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
+        return f"{torch.cuda.get_device_name()} (nvidia-smi tells no driver)"
+    return f"{name}, {memory}, driver {driver}, CUDA {torch.version.cuda}"
+
+
+def carry_out(section: Section, page: Page) -> None:
+    """Runs a section in a process of its own, and notes how it ended."""
+    left = page.context.left
+    if left < (section.seconds if page.context.device.type == "cuda" else 0):
+        page.states[section.name] = f"left out: it takes some {section.seconds} s, and {max(0, left):.0f} s were left"
+        return
+    started = time.time()
+    page.states[section.name] = "under way"
+    process = multiprocessing.get_context("spawn").Process(
+        target=work, args=(section.name, page.context, page.part(section))
+    )
+    process.start()
+    while process.is_alive() and page.context.left > 0:
+        process.join(min(1.0, max(0.0, page.context.left)))
+        page.write()
+    page.states[section.name] = f"{state(process, page.part(section))}, {time.time() - started:.0f} s"
+    page.write()
+    print(f"{section.title}: {page.states[section.name]}", flush=True)
+
+
+def state(process: BaseProcess, part: Path) -> str:
+    """How a section has ended, after it was stopped if it had not."""
+    if process.is_alive():
+        end(process)
+        return "stopped at the limit"
+    if process.exitcode:
+        return f"{FAILED}its process ended with status {process.exitcode}"
+    last = part.read_text(encoding="utf-8").rstrip().rpartition("\n")[2]
+    if last.startswith(FAILED):
+        return last
+    if last.startswith(_SKIPPED):
+        return last
+    faults = sum(part.read_text(encoding="utf-8").count(mark) for mark in ("**no**", FAILED))
+    return f"done, **faults told: {faults}**" if faults else "done"
+
+
+def end(process: BaseProcess) -> None:
+    """Ends a section's process, and those that it has started."""
+    with suppress(ProcessLookupError):  # it leads a group only once it has begun
+        os.killpg(process.pid or 0, signal.SIGKILL)
+    process.kill()
+    process.join()
+
+
+def work(name: str, context: Context, part: Path) -> None:
+    """The process of a section: writes its lines one by one."""
+    os.setsid()
+    end_with_parent()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers are ended too
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    found = [one for case in args.cases for one in measure(case, args)]
-    engines = {case: generation(case, args) for case in args.cases} if args.vllm else {}
-    report([*head(args, found), *speeds(found, args), *phases(found), *generating(engines)], args.output)
-
-
-def measure(case: Case, args: Args) -> list[Measured]:
-    makers: dict[str, Callable[..., Contestant]] = {"vlmenv": new_ours, **({"TRL": new_trl} if args.trl else {})}
-    return [alone(name, maker, case, args) for name, maker in makers.items()]
-
-
-def alone(name: str, maker: Callable[..., Contestant], case: Case, args: Args) -> Measured:
-    """Measures one contestant, whose memory is free again afterwards."""
-    try:
-        found = run(name, maker(case, args), case, args)
-    except torch.cuda.OutOfMemoryError:
-        found = Measured(case, name)
-    gc.collect()
-    if args.device == "cuda":
-        torch.cuda.empty_cache()
-    print(name, case, "out of memory" if found.times is None else found.times["step"], flush=True)
-    return found
-
-
-def run(name: str, contestant: Contestant, case: Case, args: Args) -> Measured:
-    times = alternate({name: contestant}, args.rounds)[name]
-    memory = peak_memory(contestant.update, args.device)
-    model = contestant.trainer.model if isinstance(contestant, TRL) else contestant.agent.family.model  # type: ignore[attr-defined]
-    operations = 3 * forward_operations(model, case, shared=isinstance(contestant, Ours))
-    by_phase = phases_of(contestant, args) if isinstance(contestant, Ours) else None
-    return Measured(case, name, times, memory, operations, by_phase)
-
-
-def phases_of(ours: Ours, args: Args) -> dict[str, float]:
-    clock = Clock(torch.device(args.device))
-    restore = watch(ours.trainer, clock)
-    taken = []
-    for _ in range(args.rounds):
-        clock.seconds = dict.fromkeys(PHASES, 0.0)
-        clock.enter("rest")
-        ours.step()
-        clock.leave()
-        taken.append(clock.seconds)
-    restore()
-    return {phase: float(np.median([seconds[phase] for seconds in taken])) for phase in PHASES}
-
-
-def generation(case: Case, args: Args) -> dict[str, Spread]:
-    """Seconds of generating by the trainer's own sampler and by vLLM, and of what vLLM needs around it."""
-    family = new_family(args)
-    agent = new_agent(family, "shared", case.new_tokens)
-    asked = [one for one in observations(family, case) for _ in range(case.group_size)]
-    with tempfile.TemporaryDirectory() as folder:
-        agent.save(Path(folder) / "model")
-        family.processor.image_processor.save_pretrained(
-            Path(folder) / "model"
-        )  # it leaves images as large as they are
-        engine = VLLMEngine(
-            Path(folder) / "model",
-            family,
-            device=torch.device(args.device),
-            dtype=getattr(torch, args.dtype),
-            max_length=case.tokens + case.new_tokens,
-        )
-        engine.sleep()
-        taken = [turn(agent, engine, asked) for _ in range(args.rounds + 1)][1:]
-        agent.close()
-    print(case, taken[-1], flush=True)
-    return {what: Spread(tuple(one[what] for one in taken)) for what in taken[0]}
-
-
-def turn(agent: VLMAgent, engine: VLLMEngine, asked: Any) -> dict[str, float]:
-    agent.engine = None
-    taken = {"hf": seconds_of(lambda: agent.rollout(asked))}
-    agent.engine = engine
-    steps = {"wake": agent.wake, "sync": agent.sync, "vllm": lambda: agent.rollout(asked), "sleep": agent.sleep}
-    return taken | {what: seconds_of(step) for what, step in steps.items()}
-
-
-def new_ours(case: Case, args: Args) -> Ours:
-    family = new_family(args)
-    agent = new_agent(family, "shared", case.new_tokens)
-    agent.enable_gradient_checkpointing()
-    return Ours(agent, observations(family, case), case, Accelerator(cpu=args.device == "cpu"))
-
-
-def new_trl(case: Case, args: Args) -> TRL:
-    family = new_family(args)
-    on_cpu = args.device == "cpu"
-    return TRL(family.model, family, observations(family, case), case, use_cpu=on_cpu, gradient_checkpointing=True)
-
-
-def new_family(args: Args) -> Family:
-    folder = processor_folder(args.model)
-    model = model_from(AutoConfig.from_pretrained(folder), args.device, getattr(torch, args.dtype))
-    return family_without_end(model, processor_of(folder))
-
-
-def processor_folder(name: str) -> Path:
-    """A folder, or what a repository holds beside its weights."""
-    if Path(name).is_dir():
-        return Path(name)
-    return Path(
-        snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.txt"], ignore_patterns=["*.index.json"])
-    )
-
-
-def forward_operations(model: PreTrainedModel, case: Case, *, shared: bool) -> float:
-    """Multiplications and additions of a forward pass: those of weights, and of the language model's attention.
-
-    Args:
-        model: That runs.
-        case: On what.
-        shared: Whether a prompt is run once, or for each of its completions.
-    """
-    text, visual = model.config.get_text_config(), model.get_submodule("model.visual")
-    merger = weights_in(visual.get_submodule("merger"))
-    blocks = weights_in(model.get_submodule("model.language_model.layers"))
-    patches = visual.spatial_merge_size**2
-    copies = 1 if shared else case.group_size
-    prompt = copies * (case.tokens * blocks + case.image_tokens * (patches * (weights_in(visual) - merger) + merger))
-    head = text.vocab_size * text.hidden_size
-    own = case.group_size * case.new_tokens * (blocks + head)
-    met = copies * case.tokens**2 / 2 + case.group_size * case.new_tokens * (case.tokens + case.new_tokens / 2)
-    width = text.num_attention_heads * model.get_submodule("model.language_model.layers.0.self_attn").head_dim
-    return 2.0 * case.prompts * (prompt + own + 2 * met * width * text.num_hidden_layers)
-
-
-def weights_in(module: torch.nn.Module) -> int:
-    """Of matrices."""
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim > 1)
-
-
-def head(args: Args, found: list[Measured]) -> list[str]:
-    device = torch.cuda.get_device_name() if args.device == "cuda" else "no GPU"
-    return [
-        "# Optimiser steps of GRPO on a GPU",
-        "",
-        f"    python benchmarks/gpu.py --model {args.model}{' --vllm' if args.vllm else ''} --output benchmarks/gpu.md",
-        "",
-        f"{device}, {hardware(f'{args.dtype}, ')}; a model of the shape of {args.model} with random weights, gradient "
-        f"checkpointing, medians of {args.rounds} steps. The contestants run one after the other. Utilisation is that "
-        "of the update: the operations that each has to do in its own way (2 for each weight and token, three times "
-        "that for the whole update, what is recomputed not counted, and the language model's attention), by time and "
-        "the most that the device can do.",
-        "",
-        LETTERS,
-    ]
-
-
-def speeds(found: list[Measured], args: Args) -> list[str]:
-    lines = [
-        "",
-        "| | T | G | P | L | step, s | rollout, s | update, s | log-probs, s | generated tokens/s | tokens/s "
-        "| utilisation | peak memory, GB |",
-        "|---" * 13 + "|",
-    ]
-    for one in found:
-        first = [one.name, *one.case.cells[1:]]
-        lines.append(f"| {' | '.join([*first, *figures(one, args)])} |")
-    return lines
-
-
-def figures(one: Measured, args: Args) -> list[str]:
-    if one.times is None:
-        return ["out of memory", *[""] * 7]
-    seconds = [one.times[name].median for name in ("step", "rollout", "update", "logprobs")]
-    new = one.case.count * one.case.new_tokens
-    speeds = [new / one.times["generate"].median, new / one.times["step"].median]
-    peak = args.peak or peak_of(args.device)
-    utilisation = "" if peak is None else f"{one.operations / one.times['update'].median / peak:.0%}"
-    return [*(f"{s:,.2f}" for s in seconds), *(f"{s:,.0f}" for s in speeds), utilisation, f"{one.memory / 1e9:,.2f}"]
-
-
-def peak_of(device: str) -> float | None:
-    name: Any = torch.cuda.get_device_name() if device == "cuda" else ""
-    return next((peak for known, peak in PEAKS.items() if known in name), None)
-
-
-def phases(found: list[Measured]) -> list[str]:
-    """vlmenv's own steps by phase."""
-    own = [one for one in found if one.phases is not None]
-    lines = ["", "## By phase", "", "Of vlmenv's step, in seconds. Bold phases are not the model's.", ""]
-    lines.append(f"| | {' | '.join(f'G {one.case.group_size}, L {one.case.new_tokens}' for one in own)} |")
-    lines.append("|---" * (1 + len(own)) + "|")
-    for phase in PHASES:
-        name = phase if phase in MODEL else f"**{phase}**"
-        lines.append(f"| {name} | {' | '.join(f'{(one.phases or {})[phase]:.3f}' for one in own)} |")
-    return lines if own else []
-
-
-def generating(found: dict[Case, dict[str, Spread]]) -> list[str]:
-    lines = [
-        "",
-        "## vLLM in the same process",
-        "",
-        "Tokens per second from observations to texts, right after an update of the weights; and seconds that vLLM "
-        "takes to wake, to take the weights over and to sleep. hf is the trainer's own sampler.",
-        "",
-        "| T | G | P | L | hf, tokens/s | vllm, tokens/s | vllm to hf | wake | sync | sleep |",
-        "|---" * 10 + "|",
-    ]
-    for case, one in found.items():
-        hf, vllm = (case.count * case.new_tokens / one[name].median for name in ("hf", "vllm"))
-        around = [f"{one[what].median:.2f}" for what in ("wake", "sync", "sleep")]
-        cells = [*case.cells[1:], f"{hf:,.0f}", f"{vllm:,.0f}", f"{vllm / hf:.1f}×", *around]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines if found else []
+    section = next(one for one in SECTIONS if one.name == name)
+    with part.open("w", encoding="utf-8", buffering=1) as stream:
+        try:
+            for line in section.write(context):
+                print(line, file=stream)
+        except SkippedError as reason:
+            print(f"{_SKIPPED}{reason}", file=stream)
+        except Exception as error:
+            traceback.print_exc()
+            print(f"\n{FAILED}{kind_of(error)}", file=stream)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    sys.exit(main(tyro.cli(Args)))

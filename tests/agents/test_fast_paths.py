@@ -20,6 +20,7 @@ from vlmenv.agents import fast_paths as reported
 from vlmenv.agents import fusing, kernels, lean_layers, rotary, wide_gradients
 from vlmenv.agents.fast_paths import fast_paths, written
 from vlmenv.agents.kernels import EfficientKernel, ExplicitKernel, FlashKernel
+from vlmenv.agents.trials import Trial
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.core.errors import ModelError
 from vlmenv.core.rollout import Observation
@@ -122,7 +123,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[VLMAgent]:
     """The built-in model on a pretended device, which is taken for a GPU with all that GPUs have."""
     kinds = kernels._kernel_for, kernels.segments_fault
     monkeypatch.setattr(fusing, "GPUS", NAME)
-    monkeypatch.setattr(kernels, "_kernels", lambda device, masked: [FlashKernel()])
+    monkeypatch.setattr(kernels, "kernels_of", lambda device, masked: [FlashKernel()])
     monkeypatch.setattr(fusing, "fault_of", lambda device: "")
     monkeypatch.setattr(wide_gradients, "fault_of", lambda device, dtype: "")
     for one in kinds:
@@ -149,7 +150,7 @@ def test_each_way_of_gpus_that_is_off_says_why(on_a_gpu: VLMAgent, monkeypatch: 
     flash, segments, *_ = on_gpus(on_a_gpu)
     assert re.fullmatch(rf"no \(matrix products instead, for bfloat16 heads of 32 on {NAME}: \w+Error: .+\)", flash)
     assert segments == ""  # there is no flash attention to do it
-    monkeypatch.setattr(kernels, "find_fault", lambda *_: "")
+    monkeypatch.setattr(kernels, "try_kernel", lambda *_: Trial(""))
     kernels._kernel_for.cache_clear()
     monkeypatch.setattr(wide_gradients, "fault_of", lambda device, dtype: f"no sums on {device}")
     monkeypatch.setattr(modeling_qwen3_vl, "apply_rotary_pos_emb", lambda q, k, cos, sin: (q, k))

@@ -20,6 +20,7 @@ from vlmenv.agents.kernels import (
     kernel_for,
 )
 from vlmenv.agents.packing import Packing
+from vlmenv.agents.trials import Trial, largest_difference
 
 FOR_CUDA = [FlashKernel(), EfficientKernel()]
 
@@ -132,11 +133,11 @@ class TestChoice:
     @pytest.mark.parametrize("kernel", FOR_CUDA, ids=["flash", "efficient"])
     def test_what_agrees_is_right(self, kernel: Kernel) -> None:
         with cuda_operators():
-            assert not kernels.find_fault(kernel, "cpu", torch.bfloat16, 64)
+            assert not kernels.try_kernel(kernel, "cpu", torch.bfloat16, 64).fault
 
     @pytest.mark.parametrize("kernel", FOR_CUDA, ids=["flash", "efficient"])
     def test_what_the_device_lacks_is_not(self, kernel: Kernel) -> None:
-        assert kernels.find_fault(kernel, "cpu", torch.bfloat16, 64)
+        assert kernels.try_kernel(kernel, "cpu", torch.bfloat16, 64).fault
 
     @pytest.mark.parametrize("which", range(5))
     @pytest.mark.parametrize("case", CASES)
@@ -155,15 +156,33 @@ class TestChoice:
                 results = super().backward(part, *rest)
                 return tuple(one * 1.5 if is_it(part) and which == 2 + at else one for at, one in enumerate(results))
 
-        assert not kernels.find_fault(CPUKernel(), "cpu", torch.float32, 64)
-        assert kernels.find_fault(Wrong(), "cpu", torch.float32, 64)
+        assert not kernels.try_kernel(CPUKernel(), "cpu", torch.float32, 64).fault
+        assert kernels.try_kernel(Wrong(), "cpu", torch.float32, 64).fault
 
     def test_what_takes_padding_for_keys_is_not(self) -> None:
         class Careless(CPUKernel):
             def forward(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
                 return super().forward(part._replace(padding=None))
 
-        assert kernels.find_fault(Careless(), "cpu", torch.float32, 64)
+        assert kernels.try_kernel(Careless(), "cpu", torch.float32, 64).fault
+
+    def test_a_trial_tells_the_largest_difference(self) -> None:
+        class Shifted(ExplicitKernel):
+            def forward(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
+                out, lse = super().forward(part)
+                shifted = out.clone()
+                shifted.view(-1)[7] += 0.25 * out.abs().max()
+                return shifted, lse
+
+        trial = kernels.try_kernel(Shifted(), "cpu", torch.float32, 64)
+        assert trial.difference == pytest.approx(0.25)
+        assert trial.fault == "its results differ from those of matrix products"
+        assert kernels.try_kernel(ExplicitKernel(), "cpu", torch.float32, 64) == Trial("", 0.0)
+
+    def test_differences_are_shares_of_the_largest_number(self) -> None:
+        right = torch.tensor([-4.0, 1.0]), torch.zeros(2)
+        assert largest_difference([right[0] + 1, right[1]], right) == 0.25
+        assert largest_difference([right[0], right[1] + 0.5], right) == 0.5  # nothing to be a share of
 
     @pytest.mark.parametrize("error", [RuntimeError, AttributeError, TypeError, ValueError])
     def test_what_fails_is_not_but_for_want_of_memory(self, error: type[Exception]) -> None:
@@ -171,10 +190,10 @@ class TestChoice:
             def forward(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
                 raise error
 
-        assert kernels.find_fault(Failing(), "cpu", torch.float32, 64)
+        assert kernels.try_kernel(Failing(), "cpu", torch.float32, 64).fault
         error = torch.OutOfMemoryError
         with pytest.raises(torch.OutOfMemoryError):
-            kernels.find_fault(Failing(), "cpu", torch.float32, 64)
+            kernels.try_kernel(Failing(), "cpu", torch.float32, 64)
 
     @pytest.mark.parametrize(("works", "chosen"), [(2, FlashKernel), (1, EfficientKernel), (0, ExplicitKernel)])
     def test_on_gpus_the_fastest_that_is_right(
@@ -182,11 +201,11 @@ class TestChoice:
     ) -> None:
         tried: list[tuple[Any, ...]] = []
 
-        def find_fault(kernel: Kernel, *how: Any) -> str:
+        def try_kernel(kernel: Kernel, *how: Any) -> Trial:
             tried.append((type(kernel), *how))
-            return "" if len(tried) > 2 - works else "no"
+            return Trial("" if len(tried) > 2 - works else "no")
 
-        monkeypatch.setattr(kernels, "find_fault", find_fault)
+        monkeypatch.setattr(kernels, "try_kernel", try_kernel)
         assert isinstance(kernels._kernel_for.__wrapped__("cuda", torch.float16, 72, False), chosen)
         order = [FlashKernel, EfficientKernel][: min(3 - works, 2)]
         assert tried == [(kind, "cuda", torch.float16, 72, False) for kind in order]
@@ -205,7 +224,8 @@ class TestChoice:
     def test_what_flash_attention_is_not_for_is_not_told(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        monkeypatch.setattr(kernels, "find_fault", lambda kernel, *_: "no" if isinstance(kernel, FlashKernel) else "")
+        no_flash = {FlashKernel: "no"}
+        monkeypatch.setattr(kernels, "try_kernel", lambda kernel, *_: Trial(no_flash.get(type(kernel), "")))
         for dtype, told in ((torch.float32, False), (torch.bfloat16, True)):
             assert isinstance(kernels._kernel_for.__wrapped__("cuda", dtype, 64, False), EfficientKernel)
             assert ("falls back from FlashKernel" in caplog.text) == told

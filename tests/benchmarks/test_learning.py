@@ -10,7 +10,6 @@ from types import ModuleType
 import pytest
 import torch
 from conftest import ROOT
-from torch.utils.flop_counter import FlopCounterMode
 
 CELLS = "| tiny | 34 (9) | 2 | 2 | 6 |"
 
@@ -111,54 +110,6 @@ def test_an_inner_phase_is_no_part_of_the_outer_one(monkeypatch: pytest.MonkeyPa
     clock.wrap(work, "inner", "score", unless="decode")
     work.outer()
     assert clock.seconds["score"] == 0
-
-
-@pytest.mark.slow
-def test_gpu(common: ModuleType, qwen2_5_vl_folder: Path, tmp_path: Path) -> None:
-    script = trl_script("gpu")
-    case = common.Case("tiny", 100, 2, 1, 6, 0.9)
-    options = {"model": str(qwen2_5_vl_folder), "dtype": "float32", "rounds": 1, "cases": (case,)}
-    script.main(script.Args(device="cpu", peak=1e11, output=tmp_path / "table.md", **options))
-    table = (tmp_path / "table.md").read_text()
-    assert "| vlmenv | 100 (81) | 2 | 1 | 6 |" in table
-    assert "| TRL | 100 (81) | 2 | 1 | 6 |" in table
-    if not torch.cuda.is_available():
-        with pytest.raises(SystemExit, match="no CUDA GPU"):
-            script.main(script.Args(**options))
-
-
-@pytest.mark.vllm
-def test_gpu_with_vllm(common: ModuleType, qwen2_5_vl_folder: Path, tmp_path: Path) -> None:
-    script, case = trl_script("gpu"), common.Case("tiny", 100, 2, 1, 6, 0.9)
-    how = {"device": "cpu", "dtype": "float32", "rounds": 1, "trl": False, "vllm": True}
-    script.main(
-        script.Args(model=str(qwen2_5_vl_folder), cases=(case,), output=tmp_path / "table.md", peak=1e11, **how)
-    )
-    (row,) = [
-        line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| 100 (81) | 2 | 1 | 6 |")
-    ]
-    hf, vllm, ratio, *around = [cell.strip(" ×") for cell in row.split("|")[5:-1]]
-    assert float(ratio) == pytest.approx(float(vllm.replace(",", "")) / float(hf.replace(",", "")), abs=0.1)
-    assert len([float(seconds) for seconds in around]) == 3
-
-
-@pytest.mark.parametrize("shared", [True, False])
-def test_operations_are_those_of_the_matrix_products(common: ModuleType, qwen2_5_vl_folder: Path, shared: bool) -> None:
-    script = trl_script("gpu")
-    case = common.Case("tiny", 100, 4, 2, 8, 0.9)
-    args = script.Args(model=str(qwen2_5_vl_folder), device="cpu", dtype="float32")
-    family = script.new_family(args)
-    agent = common.new_agent(family, "shared" if shared else "plain", case.new_tokens)
-    shown = [one for one in common.observations(family, case) for _ in range(case.group_size)]
-    rollout = agent.rollout(shown)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        agent.logprobs(rollout)
-    counted = sum(found for name, found in counter.get_flop_counts()["Global"].items() if "attention" not in str(name))
-    text = family.model.config.get_text_config()
-    pairs = (1 if shared else 4) * 100**2 / 2 + 4 * 8 * (100 + 8 / 2)
-    attention = 2 * 2 * 2 * pairs * text.num_attention_heads * 32 * text.num_hidden_layers
-    expected = script.forward_operations(family.model, case, shared=shared) - attention
-    assert expected == pytest.approx(counted, rel=0.02)
 
 
 def test_peak_memory(common: ModuleType) -> None:
