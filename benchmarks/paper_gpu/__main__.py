@@ -1,8 +1,10 @@
 """What a micro-batch of an update takes on a GPU that is not there: kernels, waits, memory, modelled time.
 
     python benchmarks/paper_gpu --models FOLDER --model Qwen2.5-VL-3B --completion 2048
+    python benchmarks/paper_gpu --model builtin --prompt 80 --completion 64
 
-FOLDER is that of `benchmarks/hardware.py`. README.md beside this file says what the figures rest on.
+FOLDER is that of `benchmarks/hardware.py`. The built-in model needs no folder. README.md beside this file says what the
+figures rest on.
 """
 
 from __future__ import annotations
@@ -27,12 +29,15 @@ from hardware import MODELS, folder_of
 
 from paper_gpu.card import CARDS, Card
 from paper_gpu.case import Case, Paper, measure
+from vlmenv.agents.vlm import find_model
+
+_SHIPPED = "builtin"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", type=Path, required=True, help="folder of published configurations and processors")
-    parser.add_argument("--model", choices=list(MODELS), default="Qwen2.5-VL-3B", help="model")
+    parser.add_argument("--models", type=Path, help="folder of published configurations and processors")
+    parser.add_argument("--model", choices=[*MODELS, _SHIPPED], default="Qwen2.5-VL-3B", help="model")
     parser.add_argument("--mode", choices=["full", "lora", "nf4"], default="full", help="what is trained")
     parser.add_argument("--prompt", type=int, default=1000, help="least number of tokens of the prompt")
     parser.add_argument("--completion", type=int, default=2048, help="most tokens of a completion")
@@ -44,8 +49,11 @@ def main() -> None:
     parser.add_argument("--card", choices=list(CARDS), default="h100", help="card")
     parser.add_argument("--places", type=int, default=0, help="number of places in the code with most time to print")
     options = parser.parse_args()
+    if options.models is None and options.model != _SHIPPED:
+        parser.error(f"{options.model} needs --models, a folder with its configuration and processor")
     with tempfile.TemporaryDirectory() as into:
-        folder = folder_of(options.model, options.models, Path(into))
+        shipped = options.model == _SHIPPED
+        folder = find_model(_SHIPPED) if shipped else folder_of(options.model, options.models, Path(into))
         lengths = options.prompt, options.completion, options.group
         case = Case(
             folder, options.mode, *lengths, not options.even, options.precision, not options.keep, options.blocks

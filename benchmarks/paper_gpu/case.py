@@ -28,6 +28,8 @@ from vlmenv.options.fields import replaced
 from vlmenv.options.train import TrainConfig, default_config
 
 Mode = Literal["full", "lora", "nf4"]
+_LARGEST: Final = 2048
+"""pixels of an image's sides"""
 _MODES: Final[dict[Mode, dict[str, Any]]] = {
     "full": {},
     "lora": {"lora_rank": 64},
@@ -179,6 +181,7 @@ def _onto_card(agent: VLMAgent, recorder: Recorder) -> None:
                     continue
                 if id(one) not in moved:
                     empty = torch.empty(one.shape, dtype=one.dtype, device="cuda")
+                    recorder.forget(empty)  # or what happens to lie in memory would be its numbers
                     moved[id(one)] = (
                         one,
                         nn.Parameter(empty, one.requires_grad) if held is module._parameters else empty,
@@ -199,13 +202,16 @@ def _rollout(agent: VLMAgent, case: Case) -> Rollout:
 def _observation(agent: VLMAgent, tokens: int) -> dict[str, Any]:
     """An observation whose square image and text take about as many tokens."""
     text = "Please provide the bounding box of the red cup on the left of the table. "
-    side = 28
-    while True:
+    most = 0
+    for side in range(28, _LARGEST, 28):
         image = np.zeros((side, side, 3), np.uint8)
         observation = {"images": (image,), "prompt": text}
-        if len(agent.family.encode(observation).input_ids) >= tokens:
+        most = max(most, len(agent.family.encode(observation).input_ids))
+        if most >= tokens:
             return observation
-        side += 28
+    raise ValueError(
+        f"a prompt of one image has at most {most} tokens here, not {tokens}: the processor shrinks images"
+    )
 
 
 @contextmanager

@@ -197,6 +197,10 @@ class Recorder(Counter):
         key = id(tensor)
         self._numbers[key] = weakref.ref(tensor, lambda _: self._numbers.pop(key, None)), numbers
 
+    def forget(self, tensor: Tensor) -> None:
+        """Lets the numbers of a tensor be unknown."""
+        self._numbers.pop(id(tensor), None)
+
     def _numbers_of(self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor]) -> Any:
         """The result in numbers, if those of all inputs are known; else None."""
         if not all(self.number(one) is not None and _keeps_numbers(one) for one in inputs):

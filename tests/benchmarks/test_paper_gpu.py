@@ -98,21 +98,33 @@ class TestOperators:
         assert (launches(4), launches(2)) == (3, 5)
 
 
-@pytest.mark.slow
-def test_a_model_of_few_blocks() -> None:
-    """Kernels, by what a block adds; one wait of the host; and gradients as large as the weights."""
+def on_paper(*options: str) -> str:
+    """What the script prints."""
     if shutil.which("c++") is None and shutil.which("g++") is None:
         pytest.skip("the device on paper needs a C++ compiler")
-    models = shared("models")
-    command = [sys.executable, str(ROOT / "benchmarks" / "paper_gpu"), "--models", str(models), "--prompt", "100"]
-    command += ["--completion", "16", "--group", "2", "--blocks", "2"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "paper_gpu"), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     if "no device on paper" in done.stderr:
         pytest.skip(done.stderr.strip().splitlines()[-1])
     assert done.returncode == 0, done.stderr[-2000:]
-    kernels = int(re.findall(r"^kernels (\d+)", done.stdout, re.MULTILINE)[0])
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_built_in_model_needs_no_published_files() -> None:
+    told = on_paper("--model", "builtin", "--prompt", "80", "--completion", "16", "--group", "2")
+    assert re.search(r"^kernels [1-9]\d\d: ", told, re.MULTILINE)
+    assert "waits 1\n" in told
+
+
+@pytest.mark.slow
+def test_a_model_of_few_blocks() -> None:
+    """Kernels, by what a block adds; one wait of the host; and gradients as large as the weights."""
+    lengths = ["--prompt", "100", "--completion", "16", "--group", "2"]
+    told = on_paper("--models", str(shared("models")), *lengths, "--blocks", "2")
+    kernels = int(re.findall(r"^kernels (\d+)", told, re.MULTILINE)[0])
     assert 250 < kernels < 600
-    assert "waits 1\n" in done.stdout
-    assert "torch_compilable_check" in done.stdout
-    sizes = {name: float(size) for name, size in re.findall(r"^([a-z]+): ([\d.]+) GB", done.stdout, re.MULTILINE)}
+    assert "waits 1\n" in told
+    assert "torch_compilable_check" in told
+    sizes = {name: float(size) for name, size in re.findall(r"^([a-z]+): ([\d.]+) GB", told, re.MULTILINE)}
     assert sizes["weights"] == sizes["gradients"] == pytest.approx(sizes["optimizer"] / 2, abs=0.1)
