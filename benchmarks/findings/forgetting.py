@@ -67,7 +67,7 @@ class Args:
 
     seeds: int = 3
     """Runs of each."""
-    steps: int = 40
+    steps: int = 16
     """Of GRPO."""
     sft_steps: int = 40
     """Of SFT, at most."""
