@@ -314,8 +314,9 @@ def test_adapters_as_a_model_take_what_new_ones_take(quantize: Any, tmp_path: Pa
     config = configured("fp32", 8, quantize=quantize)
     begun = configured("fp32", 8, quantize=quantize, lora_rank=8)
     old, new = (measure(one, OBSERVATION)[0] for one in (replace(config, model=str(tmp_path / "adapters")), begun))
-    assert old == new
-    assert new.gradients == sum(one.numel() * 4 for one in agent.parameters())
+    adapters = sum(one.numel() * 4 for one in agent.parameters())
+    assert old == replace(new, loaded=new.loaded + adapters)  # new ones come after the model is loaded
+    assert new.gradients == adapters
 
 
 @pytest.mark.slow
