@@ -235,7 +235,7 @@ def test_a_server_that_takes_fewer_images_than_episodes_have_is_refused(
 
 def test_a_run_without_servers_left_ends_with_a_checkpoint_and_goes_on_with_a_new_one(tmp_path: Path) -> None:
     run, port = tmp_path / "run", free_port()
-    options = ["--steps", "100", "--checkpoint-every", "1", "--eval-limit", "0", "--output", run]
+    options = ["--steps", "100", "--checkpoint-every", "1", "--keep", "2", "--eval-limit", "0", "--output", run]
     with serve("builtin", *LENGTH, port=port) as first:
         process = command("train", *options, *on(first), *TINY[:4], "--device", "cpu")
         until_there(run / "checkpoints" / "step-2", process)
