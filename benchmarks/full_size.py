@@ -2,9 +2,11 @@
 those of plain transformers. Weights are random; configuration and processor are the published ones.
 
     python benchmarks/full_size.py --models FOLDER --image PHOTO.jpg
+    python benchmarks/full_size.py --models FOLDER --image PHOTO.jpg --float32
 
-FOLDER is that of `benchmarks/hardware.py`. A model takes twice its size of disk and memory for a while; on two cores a
-step takes minutes.
+The second one takes no step: it compares log-probs with all weights in float32. FOLDER is that of
+`benchmarks/hardware.py`. A model takes twice its size of disk and memory for a while; on two cores a step takes
+minutes.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ from vlmenv.agents.saving import published_weights
 from vlmenv.agents.weights import tied_names
 from vlmenv.algos import Trainer, find_algorithm
 from vlmenv.building import adapt, limits_of, load_for_training, task_arguments
+from vlmenv.core.rollout import Rollout
 from vlmenv.doctor.forecast import predict
 from vlmenv.doctor.prediction import Place
 from vlmenv.envs.making import make_envs
@@ -43,8 +47,8 @@ HERE = Path(__file__).parent
 GROUP, TOKENS, RANK, PIXELS = 4, 32, 16, 256 * 28 * 28
 
 
-def write_weights(folder: Path) -> None:
-    """Writes random bfloat16 weights by their published names, a file of about 1 GB at a time."""
+def write_weights(folder: Path, dtype: torch.dtype) -> None:
+    """Writes random weights by their published names, a file of about 1 GB at a time."""
     family = weightless_family(folder)
     shapes = {name: one.shape for name, one in published_weights(family, family.model.state_dict()).items()}
     random, index, part, count = torch.Generator().manual_seed(0), {}, {}, 0
@@ -53,8 +57,8 @@ def write_weights(folder: Path) -> None:
         if name in tied:
             continue
         is_norm = len(shape) == 1 and name.endswith("weight")
-        made = torch.randn(shape, generator=random).mul_(0.02).bfloat16()
-        part[name] = torch.ones(shape, dtype=torch.bfloat16) if is_norm else made
+        made = torch.randn(shape, generator=random).mul_(0.02).to(dtype)
+        part[name] = torch.ones(shape, dtype=dtype) if is_norm else made
         if sum(one.nbytes for one in part.values()) > 1e9:
             count += 1
             index |= _written(folder, part, count)
@@ -98,25 +102,45 @@ def step(folder: Path, data: Path) -> None:
     rollout = result.rollouts.rollout
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), agent.lora.as_at_start():
         values = agent.logprobs(rollout)
-    prompt = rollout.prompts[0]
-    kept = {name: one.numpy() for name, one in prompt.images.items()}
-    tokens = np.stack([one.token_ids for one in rollout.completions])
-    np.savez(folder / "rollout.npz", input_ids=prompt.input_ids, tokens=tokens, found=values.values.numpy(), **kept)
+    keep(folder, rollout, values.values)
     told = {
         "predicted": predicted + own,
         "peak": peak,
         "process": own,
         "loading": loading,
-        "prompt": len(prompt.input_ids),
+        "prompt": len(rollout.prompts[0].input_ids),
     }
     print("RESULT", json.dumps(told | {"loaded": loaded, "seconds": seconds}), flush=True)
 
 
-def plain(folder: Path, data: Path) -> None:
+def keep(folder: Path, rollout: Rollout, values: torch.Tensor) -> None:
+    """Writes what plain transformers needs to compute the same log-probs, and these."""
+    prompt = rollout.prompts[0]
+    images = {name: one.numpy() for name, one in prompt.images.items()}
+    tokens = np.stack([one.token_ids for one in rollout.completions])
+    np.savez(folder / "rollout.npz", input_ids=prompt.input_ids, tokens=tokens, found=values.numpy(), **images)
+
+
+def answer(folder: Path, data: Path) -> None:
+    """A child process: samples completions in float32 and computes their log-probs."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    config = replaced(configuration(folder, data), {"precision": "fp32", "lora_rank": None})
+    envs = make_envs(config.env, GROUP, group_size=GROUP, **config.data.arguments(), **task_arguments(config))
+    agent = load_for_training(config, torch.device("cpu"))
+    agent.limits = limits_of(config)
+    agent.seed(0)
+    with torch.no_grad():
+        rollout = agent.rollout(envs.reset(seed=0)[0])
+        keep(folder, rollout, agent.logprobs(rollout).values)
+    print("RESULT", json.dumps({"prompt": len(rollout.prompts[0].input_ids)}), flush=True)
+
+
+def plain(folder: Path, data: Path, dtype: torch.dtype) -> None:
     """A child process: log-probs of the same completions by plain transformers, and how far they are off."""
+    torch.set_num_threads(os.cpu_count() or 1)
     with np.load(folder / "rollout.npz") as kept:
         known = dict(kept)
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
     images = {
         name: torch.from_numpy(one) for name, one in known.items() if name not in ("input_ids", "tokens", "found")
     }
@@ -125,7 +149,7 @@ def plain(folder: Path, data: Path) -> None:
     for tokens in torch.from_numpy(known["tokens"]):
         ids = torch.cat([prompt, tokens])[None]
         kinds = (ids == model.config.image_token_id).long()
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=kinds, **images).logits
         logits = logits[0, len(prompt) - 1 : -1].float().index_fill_(-1, banned, -torch.inf)
         found.append(torch.log_softmax(logits, -1).gather(-1, tokens[:, None])[:, 0])
@@ -146,7 +170,7 @@ def _child(what: str, folder: Path, data: Path) -> dict[str, float]:
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))[7:])
 
 
-def measured(name: str, models: Path, image: Path) -> str:
+def measured(name: str, models: Path, image: Path, *, float32: bool) -> str:
     """A row of the table."""
     with tempfile.TemporaryDirectory() as into:
         folder, data = folder_of(name, models, Path(into)), Path(into) / "photo.jsonl"
@@ -157,15 +181,20 @@ def measured(name: str, models: Path, image: Path) -> str:
             "answer": [0, 0, width // 2, height // 2],
         }
         data.write_text(json.dumps(row) + "\n")
-        write_weights(folder)
-        found = _child("step", folder, data)
-        found |= _child("plain", folder, data)
+        write_weights(folder, torch.float32 if float32 else torch.bfloat16)
+        found = _child("answer" if float32 else "step", folder, data)
+        found |= _child("plain32" if float32 else "plain", folder, data)
+    gaps = [f"{found[key]:{'.1e' if float32 else '.4f'}}" for key in ("mean_gap", "largest_gap")]
+    cells = [name, f"{found['prompt']:.0f}", *([] if float32 else measures(found)), *gaps]
+    return "| " + " | ".join(cells) + " |"
+
+
+def measures(found: dict[str, float]) -> list[str]:
+    """Memory and time of a step, as cells of its row."""
     share = found["peak"] / found["predicted"] - 1
     sizes = [f"{found[key] / 1e9:.2f}" for key in ("predicted", "peak")]
     times = [f"{found[key]:.0f} s" for key in ("loaded", "seconds")]
-    gaps = [f"{found[key]:.4f}" for key in ("mean_gap", "largest_gap")]
-    cells = [name, f"{found['prompt']:.0f}", *sizes, f"{share:+.1%}", f"{found['loading'] / 1e9:.2f}", *times, *gaps]
-    return "| " + " | ".join(cells) + " |"
+    return [*sizes, f"{share:+.1%}", f"{found['loading'] / 1e9:.2f}", *times]
 
 
 def main() -> None:
@@ -173,13 +202,21 @@ def main() -> None:
     parser.add_argument("--models", type=Path, required=True, help="folder of published configurations and processors")
     parser.add_argument("--image", type=Path, required=True, help="photo")
     parser.add_argument("--only", nargs="*", default=["Qwen2.5-VL-3B", "Qwen3-VL-4B"], choices=list(MODELS))
+    parser.add_argument("--float32", action="store_true", help="compare log-probs in float32, and take no step")
     options = parser.parse_args()
     for name in options.only:
-        print(measured(name, options.models, options.image), flush=True)
+        print(measured(name, options.models, options.image, float32=options.float32), flush=True)
 
+
+CHILDREN = {
+    "step": step,
+    "answer": answer,
+    "plain": partial(plain, dtype=torch.bfloat16),
+    "plain32": partial(plain, dtype=torch.float32),
+}
 
 if __name__ == "__main__":
     if "--child" in sys.argv:
-        {"step": step, "plain": plain}[sys.argv[2]](Path(sys.argv[3]), Path(sys.argv[4]))
+        CHILDREN[sys.argv[2]](Path(sys.argv[3]), Path(sys.argv[4]))
     else:
         main()
