@@ -2,25 +2,27 @@
 
     python benchmarks/rec_builtin.py --output benchmarks/rec_builtin.md
 
-Trains with `vlmenv train` for each seed, and twice by supervision for as long as the first run's steps
-took: on the loose labels that the model was taught by, and on exact ones. Measures all of them with
-`vlmenv eval` on the same 512 held-out scenes, greedily and with eight sampled answers to each.
+Trains by `vlmenv train` with each seed, and twice by supervision for as long as the first run's steps took: on the
+loose labels that the model was taught by, and on exact ones. Measures all of them by `vlmenv eval` on the same held-out
+scenes, greedily and with eight sampled answers to each. An interrupted benchmark is taken up by the same command.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
-import tempfile
-import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
-from findings.runs import hardware
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "builtin_model.py"
+ROOT = Path(__file__).parent.parent
+sys.path += [str(ROOT / part) for part in ("examples", "benchmarks/findings")]
+
+import builtin_model  # noqa: E402
+from runs import check_model, hardware, last_model, measured, seconds_of, tell_rows, trained  # noqa: E402
+
 COLUMNS = ("iou/mean", "accuracy@0.5", "accuracy@0.75", "format")
 
 
@@ -28,68 +30,74 @@ COLUMNS = ("iou/mean", "accuracy@0.5", "accuracy@0.75", "format")
 class Args:
     """Measures what GRPO does to the built-in model."""
 
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds to train with."""
+    seeds: int = 3
+    """Runs of GRPO, with seeds from 0."""
+    steps: int = 300
+    """Steps of GRPO; 300 are those of `vlmenv train`."""
+    limit: int = 512
+    """Held-out scenes to measure on."""
+    runs: Path = Path("runs/rec_builtin")
+    """Folder of the runs."""
     output: Path | None = None
     """Markdown file for the table."""
 
 
 def main(args: Args) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        rows = [("built-in model", measure("builtin", work / "base"), "")]
-        seconds = 0.0
-        for seed in args.seeds:
-            started = time.monotonic()
-            run = work / f"seed{seed}"
-            vlmenv("train", "--seed", str(seed), "--output", str(run))
-            whole = time.monotonic() - started
-            steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-            learning = sum(step["time/rollout"] + step["time/score"] + step["time/update"] for step in steps)
-            seconds = seconds or learning
-            model = run / "checkpoints" / f"step-{len(steps)}"
-            rows.append((f"GRPO, seed {seed}", measure(str(model), run / "eval"), f"{learning:.0f} ({whole:.0f})"))
-        for labels in ("loose", "exact"):
-            model = work / labels
-            options = ["--init", "builtin", "--labels", labels, "--lr", "1e-3", "--minutes", str(seconds / 60)]
-            options.append("--referring-only")
-            subprocess.run([sys.executable, str(EXAMPLE), *options, "--output", str(model)], check=True)
-            rows.append(
-                (f"supervised, {labels} labels", measure(str(model), work / f"{labels}-eval"), f"{seconds:.0f}")
-            )
-    report = table(rows)
-    print(report)
-    if args.output is not None:
-        args.output.write_text(report, encoding="utf-8")
+    check_model(args.runs)
+    tell_rows(head(args), rows(args), args.output)
 
 
-def vlmenv(*args: str) -> None:
-    subprocess.run([sys.executable, "-m", "vlmenv", *args, "--device", "cpu"], check=True)
-
-
-def measure(model: str, folder: Path) -> dict[str, float]:
-    """Greedy metrics, and the mean overlap of sampled answers."""
-    vlmenv("eval", "--model", model, "--output", str(folder / "greedy"))
-    vlmenv("eval", "--model", model, "--samples", "8", "--output", str(folder / "sampled"))
-    greedy = json.loads((folder / "greedy" / "metrics.json").read_text())
-    sampled = json.loads((folder / "sampled" / "metrics.json").read_text())
-    return {name: greedy[name]["value"] for name in COLUMNS} | {"sampled iou/mean": sampled["iou/mean"]["value"]}
-
-
-def table(rows: list[tuple[str, dict[str, float], str]]) -> str:
-    names = list(rows[0][1])
-    lines = [
+def head(args: Args) -> list[str]:
+    return [
         "# GRPO on the built-in model and scenes",
         "",
-        "    python benchmarks/rec_builtin.py --output benchmarks/rec_builtin.md",
+        "    python benchmarks/rec_builtin.py "
+        f"--seeds {args.seeds} --steps {args.steps} --limit {args.limit} --output benchmarks/rec_builtin.md",
         "",
-        f"512 held-out scenes; {hardware()}. Time is that of the steps (of the whole command), in seconds.",
+        f"{args.limit} held-out scenes; {hardware()}. Time is that of the steps, in seconds. Supervision takes as long "
+        "as the steps of seed 0.",
         "",
-        "| | " + " | ".join(names) + " | time |",
-        "|---" * (len(names) + 2) + "|",
+        f"| | {' | '.join([*COLUMNS, 'sampled iou/mean'])} | time |",
+        "|---" * (len(COLUMNS) + 3) + "|",
     ]
-    lines += [f"| {name} | " + " | ".join(f"{m[n]:.3f}" for n in names) + f" | {t} |" for name, m, t in rows]
-    return "\n".join(lines) + "\n"
+
+
+def rows(args: Args) -> Iterator[str]:
+    yield row("built-in model", "builtin", args.runs / "base", "", args)
+    runs = [grpo(seed, args) for seed in range(args.seeds)]
+    for seed, run in enumerate(runs):
+        model = str(last_model(run).absolute())
+        yield row(f"GRPO, seed {seed}", model, args.runs / f"seed{seed}-eval", f"{seconds_of(run):.0f}", args)
+    seconds = seconds_of(runs[0])
+    for labels in LABELS:
+        model = str(supervised(labels, seconds, args).absolute())
+        yield row(f"supervised, {labels} labels", model, args.runs / f"{labels}-eval", f"{seconds:.0f}", args)
+
+
+LABELS: tuple[Literal["loose", "exact"], ...] = ("loose", "exact")
+
+
+def grpo(seed: int, args: Args) -> Path:
+    options = {"seed": seed, "steps": args.steps, "eval_limit": args.limit, "device": "cpu"}
+    return trained(args.runs / f"seed{seed}", options)
+
+
+def supervised(labels: Literal["loose", "exact"], seconds: float, args: Args) -> Path:
+    """The built-in model after so long on labels of referring expressions alone."""
+    folder = args.runs / labels
+    if not (folder / "vlmenv.json").exists():  # it is written last
+        lessons = builtin_model.Args(folder, init="builtin", labels=labels, minutes=seconds / 60, tasks={}, lr=1e-3)
+        builtin_model.main(lessons)
+    return folder
+
+
+def row(name: str, model: str, folder: Path, time: str, args: Args) -> str:
+    """Greedy metrics, and the mean overlap of sampled answers."""
+    options = {"model": model, "eval_limit": args.limit, "device": "cpu"}
+    greedy = measured(folder / "greedy", options)
+    sampled = measured(folder / "sampled", options | {"samples": 8})
+    cells = [f"{value:.3f}" for value in (*(greedy[column] for column in COLUMNS), sampled["iou/mean"])]
+    return f"| {name} | {' | '.join(cells)} | {time} |"
 
 
 if __name__ == "__main__":

@@ -97,6 +97,33 @@ def test_a_finding(name: str, runs: ModuleType, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_built_in_run_beside_supervision(runs: ModuleType, tmp_path: Path) -> None:
+    script, output = importlib.import_module("rec_builtin"), tmp_path / "rec_builtin.md"
+    args = script.Args(seeds=1, steps=2, limit=2, runs=tmp_path / "runs", output=output)
+    script.main(args)
+    text = output.read_text()
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    names = ["built-in model", "GRPO, seed 0", "supervised, loose labels", "supervised, exact labels"]
+    assert [row[0].strip("| ") for row in rows[1:]] == names
+    evaluation = runs.evaluation_of(tmp_path / "runs" / "seed0")
+    assert rows[2][1:5] == [f"{evaluation[name]:.3f}" for name in script.COLUMNS]
+    assert sorted(file.parent.name for file in (tmp_path / "runs").glob("*/vlmenv.json")) == ["exact", "loose"]
+    script.main(args)  # nothing is trained or measured anew
+    assert output.read_text() == text
+
+
+@pytest.mark.slow
+def test_newer_tasks_are_learnt_from_a_shipped_model(runs: ModuleType, tmp_path: Path) -> None:
+    script, output = importlib.import_module("new_tasks"), tmp_path / "new_tasks.md"
+    how = {"tasks": ("VLM-Point-v0",), "model": "builtin-tasks", "steps": 1, "seeds": 2, "limit": 2}
+    script.main(script.Args(**how, runs=tmp_path / "runs", output=output))
+    (row,) = [line for line in output.read_text().splitlines() if line.startswith("| VLM-")]
+    found = [runs.evaluation_of(tmp_path / "runs" / f"point-{seed}")["f1/mean"] for seed in range(2)]
+    assert f"| {runs.seeds_cell(found)} |" in row
+    assert "--model builtin-tasks" in output.read_text()
+
+
+@pytest.mark.slow
 def test_the_pipeline_with_several_seeds(runs: ModuleType, tmp_path: Path) -> None:
     script, output = importlib.import_module("pebr_r1"), tmp_path / "pebr_r1.md"
     file = small_pipeline("pebr_r1_builtin", tmp_path)
