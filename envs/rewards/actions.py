@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from vlmenv.core.answers import parse_box
+from vlmenv.core.answers import denies_a_place, parse_box
 from vlmenv.core.coordinates import Point, is_point
 from vlmenv.core.formats import AnswerFormat
 from vlmenv.core.literals import Cut, find_values
@@ -44,7 +44,7 @@ _SAME: Final = {
 _KIND_KEYS = ("action", "action_type", "gt_action")
 _PLACE_KEYS = (
     *("point", "point_2d", "coordinate", "coordinates", "position", "start_box", "bbox_2d", "bbox", "gt_bbox"),
-    *("box", "box_2d", "location", "element", "start", "start_point", "from"),
+    *("box", "box_2d", "location", "element", "target", "start", "start_point", "from"),
 )
 _PARTS = ("arguments", "args", "parameters", "params", "action_inputs")
 _END_KEYS = ("coordinate2", "end_box", "end_point", "end_coordinate", "end", "to")
@@ -124,10 +124,10 @@ def parse_action(content: str) -> Action | None:
     Returns:
         The action in the coordinates that the text uses; None if there is none, one is cut off, or several differ.
     """
-    if len(content) > LONGEST:
+    if len(content) > LONGEST or denies_a_place(content):
         return None
     rows = [row for found in find_values(content) for row in _rows(found.value)]
-    if any(isinstance(row, Cut) for row in rows):
+    if any(isinstance(row, Cut) or isinstance(row.get("action"), list) for row in rows):
         return None
     begun = _BEGUN.search(content)
     called = content[begun.end() :] if begun else content
@@ -153,6 +153,8 @@ def _action(row: Mapping[str, Any]) -> Action | None:
     if not names:  # {"name": "click", "arguments": {…}}, and {"type": "click", …}
         named = [row.get("name")] * bool(inner) + [part.get("type") for part in (inner, row)]
         names = [name for name in named if isinstance(name, str) and kind_of(name) in _KNOWN]
+    if names and len(called := _calls(names[0])) == 1:  # {"action": "click(10, 20)"}
+        return called.pop()
     return _of_kind(kind_of(names[0]), {**row, **inner}) if names else None
 
 

@@ -19,12 +19,13 @@ from vlmenv.core.errors import unknown_name
 from vlmenv.core.formats import SECTIONS, TAGS, AnswerFormat
 from vlmenv.core.literals import find_values
 from vlmenv.core.spaces import Image
-from vlmenv.envs.rewards.evidence import conclusions, sentence, tidy
+from vlmenv.envs.rewards.evidence import conclusions, sentence, tidy, without_explanation
 from vlmenv.envs.rewards.formulas import Form, read_form
 from vlmenv.envs.rewards.letters import LETTERS, read_letters, truth_letters
 from vlmenv.envs.rewards.math import LONGEST_MATH, SPACED_UNIT, UNIT, check_installed, compare, math_equal
 from vlmenv.envs.rewards.normalise import stated
-from vlmenv.envs.rewards.numbers import same_number
+from vlmenv.envs.rewards.numbers import decimal_commas_as_points, same_number
+from vlmenv.envs.rewards.statements import without_asides
 from vlmenv.envs.rewards.terms import BatchTerm
 from vlmenv.envs.rewards.units import conversion
 
@@ -56,7 +57,7 @@ class AnswerAccuracy(BatchTerm):
         """
         contents = [reply_in(text, answer_format) for text in texts]
         pairs = [
-            (i, content, accepted)
+            (i, with_points(content, accepted.text), accepted)
             for i, (content, target) in enumerate(zip(contents, targets, strict=True))
             for accepted in (target, *target.others)
         ]
@@ -80,20 +81,57 @@ def accuracy_reward(text: str, target: Answer, answer_format: AnswerFormat = Ans
 
 
 def reply_in(text: str, answer_format: AnswerFormat) -> str | None:
-    """The answer in a completion; of an object such as `{"answer": "red"}`, the text or number under that key."""
+    """The answer in a completion; of an object, its text or number.
+
+    It is the value under a key such as "answer", the only value, or the only number: `{"answer": "red", "step": 2}`,
+    `{"colour": "red"}`, `{"object": "dog", "count": 3}`.
+    """
     content = answer_format.extract(text)
-    if content is None or len(content) > LONGEST_ANSWER or not (match := _OBJECT.fullmatch(content)):
+    if content is None or len(content) > LONGEST_ANSWER:
+        return content
+    content = without_explanation(content)
+    if not (match := _OBJECT.fullmatch(content)):
         return content
     try:
         pairs = json.loads(match[1], parse_int=str, parse_float=str, object_pairs_hook=list)
     except (ValueError, RecursionError):
         pairs = [pair for found in find_values(match[1]) if type(found.value) is dict for pair in found.value.items()]
     answers = [value for key, value in pairs if re.sub(r"[\W_]+", "", key).lower() in _ANSWER_KEYS]
-    return answers[0] if len(answers) == 1 and isinstance(answers[0], str) else content
+    pairs = [pair for pair in pairs if not _OF_THINKING.fullmatch(pair[0])]
+    answers = answers or [value for key, value in pairs if len(pairs) == 1 and len(key) > 1] or _only_number(pairs)
+    said = _written(answers[0]) if len(answers) == 1 else None
+    return content if said is None else said
 
 
+def _only_number(pairs: Sequence[tuple[str, object]]) -> list[object]:
+    """The value that is a number, if no other one has digits: the count of `{"object": "dog", "count": 3}`."""
+    numbers = [value for _, value in pairs if any(map(str.isdigit, str(value)))]
+    return numbers if len(numbers) == 1 and _BARE_NUMBER.fullmatch(str(numbers[0])) else []
+
+
+def _written(value: object) -> str | None:
+    """A text, number or truth value as text; None of all else."""
+    if isinstance(value, bool | float):
+        return str(value).lower().removesuffix(".0")
+    return value if isinstance(value, str) else None
+
+
+_OF_THINKING = re.compile(
+    r"(?:step by step )?(?:thoughts?|think(?:ing)?|reason(?:s|ing)?|rationale|explanation|analysis|confidence|question|error)",
+    re.IGNORECASE,
+)
+"""Keys whose values are no answers."""
 _OBJECT = re.compile(r"\s*(?:```[a-z]{0,9}\s)?\s*(\{.*\})\s*(?:```)?\s*", re.DOTALL | re.IGNORECASE)
 _ANSWER_KEYS: Final = ("answer", "finalanswer", "答案")
+
+
+def with_points(content: str | None, true: str) -> str | None:
+    """An answer with decimal points for decimal commas, if the truth is a number that is not whole."""
+    if content is None or "," not in content:
+        return content
+    truth = read_quantity(true)
+    number = truth and truth.form and truth.form.number
+    return decimal_commas_as_points(content) if number and (number.step or number.value.denominator > 1) else content
 
 
 def _compare(content: str | None, target: Answer) -> float | None:
@@ -118,9 +156,13 @@ def _compare(content: str | None, target: Answer) -> float | None:
 def says_words(content: str, true: str) -> bool:
     """Whether a text, or what it concludes, is the true words but for what does not matter, as white space."""
     answer = parse_answer(content, "exact")
-    return any(_same_words(said, true) for said in (content, str(answer or ""), _said_of(content)))
+    alone = _ONLY_ITEM.fullmatch(content)
+    said = (content, str(answer or ""), _said_of(content), alone[1] or alone[2] if alone else "")
+    return any(_same_words(one, true) for one in said)
 
 
+_ONLY_ITEM = re.compile(r"\s*(?:(?:[-*•>]|1\.) ([^\W\d].{0,200})|[(\[]([^()\[\],;]{1,200})[)\]])[.\s]*")
+"""The one item of a list, or words in brackets."""
 _LONGEST_SENTENCE: Final = 200
 
 
@@ -295,6 +337,7 @@ _WHOLE_YES_NO = re.compile(rf"(?:{_YES_OR_NO})")
 _YES_NO_AT_START = re.compile(rf"(?:{_YES_OR_NO})(?=\s*[.,;:!\n–—-](?!\w))")
 _YES_NO = re.compile(r"(?<![^\W_])(?:yes|no)(?![^\W_]|['’-]\w)")
 _NO_OF_SOMETHING = re.compile(r"\bno (?=[a-z])")
+_NO_KNOWLEDGE = re.compile(r"\bno (?:idea|clue|way|information|answer|image|picture|visual|context|response)\b")
 _NOT_SO = re.compile(r"(?:\bnot|n't)(?: (?:a|an|the|simply|just|really))? (?:\"?)(?:yes|no)\b")
 
 
@@ -323,7 +366,7 @@ def _yes_no_of(text: str) -> str:
         return str(start.lastgroup) if words <= {start.lastgroup} else "both"
     if _NOT_SO.search(text):
         return "both"
-    words |= set(_YES_NO.findall(text))
+    words |= set(_YES_NO.findall(_NO_KNOWLEDGE.sub(" ", text)))
     return str(words.pop()) if len(words) == 1 else "both" if words else ""
 
 
@@ -360,7 +403,7 @@ _NO_lone_quantity_NUMBER = re.compile(
     r"(?<![A-Za-z])[0-9]|[\\^√π∞|<>≤≥±]|[-+*/] ?#|#(?: ?[+*/×]|\()"  # other digits, and arithmetic
     r"|#!|[-+]\(|[¼-¾⅐-⅞]"  # factorials, signs of brackets, fractions of one sign
     r"|(?i:\b(?:pi|sqrt|root|minus|negative|half|halves|thirds|squared|cubed|log|ln|exp|sin|cos|tan)\b)"
-    r"|(?i:\b(?:more|less|fewer|greater|smaller|at least|at most|over|under|up to|not)\b|n['’]t\b)"
+    r"|(?i:\b(?:more|less|fewer|greater|smaller|at least|at most|over|under|up to|not|wrong|incorrect)\b|n['’]t\b)"
     r"|(?i:\b(?:dozen|hundred|thousand|million|billion|trillion)s?\b)"
 )
 
@@ -394,14 +437,13 @@ def read_quantity(content: str) -> Quantity | None:
     text = tidy(content)
     concluded = (sentence(said) for said, _ in conclusions(text))
     text = next((said for said in concluded if any(map(str.isdigit, said))), text)
-    text = _REASON.sub("", text)
+    text = without_asides(text)
     return _stated_quantity(text) or _lone_quantity(text)
 
 
-_REASON = re.compile(r"(?<=\d),? (?:because|since|as (?:there|it|the))\b.*", re.DOTALL)
 _LONGEST_QUANTITY: Final = 200
 _QUALIFIED = re.compile(
-    r"(?i:\b(?:more|less|fewer|greater|smaller|at least|at most|over|under|up to|not|never"
+    r"(?i:\b(?:more|less|fewer|greater|smaller|at least|at most|over|under|up to|not|never|wrong|incorrect"
     r"|squared|cubed|dozen|half|halves|thirds)\b|n['’]t\b)|[±≠不非]"
 )
 

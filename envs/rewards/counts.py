@@ -8,6 +8,7 @@ from typing import Final
 from vlmenv.core.literals import find_values
 from vlmenv.core.points import has_point_marks, parse_marked_points
 from vlmenv.envs.rewards.answers import normalise, parse_number
+from vlmenv.envs.rewards.evidence import without_explanation
 from vlmenv.envs.rewards.numbers import magnitudes_written_out
 
 MOST: Final = 99_999
@@ -25,6 +26,8 @@ _WORD: Final = rf"\b(?:(?:{'|'.join(_TENS.split())})[- ](?:{'|'.join(_WRITTEN.sp
 _IN_WORDS = re.compile(_WORD, re.IGNORECASE)
 _BESIDE_DIGITS = re.compile(rf"(?<!\bthe )(?<!\bthese )(?<!\bthose )(?!one\b){_WORD}", re.IGNORECASE)
 """Number words that count beside digits: no pronoun, and none of "5 dogs in the two images"."""
+_SINGLE = re.compile(r"\b(?:a|only a|just a) single (?=[a-z])", re.IGNORECASE)
+_PERCENT = re.compile(r"\d ?(?:\\?%|per ?cent)", re.IGNORECASE)
 _OR = re.compile(rf"\bor {_WORD}|{_WORD} or\b", re.IGNORECASE)
 _DENIED = re.compile(r"\b(?:no|none|not|nor|neither|cannot)\b|n['’]t\b|[没不]", re.IGNORECASE)
 _NOTHING = re.compile(
@@ -45,7 +48,7 @@ _LONGEST_IN_WORDS: Final = 200
 def parse_count(content: str) -> int | None:
     """The count in an answer: a whole number, a number word below 100, or as many as there are marked points.
 
-    In a JSON object it stands under a key such as "count" or "answer"; other objects, and lists of numbers, are none.
+    In a JSON object it stands under a key such as "count" or "answer", or is the only number; lists of numbers are none.
 
     Args:
         content: Any text. Points are in Molmo's form, `<points x1="…" y1="…" …>`.
@@ -56,8 +59,10 @@ def parse_count(content: str) -> int | None:
     if has_point_marks(content):
         points = parse_marked_points(content)
         return None if points is None else len(points)
-    objects = _without_objects(content)
+    objects = _without_objects(without_explanation(content))
     if objects is None:
+        return None
+    if _PERCENT.search(objects):
         return None
     content = magnitudes_written_out(objects)
     word = _WORDS.get(normalise(content)) if len(content) < 100 else None
@@ -83,12 +88,19 @@ def _without_objects(content: str) -> str | None:
         if isinstance(value, float | str) or _is_remark(value, written) or not _HAS_NUMBER.search(written):
             continue
         named = [one for key, one in value.items() if _letters(key) in _KEYS] if isinstance(value, dict) else []
+        named = named or _only_number(value)
         if not named or any(one != named[0] or not isinstance(one, float | str) for one in named):
             return None
         parts += [content[end : found.start], f" {named[0]} "]
         end = found.end
     text = "".join([*parts, content[end:]])
     return None if _CUT_OFF.search(text) else text
+
+
+def _only_number(value: object) -> list[object]:
+    """The number that an object has under any key, if nothing else in it tells a number."""
+    told = [one for one in value.values() if _HAS_NUMBER.search(str(one))] if isinstance(value, dict) else []
+    return told if len(told) == 1 else []
 
 
 def _is_remark(value: object, written: str) -> bool:
@@ -112,7 +124,7 @@ def _number(content: str) -> float | None:
         return parse_number(content)
     if _OR.search(content):
         return None
-    content = _IN_HAN.sub(_of_han, content)
+    content = _SINGLE.sub("1 ", _IN_HAN.sub(_of_han, content))
     words = _IN_WORDS.sub(_in_digits, content)
     if any(map(str.isdigit, content)):
         number = parse_number(_BESIDE_DIGITS.sub(_in_digits, content))

@@ -22,6 +22,7 @@ from vlmenv.envs.rewards.answers import (
     reply_in,
     says_words,
     whole_quantity,
+    with_points,
 )
 from vlmenv.envs.rewards.evidence import conclusions
 from vlmenv.envs.rewards.matching import best_pairs
@@ -69,6 +70,7 @@ def same_relaxed(content: str, true: str) -> bool:
         return False
     if normalise(content) == normalise(true):
         return True
+    content = with_points(content, magnitudes_written_out(true)) or ""
     wanted, answered = whole_quantity(magnitudes_written_out(true)), read_quantity(magnitudes_written_out(content))
     if wanted is None:
         return says_words(content, true)

@@ -30,7 +30,7 @@ _PLAIN: Final[dict[int, int | str | None]] = {
     **dict.fromkeys((0x200B, 0x200C, 0x200D, 0xFEFF), None),
 }
 _HAN: Final = "\u2e80-\u2fff\u3005-\u9fff\uf900-\ufaff"
-_SEAM = re.compile(rf"(?<=[{_HAN}])(?=[A-Za-z0-9$\\(])|(?<=[A-Za-z0-9$)}}])(?=[{_HAN}])")
+_SEAM = re.compile(rf"(?<=[{_HAN}])(?=[A-Za-z0-9$\\(])|(?<=[A-Za-z0-9$)}}])(?=[{_HAN}])|(?<=[0-9])(?=[\uac00-\ud7af])")
 _TAG = re.compile(
     r"</?(?:b|i|u|s|p|em|strong|span|div|br|hr|font|center|code|pre|mark|small|big|h[1-6]|li|ul|ol)"
     r"(?: [^<>]{0,100})?/?>",
@@ -57,6 +57,20 @@ def _composed(match: re.Match[str]) -> str:
     """A letter with its accents as one letter, so that no word ends before an accent; or two, if there is none."""
     letter = unicodedata.normalize("NFC", match[0][:2])
     return letter if len(letter) == 1 else f"{match[0][0]}ː"
+
+
+_EXPLANATION = re.compile(
+    r"^[ \t*_#>-]{0,9}(?:explanations?|reason(?:s|ing)?|rationale|justification|note|breakdown|解释|理由|说明|解析)[*_ ]{0,5}[:：]",
+    re.IGNORECASE | re.MULTILINE,
+)
+_ANSWERS = re.compile(r"\\boxed|\banswers?\b|答案", re.IGNORECASE)
+
+
+def without_explanation(text: str) -> str:
+    """A text up to a line that begins with "Explanation:" or the like, unless an answer stands after that."""
+    found = _EXPLANATION.search(text) if "\n" in text else None
+    before = text[: found.start()] if found else ""
+    return before if found and before.strip() and not _ANSWERS.search(text, found.end()) else text
 
 
 class Conclusion(NamedTuple):
@@ -151,6 +165,12 @@ def _boxed(text: str, boxes: list[Box]) -> str:
     return f"{around[0]}{(' or ' if is_or else ', ').join(parts)}{around[1]}".strip()
 
 
+OTHER_LEAD_IN: Final = (
+    r"(?i:\b(?:respuesta|resposta|antwort|ergebnis|réponse|risposta|ответ)(?: (?:correct[ae]?|corret[ta]{1,2}|finale?))?"
+    r"(?: (?:es|é|ist|lautet|est|è)(?= )(?: ?:)?| ?:)|(?:答え|正解) ?[は:]|(?:정답|답) ?[은:])"
+)
+"""A pattern of "the answer is" in Spanish, Portuguese, German, French, Italian, Russian, Japanese and Korean."""
+COPULA_AT_END = re.compile(r"(?<=\S) ?(?:です|だ|입니다|이다)(?=[.!。\s]*$)")
 _LEAD_IN = re.compile(
     r"\b(?i:answers?|ans\.?"
     r"|(?:correct|right|best|closest|nearest|final|chosen|most (?:\w+ )?\w+) (?:\w+ )?(?:option|choice)s?)"
@@ -164,6 +184,7 @@ _LEAD_IN = re.compile(
     r"(?= [(\[]?[A-Z][)\]]?(?:[.,;!]|\n|\Z))"
     r"|(?:答案|结果|答)(?:应该|应当|应|就)?(?:(?:是|为|选)? ?:|(?:是|为|选)(?=\s*[^\s.]))"
     r"|(?:故|应|应该|本题|因此|所以|我|正确)选(?!项)择?(?:项)?(?:是|为)?:?"
+    rf"|{OTHER_LEAD_IN}"
 )
 _AGAINST_LEAD_IN = re.compile(r"(?i:\b(?:not|wrong|incorrect|false|never|cannot)\b|n['’]t\b|错误|不)[^.,;:!?\n]*\Z")
 
@@ -173,7 +194,7 @@ def _led_in(text: str, start: int) -> str:
     for match in _LEAD_IN.finditer(text, start):
         if not _AGAINST_LEAD_IN.search(text[max(0, match.start() - 60) : match.start()]):
             last = _first_lines(text[match.end() :].lstrip()) or last
-    return _within(last)
+    return COPULA_AT_END.sub("", _within(last))
 
 
 def _within(text: str) -> str:

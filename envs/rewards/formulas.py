@@ -16,7 +16,7 @@ from vlmenv.envs.rewards.normalise import stated
 from vlmenv.envs.rewards.numbers import Number, read_number
 from vlmenv.envs.rewards.units import Unit, joined_units, plain_signs, read_unit, split_unit
 
-Kind = Literal["number", "expression", "sequence", "ratio", "relation", "words"]
+Kind = Literal["number", "expression", "sequence", "matrix", "ratio", "relation", "words"]
 
 
 class Form(NamedTuple):
@@ -27,7 +27,7 @@ class Form(NamedTuple):
     """in the commands that math-verify knows, without its unit; of words and what is no object, the words"""
     number: Number | None = None
     items: tuple[Form, ...] = ()
-    """of a sequence or a ratio; of words such as "3:15", those that it has as a ratio"""
+    """of a sequence or a ratio; of a matrix its rows; of words such as "3:15", those that they have as a ratio"""
     brackets: str = ""
     """of a sequence: `()`, `[]`, `[)`, `(]`, `{}`, or none"""
     name: str = ""
@@ -98,7 +98,7 @@ _BEFORE_WORDS = re.compile(r"^(?:(?:on|in|at) )?(?:(?:an?|the) )?(?=[A-Za-z]{3})
 
 def _structured(latex: str) -> Form | None:
     """A list, a relation, a tuple, a ratio or an expression; None if it is none of these."""
-    for read in (_listed, _related, _bracketed, _plus_minus, _ratio, _expression):
+    for read in (_matrix, _listed, _related, _bracketed, _plus_minus, _ratio, _expression):
         form = read(latex)
         if form is not None:
             return form
@@ -243,6 +243,20 @@ def _depth(text: str) -> int:
 
 # Structure
 
+_WHOLE_MATRIX = re.compile(r"\\begin ?\{pmatrix\}((?:(?!\\begin|\\end).)*)\\end ?\{pmatrix\}", re.DOTALL)
+
+
+def _matrix(latex: str) -> Form | None:
+    """A matrix, as rows of numbers or expressions; all have the same length."""
+    found = _WHOLE_MATRIX.fullmatch(latex)
+    rows = [[_item(cell.strip()) for cell in row.split("&")] for row in found[1].split("\\\\")] if found else []
+    cells = [cell for row in rows for cell in row if cell is not None]
+    if not rows or len({len(row) for row in rows}) > 1 or len(cells) < len(rows) * len(rows[0]):
+        return None
+    items = [Form("sequence", "", items=tuple(filter(None, row)), brackets="[]") for row in rows]
+    return Form("matrix", latex, items=tuple(items)) if len(cells) <= MOST_ITEMS else None
+
+
 _BRACKET = re.compile(r"\\[{}]|[()\[\]{}]")
 _OPENING: Final = {"(": 1, "[": 1, "{": 1, "\\{": 1}
 _MATRIX = re.compile(r"\\(begin|end) ?\{")
@@ -323,7 +337,7 @@ def _related(latex: str) -> Form | None:
         return Form("relation", latex) if _is_formula(latex) else None
     exact, *nearly = _split(latex, _NEARLY)
     if nearly:
-        latex = exact if not _NAME.fullmatch(exact) and "=" not in exact else f"{exact} = {nearly[-1]}"
+        latex = exact if (exact == "\\pi" or not _NAME.fullmatch(exact)) and "=" not in exact else f"{exact} = {nearly[-1]}"
         latex = exact if "=" in exact else latex
     if len(_split(latex, _OTHER_RELATION)) > 1:
         return Form("relation", latex) if _is_formula(latex) else None

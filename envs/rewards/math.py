@@ -161,6 +161,8 @@ def _same(answer: Form, truth: Form, algebra: Algebra) -> bool:
             return _same_sequence(answer, truth, algebra)
         case ("ratio", _) | (_, "ratio"):
             return _same_ratio(answer, truth, algebra)
+        case ("matrix", "matrix" | "sequence") | ("sequence", "matrix"):
+            return _same_matrix(answer, truth, algebra)
         case ("number" | "expression", "sequence" | "relation") | ("sequence" | "relation", "number" | "expression"):
             return False
     return algebra(answer, truth, factor)
@@ -219,6 +221,16 @@ def _same_sequence(answer: Form, truth: Form, algebra: Algebra) -> bool:
             return False
         left.remove(fitting[0])
     return True
+
+
+def _same_matrix(answer: Form, truth: Form, algebra: Algebra) -> bool:
+    """Matrices with the same cells; one may be written as a list of its rows, `[[1, 2], [3, 4]]`."""
+    if len(answer.items) != len(truth.items) or not {answer.brackets, truth.brackets} <= {"", "[]"}:
+        return False
+    return all(
+        {row.brackets, true.brackets} == {"[]"} and _same_sequence(row, true, algebra)
+        for row, true in zip(answer.items, truth.items, strict=True)
+    )
 
 
 def _same_brackets(answer: str, truth: str, count: int) -> bool:

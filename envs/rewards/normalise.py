@@ -10,8 +10,8 @@ import re
 import unicodedata
 from typing import Final
 
-from vlmenv.envs.rewards.evidence import JOINS, denied, last_boxes
-from vlmenv.envs.rewards.statements import states_another
+from vlmenv.envs.rewards.evidence import COPULA_AT_END, JOINS, OTHER_LEAD_IN, denied, last_boxes
+from vlmenv.envs.rewards.statements import states_another, without_asides
 from vlmenv.envs.rewards.units import is_unit
 
 _SUPERSCRIPTS: Final = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ⁿⁱ", "0123456789+-=()ni", strict=True))
@@ -104,7 +104,7 @@ _DELIMITER = re.compile(
 )
 _ALIGNED = re.compile(r"\\begin\{(?:align(?:ed)?|split)\*?\}")
 _SPACING = re.compile(
-    r"\\(?:displaystyle|textstyle|limits|quad|qquad|enspace|thinspace|!|,|;|:|>| |left(?![A-Za-z])|right(?![A-Za-z])"
+    r"(?<!\\)\\(?:displaystyle|textstyle|limits|quad|qquad|enspace|thinspace|!|,|;|:|>| |left(?![A-Za-z])|right(?![A-Za-z])"
     r"|[bB]ig+[lr]?(?![A-Za-z]))|~"
 )
 
@@ -114,11 +114,27 @@ def undelimited(text: str) -> str:
 
     A single `$` before a number is a currency's, and becomes `\$`.
     """
+    if "matrix}" in text or "{array}" in text:
+        text = _plain_matrices(text)
     if _ALIGNED.search(text):
         text = text.replace("&", " ").replace("\\\\", " ")
     if len(re.findall(r"(?<!\\)\$", text)) % 2:
         text = _CURRENCY.sub(r"\\$", text, count=1)
     return " ".join(_SPACING.sub(" ", _DELIMITER.sub(" ", text)).split())
+
+
+_ENVIRONMENT: Final = r"\{ ?(?:[pbB]|small)?matrix\*? ?\}|\{ ?array ?\} ?(?:\[\w\] ?)?\{[^{}]{0,40}\}"
+_MATRIX_BEGINS = re.compile(rf"(?:\\left ?)?(?:[(\[]|\\[{{\[(])?\s*\\begin ?(?:{_ENVIRONMENT})")
+_MATRIX_ENDS = re.compile(
+    r"(?:\s|\\\\|\\cr)*\\end ?\{ ?(?:array|(?:[pbB]|small)?matrix\*?) ?\}\s*(?:(?:\\right ?)?(?:[)\]]|\\[}\])]))?"
+)
+_ROW_ENDS = re.compile(r"\\\\(?: ?\[ ?-?[\d.]+ ?(?:pt|em|ex|mm|cm) ?\])?|\\cr(?![A-Za-z])")
+
+
+def _plain_matrices(text: str) -> str:
+    r"""A text with `\begin{pmatrix}` for the other environments of matrices, within brackets or not."""
+    text = _MATRIX_ENDS.sub(lambda _: r"\end{pmatrix}", _MATRIX_BEGINS.sub(lambda _: r"\begin{pmatrix}", text))
+    return _ROW_ENDS.sub(lambda _: r"\\ ", text)
 
 
 _AFTER_ALL: Final = re.compile(
@@ -132,7 +148,7 @@ _LEAD_IN = re.compile(
     r"^.*(?:\b(?:is|are|was|be|equals?(?: to)?|gives?|gets?|have|has|obtain|finds?|yields?|becomes|approximately|about"
     r"|roughly|around|therefore|thus|hence|so|then|exactly|answer|there are|there is|total of|totals|measures"
     r"|results? in|takes|needs|costs|requires|contains|weighs|lasts|it's|that's"
-    r"|(?:comes?|amounts?|evaluates?|simplifies|simplify|reduces?|leads?|rounds?|adds? up|works? out)"
+    r"|(?:shows?|showed|reads?|reach(?:es|ed)?|counts?|see|value of)(?= \d)|(?:comes?|amounts?|evaluates?|simplifies|simplify|reduces?|leads?|rounds?|adds? up|works? out|grows?|grew|rises?|rose|falls?|fell|drop(?:s|ped)?)"
     r" to)\b[:,]?"
     r"|(?<=[a-z)][a-z)])\*{0,2}:\*{0,2})"
     r" *(?=[^\s)\]}])",
@@ -143,6 +159,7 @@ _CHINESE_LEAD_IN = re.compile(
     r" *(?=[-+$\\\d(\[{√π∠A-Za-z.≈=])"
 )
 _CHINESE_ANSWER = re.compile(r"^.*答案(?:应该?|就)?(?:是|为|:)+ *(?=[\u4e00-\u9fff])")
+_OTHER_LEAD_IN = re.compile(rf"^.*{OTHER_LEAD_IN} *(?=\S)")
 _NEGATIVE = re.compile(r"负(?= ?[\d.\\∞无])")
 _HAS_CHINESE = re.compile(r"[\u4e00-\u9fff]")
 _NEGATION = re.compile(
@@ -159,7 +176,8 @@ def without_lead_in(text: str) -> str:
     A text is returned unchanged if it is negated ("is not", "it cannot be that …"), names an alternative by "or", or
     states another number before, without a conclusion ("5 people, and it has 2 dogs"). It then states nothing definite.
     """
-    text = _NEGATIVE.sub("-", _MINUS.sub("-", _AFTER_ALL.sub("", text)))
+    text = COPULA_AT_END.sub("", _NEGATIVE.sub("-", _MINUS.sub("-", _AFTER_ALL.sub("", text))))
+    text = _after(_OTHER_LEAD_IN, text)
     for pattern in (_CHINESE_ANSWER, _CHINESE_LEAD_IN, _LEAD_IN) if _HAS_CHINESE.search(text) else (_LEAD_IN,):
         text = _after(pattern, text)
     return text
@@ -186,7 +204,7 @@ def stated(text: str) -> str:
     box = boxed(text)
     if box is None and _EXCLAMATION.search(text):
         text = text.rstrip("! ")
-    return _bare(without_lead_in(_bare(undelimited(text if box is None else box))))
+    return _bare(without_lead_in(without_asides(_bare(undelimited(text if box is None else box)))))
 
 
 _EXCLAMATION = re.compile(r"[A-Za-z]{2} .*! *$", re.DOTALL)  # and no factorial

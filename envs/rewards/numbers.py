@@ -147,6 +147,30 @@ def _written_out(match: re.Match[str]) -> str:
     return f"{match['before']}{digits}{'.' * (len(places) > power)}{places[power:]}"
 
 
+_DECIMAL_COMMA = re.compile(
+    r"(?<![\d.,'])(?:(?P<whole>\d{1,3}(?:[. ]\d{3})+|0)(?:,|\{,\})(?P<places>\d+)"
+    r"|(?P<plain>\d+)(?:,|\{,\})(?P<few>\d\d?|\d{4,}))(?!\d|[.,]\d|\{,|[^\S\n]?[)\]]|\\[}\])])",
+    re.ASCII,
+)
+_IN_A_LIST = re.compile(r"(?:[(\[]|\\\{|(?<![A-Za-z])\{)[\s$+-]*$")
+
+
+def decimal_commas_as_points(text: str) -> str:
+    """A text with "3.5" for "3,5" and "1234.5" for "1.234,5".
+
+    Three places after a comma are thousands, but for "0,125". Numbers in brackets, as "(3,5)", stay, and so do those with
+    a space after the comma.
+    """
+    return _DECIMAL_COMMA.sub(_pointed, text) if "," in text else text
+
+
+def _pointed(match: re.Match[str]) -> str:
+    if _IN_A_LIST.search(match.string[max(0, match.start() - 10) : match.start()]):
+        return match[0]
+    whole = re.sub(r"\D", "", match["whole"] or match["plain"])
+    return f"{whole}.{match['places'] or match['few']}"
+
+
 LEAST_DIGITS: Final = 3
 """Significant digits of a decimal truth that is taken for rounded."""
 LEAST_DIGITS_OF_AN_ANSWER: Final = 6

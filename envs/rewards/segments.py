@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmenv.core.answers import four_numbers, parse_places
+from vlmenv.core.answers import denies_a_place, four_numbers, parse_places
 from vlmenv.core.coordinates import Box, Point, iou, is_box, is_point
 from vlmenv.core.formats import TAGS, AnswerFormat
 from vlmenv.core.literals import Cut, find_values
@@ -27,8 +27,11 @@ LEAST_IOU, MOST_L1, MOST_APART = 0.5, 10.0, 30.0
 840 x 840."""
 _SIDE: Final = 840
 _LONGEST_TEXT = 100_000
-_OUTLINE_KEYS: Final = ("polygon", "polygons", "segmentation")
-_BOX_KEYS: Final = ("bbox_2d", "bbox", "box_2d", "box")
+_OUTLINE_KEYS: Final = (
+    *("polygon", "polygons", "segmentation", "polygon_2d", "polygons_2d", "outline", "contour", "vertices", "mask"),
+    "points",
+)
+_BOX_KEYS: Final = ("bbox_2d", "bbox", "box_2d", "box", "bounding_box", "position")
 _ASKED: Final = ("polygon", "polygons", "bbox_2d")
 _SENTENCE_END = re.compile(rf"\.(?!\d)|{'|'.join(TAGS)}")  # and no decimal point
 _FENCED = re.compile(r"```(?:json)?\s(.*)```", re.DOTALL)
@@ -68,7 +71,7 @@ def parse_segments(content: str) -> tuple[Segment, ...] | None:
         Up to 120 objects in the coordinates that the text uses. None: one of them is none, or they have more than 500
         corners in all.
     """
-    if len(content) > LONGEST:
+    if len(content) > LONGEST or denies_a_place(content):
         return None
     values = [found.value for found in find_values(content)]
     rows = _rows(values)
@@ -120,17 +123,20 @@ def _is_nothing(row: Any) -> bool:
 def _segment(value: Any) -> Segment | None:
     if isinstance(value, Cut):
         return None
-    if not isinstance(value, dict):
+    if isinstance(value, dict):
+        value = {key.lower(): one for key, one in value.items()}
+    else:
         outline = _flat(value) or _box(value)
         return Segment(outline) if len(outline) >= 6 or is_box(outline) else None
-    if (outlines := next((value[key] for key in _OUTLINE_KEYS if value.get(key)), None)) is not None:
+    box = _box(next((value[key] for key in _BOX_KEYS if key in value), None))
+    keys = _OUTLINE_KEYS[:-1] if is_box(box) else _OUTLINE_KEYS  # "points" beside a box are no outline
+    if (outlines := next((value[key] for key in keys if value.get(key)), None)) is not None:
         alone = _flat(outlines)
         parts = outlines if isinstance(outlines, list) else []
         whole = (alone,) if alone is not None else tuple(one for part in parts if (one := _flat(part)) is not None)
         if not whole or (alone is None and len(whole) < len(parts)):
             return None
         return Segment(whole[0] if len(whole) == 1 else whole, _point(value))
-    box = _box(next((value[key] for key in _BOX_KEYS if key in value), None))
     return Segment(box, _point(value)) if is_box(box) else None
 
 

@@ -25,14 +25,22 @@ _NAMED = re.compile(
     rf"start(?:[\s_]?time)?\s*[:=]\s*({_TIME}){_UNIT}\s*[,;]?\s*end(?:[\s_]?time)?\s*[:=]\s*({_TIME}){_UNIT}\.?",
     re.IGNORECASE,
 )
+_IN_A_SENTENCE = re.compile(
+    rf"(?<![\w.:,-])(?:\(|\[|\bbetween\s+(?={_TIME}{_UNIT}\s*and\b)|(?!{_TIME}{_UNIT}\s*(?:,|and\b)))"
+    rf"({_TIME}){_UNIT}\s*{_JOINED}\s*({_TIME}){_UNIT}(?![\w:])",
+    re.IGNORECASE,
+)
+_NO_SPAN = re.compile(r"\b(?:not|no|or|nor|either|neither|maybe|except|unless|min|mins|minutes?|hours?|h|ms|frames?)\b|n['’]t\b|[不没或分帧]", re.IGNORECASE)
+_LONGEST_SENTENCE: Final = 300
 _FENCED = re.compile(r"```(?:json)?\s(.*)```", re.DOTALL)
+_TAG = re.compile(r"</?[a-z_]{1,20}>", re.IGNORECASE)
 _MARKUP = re.compile(r"\\boxed\{(.*)\}|[*`$\"'“”]+([^*`$\"'“”]*)[*`$\"'“”]+", re.DOTALL)
 _BRACKETED = re.compile(rf"[\[(<]([^\[\]()<>]*)[\])>]{_UNIT}", re.IGNORECASE)
 _KEYS: Final = (("start", "end"), ("start_time", "end_time"), ("begin", "end"))
-_PLAIN_KEYS: Final = (
-    *(("start", "end"), ("starttime", "endtime"), ("begin", "end"), ("from", "to")),
-    *(("startsec", "endsec"), ("startseconds", "endseconds")),
-)
+_OF: Final = r"(?:at|time|timestamps?|s|sec|secs|seconds?|ts)?"
+_START_KEY = re.compile(rf"(?:t|time|event|clip)?(?:start|begin|from)(?:ing)?{_OF}")
+_END_KEY = re.compile(rf"(?:t|time|event|clip)?(?:end|stop|finish|to)(?:ing)?{_OF}")
+_SPAN_KEY = re.compile(r"(?:time)?(?:stamps?|spans?|intervals?|segments?|windows?|ranges?|period)|time|answer")
 
 
 class Span(NamedTuple):
@@ -65,7 +73,17 @@ def parse_span(content: str) -> Span | None:
     words = content if bracketed is None else bracketed[1].strip()
     if found := _WORDS.fullmatch(words) or _NAMED.fullmatch(words):
         return _span(_seconds(found[1]), _seconds(found[2]))
-    return _of_value(_json(content)) or _of_literal(content)
+    return _of_value(_json(content)) or _of_literal(content) or _of_sentence(content)
+
+
+def _of_sentence(content: str) -> Span | None:
+    """The span that a sentence tells, if it has no other number and does not deny it."""
+    content = _TAG.sub(" ", content)
+    found = _IN_A_SENTENCE.search(content) if len(content) <= _LONGEST_SENTENCE else None
+    beside = "" if found is None else content[: found.start()] + content[found.end() :]
+    if found is None or re.search(r"\d|[{}]", beside) or _NO_SPAN.search(beside):
+        return None
+    return _span(_seconds(found[1]), _seconds(found[2]))
 
 
 def _unwrapped(content: str) -> str:
@@ -155,11 +173,27 @@ def _of_literal(content: str) -> Span | None:
     value = values[0].value
     while isinstance(value, list | dict) and len(value) == 1:
         (value,) = value.values() if isinstance(value, dict) else value
-    if not isinstance(value, dict):
-        return _of_value(value)
-    plain = {re.sub(r"[\W_]+", "", key).lower(): one for key, one in value.items()}
-    spans = {_of_value([plain[key] for key in keys]) for keys in _PLAIN_KEYS if plain.keys() >= {*keys}}
-    return spans.pop() if len(spans) == 1 else None
+    return _of_pairs(value) if isinstance(value, dict) else _of_inner(value)
+
+
+def _of_pairs(value: dict[str, Any]) -> Span | None:
+    """The span of an object with a start and an end under names of any kind, or with a span under its name."""
+    plain = [(re.sub(r"[\W_]+", "", key).lower(), one) for key, one in value.items()]
+    starts, ends, spans = (
+        [one for key, one in plain if name.fullmatch(key)] for name in (_START_KEY, _END_KEY, _SPAN_KEY)
+    )
+    named = [_of_value([start, end]) for start in starts for end in ends] or list(map(_of_inner, spans))
+    return named[0] if named and all(one == named[0] for one in named) else None
+
+
+def _of_inner(value: Any) -> Span | None:
+    """The span under a key such as "timestamp"."""
+    if isinstance(value, str):
+        found = _WORDS.fullmatch(value.strip())
+        return None if found is None else _span(_seconds(found[1]), _seconds(found[2]))
+    while isinstance(value, list) and len(value) == 1:
+        (value,) = value
+    return _of_pairs(value) if isinstance(value, dict) else _of_value(value)
 
 
 def _time(value: Any) -> float | None:

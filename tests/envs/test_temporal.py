@@ -77,7 +77,7 @@ def folder(tmp_path: Path) -> Path:
         ("-1 to 3", None),
         ("2.5", None),
         ("2.5 to 6 or 7 to 9", None),
-        ("the event is from 2.5 to 6", None),
+        ("the event is from 2.5 to 6", (2.5, 6)),
         ("[2.5, 6, 9]", None),
         ("[[1, 2], [3, 4]]", None),
         ('{"start": 2.5}', None),

@@ -98,7 +98,7 @@ _NUMBER = re.compile(r"[+-]?[0-9]{1,9}(?:\.[0-9]{0,17})?")
 _NOT_IN_NUMBERS = re.compile(r"[^0-9.+\-,;\s()\[\]]")
 _TAG = re.compile(r"<[^<>]{1,40}>")
 _WRAPPING = re.compile(r"```\w*|<[^<>]{1,40}>|\\(?:boxed|text)|[\s*_`\"'“”{}$.。]")
-_NONE_FORMS: Final = frozenset({"none", "null", "[]", "[none]", "[null]"})
+_NONE_FORMS: Final = frozenset({"none", "null", "[]", "[none]", "[null]", "therearenone", "thereisnone"})
 _BULLET = re.compile(r"\s*(?:[-*•]|\d{1,4}[.)])\s")
 _NAMED_LABEL = re.compile(r"(?:label|category|class|name|object)\s?[:=]", re.IGNORECASE)
 _BETWEEN_CORNERS: Final = frozenset(
@@ -106,10 +106,24 @@ _BETWEEN_CORNERS: Final = frozenset(
 )
 
 
+_DENIED_PLACE = re.compile(
+    r"(?:\b(?:not|never|anything but|nowhere near|except)|n['’]t)\b"
+    r"(?:\s{1,3}(?:at|in|on|the|an?|be|box|point|position|located|found|click|it|to|actually|really)\b){0,4}"
+    r"[\s:*`\"'$]{0,4}(?:[a-z_.]{2,30})?[\[({]{1,3}\s{0,3}[\d.]"
+    r"|\d\s{0,3}[\])}]{1,3}[\s*`]{0,4}(?:\?\s{0,3}no\b|(?:is|are)\s{1,3}(?:wrong|incorrect|not)\b)",
+    re.IGNORECASE,
+)
+
+
+def denies_a_place(content: str) -> bool:
+    """Whether a text says of numbers in brackets that they are not the place: "It is not at [10, 20]"."""
+    return _DENIED_PLACE.search(content) is not None
+
+
 def parse_box(content: str) -> Target | None:
     """Reads one box, or "None", from the content of an answer, with the leniency of `parse_detections`.
 
-    Content without a box, or with several different ones, is no answer. Neither is a box with swapped edges or
+    Content without a box, with several different ones, or with one that it denies, is no answer. Neither is a box with swapped edges or
     implausible coordinates, or content of more than 10,000 characters.
 
     Args:
@@ -119,7 +133,7 @@ def parse_box(content: str) -> Target | None:
         The box in the coordinates that the text uses, `"None"`, or None if there is no single answer.
     """
     mentions = _mentions(content) if len(content) <= _LONGEST_BOX else None
-    if mentions is None:
+    if mentions is None or denies_a_place(content):
         return None
     boxes = {mention.box for mention in mentions}
     return NONE if not boxes else boxes.pop() if len(boxes) == 1 else None
@@ -281,7 +295,7 @@ def _joins_corners(between: str) -> bool:
 def _label_before(text: str) -> str | None:
     """The label that precedes a box: the last line of a text, without markup, bullets and "label:"."""
     for line in reversed(_TAG.sub(" ", text[-1000:]).splitlines()):
-        line = _BULLET.sub("", line, count=1).strip(" \t*_`:=-–—,;.>\"'“”")
+        line = _BULLET.sub("", line, count=1).strip(" \t*_`:=-–—,;.>|\"'“”")
         line = _NAMED_LABEL.sub("", line, count=1) if _NAMED_LABEL.match(line) else line
         if line and _plain(line) not in _BOX_KEYS:
             return line.strip(" *_`\"'")
@@ -449,7 +463,7 @@ def parse_places(content: str, size: int) -> tuple[tuple[float, ...], ...] | Non
     Returns:
         The places in the coordinates that the text uses; None if there are none, or more than 20,000 characters.
     """
-    if len(content) > _LONGEST_LOOSE:
+    if len(content) > _LONGEST_LOOSE or denies_a_place(content):
         return None
     value = _json(content)
     values = [value] if isinstance(value, list | dict) else [found.value for found in find_values(content)]

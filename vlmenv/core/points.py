@@ -19,6 +19,8 @@ _NOT_IN_NUMBERS = re.compile(r"[^0-9.+\-,;\s()\[\]]")
 _KEYS: Final = ("point_2d", "points_2d", "point", "points", "coordinate", "coordinates")
 _SIDES: Final = ("width", "height", "w", "h")
 _LONGEST_BARE: Final = 200
+_COORDS = re.compile(r"\bcoords ?= ?(?:\"([^\"]{0,20000})\"|'([^']{0,20000})')", re.IGNORECASE)
+_FRAME_ENDS = re.compile(r"[\t:;,]")
 _CAPTION = re.compile(r"\balt ?= ?(?:\"[^\"]{0,20000}\"|'[^']{0,20000}')", re.IGNORECASE)
 _ATTRIBUTE = re.compile(r"\b([xy])([0-9]{0,5}) ?= ?[\"']? {0,9}([+-]?[0-9]{1,9}(?:\.[0-9]{0,17})?)(?![\w.])")
 
@@ -31,28 +33,45 @@ def has_point_marks(content: str) -> bool:
 def parse_marked_points(content: str) -> tuple[Point, ...] | None:
     """The points of `<point x="…" y="…" alt="…">` and `<points x1="…" y1="…" x2="…" y2="…" …>`, as Molmo writes them.
 
-    A mark without attributes holds its points as its text, `<point>10 20</point>`, as UI-TARS writes it.
+    Molmo2 writes `<points coords="1 1 10 20 2 30 40">`: the number of the image, then the number, x and y of each point.
+    A mark without points in its attributes has them as its text, `<point>10 20</point>`, as UI-TARS writes it.
 
     Args:
         content: Any text.
 
     Returns:
-        The points in the coordinates that the text uses; None if a mark has an x without its y, or none at all.
+        The points in the coordinates that the text uses; None if a mark has half a point, or none at all.
     """
     if len(content) > LONGEST:
         return None
     found: list[Point] = []
     for mark in _MARK.finditer(content):
-        if not mark[1].strip():
-            found += _pairs_of(mark[2]) or [(math.inf, math.inf)]
-            continue
-        numbers: dict[str, dict[str, float]] = {}
-        for axis, number, value in _ATTRIBUTE.findall(_CAPTION.sub("", mark[1])):
-            numbers.setdefault(number, {})[axis] = float(value)
-        if not numbers or any(len(pair) != 2 for pair in numbers.values()):
-            return None
-        found += [(pair["x"], pair["y"]) for pair in numbers.values()]
+        attributes = _CAPTION.sub("", mark[1])
+        coords = _COORDS.search(attributes)
+        points = _of_attributes(attributes) if coords is None else _of_coords(coords[1] or coords[2] or "")
+        found += (_pairs_of(mark[2]) if points is None else points) or [(math.inf, math.inf)]
     return tuple(found) if found and all(map(is_point, found)) else None
+
+
+def _of_attributes(attributes: str) -> list[Point] | None:
+    """The points of attributes x and y, with the same numbers or none; empty if one lacks the other, None if all do."""
+    numbers: dict[str, dict[str, float]] = {}
+    for axis, number, value in _ATTRIBUTE.findall(attributes):
+        numbers.setdefault(number, {})[axis] = float(value)
+    if any(len(pair) != 2 for pair in numbers.values()):
+        return []
+    return [(pair["x"], pair["y"]) for pair in numbers.values()] or None
+
+
+def _of_coords(coords: str) -> list[Point]:
+    """The points of Molmo2's attribute; empty if a number lacks its x or y. Images are divided by any of `\\t:;,`."""
+    points: list[Point] = []
+    for image in filter(str.strip, _FRAME_ENDS.split(coords)):
+        words = image.split()
+        if len(words) < 4 or len(words) % 3 != 1 or not all(map(_NUMBER.fullmatch, words)):
+            return []
+        points += [(float(x), float(y)) for x, y in zip(words[2::3], words[3::3], strict=True)]
+    return points
 
 
 def parse_points(content: str) -> tuple[Point, ...] | None:
@@ -82,10 +101,12 @@ def parse_points(content: str) -> tuple[Point, ...] | None:
 
 
 def _bracketed(content: str) -> str:
-    """A text that is two numbers and nothing else, in brackets; any other text as it is."""
-    pair = None if len(content) > _LONGEST_BARE else next((one.value for one in find_values(f"{{{content}}}")), None)
-    point = _pair(pair)
-    return content if point is None else f"[{point[0]}, {point[1]}]"
+    """A text whose lines are two numbers each and nothing else, in brackets; any other text as it is."""
+    lines = [line for line in content.splitlines() if line.strip()]
+    if any(len(line) > _LONGEST_BARE for line in lines):
+        return content
+    points = [_pair(next((one.value for one in find_values(f"{{{line}}}")), None)) for line in lines]
+    return ", ".join(f"[{one[0]}, {one[1]}]" for one in points if one) if points and all(points) else content
 
 
 def _named(value: Any) -> Iterator[tuple[Point, ...] | None]:
@@ -103,6 +124,8 @@ def _named(value: Any) -> Iterator[tuple[Point, ...] | None]:
         yield _listed(plain[key])
     elif (point := _pair(plain)) is not None:
         yield (point,)
+    elif _rows(plain):
+        yield _listed(plain)
     else:
         for part in plain.values():
             yield from _named(part)
