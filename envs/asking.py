@@ -68,12 +68,13 @@ def read_request(text: str, key: str, answer_format: AnswerFormat) -> str | None
     content = answer_format.extract(text)
     if content is None and text.lstrip().startswith("{"):
         content = text
-    return content if content is not None and len(content) <= _LONGEST and key in content else None
+    return content if content is not None and len(content) <= _LONGEST and key in content.lower() else None
 
 
 def read_number(content: str, key: str) -> int | None:
-    """The whole number under a key of a request; None if there is none, or several that differ."""
-    found = set(
-        re.findall(rf"(?:[\"'“”]{key}[\"'“”]|(?<=\{{){key})\s*:\s*[\"']?(0|[1-9][0-9]{{0,3}})(?![\w.])", content)
-    )
+    """The whole number under a key of a request, alone in a list or not; None if there is none, or several differ."""
+    number = r"(0|[1-9][0-9]{0,3})(?:\.0)?"
+    named = rf"(?:[\"'“”]{key}[\"'“”]|(?<=\{{){key})\s*:\s*"
+    values = rf"(?:\[\s*{number}\s*\]|[\"']?(?:(?:image|page) )?{number}(?![\w.]))"
+    found = {one or other for one, other in re.findall(named + values, content, re.IGNORECASE)}
     return int(found.pop()) if len(found) == 1 else None

@@ -98,7 +98,8 @@ def reply_in(text: str, answer_format: AnswerFormat) -> str | None:
         pairs = [pair for found in find_values(match[1]) if type(found.value) is dict for pair in found.value.items()]
     answers = [value for key, value in pairs if re.sub(r"[\W_]+", "", key).lower() in _ANSWER_KEYS]
     pairs = [pair for pair in pairs if not _OF_THINKING.fullmatch(pair[0])]
-    answers = answers or [value for key, value in pairs if len(pairs) == 1 and len(key) > 1] or _only_number(pairs)
+    if not answers and not any(re.fullmatch("[A-Z]", key) for key, _ in pairs):  # {"A": "cat"} is a letter too
+        answers = [value for _, value in pairs if len(pairs) == 1] or _only_number(pairs)
     said = _written(answers[0]) if len(answers) == 1 else None
     return content if said is None else said
 

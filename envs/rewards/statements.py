@@ -37,12 +37,15 @@ _YEAR: Final = r"(?:19|20)\d\d"
 _YEARS: Final = rf"(?:years? |fiscal year |FY ?)?{_YEAR}(?: ?(?:[-–/]|to|and|until|through) ?{_YEAR})?"
 _ASIDE = re.compile(
     rf"(?<!\\)\b(?:in|for|during|since|from|until|before|after|between|labell?ed)(?: the)? {_YEARS}(?![\d.]|,\d| ?[%$€£])"
+    rf"(?!,? (?:and )?{_YEAR})"
     rf"|\((?:in )?{_YEARS}\)"
     r"|\b(?:bar|line|column|row|figure|image|picture|panel|group|page|slide|table|step|point|slice)s?"
     r" (?:#|no\. ?|number )?\d{1,4}(?![\d.%]|,\d| [a-z]+s\b)"
+    r"(?!,? ?(?:and|&|,) ?\d)"
     r"|\b\d{1,3}(?:st|nd|rd|th)\b",
     re.IGNORECASE,
 )
+_OR = re.compile(r"\b(?:or|either)\b|或", re.IGNORECASE)
 """Years of circumstance, names such as "bar 3", and ordinals."""
 _REASON = re.compile(r"(?<=[\d)}]),? (?:because|since|as (?:there|it|the))\b.*", re.DOTALL)
 _ADDEND: Final = r"\d{1,9}(?:\.\d{1,9})?(?: [A-Za-z]{3,20}){0,3}(?: \([^()\d]{1,40}\))?"
@@ -64,7 +67,7 @@ def without_asides(text: str) -> str:
     if not any(map(str.isdigit, text)):
         return text
     text = _REASON.sub("", text)
-    left = _ASIDE.sub(" ", text)
+    left = text if _OR.search(text) else _ASIDE.sub(" ", text)
     text = left if _NUMBER.search(left) else text
     return _WORKING.sub("", text)
 
