@@ -19,13 +19,13 @@ from vlmenv.core.errors import unknown_name
 from vlmenv.core.formats import SECTIONS, TAGS, AnswerFormat
 from vlmenv.core.literals import find_values
 from vlmenv.core.spaces import Image
-from vlmenv.envs.rewards.evidence import conclusions, sentence, tidy, without_explanation
+from vlmenv.envs.rewards.evidence import conclusions, sentence, tidy, unframed
 from vlmenv.envs.rewards.formulas import Form, read_form
 from vlmenv.envs.rewards.letters import LETTERS, read_letters, truth_letters
 from vlmenv.envs.rewards.math import LONGEST_MATH, SPACED_UNIT, UNIT, check_installed, compare, math_equal
 from vlmenv.envs.rewards.normalise import stated
 from vlmenv.envs.rewards.numbers import decimal_commas_as_points, same_number
-from vlmenv.envs.rewards.statements import without_asides
+from vlmenv.envs.rewards.statements import total_of_parts, without_asides
 from vlmenv.envs.rewards.terms import BatchTerm
 from vlmenv.envs.rewards.units import conversion
 
@@ -89,13 +89,15 @@ def reply_in(text: str, answer_format: AnswerFormat) -> str | None:
     content = answer_format.extract(text)
     if content is None or len(content) > LONGEST_ANSWER:
         return content
-    content = without_explanation(content)
+    content = unframed(content)
     if not (match := _OBJECT.fullmatch(content)):
         return content
     try:
         pairs = json.loads(match[1], parse_int=str, parse_float=str, object_pairs_hook=list)
     except (ValueError, RecursionError):
         pairs = [pair for found in find_values(match[1]) if type(found.value) is dict for pair in found.value.items()]
+    pairs = next((value for key, value in pairs if key in CALL_KEYS and isinstance(value, list)), pairs)
+    pairs = [pair for pair in pairs if isinstance(pair, tuple)]
     answers = [value for key, value in pairs if re.sub(r"[\W_]+", "", key).lower() in _ANSWER_KEYS]
     pairs = [pair for pair in pairs if not _OF_THINKING.fullmatch(pair[0])]
     if not answers and not any(re.fullmatch("[A-Z]", key) for key, _ in pairs):  # {"A": "cat"} is a letter too
@@ -122,6 +124,8 @@ _OF_THINKING = re.compile(
     re.IGNORECASE,
 )
 """Keys whose values are no answers."""
+CALL_KEYS: Final = ("arguments", "args", "parameters", "params")
+"""Keys under which a call of a tool has what it is called with."""
 _OBJECT = re.compile(r"\s*(?:```[a-z]{0,9}\s)?\s*(\{.*\})\s*(?:```)?\s*", re.DOTALL | re.IGNORECASE)
 _ANSWER_KEYS: Final = ("answer", "finalanswer", "答案")
 
@@ -150,8 +154,24 @@ def _compare(content: str | None, target: Answer) -> float | None:
     if target.kind == "exact":
         return float(says_words(content or "", target.text))
     if target.kind == "math" and answer != truth:
-        return 1.0 if _same_number(str(answer), str(truth)) else None
+        same = _same_number(str(answer), str(truth)) or _tells_number(content or "", target)
+        return 1.0 if same else None
     return float(answer == truth)
+
+
+def _tells_number(content: str, target: Answer) -> bool:
+    """Whether a sentence, which is no formula, tells the true number and no other: "I'd say 12"."""
+    if len(content) > _LONGEST_QUANTITY or _MAY_BE_MORE.search(content) or len(_DIGITS_IN_A_ROW.findall(content)) != 1:
+        return False
+    is_number = read_form(target.text).kind == "number" and not _MAY_BE_MORE.search(target.text)
+    return is_number and read_form(content).kind == "words" and _same_quantity(content, target)
+
+
+_DIGITS_IN_A_ROW = re.compile(r"\d(?:[\d.,'/]*\d)?")
+_MAY_BE_MORE = re.compile(
+    r"\\|[=<>|^_±√]|(?<![A-Za-z'’])[B-HJ-Zb-z](?![A-Za-z'’])|\b(?:or|either)\b|[不非没或]|\([^)]*$|\[[^\]]*$"
+)
+"""Signs of a formula, variables, alternatives, denials, and brackets that are not closed."""
 
 
 def says_words(content: str, true: str) -> bool:
@@ -436,12 +456,18 @@ def read_quantity(content: str) -> Quantity | None:
     if len(content) > LONGEST_ANSWER:
         return None
     text = tidy(content)
+    if _ASKS.search(text):
+        return None
     concluded = (sentence(said) for said, _ in conclusions(text))
     text = next((said for said in concluded if any(map(str.isdigit, said))), text)
     text = without_asides(text)
-    return _stated_quantity(text) or _lone_quantity(text)
+    if found := _stated_quantity(text) or _lone_quantity(text):
+        return found
+    total = total_of_parts(text) if len(text) <= _LONGEST_QUANTITY else None
+    return None if total is None else Quantity(float(total), None)
 
 
+_ASKS = re.compile(r"(?:\A|[.!?\n])[^.!?\n]{0,80}[A-Za-z]{2}[^.!?\n]{0,80}\d[^.!?\n]{0,80}\?\W*\Z")
 _LONGEST_QUANTITY: Final = 200
 _QUALIFIED = re.compile(
     r"(?i:\b(?:more|less|fewer|greater|smaller|at least|at most|over|under|up to|not|never|wrong|incorrect"

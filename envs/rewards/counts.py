@@ -7,9 +7,10 @@ from typing import Final
 
 from vlmenv.core.literals import find_values
 from vlmenv.core.points import has_point_marks, parse_marked_points
-from vlmenv.envs.rewards.answers import normalise, parse_number
-from vlmenv.envs.rewards.evidence import without_explanation
+from vlmenv.envs.rewards.answers import CALL_KEYS, normalise, parse_number
+from vlmenv.envs.rewards.evidence import unframed
 from vlmenv.envs.rewards.numbers import magnitudes_written_out
+from vlmenv.envs.rewards.statements import total_of_parts
 
 MOST: Final = 99_999
 """Greatest count that is read."""
@@ -59,7 +60,7 @@ def parse_count(content: str) -> int | None:
     if has_point_marks(content):
         points = parse_marked_points(content)
         return None if points is None else len(points)
-    objects = _without_objects(without_explanation(content))
+    objects = _without_objects(unframed(content))
     if objects is None:
         return None
     if _PERCENT.search(objects):
@@ -85,6 +86,7 @@ def _without_objects(content: str) -> str | None:
         while isinstance(value, list) and len(value) == 1:  # [{"count": 3}], \boxed{\text{3}}
             value = value[0]
         written = content[found.start : found.end]
+        value = next((value[key] for key in CALL_KEYS if isinstance(value, dict) and key in value), value)
         if isinstance(value, float | str) or _is_remark(value, written) or not _HAS_NUMBER.search(written):
             continue
         named = [one for key, one in value.items() if _letters(key) in _KEYS] if isinstance(value, dict) else []
@@ -128,23 +130,12 @@ def _number(content: str) -> float | None:
     words = _IN_WORDS.sub(_in_digits, content)
     if any(map(str.isdigit, content)):
         number = parse_number(_BESIDE_DIGITS.sub(_in_digits, content))
-        return _sum_of_parts(words) if number is None else number
+        return total_of_parts(words) if number is None else number
     if _DENIED.search(content):
         nothing = _NOTHING.fullmatch(content.strip(" .*。")) and not _IN_WORDS.search(content)
         return 0 if nothing else None
     number = parse_number(words)
-    return _sum_of_parts(words) if number is None else number
-
-
-_TOTAL_OF_PARTS = re.compile(
-    r"[^\d:(,]*\b\d+(?: [a-z][^\d:(,.]*)? ?[:(,](?: ?(?:and )?\d+ (?!or\b)[a-z][^\d,;:.]*[,;]?)+[).]*", re.IGNORECASE
-)
-
-
-def _sum_of_parts(text: str) -> float | None:
-    """The number that a text states first and then divides, as "3 dogs: 1 brown and 2 white"; None for all else."""
-    first, *parts = map(int, re.findall(r"[0-9]{1,5}", text)) if _TOTAL_OF_PARTS.fullmatch(text.strip()) else [0]
-    return first if len(parts) > 1 and first == sum(parts) and not _DENIED.search(text) else None
+    return total_of_parts(words) if number is None else number
 
 
 def _of_han(found: re.Match[str]) -> str:

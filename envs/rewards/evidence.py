@@ -60,14 +60,26 @@ def _composed(match: re.Match[str]) -> str:
 
 
 _EXPLANATION = re.compile(
-    r"^[ \t*_#>-]{0,9}(?:explanations?|reason(?:s|ing)?|rationale|justification|note|breakdown|解释|理由|说明|解析)[*_ ]{0,5}[:：]",
+    r"^[ \t*_#>-]{0,9}(?:explanations?|reason(?:s|ing)?|rationale|justification|note|breakdown|confidence|解释|理由|说明|解析)[*_ ]{0,5}[:：]",
     re.IGNORECASE | re.MULTILINE,
 )
 _ANSWERS = re.compile(r"\\boxed|\banswers?\b|答案", re.IGNORECASE)
+_COURTESY = re.compile(
+    r"\n\s{0,9}(?:I hope|(?:please )?let me know|if you (?:have|need|want|would)|feel free|hope (?:this|that)|thank)\b[^\d\n]*\Z",
+    re.IGNORECASE,
+)
+_IN_TAGS = re.compile(r"\s*<([a-z_]{1,20})>([^<>]*)</\1>\s*", re.IGNORECASE)
 
 
-def without_explanation(text: str) -> str:
-    """A text up to a line that begins with "Explanation:" or the like, unless an answer stands after that."""
+def unframed(text: str) -> str:
+    """An answer without what stands around it: a pair of tags, a line of courtesy at the end, an explanation.
+
+    The explanation begins on a line with "Explanation:", "Confidence:" or the like. It stays if an answer stands after
+    that.
+    """
+    text = _COURTESY.sub("", text) if "\n" in text else text
+    tagged = _IN_TAGS.fullmatch(text)
+    text = tagged[2] if tagged else text
     found = _EXPLANATION.search(text) if "\n" in text else None
     before = text[: found.start()] if found else ""
     return before if found and before.strip() and not _ANSWERS.search(text, found.end()) else text

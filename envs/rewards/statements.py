@@ -72,6 +72,19 @@ def without_asides(text: str) -> str:
     return _WORKING.sub("", text)
 
 
+_TOTAL_OF_PARTS = re.compile(
+    r"[^\d:(,]*\b\d+(?: [a-z][^\d:(,.]*)? ?[:(,](?: ?(?:and )?\d+ (?=[a-z])(?:(?!\bor\b)[^\d,;:.])*[,;]?)+[).]*",
+    re.IGNORECASE,
+)
+_DENIED = re.compile(r"\b(?:no|none|not|nor|neither|cannot)\b|n['’]t\b|[没不]", re.IGNORECASE)
+
+
+def total_of_parts(text: str) -> int | None:
+    """The number that a text states first and then divides, as "3 dogs: 1 brown and 2 white"; None for all else."""
+    first, *parts = map(int, re.findall(r"[0-9]{1,5}", text)) if _TOTAL_OF_PARTS.fullmatch(text.strip()) else [0]
+    return first if len(parts) > 1 and first == sum(parts) and not _DENIED.search(text) else None
+
+
 def states_another(before: str, said: str) -> bool:
     """Whether a clause states another number than the last clause, which is no conclusion of it.
 
