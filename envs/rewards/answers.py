@@ -19,7 +19,7 @@ from vlmenv.core.errors import unknown_name
 from vlmenv.core.formats import SECTIONS, TAGS, AnswerFormat
 from vlmenv.core.literals import find_values
 from vlmenv.core.spaces import Image
-from vlmenv.envs.rewards.evidence import conclusions, sentence, tidy, unframed
+from vlmenv.envs.rewards.evidence import OTHER_DENIAL, conclusions, sentence, tidy, unframed
 from vlmenv.envs.rewards.formulas import Form, read_form
 from vlmenv.envs.rewards.letters import LETTERS, read_letters, truth_letters
 from vlmenv.envs.rewards.math import LONGEST_MATH, SPACED_UNIT, UNIT, check_installed, compare, math_equal
@@ -456,7 +456,7 @@ def read_quantity(content: str) -> Quantity | None:
     if len(content) > LONGEST_ANSWER:
         return None
     text = tidy(content)
-    if _ASKS.search(text):
+    if _ASKS.search(text) or _OTHER_DENIAL.search(text):
         return None
     concluded = (sentence(said) for said, _ in conclusions(text))
     text = next((said for said in concluded if any(map(str.isdigit, said))), text)
@@ -467,6 +467,7 @@ def read_quantity(content: str) -> Quantity | None:
     return None if total is None else Quantity(float(total), None)
 
 
+_OTHER_DENIAL = re.compile(OTHER_DENIAL, re.IGNORECASE)
 _ASKS = re.compile(r"(?:\A|[.!?\n])[^.!?\n]{0,80}[A-Za-z]{2}[^.!?\n]{0,80}\d[^.!?\n]{0,80}\?\W*\Z")
 _LONGEST_QUANTITY: Final = 200
 _QUALIFIED = re.compile(

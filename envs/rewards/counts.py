@@ -29,7 +29,7 @@ _BESIDE_DIGITS = re.compile(rf"(?<!\bthe )(?<!\bthese )(?<!\bthose )(?!one\b){_W
 """Number words that count beside digits: no pronoun, and none of "5 dogs in the two images"."""
 _SINGLE = re.compile(r"\b(?:a|only a|just a) single (?=[a-z])", re.IGNORECASE)
 _PERCENT = re.compile(r"\d ?(?:\\?%|per ?cent)", re.IGNORECASE)
-_OR = re.compile(rf"\bor {_WORD}|{_WORD} or\b", re.IGNORECASE)
+_OR = re.compile(rf"\bor {_WORD}|{_WORD} or\b|或", re.IGNORECASE)
 _DENIED = re.compile(r"\b(?:no|none|not|nor|neither|cannot)\b|n['’]t\b|[没不]", re.IGNORECASE)
 _NOTHING = re.compile(
     r"(?:there (?:is|are) (?:no(?:ne)?|not any)\b|there (?:is|are)n['’]t any\b"

@@ -65,7 +65,7 @@ _EXPLANATION = re.compile(
 )
 _ANSWERS = re.compile(r"\\boxed|\banswers?\b|答案", re.IGNORECASE)
 _COURTESY = re.compile(
-    r"\n\s{0,9}(?:I hope|(?:please )?let me know|if you (?:have|need|want|would)|feel free|hope (?:this|that)|thank)\b[^\d\n]*\Z",
+    r"(?:\n|(?<=[.!$}]) )\s{0,9}(?:I hope|(?:please )?let me know|if you (?:have|need|want|would)|feel free|hope (?:this|that)|thank)\b[^\d\n]*\Z",
     re.IGNORECASE,
 )
 _IN_TAGS = re.compile(r"\s*<([a-z_]{1,20})>([^<>]*)</\1>\s*", re.IGNORECASE)
@@ -77,7 +77,7 @@ def unframed(text: str) -> str:
     The explanation begins on a line with "Explanation:", "Confidence:" or the like. It stays if an answer stands after
     that.
     """
-    text = _COURTESY.sub("", text) if "\n" in text else text
+    text = _COURTESY.sub("", text)
     tagged = _IN_TAGS.fullmatch(text)
     text = tagged[2] if tagged else text
     found = _EXPLANATION.search(text) if "\n" in text else None
@@ -182,6 +182,8 @@ OTHER_LEAD_IN: Final = (
     r"(?: (?:es|é|ist|lautet|est|è)(?= )(?: ?:)?| ?:)|(?:答え|正解) ?[は:]|(?:정답|답) ?[은:])"
 )
 """A pattern of "the answer is" in Spanish, Portuguese, German, French, Italian, Russian, Japanese and Korean."""
+OTHER_DENIAL: Final = r"(?:\b(?:nicht|keine?|no (?:es|son|hay)|pas|não|non è|не)\b|ではな|じゃな|아니)"
+"""A pattern of "not" in these languages."""
 COPULA_AT_END = re.compile(r"(?<=\S) ?(?:です|だ|입니다|이다)(?=[.!。\s]*$)")
 _LEAD_IN = re.compile(
     r"\b(?i:answers?|ans\.?"
@@ -242,7 +244,7 @@ _DENIED_BEFORE = re.compile(
     r"|(?:\b(?:not|never|neither|nor|cannot|except|excluding|excludes?|rejects?|eliminates?|dismiss|unlike"
     r"|rather than|instead of|other than|as opposed to|(?:any|every|all)(?:thing|one)? (?:but|except)"
     r"|rul(?:e|es|ed|ing) out)\b|n['’]t\b"
-    r"|不(?:是|选|为|能|会|可能|应该?)(?:是|选)?|并非|排除|除了)"
+    rf"|{OTHER_DENIAL}|不(?:是|选|为|能|会|可能|应该?)(?:是|选)?|并非|排除|除了)"
     rf"{_PHRASE}{_ALIKE}"
     rf"|(?:\b(?:wrong|incorrect)\b|错误)[^.,;!?\n]{{0,30}}?{_ALIKE})"
 )
@@ -260,6 +262,7 @@ _DENIED_AFTER = re.compile(
     r"|(?:can|must|should|could|may|has to|is to) be (?:ruled out|excluded|eliminated|rejected|discarded|dismissed)"
     r"|\? ?(?:no\b|not\b|wrong\b|nope\b))"
     rf"|{_ALIKE}[\s$)\]}}'\"]*(?:选项|项|答案)?\s*(?:是|为)?(?:不对|不正确|错|不符|排除|不成立|不可能|不是|不选|不合)"
+    rf"|{_ALIKE} ?(?:では|じゃ|[이가] )?(?:な[いく]|아니)"
 )
 
 

@@ -396,7 +396,10 @@ _REASON = re.compile(
     rf"({_MARK}[^.;!?\n]{{0,80}}?)(?:\b(?:because|since|given that|due to|as (?:(?:it|the|there)\b|{_MARK}))"
     rf"|因为)[^.;!?\n]*"
 )
-_HEDGED = re.compile(rf"{_MARK}[\s)\]]*(?:,? ?\bor\b|或)[\s(\[]*(?:option |choice )?{_MARK}")
+_HEDGED = re.compile(
+    rf"{_MARK}[\s)\]]*(?:,? ?\bor\b|或)[\s(\[]*"
+    rf"(?:(?:option |choice )?{_MARK}|(?:something|anything|another|any other|none|maybe|perhaps|not)\b)"
+)
 
 
 def _stated(text: str, several: bool) -> set[str]:
