@@ -120,7 +120,8 @@ def _written(value: object) -> str | None:
 
 
 _OF_THINKING = re.compile(
-    r"(?:step by step )?(?:thoughts?|think(?:ing)?|reason(?:s|ing)?|rationale|explanation|analysis|confidence|question|error)",
+    r"(?:step by step )?(?:thoughts?|think(?:ing)?|reason(?:s|ing)?|rationale|explanation|analysis"
+    r"|confidence|question|error)",
     re.IGNORECASE,
 )
 """Keys whose values are no answers."""
@@ -442,6 +443,12 @@ def parse_number(content: str) -> float | None:
     return None if quantity is None else quantity.value
 
 
+def _asks(text: str) -> bool:
+    """Whether a text ends with a question that has words and a number: "Is it 12?"."""
+    question = re.split(r"[.!?\n]", text.rstrip('?!*_"). ')[-200:])[-1] if text.rstrip('!*_"). ').endswith("?") else ""
+    return any(map(str.isdigit, question)) and re.search("[A-Za-z]{2}", question) is not None
+
+
 class Quantity(NamedTuple):
     """A number with its unit."""
 
@@ -456,7 +463,7 @@ def read_quantity(content: str) -> Quantity | None:
     if len(content) > LONGEST_ANSWER:
         return None
     text = tidy(content)
-    if _ASKS.search(text) or _OTHER_DENIAL.search(text):
+    if _asks(text) or _OTHER_DENIAL.search(text):
         return None
     concluded = (sentence(said) for said, _ in conclusions(text))
     text = next((said for said in concluded if any(map(str.isdigit, said))), text)
@@ -468,7 +475,6 @@ def read_quantity(content: str) -> Quantity | None:
 
 
 _OTHER_DENIAL = re.compile(OTHER_DENIAL, re.IGNORECASE)
-_ASKS = re.compile(r"(?:\A|[.!?\n])[^.!?\n]{0,80}[A-Za-z]{2}[^.!?\n]{0,80}\d[^.!?\n]{0,80}\?\W*\Z")
 _LONGEST_QUANTITY: Final = 200
 _QUALIFIED = re.compile(
     r"(?i:\b(?:more|less|fewer|greater|smaller|at least|at most|over|under|up to|not|never|wrong|incorrect"

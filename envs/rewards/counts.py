@@ -49,7 +49,8 @@ _LONGEST_IN_WORDS: Final = 200
 def parse_count(content: str) -> int | None:
     """The count in an answer: a whole number, a number word below 100, or as many as there are marked points.
 
-    In a JSON object it stands under a key such as "count" or "answer", or is the only number; lists of numbers are none.
+    In a JSON object it stands under a key such as "count" or "answer", or is the only number. Lists of numbers are
+    none.
 
     Args:
         content: Any text. Points are in Molmo's form, `<points x1="…" y1="…" …>`.

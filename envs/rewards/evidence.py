@@ -60,12 +60,14 @@ def _composed(match: re.Match[str]) -> str:
 
 
 _EXPLANATION = re.compile(
-    r"^[ \t*_#>-]{0,9}(?:explanations?|reason(?:s|ing)?|rationale|justification|note|breakdown|confidence|解释|理由|说明|解析)[*_ ]{0,5}[:：]",
+    r"^[ \t*_#>-]{0,9}(?:explanations?|reason(?:s|ing)?|rationale|justification|note|breakdown|confidence"
+    r"|解释|理由|说明|解析)[*_ ]{0,5}[:：]",
     re.IGNORECASE | re.MULTILINE,
 )
 _ANSWERS = re.compile(r"\\boxed|\banswers?\b|答案", re.IGNORECASE)
 _COURTESY = re.compile(
-    r"(?:\n|(?<=[.!$}]) )\s{0,9}(?:I hope|(?:please )?let me know|if you (?:have|need|want|would)|feel free|hope (?:this|that)|thank)\b[^\d\n]*\Z",
+    r"(?:\n|(?<=[.!$}]) )\s{0,9}(?:I hope|(?:please )?let me know|if you (?:have|need|want|would)|feel free"
+    r"|hope (?:this|that)|thank)\b[^\d\n]*\Z",
     re.IGNORECASE,
 )
 _IN_TAGS = re.compile(r"\s*<([a-z_]{1,20})>([^<>]*)</\1>\s*", re.IGNORECASE)
@@ -178,7 +180,8 @@ def _boxed(text: str, boxes: list[Box]) -> str:
 
 
 OTHER_LEAD_IN: Final = (
-    r"(?i:\b(?:respuesta|resposta|antwort|ergebnis|réponse|risposta|ответ)(?: (?:correct[ae]?|corret[ta]{1,2}|finale?))?"
+    r"(?i:\b(?:respuesta|resposta|antwort|ergebnis|réponse|risposta|ответ)"
+    r"(?: (?:correct[ae]?|corret[ta]{1,2}|finale?))?"
     r"(?: (?:es|é|ist|lautet|est|è)(?= )(?: ?:)?| ?:)|(?:答え|正解) ?[は:]|(?:정답|답) ?[은:])"
 )
 """A pattern of "the answer is" in Spanish, Portuguese, German, French, Italian, Russian, Japanese and Korean."""

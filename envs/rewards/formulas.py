@@ -337,7 +337,9 @@ def _related(latex: str) -> Form | None:
         return Form("relation", latex) if _is_formula(latex) else None
     exact, *nearly = _split(latex, _NEARLY)
     if nearly:
-        latex = exact if (exact == "\\pi" or not _NAME.fullmatch(exact)) and "=" not in exact else f"{exact} = {nearly[-1]}"
+        latex = (
+            exact if (exact == "\\pi" or not _NAME.fullmatch(exact)) and "=" not in exact else f"{exact} = {nearly[-1]}"
+        )
         latex = exact if "=" in exact else latex
     if len(_split(latex, _OTHER_RELATION)) > 1:
         return Form("relation", latex) if _is_formula(latex) else None

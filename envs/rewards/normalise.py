@@ -104,7 +104,8 @@ _DELIMITER = re.compile(
 )
 _ALIGNED = re.compile(r"\\begin\{(?:align(?:ed)?|split)\*?\}")
 _SPACING = re.compile(
-    r"(?<!\\)\\(?:displaystyle|textstyle|limits|quad|qquad|enspace|thinspace|!|,|;|:|>| |left(?![A-Za-z])|right(?![A-Za-z])"
+    r"(?<!\\)\\(?:displaystyle|textstyle|limits|quad|qquad|enspace|thinspace|!|,|;|:|>| |left(?![A-Za-z])"
+    r"|right(?![A-Za-z])"
     r"|[bB]ig+[lr]?(?![A-Za-z]))|~"
 )
 
@@ -148,7 +149,9 @@ _LEAD_IN = re.compile(
     r"^.*(?:\b(?:is|are|was|be|equals?(?: to)?|gives?|gets?|have|has|obtain|finds?|yields?|becomes|approximately|about"
     r"|roughly|around|therefore|thus|hence|so|then|exactly|answer|there are|there is|total of|totals|measures"
     r"|results? in|takes|needs|costs|requires|contains|weighs|lasts|it's|that's"
-    r"|(?:shows?|showed|reads?|reach(?:es|ed)?|counts?|see|value of)(?= \d)|(?:comes?|amounts?|evaluates?|simplifies|simplify|reduces?|leads?|rounds?|adds? up|works? out|grows?|grew|rises?|rose|falls?|fell|drop(?:s|ped)?)"
+    r"|(?:shows?|showed|reads?|reach(?:es|ed)?|counts?|see|value of)(?= \d)"
+    r"|(?:comes?|amounts?|evaluates?|simplifies|simplify|reduces?|leads?|rounds?|adds? up|works? out"
+    r"|grows?|grew|rises?|rose|falls?|fell|drop(?:s|ped)?)"
     r" to)\b[:,]?"
     r"|(?<=[a-z)][a-z)])\*{0,2}:\*{0,2})"
     r" *(?=[^\s)\]}])",

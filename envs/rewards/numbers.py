@@ -158,8 +158,8 @@ _IN_A_LIST = re.compile(r"(?:[(\[]|\\\{|(?<![A-Za-z])\{)[\s$+-]*$")
 def decimal_commas_as_points(text: str) -> str:
     """A text with "3.5" for "3,5" and "1234.5" for "1.234,5".
 
-    Three places after a comma are thousands, but for "0,125". Numbers in brackets, as "(3,5)", stay, and so do those with
-    a space after the comma.
+    Three places after a comma are thousands, but for "0,125". Numbers in brackets, as "(3,5)", stay, and so do
+    those with a space after the comma.
     """
     return _DECIMAL_COMMA.sub(_pointed, text) if "," in text else text
 

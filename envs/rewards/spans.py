@@ -30,7 +30,10 @@ _IN_A_SENTENCE = re.compile(
     rf"({_TIME}){_UNIT}\s*{_JOINED}\s*({_TIME}){_UNIT}(?![\w:])",
     re.IGNORECASE,
 )
-_NO_SPAN = re.compile(r"\b(?:not|no|or|nor|either|neither|maybe|except|unless|wrong|incorrect|false|but|min|mins|minutes?|hours?|h|ms|frames?)\b|n['’]t\b|[不没或分帧?？]", re.IGNORECASE)
+_NO_SPAN = re.compile(
+    r"\b(?:not|no|or|nor|either|neither|maybe|except|unless|wrong|incorrect|false|but|min|mins|minutes?|hours?|h|ms|frames?)\b|n['’]t\b|[不没或分帧?？]",
+    re.IGNORECASE,
+)
 _LONGEST_SENTENCE: Final = 300
 _FENCED = re.compile(r"```(?:json)?\s(.*)```", re.DOTALL)
 _TAG = re.compile(r"</?[a-z_]{1,20}>", re.IGNORECASE)

@@ -36,7 +36,8 @@ _IS_NUMBER = re.compile(rf"\W*{_DIGITS}\W*")
 _YEAR: Final = r"(?:19|20)\d\d"
 _YEARS: Final = rf"(?:years? |fiscal year |FY ?)?{_YEAR}(?: ?(?:[-–/]|to|and|until|through) ?{_YEAR})?"
 _ASIDE = re.compile(
-    rf"(?<!\\)\b(?:in|for|during|since|from|until|before|after|between|labell?ed)(?: the)? {_YEARS}(?![\d.]|,\d| ?[%$€£])"
+    rf"(?<!\\)\b(?:in|for|during|since|from|until|before|after|between|labell?ed)(?: the)? {_YEARS}"
+    r"(?![\d.]|,\d| ?[%$€£])"
     rf"(?!,? (?:and )?{_YEAR})"
     rf"|\((?:in )?{_YEARS}\)"
     r"|\b(?:bar|line|column|row|figure|image|picture|panel|group|page|slide|table|step|point|slice)s?"
@@ -48,9 +49,11 @@ _ASIDE = re.compile(
 _OR = re.compile(r"\b(?:or|either)\b|或", re.IGNORECASE)
 """Years of circumstance, names such as "bar 3", and ordinals."""
 _REASON = re.compile(r"(?<=[\d)}]),? (?:because|since|as (?:there|it|the))\b.*", re.DOTALL)
+_LONGEST: Final = 400
 _ADDEND: Final = r"\d{1,9}(?:\.\d{1,9})?(?: [A-Za-z]{3,20}){0,3}(?: \([^()\d]{1,40}\))?"
 _WORKING = re.compile(
-    rf"(?<![\w.,^({{/*×·=+-])(?<![*×·=+/-] ){_ADDEND}(?: ?[-+*×/÷] ?{_ADDEND}){{1,9}}+ ?= ?(?=\d)(?![\d.,]+ ?[-+*×/÷^=])"
+    rf"(?<![\w.,^({{/*×·=+-])(?<![*×·=+/-] ){_ADDEND}(?: ?[-+*×/÷] ?{_ADDEND}){{1,9}}+"
+    r" ?= ?(?=\d)(?![\d.,]+ ?[-+*×/÷^=])"
 )
 """The left side of a sum of things, as "2 red + 3 blue = 5 dogs"."""
 
@@ -58,15 +61,15 @@ _WORKING = re.compile(
 def without_asides(text: str) -> str:
     """A text without numbers that it names in passing, if it has another: "42" of "42 in 2019".
 
-    Years after "in", "for" and the like, names ("bar 3") and ordinals ("the 3rd") go, and so does the left side of a sum,
-    as in "2 + 3 = 5 dogs", and a reason after the number.
+    Years after "in", "for" and the like, names ("bar 3") and ordinals ("the 3rd") go, and so does the left side of a
+    sum, as in "2 + 3 = 5 dogs", and a reason after the number.
 
     Args:
-        text: Plain signs in at most one sentence's length, where only the numbers matter.
+        text: Plain signs. One of over 400 characters loses its reason alone.
     """
-    if not any(map(str.isdigit, text)):
-        return text
     text = _REASON.sub("", text)
+    if len(text) > _LONGEST or len(_NUMBER.findall(text)) < 2:
+        return text
     left = text if _OR.search(text) else _ASIDE.sub(" ", text)
     text = left if _NUMBER.search(left) else text
     return _WORKING.sub("", text)

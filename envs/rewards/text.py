@@ -66,7 +66,9 @@ def keywords_reward(text: str, target: Caption) -> float:
 def _folded(text: str) -> str:
     # In pieces: normalisation takes time that grows with the square of a run of combining marks.
     pieces = (text[start : start + _PIECE] for start in range(0, min(len(text), LONGEST_TEXT), _PIECE))
-    return " ".join("".join(unicodedata.normalize("NFKC", piece) for piece in pieces).casefold().translate(_APOSTROPHES).split())
+    return " ".join(
+        "".join(unicodedata.normalize("NFKC", piece) for piece in pieces).casefold().translate(_APOSTROPHES).split()
+    )
 
 
 _APOSTROPHES: Final = str.maketrans("‘’", "''")

@@ -123,8 +123,8 @@ def denies_a_place(content: str) -> bool:
 def parse_box(content: str) -> Target | None:
     """Reads one box, or "None", from the content of an answer, with the leniency of `parse_detections`.
 
-    Content without a box, with several different ones, or with one that it denies, is no answer. Neither is a box with swapped edges or
-    implausible coordinates, or content of more than 10,000 characters.
+    Content without a box, with several different ones, or with one that it denies, is no answer. Neither is a
+    box with swapped edges or implausible coordinates, or content of more than 10,000 characters.
 
     Args:
         content: Any text.

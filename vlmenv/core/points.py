@@ -33,7 +33,8 @@ def has_point_marks(content: str) -> bool:
 def parse_marked_points(content: str) -> tuple[Point, ...] | None:
     """The points of `<point x="…" y="…" alt="…">` and `<points x1="…" y1="…" x2="…" y2="…" …>`, as Molmo writes them.
 
-    Molmo2 writes `<points coords="1 1 10 20 2 30 40">`: the number of the image, then the number, x and y of each point.
+    Molmo2 writes `<points coords="1 1 10 20 2 30 40">`: the number of the image, then the number, x and y of
+    each point.
     A mark without points in its attributes has them as its text, `<point>10 20</point>`, as UI-TARS writes it.
 
     Args:
