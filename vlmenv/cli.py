@@ -123,6 +123,11 @@ def _told(error: BaseException) -> str | None:
         return f"{type(error).__name__}: {error}"
     if re.search("Connection (closed|reset) by peer", str(error)):
         return "another process has ended; its own message says why"
+    if unreached := re.search(r"connectFullMesh failed with (?:\[/\S+\] )?(.+)", str(error)):
+        return (
+            f"the processes of this run do not reach each other ({unreached[1]}). On several machines, set "
+            "GLOO_SOCKET_IFNAME to the network interface that the others reach, and let them through its firewall"
+        )
     if waited := re.search(r"Timed out waiting (\d+)ms", str(error)):
         return (
             f"another process has not answered for {int(waited[1]) / 1000:.0f} seconds: it hangs, its machine is cut "
