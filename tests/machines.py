@@ -20,7 +20,7 @@ from conftest import ROOT
 ADDRESSES = {"node1": "10.77.0.1", "node2": "10.77.0.2", "gpu-box": "10.77.0.3"}
 """by name: two machines that train, and one that serves"""
 TINY = ["--prompts-per-step", "4", "--group-size", "2", "--eval-limit", "0", "--device", "cpu", "--output", "run"]
-LIMIT = 300
+LIMIT = 600
 """seconds"""
 _ENTER = """
 echo "$1" > /proc/sys/kernel/hostname
