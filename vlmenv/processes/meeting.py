@@ -32,7 +32,8 @@ def meet(*, cpu: bool, limit: timedelta | None = None) -> PartialState:
         ConfigError: `GLOO_SOCKET_IFNAME` names no network interface of this machine.
         RuntimeError: They do not reach each other.
     """
-    ranks, ranks_here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     if ranks > 1 and INTERFACE in os.environ:
         _check_interfaces(os.environ[INTERFACE].split(","))
     elif ranks > ranks_here:
