@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -39,12 +39,18 @@ def listening() -> set[tuple[str, int]]:
 
 
 class Served:
-    """`vlmenv serve` in a process of its own."""
+    """`vlmenv serve` in a process of its own.
 
-    def __init__(self, port: int, *options: str) -> None:
+    Args:
+        port: Port to listen on.
+        options: Options of the command.
+        before: What goes before the command, as of another machine.
+    """
+
+    def __init__(self, port: int, *options: str, before: Sequence[str] = ()) -> None:
         self.port, self.url = port, f"http://127.0.0.1:{port}"
         place = [] if "--socket" in options else ["--port", str(port)]
-        command = [sys.executable, "-m", "vlmenv", "serve", *options, *place]
+        command = [*before, sys.executable, "-m", "vlmenv", "serve", *options, *place]
         self.process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
@@ -88,9 +94,9 @@ class Served:
 
 
 @contextmanager
-def serving(port: int, *options: str) -> Iterator[Served]:
+def serving(port: int, *options: str, before: Sequence[str] = ()) -> Iterator[Served]:
     """A server that is about to start."""
-    served = Served(port, *options)
+    served = Served(port, *options, before=before)
     try:
         yield served
     finally:
@@ -101,8 +107,8 @@ def serving(port: int, *options: str) -> Iterator[Served]:
 
 
 @contextmanager
-def serve(model: str | Path, *options: str, port: int | None = None) -> Iterator[Served]:
+def serve(model: str | Path, *options: str, port: int | None = None, before: Sequence[str] = ()) -> Iterator[Served]:
     """A server that is ready."""
-    with serving(port or free_port(), "--model", str(model), *options) as served:
+    with serving(port or free_port(), "--model", str(model), *options, before=before) as served:
         served.wait_until_ready()
         yield served

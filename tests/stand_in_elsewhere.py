@@ -7,23 +7,13 @@ import threading
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent / "agents"))
-from stand_in_server import Answering, Worker, answering, described
+from stand_in_server import Answering, answering, described
 
-from vlmenv.agents.engines import worker as engine_worker
-from vlmenv.agents.engines.channel import Incoming
 from vlmenv.agents.vlm import VLMAgent
-
-
-def load(worker: Worker, incoming: Incoming) -> list[str]:
-    """In place of vLLM's loading."""
-    worker.weights = dict(incoming)
-    return []
-
 
 if __name__ == "__main__":
     agent = VLMAgent.from_pretrained("builtin")
     served = Answering(described(agent))
-    engine_worker.overwrite = load
     with answering(served, host=sys.argv[1]):
         print(served.url, flush=True)
         threading.Event().wait()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
 import pytest
 from conftest import launch, start
 from PIL import Image
+from servers import free_port
+from torch.distributed import TCPStore
 
 from vlmenv.cli import main
 
@@ -164,3 +167,20 @@ def test_a_rank_waits_for_the_others_no_longer_than_allowed(tmp_path: Path) -> N
     done = launch("ddp", "-m", "vlmenv", "train", *options, *TINY, "--prompts-per-step", "2", cwd=tmp_path)
     assert done.returncode != 0
     assert "another process has not answered for 3 seconds" in done.stderr
+
+
+@pytest.mark.parametrize("store", ["of the launcher", "of the main rank"])
+def test_a_rank_that_nobody_comes_to_says_so(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    port = free_port()
+    ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
+        monkeypatch.setenv(name, value)
+    with ExitStack() as opened:
+        if store == "of the launcher":
+            monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+            opened.callback(TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False).set, "over", "")
+        with pytest.raises(SystemExit):
+            main(["train", *TINY[:-1], str(tmp_path / "run"), "--rank-timeout", "0.02"])
+    assert re.search(r"another process has not answered for \d seconds", capsys.readouterr().err)

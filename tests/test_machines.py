@@ -1,132 +1,43 @@
-"""Several machines, as network namespaces of this one: two that train, and a third with a server."""
+"""Several machines, as namespaces of this one: two that train, and a third with a server."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
+import re
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import machines as several
 import psutil
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, launch
+from machines import ADDRESSES, LIMIT, TINY, Machines
+from safetensors.torch import load_file
 
 from vlmenv.runs.checkpoints import find_checkpoint
 from vlmenv.runs.run_folder import RunFolder
 
-ADDRESSES = {"a": "10.77.0.1", "b": "10.77.0.2", "server": "10.77.0.3"}
-TINY = ["--prompts-per-step", "4", "--group-size", "2", "--eval-limit", "0", "--device", "cpu", "--output", "run"]
-LIMIT = 300
-"""seconds"""
-
-
-class Machines:
-    """Network namespaces with an address each, on one bridge."""
-
-    def __init__(self) -> None:
-        self._names = {name: f"vlmenv-{os.getpid()}-{name}" for name in ADDRESSES}
-
-    def make(self) -> None:
-        for name in self._names.values():
-            _ip("netns", "add", name)
-            _ip("-n", name, "link", "set", "lo", "up")
-        hub = self._names["server"]
-        _ip("-n", hub, "link", "add", "eth0", "type", "bridge")
-        for name in ("a", "b"):
-            _ip(
-                "-n",
-                hub,
-                "link",
-                "add",
-                "name",
-                f"to-{name}",
-                "type",
-                "veth",
-                "peer",
-                "name",
-                "eth0",
-                "netns",
-                self._names[name],
-            )
-            _ip("-n", hub, "link", "set", f"to-{name}", "master", "eth0", "up")
-        for name, address in ADDRESSES.items():
-            _ip("-n", self._names[name], "address", "add", f"{address}/24", "dev", "eth0")
-            _ip("-n", self._names[name], "link", "set", "eth0", "up")
-
-    def remove(self) -> None:
-        for name in self._names.values():
-            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
-
-    def unplug(self, name: str) -> None:
-        """Cuts a machine off, which nobody tells the others."""
-        _ip("-n", self._names["server"], "link", "set", f"to-{name}", "down")
-
-    def start(self, name: str, *args: str, cwd: Path) -> subprocess.Popen[str]:
-        command = ["ip", "netns", "exec", self._names[name], sys.executable, *args]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0"}
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, cwd=cwd, env=environment, stdout=pipe, stderr=pipe, text=True)
-
-    @contextmanager
-    def training(self, *args: str, cwd: Path) -> Iterator[list[subprocess.Popen[str]]]:
-        """A rank on each of two machines, as docs/distributed.md starts them."""
-        config = str(ROOT / "examples" / "accelerate" / "ddp.yaml")
-        several = ["--num_machines", "2", "--num_processes", "2", "--main_process_ip", ADDRESSES["a"]]
-        command = [
-            "-m",
-            "accelerate.commands.launch",
-            "--config_file",
-            config,
-            *several,
-            "--main_process_port",
-            "29500",
-        ]
-        train = ["-m", "vlmenv", "train", *TINY, *args]
-        launchers = [
-            self.start(name, *command, "--machine_rank", str(rank), *train, cwd=cwd) for rank, name in enumerate("ab")
-        ]
-        try:
-            yield launchers
-        finally:
-            for launcher in launchers:
-                launcher.terminate()
-            for launcher in launchers:
-                launcher.communicate(timeout=LIMIT)
-
-
-def _ip(*args: str) -> None:
-    subprocess.run(["ip", *args], check=True, capture_output=True, text=True)
-
-
-@pytest.fixture(scope="module")
-def machines() -> Iterator[Machines]:
-    if shutil.which("ip") is None:
-        pytest.skip("needs the command ip")
-    made = Machines()
-    try:
-        made.make()
-        yield made
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"no network namespaces can be made here: {error.stderr.strip()}")
-    finally:
-        made.remove()
+machines = several.machines
+"""a fixture"""
 
 
 @pytest.fixture
 def server(machines: Machines, tmp_path: Path) -> Iterator[str]:
     """Address of the stand-in server on a machine of its own."""
     script = str(Path(__file__).parent / "stand_in_elsewhere.py")
-    with machines.start("server", script, ADDRESSES["server"], cwd=tmp_path) as process, ExitStack() as stack:
+    with machines.start("gpu-box", script, ADDRESSES["gpu-box"], cwd=tmp_path) as process, ExitStack() as stack:
         stack.callback(process.terminate)
         assert process.stdout is not None
         url = process.stdout.readline().strip()
-        assert url.startswith(f"http://{ADDRESSES['server']}:")
+        assert url.startswith(f"http://{ADDRESSES['gpu-box']}:")
         yield url
 
 
@@ -140,19 +51,87 @@ def test_two_machines_train_with_a_server_on_a_third(machines: Machines, server:
     rows = [{"problem": f"How many are {i} and 3?", "answer": str(i + 3)} for i in range(8)]  # it sees no images
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data = ["--env", "VLM-Math-v0", "--dataset", "rows.jsonl"]
-    with machines.training("--steps", "3", *data, *engine, cwd=tmp_path) as launchers:
-        told = [launcher.communicate(timeout=LIMIT) for launcher in launchers]
-    assert [launcher.returncode for launcher in launchers] == [0, 0], "".join(map("".join, told))
+    machines.train("--steps", "3", *TINY, *data, *engine, cwd=tmp_path)
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3]
     saved = tmp_path / "run" / "checkpoints" / "step-3"
     assert sorted(path.name for path in saved.glob("process-*.pt")) == ["process-0.pt", "process-1.pt"]
+
+
+@pytest.mark.parametrize("way", ["file", "direct"])
+def test_weights_that_do_not_get_to_another_machine_are_told_of(
+    way: str, machines: Machines, server: str, tmp_path: Path
+) -> None:
+    """A file in memory, as the trainer writes it by default, and a trainer that a firewall keeps the server from."""
+    asked = ["-m", "vlmenv", "eval", "--device", "cpu", "--eval-limit", "2", "--output", "eval"]
+    how = ["--engine", "vllm-server", "--server", server, "--weight-transfer", way]
+    with machines.walled("gpu-box", int(server.rpartition(":")[2])):
+        _, told = machines.start("node1", *asked, *how, cwd=tmp_path).communicate(timeout=LIMIT)
+    expected = {
+        "file": r"not on the server's machine: give a shared --weights-folder, or --weight-transfer direct",
+        "direct": r"at 10\.77\.0\.1, port \d+: the server does not reach the trainer \(.+\): open the trainer's ports",
+    }
+    assert re.search(expected[way], told), told
+    assert "Traceback" not in told
+
+
+def submit(machines: Machines, folder: Path, *args: str) -> None:
+    """Runs the batch script of the examples on two machines with two ranks each; Slurm's commands are stood in for."""
+    started = [f'SLURM_NODEID={i} {shlex.join(machines.on(name))} "$@" &' for i, name in enumerate(("node1", "node2"))]
+    commands = {
+        "scontrol": ['printf "%s\\n" node1 node2'],
+        "srun": ["set -e; shift", "trap 'kill $(jobs -p) || true' EXIT", *started, "wait -n; wait -n"],
+    }
+    for name, lines in commands.items():
+        (folder / name).write_text("\n".join(["#!/bin/bash", *lines, ""]))
+        (folder / name).chmod(0o755)
+    of_job = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "2"}
+    path = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | of_job | {"PATH": path, "RUN": str(folder / "run"), "OMP_NUM_THREADS": "1"}
+    command = ["bash", "examples/slurm/train.sbatch", *args]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_copy_on_each_machine_learns_as_copies_in_each_rank(machines: Machines, tmp_path: Path) -> None:
+    """Hybrid sharding, by the script for Slurm, beside DDP with four ranks: gradients alone leave a machine."""
+    steps = ["--steps", "2", "--warmup-steps", "0", "--save-dtype", "fp32", *TINY[:-2]]
+    for name in ("two", "one"):
+        (tmp_path / name).mkdir()
+    before = machines.sent("node2")
+    submit(machines, tmp_path / "two", *steps)
+    sent = machines.sent("node2") - before
+    done = launch("ddp", "-m", "vlmenv", "train", *steps, "--output", "run", cwd=tmp_path / "one", processes=4)
+    assert done.returncode == 0, done.stderr
+    own, other = (load_file(next((tmp_path / name).rglob("step-2/model.safetensors"))) for name in ("two", "one"))
+    for name, weight in other.items():
+        torch.testing.assert_close(own[name], weight, atol=1e-5, rtol=0, msg=lambda told, name=name: f"{name}: {told}")
+    for mine, theirs in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
+        assert mine["reward/mean"] == theirs["reward/mean"]
+        assert mine["policy/grad_norm"] == pytest.approx(theirs["policy/grad_norm"], rel=1e-4)
+    gradients = 2 * sum(weight.nbytes for weight in other.values())
+    assert gradients < sent < 1.1 * gradients
+
+
+def test_machines_that_do_not_reach_each_other_are_told_of(
+    machines: Machines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gloo is told to listen where each machine comes to itself. One is refused, and the other waits."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "1")
+    with machines.launched(*TINY, cwd=tmp_path) as launchers:
+        deadline = time.monotonic() + LIMIT
+        while not (ended := [one for one in launchers if one.poll() is not None]):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        told = ended[0].communicate()[1]
+    assert re.search(r"error in process \d: the processes of this run do not reach each other \(.*refused", told), told
 
 
 @pytest.mark.parametrize("end", ["killed", "unplugged"])
 def test_a_machine_that_is_lost_ends_the_others(end: str, machines: Machines, tmp_path: Path) -> None:
     """One whose rank is killed says so by its connections; of one that is cut off nothing is heard."""
     options = ["--steps", "100000", "--checkpoint-every", "1", "--keep", "2", "--rank-timeout", "0.5"]
-    with machines.training(*options, cwd=tmp_path) as (first, second):
+    with machines.launched(*TINY, *options, cwd=tmp_path) as (first, second), ExitStack() as stack:
         deadline = time.monotonic() + LIMIT
         saved = tmp_path / "run" / "checkpoints"
         while not list(saved.glob("step-*")):
@@ -163,7 +142,7 @@ def test_a_machine_that_is_lost_ends_the_others(end: str, machines: Machines, tm
             (rank,) = psutil.Process(second.pid).children()
             rank.kill()
         else:
-            machines.unplug("b")
+            stack.enter_context(machines.unplugged("node2"))
         told = [launcher.communicate(timeout=LIMIT)[1] for launcher in (first, second)]
     assert first.returncode == second.returncode == 1
     if end == "killed":

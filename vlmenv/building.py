@@ -38,7 +38,7 @@ from vlmenv.envs.base import VisualTaskEnv
 from vlmenv.envs.vector import VisualTaskVectorEnv
 from vlmenv.options.task import Device, TaskConfig
 from vlmenv.options.train import AdaptationOptions, TrainConfig
-from vlmenv.processes import Processes, end_with_parent
+from vlmenv.processes import Processes, meet
 
 DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Data types by the names that options have for them."""
@@ -130,9 +130,8 @@ def prepared(config: TaskConfig, notes: Sequence[str] = ()) -> tuple[Processes, 
         ConfigError: The device or the engine is not available.
     """
     check_device(config.device)
+    meet(cpu=config.device == "cpu")
     accelerator = Accelerator(cpu=config.device == "cpu")
-    if accelerator.num_processes > 1:
-        end_with_parent()
     check_engine(config, accelerator.device, accelerator.num_processes)
     console = open_console(quiet=not accelerator.is_main_process)
     for note in notes:

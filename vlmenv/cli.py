@@ -123,9 +123,15 @@ def _told(error: BaseException) -> str | None:
         return f"{type(error).__name__}: {error}"
     if re.search("Connection (closed|reset) by peer", str(error)):
         return "another process has ended; its own message says why"
-    if waited := re.search(r"Timed out waiting (\d+)ms", str(error)):
+    if unreached := re.search(r"connectFullMesh failed with (?:\[/\S+\] )?(.+)", str(error)):
         return (
-            f"another process has not answered for {int(waited[1]) / 1000:.0f} seconds: it hangs, its machine is cut "
+            f"the processes of this run do not reach each other ({unreached[1]}). On several machines, set "
+            "GLOO_SOCKET_IFNAME to the network interface that the others reach, and let them through its firewall"
+        )
+    if waited := re.search(r"(?:imed out waiting|wait timeout after|Timed out after) (\d+) ?(ms|seconds)", str(error)):
+        seconds = int(waited[1]) / (1000 if waited[2] == "ms" else 1)
+        return (
+            f"another process has not answered for {seconds:.0f} seconds: it hangs, its machine is cut "
             "off, or its work takes longer. Then raise --rank-timeout"
         )
     return None

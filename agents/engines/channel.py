@@ -26,6 +26,7 @@ from vlmenv.agents.engines.background import within
 from vlmenv.agents.engines.fingerprints import Fingerprint
 from vlmenv.agents.lazy_weights import outlines
 from vlmenv.compat.torch import gloo_group, nccl_group
+from vlmenv.core.networks import local_address
 
 _c10d: Any = distributed  # hands on names that it does not declare to be its own
 BUCKET = 256 << 20
@@ -34,6 +35,8 @@ _WORD = torch.int64
 _DIGEST = 32  # bytes of SHA-256
 _EARLY = 0.05
 """Seconds by which torch may give up before its limit, which it rounds to milliseconds."""
+_GREETING = 10.0
+"""Most seconds that a connection takes to a machine that can be reached."""
 _MAX_MESSAGE = 200  # characters of torch's error message
 
 Bucket = Sequence[tuple[str, Sequence[int]]]
@@ -98,9 +101,11 @@ class Channel:
     def _meet(self, meeting: Meeting, rank: int, device: torch.device, deadline: float, store: Any) -> None:
         """Makes the group, in a thread that may be abandoned."""
         limit = _left(deadline)
-        store = store or _c10d.TCPStore(
-            meeting.address, meeting.port, is_master=False, timeout=limit, wait_for_workers=False
-        )
+        if store is None:
+            _reach(meeting, deadline)
+            store = _c10d.TCPStore(
+                meeting.address, meeting.port, is_master=False, timeout=limit, wait_for_workers=False
+            )
         # The group keeps the C++ half of the store alone; its methods are in the Python half.
         self._store = named = _SignedStore(_c10d.PrefixStore(meeting.name, store), self._key)
         nccl = backend_between(_gpus(named, rank, meeting.size, device, deadline)) == "nccl"
@@ -268,6 +273,22 @@ def hosted(address: str) -> Any:
         )
 
 
+def _reach(meeting: Meeting, deadline: float) -> None:
+    """Connects to the rendezvous and parts again: torch's store would try in silence until its time is up.
+
+    Raises:
+        ChannelFault: It cannot be reached.
+    """
+    seconds = min(_GREETING, _left(deadline).total_seconds())
+    try:
+        socket.create_connection((meeting.address, meeting.port), seconds).close()
+    except OSError as error:
+        raise ChannelFault(
+            f"the server does not reach the trainer ({error}): open the trainer's ports to it, name the server "
+            "by its address in a network that leads back, or use --weight-transfer file"
+        ) from error
+
+
 def backend_between(gpus: Sequence[str | None]) -> str:
     """The backend between ends on these GPUs (None: a CPU): NCCL if each end has its own GPU, else gloo.
 
@@ -283,14 +304,6 @@ def _gpus(store: Any, rank: int, size: int, device: torch.device, deadline: floa
     store.set(keys[rank], own.encode())
     store.wait(keys, _left(deadline))
     return [store.get(key).decode() or None for key in keys]
-
-
-def local_address(host: str) -> str:
-    """This machine's address in the network of `host`. Nothing is sent."""
-    family, kind, _, _, place = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as asked:
-        asked.connect(place)
-        return str(asked.getsockname()[0])
 
 
 @contextmanager

@@ -19,10 +19,10 @@ from vlmenv.agents.engines.channel import (
     Meeting,
     buckets,
     hosted,
-    local_address,
 )
 from vlmenv.agents.engines.remote import SLOWER, Server
 from vlmenv.agents.engines.replies import PassingFault, ServerFault
+from vlmenv.core.networks import local_address
 
 T = TypeVar("T")
 
@@ -79,7 +79,7 @@ class DirectTransfer:
         return await _both(
             lambda: Channel(meeting, 0, device, limit, self._token, store),
             server.join(asdict(meeting) | {"seconds": limit}),
-            "there is no channel to it",
+            f"there is no channel between it and {meeting.address}, which must reach each other's free ports",
         )
 
 

@@ -27,6 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlmenv.agents.engines.access import server_token
+from vlmenv.agents.engines.admission import LOCAL
 from vlmenv.agents.engines.background import BackgroundLoop
 from vlmenv.agents.engines.base import Engine, Request, assign_completions
 from vlmenv.agents.engines.checks import check_names, check_prompt, untied
@@ -336,7 +337,9 @@ class VLLMServerEngine(Engine):
 
     def _none_left(self) -> EngineError:
         told = "; ".join(f"{server.url}: {server.fault}" for server in self._servers)
-        return EngineError(f"no server is left. {told}. Start one with `vlmenv serve`")
+        elsewhere = any(server.host not in LOCAL for server in self._servers)
+        how = "; those of other machines need --host and an open port" if elsewhere else ""
+        return EngineError(f"no server is left. {told}. Start one with `vlmenv serve`{how}")
 
     async def _close_all(self) -> None:
         await asyncio.gather(*[server.close() for server in self._servers])

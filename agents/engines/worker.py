@@ -48,17 +48,24 @@ class Receiver:
         try:
             self._line = Channel(Meeting(**meeting), 1 + self._rank, self._device, seconds, server_token())
         except ChannelFault as error:
-            raise ChannelFault(f"{error}, at {meeting['address']}, port {meeting['port']}") from error
+            raise ChannelFault(f"at {meeting['address']}, port {meeting['port']}: {error}") from error
 
     def read(self, path: str, digest: str) -> None:
         """Loads the weights of a safetensors file, which must be one of `vlmenv.agents.engines.files`.
 
         Raises:
             PermissionError: It is not such a file.
+            FileNotFoundError: It is on the trainer's machine alone.
             OSError: It cannot be read.
             ValueError: Its SHA-256 differs, or its weights cannot be loaded.
         """
-        if weights_digest(Path(path)) != digest:
+        try:
+            found = weights_digest(Path(path))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{path} is not on the server's machine: give a shared --weights-folder, or --weight-transfer direct"
+            ) from error
+        if found != digest:
             raise ValueError(f"{path} is not the file that the trainer wrote: its SHA-256 differs")
         self._load(_tensors(Path(path)))
 

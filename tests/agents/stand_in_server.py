@@ -10,15 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from vlmenv.agents.engines.access import server_token
-from vlmenv.agents.engines.files import weights_digest
 from vlmenv.agents.engines.guard import NOT_TAKEN
 from vlmenv.agents.engines.remote import RetryPolicy
 from vlmenv.agents.engines.server import VLLMServerEngine
@@ -66,9 +63,8 @@ class Answering:
     at: str = "/inference/v1/generate"
     """the path whose answers it changes"""
     asked: list[tuple[str, Any]] = field(default_factory=list)
-    weights: dict[str, torch.Tensor] = field(default_factory=dict)
     workers: list[Worker] = field(default_factory=lambda: [Worker(0)])
-    """to which weights go directly"""
+    """which load the weights that it is sent"""
     url: str = ""
     token: str = field(default_factory=server_token)
 
@@ -81,6 +77,11 @@ class Answering:
         if self.fault is not None and path == self.at:
             return self.fault(self, path, usual)
         return 200, b"" if usual is None else json.dumps(usual).encode()
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Those of its first worker."""
+        return self.workers[0].weights
 
     def paths(self) -> list[str]:
         return [path for path, _ in self.asked]
@@ -99,12 +100,8 @@ class Answering:
 
     def _update_weights(self, body: Any) -> Any:
         order = body["update_info"]
-        if "path" not in order:
-            return self._by_workers(lambda worker: worker.receive(**order))
-        path = Path(order["path"])
-        assert weights_digest(path) == order["digest"]
-        self.weights = load_file(path)
-        return {"message": "Weights updated"}
+        take = Receiver.read if "path" in order else Receiver.receive
+        return self._by_workers(lambda worker: take(worker, **order))
 
     def _by_workers(self, work: Callable[[Worker], None]) -> Any:
         """Each is a process of vLLM's."""

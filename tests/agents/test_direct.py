@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import stand_in_server
 import torch
-from servers import listening
+from servers import free_port, listening
 from stand_in_server import (
     Answering,
     Cut,
@@ -122,7 +122,7 @@ def test_merged_adapters_arrive(
     for parameter in agent.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     agent.sync()
-    expected, found = agent._published_weights(), good.weights if transfer == "file" else good.workers[0].weights
+    expected, found = agent._published_weights(), good.weights
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -261,6 +261,13 @@ def test_a_worker_whose_trainer_hangs_answers_and_comes_to_the_next() -> None:
         trainer.result()
     assert worker._line is not None
     assert worker._line.name == "next"
+
+
+def test_a_worker_that_does_not_reach_its_trainer_says_so_at_once() -> None:
+    port = free_port()
+    told = rf"at 127\.0\.0\.1, port {port}: the server does not reach the trainer \(.*refused\)"
+    with pytest.raises(ChannelFault, match=told):
+        Worker(0).join(20.0, **asdict(Meeting("127.0.0.1", port, "nowhere", 2)))
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import socket
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,16 @@ def test_another_peft_is_refused(monkeypatch: pytest.MonkeyPatch, builtin: VLMAg
     monkeypatch.setattr(compat_peft, "scale", lambda layer: 1.0)  # of other adapters than these
     with pytest.raises(ConfigError, match="an adapted layer computes something else"):
         builtin.add_lora(rank=2, alpha=4)
+
+
+def test_a_launched_run_does_not_warn_of_its_launchers_port(recwarn: pytest.WarningsRecorder) -> None:
+    """Which is 29500 where nothing else is asked for."""
+    with ExitStack() as opened:
+        with suppress(OSError):  # taken already, which is as good
+            opened.enter_context(socket.create_server(("127.0.0.1", 29500)))
+        (use,) = [one for one in compat_accelerate.USES if "launch" in one.name]
+        assert use.check() is None
+    assert not recwarn.list
 
 
 def test_accelerates_state_is_forgotten(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

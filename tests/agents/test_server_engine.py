@@ -229,7 +229,7 @@ def test_a_worker_tells_what_is_wrong_with_a_file(tmp_path: Path) -> None:
     worker = stand_in_server.Worker(0)
     with private_folder(tmp_path) as folder:
         file = folder / NAME
-        with pytest.raises(FileNotFoundError):
+        with pytest.raises(FileNotFoundError, match="not on the server's machine: give a shared --weights-folder"):
             worker.read(str(file), "")
         file.write_bytes(b"half of it")
         with pytest.raises(ValueError, match="its SHA-256 differs"):

@@ -14,7 +14,7 @@ from conftest import ROOT, launch
 
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.core.errors import ConfigError
-from vlmenv.processes import processes_of
+from vlmenv.processes import meet, processes_of
 from vlmenv.processes.base import Sharded
 from vlmenv.processes.launch import check_deepspeed, check_fsdp
 
@@ -123,6 +123,13 @@ def test_copies_of_shards_learn_as_one_process(tmp_path: Path) -> None:
 def test_copies_of_shards_go_with_fsdp2() -> None:
     with pytest.raises(ConfigError, match="shard_within goes with several ranks under FSDP2"):
         processes_of(Accelerator(cpu=True), shard_within=2)
+
+
+def test_an_interface_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth9")
+    with pytest.raises(ConfigError, match=r"GLOO_SOCKET_IFNAME names 'eth9': network interfaces .* are .*lo"):
+        meet(cpu=True)
 
 
 @pytest.mark.parametrize("as_slices", [True, False])

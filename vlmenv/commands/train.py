@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from rich.console import Console
 
@@ -50,7 +50,7 @@ from vlmenv.options.command_line import Asked, parse_with_files
 from vlmenv.options.fields import flatten, options_of
 from vlmenv.options.mixing import parts_of
 from vlmenv.options.train import SINGLE, TrainConfig, default_config
-from vlmenv.processes import Processes, end_with_parent, leave, processes_of
+from vlmenv.processes import Processes, leave, meet, processes_of
 from vlmenv.processes.failures import shared_failure
 from vlmenv.processes.stopping import StoppedError, Stopping
 from vlmenv.runs.by_task import Envs, told_of
@@ -406,9 +406,7 @@ def _held(config: TrainConfig[Any], processes: Processes, console: Console) -> T
 
 def _run_folder(config: TrainConfig[Any], opened: ExitStack) -> RunFolder:
     """The run's folder. One that is named by the time is made by the main rank, so that no other run takes it."""
-    state = _ranks(config)
-    if state.num_processes > 1:
-        end_with_parent()
+    state = meet(cpu=config.device == "cpu", limit=_time_limit(config))
     if config.logging.output is not None:
         _check_name(config.logging.output)
     found: Path | OSError = (
@@ -432,12 +430,6 @@ def _check_name(folder: Path) -> None:
         str(folder).encode()
     except UnicodeEncodeError as error:
         raise ConfigError(f"output {folder}: the name is not UTF-8: give another --output") from error
-
-
-def _ranks(config: TrainConfig[Any]) -> PartialState:
-    """Finds the other ranks, once; whatever asks for them later gets the same."""
-    limit = _time_limit(config)
-    return PartialState(cpu=config.device == "cpu", **({} if limit is None else {"timeout": limit}))
 
 
 def _time_limit(config: TrainConfig[Any]) -> timedelta | None:

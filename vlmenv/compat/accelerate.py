@@ -52,8 +52,10 @@ def _check_launch() -> str | None:
     from accelerate.commands.launch import launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env
 
-    asked = "--use_fsdp --mixed_precision=bf16 --dynamo_backend=no --num_processes=2 --num_machines=1 --multi_gpu"
-    given = launch_command_parser().parse_args([*asked.split(), "--main_process_port=29500", "script.py"])
+    asked = "--use_fsdp --mixed_precision=bf16 --dynamo_backend=no --num_processes=2 --multi_gpu"
+    # As on a second machine: on the first one accelerate warns of a port that is in use, as by the launcher of a run.
+    second = "--num_machines=2 --machine_rank=1 --main_process_ip=127.0.0.1 --main_process_port=29500"
+    given = launch_command_parser().parse_args([*asked.split(), *second.split(), "script.py"])
     told = prepare_multi_gpu_env(given)
     expected = {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_MIXED_PRECISION": "bf16"}
     missing = [name for name, value in expected.items() if told.get(name) != value]
