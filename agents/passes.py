@@ -209,8 +209,7 @@ class Steps(Pass):
         self.length = 0
         """tokens so far"""
         self.place: Tensor | None = None
-        """int64 [1] on the device, as `length`, for passes of fixed shapes, which go through the whole caches; None: passes
-        compute what there is"""
+        """int64 [1] on the device, as `length`, for passes of fixed shapes; None: passes compute what there is"""
         self.filled: Packing | None = None
         """what the caches hold after a pass of fixed shapes; None if it has others"""
 
