@@ -101,29 +101,35 @@ class Attention(Mixer):
         (query, key, value), siblings = packed, steps.siblings
         own, past = _extended(steps, block, key, value), steps.prefixes.past[block]
         assert isinstance(past, KeysValues)
-        bound = self.window is not None and past.capacity + steps.length >= self.window
+        bound = self.window is not None and past.capacity + own.capacity > self.window
         kernel, heads = kernel_for(query, masked=bound), query.shape[1]
         folded = siblings.fold(query[:, :, None], key.shape[1])
         mask = None if self.window is None or not bound else _step_mask(steps, self.window)
         whole = Part(folded, past.keys, past.values, steps.prefixes.padding, False, self.scale, mask)
         out, lse = kernel.forward(whole)
         prefix = siblings.unfold(out, heads)[:, :, 0], siblings.unfold(lse[..., None], heads)[:, :, 0]
-        if self.window is not None:
-            own = KeysValues(*(one[:, :, -self.window :] for one in (own.keys, own.values)))
+        mask = None
+        if self.window is not None and own.capacity > self.window:
+            own, mask = _within(steps, own, self.window)
         single = query.view(len(query), key.shape[1], -1, query.shape[2])  # [N, K, H / K, D]: its heads as queries
-        out, lse = kernel.forward(Part(single, own.keys, own.values, None, False, self.scale))
-        share = torch.sigmoid(lse.reshape(len(query), heads, 1) - prefix[1]).to(out.dtype)
-        return torch.lerp(prefix[0], out.reshape(query.shape), share)
+        out, lse = kernel.forward(Part(single, own.keys, own.values, steps.filled, False, self.scale, mask))
+        return cast(Tensor, _join_step(*prefix, out, lse))
 
 
 def _extended(steps: Steps, block: int, key: Tensor, value: Tensor) -> KeysValues:
-    """The completions' own keys and values, with those of the next token."""
+    """The completions' own keys and values, with those of the next token: all that the caches have room for in passes
+    of fixed shapes, else what there is."""
     own = steps.own.get(block)
     assert own is None or isinstance(own, KeysValues)
     if own is None or own.capacity == steps.length:
         before = (None, None) if own is None else (own.keys, own.values)
-        longer = [_longer(cache, new, steps.next_capacity) for cache, new in zip(before, (key, value), strict=True)]
+        enlarge = _longer if steps.place is None else _longer_by_token
+        longer = [enlarge(cache, new, steps.next_capacity) for cache, new in zip(before, (key, value), strict=True)]
         own = steps.own[block] = KeysValues(*longer)
+    if steps.place is not None:
+        own.keys.index_copy_(2, steps.place, key[:, :, None])
+        own.values.index_copy_(2, steps.place, value[:, :, None])
+        return own
     own.keys[:, :, steps.length], own.values[:, :, steps.length] = key, value
     return KeysValues(*(stored[:, :, : steps.length + 1] for stored in (own.keys, own.values)))
 
@@ -171,7 +177,16 @@ def _step_mask(steps: Steps, window: int) -> Tensor:
     """Mask [P, 1, 1, T] of the next tokens of completions to their prompts."""
     packing = steps.prefixes.packing
     keys = torch.arange(packing.longest, device=packing.device)
-    return _hiding(keys > packing.counts[:, None] + steps.length - window)[:, None, None]
+    place = steps.length if steps.place is None else steps.place
+    return _hiding(keys > packing.counts[:, None] + place - window)[:, None, None]
+
+
+def _within(steps: Steps, own: KeysValues, window: int) -> tuple[KeysValues, Tensor | None]:
+    """Keys and values of a window up to the next token; in passes of fixed shapes all, and a mask [1, 1, 1, T]."""
+    if steps.place is None:
+        return KeysValues(*(one[:, :, -window:] for one in (own.keys, own.values))), None
+    keys = torch.arange(own.capacity, device=own.keys.device)
+    return own, _hiding(keys > steps.place - window)[None, None, None]
 
 
 class _Masks:
@@ -373,6 +388,33 @@ def _longer(cache: Tensor | None, new: Tensor, capacity: int) -> Tensor:
     if cache is not None:
         longer[:, :, : cache.shape[2]] = cache
     return longer
+
+
+def _longer_by_token(cache: Tensor | None, new: Tensor, capacity: int) -> Tensor:
+    """As `_longer`, with a token's heads side by side, as packed tokens have them; 0 where no token is yet."""
+    longer = new.new_zeros(len(new), capacity, new.shape[1], new.shape[2]).transpose(1, 2)
+    if cache is not None:
+        longer[:, :, : cache.shape[2]] = cache
+    return longer
+
+
+@fused(
+    lambda: (
+        *(numbers(ROWS, 4, 16, dtype=torch.bfloat16), numbers(ROWS, 4, 1, seed=1)),
+        *(numbers(ROWS, 2, 2, 16, dtype=torch.bfloat16, seed=2), numbers(ROWS, 2, 2, seed=3)),
+    )
+)
+def _join_step(out: Tensor, lse: Tensor, own_out: Tensor, own_lse: Tensor) -> Tensor:
+    """Joins attention of a token to a prompt and to its own completion.
+
+    Args:
+        out: [N, H, D], to the prompt.
+        lse: [N, H, 1], its log-normaliser.
+        own_out: [N, K, H / K, D], to the completion.
+        own_lse: [N, K, H / K], its log-normaliser.
+    """
+    share = torch.sigmoid(own_lse.reshape(lse.shape) - lse).to(out.dtype)
+    return torch.lerp(out, own_out.reshape(out.shape), share)
 
 
 def _join(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from vlmenv import compat
-from vlmenv.agents import fusing, wide_gradients
+from vlmenv.agents import fusing, step_graphs, wide_gradients
 from vlmenv.agents.kernels import (
     CPUKernel,
     ExplicitKernel,
@@ -98,6 +98,8 @@ def _on_gpus(policy: Policy, dtype: torch.dtype) -> Iterator[FastPath]:
         yield _unless("attention without padding", segments_fault(device, dtype, size))
     fault = fusing.fault_of(device)
     yield _unless("compiled elementwise functions", fault)
+    with torch.autocast(device, dtype, enabled=dtype.itemsize == 2):
+        yield _unless("steps of sampling as graphs", step_graphs.fault_of(policy))
     uncompiled = "functions are not compiled" if fault else ""
     if dtype.itemsize == 2:
         yield _unless("float32 gradients at once", uncompiled or wide_gradients.fault_of(device, dtype))

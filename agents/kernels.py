@@ -161,7 +161,8 @@ class FlashKernel:
             out, lse, *_ = operator("scaled_dot_product_flash_attention")(*part[:3], 0.0, part.causal, scale=part.scale)
             return out, lse
         rows, heads, queries, _ = part.query.shape
-        places = (_even(part.query), _even(part.key), queries, part.key.shape[2])
+        keys = part.key.shape[2]
+        places = (part.padding.evenly(queries), part.padding.evenly(keys), queries, keys)
         out, lse, *_ = operator("flash_attention_forward")(
             *map(_as_tokens, part[:3]), *places, 0.0, False, False, scale=part.scale, seqused_k=part.padding.counts
         )
@@ -177,7 +178,7 @@ class FlashKernel:
         # The backward pass takes no number of keys, but packed keys.
         packing, rows = part.padding, len(part.query)
         key, value = (packing.unpad(one.transpose(1, 2)) for one in (part.key, part.value))
-        queries = Segments(_even(part.query), part.query.shape[2])
+        queries = Segments(packing.evenly(part.query.shape[2]), part.query.shape[2])
         states = _as_tokens(part.query), key, value, queries, Segments(packing.starts, packing.longest)
         flat = lse.transpose(0, 1).flatten(1)
         query, key, value = flash_backward(_as_tokens(grad), _as_tokens(out), flat, *states, part.scale)
@@ -314,12 +315,6 @@ def _all_close(found: Iterable[Tensor], right: Iterable[Tensor], tolerance: floa
         math.isfinite(float(a.sum())) and torch.allclose(a.float(), b.float(), rtol=tolerance, atol=tolerance)
         for a, b in zip(found, right, strict=True)
     )
-
-
-def _even(rows: Tensor) -> Tensor:
-    """int32 [B + 1], the start of each row of [B, H, S, D] as packed tokens, and the end of the last."""
-    count, _, length, _ = rows.shape
-    return torch.arange(0, count * length + 1, length, dtype=torch.int32, device=rows.device)
 
 
 def _as_tokens(rows: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ class Packing:
         self.is_even = bool((lengths == self.longest).all())
         self._ends = lengths.cumsum(0)
         self.total = int(self._ends[-1])
+        self._even: dict[int, Tensor] = {}
 
     @cached_property
     def rows(self) -> Tensor:
@@ -88,6 +89,13 @@ class Packing:
         """int32 [N], lengths of the sequences."""
         return self._on_device.int()
 
+    def evenly(self, length: int) -> Tensor:
+        """int32 [N + 1], the start of each row, and the end of the last, where all have some length."""
+        if length not in self._even:
+            end = len(self.lengths) * length + 1
+            self._even[length] = torch.arange(0, end, length, dtype=torch.int32, device=self.device)
+        return self._even[length]
+
     def select(self, rows: Tensor) -> Packing:
         """The packing of some sequences [n], indices on the CPU, with the same padded length."""
         return Packing(self.lengths[rows], self.device, self.longest)
@@ -95,6 +103,25 @@ class Packing:
     def repeated(self, times: int) -> Packing:
         """The packing of sequences that are each repeated several times, with the same padded length."""
         return Packing(self.lengths.repeat_interleave(times), self.device, self.longest)
+
+
+class Filled(Packing):
+    """Caches of N rows, of which the first tokens are filled. How many is a number on the device, which may change.
+
+    Args:
+        tokens: int64 [1], the number of tokens in each row.
+        rows: N.
+        capacity: Tokens that each row has room for.
+    """
+
+    def __init__(self, tokens: Tensor, rows: int, capacity: int) -> None:
+        # Nothing is computed from numbers of tokens here, which the host does not know.
+        self.lengths, self.device, self.longest = torch.full((rows,), capacity), tokens.device, capacity
+        self.is_even, self._even, self._tokens = False, {}, tokens
+
+    @cached_property
+    def _on_device(self) -> Tensor:
+        return self._tokens.repeat(len(self.lengths))
 
 
 class Excerpt(Packing):

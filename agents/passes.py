@@ -208,6 +208,10 @@ class Steps(Pass):
         """by layer, the completions' own"""
         self.length = 0
         """tokens so far"""
+        self.place: Tensor | None = None
+        """int64 [1] on the device, as `length`, for passes of fixed shapes; None: passes compute what there is"""
+        self.filled: Packing | None = None
+        """what the caches hold after a pass of fixed shapes; None if it has others"""
 
     def _mix(self, block: int, mixer: Mixer, *packed: Tensor) -> Tensor:
         return mixer.step(self, block, *packed)
@@ -231,8 +235,8 @@ class Steps(Pass):
 
     @property
     def next_capacity(self) -> int:
-        """Tokens per completion that the caches have room for after they have grown."""
-        return min(self.length + self.GROWTH, self._most)
+        """Tokens per completion that the caches have room for with the next token."""
+        return min((self.length // self.GROWTH + 1) * self.GROWTH, self._most)
 
 
 def select_each(rows: Tensor, past: dict[int, Past]) -> None:

@@ -21,7 +21,7 @@ from vlmenv.agents.linear_logprobs import capped, linear_logprobs
 from vlmenv.agents.packing import Excerpt, Packing
 from vlmenv.agents.passes import Groups, Pass, Prefixes
 from vlmenv.agents.patch_embedding import embed_patches_by_matmul
-from vlmenv.agents.rotary import rotate_at_once
+from vlmenv.agents.rotary import keep_frequencies, rotate_at_once
 from vlmenv.agents.routing import balancing_loss, recorded_logits, routers_of
 from vlmenv.agents.saved_activations import dropping_recomputable
 from vlmenv.agents.sending import send
@@ -69,6 +69,8 @@ class Policy(nn.Module):
             that the collectives of all ranks match.
         value_head: The critic's head; None without a critic.
         routers: Routers of the language model's experts.
+        graph_fault: Why steps of sampling are not replayed as CUDA graphs; empty if they are. None: not tried. See
+            `vlmenv.agents.step_graphs`.
     """
 
     def __init__(self, family: Family) -> None:
@@ -78,11 +80,13 @@ class Policy(nn.Module):
         self.share_prefixes = True
         self.sharded = False
         self.value_head: ValueHead | None = None
+        self.graph_fault: str | None = None
         self._axes: int | None = None
         banned = torch.from_numpy(family.banned_tokens).to(family.model.device)
         self.register_buffer("banned", banned, persistent=False)
         enable_packing(cast(PreTrainedModel, family.language_model()))
         keep_states_apart(family.language_model())
+        keep_frequencies(family.language_model())
         self.routers = routers_of(family.language_model())
         embed_patches_by_matmul(family.vision_tower())
         if family.packs_images:

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -34,6 +35,8 @@ def _blocks(family: Family, first: int | None = None) -> list[nn.Module]:
 
 
 def _recomputing(forward: Callable[..., Tensor], hidden: Tensor, *more: Any, **arguments: Any) -> Tensor:
-    """A block's forward pass, which the backward pass runs again."""
+    """A block's forward pass, which the backward pass runs again if there is one."""
+    if not torch.is_grad_enabled():
+        return forward(hidden, *more, **arguments)  # `checkpoint` would look at the random state for nothing
     with keeping_activations():  # checkpoint keeps none, and lean layers need not provide for any
         return cast(Tensor, checkpoint(forward, hidden, *more, use_reentrant=False, **arguments))

@@ -56,6 +56,16 @@ class Rotations:
         return self.of - len(self.others)
 
 
+def keep_frequencies(language_model: nn.Module) -> None:
+    """Fixes dynamic frequencies, which change only for sequences longer than the model's limit. None is longer here.
+
+    To know that, transformers asks for the largest position in each pass, so that the host waits for a GPU.
+    """
+    for module in language_model.modules():
+        if getattr(module, "rope_type", None) == "dynamic":
+            module.rope_type = "default"  # type: ignore[assignment]
+
+
 def rotate_at_once(model: nn.Module) -> Rotations:
     """Makes a model's functions rotate at once on GPUs where they are shown to compute the same."""
     modules = {type(one).__module__ for one in model.modules()}

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from vlmenv.agents.passes import Prefixes, Steps
 from vlmenv.agents.policy import Policy, next_position
+from vlmenv.agents.sending import send
+from vlmenv.agents.step_graphs import Stepper, replays
 from vlmenv.compat.transformers import keys_of_blocks
 from vlmenv.core.errors import ModelError
 from vlmenv.core.rollout import FinishReason, Prompt
@@ -172,6 +174,7 @@ def _wave(
     prefixes, firsts = prefilled(policy, shown, limits)
     attention = Steps(prefixes, rows, sampling.max_new_tokens)
     positions = torch.tensor([next_position(prompt) for prompt in shown])[rows].to(policy.device)
+    stepper = Stepper(policy, attention, positions, replays=replays(policy))
     hidden = firsts[rows.to(policy.device)]
     while True:
         token, logprob = _next(policy, hidden, sampling, places.next(growing.rows, growing.step), limits.logits)
@@ -184,11 +187,10 @@ def _wave(
         if len(going) == 0:
             return growing.sampled()
         if len(going) < len(token):
-            attention.select(going)
             kept = going.to(policy.device)
-            token, positions = token[kept], positions[kept]
-        hidden = policy.extend(token, positions + attention.length, attention)
-        attention.length += 1
+            stepper.select(going, kept)
+            token = token[kept]
+        hidden = stepper.extend(token)
 
 
 def prefilled(policy: Policy, prompts: Sequence[Prompt], limits: PassLimits) -> tuple[Prefixes, Tensor]:
@@ -229,6 +231,7 @@ class _Growing:
         self._sampling, self._tokenizer, device = sampling, policy.family.processor.tokenizer, policy.device
         self._ends = torch.tensor(policy.family.end_tokens, device=device)
         self._which, self._given_up = which, set[int]()
+        self._numbers = send(which, device)
         self._tokens = torch.zeros(len(which), sampling.max_new_tokens, dtype=torch.int64, device=device)
         self._logprobs = torch.zeros(self._tokens.shape, device=device)
         self._lengths = torch.zeros(len(which), dtype=torch.int64, device=device)  # 0 before the end
@@ -239,7 +242,7 @@ class _Growing:
     @property
     def rows(self) -> Tensor:
         """Numbers [n] of the completions in the batch."""
-        return self._which.to(self._rows.device)[self._rows]
+        return self._numbers[self._rows]
 
     def add(self, token: Tensor, logprob: Tensor) -> None:
         """Appends the next token [n] of each completion in the batch."""

@@ -1,6 +1,9 @@
-"""What a micro-batch of an update takes on a GPU that is not there: kernels, waits, memory, modelled time.
+"""What a micro-batch of an update, or a step of sampling, takes on a GPU that is not there.
+
+Counts kernels, waits and memory, and models the time.
 
     python benchmarks/paper_gpu --models FOLDER --model Qwen2.5-VL-3B --completion 2048
+    python benchmarks/paper_gpu --models FOLDER --model Qwen2.5-VL-3B --decode
     python benchmarks/paper_gpu --model builtin --prompt 80 --completion 64
 
 FOLDER is that of `benchmarks/hardware.py`. The built-in model needs no folder. README.md beside this file says what the
@@ -28,7 +31,7 @@ except NoDevice as error:
 from hardware import MODELS, folder_of
 
 from paper_gpu.card import CARDS, Card
-from paper_gpu.case import Case, Paper, measure
+from paper_gpu.case import Case, Decoding, Paper, decode, measure
 from vlmenv.agents.vlm import find_model
 
 _SHIPPED = "builtin"
@@ -42,6 +45,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=1000, help="least number of tokens of the prompt")
     parser.add_argument("--completion", type=int, default=2048, help="most tokens of a completion")
     parser.add_argument("--group", type=int, default=8, help="completions of the prompt")
+    parser.add_argument("--decode", action="store_true", help="a token's step of sampling, in place of an update")
     parser.add_argument("--even", action="store_true", help="lengths of completions: all the most")
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="precision of the passes")
     parser.add_argument("--keep", action="store_true", help="activations: all kept, no block recomputed")
@@ -58,9 +62,25 @@ def main() -> None:
         case = Case(
             folder, options.mode, *lengths, not options.even, options.precision, not options.keep, options.blocks
         )
-        paper, card = measure(case), CARDS[options.card]
+        card = CARDS[options.card]
+        if options.decode:
+            sys.exit(print("\n".join(decoding_report(decode(case), card, options.places))))
+        paper = measure(case)
     print("\n".join(report(paper, card)))
     print("\n".join(places(paper, card, options.places)))
+
+
+def decoding_report(found: Decoding, card: Card, most: int) -> Iterator[str]:
+    """The figures of a step of sampling, by line, and the places in the code that start the most kernels."""
+    yield f"prompt {found.prompt} tokens; a step of sampling, mean of {found.steps}"
+    graphs = f", of which {found.whole.replays / found.steps:g} graphs" if found.whole.replays else ""
+    yield f"kernels {found.launches:.0f}; operators that the host starts {found.calls:.0f}{graphs}"
+    yield f"waits {found.waits:g}"
+    yield from (f"  {count / found.steps:g}: {kind}, {place}" for (kind, place), count in found.whole.waits.items())
+    yield f"time of the card {1e3 * found.seconds(card):.1f} ms on {card.name} (modelled)"
+    yield f"time of the host {1e3 * found.host_seconds:.1f} ms (modelled)"
+    places = Tally(f"{one.operator} {one.place}" for one in found.whole.kernels)
+    yield from (f"{count / found.steps:.0f} kernels: {place}" for place, count in places.most_common(most))
 
 
 def report(paper: Paper, card: Card) -> Iterator[str]:

@@ -67,6 +67,12 @@ H100: Final = Card(
     least=4e-6,
 )
 CARDS: Final = {"h100": H100}
+HOST_CALL: Final = 20e-6
+"""Seconds in which the host starts an operator, with the model's own Python code.
+
+Measured on one core of an EPYC server without a card, under autocast: a step of a model as deep as Qwen2.5-VL-3B and of
+width 64 takes 32 to 46 ms for 2,433 operators, and with adapters 54 to 80 ms for 4,629. To start a kernel takes more.
+"""
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,7 @@ class Kernel:
         half: True if it computes in half precision.
         place: The place in the code that calls it.
         operator: PyTorch's operator.
+        replayed: True if the host does not start it, but a graph that it is part of.
     """
 
     kind: Kind
@@ -92,6 +99,7 @@ class Kernel:
     half: bool = True
     place: str = ""
     operator: str = ""
+    replayed: bool = False
 
     def seconds(self, card: Card) -> float:
         """Its time on a card."""

@@ -1,4 +1,7 @@
-"""A micro-batch of an update on paper: a model's configuration, how it is trained, and the lengths of its sequences."""
+"""Cases on paper: a model's configuration, how it is trained, and the lengths of its sequences.
+
+Of a case there is a micro-batch of an update, and the step of sampling that gives each completion its next token.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +15,18 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from paper_gpu.card import Card, Kernel, Kind, utilization
+from paper_gpu.card import HOST_CALL, Card, Kernel, Kind, utilization
 from paper_gpu.recording import Recorder
-from vlmenv.agents import fusing, kernels, wide_gradients
+from vlmenv.agents import fusing, kernels, sampling, step_graphs, wide_gradients
 from vlmenv.agents.quantization import quantize
 from vlmenv.agents.vlm import VLMAgent
 from vlmenv.algos.optimizers import state_bytes
 from vlmenv.building import DTYPES, adapt
 from vlmenv.core.rollout import Completion, Rollout
+from vlmenv.core.sampling import Sampling
 from vlmenv.doctor.counting import counting, weightless_agent
 from vlmenv.options.fields import replaced
 from vlmenv.options.train import TrainConfig, default_config
@@ -30,6 +34,10 @@ from vlmenv.options.train import TrainConfig, default_config
 Mode = Literal["full", "lora", "nf4"]
 _LARGEST: Final = 2048
 """pixels of an image's sides"""
+_STEPS: Final = (8, 24)
+"""Tokens of completions between which steps of sampling are counted: none of them begins or enlarges a cache."""
+_ROOM: Final = 1_000_000
+"""tokens whose keys and values may be held at once"""
 _MODES: Final[dict[Mode, dict[str, Any]]] = {
     "full": {},
     "lora": {"lora_rank": 64},
@@ -77,6 +85,8 @@ class Pass:
 
     kernels: list[Kernel]
     waits: dict[tuple[str, str], int]
+    replays: int = 0
+    """number of graphs that the host starts"""
 
     @property
     def launches(self) -> int:
@@ -154,6 +164,79 @@ def measure(case: Case) -> Paper:
     return Paper(prompt, sum(lengths), memory, forward, backward, times)
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """What a step of sampling takes, in which all completions get their next token: a mean over several."""
+
+    prompt: int
+    """tokens"""
+    steps: int
+    """number of steps"""
+    whole: Pass
+    """all steps"""
+
+    @property
+    def calls(self) -> float:
+        """Operators and graphs that the host starts."""
+        return (self.whole.replays + sum(not one.replayed for one in self.whole.kernels)) / self.steps
+
+    @property
+    def launches(self) -> float:
+        """Kernels."""
+        return self.whole.launches / self.steps
+
+    @property
+    def waits(self) -> float:
+        """Number of times that the host waits for the card."""
+        return sum(self.whole.waits.values()) / self.steps
+
+    @property
+    def host_seconds(self) -> float:
+        """The host's modelled time."""
+        return self.calls * HOST_CALL
+
+    def seconds(self, card: Card) -> float:
+        """The card's modelled time."""
+        return sum(one.seconds(card) for one in self.whole.kernels) / self.steps
+
+
+def decode(case: Case) -> Decoding:
+    """Samples completions of a prompt on paper, none of which ends."""
+    agent = _agent(case.config, case.blocks)
+    prompt, index = agent.family.encode(_observation(agent, case.prompt)), np.arange(case.group)
+    first, last = _STEPS
+    options, limits = Sampling(temperature=0.9, max_new_tokens=last), sampling.PassLimits(cache=_ROOM)
+    with counting(), Recorder(_mode_of(agent)) as recorder, _as_on_cards(recorder), _never_ending(recorder):
+        _onto_card(agent, recorder)
+        with torch.autocast("cuda", DTYPES[case.precision], enabled=case.precision != "fp32"), torch.no_grad():
+            places = sampling._Places(case.group, options, torch.Generator(), ahead=True)
+            sampling._wave(agent.family_policy, [prompt], 0 * index, index, options, places, limits)
+        whole = Pass(recorder.kernels, dict(recorder.waits), recorder.replays)
+    return Decoding(len(prompt.input_ids), last - first, whole)
+
+
+@contextmanager
+def _never_ending(recorder: Recorder) -> Iterator[None]:
+    """Lets no completion end, as tokens have no numbers, and begins to count at the first of `_STEPS`."""
+    add = sampling._Growing.add
+
+    def counted(own: Any, token: Tensor, logprob: Tensor) -> None:
+        add(own, token, logprob)
+        recorder.give(own._lengths, torch.zeros(own._lengths.shape, dtype=torch.int64))
+        if own.step == _STEPS[0]:
+            recorder.clear()
+
+    def drawn(own: Any, *shape: int) -> Tensor:
+        return torch.rand(*shape, dtype=torch.float64, device="cuda")
+
+    with (
+        patch.object(sampling._Growing, "add", counted),
+        patch.object(sampling._Growing, "sampled", lambda own: {}),
+        patch.object(sampling._Places, "_drawn", drawn),
+    ):
+        yield
+
+
 def _agent(config: TrainConfig[Any], blocks: int | None) -> VLMAgent:
     """The agent as it is prepared for training, without numbers."""
 
@@ -229,6 +312,9 @@ def _as_on_cards(recorder: Recorder) -> Iterator[None]:
         patch.object(kernels, "segments_fault", lambda *kind: ""),
         patch.object(fusing, "fault_of", lambda device: ""),
         patch.object(wide_gradients, "fault_of", lambda *kind: ""),
+        patch.object(step_graphs, "fault_of", lambda policy: ""),
+        patch.object(step_graphs, "difference_of", lambda found, right: ""),
+        patch.object(step_graphs, "capture", recorder.capture),
         patch.object(fusing.Fused, "__call__", lambda own, *arguments: recorder.compute(own, arguments)),
     ):
         yield

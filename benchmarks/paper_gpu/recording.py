@@ -10,6 +10,7 @@ import sys
 import weakref
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -53,6 +54,7 @@ class Recorder(Counter):
     Attributes:
         kernels: What the card computes, by call.
         waits: Where the host waits for the card, by kind and place, with numbers.
+        replays: Number of times that the host starts a graph.
     """
 
     def __init__(self, mode: FakeTensorMode) -> None:
@@ -63,6 +65,7 @@ class Recorder(Counter):
         self._is_within = False
         self.kernels: list[Kernel] = []
         self.waits: Tally[tuple[str, str]] = Tally()
+        self.replays = 0
 
     def __enter__(self) -> Recorder:
         self._lifts = torch._C._only_lift_cpu_tensors()
@@ -75,8 +78,8 @@ class Recorder(Counter):
         torch._C._set_only_lift_cpu_tensors(self._lifts)
 
     def clear(self) -> None:
-        """Forgets kernels and waits."""
-        self.kernels, self.waits = [], Tally()
+        """Forgets kernels, waits and replays."""
+        self.kernels, self.waits, self.replays = [], Tally(), 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -106,6 +109,22 @@ class Recorder(Counter):
         self.kernels.append(fused_kernel(fused, arguments, out, self._place()))
         self._keep(out)
         return out
+
+    def capture(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Captures the kernels of a function as a graph, which nothing may wait in."""
+        before, waits = self.kernels, self.waits.copy()
+        self.kernels = []
+        out = run()
+        graph, self.kernels = [replace(one, replayed=True) for one in self.kernels], before
+        if self.waits != waits:
+            raise RuntimeError(f"a graph cannot wait: {', '.join(map(str, self.waits - waits))}")
+
+        def replay() -> Tensor:
+            self.kernels += graph
+            self.replays += 1
+            return out
+
+        return replay
 
     def _keep(self, made: Any) -> None:
         """Counts the memory of what is made; what is within a compiled function takes none."""
@@ -205,7 +224,7 @@ class Recorder(Counter):
         """The result in numbers, if those of all inputs are known; else None."""
         if not all(self.number(one) is not None and _keeps_numbers(one) for one in inputs):
             return None
-        if not inputs and _elements(args) > _MOST_FLOATS:
+        if not inputs and _elements(args) > _MOST_FLOATS and not func._schema.name.startswith("aten::arange"):
             return None
         real = {name: torch.device("cpu") if name == "device" else value for name, value in kwargs.items()}
         real.pop("pin_memory", None)
@@ -267,7 +286,7 @@ def _keeps_numbers(tensor: Tensor) -> bool:
 def _elements(sizes: Any) -> int:
     count = 1
     for one in tree_leaves(sizes):
-        count *= max(1, abs(int(one))) if isinstance(one, int | float) and not isinstance(one, bool) else 1
+        count *= max(1, abs(one)) if isinstance(one, int) and not isinstance(one, bool) else 1
     return count
 
 

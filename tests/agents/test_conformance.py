@@ -20,6 +20,7 @@ import pytest
 import torch
 from batches import logprobs_of, loss_of, optimizer_of, train, weights_of
 from small_models import PLACES, from_published, invent, published_processor
+from tapes import on_tapes
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForImageTextToText
@@ -42,6 +43,7 @@ from transformers.utils import is_torchvision_available
 from vlmenv.agents.checkpoints import load_model
 from vlmenv.agents.families import FAMILIES, Processor, coordinate_space, family_of, resize_rule
 from vlmenv.agents.families.base import Family
+from vlmenv.agents.passes import Steps
 from vlmenv.agents.policy import Policy
 from vlmenv.agents.published import PublishedProcessor
 from vlmenv.agents.quantization import quantize
@@ -445,6 +447,27 @@ def test_prompts_that_run_in_several_passes_give_the_same_completions(
     for ours, theirs in zip(parts.completions, whole.completions, strict=True):
         assert ours.token_ids.tolist() == theirs.token_ids.tolist()
         np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=0 if len(passes) == 1 else 1e-5)
+
+
+def test_replayed_steps_give_the_same_completions(
+    folder: Path, name: str, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With adapters, caches that grow, and completions that leave. Families without such steps say why."""
+    agent = adapted(folder)
+    monkeypatch.setattr(Steps, "GROWTH", 12)
+    agent.sampling = Sampling(0.0, max_new_tokens=24)
+    first = agent.rollout(prompts(case)).completions[0].token_ids.tolist()
+    monkeypatch.setitem(vars(agent.family), "end_tokens", (max(first, key=first.index),))
+    right = agent.rollout(prompts(case))
+    with on_tapes() as replays:
+        found = agent.rollout(prompts(case))
+    has_states = name.startswith("qwen3_5")
+    assert ("have states" in (agent.family_policy.graph_fault or "")) == has_states
+    assert (agent.family_policy.graph_fault == "") == (sum(replays) > 3) != has_states
+    for ours, theirs in zip(found.completions, right.completions, strict=True):
+        assert ours.token_ids.tolist() == theirs.token_ids.tolist()
+        within = 5e-6 if name.startswith("gemma4") else 2e-6  # float32 rounds to 5e-7 here
+        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=within, rtol=0)
 
 
 @torch.no_grad()

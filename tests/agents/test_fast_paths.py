@@ -17,7 +17,7 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextAttention, Qwen3VLTextRMSNorm
 
 from vlmenv.agents import fast_paths as reported
-from vlmenv.agents import fusing, kernels, lean_layers, rotary, wide_gradients
+from vlmenv.agents import fusing, kernels, lean_layers, rotary, step_graphs, wide_gradients
 from vlmenv.agents.fast_paths import fast_paths, written
 from vlmenv.agents.kernels import EfficientKernel, ExplicitKernel, FlashKernel
 from vlmenv.agents.trials import Trial
@@ -115,6 +115,7 @@ ONLY_ON_GPUS = (
     "compiled elementwise functions",
     "float32 gradients at once",
     "rotations at once",
+    "steps of sampling as graphs",
 )
 
 
@@ -126,6 +127,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[VLMAgent]:
     monkeypatch.setattr(kernels, "kernels_of", lambda device, masked: [FlashKernel()])
     monkeypatch.setattr(fusing, "fault_of", lambda device: "")
     monkeypatch.setattr(wide_gradients, "fault_of", lambda device, dtype: "")
+    monkeypatch.setattr(step_graphs, "_trial", lambda policy: "")
     for one in kinds:
         one.cache_clear()
     with elsewhere():
@@ -142,7 +144,7 @@ def on_gpus(agent: VLMAgent) -> list[str]:
 
 def test_ways_of_gpus_are_told(on_a_gpu: VLMAgent) -> None:
     with cuda_operators():
-        assert on_gpus(on_a_gpu) == ["yes", "yes", "yes", "yes", "2 of 2"]
+        assert on_gpus(on_a_gpu) == ["yes", "yes", "yes", "yes", "2 of 2", "yes"]
 
 
 def test_each_way_of_gpus_that_is_off_says_why(on_a_gpu: VLMAgent, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +157,10 @@ def test_each_way_of_gpus_that_is_off_says_why(on_a_gpu: VLMAgent, monkeypatch: 
     monkeypatch.setattr(wide_gradients, "fault_of", lambda device, dtype: f"no sums on {device}")
     monkeypatch.setattr(modeling_qwen3_vl, "apply_rotary_pos_emb", lambda q, k, cos, sin: (q, k))
     on_a_gpu.family_policy.rotations = rotary.rotate_at_once(on_a_gpu.family.model)
-    flash, segments, compiled, gradients, rotations = on_gpus(on_a_gpu)
+    monkeypatch.setattr(step_graphs, "_trial", lambda policy: "no graphs")
+    on_a_gpu.family_policy.graph_fault = None
+    flash, segments, compiled, gradients, rotations, graphs = on_gpus(on_a_gpu)
+    assert graphs == "no (no graphs)"
     assert (flash, compiled, gradients) == ("yes", "yes", f"no (no sums on {NAME})")
     assert re.fullmatch(r"no \(\w+Error: .+\)", segments)
     assert rotations == "1 of 2 (no rotation of halves: modeling_qwen3_vl.apply_rotary_pos_emb)"
@@ -163,6 +168,6 @@ def test_each_way_of_gpus_that_is_off_says_why(on_a_gpu: VLMAgent, monkeypatch: 
 
 def test_without_a_compiler_gpus_have_none_of_its_ways(on_a_gpu: VLMAgent, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fusing, "fault_of", lambda device: "ImportError: no triton")
-    *_, compiled, gradients, rotations = on_gpus(on_a_gpu)
+    *_, compiled, gradients, rotations, _ = on_gpus(on_a_gpu)
     assert compiled == "no (ImportError: no triton)"
     assert gradients == rotations == "no (functions are not compiled)"

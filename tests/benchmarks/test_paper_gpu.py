@@ -118,6 +118,20 @@ def test_the_built_in_model_needs_no_published_files() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_a_token_of_sampling_is_one_graph(mode: str) -> None:
+    """What the host starts does not depend on the kernels within; it waits where it looks at which have ended."""
+    told = on_paper("--model", "builtin", "--prompt", "80", "--group", "4", "--mode", mode, "--decode")
+    (counts,) = re.findall(
+        r"^kernels (\d+); operators that the host starts (\d+), of which 1 graphs$", told, re.MULTILINE
+    )
+    kernels, calls = map(int, counts)
+    assert kernels > (120 if mode == "full" else 200)
+    assert calls < 40
+    assert re.search(r"^waits 0\.125\n  0\.125: nonzero, .* still_going$", told, re.MULTILINE)
+
+
+@pytest.mark.slow
 def test_a_model_of_few_blocks() -> None:
     """Kernels, by what a block adds; one wait of the host; and gradients as large as the weights."""
     lengths = ["--prompt", "100", "--completion", "16", "--group", "2"]
