@@ -172,7 +172,7 @@ The true answer and the model's are read by the same steps.
 5. **Lists and sets** are equal in any order, tuples and intervals only in the same order. A list without brackets may
    stand for a set or a tuple; `{1,2}` is not `(1,2)`. `±2` is `2, -2`. A list with the truth and other values is
    wrong. A formula with `±` within it has two values.
-   Matrices are equal cell by cell, in any brackets or environment; `[[1, 2], [3, 4]]` is one too. A determinant is none.
+   Matrices are equal cell by cell, in any brackets; `[[1, 2], [3, 4]]` is one too. A determinant is none.
 6. **Relations.** `x = 3` is 3, but not `y = 3`. Equations and inequalities are compared as such: `0 ≤ x < 1` is
    `[0,1)`. `2:5` is `4:10`, but the truth `4:10` may be a time, and equals itself alone.
 7. **Algebra** for all else: math-verify's parser reads both sides. Two expressions are equal if they have the same real
