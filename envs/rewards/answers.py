@@ -155,24 +155,8 @@ def _compare(content: str | None, target: Answer) -> float | None:
     if target.kind == "exact":
         return float(says_words(content or "", target.text))
     if target.kind == "math" and answer != truth:
-        same = _same_number(str(answer), str(truth)) or _tells_number(content or "", target)
-        return 1.0 if same else None
+        return 1.0 if _same_number(str(answer), str(truth)) else None
     return float(answer == truth)
-
-
-def _tells_number(content: str, target: Answer) -> bool:
-    """Whether a sentence, which is no formula, tells the true number and no other: "I'd say 12"."""
-    if len(content) > _LONGEST_QUANTITY or _MAY_BE_MORE.search(content) or len(_DIGITS_IN_A_ROW.findall(content)) != 1:
-        return False
-    is_number = read_form(target.text).kind == "number" and not _MAY_BE_MORE.search(target.text)
-    return is_number and read_form(content).kind == "words" and _same_quantity(content, target)
-
-
-_DIGITS_IN_A_ROW = re.compile(r"\d(?:[\d.,'/]*\d)?")
-_MAY_BE_MORE = re.compile(
-    r"\\|[=<>|^_±√]|(?<![A-Za-z'’])[B-HJ-Zb-z](?![A-Za-z'’])|\b(?:or|either)\b|[不非没或]|\([^)]*$|\[[^\]]*$"
-)
-"""Signs of a formula, variables, alternatives, denials, and brackets that are not closed."""
 
 
 def says_words(content: str, true: str) -> bool:

@@ -168,7 +168,7 @@ The true answer and the model's are read by the same steps.
 4. **Numbers** are compared exactly, to the precision that the truth states. A truth of three or more significant digits
    with decimals (two, in scientific notation) equals every number that rounds to it. A fraction, a root or a multiple
    of π equals a decimal that rounds it to six or more significant digits. `0.1\\overline{6}` and `0.1(6)` are `1/6`.
-   If the truth is not whole, `3,5` is 3.5. A sentence that is no formula may tell the number: "I'd say 12".
+   If the truth is not whole, `3,5` is 3.5.
 5. **Lists and sets** are equal in any order, tuples and intervals only in the same order. A list without brackets may
    stand for a set or a tuple; `{1,2}` is not `(1,2)`. `±2` is `2, -2`. A list with the truth and other values is
    wrong. A formula with `±` within it has two values.
