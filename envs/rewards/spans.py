@@ -31,7 +31,8 @@ _IN_A_SENTENCE = re.compile(
     re.IGNORECASE,
 )
 _NO_SPAN = re.compile(
-    r"\b(?:not|no|or|nor|either|neither|maybe|except|unless|wrong|incorrect|false|but|min|mins|minutes?|hours?|h|ms|frames?)\b|n['’]t\b|[不没或分帧?？]",
+    r"\b(?:not|no|or|nor|either|neither|maybe|except|unless|wrong|incorrect|false|but"
+    r"|min|mins|minutes?|hours?|h|ms|frames?)\b|n['’]t\b|[不没或分帧?？]",
     re.IGNORECASE,
 )
 _LONGEST_SENTENCE: Final = 300

@@ -46,8 +46,8 @@ _ASIDE = re.compile(
     r"|\b\d{1,3}(?:st|nd|rd|th)\b",
     re.IGNORECASE,
 )
-_OR = re.compile(r"\b(?:or|either)\b|或", re.IGNORECASE)
 """Years of circumstance, names such as "bar 3", and ordinals."""
+_OR = re.compile(r"\b(?:or|either)\b|或", re.IGNORECASE)
 _REASON = re.compile(r"(?<=[\d)}]),? (?:because|since|as (?:there|it|the))\b.*", re.DOTALL)
 _LONGEST: Final = 400
 _ADDEND: Final = r"\d{1,9}(?:\.\d{1,9})?(?: [A-Za-z]{3,20}){0,3}(?: \([^()\d]{1,40}\))?"
