@@ -164,13 +164,17 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, kind: str) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.kind = kind
+        ctx.kind, ctx.activated = kind, None
         return _gated(gate, up, kind)  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *_gated_backward(*ctx.saved_tensors, grad, ctx.kind), None
+        gate, up = ctx.saved_tensors
+        activated, ctx.activated = ctx.activated, None
+        if activated is None:
+            return *_gated_backward(gate, up, grad, ctx.kind), None
+        return _activation_backward(grad * up, gate, ctx.kind), _times(activated, grad), None
 
 
 class _Normed(torch.autograd.Function):
@@ -328,9 +332,17 @@ def _down(gate: Tensor, up: Tensor, down: nn.Module, kind: str = "silu") -> Tens
         return down(_gated(gate, up, kind))  # type: ignore[no-any-return]
     product: Tensor = _Gated.apply(gate, up, kind)  # type: ignore[no-untyped-call]
     if drops():
-        gate, up = gate.detach(), up.detach()
-        make_anew(product, lambda: _gated(gate, up, kind))
+        node, gate, up = product.grad_fn, gate.detach(), up.detach()
+        make_anew(product, lambda: _gated_again(node, gate, up, kind))
     return down(product)  # type: ignore[no-any-return]
+
+
+def _gated_again(node: Any, gate: Tensor, up: Tensor, kind: str) -> Tensor:
+    """`_gated`, which leaves the activation to the backward pass of `_Gated`, the next one: CPUs take long for it."""
+    if node is None or fuses(gate.device):
+        return _gated(gate, up, kind)  # type: ignore[no-any-return]
+    node.activated = _activated(gate, kind)
+    return cast(Tensor, node.activated * up)
 
 
 def _gate_examples(count: int) -> Callable[[], tuple[Any, ...]]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from vlmenv.agents.sending import send
 
@@ -36,7 +39,7 @@ class Packing:
     @cached_property
     def places(self) -> Tensor:
         """[M], the place of each token in its sequence"""
-        return send(torch.arange(self.total) - (self._ends - self.lengths)[self._rows], self.device)
+        return send(self._places, self.device)
 
     @cached_property
     def tokens(self) -> Tensor:
@@ -53,21 +56,43 @@ class Packing:
         return torch.repeat_interleave(torch.arange(len(self.lengths)), self.lengths)
 
     @cached_property
+    def _places(self) -> Tensor:
+        return torch.arange(self.total) - (self._ends - self.lengths)[self._rows]
+
+    @cached_property
+    def _slots(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The slot of each token among the N * L of a padded tensor, [M]; the token of each slot, [N * L], any of
+        padding; and the slots of padding."""
+        slots = self._rows * self.longest + self._places
+        tokens = torch.full((len(self.lengths) * self.longest,), -1).index_copy(0, slots, torch.arange(len(slots)))
+        padding = (tokens < 0).nonzero()[:, 0]
+        return send(slots, self.device), send(tokens.clamp(min=0), self.device), send(padding, self.device)
+
+    @cached_property
     def _on_device(self) -> Tensor:
         return send(self.lengths, self.device)
 
     def pad(self, packed: Tensor) -> Tensor:
         """Converts [M, ...] to [N, L, ...], padded with zeros at the right."""
-        shape = (len(self.lengths), self.longest, *packed.shape[1:])
         if self.is_even:
-            return packed.reshape(shape)
-        return packed.new_zeros(shape).index_put((self.rows, self.places), packed)
+            return packed.reshape(len(self.lengths), self.longest, *packed.shape[1:])
+        return _padded(packed, self)
 
     def unpad(self, padded: Tensor) -> Tensor:
         """Converts [N, L, ...] to [M, ...]."""
         if self.is_even:
             return padded.reshape(-1, *padded.shape[2:])
-        return padded[self.rows, self.places]
+        return _unpadded(padded, self)
+
+    def to_slots(self, packed: Tensor) -> Tensor:
+        """As `pad`, without a gradient. Rows are copied whole, which on CPUs is much faster than to index elements."""
+        _, tokens, padding = self._slots
+        padded = packed.index_select(0, tokens).index_fill_(0, padding, 0)
+        return padded.view(len(self.lengths), self.longest, *packed.shape[1:])
+
+    def from_slots(self, padded: Tensor) -> Tensor:
+        """As `unpad`, without a gradient."""
+        return padded.flatten(0, 1).index_select(0, self._slots[0])
 
     def mask(self) -> Tensor:
         """Bool [N, L], True at tokens."""
@@ -103,6 +128,38 @@ class Packing:
     def repeated(self, times: int) -> Packing:
         """The packing of sequences that are each repeated several times, with the same padded length."""
         return Packing(self.lengths.repeat_interleave(times), self.device, self.longest)
+
+
+class _Padded(torch.autograd.Function):
+    """`Packing.pad`, whose gradient is its inverse's value: autograd's would add rows one after the other."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, packing: Packing) -> Tensor:
+        ctx.packing = packing
+        return packing.to_slots(packed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.packing.from_slots(grad), None
+
+
+class _Unpadded(torch.autograd.Function):
+    """`Packing.unpad`; see `_Padded`."""
+
+    @staticmethod
+    def forward(ctx: Any, padded: Tensor, packing: Packing) -> Tensor:
+        ctx.packing = packing
+        return packing.from_slots(padded)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.packing.to_slots(grad), None
+
+
+_padded: Callable[[Tensor, Packing], Tensor] = _Padded.apply
+_unpadded: Callable[[Tensor, Packing], Tensor] = _Unpadded.apply
 
 
 class Filled(Packing):
@@ -144,12 +201,12 @@ class Excerpt(Packing):
         return send(self._chosen, self.device)
 
     @cached_property
-    def rows(self) -> Tensor:
-        return self._whole.rows[self.tokens]
+    def _rows(self) -> Tensor:
+        return self._whole._rows[self._chosen]
 
     @cached_property
-    def places(self) -> Tensor:
-        return self._whole.places[self.tokens]
+    def _places(self) -> Tensor:
+        return self._whole._places[self._chosen]
 
     def mask(self) -> Tensor:
         mask = torch.zeros(len(self.lengths), self.longest, dtype=torch.bool, device=self.device)

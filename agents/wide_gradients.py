@@ -47,8 +47,10 @@ def both(hidden: Tensor, first: nn.Module, second: nn.Module) -> tuple[Tensor, T
 
 
 def _applies(layers: Sequence[WideLinear]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
     device = layers[0].weight.device
-    if not (torch.is_grad_enabled() and fuses(device) and torch.is_autocast_enabled(device.type)):
+    if not (fuses(device) and torch.is_autocast_enabled(device.type)):
         return False
     weights = [weight for one in layers for weight in one.parameters(recurse=False)]
     are_cast = all(one.requires_grad and one.dtype == torch.float32 for one in weights)

@@ -5,8 +5,8 @@
 Each model has one or two million weights, the built-in model's tokenizer, and the chat template and image processor of
 its family in the forms of `tests/agents/small_models.py`. It begins with the built-in model's matrices where name and
 shape are alike, and with random weights elsewhere. It is taught referring expressions on loose boxes for some minutes
-(`examples/builtin_model.py`), and then trained by `vlmenv train`. An interrupted benchmark is taken up by the same
-command.
+(`examples/builtin_model.py`), and then trained by `vlmenv train` with three seeds. An interrupted benchmark is taken up
+by the same command.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ sys.path += [str(ROOT / part) for part in ("tests", "tests/agents", "examples", 
 
 import builtin_model  # noqa: E402
 import small_models  # noqa: E402
-from runs import evaluation_of, hardware, mean_of, steps_of, tail, tell_rows, trained  # noqa: E402
+from runs import evaluation_of, hardware, mean_of, seeds_cell, steps_of, tail, tell_rows, trained  # noqa: E402
 
 from vlmenv.agents.vlm import BUILTIN, VLMAgent, find_model  # noqa: E402
 from vlmenv.envs.data.scenes import SIDE  # noqa: E402
@@ -73,8 +73,8 @@ class Args:
     """Steps of GRPO, of 8 prompts with 8 answers."""
     limit: int = 256
     """Held-out samples to measure on."""
-    seed: int = 0
-    """Of weights, lessons and training."""
+    seeds: int = 3
+    """Number of runs of GRPO from a base, with seeds from 0."""
     runs: Path = Path("runs/families")
     """Folder of the runs."""
     output: Path | None = None
@@ -89,44 +89,46 @@ def head(args: Args) -> list[str]:
     return [
         "# Learning of small models of each family",
         "",
-        f"`python benchmarks/families.py --teaching {args.teaching} --steps {args.steps} --limit {args.limit}`, on "
-        f"{hardware()}, one seed.",
+        f"`python benchmarks/families.py --teaching {args.teaching} --steps {args.steps} --seeds {args.seeds} "
+        f"--limit {args.limit}`, on {hardware()}.",
         "",
         "A model of each family begins with the built-in model's matrices where name and shape are alike, and with "
-        "random weights elsewhere. It is taught referring expressions on the built-in scenes, with boxes "
-        "drawn too wide, and then trained by GRPO with the reward IoU. Rewards are means of sampled answers over the "
-        "first and the last tenth of the steps. Overlap is the mean IoU of greedy answers to "
-        f"{args.limit} held-out questions, with 95 % intervals; the change is of the same questions. Coordinates "
-        "are those of the image. The table shows "
+        "random weights elsewhere. It is taught referring expressions on the built-in scenes, with boxes drawn too "
+        f"wide, and then trained by GRPO with the reward IoU, seeds 0 to {args.seeds - 1} from one base. Cells of "
+        "several numbers tell them by seed. Rewards are means of sampled answers over the first and the last tenth of "
+        f"the steps. Overlap is the mean IoU of greedy answers to {args.limit} held-out questions, with 95 % "
+        "intervals; the change is of the same questions. Coordinates are those of the image. The table shows "
         "whether training works in each family. It compares none: models, processors and prompts differ. Teaching has "
         f"one round; {', '.join(f'{name} has {number}' for name, number in ROUNDS.items())}.",
         "",
         "| model | weights (M) | begun with (%) | teaching (minutes) | reward at first | at last | overlap before "
-        "| after | change | readable after | step (s) |",
+        "| after | change, by seed | readable after | step (s) |",
         "|---" * 11 + "|",
     ]
 
 
 def row(name: str, args: Args) -> str:
+    """A family's line of the table, once its runs are through."""
     base = args.runs / name.replace(" ", "-") / "base"
     lessons = taught(name, base, args)
-    run = trained(base.with_name("run"), options(base, args))
-    overlaps = [interval(run, when) for when in ("before", "after", "change")]
-    seconds = tail(run, "time/rollout") + tail(run, "time/score") + tail(run, "time/update")
-    tenth = steps_of(run)[: max(1, args.steps // 10)]
-    rewards = (mean_of(tenth, "reward/mean"), tail(run, "reward/mean"))
+    runs = [trained(base.with_name(f"run-{seed}"), options(base, seed, args)) for seed in range(args.seeds)]
+    tenths = [steps_of(run)[: max(1, args.steps // 10)] for run in runs]
+    seconds = [sum(tail(run, f"time/{part}") for part in ("rollout", "score", "update")) for run in runs]
     weights = sum(parameter.numel() for parameter in VLMAgent.from_pretrained(base).family.model.parameters())
     parts = [name, f"{weights / 1e6:.1f}", f"{100 * lessons['begun']:.0f}", f"{lessons['minutes']:.1f}"]
     parts += [
-        *(f"{reward:.3f}" for reward in rewards),
-        *overlaps,
-        f"{evaluation_of(run)['format']:.2f}",
-        f"{seconds:.2f}",
+        seeds_cell([mean_of(tenth, "reward/mean") for tenth in tenths]),
+        seeds_cell([tail(run, "reward/mean") for run in runs]),
+        interval(runs[0], "before"),
+        seeds_cell([evaluation_of(run)["iou/mean"] for run in runs]),
+        " / ".join(interval(run, "change", "+") for run in runs),
+        f"{min(evaluation_of(run)['format'] for run in runs):.2f}",
+        f"{sum(seconds) / len(seconds):.2f}",
     ]
     return f"| {' | '.join(parts)} |"
 
 
-def options(base: Path, args: Args) -> dict[str, Any]:
+def options(base: Path, seed: int, args: Args) -> dict[str, Any]:
     """The options of a run; the device is the CPU, where all have been measured."""
     return {
         "model": str(base),
@@ -134,16 +136,17 @@ def options(base: Path, args: Args) -> dict[str, Any]:
         "prompts_per_step": 8,
         "group_size": 8,
         "eval_limit": args.limit,
-        "seed": args.seed,
+        "seed": seed,
         "coordinates": "original",
         "checkpoint_every": args.steps,
         "device": "cpu",
     }
 
 
-def interval(run: Path, when: str) -> str:
+def interval(run: Path, when: str, sign: str = "") -> str:
+    """The overlap of a run's evaluation with its interval."""
     told = json.loads((run / "evaluation.json").read_text())[when]["iou/mean"]
-    return f"{told['value']:.3f} ({told['low']:.3f} to {told['high']:.3f})"
+    return f"{told['value']:{sign}.3f} ({told['low']:{sign}.3f} to {told['high']:{sign}.3f})"
 
 
 def taught(name: str, folder: Path, args: Args) -> dict[str, float]:
@@ -153,12 +156,12 @@ def taught(name: str, folder: Path, args: Args) -> dict[str, float]:
         told = {"rounds": 1.0} | json.loads(note.read_text())
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        told = {"rounds": 0.0, "minutes": 0.0, "begun": new_model(name, folder, args.seed)}
+        told = {"rounds": 0.0, "minutes": 0.0, "begun": new_model(name, folder)}
     while told["rounds"] < ROUNDS.get(name, 1):
         agent = VLMAgent.from_pretrained(folder)
-        lessons = builtin_model.Args(folder, steps=args.teaching, scenes=16, tasks={}, seed=args.seed)
+        lessons = builtin_model.Args(folder, steps=args.teaching, scenes=16, tasks={}, seed=0)
         if told["rounds"]:
-            lessons = replace(lessons, init=str(folder), seed=args.seed + int(told["rounds"]))
+            lessons = replace(lessons, init=str(folder), seed=int(told["rounds"]))
         started = time.monotonic()
         builtin_model.teach(agent, lessons)
         agent.publish(folder)
@@ -168,7 +171,7 @@ def taught(name: str, folder: Path, args: Args) -> dict[str, float]:
     return told
 
 
-def new_model(name: str, folder: Path, seed: int) -> float:
+def new_model(name: str, folder: Path) -> float:
     """Writes a model with its tokenizer and processor. Returns the share of weights that are the built-in model's."""
     small_models.invent(name, folder, HEAD)
     file = folder / "preprocessor_config.json"
@@ -176,7 +179,7 @@ def new_model(name: str, folder: Path, seed: int) -> float:
     file.write_text(json.dumps(json.loads(file.read_text()) | IMAGES.get(family, {})))
     config = AutoConfig.from_pretrained(folder)
     widen(config)
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config)
     begun = begin(model)
     model.generation_config.eos_token_id = config.get_text_config().eos_token_id

@@ -161,14 +161,18 @@ def jsonable(value: Any) -> Any:
     """A value as JSON can hold it: sequences become lists, and what JSON has no form for becomes its text."""
     if value is None or isinstance(value, (str, bool)):
         return value
-    if isinstance(value, Integral):
-        return int(value)
-    if isinstance(value, Real):
+    if isinstance(
+        value, float
+    ):  # most values are of classes that are looked at before the abstract ones, which is slow
         return float(value) if math.isfinite(value) else str(float(value))
-    if isinstance(value, Mapping):
-        return {str(key): jsonable(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [jsonable(part) for part in value]
+    if isinstance(value, (int, Integral)):
+        return int(value)
+    if isinstance(value, Real):
+        return jsonable(float(value))
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(part) for key, part in value.items()}
     return str(value)
 
 
