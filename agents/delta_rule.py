@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,17 +31,56 @@ class States(Past):
         rule: [P, H, D, E], the state of the delta rule.
     """
 
-    grows: ClassVar[bool] = False
-
     def __init__(self, inputs: Tensor, rule: Tensor) -> None:
         self.inputs, self.rule = inputs, rule
 
+    @property
+    def latest(self) -> States:
+        """Those after the last token."""
+        return self
+
     def select(self, rows: Tensor) -> States:
-        return States(self.inputs[rows], self.rule[rows])
+        latest = self.latest
+        return States(latest.inputs[rows], latest.rule[rows])
 
     @classmethod
     def joined(cls, parts: Sequence[States]) -> States:
         return cls(torch.cat([part.inputs for part in parts]), torch.cat([part.rule for part in parts]))
+
+
+class _Fixed(States):
+    """States in memory that stays where it is, for steps of fixed shapes.
+
+    Such a step may be computed again, as each graph is once. So the states before the last token are held beside those
+    after it, and become these when another place is computed.
+
+    Args:
+        states: Those before the next token.
+        place: int64 [1], the place of that token.
+        packing: Packing of one token of each row.
+    """
+
+    def __init__(self, states: States, place: Tensor, packing: Packing) -> None:
+        super().__init__(states.inputs.clone(), states.rule.clone())
+        self._next_inputs, self._next_rule = states.inputs.clone(), states.rule.clone()
+        self._place, self.packing = place.clone(), packing
+
+    @property
+    def latest(self) -> States:
+        return States(self._next_inputs, self._next_rule)
+
+    def before(self, place: Tensor) -> States:
+        """Those before the token at a place: the last one again, or the one after it."""
+        goes_on = place > self._place
+        torch.where(goes_on, self._next_inputs, self.inputs, out=self.inputs)
+        torch.where(goes_on, self._next_rule, self.rule, out=self.rule)
+        self._place.copy_(place)
+        return self
+
+    def keep(self, states: States) -> None:
+        """Notes those after the token."""
+        self._next_inputs.copy_(states.inputs)
+        self._next_rule.copy_(states.rule)
 
 
 class DeltaRule(Mixer):
@@ -70,8 +109,14 @@ class DeltaRule(Mixer):
         own = steps.own.get(block)
         if own is None:  # the first token: until now the prompt's state has served all its completions
             own = steps.prefixes.past.pop(block).select(steps.index)
-        ones = Packing(torch.ones(len(packed[0]), dtype=torch.int64), packed[0].device)
-        out, steps.own[block] = self._run(ones, cast(States, own), *packed)
+        assert isinstance(own, States)
+        if steps.place is None:
+            out, steps.own[block] = self._run(_of_one_token(packed[0]), own.latest, *packed)
+            return out
+        fixed = own if isinstance(own, _Fixed) else _Fixed(own, steps.place, _of_one_token(packed[0]))
+        out, after = self._run(fixed.packing, fixed.before(steps.place), *packed)
+        fixed.keep(after)
+        steps.own[block] = fixed
         return out
 
     def _run(
@@ -125,8 +170,15 @@ class DeltaRule(Mixer):
 _CHUNKED = "torch_chunk_gated_delta_rule"
 
 
+def _of_one_token(tokens: Tensor) -> Packing:
+    """The packing of rows of one token each."""
+    return Packing(torch.ones(len(tokens), dtype=torch.int64), tokens.device)
+
+
 def _last(inputs: Tensor, packing: Packing, taps: int) -> Tensor:
     """The last inputs [P, K - 1, C] of each row of [P, K - 1 + T, C]."""
+    if packing.is_even:
+        return inputs[:, packing.longest :].clone()  # of a step too, which may not send places to the device
     places = packing.counts[:, None] + torch.arange(taps, device=inputs.device)
     return inputs.gather(1, places[..., None].expand(-1, -1, inputs.shape[2]).long())
 

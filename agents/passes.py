@@ -24,9 +24,6 @@ from vlmenv.agents.sending import send
 class Past(ABC):
     """What the completions of P prompts go on from in one layer, or what they have come to themselves."""
 
-    grows: ClassVar[bool] = True
-    """Whether it takes memory for each token. Default: True."""
-
     @property
     def tensors(self) -> list[Tensor]:
         """The tensors that it holds."""

@@ -165,16 +165,17 @@ def _wave(
     limits: PassLimits,
 ) -> dict[int, Sampled]:
     """Samples the first of the completions `left` that have room, and returns those that stayed until their end."""
-    states = state_tokens(policy.model.config, policy.model.dtype)
+    states, replayed = state_tokens(policy.model.config, policy.model.dtype), replays(policy)
+    own_states = states * (2 if replayed else 1)  # those before and after a step that is replayed
     lengths = np.array([len(prompt.input_ids) for prompt in prompts]) + states
-    begun = left[: limits.fitting(index[left], lengths, min(Steps.GROWTH, sampling.max_new_tokens) + states)]
+    begun = left[: limits.fitting(index[left], lengths, min(Steps.GROWTH, sampling.max_new_tokens) + own_states)]
     own, local = np.unique(index[begun], return_inverse=True)
     shown, rows = [prompts[i] for i in own], torch.from_numpy(local)
     growing = _Growing(torch.from_numpy(begun), sampling, policy)
     prefixes, firsts = prefilled(policy, shown, limits)
     attention = Steps(prefixes, rows, sampling.max_new_tokens)
     positions = torch.tensor([next_position(prompt) for prompt in shown])[rows].to(policy.device)
-    stepper = Stepper(policy, attention, positions, replays=replays(policy))
+    stepper = Stepper(policy, attention, positions, replays=replayed)
     hidden = firsts[rows.to(policy.device)]
     while True:
         token, logprob = _next(policy, hidden, sampling, places.next(growing.rows, growing.step), limits.logits)
@@ -182,7 +183,7 @@ def _wave(
         going = growing.still_going()
         if limits.cache is not None and attention.is_full and attention.length and len(going):
             lengths[:] = prefixes.packing.longest + states  # the prompts that are left keep their padding
-            each = attention.next_capacity + states
+            each = attention.next_capacity + own_states
             going = growing.within(functools.partial(_fitting, limits, index, lengths, each), going)
         if len(going) == 0:
             return growing.sampled()

@@ -1,8 +1,9 @@
 """Steps of sampling that a GPU replays as one CUDA graph, in place of a thousand kernels that the host starts.
 
 A graph's kernels read and write the same memory each time. So its steps have fixed shapes: the caches' places are
-numbers on the device, and attention goes through all of the caches, as far as they are filled. Where completions leave
-or caches grow, another graph is captured.
+numbers on the device, and attention goes through all of the caches, as far as they are filled. Layers with states hold
+those before and after a step, which may be computed again. Where completions leave or caches grow, another graph is
+captured.
 """
 
 from __future__ import annotations
@@ -139,8 +140,6 @@ def _trial(policy: Policy) -> str:
         return "the weights are divided among ranks"
     prompt = policy.family.encode({"images": (), "prompt": "How many?"})
     prefixes, _ = policy.prefill([prompt])
-    if not all(past.grows for past in prefixes.past.values()):
-        return "some layers have states in the place of keys and values, which each step makes anew"
     index = torch.zeros(2, dtype=torch.int64)
     positions = torch.full((2,), next_position(prompt), device=policy.device)
     stepper = Stepper(policy, Steps(prefixes, index, Steps.GROWTH), positions, replays=True)

@@ -175,9 +175,12 @@ class Batch:
         """Tokens whose keys and values sampling holds without a limit."""
         return self.prompts * self.longest + self.completions * self.answer
 
-    def with_states(self, tokens: int) -> Batch:
-        """The batch as sampling holds it, where each prompt and answer has states that take as much as some tokens."""
-        return replace(self, longest=self.longest + tokens, answer=self.answer + tokens)
+    def with_states(self, tokens: int, *, is_card: bool) -> Batch:
+        """The batch as sampling holds it, where each prompt and answer has states that take as much as some tokens.
+
+        Steps that a GPU replays as graphs hold those of an answer twice.
+        """
+        return replace(self, longest=self.longest + tokens, answer=self.answer + tokens * (2 if is_card else 1))
 
 
 _FEW: Final = 2
@@ -537,7 +540,7 @@ def _sampling(
     if place.is_card and limits.cache is None:
         limits = replace(limits, cache=0)
     rows = min(batch.completions, limits.logits or batch.completions)
-    held = batch.with_states(states)
+    held = batch.with_states(states, is_card=place.is_card)
     one = held.longest + held.answer
     cached = max(one, min(held.cached, limits.cache or held.longest + 8 * held.answer)) if bounded else held.cached
     longest = limits.passes([batch.longest] * batch.prompts)
