@@ -20,6 +20,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 import tyro
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -33,6 +34,7 @@ from runs import evaluation_of, hardware, mean_of, seeds_cell, steps_of, tail, t
 
 from vlmenv.agents.vlm import BUILTIN, VLMAgent, find_model  # noqa: E402
 from vlmenv.envs.data.scenes import SIDE  # noqa: E402
+from vlmenv.envs.rewards.detection import pairwise_iou  # noqa: E402
 
 WIDTH, HEAD, PATCH = 128, 32, 16
 ONE_TILE = {"height": SIDE, "width": SIDE}
@@ -97,13 +99,14 @@ def head(args: Args) -> list[str]:
         f"wide, and then trained by GRPO with the reward IoU, seeds 0 to {args.seeds - 1} from one base. Cells of "
         "several numbers tell them by seed. Rewards are means of sampled answers over the first and the last tenth of "
         f"the steps. Overlap is the mean IoU of greedy answers to {args.limit} held-out questions, with 95 % "
-        "intervals; the change is of the same questions. Coordinates are those of the image. The table shows "
+        "intervals; the change is of the same questions. Blind is the overlap of answers with the boxes of all other "
+        "questions: one who does not look has as much of its own. Coordinates are those of the image. The table shows "
         "whether training works in each family. It compares none: models, processors and prompts differ. Teaching has "
         f"one round; {', '.join(f'{name} has {number}' for name, number in ROUNDS.items())}.",
         "",
         "| model | weights (M) | begun with (%) | teaching (minutes) | reward at first | at last | overlap before "
-        "| after | change, by seed | readable after | step (s) |",
-        "|---" * 11 + "|",
+        "| after | change, by seed | blind before | after | readable after | step (s) |",
+        "|---" * 13 + "|",
     ]
 
 
@@ -122,6 +125,8 @@ def row(name: str, args: Args) -> str:
         interval(runs[0], "before"),
         seeds_cell([evaluation_of(run)["iou/mean"] for run in runs]),
         " / ".join(interval(run, "change", "+") for run in runs),
+        f"{blind(runs[0], 'before'):.3f}",
+        seeds_cell([blind(run, "after") for run in runs]),
         f"{min(evaluation_of(run)['format'] for run in runs):.2f}",
         f"{sum(seconds) / len(seconds):.2f}",
     ]
@@ -147,6 +152,14 @@ def interval(run: Path, when: str, sign: str = "") -> str:
     """The overlap of a run's evaluation with its interval."""
     told = json.loads((run / "evaluation.json").read_text())[when]["iou/mean"]
     return f"{told['value']:{sign}.3f} ({told['low']:{sign}.3f} to {told['high']:{sign}.3f})"
+
+
+def blind(run: Path, when: str) -> float:
+    """The mean IoU of a run's answers with the boxes of all other questions."""
+    rows = [json.loads(line) for line in (run / when / "answers.jsonl").read_text().splitlines()]
+    boxes = [np.array([row[name] or [0.0] * 4 for row in rows]) for name in ("prediction", "target")]
+    overlaps = pairwise_iou(*boxes)
+    return float(overlaps[~np.eye(len(rows), dtype=bool)].mean())
 
 
 def taught(name: str, folder: Path, args: Args) -> dict[str, float]:
