@@ -76,21 +76,23 @@ class Packing:
         """Converts [M, ...] to [N, L, ...], padded with zeros at the right."""
         if self.is_even:
             return packed.reshape(len(self.lengths), self.longest, *packed.shape[1:])
-        return _padded(packed, self)
+        return _moved(packed, self._to_slots, self._from_slots)
 
     def unpad(self, padded: Tensor) -> Tensor:
         """Converts [N, L, ...] to [M, ...]."""
         if self.is_even:
             return padded.reshape(-1, *padded.shape[2:])
-        return _unpadded(padded, self)
+        return _moved(padded, self._from_slots, self._to_slots)
 
-    def to_slots(self, packed: Tensor) -> Tensor:
+    def _to_slots(self, packed: Tensor) -> Tensor:
         """As `pad`, without a gradient. Rows are copied whole, which on CPUs is much faster than to index elements."""
+        shape = (len(self.lengths), self.longest, *packed.shape[1:])
+        if not len(packed):
+            return packed.new_zeros(shape)
         _, tokens, padding = self._slots
-        padded = packed.index_select(0, tokens).index_fill_(0, padding, 0)
-        return padded.view(len(self.lengths), self.longest, *packed.shape[1:])
+        return packed.index_select(0, tokens).index_fill_(0, padding, 0).view(shape)
 
-    def from_slots(self, padded: Tensor) -> Tensor:
+    def _from_slots(self, padded: Tensor) -> Tensor:
         """As `unpad`, without a gradient."""
         return padded.flatten(0, 1).index_select(0, self._slots[0])
 
@@ -130,36 +132,23 @@ class Packing:
         return Packing(self.lengths.repeat_interleave(times), self.device, self.longest)
 
 
-class _Padded(torch.autograd.Function):
-    """`Packing.pad`, whose gradient is its inverse's value: autograd's would add rows one after the other."""
+class _Moved(torch.autograd.Function):
+    """Moves tokens `there`. Their gradient is moved `back`: autograd's own would add rows one after the other."""
 
     @staticmethod
-    def forward(ctx: Any, packed: Tensor, packing: Packing) -> Tensor:
-        ctx.packing = packing
-        return packing.to_slots(packed)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.packing.from_slots(grad), None
-
-
-class _Unpadded(torch.autograd.Function):
-    """`Packing.unpad`; see `_Padded`."""
-
-    @staticmethod
-    def forward(ctx: Any, padded: Tensor, packing: Packing) -> Tensor:
-        ctx.packing = packing
-        return packing.from_slots(padded)
+    def forward(
+        ctx: Any, tokens: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        ctx.back = back
+        return there(tokens)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.packing.to_slots(grad), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.back(grad), None, None
 
 
-_padded: Callable[[Tensor, Packing], Tensor] = _Padded.apply
-_unpadded: Callable[[Tensor, Packing], Tensor] = _Unpadded.apply
+_moved: Callable[..., Tensor] = _Moved.apply
 
 
 class Filled(Packing):

@@ -53,3 +53,10 @@ def test_an_excerpt_has_zeros_where_it_has_no_token() -> None:
     assert torch.equal(padded, padded_by_loop(packed * CHOSEN[:, None]))
     assert torch.equal(excerpt.unpad(padded), packed[CHOSEN])
     assert torch.equal(excerpt.mask(), padded_by_loop(CHOSEN.long()).bool())
+
+
+def test_an_excerpt_may_have_no_token() -> None:
+    excerpt = Excerpt(Packing(LENGTHS, torch.device("cpu")), torch.zeros(8, dtype=torch.bool))
+    padded = excerpt.pad(torch.randn(0, 2))
+    assert torch.equal(padded, torch.zeros(3, 4, 2))
+    assert excerpt.unpad(padded).shape == (0, 2)

@@ -161,9 +161,7 @@ def jsonable(value: Any) -> Any:
     """A value as JSON can hold it: sequences become lists, and what JSON has no form for becomes its text."""
     if value is None or isinstance(value, (str, bool)):
         return value
-    if isinstance(
-        value, float
-    ):  # most values are of classes that are looked at before the abstract ones, which is slow
+    if isinstance(value, float):  # before the abstract classes, which are slow to ask for
         return float(value) if math.isfinite(value) else str(float(value))
     if isinstance(value, (list, tuple)):
         return [jsonable(part) for part in value]
