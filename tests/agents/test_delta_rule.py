@@ -94,8 +94,12 @@ def test_values_and_gradients(layer: nn.Module, case: str) -> None:
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
 
 
-def test_a_token_at_a_time_while_completions_leave(layer: nn.Module) -> None:
-    """Three completions of two prompts; after two tokens the first goes, and with it a prompt."""
+@pytest.mark.parametrize("fixed", [(), (0, 1, 2, 3), (1, 2), (0, 3)], ids=str)
+def test_a_token_at_a_time_while_completions_leave(fixed: tuple[int, ...], layer: nn.Module) -> None:
+    """Three completions of two prompts; after two tokens the first goes, and with it a prompt.
+
+    Steps of fixed shapes, at some places, are computed twice, and change nothing the second time.
+    """
     lengths, index, random = [5, 70], [0, 1, 1], torch.Generator().manual_seed(0)
     prompts = [torch.randn(length, SIZE, generator=random, dtype=torch.float64) for length in lengths]
     completions = torch.randn(3, 4, SIZE, generator=random, dtype=torch.float64)
@@ -109,8 +113,12 @@ def test_a_token_at_a_time_while_completions_leave(layer: nn.Module) -> None:
             if place == 2:
                 steps.select(torch.tensor([1, 2]))
             going = [0, 1, 2] if place < 2 else [1, 2]
-            found = layer(completions[going, place][None], packed=steps)[0]
-            torch.testing.assert_close(found, wanted[going, place], rtol=1e-11, atol=1e-11)
+            steps.place = torch.tensor([place]) if place in fixed else None
+            for _ in range(2 if place in fixed else 1):
+                found = layer(completions[going, place][None], packed=steps)[0]
+                torch.testing.assert_close(found, wanted[going, place], rtol=1e-11, atol=1e-11)
+            held = sum(one.numel() for one in steps.own[0].tensors if one.is_floating_point())
+            assert held == len(going) * sum(one[0].numel() for one in before) * (2 if place in fixed else 1)
             steps.length += 1
     assert torch.equal(kept.rule, before[0])
     assert torch.equal(kept.inputs, before[1])

@@ -279,6 +279,13 @@ def test_sizes_are_written_for_a_reader() -> None:
     assert (gigabytes(3e6), gigabytes(1.26e9)) == ("3 MB", "1.3 GB")
 
 
+def test_states_of_answers_count_twice_where_steps_are_replayed() -> None:
+    batch = Batch.of(default_config(), longest=100)
+    for is_card, times in ((True, 2), (False, 1)):
+        held = batch.with_states(7, is_card=is_card)
+        assert (held.longest, held.answer) == (107, batch.answer + 7 * times)
+
+
 def test_an_unknown_card_is_refused() -> None:
     with pytest.raises(ConfigError, match="neither a size, such as 24GB, nor one of"):
         card_bytes("voodoo2")
